@@ -1,0 +1,267 @@
+"""Prompts with the answers that make them a behaviour, as one batch of tokens.
+
+1. Read the examples of any known format (`circuits.prompt_formats`).
+2. Keep those whose answers are exactly one token and whose clean and patch prompts have equal token length; count the
+   others by reason.
+3. Pad them on the left, so that the last column is always the position where the answer is read.
+4. Give every example a template key: **prompts with equal key have equal length and align position by position**, which
+   is what a mean over reference prompts at one position needs to mean anything.
+
+The template key follows one of three rules (`PromptSet.template_rule`):
+
+- `field`: the `template` field of the file and the token length, where every example has one;
+- `mask`: the clean tokens with every position masked at which clean and patch differ ("* was sad because"), which
+  recovers the templates of minimal pairs; taken when such keys hold at least four prompts on average;
+- `length`: the token length alone.
+
+Shapes: B prompts, S positions, V vocabulary, n answers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from circuits.prompt_formats import Example, read_examples
+from sae.errors import UserError, unknown
+from sae.model import Tokens
+
+if TYPE_CHECKING:
+    from sae.model import LanguageModel
+
+TemplateRule = Literal["field", "mask", "length"]
+
+MIN_PROMPTS_A_TEMPLATE = 4
+"""Average group size below which masked templates are too thin to average over."""
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """B prompts (or minimal pairs) with their answers; slices of it are prompt sets again."""
+
+    clean: Tokens
+    """The prompts in which the behaviour shows, [B, S], padded on the left."""
+    patch: Tokens | None
+    """The contrasting prompts, [B, S], row by row as long as `clean`; None without pairs."""
+    clean_answers: Tensor
+    """Token after the clean prompt, [B] int64; [B, n] padded with -1 where prompts have several."""
+    patch_answers: Tensor | None
+    """Token after the patch prompt, shaped like `clean_answers`; None where the file names none."""
+    cases: list[str]
+    """Which kind of example each is, such as `plural_singular`."""
+    templates: list[str]
+    """One key per example: prompts with equal key have equal length and align position by position."""
+    texts: list[str]
+    """The clean prompts as text."""
+    rejected: dict[str, int] = field(default_factory=dict)
+    """How many examples of the file were left out, by reason."""
+    template_rule: TemplateRule = "length"
+    """How `templates` were made."""
+    reference: Tensor | None = None
+    """Log-probabilities of the model after the clean prompts, [B, V], where the metric compares with them."""
+
+    def __len__(self) -> int:
+        return len(self.cases)
+
+    @property
+    def paired(self) -> bool:
+        """Whether there are contrasting prompts."""
+        return self.patch is not None
+
+    def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> PromptSet:
+        """The chosen prompts, padded to the longest of them."""
+        if isinstance(index, int):
+            rows = [range(len(self))[index]]
+        elif isinstance(index, slice):
+            rows = list(range(len(self)))[index]
+        elif isinstance(index, Tensor) and index.dtype == torch.bool:
+            rows = index.nonzero().flatten().tolist()
+        else:
+            rows = [int(row) for row in index]
+        chosen = torch.tensor(rows, dtype=torch.long, device=self.clean.input_ids.device)
+        return replace(
+            self,
+            clean=_trim(self.clean[chosen]),
+            patch=None if self.patch is None else _trim(self.patch[chosen]),
+            clean_answers=self.clean_answers[chosen],
+            patch_answers=None if self.patch_answers is None else self.patch_answers[chosen],
+            cases=[self.cases[row] for row in rows],
+            templates=[self.templates[row] for row in rows],
+            texts=[self.texts[row] for row in rows],
+            reference=None if self.reference is None else self.reference[chosen],
+        )
+
+    def batches(self, size: int) -> Iterator[PromptSet]:
+        """Consecutive slices of at most `size` prompts, in order, each padded to its own longest prompt."""
+        for start in range(0, len(self), size):
+            yield self[start : start + size]
+
+    def to(self, device: torch.device | str) -> PromptSet:
+        """The same prompts with their tensors on `device`."""
+        return replace(
+            self,
+            clean=self.clean.to(device),
+            patch=None if self.patch is None else self.patch.to(device),
+            clean_answers=self.clean_answers.to(device),
+            patch_answers=None if self.patch_answers is None else self.patch_answers.to(device),
+            reference=None if self.reference is None else self.reference.to(device),
+        )
+
+    def with_templates(self, rule: TemplateRule) -> PromptSet:
+        """The same prompts keyed by another rule, so that two sets (train and test) can share their keys."""
+        if rule == self.template_rule:
+            return self
+        if rule == "length":
+            keys = _length_keys(self.clean)
+        elif rule == "mask" and self.patch is not None:
+            keys = _mask_keys(self.clean, self.patch)
+        elif rule in get_args(TemplateRule):
+            raise UserError(f"templates by {rule!r} need {'patch prompts' if rule == 'mask' else 'a template field'}")
+        else:
+            raise unknown("template rule", rule, get_args(TemplateRule))
+        return replace(self, templates=keys, template_rule=rule)
+
+    def summary(self) -> str:
+        """One line: how many prompts, of which cases, what was rejected."""
+        cases = ", ".join(f"{name or 'uncased'} {count}" for name, count in Counter(self.cases).items())
+        text = f"{len(self)} {'pairs' if self.paired else 'prompts'} ({cases})"
+        if self.rejected:
+            text += "; skipped " + ", ".join(f"{count} ({reason})" for reason, count in self.rejected.items())
+        return text
+
+
+def load_prompts(source: str | Path, model: LanguageModel, *, limit: int | None = None) -> PromptSet:
+    """The usable prompts of a file or hub data set, at most `limit` of them (the first), tokenised for `model`."""
+    return make_prompts(read_examples(source), model, limit=limit, name=str(source))
+
+
+def make_prompts(
+    examples: Sequence[Example], model: LanguageModel, *, limit: int | None = None, name: str = "the examples"
+) -> PromptSet:
+    """Tokenise examples; those that cannot be used are counted in `rejected`, and `UserError` if none is left."""
+    paired = any(example.patch is not None for example in examples)
+    contrasted = any(example.patch_answers for example in examples)
+    clean = model.tokenize([example.clean for example in examples])
+    patch = model.tokenize([example.patch or "" for example in examples]) if paired else None
+
+    rejected: Counter[str] = Counter()
+    rows: list[int] = []
+    clean_answers: list[list[int]] = []
+    patch_answers: list[list[int]] = []
+    for row, example in enumerate(examples):
+        answers, wrong = _answer_ids(example.clean_answers, model), _answer_ids(example.patch_answers, model)
+        reason = (
+            _length_problem(row, clean, patch, example)
+            or _context_problem(row, clean, model)
+            or _answer_problem(answers, wrong, contrasted)
+        )
+        if reason:
+            rejected[reason] += 1
+        elif limit is None or len(rows) < limit:
+            rows.append(row)
+            clean_answers.append(answers or [])
+            patch_answers.append(wrong or [])
+    if not rows:
+        reasons = ", ".join(f"{count} × {reason}" for reason, count in rejected.items())
+        raise UserError(f"no usable prompt in {name}: {reasons or 'it is empty'}")
+
+    width = max(len(answers) for answers in clean_answers + patch_answers)
+    index = torch.tensor(rows)
+    kept = PromptSet(
+        clean=_trim(clean[index]),
+        patch=None if patch is None else _trim(patch[index]),
+        clean_answers=_answer_tensor(clean_answers, width),
+        patch_answers=_answer_tensor(patch_answers, width) if contrasted else None,
+        cases=[examples[row].case for row in rows],
+        templates=[examples[row].template for row in rows],
+        texts=[examples[row].clean for row in rows],
+        rejected=dict(rejected.most_common()),
+    )
+    return _choose_templates(kept).to(model.device)
+
+
+# ------------------------------------------------------------------------------------------ rejecting
+
+
+def _answer_ids(answers: Sequence[str | int], model: LanguageModel) -> list[int] | None:
+    """Token ids of the answers, or None when one of them is not exactly one token of the model."""
+    ids: list[int] = []
+    for answer in answers:
+        token = model.single_token(answer) if isinstance(answer, str) else answer
+        if token is None or not 0 <= token < model.vocab_size:
+            return None
+        ids.append(token)
+    return ids
+
+
+def _length_problem(row: int, clean: Tokens, patch: Tokens | None, example: Example) -> str | None:
+    if patch is None:
+        return None
+    if example.patch is None:
+        return "no patch prompt"
+    return None if clean.lengths[row] == patch.lengths[row] else "clean and patch differ in token length"
+
+
+def _context_problem(row: int, clean: Tokens, model: LanguageModel) -> str | None:
+    length = int(clean.lengths[row])
+    limit = getattr(model.hf.config, "max_position_embeddings", None)
+    if length == 0:
+        return "empty prompt"
+    return "longer than the model's context" if limit is not None and length > limit else None
+
+
+def _answer_problem(answers: list[int] | None, wrong: list[int] | None, contrasted: bool) -> str | None:
+    if answers is None or wrong is None:
+        return "answer is not one token"
+    if not answers or (contrasted and not wrong):
+        return "no answer"
+    return "both answers are the same token" if set(answers) & set(wrong) else None
+
+
+def _answer_tensor(answers: list[list[int]], width: int) -> Tensor:
+    """[B] when every prompt has one answer, else [B, width] padded with -1."""
+    padded = torch.tensor([ids + [-1] * (width - len(ids)) for ids in answers])  # [B, n]
+    return padded[:, 0] if width == 1 else padded
+
+
+# ------------------------------------------------------------------------------------------ aligning
+
+
+def _trim(tokens: Tokens) -> Tokens:
+    """Without the columns in which every row is padding."""
+    longest = int(tokens.lengths.max()) if len(tokens) else 0
+    start = tokens.input_ids.shape[1] - longest
+    return Tokens(tokens.input_ids[:, start:], tokens.attention_mask[:, start:])
+
+
+def _choose_templates(prompts: PromptSet) -> PromptSet:
+    if all(prompts.templates):
+        keys = [f"{name}/{length}" for name, length in zip(prompts.templates, _length_keys(prompts.clean), strict=True)]
+        return replace(prompts, templates=keys, template_rule="field")
+    if prompts.patch is not None:
+        keys = _mask_keys(prompts.clean, prompts.patch)
+        if len(keys) >= MIN_PROMPTS_A_TEMPLATE * len(set(keys)):
+            return replace(prompts, templates=keys, template_rule="mask")
+    return replace(prompts, templates=_length_keys(prompts.clean), template_rule="length")
+
+
+def _length_keys(clean: Tokens) -> list[str]:
+    return [str(length) for length in clean.lengths.tolist()]
+
+
+def _mask_keys(clean: Tokens, patch: Tokens) -> list[str]:
+    """Token ids of each prompt, `*` where clean and patch differ: "1 * * 418 329"."""
+    same = clean.input_ids == patch.input_ids  # [B, S]
+    keys = []
+    for ids, equal, real in zip(
+        clean.input_ids.tolist(), same.tolist(), clean.attention_mask.bool().tolist(), strict=True
+    ):
+        tokens = zip(ids, equal, real, strict=True)
+        keys.append(" ".join(str(token) if shared else "*" for token, shared, kept in tokens if kept))
+    return keys

@@ -1,0 +1,229 @@
+"""The sparse autoencoder as everyone but its trainer sees it.
+
+1. z = W_enc (x − b_dec) + b_enc, or without the subtraction (`SAEConfig.subtract_b_dec`);
+2. f = nonlinearity(z), chosen by `SAEConfig.architecture` (see `sae.nonlinearities`);
+3. x̂ = f W_dec + b_dec, with unit decoder rows, so that f_i is the length of what feature i writes.
+
+It works on raw activations: whatever scaling training used is folded into the tensors. On disk it is a folder with
+`config.json` and `sae.safetensors`. Shapes: N tokens, d model width, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sae.architectures import nonlinearity
+from sae.errors import UserError
+from sae.files import atomic_write, read_json, write_json
+from sae.nonlinearities import CORE, TOPK, top_features
+from sae.sites import Site
+
+SCHEMA_VERSION = 1
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "sae.safetensors"
+
+
+@dataclass(frozen=True)
+class SAEConfig:
+    """What an autoencoder is and what it was made for."""
+
+    architecture: str
+    """Name of the architecture; decides how pre-activations become features."""
+    d_model: int
+    """Width d of the activations it reads and writes."""
+    n_features: int
+    """Number of features F."""
+    site: str = ""
+    """Site of the model it was trained at, such as resid_3."""
+    model: str = ""
+    """Name or path of the model it was trained on."""
+    model_fingerprint: str = ""
+    """Fingerprint of that model's config and weights; empty when unknown."""
+    subtract_b_dec: bool = True
+    """Whether the decoder bias is subtracted from the input before encoding."""
+    k: int | None = None
+    """Active features a token, where the architecture fixes them."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Anything else worth keeping: training options, source of a converted file."""
+
+
+class SparseFeatures(NamedTuple):
+    """Nonzero features of N tokens, sorted by token and then by feature."""
+
+    token: Tensor  # [n] int64
+    feature: Tensor  # [n] int64
+    value: Tensor  # [n]
+
+
+class SparseAutoencoder(nn.Module):
+    """A trained autoencoder: frozen float32 tensors and three maps between them."""
+
+    W_enc: Tensor  # [F, d]
+    b_enc: Tensor  # [F]
+    W_dec: Tensor  # [F, d], unit rows
+    b_dec: Tensor  # [d]
+
+    def __init__(self, config: SAEConfig, tensors: Mapping[str, Tensor]):
+        super().__init__()
+        self.config = config
+        self.nonlinearity = nonlinearity(config.architecture)
+        self._check(tensors)
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor.detach().to(torch.float32).contiguous())
+
+    def _check(self, tensors: Mapping[str, Tensor]) -> None:
+        config, kind = self.config, self.nonlinearity
+        n_features, matrix = config.n_features, (config.n_features, config.d_model)
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys((*kind.extra, *kind.optional), (n_features,))
+        shapes |= {"W_enc": matrix, "W_dec": matrix, "b_enc": (n_features,), "b_dec": (config.d_model,)}
+        missing = [name for name in (*CORE, *kind.extra) if name not in tensors]
+        surplus = [name for name in tensors if name not in shapes]
+        if missing or surplus:
+            raise UserError(
+                f"a {config.architecture!r} autoencoder has tensors {', '.join((*CORE, *kind.extra))}; "
+                f"missing {missing}, not known {surplus}"
+            )
+        for name, tensor in tensors.items():
+            if tuple(tensor.shape) != shapes[name]:
+                found, wanted = tuple(tensor.shape), shapes[name]
+                raise UserError(f"tensor {name} of site {config.site!r} has shape {found}, expected {wanted}")
+        if kind.needs_k and not (config.k is not None and 1 <= config.k <= n_features):
+            raise UserError(f"k of site {config.site!r} is {config.k}, allowed are 1 to {n_features}, its features")
+
+    def extra_repr(self) -> str:
+        config = self.config
+        return f"{config.architecture}, site={config.site!r}, d={config.d_model}, F={config.n_features}, k={config.k}"
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        return self.W_dec.device
+
+    def _linear(self, x: Tensor) -> Tensor:
+        """x [..., d] -> z without bias [..., F]."""
+        x = x.to(self.W_enc.dtype)
+        return (x - self.b_dec if self.config.subtract_b_dec else x) @ self.W_enc.T
+
+    def encode(self, x: Tensor) -> Tensor:
+        """x [..., d] -> f [..., F]."""
+        return self.nonlinearity.apply(self._linear(x), self._buffers_by_name, self.config.k)
+
+    def decode(self, f: Tensor) -> Tensor:
+        """f [..., F] -> x̂ [..., d]."""
+        return f @ self.W_dec + self.b_dec
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., d] -> x̂ [..., d]."""
+        return self.decode(self.encode(x))
+
+    @property
+    def _buffers_by_name(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+
+    @torch.no_grad()
+    def encode_sparse(self, x: Tensor, *, chunk_bytes: int = 64 * 2**20) -> SparseFeatures:
+        """x [N, d] -> its nonzero features, in chunks whose [n, F] intermediate has at most `chunk_bytes` bytes."""
+        rows = max(1, chunk_bytes // (4 * self.config.n_features))
+        parts = [self._encode_chunk(chunk, start) for start, chunk in _chunks(x, rows)]
+        if not parts:
+            index = torch.empty(0, dtype=torch.int64, device=x.device)
+            return SparseFeatures(index, index, torch.empty(0, device=x.device))
+        return SparseFeatures(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+    def _encode_chunk(self, x: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
+        if self.nonlinearity is TOPK:
+            assert self.config.k is not None
+            z = self._linear(x).add_(self.b_enc)
+            value, feature = top_features(z, self.config.k, self._buffers.get("rank_scale"))  # [n, k]
+            feature, order = feature.sort(dim=-1)
+            value = value.gather(-1, order)
+            token, rank = value.nonzero(as_tuple=True)
+            return token + start, feature[token, rank], value[token, rank]
+        f = self.encode(x)
+        token, feature = f.nonzero(as_tuple=True)
+        return token + start, feature, f[token, feature]
+
+    def encoder_rows(self, index: Tensor) -> Tensor:
+        """∂f_i/∂x [n, d] for features i in `index` [n], where they are active."""
+        rows = self.W_enc[index]
+        if "magnitude" in self._buffers:
+            rows = rows * self._buffers_by_name["magnitude"][index, None]
+        return rows
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes `config.json` and `sae.safetensors` into the folder, each under a temporary name first."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in self._buffers_by_name.items()}
+        with atomic_write(folder / WEIGHTS_FILE) as temporary:
+            save_file(tensors, temporary)
+        write_json(folder / CONFIG_FILE, {"schema_version": SCHEMA_VERSION, **asdict(self.config)})
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> SparseAutoencoder:
+        """Reads what `save` wrote."""
+        folder = Path(folder)
+        if not is_sae_folder(folder):
+            names = ", ".join(sorted(p.name for p in folder.iterdir())[:10]) if folder.is_dir() else "no such folder"
+            looked_for = f"looked for {CONFIG_FILE} and {WEIGHTS_FILE}"
+            raise UserError(f"no autoencoder in {str(folder)!r}: {looked_for}, found {names or 'nothing'}")
+        entries = read_json(folder / CONFIG_FILE)
+        version = entries.pop("schema_version", None)
+        if version != SCHEMA_VERSION:
+            raise UserError(f"{folder / CONFIG_FILE} has schema_version {version!r}, allowed is {SCHEMA_VERSION}")
+        known = {f.name for f in fields(SAEConfig)}
+        if surplus := sorted(set(entries) - known):
+            raise UserError(f"{folder / CONFIG_FILE} has unknown entries {surplus}, allowed are {sorted(known)}")
+        return cls(SAEConfig(**entries), load_file(folder / WEIGHTS_FILE)).to(device)
+
+
+def _chunks(x: Tensor, rows: int) -> Iterator[tuple[int, Tensor]]:
+    for start in range(0, x.shape[0], rows):
+        yield start, x[start : start + rows]
+
+
+def is_sae_folder(folder: str | Path) -> bool:
+    """Whether a folder holds an autoencoder written by `SparseAutoencoder.save`."""
+    folder = Path(folder)
+    return (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file()
+
+
+def sae_folders(path: str | Path) -> list[Path]:
+    """The autoencoder folders of a run folder, of its `saes` folder, or of one autoencoder's folder itself."""
+    path = Path(path)
+    if is_sae_folder(path):
+        return [path]
+    inside = path / "saes" if (path / "saes").is_dir() else path
+    return sorted(p for p in inside.iterdir() if is_sae_folder(p)) if inside.is_dir() else []
+
+
+def load_saes(
+    path: str | Path, *, device: str | torch.device = "cpu", sites: Iterable[Site | str] | None = None
+) -> dict[Site, SparseAutoencoder]:
+    """Autoencoders by site, in forward order, from a run folder, its `saes` folder or a single autoencoder's folder."""
+    folders = sae_folders(path)
+    if not folders:
+        raise UserError(
+            f"no autoencoders in {str(path)!r}: looked for SITE/{CONFIG_FILE} and SITE/{WEIGHTS_FILE}, "
+            "there and in a saes folder inside"
+        )
+    found: dict[Site, SparseAutoencoder] = {}
+    wanted = None if sites is None else {Site.parse(str(site)) for site in sites}
+    for folder in folders:
+        site = Site.parse(read_json(folder / CONFIG_FILE)["site"])
+        if site in found:
+            raise UserError(f"{str(path)!r} holds several autoencoders for site {site}; name one of their folders")
+        if wanted is None or site in wanted:
+            found[site] = SparseAutoencoder.load(folder, device=device)
+    if wanted and (missing := sorted(wanted - set(found))):
+        names, has = ", ".join(map(str, missing)), ", ".join(folder.name for folder in folders)
+        raise UserError(f"{str(path)!r} has no autoencoder for {names}; it has {has}")
+    return {site: found[site] for site in sorted(found)}

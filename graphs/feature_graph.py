@@ -1,0 +1,268 @@
+"""The feature graph: what a circuit is once the model has been put away.
+
+1. Nodes are features (`resid_3/120`), SAE errors (`resid_3/error`) and one output node (`metric`); each carries its
+   effect on the metric and, in a circuit by position, where it sits (`resid_3/120@5`).
+2. Edges run from a site to a later one, weighted by how much of the metric's change passes along them. Sites are
+   kept in the model's forward order, so the graph has no cycles.
+3. `metadata` is free; what draws the graph reads `title`, `metric` (what the number means), `tokens` (the header of
+   position 0, 1, ...) and `positions` (the order of named spans).
+
+The graph itself is a `networkx.DiGraph` at `.graph`: every networkx algorithm applies to it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import networkx as nx
+
+from graphs.errors import GraphError, unknown
+from graphs.files import read_json, write_text
+
+SCHEMA_VERSION = 1
+METRIC = "metric"
+KINDS = ("feature", "error", "metric")
+NODE_KEYS = ("id", "site", "feature", "kind", "position", "effect", "label", "attributes")
+
+Position = int | str | None
+
+
+def node_id(site: str, what: int | str, position: Position = None) -> str:
+    """`resid_3/120`, `resid_3/error`, and with a position `resid_3/120@5` or `resid_3/120@subject`."""
+    return f"{site}/{what}" + ("" if position is None else f"@{position}")
+
+
+@dataclass(frozen=True)
+class Node:
+    """One node of the circuit."""
+
+    id: str
+    """`resid_3/120`, `resid_3/error`, `resid_3/120@5` or `metric`."""
+    site: str
+    """The site the node lives at, `resid_3`; `metric` for the output node."""
+    feature: int | None
+    """Index of the feature in its SAE; None for errors and the output node."""
+    kind: Literal["feature", "error", "metric"]
+    """What the node is."""
+    position: Position = None
+    """Token position or span name, None when positions are summed."""
+    effect: float = 0.0
+    """Indirect effect on the metric; for the output node the total effect."""
+    label: str | None = None
+    """What a person says the feature means."""
+    attributes: dict[str, Any] = field(default_factory=dict)
+    """Anything else, plain JSON: activation, exact_effect, density, top_tokens, top_logits, bottom_logits, contexts."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise GraphError(f"node {self.id!r} has kind {self.kind!r}: allowed are {', '.join(KINDS)}")
+        if self.kind == "metric":
+            expected = METRIC
+        else:
+            if (self.feature is None) != (self.kind == "error"):
+                raise GraphError(f"node {self.id!r} of kind {self.kind!r} has feature {self.feature!r}")
+            expected = node_id(self.site, "error" if self.feature is None else self.feature, self.position)
+        if self.id != expected:
+            raise GraphError(f"node id {self.id!r} does not match its fields, which spell {expected!r}")
+        if not math.isfinite(self.effect):
+            raise GraphError(f"effect of {self.id} is {self.effect}: it must be a finite number")
+
+    @property
+    def name(self) -> str:
+        """The id without the position: `resid_3/120`."""
+        if self.kind == "metric":
+            return METRIC
+        return node_id(self.site, "error" if self.feature is None else self.feature)
+
+
+def feature_node(site: str, feature: int, *, effect: float, position: Position = None, **attributes: Any) -> Node:
+    """A feature's node with its id spelt out; `attributes` are stored as they are."""
+    return Node(node_id(site, feature, position), site, feature, "feature", position, effect, None, attributes)
+
+
+def error_node(site: str, *, effect: float, position: Position = None, **attributes: Any) -> Node:
+    """An error's node with its id spelt out; `attributes` are stored as they are."""
+    return Node(node_id(site, "error", position), site, None, "error", position, effect, None, attributes)
+
+
+def metric_node(*, effect: float = 0.0, **attributes: Any) -> Node:
+    """The output node; `attributes` are stored as they are."""
+    return Node(METRIC, METRIC, None, "metric", None, effect, None, attributes)
+
+
+class Edge(NamedTuple):
+    """One edge of the circuit."""
+
+    source: str
+    """Id of the upstream node."""
+    target: str
+    """Id of the downstream node."""
+    weight: float
+    """How much of the change of the metric passes along the edge."""
+
+
+class FeatureGraph:
+    """Nodes, weighted edges, the sites in model order, and free metadata.
+
+    Nothing that reads a graph changes it: pruning and labelling return new graphs.
+    """
+
+    def __init__(self, sites: Iterable[str], *, metadata: Mapping[str, Any] | None = None) -> None:
+        self.sites: list[str] = list(sites)
+        self.metadata: dict[str, Any] = dict(metadata or {})
+        self.graph = nx.DiGraph()
+        self._rank = {site: rank for rank, site in enumerate(self.sites)}
+        if len(self._rank) != len(self.sites):
+            raise GraphError(f"sites {self.sites} name a site twice")
+
+    # --- building -----------------------------------------------------------------------------------------------
+
+    def add_node(self, node: Node) -> None:
+        """Add a node at a known site; a second node of the same id is refused."""
+        if node.kind != "metric" and node.site not in self._rank:
+            raise unknown("site", node.site, self.sites)
+        if node.id in self.graph:
+            raise GraphError(f"node {node.id!r} is already in the graph")
+        self.graph.add_node(node.id, node=node)
+
+    def add_edge(self, source: str, target: str, weight: float) -> None:
+        """Add an edge between two nodes of the graph, from a site to a later one or to the metric."""
+        for end in (source, target):
+            if end not in self.graph:
+                raise GraphError(f"edge {source} -> {target}: node {end!r} is not in the graph")
+        if self.rank(source) >= self.rank(target):
+            raise GraphError(f"edge {source} -> {target} does not go forward through the model")
+        if not math.isfinite(weight):
+            raise GraphError(f"weight of edge {source} -> {target} is {weight}: it must be a finite number")
+        self.graph.add_edge(source, target, weight=float(weight))
+
+    # --- reading ------------------------------------------------------------------------------------------------
+
+    def __contains__(self, id: str) -> bool:
+        return id in self.graph
+
+    def __len__(self) -> int:
+        return len(self.graph)
+
+    def __repr__(self) -> str:
+        return f"FeatureGraph({len(self)} nodes, {self.graph.number_of_edges()} edges, {len(self.sites)} sites)"
+
+    def node(self, id: str) -> Node:
+        """The node of this id."""
+        if id not in self.graph:
+            raise unknown("node", id, self.graph)
+        return self.graph.nodes[id]["node"]
+
+    def nodes(self) -> list[Node]:
+        """All nodes, in the order they were added."""
+        return [node for _, node in self.graph.nodes(data="node")]
+
+    def edges(self) -> list[Edge]:
+        """All edges, in the order of their sources."""
+        return [Edge(*edge) for edge in self.graph.edges(data="weight")]
+
+    def rank(self, id: str) -> int:
+        """Place of the node's site in the forward order; the metric comes after every site."""
+        node = self.node(id)
+        return len(self.sites) if node.kind == "metric" else self._rank[node.site]
+
+    @property
+    def positions(self) -> list[int | str]:
+        """The positions that occur: token positions in order, then spans as `metadata["positions"]` orders them."""
+        found = {node.position: None for node in self.nodes() if node.position is not None}
+        given = list(self.metadata.get("positions", ()))
+        order = {name: place for place, name in enumerate([*given, *(p for p in found if p not in given)])}
+        return sorted(found, key=lambda p: (0, p, "") if isinstance(p, int) else (1, order[p], p))
+
+    # --- new graphs from this one -------------------------------------------------------------------------------
+
+    def subgraph(self, ids: Iterable[str], *, edges: Iterable[tuple[str, str]] | None = None) -> FeatureGraph:
+        """The graph on these nodes, with all edges between them or only those given; metadata is shared."""
+        keep = set(ids)
+        allowed = None if edges is None else set(edges)
+        smaller = FeatureGraph(self.sites, metadata=self.metadata)
+        for node in self.nodes():
+            if node.id in keep:
+                smaller.add_node(node)
+        for source, target, weight in self.edges():
+            if source in keep and target in keep and (allowed is None or (source, target) in allowed):
+                smaller.graph.add_edge(source, target, weight=weight)
+        return smaller
+
+    def map_nodes(self, change: Callable[[Node], Node]) -> FeatureGraph:
+        """The same graph with every node replaced by `change(node)`, which must keep its id."""
+        changed = self.subgraph(self.graph)
+        for node in self.nodes():
+            new = change(node)
+            if new.id != node.id:
+                raise GraphError(f"node {node.id!r} cannot become {new.id!r}")
+            changed.graph.nodes[node.id]["node"] = new
+        return changed
+
+    def with_labels(self, labels: Mapping[str, str]) -> FeatureGraph:
+        """The same graph with the labels of `{"resid_3/120": "plural nouns"}`, by id or by name without position."""
+        return self.map_nodes(lambda node: replace(node, label=labels.get(node.id, labels.get(node.name, node.label))))
+
+    # --- files --------------------------------------------------------------------------------------------------
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dictionary that `from_json` turns back into the same graph."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "metadata": self.metadata,
+            "sites": self.sites,
+            "nodes": [{key: getattr(node, key) for key in NODE_KEYS} for node in self.nodes()],
+            "edges": [edge._asdict() for edge in self.edges()],
+        }
+
+    @staticmethod
+    def from_json(data: Any, *, source: str | Path = "graph") -> FeatureGraph:
+        """Build the graph from `to_json`'s dictionary; `source` names the file in error messages."""
+        _need(data, {"schema_version": int, "metadata": dict, "sites": list, "nodes": list, "edges": list}, source)
+        if data["schema_version"] != SCHEMA_VERSION:
+            version = data["schema_version"]
+            raise GraphError(f"{source}: schema_version is {version!r}, this program reads {SCHEMA_VERSION}")
+        try:
+            graph = FeatureGraph(data["sites"], metadata=data["metadata"])
+            for place, item in enumerate(data["nodes"]):
+                _need(item, dict.fromkeys(NODE_KEYS, object), f"{source}: nodes[{place}]")
+                _need(item, {"id": str, "site": str, "effect": float, "attributes": dict}, f"{source}: nodes[{place}]")
+                graph.add_node(Node(**{key: item[key] for key in NODE_KEYS}))
+            for place, item in enumerate(data["edges"]):
+                _need(item, {"source": str, "target": str, "weight": float}, f"{source}: edges[{place}]")
+                graph.add_edge(item["source"], item["target"], item["weight"])
+        except GraphError as error:
+            prefix = "" if str(error).startswith(str(source)) else f"{source}: "
+            raise GraphError(f"{prefix}{error}") from None
+        return graph
+
+    def save(self, path: str | Path) -> None:
+        """Write the graph as JSON; the file is replaced in one step."""
+        try:
+            text = json.dumps(self.to_json(), ensure_ascii=False, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise GraphError(f"{path}: the graph cannot be written as JSON ({error})") from None
+        write_text(path, text + "\n")
+
+    @staticmethod
+    def load(path: str | Path) -> FeatureGraph:
+        """Read a graph written by `save`; anything wrong in the file raises GraphError with the file and the value."""
+        return FeatureGraph.from_json(read_json(path), source=path)
+
+
+def _need(data: Any, keys: Mapping[str, type], where: str | Path) -> None:
+    """Raise GraphError unless `data` is a dictionary with these keys, each of its type (a float may be an integer)."""
+    if not isinstance(data, dict):
+        raise GraphError(f"{where}: expected an object with {', '.join(keys)}, found {data!r:.60}")
+    for key, kind in keys.items():
+        if key not in data:
+            raise GraphError(f"{where}: key {key!r} is missing")
+        value = data[key]
+        allowed = (int, float) if kind is float else kind
+        if isinstance(value, bool) or not isinstance(value, allowed):
+            raise GraphError(f"{where}: {key} is {value!r:.60}, expected {kind.__name__}")

@@ -197,8 +197,10 @@ def _no_module(name: str, module: str, modules: Sequence[str]) -> UserError:
 
 
 def select_sites(spec: str | Site | Iterable[str | Site], available: Sequence[Site]) -> list[Site]:
-    """The sites a user asks for, in the order of the forward pass: "all", kinds and names, comma-separated or listed."""
-    words: Iterable[str | Site] = spec.split(",") if isinstance(spec, str) else [spec] if isinstance(spec, Site) else spec
+    """The sites a user asks for, in forward order: "all", kinds and names, comma-separated or listed."""
+    if isinstance(spec, Site):
+        spec = [spec]
+    words: Iterable[str | Site] = spec.split(",") if isinstance(spec, str) else spec
     kinds = {site.kind for site in available}
     chosen: set[Site] = set()
     for word in words:
@@ -210,7 +212,7 @@ def select_sites(spec: str | Site | Iterable[str | Site], available: Sequence[Si
         elif text:
             matching = [site for site in available if site.name == text.replace(".", "_")]
             if not matching:
-                raise unknown("site", text, ["all", *sorted(kinds), *(site.name for site in available)])
+                raise unknown("site", text, dict.fromkeys(["all", *sorted(kinds), *(site.name for site in available)]))
             chosen.update(matching)
     if not chosen:
         raise UserError(f"no site selected by {spec!r}: allowed are all, {', '.join(site.name for site in available)}")

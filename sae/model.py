@@ -1,0 +1,346 @@
+"""The way to the model: read, replace and skip its sites, in one forward pass or in generation. Alone imports nnsight.
+
+1. `LanguageModel.load` takes a hub name, a folder or a Hugging Face object and finds its sites.
+2. `run` makes one forward pass under one nnsight trace. At each site, in the order of the forward pass, the site's
+   module is skipped or its tensor x [B, S, d] is read, edited and written back, and kept if it was asked for.
+3. Gradients need no backward inside the trace: a leaf planted at the embedding makes the graph, which outlives the
+   trace, and the caller differentiates with `torch.autograd.grad`.
+4. `resume_from` gives the tensors that let a run start at a site, from activations that were kept before.
+5. `generate` applies edits at every step with forward hooks, which cost less per token than a trace.
+
+Examples do not interact, so a batch may hold n copies of the same prompts with different edits.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from nnsight import NNsight
+from nnsight.intervention.interleaver import OutOfOrderError
+from torch import Tensor, nn
+
+from sae.errors import UserError, unknown
+from sae.loading import auto_device, fingerprint, load_hf
+from sae.places import Edit, Place, edited, tuple_length
+from sae.selfcheck import check_finite, check_model
+from sae.sites import ARCHITECTURES, Site, SitePath, model_type, site_table
+from sae.tokens import TextCoder, Tokens
+
+__all__ = ["Edit", "LanguageModel", "Run", "Tokens", "auto_device", "check_finite"]
+
+PROBE_ROWS, PROBE_POSITIONS = 3, 5
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one forward pass gave."""
+
+    activations: dict[Site, Tensor]
+    """The captured sites in forward order, each [B, S, d], after the edit at the site if there was one."""
+    logits: Tensor
+    """[B, S, V]; [B, 1, V] where only the last position was asked for, empty [0] where none was."""
+
+
+class LanguageModel:
+    """A decoder whose sites can be read, replaced and skipped; parameters are frozen and never change."""
+
+    def __init__(
+        self,
+        hf: Any,
+        tokenizer: Any,
+        *,
+        name: str,
+        site_paths: Mapping[str, str | SitePath] | None = None,
+        check: bool = True,
+    ) -> None:
+        self.hf: Any = hf
+        self.name = name
+        self.fingerprint = fingerprint(hf)
+        self.site_paths = site_table(hf, site_paths)
+        self.sites: tuple[Site, ...] = tuple(self.site_paths)
+        self.n_layers = 1 + max((site.layer for site in self.sites if site.layer is not None), default=-1)
+        self._coder = None if tokenizer is None else TextCoder(tokenizer)
+        self._lock = threading.RLock()
+        self._root = NNsight(hf)
+        self._base = self._root.get(base) if (base := _base_path(hf, self.site_paths)) else self._root
+        self._contains = _containment(self.site_paths)
+        self._places = {site: self._place(site, path) for site, path in self.site_paths.items()}
+        self._leaf = self._places.get(Site("embed")) or self._input_embeddings()
+        self._probe()
+        if check:
+            check_model(self)
+
+    @classmethod
+    def load(
+        cls,
+        model: str | Path | nn.Module,
+        *,
+        tokenizer: Any = None,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        site_paths: Mapping[str, str | SitePath] | None = None,
+        check: bool = True,
+    ) -> LanguageModel:
+        """Load a hub name or a folder, or take a Hugging Face model (put in evaluation mode and frozen in place).
+
+        `site_paths` says where sites are in an architecture that is not known, or elsewhere than it says:
+        `{"attn": "model.layers.{layer}.self_attn.o_proj:input"}`. `check` runs the self-check of `sae.selfcheck`.
+        """
+        hf, tokenizer, name = load_hf(model, tokenizer=tokenizer, device=device, dtype=dtype)
+        return cls(hf, tokenizer, name=name, site_paths=site_paths, check=check)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's own copy of the tokenizer."""
+        return self._text.tokenizer
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of the tokenizer's special tokens."""
+        return self._text.special_ids
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go: the device of the first parameter."""
+        return next(self.hf.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number type of the activations."""
+        return next(self.hf.parameters()).dtype
+
+    def tokenize(self, texts: Sequence[str], *, max_length: int | None = None) -> Tokens:
+        """A left-padded batch on the model's device, with the special tokens the tokenizer itself adds."""
+        return self._text.encode(texts, max_length=max_length).to(self.device)
+
+    def single_token(self, text: str) -> int | None:
+        """The id of an answer when it is exactly one token after other text, else None."""
+        return self._text.single_token(text)
+
+    def token_strings(self, ids: Iterable[int] | Tensor) -> list[str]:
+        """The text each token adds to a sentence: " he", not "Ġhe"."""
+        return self._text.strings(ids)
+
+    def run(
+        self,
+        tokens: Tokens,
+        *,
+        capture: Iterable[Site] = (),
+        edits: Mapping[Site, Edit] | None = None,
+        skip: Mapping[Site, Tensor] | None = None,
+        grad: bool = False,
+        last_only: bool = False,
+        need_logits: bool = True,
+    ) -> Run:
+        """One forward pass of the batch.
+
+        `edits` map a site's x [B, S, d] to its replacement; `capture` gives tensors after the edit. `skip` gives the
+        output of a site's module, which then does not run: skipping `resid_l` skips block l whole, and sites inside it
+        can be neither captured nor edited. A skip tensor of fewer rows is repeated to the batch, copies in order.
+        With `grad` the graph outlives the run and starts at a leaf planted at the embedding, unless a skip tensor
+        requires a gradient already; else nothing is recorded. `last_only` unembeds the last position alone, and
+        without `need_logits` the head does not run.
+        """
+        edits, skip, wanted = dict(edits or {}), dict(skip or {}), set(capture)
+        hidden = self._hidden_by(skip)
+        self._check_requested(edits, wanted, skip, hidden)
+        values = self._fitted({site: x for site, x in skip.items() if site not in hidden}, rows=len(tokens))
+        leaf = self._leaf if grad and not any(x.requires_grad for x in values.values()) else None
+        places = [self._places[site] for site in self.sites if site in wanted or site in edits or site in values]
+        if leaf is not None and leaf not in places:
+            places.insert(0, leaf)
+
+        found: dict[Site, Tensor] = {}
+
+        def visit(place: Place) -> None:
+            site = place.site
+            before = values[site] if site in values else place.read()
+            x = before.detach().requires_grad_(True) if place is leaf else before
+            x = edited(x, edits[site], site) if site in edits else x
+            if site in values:
+                place.skip(x)
+            elif x is not before:
+                place.write(x)
+            if site in wanted:
+                found[site] = x
+
+        logits = self._trace(tokens, places, visit, grad=grad, last_only=last_only, need_logits=need_logits)
+        return Run(found, logits)
+
+    def resume_from(self, site: Site, cache: Mapping[Site, Tensor]) -> dict[Site, Tensor]:
+        """The `skip` mapping with which a run starts at `site`: what comes before it is taken from `cache`.
+
+        Blocks before the site's layer are skipped whole, the earlier sublayers of its own block one by one. Only the
+        last block skipped is read by what follows. What the cache lacks is computed again.
+        """
+        earlier = [other for other in self.sites if other < site and other in cache]
+        blocks = [other for other in earlier if other.kind == "resid"]
+        if not blocks:
+            return {other: cache[other] for other in earlier}
+        skip = {other: cache[blocks[-1]] for other in self.sites if other.kind == "resid" and other <= blocks[-1]}
+        return skip | {other: cache[other] for other in earlier if other > blocks[-1]}
+
+    def generate(
+        self, prompts: Tokens, *, max_new_tokens: int, edits: Mapping[Site, Edit] | None = None, **sampling: Any
+    ) -> Tensor:
+        """[B, S + new] token ids; greedy unless `sampling` (arguments of Hugging Face's generate) says otherwise.
+
+        Edits apply at every step: x is [B, S, d] on the prompt and [B, 1, d] at each later token.
+        """
+        prompts = prompts.to(self.device)
+        edits = dict(edits or {})
+        self._check_requested(edits, set(), {}, set())
+        pad = self._coder.pad_id if self._coder else 0
+        options = {"do_sample": False, "pad_token_id": pad, "max_new_tokens": max_new_tokens} | sampling
+        with self._lock, torch.no_grad(), ExitStack() as hooks:
+            for site, edit in edits.items():
+                hooks.enter_context(self._places[site].hooked(edit))
+            return self.hf.generate(prompts.input_ids, attention_mask=prompts.attention_mask, **options)
+
+    def _trace(
+        self,
+        tokens: Tokens,
+        places: Iterable[Place],
+        visit: Callable[[Place], None],
+        *,
+        grad: bool = False,
+        last_only: bool = False,
+        need_logits: bool = True,
+    ) -> Tensor:
+        """The one nnsight trace: visit the places, which are in forward order, and return the logits."""
+        root = self._root if need_logits else self._base
+        inputs = self._inputs(tokens, root, last_only=last_only)
+        outputs: list[Any] = []
+        with self._lock, torch.set_grad_enabled(grad), root.trace(**inputs):
+            for place in places:
+                visit(place)
+            if need_logits:
+                outputs.append(root.output)
+        if not need_logits:
+            return torch.empty(0, device=tokens.input_ids.device)
+        logits = getattr(outputs[0], "logits", outputs[0])
+        logits = logits[0] if isinstance(logits, tuple) else logits
+        return logits[:, -1:] if last_only else logits
+
+    def _inputs(self, tokens: Tokens, root: Any, *, last_only: bool) -> dict[str, Any]:
+        """What the forward pass is called with; an optional argument is left out where the model does not take it."""
+        tokens = tokens.to(self.device)
+        accepts = inspect.signature(type(root._module).forward).parameters
+        optional = {"position_ids": tokens.position_ids, "use_cache": False}
+        if last_only:
+            optional["logits_to_keep"] = 1
+        inputs = {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
+        return inputs | {name: value for name, value in optional.items() if name in accepts}
+
+    def _hidden_by(self, skip: Iterable[Site]) -> set[Site]:
+        """Sites that are never reached, because they are inside a skipped module."""
+        return {inner for site in skip for inner in self._contains.get(site, ())}
+
+    def _check_requested(
+        self, edits: Mapping[Site, Edit], wanted: set[Site], skip: Mapping[Site, Tensor], hidden: set[Site]
+    ) -> None:
+        for site in [*wanted, *edits, *skip]:
+            if site not in self._places:
+                raise unknown("site", str(site), [site.name for site in self.sites])
+        unreachable = sorted(hidden & (wanted | set(edits)))
+        if unreachable:
+            raise UserError(f"site {str(unreachable[0])!r} is inside a skipped block: it cannot be captured or edited")
+
+    def _fitted(self, skip: Mapping[Site, Tensor], *, rows: int) -> dict[Site, Tensor]:
+        """Skip tensors in the model's number type, repeated to the rows of the batch; one copy for a shared tensor."""
+        fitted: dict[int, Tensor] = {}
+        for site, x in skip.items():
+            if x.ndim != 3 or x.shape[-1] != self.widths[site] or rows % x.shape[0]:
+                raise UserError(
+                    f"skip tensor of site {str(site)!r} has shape {list(x.shape)}: allowed is [rows, positions, "
+                    f"{self.widths[site]}] with rows dividing {rows}"
+                )
+            if id(x) not in fitted:
+                copies = rows // x.shape[0]
+                fitted[id(x)] = (x if copies == 1 else x.repeat(copies, 1, 1)).to(self.dtype)
+        return {site: fitted[id(x)] for site, x in skip.items()}
+
+    @property
+    def _text(self) -> TextCoder:
+        if self._coder is None:
+            raise UserError(f"model {self.name!r} came without a tokenizer: give one with tokenizer=")
+        return self._coder
+
+    def _place(self, site: Site, path: SitePath) -> Place:
+        """The place of a site; its body is known where the path is the architecture's own."""
+        architecture = ARCHITECTURES.get(model_type(self.hf))
+        body = None
+        if architecture is not None and path == SitePath.parse(architecture.defaults()[site.kind]).at(site.layer):
+            sublayer = {"attn": architecture.attn_body, "mlp": architecture.mlp_body}.get(site.kind)
+            body = sublayer and self._root.get(SitePath(f"{architecture.block}.{sublayer}").at(site.layer).module)
+        return Place(site, path, self._root.get(path.module), body)
+
+    def _input_embeddings(self) -> Place:
+        """Where gradients start in a model whose table has no embed site."""
+        module = self.hf.get_input_embeddings()
+        path = SitePath(next(name for name, other in self.hf.named_modules() if other is module))
+        return Place(Site("embed"), path, self._root.get(path.module))
+
+    def _probe(self) -> None:
+        """One run on a few random tokens: widths, the structure modules return, the size of the vocabulary."""
+        tokens = self.probe_tokens()
+        widths: dict[Site, int] = {}
+
+        def visit(place: Place) -> None:
+            n_body = tuple_length(place.body.output) if place.body is not None else 0
+            n_outputs = tuple_length(place.envoy.output) if place.path.side == "output" else 0
+            self._places[place.site] = replace(place, n_outputs=n_outputs, n_body_outputs=n_body)
+            widths[place.site] = place.read().shape[-1]
+
+        try:
+            logits = self._trace(tokens, list(self._places.values()), visit)
+        except OutOfOrderError as error:
+            raise UserError(
+                f"the sites {', '.join(map(str, self.sites))} are not reached in this order in every run, each once: "
+                f"give other site_paths ({str(error).strip().splitlines()[0]})"
+            ) from None
+        self._leaf = self._places.get(Site("embed"), self._leaf)
+        self.widths: dict[Site, int] = widths
+        self.vocab_size: int = logits.shape[-1]
+        self.d_model: int = getattr(getattr(self.hf, "config", None), "hidden_size", None) or max(widths.values())
+        self.parallel_blocks = self._is_parallel(tokens)
+
+    def _is_parallel(self, tokens: Tokens) -> bool:
+        """Whether the MLP does not read the attention of its own block, tried on the first block."""
+        attn, mlp = Site("attn", 0), Site("mlp", 0)
+        if attn not in self.widths or mlp not in self.widths:
+            return False
+        runs = [
+            self.run(tokens, capture=[mlp], edits=edits, need_logits=False).activations[mlp]
+            for edits in ({}, {attn: torch.zeros_like})
+        ]
+        return torch.equal(*runs)
+
+    def probe_tokens(self) -> Tokens:
+        """A few random tokens, the same every time."""
+        n_tokens = self.hf.get_input_embeddings().weight.shape[0]
+        ids = torch.randint(n_tokens, (PROBE_ROWS, PROBE_POSITIONS), generator=torch.Generator().manual_seed(0))
+        return Tokens(ids, torch.ones_like(ids)).to(self.device)
+
+
+def _base_path(hf: Any, table: Mapping[Site, SitePath]) -> str:
+    """Path of the model without its head, if all sites are in it; else empty."""
+    base = getattr(hf, "base_model_prefix", "")
+    inside = isinstance(getattr(hf, base or " ", None), nn.Module)
+    return base if inside and all(path.module.startswith(f"{base}.") for path in table.values()) else ""
+
+
+def _containment(table: Mapping[Site, SitePath]) -> dict[Site, tuple[Site, ...]]:
+    """For each site at a module's output, the sites inside the module."""
+    return {
+        site: tuple(inner for inner, other in table.items() if other.module.startswith(f"{path.module}."))
+        for site, path in table.items()
+        if path.side == "output"
+    }

@@ -1,0 +1,92 @@
+"""Tiny random models of every supported architecture, and the folder of shared material."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from sae.model import LanguageModel
+
+ARCHITECTURES = ("gpt2", "gpt_neox", "llama", "mistral", "qwen3", "gemma2", "gemma3_text")
+WORDS = """
+the a this that man men woman women boy boys girl girls king kings queen queens dog dogs cat cats teacher teachers
+he she they him her his it is are was were runs run sees see likes like knows know walks walk sings sing
+near behind with and but who which old young small tall happy . ,
+""".split()
+SPECIAL = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
+
+
+@pytest.fixture(autouse=True)
+def _reproducible() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+def word_tokenizer(**special: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words; special tokens as given, all four by default."""
+    special = special or SPECIAL
+    vocabulary = {word: index for index, word in enumerate([*SPECIAL.values(), *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def tiny_hf(architecture: str, *, layers: int = 2, seed: int = 0, width: int = 32) -> PreTrainedModel:
+    """A random Hugging Face model of width 32 whose layers all matter to the logits."""
+    heads, inner = 4, 2 * width
+    sizes: dict[str, Any] = {
+        "vocab_size": len(SPECIAL) + len(WORDS),
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "max_position_embeddings": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "initializer_range": 0.1,
+    }
+    if architecture == "gpt2":
+        sizes = {key: value for key, value in sizes.items() if key != "pad_token_id"} | {"n_inner": inner}
+    else:
+        sizes["intermediate_size"] = inner
+    if architecture in ("llama", "mistral", "qwen3", "gemma2", "gemma3_text"):
+        sizes |= {"num_key_value_heads": 2, "head_dim": width // heads}
+    if architecture in ("gemma2", "gemma3_text"):
+        sizes |= {"sliding_window": 4, "query_pre_attn_scalar": width // heads}
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **sizes))
+    for parameter in model.parameters():  # biases and norm gains start as constants: make them differ
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def make_tiny_model() -> Callable[..., LanguageModel]:
+    """make_tiny_model(architecture, layers=2, seed=0, **load options) -> LanguageModel with random weights."""
+
+    def make(architecture: str, layers: int = 2, *, seed: int = 0, width: int = 32, **options: Any) -> LanguageModel:
+        hf = tiny_hf(architecture, layers=layers, seed=seed, width=width)
+        return LanguageModel.load(hf, **{"tokenizer": word_tokenizer(), "device": "cpu", **options})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model(make_tiny_model: Callable[..., LanguageModel]) -> LanguageModel:
+    """A random GPT-NeoX of 2 layers, width 32, with a tokenizer of some sixty English words."""
+    return make_tiny_model("gpt_neox")
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The folder of shared models and data beside the repository; tests that need it are skipped without it."""
+    folder = Path(__file__).resolve().parents[2] / "shared"
+    if not folder.is_dir():
+        pytest.skip(f"needs the shared models and data in {folder}")
+    return folder

@@ -1,0 +1,98 @@
+"""Matches against double loops, on dictionaries whose relation is known."""
+
+import pytest
+import torch
+from torch.nn.functional import cosine_similarity, normalize
+
+from sae.errors import UserError
+from sae.similarity import (
+    ActivationCorrelation,
+    match_features,
+    nearest_features,
+    persistent_features,
+    split_features,
+)
+
+
+def directions(n, d, seed):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 200, 10**6])
+def test_nearest_features_equal_a_double_loop(chunk_bytes):
+    W_dec, asked = directions(20, 6, 0), torch.tensor([3, 17, 4])
+    cosine, index = nearest_features(W_dec, asked, k=4, chunk_bytes=chunk_bytes)
+    for row, i in enumerate(asked.tolist()):
+        scores = sorted((float(cosine_similarity(W_dec[i], W_dec[j], dim=0)), j) for j in range(20) if j != i)[::-1]
+        assert index[row].tolist() == [j for _, j in scores[:4]]
+        assert cosine[row].tolist() == pytest.approx([score for score, _ in scores[:4]], abs=1e-6)
+
+
+def test_nearest_features_of_another_dictionary_may_be_the_same_direction():
+    W_dec = directions(10, 6, 1)
+    cosine, index = nearest_features(W_dec, torch.arange(10), among=W_dec.flip(0) * 3.0, k=1)
+    assert index[:, 0].tolist() == list(range(9, -1, -1))
+    assert torch.allclose(cosine, torch.ones(10, 1), atol=1e-5)
+    assert nearest_features(W_dec[:3], torch.tensor([1]), k=9)[1].tolist()[0] != [1]
+    assert nearest_features(W_dec, torch.empty(0, dtype=torch.int64), k=2)[0].shape == (0, 2)
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 300, 10**6])
+def test_match_equals_a_double_loop(chunk_bytes):
+    a, b = directions(13, 5, 2), directions(9, 5, 3)
+    match = match_features(a, b, chunk_bytes=chunk_bytes)
+    table = [[float(cosine_similarity(u, v, dim=0)) for v in b] for u in a]
+    for i, row in enumerate(table):
+        j = max(range(9), key=row.__getitem__)
+        assert int(match.partner[i]) == j
+        assert float(match.similarity[i]) == pytest.approx(row[j], abs=1e-6)
+        assert bool(match.mutual[i]) == (max(range(13), key=lambda m, j=j: table[m][j]) == i)
+    assert match.mean == pytest.approx(sum(max(row) for row in table) / 13, abs=1e-6)
+
+
+def test_a_permuted_dictionary_is_found_again():
+    a, order = directions(50, 16, 4), torch.randperm(50, generator=torch.Generator().manual_seed(5))
+    match = match_features(a, a[order])
+    assert torch.equal(order[match.partner], torch.arange(50))
+    assert match.mutual.all()
+    assert persistent_features(match).tolist() == list(range(50))
+    noisy = match_features(a, torch.cat([a[order][:20], directions(30, 16, 6)]))
+    assert persistent_features(noisy, threshold=0.999).tolist() == sorted(order[:20].tolist())
+
+
+@pytest.mark.parametrize("split", [[200], [1, 99, 100]])
+def test_activation_correlation_is_pearson(split):
+    f, g = directions(200, 7, 7).relu(), directions(200, 4, 8).relu()
+    g[:, 1] = 2.5 * f[:, 3] + 1.0
+    f[:, 5] = 0.0
+    sums = ActivationCorrelation(7, 4)
+    for a, b in zip(f.split(split), g.split(split), strict=True):
+        sums.update(a, b)
+    rows = sums.rows(slice(0, 7))
+    expected = torch.corrcoef(torch.cat([f, g], 1).double().T)[:7, 7:].nan_to_num(0.0).float()
+    assert torch.allclose(rows, expected, atol=1e-5)
+    match = sums.match(chunk_bytes=40)
+    assert int(match.partner[3]) == 1
+    assert float(match.similarity[3]) == pytest.approx(1.0, abs=1e-5)
+    assert bool(match.mutual[3])
+
+
+def test_split_features_are_the_wide_ones_around_a_narrow_one():
+    narrow = torch.eye(6)[:3]
+    wide = torch.stack(
+        [
+            narrow[0] + 0.3 * torch.eye(6)[4],
+            torch.eye(6)[5],
+            narrow[0] - 0.3 * torch.eye(6)[4],
+            narrow[1],
+        ]
+    )
+    assert split_features(narrow, normalize(wide, dim=-1)) == {0: [0, 2]}
+    assert split_features(narrow, wide, threshold=0.99) == {}
+
+
+def test_what_cannot_be_compared_is_refused():
+    with pytest.raises(UserError, match="width 5 and 6"):
+        match_features(directions(3, 5, 0), directions(3, 6, 0))
+    with pytest.raises(UserError, match="same tokens"):
+        ActivationCorrelation(2, 2).update(torch.zeros(3, 2), torch.zeros(4, 2))

@@ -1,0 +1,110 @@
+"""Node gradients in model space: attribution patching and integrated gradients.
+
+Legend: B examples, S positions, d model width, K integration nodes.
+
+The SAE never enters the model's forward or backward pass: decoding is affine, so all that both methods need is g =
+dm/dx at each site, and the features are met only once, in `effects.contract_gradient`.
+
+Attribution patching (Nanda 2023; Marks et al. 2024, eq. 3)
+  1. One forward pass of the clean prompts with the graph kept, one backward pass from sum_b m_b: g at all sites at
+     once.
+
+Integrated gradients (Sundararajan et al. 2017; Marks et al. 2024, eq. 4), one site at a time
+  1. x_k = (1 - a_k) x_clean + a_k x_patch for the quadrature nodes a_k, all K * B rows in the batch dimension,
+     chunked to a budget.
+  2. Everything before the site is skipped: the forward pass resumes from the cached clean activations.
+  3. g = sum_k w_k dm/dx at x_k. Then sum over nodes of the effects = m(site patched) - m(clean), up to the
+     quadrature error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from circuits.attribution.states import States
+from circuits.behaviour import Metric
+from sae.errors import unknown
+from sae.model import LanguageModel
+from sae.sites import Site
+
+RULES = ("midpoint", "gauss-legendre", "left-riemann")
+
+
+def quadrature(rule: str, steps: int) -> tuple[list[float], list[float]]:
+    """Nodes a_k in [0, 1] and weights w_k (summing to 1) of a rule of `RULES` with `steps` nodes.
+
+    `left-riemann` is what the paper's code uses; `midpoint` has about a twentieth of its error at the same cost.
+    """
+    if rule == "midpoint":
+        return [(k + 0.5) / steps for k in range(steps)], [1 / steps] * steps
+    if rule == "left-riemann":
+        return [k / steps for k in range(steps)], [1 / steps] * steps
+    if rule == "gauss-legendre":
+        nodes, weights = np.polynomial.legendre.leggauss(steps)
+        return [float(node + 1) / 2 for node in nodes], [float(weight) / 2 for weight in weights]
+    raise unknown("quadrature rule", rule, RULES)
+
+
+def attribution_patching(
+    model: LanguageModel, states: States, metric: Metric, *, sites: Sequence[Site]
+) -> dict[Site, torch.Tensor]:
+    """dm/dx at the clean run, [B, S, d] per site: one forward and one backward pass for all sites."""
+    run = model.run(states.tokens, capture=sites, grad=True, last_only=True)
+    m = metric(run.logits[:, -1], states.prompts)
+    gradients = torch.autograd.grad(m.sum(), [run.activations[site] for site in sites])
+    return dict(zip(sites, gradients, strict=True))
+
+
+def metric_at(
+    model: LanguageModel, states: States, metric: Metric, *, site: Site, value: torch.Tensor, copies: int, grad: bool
+) -> torch.Tensor:
+    """m with the site's output replaced by `value` [copies * B, S, d], everything before it taken from the clean
+    run. [copies, B]
+    """
+    skip = {
+        before: known.repeat(copies, 1, 1) if copies > 1 else known
+        for before, known in model.resume_from(site, states.clean).items()
+    }
+    skip[site] = value
+    run = model.run(states.tokens.repeat(copies), skip=skip, grad=grad, last_only=True)
+    logits = run.logits[:, -1].unflatten(0, (copies, len(states.tokens)))
+    return torch.stack([metric(rows, states.prompts) for rows in logits])
+
+
+def integrated_gradients(
+    model: LanguageModel,
+    states: States,
+    metric: Metric,
+    *,
+    site: Site,
+    rule: str = "midpoint",
+    steps: int = 10,
+    max_rows: int = 512,
+) -> torch.Tensor:
+    """Weighted mean of dm/dx along the straight path from the clean to the patch activation of one site, [B, S, d].
+
+    At most `max_rows` prompts go through the model at once (at least one quadrature node of the whole batch does).
+    """
+    clean, patch = states.clean[site], states.patch[site]
+    nodes, weights = quadrature(rule, steps)
+    total = torch.zeros_like(clean)
+    per_pass = max(1, max_rows // len(clean))
+    for start in range(0, steps, per_pass):
+        alpha = torch.tensor(nodes[start : start + per_pass], device=clean.device, dtype=clean.dtype)
+        weight = torch.tensor(weights[start : start + per_pass], device=clean.device, dtype=clean.dtype)
+        path = torch.lerp(clean, patch, alpha[:, None, None, None])  # [K, B, S, d]
+        leaf = path.flatten(0, 1).requires_grad_()
+        m = metric_at(model, states, metric, site=site, value=leaf, copies=len(alpha), grad=True)
+        (gradient,) = torch.autograd.grad(m.sum(), leaf)
+        total += torch.einsum("k,kbsd->bsd", weight, gradient.unflatten(0, (len(alpha), -1)))
+    return total
+
+
+@torch.no_grad()
+def site_total_effect(model: LanguageModel, states: States, metric: Metric, *, site: Site) -> torch.Tensor:
+    """m(the site alone patched) - m(clean), [B]: what the effects of a site must add up to."""
+    patched = metric_at(model, states, metric, site=site, value=states.patch[site], copies=1, grad=False)
+    return patched[0] - states.m_clean

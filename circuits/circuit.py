@@ -1,0 +1,167 @@
+"""A circuit as it is kept: all node effects, the edges of its strongest nodes, and what it was made with.
+
+A `Circuit` holds more than is drawn: effects of every node, so that another threshold never runs the model again,
+and the edges among the `edge_nodes`. `Circuit.graph` cuts a `FeatureGraph` out of it. On disk it is a folder:
+
+    circuit/circuit.json          the graph as pruned by default, with metadata: options, model, totals, completeness
+    circuit/effects.safetensors   per site example, position, feature, value; edge nodes; edge weights
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from circuits.attribution.effects import SiteEffects
+from circuits.edges import Edges
+from circuits.nodes import Nodes, SiteNodes, aggregate_site, select_nodes
+from graphs.feature_graph import FeatureGraph, error_node, feature_node, metric_node
+from graphs.pruning import by_edge_threshold, by_top_edges
+from sae.errors import UserError
+from sae.files import atomic_write
+from sae.sites import Site
+
+GRAPH_FILE = "circuit.json"
+EFFECTS_FILE = "effects.safetensors"
+
+
+@dataclass(frozen=True)
+class Circuit:
+    """Effects, edges and provenance of one discovery."""
+
+    effects: dict[Site, SiteEffects]
+    """Per-example effects of every node of every site, in forward order."""
+    edge_nodes: Nodes
+    """The nodes between which edges were computed."""
+    edges: Edges
+    """(upstream, downstream or None for the metric) -> mean weight over examples, [D, U] over `edge_nodes`."""
+    metadata: dict[str, Any]
+    """Plain JSON: `options`, `model`, `saes`, `prompts`, `n_examples`, `n_positions`, `total_effect`,
+    `completeness`, ...
+    """
+
+    @cached_property
+    def nodes(self) -> Nodes:
+        """Aggregated effects of all nodes, strongest first in each site."""
+        return {
+            site: aggregate_site(
+                effects,
+                n_examples=self.metadata["n_examples"],
+                n_positions=self.metadata["n_positions"],
+                aggregation=self.metadata["options"]["aggregation"],
+            )
+            for site, effects in self.effects.items()
+        }
+
+    def strongest(self, n: int) -> Nodes:
+        """The n nodes of largest |effect| over all sites."""
+        return select_nodes(self.nodes, top=n)
+
+    def graph(
+        self,
+        *,
+        nodes: int | None = None,
+        node_threshold: float | None = None,
+        edges: int | None = None,
+        edge_threshold: float | None = None,
+        attributes: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> FeatureGraph:
+        """The feature graph of the strongest nodes and the edges between them.
+
+        nodes, node_threshold, edges, edge_threshold: as in `select_nodes`, None for no limit; attributes: by node
+        name without position (`resid_3/120`), stored with the node. Raises `UserError` if a kept node has no edges
+        computed.
+        """
+        kept = select_nodes(self.nodes, top=nodes, threshold=node_threshold)
+        graph = FeatureGraph([site.name for site in self.effects], metadata=self.metadata)
+        for site, site_nodes in kept.items():
+            rows = zip(
+                site_nodes.feature.tolist(), site_nodes.position.tolist(), site_nodes.effect.tolist(), strict=True
+            )
+            for feature, position, effect in rows:
+                where = None if position < 0 else position
+                if feature == site_nodes.n_features:
+                    graph.add_node(error_node(site.name, effect=effect, position=where))
+                else:
+                    extra = (attributes or {}).get(f"{site.name}/{feature}", {})
+                    graph.add_node(feature_node(site.name, feature, effect=effect, position=where, **extra))
+        graph.add_node(metric_node(effect=self.metadata["total_effect"] or 0.0))
+        self._add_edges(graph)
+        if edge_threshold is not None:
+            graph = by_edge_threshold(graph, edge_threshold)
+        return graph if edges is None else by_top_edges(graph, edges)
+
+    def _add_edges(self, graph: FeatureGraph) -> None:
+        names = {site: site_nodes.ids(site) for site, site_nodes in self.edge_nodes.items()}
+        known = {name for site_names in names.values() for name in site_names}
+        without = [node.id for node in graph.nodes() if node.kind != "metric" and node.id not in known]
+        if without and self.edges:
+            raise UserError(
+                f"edges were computed among the {len(known)} strongest nodes and {without[0]!r} is not one of them: "
+                "keep fewer nodes, or discover again with more edge nodes"
+            )
+        for (up, down), weights in self.edges.items():
+            targets = ["metric"] if down is None else names[down]
+            for row, column in weights.nonzero().tolist():
+                if names[up][column] in graph and targets[row] in graph:
+                    graph.add_edge(names[up][column], targets[row], float(weights[row, column]))
+
+    # --- files --------------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path, *, graph: FeatureGraph) -> Path:
+        """Write `effects.safetensors`, then `circuit.json` (the pruned `graph`), each in one step."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(folder / EFFECTS_FILE) as temporary:
+            save_file(self._tensors(), temporary)
+        graph.save(folder / GRAPH_FILE)
+        return folder
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        tensors: dict[str, torch.Tensor] = {}
+        for site, effects in self.effects.items():
+            for name in ("example", "position", "feature", "value"):
+                tensors[f"effects/{site.name}/{name}"] = getattr(effects, name)
+            tensors[f"effects/{site.name}/n_features"] = torch.tensor([effects.n_features])
+        for site, nodes in self.edge_nodes.items():
+            for name in ("feature", "position", "effect"):
+                tensors[f"edge_nodes/{site.name}/{name}"] = getattr(nodes, name)
+        for (up, down), weights in self.edges.items():
+            tensors[f"edges/{up.name}/{'metric' if down is None else down.name}"] = weights
+        return {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+
+    @staticmethod
+    def load(path: str | Path) -> Circuit:
+        """Read a run folder or the `circuit` folder inside it."""
+        folder = circuit_folder(path)
+        metadata = FeatureGraph.load(folder / GRAPH_FILE).metadata
+        tensors = load_file(folder / EFFECTS_FILE)
+        effects, nodes, edges = {}, {}, {}
+        for site in (Site.parse(name) for name in metadata["sites"]):
+            fields = (tensors[f"effects/{site.name}/{name}"] for name in ("example", "position", "feature", "value"))
+            effects[site] = SiteEffects(int(tensors[f"effects/{site.name}/n_features"]), *fields)
+            if f"edge_nodes/{site.name}/feature" in tensors:
+                ends = (tensors[f"edge_nodes/{site.name}/{name}"] for name in ("feature", "position", "effect"))
+                nodes[site] = SiteNodes(effects[site].n_features, *ends)
+        for name, weights in tensors.items():
+            if name.startswith("edges/"):
+                _, up, down = name.split("/")
+                edges[Site.parse(up), None if down == "metric" else Site.parse(down)] = weights
+        return Circuit(effects, nodes, edges, metadata)
+
+
+def circuit_folder(path: str | Path) -> Path:
+    """The folder with `circuit.json` and `effects.safetensors`: the path itself or `circuit` inside it."""
+    for folder in (Path(path), Path(path) / "circuit"):
+        if (folder / GRAPH_FILE).is_file() and (folder / EFFECTS_FILE).is_file():
+            return folder
+    raise UserError(
+        f"no circuit in {str(path)!r}: looked for {GRAPH_FILE} and {EFFECTS_FILE} there and in circuit/; "
+        "make one with sfc discover"
+    )

@@ -1,0 +1,230 @@
+"""Edge effects of a feature circuit by the cut graph.
+
+Legend: B examples, S positions, d model width, R lanes (downstream nodes handled by one backward pass), U upstream
+and D downstream nodes.
+
+The effect of the edge u -> d (Marks et al. 2024, eq. 5, direct paths only) is
+
+    [dm/da_d, as the node method averages it] * [da_d/da_u, direct paths only] * [a_u,patch - a_u,clean].
+
+1. One forward pass of the clean prompts in which every site's output is cut: what the model computes there is kept,
+   and a detached leaf goes on in its place. Every path between two leaves that remains is direct, whatever the
+   architecture (parallel or sequential blocks, post-norms, missing sites): autograd finds the parents.
+2. A downstream feature's cotangent at its site is its gradient (W_dec[d] . g) times its encoder row where it is
+   active; that of the error node e = y - y_hat(y) is g - sum_active (W_dec[i] . g) W_enc[i]. One vector-Jacobian
+   product gives the edges from all parents at once, for all examples, since examples do not interact, and for all
+   positions where positions are summed.
+3. R downstream nodes share a backward pass: the forward pass runs R copies of the batch, one lane each.
+4. The gradient at a parent's leaf, [R, B, S, d], is contracted with the upstream decoder rows and deltas before it
+   is stored: [D, U].
+5. The metric is a downstream node as well: its edges are the direct effects of the sites that reach the logits. For
+   the last site every path is direct, so there the edges are the node effects themselves, with the node method's own
+   gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from circuits.attribution.effects import token_chunks
+from circuits.attribution.states import States
+from circuits.behaviour import Metric
+from circuits.nodes import Nodes, SiteNodes
+from sae.autoencoder import SparseAutoencoder
+from sae.model import LanguageModel
+from sae.sites import Site
+
+Edges = dict[tuple[Site, Site | None], torch.Tensor]
+"""(upstream, downstream) -> weights [D, U] over the two sites' selected nodes; downstream None is the metric, [1,
+U].
+"""
+
+
+@dataclass(frozen=True)
+class CutGraph:
+    """One forward pass in which every site's output is replaced by a leaf."""
+
+    outputs: dict[Site, torch.Tensor]
+    """What the model computed at each site from the leaves before it, [R * B, S, d], with its graph."""
+    leaves: dict[Site, torch.Tensor]
+    """What went on in its place, [R * B, S, d]."""
+    m: torch.Tensor
+    """The metric, [R * B], a function of the leaves that reach the logits directly."""
+
+
+def cut_forward(
+    model: LanguageModel, states: States, metric: Metric, *, sites: Sequence[Site], copies: int = 1
+) -> CutGraph:
+    """Run `copies` of the clean prompts with every site of `sites` cut."""
+    outputs: dict[Site, torch.Tensor] = {}
+    leaves: dict[Site, torch.Tensor] = {}
+
+    def cut(site: Site) -> Callable[[torch.Tensor], torch.Tensor]:
+        def replace(x: torch.Tensor) -> torch.Tensor:
+            outputs[site] = x
+            leaves[site] = x.detach().clone().requires_grad_()
+            return leaves[site]
+
+        return replace
+
+    run = model.run(states.tokens.repeat(copies), edits={site: cut(site) for site in sites}, grad=True, last_only=True)
+    logits = run.logits[:, -1].unflatten(0, (copies, len(states.tokens)))
+    return CutGraph(outputs, leaves, torch.cat([metric(rows, states.prompts) for rows in logits]))
+
+
+@dataclass(frozen=True)
+class _Ends:
+    """What a site's selected nodes bring to the product, as upstream and as downstream ends. n nodes."""
+
+    decoder: torch.Tensor
+    """[n, d] decoder rows; zero for the error node."""
+    delta: torch.Tensor
+    """[B, S, n] f_patch - f_clean where the node is; zero for the error node."""
+    error_delta: torch.Tensor
+    """[B, S, d] e_patch - e_clean."""
+    error_at: torch.Tensor
+    """[S, n] 1 where an error node is, else 0."""
+    gain: torch.Tensor
+    """[B, S, n] (W_dec . g) where the feature is active in the clean run, else 0; zero for the error node."""
+    encoder: torch.Tensor
+    """[n, d] encoder rows; zero for the error node."""
+    error_cotangent: torch.Tensor | None
+    """[B, S, d] g - sum_active (W_dec[i] . g) W_enc[i]; None where no error node is selected."""
+
+    def cotangents(self, nodes: slice) -> torch.Tensor:
+        """[R, B, S, d] for a slice of R nodes."""
+        cotangent = torch.einsum("bsr,rd->rbsd", self.gain[..., nodes], self.encoder[nodes])
+        if self.error_cotangent is not None:
+            at = self.error_at[:, nodes]  # [S, R]
+            cotangent += torch.einsum("sr,bsd->rbsd", at, self.error_cotangent)
+        return cotangent
+
+    def contract(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Edge weights summed over examples, [R, n], from the gradient at this site's leaf, [R, B, S, d]."""
+        weight = torch.einsum("rbsn,bsn->rn", gradient @ self.decoder.T, self.delta)
+        if self.error_at.any():
+            weight += torch.einsum("rbsd,bsd,sn->rn", gradient, self.error_delta, self.error_at)
+        return weight
+
+
+@torch.no_grad()
+def _site_ends(sae: SparseAutoencoder, states: States, gradient: torch.Tensor, nodes: SiteNodes, site: Site) -> _Ends:
+    """Gather from one pass of the encoder, chunk of tokens by chunk, all that the selected nodes need."""
+    device = sae.W_dec.device
+    n_features = sae.W_dec.shape[0]
+    batch, n_positions = states.mask.shape
+    clean, patch, g = (x.to(device).float().flatten(0, 1) for x in (states.clean[site], states.patch[site], gradient))
+    is_error = nodes.is_error.to(device)
+    feature = nodes.feature.to(device).clamp(max=n_features - 1)
+    decoder = sae.W_dec[feature] * ~is_error[:, None]
+    encoder = sae.encoder_rows(feature) * ~is_error[:, None]
+    all_rows = sae.encoder_rows(torch.arange(n_features, device=device)) if is_error.any() else None
+
+    deltas, actives, error_deltas, error_cotangents = [], [], [], []
+    for chunk in token_chunks(len(clean), n_features):
+        f_clean = sae.encode(clean[chunk])
+        f_patch = torch.zeros_like(f_clean) if states.zero_patch else sae.encode(patch[chunk])
+        delta = f_patch - f_clean
+        deltas.append(delta[:, feature])
+        actives.append(f_clean[:, feature] > 0)
+        error_deltas.append(patch[chunk] - clean[chunk] - delta @ sae.W_dec)
+        if all_rows is not None:
+            error_cotangents.append(g[chunk] - ((g[chunk] @ sae.W_dec.T) * (f_clean > 0)) @ all_rows)
+
+    column = torch.arange(n_positions, device=device)[:, None]
+    position = nodes.position.to(device)[None, :]
+    at = ((position < 0) | (column == position)).float()  # [S, n]; prompts of equal length where positions count
+    real = states.mask.to(device)[:, :, None].float()
+
+    def shaped(parts: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat(parts).unflatten(0, (batch, n_positions)) * real
+
+    gain = shaped([(g @ decoder.T) * torch.cat(actives)]) * at
+    error_cotangent = shaped(error_cotangents) if all_rows is not None else None
+    delta = shaped(deltas) * at * ~is_error
+    return _Ends(decoder, delta, shaped(error_deltas), at * is_error, gain, encoder, error_cotangent)
+
+
+def edge_effects(
+    model: LanguageModel,
+    saes: Mapping[Site, SparseAutoencoder],
+    states: States,
+    metric: Metric,
+    gradients: Mapping[Site, torch.Tensor],
+    nodes: Nodes,
+    *,
+    max_rows: int = 64,
+) -> Edges:
+    """Edge weights between all selected nodes of one batch, and from them to the metric, summed over the batch's
+    examples.
+
+    gradients: dm/dx per site as the node method averages it, [B, S, d]; max_rows: prompts in the cut forward pass at
+    once, which sets the number of lanes. Only pairs of sites with a direct path are in the result. With positions
+    (`nodes.position >= 0`) the prompts must be equally long.
+    """
+    sites = list(nodes)
+    ends = {
+        site: _site_ends(saes[site], states, gradients[site], site_nodes, site)
+        for site, site_nodes in nodes.items()
+        if len(site_nodes)
+    }
+    most = max((len(site_nodes) for site_nodes in nodes.values()), default=1)
+    lanes = max(1, min(max_rows // len(states.tokens), most))
+    graph = cut_forward(model, states, metric, sites=sites, copies=lanes)
+
+    edges: Edges = {}
+    for index, down in enumerate(sites):
+        upstream = [site for site in sites[:index] if site in ends]
+        if down not in ends or not upstream or not graph.outputs[down].requires_grad:
+            continue
+        parts: dict[Site, list[torch.Tensor]] = {}
+        for start in range(0, len(nodes[down]), lanes):
+            cotangent = ends[down].cotangents(slice(start, start + lanes))
+            for up, weight in _pull_back(graph, graph.outputs[down], cotangent, lanes, upstream, ends).items():
+                parts.setdefault(up, []).append(weight)
+        edges |= {(up, down): torch.cat(weights) for up, weights in parts.items()}
+    return edges | _metric_edges(graph, lanes, ends, gradients)
+
+
+def _metric_edges(
+    graph: CutGraph, lanes: int, ends: Mapping[Site, _Ends], gradients: Mapping[Site, torch.Tensor]
+) -> Edges:
+    """Edges to the metric, [1, U], from every site that reaches the logits directly."""
+    first_lane = torch.zeros_like(graph.m).unflatten(0, (lanes, -1))
+    first_lane[0] = 1
+    direct = _vjp(graph.m, [graph.leaves[site] for site in ends], first_lane.flatten())
+    last = list(graph.leaves)[-1]
+    edges: Edges = {}
+    for site, gradient in zip(ends, direct, strict=True):
+        if gradient is not None:
+            known = gradients[site][None] if site == last else gradient.unflatten(0, (lanes, -1))[:1]
+            edges[site, None] = ends[site].contract(known.to(ends[site].decoder)).cpu()
+    return edges
+
+
+def _pull_back(
+    graph: CutGraph,
+    output: torch.Tensor,
+    cotangent: torch.Tensor,
+    lanes: int,
+    upstream: Sequence[Site],
+    ends: Mapping[Site, _Ends],
+) -> dict[Site, torch.Tensor]:
+    """Edge weights [R, U] from each direct parent for R <= lanes cotangents [R, B, S, d] at one site's output."""
+    used = len(cotangent)
+    full = cotangent.new_zeros(lanes, *cotangent.shape[1:])
+    full[:used] = cotangent
+    leaves = [graph.leaves[site] for site in upstream]
+    gradients = _vjp(output, leaves, full.flatten(0, 1).to(output.dtype))
+    return {
+        site: ends[site].contract(gradient.unflatten(0, (lanes, -1))[:used].float()).cpu()
+        for site, gradient in zip(upstream, gradients, strict=True)
+        if gradient is not None
+    }
+
+
+def _vjp(output: torch.Tensor, leaves: Sequence[torch.Tensor], cotangent: torch.Tensor):
+    return torch.autograd.grad(output, leaves, cotangent, retain_graph=True, allow_unused=True)

@@ -1,0 +1,250 @@
+"""How much of a behaviour a circuit explains by itself, and how much is left without it.
+
+With m(X) the mean metric over prompts when only the nodes X are left as they are and all other features and errors
+are ablated (Marks et al. 2024, section 4; circuits.ablation says by what):
+
+    faithfulness(C) = (m(C) - m(0)) / (m(M) - m(0)),    completeness(C) = (m(M without C) - m(0)) / (m(M) - m(0)),
+
+M all nodes, 0 none. A ratio of means, never a mean of ratios. A good circuit has faithfulness near 1 and
+completeness near 0 at few nodes. Beside every circuit stand random circuits of the same size, drawn from the nodes
+with an effect.
+
+1. Node sets: the n strongest nodes for each size, from `start_site` on; sites before it are given for free and never
+   ablated.
+2. Ablation values from the reference prompts (by default those the circuit was found on).
+3. One forward pass per batch of prompts and node set.
+
+CPR and CMD (Mueller et al. 2025, MIB) are the areas under f and under |1 - f| over the share of nodes kept, by the
+trapezoid rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from circuits.ablation import AblationValues, NodeTable, ablation_edits
+from circuits.behaviour import Metric, get_metric, prepare
+from circuits.nodes import Nodes, count, select_nodes
+from circuits.prompts import PromptSet
+from sae.autoencoder import SparseAutoencoder
+from sae.errors import UserError, unknown
+from sae.files import atomic_write
+from sae.model import LanguageModel
+from sae.sites import Site
+
+COVERED = 0.8
+"""Share of the prompts whose template must occur among the reference prompts; below it templates are lengths alone."""
+
+
+@dataclass(frozen=True)
+class FaithfulnessOptions:
+    """How faithfulness is measured."""
+
+    ablation: str = "mean"
+    """What ablated nodes become: mean (per template and position), counterfactual, resample or zero."""
+    sizes: tuple[int, ...] = (10, 20, 50, 100, 200, 500, 1000)
+    """Numbers of nodes."""
+    start_site: str | None = None
+    """First site that is ablated; everything before is given for free. None for all sites."""
+    random: int = 3
+    """Random circuits of each size to compare with."""
+    seed: int = 0
+    """Seed of the random circuits and of resampling."""
+    batch_size: int = 64
+    """Prompts that go through the model at once."""
+
+
+@dataclass(frozen=True)
+class Faithfulness:
+    """Curves over circuit sizes; `random` holds one curve a draw."""
+
+    sizes: list[int]
+    """Nodes kept."""
+    faithfulness: list[float]
+    """(m(C) - m(0)) / (m(M) - m(0)) for the strongest nodes of each size."""
+    completeness: list[float]
+    """The same for everything but these nodes."""
+    random: list[list[float]]
+    """Faithfulness of random circuits: one list over sizes per draw."""
+    m_model: float
+    """Mean metric of the whole model, m(M)."""
+    m_empty: float
+    """Mean metric with every node ablated, m(0)."""
+    ablation: str
+    """What ablated nodes became."""
+    start_site: str
+    """First ablated site."""
+    n_nodes: int
+    """Nodes with an effect, from the start site on."""
+    n_prompts: int
+    """Prompts measured."""
+    n_uncovered: int
+    """Prompts left out because no reference prompt has their template."""
+
+    @property
+    def cpr(self) -> float:
+        """Area under faithfulness over the share of nodes kept (higher is better)."""
+        return _area([0.0, *self.faithfulness], [0, *self.sizes], self.n_nodes, lambda f: f)
+
+    @property
+    def cmd(self) -> float:
+        """Area under |1 - faithfulness| over the share of nodes kept (lower is better)."""
+        return _area([0.0, *self.faithfulness], [0, *self.sizes], self.n_nodes, lambda f: abs(1 - f))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return {"schema_version": 1, **asdict(self), "cpr": self.cpr, "cmd": self.cmd}
+
+    def table(self) -> str:
+        """A table for the terminal: one row a size."""
+        lines = [f"{'nodes':>7}  {'faithfulness':>12}  {'random':>16}  {'completeness':>12}"]
+        for row, size in enumerate(self.sizes):
+            drawn = [curve[row] for curve in self.random]
+            beside = f"{min(drawn):+.2f} to {max(drawn):+.2f}" if drawn else ""
+            lines.append(f"{size:>7}  {self.faithfulness[row]:>12.3f}  {beside:>16}  {self.completeness[row]:>12.3f}")
+        return "\n".join(lines)
+
+    def plot(self, path: str | Path) -> Path:
+        """Faithfulness, completeness and random circuits over size, as .svg, .png or .pdf."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(6, 3.6), layout="constrained")
+        axes = figure.subplots()
+        axes.axhline(1, color="0.8", lw=1)
+        axes.axhline(0, color="0.8", lw=1)
+        axes.plot(self.sizes, self.faithfulness, "o-", color="#1b6ca8", label="circuit (faithfulness)")
+        axes.plot(self.sizes, self.completeness, "s-", color="#c1440e", label="all but the circuit (completeness)")
+        for draw, curve in enumerate(self.random):
+            axes.plot(self.sizes, curve, ":", color="0.5", label="random circuits" if draw == 0 else None)
+        axes.set(xscale="log", xlabel=f"nodes kept, from {self.start_site} on", ylabel="share of the behaviour")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+        path = Path(path)
+        with atomic_write(path) as temporary:
+            figure.savefig(temporary, format=path.suffix[1:], dpi=160)
+        return path
+
+
+def _area(values: Sequence[float], sizes: Sequence[int], n_nodes: int, height) -> float:
+    """Trapezoid area over size / n_nodes; the last value holds from the largest size measured to all nodes, where f
+    = 1.
+    """
+    points = [(size / n_nodes, height(value)) for size, value in zip(sizes, values, strict=True) if size < n_nodes]
+    points.append((1.0, height(1.0)))
+    return sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in pairwise(points))
+
+
+def measure_faithfulness(
+    model: LanguageModel,
+    saes: Mapping[Site, SparseAutoencoder],
+    nodes: Nodes,
+    prompts: PromptSet,
+    options: FaithfulnessOptions | None = None,
+    *,
+    reference: PromptSet | None = None,
+    metric: str | Metric = "logit_difference",
+    progress: bool = True,
+) -> Faithfulness:
+    """Faithfulness and completeness of the strongest of `nodes` over sizes.
+
+    nodes: all nodes with their effects, as `Circuit.nodes`; reference: prompts whose means or values ablated nodes
+    take, the measured prompts themselves by default.
+    """
+    options = options or FaithfulnessOptions()
+    m = get_metric(metric)
+    prompts = prepare(prompts, model, m)
+    nodes = from_start_site(nodes, options.start_site)
+    n_nodes = count(nodes)
+    sizes = sorted({min(size, n_nodes) for size in options.sizes if size > 0})
+    if not sizes:
+        raise UserError(f"sizes {list(options.sizes)} hold no positive number of nodes")
+    strongest = [select_nodes(nodes, top=size) for size in sizes]
+    generator = torch.Generator().manual_seed(options.seed)
+    drawn = [[random_nodes(nodes, size, generator=generator) for size in sizes] for _ in range(options.random)]
+    sets = [*strongest, *(one for draw in drawn for one in draw)]
+    table = NodeTable(saes, sets, sites=list(nodes))
+    reference, prompts, uncovered = _aligned(reference or prompts, prompts, options.ablation)
+    values = AblationValues(
+        model, saes, table, options.ablation, reference=reference, seed=options.seed, batch_size=options.batch_size
+    )
+    kept = [(one, True) for one in ({}, *sets)] + [(one, False) for one in strongest]
+    means = _mean_metrics(model, saes, table, values, kept, prompts, m, options.batch_size, progress=progress)
+    m_model, m_empty, rest = means[0], means[1], means[2:]
+    scale = m_model - m_empty
+    if abs(scale) < 1e-9:
+        raise UserError(f"ablating every node leaves the metric at {m_empty:.4f}: there is nothing to explain")
+    f = [(value - m_empty) / scale for value in rest]
+    n = len(sizes)
+    return Faithfulness(
+        sizes=sizes,
+        faithfulness=f[:n],
+        completeness=f[-n:],
+        random=[f[start : start + n] for start in range(n, len(f) - n, n)],
+        m_model=m_model,
+        m_empty=m_empty,
+        ablation=options.ablation,
+        start_site=next(iter(nodes)).name,
+        n_nodes=n_nodes,
+        n_prompts=len(prompts),
+        n_uncovered=uncovered,
+    )
+
+
+@torch.no_grad()
+def _mean_metrics(model, saes, table, values, sets, prompts, metric, batch_size, *, progress) -> list[float]:
+    """Mean metric of the plain model and of every (nodes, keep)."""
+    totals = [0.0] * (1 + len(sets))
+    n_batches = -(-len(prompts) // batch_size)
+    with tqdm(total=n_batches * len(sets), desc="faithfulness", unit="run", disable=not progress) as bar:
+        for batch in prompts.batches(batch_size):
+            plain = model.run(batch.clean, last_only=True)
+            totals[0] += metric(plain.logits[:, -1], batch).sum().item()
+            at = values(batch)
+            for number, (nodes, keep) in enumerate(sets, start=1):
+                edits = ablation_edits(saes, table, nodes, at, batch.clean, keep=keep)
+                run = model.run(batch.clean, edits=edits, last_only=True)
+                totals[number] += metric(run.logits[:, -1], batch).sum().item()
+                bar.update()
+    return [total / len(prompts) for total in totals]
+
+
+def from_start_site(nodes: Nodes, start_site: str | None) -> Nodes:
+    """The nodes at `start_site` and later."""
+    if start_site is None:
+        return nodes
+    names = [site.name for site in nodes]
+    if start_site not in names:
+        raise unknown("start site", start_site, names)
+    return {site: site_nodes for site, site_nodes in nodes.items() if site >= Site.parse(start_site)}
+
+
+def random_nodes(nodes: Nodes, size: int, *, generator: torch.Generator) -> Nodes:
+    """`size` nodes drawn uniformly from all nodes with an effect."""
+    chosen = torch.zeros(count(nodes), dtype=torch.bool)
+    chosen[torch.randperm(len(chosen), generator=generator)[:size]] = True
+    parts = chosen.split([len(site_nodes) for site_nodes in nodes.values()])
+    return {site: site_nodes[part] for (site, site_nodes), part in zip(nodes.items(), parts, strict=True)}
+
+
+def _aligned(reference: PromptSet, prompts: PromptSet, ablation: str) -> tuple[PromptSet, PromptSet, int]:
+    """Reference and measured prompts keyed by the same template rule; measured prompts without reference left out."""
+    if ablation in ("counterfactual", "zero"):
+        return reference, prompts, 0
+    for rule in (reference.template_rule, "length"):
+        keyed, known = prompts.with_templates(rule), set(reference.with_templates(rule).templates)
+        covered = torch.tensor([template in known for template in keyed.templates])
+        if covered.float().mean() >= COVERED or rule == "length":
+            break
+    if not covered.any():
+        raise UserError(
+            f"none of the {len(prompts)} prompts has the template or length of a reference prompt: "
+            "give reference prompts like them, or ablate by zero or counterfactual"
+        )
+    return reference.with_templates(rule), keyed[covered], int((~covered).sum())

@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import get_session
+from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from sae.errors import UserError, unknown
+from sae.errors import UserError, nearest, unknown
 from sae.sites import model_type
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 FULL_PRECISION_PARAMETERS = 2_000_000_000  # up to this many, dtype "auto" on CUDA is float32 as it is elsewhere
+HUB_TIMEOUT_S = 5
 SAMPLED_VALUES = 64  # of each parameter, for the fingerprint
 
 
@@ -43,7 +46,7 @@ def load_hf(
     """
     wanted = _dtype(dtype)
     if isinstance(model, nn.Module):
-        hf, name = model, getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+        hf, name = model, getattr(getattr(model, "config", None), "_name_or_path", "")
         if device != "auto":
             hf.to(_device(device))
         if wanted is not None:
@@ -56,9 +59,9 @@ def load_hf(
             wanted = torch.float32
         hf.to(device=place, dtype=wanted)
     hf.eval().requires_grad_(False)
-    if tokenizer is None:
+    if tokenizer is None and name:
         tokenizer = _load_tokenizer(name, required=not isinstance(model, nn.Module))
-    return hf, tokenizer, name
+    return hf, tokenizer, name or type(hf).__name__
 
 
 def fingerprint(hf: nn.Module) -> str:
@@ -97,15 +100,26 @@ def _load_model(name: str) -> nn.Module:
     if Path(name).is_file():
         raise UserError(f"model {name!r} is a file: give the folder that holds config.json and the weights")
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+        return AutoModelForCausalLM.from_pretrained(name, dtype="auto", local_files_only=not _hub_reachable(name))
     except (OSError, ValueError) as error:
         raise _not_loaded("model", name, "config.json and the weights", error) from error
+
+
+def _hub_reachable(name: str) -> bool:
+    """Whether the hub answers at all, asked once: a download would retry for half a minute before it gives up."""
+    if Path(name).is_dir() or HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(ENDPOINT, timeout=HUB_TIMEOUT_S)
+    except Exception:  # no name service, no route, no proxy, a time-out: whatever it is, only the cache is left
+        return False
+    return True
 
 
 def _load_tokenizer(name: str, *, required: bool) -> Any:
     folder = Path(name)
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, local_files_only=not _hub_reachable(name))
     except Exception as error:  # the many ways a folder's files can be odd; a bare tokenizer.json still serves
         if (folder / "tokenizer.json").is_file():
             return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
@@ -118,7 +132,11 @@ def _not_loaded(what: str, name: str, contents: str, error: Exception) -> UserEr
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if Path(name).is_dir():
         return UserError(f"{what} {name!r} cannot be loaded: the folder needs {contents} ({reason})")
+    parent = Path(name).parent
+    siblings = [str(path) for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
+    matches = nearest(name, siblings, n=1)
+    hint = f"; did you mean {matches[0]!r}?" if matches else ""
     return UserError(
-        f"unknown {what} {name!r}: no such folder here, and the Hugging Face hub did not give it (no connection, a "
-        f"private name or a wrong one); give a local folder that holds {contents}, or a name on the hub"
+        f"unknown {what} {name!r}: there is no such folder, and the Hugging Face hub did not give it (not connected, "
+        f"or a wrong or private name); give a local folder that holds {contents}, or a name on the hub{hint}"
     )

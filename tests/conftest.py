@@ -14,11 +14,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from sae.model import LanguageModel
 
 ARCHITECTURES = ("gpt2", "gpt_neox", "llama", "mistral", "qwen3", "gemma2", "gemma3_text")
-WORDS = """
+TEXT = """
 the a this that man men woman women boy boys girl girls king kings queen queens dog dogs cat cats teacher teachers
 he she they him her his it is are was were runs run sees see likes like knows know walks walk sings sing
 near behind with and but who which old young small tall happy . ,
-""".split()
+"""
+WORDS = TEXT.split()
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
 
 

@@ -1,0 +1,106 @@
+"""Putting autoencoders into a running model, and the check that they belong there.
+
+At a site x = x̂ + e, with x̂ what the autoencoder makes of x and e its error. Two edits for `LanguageModel.run`:
+
+1. `replace_with_reconstruction`: x becomes x̂, the error is lost.
+2. `identity_splice`: x becomes x̂ + e, which must leave the logits as they are.
+
+`check_saes` tries the second at every site whenever autoencoders are attached to a model, so that a dictionary made for
+another model, width or site fails there, with a sentence that names the site.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from sae.autoencoder import SparseAutoencoder
+from sae.errors import UserError, unknown
+from sae.model import Edit, LanguageModel, Tokens
+from sae.selfcheck import relative_difference
+from sae.sites import Site
+
+logger = logging.getLogger(__name__)
+
+TOLERANCE = 1e-5  # of the largest logit, in float32 and float64
+TOLERANCE_16_BIT = 1e-2
+
+
+def replace_with_reconstruction(sae: SparseAutoencoder) -> Edit:
+    """The edit x -> x̂."""
+
+    def edit(x: Tensor) -> Tensor:
+        return sae(x)
+
+    return edit
+
+
+def identity_splice(sae: SparseAutoencoder) -> Edit:
+    """The edit x -> x̂ + (x − x̂)."""
+
+    def edit(x: Tensor) -> Tensor:
+        reconstruction = sae(x)
+        return reconstruction + (x.to(reconstruction.dtype) - reconstruction)
+
+    return edit
+
+
+def check_saes(model: LanguageModel, saes: Mapping[Site, SparseAutoencoder], tokens: Tokens | None = None) -> None:
+    """Raise UserError where an autoencoder does not fit the model; the sentence names the site.
+
+    Tried on `tokens`, or on a few random ones. With tokens given, a reconstruction that is further from x than zero is
+    logged as a warning: such an autoencoder was probably made for another place.
+    """
+    if not saes:
+        raise UserError("no autoencoders given: at least one site is needed")
+    for site, sae in saes.items():
+        _check_made_for(model, site, sae)
+    batch = model.probe_tokens() if tokens is None else tokens
+    plain = model.run(batch, capture=saes)
+    if tokens is not None:
+        for site, sae in saes.items():
+            _warn_if_useless(site, sae, plain.activations[site][batch.attention_mask.to(model.device).bool()])
+
+    def difference(sites: Mapping[Site, SparseAutoencoder]) -> float:
+        edits = {site: identity_splice(sae) for site, sae in sites.items()}
+        return relative_difference(model.run(batch, edits=edits).logits, plain.logits)
+
+    allowed = TOLERANCE if model.dtype in (torch.float32, torch.float64) else TOLERANCE_16_BIT
+    if difference(saes) <= allowed:
+        return
+    for site, sae in saes.items():
+        change = difference({site: sae})
+        if not change <= allowed:
+            raise UserError(
+                f"the autoencoder of site {str(site)!r} does not belong there: putting x̂ + (x − x̂) in place of x "
+                f"changes the logits by {change:.1e} of their size, allowed is {allowed:.0e}"
+            )
+
+
+def _check_made_for(model: LanguageModel, site: Site, sae: SparseAutoencoder) -> None:
+    if site not in model.widths:
+        raise unknown("site", str(site), [known.name for known in model.sites])
+    config = sae.config
+    if config.model_fingerprint and config.model_fingerprint != model.fingerprint:
+        raise UserError(
+            f"the autoencoder of site {str(site)!r} was made for another model: its model is {config.model!r} "
+            f"({config.model_fingerprint}), this one is {model.name!r} ({model.fingerprint})"
+        )
+    if config.site and Site.parse(config.site) != site:
+        raise UserError(f"the autoencoder given for site {str(site)!r} was made for site {config.site!r}")
+    if config.d_model != model.widths[site]:
+        raise UserError(
+            f"the autoencoder of site {str(site)!r} has width {config.d_model}: allowed is {model.widths[site]}, the "
+            "width of the model there"
+        )
+
+
+def _warn_if_useless(site: Site, sae: SparseAutoencoder, x: Tensor) -> None:
+    """x [N, d] are the activations of the tokens that are not padding."""
+    x = x.float()
+    error, size = float((x - sae(x)).square().sum()), float(x.square().sum())
+    if error > size:
+        logger.warning("site %s: the reconstruction is further from x than zero is (%.2g times)", site, error / size)

@@ -104,8 +104,8 @@ def _json_line_rows(text: str, path: Path) -> Iterator[tuple[Row, str]]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno}): {_shorten(line)!r}") from None
-        if isinstance(row, dict) and not _is_row(row) and all(isinstance(value, dict) for value in row.values()):
-            yield from _rows_of_object(row, where)  # a whole cluster file on one line
+        if isinstance(row, dict) and not _is_row(row) and all(isinstance(v, dict | list) for v in row.values()):
+            yield from _rows_of_object(row, where)  # a whole JSON file on one line
         else:
             yield _check_row(row, where), where
 

@@ -11,7 +11,8 @@ The template key follows one of three rules (`PromptSet.template_rule`):
 
 - `field`: the `template` field of the file and the token length, where every example has one;
 - `mask`: the clean tokens with every position masked at which clean and patch differ ("* was sad because"), which
-  recovers the templates of minimal pairs; taken when such keys hold at least four prompts on average;
+  recovers the templates of minimal pairs. A prompt takes the commonest such pattern that its tokens fit, so that names
+  which share a letter do not make a template of their own. Taken when such keys hold at least four prompts on average;
 - `length`: the token length alone.
 
 Shapes: B prompts, S positions, V vocabulary, n answers.
@@ -114,8 +115,8 @@ class PromptSet:
         )
 
     def with_templates(self, rule: TemplateRule) -> PromptSet:
-        """The same prompts keyed by another rule, so that two sets (train and test) can share their keys."""
-        if rule == self.template_rule:
+        """The same prompts keyed by another rule."""
+        if rule == "field" == self.template_rule:
             return self
         if rule == "length":
             keys = _length_keys(self.clean)
@@ -126,6 +127,16 @@ class PromptSet:
         else:
             raise unknown("template rule", rule, get_args(TemplateRule))
         return replace(self, templates=keys, template_rule=rule)
+
+    def aligned_to(self, reference: PromptSet) -> PromptSet:
+        """The same prompts under the template keys of another set (train and test), where they have one there."""
+        if reference.template_rule != "mask":
+            return self.with_templates(reference.template_rule)
+        patterns = Counter(reference.templates)
+        own = self.with_templates("mask").templates if self.patch is not None else _length_keys(self.clean)
+        found = _commonest_fits(_words(self.clean), patterns)
+        keys = [fit or key for fit, key in zip(found, own, strict=True)]
+        return replace(self, templates=keys, template_rule="mask")
 
     def summary(self) -> str:
         """One line: how many prompts, of which cases, what was rejected."""
@@ -147,20 +158,25 @@ def make_prompts(
     """Tokenise examples; those that cannot be used are counted in `rejected`, and `UserError` if none is left."""
     paired = any(example.patch is not None for example in examples)
     contrasted = any(example.patch_answers for example in examples)
-    clean = model.tokenize([example.clean for example in examples])
-    patch = model.tokenize([example.patch or "" for example in examples]) if paired else None
-
     rejected: Counter[str] = Counter()
+    usable: list[Example] = []
+    for example in examples:
+        reason = _text_problem(example, paired=paired)
+        if reason:
+            rejected[reason] += 1
+        else:
+            usable.append(example)
+    if not usable:
+        raise _none_left(name, rejected)
+
+    clean = model.tokenize([example.clean for example in usable])
+    patch = model.tokenize([example.patch or "" for example in usable]) if paired else None
     rows: list[int] = []
     clean_answers: list[list[int]] = []
     patch_answers: list[list[int]] = []
-    for row, example in enumerate(examples):
+    for row, example in enumerate(usable):
         answers, wrong = _answer_ids(example.clean_answers, model), _answer_ids(example.patch_answers, model)
-        reason = (
-            _length_problem(row, clean, patch, example)
-            or _context_problem(row, clean, model)
-            or _answer_problem(answers, wrong, contrasted)
-        )
+        reason = _length_problem(row, clean, patch, model) or _answer_problem(answers, wrong, contrasted=contrasted)
         if reason:
             rejected[reason] += 1
         elif limit is None or len(rows) < limit:
@@ -168,22 +184,21 @@ def make_prompts(
             clean_answers.append(answers or [])
             patch_answers.append(wrong or [])
     if not rows:
-        reasons = ", ".join(f"{count} × {reason}" for reason, count in rejected.items())
-        raise UserError(f"no usable prompt in {name}: {reasons or 'it is empty'}")
+        raise _none_left(name, rejected)
 
+    kept, index = [usable[row] for row in rows], torch.tensor(rows)
     width = max(len(answers) for answers in clean_answers + patch_answers)
-    index = torch.tensor(rows)
-    kept = PromptSet(
+    prompts = PromptSet(
         clean=_trim(clean[index]),
         patch=None if patch is None else _trim(patch[index]),
         clean_answers=_answer_tensor(clean_answers, width),
         patch_answers=_answer_tensor(patch_answers, width) if contrasted else None,
-        cases=[examples[row].case for row in rows],
-        templates=[examples[row].template for row in rows],
-        texts=[examples[row].clean for row in rows],
+        cases=[example.case for example in kept],
+        templates=[example.template for example in kept],
+        texts=[example.clean for example in kept],
         rejected=dict(rejected.most_common()),
     )
-    return _choose_templates(kept).to(model.device)
+    return _choose_templates(prompts).to(model.device)
 
 
 # ------------------------------------------------------------------------------------------ rejecting
@@ -200,28 +215,30 @@ def _answer_ids(answers: Sequence[str | int], model: LanguageModel) -> list[int]
     return ids
 
 
-def _length_problem(row: int, clean: Tokens, patch: Tokens | None, example: Example) -> str | None:
-    if patch is None:
-        return None
-    if example.patch is None:
+def _text_problem(example: Example, *, paired: bool) -> str | None:
+    if paired and example.patch is None:
         return "no patch prompt"
-    return None if clean.lengths[row] == patch.lengths[row] else "clean and patch differ in token length"
+    return "empty prompt" if not example.clean or example.patch == "" else None
 
 
-def _context_problem(row: int, clean: Tokens, model: LanguageModel) -> str | None:
-    length = int(clean.lengths[row])
-    limit = getattr(model.hf.config, "max_position_embeddings", None)
-    if length == 0:
-        return "empty prompt"
+def _length_problem(row: int, clean: Tokens, patch: Tokens | None, model: LanguageModel) -> str | None:
+    length, limit = int(clean.lengths[row]), getattr(model.hf.config, "max_position_embeddings", None)
+    if patch is not None and length != int(patch.lengths[row]):
+        return "clean and patch differ in token length"
     return "longer than the model's context" if limit is not None and length > limit else None
 
 
-def _answer_problem(answers: list[int] | None, wrong: list[int] | None, contrasted: bool) -> str | None:
+def _answer_problem(answers: list[int] | None, wrong: list[int] | None, *, contrasted: bool) -> str | None:
     if answers is None or wrong is None:
         return "answer is not one token"
     if not answers or (contrasted and not wrong):
         return "no answer"
     return "both answers are the same token" if set(answers) & set(wrong) else None
+
+
+def _none_left(name: str, rejected: Counter[str]) -> UserError:
+    reasons = ", ".join(f"{count} x {reason}" for reason, count in rejected.most_common())
+    return UserError(f"no usable prompt in {name}: {reasons or 'it is empty'}")
 
 
 def _answer_tensor(answers: list[list[int]], width: int) -> Tensor:
@@ -256,12 +273,35 @@ def _length_keys(clean: Tokens) -> list[str]:
 
 
 def _mask_keys(clean: Tokens, patch: Tokens) -> list[str]:
-    """Token ids of each prompt, `*` where clean and patch differ: "1 * * 418 329"."""
-    same = clean.input_ids == patch.input_ids  # [B, S]
-    keys = []
-    for ids, equal, real in zip(
-        clean.input_ids.tolist(), same.tolist(), clean.attention_mask.bool().tolist(), strict=True
-    ):
-        tokens = zip(ids, equal, real, strict=True)
-        keys.append(" ".join(str(token) if shared else "*" for token, shared, kept in tokens if kept))
-    return keys
+    """The commonest pattern each prompt fits: token ids with `*` where clean and patch differ, "1 * * 418 329"."""
+    words = _words(clean)
+    own = [
+        " ".join(a if a == b else "*" for a, b in zip(row, other, strict=True))
+        for row, other in zip(words, _words(patch), strict=True)
+    ]
+    return [key or "" for key in _commonest_fits(words, Counter(own))]
+
+
+def _words(tokens: Tokens) -> list[list[str]]:
+    """The ids of each row as text, without padding."""
+    rows = zip(tokens.input_ids.tolist(), tokens.attention_mask.tolist(), strict=True)
+    return [[str(token) for token, real in zip(ids, mask, strict=True) if real] for ids, mask in rows]
+
+
+def _commonest_fits(rows: list[list[str]], patterns: Counter[str]) -> list[str | None]:
+    """For each row the commonest pattern of its length that agrees with it wherever it is not `*`; None without one."""
+    by_length: dict[int, list[tuple[str, list[str]]]] = {}
+    for pattern, _ in patterns.most_common():
+        words = pattern.split()
+        by_length.setdefault(len(words), []).append((pattern, words))
+    return [
+        next(
+            (
+                pattern
+                for pattern, words in by_length.get(len(row), [])
+                if all(word in ("*", token) for word, token in zip(words, row, strict=True))
+            ),
+            None,
+        )
+        for row in rows
+    ]

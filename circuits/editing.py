@@ -1,0 +1,361 @@
+"""Changing what a model does through its features, and measuring what that did.
+
+1. Choose features by name (`resid_3/120`), or the n strongest of a circuit.
+2. At each of their sites the activation x becomes x' = x + sum_i (f_i' - f_i) W_dec[i]. All other features and the
+   error of the autoencoder stay as they are, so the edit does exactly what it says and nothing else:
+
+   | operation | f_i' |
+   |---|---|
+   | `zero` | 0 |
+   | `mean` | mean of f_i over reference text, or over the prompts |
+   | `set` | value |
+   | `scale` | value * f_i |
+   | `steer` | f_i + value, whether the feature is active or not |
+
+   f_i is read from the activation the edited model has at that point, at every position, in generation too.
+3. Measure the behaviour before and after, overall and by case, the cross-entropy on other text, and sample
+   continuations; beside it the same edit of equally many random features that are active on the prompts (several
+   draws), without which no drop of the metric means anything.
+
+Only the encoder rows of the edited features are computed; where features compete (top k) all of them must be.
+
+Shapes: B prompts, S positions, d model width, F features of a site, n edited features of a site, N tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from circuits import behaviour
+from circuits.edit_report import Behaviour, Continuation, EditReport, Score
+from circuits.prompts import PromptSet
+from graphs.feature_graph import FeatureGraph
+from sae.autoencoder import SparseAutoencoder
+from sae.errors import UserError, unknown
+from sae.sites import Site
+
+if TYPE_CHECKING:
+    from sae.model import LanguageModel, Tokens
+
+Operation = Literal["zero", "mean", "set", "scale", "steer"]
+Features = Mapping[Site, Tensor]
+"""Chosen features: site -> their indices [n] int64."""
+
+NEEDS_VALUE = ("set", "scale", "steer")
+
+
+# ------------------------------------------------------------------------------------------ choosing features
+
+
+def parse_features(names: str | Sequence[str], saes: Mapping[Site, SparseAutoencoder]) -> dict[Site, Tensor]:
+    """`"resid_3/120,mlp_2/7"` or a list of such names -> indices by site, in forward order, each once."""
+    parts = names.split(",") if isinstance(names, str) else list(names)
+    chosen: dict[Site, list[int]] = {}
+    for name in (part.strip() for part in parts):
+        site, feature = _parse_feature(name, saes)
+        chosen.setdefault(site, []).append(feature)
+    if not chosen:
+        raise UserError("no features to edit: name some, such as resid_3/120, or take the strongest of a circuit")
+    return {site: torch.tensor(sorted(set(chosen[site]))) for site in saes if site in chosen}
+
+
+def _parse_feature(name: str, saes: Mapping[Site, SparseAutoencoder]) -> tuple[Site, int]:
+    site_name, slash, index = name.partition("/")
+    by_name = {str(site): site for site in saes}
+    if not slash:
+        raise UserError(f"{name!r} is not a feature: write site/index, such as {next(iter(by_name), 'resid_3')}/120")
+    site_name = site_name.replace(".", "_")
+    if site_name not in by_name:
+        raise unknown("site", site_name, by_name)
+    site = by_name[site_name]
+    if index == "error":
+        raise UserError(f"{name!r} is the error of its site, not a feature: only features can be edited")
+    n_features = saes[site].config.n_features
+    if not index.isdecimal() or int(index) >= n_features:
+        hint = f"; did you mean '{site}/{n_features - 1}'?" if index.isdecimal() else ""
+        raise UserError(f"unknown feature {name!r}: {site} has features 0 to {n_features - 1}{hint}")
+    return site, int(index)
+
+
+def feature_names(features: Features) -> list[str]:
+    """Indices by site -> `["mlp_2/7", "resid_3/120"]`."""
+    return [f"{site}/{index}" for site, indices in features.items() for index in indices.tolist()]
+
+
+def strongest_features(circuit: FeatureGraph, n: int) -> list[str]:
+    """Names of the n features with the largest |effect|, strongest first; over positions the effects are summed."""
+    effects: dict[str, float] = {}
+    for node in circuit.nodes():
+        if node.kind == "feature":
+            effects[node.name] = effects.get(node.name, 0.0) + node.effect
+    if not effects:
+        raise UserError("the circuit has no feature nodes: lower its node threshold")
+    return sorted(effects, key=lambda name: -abs(effects[name]))[:n]
+
+
+def active_features(
+    model: LanguageModel, saes: Mapping[Site, SparseAutoencoder], prompts: PromptSet, *, batch_size: int = 64
+) -> dict[Site, Tensor]:
+    """Features that are active on at least one token of the clean prompts (special tokens aside), by site."""
+    found: dict[Site, list[Tensor]] = {site: [] for site in saes}
+    for batch in prompts.batches(batch_size):
+        for site, x in _real_activations(model, batch.clean, saes).items():
+            found[site].append(saes[site].encode_sparse(x).feature.unique())
+    return {site: torch.cat(parts).unique() for site, parts in found.items()}
+
+
+def random_features(
+    active: Features, like: Features, *, generator: torch.Generator, same_sites: bool = True
+) -> dict[Site, Tensor]:
+    """As many active features as in `like`, none of them in `like`, drawn uniformly without replacement.
+
+    same_sites: as many at each site as `like` has there; otherwise from all sites together, where the sites of many
+    active features get many.
+    """
+    pools = {site: index[~torch.isin(index, like[site])] if site in like else index for site, index in active.items()}
+    if same_sites:
+        drawn = {site: _draw(pools[site], len(index), generator) for site, index in like.items()}
+        return {site: index for site, index in drawn.items() if len(index)}
+    owners = torch.cat([torch.full((len(index),), rank) for rank, index in enumerate(pools.values())])
+    pooled = torch.cat([index.cpu() for index in pools.values()])
+    chosen = _draw(torch.arange(len(pooled)), sum(map(len, like.values())), generator)
+    drawn = {site: pooled[chosen[owners[chosen] == rank]] for rank, site in enumerate(pools)}
+    return {site: index for site, index in drawn.items() if len(index)}
+
+
+def _draw(pool: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    return pool.cpu()[torch.randperm(len(pool), generator=generator)[:n]].sort().values
+
+
+# ------------------------------------------------------------------------------------------ the edit itself
+
+
+def restrict(sae: SparseAutoencoder, index: Tensor) -> SparseAutoencoder:
+    """The autoencoder of the features `index` [n] alone: exact where features do not compete (not for top k)."""
+    index = index.to(sae.device)
+    tensors = {name: tensor if name == "b_dec" else tensor[index] for name, tensor in sae.named_buffers()}
+    return SparseAutoencoder(replace(sae.config, n_features=len(index)), tensors)
+
+
+class SiteEdit:
+    """x -> x' = x + sum_i (f_i' - f_i) W_dec[i] for the features `index` [n] of one site."""
+
+    def __init__(self, sae: SparseAutoencoder, index: Tensor, operation: Operation, value: Tensor | None = None):
+        self.index = index.to(sae.device)  # [n]
+        self.operation = operation
+        self.value = None if value is None else value.to(sae.device)  # [] or [n]
+        self.competing = sae.nonlinearity.needs_k
+        self.sae = sae if self.competing else restrict(sae, index)
+        self.W_dec = sae.W_dec[self.index]  # [n, d]
+
+    def features(self, x: Tensor) -> Tensor:
+        """f of the edited features: x [..., d] -> [..., n]."""
+        if not self.competing:
+            return self.sae.encode(x)
+        tokens = x.reshape(-1, x.shape[-1])  # [N, d]
+        active = self.sae.encode_sparse(tokens)
+        column = torch.full((self.sae.config.n_features,), -1, device=x.device)  # [F]
+        column[self.index] = torch.arange(len(self.index), device=x.device)
+        kept = column[active.feature] >= 0
+        f = torch.zeros(len(tokens), len(self.index), device=x.device)  # [N, n]
+        f[active.token[kept], column[active.feature[kept]]] = active.value[kept].float()
+        return f.reshape(*x.shape[:-1], -1)
+
+    def change(self, f: Tensor) -> Tensor:
+        """f' - f [..., n]."""
+        if self.operation == "zero":
+            return -f
+        assert self.value is not None
+        if self.operation == "scale":
+            return (self.value - 1) * f
+        return self.value - f
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.operation == "steer":
+            assert self.value is not None
+            return x + (self.value.expand(len(self.index)) @ self.W_dec).to(x.dtype)
+        return x + (self.change(self.features(x)) @ self.W_dec).to(x.dtype)
+
+
+def make_edits(
+    saes: Mapping[Site, SparseAutoencoder],
+    features: Features,
+    *,
+    operation: Operation = "zero",
+    value: float | None = None,
+    means: Mapping[Site, Tensor] | None = None,
+) -> dict[Site, Callable[[Tensor], Tensor]]:
+    """Edits by site, for `LanguageModel.run` and `LanguageModel.generate`. means: [n] by site, for `mean`."""
+    check_operation(operation, value)
+    if operation == "mean" and means is None:
+        raise UserError("the operation 'mean' needs the means of the features: see feature_means")
+    edits: dict[Site, Callable[[Tensor], Tensor]] = {}
+    for site, index in features.items():
+        if operation == "mean":
+            assert means is not None
+            target: Tensor | None = means[site]
+        else:
+            target = None if value is None else torch.tensor(float(value))
+        edits[site] = SiteEdit(saes[site], index, operation, target)
+    return edits
+
+
+def check_operation(operation: str, value: float | None) -> None:
+    """`UserError` unless the operation is known and has a value exactly where it needs one."""
+    if operation not in get_args(Operation):
+        raise unknown("operation", operation, get_args(Operation))
+    if operation in NEEDS_VALUE and value is None:
+        raise UserError(f"the operation {operation!r} needs a value")
+    if operation not in NEEDS_VALUE and value is not None:
+        raise UserError(f"the operation {operation!r} takes no value (given {value}); {', '.join(NEEDS_VALUE)} do")
+
+
+@torch.no_grad()
+def feature_means(
+    model: LanguageModel, saes: Mapping[Site, SparseAutoencoder], features: Features, batches: Sequence[Tokens]
+) -> dict[Site, Tensor]:
+    """Mean of each chosen feature over all tokens (special tokens aside) of the batches: [n] by site."""
+    readers = {site: SiteEdit(saes[site], index, "zero") for site, index in features.items()}
+    sums = {site: torch.zeros(len(index), device=saes[site].device) for site, index in features.items()}
+    n_tokens = 0
+    for tokens in batches:
+        activations = _real_activations(model, tokens, features)
+        n_tokens += len(next(iter(activations.values())))
+        for site, x in activations.items():
+            sums[site] += readers[site].features(x).sum(0)
+    return {site: total / max(n_tokens, 1) for site, total in sums.items()}
+
+
+def _real_activations(model: LanguageModel, tokens: Tokens, sites: Mapping[Site, object]) -> dict[Site, Tensor]:
+    """x [N, d] by site at the tokens that are neither padding nor special."""
+    special = torch.tensor(sorted(model.special_ids), device=tokens.input_ids.device)
+    real = tokens.attention_mask.bool() & ~torch.isin(tokens.input_ids, special)  # [B, S]
+    with torch.no_grad():
+        run = model.run(tokens, capture=list(sites), need_logits=False)
+    return {site: x[real] for site, x in run.activations.items()}
+
+
+# ------------------------------------------------------------------------------------------ measuring
+
+
+def ablate(
+    model: LanguageModel,
+    saes: Mapping[Site, SparseAutoencoder],
+    features: str | Sequence[str],
+    prompts: PromptSet,
+    *,
+    operation: Operation = "zero",
+    value: float | None = None,
+    texts: Sequence[str] | None = None,
+    generate: int = 0,
+    new_tokens: int = 30,
+    n_random: int = 5,
+    same_sites: bool = True,
+    seed: int = 0,
+    batch_size: int = 64,
+    max_length: int = 256,
+) -> EditReport:
+    """Edit the features and report what that does to the behaviour, to other text and to continuations.
+
+    texts: other text for the cross-entropy, and the reference of `mean`. generate: how many prompts to continue.
+    n_random: draws of equally many random active features (see `random_features`) given the same edit.
+    """
+    check_operation(operation, value)
+    chosen = parse_features(features, saes)
+    generator = torch.Generator().manual_seed(seed)
+    active = active_features(model, saes, prompts, batch_size=batch_size) if n_random else {}
+    draws = [random_features(active, chosen, generator=generator, same_sites=same_sites) for _ in range(n_random)]
+    other = list(_text_batches(model, texts or [], max_length=max_length))
+
+    def edits_of(features: Features) -> dict[Site, Callable[[Tensor], Tensor]]:
+        means = None
+        if operation == "mean":
+            means = feature_means(
+                model, saes, features, other or [batch.clean for batch in prompts.batches(batch_size)]
+            )
+        return make_edits(saes, features, operation=operation, value=value, means=means)
+
+    def measured(edits: Mapping[Site, Callable[[Tensor], Tensor]] | None) -> Behaviour:
+        scores = measure(model, prompts, edits=edits, batch_size=batch_size)
+        return replace(scores, ce=cross_entropy(model, other, edits=edits) if other else None)
+
+    edits = edits_of(chosen)
+    return EditReport(
+        features=feature_names(chosen),
+        operation=operation,
+        value=value,
+        metric="logit difference" if prompts.patch_answers is not None else "answer logit",
+        n_prompts=len(prompts),
+        n_texts=len(texts or []),
+        before=measured(None),
+        after=measured(edits),
+        random=[measured(edits_of(draw)) for draw in draws],
+        random_features=[feature_names(draw) for draw in draws],
+        continuations=continuations(model, prompts, edits, n=generate, new_tokens=new_tokens),
+        seed=seed,
+    )
+
+
+def measure(model: LanguageModel, prompts: PromptSet, *, edits=None, batch_size: int = 64) -> Behaviour:
+    """Logit difference logit(clean answer) - logit(patch answer) and accuracy, overall and by case."""
+    logits = behaviour.last_logits(model, prompts, edits=edits, batch_size=batch_size)  # [B, V]
+    difference = -behaviour.logit_difference(logits, prompts)  # [B]
+    right = behaviour.correct(logits, prompts)  # [B]
+
+    def score(rows: list[int]) -> Score:
+        return Score(len(rows), difference[rows].mean().item(), right[rows].float().mean().item())
+
+    by_case = {
+        case: [row for row, name in enumerate(prompts.cases) if name == case] for case in sorted(set(prompts.cases))
+    }
+    return Behaviour(
+        overall=score(list(range(len(prompts)))),
+        by_case={case: score(rows) for case, rows in by_case.items()} if len(by_case) > 1 else {},
+    )
+
+
+@torch.no_grad()
+def cross_entropy(model: LanguageModel, batches: Sequence[Tokens], *, edits=None) -> float:
+    """Mean of -log p(next token) in nats over all next tokens of the batches that are not special."""
+    special = torch.tensor(sorted(model.special_ids), device=model.device)
+    total, count = 0.0, 0
+    for tokens in batches:
+        logits = model.run(tokens, edits=edits).logits[:, :-1]  # [B, S - 1, V]
+        target, real = tokens.input_ids[:, 1:], tokens.attention_mask[:, :-1].bool()
+        real = real & ~torch.isin(target, special)
+        total -= logits[real].float().log_softmax(-1).gather(1, target[real][:, None]).sum().item()
+        count += int(real.sum())
+    if count == 0:
+        raise UserError("the text for the cross-entropy holds no next token to predict")
+    return total / count
+
+
+def continuations(
+    model: LanguageModel, prompts: PromptSet, edits, *, n: int, new_tokens: int = 30
+) -> list[Continuation]:
+    """Greedy continuations of n prompts, the cases taking turns, before and after the edit."""
+    if n <= 0:
+        return []
+    turn = [prompts.cases[:row].count(case) for row, case in enumerate(prompts.cases)]
+    chosen = prompts[sorted(range(len(prompts)), key=lambda row: (turn[row], row))[:n]]
+    width = chosen.clean.input_ids.shape[1]
+
+    def continued(edits) -> list[str]:
+        ids = model.generate(chosen.clean, max_new_tokens=new_tokens, edits=edits)  # [n, S + new]
+        return [model.tokenizer.decode(row, skip_special_tokens=True) for row in ids[:, width:].tolist()]
+
+    pairs = zip(chosen.texts, continued(None), continued(edits), strict=True)
+    return [Continuation(prompt, before, after) for prompt, before, after in pairs]
+
+
+def _text_batches(
+    model: LanguageModel, texts: Sequence[str], *, max_length: int, batch_size: int = 16
+) -> Iterator[Tokens]:
+    texts = sorted((text for text in texts if text.strip()), key=len)
+    for start in range(0, len(texts), batch_size):
+        yield model.tokenize(texts[start : start + batch_size], max_length=max_length)

@@ -1,0 +1,222 @@
+"""Edits against decoding the changed features and adding the error back, written out in full."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from circuits import editing
+from circuits.edit_report import EditReport
+from graphs.feature_graph import FeatureGraph, error_node, feature_node, metric_node
+from sae.errors import UserError
+from sae.sites import Site
+
+OPERATIONS = [("zero", None), ("mean", None), ("set", 0.7), ("scale", 2.5), ("steer", 0.3)]
+
+
+def changed(f: torch.Tensor, index: list[int], operation: str, value: float | None, mean: torch.Tensor) -> torch.Tensor:
+    """f [..., F] with the features of `index` changed."""
+    f = f.clone()
+    for column, i in enumerate(index):
+        if operation == "zero":
+            f[..., i] = 0
+        elif operation == "mean":
+            f[..., i] = mean[column]
+        elif operation == "set":
+            f[..., i] = value
+        elif operation == "scale":
+            f[..., i] *= value
+        elif operation == "steer":
+            f[..., i] += value
+    return f
+
+
+@pytest.mark.parametrize("architecture", ["topk", "relu", "jumprelu"])
+@pytest.mark.parametrize(("operation", "value"), OPERATIONS)
+def test_an_edit_is_decoding_changed_features_plus_the_error(
+    tiny_model, tiny_prompts, make_saes, architecture, operation, value
+):
+    saes = make_saes(tiny_model, architecture=architecture)
+    site = Site("resid", 0)
+    sae, index, mean = saes[site], [3, 7, 20], torch.tensor([0.1, 0.2, 0.3])
+    x = tiny_model.run(tiny_prompts.clean, capture=[site]).activations[site]
+
+    f = sae.encode(x)
+    error = x - sae.decode(f)
+    spliced = sae.decode(changed(f, index, operation, value, mean)) + error
+
+    features, means = {site: torch.tensor(index)}, {site: mean}
+    edits = editing.make_edits(saes, features, operation=operation, value=value, means=means)
+    assert not torch.allclose(spliced, x, atol=1e-4)
+    assert torch.allclose(edits[site](x), spliced, atol=1e-5)
+
+    run = tiny_model.run(tiny_prompts.clean, edits=edits)
+    expected = tiny_model.run(tiny_prompts.clean, edits={site: lambda _: spliced})
+    assert torch.allclose(run.logits, expected.logits, atol=1e-5)
+
+
+def test_edits_at_several_sites_read_what_earlier_edits_left(tiny_model, tiny_prompts, tiny_saes):
+    first, last = Site("resid", 0), Site("resid", 1)
+    chosen = {site: torch.arange(48) for site in (first, last)}
+    run = tiny_model.run(tiny_prompts.clean, capture=[last], edits=editing.make_edits(tiny_saes, chosen))
+    before = tiny_model.run(
+        tiny_prompts.clean, capture=[last], edits=editing.make_edits(tiny_saes, {first: chosen[first]})
+    )
+    x = before.activations[last]
+    features = tiny_saes[last].encode(x)
+    assert torch.allclose(run.activations[last], x - features @ tiny_saes[last].W_dec, atol=1e-5)
+
+
+def test_features_are_found_by_name(tiny_saes):
+    chosen = editing.parse_features("resid_1/5, mlp_0/7,resid.1/2,resid_1/5", tiny_saes)
+    assert editing.feature_names(chosen) == ["mlp_0/7", "resid_1/2", "resid_1/5"]
+    assert editing.feature_names(editing.parse_features(["mlp_0/7"], tiny_saes)) == ["mlp_0/7"]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ("resd_1/5", "unknown site 'resd_1'.*did you mean 'resid_1'"),
+        ("resid_1/48", "resid_1 has features 0 to 47; did you mean 'resid_1/47'"),
+        ("resid_1/-1", "resid_1 has features 0 to 47"),
+        ("resid_1/error", "is the error of its site"),
+        ("resid_1", "is not a feature: write site/index"),
+        ("", "is not a feature"),
+        ([], "no features to edit"),
+    ],
+)
+def test_unknown_features(tiny_saes, names, message):
+    with pytest.raises(UserError, match=message):
+        editing.parse_features(names, tiny_saes)
+
+
+@pytest.mark.parametrize(
+    ("operation", "value", "message"),
+    [
+        ("zap", None, "unknown operation 'zap'"),
+        ("set", None, "'set' needs a value"),
+        ("zero", 1.0, "'zero' takes no value"),
+        ("mean", None, "needs the means"),
+    ],
+)
+def test_wrong_operations(tiny_saes, operation, value, message):
+    with pytest.raises(UserError, match=message):
+        editing.make_edits(tiny_saes, {}, operation=operation, value=value)
+
+
+def test_strongest_features_of_a_circuit():
+    graph = FeatureGraph(["resid_0", "resid_1"])
+    graph.add_node(feature_node("resid_0", 3, effect=0.5, position=1))
+    graph.add_node(feature_node("resid_0", 3, effect=-0.4, position=2))
+    graph.add_node(feature_node("resid_1", 9, effect=-0.3))
+    graph.add_node(feature_node("resid_1", 4, effect=0.2))
+    graph.add_node(error_node("resid_1", effect=9.0))
+    graph.add_node(metric_node(effect=1.0))
+    assert editing.strongest_features(graph, 2) == ["resid_1/9", "resid_1/4"]
+    with pytest.raises(UserError, match="no feature nodes"):
+        editing.strongest_features(FeatureGraph(["resid_0"]), 2)
+
+
+def test_active_features_and_means(tiny_model, tiny_prompts, tiny_saes):
+    active = editing.active_features(tiny_model, tiny_saes, tiny_prompts, batch_size=3)
+    real = tiny_prompts.clean.attention_mask.bool()
+    run = tiny_model.run(tiny_prompts.clean, capture=list(tiny_saes))
+    for site, sae in tiny_saes.items():
+        f = sae.encode(run.activations[site])[real]
+        assert active[site].tolist() == (f != 0).any(0).nonzero().flatten().tolist()
+        index = torch.tensor([1, 6])
+        means = editing.feature_means(
+            tiny_model, tiny_saes, {site: index}, [batch.clean for batch in tiny_prompts.batches(3)]
+        )
+        assert torch.allclose(means[site], f[:, index].mean(0), atol=1e-6)
+
+
+@pytest.mark.parametrize("same_sites", [True, False])
+def test_random_features_are_active_others(same_sites):
+    a, b, c = Site("embed"), Site("mlp", 0), Site("resid", 0)
+    active = {a: torch.arange(20), b: torch.arange(50, 60), c: torch.arange(5)}
+    like = {a: torch.tensor([2, 3, 4]), b: torch.tensor([55])}
+    generator = torch.Generator().manual_seed(0)
+    seen = set()
+    for _ in range(60):
+        drawn = editing.random_features(active, like, generator=generator, same_sites=same_sites)
+        assert sum(map(len, drawn.values())) == 4
+        assert all(torch.isin(index, active[site]).all() for site, index in drawn.items())
+        assert not set(editing.feature_names(drawn)) & set(editing.feature_names(like))
+        if same_sites:
+            assert {site: len(index) for site, index in drawn.items()} == {a: 3, b: 1}
+        seen |= set(editing.feature_names(drawn))
+    assert len(seen) == (17 + 9 if same_sites else 17 + 9 + 5)
+
+
+def test_cross_entropy_against_single_texts(tiny_model, tiny_prompts):
+    batch = tiny_prompts.clean
+    total, count = 0.0, 0
+    for row in range(len(batch)):
+        ids = batch.input_ids[row][batch.attention_mask[row].bool()]
+        alone = tiny_prompts[row].clean
+        log_p = tiny_model.run(alone).logits[0].log_softmax(-1)
+        for position in range(len(ids) - 1):
+            total -= log_p[position, ids[position + 1]].item()
+            count += 1
+    assert editing.cross_entropy(tiny_model, [batch]) == pytest.approx(total / count, abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def report(tiny_model, tiny_prompts, tiny_saes) -> EditReport:
+    chosen = editing.active_features(tiny_model, tiny_saes, tiny_prompts)
+    names = editing.feature_names(chosen)[::7]
+    texts = [tiny_model.tokenizer.decode(row) for row in tiny_prompts.clean.input_ids[1::2].tolist()]
+    return editing.ablate(tiny_model, tiny_saes, names, tiny_prompts, texts=texts, generate=3, new_tokens=4, n_random=3)
+
+
+def test_report_agrees_with_a_run_by_hand(report, tiny_model, tiny_prompts, tiny_saes):
+    edits = editing.make_edits(tiny_saes, editing.parse_features(report.features, tiny_saes))
+    rows = torch.arange(len(tiny_prompts))
+    for scores, run in [
+        (report.before, tiny_model.run(tiny_prompts.clean)),
+        (report.after, tiny_model.run(tiny_prompts.clean, edits=edits)),
+    ]:
+        last = run.logits[:, -1]
+        difference = last[rows, tiny_prompts.clean_answers] - last[rows, tiny_prompts.patch_answers]
+        assert scores.overall.metric == pytest.approx(difference.mean().item(), abs=1e-5)
+        assert scores.overall.accuracy == pytest.approx((difference > 0).float().mean().item())
+        assert scores.by_case["b_a"].metric == pytest.approx(difference[4:].mean().item(), abs=1e-5)
+        assert scores.by_case["a_b"].n == 4
+    assert report.after.overall.metric != pytest.approx(report.before.overall.metric, abs=1e-4)
+    assert report.ce_increase == pytest.approx(report.after.ce - report.before.ce)
+    assert len(report.random) == len(report.random_features) == 3
+
+
+def test_continuations_alternate_cases_and_are_the_models_own(report, tiny_model, tiny_prompts):
+    assert [sample.prompt for sample in report.continuations] == ["prompt 0", "prompt 4", "prompt 1"]
+    ids = tiny_prompts[0].clean
+    for _ in range(4):
+        best = tiny_model.run(ids).logits[:, -1].argmax(-1, keepdim=True)
+        ids = type(ids)(torch.cat([ids.input_ids, best], 1), torch.ones(1, ids.n_positions + 1, dtype=torch.long))
+    expected = tiny_model.tokenizer.decode(ids.input_ids[0, -4:].tolist(), skip_special_tokens=True)
+    assert report.continuations[0].before == expected
+
+
+def test_report_survives_json_and_is_readable(report, tmp_path):
+    report.save(tmp_path / "edit.json")
+    data = json.loads((tmp_path / "edit.json").read_text())
+    assert data["schema_version"] == 1
+    assert data["features"] == report.features
+    assert data["after"]["by_case"]["a_b"]["metric"] == report.after.by_case["a_b"].metric
+    assert math.isclose(data["remaining"], report.after.overall.metric / report.before.overall.metric)
+    table = report.table()
+    assert "set to zero on 8 prompts" in table
+    assert "random features (3 draws)" in table
+    assert "CE on 4 texts" in table
+    assert max(map(len, table.splitlines())) <= 120
+
+
+def test_the_same_seed_draws_the_same_features(report, tiny_model, tiny_prompts, tiny_saes):
+    again = editing.ablate(tiny_model, tiny_saes, report.features, tiny_prompts, n_random=3)
+    other = editing.ablate(tiny_model, tiny_saes, report.features, tiny_prompts, n_random=3, seed=1)
+    assert again.random_features == report.random_features != other.random_features
+    assert again.before.ce is None and "CE" not in again.table()

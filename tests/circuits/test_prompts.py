@@ -1,0 +1,291 @@
+"""Every prompt format is read, every rejected example is counted, every mistake is named with its place."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from circuits.prompt_formats import Example, read_examples
+from circuits.prompts import PromptSet, load_prompts, make_prompts
+from sae.errors import UserError
+from sae.model import Tokens
+
+PAIR = {
+    "clean_prefix": "the cat",
+    "patch_prefix": "the cats",
+    "clean_answer": " is",
+    "patch_answer": " are",
+    "case": "singular",
+}
+
+
+def write_lines(path, *rows):
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n")
+    return path
+
+
+def gender_line(name: str, other: str, **more) -> dict:
+    answers = {"clean_answer": " she", "patch_answer": " he"}
+    return {"clean_prefix": f"{name} was sad", "patch_prefix": f"{other} was sad", "case": "female", **answers, **more}
+
+
+@pytest.fixture(scope="module")
+def real_model(shared_dir):
+    from sae.model import LanguageModel
+
+    return LanguageModel.load(shared_dir / "models" / "tinystories-260k", device="cpu")
+
+
+# --- formats ---------------------------------------------------------------------------------------------------
+
+
+def test_pairs_and_single_prompts(tmp_path):
+    single = {"clean_prefix": "the cat", "clean_answer": " is"}
+    path = write_lines(tmp_path / "p.jsonl", {**PAIR, "template": "simple"}, "", single)
+    pair, alone = read_examples(path)
+    assert pair == Example("the cat", (" is",), "the cats", (" are",), "singular", "simple")
+    assert alone == Example("the cat", (" is",))
+
+
+@pytest.mark.parametrize("name", ["p.json", "p.txt"])
+def test_json_lines_are_recognised_whatever_the_name(tmp_path, name):
+    assert len(read_examples(write_lines(tmp_path / name, PAIR, PAIR))) == 2
+
+
+def test_a_json_list_of_pairs(tmp_path):
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps([PAIR, PAIR], indent=1))
+    assert [example.patch for example in read_examples(path)] == ["the cats", "the cats"]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_clusters(tmp_path, indent):
+    path = tmp_path / "cluster.json"
+    content = {"382": {"context": ["the", " cat"], "answer": " is"}, "17": {"context": ["a"], "answer": " b"}}
+    path.write_text(json.dumps(content, indent=indent))
+    assert read_examples(path) == [Example("the cat", (" is",)), Example("a", (" b",))]
+
+
+def test_eap_ig_table(tmp_path):
+    path = tmp_path / "ioi.csv"
+    path.write_text('clean,corrupted,correct_idx,incorrect_idx,label\n"a, b\nc",d,5,7,ABBA\ne,f,"[1, 2]",[3],\n')
+    first, second = read_examples(path)
+    assert first == Example("a, b\nc", (5,), "d", (7,), "ABBA")
+    assert second == Example("e", (1, 2), "f", (3,))
+
+
+def test_answer_sets(tmp_path):
+    path = tmp_path / "docstring.json"
+    prompt = {"clean": "x", "corrupt": "y", "answers": [" a", " b"], "wrong_answers": [" c"]}
+    path.write_text(json.dumps({"prompts": [prompt], "seq_labels": ["s"]}))
+    assert read_examples(path) == [Example("x", (" a", " b"), "y", (" c",))]
+
+
+def test_mib_rows(tmp_path):
+    ioi = {
+        "prompt": "Ann and Bo ... to",
+        "choices": ["Ann", "Bo"],
+        "answerKey": 0,
+        "abc_counterfactual": {"prompt": "C and D ... to", "choices": ["C", "D"], "answerKey": 0},
+        "s2_io_flip_counterfactual": {"prompt": "Bo and Ann ... to", "choices": ["Ann", "Bo"], "answerKey": 1},
+    }
+    letters = {"label": ["A", "B"], "text": ["red", "blue"]}
+    mcqa = {
+        "prompt": "Which? A red B blue",
+        "choices": letters,
+        "answerKey": 1,
+        "symbol_counterfactual": {"prompt": "Which? B red A blue", "choices": letters, "answerKey": "A"},
+    }
+    path = write_lines(tmp_path / "mib.jsonl", ioi, mcqa)
+    first, second = read_examples(path)
+    assert first == Example("Ann and Bo ... to", (" Ann",), "Bo and Ann ... to", (" Bo",))
+    assert second == Example("Which? A red B blue", ("B",), "Which? B red A blue", ("A",))
+
+
+def test_a_hub_data_set(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(*args, split):
+        asked.append((args, split))
+        return [PAIR]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for source in ("owner/name", "owner/name:test", "owner/name:config:test"):
+        assert len(read_examples(source)) == 1
+    assert asked == [(("owner/name",), "train"), (("owner/name",), "test"), (("owner/name", "config"), "test")]
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([PAIR, '{"clean_prefix": "the'], r"p\.jsonl, line 2: not JSON"),
+        (
+            [PAIR, "", {"clean_prefix": "the", "patch_prefix": "a", "clean_answer": " b"}],
+            r"line 3: missing key 'patch_a",
+        ),
+        ([{"clean_answer": " is"}], r"line 1: missing key 'clean_prefix'"),
+        ([{**PAIR, "clean_answer": 5}], r"line 1: 'clean_answer' must be text"),
+        ([{**PAIR, "clean_prefix": ["the"]}], r"line 1: 'clean_prefix' must be text"),
+        ([{"text": "hello"}], r"line 1: no known prompt format has the keys \['text'\]"),
+        (["[1, 2]"], r"line 1: expected an object"),
+        ([""], r"holds no prompts"),
+    ],
+)
+def test_mistakes_in_json_lines_name_file_and_line(tmp_path, lines, message):
+    with pytest.raises(UserError, match=message):
+        read_examples(write_lines(tmp_path / "p.jsonl", *lines))
+
+
+def test_other_mistakes(tmp_path):
+    with pytest.raises(UserError, match=r"no prompt file 'nowhere\.jsonl'"):
+        read_examples("nowhere.jsonl")
+    with pytest.raises(UserError, match="is a folder"):
+        read_examples(tmp_path)
+    broken = tmp_path / "p.json"
+    broken.write_text('{\n "clean_prefix": "a",\n oops\n}')
+    with pytest.raises(UserError, match=r"p\.json, line 3: not JSON"):
+        read_examples(broken)
+    table = tmp_path / "t.csv"
+    table.write_text("clean,corrupted,correct_idx\na,b,1\n")
+    with pytest.raises(UserError, match=r"t\.csv, line 2: missing key 'incorrect_idx'"):
+        read_examples(table)
+    table.write_text("clean,corrupted,correct_idx,incorrect_idx\na,b,1,he\n")
+    with pytest.raises(UserError, match=r"line 2: 'incorrect_idx' must be a token id"):
+        read_examples(table)
+
+
+# --- tokens, rejections, templates -----------------------------------------------------------------------------
+
+
+def test_real_pairs(real_model, shared_dir):
+    prompts = load_prompts(shared_dir / "data" / "pronoun_gender" / "train.jsonl", real_model)
+    assert len(prompts) == 782
+    assert prompts.rejected == {}
+    he, she = real_model.single_token(" he"), real_model.single_token(" she")
+    female = torch.tensor([case == "female" for case in prompts.cases])
+    assert (prompts.clean_answers == torch.where(female, she, he)).all()
+    assert (prompts.patch_answers == torch.where(female, he, she)).all()
+    assert (prompts.clean.lengths == prompts.patch.lengths).all()
+    assert_keys_align(prompts)
+
+
+def assert_keys_align(prompts):
+    lengths = prompts.clean.lengths.tolist()
+    for key in set(prompts.templates):
+        assert len({length for length, other in zip(lengths, prompts.templates, strict=True) if other == key}) == 1
+
+
+def test_rejections_are_counted_by_reason(real_model, tmp_path):
+    path = write_lines(
+        tmp_path / "p.jsonl",
+        gender_line("Sue", "Bob"),
+        gender_line("Sue", "Bobby-John"),
+        gender_line("Sue", "Bob", clean_answer=" something"),
+        gender_line("Sue", "Bob", clean_answer=" he"),
+        gender_line("Sue", "Bob", clean_prefix="word " * 600, patch_prefix="word " * 600),
+        {"clean_prefix": "Sue was sad", "clean_answer": " she"},
+        gender_line("Sue", "Bob", clean_prefix=""),
+    )
+    prompts = load_prompts(path, real_model)
+    assert len(prompts) == 1
+    assert prompts.rejected == {
+        "clean and patch differ in token length": 1,
+        "answer is not one token": 1,
+        "both answers are the same token": 1,
+        "longer than the model's context": 1,
+        "no patch prompt": 1,
+        "empty prompt": 1,
+    }
+    assert "6" not in prompts.summary()
+    assert prompts.summary().startswith("1 pairs (female 1); skipped 1 (")
+
+
+def test_no_usable_prompt_is_an_error(real_model, tmp_path):
+    path = write_lines(tmp_path / "p.jsonl", gender_line("Sue", "Bobby-John"), gender_line("Sue", "Bobby-John"))
+    with pytest.raises(UserError, match=r"no usable prompt in .*p\.jsonl: 2 x clean and patch differ"):
+        load_prompts(path, real_model)
+
+
+def test_limit_keeps_the_first_usable(real_model):
+    examples = [Example(text, (" she",)) for text in ("Sue was", "Amy was sad", "Lily")]
+    prompts = make_prompts(examples, real_model, limit=2)
+    assert prompts.texts == ["Sue was", "Amy was sad"]
+    assert prompts.patch is None and prompts.patch_answers is None
+
+
+def test_several_answers_are_padded(real_model):
+    examples = [Example("Sue", (" she", " he"), "Bob", (" it",)), Example("Sue", (" she",), "Bob", (" he", " I"))]
+    prompts = make_prompts(examples, real_model)
+    ids = {word: real_model.single_token(word) for word in (" she", " he", " it", " I")}
+    assert prompts.clean_answers.tolist() == [[ids[" she"], ids[" he"]], [ids[" she"], -1]]
+    assert prompts.patch_answers is not None
+    assert prompts.patch_answers.tolist() == [[ids[" it"], -1], [ids[" he"], ids[" I"]]]
+
+
+def test_template_field_is_used_with_the_length(real_model):
+    prompts = make_prompts([Example(text, (" she",), template="t") for text in ("Sue was", "Sue was")], real_model)
+    assert prompts.template_rule == "field"
+    assert prompts.templates == [f"t/{prompts.clean.lengths[0]}"] * 2
+
+
+def bare(rows, others) -> PromptSet:
+    size = len(rows)
+    nothing, blank = torch.zeros(size), [""] * size
+    return PromptSet(Tokens.from_rows(rows), Tokens.from_rows(others), nothing, nothing, blank, blank, blank)
+
+
+def test_masked_templates_join_pairs_of_one_frame():
+    rows = [[1, noun, 5, 6] for noun in (10, 11, 12, 13)] + [[1, 8, noun, 5, 6] for noun in (10, 11)]
+    others = [[1, noun, 5, 6] for noun in (20, 21, 22, 23)] + [[1, 8, noun, 5, 6] for noun in (20, 21)]
+    prompts = bare(rows, others)
+    assert prompts.with_templates("mask").templates == ["1 * 5 6"] * 4 + ["1 8 * 5 6"] * 2
+    assert prompts.with_templates("length").templates == ["4"] * 4 + ["5"] * 2
+    with pytest.raises(UserError, match="template field"):
+        prompts.with_templates("field")
+
+
+def test_a_name_that_shares_a_token_takes_the_common_template():
+    rows, others = [[1, 10, 11, 5], [1, 12, 13, 5], [1, 14, 15, 5]], [[1, 20, 21, 5], [1, 22, 23, 5], [1, 14, 16, 5]]
+    assert bare(rows, others).with_templates("mask").templates == ["1 * * 5"] * 3
+
+
+def test_an_odd_pair_does_not_swallow_the_common_template():
+    rows, others = [[1, 10, 5]] * 3 + [[1, 11, 7]], [[1, 12, 5]] * 3 + [[1, 13, 8]]
+    assert bare(rows, others).with_templates("mask").templates == ["1 * 5"] * 3 + ["1 * *"]
+
+
+def test_test_prompts_take_the_keys_of_the_reference():
+    train = bare([[1, 10, 11, 5], [1, 12, 13, 5]], [[1, 20, 21, 5], [1, 22, 23, 5]]).with_templates("mask")
+    test = bare([[1, 10, 30, 5], [1, 9, 9, 9]], [[1, 10, 31, 5], [1, 8, 9, 9]])
+    assert test.aligned_to(train).templates == ["1 * * 5", "1 * 9 9"]
+    assert test.aligned_to(train.with_templates("length")).templates == ["4", "4"]
+
+
+def test_slices_and_batches_trim_the_padding(tiny_prompts):
+    short = tiny_prompts[::2]
+    assert short.clean.input_ids.shape == (4, 5)
+    assert short.clean.attention_mask.all()
+    assert torch.equal(short.clean.input_ids, tiny_prompts.clean.input_ids[::2, 2:])
+    assert torch.equal(short.patch.input_ids, tiny_prompts.patch.input_ids[::2, 2:])
+    assert short.cases == tiny_prompts.cases[::2]
+
+    batches = list(tiny_prompts.batches(3))
+    assert [len(batch) for batch in batches] == [3, 3, 2]
+    assert [text for batch in batches for text in batch.texts] == tiny_prompts.texts
+    assert torch.cat([batch.clean_answers for batch in batches]).equal(tiny_prompts.clean_answers)
+
+
+def test_indexing_by_number_list_and_mask(tiny_prompts):
+    female = torch.tensor([case == "b_a" for case in tiny_prompts.cases])
+    assert tiny_prompts[female].texts == tiny_prompts[4:].texts
+    assert tiny_prompts[[2, 0]].texts == ["prompt 2", "prompt 0"]
+    assert tiny_prompts[-1].texts == ["prompt 7"]
+    with pytest.raises(IndexError):
+        tiny_prompts[8]

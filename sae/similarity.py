@@ -135,7 +135,8 @@ class ActivationCorrelation:
 
     def match(self, *, chunk_bytes: int = CHUNK_BYTES) -> Match:
         """Best partners by correlation."""
-        return _match(self.rows, *self.products.shape, chunk_bytes)
+        n_a, n_b = self.products.shape
+        return _match(self.rows, n_a, n_b, chunk_bytes)
 
 
 def persistent_features(match: Match, *, threshold: float = 0.7) -> Tensor:

@@ -1,0 +1,195 @@
+"""An evaluation in batches against one text at a time through plain torch hooks."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy, normalize
+
+from sae.autoencoder import SAEConfig, SparseAutoencoder
+from sae.errors import UserError
+from sae.evaluation import decode_sparse, evaluate, token_batches
+from sae.sites import Site, site_table
+
+TEXTS = [
+    "the man sees the old dog behind the house",
+    "<bos> a girl walks",
+    "  ",
+    "kings know that they were happy .",
+    "the cat runs near the boy and the boy runs near the young queen who sings",
+    "he sees her",
+    "she",
+    "this dog likes that dog",
+]
+SITES = ["embed", "attn_0", "mlp_0", "resid_0", "attn_1", "resid_1"]
+
+
+def random_sae(site, d, *, n_features=24, architecture="relu", seed=0, **options):
+    generator = torch.Generator().manual_seed(seed)
+    W_dec = normalize(torch.randn(n_features, d, generator=generator), dim=-1)
+    tensors = {
+        "W_enc": W_dec.clone() * 0.6,
+        "b_enc": -0.1 * torch.rand(n_features, generator=generator),
+        "W_dec": W_dec,
+        "b_dec": 0.1 * torch.randn(d, generator=generator),
+    }
+    if architecture == "jumprelu":
+        tensors["threshold"] = torch.full((n_features,), 0.2)
+    config = SAEConfig(architecture, d, n_features, site=str(site), **options)
+    return SparseAutoencoder(config, tensors)
+
+
+@pytest.fixture(scope="module")
+def saes(tiny_model):
+    kinds = [{"architecture": "topk", "k": 4}, {}, {"architecture": "jumprelu"}]
+    return {
+        Site.parse(name): random_sae(name, tiny_model.d_model, seed=i, **kinds[i % 3]) for i, name in enumerate(SITES)
+    }
+
+
+def hooked_logits(model, ids, edits):
+    """Logits [S, V] of one text with edits x [S, d] -> x at sites, by torch hooks; and x at every site before."""
+    seen, handles = {}, []
+
+    def hook(site):
+        def replace(module, inputs, output):
+            x = output[0] if isinstance(output, tuple) else output
+            seen[site] = x[0]
+            new = edits.get(site, lambda x: x)(x[0])[None]
+            return (new, *output[1:]) if isinstance(output, tuple) else new
+
+        return replace
+
+    for site, path in site_table(model.hf).items():
+        handles.append(model.hf.get_submodule(path.module).register_forward_hook(hook(site)))
+    try:
+        with torch.no_grad():
+            return model.hf(input_ids=ids[None]).logits[0].double(), seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize("special_tokens", [False, True])
+def test_evaluation_equals_one_text_at_a_time(tiny_model, saes, special_tokens):
+    result = evaluate(tiny_model, saes, TEXTS, batch_size=3, special_tokens=special_tokens)
+    groups = {site.name: [site] for site in saes}
+    groups |= {"attn": [Site("attn", 0), Site("attn", 1)], "resid": [Site("resid", 0), Site("resid", 1)]}
+    groups["all"] = list(saes)
+    sums = {name: {"sae": 0.0, "zero": 0.0, "kl": 0.0, "kl_zero": 0.0, "same": 0} for name in groups}
+    ce_model, n, inputs = 0.0, 0, {site: [] for site in saes}
+    for text in TEXTS:
+        if not text.strip():
+            continue
+        ids = tiny_model.tokenize([text]).input_ids[0]
+        counted = torch.tensor([special_tokens or int(i) not in tiny_model.special_ids for i in ids])[:, None]
+        logits, seen = hooked_logits(tiny_model, ids, {})
+        log_p = logits.log_softmax(-1)[:-1]
+        ce_model += float(cross_entropy(logits[:-1], ids[1:], reduction="sum"))
+        n += len(ids) - 1
+        for site in saes:
+            inputs[site].append(seen[site][counted[:, 0]])
+        for name, group in groups.items():
+            edits = {s: lambda x, s=s, counted=counted: torch.where(counted, saes[s](x), x) for s in group}
+            zeros = {s: lambda x, counted=counted: torch.where(counted, 0.0, x) for s in group}
+            for kind, edit in (("sae", edits), ("zero", zeros)):
+                log_q = hooked_logits(tiny_model, ids, edit)[0].log_softmax(-1)[:-1]
+                sums[name][kind] -= float(log_q.gather(1, ids[1:, None]).sum())
+                sums[name]["kl" if kind == "sae" else "kl_zero"] += float((log_p.exp() * (log_p - log_q)).sum())
+                sums[name]["same"] += int((log_q.argmax(-1) == log_p.argmax(-1)).sum()) if kind == "sae" else 0
+
+    assert result.n_predictions == n
+    assert result.ce_model == pytest.approx(ce_model / n, rel=1e-5)
+    assert result.ce_errors_kept == pytest.approx(result.ce_model, rel=1e-5)
+    assert set(result.spliced) == {"attn", "resid", "all"}
+    measured = {name: metrics.predictions for name, metrics in result.sites.items()} | result.spliced
+    for name, expected in sums.items():
+        p = measured[name]
+        assert p.ce == pytest.approx(expected["sae"] / n, rel=1e-5), name
+        assert p.ce_zero == pytest.approx(expected["zero"] / n, rel=1e-5), name
+        assert p.kl == pytest.approx(expected["kl"] / n, rel=1e-3, abs=1e-6), name
+        assert p.kl_recovered == pytest.approx(1 - expected["kl"] / expected["kl_zero"], rel=1e-3, abs=1e-5), name
+        assert p.top1_consistency == pytest.approx(expected["same"] / n), name
+        recovered = (expected["zero"] - expected["sae"]) / (expected["zero"] - ce_model)
+        assert p.ce_recovered == pytest.approx(recovered, rel=1e-2, abs=1e-3), name
+    assert list(result.sites) == SITES
+    for site, metrics in zip(saes, result.sites.values(), strict=True):
+        x = torch.cat(inputs[site]).double()
+        f = saes[site].encode(x.float()).double()
+        x_hat = saes[site].decode(f.float()).double()
+        assert result.n_tokens == len(x)
+        deviation = (x - x.mean(0)).square().sum()
+        assert metrics.explained_variance == pytest.approx(float(1 - (x - x_hat).square().sum() / deviation), rel=1e-4)
+        assert metrics.l0 == pytest.approx(float((f != 0).sum() / len(x)))
+        assert metrics.dead_fraction == pytest.approx(float((f == 0).all(0).float().mean()))
+        error = ((x - x_hat) @ saes[site].W_dec.double().T * f).sum() / f.square().sum()
+        assert metrics.shrinkage == pytest.approx(float(error), rel=1e-4)
+
+
+def test_sparse_decoding_equals_dense(saes):
+    for sae in saes.values():
+        x = torch.randn(9, sae.config.d_model)
+        x[4] = sae.b_dec - 100.0 * sae.W_enc.sum(0)  # a token on which little fires
+        dense = sae.decode(sae.encode(x))
+        assert torch.allclose(decode_sparse(sae, sae.encode_sparse(x), 9), dense, atol=1e-5)
+
+
+def test_a_perfect_autoencoder_costs_nothing(tiny_model):
+    eye = torch.eye(tiny_model.d_model)
+    tensors = {"W_enc": torch.cat([eye, -eye]), "W_dec": torch.cat([eye, -eye])}
+    tensors |= {"b_enc": torch.zeros(2 * len(eye)), "b_dec": torch.zeros(len(eye))}
+    config = SAEConfig("relu", len(eye), 2 * len(eye), subtract_b_dec=False)
+    result = evaluate(tiny_model, {site: SparseAutoencoder(config, tensors) for site in tiny_model.sites}, TEXTS)
+    assert result.spliced["all"].ce == pytest.approx(result.ce_model, rel=1e-5)
+    for metrics in result.sites.values():
+        assert metrics.explained_variance == pytest.approx(1.0)
+        assert metrics.predictions.ce_recovered == pytest.approx(1.0, abs=1e-3)
+        assert metrics.l0 == pytest.approx(len(eye), abs=0.5)
+
+
+def test_table_fits_a_terminal_and_json_has_no_nan(tiny_model, saes):
+    result = evaluate(tiny_model, saes, TEXTS, max_tokens=30)
+    lines = result.table().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert [line.split()[0] for line in lines[1:7]] == SITES
+    assert len({len(line) for line in lines[:-1]}) == 1
+    entries = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    assert entries["sites"]["mlp_0"]["l0"] == pytest.approx(result.sites["mlp_0"].l0)
+    assert len(entries["sites"]["embed"]["density_histogram"]["counts"]) == 24
+
+
+def test_an_undefined_score_is_a_dash_and_null(tiny_model):
+    dead = random_sae("mlp_0", tiny_model.d_model)
+    dead.b_enc.fill_(-1e6)
+    result = evaluate(tiny_model, {Site("mlp", 0): dead}, TEXTS)
+    metrics = result.sites["mlp_0"]
+    assert metrics.dead_fraction == 1.0
+    assert math.isnan(metrics.shrinkage)
+    assert result.to_dict()["sites"]["mlp_0"]["shrinkage"] is None
+    assert " - " in result.table()
+
+
+def test_batches_stop_at_max_tokens_and_cut_texts(tiny_model):
+    def lengths(**options):
+        batches = token_batches(tiny_model, iter(TEXTS), **options)
+        return [batch.lengths.tolist() for batch in batches]
+
+    full = lengths(max_tokens=None, batch_size=3, context=100)
+    assert [len(batch) for batch in full] == [3, 3, 1]
+    flat = [length for batch in full for length in batch]
+    cut = [length for batch in lengths(max_tokens=None, batch_size=3, context=4) for length in batch]
+    assert cut == [min(length, 4) for length in flat]
+    for limit in (1, 12, 20, sum(flat)):
+        given = [length for batch in lengths(max_tokens=limit, batch_size=3, context=100) for length in batch]
+        assert given == flat[: len(given)]
+        assert sum(given) <= limit or len(given) == 1
+        assert len(given) == len(flat) or sum(flat[: len(given) + 1]) > limit
+
+
+def test_nothing_to_evaluate_is_refused(tiny_model, saes):
+    with pytest.raises(UserError, match="no autoencoders"):
+        evaluate(tiny_model, {}, TEXTS)
+    for texts in ([], ["  "], ["she"]):
+        with pytest.raises(UserError, match="no tokens"):
+            evaluate(tiny_model, saes, texts)

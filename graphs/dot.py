@@ -1,0 +1,349 @@
+"""Draw a feature graph with Graphviz: DOT, SVG, PNG and PDF.
+
+1. `layered_layout` places nodes and routes edges; the positions are written into the DOT text, whose `layout=nop2`
+   tells every Graphviz program to keep them (`dot -Tsvg circuit.dot` gives the same picture).
+2. Sites are clusters, bottom to top in model order. Features are rounded boxes, coloured by the sign and size of their
+   effect; SAE errors are triangles; the metric is on top. Edge width and opacity grow with the weight.
+3. The more nodes, the smaller the boxes and the shorter their labels; in large graphs only the strongest keep a label,
+   the others their id. Everything is in the tooltips of the SVG.
+
+Rendering goes through pygraphviz, whose wheels carry Graphviz: no system package is needed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+import graphviz
+
+from graphs.errors import GraphError
+from graphs.feature_graph import Edge, FeatureGraph, Node
+from graphs.files import atomic_write, write_text
+from graphs.graphviz_output import draw
+from graphs.layout import Box, Cell, Layout, Point, layered_layout
+from graphs.style import (
+    DIVERGING,
+    INK,
+    NEGATIVE_EDGE,
+    PALE_INK,
+    POSITIVE_EDGE,
+    RULE,
+    count,
+    describe,
+    diverging_colour,
+    fit,
+    ink_on,
+    largest_effect,
+    largest_weight,
+    number,
+    position_name,
+    signed_root,
+    tooltip,
+    visible,
+    wrap,
+)
+
+FORMATS = (".dot", ".svg", ".png", ".pdf")
+FONT = "DejaVu Sans"
+GUTTER, MARGIN = 62.0, 14.0
+
+
+@dataclass(frozen=True)
+class Density:
+    """Sizes that go with a number of nodes."""
+
+    up_to: int
+    """The largest number of nodes drawn this way."""
+    cell: Cell
+    """Room for one node, in points."""
+    lines: int
+    """Lines of label text."""
+    label: float
+    """Font size of the label."""
+    small: float
+    """Font size of id and effect."""
+    space: float
+    """Free height between sites."""
+    labelled: int
+    """How many of the strongest nodes keep their label."""
+
+
+DENSITIES = (
+    Density(14, Cell(width=158, height=50, gap=26, box=142), 2, 11.0, 8.5, 34, 10**6),
+    Density(48, Cell(width=132, height=46, gap=24, box=118), 2, 10.0, 8.0, 28, 10**6),
+    Density(130, Cell(width=106, height=29, gap=18, box=93), 1, 8.5, 7.0, 24, 10**6),
+    Density(10**9, Cell(width=84, height=23, gap=14, box=73), 1, 7.0, 6.0, 20, 80),
+)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What every part of the drawing needs to know."""
+
+    graph: FeatureGraph
+    """What is drawn."""
+    layout: Layout
+    """Where it goes."""
+    density: Density
+    """How large it is."""
+    labelled: frozenset[str]
+    """Ids of the nodes that show a label."""
+    link: str
+    """Template of the nodes' hyperlinks, `#node-{id}`."""
+    effect: float
+    """The largest |effect|, where the colour scale ends."""
+    weight: float
+    """The largest |weight|, drawn with the widest line."""
+
+    def point(self, x: float, y: float) -> Point:
+        """From layout to page: room for the site names on the left, for legend and header below."""
+        return x + GUTTER + MARGIN, y + self.below
+
+    @property
+    def below(self) -> float:
+        """Height under the first site: legend, and the tokens of a circuit by position."""
+        return 66.0 + (24.0 if self.layout.columns else 0.0)
+
+    @property
+    def size(self) -> Point:
+        """Width and height of the page."""
+        above = 50.0 + (24.0 if self.layout.columns else 0.0)
+        return max(self.layout.width + GUTTER + 2 * MARGIN, 430.0), self.layout.height + self.below + above
+
+
+def to_dot(graph: FeatureGraph, *, title: str | None = None, link: str = "#node-{id}") -> str:
+    """The graph as DOT with positions.
+
+    `title` stands above the drawing (default: `metadata["title"]`). `link` is the template of the nodes' hyperlinks
+    in SVG, with `{id}` and `{name}`; the SVG element of a node has the id `node-{id}`.
+    """
+    if len(graph) == 0:
+        raise GraphError("the graph has no nodes: there is nothing to draw")
+    n_nodes = sum(node.kind != "metric" for node in graph.nodes())
+    density = next(density for density in DENSITIES if n_nodes <= density.up_to)
+    strongest = sorted(graph.nodes(), key=lambda node: -abs(node.effect))[: density.labelled]
+    layout = layered_layout(graph, cell=density.cell, space=density.space)
+    labelled = frozenset(node.id for node in strongest)
+    scene = Scene(graph, layout, density, labelled, link, largest_effect(graph), largest_weight(graph))
+    dot = graphviz.Digraph("circuit")
+    width, height = scene.size
+    dot.attr("graph", layout="nop2", outputorder="edgesfirst", bgcolor="white", bb=f"0,0,{width:.1f},{height:.1f}")
+    dot.attr("graph", fontname=FONT, pad="0", tooltip=" ")
+    dot.attr("node", fontname=FONT, fixedsize="shape", margin="0", penwidth="0.8")
+    dot.attr("edge", fontname=FONT)
+    _add_bands(dot, scene)
+    for node in graph.nodes():
+        if node.kind == "metric":
+            _add_metric(dot, scene, node)
+    _add_columns(dot, scene)
+    for edge in sorted(graph.edges(), key=lambda edge: abs(edge.weight)):
+        _add_edge(dot, scene, edge)
+    _add_title(dot, scene, title)
+    _add_legend(dot, scene)
+    return dot.source
+
+
+def render(graph: FeatureGraph, path: str | Path, *, title: str | None = None, link: str = "#node-{id}") -> Path:
+    """Draw the graph into a .dot, .svg, .png or .pdf file; the extension decides. Returns the path."""
+    path = Path(path)
+    kind = path.suffix.lower()
+    if kind not in FORMATS:
+        raise GraphError(f"cannot draw into {path.name!r}: its extension must be one of {', '.join(FORMATS)}")
+    source = to_dot(graph, title=title, link=link)
+    if kind == ".dot":
+        write_text(path, source)
+        return path
+    titles = {f"node-{node.id}": tooltip(graph, node) for node in graph.nodes()}
+    titles |= {_edge_id(edge): _edge_tooltip(edge) for edge in graph.edges()}
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(draw(source, kind[1:], titles=titles))
+    return path
+
+
+# --- nodes ------------------------------------------------------------------------------------------------------------
+
+
+def _add_bands(dot: graphviz.Digraph, scene: Scene) -> None:
+    """A cluster for each site, with its nodes."""
+    members: dict[str, list[Node]] = {}
+    for node in scene.graph.nodes():
+        members.setdefault(node.site, []).append(node)
+    width = scene.size[0]
+    for band in scene.layout.bands:
+        (_, bottom), (_, top) = scene.point(0, band.bottom), scene.point(0, band.top)
+        with dot.subgraph(name=f"cluster_{band.site}") as cluster:
+            cluster.attr(
+                label=f"<{_text(band.site, 9.5, PALE_INK, bold=True)}>",
+                bb=f"{MARGIN:.1f},{bottom:.1f},{width - MARGIN:.1f},{top:.1f}",
+                lp=f"{MARGIN + GUTTER / 2:.1f},{(bottom + top) / 2:.1f}",
+                bgcolor="#f5f6f8",
+                pencolor="#f5f6f8",
+                tooltip=band.site,
+            )
+            for node in sorted(members[band.site], key=lambda node: scene.layout.boxes[node.id].x):
+                _add_node(cluster, scene, node)
+
+
+def _add_node(dot: graphviz.Digraph, scene: Scene, node: Node) -> None:
+    box = scene.layout.boxes[node.id]
+    fill = diverging_colour(node.effect, scene.effect)
+    ink = ink_on(fill)
+    if node.kind == "error":
+        box = Box(box.x, box.y, min(box.width, box.height * 1.7), box.height)
+        small = scene.density.small
+        text = f"{_text('error', small * 0.85, ink)}<BR/>{_text(number(node.effect), small * 0.85, ink)}"
+        shape = {"shape": "triangle", "labelloc": "b"}
+    else:
+        text = _feature_text(scene, node, box, ink)
+        shape = {"shape": "box", "style": "rounded,filled"}
+    border = diverging_colour(node.effect * 4, scene.effect) if node.effect else RULE
+    dot.node(
+        _quoted(node.id),
+        f"<{text}>",
+        **{"style": "filled", **shape},
+        fillcolor=fill,
+        color=border,
+        **_common(scene, node, box),
+    )
+
+
+def _feature_text(scene: Scene, node: Node, box: Box, ink: str) -> str:
+    """The label on one or two lines, then id and effect in small type."""
+    density = scene.density
+    room = box.width - 8
+    effect = number(node.effect)
+    name = fit(node.name, density.small, room - (len(effect) + 1) * density.small * 0.65)
+    small = _text(f"{name}  {effect}", density.small, ink)
+    label = describe(node) if node.id in scene.labelled else ""
+    if not label:
+        return small
+    lines = wrap(label, density.label, room, lines=density.lines, bold=bool(node.label))
+    return "<BR/>".join([*(_text(line, density.label, ink, bold=bool(node.label)) for line in lines), small])
+
+
+def _add_metric(dot: graphviz.Digraph, scene: Scene, node: Node) -> None:
+    box = scene.layout.boxes[node.id]
+    density = scene.density
+    label = node.label or str(scene.graph.metadata.get("metric", "metric"))
+    lines = wrap(visible(label), density.label, box.width - 10, lines=density.lines, bold=True)
+    text = [_text(line, density.label, "#ffffff", bold=True) for line in lines]
+    text.append(_text(f"total effect {number(node.effect)}", density.small, "#d5dae1"))
+    style = {"shape": "box", "style": "rounded,filled", "fillcolor": INK, "color": INK}
+    dot.node(_quoted(node.id), f"<{'<BR/>'.join(text)}>", **style, **_common(scene, node, box))
+
+
+def _common(scene: Scene, node: Node, box: Box) -> dict[str, str]:
+    x, y = scene.point(box.x, box.y)
+    return {
+        "pos": f"{x:.1f},{y:.1f}",
+        "width": f"{box.width / 72:.3f}",
+        "height": f"{box.height / 72:.3f}",
+        "id": _quoted(f"node-{node.id}"),
+        "URL": _quoted(scene.link.replace("{id}", node.id).replace("{name}", node.name)),
+        "tooltip": _quoted(node.id),
+    }
+
+
+# --- edges ------------------------------------------------------------------------------------------------------------
+
+
+def _add_edge(dot: graphviz.Digraph, scene: Scene, edge: Edge) -> None:
+    strength = abs(signed_root(edge.weight, scene.weight))
+    crowd = min(1.0, (160 / max(1, scene.graph.graph.number_of_edges())) ** 0.5)
+    opacity = max(0.06, (0.12 + 0.8 * strength**1.5) * (crowd + (1 - crowd) * strength))
+    colour = (POSITIVE_EDGE if edge.weight > 0 else NEGATIVE_EDGE) + f"{round(255 * min(opacity, 0.92)):02x}"
+    points = [scene.point(*point) for point in scene.layout.routes[edge.source, edge.target]]
+    head = 3.0 + 4.0 * strength
+    x, y = points[-1]
+    points[-1] = (x, y - head)  # the arrow covers the rest
+    spline = " ".join(f"{px:.1f},{py:.1f}" for px, py in points)
+    dot.edge(
+        _quoted(edge.source),
+        _quoted(edge.target),
+        pos=f"e,{x:.1f},{y:.1f} {spline}",
+        color=colour,
+        penwidth=f"{0.5 + 3.2 * strength**2:.2f}",
+        arrowsize=f"{head / 10:.2f}",
+        id=_quoted(_edge_id(edge)),
+        tooltip=_quoted(_edge_tooltip(edge)),
+    )
+
+
+def _edge_id(edge: Edge) -> str:
+    return f"edge-{edge.source}--{edge.target}"
+
+
+def _edge_tooltip(edge: Edge) -> str:
+    return f"{edge.source} → {edge.target}\nweight {number(edge.weight)}"
+
+
+# --- what stands around the graph -------------------------------------------------------------------------------------
+
+
+def _add_columns(dot: graphviz.Digraph, scene: Scene) -> None:
+    """The tokens above and below their columns, and a thin line between columns."""
+    if not scene.layout.columns:
+        return
+    bottom = scene.layout.bands[0].bottom if scene.layout.bands else 0.0
+    top = scene.layout.bands[-1].top if scene.layout.bands else 0.0
+    for place, column in enumerate(scene.layout.columns):
+        name = fit(position_name(scene.graph, column.position), 11, column.right - column.left - 6, bold=True)
+        middle = (column.left + column.right) / 2
+        _add_text(dot, scene, f"column-{place}-below", _text(name, 11, INK, bold=True), (middle, bottom - 14))
+        above = scene.size[1] - scene.below - 56
+        _add_text(dot, scene, f"column-{place}-above", _text(name, 11, INK, bold=True), (middle, above))
+        if place:
+            x, y = scene.point(column.left, (bottom + top) / 2)
+            size = {"width": "0.004", "height": f"{(top - bottom) / 72:.3f}", "label": "", "tooltip": " "}
+            dot.node(f"rule-{place}", pos=f"{x:.1f},{y:.1f}", shape="box", color="#dfe3e9", penwidth="0.5", **size)
+
+
+def _add_title(dot: graphviz.Digraph, scene: Scene, title: str | None) -> None:
+    width, height = scene.size
+    metadata = scene.graph.metadata
+    title = visible(str(title if title is not None else metadata.get("title", "")))
+    features = sum(node.kind == "feature" for node in scene.graph.nodes())
+    errors = sum(node.kind == "error" for node in scene.graph.nodes())
+    counted = ((features, "feature"), (errors, "error"), (len(scene.graph.edges()), "edge"))
+    facts = " · ".join(count(n, thing) for n, thing in counted)
+    for key in ("model", "method"):
+        if key in metadata:
+            facts += f" · {visible(str(metadata[key]))}"
+    middle = width / 2 - GUTTER - MARGIN
+    heading = _text(fit(title, 14, width - 40, bold=True), 14, INK, bold=True) if title else ""
+    _add_text(dot, scene, "title", heading, (middle, height - scene.below - 18))
+    _add_text(dot, scene, "facts", _text(fit(facts, 9, width - 40), 9, PALE_INK), (middle, height - scene.below - 36))
+
+
+def _add_legend(dot: graphviz.Digraph, scene: Scene) -> None:
+    """Colour scale with its ends in numbers, the triangle, and edge signs."""
+    swatches = "".join(f'<TD BGCOLOR="{colour}" WIDTH="18" HEIGHT="9" FIXEDSIZE="TRUE"></TD>' for colour in DIVERGING)
+    ends = [_text(words, 8.5, INK) for words in ("lowers the metric", "raises the metric")]
+    values = [_text(number(value), 8.5, PALE_INK) for value in (-scene.effect, scene.effect)]
+    cells = f"<TD>{ends[0]}  {values[0]} </TD>{swatches}<TD> {values[1]}  {ends[1]}</TD>"
+    cells += f"<TD>     {_text('▲', 9, PALE_INK)} {_text('SAE error', 8.5, INK)}</TD>"
+    lines = _text("━", 11, NEGATIVE_EDGE) + _text("━", 11, POSITIVE_EDGE)
+    widest = f"edge, widest {number(scene.weight).lstrip('+')}"
+    cells += f"<TD>     {lines} {_text(widest, 8.5, INK)}</TD>" if scene.weight else ""
+    table = f'<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="1"><TR>{cells}</TR></TABLE>'
+    _add_text(dot, scene, "legend", table, (scene.size[0] / 2 - GUTTER - MARGIN, 26 - scene.below))
+
+
+def _add_text(dot: graphviz.Digraph, scene: Scene, name: str, html: str, at: Point) -> None:
+    x, y = scene.point(*at)
+    label = f"<{html}>" if html else ""
+    dot.node(name, label, shape="plaintext", fixedsize="false", pos=f"{x:.1f},{y:.1f}", tooltip=" ")
+
+
+def _text(text: str, size: float, colour: str, *, bold: bool = False) -> str:
+    """A run of text in Graphviz's HTML-like labels."""
+    words = escape(text, quote=False) or " "
+    words = f"<B>{words}</B>" if bold else words
+    return f'<FONT POINT-SIZE="{size:g}" COLOR="{colour}">{words}</FONT>'
+
+
+def _quoted(text: str) -> str:
+    """Text that DOT must take literally: backslashes doubled, never read as HTML."""
+    return graphviz.nohtml(graphviz.escape(text)) if text else ""

@@ -1,0 +1,169 @@
+"""The words and colours that every drawing of a circuit shares.
+
+Colour: one diverging scale, orange for effects below zero and blue above, safe for the common forms of colour
+blindness (after ColorBrewer's PuOr and RdBu). A value is placed at sign · sqrt(|value| / largest), since effects are
+heavy-tailed and a linear scale would leave all but three nodes white.
+"""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Iterable
+
+from graphs.feature_graph import FeatureGraph, Node
+
+DIVERGING = ("#a84d04", "#e08a2e", "#fbd9ae", "#f7f7f5", "#cfe0ef", "#6aa5d2", "#1c5fa8")
+"""From the most negative to the most positive value."""
+NEGATIVE_EDGE, POSITIVE_EDGE = "#c05c08", "#2468b0"
+INK, PALE_INK, RULE = "#1d2430", "#69727f", "#d5dae1"
+
+_VISIBLE = {"\n": "⏎", "\r": "␍", "\t": "⇥", "\u00a0": "⍽"}
+
+
+def diverging_colour(value: float, largest: float) -> str:
+    """`#rrggbb` for a value in [−largest, largest]."""
+    place = (signed_root(value, largest) + 1) / 2 * (len(DIVERGING) - 1)
+    low = min(int(place), len(DIVERGING) - 2)
+    start, end = (_rgb(DIVERGING[low + step]) for step in (0, 1))
+    mixed = (round(a + (b - a) * (place - low)) for a, b in zip(start, end, strict=True))
+    return "#{:02x}{:02x}{:02x}".format(*mixed)
+
+
+def signed_root(value: float, largest: float) -> float:
+    """sign(value) · sqrt(|value| / largest), clipped to [−1, 1]; 0 when `largest` is 0."""
+    if largest <= 0:
+        return 0.0
+    return math.copysign(math.sqrt(min(abs(value) / largest, 1.0)), value)
+
+
+def ink_on(background: str) -> str:
+    """Dark or white text, whichever contrasts more with the background (relative luminance of WCAG 2)."""
+    linear = [c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in _rgb(background)]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return INK if luminance > 0.22 else "#ffffff"
+
+
+def largest_effect(graph: FeatureGraph) -> float:
+    """The largest |effect| of a feature or error."""
+    return max((abs(node.effect) for node in graph.nodes() if node.kind != "metric"), default=0.0)
+
+
+def largest_weight(graph: FeatureGraph) -> float:
+    """The largest |weight| of an edge."""
+    return max((abs(edge.weight) for edge in graph.edges()), default=0.0)
+
+
+def number(value: float) -> str:
+    """A signed number to two or three figures: `+1.23`, `−0.041`, `+3e−05`."""
+    if value == 0:
+        return "0"
+    size = abs(value)
+    if size >= 100:
+        text = f"{value:+.0f}"
+    elif size >= 0.095:
+        text = f"{value:+.2f}"
+    elif size >= 0.00095:
+        text = f"{value:+.2g}"
+    else:
+        text = f"{value:+.0e}"
+    return text.replace("-", "−")
+
+
+def visible(token: str) -> str:
+    """A token as a person can see it: line breaks and tabs as signs, other control characters as `�`."""
+    shown = "".join(_VISIBLE.get(c, "�" if unicodedata.category(c) in ("Cc", "Cs") else c) for c in token)
+    return shown if shown.strip() else shown.replace(" ", "␣")
+
+
+def describe(node: Node) -> str:
+    """What a feature means in one line: its label, failing that its top tokens, failing that nothing."""
+    if node.label:
+        return visible(node.label)
+    if node.kind == "error":
+        return "SAE error"
+    if node.kind == "metric":
+        return "metric"
+    return " · ".join(visible(str(token)).strip() for token in node.attributes.get("top_tokens", ())[:4])
+
+
+def position_name(graph: FeatureGraph, position: int | str | None) -> str:
+    """The header of a position's column: its token when `metadata["tokens"]` gives one, else the position itself."""
+    tokens = graph.metadata.get("tokens", ())
+    if isinstance(position, int) and 0 <= position < len(tokens):
+        return visible(str(tokens[position])).strip()
+    return "all positions" if position is None else str(position)
+
+
+def tooltip(graph: FeatureGraph, node: Node) -> str:
+    """Everything known about a node, a line each."""
+    lines = [node.id, *([describe(node)] if describe(node) and node.kind != "metric" else [])]
+    if node.position is not None:
+        lines.append(f"at “{position_name(graph, node.position)}” (position {node.position})")
+    lines.append(f"{'total effect' if node.kind == 'metric' else 'effect'} {number(node.effect)}")
+    for key in ("exact_effect", "activation", "density"):
+        value = node.attributes.get(key)
+        if isinstance(value, int | float):
+            lines.append(f"{key.replace('_', ' ')} {number(value) if key == 'exact_effect' else f'{value:.3g}'}")
+    lines += _token_lines(node, ("top_tokens", "top_logits", "bottom_logits"))
+    return "\n".join(lines)
+
+
+def _token_lines(node: Node, keys: Iterable[str]) -> list[str]:
+    lines = []
+    for key in keys:
+        items = [item[0] if isinstance(item, list | tuple) else item for item in node.attributes.get(key, ())]
+        if items:
+            lines.append(f"{key.replace('_', ' ')}: {' '.join(visible(str(item)).strip() for item in items[:8])}")
+    return lines
+
+
+# Widths of DejaVu Sans in thousandths of the font size, by class of character; capitals and unknown ones count as 690.
+_NARROW, _MIDDLE, _WIDE = "iIlj.,:;'|!", "ftr()[]-/ “”·", "mwMW%@—"
+
+
+def text_width(text: str, size: float, *, bold: bool = False) -> float:
+    """Approximate width of the text in points, never much below the true one."""
+    total = 0.0
+    for c in text:
+        if unicodedata.east_asian_width(c) in "WF":
+            total += 1000
+        elif c in _NARROW:
+            total += 320
+        elif c in _MIDDLE:
+            total += 400
+        elif c in _WIDE:
+            total += 950
+        else:
+            total += 615 if c.islower() or c.isdigit() else 690
+    return total / 1000 * size * (1.13 if bold else 1.0)
+
+
+def fit(text: str, size: float, width: float, *, bold: bool = False) -> str:
+    """The text, cut with an ellipsis where it would be wider than `width` points."""
+    if text_width(text, size, bold=bold) <= width:
+        return text
+    while text and text_width(text + "…", size, bold=bold) > width:
+        text = text[:-1]
+    return text.rstrip() + "…"
+
+
+def wrap(text: str, size: float, width: float, *, lines: int, bold: bool = False) -> list[str]:
+    """The text on at most `lines` lines no wider than `width` points, broken at spaces, the last cut if need be."""
+    found: list[str] = []
+    words = text.split()
+    while words and len(found) < lines - 1:
+        line = words.pop(0)
+        while words and text_width(f"{line} {words[0]}", size, bold=bold) <= width:
+            line += " " + words.pop(0)
+        found.append(fit(line, size, width, bold=bold))
+    return [*found, fit(" ".join(words), size, width, bold=bold)] if words else found
+
+
+def count(n: int, thing: str) -> str:
+    """`1 feature`, `2 features`."""
+    return f"{n} {thing}" + ("" if n == 1 else "s")
+
+
+def _rgb(colour: str) -> tuple[int, int, int]:
+    return int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16)

@@ -5,7 +5,7 @@ For each batch of text
 2. per site, encode and decode x: L0, explained variance, densities, ... (`sae.metrics`);
 3. per site, run on with x̂ in place of x (the error e = x − x̂ is dropped), and with 0 in its place;
 4. the same with all sites at once, where each autoencoder reads what the ones before it left;
-5. once with x̂ + e everywhere, the error kept: this must give back the model's own cross-entropy.
+5. once with x̂ + e of step 1 everywhere, the errors kept: this must give back the model's own cross-entropy.
 
 Padding and special tokens are left out of step 2 and keep their x in steps 3 to 5: autoencoders are not trained on
 them, and a first token with a norm a hundred times the others' would decide every number.
@@ -38,6 +38,7 @@ from sae.metrics import (
 )
 from sae.model import LanguageModel, Tokens
 from sae.sites import Site
+from sae.splice import check_saes
 
 SCHEMA_VERSION = 1
 Edit = Callable[[Tensor], Tensor]
@@ -256,18 +257,17 @@ class _SplicedTotals:
         )
 
 
-def splice(sae: SparseAutoencoder, counted: Tensor, *, keep_error: bool = False) -> Edit:
-    """An edit x [B, S, d] -> x̂ at the counted tokens (`keep_error`: x̂ + (x − x̂)), x elsewhere. counted: [B, S]."""
-
-    def edit(x: Tensor) -> Tensor:
-        x_hat = reconstruct(sae, x[counted])
-        return x.masked_scatter(counted[..., None], x_hat + (x[counted] - x_hat) if keep_error else x_hat)
-
-    return edit
+def splice(sae: SparseAutoencoder, counted: Tensor) -> Edit:
+    """An edit x [B, S, d] -> x̂ at the counted tokens, x elsewhere. counted: [B, S]."""
+    return lambda x: x.masked_scatter(counted[..., None], reconstruct(sae, x[counted]))
 
 
 def _zero(counted: Tensor) -> Edit:
     return lambda x: x.masked_fill(counted[..., None], 0.0)
+
+
+def _constant(value: Tensor) -> Edit:
+    return lambda x: value
 
 
 @torch.no_grad()
@@ -288,8 +288,7 @@ def evaluate(
     tokens. `special_tokens` counts BOS and the like as any other token. `progress` is called after each batch with its
     number of tokens.
     """
-    if not saes:
-        raise UserError("no autoencoders to evaluate: give at least one site")
+    check_saes(model, saes)
     loop = _Loop(model, dict(sorted(saes.items())), special_tokens=special_tokens)
     for tokens in token_batches(model, texts, max_tokens=max_tokens, batch_size=batch_size, context=context):
         loop.update(tokens.to(model.device))
@@ -327,16 +326,18 @@ class _Loop:
 
         self.model_totals.update(base_logits, targets, base_logits)
         self.n_tokens += int(counted.sum())
+        kept: dict[Site, Edit] = {}
         for site, totals in self.sites.items():
             x = base.activations[site]
             x_hat = x.masked_scatter(counted[..., None], totals.update(x[counted]))
             before = self.model.resume_from(site, base.activations)
             add(self.alone[site].sae, skip={**before, site: x_hat})
             add(self.alone[site].zero, skip={**before, site: _zero(counted)(x)})
+            kept[site] = _constant(x_hat + (x - x_hat))
         for name, group in self.groups.items():
             add(self.together[name].sae, edits={site: splice(self.saes[site], counted) for site in group})
             add(self.together[name].zero, edits={site: _zero(counted) for site in group})
-        add(self.kept_totals, edits={site: splice(sae, counted, keep_error=True) for site, sae in self.saes.items()})
+        add(self.kept_totals, edits=kept)
 
     def result(self) -> Evaluation:
         ce_model = self.model_totals.cross_entropy

@@ -17,7 +17,7 @@ P windows in the pool, W positions in a window, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -30,6 +30,7 @@ from sae.evaluation import counted_tokens, token_batches
 from sae.model import LanguageModel, Tokens
 from sae.similarity import nearest_features
 from sae.sites import Site
+from sae.splice import check_saes
 
 CHUNK_BYTES = 64 * 2**20
 POOL_FACTOR = 4
@@ -104,6 +105,7 @@ def top_contexts(
     `n_tokens` is the number of top tokens and of top and bottom logits.
     """
     _check(saes, features)
+    check_saes(model, saes)
     watched = {
         site: _Watch(saes[site], sorted(set(indices)), n=n, before=before, after=after, vocab_size=model.vocab_size)
         for site, indices in sorted(features.items())
@@ -153,6 +155,20 @@ def logit_effect(model: LanguageModel, W_dec: Tensor, *, k: int) -> tuple[list[l
     return top, bottom
 
 
+def restricted(sae: SparseAutoencoder, indices: Sequence[int]) -> SparseAutoencoder:
+    """An autoencoder of the chosen features alone, in the given order: it encodes them as the whole one does.
+
+    Only for architectures in which features do not compete; its x̂ holds what the chosen features write and the bias.
+    """
+    if sae.nonlinearity.needs_k:
+        raise UserError(
+            f"features of a {sae.config.architecture!r} autoencoder compete: it cannot be restricted to some"
+        )
+    index = torch.as_tensor(indices, device=sae.device)
+    tensors = {name: tensor if name == "b_dec" else tensor[index] for name, tensor in sae.named_buffers()}
+    return SparseAutoencoder(replace(sae.config, n_features=len(index)), tensors)
+
+
 class _Watch:
     """The running state for the features asked about at one site."""
 
@@ -161,8 +177,10 @@ class _Watch:
     ) -> None:
         self.sae, self.indices, self.n, self.before = sae, indices, n, before
         slots, pool, width = len(indices), POOL_FACTOR * n, before + 1 + after
-        self.slot_of = torch.full((sae.config.n_features,), -1, dtype=torch.int64, device=sae.device)
-        self.slot_of[torch.tensor(indices, device=sae.device)] = torch.arange(slots, device=sae.device)
+        competing = sae.nonlinearity.needs_k
+        self.encoder = sae if competing else restricted(sae, indices)
+        self.slot_of = torch.full((self.encoder.config.n_features,), -1, dtype=torch.int64, device=sae.device)
+        self.slot_of[torch.tensor(indices if competing else range(slots))] = torch.arange(slots, device=sae.device)
         self.n_tokens = 0
         self.count = torch.zeros(slots, dtype=torch.int64)
         self.total = torch.zeros(slots, dtype=torch.float64)
@@ -174,7 +192,7 @@ class _Watch:
     def update(self, x: Tensor, tokens: Tokens, counted: Tensor) -> None:
         """Add a batch. x: [B, S, d]; counted: [B, S] bool, the tokens that count."""
         row, position = counted.nonzero(as_tuple=True)  # [N] each
-        found = self._watched(self.sae.encode_sparse(x[row, position]))
+        found = self._watched(self.encoder.encode_sparse(x[row, position]))
         row, position = row[found.token], position[found.token]
         self.n_tokens += int(counted.sum())
         self.count += torch.bincount(found.feature, minlength=len(self.indices)).cpu()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from sae.errors import UserError
 from sae.files import write_json
 
 SCHEMA_VERSION = 1
@@ -34,6 +35,12 @@ class Behaviour:
     """On the prompts of each case, where there are several."""
     ce: float | None = None
     """Cross-entropy on other text, nats a token; None where no text was given."""
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Behaviour:
+        """From its plain JSON form."""
+        by_case = {case: Score(**score) for case, score in data["by_case"].items()}
+        return Behaviour(Score(**data["overall"]), by_case, data["ce"])
 
 
 @dataclass(frozen=True)
@@ -109,17 +116,43 @@ class EditReport:
         """Write it as JSON."""
         write_json(path, self.to_dict())
 
-    def title(self) -> str:
-        """`10 features set to 0 on 192 prompts`."""
-        action = {
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> EditReport:
+        """The report that `to_dict` wrote; `UserError` where it is of another kind or version."""
+        if data.get("kind") != "edit" or data.get("schema_version") != SCHEMA_VERSION:
+            found = f"{data.get('kind')!r}, version {data.get('schema_version')!r}"
+            raise UserError(f"not an edit of schema_version {SCHEMA_VERSION}: found {found}")
+        own = {name: data[name] for name in (f.name for f in fields(EditReport)) if name in data}
+        return EditReport(
+            **own
+            | {
+                "before": Behaviour.from_dict(data["before"]),
+                "after": Behaviour.from_dict(data["after"]),
+                "random": [Behaviour.from_dict(draw) for draw in data["random"]],
+                "continuations": [Continuation(**sample) for sample in data["continuations"]],
+            }
+        )
+
+    @property
+    def runs(self) -> list[Behaviour]:
+        """Before, after, and every random draw."""
+        return [self.before, self.after, *self.random]
+
+    @property
+    def action(self) -> str:
+        """What was done to the features, in words: `set to zero`."""
+        return {
             "zero": "set to zero",
             "mean": "set to their mean",
-            "set": f"set to {self.value:g}" if self.value is not None else "set",
-            "scale": f"multiplied by {self.value:g}" if self.value is not None else "scaled",
-            "steer": f"steered by {self.value:+g}" if self.value is not None else "steered",
+            "set": f"set to {self.value}",
+            "scale": f"multiplied by {self.value}",
+            "steer": f"steered by {self.value}",
         }[self.operation]
+
+    def title(self) -> str:
+        """`10 features set to zero on 192 prompts`."""
         n = len(self.features)
-        return f"{n} {'feature' if n == 1 else 'features'} {action} on {self.n_prompts} prompts"
+        return f"{n} {'feature' if n == 1 else 'features'} {self.action} on {self.n_prompts} prompts"
 
     def table(self) -> str:
         """Before, after and the random control as aligned text for a terminal."""
@@ -127,12 +160,12 @@ class EditReport:
         head = ["", "before", "after", "left"] + ([f"random features ({draws} draws)", "left"] if draws else [])
         rows = [self._metric_row(self.metric, None)]
         rows += [self._metric_row(f"  {case}", case) for case in self.before.by_case]
-        rows.append(self._plain_row("accuracy", [b.overall.accuracy for b in (self.before, self.after, *self.random)]))
+        rows.append(self._plain_row("accuracy", [b.overall.accuracy for b in self.runs]))
         for case in self.before.by_case:
-            values = [b.by_case[case].accuracy for b in (self.before, self.after, *self.random)]
+            values = [b.by_case[case].accuracy for b in self.runs]
             rows.append(self._plain_row(f"  {case}", values))
         if self.before.ce is not None:
-            values = [b.ce or 0.0 for b in (self.before, self.after, *self.random)]
+            values = [b.ce or 0.0 for b in self.runs]
             rows.append(self._plain_row(f"CE on {self.n_texts} texts", values, digits=3))
         lines = [self.title(), *_align([head, *rows])]
         for sample in self.continuations:
@@ -140,8 +173,7 @@ class EditReport:
         return "\n".join(lines)
 
     def _metric_row(self, name: str, case: str | None) -> list[str]:
-        runs = (self.before, self.after, *self.random)
-        before, after, *drawn = [(run.by_case[case] if case else run.overall).metric for run in runs]
+        before, after, *drawn = [(run.by_case[case] if case else run.overall).metric for run in self.runs]
         row = [name, f"{before:.2f}", f"{after:.2f}", _share(after, before)]
         return [*row, _range(drawn), _share(sum(drawn) / len(drawn), before)] if drawn else row
 

@@ -1,0 +1,114 @@
+"""Edits: the behaviour before and after, beside the same edit of random features, and what the model then says."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from circuits.edit_report import Continuation, EditReport
+from circuits.report.markup import Html, missing, section, share, signed, text
+
+FEATURES_SHOWN = 20
+
+
+def headline_edit(edits: dict[str, dict[str, Any]]) -> tuple[str, str, str]:
+    """What the edit that leaves least of the behaviour leaves of it, for the head of the page."""
+    edit = EditReport.from_dict(min(edits.values(), key=lambda data: abs(data.get("remaining") or 0.0)))
+    drawn = edit.random_remaining
+    beside = f"; random features leave {share(sum(drawn) / len(drawn))}" if drawn else ""
+    n = len(edit.features)
+    return (
+        share(edit.remaining),
+        "left after an edit",
+        f"{n} {'feature' if n == 1 else 'features'} {edit.action}{beside}",
+    )
+
+
+def edits_section(edits: dict[str, dict[str, Any]]) -> Html:
+    """A block for each edit."""
+    if not edits:
+        command = "sfc ablate --circuit RUN --top 10 --prompts P.jsonl"
+        return section("edits", "Edits", missing("Nothing was edited yet.", command))
+    lead = (
+        "Features are changed inside the running model, errors and all other features stay as they are. An edit means "
+        "something when it moves the behaviour, leaves other text alone, and the same edit of as many random active "
+        "features does neither. ○ before, ● after, the line is the range over the draws of random features."
+    )
+    blocks = "".join(_block(name, EditReport.from_dict(data)) for name, data in edits.items())
+    return section("edits", "Edits", f'<p class="lead">{lead}</p>{blocks}')
+
+
+def _block(name: str, edit: EditReport) -> str:
+    rows = [_row(edit.metric, [run.overall.metric for run in edit.runs], strong=True)]
+    rows += [_row(case, [run.by_case[case].metric for run in edit.runs], case=True) for case in edit.before.by_case]
+    rows.append(_row("accuracy", [run.overall.accuracy for run in edit.runs], strong=True, shares=False))
+    for case in edit.before.by_case:
+        rows.append(_row(case, [run.by_case[case].accuracy for run in edit.runs], case=True, shares=False))
+    if edit.before.ce is not None:
+        values = [run.ce or 0.0 for run in edit.runs]
+        rows.append(_row(f"cross-entropy, {edit.n_texts} other texts", values, strong=True, digits=3, shares=False))
+    head = '<th class="name"></th><th class="dots"></th><th>before</th><th>after</th><th>left</th>'
+    head += f"<th>{len(edit.random)} random draws</th>" if edit.random else ""
+    names = ", ".join(text(feature) for feature in edit.features[:FEATURES_SHOWN])
+    more = len(edit.features) - FEATURES_SHOWN
+    listed = f'<p class="cap">{names}{f" and {more} more" if more > 0 else ""}</p>'
+    table = f'<table class="numbers edit"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    samples = "".join(_sample(sample) for sample in edit.continuations)
+    return f'<div class="edit" id="edit-{text(name)}"><h3>{text(edit.title())}</h3>{listed}{table}{samples}</div>'
+
+
+def _row(
+    name: str, values: list[float], *, strong: bool = False, case: bool = False, digits: int = 2, shares: bool = True
+) -> str:
+    before, after, *drawn = values
+    cells = [f"<td>{_number(before, digits)}</td>", f"<td><b>{_number(after, digits)}</b></td>"]
+    cells.append(f"<td>{share(after / before) if shares and before else ''}</td>")
+    if drawn:
+        mean = sum(drawn) / len(drawn)
+        span = f"{_number(min(drawn), digits)} to {_number(max(drawn), digits)}"
+        cells.append(f"<td>{_number(mean, digits)} <small>{span}</small></td>")
+    kind = "case" if case else "strong" if strong else ""
+    dots = f'<td class="dots">{_dots(before, after, drawn)}</td>'
+    return f'<tr class="{kind}"><td class="name">{text(name)}</td>{dots}{"".join(cells)}</tr>'
+
+
+def _number(value: float, digits: int) -> str:
+    return f"{value:.{digits}f}".replace("-", "−")
+
+
+def _dots(before: float, after: float, drawn: list[float]) -> str:
+    """A line from before to after over the range of the random draws, scaled to the row."""
+    values = [0.0, before, after, *drawn]
+    low, high = min(values), max(values)
+    span = (high - low) or 1.0
+
+    def x(value: float) -> float:
+        return 6 + 168 * (value - low) / span
+
+    parts = [f'<line class="zero" x1="{x(0):.1f}" x2="{x(0):.1f}" y1="1" y2="17"/>']
+    parts.append(f'<line class="move" x1="{x(before):.1f}" x2="{x(after):.1f}" y1="9" y2="9"/>')
+    if drawn:
+        left, right = x(min(drawn)), x(max(drawn))
+        parts.append(f'<line class="range" x1="{left - 1:.1f}" x2="{right + 1:.1f}" y1="14" y2="14"/>')
+    parts.append(f'<circle class="before" cx="{x(before):.1f}" cy="9" r="3.6"/>')
+    parts.append(f'<circle class="after" cx="{x(after):.1f}" cy="9" r="3.8"/>')
+    label = f"from {signed(before)} to {signed(after)}"
+    return f'<svg class="dots" viewBox="0 0 180 18" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+
+
+def _sample(sample: Continuation) -> str:
+    """A prompt and both continuations, the words that differ marked."""
+    before, after = sample.before.split(), sample.after.split()
+    old, new = [], []
+    for kind, a, b, c, d in difflib.SequenceMatcher(a=before, b=after, autojunk=False).get_opcodes():
+        old.append(_words(before[a:b], changed=kind != "equal"))
+        new.append(_words(after[c:d], changed=kind != "equal"))
+    return (
+        f'<div class="sample"><p>{text(sample.prompt)}</p><dl><dt>before</dt><dd>{" ".join(filter(None, old))}</dd>'
+        f"<dt>after</dt><dd>{' '.join(filter(None, new))}</dd></dl></div>"
+    )
+
+
+def _words(words: list[str], *, changed: bool) -> str:
+    joined = text(" ".join(words))
+    return f"<em>{joined}</em>" if changed and joined else joined

@@ -1,0 +1,42 @@
+"""The few pieces of HTML that every section of the report uses."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import NamedTuple
+
+
+class Html(NamedTuple):
+    """A section of the page."""
+
+    id: str
+    """Its anchor."""
+    title: str
+    """Its heading."""
+    html: str
+    """All of it, heading included."""
+
+
+def text(value: object) -> str:
+    """Anything as text that is safe inside HTML and its attributes."""
+    return escape(str(value))
+
+
+def section(id: str, title: str, body: str) -> Html:
+    """A section with its heading."""
+    return Html(id, title, f'<section id="{id}"><h2>{title}</h2>{body}</section>')
+
+
+def missing(sentence: str, command: str) -> str:
+    """What stands in the place of a section whose file does not exist yet."""
+    return f'<p class="missing">{sentence} Make it with <code>{text(command)}</code></p>'
+
+
+def signed(value: float, digits: int = 2) -> str:
+    """`+1.87`, `−0.04`."""
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def share(value: float, digits: int = 0) -> str:
+    """`97 %`."""
+    return f"{100 * value:.{digits}f} %".replace("-", "−")

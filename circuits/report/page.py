@@ -1,0 +1,271 @@
+"""`report.html` of a run: the circuit, what it explains, its features, and what editing them does.
+
+1. Read what the run folder holds: `circuit/circuit.json`, `circuit/faithfulness.json`, `edits/*.json`, `saes/`.
+2. Write a section for each; for what is missing, one line with the command that makes it.
+3. Everything is inlined (styles, drawings): the page needs no network, follows light and dark mode, and prints.
+"""
+
+from __future__ import annotations
+
+import datetime
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from circuits.report.edits import edits_section, headline_edit
+from circuits.report.features import features_section
+from circuits.report.markup import Html, missing, section, share, signed, text
+from circuits.report.plot import faithfulness_plot
+from graphs.dot import render
+from graphs.feature_graph import FeatureGraph
+from graphs.pruning import by_top_nodes
+from sae.autoencoder import CONFIG_FILE, sae_folders
+from sae.errors import UserError
+from sae.files import atomic_write, read_json
+
+DRAWN_NODES = 120
+"""Nodes beyond which only the strongest are drawn; the circuit itself may hold more."""
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What a run folder holds."""
+
+    folder: Path
+    """The run folder."""
+    graph: FeatureGraph | None
+    """The pruned circuit."""
+    faithfulness: dict[str, Any] | None
+    """Curves over circuit sizes."""
+    edits: dict[str, dict[str, Any]]
+    """Edits by the name of their file."""
+    saes: list[dict[str, Any]]
+    """Configs of the autoencoders."""
+
+
+def read_run(run_folder: str | Path) -> RunFiles:
+    """Everything of a run that the report shows; `UserError` if there is nothing at all."""
+    folder = Path(run_folder)
+    if folder.name == "circuit" and (folder / "circuit.json").is_file():
+        folder = folder.parent
+    circuit, faithfulness = folder / "circuit" / "circuit.json", folder / "circuit" / "faithfulness.json"
+    run = RunFiles(
+        folder=folder,
+        graph=FeatureGraph.load(circuit) if circuit.is_file() else None,
+        faithfulness=read_json(faithfulness) if faithfulness.is_file() else None,
+        edits={path.stem: read_json(path) for path in sorted((folder / "edits").glob("*.json"))},
+        saes=[read_json(path / CONFIG_FILE) for path in sae_folders(folder)] if folder.is_dir() else [],
+    )
+    if run.graph is None and run.faithfulness is None and not run.edits and not run.saes:
+        raise UserError(f"nothing to report in {str(folder)!r}: give the folder of a run (sfc discover --out RUN)")
+    return run
+
+
+def write_report(
+    run_folder: str | Path, *, out: str | Path | None = None, title: str | None = None, features: int = 30
+) -> Path:
+    """Write `report.html` into the run folder (or to `out`) and return its path.
+
+    title: heading of the page; features: how many of the strongest nodes are described.
+    """
+    run = read_run(run_folder)
+    path = Path(out) if out is not None else run.folder / "report.html"
+    title = title or (run.graph.metadata.get("title") if run.graph else None) or run.folder.resolve().name
+    sections = [
+        _circuit_section(run),
+        _faithfulness_section(run),
+        features_section(run.graph, limit=features),
+        edits_section(run.edits),
+        _check_section(run.graph),
+        _provenance_section(run),
+    ]
+    template = Template((Path(__file__).parent / "template.html").read_text(encoding="utf-8"))
+    page = template.substitute(
+        title=text(title),
+        deck=_deck(run),
+        figures=_key_figures(run),
+        contents="".join(f'<a href="#{part.id}">{part.title}</a>' for part in sections),
+        sections="\n".join(part.html for part in sections),
+        date=datetime.date.today().isoformat(),
+    )
+    with atomic_write(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return path
+
+
+# ------------------------------------------------------------------------------------------ head
+
+
+def _deck(run: RunFiles) -> str:
+    """One sentence under the title: what was explained, on what model, by which method."""
+    if run.graph is None:
+        return "Sparse autoencoders without a circuit yet."
+    metadata = run.graph.metadata
+    features = sum(node.kind == "feature" for node in run.graph.nodes())
+    errors = sum(node.kind == "error" for node in run.graph.nodes())
+    method = METHODS.get(_options(metadata).get("method", ""), _options(metadata).get("method", ""))
+    parts = [f"A sparse feature circuit of <b>{features}</b> features and <b>{errors}</b> error nodes"]
+    if metadata.get("model"):
+        parts.append(f"in <b>{text(_name(metadata['model']))}</b>")
+    if metadata.get("n_examples"):
+        parts.append(f"from <b>{metadata['n_examples']}</b> prompts")
+    if metadata.get("prompts"):
+        parts.append(f"of <b>{text(_name(metadata['prompts']))}</b>")
+    return " ".join(parts) + (f", found by {text(method)}." if method else ".")
+
+
+METHODS = {"ig": "integrated gradients", "attrib": "attribution patching", "exact": "exact activation patching"}
+
+
+def _options(metadata: dict[str, Any]) -> dict[str, Any]:
+    return metadata.get("options") or {}
+
+
+def _name(value: Any) -> str:
+    """The last part of a path or hub name; of a dictionary its `name` or `path`."""
+    if isinstance(value, dict):
+        value = value.get("name") or value.get("path") or value.get("fingerprint") or ""
+    return str(value).rstrip("/").rsplit("/", 1)[-1]
+
+
+def _key_figures(run: RunFiles) -> str:
+    """The four numbers a reader wants first."""
+    figures: list[tuple[str, str, str]] = []
+    metadata = run.graph.metadata if run.graph else {}
+    if metadata.get("m_clean") is not None:
+        is_logit = _options(metadata).get("metric", "logit_difference") == "logit_difference"
+        sign, name = (-1, "logit difference") if is_logit else (1, "metric")
+        clean, patch = sign * metadata["m_clean"], metadata.get("m_patch")
+        note = f"to {signed(sign * patch)} on the patch prompts" if patch is not None else "on the clean prompts"
+        figures.append((signed(clean), name, note))
+    if metadata.get("accuracy") is not None:
+        figures.append((share(metadata["accuracy"]), "accuracy", "of the model on the clean prompts"))
+    if run.faithfulness:
+        figures.append(_faithfulness_figure(run.faithfulness))
+    if run.edits:
+        figures.append(headline_edit(run.edits))
+    return "".join(
+        f'<div class="figure"><b>{value}</b><span>{label}</span><small>{note}</small></div>'
+        for value, label, note in figures
+    )
+
+
+def _faithfulness_figure(data: dict[str, Any]) -> tuple[str, str, str]:
+    """The smallest circuit that explains 80 %, or the best one measured."""
+    reached = [(size, f) for size, f in zip(data["sizes"], data["faithfulness"], strict=True) if f >= 0.8]
+    size, f = reached[0] if reached else max(zip(data["sizes"], data["faithfulness"], strict=True), key=lambda p: p[1])
+    return f"{f:.2f}", "faithfulness", f"with {size} nodes from {text(data.get('start_site', 'the start'))} on"
+
+
+# ------------------------------------------------------------------------------------------ sections
+
+
+def _circuit_section(run: RunFiles) -> Html:
+    if run.graph is None:
+        return section("circuit", "The circuit", missing("No circuit yet.", "sfc discover --out RUN"))
+    nodes = [node for node in run.graph.nodes() if node.kind != "metric"]
+    graph = by_top_nodes(run.graph, DRAWN_NODES) if len(nodes) > DRAWN_NODES else run.graph
+    note = f"The {DRAWN_NODES} strongest of {len(nodes)} nodes are drawn. " if len(nodes) > DRAWN_NODES else ""
+    caption = (
+        f"{note}Each row is a site of the model, from the embedding at the bottom to the metric at the top. A box is a "
+        "feature, a triangle what the autoencoder misses. Colour is the effect of the node's change from clean to "
+        "patch on the metric; a line's width is how much of it passes from one node to the next. Nodes lead to their "
+        "description below."
+    )
+    return section(
+        "circuit", "The circuit", f'<figure class="drawing">{drawing(graph)}</figure><p class="cap">{caption}</p>'
+    )
+
+
+def drawing(graph: FeatureGraph) -> str:
+    """The graph as an inline SVG element."""
+    with tempfile.TemporaryDirectory() as folder:
+        svg = render(graph, Path(folder) / "circuit.svg", title="").read_text(encoding="utf-8")
+    return svg[svg.index("<svg") :]
+
+
+def _faithfulness_section(run: RunFiles) -> Html:
+    if run.faithfulness is None:
+        note = missing("Not measured yet.", "sfc faithfulness --circuit RUN --prompts P.jsonl")
+        return section("faithfulness", "Faithfulness", note)
+    data = run.faithfulness
+    lead = (
+        f"How much of the behaviour is left when only the strongest nodes are kept, and when only they are removed "
+        f"({data.get('n_prompts', '?')} prompts, all other nodes ablated: {text(data.get('ablation', 'mean'))}). "
+        f"Sites before {text(data.get('start_site', 'the first'))} are given."
+    )
+    rows = []
+    for row, size in enumerate(data["sizes"]):
+        drawn = [curve[row] for curve in data.get("random", [])]
+        beside = f"{min(drawn):+.2f} to {max(drawn):+.2f}" if drawn else ""
+        rows.append(
+            f"<tr><td>{size}</td><td>{data['faithfulness'][row]:.3f}</td>"
+            f"<td>{data['completeness'][row]:.3f}</td><td>{beside.replace('-', '−')}</td></tr>"
+        )
+    table = (
+        '<table class="numbers"><thead><tr><th>nodes</th><th>faithfulness</th><th>completeness</th>'
+        f"<th>random</th></tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    )
+    areas = ""
+    if "cpr" in data:
+        areas = (
+            f'<p class="cap">CPR {data["cpr"]:.3f}, CMD {data["cmd"]:.3f} (areas under faithfulness and its distance '
+            f"to 1 over the share of all {data['n_nodes']} nodes).</p>"
+        )
+    body = f'<p class="lead">{lead}</p><div class="split">{faithfulness_plot(data)}<div>{table}{areas}</div></div>'
+    return section("faithfulness", "Faithfulness", body)
+
+
+def _check_section(graph: FeatureGraph | None) -> Html:
+    check = graph.metadata.get("completeness") if graph else None
+    if not check or not check.get("sites"):
+        return section("check", "Do the effects add up?", missing("No circuit yet.", "sfc discover --out RUN"))
+    lead = (
+        "At every site the effects of all features and of the error must add up to what patching the whole site does "
+        "to the metric. The gap is the estimate's own error, as a share of the total effect: "
+        f"{share(check['mean_residual'], 2)} on average, {share(check['worst_residual'], 2)} at worst "
+        f"({text(check['worst_site'])})."
+    )
+    rows = "".join(
+        f'<tr><td class="name">{text(site)}</td><td>{signed(row["sum_of_effects"], 3)}</td>'
+        f"<td>{signed(row['measured'], 3)}</td><td>{share(row['residual'], 2)}</td></tr>"
+        for site, row in check["sites"].items()
+    )
+    table = (
+        '<table class="numbers"><thead><tr><th class="name">site</th><th>sum of effects</th><th>measured</th>'
+        f"<th>gap</th></tr></thead><tbody>{rows}</tbody></table>"
+    )
+    return section("check", "Do the effects add up?", f'<p class="lead">{lead}</p>{table}')
+
+
+def _provenance_section(run: RunFiles) -> Html:
+    facts: list[tuple[str, Any]] = []
+    metadata = run.graph.metadata if run.graph else {}
+    shown = {"completeness", "sites", "tokens", "templates", "title"}
+    for key, value in metadata.items():
+        if key not in shown and not (isinstance(value, dict | list) and not value):
+            facts.append((key, value))
+    if run.saes:
+        kinds = sorted({_sae_text(config) for config in run.saes})
+        sites = ", ".join(config.get("site", "") for config in run.saes)
+        facts.append(("autoencoders", f"{len(run.saes)}: {'; '.join(kinds)} at {sites}"))
+    rows = "".join(f"<dt>{text(key.replace('_', ' '))}</dt><dd>{_plain(value)}</dd>" for key, value in facts)
+    return section("provenance", "How it was made", f'<dl class="facts">{rows}</dl>')
+
+
+def _sae_text(config: dict[str, Any]) -> str:
+    k = f", k = {config['k']}" if config.get("k") else ""
+    return f"{config.get('architecture')} with {config.get('n_features')} features{k}"
+
+
+def _plain(value: Any) -> str:
+    """A JSON value as a person writes it."""
+    if isinstance(value, dict):
+        return ", ".join(f"{text(str(key).replace('_', ' '))} <b>{_plain(item)}</b>" for key, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(_plain(item) for item in value)
+    if isinstance(value, float):
+        return f"{value:.4g}".replace("-", "−")
+    return "none" if value is None else text(str(value))

@@ -1,0 +1,189 @@
+"""The report shows what the run folder holds, says what it lacks, and needs nothing but itself."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from circuits.edit_report import Behaviour, Continuation, EditReport, Score
+from circuits.report import write_report
+from graphs.feature_graph import FeatureGraph, error_node, feature_node, metric_node
+from sae.errors import UserError
+from sae.files import write_json
+
+CONTEXT = {"tokens": ["Lily", " was", " <b>sad"], "activations": [0.2, 0.0, 1.5], "peak": 2}
+
+
+def example_graph() -> FeatureGraph:
+    sites = ["embed", "mlp_0", "resid_0"]
+    completeness = {
+        "mean_residual": 0.0019,
+        "worst_residual": 0.014,
+        "worst_site": "embed",
+        "sites": {site: {"sum_of_effects": 3.7, "measured": 3.71, "residual": 0.002} for site in sites},
+    }
+    metadata = {
+        "title": "Gender <of> pronouns",
+        "model": "models/tiny",
+        "options": {"method": "ig", "metric": "logit_difference"},
+        "n_examples": 100,
+        "m_clean": -1.87,
+        "m_patch": 1.87,
+        "accuracy": 1.0,
+        "completeness": completeness,
+    }
+    graph = FeatureGraph(sites, metadata=metadata)
+    graph.add_node(feature_node("embed", 3, effect=0.4, top_tokens=[" she", "<script>"], contexts=[CONTEXT] * 5))
+    graph.add_node(feature_node("mlp_0", 120, effect=-1.2, density=0.01, top_logits=[[" he", 0.4]]))
+    graph.add_node(error_node("resid_0", effect=0.1))
+    graph.add_node(metric_node(effect=3.74))
+    graph.add_edge("embed/3", "mlp_0/120", 0.3)
+    graph.add_edge("mlp_0/120", "metric", -1.2)
+    return graph
+
+
+def example_edit() -> EditReport:
+    def run(metric: float, accuracy: float, ce: float) -> Behaviour:
+        cases = {"female": Score(5, metric + 0.5, accuracy), "male": Score(5, metric - 0.5, accuracy)}
+        return Behaviour(Score(10, metric, accuracy), cases, ce)
+
+    return EditReport(
+        features=["embed/3", "mlp_0/120"],
+        operation="zero",
+        value=None,
+        metric="logit difference",
+        n_prompts=10,
+        n_texts=7,
+        before=run(2.0, 1.0, 1.449),
+        after=run(0.1, 0.5, 1.484),
+        random=[run(1.95, 1.0, 1.45), run(2.01, 1.0, 1.46)],
+        random_features=[["embed/1", "mlp_0/2"], ["embed/9", "mlp_0/4"]],
+        continuations=[Continuation("Tommy was happy because", " he loved his toys", " she loved her toys")],
+    )
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    folder = tmp_path / "pronouns"
+    (folder / "circuit").mkdir(parents=True)
+    example_graph().save(folder / "circuit" / "circuit.json")
+    curves = {"sizes": [10, 100], "faithfulness": [0.5, 0.9], "completeness": [0.4, 0.02], "random": [[0.0, 0.1]] * 2}
+    facts = {"ablation": "mean", "start_site": "mlp_0", "n_nodes": 500, "n_prompts": 90, "cpr": 0.8, "cmd": 0.2}
+    write_json(folder / "circuit" / "faithfulness.json", curves | facts)
+    example_edit().save(folder / "edits" / "top-2.json")
+    return folder
+
+
+class Page(HTMLParser):
+    """Checks that tags are balanced and collects ids, links and the text of the page."""
+
+    VOID = frozenset({"meta", "br", "hr", "img", "link"})
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.text = ""
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self.handle_startendtag(tag, attrs)
+
+    def handle_startendtag(self, tag, attrs):
+        values = dict(attrs)
+        self.ids += [values["id"]] if "id" in values else []
+        self.links += [values[key] for key in ("href", "xlink:href", "src") if key in values]
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_is_whole_and_self_contained(run_folder):
+    path = write_report(run_folder)
+    assert path == run_folder / "report.html"
+    html = path.read_text()
+    page = Page(html)
+    assert all(link.startswith("#") for link in page.links)
+    assert {link[1:] for link in page.links} <= set(page.ids)
+    assert {"#node-embed/3", "#node-mlp_0/120", "#node-resid_0/error", "#circuit", "#edits"} <= set(page.links)
+    assert not re.search(r"url\((?!#)|@import|<script", html.split("<body>")[1] + html.split("</style>")[0])
+    assert not list(run_folder.glob("*.tmp*"))
+
+
+def test_what_the_run_found_is_on_the_page(run_folder):
+    text = Page(write_report(run_folder).read_text()).text
+    for phrase in (
+        "Gender <of> pronouns",
+        "of 2 features and 1 error nodes in tiny from 100 prompts, found by integrated gradients",
+        "+1.87",
+        "to −1.87 on the patch prompts",
+        "with 100 nodes from mlp_0 on",
+        "0.19 % on average, 1.40 % at worst (embed)",
+        "CPR 0.800, CMD 0.200",
+        "2 features set to zero on 10 prompts",
+        "cross-entropy, 7 other texts",
+        "Tommy was happy because",
+        "<script>",
+        "<b>sad",
+    ):
+        assert phrase in re.sub(r"\s+", " ", text), phrase
+
+
+def test_numbers_of_an_edit(run_folder):
+    html = write_report(run_folder).read_text()
+    row = re.search(r'<tr class="strong"><td class="name">logit difference</td>.*?</tr>', html).group(0)
+    cells = re.findall(r"<td>(.*?)</td>", row)
+    assert cells == ["2.00", "<b>0.10</b>", "5 %", "1.98 <small>1.95 to 2.01</small>"]
+    assert "<dd><em>he</em> loved <em>his</em> toys</dd>" in html
+    assert "<dd><em>she</em> loved <em>her</em> toys</dd>" in html
+    assert "5 %</b><span>left after an edit</span><small>2 features set to zero; random features leave 99 %" in html
+
+
+def test_features_stand_in_order_of_effect_up_to_the_limit(run_folder):
+    html = write_report(run_folder, features=2, out=run_folder / "short.html", title="Another").read_text()
+    assert re.findall(r'<article class="card \w+" id="node-([^"]+)"', html) == ["mlp_0/120", "embed/3"]
+    assert "<title>Another</title>" in html
+    assert html.count('class="kwic"') == 5
+    assert "<summary>2 more</summary>" in html
+
+
+def test_every_node_of_the_drawing_leads_somewhere(run_folder):
+    page = Page(write_report(run_folder, features=1).read_text())
+    assert {link[1:] for link in page.links} <= set(page.ids)
+    assert {"node-embed/3", "node-resid_0/error"} <= set(page.ids)
+
+
+def test_missing_files_leave_a_line_with_the_command(run_folder):
+    for path in (run_folder / "circuit" / "faithfulness.json", run_folder / "edits" / "top-2.json"):
+        path.unlink()
+    text = Page(write_report(run_folder).read_text()).text
+    assert "sfc faithfulness --circuit RUN" in text
+    assert "sfc ablate --circuit RUN" in text
+    assert "sfc discover" not in text
+    (run_folder / "circuit" / "circuit.json").unlink()
+    example_edit().save(run_folder / "edits" / "top-2.json")
+    assert "sfc discover --out RUN" in Page(write_report(run_folder).read_text()).text
+
+
+def test_a_folder_with_nothing_is_refused(tmp_path):
+    with pytest.raises(UserError, match="nothing to report"):
+        write_report(tmp_path)
+    with pytest.raises(UserError, match="nothing to report"):
+        write_report(tmp_path / "nowhere")
+
+
+def test_edit_reports_read_what_they_wrote(run_folder):
+    report = example_edit()
+    assert EditReport.from_dict(report.to_dict()) == report
+    with pytest.raises(UserError, match="not an edit"):
+        EditReport.from_dict({"kind": "steering", "schema_version": 1})

@@ -12,6 +12,7 @@ Rendering goes through pygraphviz, whose wheels carry Graphviz: no system packag
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -29,7 +30,6 @@ from graphs.style import (
     NEGATIVE_EDGE,
     PALE_INK,
     POSITIVE_EDGE,
-    RULE,
     count,
     describe,
     diverging_colour,
@@ -40,6 +40,7 @@ from graphs.style import (
     number,
     position_name,
     signed_root,
+    text_width,
     tooltip,
     visible,
     wrap,
@@ -74,7 +75,7 @@ DENSITIES = (
     Density(14, Cell(width=158, height=50, gap=26, box=142), 2, 11.0, 8.5, 34, 10**6),
     Density(48, Cell(width=132, height=46, gap=24, box=118), 2, 10.0, 8.0, 28, 10**6),
     Density(130, Cell(width=106, height=29, gap=18, box=93), 1, 8.5, 7.0, 24, 10**6),
-    Density(10**9, Cell(width=84, height=23, gap=14, box=73), 1, 7.0, 6.0, 20, 80),
+    Density(10**9, Cell(width=88, height=24, gap=14, box=77), 1, 7.0, 6.0, 20, 80),
 )
 
 
@@ -99,7 +100,7 @@ class Scene:
 
     def point(self, x: float, y: float) -> Point:
         """From layout to page: room for the site names on the left, for legend and header below."""
-        return x + GUTTER + MARGIN, y + self.below
+        return x + GUTTER + MARGIN + (self.size[0] - self.layout.width - GUTTER - 2 * MARGIN) / 2, y + self.below
 
     @property
     def below(self) -> float:
@@ -109,8 +110,8 @@ class Scene:
     @property
     def size(self) -> Point:
         """Width and height of the page."""
-        above = 50.0 + (24.0 if self.layout.columns else 0.0)
-        return max(self.layout.width + GUTTER + 2 * MARGIN, 430.0), self.layout.height + self.below + above
+        above = 58.0 + (24.0 if self.layout.columns else 0.0)
+        return max(self.layout.width + GUTTER + 2 * MARGIN, 590.0), self.layout.height + self.below + above
 
 
 def to_dot(graph: FeatureGraph, *, title: str | None = None, link: str = "#node-{id}") -> str:
@@ -124,7 +125,8 @@ def to_dot(graph: FeatureGraph, *, title: str | None = None, link: str = "#node-
     n_nodes = sum(node.kind != "metric" for node in graph.nodes())
     density = next(density for density in DENSITIES if n_nodes <= density.up_to)
     strongest = sorted(graph.nodes(), key=lambda node: -abs(node.effect))[: density.labelled]
-    layout = layered_layout(graph, cell=density.cell, space=density.space)
+    metric = (density.cell.box * 1.7, 2.6 * density.label + 1.4 * density.small + 12)
+    layout = layered_layout(graph, cell=density.cell, metric=metric, space=density.space)
     labelled = frozenset(node.id for node in strongest)
     scene = Scene(graph, layout, density, labelled, link, largest_effect(graph), largest_weight(graph))
     dot = graphviz.Digraph("circuit")
@@ -155,7 +157,7 @@ def render(graph: FeatureGraph, path: str | Path, *, title: str | None = None, l
     if kind == ".dot":
         write_text(path, source)
         return path
-    titles = {f"node-{node.id}": tooltip(graph, node) for node in graph.nodes()}
+    titles = {visible(f"node-{node.id}"): tooltip(graph, node) for node in graph.nodes()}
     titles |= {_edge_id(edge): _edge_tooltip(edge) for edge in graph.edges()}
     with atomic_write(path) as temporary:
         temporary.write_bytes(draw(source, kind[1:], titles=titles))
@@ -191,16 +193,18 @@ def _add_node(dot: graphviz.Digraph, scene: Scene, node: Node) -> None:
     fill = diverging_colour(node.effect, scene.effect)
     ink = ink_on(fill)
     if node.kind == "error":
-        box = Box(box.x, box.y, min(box.width, box.height * 1.7), box.height)
+        box = Box(box.x, box.y, min(box.width, box.height * 1.9), box.height)
         small = scene.density.small
-        text = f"{_text('error', small * 0.85, ink)}<BR/>{_text(number(node.effect), small * 0.85, ink)}"
-        shape = {"shape": "triangle", "labelloc": "b"}
+        words = (" ", "error", number(node.effect))  # the blank line moves the others down to where there is room
+        text = "<BR/>".join(_text(word, small * 0.85, ink) for word in words)
+        shape = {"shape": "triangle"}
     else:
         text = _feature_text(scene, node, box, ink)
         shape = {"shape": "box", "style": "rounded,filled"}
-    border = diverging_colour(node.effect * 4, scene.effect) if node.effect else RULE
+    edge = max(4 * abs(node.effect), 0.1 * scene.effect)
+    border = diverging_colour(math.copysign(edge, node.effect), scene.effect)
     dot.node(
-        _quoted(node.id),
+        _name(node.id),
         f"<{text}>",
         **{"style": "filled", **shape},
         fillcolor=fill,
@@ -212,26 +216,28 @@ def _add_node(dot: graphviz.Digraph, scene: Scene, node: Node) -> None:
 def _feature_text(scene: Scene, node: Node, box: Box, ink: str) -> str:
     """The label on one or two lines, then id and effect in small type."""
     density = scene.density
-    room = box.width - 8
-    effect = number(node.effect)
-    name = fit(node.name, density.small, room - (len(effect) + 1) * density.small * 0.65)
-    small = _text(f"{name}  {effect}", density.small, ink)
+    room = box.width - 6
     label = describe(node) if node.id in scene.labelled else ""
-    if not label:
-        return small
+    name, effect = node.name, number(node.effect)
+    fits = text_width(f"{name}  {effect}", density.small) <= room
+    if fits:
+        name += f"  {effect}"
+    small = [_text(fit(name, density.small, room), density.small, ink)]
+    if not fits and not label:
+        small.append(_text(effect, density.small, ink))
     lines = wrap(label, density.label, room, lines=density.lines, bold=bool(node.label))
-    return "<BR/>".join([*(_text(line, density.label, ink, bold=bool(node.label)) for line in lines), small])
+    return "<BR/>".join([*(_text(line, density.label, ink, bold=bool(node.label)) for line in lines), *small])
 
 
 def _add_metric(dot: graphviz.Digraph, scene: Scene, node: Node) -> None:
     box = scene.layout.boxes[node.id]
     density = scene.density
     label = node.label or str(scene.graph.metadata.get("metric", "metric"))
-    lines = wrap(visible(label), density.label, box.width - 10, lines=density.lines, bold=True)
+    lines = wrap(visible(label), density.label, box.width - 10, lines=2, bold=True)
     text = [_text(line, density.label, "#ffffff", bold=True) for line in lines]
     text.append(_text(f"total effect {number(node.effect)}", density.small, "#d5dae1"))
     style = {"shape": "box", "style": "rounded,filled", "fillcolor": INK, "color": INK}
-    dot.node(_quoted(node.id), f"<{'<BR/>'.join(text)}>", **style, **_common(scene, node, box))
+    dot.node(_name(node.id), f"<{'<BR/>'.join(text)}>", **style, **_common(scene, node, box))
 
 
 def _common(scene: Scene, node: Node, box: Box) -> dict[str, str]:
@@ -260,8 +266,8 @@ def _add_edge(dot: graphviz.Digraph, scene: Scene, edge: Edge) -> None:
     points[-1] = (x, y - head)  # the arrow covers the rest
     spline = " ".join(f"{px:.1f},{py:.1f}" for px, py in points)
     dot.edge(
-        _quoted(edge.source),
-        _quoted(edge.target),
+        _name(edge.source),
+        _name(edge.target),
         pos=f"e,{x:.1f},{y:.1f} {spline}",
         color=colour,
         penwidth=f"{0.5 + 3.2 * strength**2:.2f}",
@@ -272,7 +278,7 @@ def _add_edge(dot: graphviz.Digraph, scene: Scene, edge: Edge) -> None:
 
 
 def _edge_id(edge: Edge) -> str:
-    return f"edge-{edge.source}--{edge.target}"
+    return visible(f"edge-{edge.source}--{edge.target}")
 
 
 def _edge_tooltip(edge: Edge) -> str:
@@ -311,7 +317,7 @@ def _add_title(dot: graphviz.Digraph, scene: Scene, title: str | None) -> None:
     for key in ("model", "method"):
         if key in metadata:
             facts += f" · {visible(str(metadata[key]))}"
-    middle = width / 2 - GUTTER - MARGIN
+    middle = scene.layout.width / 2 - GUTTER / 2
     heading = _text(fit(title, 14, width - 40, bold=True), 14, INK, bold=True) if title else ""
     _add_text(dot, scene, "title", heading, (middle, height - scene.below - 18))
     _add_text(dot, scene, "facts", _text(fit(facts, 9, width - 40), 9, PALE_INK), (middle, height - scene.below - 36))
@@ -328,7 +334,7 @@ def _add_legend(dot: graphviz.Digraph, scene: Scene) -> None:
     widest = f"edge, widest {number(scene.weight).lstrip('+')}"
     cells += f"<TD>     {lines} {_text(widest, 8.5, INK)}</TD>" if scene.weight else ""
     table = f'<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="1"><TR>{cells}</TR></TABLE>'
-    _add_text(dot, scene, "legend", table, (scene.size[0] / 2 - GUTTER - MARGIN, 26 - scene.below))
+    _add_text(dot, scene, "legend", table, (scene.layout.width / 2 - GUTTER / 2, 26 - scene.below))
 
 
 def _add_text(dot: graphviz.Digraph, scene: Scene, name: str, html: str, at: Point) -> None:
@@ -339,11 +345,16 @@ def _add_text(dot: graphviz.Digraph, scene: Scene, name: str, html: str, at: Poi
 
 def _text(text: str, size: float, colour: str, *, bold: bool = False) -> str:
     """A run of text in Graphviz's HTML-like labels."""
-    words = escape(text, quote=False) or " "
+    words = escape(text, quote=False).replace("\\", "&#92;") or " "
     words = f"<B>{words}</B>" if bold else words
     return f'<FONT POINT-SIZE="{size:g}" COLOR="{colour}">{words}</FONT>'
 
 
 def _quoted(text: str) -> str:
-    """Text that DOT must take literally: backslashes doubled, never read as HTML."""
-    return graphviz.nohtml(graphviz.escape(text)) if text else ""
+    """Text that DOT must take literally: backslashes doubled, control characters shown, never read as HTML."""
+    return graphviz.nohtml(graphviz.escape(visible(text)))
+
+
+def _name(id: str) -> str:
+    """A node's name in DOT, where a colon would begin a port."""
+    return _quoted(id.replace(":", "∶"))

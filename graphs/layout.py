@@ -96,9 +96,15 @@ class Layout:
 
 
 def layered_layout(
-    graph: FeatureGraph, *, cell: Cell, aspect: float = 1.3, space: float = 26.0, padding: float = 7.0
+    graph: FeatureGraph,
+    *,
+    cell: Cell,
+    metric: tuple[float, float] = (180.0, 50.0),
+    aspect: float = 1.3,
+    space: float = 26.0,
+    padding: float = 7.0,
 ) -> Layout:
-    """Lay the graph out; `space` is the free height between bands, where edges are seen best."""
+    """Lay the graph out; `metric` is the size of its box, `space` the free height between bands, where edges show."""
     rows, columns, width = _rows(graph, cell, aspect=aspect, space=space, padding=padding)
     boxes: dict[str, Box] = {}
     bands: list[Band] = []
@@ -116,13 +122,13 @@ def layered_layout(
     boxes = _ordered(graph, boxes, columns, sweeps=8)
     top = bands[-1].top if bands else 0.0
     if METRIC in graph:
-        into = [boxes[edge.source].x for edge in graph.edges() if edge.target == METRIC]
-        x = sum(into) / len(into) if into else width / 2
-        half = cell.box * 0.75
-        y = top + space * 1.3 + cell.height / 2
-        boxes[METRIC] = Box(min(max(x, half), max(width - half, half)), y, 2 * half, cell.height * 1.1)
-        top = y + cell.height
-    return Layout(boxes, bands, columns, route_edges(graph, boxes), max(width, cell.box * 1.5), top)
+        into = [(edge.source, abs(edge.weight)) for edge in graph.edges() if edge.target == METRIC]
+        x = _mean_x(into, boxes, default=width / 2)
+        half = metric[0] / 2
+        y = top + space * 1.3 + metric[1] / 2
+        boxes[METRIC] = Box(min(max(x, half), max(width - half, half)), y, *metric)
+        top = y + metric[1] / 2
+    return Layout(boxes, bands, columns, route_edges(graph, boxes), max(width, metric[0]), top)
 
 
 # --- rows, sub-rows, columns ------------------------------------------------------------------------------------------
@@ -295,39 +301,48 @@ class _Rows:
             rows[box.y].append(box)
         self.heights = sorted(rows)
         self.rows = [sorted((b.x - b.width / 2, b.x + b.width / 2) for b in rows[y]) for y in self.heights]
+        self.half = [max(b.height for b in rows[y]) / 2 for y in self.heights]
+        self.used: dict[tuple[int, int], int] = defaultdict(int)
 
     def crossings(self, first: Point, last: Point) -> list[Point]:
-        """The point at each row strictly between the two, moved out of any box to the nearest gap."""
+        """Points at the rows strictly between the two: one where the way is free, two along a box it must go round."""
         low = bisect.bisect_right(self.heights, first[1])
         high = bisect.bisect_left(self.heights, last[1])
         points: list[Point] = []
         x, y = first
-        for height, row in zip(self.heights[low:high], self.rows[low:high], strict=True):
-            ahead = (height - y) / (last[1] - y)
-            x, y = _gap(row, x + (last[0] - x) * ahead), height
-            points.append((x, y))
+        for row in range(low, high):
+            height = self.heights[row]
+            straight = x + (last[0] - x) * (height - y) / (last[1] - y)
+            x, y = self._free(row, straight), height
+            if x == straight:
+                points.append((x, y))
+            else:
+                points += [(x, y - self.half[row]), (x, y + self.half[row])]
         return points
 
-
-def _gap(row: list[tuple[float, float]], x: float, *, margin: float = 4.0) -> float:
-    """The x nearest to the given one that lies between boxes, `margin` away from them where the gap allows."""
-    place = bisect.bisect_right(row, (x, math.inf))
-    options = []
-    for index in (place - 1, place, place + 1):
-        if 0 <= index <= len(row):
-            left = row[index - 1][1] if index > 0 else -math.inf
-            right = row[index][0] if index < len(row) else math.inf
-            middle = (left + right) / 2
-            inside = min(max(x, left + margin), right - margin) if right - left > 2 * margin else middle
-            options.append(inside)
-    return min(options, key=lambda option: abs(option - x))
+    def _free(self, row: int, x: float) -> float:
+        """The x nearest to the given one that lies between boxes; edges that share a gap take turns on three tracks."""
+        boxes = self.rows[row]
+        place = bisect.bisect_right(boxes, (x, math.inf))
+        options = []
+        for gap in (place - 1, place, place + 1):
+            if 0 <= gap <= len(boxes):
+                left = boxes[gap - 1][1] if gap > 0 else -math.inf
+                right = boxes[gap][0] if gap < len(boxes) else math.inf
+                margin = 3.5 + 2.5 * (self.used[row, gap] % 3)
+                inside = min(max(x, left + margin), right - margin) if right - left > 2 * margin else (left + right) / 2
+                options.append((abs(inside - x), inside, gap))
+        _, found, gap = min(options)
+        if found != x:
+            self.used[row, gap] += 1
+        return found
 
 
 def smooth(points: list[Point]) -> list[Point]:
-    """A Bézier spline through the points: vertical at both ends, in between along the chord of its neighbours."""
+    """A Bézier spline through the points: vertical at its ends and beside boxes, along chords elsewhere."""
     slopes = [0.0]
-    for (x0, y0), (x1, y1) in zip(points, points[2:], strict=False):
-        slopes.append((x1 - x0) / (y1 - y0) if y1 > y0 else 0.0)
+    for (x0, y0), (x, _), (x1, y1) in zip(points, points[1:], points[2:], strict=False):
+        slopes.append(0.0 if x in (x0, x1) else (x1 - x0) / (y1 - y0))
     slopes.append(0.0)
     spline = [points[0]]
     for place, ((x0, y0), (x1, y1)) in enumerate(itertools.pairwise(points)):

@@ -92,7 +92,7 @@ def position_name(graph: FeatureGraph, position: int | str | None) -> str:
     tokens = graph.metadata.get("tokens", ())
     if isinstance(position, int) and 0 <= position < len(tokens):
         return visible(str(tokens[position])).strip()
-    return "all positions" if position is None else str(position)
+    return "all positions" if position is None else visible(str(position))
 
 
 def tooltip(graph: FeatureGraph, node: Node) -> str:
@@ -106,7 +106,7 @@ def tooltip(graph: FeatureGraph, node: Node) -> str:
         if isinstance(value, int | float):
             lines.append(f"{key.replace('_', ' ')} {number(value) if key == 'exact_effect' else f'{value:.3g}'}")
     lines += _token_lines(node, ("top_tokens", "top_logits", "bottom_logits"))
-    return "\n".join(lines)
+    return "\n".join(map(visible, lines))
 
 
 def _token_lines(node: Node, keys: Iterable[str]) -> list[str]:

@@ -1,0 +1,77 @@
+"""Autoencoders in a running model: what splicing does, and that what does not belong is refused."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sae.autoencoder import SAEConfig, SparseAutoencoder
+from sae.errors import UserError
+from sae.model import LanguageModel
+from sae.sites import Site
+from sae.splice import check_saes, identity_splice, replace_with_reconstruction
+
+TEXTS = ["the man near the old dogs runs", "she sees", "they"]
+RESID_1 = Site("resid", 1)
+
+
+def random_sae(model: LanguageModel, site: Site, *, width: int | None = None, scale: float = 1.0) -> SparseAutoencoder:
+    width = width or model.widths[site]
+    rows = torch.nn.functional.normalize(torch.randn(64, width), dim=-1)
+    config = SAEConfig("relu", width, 64, site=site.name, model=model.name, model_fingerprint=model.fingerprint)
+    tensors = {"W_enc": scale * rows, "b_enc": torch.zeros(64), "W_dec": rows, "b_dec": torch.randn(width)}
+    return SparseAutoencoder(config, tensors)
+
+
+def test_random_autoencoders_at_all_sites_pass(make_tiny_model: Callable[..., LanguageModel]) -> None:
+    for architecture in ("gpt2", "gemma2"):
+        model = make_tiny_model(architecture)
+        saes = {site: random_sae(model, site) for site in model.sites}
+        check_saes(model, saes)
+        check_saes(model, saes, model.tokenize(TEXTS))
+
+
+def test_identity_keeps_the_logits_and_reconstruction_does_not(tiny_model: LanguageModel) -> None:
+    tokens, sae = tiny_model.tokenize(TEXTS), random_sae(tiny_model, RESID_1)
+    plain = tiny_model.run(tokens, capture=[RESID_1])
+    same = tiny_model.run(tokens, edits={RESID_1: identity_splice(sae)}).logits
+    assert (same - plain.logits).abs().max() <= 1e-5 * plain.logits.abs().max()
+    run = tiny_model.run(tokens, edits={RESID_1: replace_with_reconstruction(sae)}, capture=[RESID_1])
+    assert torch.equal(run.activations[RESID_1], sae(plain.activations[RESID_1]))
+    assert not torch.allclose(run.logits, plain.logits, atol=1e-2)
+
+
+def test_what_was_made_for_something_else_is_refused(tiny_model: LanguageModel) -> None:
+    sae = random_sae(tiny_model, RESID_1)
+    with pytest.raises(UserError, match=r"unknown site 'resid_5'.*did you mean 'resid_"):
+        check_saes(tiny_model, {Site("resid", 5): sae})
+    with pytest.raises(UserError, match="given for site 'mlp_1' was made for site 'resid_1'"):
+        check_saes(tiny_model, {Site("mlp", 1): sae})
+    with pytest.raises(UserError, match="site 'resid_1' has width 24: allowed is 32"):
+        check_saes(tiny_model, {RESID_1: random_sae(tiny_model, RESID_1, width=24)})
+    sae.config = replace(sae.config, model_fingerprint="0123", model="other/model")
+    with pytest.raises(UserError, match="site 'resid_1' was made for another model: its model is 'other/model'"):
+        check_saes(tiny_model, {RESID_1: sae})
+    sae.config = replace(sae.config, model_fingerprint="")
+    check_saes(tiny_model, {RESID_1: sae})
+    with pytest.raises(UserError, match="no autoencoders"):
+        check_saes(tiny_model, {})
+
+
+@pytest.mark.parametrize("scale", [1e6, float("nan")])
+def test_a_reconstruction_of_the_wrong_size_is_refused_and_named(tiny_model: LanguageModel, scale: float) -> None:
+    saes = {site: random_sae(tiny_model, site) for site in tiny_model.sites}
+    saes[RESID_1] = random_sae(tiny_model, RESID_1, scale=scale)
+    with pytest.raises(UserError, match="autoencoder of site 'resid_1' does not belong there"):
+        check_saes(tiny_model, saes)
+
+
+def test_a_useless_reconstruction_is_logged(tiny_model: LanguageModel, caplog: pytest.LogCaptureFixture) -> None:
+    tokens = tiny_model.tokenize(TEXTS)
+    with caplog.at_level(logging.WARNING, logger="sae.splice"):
+        check_saes(tiny_model, {RESID_1: random_sae(tiny_model, RESID_1, scale=50.0)}, tokens)
+    assert "site resid_1: the reconstruction is further from x than zero" in caplog.text

@@ -83,14 +83,14 @@ class _Ends:
     """[n, d] decoder rows; zero for the error node."""
     delta: torch.Tensor
     """[B, S, n] f_patch - f_clean where the node is; zero for the error node."""
-    error_delta: torch.Tensor
-    """[B, S, d] e_patch - e_clean."""
-    error_at: torch.Tensor
-    """[S, n] 1 where an error node is, else 0."""
     gain: torch.Tensor
     """[B, S, n] (W_dec . g) where the feature is active in the clean run, else 0; zero for the error node."""
     encoder: torch.Tensor
     """[n, d] encoder rows; zero for the error node."""
+    error_at: torch.Tensor
+    """[S, n] 1 where an error node is, else 0."""
+    error_delta: torch.Tensor | None
+    """[B, S, d] e_patch - e_clean; None where no error node is selected."""
     error_cotangent: torch.Tensor | None
     """[B, S, d] g - sum_active (W_dec[i] . g) W_enc[i]; None where no error node is selected."""
 
@@ -105,47 +105,60 @@ class _Ends:
     def contract(self, gradient: torch.Tensor) -> torch.Tensor:
         """Edge weights summed over examples, [R, n], from the gradient at this site's leaf, [R, B, S, d]."""
         weight = torch.einsum("rbsn,bsn->rn", gradient @ self.decoder.T, self.delta)
-        if self.error_at.any():
+        if self.error_delta is not None:
             weight += torch.einsum("rbsd,bsd,sn->rn", gradient, self.error_delta, self.error_at)
         return weight
 
 
 @torch.no_grad()
 def _site_ends(sae: SparseAutoencoder, states: States, gradient: torch.Tensor, nodes: SiteNodes, site: Site) -> _Ends:
-    """Gather from one pass of the encoder, chunk of tokens by chunk, all that the selected nodes need."""
+    """What the selected nodes need; the whole encoder runs only where the error node is among them."""
     device = sae.W_dec.device
-    n_features = sae.W_dec.shape[0]
     batch, n_positions = states.mask.shape
     clean, patch, g = (x.to(device).float().flatten(0, 1) for x in (states.clean[site], states.patch[site], gradient))
     is_error = nodes.is_error.to(device)
-    feature = nodes.feature.to(device).clamp(max=n_features - 1)
+    feature = nodes.feature.to(device).clamp(max=nodes.n_features - 1)
     decoder = sae.W_dec[feature] * ~is_error[:, None]
     encoder = sae.encoder_rows(feature) * ~is_error[:, None]
-    all_rows = sae.encoder_rows(torch.arange(n_features, device=device)) if is_error.any() else None
-
-    deltas, actives, error_deltas, error_cotangents = [], [], [], []
-    for chunk in token_chunks(len(clean), n_features):
-        f_clean = sae.encode(clean[chunk])
-        f_patch = torch.zeros_like(f_clean) if states.zero_patch else sae.encode(patch[chunk])
-        delta = f_patch - f_clean
-        deltas.append(delta[:, feature])
-        actives.append(f_clean[:, feature] > 0)
-        error_deltas.append(patch[chunk] - clean[chunk] - delta @ sae.W_dec)
-        if all_rows is not None:
-            error_cotangents.append(g[chunk] - ((g[chunk] @ sae.W_dec.T) * (f_clean > 0)) @ all_rows)
+    if is_error.any():
+        active, delta, error_delta, error_cotangent = _with_error(sae, clean, patch, g, feature, states.zero_patch)
+    else:
+        f_clean = sae.encode_some(clean, feature)
+        active, delta = f_clean != 0, -f_clean if states.zero_patch else sae.encode_some(patch, feature) - f_clean
+        error_delta = error_cotangent = None
 
     column = torch.arange(n_positions, device=device)[:, None]
     position = nodes.position.to(device)[None, :]
     at = ((position < 0) | (column == position)).float()  # [S, n]; prompts of equal length where positions count
     real = states.mask.to(device)[:, :, None].float()
 
-    def shaped(parts: list[torch.Tensor]) -> torch.Tensor:
-        return torch.cat(parts).unflatten(0, (batch, n_positions)) * real
+    def shaped(x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(0, (batch, n_positions)) * real
 
-    gain = shaped([(g @ decoder.T) * torch.cat(actives)]) * at
-    error_cotangent = shaped(error_cotangents) if all_rows is not None else None
-    delta = shaped(deltas) * at * ~is_error
-    return _Ends(decoder, delta, shaped(error_deltas), at * is_error, gain, encoder, error_cotangent)
+    return _Ends(
+        decoder=decoder,
+        delta=shaped(delta) * at * ~is_error,
+        gain=shaped((g @ decoder.T) * active) * at,
+        encoder=encoder,
+        error_at=at * is_error,
+        error_delta=None if error_delta is None else shaped(error_delta),
+        error_cotangent=None if error_cotangent is None else shaped(error_cotangent),
+    )
+
+
+def _with_error(sae: SparseAutoencoder, clean, patch, g, feature, zero_patch: bool):
+    """For N tokens: active [N, n], delta [N, n], e_patch - e_clean [N, d], and the error's cotangent [N, d]."""
+    n_features = sae.W_dec.shape[0]
+    encoder = sae.encoder_rows(torch.arange(n_features, device=feature.device))
+    actives, deltas, error_deltas, cotangents = [], [], [], []
+    for chunk in token_chunks(len(clean), n_features):
+        f_clean = sae.encode(clean[chunk])
+        delta = -f_clean if zero_patch else sae.encode(patch[chunk]) - f_clean
+        actives.append(f_clean[:, feature] != 0)
+        deltas.append(delta[:, feature])
+        error_deltas.append(patch[chunk] - clean[chunk] - delta @ sae.W_dec)
+        cotangents.append(g[chunk] - ((g[chunk] @ sae.W_dec.T) * (f_clean != 0)) @ encoder)
+    return tuple(torch.cat(parts) for parts in (actives, deltas, error_deltas, cotangents))
 
 
 def edge_effects(

@@ -11,7 +11,7 @@ It works on raw activations: whatever scaling training used is folded into the t
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -114,6 +114,22 @@ class SparseAutoencoder(nn.Module):
     def encode(self, x: Tensor) -> Tensor:
         """x [..., d] -> f [..., F]."""
         return self.nonlinearity.apply(self._linear(x), self._buffers_by_name, self.config.k)
+
+    def restrict(self, index: Tensor) -> SparseAutoencoder:
+        """The autoencoder of the features `index` [n] alone; `UserError` where features compete (top k)."""
+        if self.nonlinearity.needs_k:
+            raise UserError(f"features of a {self.config.architecture!r} autoencoder compete: none can be taken alone")
+        index = index.to(self.device)
+        tensors = {name: x if name == "b_dec" else x[index] for name, x in self._buffers_by_name.items()}
+        return SparseAutoencoder(replace(self.config, n_features=len(index)), tensors)
+
+    def encode_some(self, x: Tensor, index: Tensor) -> Tensor:
+        """x [..., d] -> f [..., n] of the features `index` [n]; only their encoder rows are used unless features
+        compete.
+        """
+        if self.nonlinearity.needs_k:
+            return self.encode(x)[..., index.to(self.device)]
+        return self.restrict(index).encode(x) if len(index) else x.new_zeros(*x.shape[:-1], 0)
 
     def decode(self, f: Tensor) -> Tensor:
         """f [..., F] -> x̂ [..., d]."""

@@ -104,9 +104,10 @@ def contract_gradient(
     x_clean, x_patch, gradient: [B, S, d]; mask: [B, S] bool, True at real tokens (left-padded). Returns sparse
     effects on the CPU whose zero entries are left out; positions count from each prompt's first real token.
     """
-    example, column = mask.nonzero(as_tuple=True)
+    changed = mask & (x_clean != x_patch).any(-1)
+    example, column = changed.nonzero(as_tuple=True)
     position = column - (mask.shape[1] - mask.sum(1))[example]
-    clean, patch, grad = (x.to(sae.W_dec.device).float()[mask] for x in (x_clean, x_patch, gradient))
+    clean, patch, grad = (x.to(sae.W_dec.device).float()[changed] for x in (x_clean, x_patch, gradient))
     n_features = sae.W_dec.shape[0]
     tokens, features, values = [], [], []
     for chunk in token_chunks(len(clean), n_features):
@@ -118,6 +119,9 @@ def contract_gradient(
         tokens += [token + chunk.start, torch.arange(chunk.start, chunk.start + n_tokens, device=token.device)]
         features += [feature, torch.full((n_tokens,), n_features, device=feature.device)]
         values += [value, error]
+    if not tokens:
+        nothing = torch.zeros(0, dtype=torch.int32)
+        return SiteEffects(n_features, nothing, nothing, nothing, torch.zeros(0))
     token, feature, value = torch.cat(tokens), torch.cat(features), torch.cat(values)
     kept = value != 0
     token, feature, value = token[kept], feature[kept], value[kept]

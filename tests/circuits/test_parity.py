@@ -1,8 +1,10 @@
 """Against recorded outputs of the paper's own code, on the same weights, SAEs and prompts (`shared/parity/tiny`).
 
-Where that code does not do what it means to, the recorded values are the intended ones, or the deviation is put into the test:
+Where that code does not do what it means to, the recorded values are the intended ones, or the deviation is put into
+the test:
 1. its integrated gradients are compared in the variant whose metric reads the interpolated runs (`nodes_ig`);
-2. its attribution patching lets the gradient pass through the SAE at mlp sites, so the test does that there, by an edit;
+2. its attribution patching lets the gradient pass through the SAE at mlp sites, so the test does that there, by an
+   edit;
 3. its edges out of error nodes are always zero, so features are compared with it and error columns with their formula.
 """
 
@@ -159,7 +161,7 @@ def all_nodes(sae, n_positions: int) -> SiteNodes:
 
 def test_edges(recorded, model, saes, prompts):
     """Every recorded edge (example, position, node) -> (example, position, node), computed one example at a time."""
-    tensors, meta = recorded
+    tensors, _ = recorded
     shape = prompts.clean.input_ids.shape
     width = 65
     pairs = {name.removesuffix(".idx") for name in tensors["edges"] if name.endswith(".idx")} - {"resid_1|y"}

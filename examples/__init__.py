@@ -1,0 +1,1 @@
+"""Runnable stories, with the data they need inside the package."""

@@ -13,6 +13,7 @@ Rendering goes through pygraphviz, whose wheels carry Graphviz: no system packag
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -345,7 +346,8 @@ def _add_text(dot: graphviz.Digraph, scene: Scene, name: str, html: str, at: Poi
 
 def _text(text: str, size: float, colour: str, *, bold: bool = False) -> str:
     """A run of text in Graphviz's HTML-like labels."""
-    words = escape(text, quote=False).replace("\\", "&#92;") or " "
+    text = re.sub(r"\\(?=[NGETHL])", "\\\\\u200b", text)  # \\N would become the node's name: part it invisibly
+    words = escape(text, quote=False) or " "
     words = f"<B>{words}</B>" if bold else words
     return f'<FONT POINT-SIZE="{size:g}" COLOR="{colour}">{words}</FONT>'
 

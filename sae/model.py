@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,8 +146,8 @@ class LanguageModel:
         output of a site's module, which then does not run: skipping `resid_l` skips block l whole, and sites inside it
         can be neither captured nor edited. A skip tensor of fewer rows is repeated to the batch, copies in order.
         With `grad` the graph outlives the run and starts at a leaf planted at the embedding, unless a skip tensor
-        requires a gradient already; else nothing is recorded. `last_only` unembeds the last position alone, and
-        without `need_logits` the head does not run.
+        requires a gradient already; else nothing is recorded. `last_only` unembeds the last position alone; without
+        `need_logits` neither the head runs nor the blocks after the last site that was asked for.
         """
         edits, skip, wanted = dict(edits or {}), dict(skip or {}), set(capture)
         hidden = self._hidden_by(skip)
@@ -171,7 +172,10 @@ class LanguageModel:
             if site in wanted:
                 found[site] = x
 
-        logits = self._trace(tokens, places, visit, grad=grad, last_only=last_only, need_logits=need_logits)
+        visits: list[Callable[[], None]] = [partial(visit, place) for place in places]
+        if not need_logits:
+            visits += [place.pass_through for place in self._blocks_after(places)]
+        logits = self._trace(tokens, visits, grad=grad, last_only=last_only, need_logits=need_logits)
         return Run(found, logits)
 
     def resume_from(self, site: Site, cache: Mapping[Site, Tensor]) -> dict[Site, Tensor]:
@@ -207,20 +211,19 @@ class LanguageModel:
     def _trace(
         self,
         tokens: Tokens,
-        places: Iterable[Place],
-        visit: Callable[[Place], None],
+        visits: Iterable[Callable[[], None]],
         *,
         grad: bool = False,
         last_only: bool = False,
         need_logits: bool = True,
     ) -> Tensor:
-        """The one nnsight trace: visit the places, which are in forward order, and return the logits."""
+        """The one nnsight trace: make the visits, which are in forward order, and return the logits."""
         root = self._root if need_logits else self._base
         inputs = self._inputs(tokens, root, last_only=last_only)
         outputs: list[Any] = []
         with self._lock, torch.set_grad_enabled(grad), root.trace(**inputs):
-            for place in places:
-                visit(place)
+            for visit in visits:
+                visit()
             if need_logits:
                 outputs.append(root.output)
         if not need_logits:
@@ -238,6 +241,13 @@ class LanguageModel:
             optional["logits_to_keep"] = 1
         inputs = {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
         return inputs | {name: value for name, value in optional.items() if name in accepts}
+
+    def _blocks_after(self, places: Sequence[Place]) -> list[Place]:
+        """The blocks behind the last of the places; they need not run where no logits are needed."""
+        last = max((place.site for place in places), default=Site("embed"))
+        reached = -1 if last.layer is None else last.layer
+        blocks = [site for site in self.sites if site.kind == "resid" and self._contains.get(site)]
+        return [self._places[site] for site in blocks if site.layer is not None and site.layer > reached]
 
     def _hidden_by(self, skip: Iterable[Site]) -> set[Site]:
         """Sites that are never reached, because they are inside a skipped module."""
@@ -300,7 +310,7 @@ class LanguageModel:
             widths[place.site] = place.read().shape[-1]
 
         try:
-            logits = self._trace(tokens, list(self._places.values()), visit)
+            logits = self._trace(tokens, [partial(visit, place) for place in self._places.values()])
         except OutOfOrderError as error:
             raise UserError(
                 f"the sites {', '.join(map(str, self.sites))} are not reached in this order in every run, each once: "

@@ -61,6 +61,10 @@ class Place:
             self.body.skip(_packed(torch.zeros_like(x), self.n_body_outputs))
         self.envoy.skip(_packed(x, self.n_outputs))
 
+    def pass_through(self) -> None:
+        """Do not run the block: its output is its input."""
+        self.envoy.skip(_packed(self.envoy.input, self.n_outputs))
+
     @contextmanager
     def hooked(self, edit: Edit) -> Iterator[None]:
         """Apply the edit at every call of the module with a torch hook, outside of any trace."""

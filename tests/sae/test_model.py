@@ -122,6 +122,24 @@ def test_last_only_unembeds_one_position(model: LanguageModel) -> None:
     assert torch.equal(nothing.activations[RESID_0], model.run(tokens, capture=[RESID_0]).activations[RESID_0])
 
 
+def test_blocks_behind_the_last_site_do_not_run_without_logits(model: LanguageModel) -> None:
+    tokens = model.tokenize(TEXTS)
+    full = model.run(tokens, capture=model.sites)
+    ran: list[int] = []
+    handles = [
+        next(module.mlp.children()).register_forward_hook(lambda _m, _i, _o, layer=layer: ran.append(layer))
+        for layer in range(model.n_layers)
+        for module in [model.hf.get_submodule(model.site_paths[Site("resid", layer)].module)]
+    ]
+    for site, layers in ((EMBED, []), (ATTN_0, [0]), (RESID_0, [0]), (Site("mlp", 1), [0, 1])):
+        ran.clear()
+        run = model.run(tokens, capture=[site], need_logits=False)
+        assert torch.equal(run.activations[site], full.activations[site])
+        assert ran == layers, site
+    for handle in handles:
+        handle.remove()
+
+
 # ---- skipping
 
 

@@ -6,7 +6,7 @@ import difflib
 from typing import Any
 
 from circuits.edit_report import Continuation, EditReport
-from circuits.report.markup import Html, missing, section, share, signed, text
+from circuits.report.markup import Html, missing, number, section, share, signed, text
 
 FEATURES_SHOWN = 20
 
@@ -34,7 +34,9 @@ def edits_section(edits: dict[str, dict[str, Any]]) -> Html:
         "something when it moves the behaviour, leaves other text alone, and the same edit of as many random active "
         "features does neither. ○ before, ● after, the line is the range over the draws of random features."
     )
-    blocks = "".join(_block(name, EditReport.from_dict(data)) for name, data in edits.items())
+    reports = {name: EditReport.from_dict(data) for name, data in edits.items()}
+    in_order = sorted(reports, key=lambda name: (len(reports[name].features), name))
+    blocks = "".join(_block(name, reports[name]) for name in in_order)
     return section("edits", "Edits", f'<p class="lead">{lead}</p>{blocks}')
 
 
@@ -61,19 +63,15 @@ def _row(
     name: str, values: list[float], *, strong: bool = False, case: bool = False, digits: int = 2, shares: bool = True
 ) -> str:
     before, after, *drawn = values
-    cells = [f"<td>{_number(before, digits)}</td>", f"<td><b>{_number(after, digits)}</b></td>"]
+    cells = [f"<td>{number(before, digits)}</td>", f"<td><b>{number(after, digits)}</b></td>"]
     cells.append(f"<td>{share(after / before) if shares and before else ''}</td>")
     if drawn:
         mean = sum(drawn) / len(drawn)
-        span = f"{_number(min(drawn), digits)} to {_number(max(drawn), digits)}"
-        cells.append(f"<td>{_number(mean, digits)} <small>{span}</small></td>")
+        span = f"{number(min(drawn), digits)} to {number(max(drawn), digits)}"
+        cells.append(f"<td>{number(mean, digits)} <small>{span}</small></td>")
     kind = "case" if case else "strong" if strong else ""
     dots = f'<td class="dots">{_dots(before, after, drawn)}</td>'
     return f'<tr class="{kind}"><td class="name">{text(name)}</td>{dots}{"".join(cells)}</tr>'
-
-
-def _number(value: float, digits: int) -> str:
-    return f"{value:.{digits}f}".replace("-", "−")
 
 
 def _dots(before: float, after: float, drawn: list[float]) -> str:

@@ -32,11 +32,18 @@ def missing(sentence: str, command: str) -> str:
     return f'<p class="missing">{sentence} Make it with <code>{text(command)}</code></p>'
 
 
+def number(value: float, digits: int = 2) -> str:
+    """`0.97`, `−0.04`, and never `−0.00`."""
+    shown = f"{value:.{digits}f}"
+    return shown.replace("-", "" if float(shown) == 0 else "−")
+
+
 def signed(value: float, digits: int = 2) -> str:
-    """`+1.87`, `−0.04`."""
-    return f"{value:+.{digits}f}".replace("-", "−")
+    """`+1.87`, `−0.04`, `0.00`."""
+    shown = number(value, digits)
+    return f"+{shown}" if float(f"{value:.{digits}f}") > 0 else shown
 
 
 def share(value: float, digits: int = 0) -> str:
     """`97 %`."""
-    return f"{100 * value:.{digits}f} %".replace("-", "−")
+    return f"{number(100 * value, digits)} %"

@@ -16,7 +16,7 @@ from typing import Any
 
 from circuits.report.edits import edits_section, headline_edit
 from circuits.report.features import features_section
-from circuits.report.markup import Html, missing, section, share, signed, text
+from circuits.report.markup import Html, missing, number, section, share, signed, text
 from circuits.report.plot import faithfulness_plot
 from graphs.dot import render
 from graphs.feature_graph import FeatureGraph
@@ -24,6 +24,7 @@ from graphs.pruning import by_top_nodes
 from sae.autoencoder import CONFIG_FILE, sae_folders
 from sae.errors import UserError
 from sae.files import atomic_write, read_json
+from sae.sites import Site
 
 DRAWN_NODES = 120
 """Nodes beyond which only the strongest are drawn; the circuit itself may hold more."""
@@ -116,6 +117,12 @@ def _deck(run: RunFiles) -> str:
     return " ".join(parts) + (f", found by {text(method)}." if method else ".")
 
 
+ABLATIONS = {
+    "mean": "their mean over the reference prompts of the same template",
+    "counterfactual": "the value they have on the patch prompt",
+    "zero": "the value zero",
+    "resample": "the value they have on another prompt of the same template",
+}
 METHODS = {"ig": "integrated gradients", "attrib": "attribution patching", "exact": "exact activation patching"}
 
 
@@ -180,9 +187,11 @@ def _circuit_section(run: RunFiles) -> Html:
 
 
 def drawing(graph: FeatureGraph) -> str:
-    """The graph as an inline SVG element."""
+    """The graph as an inline SVG element, without the title and facts that the page has already."""
+    plain = graph.subgraph(graph.graph)
+    plain.metadata = {key: value for key, value in graph.metadata.items() if key in ("tokens", "positions", "metric")}
     with tempfile.TemporaryDirectory() as folder:
-        svg = render(graph, Path(folder) / "circuit.svg", title="").read_text(encoding="utf-8")
+        svg = render(plain, Path(folder) / "circuit.svg", title="").read_text(encoding="utf-8")
     return svg[svg.index("<svg") :]
 
 
@@ -191,18 +200,20 @@ def _faithfulness_section(run: RunFiles) -> Html:
         note = missing("Not measured yet.", "sfc faithfulness --circuit RUN --prompts P.jsonl")
         return section("faithfulness", "Faithfulness", note)
     data = run.faithfulness
+    start, kind = data.get("start_site", "embed"), data.get("ablation", "mean")
+    given = "" if start == "embed" else f" Everything before {text(start)} is given."
     lead = (
-        f"How much of the behaviour is left when only the strongest nodes are kept, and when only they are removed "
-        f"({data.get('n_prompts', '?')} prompts, all other nodes ablated: {text(data.get('ablation', 'mean'))}). "
-        f"Sites before {text(data.get('start_site', 'the first'))} are given."
+        f"How much of the behaviour is left when only the strongest nodes are kept, and when only they are removed. "
+        f"Measured on {data.get('n_prompts', '?')} prompts; removed nodes take {ABLATIONS.get(kind, text(kind))}."
+        f"{given}"
     )
     rows = []
     for row, size in enumerate(data["sizes"]):
         drawn = [curve[row] for curve in data.get("random", [])]
-        beside = f"{min(drawn):+.2f} to {max(drawn):+.2f}" if drawn else ""
+        beside = f"{number(min(drawn))} to {number(max(drawn))}" if drawn else ""
         rows.append(
-            f"<tr><td>{size}</td><td>{data['faithfulness'][row]:.3f}</td>"
-            f"<td>{data['completeness'][row]:.3f}</td><td>{beside.replace('-', '−')}</td></tr>"
+            f"<tr><td>{size}</td><td>{number(data['faithfulness'][row], 3)}</td>"
+            f"<td>{number(data['completeness'][row], 3)}</td><td>{beside}</td></tr>"
         )
     table = (
         '<table class="numbers"><thead><tr><th>nodes</th><th>faithfulness</th><th>completeness</th>'
@@ -240,18 +251,28 @@ def _check_section(graph: FeatureGraph | None) -> Html:
     return section("check", "Do the effects add up?", f'<p class="lead">{lead}</p>{table}')
 
 
+NOT_FACTS = ("completeness", "sites", "tokens", "templates", "title", "schema_version")
+FACT_NAMES = {
+    "n_examples": "prompts used",
+    "n_positions": "longest prompt, tokens",
+    "n_nodes": "nodes with an effect",
+    "m_clean": "metric, clean",
+    "m_patch": "metric, patch",
+    "rejected": "prompts skipped",
+}
+
+
 def _provenance_section(run: RunFiles) -> Html:
     facts: list[tuple[str, Any]] = []
     metadata = run.graph.metadata if run.graph else {}
-    shown = {"completeness", "sites", "tokens", "templates", "title"}
     for key, value in metadata.items():
-        if key not in shown and not (isinstance(value, dict | list) and not value):
-            facts.append((key, value))
+        if key not in NOT_FACTS and value not in ({}, [], None):
+            facts.append((FACT_NAMES.get(key, key.replace("_", " ")), value))
     if run.saes:
         kinds = sorted({_sae_text(config) for config in run.saes})
-        sites = ", ".join(config.get("site", "") for config in run.saes)
+        sites = ", ".join(map(str, sorted(Site.parse(config["site"]) for config in run.saes)))
         facts.append(("autoencoders", f"{len(run.saes)}: {'; '.join(kinds)} at {sites}"))
-    rows = "".join(f"<dt>{text(key.replace('_', ' '))}</dt><dd>{_plain(value)}</dd>" for key, value in facts)
+    rows = "".join(f"<dt>{text(name)}</dt><dd>{_plain(value)}</dd>" for name, value in facts)
     return section("provenance", "How it was made", f'<dl class="facts">{rows}</dl>')
 
 

@@ -64,9 +64,9 @@ def example_edit() -> EditReport:
     )
 
 
-@pytest.fixture
-def run_folder(tmp_path):
-    folder = tmp_path / "pronouns"
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "pronouns"
     (folder / "circuit").mkdir(parents=True)
     example_graph().save(folder / "circuit" / "circuit.json")
     curves = {"sizes": [10, 100], "faithfulness": [0.5, 0.9], "completeness": [0.4, 0.02], "random": [[0.0, 0.1]] * 2}
@@ -74,6 +74,11 @@ def run_folder(tmp_path):
     write_json(folder / "circuit" / "faithfulness.json", curves | facts)
     example_edit().save(folder / "edits" / "top-2.json")
     return folder
+
+
+@pytest.fixture(scope="module")
+def html(run_folder):
+    return write_report(run_folder).read_text()
 
 
 class Page(HTMLParser):
@@ -108,10 +113,8 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_the_page_is_whole_and_self_contained(run_folder):
-    path = write_report(run_folder)
-    assert path == run_folder / "report.html"
-    html = path.read_text()
+def test_the_page_is_whole_and_self_contained(run_folder, html):
+    assert (run_folder / "report.html").is_file()
     page = Page(html)
     assert all(link.startswith("#") for link in page.links)
     assert {link[1:] for link in page.links} <= set(page.ids)
@@ -120,8 +123,8 @@ def test_the_page_is_whole_and_self_contained(run_folder):
     assert not list(run_folder.glob("*.tmp*"))
 
 
-def test_what_the_run_found_is_on_the_page(run_folder):
-    text = Page(write_report(run_folder).read_text()).text
+def test_what_the_run_found_is_on_the_page(html):
+    text = Page(html).text
     for phrase in (
         "Gender <of> pronouns",
         "of 2 features and 1 error nodes in tiny from 100 prompts, found by integrated gradients",
@@ -139,8 +142,7 @@ def test_what_the_run_found_is_on_the_page(run_folder):
         assert phrase in re.sub(r"\s+", " ", text), phrase
 
 
-def test_numbers_of_an_edit(run_folder):
-    html = write_report(run_folder).read_text()
+def test_numbers_of_an_edit(html):
     row = re.search(r'<tr class="strong"><td class="name">logit difference</td>.*?</tr>', html).group(0)
     cells = re.findall(r"<td>(.*?)</td>", row)
     assert cells == ["2.00", "<b>0.10</b>", "5 %", "1.98 <small>1.95 to 2.01</small>"]
@@ -163,16 +165,20 @@ def test_every_node_of_the_drawing_leads_somewhere(run_folder):
     assert {"node-embed/3", "node-resid_0/error"} <= set(page.ids)
 
 
-def test_missing_files_leave_a_line_with_the_command(run_folder):
-    for path in (run_folder / "circuit" / "faithfulness.json", run_folder / "edits" / "top-2.json"):
-        path.unlink()
-    text = Page(write_report(run_folder).read_text()).text
+def test_missing_files_leave_a_line_with_the_command(tmp_path):
+    (tmp_path / "circuit").mkdir()
+    example_graph().save(tmp_path / "circuit" / "circuit.json")
+    text = Page(write_report(tmp_path).read_text()).text
     assert "sfc faithfulness --circuit RUN" in text
     assert "sfc ablate --circuit RUN" in text
     assert "sfc discover" not in text
-    (run_folder / "circuit" / "circuit.json").unlink()
-    example_edit().save(run_folder / "edits" / "top-2.json")
-    assert "sfc discover --out RUN" in Page(write_report(run_folder).read_text()).text
+
+
+def test_edits_without_a_circuit(tmp_path):
+    example_edit().save(tmp_path / "edits" / "top-2.json")
+    text = Page(write_report(tmp_path).read_text()).text
+    assert "sfc discover --out RUN" in text
+    assert "2 features set to zero on 10 prompts" in text
 
 
 def test_a_folder_with_nothing_is_refused(tmp_path):
@@ -182,7 +188,7 @@ def test_a_folder_with_nothing_is_refused(tmp_path):
         write_report(tmp_path / "nowhere")
 
 
-def test_edit_reports_read_what_they_wrote(run_folder):
+def test_edit_reports_read_what_they_wrote():
     report = example_edit()
     assert EditReport.from_dict(report.to_dict()) == report
     with pytest.raises(UserError, match="not an edit"):

@@ -63,6 +63,16 @@ class Circuit:
         """The n nodes of largest |effect| over all sites."""
         return select_nodes(self.nodes, top=n)
 
+    def strongest_features(self, n: int) -> list[str]:
+        """Names of the n features of largest |effect|, positions added up; errors are not features."""
+        effects: dict[str, float] = {}
+        for site, nodes in self.nodes.items():
+            for feature, effect in zip(nodes.feature.tolist(), nodes.effect.tolist(), strict=True):
+                if feature != nodes.n_features:
+                    name = f"{site.name}/{feature}"
+                    effects[name] = effects.get(name, 0.0) + effect
+        return sorted(effects, key=lambda name: -abs(effects[name]))[:n]
+
     def graph(
         self,
         *,

@@ -104,6 +104,7 @@ class _Ends:
 
     def contract(self, gradient: torch.Tensor) -> torch.Tensor:
         """Edge weights summed over examples, [R, n], from the gradient at this site's leaf, [R, B, S, d]."""
+        gradient = gradient.to(self.decoder)
         weight = torch.einsum("rbsn,bsn->rn", gradient @ self.decoder.T, self.delta)
         if self.error_delta is not None:
             weight += torch.einsum("rbsd,bsd,sn->rn", gradient, self.error_delta, self.error_at)
@@ -115,7 +116,7 @@ def _site_ends(sae: SparseAutoencoder, states: States, gradient: torch.Tensor, n
     """What the selected nodes need; the whole encoder runs only where the error node is among them."""
     device = sae.W_dec.device
     batch, n_positions = states.mask.shape
-    clean, patch, g = (x.to(device).float().flatten(0, 1) for x in (states.clean[site], states.patch[site], gradient))
+    clean, patch, g = (x.to(sae.W_dec).flatten(0, 1) for x in (states.clean[site], states.patch[site], gradient))
     is_error = nodes.is_error.to(device)
     feature = nodes.feature.to(device).clamp(max=nodes.n_features - 1)
     decoder = sae.W_dec[feature] * ~is_error[:, None]
@@ -129,8 +130,10 @@ def _site_ends(sae: SparseAutoencoder, states: States, gradient: torch.Tensor, n
 
     column = torch.arange(n_positions, device=device)[:, None]
     position = nodes.position.to(device)[None, :]
-    at = ((position < 0) | (column == position)).float()  # [S, n]; prompts of equal length where positions count
-    real = states.mask.to(device)[:, :, None].float()
+    at = ((position < 0) | (column == position)).to(
+        sae.W_dec.dtype
+    )  # [S, n]; prompts of equal length where positions count
+    real = states.mask.to(device)[:, :, None].to(sae.W_dec.dtype)
 
     def shaped(x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(0, (batch, n_positions)) * real
@@ -214,7 +217,7 @@ def _metric_edges(
     for site, gradient in zip(ends, direct, strict=True):
         if gradient is not None:
             known = gradients[site][None] if site == last else gradient.unflatten(0, (lanes, -1))[:1]
-            edges[site, None] = ends[site].contract(known.to(ends[site].decoder)).cpu()
+            edges[site, None] = ends[site].contract(known).cpu()
     return edges
 
 
@@ -233,7 +236,7 @@ def _pull_back(
     leaves = [graph.leaves[site] for site in upstream]
     gradients = _vjp(output, leaves, full.flatten(0, 1).to(output.dtype))
     return {
-        site: ends[site].contract(gradient.unflatten(0, (lanes, -1))[:used].float()).cpu()
+        site: ends[site].contract(gradient.unflatten(0, (lanes, -1))[:used]).cpu()
         for site, gradient in zip(upstream, gradients, strict=True)
         if gradient is not None
     }

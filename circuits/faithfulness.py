@@ -49,8 +49,6 @@ class FaithfulnessOptions:
 
     ablation: str = "mean"
     """What ablated nodes become: mean (per template and position), counterfactual, resample or zero."""
-    sizes: tuple[int, ...] = (10, 20, 50, 100, 200, 500, 1000)
-    """Numbers of nodes."""
     start_site: str | None = None
     """First site that is ablated; everything before is given for free. None for all sites."""
     random: int = 3
@@ -148,23 +146,24 @@ def measure_faithfulness(
     prompts: PromptSet,
     options: FaithfulnessOptions | None = None,
     *,
+    sizes: Sequence[int] = (10, 20, 50, 100, 200, 500, 1000),
     reference: PromptSet | None = None,
     metric: str | Metric = "logit_difference",
     progress: bool = True,
 ) -> Faithfulness:
     """Faithfulness and completeness of the strongest of `nodes` over sizes.
 
-    nodes: all nodes with their effects, as `Circuit.nodes`; reference: prompts whose means or values ablated nodes
-    take, the measured prompts themselves by default.
+    nodes: all nodes with their effects, as `Circuit.nodes`; sizes: numbers of nodes; reference: prompts whose means
+    or values ablated nodes take, the measured prompts themselves by default.
     """
     options = options or FaithfulnessOptions()
     m = get_metric(metric)
     prompts = prepare(prompts, model, m)
     nodes = from_start_site(nodes, options.start_site)
     n_nodes = count(nodes)
-    sizes = sorted({min(size, n_nodes) for size in options.sizes if size > 0})
+    sizes = sorted({min(size, n_nodes) for size in sizes if size > 0})
     if not sizes:
-        raise UserError(f"sizes {list(options.sizes)} hold no positive number of nodes")
+        raise UserError("sizes hold no positive number of nodes")
     strongest = [select_nodes(nodes, top=size) for size in sizes]
     generator = torch.Generator().manual_seed(options.seed)
     drawn = [[random_nodes(nodes, size, generator=generator) for size in sizes] for _ in range(options.random)]

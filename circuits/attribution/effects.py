@@ -65,7 +65,8 @@ class SiteEffects:
         """Sparse COO [S, F + 1]: mean over examples at each position (aggregation `position`)."""
         index = torch.stack([self.position.long(), self.feature.long()])
         size = (n_positions, self.n_features + 1)
-        return torch.sparse_coo_tensor(index, self.value.double() / n_examples, size).coalesce().float()
+        mean = self.value.double() / n_examples
+        return torch.sparse_coo_tensor(index, mean, size, check_invariants=True).coalesce().float()
 
     def per_example(self, n_examples: int) -> torch.Tensor:
         """[B]: sum over all nodes and positions; for integrated gradients the completeness identity's left side."""

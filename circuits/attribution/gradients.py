@@ -64,11 +64,7 @@ def metric_at(
     """m with the site's output replaced by `value` [copies * B, S, d], everything before it taken from the clean
     run. [copies, B]
     """
-    skip = {
-        before: known.repeat(copies, 1, 1) if copies > 1 else known
-        for before, known in model.resume_from(site, states.clean).items()
-    }
-    skip[site] = value
+    skip = model.resume_from(site, states.clean) | {site: value}
     run = model.run(states.tokens.repeat(copies), skip=skip, grad=grad, last_only=True)
     logits = run.logits[:, -1].unflatten(0, (copies, len(states.tokens)))
     return torch.stack([metric(rows, states.prompts) for rows in logits])

@@ -1,0 +1,75 @@
+"""The command `sfc`.
+
+Every subcommand is a dataclass in `circuits.commands` whose fields are its options and whose `run` does the work. A
+mistake of the user's ends with exit status 2 and one sentence, a failure with 1, and Ctrl-C with 130.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import tyro
+
+from graphs.errors import GraphError
+from sae.errors import UserError
+
+
+def _parser() -> Any:
+    """The union of all subcommands, for tyro."""
+    from circuits.commands.demo import Demo
+    from circuits.commands.discover import Discover
+    from circuits.commands.edit import Ablate, Steer
+    from circuits.commands.evaluate import Evaluate
+    from circuits.commands.faithfulness import Faithfulness
+    from circuits.commands.render import Explore, Render
+    from circuits.commands.report import Report
+    from circuits.commands.train import Train
+
+    commands = {
+        "train": Train,
+        "evaluate": Evaluate,
+        "discover": Discover,
+        "faithfulness": Faithfulness,
+        "render": Render,
+        "explore": Explore,
+        "ablate": Ablate,
+        "steer": Steer,
+        "report": Report,
+        "demo": Demo,
+    }
+    union: Any = None
+    for name, command in commands.items():
+        described = Annotated[command, tyro.conf.subcommand(name, prefix_name=False)]
+        union = described if union is None else union | described
+    return union
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run `sfc` with command-line arguments, those of the process by default; always ends with SystemExit."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    command = tyro.cli(
+        _parser(),
+        prog="sfc",
+        description="Find, draw and edit sparse feature circuits in language models.",
+        args=arguments,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
+    )
+    try:
+        output = command.run()
+    except (UserError, GraphError) as error:
+        _leave(f"sfc: {error}", 2)
+    except KeyboardInterrupt:
+        _leave("sfc: interrupted; what was finished is on disk", 130)
+    except OSError as error:
+        _leave(f"sfc: {error}", 1)
+    sys.stdout.write((json.dumps(output.data) if command.json else output.text) + "\n")
+    sys.exit(0)
+
+
+def _leave(message: str, status: int) -> None:
+    sys.stderr.write(message + "\n")
+    sys.exit(status)

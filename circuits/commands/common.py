@@ -1,0 +1,137 @@
+"""What every subcommand of `sfc` shares: loading, recording what was run, and printing the result.
+
+1. Options common to all commands are fields of `Common`; the same sentences are `--help`, `config.json` and
+   documentation.
+2. `record` adds a command and its options to the run's `config.json`, with the versions it ran with.
+3. A command returns an `Output`: text for a person, or with `--json` one object for a machine, on standard output.
+   Progress goes to standard error.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from circuits.circuit import Circuit
+from circuits.prompts import PromptSet, load_prompts
+from sae.autoencoder import SparseAutoencoder, load_saes
+from sae.errors import UserError
+from sae.files import read_json, write_json
+from sae.model import LanguageModel
+from sae.sites import Site
+from sae.splice import check_saes
+
+PACKAGES = ("sparse-feature-circuits", "torch", "transformers", "nnsight", "numpy")
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a command has to say."""
+
+    text: str
+    """For a person."""
+    data: dict[str, Any]
+    """For a machine: one JSON object."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    """Options of every command that runs the model."""
+
+    device: str = "auto"
+    """Where the model runs: auto (cuda, mps or cpu, whichever is there first), or a device such as cuda:1."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    """Precision of the model's weights; auto takes that of the files."""
+    json: bool = False
+    """Print one JSON object instead of text."""
+
+    @property
+    def quiet(self) -> bool:
+        """Whether progress bars are left out."""
+        return self.json
+
+
+Overwrite = Annotated[
+    bool, tyro.conf.arg(help="Replace what an earlier run of this command left in the output folder.")
+]
+
+
+def load_model(name: str, options: Common) -> LanguageModel:
+    """The model by hub name or folder."""
+    return LanguageModel.load(name, device=options.device, dtype=options.dtype)
+
+
+def load_checked_saes(model: LanguageModel, path: str | Path, *, sites: list[Site] | None = None):
+    """The autoencoders of a run, checked against the model they are attached to."""
+    saes: dict[Site, SparseAutoencoder] = load_saes(path, device=model.device, sites=sites)
+    check_saes(model, saes)
+    return saes
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A circuit with the model and autoencoders it was found with."""
+
+    circuit: Circuit
+    model: LanguageModel
+    saes: dict[Site, SparseAutoencoder]
+
+    @staticmethod
+    def of(path: Path, options: Common, *, model: str | None = None, saes: str | None = None) -> Loaded:
+        """Read the circuit of a run; model and autoencoders are those it names unless others are given."""
+        circuit = Circuit.load(path)
+        language_model = load_model(model or circuit.metadata["model"], options)
+        known = circuit.metadata.get("model_fingerprint")
+        if known and known != language_model.fingerprint:
+            raise UserError(
+                f"the circuit in {str(path)!r} was found in another model than {language_model.name!r} "
+                f"(fingerprint {known}, not {language_model.fingerprint}): give --model"
+            )
+        sites = [Site.parse(name) for name in circuit.metadata["sites"]]
+        return Loaded(
+            circuit, language_model, load_checked_saes(language_model, saes or circuit.metadata["saes"], sites=sites)
+        )
+
+    def prompts(self, path: str | Path | None, *, limit: int | None = None) -> PromptSet:
+        """Prompts of a file, or those the circuit was found on."""
+        if path is not None:
+            return load_prompts(path, self.model, limit=limit)
+        return load_prompts(self.circuit.metadata["prompts"], self.model, limit=self.circuit.metadata["examples"])
+
+
+def place(name: str | Path) -> str:
+    """An existing path made absolute, so that a run can be read from another folder; a hub name as it is."""
+    path = Path(name)
+    return str(path.resolve()) if path.exists() else str(name)
+
+
+def record(run: Path, command: str, options: Any) -> None:
+    """Add the command with its options and the versions of what it ran on to the run's `config.json`."""
+    path = run / "config.json"
+    known = read_json(path) if path.is_file() else {"schema_version": 1}
+    known[command] = {field.name: _plain(getattr(options, field.name)) for field in fields(options)}
+    known["versions"] = {"python": platform.python_version()} | {
+        name: importlib.metadata.version(name) for name in PACKAGES if _installed(name)
+    }
+    write_json(path, known)
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "__dataclass_fields__"):
+        return {key: _plain(entry) for key, entry in asdict(value).items()}
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,146 @@
+"""`sfc discover`: find the circuit behind a set of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from circuits.circuit import Circuit
+from circuits.commands.common import Common, Output, Overwrite, load_checked_saes, load_model, place, record
+from circuits.discovery import DiscoverOptions, discover
+from circuits.nodes import count
+from circuits.prompts import PromptSet, load_prompts
+from sae.autoencoder import SparseAutoencoder
+from sae.features import top_contexts
+from sae.files import prepare_folder, write_json
+from sae.model import LanguageModel
+from sae.sites import Site, select_sites
+from sae.text import read_texts
+
+FEATURES_FILE = "features.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Discover(Common):
+    """Find the circuit behind a set of prompts: effects of all features and errors, edges among the strongest."""
+
+    model: str
+    """Hugging Face model: hub name or folder."""
+    saes: str
+    """Run folder with autoencoders (`sfc train`), or the folder inside it."""
+    prompts: str
+    """Prompts: JSON lines with clean_prefix, patch_prefix, clean_answer, patch_answer; or EAP-IG's CSV, ACDC's JSON,
+    a hub data set.
+    """
+    out: Path
+    """Run folder that receives circuit/."""
+    examples: int = 100
+    """Prompts used, the first of the file."""
+    nodes: int = 100
+    """Nodes kept in circuit.json, the strongest; every node's effect stays in effects.safetensors."""
+    node_threshold: float | None = None
+    """Keep nodes with a larger |effect| than this instead."""
+    edges: int | None = 1000
+    """Edges kept in circuit.json, the strongest."""
+    edge_threshold: float | None = None
+    """Keep edges with a larger |weight| than this instead."""
+    text: str | None = None
+    """Text on which the features of the circuit are described (their top tokens and contexts); the prompts by
+    default.
+    """
+    overwrite: Overwrite = False
+    options: Annotated[DiscoverOptions, tyro.conf.arg(name="")] = field(default_factory=DiscoverOptions)
+
+    def run(self) -> Output:
+        folder = prepare_folder(self.out / "circuit", overwrite=self.overwrite)
+        model = load_model(self.model, self)
+        saes = load_checked_saes(model, self.saes)
+        saes = {site: saes[site] for site in select_sites(self.options.sites, list(saes))}
+        prompts = load_prompts(self.prompts, model, limit=self.examples)
+        circuit = discover(
+            model, saes, prompts, self.options, provenance=self._provenance(model), progress=not self.quiet
+        )
+        texts = read_texts(self.text) if self.text else None
+        features = describe_features(model, saes, circuit, prompts, texts=texts)
+        by_threshold = self.node_threshold is not None
+        graph = circuit.graph(
+            nodes=self.options.edge_nodes or None if by_threshold else self.nodes,
+            node_threshold=self.node_threshold,
+            edges=self.edges if self.edge_threshold is None else None,
+            edge_threshold=self.edge_threshold,
+            attributes=features,
+        )
+        circuit.save(folder, graph=graph)
+        write_json(folder / FEATURES_FILE, {"schema_version": 1, "features": features})
+        record(self.out, "discover", self)
+        kept = {"nodes": len(graph) - 1, "edges": graph.graph.number_of_edges()}
+        return Output(
+            _summary(circuit, prompts, folder, kept), {**circuit.metadata, "kept": kept, "circuit": str(folder)}
+        )
+
+    def _provenance(self, model: LanguageModel) -> dict[str, Any]:
+        return {
+            "model": place(self.model),
+            "model_fingerprint": model.fingerprint,
+            "saes": place(self.saes),
+            "prompts": place(self.prompts),
+            "examples": self.examples,
+            "title": f"{Path(self.prompts).parent.name or Path(self.prompts).stem} in {Path(self.model).name}",
+            "metric": "logit(patch answer) - logit(clean answer)"
+            if self.options.metric == "logit_difference"
+            else self.options.metric,
+        }
+
+
+def describe_features(
+    model: LanguageModel,
+    saes: Mapping[Site, SparseAutoencoder],
+    circuit: Circuit,
+    prompts: PromptSet,
+    *,
+    texts: list[str] | None,
+) -> dict[str, dict[str, Any]]:
+    """What the features with edges do on some text (the prompts by default): `resid_3/120` -> its summary as plain
+    JSON.
+    """
+    chosen = circuit.edge_nodes or circuit.strongest(100)
+    wanted = {
+        site: sorted(set(nodes.feature[~nodes.is_error].tolist())) for site, nodes in chosen.items() if len(nodes)
+    }
+    found = top_contexts(model, saes, texts or prompts.texts, {site: index for site, index in wanted.items() if index})
+    return {f"{site.name}/{feature}": summary.to_dict() for (site, feature), summary in found.items()}
+
+
+def _summary(circuit: Circuit, prompts: PromptSet, folder: Path, kept: dict[str, int]) -> str:
+    meta = circuit.metadata
+    completeness = meta["completeness"]
+    lines = [
+        f"{prompts.summary()}; the model is right on {meta['accuracy']:.1%}",
+        f"metric m: {meta['m_clean']:+.3f} on clean prompts"
+        + (
+            f", {meta['m_patch']:+.3f} on patch prompts; total effect {meta['total_effect']:+.3f}"
+            if meta["total_effect"] is not None
+            else ""
+        ),
+        "completeness: the effects of a site add up to that of patching it within "
+        f"{completeness['mean_residual']:.2%} of the total on average, "
+        f"{completeness['worst_residual']:.2%} at worst ({completeness['worst_site']})",
+        f"{count(circuit.nodes)} nodes have an effect, {kept['nodes']} nodes and {kept['edges']} edges kept; strongest:",
+        *strongest_lines(circuit, 10),
+        f"wrote {folder}",
+    ]
+    return "\n".join(lines)
+
+
+def strongest_lines(circuit: Circuit, n: int) -> list[str]:
+    """The n strongest nodes, one line each."""
+    rows = [
+        (abs(effect), name, effect)
+        for site, nodes in circuit.strongest(n).items()
+        for name, effect in zip(nodes.ids(site), nodes.effect.tolist(), strict=True)
+    ]
+    return [f"  {name:<18} {effect:+.4f}" for _, name, effect in sorted(rows, reverse=True)]

@@ -1,0 +1,106 @@
+"""`sfc ablate` and `sfc steer`: edit the model through features and see what becomes of the behaviour."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+from circuits.circuit import circuit_folder
+from circuits.commands.common import Common, Loaded, Output, record
+from circuits.editing import ablate
+from sae.errors import UserError
+from sae.text import read_texts
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Edit(Common):
+    """Which features are edited, and what is measured."""
+
+    circuit: Path
+    """Run folder with a circuit (`sfc discover`)."""
+    top: int | None = None
+    """Edit the n strongest features of the circuit."""
+    features: str | None = None
+    """Edit these features, such as resid_3/120,mlp_2/7."""
+    prompts: str | None = None
+    """Prompts of the behaviour; those the circuit was found on by default."""
+    examples: int | None = None
+    """At most this many of the prompts; all by default."""
+    text: str | None = None
+    """Other text on which the cross-entropy is measured, .txt or .jsonl."""
+    texts: int = 200
+    """Texts of it that are read."""
+    generate: int = 0
+    """Prompts that are continued before and after."""
+    new_tokens: int = 30
+    """Length of a continuation."""
+    random: int = 5
+    """Draws of equally many random active features, edited likewise, to compare with."""
+    random_anywhere: bool = False
+    """Draw random features from all sites together instead of as many per site as are edited."""
+    seed: int = 0
+    """Seed of the random draws."""
+    name: str | None = None
+    """Name of edits/NAME.json in the run folder; made from the edit by default."""
+    model: str | None = None
+    """Another place of the model the circuit was found in."""
+    saes: str | None = None
+    """Another place of the autoencoders the circuit was found with."""
+
+    def edit(self, operation, value: float | None) -> Output:
+        if (self.top is None) == (self.features is None):
+            raise UserError("say which features to edit: either --top N or --features resid_3/120,mlp_2/7")
+        if self.top is not None and self.top < 1:
+            raise UserError(f"top is {self.top}: at least one feature must be edited")
+        loaded = Loaded.of(self.circuit, self, model=self.model, saes=self.saes)
+        names = self.features or loaded.circuit.strongest_features(self.top or 0)
+        report = ablate(
+            loaded.model,
+            loaded.saes,
+            names,
+            loaded.prompts(self.prompts, limit=self.examples),
+            operation=operation,
+            value=value,
+            texts=list(islice(read_texts(self.text), self.texts)) if self.text else None,
+            generate=self.generate,
+            new_tokens=self.new_tokens,
+            n_random=self.random,
+            same_sites=not self.random_anywhere,
+            seed=self.seed,
+        )
+        run = circuit_folder(self.circuit).parent
+        what = f"top{self.top}" if self.top is not None else f"{len(report.features)}features"
+        name = self.name or f"{operation}{'' if value is None else f'_{value:g}'}_{what}"
+        path = report.save(run / "edits" / f"{name}.json")
+        record(run, f"edit {name}", self)
+        return Output(f"{report.table()}\nwrote {path}", report.to_dict())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ablate(_Edit):
+    """Take features out of the model (or fix their value) and measure the behaviour, other text and generation
+    before and after.
+    """
+
+    operation: Literal["zero", "mean", "set"] = "zero"
+    """What the features become: zero, their mean (over --text, else over the prompts), or --value."""
+    value: float | None = None
+    """Activation for the operation set."""
+
+    def run(self) -> Output:
+        return self.edit(self.operation, self.value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steer(_Edit):
+    """Push the model along features: add --value times the decoder row everywhere, or scale the activation."""
+
+    value: float
+    """Strength: what is added, in units of activation, or the factor of --operation scale."""
+    operation: Literal["steer", "scale"] = "steer"
+    """steer adds the feature's direction at every token; scale multiplies its activation where it is active."""
+
+    def run(self) -> Output:
+        return self.edit(self.operation, self.value)

@@ -1,0 +1,81 @@
+"""`sfc faithfulness`: how much of the behaviour the circuit explains by itself, over sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from circuits.circuit import circuit_folder
+from circuits.commands.common import Common, Loaded, Output, record
+from circuits.faithfulness import FaithfulnessOptions, measure_faithfulness
+from sae.errors import UserError
+from sae.files import write_json
+
+FAITHFULNESS_FILE = "faithfulness.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Faithfulness(Common):
+    """Measure how much of the behaviour the strongest nodes explain when all others are ablated, and how much is
+    left without them.
+    """
+
+    circuit: Path
+    """Run folder with a circuit (`sfc discover`)."""
+    prompts: str | None = None
+    """Prompts to measure on; those the circuit was found on by default."""
+    examples: int | None = None
+    """At most this many of the prompts; all by default."""
+    reference: str | None = None
+    """Prompts whose means or values ablated nodes take; those the circuit was found on by default."""
+    sizes: str = "10,20,50,100,200,500,1000"
+    """Numbers of nodes, comma-separated."""
+    model: str | None = None
+    """Another place of the model the circuit was found in."""
+    saes: str | None = None
+    """Another place of the autoencoders the circuit was found with."""
+    options: Annotated[FaithfulnessOptions, tyro.conf.arg(name="")] = field(default_factory=FaithfulnessOptions)
+
+    def run(self) -> Output:
+        loaded = Loaded.of(self.circuit, self, model=self.model, saes=self.saes)
+        reference = loaded.prompts(self.reference)
+        prompts = loaded.prompts(self.prompts, limit=self.examples)
+        result = measure_faithfulness(
+            loaded.model,
+            loaded.saes,
+            loaded.circuit.nodes,
+            prompts,
+            self.options,
+            sizes=parse_sizes(self.sizes),
+            reference=reference,
+            metric=loaded.circuit.metadata["options"]["metric"],
+            progress=not self.quiet,
+        )
+        folder = circuit_folder(self.circuit)
+        write_json(folder / FAITHFULNESS_FILE, result.to_dict())
+        plot = result.plot(folder / "faithfulness.svg")
+        record(folder.parent, "faithfulness", self)
+        left_out = f" ({result.n_uncovered} without a reference prompt of their template left out)"
+        text = "\n".join(
+            [
+                f"{result.n_prompts} prompts{left_out if result.n_uncovered else ''}; "
+                f"nodes from {result.start_site} on, others ablated by {result.ablation}",
+                f"m: {result.m_model:+.3f} whole model, {result.m_empty:+.3f} with every node ablated",
+                result.table(),
+                f"area under faithfulness (CPR) {result.cpr:.3f}, under its distance from 1 (CMD) {result.cmd:.3f}",
+                f"wrote {folder / FAITHFULNESS_FILE} and {plot}",
+            ]
+        )
+        return Output(text, result.to_dict())
+
+
+def parse_sizes(text: str) -> tuple[int, ...]:
+    """`"10,20,50"` -> (10, 20, 50); `UserError` for anything that is not a positive whole number."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    wrong = [part for part in parts if not part.isdigit() or int(part) == 0]
+    if wrong or not parts:
+        raise UserError(f"sizes {text!r}: expected positive whole numbers separated by commas, such as 10,20,50")
+    return tuple(int(part) for part in parts)

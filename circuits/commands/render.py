@@ -1,0 +1,96 @@
+"""`sfc render` and `sfc explore`: a picture of the circuit, and a page to explore it in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from circuits.circuit import Circuit, circuit_folder
+from circuits.commands.common import Output
+from circuits.commands.discover import FEATURES_FILE
+from graphs.annotations import apply, read_annotations
+from graphs.dot import render
+from graphs.explorer import write_explorer
+from graphs.feature_graph import FeatureGraph
+from graphs.pruning import reachable
+from sae.files import read_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Cut:
+    """How much of the circuit is shown."""
+
+    circuit: Path
+    """Run folder with a circuit (`sfc discover`)."""
+    node_threshold: float | None = None
+    """Only nodes with a larger |effect|."""
+    edge_threshold: float | None = None
+    """Only edges with a larger |weight|."""
+    reachable: bool = False
+    """Only nodes with a path to the metric."""
+    annotations: Path | None = None
+    """JSON lines {"Name": "resid_3/120", "Annotation": "plural nouns"} that label features; their top tokens do
+    otherwise.
+    """
+    json: bool = False
+    """Print one JSON object instead of text."""
+
+    def cut(self, *, nodes: int | None, edges: int | None) -> FeatureGraph:
+        """The graph to show; re-thresholding reads effects.safetensors and never runs the model."""
+        circuit = Circuit.load(self.circuit)
+        described = circuit_folder(self.circuit) / FEATURES_FILE
+        graph = circuit.graph(
+            nodes=nodes,
+            node_threshold=self.node_threshold,
+            edges=edges,
+            edge_threshold=self.edge_threshold,
+            attributes=read_json(described)["features"] if described.is_file() else None,
+        )
+        if self.reachable:
+            graph = reachable(graph)
+        return graph if self.annotations is None else apply(graph, read_annotations(self.annotations))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Render(_Cut):
+    """Draw the circuit: one row a site, features coloured by effect, errors as triangles, edges by weight."""
+
+    out: Path | None = None
+    """Drawing to write: .svg, .png, .pdf or .dot; graph/circuit.svg in the run folder by default."""
+    nodes: int | None = 40
+    """Nodes drawn, the strongest."""
+    edges: int | None = 150
+    """Edges drawn, the strongest."""
+
+    def run(self) -> Output:
+        graph = self.cut(nodes=self.nodes, edges=self.edges)
+        out = self.out or circuit_folder(self.circuit).parent / "graph" / "circuit.svg"
+        out.parent.mkdir(parents=True, exist_ok=True)
+        render(graph, out)
+        return _wrote(graph, out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explore(_Cut):
+    """Write the circuit as one interactive page that needs no server and no network."""
+
+    out: Path | None = None
+    """Page to write; graph/circuit.html in the run folder by default."""
+    nodes: int | None = 300
+    """Nodes on the page at most, the strongest; sliders show fewer."""
+    edges: int | None = 3000
+    """Edges on the page at most, the strongest."""
+
+    def run(self) -> Output:
+        circuit = Circuit.load(self.circuit)
+        known = sum(len(nodes) for nodes in circuit.edge_nodes.values())
+        nodes = min(self.nodes, known) if self.nodes is not None and known else self.nodes
+        graph = self.cut(nodes=nodes, edges=self.edges)
+        out = self.out or circuit_folder(self.circuit).parent / "graph" / "circuit.html"
+        write_explorer(graph, out)
+        return _wrote(graph, out)
+
+
+def _wrote(graph: FeatureGraph, out: Path) -> Output:
+    nodes, edges = len(graph) - 1, graph.graph.number_of_edges()
+    return Output(f"wrote {out} ({nodes} nodes, {edges} edges)", {"out": str(out), "nodes": nodes, "edges": edges})

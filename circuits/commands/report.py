@@ -1,0 +1,23 @@
+"""`sfc report`: everything a run found, on one page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from circuits.commands.common import Output
+from circuits.report import write_report
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Write report.html: the circuit, what it explains, its features in their contexts, and what editing them did."""
+
+    circuit: Path
+    """Run folder."""
+    json: bool = False
+    """Print one JSON object instead of text."""
+
+    def run(self) -> Output:
+        path = write_report(self.circuit)
+        return Output(f"wrote {path}", {"out": str(path)})

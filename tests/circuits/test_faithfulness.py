@@ -1,0 +1,163 @@
+"""Faithfulness against its definition, spelt out with dense features, and its limits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from circuits.ablation import AblationValues, NodeTable, ablation_edits
+from circuits.behaviour import logit_difference
+from circuits.discovery import DiscoverOptions, discover
+from circuits.faithfulness import FaithfulnessOptions, _area, from_start_site, measure_faithfulness, random_nodes
+from circuits.nodes import SiteNodes, count, select_nodes
+from sae.errors import UserError
+from sae.sites import Site
+
+
+@pytest.fixture(scope="module")
+def nodes(tiny_model, tiny_saes, tiny_prompts):
+    return discover(
+        tiny_model, tiny_saes, tiny_prompts, DiscoverOptions(method="attrib", edge_nodes=0), progress=False
+    ).nodes
+
+
+def mean_m(model, prompts, edits=None) -> float:
+    return logit_difference(model.run(prompts.clean, edits=edits, last_only=True).logits[:, -1], prompts).mean().item()
+
+
+def dense_means(model, saes, prompts, site):
+    """Mean x and f over clean and patch prompts with the same template, [B, S, ...] for every prompt."""
+    runs = [model.run(tokens, capture=[site]).activations[site] for tokens in (prompts.clean, prompts.patch)]
+    rows = {t: [i for i, other in enumerate(prompts.templates) if other == t] for t in set(prompts.templates)}
+    x = torch.stack([torch.cat([run[rows[t]] for run in runs]).mean(0) for t in prompts.templates])
+    f = torch.stack([torch.cat([saes[site].encode(run[rows[t]]) for run in runs]).mean(0) for t in prompts.templates])
+    return x, f
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("size", [5, 40])
+def test_mean_ablation_by_its_definition(tiny_model, tiny_saes, tiny_prompts, nodes, keep, size):
+    """x' = f' W_dec + b_dec + e', each feature and the error either as it is or at its mean."""
+    chosen = select_nodes(nodes, top=size)
+    table = NodeTable(tiny_saes, [chosen], sites=list(nodes))
+    values = AblationValues(tiny_model, tiny_saes, table, "mean", reference=tiny_prompts)(tiny_prompts)
+    ours = ablation_edits(tiny_saes, table, chosen, values, tiny_prompts.clean, keep=keep)
+
+    def definition(site):
+        sae = tiny_saes[site]
+        mean_x, mean_f = dense_means(tiny_model, tiny_saes, tiny_prompts, site)
+        mean_e = mean_x - sae.decode(mean_f)
+        left = torch.zeros(sae.config.n_features + 1, dtype=torch.bool)
+        left[chosen[site].feature] = True
+        left = left if keep else ~left
+
+        def edit(x):
+            f = sae.encode(x)
+            e = x - sae.decode(f)
+            return sae.decode(torch.where(left[:-1], f, mean_f)) + (e if left[-1] else mean_e)
+
+        return edit
+
+    theirs = {site: definition(site) for site in nodes}
+    assert any(chosen[site].is_error.any() for site in nodes)
+    assert mean_m(tiny_model, tiny_prompts, ours) == pytest.approx(mean_m(tiny_model, tiny_prompts, theirs), abs=1e-4)
+
+
+@pytest.mark.parametrize("ablation", ["mean", "counterfactual", "resample", "zero"])
+def test_all_nodes_explain_everything_and_none_nothing(tiny_model, tiny_saes, tiny_prompts, ablation):
+    """f(all nodes) = 1 and completeness(all) = 0 by construction; here all nodes means every feature and error there
+    is.
+    """
+    whole = {}
+    for site, sae in tiny_saes.items():
+        n = sae.config.n_features
+        feature = torch.arange(n + 1)
+        whole[site] = SiteNodes(n, feature, torch.full_like(feature, -1), torch.rand(n + 1) + 0.1)
+    result = measure_faithfulness(
+        tiny_model, tiny_saes, whole, tiny_prompts, FaithfulnessOptions(ablation=ablation, random=1, batch_size=3),
+        sizes=[10, 10_000], progress=False,
+    )  # fmt: skip
+    assert result.sizes == [10, count(whole)]
+    assert result.faithfulness[-1] == pytest.approx(1, abs=1e-3)
+    assert result.completeness[-1] == pytest.approx(0, abs=1e-3)
+    assert result.m_model == pytest.approx(mean_m(tiny_model, tiny_prompts), abs=1e-5)
+
+
+def test_counterfactual_values_of_everything_give_the_patch_run(tiny_model, tiny_saes, tiny_prompts, nodes):
+    result = measure_faithfulness(
+        tiny_model, tiny_saes, nodes, tiny_prompts, FaithfulnessOptions(ablation="counterfactual", random=0),
+        sizes=[10], progress=False,
+    )  # fmt: skip
+    patch = tiny_model.run(tiny_prompts.patch, last_only=True).logits[:, -1]
+    assert result.m_empty == pytest.approx(logit_difference(patch, tiny_prompts).mean().item(), abs=1e-4)
+
+
+def test_start_site_leaves_earlier_sites_alone(tiny_model, tiny_saes, tiny_prompts, nodes):
+    later = from_start_site(nodes, "attn_1")
+    assert [site.name for site in later] == ["attn_1", "mlp_1", "resid_1"]
+    result = measure_faithfulness(
+        tiny_model, tiny_saes, nodes, tiny_prompts, FaithfulnessOptions(start_site="attn_1", random=2),
+        sizes=[5, 10], progress=False,
+    )  # fmt: skip
+    assert result.start_site == "attn_1" and result.n_nodes == count(later)
+    assert len(result.random) == 2 and all(len(curve) == 2 for curve in result.random)
+    with pytest.raises(UserError, match="attn_1"):
+        from_start_site(nodes, "attn_9")
+
+
+def test_random_nodes_have_the_size_asked_for(nodes):
+    drawn = random_nodes(nodes, 17, generator=torch.Generator().manual_seed(1))
+    assert count(drawn) == 17
+
+
+def test_padding_does_not_matter(tiny_model, tiny_saes, tiny_prompts, nodes):
+    """The ratio over ragged prompts is that of the two lengths' summed metrics, measured apart."""
+    options = FaithfulnessOptions(random=0)
+    both, short, long = (
+        measure_faithfulness(tiny_model, tiny_saes, nodes, part, options, sizes=[20], progress=False)
+        for part in (tiny_prompts, tiny_prompts[0::2], tiny_prompts[1::2])
+    )
+    for name in ("m_model", "m_empty"):
+        assert getattr(both, name) == pytest.approx((getattr(short, name) + getattr(long, name)) / 2, abs=1e-4)
+
+    def m_circuit(result):
+        return result.m_empty + result.faithfulness[0] * (result.m_model - result.m_empty)
+
+    assert m_circuit(both) == pytest.approx((m_circuit(short) + m_circuit(long)) / 2, abs=1e-4)
+
+
+def test_prompts_unlike_the_reference(tiny_model, tiny_saes, tiny_prompts, nodes):
+    """Templates without a reference are counted; when none has one, the sentence says what to do."""
+    options = FaithfulnessOptions(random=0)
+    with pytest.raises(UserError, match="counterfactual"):
+        measure_faithfulness(
+            tiny_model,
+            tiny_saes,
+            nodes,
+            tiny_prompts[0::2],
+            options,
+            reference=tiny_prompts[1::2],
+            sizes=[5],
+            progress=False,
+        )
+    result = measure_faithfulness(
+        tiny_model, tiny_saes, nodes, tiny_prompts, options, reference=tiny_prompts[1::2], sizes=[5], progress=False
+    )
+    assert result.n_prompts == 4 and result.n_uncovered == 4
+
+
+def test_areas():
+    """CPR and CMD of a straight line from 0 to 1: a half each; of a perfect circuit from the first node on: 1 and 0."""
+    assert _area([0, 0.5], [0, 50], 100, lambda f: f) == pytest.approx(0.5)
+    assert _area([0, 0.5], [0, 50], 100, lambda f: abs(1 - f)) == pytest.approx(0.5)
+    assert _area([1, 1], [0, 50], 100, lambda f: abs(1 - f)) == 0
+
+
+def test_plot_and_table(tiny_model, tiny_saes, tiny_prompts, nodes, tmp_path):
+    result = measure_faithfulness(
+        tiny_model, tiny_saes, nodes, tiny_prompts, FaithfulnessOptions(random=1), sizes=[5, 10], progress=False
+    )
+    assert result.plot(tmp_path / "f.svg").read_text().lstrip().startswith("<?xml")
+    assert len(result.table().splitlines()) == 3
+    assert result.to_dict()["sizes"] == [5, 10]
+    assert Site.parse(result.start_site) == Site("embed")

@@ -112,9 +112,10 @@ class EditReport:
         }
         return {"schema_version": SCHEMA_VERSION, "kind": "edit", **asdict(self), **derived}
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path) -> Path:
         """Write it as JSON."""
         write_json(path, self.to_dict())
+        return Path(path)
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> EditReport:

@@ -1,6 +1,6 @@
 """Changing what a model does through its features, and measuring what that did.
 
-1. Choose features by name (`resid_3/120`), or the n strongest of a circuit.
+1. Choose features by name (`resid_3/120`); `Circuit.strongest_features(n)` names the strongest of a circuit.
 2. At each of their sites the activation x becomes x' = x + sum_i (f_i' - f_i) W_dec[i]. All other features and the
    error of the autoencoder stay as they are, so the edit does exactly what it says and nothing else:
 
@@ -34,7 +34,6 @@ from torch import Tensor
 from circuits import behaviour
 from circuits.edit_report import Behaviour, Continuation, EditReport, Score
 from circuits.prompts import PromptSet
-from graphs.feature_graph import FeatureGraph
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError, unknown
 from sae.sites import Site
@@ -85,17 +84,6 @@ def _parse_feature(name: str, saes: Mapping[Site, SparseAutoencoder]) -> tuple[S
 def feature_names(features: Features) -> list[str]:
     """Indices by site -> `["mlp_2/7", "resid_3/120"]`."""
     return [f"{site}/{index}" for site, indices in features.items() for index in indices.tolist()]
-
-
-def strongest_features(circuit: FeatureGraph, n: int) -> list[str]:
-    """Names of the n features with the largest |effect|, strongest first; over positions the effects are summed."""
-    effects: dict[str, float] = {}
-    for node in circuit.nodes():
-        if node.kind == "feature":
-            effects[node.name] = effects.get(node.name, 0.0) + node.effect
-    if not effects:
-        raise UserError("the circuit has no feature nodes: lower its node threshold")
-    return sorted(effects, key=lambda name: -abs(effects[name]))[:n]
 
 
 def active_features(

@@ -10,7 +10,6 @@ import torch
 
 from circuits import editing
 from circuits.edit_report import EditReport
-from graphs.feature_graph import FeatureGraph, error_node, feature_node, metric_node
 from sae.errors import UserError
 from sae.sites import Site
 
@@ -105,19 +104,6 @@ def test_unknown_features(tiny_saes, names, message):
 def test_wrong_operations(tiny_saes, operation, value, message):
     with pytest.raises(UserError, match=message):
         editing.make_edits(tiny_saes, {}, operation=operation, value=value)
-
-
-def test_strongest_features_of_a_circuit():
-    graph = FeatureGraph(["resid_0", "resid_1"])
-    graph.add_node(feature_node("resid_0", 3, effect=0.5, position=1))
-    graph.add_node(feature_node("resid_0", 3, effect=-0.4, position=2))
-    graph.add_node(feature_node("resid_1", 9, effect=-0.3))
-    graph.add_node(feature_node("resid_1", 4, effect=0.2))
-    graph.add_node(error_node("resid_1", effect=9.0))
-    graph.add_node(metric_node(effect=1.0))
-    assert editing.strongest_features(graph, 2) == ["resid_1/9", "resid_1/4"]
-    with pytest.raises(UserError, match="no feature nodes"):
-        editing.strongest_features(FeatureGraph(["resid_0"]), 2)
 
 
 def test_active_features_and_means(tiny_model, tiny_prompts, tiny_saes):

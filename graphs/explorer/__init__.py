@@ -1,0 +1,76 @@
+"""One HTML file in which a circuit can be explored: no server, no network, no other file.
+
+1. The graph is embedded as JSON, escaped so that no text in it can end the script element.
+2. `template.html`, `explorer.css` and the scripts beside this file are put together; the scripts run in the order of
+   `SCRIPTS`: the data and its filters, the layered layout of `graphs/layout.py`, the drawing, the panel, the controls.
+3. Labels that a reader edits live in the browser's local storage and can be downloaded as an annotations file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from html import escape
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from graphs.errors import GraphError
+from graphs.feature_graph import FeatureGraph
+from graphs.files import write_text
+from graphs.style import DIVERGING, NEGATIVE_EDGE, POSITIVE_EDGE, position_name
+
+SCRIPTS = ("model.js", "layout.js", "drawing.js", "panel.js", "controls.js")
+
+
+def write_explorer(graph: FeatureGraph, path: str | Path, *, title: str | None = None) -> Path:
+    """Write the explorer as one .html file; `title` defaults to `metadata["title"]`. Returns the path."""
+    path = Path(path)
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise GraphError(f"cannot write the explorer into {path.name!r}: its extension must be .html")
+    write_text(path, explorer_html(graph, title=title))
+    return path
+
+
+def explorer_html(graph: FeatureGraph, *, title: str | None = None) -> str:
+    """The explorer as text."""
+    if len(graph) == 0:
+        raise GraphError("the graph has no nodes: there is nothing to explore")
+    title = str(title if title is not None else graph.metadata.get("title", "Feature circuit"))
+    parts = {
+        "title": escape(title),
+        "style": _asset("explorer.css"),
+        "data": embedded_json(_data(graph, title)),
+        "script": "\n".join(_asset(name) for name in SCRIPTS),
+    }
+    return re.sub(r"\{\{(title|style|data|script)\}\}", lambda match: parts[match.group(1)], _asset("template.html"))
+
+
+def embedded_json(data: Any) -> str:
+    """JSON that may stand inside a <script> element: no `<`, `>`, `&` or line separator appears in it literally."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), default=str)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates have no place in a file
+
+
+def _data(graph: FeatureGraph, title: str) -> dict[str, Any]:
+    """What the page needs, with edges as [source, target, weight] by the nodes' places."""
+    nodes = graph.nodes()
+    place = {node.id: index for index, node in enumerate(nodes)}
+    keep = ("id", "site", "feature", "kind", "position", "effect", "label", "attributes")
+    return {
+        "title": title,
+        "key": hashlib.sha256("\n".join([title, *place]).encode("utf-8", "replace")).hexdigest()[:16],
+        "metadata": {k: v for k, v in graph.metadata.items() if k not in ("title", "tokens", "positions")},
+        "sites": graph.sites,
+        "positions": [[position, position_name(graph, position)] for position in graph.positions],
+        "nodes": [{"name": node.name, **{key: getattr(node, key) for key in keep}} for node in nodes],
+        "edges": [[place[edge.source], place[edge.target], edge.weight] for edge in graph.edges()],
+        "colours": {"diverging": DIVERGING, "negative": NEGATIVE_EDGE, "positive": POSITIVE_EDGE},
+    }
+
+
+def _asset(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")

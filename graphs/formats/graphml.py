@@ -1,0 +1,77 @@
+"""GraphML, for Gephi, Cytoscape, yEd and every other graph program.
+
+1. Nodes carry `site`, `kind`, `feature`, `position`, `effect` and `label` as plain columns; edges carry `weight`.
+2. What GraphML has no type for (attributes, metadata, the order of sites) is kept as JSON text in the column `json`,
+   from which `read_graphml` rebuilds the same graph.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from xml.etree.ElementTree import ParseError
+
+import networkx as nx
+
+from graphs.errors import GraphError
+from graphs.feature_graph import NODE_KEYS, SCHEMA_VERSION, FeatureGraph
+from graphs.files import atomic_write
+from graphs.style import describe, visible
+
+
+def write_graphml(graph: FeatureGraph, path: str | Path) -> None:
+    """Write the graph; the file is replaced in one step."""
+    plain = nx.DiGraph()
+    rest = {"schema_version": SCHEMA_VERSION, "sites": graph.sites, "metadata": graph.metadata}
+    plain.graph["json"] = json.dumps(rest)  # ASCII only: XML cannot hold control characters, escapes in JSON can
+    names = {node.id: f"n{place}" for place, node in enumerate(graph.nodes())}
+    for node in graph.nodes():
+        columns = {
+            "name": visible(node.id),
+            "label": describe(node) or visible(node.name),
+            "site": node.site,
+            "kind": node.kind,
+            "effect": float(node.effect),
+            "json": json.dumps({key: getattr(node, key) for key in NODE_KEYS}),
+        }
+        optional = {"feature": node.feature, "position": None if node.position is None else visible(str(node.position))}
+        plain.add_node(names[node.id], **columns, **{k: v for k, v in optional.items() if v is not None})
+    for source, target, weight in graph.edges():
+        plain.add_edge(names[source], names[target], weight=weight)
+    with atomic_write(path) as temporary:
+        nx.write_graphml_xml(plain, temporary)
+
+
+def read_graphml(path: str | Path) -> FeatureGraph:
+    """Read a graph that `write_graphml` wrote; of other GraphML files it says what is missing."""
+    try:
+        plain = nx.read_graphml(path)
+    except FileNotFoundError:
+        raise GraphError(f"{path}: no such file") from None
+    except (ParseError, nx.NetworkXError, ValueError, KeyError) as error:
+        raise GraphError(f"{path}: not a GraphML file ({error})") from None
+    data = _json(plain.graph, "the graph", path)
+    nodes = {name: _json(columns, f"node {name!r}", path) for name, columns in plain.nodes(data=True)}
+    try:
+        data["nodes"] = list(nodes.values())
+        data["edges"] = [
+            {"source": nodes[u]["id"], "target": nodes[v]["id"], "weight": float(columns["weight"])}
+            for u, v, columns in plain.edges(data=True)
+        ]
+    except KeyError as error:
+        raise GraphError(f"{path}: key {error} is missing") from None
+    return FeatureGraph.from_json(data, source=path)
+
+
+def _json(columns: dict[str, Any], owner: str, path: str | Path) -> dict[str, Any]:
+    """The column `json` of a node or of the graph."""
+    try:
+        found = json.loads(columns["json"])
+    except KeyError:
+        raise GraphError(f"{path}: {owner} has no column 'json', which write_graphml adds") from None
+    except (TypeError, json.JSONDecodeError) as error:
+        raise GraphError(f"{path}: column 'json' of {owner} is not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise GraphError(f"{path}: column 'json' of {owner} is {found!r:.60}, expected an object")
+    return found

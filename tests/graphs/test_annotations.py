@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from graphs.annotations import annotate, read_annotations, write_annotations
+from graphs.errors import GraphError
+from graphs.feature_graph import FeatureGraph, error_node, feature_node
+
+
+def write_lines(path, *lines):
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    return path
+
+
+def test_lines_of_the_papers_files_become_labels(tmp_path):
+    path = write_lines(
+        tmp_path / "a.jsonl",
+        {
+            "Component": "resid",
+            "Layer": 5,
+            "Feature": 3036,
+            "Name": "resid_5/3036",
+            "Annotation": "plural",
+            "Notes": "x",
+        },
+        "",
+        {"Component": "embed", "Layer": None, "Feature": 7, "Annotation": " nouns \u2028 verbs "},
+        {"Component": "mlp", "Layer": 0, "Feature": 7, "Annotation": "old"},
+        {"Name": "mlp_0/7", "Annotation": "new"},
+        {"Name": "mlp_0/8", "Annotation": ""},
+        {"Name": "resid_5/1@2", "Annotation": "here only"},
+    )
+    assert read_annotations(path) == {
+        "resid_5/3036": "plural",
+        "embed/7": "nouns \u2028 verbs",
+        "mlp_0/7": "new",
+        "resid_5/1@2": "here only",
+    }
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{oops", "not valid JSON"),
+        ([1, 2], r"\[1, 2\]"),
+        ({"Name": "resid_5/1"}, "'Annotation' is missing"),
+        ({"Name": "resid_5/1", "Annotation": 3}, "Annotation is 3"),
+        ({"Annotation": "x"}, "Name is None"),
+        ({"Name": "resid_5", "Annotation": "x"}, "'resid_5'"),
+        ({"Component": "resid", "Layer": 5, "Feature": "many", "Annotation": "x"}, "Name is None"),
+    ],
+)
+def test_a_malformed_line_is_named(tmp_path, line, message):
+    path = write_lines(tmp_path / "a.jsonl", {"Name": "resid_0/1", "Annotation": "fine"}, line)
+    with pytest.raises(GraphError, match=rf"a\.jsonl, line 2: .*{message}"):
+        read_annotations(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(GraphError, match=r"none\.jsonl: no such file"):
+        read_annotations(tmp_path / "none.jsonl")
+
+
+def test_unknown_names_are_ignored_and_counted():
+    graph = FeatureGraph(["resid_0"])
+    for position in (1, 2):
+        graph.add_node(feature_node("resid_0", 4, effect=1.0, position=position))
+    graph.add_node(error_node("resid_0", effect=1.0, position=1))
+    result = annotate(graph, {"resid_0/4": "both", "resid_0/4@2": "second", "mlp_9/1": "absent"})
+    assert [node.label for node in result.graph.nodes()] == ["both", "second", None]
+    assert (result.used, result.unknown) == (2, 1)
+    assert all(node.label is None for node in graph.nodes())
+
+
+def test_labels_round_trip(tmp_path):
+    labels = {"resid_5/3036": "a\nb", "embed/7": "ü", "resid_1/error": "odd", "mlp_2/9@subject": "x"}
+    write_annotations(labels, tmp_path / "a.jsonl")
+    assert read_annotations(tmp_path / "a.jsonl") == labels
+    assert json.loads((tmp_path / "a.jsonl").read_text().splitlines()[0])["Layer"] == 5

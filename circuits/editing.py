@@ -123,13 +123,6 @@ def _draw(pool: Tensor, n: int, generator: torch.Generator) -> Tensor:
 # ------------------------------------------------------------------------------------------ the edit itself
 
 
-def restrict(sae: SparseAutoencoder, index: Tensor) -> SparseAutoencoder:
-    """The autoencoder of the features `index` [n] alone: exact where features do not compete (not for top k)."""
-    index = index.to(sae.device)
-    tensors = {name: tensor if name == "b_dec" else tensor[index] for name, tensor in sae.named_buffers()}
-    return SparseAutoencoder(replace(sae.config, n_features=len(index)), tensors)
-
-
 class SiteEdit:
     """x -> x' = x + sum_i (f_i' - f_i) W_dec[i] for the features `index` [n] of one site."""
 
@@ -138,7 +131,7 @@ class SiteEdit:
         self.operation = operation
         self.value = None if value is None else value.to(sae.device)  # [] or [n]
         self.competing = sae.nonlinearity.needs_k
-        self.sae = sae if self.competing else restrict(sae, index)
+        self.sae = sae if self.competing else sae.restrict(index)
         self.W_dec = sae.W_dec[self.index]  # [n, d]
 
     def features(self, x: Tensor) -> Tensor:

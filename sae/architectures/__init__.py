@@ -1,27 +1,33 @@
-"""Every architecture by its name in `config.json`."""
+"""Every architecture by its name in configs and files."""
 
 from __future__ import annotations
 
+from sae.architectures.base import Architecture
+from sae.architectures.batchtopk import BatchTopK
+from sae.architectures.gated import Gated
+from sae.architectures.identity import Identity
+from sae.architectures.jumprelu import JumpReLU
+from sae.architectures.matryoshka import Matryoshka
+from sae.architectures.multi_topk import MultiTopK
+from sae.architectures.p_anneal import PAnneal
+from sae.architectures.relu import ReLU, ReLUUnit
+from sae.architectures.topk import TopK
 from sae.errors import unknown
-from sae.nonlinearities import GATED, IDENTITY, JUMPRELU, RELU, TOPK, Nonlinearity
+from sae.nonlinearities import Nonlinearity
 
-NONLINEARITIES: dict[str, Nonlinearity] = {
-    "topk": TOPK,
-    "relu": RELU,
-    "batchtopk": JUMPRELU,
-    "jumprelu": JUMPRELU,
-    "gated": GATED,
-    "multi_topk": TOPK,
-    "matryoshka": JUMPRELU,
-    "relu_unit": RELU,
-    "p_anneal": RELU,
-    "identity": IDENTITY,
+ARCHITECTURES: dict[str, Architecture] = {
+    recipe.name: recipe()
+    for recipe in (TopK, ReLU, BatchTopK, JumpReLU, Gated, MultiTopK, Matryoshka, ReLUUnit, PAnneal, Identity)
 }
-"""What each architecture does at inference; batch-wise selection has become a threshold by then."""
 
 
-def nonlinearity(architecture: str) -> Nonlinearity:
-    """The inference nonlinearity of an architecture."""
-    if architecture not in NONLINEARITIES:
-        raise unknown("architecture", architecture, NONLINEARITIES)
-    return NONLINEARITIES[architecture]
+def architecture(name: str) -> Architecture:
+    """The recipe of this name."""
+    if name not in ARCHITECTURES:
+        raise unknown("architecture", name, ARCHITECTURES)
+    return ARCHITECTURES[name]
+
+
+def nonlinearity(name: str) -> Nonlinearity:
+    """What encoding does at inference in the architecture of this name."""
+    return architecture(name).nonlinearity

@@ -1,0 +1,52 @@
+"""BatchTopK: the k·N largest positive pre-activations of a batch of N tokens are kept, so a token may use more or fewer.
+
+Bussmann et al. 2024, "BatchTopK sparse autoencoders" (arXiv 2412.06410), section 3; the loss is TopK's. At inference
+the batch is replaced by a threshold: the mean, here a running one, of the smallest activation kept in a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from sae.architectures.base import Architecture, Encoder, Hyper, Losses, Weights, sparse_code, squared_error
+from sae.codes import Code, SparseCode
+from sae.nonlinearities import JUMPRELU
+from sae.selection import BatchSelector, concatenate, largest
+
+MEMORY = 0.99
+"""Decay of the running threshold a step."""
+
+
+class BatchTopK(Architecture):
+    name = "batchtopk"
+    nonlinearity = JUMPRELU
+
+    def own_state(self) -> dict[str, Tensor]:
+        return {"threshold": torch.tensor(0.0), "n_thresholds": torch.tensor(0.0)}
+
+    def select(self, encoder: Encoder, w: Weights, hyper: Hyper) -> SparseCode:
+        n_tokens = len(encoder.x_c)
+        selector = BatchSelector(hyper.k, n_tokens)
+        while True:
+            starts, parts = zip(*((start, selector.candidates(z)) for start, z in encoder.chunks()), strict=True)
+            entries = concatenate(list(parts), list(starts))
+            if selector.enough(entries):
+                return sparse_code(largest(entries, hyper.k * n_tokens), encoder)
+
+    def loss(self, z: Tensor, code: Code, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
+        f = z.relu()
+        x_hat = code.decode(f, w["W_dec"]) + w["b_dec"]
+        return Losses(squared_error(x, x_hat), x_hat, f)
+
+    def observe(self, f: Tensor, state: Mapping[str, Tensor]) -> None:
+        if f.numel():
+            state["n_thresholds"].add_(1)
+            memory = (1 - 1 / state["n_thresholds"]).clamp(max=MEMORY)  # a plain mean at first
+            state["threshold"].mul_(memory).add_((1 - memory) * f.min())
+
+    def export(self, w: Weights, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        tensors = {name: tensor.detach() for name, tensor in w.items()}
+        return tensors | {"threshold": state["threshold"].expand_as(w["b_enc"]).clone()}

@@ -1,0 +1,28 @@
+"""Identity: the neurons as a dictionary, the baseline every learnt dictionary is compared with.
+
+f = x, x̂ = f: nothing is trained, reconstruction is exact, and L0 is the width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sae.architectures.base import Architecture, Encoder, Hyper, Losses, Weights, squared_error
+from sae.codes import Code, SparseCode
+from sae.nonlinearities import IDENTITY
+
+
+class Identity(Architecture):
+    name = "identity"
+    nonlinearity = IDENTITY
+    trained = False
+
+    def select(self, encoder: Encoder, w: Weights, hyper: Hyper) -> SparseCode:
+        z = torch.cat([z for _, z in encoder.chunks()])
+        every = torch.arange(z.shape[1], device=z.device).expand_as(z)
+        return SparseCode.fixed(every, z, z.shape[1])
+
+    def loss(self, z: Tensor, code: Code, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
+        x_hat = code.decode(z, w["W_dec"]) + w["b_dec"]
+        return Losses(squared_error(x, x_hat), x_hat, z)

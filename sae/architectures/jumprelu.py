@@ -1,0 +1,76 @@
+"""JumpReLU: each feature has a threshold, learnt through a straight-through estimate of the L0 penalty.
+
+Rajamanoharan et al. 2024b, "Jumping ahead" (arXiv 2407.14435): f = z · H(z − θ) with z = W_enc x + b_enc, θ ≥ 0 and H
+the step function (equation 5), loss ‖x − x̂‖² + λ Σ_i H(z_i − θ_i) (equation 9). Pseudo-derivatives with respect to θ
+(equations 11 and 12), K the rectangle of width 1 and ε the bandwidth:
+  ∂f/∂θ = −(θ/ε) K((z − θ)/ε),   ∂H/∂θ = −(1/ε) K((z − θ)/ε);
+z gets the ordinary derivative of the loss, none from the step. The step is taken on the pre-activation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae.architectures.base import Hyper, Losses, Penalised, Weights, squared_error
+from sae.codes import Code
+from sae.nonlinearities import JUMPRELU
+
+INITIAL_THRESHOLD = 0.001
+
+
+class JumpReLU(Penalised):
+    name = "jumprelu"
+    nonlinearity = JUMPRELU
+    subtract_b_dec = False
+
+    def own_weights(self, n_features: int) -> dict[str, Tensor]:
+        return {"threshold": torch.full((n_features,), INITIAL_THRESHOLD)}
+
+    def lowest(self, w: Weights, hyper: Hyper) -> Tensor:
+        return w["threshold"].detach() - hyper.bandwidth / 2
+
+    def loss(self, z: Tensor, code: Code, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
+        threshold = code.expand(w["threshold"])
+        f = _Jump.apply(z, threshold, hyper.bandwidth)
+        x_hat = code.decode(f, w["W_dec"]) + w["b_dec"]
+        l0 = _Step.apply(z, threshold, hyper.bandwidth).sum()
+        return Losses(squared_error(x, x_hat) + hyper.sparsity * l0, x_hat, f)
+
+    def constrain(self, w: Weights) -> None:
+        w["threshold"].clamp_(min=0)
+
+
+def near(z: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+    """K((z − θ)/ε)."""
+    return ((z - threshold).abs() < bandwidth / 2).to(z.dtype)
+
+
+class _Jump(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(z, threshold)
+        ctx.bandwidth = bandwidth
+        return z * (z > threshold)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        z, threshold = ctx.saved_tensors
+        d_threshold = -(threshold / ctx.bandwidth) * near(z, threshold, ctx.bandwidth) * g
+        return g * (z > threshold), d_threshold.sum_to_size(threshold.shape), None
+
+
+class _Step(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(z, threshold)
+        ctx.bandwidth = bandwidth
+        return (z > threshold).to(z.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor, None]:  # type: ignore[override]
+        z, threshold = ctx.saved_tensors
+        d_threshold = -near(z, threshold, ctx.bandwidth) / ctx.bandwidth * g
+        return None, d_threshold.sum_to_size(threshold.shape), None

@@ -1,0 +1,36 @@
+"""Multi-TopK: TopK whose loss also reconstructs with 4k features, so that codes of other sizes stay meaningful.
+
+Gao et al. 2024 (arXiv 2406.04093), appendix A.3: loss L(k) + L(4k) / 8, L(n) the squared error of the n largest.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sae.architectures.base import Architecture, Encoder, Hyper, Losses, Weights, squared_error
+from sae.codes import Code, SparseCode
+from sae.nonlinearities import TOPK
+
+WIDER = 4
+WIDER_WEIGHT = 1 / 8
+
+
+class MultiTopK(Architecture):
+    name = "multi_topk"
+    nonlinearity = TOPK
+
+    def select(self, encoder: Encoder, w: Weights, hyper: Hyper) -> SparseCode:
+        n_features = len(encoder.W_enc)
+        wide = min(WIDER * hyper.k, n_features)
+        parts = [z.topk(wide, dim=-1, sorted=True) for _, z in encoder.chunks()]
+        value, feature = (torch.cat(column) for column in zip(*parts, strict=True))  # [N, 4k]
+        level = (torch.arange(wide, device=value.device) >= hyper.k).long().expand_as(feature)
+        return SparseCode.fixed(feature, value, n_features).at_levels(level.flatten(), n_levels=2)
+
+    def loss(self, z: Tensor, code: Code, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
+        assert isinstance(code, SparseCode) and code.level is not None
+        f = z.relu()
+        x_hat, x_hat_wide = code.decode(f, w["W_dec"]).cumsum(0) + w["b_dec"]
+        loss = squared_error(x, x_hat) + WIDER_WEIGHT * squared_error(x, x_hat_wide)
+        return Losses(loss, x_hat, f * (code.level == 0))

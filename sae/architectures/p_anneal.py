@@ -1,0 +1,29 @@
+"""p-annealing: a penalty Σ f^p whose exponent falls from 1 towards 0, from the L1 norm to a count of what is active.
+
+Karvonen et al. 2024, "Measuring progress in dictionary learning" (arXiv 2408.00113), section 3.2:
+loss ‖x − x̂‖² + λ_s Σ_i f_i^{p_s}, p_s falling linearly, λ_s rescaled when p changes so that the penalty does not jump;
+here λ follows the wanted L0, which does the same.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sae.architectures.base import Hyper, Losses, Penalised, Weights, squared_error
+from sae.codes import Code
+from sae.nonlinearities import RELU
+
+SMALLEST = 1e-3
+"""Activations below this are penalised as if they had this size: the slope of f^p is not bounded at zero."""
+
+
+class PAnneal(Penalised):
+    name = "p_anneal"
+    nonlinearity = RELU
+
+    def loss(self, z: Tensor, code: Code, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
+        f = z.relu()
+        x_hat = code.decode(f, w["W_dec"]) + w["b_dec"]
+        # tangent of f^p at the present f, so that small activations still feel a pull
+        slope = hyper.p * f.detach().clamp(min=SMALLEST) ** (hyper.p - 1)
+        return Losses(squared_error(x, x_hat) + hyper.sparsity * (slope * f).sum(), x_hat, f)

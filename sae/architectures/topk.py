@@ -1,0 +1,30 @@
+"""TopK: the k largest pre-activations of each token are kept.
+
+Gao et al. 2024, "Scaling and evaluating sparse autoencoders" (arXiv 2406.04093), equation 2:
+z = TopK(W_enc (x − b_pre) + b_enc), x̂ = W_dec z + b_pre, loss ‖x − x̂‖²; AuxK (section 2.4) comes from the base class.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sae.architectures.base import Architecture, Encoder, Hyper, Losses, Weights, squared_error
+from sae.codes import Code, SparseCode
+from sae.nonlinearities import TOPK
+from sae.selection import top_k
+
+
+class TopK(Architecture):
+    name = "topk"
+    nonlinearity = TOPK
+
+    def select(self, encoder: Encoder, w: Weights, hyper: Hyper) -> SparseCode:
+        parts = [top_k(z, hyper.k) for _, z in encoder.chunks()]
+        value, feature = (torch.cat(column) for column in zip(*parts, strict=True))  # [N, k]
+        return SparseCode.fixed(feature, value, len(encoder.W_enc))
+
+    def loss(self, z: Tensor, code: Code, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
+        f = z.relu()
+        x_hat = code.decode(f, w["W_dec"]) + w["b_dec"]
+        return Losses(squared_error(x, x_hat), x_hat, f)

@@ -1,0 +1,99 @@
+"""Which entries of a batch are active: selection without sorting what is certainly not.
+
+- `top_k`: the k largest of each token.
+- `above`: every entry over a bound. Columns are looked at in groups of eight first (an elementwise maximum over slabs
+  F/8 wide, which is memory-bound); only groups whose maximum is over the bound are read again.
+- `BatchSelector`: the n largest of the whole batch (BatchTopK). A bound below the n-th largest is read from a
+  sample of the group maxima, `above` lists what exceeds it (little more than n entries), and only these are
+  selected from. The result is exact: when fewer than n entries exceed the bound, a lower one is taken.
+
+Ties are broken arbitrarily, as in `torch.topk`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+GROUP = 8
+"""Entries looked at together."""
+SAMPLE = 2**16
+"""Group maxima sorted to find a bound."""
+MARGIN = 1.3
+"""How many times the wanted number of entries the bound should let through."""
+
+
+class Entries(NamedTuple):
+    """Entries sorted by token."""
+
+    token: Tensor  # [n] int64
+    feature: Tensor  # [n] int64
+    z: Tensor  # [n]
+
+
+def top_k(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Values and features [N, k] of the k largest z [N, F] of each token, in no order."""
+    return z.topk(k, dim=-1, sorted=False)
+
+
+def group_maxima(z: Tensor) -> Tensor:
+    """[N, F] -> [N, F / g]: group c holds columns c, c + F/g, c + 2F/g, ...; g = 1 where 8 does not divide F."""
+    n_tokens, n_features = z.shape
+    size = GROUP if n_features % GROUP == 0 else 1
+    return z.view(n_tokens, size, n_features // size).amax(1)
+
+
+def above(z: Tensor, bound: float | Tensor = 0.0, maxima: Tensor | None = None) -> Entries:
+    """All entries of z [N, F] that exceed the bound."""
+    maxima = group_maxima(z) if maxima is None else maxima
+    n_tokens, n_groups = maxima.shape
+    token, group = (maxima > bound).nonzero(as_tuple=True)
+    members = z.view(n_tokens, -1, n_groups)[token, :, group]  # [hits, g]
+    hit, member = (members > bound).nonzero(as_tuple=True)
+    return Entries(token[hit], member * n_groups + group[hit], members[hit, member])
+
+
+def lower_bound(maxima: Tensor, n: int) -> float:
+    """A number that about `MARGIN` times n group maxima exceed, estimated from a sample; 0 if too few are positive."""
+    flat = maxima.flatten()
+    stride = max(1, len(flat) // SAMPLE) | 1  # odd, so that it meets all columns
+    sample = flat[::stride]
+    rank = int(MARGIN * n * len(sample) / len(flat)) + 8
+    return max(0.0, sample.topk(rank, sorted=True).values[-1].item()) if rank < len(sample) else 0.0
+
+
+def largest(entries: Entries, n: int) -> Entries:
+    """The n entries with the largest z, still sorted by token."""
+    if len(entries.z) <= n:
+        return entries
+    keep = entries.z.topk(n, sorted=False).indices.sort().values
+    return Entries(*(column[keep] for column in entries))
+
+
+def concatenate(parts: list[Entries], starts: list[int]) -> Entries:
+    """Entries of consecutive row chunks, which begin at the given tokens, as those of the whole batch."""
+    tokens = [part.token + start for part, start in zip(parts, starts, strict=True)]
+    return Entries(torch.cat(tokens), torch.cat([p.feature for p in parts]), torch.cat([p.z for p in parts]))
+
+
+class BatchSelector:
+    """The positive entries among the k·N largest of a batch, fed chunk by chunk of rows."""
+
+    def __init__(self, k: int, n_tokens: int):
+        self.k, self.n_tokens = k, n_tokens
+        self.bound: float | None = None
+
+    def candidates(self, z: Tensor) -> Entries:
+        """Entries of a chunk z [n, F] that may be among the largest; the first chunk sets the bound."""
+        maxima = group_maxima(z)
+        if self.bound is None:
+            self.bound = lower_bound(maxima, self.k * len(z))
+        return above(z, self.bound, maxima)
+
+    def enough(self, candidates: Entries) -> bool:
+        """Whether the candidates of the whole batch hold its largest; if not, the bound falls to 0 for a second pass."""
+        enough = self.bound == 0.0 or len(candidates.z) >= self.k * self.n_tokens
+        self.bound = self.bound if enough else 0.0
+        return enough

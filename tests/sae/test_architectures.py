@@ -1,0 +1,213 @@
+"""Every architecture's sparse step against plain dense autograd of its paper's loss, and selection against sorting."""
+
+import pytest
+import torch
+
+from sae.architectures import ARCHITECTURES, architecture
+from sae.architectures.base import Hyper
+from sae.architectures.matryoshka import prefix_ends
+from sae.codes import DenseCode, SparseCode
+from sae.errors import UserError
+from sae.selection import BatchSelector, above, concatenate, largest, top_k
+
+N, D, F, K = 37, 12, 48, 5
+TRAINED = [name for name in ARCHITECTURES if name != "identity"]
+PENALISED = ["relu", "relu_unit", "p_anneal", "jumprelu", "gated"]
+HYPER = Hyper(k=K, sparsity=0.03, p=0.6, bandwidth=0.3, k_aux=0)
+
+
+def make_weights(name, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    tensors = {"W_enc": normal(F, D), "b_enc": 0.3 * normal(F), "W_dec": normal(F, D) / D**0.5, "b_dec": normal(D)}
+    own = architecture(name).own_weights(F)
+    tensors |= {key: value + 0.3 * normal(F).abs() for key, value in own.items()}
+    return {key: value.requires_grad_() for key, value in tensors.items()}
+
+
+def make_x(seed=1):
+    return torch.randn(N, D, generator=torch.Generator().manual_seed(seed))
+
+
+def rectangle(u):
+    return (u.abs() < 0.5).float()
+
+
+def twin_loss(name, x, w, hyper):
+    """(loss averaged over tokens, features) written densely from the paper; autograd gives its gradients."""
+    arch = architecture(name)
+    b_dec, W_dec = w["b_dec"], w["W_dec"]
+    z = (x - b_dec if arch.subtract_b_dec else x) @ w["W_enc"].T + (0 if name == "gated" else w["b_enc"])
+
+    def error(f, W=W_dec, b=b_dec):
+        return (x - f @ W - b).pow(2).sum(1).mean()
+
+    def keep_top(z, k):
+        return z.relu() * (z >= z.topk(k, dim=1).values[:, -1:])
+
+    if name == "topk":
+        f = keep_top(z, hyper.k)
+        return error(f), f
+    if name == "multi_topk":
+        f = keep_top(z, hyper.k)
+        return error(f) + error(keep_top(z, 4 * hyper.k)) / 8, f
+    if name in ("batchtopk", "matryoshka"):
+        f = z.relu() * (z >= z.flatten().sort(descending=True).values[hyper.k * N - 1])
+        if name == "batchtopk":
+            return error(f), f
+        masks = [torch.arange(F) < end for end in [*prefix_ends(F), F]]
+        return sum(error(f * mask) for mask in masks) / len(masks), f
+    if name == "relu":
+        f = z.relu()
+        return error(f) + hyper.sparsity * (f * W_dec.norm(dim=1)).sum(1).mean(), f
+    if name == "relu_unit":
+        f = z.relu()
+        return error(f) + hyper.sparsity * f.sum(1).mean(), f
+    if name == "p_anneal":
+        f = z.relu()
+        return error(f) + hyper.sparsity * f[f > 1e-3].pow(hyper.p).sum() / N, f
+    if name == "gated":
+        gate = (z + w["gate_bias"]).relu()
+        f = (gate > 0) * (w["r"].exp() * z + w["b_enc"]).relu()
+        frozen = error(gate, W_dec.detach(), b_dec.detach())
+        return error(f) + hyper.sparsity * gate.sum(1).mean() + frozen, f
+    if name == "jumprelu":
+        theta, eps = w["threshold"], hyper.bandwidth
+        step = (z > theta).float()
+        window = rectangle((z - theta) / eps).detach()
+        # the value of the step and its pseudo-derivative with respect to theta
+        step = step + (-window / eps * theta) - (-window / eps * theta).detach()
+        f = z * (z > theta)
+        jump = -theta.detach() / eps * window * theta
+        f = f + jump - jump.detach()
+        return error(f) + hyper.sparsity * step.sum(1).mean(), f
+    raise AssertionError(name)
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Several row chunks even in these small batches."""
+    monkeypatch.setattr("sae.codes.CPU_CHUNK_BYTES", 4 * F * 10)
+    monkeypatch.setattr("sae.codes.MIN_CHUNK_ROWS", 1)
+
+
+def own_step(name, *, dense=False, dead=None, hyper=HYPER, x=None):
+    w = make_weights(name)
+    state = architecture(name).own_state()
+    x = make_x() if x is None else x
+    stats = architecture(name).step(x, w, hyper, state, dead=dead, dense=dense)
+    return w, stats, state
+
+
+def assert_same_gradients(mine, twin):
+    for key in twin:
+        expected = torch.zeros_like(twin[key]) if twin[key].grad is None else twin[key].grad
+        torch.testing.assert_close(mine[key].grad, expected, atol=1e-5, rtol=1e-5, msg=lambda text, key=key: key + text)
+
+
+@pytest.mark.parametrize(("name", "dense"), [(name, False) for name in TRAINED] + [(name, True) for name in PENALISED])
+def test_gradients_and_statistics_are_those_of_dense_autograd(name, dense):
+    x = make_x()
+    mine, stats, _ = own_step(name, dense=dense)
+    twin = make_weights(name)
+    loss, f = twin_loss(name, x, twin, HYPER)
+    loss.backward()
+    assert_same_gradients(mine, twin)
+    torch.testing.assert_close(stats.fired, (f > 0).sum(0).float())
+    torch.testing.assert_close(stats.squared_error, (x - f @ twin["W_dec"] - twin["b_dec"]).pow(2).sum())
+    if name != "p_anneal":  # its penalty is linearised
+        torch.testing.assert_close(stats.loss / N, loss)
+
+
+@pytest.mark.parametrize("name", ["topk", "batchtopk", "jumprelu"])
+def test_auxk_adds_the_gradient_of_the_papers_loss(name):
+    dead, hyper = torch.tensor([3, 8, 20, 21, 40]), Hyper(k=K, sparsity=0.03, bandwidth=0.3, k_aux=3, aux_alpha=0.25)
+    mine, _, _ = own_step(name, dead=dead, hyper=hyper)
+    twin, x = make_weights(name), make_x()
+    loss, f = twin_loss(name, x, twin, hyper)
+    error = (x - f @ twin["W_dec"] - twin["b_dec"]).detach()
+    x_c = x - twin["b_dec"] if architecture(name).subtract_b_dec else x
+    z = (x_c @ twin["W_enc"].T + twin["b_enc"])[:, dead]
+    f_dead = z.relu() * (z >= z.topk(3, dim=1).values[:, -1:])
+    e_hat = f_dead @ twin["W_dec"][dead]
+    aux = (error - e_hat).pow(2).sum(1).mean() / (error - error.mean(0)).pow(2).sum(1).mean()
+    (loss + 0.25 * aux).backward()
+    assert_same_gradients(mine, twin)
+
+
+def test_batchtopk_threshold_is_the_mean_of_the_smallest_kept_activations():
+    arch, w = architecture("batchtopk"), make_weights("batchtopk")
+    state, smallest = arch.own_state(), []
+    for seed in range(5):
+        x = make_x(seed)
+        arch.step(x, w, HYPER, state)
+        z = (x - w["b_dec"]) @ w["W_enc"].T + w["b_enc"]
+        smallest.append(z.flatten().sort(descending=True).values[K * N - 1])
+    torch.testing.assert_close(state["threshold"], torch.stack(smallest).mean(), atol=1e-5, rtol=1e-5)
+    assert torch.equal(arch.export(w, state)["threshold"], state["threshold"].expand(F))
+
+
+@pytest.mark.parametrize("n_features", [1, 7, 8, 48, 64])
+def test_above_lists_every_entry_over_the_bound_in_token_order(n_features):
+    z = torch.randn(20, n_features)
+    token, feature, value = above(z, 0.3)
+    found = torch.zeros_like(z, dtype=torch.bool)
+    found[token, feature] = True
+    assert torch.equal(found, z > 0.3)
+    assert torch.equal(value, z[token, feature])
+    assert torch.equal(token, token.sort().values)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("k", [1, 4, 30])
+def test_batch_selection_is_exact_also_when_the_first_chunk_misleads(seed, k):
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(64, 128, generator=generator)
+    z[:16] *= 10  # the bound read from the first chunk is far too high
+    selector = BatchSelector(k, len(z))
+    while True:
+        starts = list(range(0, 64, 16))
+        entries = concatenate([selector.candidates(z[start : start + 16]) for start in starts], starts)
+        if selector.enough(entries):
+            break
+    chosen = largest(entries, k * len(z))
+    expected = z.flatten().sort(descending=True).values[: k * len(z)]
+    assert torch.equal(chosen.z.sort(descending=True).values, expected[expected > 0])
+    assert torch.equal(z[chosen.token, chosen.feature], chosen.z)
+
+
+def test_top_k_keeps_the_largest():
+    z = torch.randn(9, 50)
+    value, feature = top_k(z, 6)
+    assert torch.equal(value.sort(descending=True).values, z.sort(descending=True).values[:, :6])
+    assert torch.equal(z.gather(1, feature), value)
+
+
+def test_an_empty_code_decodes_to_zero_and_has_zero_gradients():
+    index = torch.empty(0, dtype=torch.int64)
+    code = SparseCode(index, index, torch.empty(0), n_tokens=3, n_features=F)
+    W_enc, b_enc = torch.randn(F, D, requires_grad=True), torch.zeros(F, requires_grad=True)
+    W_dec = torch.randn(F, D, requires_grad=True)
+    z = code.encode(W_enc, b_enc, None, torch.randn(3, D))
+    out = code.decode(z, W_dec)
+    assert torch.equal(out, torch.zeros(3, D))
+    out.square().sum().backward()
+    assert all(torch.equal(w.grad, torch.zeros_like(w)) for w in (W_enc, b_enc, W_dec))
+
+
+def test_dense_and_sparse_codes_sum_and_expand_alike():
+    z = torch.randn(N, F)
+    token, feature, value = above(z, -100.0)
+    sparse, dense = SparseCode(token, feature, value, n_tokens=N, n_features=F), DenseCode(z)
+    parameter, W_dec = torch.randn(F), torch.randn(F, D)
+    torch.testing.assert_close(sparse.sum_tokens(value), dense.sum_tokens(z))
+    torch.testing.assert_close(sparse.decode(value, W_dec), dense.decode(z, W_dec), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(sparse.expand(parameter), parameter.expand(N, F)[token, feature])
+
+
+def test_unknown_architecture_names_the_nearest():
+    with pytest.raises(UserError, match="did you mean 'jumprelu'"):
+        architecture("jumpreluu")

@@ -1,0 +1,125 @@
+"""Autoencoders of other projects, read into our contract and written back: one file per format.
+
+`load_sae` takes a folder, a file or a hub path and recognises the format by its files. Whatever the format, what comes
+back has unit decoder rows, works on raw activations and gives the x̂ that its owners' code gives; f_i is theirs times
+the norm of their decoder row. What cannot be read rightly is refused with a sentence, never approximated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from sae.autoencoder import SparseAutoencoder, is_sae_folder
+from sae.errors import UserError, unknown
+from sae.formats import circuit_tracer, dictionary_learning, gemma_scope, llama_scope, openai, saelens, sparsify
+from sae.formats.hub import folders_in, locate
+from sae.sites import Site
+
+__all__ = ["FORMATS", "WRITERS", "Format", "load_any", "load_sae", "save_sae"]
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format that can be read."""
+
+    name: str
+    """How it is called."""
+    files: str
+    """The files it is known by, for messages."""
+    recognises: Callable[[Path], bool]
+    """Whether a folder or file is in it."""
+    read: Callable[[Path], SparseAutoencoder]
+    """The autoencoder there."""
+
+
+FORMATS: tuple[Format, ...] = (
+    Format("ours", "config.json + sae.safetensors", is_sae_folder, SparseAutoencoder.load),
+    Format("dictionary_learning", "ae.pt + config.json", dictionary_learning.recognises, dictionary_learning.read),
+    Format("SAELens", "cfg.json + sae_weights.safetensors", saelens.recognises, saelens.read),
+    Format("sparsify", "cfg.json + sae.safetensors", sparsify.recognises, sparsify.read),
+    Format("Gemma Scope", "params.npz", gemma_scope.recognises, gemma_scope.read),
+    Format("Llama Scope", "hyperparams.json + checkpoints/final.safetensors", llama_scope.recognises, llama_scope.read),
+    Format("circuit-tracer", "config.yaml", circuit_tracer.recognises, circuit_tracer.read),
+    Format("OpenAI", "autoencoders/LAYER.pt", openai.recognises, openai.read),
+)
+WRITERS: dict[str, Callable[[SparseAutoencoder, Path], object]] = {
+    "ours": SparseAutoencoder.save,
+    "saelens": saelens.write,
+    "dictionary_learning": dictionary_learning.write,
+}
+
+
+def load_sae(
+    source: str | Path, *, site: str | Site | None = None, device: str | torch.device = "cpu"
+) -> SparseAutoencoder:
+    """The autoencoder at a path, or at `owner/repository[/folder][@revision]` on the hub, in any known format.
+
+    `site` picks one where there are several, and says where it belongs if its files do not.
+    """
+    name = "" if site is None else Site.parse(site).name
+    return _placed(_read(locate(source, site=name)), name, str(source)).to(device)
+
+
+def load_any(
+    source: str | Path, *, sites: Iterable[Site | str] | None = None, device: str | torch.device = "cpu"
+) -> dict[Site, SparseAutoencoder]:
+    """All autoencoders below a folder, by site and in forward order: a run folder of ours, or of any known format.
+
+    On the hub, or where several belong to one site, name the folder of one (`load_sae`).
+    """
+    wanted = None if sites is None else {Site.parse(site) for site in sites}
+    root = Path(source).expanduser()
+    if not root.is_dir() or not (folders := folders_in(root)):
+        only = next(iter(wanted)) if wanted is not None and len(wanted) == 1 else None
+        sae = load_sae(source, site=only, device=device)
+        return {_site_of(sae, str(source)): sae}
+    found: dict[Site, SparseAutoencoder] = {}
+    for folder in folders:
+        sae = _read(root / folder)
+        site = _site_of(sae, str(root / folder))
+        if site in found:
+            raise UserError(f"{str(source)!r} holds several autoencoders for site {site}: name the folder of one")
+        if wanted is None or site in wanted:
+            found[site] = sae.to(device)
+    if wanted is not None and (missing := sorted(wanted - set(found))):
+        raise UserError(f"{str(source)!r} has no autoencoder for {', '.join(map(str, missing))}")
+    return dict(sorted(found.items()))
+
+
+def save_sae(sae: SparseAutoencoder, folder: str | Path, *, file_format: str = "ours") -> Path:
+    """Write an autoencoder in our format, SAELens' or dictionary_learning's, so that their code gives the same x̂."""
+    if file_format not in WRITERS:
+        raise unknown("format to write", file_format, WRITERS)
+    WRITERS[file_format](sae, Path(folder))
+    return Path(folder)
+
+
+def _read(path: Path) -> SparseAutoencoder:
+    for file_format in FORMATS:
+        if file_format.recognises(path):
+            return file_format.read(path)
+    if path.is_dir():
+        found = ", ".join(sorted(p.name for p in path.iterdir())[:10]) or "nothing"
+    else:
+        found = path.name
+    known = "; ".join(f"{f.files} ({f.name})" for f in FORMATS)
+    raise UserError(f"no autoencoder in {str(path)!r}: looked for {known}; found {found}")
+
+
+def _placed(sae: SparseAutoencoder, site: str, source: str) -> SparseAutoencoder:
+    """The autoencoder with the site the user gave, which must not contradict its files."""
+    if site and sae.config.site and sae.config.site != site:
+        raise UserError(f"the autoencoder at {source!r} belongs to site {sae.config.site}, not to {site}")
+    if site:
+        sae.config = replace(sae.config, site=site)
+    return sae
+
+
+def _site_of(sae: SparseAutoencoder, source: str) -> Site:
+    if not sae.config.site:
+        raise UserError(f"nothing at {source!r} says which site its autoencoder belongs to: load it alone, with a site")
+    return Site.parse(sae.config.site)

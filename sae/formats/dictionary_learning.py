@@ -1,0 +1,183 @@
+"""dictionary_learning (Marks, Karvonen et al.): a state dict `ae.pt`, and `config.json` whose `dict_class` says which.
+
+| dict_class | features, with z = W (x − b_dec) + b |
+|---|---|
+| AutoEncoder | f = relu(z); b_dec is called `bias` |
+| AutoEncoderNew | f = relu(W x + b), nothing subtracted |
+| GatedAutoEncoder | f = 1[π + gate_bias > 0] relu(e^r_mag π + mag_bias), π = W (x − decoder_bias) |
+| AutoEncoderTopK | f = the k largest of relu(z) |
+| BatchTopKSAE | f = relu(z) 1[z > threshold], not the k largest; same tensors as TopK |
+| MatryoshkaBatchTopKSAE | the same with matrices W_enc [d, F], W_dec [F, d] |
+| JumpReluAutoEncoder | f = relu(z) 1[z > threshold], z = x W_enc + b_enc, nothing subtracted |
+
+The encoder's weight is [F, d], the decoder's [d, F]. Files of 2023 have no `config.json`: the class is then read from
+the names of the tensors, which tell all classes apart but TopK and BatchTopK. Activations of a trained dictionary are
+raw: the normalisation of training is folded into the biases before the file is written.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae.autoencoder import SparseAutoencoder
+from sae.errors import UserError, unknown
+from sae.files import atomic_write, read_json, write_json
+from sae.formats.places import dictionary_learning_name, site_named
+from sae.formats.reading import build, pick, read_pickle
+from sae.formats.writing import plain_tensors, unsupported
+
+logger = logging.getLogger(__name__)
+
+NAME = "dictionary_learning"
+WEIGHTS, CONFIG = "ae.pt", "config.json"
+
+_LINEAR = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "decoder.weight"}
+_PARAMETER = {"W_enc": "W_enc", "b_enc": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
+_TENSORS: dict[str, dict[str, str]] = {
+    "AutoEncoder": _LINEAR | {"b_dec": "bias"},
+    "AutoEncoderNew": _LINEAR | {"b_dec": "decoder.bias"},
+    "GatedAutoEncoder": {
+        "W_enc": "encoder.weight",
+        "W_dec": "decoder.weight",
+        "b_dec": "decoder_bias",
+        "b_enc": "mag_bias",
+        "gate_bias": "gate_bias",
+        "magnitude": "r_mag",
+    },
+    "AutoEncoderTopK": _LINEAR | {"b_dec": "b_dec"},
+    "BatchTopKSAE": _LINEAR | {"b_dec": "b_dec", "threshold": "threshold"},
+    "MatryoshkaBatchTopKSAE": _PARAMETER | {"threshold": "threshold"},
+    "JumpReluAutoEncoder": _PARAMETER | {"threshold": "threshold"},
+}
+_IGNORED = {
+    "AutoEncoderTopK": ("k", "threshold"),  # the threshold serves an optional mode of encode, off by default
+    "BatchTopKSAE": ("k",),
+    "MatryoshkaBatchTopKSAE": ("k", "group_sizes"),
+}
+_ARCHITECTURE = {
+    "AutoEncoder": "relu",
+    "AutoEncoderNew": "relu",
+    "GatedAutoEncoder": "gated",
+    "AutoEncoderTopK": "topk",
+    "BatchTopKSAE": "batchtopk",
+    "MatryoshkaBatchTopKSAE": "matryoshka",
+    "JumpReluAutoEncoder": "jumprelu",
+}
+_NOTHING_SUBTRACTED = ("AutoEncoderNew", "JumpReluAutoEncoder")
+
+
+def recognises(folder: Path) -> bool:
+    """Whether the folder has the files of this format."""
+    return (folder / WEIGHTS).is_file()
+
+
+def read(folder: Path) -> SparseAutoencoder:
+    """The autoencoder in a folder with `ae.pt`."""
+    path = folder / WEIGHTS
+    state = read_pickle(path)
+    trainer = read_json(folder / CONFIG).get("trainer", {}) if (folder / CONFIG).is_file() else {}
+    kind = trainer.get("dict_class") or _class_of(state, path)
+    if kind not in _TENSORS:
+        raise unknown(f"dict_class in {folder / CONFIG}", str(kind), _TENSORS)
+    tensors = pick(state, _TENSORS[kind], source=path, what=f"an {kind}", ignored=_IGNORED.get(kind, ()))
+    if "encoder.weight" in state:
+        tensors["W_dec"] = tensors["W_dec"].T
+    else:
+        tensors["W_enc"] = tensors["W_enc"].T
+    if kind == "GatedAutoEncoder":
+        tensors["magnitude"] = tensors["magnitude"].exp()
+    if "threshold" in tensors and tensors["threshold"].dim() == 0:
+        _warn_unset(tensors["threshold"], path)
+        tensors["threshold"] = tensors["threshold"].expand(len(tensors["b_enc"]))
+    return build(
+        tensors,
+        source=folder,
+        file_format=NAME,
+        architecture=_ARCHITECTURE[kind],
+        subtract_b_dec=kind not in _NOTHING_SUBTRACTED,
+        k=_k(state, trainer, path) if kind == "AutoEncoderTopK" else trainer.get("k"),
+        ranked=kind == "AutoEncoderTopK",
+        site=_site(trainer, folder),
+        model=trainer.get("lm_name") or "",
+        notes={"dict_class": kind},
+    )
+
+
+def _class_of(state: Mapping[str, Any], path: Path) -> str:
+    """The class of a file without a config, from the names of its tensors."""
+    if "decoder_bias" in state:
+        return "GatedAutoEncoder"
+    if "group_sizes" in state:
+        return "MatryoshkaBatchTopKSAE"
+    if "W_enc" in state:
+        return "JumpReluAutoEncoder"
+    if "b_dec" in state:
+        raise UserError(
+            f"{path} is an AutoEncoderTopK or a BatchTopKSAE, which encode differently and have the same tensors: put "
+            f"the {CONFIG} with its dict_class beside it"
+        )
+    return "AutoEncoderNew" if "decoder.bias" in state else "AutoEncoder"
+
+
+def _k(state: Mapping[str, Any], trainer: Mapping[str, Any], path: Path) -> int:
+    found = {int(k) for k in (state.get("k"), trainer.get("k")) if k is not None}
+    if not found:
+        raise UserError(f"{path}: looked for k in the file and in {CONFIG}, found it in neither")
+    if len(found) > 1:
+        raise UserError(f"{path} has k = {int(state['k'])}, its {CONFIG} has {trainer['k']}: one is of another run")
+    return found.pop()
+
+
+def _warn_unset(threshold: Tensor, path: Path) -> None:
+    if float(threshold) < 0:
+        logger.warning("%s: its threshold was never set in training, so every positive feature is active", path)
+
+
+def _site(trainer: Mapping[str, Any], folder: Path) -> str:
+    """From the config's submodule, else from the folders."""
+    return site_named(str(trainer.get("submodule_name") or "")) or site_named(folder.as_posix())
+
+
+def write(sae: SparseAutoencoder, folder: Path) -> None:
+    """`ae.pt` and `config.json` as dictionary_learning's `load_dictionary` reads them; x̂ and f stay the same."""
+    kind = {"relu": "AutoEncoder", "topk": "AutoEncoderTopK", "jumprelu": "JumpReluAutoEncoder"}
+    kind |= {"gated": "GatedAutoEncoder"}
+    name = sae.nonlinearity.name
+    if name not in kind:
+        raise unsupported(sae, NAME)
+    dict_class = kind[name]
+    tensors = plain_tensors(sae, subtract_b_dec=dict_class not in _NOTHING_SUBTRACTED)
+    if dict_class == "GatedAutoEncoder":
+        tensors["magnitude"] = tensors["magnitude"].log()
+    if dict_class == "JumpReluAutoEncoder":
+        tensors["W_enc"] = tensors["W_enc"].T
+    else:
+        tensors["W_dec"] = tensors["W_dec"].T
+    state = {theirs: tensors[ours].contiguous() for ours, theirs in _TENSORS[dict_class].items()}
+    if dict_class == "AutoEncoderTopK":
+        assert sae.config.k is not None
+        state |= {"k": torch.tensor(sae.config.k, dtype=torch.int), "threshold": torch.tensor(-1.0)}
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_write(folder / WEIGHTS) as temporary:
+        torch.save(state, temporary)
+    write_json(folder / CONFIG, {"trainer": _trainer_config(sae, dict_class), "buffer": {}})
+
+
+def _trainer_config(sae: SparseAutoencoder, dict_class: str) -> dict[str, Any]:
+    config = sae.config
+    layer = config.site.rpartition("_")[2]
+    return {
+        "dict_class": dict_class,
+        "activation_dim": config.d_model,
+        "dict_size": config.n_features,
+        "k": config.k,
+        "layer": int(layer) if layer.isdigit() else None,
+        "lm_name": config.model,
+        "submodule_name": dictionary_learning_name(config.site),
+    }

@@ -1,0 +1,99 @@
+"""Llama Scope (He et al. 2024, arXiv 2410.20526): `hyperparams.json` and `checkpoints/final.safetensors`.
+
+Tensors: encoder.weight [F, d], encoder.bias [F], decoder.weight [d, F], decoder.bias [d]. Training scaled inputs to an
+average norm of √d and outputs likewise, s_in = √d / norm_in and s_out = √d / norm_out. As its owners read the files,
+
+1. the scales are folded: b_enc / s_in, W_dec · s_in / s_out, b_dec / s_out, W_enc as it is;
+2. the decoder is brought to unit rows (`sparsity_include_decoder_norm`, on unless said otherwise);
+3. f = z 1[z > jump_relu_threshold]: one threshold, in units of x and of unit rows, so it is not scaled with 1 and 2.
+
+A topk file with a threshold above 0 is read as jumprelu, as its owners do. A file with different input and output hooks
+is a transcoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae.autoencoder import SparseAutoencoder
+from sae.errors import UserError
+from sae.files import read_json
+from sae.formats.places import site_named
+from sae.formats.reading import build, entry, pick, read_safetensors, transcoder_refusal
+from sae.nonlinearities import fold_norms
+
+NAME = "llama_scope"
+CONFIG = "hyperparams.json"
+WEIGHTS = ("checkpoints/pruned.safetensors", "checkpoints/final.safetensors", "sae_weights.safetensors")
+_TENSORS = {
+    "W_enc": "encoder.weight",
+    "b_enc": "encoder.bias",
+    "W_dec": "decoder.weight",
+    "b_dec": "decoder.bias",
+}
+
+
+def recognises(folder: Path) -> bool:
+    """Whether the folder has the files of this format."""
+    return (folder / CONFIG).is_file()
+
+
+def read(folder: Path) -> SparseAutoencoder:
+    """The autoencoder in a folder with `hyperparams.json`."""
+    config = read_json(folder / CONFIG)
+    hook = entry(config, "hook_point_in", source=folder / CONFIG)
+    if config.get("hook_point_out", hook) != hook:
+        raise transcoder_refusal(folder)
+    if config.get("use_glu_encoder"):
+        raise UserError(f"{folder / CONFIG} has use_glu_encoder: allowed is a linear encoder")
+    weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), folder / WEIGHTS[1])
+    tensors = pick(read_safetensors(weights), _TENSORS, source=weights, what="a Llama Scope autoencoder")
+    tensors["W_dec"] = tensors["W_dec"].T
+    tensors = _scaled(tensors, config, folder / CONFIG)
+    unit_rows = config.get("sparsity_include_decoder_norm", True)
+    if unit_rows:
+        tensors = fold_norms(tensors)
+    threshold = float(config.get("jump_relu_threshold", 0.0))
+    activation = config.get("act_fn", "relu")
+    if activation == "jumprelu" or (activation == "topk" and threshold > 0):
+        architecture = "jumprelu"
+        tensors["threshold"] = torch.full_like(tensors["b_enc"], threshold)
+    elif activation in ("relu", "topk"):
+        architecture = activation
+    else:
+        raise UserError(f"{folder / CONFIG} has act_fn {activation!r}: allowed are jumprelu, topk and relu")
+    return build(
+        tensors,
+        source=folder,
+        file_format=NAME,
+        architecture=architecture,
+        subtract_b_dec=bool(config.get("apply_decoder_bias_to_pre_encoder", False)),
+        k=config.get("top_k") if architecture == "topk" else None,
+        ranked=architecture == "topk" and not unit_rows,
+        site=site_named(hook),
+        model="meta-llama/Llama-3.1-8B" if "Llama3_1-8B" in folder.as_posix() else "",
+        notes={"hook": hook},
+    )
+
+
+def _scaled(tensors: dict[str, Tensor], config: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+    """Step 1: the tensors in units of x."""
+    norm = config.get("norm_activation", "dataset-wise")
+    if norm in ("none", "inference", None):
+        return tensors
+    if norm != "dataset-wise":
+        raise UserError(f"{path} has norm_activation {norm!r}: allowed are dataset-wise, inference and none")
+    average = entry(config, "dataset_average_activation_norm", source=path)
+    root = len(tensors["b_dec"]) ** 0.5
+    s_in, s_out = root / average["in"], root / average["out"]
+    return {
+        **tensors,
+        "b_enc": tensors["b_enc"] / s_in,
+        "W_dec": tensors["W_dec"] * (s_in / s_out),
+        "b_dec": tensors["b_dec"] / s_out,
+    }

@@ -1,0 +1,191 @@
+"""SAELens (Bloom, Chanin et al.), 6 and older: `cfg.json` and `sae_weights.safetensors`.
+
+W_enc is [d, F], W_dec [F, d]; x is centred by b_dec where `apply_b_dec_to_input`. By `architecture`:
+
+- standard   f = relu(z);  b_enc
+- topk       f = the k largest of z (of z ‖W_dec‖ where `rescale_acts_by_decoder_norm`), after relu;  b_enc
+- jumprelu   f = relu(z) 1[z > threshold];  b_enc, threshold (log_threshold in older training files)
+- gated      f = 1[x W_enc + b_gate > 0] relu(e^r_mag x W_enc + b_mag);  b_gate, b_mag, r_mag
+- batchtopk, matryoshka_batchtopk: training files, with one `topk_threshold` on activations of unit decoder rows where
+  rescaled; the released form of both is jumprelu.
+
+Files before version 6 differ in names and defaults, see `_upgraded`. Inputs that were scaled in training:
+`expected_average_only_in` is folded by SAELens when training ends and its field set to none; where it still stands, the
+factor is in `activation_scaler.json` or lost, and then the file is refused rather than read wrongly. `layer_norm` and
+`constant_norm_rescale` work token by token and are kept (`sae.formats.normalised`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sae.autoencoder import SparseAutoencoder
+from sae.errors import UserError, unknown
+from sae.files import atomic_write, read_json, write_json
+from sae.formats.normalised import NormalisedAutoencoder
+from sae.formats.places import site_named, transformer_lens_hook
+from sae.formats.reading import build, entry, pick, read_safetensors, transcoder_refusal
+from sae.formats.writing import plain_tensors, unsupported
+from sae.nonlinearities import fold_norms, fold_scale
+
+NAME = "saelens"
+WEIGHTS, CONFIG, SCALER = "sae_weights.safetensors", "cfg.json", "activation_scaler.json"
+WRITTEN_VERSION = "6.0.0"
+"""The oldest version whose files look as `write` makes them."""
+
+_CORE = {"W_enc": "W_enc", "W_dec": "W_dec", "b_dec": "b_dec", "b_enc": "b_enc"}
+_TENSORS = {
+    "standard": _CORE,
+    "topk": _CORE,
+    "jumprelu": _CORE | {"threshold": "threshold"},
+    "gated": _CORE | {"b_enc": "b_mag", "gate_bias": "b_gate", "magnitude": "r_mag"},
+    "batchtopk": _CORE | {"threshold": "topk_threshold"},
+    "matryoshka_batchtopk": _CORE | {"threshold": "topk_threshold"},
+}
+_ARCHITECTURE = {
+    "standard": "relu",
+    "topk": "topk",
+    "jumprelu": "jumprelu",
+    "gated": "gated",
+    "batchtopk": "batchtopk",
+    "matryoshka_batchtopk": "matryoshka",
+}
+_TOKEN_NORMS = {"layer_norm": "layer_norm", "constant_norm_rescale": "constant_norm"}
+
+
+def recognises(folder: Path) -> bool:
+    """Whether the folder has the files of this format."""
+    return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
+
+
+def read(folder: Path) -> SparseAutoencoder:
+    """The autoencoder in a folder with `cfg.json` and `sae_weights.safetensors`."""
+    path = folder / CONFIG
+    config = _upgraded(read_json(path))
+    architecture = config["architecture"]
+    _refuse(config, folder)
+    tensors = _tensors(read_safetensors(folder / WEIGHTS), config, folder)
+    for name, size in (("d_in", tensors["W_dec"].shape[1]), ("d_sae", tensors["W_dec"].shape[0])):
+        if config.get(name, size) != size:
+            raise UserError(f"{path} says {name} = {config[name]}, the tensors of {WEIGHTS} say {size}")
+    if config["normalize_activations"] == "expected_average_only_in":
+        scale = entry(read_json(folder / SCALER), "scaling_factor", source=folder / SCALER)
+        tensors = fold_scale(tensors, 1.0 / scale)
+    names = config["metadata"]
+    hook = names.get("hook_name") or ""
+    sae = build(
+        tensors,
+        source=folder,
+        file_format=NAME,
+        architecture=_ARCHITECTURE[architecture],
+        subtract_b_dec=config["apply_b_dec_to_input"],
+        k=int(entry(config, "k", source=path)) if architecture == "topk" else None,
+        ranked=architecture == "topk" and not config.get("rescale_acts_by_decoder_norm", False),
+        site=site_named(hook),
+        model=names.get("model_name") or "",
+        notes={"hook": hook, "version": names.get("sae_lens_version")},
+    )
+    norm = _TOKEN_NORMS.get(config["normalize_activations"])
+    return NormalisedAutoencoder(sae, norm=norm) if norm else sae
+
+
+def _upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with version 6's names and defaults."""
+    renamed = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index"}
+    renamed |= {"activation_fn_str": "activation_fn"}
+    new = {renamed.get(key, key): value for key, value in config.items()}
+    new.setdefault("metadata", {key: new.get(key) for key in ("model_name", "hook_name", "hook_head_index")})
+    new["metadata"].setdefault("sae_lens_version", new.get("sae_lens_version"))
+    new.setdefault("architecture", "standard")
+    new.setdefault("apply_b_dec_to_input", True)
+    if new.get("activation_fn", "relu") == "topk":
+        new["architecture"] = "topk"
+        new["k"] = new.get("activation_fn_kwargs", {}).get("k", new.get("k"))
+    norm = new.get("normalize_activations") or "none"
+    new["normalize_activations"] = "expected_average_only_in" if norm is True else norm
+    return new
+
+
+def _refuse(config: Mapping[str, Any], folder: Path) -> None:
+    """An error for what is in this format and is no autoencoder we can compute, or not rightly."""
+    path, architecture = folder / CONFIG, config["architecture"]
+    if "transcoder" in architecture:
+        raise transcoder_refusal(folder)
+    if architecture not in _TENSORS:
+        raise unknown(f"architecture in {path}", architecture, _TENSORS)
+    if config.get("activation_fn", "relu") not in ("relu", "topk"):
+        raise UserError(f"{path} has activation_fn {config['activation_fn']!r}: allowed are relu and topk")
+    if config["metadata"].get("hook_head_index") is not None:
+        raise UserError(f"{path} is for a single attention head, which is no site: allowed are whole sublayers")
+    norm = config["normalize_activations"]
+    if norm not in ("none", "expected_average_only_in", *_TOKEN_NORMS):
+        raise unknown(
+            f"normalize_activations in {path}", str(norm), ["none", "expected_average_only_in", *_TOKEN_NORMS]
+        )
+    if norm == "expected_average_only_in" and not (folder / SCALER).is_file():
+        raise UserError(
+            f"{path} says that inputs are scaled to a fixed average norm, and the factor is in no file (looked for "
+            f"{SCALER}): fold it with SAELens (fold_activation_norm_scaling_factor) and save again"
+        )
+
+
+def _tensors(state: dict[str, Tensor], config: Mapping[str, Any], folder: Path) -> dict[str, Tensor]:
+    """Our tensors, before the decoder is normalised."""
+    architecture, path = config["architecture"], folder / WEIGHTS
+    if "log_threshold" in state:
+        state["threshold"] = state.pop("log_threshold").double().exp()
+    per_feature = state.pop("scaling_factor", None)
+    tensors = pick(state, _TENSORS[architecture], source=path, what=f"a {architecture} autoencoder")
+    tensors["W_enc"] = tensors["W_enc"].T
+    if "magnitude" in tensors:
+        tensors["magnitude"] = tensors["magnitude"].exp()
+    if per_feature is not None and not torch.allclose(per_feature, torch.ones_like(per_feature)):
+        if not config.get("finetuning_scaling_factor"):
+            raise UserError(f"{path} has a scaling_factor, and {CONFIG} says that none is used: one of them is wrong")
+        tensors["W_dec"] = tensors["W_dec"] * per_feature.double()[:, None]
+    if "topk_threshold" in state:
+        if config.get("rescale_acts_by_decoder_norm", False):
+            threshold = tensors.pop("threshold")
+            tensors = fold_norms(tensors) | {"threshold": threshold}
+        tensors["threshold"] = tensors["threshold"].expand(len(tensors["b_enc"]))
+    return tensors
+
+
+def write(sae: SparseAutoencoder, folder: Path) -> None:
+    """`cfg.json` and `sae_weights.safetensors` as SAELens 6 reads them; x̂ and f stay the same."""
+    names = {"relu": "standard", "topk": "topk", "jumprelu": "jumprelu", "gated": "gated"}
+    if sae.nonlinearity.name not in names:
+        raise unsupported(sae, NAME)
+    architecture = names[sae.nonlinearity.name]
+    tensors = plain_tensors(sae, subtract_b_dec=sae.config.subtract_b_dec)
+    if architecture == "gated":
+        tensors["magnitude"] = tensors["magnitude"].log()
+    tensors["W_enc"] = tensors["W_enc"].T
+    state = {theirs: tensors[ours].contiguous() for ours, theirs in _TENSORS[architecture].items()}
+    config: dict[str, Any] = {
+        "architecture": architecture,
+        "d_in": sae.config.d_model,
+        "d_sae": sae.config.n_features,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": sae.config.subtract_b_dec,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {
+            "model_name": sae.config.model,
+            "hook_name": transformer_lens_hook(sae.config.site),
+            "sae_lens_version": WRITTEN_VERSION,
+        },
+    }
+    if architecture == "topk":
+        config |= {"k": sae.config.k, "rescale_acts_by_decoder_norm": False}
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_write(folder / WEIGHTS) as temporary:
+        save_file(state, temporary)
+    write_json(folder / CONFIG, config)

@@ -1,0 +1,128 @@
+"""Foreign files give what their owners' code gave: features and reconstructions recorded by `tests/sae/recorded`."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sae.errors import UserError
+from sae.formats import load_any, load_sae, save_sae
+from sae.sites import Site
+
+RECORDED = Path(__file__).resolve().parents[1] / "recorded"
+DICTIONARY_LEARNING = {
+    "AutoEncoder": "relu",
+    "AutoEncoderNew": "relu",
+    "GatedAutoEncoder": "gated",
+    "AutoEncoderTopK": "topk",
+    "BatchTopKSAE": "batchtopk",
+    "BatchTopKSAE_unset": "batchtopk",
+    "MatryoshkaBatchTopKSAE": "matryoshka",
+    "JumpReluAutoEncoder": "jumprelu",
+}
+SAELENS = {
+    "standard": "relu",
+    "standard_uncentred": "relu",
+    "topk": "topk",
+    "topk_rescaled": "topk",
+    "jumprelu": "jumprelu",
+    "gated": "gated",
+    "standard_old": "relu",
+    "topk_old": "topk",
+    "batchtopk": "jumprelu",
+    "batchtopk_training": "batchtopk",
+    "batchtopk_rescaled": "jumprelu",
+    "batchtopk_rescaled_training": "batchtopk",
+}
+SPARSIFY = {"layers.3": "topk", "layers.3.mlp": "topk"}
+FOLDERS = {
+    **{f"dictionary_learning/{name}": architecture for name, architecture in DICTIONARY_LEARNING.items()},
+    **{f"saelens/{name}": architecture for name, architecture in SAELENS.items()},
+    **{f"sparsify/{name}": architecture for name, architecture in SPARSIFY.items()},
+}
+
+
+def agrees(sae, expected):
+    """Features times the owners' decoder norms, and reconstructions, to 1e-5."""
+    f = expected["f"] * expected["norms"]
+    assert torch.allclose(sae.encode(expected["x"]), f, atol=1e-5)
+    assert torch.allclose(sae(expected["x"]), expected["x_hat"], atol=1e-5)
+    token, feature, value = sae.encode_sparse(expected["x"])
+    assert torch.allclose(torch.zeros_like(f).index_put((token, feature), value), f, atol=1e-5)
+    assert int((f != 0).sum()) > len(f)  # the record is not of dead features
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_features_and_reconstructions_are_the_owners(folder):
+    sae = load_sae(RECORDED / folder)
+    assert sae.config.architecture == FOLDERS[folder]
+    assert torch.allclose(sae.W_dec.norm(dim=-1), torch.ones(48), atol=1e-6)
+    agrees(sae, load_file(RECORDED / folder / "expected.safetensors"))
+
+
+@pytest.mark.parametrize("folder", ["saelens/standard_layer_norm", "saelens/topk_constant_norm"])
+def test_token_wise_normalisation_is_the_owners(folder):
+    sae, expected = load_sae(RECORDED / folder), load_file(RECORDED / folder / "expected.safetensors")
+    x = expected["x"]
+    scale = x.std(-1, keepdim=True) if "layer_norm" in folder else x.norm(dim=-1, keepdim=True) / 4.0  # √16
+    f = sae.encode(x)
+    assert torch.allclose(f[:, :48], expected["f"] * expected["norms"] * scale, atol=1e-5)
+    assert torch.allclose(sae(x), expected["x_hat"], atol=1e-5)
+    assert torch.allclose(f @ sae.W_dec, expected["x_hat"], atol=1e-5)  # nothing but features writes
+    assert torch.allclose(sae.W_dec.norm(dim=-1), torch.ones(len(sae.W_dec)), atol=1e-6)
+    token, feature, value = sae.encode_sparse(x)
+    assert torch.equal(torch.zeros_like(f).index_put((token, feature), value), f)
+    with pytest.raises(UserError, match=r"compute nodes only"):
+        sae.encoder_rows(torch.tensor([0]))
+    with pytest.raises(UserError, match=r"cannot be saved"):
+        sae.save("anywhere")
+
+
+@pytest.mark.parametrize("folder", ["saelens/transcoder", "sparsify/layers.4.transcoder"])
+def test_transcoders_are_refused(folder):
+    with pytest.raises(UserError, match=r"holds a transcoder"):
+        load_sae(RECORDED / folder)
+
+
+def test_what_the_files_say_is_kept():
+    sae = load_sae(RECORDED / "dictionary_learning/AutoEncoderTopK")
+    assert (sae.config.site, sae.config.model, sae.config.k) == ("resid_3", "EleutherAI/pythia-70m-deduped", 5)
+    assert sae.config.extra["dict_class"] == "AutoEncoderTopK"
+    assert load_sae(RECORDED / "saelens/standard").config.site == "resid_3"
+    assert load_sae(RECORDED / "saelens/standard_old").config.site == "resid_2"  # hook_resid_pre of block 3
+    assert load_sae(RECORDED / "sparsify/layers.3.mlp").config.site == "mlp_3"
+
+
+@pytest.mark.parametrize("file_format", ["ours", "saelens", "dictionary_learning"])
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_written_files_read_back_the_same(folder, file_format, tmp_path):
+    sae, expected = load_sae(RECORDED / folder), load_file(RECORDED / folder / "expected.safetensors")
+    save_sae(sae, tmp_path, file_format=file_format)
+    again = load_sae(tmp_path)
+    agrees(again, expected)
+    assert (again.config.site, again.config.model) == (sae.config.site, sae.config.model)
+    assert again.config.k == sae.config.k or again.nonlinearity.name != "topk"
+    assert again.nonlinearity.name == sae.nonlinearity.name
+
+
+def test_a_run_of_several_modules_loads_by_site(tmp_path):
+    for name in SPARSIFY:
+        shutil.copytree(RECORDED / "sparsify" / name, tmp_path / name)
+    assert list(load_any(RECORDED / "sparsify/layers.3")) == [Site("resid", 3)]
+    assert list(load_any(tmp_path)) == [Site("mlp", 3), Site("resid", 3)]
+    assert list(load_any(tmp_path, sites=["resid_3"])) == [Site("resid", 3)]
+    assert load_sae(tmp_path, site="mlp_3").config.site == "mlp_3"
+    with pytest.raises(UserError, match=r"no autoencoder for resid_4"):
+        load_any(tmp_path, sites=["resid_4"])
+    with pytest.raises(UserError, match=r"holds 2 autoencoders, name one: layers.3, layers.3.mlp"):
+        load_sae(tmp_path)
+    with pytest.raises(UserError, match=r"no autoencoder for attn_1: it has mlp_3, resid_3"):
+        load_sae(tmp_path, site="attn_1")
+
+
+def test_versions_are_recorded():
+    for peer in ("dictionary_learning", "saelens", "sparsify"):
+        assert "torch" in json.loads((RECORDED / peer / "versions.json").read_text())

@@ -94,7 +94,7 @@ def active_features(
     for batch in prompts.batches(batch_size):
         for site, x in _real_activations(model, batch.clean, saes).items():
             found[site].append(saes[site].encode_sparse(x).feature.unique())
-    return {site: torch.cat(parts).unique() for site, parts in found.items()}
+    return {site: torch.cat(parts).unique().cpu() for site, parts in found.items()}
 
 
 def random_features(
@@ -110,14 +110,14 @@ def random_features(
         drawn = {site: _draw(pools[site], len(index), generator) for site, index in like.items()}
         return {site: index for site, index in drawn.items() if len(index)}
     owners = torch.cat([torch.full((len(index),), rank) for rank, index in enumerate(pools.values())])
-    pooled = torch.cat([index.cpu() for index in pools.values()])
+    pooled = torch.cat(list(pools.values()))
     chosen = _draw(torch.arange(len(pooled)), sum(map(len, like.values())), generator)
     drawn = {site: pooled[chosen[owners[chosen] == rank]] for rank, site in enumerate(pools)}
     return {site: index for site, index in drawn.items() if len(index)}
 
 
 def _draw(pool: Tensor, n: int, generator: torch.Generator) -> Tensor:
-    return pool.cpu()[torch.randperm(len(pool), generator=generator)[:n]].sort().values
+    return pool[torch.randperm(len(pool), generator=generator)[:n]].sort().values
 
 
 # ------------------------------------------------------------------------------------------ the edit itself

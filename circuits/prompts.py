@@ -171,21 +171,10 @@ def make_prompts(
 
     clean = model.tokenize([example.clean for example in usable])
     patch = model.tokenize([example.patch or "" for example in usable]) if paired else None
-    rows: list[int] = []
-    clean_answers: list[list[int]] = []
-    patch_answers: list[list[int]] = []
-    for row, example in enumerate(usable):
-        answers, wrong = _answer_ids(example.clean_answers, model), _answer_ids(example.patch_answers, model)
-        reason = _length_problem(row, clean, patch, model) or _answer_problem(answers, wrong, contrasted=contrasted)
-        if reason:
-            rejected[reason] += 1
-        elif limit is None or len(rows) < limit:
-            rows.append(row)
-            clean_answers.append(answers or [])
-            patch_answers.append(wrong or [])
-    if not rows:
+    accepted = _accepted(usable, clean, patch, model, contrasted=contrasted, rejected=rejected)[:limit]
+    if not accepted:
         raise _none_left(name, rejected)
-
+    rows, clean_answers, patch_answers = (list(column) for column in zip(*accepted, strict=True))
     kept, index = [usable[row] for row in rows], torch.tensor(rows)
     width = max(len(answers) for answers in clean_answers + patch_answers)
     prompts = PromptSet(
@@ -202,6 +191,30 @@ def make_prompts(
 
 
 # ------------------------------------------------------------------------------------------ rejecting
+
+
+def _accepted(
+    examples: list[Example],
+    clean: Tokens,
+    patch: Tokens | None,
+    model: LanguageModel,
+    *,
+    contrasted: bool,
+    rejected: Counter[str],
+) -> list[tuple[int, list[int], list[int]]]:
+    """(row, clean answers, patch answers) of the usable examples; counts the others in `rejected`."""
+    accepted = []
+    lengths = clean.lengths.tolist()
+    patch_lengths = lengths if patch is None else patch.lengths.tolist()
+    for row, example in enumerate(examples):
+        answers, wrong = _answer_ids(example.clean_answers, model), _answer_ids(example.patch_answers, model)
+        reason = _length_problem(lengths[row], patch_lengths[row], model)
+        reason = reason or _answer_problem(answers, wrong, contrasted=contrasted)
+        if reason:
+            rejected[reason] += 1
+        else:
+            accepted.append((row, answers or [], wrong or []))
+    return accepted
 
 
 def _answer_ids(answers: Sequence[str | int], model: LanguageModel) -> list[int] | None:
@@ -221,10 +234,10 @@ def _text_problem(example: Example, *, paired: bool) -> str | None:
     return "empty prompt" if not example.clean or example.patch == "" else None
 
 
-def _length_problem(row: int, clean: Tokens, patch: Tokens | None, model: LanguageModel) -> str | None:
-    length, limit = int(clean.lengths[row]), getattr(model.hf.config, "max_position_embeddings", None)
-    if patch is not None and length != int(patch.lengths[row]):
+def _length_problem(length: int, patch_length: int, model: LanguageModel) -> str | None:
+    if length != patch_length:
         return "clean and patch differ in token length"
+    limit = getattr(model.hf.config, "max_position_embeddings", None)
     return "longer than the model's context" if limit is not None and length > limit else None
 
 

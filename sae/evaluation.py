@@ -5,9 +5,10 @@ For each batch of text
 2. per site, encode and decode x: L0, explained variance, densities, ... (`sae.metrics`);
 3. per site, run on with x̂ in place of x (the error e = x − x̂ is dropped), and with 0 in its place;
 4. the same with all sites at once, where each autoencoder reads what the ones before it left;
-5. once with x̂ + e of step 1 everywhere, the errors kept: this must give back the model's own cross-entropy.
+5. once with x̂ + e of step 1 everywhere, the errors kept: this must give back the model's own cross-entropy;
+6. if asked, all sites spliced with the error of one kept, for each in turn: how much each error matters downstream.
 
-Padding and special tokens are left out of step 2 and keep their x in steps 3 to 5: autoencoders are not trained on
+Padding and special tokens are left out of step 2 and keep their x in steps 3 to 6: autoencoders are not trained on
 them, and a first token with a norm a hundred times the others' would decide every number.
 
 Shapes: B texts, S positions, N = the tokens of a batch that count, d model width, F features, V vocabulary.
@@ -92,6 +93,9 @@ class SiteMetrics:
     """Number of features by log10 of the share of tokens they fire on."""
     predictions: Predictions
     """The model with this site's x̂ in place of x."""
+    ce_error_kept: float | None
+    """Cross-entropy with all sites spliced and only this site's error kept; None unless asked for. Its distance to the
+    cross-entropy of all sites spliced is what this site's error matters downstream."""
 
 
 @dataclass(frozen=True)
@@ -220,7 +224,7 @@ class _SiteTotals:
         self.features.update(features.feature, features.value, len(x), alignment=alignment)
         return x_hat.to(x.dtype)
 
-    def result(self, predictions: Predictions) -> SiteMetrics:
+    def result(self, predictions: Predictions, ce_error_kept: float | None) -> SiteMetrics:
         r, f = self.reconstruction, self.features
         return SiteMetrics(
             architecture=self.sae.config.architecture,
@@ -236,6 +240,7 @@ class _SiteTotals:
             dense_fraction=f.dense_fraction,
             density_histogram=f.density_histogram(),
             predictions=predictions,
+            ce_error_kept=ce_error_kept,
         )
 
 
@@ -280,16 +285,17 @@ def evaluate(
     batch_size: int = 16,
     context: int = 128,
     special_tokens: bool = False,
+    errors: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Metrics of each autoencoder alone and of all of them together, pooled over the text.
 
     Each batch costs two forward passes a site (from that site on) and four to ten more. Texts are cut after `context`
-    tokens. `special_tokens` counts BOS and the like as any other token. `progress` is called after each batch with its
-    number of tokens.
+    tokens. `special_tokens` counts BOS and the like as any other token. `errors` measures what each site's error
+    matters among the others, at one more pass a site. `progress` is called after each batch with its number of tokens.
     """
     check_saes(model, saes)
-    loop = _Loop(model, dict(sorted(saes.items())), special_tokens=special_tokens)
+    loop = _Loop(model, dict(sorted(saes.items())), special_tokens=special_tokens, errors=errors)
     for tokens in token_batches(model, texts, max_tokens=max_tokens, batch_size=batch_size, context=context):
         loop.update(tokens.to(model.device))
         if progress is not None:
@@ -302,7 +308,9 @@ def evaluate(
 class _Loop:
     """All sums of an evaluation, and the passes that add one batch to them."""
 
-    def __init__(self, model: LanguageModel, saes: dict[Site, SparseAutoencoder], *, special_tokens: bool) -> None:
+    def __init__(
+        self, model: LanguageModel, saes: dict[Site, SparseAutoencoder], *, special_tokens: bool, errors: bool
+    ) -> None:
         self.model, self.saes, self.special_tokens = model, saes, special_tokens
         self.n_tokens = 0
         self.model_totals, self.kept_totals = PredictionTotals(), PredictionTotals()
@@ -310,6 +318,7 @@ class _Loop:
         self.alone = {site: _SplicedTotals() for site in saes}
         self.groups = _groups(list(saes))
         self.together = {name: _SplicedTotals() for name in self.groups}
+        self.error_kept = {site: PredictionTotals() for site in saes if errors}
 
     def update(self, tokens: Tokens) -> None:
         """Add one batch."""
@@ -338,15 +347,22 @@ class _Loop:
             add(self.together[name].sae, edits={site: splice(self.saes[site], counted) for site in group})
             add(self.together[name].zero, edits={site: _zero(counted) for site in group})
         add(self.kept_totals, edits=kept)
+        for kept_site, error_kept in self.error_kept.items():  # x̂ + e is x: nothing to splice there
+            others = {site: sae for site, sae in self.saes.items() if site != kept_site}
+            add(error_kept, edits={site: splice(sae, counted) for site, sae in others.items()})
 
     def result(self) -> Evaluation:
         ce_model = self.model_totals.cross_entropy
+        kept = {site: totals.cross_entropy for site, totals in self.error_kept.items()}
         return Evaluation(
             n_tokens=self.n_tokens,
             n_predictions=self.model_totals.n_predictions,
             ce_model=ce_model,
             ce_errors_kept=self.kept_totals.cross_entropy,
-            sites={site.name: totals.result(self.alone[site].result(ce_model)) for site, totals in self.sites.items()},
+            sites={
+                site.name: totals.result(self.alone[site].result(ce_model), kept.get(site))
+                for site, totals in self.sites.items()
+            },
             spliced={name: totals.result(ce_model) for name, totals in self.together.items()},
         )
 

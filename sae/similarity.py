@@ -5,25 +5,28 @@
 2. `match_features`: for every feature of a, its best partner in b by decoder cosine, and whether the choice is mutual.
    The mean of the best cosines is the mean max cosine similarity of Sharkey et al. 2022.
 3. `match_by_activation`: the same by the Pearson correlation of activations over the tokens of a text, for dictionaries
-   whose directions cannot be compared (attention output against residual stream, two models). The sums
-   Σ f_i g_j are kept sparse over tokens and dense over chosen features.
+   whose directions cannot be compared (different places, different layers) or need not agree (several parts of one).
 4. `persistent_features` and `split_features` read a match: what stays between layers, what a wider dictionary splits.
 
-Everything is computed in blocks of rows that fit in `chunk_bytes`: no [F_a, F_b] matrix unless it is that small.
+Cosines are computed in blocks of rows that fit in `chunk_bytes`; only the correlation keeps an [F_a, F_b] matrix.
 
 Shapes: F_a and F_b features of dictionaries a and b, n the features asked about, k neighbours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import embedding_bag, normalize
 
+from sae.autoencoder import SparseAutoencoder, SparseFeatures
 from sae.errors import UserError
+from sae.evaluation import counted_tokens, token_batches
+from sae.model import LanguageModel
+from sae.sites import Site
 
 CHUNK_BYTES = 64 * 2**20
 
@@ -104,39 +107,94 @@ class ActivationCorrelation:
     """Pearson correlation over tokens between the features of two dictionaries that read the same tokens.
 
     With sums over N tokens, r_ij = (N Σ f_i g_j − Σ f_i Σ g_j) / sqrt((N Σ f_i² − (Σ f_i)²) (N Σ g_j² − (Σ g_j)²)).
-    A feature that never varies has correlation 0 with everything.
+    A feature that never varies has correlation 0 with everything. Holds one [F_a, F_b] matrix of float32.
     """
 
-    def __init__(self, n_a: int, n_b: int) -> None:
+    def __init__(self, n_a: int, n_b: int, *, device: torch.device | str = "cpu") -> None:
         self.n_tokens = 0
-        self.products = torch.zeros(n_a, n_b)  # [F_a, F_b] Σ f_i g_j
-        self._sums = (torch.zeros(n_a, dtype=torch.float64), torch.zeros(n_b, dtype=torch.float64))
-        self._squares = (torch.zeros(n_a, dtype=torch.float64), torch.zeros(n_b, dtype=torch.float64))
+        self.products = torch.zeros(n_a, n_b, device=device)  # [F_a, F_b] Σ f_i g_j
+        self._a, self._b = _Moments(n_a), _Moments(n_b)
 
-    def update(self, f: Tensor, g: Tensor) -> None:
-        """Add tokens. f: [N, F_a]; g: [N, F_b], dense activations of the same N tokens."""
-        if len(f) != len(g):
-            raise UserError(f"activations of {len(f)} and of {len(g)} tokens: both must be of the same tokens")
-        self.n_tokens += len(f)
-        self.products += (f.T.float() @ g.float()).cpu()
-        for total, squares, values in zip(self._sums, self._squares, (f, g), strict=True):
-            total += values.sum(0).cpu().double()
-            squares += values.float().square().sum(0).cpu().double()
+    def update(self, f: SparseFeatures, g: SparseFeatures, n_tokens: int) -> None:
+        """Add the nonzero activations of the same `n_tokens` tokens in a and in b."""
+        self.n_tokens += n_tokens
+        self._a.add(f)
+        self._b.add(g)
+        n_a, n_b = self.products.shape
+        by_feature = f.feature.argsort(stable=True)
+        step = max(1, CHUNK_BYTES // (4 * n_b))
+        for start in range(0, n_tokens, step):
+            inside = (g.token >= start) & (g.token < start + step)
+            dense = torch.zeros(min(step, n_tokens - start), n_b, device=g.value.device)  # [tokens, F_b]
+            dense[g.token[inside] - start, g.feature[inside]] = g.value[inside].float()
+            chosen = by_feature[(f.token[by_feature] >= start) & (f.token[by_feature] < start + step)]
+            count = torch.bincount(f.feature[chosen], minlength=n_a)
+            self.products += embedding_bag(
+                f.token[chosen] - start,
+                dense,
+                count.cumsum(0) - count,
+                mode="sum",
+                per_sample_weights=f.value[chosen].float(),
+            )
 
     def rows(self, part: slice) -> Tensor:
         """Correlations of the features of a in the slice with all of b, [block, F_b] float32."""
-        n = self.n_tokens
-        (sum_a, sum_b), (square_a, square_b) = self._sums, self._squares
-        spread_a = (n * square_a[part] - sum_a[part].square()).clamp(min=0).sqrt()
-        spread_b = (n * square_b - sum_b.square()).clamp(min=0).sqrt()
-        covariance = n * self.products[part].double() - sum_a[part, None] * sum_b
-        scale = spread_a[:, None] * spread_b
-        return torch.where(scale > 0, covariance / scale.clamp(min=1e-300), 0.0).float()
+        spread = self._a.spread(self.n_tokens)[part, None] * self._b.spread(self.n_tokens)  # [block, F_b]
+        covariance = self.n_tokens * self.products[part].cpu().double() - self._a.total[part, None] * self._b.total
+        return torch.where(spread > 0, covariance / spread.clamp(min=1e-300), 0.0).float()
 
     def match(self, *, chunk_bytes: int = CHUNK_BYTES) -> Match:
         """Best partners by correlation."""
         n_a, n_b = self.products.shape
         return _match(self.rows, n_a, n_b, chunk_bytes)
+
+
+class _Moments:
+    """Σ f and Σ f² per feature."""
+
+    def __init__(self, n_features: int) -> None:
+        self.total = torch.zeros(n_features, dtype=torch.float64)
+        self.squares = torch.zeros(n_features, dtype=torch.float64)
+
+    def add(self, features: SparseFeatures) -> None:
+        index, value = features.feature.cpu(), features.value.cpu().double()
+        self.total.index_add_(0, index, value)
+        self.squares.index_add_(0, index, value.square())
+
+    def spread(self, n_tokens: int) -> Tensor:
+        """[F] sqrt(N Σ f² − (Σ f)²); 0 where that is rounding."""
+        variance = n_tokens * self.squares - self.total.square()
+        return torch.where(variance > 1e-12 * n_tokens * self.squares, variance, 0.0).sqrt()
+
+
+@torch.no_grad()
+def match_by_activation(
+    model: LanguageModel,
+    a: tuple[Site, SparseAutoencoder],
+    b: tuple[Site, SparseAutoencoder],
+    texts: Iterable[str],
+    *,
+    max_tokens: int | None = 50_000,
+    batch_size: int = 32,
+    context: int = 128,
+    special_tokens: bool = False,
+) -> Match:
+    """For each feature of a its best partner in b by correlation over the text. a, b: (site, autoencoder).
+
+    The sites may be the same (two widths or seeds) or differ (two layers, a sublayer and the residual stream).
+    """
+    (site_a, sae_a), (site_b, sae_b) = a, b
+    sums = ActivationCorrelation(sae_a.config.n_features, sae_b.config.n_features, device=model.device)
+    for tokens in token_batches(model, texts, max_tokens=max_tokens, batch_size=batch_size, context=context):
+        tokens = tokens.to(model.device)
+        counted = counted_tokens(model, tokens, special_tokens=special_tokens)
+        run = model.run(tokens, capture={site_a, site_b}, need_logits=False)
+        f = sae_a.encode_sparse(run.activations[site_a][counted])
+        g = sae_b.encode_sparse(run.activations[site_b][counted])
+        sums.update(f, g, int(counted.sum()))
+    if not sums.n_tokens:
+        raise UserError("no tokens to match features on: the text is empty")
+    return sums.match()
 
 
 def persistent_features(match: Match, *, threshold: float = 0.7) -> Tensor:

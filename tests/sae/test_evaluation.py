@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy, normalize
 from sae.autoencoder import SAEConfig, SparseAutoencoder
 from sae.errors import UserError
 from sae.evaluation import decode_sparse, evaluate, token_batches
+from sae.evaluation_plots import evaluation_figure, plot_evaluation
 from sae.sites import Site, site_table
 
 TEXTS = [
@@ -73,10 +74,11 @@ def hooked_logits(model, ids, edits):
 
 @pytest.mark.parametrize("special_tokens", [False, True])
 def test_evaluation_equals_one_text_at_a_time(tiny_model, saes, special_tokens):
-    result = evaluate(tiny_model, saes, TEXTS, batch_size=3, special_tokens=special_tokens)
+    result = evaluate(tiny_model, saes, TEXTS, batch_size=3, special_tokens=special_tokens, errors=True)
     groups = {site.name: [site] for site in saes}
     groups |= {"attn": [Site("attn", 0), Site("attn", 1)], "resid": [Site("resid", 0), Site("resid", 1)]}
     groups["all"] = list(saes)
+    groups |= {f"all but {site}": [other for other in saes if other != site] for site in saes}
     sums = {name: {"sae": 0.0, "zero": 0.0, "kl": 0.0, "kl_zero": 0.0, "same": 0} for name in groups}
     ce_model, n, inputs = 0.0, 0, {site: [] for site in saes}
     for text in TEXTS:
@@ -104,6 +106,9 @@ def test_evaluation_equals_one_text_at_a_time(tiny_model, saes, special_tokens):
     assert result.ce_errors_kept == pytest.approx(result.ce_model, rel=1e-5)
     assert set(result.spliced) == {"attn", "resid", "all"}
     measured = {name: metrics.predictions for name, metrics in result.sites.items()} | result.spliced
+    for site in saes:
+        kept = result.sites[site.name].ce_error_kept
+        assert kept == pytest.approx(sums.pop(f"all but {site}")["sae"] / n, rel=1e-5)
     for name, expected in sums.items():
         p = measured[name]
         assert p.ce == pytest.approx(expected["sae"] / n, rel=1e-5), name
@@ -157,6 +162,7 @@ def test_table_fits_a_terminal_and_json_has_no_nan(tiny_model, saes):
     entries = json.loads(json.dumps(result.to_dict(), allow_nan=False))
     assert entries["sites"]["mlp_0"]["l0"] == pytest.approx(result.sites["mlp_0"].l0)
     assert len(entries["sites"]["embed"]["density_histogram"]["counts"]) == 24
+    assert entries["sites"]["embed"]["ce_error_kept"] is None
 
 
 def test_an_undefined_score_is_a_dash_and_null(tiny_model):
@@ -193,3 +199,20 @@ def test_nothing_to_evaluate_is_refused(tiny_model, saes):
     for texts in ([], ["  "], ["she"]):
         with pytest.raises(UserError, match="no tokens"):
             evaluate(tiny_model, saes, texts)
+
+
+def test_plot_has_a_bar_and_a_histogram_for_every_site(tiny_model, saes, tmp_path):
+    result = evaluate(tiny_model, saes, TEXTS)
+    figure = evaluation_figure(result)
+    bars, *histograms = figure.axes
+    assert [label.get_text() for label in bars.get_xticklabels()] == SITES
+    heights = [bar.get_height() for bar in bars.patches[: len(SITES)]]
+    assert heights == pytest.approx([m.explained_variance for m in result.sites.values()])
+    assert [axes.get_title().split()[0] for axes in histograms] == SITES
+    drawn = [sum(bar.get_height() for bar in axes.patches) for axes in histograms]
+    assert drawn == [sum(m.density_histogram.counts) for m in result.sites.values()]
+    for name in ("evaluation.png", "evaluation.svg"):
+        plot_evaluation(result, tmp_path / name)
+        assert (tmp_path / name).stat().st_size > 5000
+    with pytest.raises(UserError, match="'gif'"):
+        plot_evaluation(result, tmp_path / "evaluation.gif")

@@ -4,14 +4,19 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity, normalize
 
+from sae import similarity
+from sae.autoencoder import SparseAutoencoder, SparseFeatures
 from sae.errors import UserError
 from sae.similarity import (
     ActivationCorrelation,
+    match_by_activation,
     match_features,
     nearest_features,
     persistent_features,
     split_features,
 )
+from sae.sites import Site
+from tests.sae.test_evaluation import random_sae
 
 
 def directions(n, d, seed):
@@ -60,21 +65,55 @@ def test_a_permuted_dictionary_is_found_again():
     assert persistent_features(noisy, threshold=0.999).tolist() == sorted(order[:20].tolist())
 
 
-@pytest.mark.parametrize("split", [[200], [1, 99, 100]])
-def test_activation_correlation_is_pearson(split):
+def sparse(f):
+    token, feature = f.nonzero(as_tuple=True)
+    return SparseFeatures(token, feature, f[token, feature])
+
+
+@pytest.mark.parametrize("split", [[200], [1, 99, 0, 100]])
+@pytest.mark.parametrize("chunk_bytes", [40, 10**6])
+def test_activation_correlation_is_pearson(split, chunk_bytes, monkeypatch):
+    monkeypatch.setattr(similarity, "CHUNK_BYTES", chunk_bytes)
     f, g = directions(200, 7, 7).relu(), directions(200, 4, 8).relu()
     g[:, 1] = 2.5 * f[:, 3] + 1.0
     f[:, 5] = 0.0
+    f[:, 6] = 0.3  # never varies
     sums = ActivationCorrelation(7, 4)
     for a, b in zip(f.split(split), g.split(split), strict=True):
-        sums.update(a, b)
+        sums.update(sparse(a), sparse(b), len(a))
     rows = sums.rows(slice(0, 7))
-    expected = torch.corrcoef(torch.cat([f, g], 1).double().T)[:7, 7:].nan_to_num(0.0).float()
-    assert torch.allclose(rows, expected, atol=1e-5)
+    assert not rows[5].any()
+    assert not rows[6].any()
+    expected = torch.corrcoef(torch.cat([f[:, :5], g], 1).double().T)[:5, 5:].float()
+    assert torch.allclose(rows[:5], expected, atol=1e-5)
     match = sums.match(chunk_bytes=40)
     assert int(match.partner[3]) == 1
     assert float(match.similarity[3]) == pytest.approx(1.0, abs=1e-5)
     assert bool(match.mutual[3])
+
+
+def test_match_over_a_text_finds_the_same_dictionary_and_tells_layers_apart(tiny_model):
+    texts = ["the man sees the old dog", "a girl walks", "<bos> kings know that they were happy .", "he sees her"]
+    first = random_sae("resid_0", tiny_model.d_model, seed=1)
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(2))
+    shuffled = {name: t if name == "b_dec" else t[order] for name, t in first.named_buffers()}
+    second = SparseAutoencoder(first.config, shuffled)
+    site, last = Site("resid", 0), Site("resid", 1)
+    match = match_by_activation(tiny_model, (site, first), (site, second), texts, batch_size=3)
+    alive = match.similarity > 0
+    assert alive.sum() > 10
+    assert torch.equal(order[match.partner[alive]], torch.arange(24)[alive])
+    across = match_by_activation(tiny_model, (site, first), (last, second), texts)
+    runs = [tiny_model.run(tiny_model.tokenize([text]), capture=[site, last]).activations for text in texts]
+    f, g = (torch.cat([run[s][0] for run in runs]) for s in (site, last))
+    special = torch.tensor(
+        [i in tiny_model.special_ids for t in texts for i in tiny_model.tokenize([t]).input_ids[0].tolist()]
+    )
+    stacked = torch.cat([first.encode(f[~special]), second.encode(g[~special])], 1).double()
+    table = torch.corrcoef(stacked.T)[:24, 24:].nan_to_num(0.0)
+    assert torch.allclose(across.similarity.double(), table.max(1).values.clamp(min=0.0), atol=1e-4)
+    with pytest.raises(UserError, match="no tokens"):
+        match_by_activation(tiny_model, (site, first), (site, second), [])
 
 
 def test_split_features_are_the_wide_ones_around_a_narrow_one():
@@ -94,5 +133,3 @@ def test_split_features_are_the_wide_ones_around_a_narrow_one():
 def test_what_cannot_be_compared_is_refused():
     with pytest.raises(UserError, match="width 5 and 6"):
         match_features(directions(3, 5, 0), directions(3, 6, 0))
-    with pytest.raises(UserError, match="same tokens"):
-        ActivationCorrelation(2, 2).update(torch.zeros(3, 2), torch.zeros(4, 2))

@@ -8,9 +8,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,9 @@ from graphs.errors import GraphError
 from graphs.feature_graph import FeatureGraph
 from graphs.files import write_text
 
+logger = logging.getLogger(__name__)
+
 _NAME = re.compile(r"\w+/\w+(@.+)?", re.DOTALL)
-
-
-@dataclass(frozen=True)
-class Annotated:
-    """A graph after labelling."""
-
-    graph: FeatureGraph
-    """The graph with its labels."""
-    used: int
-    """How many annotations found a node."""
-    unknown: int
-    """How many name a feature that is not in the graph."""
 
 
 def read_annotations(path: str | Path) -> dict[str, str]:
@@ -63,11 +53,18 @@ def write_annotations(labels: Mapping[str, str], path: str | Path) -> None:
     write_text(path, "".join(json.dumps(_line(name, text), ensure_ascii=False) + "\n" for name, text in labels.items()))
 
 
-def annotate(graph: FeatureGraph, labels: Mapping[str, str]) -> Annotated:
-    """Label the nodes, by id (`resid_5/3036@2`) or by name at every position; other names are counted, no more."""
+def apply(graph: FeatureGraph, labels: Mapping[str, str]) -> FeatureGraph:
+    """Label the nodes, by id (`resid_5/3036@2`) or by name at every position; other names are counted in the log."""
+    absent = unmatched(graph, labels)
+    if absent:
+        logger.info("%d of %d annotations are of features outside this graph", len(absent), len(labels))
+    return graph.with_labels(labels)
+
+
+def unmatched(graph: FeatureGraph, labels: Mapping[str, str]) -> list[str]:
+    """The names among the labels that no node of the graph has."""
     known = {key for node in graph.nodes() for key in (node.id, node.name)}
-    used = sum(name in known for name in labels)
-    return Annotated(graph.with_labels(labels), used, len(labels) - used)
+    return [name for name in labels if name not in known]
 
 
 def _entry(entry: Any, where: str) -> tuple[str, str]:

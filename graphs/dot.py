@@ -23,7 +23,7 @@ import graphviz
 from graphs.errors import GraphError
 from graphs.feature_graph import Edge, FeatureGraph, Node
 from graphs.files import atomic_write, write_text
-from graphs.graphviz_output import draw
+from graphs.graphviz_output import Detail, draw
 from graphs.layout import Box, Cell, Layout, Point, layered_layout
 from graphs.style import (
     DIVERGING,
@@ -119,8 +119,13 @@ def to_dot(graph: FeatureGraph, *, title: str | None = None, link: str = "#node-
     """The graph as DOT with positions.
 
     `title` stands above the drawing (default: `metadata["title"]`). `link` is the template of the nodes' hyperlinks
-    in SVG, with `{id}` and `{name}`; the SVG element of a node has the id `node-{id}`.
+    in SVG, with `{id}` and `{name}`; the SVG element of a node has the id `drawn-{id}`, that of an edge
+    `drawn-{source}--{target}`.
     """
+    return _source(_scene(graph, link), title)
+
+
+def _scene(graph: FeatureGraph, link: str) -> Scene:
     if len(graph) == 0:
         raise GraphError("the graph has no nodes: there is nothing to draw")
     n_nodes = sum(node.kind != "metric" for node in graph.nodes())
@@ -129,11 +134,15 @@ def to_dot(graph: FeatureGraph, *, title: str | None = None, link: str = "#node-
     metric = (density.cell.box * 1.7, 2.6 * density.label + 1.4 * density.small + 12)
     layout = layered_layout(graph, cell=density.cell, metric=metric, space=density.space)
     labelled = frozenset(node.id for node in strongest)
-    scene = Scene(graph, layout, density, labelled, link, largest_effect(graph), largest_weight(graph))
+    return Scene(graph, layout, density, labelled, link, largest_effect(graph), largest_weight(graph))
+
+
+def _source(scene: Scene, title: str | None) -> str:
+    graph = scene.graph
     dot = graphviz.Digraph("circuit")
     width, height = scene.size
     dot.attr("graph", layout="nop2", outputorder="edgesfirst", bgcolor="white", bb=f"0,0,{width:.1f},{height:.1f}")
-    dot.attr("graph", fontname=FONT, pad="0", tooltip=" ")
+    dot.attr("graph", fontname=FONT, pad="0.15", tooltip=" ")
     dot.attr("node", fontname=FONT, fixedsize="shape", margin="0", penwidth="0.8")
     dot.attr("edge", fontname=FONT)
     _add_bands(dot, scene)
@@ -154,15 +163,32 @@ def render(graph: FeatureGraph, path: str | Path, *, title: str | None = None, l
     kind = path.suffix.lower()
     if kind not in FORMATS:
         raise GraphError(f"cannot draw into {path.name!r}: its extension must be one of {', '.join(FORMATS)}")
-    source = to_dot(graph, title=title, link=link)
+    scene = _scene(graph, link)
+    source = _source(scene, title)
     if kind == ".dot":
         write_text(path, source)
         return path
-    titles = {visible(f"node-{node.id}"): tooltip(graph, node) for node in graph.nodes()}
-    titles |= {_edge_id(edge): _edge_tooltip(edge) for edge in graph.edges()}
     with atomic_write(path) as temporary:
-        temporary.write_bytes(draw(source, kind[1:], titles=titles))
+        temporary.write_bytes(draw(source, kind[1:], details=_details(scene)))
     return path
+
+
+def _details(scene: Scene) -> dict[str, Detail]:
+    """Descriptions of nodes and edges for the SVG, and the centres of all lines of text."""
+    graph, layout = scene.graph, scene.layout
+    details = {_edge_id(edge): Detail(_edge_tooltip(edge)) for edge in graph.edges()}
+    for node in graph.nodes():
+        centre = scene.point(layout.boxes[node.id].x, 0)[0]
+        details[visible(f"drawn-{node.id}")] = Detail(tooltip(graph, node), centre)
+    for band in layout.bands:
+        details[f"site-{band.site}"] = Detail(band.site, MARGIN + GUTTER / 2)
+    for place, column in enumerate(layout.columns):
+        centre = scene.point((column.left + column.right) / 2, 0)[0]
+        for side in ("above", "below"):
+            details[f"column-{place}-{side}"] = Detail(position_name(graph, column.position), centre)
+    for name in ("title", "facts"):
+        details[name] = Detail("", scene.size[0] / 2)
+    return details
 
 
 # --- nodes ------------------------------------------------------------------------------------------------------------
@@ -183,6 +209,7 @@ def _add_bands(dot: graphviz.Digraph, scene: Scene) -> None:
                 lp=f"{MARGIN + GUTTER / 2:.1f},{(bottom + top) / 2:.1f}",
                 bgcolor="#f5f6f8",
                 pencolor="#f5f6f8",
+                id=f"site-{band.site}",
                 tooltip=band.site,
             )
             for node in sorted(members[band.site], key=lambda node: scene.layout.boxes[node.id].x):
@@ -196,8 +223,8 @@ def _add_node(dot: graphviz.Digraph, scene: Scene, node: Node) -> None:
     if node.kind == "error":
         box = Box(box.x, box.y, min(box.width, box.height * 1.9), box.height)
         small = scene.density.small
-        words = (" ", "error", number(node.effect))  # the blank line moves the others down to where there is room
-        text = "<BR/>".join(_text(word, small * 0.85, ink) for word in words)
+        words = (" ", *(("error",) if scene.density.lines > 1 else ()), number(node.effect))
+        text = "<BR/>".join(_text(word, small * 0.85, ink) for word in words)  # the blank line moves the others down
         shape = {"shape": "triangle"}
     else:
         text = _feature_text(scene, node, box, ink)
@@ -223,7 +250,7 @@ def _feature_text(scene: Scene, node: Node, box: Box, ink: str) -> str:
     fits = text_width(f"{name}  {effect}", density.small) <= room
     if fits:
         name += f"  {effect}"
-    small = [_text(fit(name, density.small, room), density.small, ink)]
+    small = [_spaced(_text(fit(name, density.small, room), density.small, ink), density.small)]
     if not fits and not label:
         small.append(_text(effect, density.small, ink))
     lines = wrap(label, density.label, room, lines=density.lines, bold=bool(node.label))
@@ -236,7 +263,8 @@ def _add_metric(dot: graphviz.Digraph, scene: Scene, node: Node) -> None:
     label = node.label or str(scene.graph.metadata.get("metric", "metric"))
     lines = wrap(visible(label), density.label, box.width - 10, lines=2, bold=True)
     text = [_text(line, density.label, "#ffffff", bold=True) for line in lines]
-    text.append(_text(f"total effect {number(node.effect)}", density.small, "#d5dae1"))
+    total = _text(f"total effect {number(node.effect)}", density.small, "#d5dae1")
+    text.append(_spaced(total, density.small))
     style = {"shape": "box", "style": "rounded,filled", "fillcolor": INK, "color": INK}
     dot.node(_name(node.id), f"<{'<BR/>'.join(text)}>", **style, **_common(scene, node, box))
 
@@ -247,7 +275,7 @@ def _common(scene: Scene, node: Node, box: Box) -> dict[str, str]:
         "pos": f"{x:.1f},{y:.1f}",
         "width": f"{box.width / 72:.3f}",
         "height": f"{box.height / 72:.3f}",
-        "id": _quoted(f"node-{node.id}"),
+        "id": _quoted(f"drawn-{node.id}"),
         "URL": _quoted(scene.link.replace("{id}", node.id).replace("{name}", node.name)),
         "tooltip": _quoted(node.id),
     }
@@ -279,7 +307,7 @@ def _add_edge(dot: graphviz.Digraph, scene: Scene, edge: Edge) -> None:
 
 
 def _edge_id(edge: Edge) -> str:
-    return visible(f"edge-{edge.source}--{edge.target}")
+    return visible(f"drawn-{edge.source}--{edge.target}")
 
 
 def _edge_tooltip(edge: Edge) -> str:
@@ -315,9 +343,8 @@ def _add_title(dot: graphviz.Digraph, scene: Scene, title: str | None) -> None:
     errors = sum(node.kind == "error" for node in scene.graph.nodes())
     counted = ((features, "feature"), (errors, "error"), (len(scene.graph.edges()), "edge"))
     facts = " · ".join(count(n, thing) for n, thing in counted)
-    for key in ("model", "method"):
-        if key in metadata:
-            facts += f" · {visible(str(metadata[key]))}"
+    if isinstance(metadata.get("method"), str):
+        facts += f" · {visible(metadata['method'])}"
     middle = scene.layout.width / 2 - GUTTER / 2
     heading = _text(fit(title, 14, width - 40, bold=True), 14, INK, bold=True) if title else ""
     _add_text(dot, scene, "title", heading, (middle, height - scene.below - 18))
@@ -341,15 +368,22 @@ def _add_legend(dot: graphviz.Digraph, scene: Scene) -> None:
 def _add_text(dot: graphviz.Digraph, scene: Scene, name: str, html: str, at: Point) -> None:
     x, y = scene.point(*at)
     label = f"<{html}>" if html else ""
-    dot.node(name, label, shape="plaintext", fixedsize="false", pos=f"{x:.1f},{y:.1f}", tooltip=" ")
+    dot.node(name, label, id=name, shape="plaintext", fixedsize="false", pos=f"{x:.1f},{y:.1f}", tooltip=" ")
 
 
 def _text(text: str, size: float, colour: str, *, bold: bool = False) -> str:
     """A run of text in Graphviz's HTML-like labels."""
-    text = re.sub(r"\\(?=[NGETHL])", "\\\\\u200b", text)  # \\N would become the node's name: part it invisibly
+    # Graphviz would replace \\N by the node's name, \\G by the graph's and so on: part the two characters invisibly.
+    text = re.sub(r"\\(?=[NGETHL])", "\\\\\u200b", text)
     words = escape(text, quote=False) or " "
     words = f"<B>{words}</B>" if bold else words
     return f'<FONT POINT-SIZE="{size:g}" COLOR="{colour}">{words}</FONT>'
+
+
+def _spaced(html: str, size: float) -> str:
+    """A line with more room above it: Graphviz makes a line as high as its largest character."""
+    space = f'<FONT POINT-SIZE="{size * 1.35:g}">&#160;</FONT>'
+    return space + html + space
 
 
 def _quoted(text: str) -> str:

@@ -13,8 +13,10 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from xml.etree import ElementTree
 
 logger = logging.getLogger(__name__)
 
@@ -25,13 +27,25 @@ MAX_PIXELS = 12_000
 FAMILY = "Helvetica Neue,Helvetica,Arial,DejaVu Sans,sans-serif"
 """Fonts of an SVG, the first that the viewer has; boxes are sized for the last and widest."""
 
+SVG, XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
+
 _FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "/Library/Fonts", "/System/Library/Fonts")
 
 
-def draw(source: str, kind: str, *, titles: Mapping[str, str] | None = None) -> bytes:
+@dataclass(frozen=True)
+class Detail:
+    """What an SVG element gets beside what Graphviz writes."""
+
+    title: str
+    """The text that a viewer shows when the mouse rests on the element."""
+    centre: float | None = None
+    """Where its lines of text are centred; Graphviz places them by the widths of its own font."""
+
+
+def draw(source: str, kind: str, *, details: Mapping[str, Detail] | None = None) -> bytes:
     """Render DOT text that carries positions (`layout=nop2`) as `kind`: svg, png or pdf.
 
-    `titles` maps the id of an SVG element to the text that a viewer shows when the mouse rests on it.
+    `details` are those of SVG elements, by their id.
     """
     with _fonts(), _logged_stderr():
         import pygraphviz  # first: fontconfig reads its settings when Graphviz is first used
@@ -40,7 +54,7 @@ def draw(source: str, kind: str, *, titles: Mapping[str, str] | None = None) -> 
         if kind == "png":
             graph.graph_attr["dpi"] = str(_resolution(graph.graph_attr["bb"]))
         data = graph.draw(format=kind, prog="nop2")
-    return _with_titles(data.decode(), titles or {}).encode() if kind == "svg" else data
+    return _finished(data, details or {}) if kind == "svg" else data
 
 
 def _resolution(bounding_box: str) -> int:
@@ -48,24 +62,37 @@ def _resolution(bounding_box: str) -> int:
     return max(36, min(RESOLUTION, int(MAX_PIXELS * 72 / max(x1 - x0, y1 - y0, 1.0))))
 
 
-def _with_titles(svg: str, titles: Mapping[str, str]) -> str:
-    """Replace the names Graphviz puts in <title> by the full description of each node and edge."""
+def _finished(svg: bytes, details: Mapping[str, Detail]) -> bytes:
+    """Give elements their full description, centre their lines for any font, and drop what only Graphviz needs."""
+    for prefix, uri in (("", SVG[1:-1]), ("xlink", XLINK[1:-1])):
+        ElementTree.register_namespace(prefix, uri)
+    root = ElementTree.fromstring(svg)
+    groups = [(group, details[group.get("id", "")]) for group in root.iter(f"{SVG}g") if group.get("id") in details]
+    shift = _shift(groups)
+    for group, detail in groups:
+        title = group.find(f"{SVG}title")
+        if title is not None:
+            title.text = detail.title
+        for parent in list(group.iter()) if detail.centre is not None else ():
+            for text in parent.findall(f"{SVG}text"):
+                text.set("text-anchor", "middle")
+                text.set("x", f"{(detail.centre or 0.0) + shift:.2f}")
+                if not (text.text or "").strip():
+                    parent.remove(text)
+    for element in root.iter():
+        element.attrib.pop(f"{XLINK}title", None)
+        if element.get("font-family"):
+            element.set("font-family", FAMILY)
+    return ElementTree.tostring(root, encoding="utf-8", xml_declaration=True)
 
-    def replace(match: re.Match[str]) -> str:
-        opening, id = match.group(1), match.group(2)
-        return f"{opening}\n<title>{escape(by_id[id], quote=False)}</title>" if id in by_id else match.group(0)
 
-    by_id = {_attribute(id): text for id, text in titles.items()}
-    svg = re.sub(r'(<g id="([^"]+)" class="(?:node|edge)">)\s*<title>.*?</title>', replace, svg, flags=re.DOTALL)
-    svg = re.sub(r' xlink:title="[^"]*"', "", svg)
-    return svg.replace(
-        'font-family="DejaVu Sans"', 'font-family="Helvetica Neue,Helvetica,Arial,DejaVu Sans,sans-serif"'
-    )
-
-
-def _attribute(text: str) -> str:
-    """The text as Graphviz writes it inside an attribute."""
-    return escape(text).replace("&#x27;", "&#39;").replace("-", "&#45;")
+def _shift(groups: list[tuple[ElementTree.Element, Detail]]) -> float:
+    """How far Graphviz moved the drawing sideways: where the first node's box is, against where it was put."""
+    for group, detail in groups:
+        for shape in [*group.iter(f"{SVG}path"), *group.iter(f"{SVG}polygon")] if group.get("class") == "node" else ():
+            places = [float(x) for x in re.findall(r"(-?[\d.]+),-?[\d.]+", shape.get("d") or shape.get("points") or "")]
+            return (min(places) + max(places)) / 2 - (detail.centre or 0.0)
+    return 0.0
 
 
 @contextlib.contextmanager
@@ -102,6 +129,7 @@ def _logged_stderr() -> Iterator[None]:
             os.dup2(saved, 2)
             os.close(saved)
             captured.seek(0)
-            for line in captured.read().decode(errors="replace").splitlines():
-                if line.strip() and not line.startswith("Fontconfig warning"):
-                    logger.warning("Graphviz: %s", line)
+            lines = captured.read().decode(errors="replace").splitlines()
+            said = [line for line in lines if line.strip() and not line.startswith("Fontconfig warning")]
+            if said:
+                logger.warning("Graphviz: %s%s", said[0], f" (and {len(said) - 1} more lines)" if said[1:] else "")

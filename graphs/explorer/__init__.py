@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from html import escape
 from importlib import resources
@@ -49,10 +50,21 @@ def explorer_html(graph: FeatureGraph, *, title: str | None = None) -> str:
 
 def embedded_json(data: Any) -> str:
     """JSON that may stand inside a <script> element: no `<`, `>`, `&` or line separator appears in it literally."""
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), default=str)
+    text = json.dumps(_plain(data), ensure_ascii=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates have no place in a file
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON has it: what is not a finite number becomes null, what has no form in JSON its text."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | int) else str(value)
 
 
 def _data(graph: FeatureGraph, title: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from graphs.annotations import annotate, read_annotations, write_annotations
+from graphs.annotations import apply, read_annotations, unmatched, write_annotations
 from graphs.errors import GraphError
 from graphs.feature_graph import FeatureGraph, error_node, feature_node
 
@@ -63,14 +63,15 @@ def test_a_missing_file_is_named(tmp_path):
         read_annotations(tmp_path / "none.jsonl")
 
 
-def test_unknown_names_are_ignored_and_counted():
+def test_unknown_names_are_ignored_and_counted(caplog):
     graph = FeatureGraph(["resid_0"])
     for position in (1, 2):
         graph.add_node(feature_node("resid_0", 4, effect=1.0, position=position))
     graph.add_node(error_node("resid_0", effect=1.0, position=1))
-    result = annotate(graph, {"resid_0/4": "both", "resid_0/4@2": "second", "mlp_9/1": "absent"})
-    assert [node.label for node in result.graph.nodes()] == ["both", "second", None]
-    assert (result.used, result.unknown) == (2, 1)
+    labels = {"resid_0/4": "both", "resid_0/4@2": "second", "mlp_9/1": "absent"}
+    with caplog.at_level("INFO", logger="graphs"):
+        assert [node.label for node in apply(graph, labels).nodes()] == ["both", "second", None]
+    assert unmatched(graph, labels) == ["mlp_9/1"] and "1 of 3 annotations" in caplog.text
     assert all(node.label is None for node in graph.nodes())
 
 

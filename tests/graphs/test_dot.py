@@ -35,13 +35,25 @@ def test_svg_holds_every_node_and_edge_with_its_description(make_circuit, tmp_pa
     svg = parse(render(graph, tmp_path / "circuit.svg"))
     nodes, edges = groups(svg, "node"), groups(svg, "edge")
     for node in graph.nodes():
-        element = nodes[f"node-{node.id}"]
+        element = nodes[f"drawn-{node.id}"]
         assert element.find(f"{SVG}title").text == style.tooltip(graph, node)
         link = next(iter(element.iter(f"{SVG}a")))
         assert link.get("{http://www.w3.org/1999/xlink}href") == f"#node-{node.id}"
     for edge in graph.edges():
-        assert style.number(edge.weight) in edges[f"edge-{edge.source}--{edge.target}"].find(f"{SVG}title").text
+        assert style.number(edge.weight) in edges[f"drawn-{edge.source}--{edge.target}"].find(f"{SVG}title").text
     assert len(edges) == len(graph.edges())
+
+
+def test_text_stands_in_the_middle_of_its_box_whatever_the_viewers_font(make_circuit, tmp_path):
+    svg = parse(render(make_circuit(), tmp_path / "circuit.svg"))
+    for group in groups(svg, "node").values():
+        boxes = [e for e in group.iter() if e.tag in (f"{SVG}path", f"{SVG}polygon")]
+        if boxes and group.get("id").startswith("drawn-"):
+            outline = boxes[0].get("d") or boxes[0].get("points")
+            places = [float(x) for x in re.findall(r"(-?[\d.]+),-?[\d.]+", outline)]
+            for text in group.iter(f"{SVG}text"):
+                assert text.get("text-anchor") == "middle"
+                assert float(text.get("x")) == pytest.approx((min(places) + max(places)) / 2, abs=0.2)
 
 
 def test_colours_and_shapes_say_what_a_node_is(tmp_path):
@@ -58,10 +70,10 @@ def test_colours_and_shapes_say_what_a_node_is(tmp_path):
     def fill(id):
         return next(e.get("fill") for e in nodes[id].iter() if e.tag in (f"{SVG}path", f"{SVG}polygon"))
 
-    assert fill("node-resid_0/1") == style.DIVERGING[-1] and fill("node-resid_0/2") == style.DIVERGING[0]
-    triangle = nodes["node-resid_0/error"].find(f".//{SVG}polygon").get("points").split()
-    assert len(set(triangle)) == 3 and fill("node-resid_0/error") == style.DIVERGING[3]
-    strokes = [edges[f"edge-resid_0/{i}--metric"].find(f".//{SVG}path").get("stroke") for i in (1, 2)]
+    assert fill("drawn-resid_0/1") == style.DIVERGING[-1] and fill("drawn-resid_0/2") == style.DIVERGING[0]
+    triangle = nodes["drawn-resid_0/error"].find(f".//{SVG}polygon").get("points").split()
+    assert len(set(triangle)) == 3 and fill("drawn-resid_0/error") == style.DIVERGING[3]
+    strokes = [edges[f"drawn-resid_0/{i}--metric"].find(f".//{SVG}path").get("stroke") for i in (1, 2)]
     assert strokes == [style.POSITIVE_EDGE, style.NEGATIVE_EDGE]
 
 
@@ -131,7 +143,7 @@ def test_edge_width_grows_with_weight(tmp_path):
     graph.add_edge("a/0", "b/0", 4.0)
     graph.add_edge("a/1", "b/1", -0.5)
     edges = groups(parse(render(graph, tmp_path / "g.svg")), "edge")
-    paths = [edges[id].find(f".//{SVG}path") for id in ("edge-a/0--b/0", "edge-a/1--b/1")]
+    paths = [edges[id].find(f".//{SVG}path") for id in ("drawn-a/0--b/0", "drawn-a/1--b/1")]
     assert float(paths[0].get("stroke-width", 1)) > float(paths[1].get("stroke-width", 1))
     assert float(paths[0].get("stroke-opacity", 1)) > float(paths[1].get("stroke-opacity", 1))
 

@@ -106,10 +106,12 @@ def ablation_edits(
         def edit(x: torch.Tensor) -> torch.Tensor:
             if not keep and not len(index) and not with_error:
                 return x
-            f = sae.encode(x)
-            change = ((f[..., index] - at.features) * features) @ sae.W_dec[index]
             if with_error:
+                f = sae.encode(x)
+                change = ((f[..., index] - at.features) * features) @ sae.W_dec[index]
                 change = change + (x - sae.decode(f) - at.error) * error
+            else:
+                change = ((sae.encode_some(x, index) - at.features) * features) @ sae.W_dec[index]
             return (at.x + change if keep else x - change).to(x.dtype)
 
         return edit

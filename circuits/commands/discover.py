@@ -112,7 +112,10 @@ def describe_features(
         site: sorted(set(nodes.feature[~nodes.is_error].tolist())) for site, nodes in chosen.items() if len(nodes)
     }
     found = top_contexts(model, saes, texts or prompts.texts, {site: index for site, index in wanted.items() if index})
-    return {f"{site.name}/{feature}": summary.to_dict() for (site, feature), summary in found.items()}
+    return {
+        f"{site.name}/{feature}": {k: v for k, v in summary.to_dict().items() if k not in ("site", "index")}
+        for (site, feature), summary in found.items()
+    }
 
 
 def _summary(circuit: Circuit, prompts: PromptSet, folder: Path, kept: dict[str, int]) -> str:
@@ -129,7 +132,7 @@ def _summary(circuit: Circuit, prompts: PromptSet, folder: Path, kept: dict[str,
         "completeness: the effects of a site add up to that of patching it within "
         f"{completeness['mean_residual']:.2%} of the total on average, "
         f"{completeness['worst_residual']:.2%} at worst ({completeness['worst_site']})",
-        f"{count(circuit.nodes)} nodes have an effect, {kept['nodes']} nodes and {kept['edges']} edges kept; strongest:",
+        f"{count(circuit.nodes)} nodes have an effect; kept {kept['nodes']} and {kept['edges']} edges; the strongest:",
         *strongest_lines(circuit, 10),
         f"wrote {folder}",
     ]

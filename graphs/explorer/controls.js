@@ -24,7 +24,8 @@ const redrawLabels = () => redrawSoon({ keepView: true });
 function describeFilters() {
   const features = scene.nodes.filter((node) => node.kind !== "metric").length;
   byId("nodes-shown").textContent = `${features} of ${strongestNodes.length}`;
-  byId("edges-shown").textContent = `${scene.edges.length} of ${edges.length}${chosen.edgeCount ? ` · |w| ≥ ${plainNumber(edgeThreshold())}` : ""}`;
+  byId("edges-shown").textContent =
+    `${scene.edges.length} of ${edges.length}${chosen.edgeCount ? ` · |w| ≥ ${plainNumber(edgeThreshold())}` : ""}`;
   byId("status").textContent = `${features} nodes and ${scene.edges.length} edges shown`;
 }
 
@@ -51,21 +52,36 @@ function setUpFilters() {
   const count = byId("nodes");
   count.max = strongestNodes.length;
   count.value = chosen.nodeCount;
-  count.addEventListener("input", () => { chosen.nodeCount = Number(count.value); redrawSoon(); });
+  count.addEventListener("input", () => {
+    chosen.nodeCount = Number(count.value);
+    redrawSoon();
+  });
   const weight = byId("edges");
   weight.value = placeOf(chosen.edgeCount);
   weight.disabled = edges.length === 0;
-  weight.addEventListener("input", () => { chosen.edgeCount = edgesAt(Number(weight.value)); redrawSoon({ keepView: true }); });
-  for (const [id, name] of [["errors", "errors"], ["connected", "connected"], ["paths", "wholePaths"]]) {
+  weight.addEventListener("input", () => {
+    chosen.edgeCount = edgesAt(Number(weight.value));
+    redrawSoon({ keepView: true });
+  });
+  for (const [id, name] of [
+    ["errors", "errors"],
+    ["connected", "connected"],
+    ["paths", "wholePaths"],
+  ]) {
     byId(id).checked = chosen[name];
-    byId(id).addEventListener("change", (event) => { chosen[name] = event.target.checked; redrawSoon(); });
+    byId(id).addEventListener("change", (event) => {
+      chosen[name] = event.target.checked;
+      redrawSoon();
+    });
   }
 }
 
 function setUpSearch() {
   const search = byId("search");
-  const found = () => scene.nodes.filter((node) => chosen.query && matches(node, chosen.query))
-    .sort((a, b) => Math.abs(b.effect) - Math.abs(a.effect));
+  const found = () =>
+    scene.nodes
+      .filter((node) => chosen.query && matches(node, chosen.query))
+      .sort((a, b) => Math.abs(b.effect) - Math.abs(a.effect));
   search.addEventListener("input", () => {
     chosen.query = search.value.trim().toLowerCase();
     byId("found").textContent = chosen.query ? String(found().length) : "";
@@ -93,9 +109,13 @@ function setUpPointer() {
     chosen.hovered = node;
     highlight();
   });
-  svg.addEventListener("pointerleave", () => { chosen.hovered = null; highlight(); });
+  svg.addEventListener("pointerleave", () => {
+    chosen.hovered = null;
+    highlight();
+  });
   svg.addEventListener("pointerdown", (event) => {
-    if (event.button === 0) drag = { x: event.clientX, y: event.clientY, view, node: nodeOf(event.target), moved: false };
+    if (event.button === 0)
+      drag = { x: event.clientX, y: event.clientY, view, node: nodeOf(event.target), moved: false };
   });
   addEventListener("pointermove", (event) => {
     if (!drag) return;
@@ -111,10 +131,14 @@ function setUpPointer() {
     drag = null;
     svg.classList.remove("dragging");
   });
-  svg.addEventListener("wheel", (event) => {
-    event.preventDefault();
-    zoom(Math.exp(-event.deltaY * (event.deltaMode ? 0.05 : 0.0016)), event.clientX, event.clientY);
-  }, { passive: false });
+  svg.addEventListener(
+    "wheel",
+    (event) => {
+      event.preventDefault();
+      zoom(Math.exp(-event.deltaY * (event.deltaMode ? 0.05 : 0.0016)), event.clientX, event.clientY);
+    },
+    { passive: false },
+  );
 }
 
 // --- keyboard ---------------------------------------------------------------------------------------------------------
@@ -128,7 +152,8 @@ function neighbourIn(node, [dx, dy]) {
   for (const [other, box] of scene.layout.boxes) {
     const ahead = (box.x - from.x) * dx + (box.y - from.y) * dy;
     const aside = Math.abs((box.x - from.x) * dy) + Math.abs((box.y - from.y) * dx);
-    if (ahead > 1 && (dx === 0 || aside < 1) && (!best || ahead + 2 * aside < best.distance)) best = { other, distance: ahead + 2 * aside };
+    if (ahead > 1 && (dx === 0 || aside < 1) && (!best || ahead + 2 * aside < best.distance))
+      best = { other, distance: ahead + 2 * aside };
   }
   return best?.other;
 }
@@ -139,7 +164,10 @@ function setUpKeyboard() {
     if (chosen.hovered) reveal(chosen.hovered);
     highlight();
   });
-  svg.addEventListener("focusout", () => { chosen.hovered = null; highlight(); });
+  svg.addEventListener("focusout", () => {
+    chosen.hovered = null;
+    highlight();
+  });
   addEventListener("keydown", (event) => {
     const typing = event.target.matches?.("input[type=text], input[type=search]");
     if (event.key === "Escape") {
@@ -150,7 +178,8 @@ function setUpKeyboard() {
     }
     if (typing || event.ctrlKey || event.metaKey || event.altKey) return;
     const node = nodeOf(event.target);
-    if (node && DIRECTIONS[event.key]) scene.elements.get(neighbourIn(node, DIRECTIONS[event.key]))?.focus({ preventScroll: true });
+    if (node && DIRECTIONS[event.key])
+      scene.elements.get(neighbourIn(node, DIRECTIONS[event.key]))?.focus({ preventScroll: true });
     else if (node && (event.key === "Enter" || event.key === " ")) pin(node === chosen.pinned ? null : node);
     else if (event.key === "/") byId("search").focus();
     else if (event.key === "+" || event.key === "=") zoom(1.25);
@@ -169,7 +198,12 @@ function save(name, text, type) {
   setTimeout(() => URL.revokeObjectURL(link.href), 1000);
 }
 
-const fileName = circuit.title.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "").slice(0, 60) || "circuit";
+const fileName =
+  circuit.title
+    .toLowerCase()
+    .replace(/[^\p{L}\p{N}]+/gu, "-")
+    .replace(/^-|-$/g, "")
+    .slice(0, 60) || "circuit";
 
 /** The current view as a file of its own: faded parts stay faded, nothing refers to the page. */
 function currentSvg() {
@@ -191,16 +225,26 @@ function currentSvg() {
 function setUpSaving() {
   byId("fit").addEventListener("click", fitView);
   byId("save-svg").addEventListener("click", () => save(`${fileName}.svg`, currentSvg(), "image/svg+xml"));
-  byId("save-labels").addEventListener("click", () => save(`${fileName}-labels.jsonl`, annotationLines(), "application/jsonl"));
+  byId("save-labels").addEventListener("click", () =>
+    save(`${fileName}-labels.jsonl`, annotationLines(), "application/jsonl"),
+  );
 }
 
 function drawLegend() {
   const swatches = theme.diverging.map((colour) => html("i", { style: `background:${colour}` }));
   byId("legend").replaceChildren(
-    html("span", {}, `lowers the metric ${number(-largestEffect)}`), html("span", { class: "scale" }, ...swatches),
-    html("span", {}, `${number(largestEffect)} raises it`), html("span", {}, html("b", { class: "triangle" }, "▲"), " SAE error"),
-    html("span", {}, html("b", { style: `color:${theme.negative}` }, "━"), html("b", { style: `color:${theme.positive}` }, "━"),
-      ` edge, widest ${plainNumber(largestWeight)}`));
+    html("span", {}, `lowers the metric ${number(-largestEffect)}`),
+    html("span", { class: "scale" }, ...swatches),
+    html("span", {}, `${number(largestEffect)} raises it`),
+    html("span", {}, html("b", { class: "triangle" }, "▲"), " SAE error"),
+    html(
+      "span",
+      {},
+      html("b", { style: `color:${theme.negative}` }, "━"),
+      html("b", { style: `color:${theme.positive}` }, "━"),
+      ` edge, widest ${plainNumber(largestWeight)}`,
+    ),
+  );
 }
 
 function start() {
@@ -212,7 +256,10 @@ function start() {
   setUpPointer();
   setUpKeyboard();
   setUpSaving();
-  darkScheme.addEventListener("change", () => { redraw({ keepView: true }); drawLegend(); });
+  darkScheme.addEventListener("change", () => {
+    redraw({ keepView: true });
+    drawLegend();
+  });
   new ResizeObserver(() => redrawSoon()).observe(byId("stage"));
   const wanted = decodeURIComponent(location.hash.slice(1));
   const node = nodes.find((candidate) => `node-${candidate.id}` === wanted);

@@ -1,4 +1,4 @@
-// The drawing: colours, nodes, edges, highlighting, zoom and pan. Values are attributes, not classes, so that a saved
+// The drawing: colours, text, nodes, edges. Values are attributes, not classes, so that a saved
 // SVG looks the same outside the page.
 
 const svg = document.getElementById("drawing");
@@ -9,34 +9,62 @@ const darkScheme = matchMedia("(prefers-color-scheme: dark)");
 
 const THEMES = {
   light: {
-    page: "#ffffff", band: "#f4f5f8", ink: "#1d2430", pale: "#697280", rule: "#dde2e9", metric: "#1d2430", onMetric: "#ffffff",
-    diverging: circuit.colours.diverging, negative: circuit.colours.negative, positive: circuit.colours.positive, accent: "#7a3cc2",
+    page: "#ffffff",
+    band: "#f4f5f8",
+    ink: "#1d2430",
+    pale: "#697280",
+    rule: "#dde2e9",
+    metric: "#1d2430",
+    onMetric: "#ffffff",
+    diverging: circuit.colours.diverging,
+    negative: circuit.colours.negative,
+    positive: circuit.colours.positive,
+    accent: "#7a3cc2",
   },
   dark: {
-    page: "#12161d", band: "#181d26", ink: "#e6eaf0", pale: "#98a3b3", rule: "#2b3340", metric: "#e6eaf0", onMetric: "#12161d",
+    page: "#12161d",
+    band: "#181d26",
+    ink: "#e6eaf0",
+    pale: "#98a3b3",
+    rule: "#2b3340",
+    metric: "#e6eaf0",
+    onMetric: "#12161d",
     diverging: ["#f2953b", "#c26a17", "#6b4524", "#2a313c", "#27476b", "#2f76bb", "#5cb0f5"],
-    negative: "#e88b34", positive: "#57a5ea", accent: "#c79bff",
+    negative: "#e88b34",
+    positive: "#57a5ea",
+    accent: "#c79bff",
   },
 };
 let theme = THEMES.light;
 let scene = null; // what is on the page: {layout, nodes, edges, elements: Map(node -> <g>)}
-let view = null; // viewBox: {x, y, width, height}
 
 // --- colours ----------------------------------------------------------------------------------------------------------
 
 const channels = (colour) => [1, 3, 5].map((i) => parseInt(colour.slice(i, i + 2), 16));
-const signedRoot = (value, largest) => (largest > 0 ? Math.sign(value) * Math.sqrt(Math.min(Math.abs(value) / largest, 1)) : 0);
+const signedRoot = (value, largest) =>
+  largest > 0 ? Math.sign(value) * Math.sqrt(Math.min(Math.abs(value) / largest, 1)) : 0;
 
 function effectColour(value) {
   const stops = theme.diverging;
   const place = ((signedRoot(value, largestEffect) + 1) / 2) * (stops.length - 1);
   const low = Math.min(Math.floor(place), stops.length - 2);
   const [a, b] = [channels(stops[low]), channels(stops[low + 1])];
-  return "#" + a.map((c, i) => Math.round(c + (b[i] - c) * (place - low)).toString(16).padStart(2, "0")).join("");
+  return (
+    "#" +
+    a
+      .map((c, i) =>
+        Math.round(c + (b[i] - c) * (place - low))
+          .toString(16)
+          .padStart(2, "0"),
+      )
+      .join("")
+  );
 }
 
 function inkOn(colour) {
-  const linear = channels(colour).map((c) => (c / 255 <= 0.03928 ? c / 255 / 12.92 : ((c / 255 + 0.055) / 1.055) ** 2.4));
+  const linear = channels(colour).map((c) =>
+    c / 255 <= 0.03928 ? c / 255 / 12.92 : ((c / 255 + 0.055) / 1.055) ** 2.4,
+  );
   return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] > 0.22 ? "#12161d" : "#ffffff";
 }
 
@@ -90,19 +118,41 @@ function element(name, attributes = {}, ...children) {
 }
 
 const textElement = (text, x, y, size, fill, extra = {}) =>
-  element("text", { x: x.toFixed(1), y: y.toFixed(1), "font-size": size, fill, "text-anchor": "middle", ...extra }, text);
+  element(
+    "text",
+    { x: x.toFixed(1), y: y.toFixed(1), "font-size": size, fill, "text-anchor": "middle", ...extra },
+    text,
+  );
+
+/** Bold text that stays readable over lines. */
+const halo = (colour, width) => ({
+  "font-weight": 600,
+  stroke: colour,
+  "stroke-width": width,
+  "paint-order": "stroke",
+  "stroke-linejoin": "round",
+});
 
 /** Draw what the filters let through. */
 function draw() {
   theme = darkScheme.matches ? THEMES.dark : THEMES.light;
   const shown = visibleGraph();
   const { clientWidth, clientHeight } = svg;
-  const layout = layoutCircuit(shown.nodes, shown.edges, clamp((clientWidth - GUTTER) / Math.max(clientHeight, 1), 0.7, 2.4));
+  const layout = layoutCircuit(
+    shown.nodes,
+    shown.edges,
+    clamp((clientWidth - GUTTER) / Math.max(clientHeight, 1), 0.7, 2.4),
+  );
   scene = { layout, ...shown, elements: new Map() };
   svg.replaceChildren(
     element("title", {}, circuit.title),
-    drawBands(layout), drawColumns(layout), drawEdges(layout, shown.edges), element("g", { id: "highlight", fill: "none" }),
-    drawNodes(layout, shown.nodes), drawGutter(layout), drawHeader(layout),
+    drawBands(layout),
+    drawColumns(layout),
+    drawEdges(layout, shown.edges),
+    element("g", { id: "highlight", fill: "none" }),
+    drawNodes(layout, shown.nodes),
+    drawGutter(layout),
+    drawHeader(layout),
   );
   svg.setAttribute("font-family", FONT);
   return scene;
@@ -115,49 +165,78 @@ const bounds = ({ width, top, columns }) => {
 
 function drawBands({ bands, width }) {
   const left = -GUTTER - 2000;
-  return element("g", { class: "bands" }, ...bands.map((band) =>
-    element("rect", { x: left, y: band.top, width: width + 4000 - left, height: band.bottom - band.top, fill: theme.band })));
+  return element(
+    "g",
+    { class: "bands" },
+    ...bands.map((band) =>
+      element("rect", {
+        x: left,
+        y: band.top,
+        width: width + 4000 - left,
+        height: band.bottom - band.top,
+        fill: theme.band,
+      }),
+    ),
+  );
 }
 
 function drawColumns({ columns, bands }) {
   const group = element("g", { class: "columns" });
   if (!bands.length) return group;
   for (const { left } of columns.slice(1)) {
-    group.append(element("line", { x1: left, x2: left, y1: bands[0].bottom, y2: bands.at(-1).top, stroke: theme.rule }));
+    group.append(
+      element("line", { x1: left, x2: left, y1: bands[0].bottom, y2: bands.at(-1).top, stroke: theme.rule }),
+    );
   }
   return group;
 }
 
 /** Site names; they stay at the left of the window. */
 function drawGutter({ bands }) {
-  return element("g", { id: "gutter" }, ...bands.map((band) => {
-    const y = (band.top + band.bottom) / 2;
-    return textElement(band.site, -GUTTER / 2 - 6, y + 3.5, 10.5, theme.pale, {
-      "font-weight": 600, stroke: theme.band, "stroke-width": 4, "paint-order": "stroke", "stroke-linejoin": "round",
-    });
-  }));
+  return element(
+    "g",
+    { id: "gutter" },
+    ...bands.map((band) => {
+      const y = (band.top + band.bottom) / 2;
+      return textElement(band.site, -GUTTER / 2 - 6, y + 3.5, 10.5, theme.pale, {
+        ...halo(theme.band, 4),
+      });
+    }),
+  );
 }
 
 /** Tokens over their columns; they follow when the drawing is moved up and down. */
 function drawHeader({ columns, top }) {
-  return element("g", { id: "header" }, ...columns.map((column) => {
-    const name = column.position === null ? "all positions" : positionNames.get(column.position);
-    const fitted = fitText(name, 13, column.right - column.left - 6, true);
-    return textElement(fitted, (column.left + column.right) / 2, top - 24, 13, theme.ink, {
-      "font-weight": 600, stroke: theme.page, "stroke-width": 6, "paint-order": "stroke", "stroke-linejoin": "round",
-    });
-  }));
+  return element(
+    "g",
+    { id: "header" },
+    ...columns.map((column) => {
+      const name = column.position === null ? "all positions" : positionNames.get(column.position);
+      const fitted = fitText(name, 13, column.right - column.left - 6, true);
+      return textElement(fitted, (column.left + column.right) / 2, top - 24, 13, theme.ink, {
+        ...halo(theme.page, 6),
+      });
+    }),
+  );
 }
 
 function drawEdges({ routes }, shownEdges) {
   const group = element("g", { id: "edges", fill: "none" });
   [...shownEdges].reverse().forEach((edge, place) => {
-    const path = element("path", {
-      d: routes.get(edge).path, stroke: edgeColour(edge), "stroke-width": edgeWidth(edge).toFixed(2),
-      "stroke-opacity": edgeOpacity(edge, shownEdges.length).toFixed(3), class: "edge",
-    }, element("title", {}, `${edge.source.id} → ${edge.target.id}\nweight ${number(edge.weight)}`));
+    const path = element(
+      "path",
+      {
+        d: routes.get(edge).path,
+        stroke: edgeColour(edge),
+        "stroke-width": edgeWidth(edge).toFixed(2),
+        "stroke-opacity": edgeOpacity(edge, shownEdges.length).toFixed(3),
+        class: "edge",
+      },
+      element("title", {}, `${edge.source.id} → ${edge.target.id}\nweight ${number(edge.weight)}`),
+    );
     group.append(path);
-    if (shownEdges.length - place <= 300) group.append(arrowHead(edge, routes.get(edge).end, edgeOpacity(edge, shownEdges.length)));
+    if (shownEdges.length - place <= 300)
+      group.append(arrowHead(edge, routes.get(edge).end, edgeOpacity(edge, shownEdges.length)));
   });
   return group;
 }
@@ -165,7 +244,9 @@ function drawEdges({ routes }, shownEdges) {
 function arrowHead(edge, [x, y], opacity) {
   const size = 2.2 + edgeWidth(edge) * 1.1;
   return element("path", {
-    d: `M${x.toFixed(1)},${y.toFixed(1)}l${-size * 0.55},${size * 1.5}h${size * 1.1}z`, fill: edgeColour(edge), "fill-opacity": opacity.toFixed(3),
+    d: `M${x.toFixed(1)},${y.toFixed(1)}l${-size * 0.55},${size * 1.5}h${size * 1.1}z`,
+    fill: edgeColour(edge),
+    "fill-opacity": opacity.toFixed(3),
   });
 }
 
@@ -185,28 +266,47 @@ function drawNode(node, box, density, labelled) {
   const { x, y, width, height } = box;
   const metric = node.kind === "metric";
   const fill = metric ? theme.metric : effectColour(node.effect);
-  const border = metric ? theme.metric : effectColour(Math.sign(node.effect) * Math.max(4 * Math.abs(node.effect), 0.1 * largestEffect));
+  const border = metric
+    ? theme.metric
+    : effectColour(Math.sign(node.effect) * Math.max(4 * Math.abs(node.effect), 0.1 * largestEffect));
   const ink = metric ? theme.onMetric : inkOn(fill);
-  const shape = node.kind === "error"
-    ? element("polygon", { points: `${x},${y - height / 2} ${x - height * 0.9},${y + height / 2} ${x + height * 0.9},${y + height / 2}` })
-    : element("rect", { x: x - width / 2, y: y - height / 2, width, height, rx: Math.min(9, height / 3) });
+  const shape =
+    node.kind === "error"
+      ? element("polygon", {
+          points: `${x},${y - height / 2} ${x - height * 0.9},${y + height / 2} ${x + height * 0.9},${y + height / 2}`,
+        })
+      : element("rect", { x: x - width / 2, y: y - height / 2, width, height, rx: Math.min(9, height / 3) });
   for (const [key, value] of Object.entries({ fill, stroke: border, class: "shape" })) shape.setAttribute(key, value);
   const name = `${describe(node)}, ${nodeTitle(node)}, ${metric ? "total effect" : "effect"} ${number(node.effect)}`;
-  return element("g", {
-    class: "node", id: `node-${node.id}`, tabindex: 0, role: "button", "aria-label": name, "data-index": node.index,
-  }, element("title", {}, `${nodeTitle(node)}\n${describe(node)}\neffect ${number(node.effect)}`), shape, ...nodeText(node, box, density, labelled, ink));
+  return element(
+    "g",
+    {
+      class: "node",
+      id: `node-${node.id}`,
+      tabindex: 0,
+      role: "button",
+      "aria-label": name,
+      "data-index": node.index,
+    },
+    element("title", {}, `${nodeTitle(node)}\n${describe(node)}\neffect ${number(node.effect)}`),
+    shape,
+    ...nodeText(node, box, density, labelled, ink),
+  );
 }
 
 function nodeText(node, box, density, labelled, ink) {
   const room = box.width - 10;
   const effect = number(node.effect);
   if (node.kind === "error") {
-    return [textElement("error", box.x, box.y + box.height * 0.2, density.small - 1, ink),
-      textElement(effect, box.x, box.y + box.height * 0.2 + density.small - 0.5, density.small - 1, ink)];
+    return [
+      textElement("error", box.x, box.y + box.height * 0.2, density.small - 1, ink),
+      textElement(effect, box.x, box.y + box.height * 0.2 + density.small - 0.5, density.small - 1, ink),
+    ];
   }
   const metric = node.kind === "metric";
   const bold = metric || Boolean(labelOf(node));
-  const lines = metric || labelled ? wrapText(describe(node), density.label, room, metric ? 2 : density.lines, bold) : [];
+  const lines =
+    metric || labelled ? wrapText(describe(node), density.label, room, metric ? 2 : density.lines, bold) : [];
   const joined = metric ? `total effect ${effect}` : `${node.name}  ${effect}`;
   const fits = textWidth(joined, density.small, false) <= room;
   const small = fits ? [joined] : [fitText(node.name, density.small, room, false), ...(lines.length ? [] : [effect])];
@@ -216,83 +316,11 @@ function nodeText(node, box, density, labelled, ink) {
     y += density.label * 1.18;
     return textElement(line, box.x, y - density.label * 0.27, density.label, ink, bold ? { "font-weight": 600 } : {});
   });
-  return [...texts, ...small.map((line) => {
-    y += density.small * 1.25;
-    return textElement(line, box.x, y - density.small * 0.3, density.small, ink, { "fill-opacity": 0.85 });
-  })];
-}
-
-// --- highlighting -----------------------------------------------------------------------------------------------------
-
-/** Bring out the hovered or pinned node with its edges, the searched nodes, or a single edge of the panel. */
-function highlight() {
-  const focus = chosen.hovered ?? chosen.pinned;
-  const lit = new Set();
-  const layer = document.getElementById("highlight");
-  layer.replaceChildren();
-  const around = chosen.hoveredEdge ? scene.edges.filter((edge) => edge === chosen.hoveredEdge)
-    : focus && scene.elements.has(focus) ? edgesAround(focus, scene.edges, chosen.wholePaths) : [];
-  for (const edge of [...around].sort(bySize).reverse()) {
-    const strength = Math.abs(signedRoot(edge.weight, largestWeight));
-    const route = scene.layout.routes.get(edge);
-    const width = Math.max(1.1, edgeWidth(edge) * 1.25).toFixed(2);
-    layer.append(element("path", { d: route.path, stroke: edgeColour(edge), "stroke-width": width, "stroke-opacity": (0.45 + 0.5 * strength).toFixed(2) }));
-    layer.append(arrowHead(edge, route.end, 0.45 + 0.5 * strength));
-    lit.add(edge.source).add(edge.target);
-  }
-  if (focus) lit.add(focus);
-  const searching = chosen.query !== "";
-  svg.classList.toggle("focused", Boolean(focus) || Boolean(chosen.hoveredEdge));
-  svg.classList.toggle("searching", searching && !focus);
-  for (const [node, drawn] of scene.elements) {
-    const found = searching && matches(node, chosen.query);
-    drawn.classList.toggle("faded", focus || chosen.hoveredEdge ? !lit.has(node) : searching && !found);
-    drawn.classList.toggle("found", found);
-    drawn.classList.toggle("pinned", node === chosen.pinned);
-    drawn.setAttribute("aria-pressed", node === chosen.pinned);
-  }
-  svg.style.setProperty("--accent", theme.accent);
-}
-
-// --- zoom and pan -----------------------------------------------------------------------------------------------------
-
-function fitView() {
-  const all = bounds(scene.layout);
-  const scale = Math.max(all.width / svg.clientWidth, all.height / svg.clientHeight, 0.55);
-  const width = svg.clientWidth * scale;
-  const height = svg.clientHeight * scale;
-  setView({ x: all.x - (width - all.width) / 2, y: all.y - (height - all.height) / 2, width, height });
-}
-
-function setView(next) {
-  view = next;
-  svg.setAttribute("viewBox", `${view.x} ${view.y} ${view.width} ${view.height}`);
-  const all = bounds(scene.layout);
-  const down = Math.max(0, view.y - all.y);
-  document.getElementById("gutter").setAttribute("transform", `translate(${(view.x + GUTTER).toFixed(1)} 0)`);
-  document.getElementById("header").setAttribute("transform", `translate(0 ${Math.min(down, all.height - 40)})`);
-}
-
-/** Zoom by a factor around a point of the window, if none is given around the pinned node or the middle. */
-function zoom(factor, clientX, clientY) {
-  const frame = svg.getBoundingClientRect();
-  const box = scene.layout.boxes.get(chosen.hovered ?? chosen.pinned);
-  const middle = box ? [(box.x - view.x) / view.width, (box.y - view.y) / view.height] : [0.5, 0.5];
-  const [px, py] = clientX === undefined ? middle : [(clientX - frame.left) / frame.width, (clientY - frame.top) / frame.height];
-  const width = clamp(view.width / factor, 120, 40000);
-  const height = (view.height * width) / view.width;
-  setView({ x: view.x + (view.width - width) * px, y: view.y + (view.height - height) * py, width, height });
-}
-
-/** Move the view just enough to show the node. */
-function reveal(node) {
-  const box = scene.layout.boxes.get(node);
-  if (!box) return;
-  const margin = 20;
-  let { x, y } = view;
-  x = Math.min(x, box.x - box.width / 2 - margin - GUTTER);
-  x = Math.max(x, box.x + box.width / 2 + margin - view.width);
-  y = Math.min(y, box.y - box.height / 2 - margin - 30);
-  y = Math.max(y, box.y + box.height / 2 + margin - view.height);
-  if (x !== view.x || y !== view.y) setView({ ...view, x, y });
+  return [
+    ...texts,
+    ...small.map((line) => {
+      y += density.small * 1.25;
+      return textElement(line, box.x, y - density.small * 0.3, density.small, ink, { "fill-opacity": 0.85 });
+    }),
+  ];
 }

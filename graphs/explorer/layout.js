@@ -2,9 +2,31 @@
 
 /** Sizes for a number of nodes: room for a node, box, lines of label, fonts. */
 const DENSITIES = [
-  { upTo: 14, cell: 172, box: 154, height: 52, gap: 26, lines: 2, label: 12.5, small: 10, space: 36, labelled: Infinity },
+  {
+    upTo: 14,
+    cell: 172,
+    box: 154,
+    height: 52,
+    gap: 26,
+    lines: 2,
+    label: 12.5,
+    small: 10,
+    space: 36,
+    labelled: Infinity,
+  },
   { upTo: 48, cell: 144, box: 128, height: 48, gap: 24, lines: 2, label: 11, small: 9, space: 30, labelled: Infinity },
-  { upTo: 130, cell: 116, box: 102, height: 33, gap: 20, lines: 1, label: 9.5, small: 8, space: 26, labelled: Infinity },
+  {
+    upTo: 130,
+    cell: 116,
+    box: 102,
+    height: 33,
+    gap: 20,
+    lines: 1,
+    label: 9.5,
+    small: 8,
+    space: 26,
+    labelled: Infinity,
+  },
   { upTo: Infinity, cell: 98, box: 86, height: 27, gap: 16, lines: 1, label: 8.5, small: 7, space: 22, labelled: 150 },
 ];
 const PADDING = 8;
@@ -17,7 +39,12 @@ function layoutCircuit(shownNodes, shownEdges, aspect) {
   const spare = (aspect * -first.top) / first.width;
   if (spare < 1.08) return first;
   const cell = density.cell * Math.min(spare, 1.75);
-  return layoutAt(shownNodes, shownEdges, { ...density, cell, box: Math.min(cell - density.cell + density.box, density.box * 1.4) }, aspect);
+  return layoutAt(
+    shownNodes,
+    shownEdges,
+    { ...density, cell, box: Math.min(cell - density.cell + density.box, density.box * 1.4) },
+    aspect,
+  );
 }
 
 function layoutAt(shownNodes, shownEdges, density, aspect) {
@@ -30,7 +57,8 @@ function layoutAt(shownNodes, shownEdges, density, aspect) {
     const bottom = y;
     y -= PADDING;
     for (const line of lines) {
-      for (const [node, x] of line) boxes.set(node, { x, y: y - density.height / 2, width: density.box, height: density.height });
+      for (const [node, x] of line)
+        boxes.set(node, { x, y: y - density.height / 2, width: density.box, height: density.height });
       y -= density.height + density.gap;
     }
     y += density.gap - PADDING;
@@ -42,12 +70,22 @@ function layoutAt(shownNodes, shownEdges, density, aspect) {
   const metric = shownNodes.find((node) => node.kind === "metric");
   const size = { width: density.box * 1.7, height: 2.6 * density.label + 1.4 * density.small + 12 };
   if (metric) {
-    const into = shownEdges.filter((edge) => edge.target === metric).map((edge) => [edge.source, Math.abs(edge.weight)]);
+    const into = shownEdges
+      .filter((edge) => edge.target === metric)
+      .map((edge) => [edge.source, Math.abs(edge.weight)]);
     const x = clamp(meanX(into, boxes, width / 2), size.width / 2, Math.max(width - size.width / 2, size.width / 2));
     boxes.set(metric, { x, y: top - density.space * 1.3 - size.height / 2, ...size });
     top = boxes.get(metric).y - size.height / 2;
   }
-  return { density, boxes, bands, columns, routes: routeEdges(shownEdges, boxes), width: Math.max(width, size.width), top };
+  return {
+    density,
+    boxes,
+    bands,
+    columns,
+    routes: routeEdges(shownEdges, boxes),
+    width: Math.max(width, size.width),
+    top,
+  };
 }
 
 const clamp = (x, low, high) => Math.min(Math.max(x, low), high);
@@ -63,12 +101,16 @@ function wrapRows(others, density, aspect) {
   }
   const occupied = [...bySite].filter(([, cells]) => cells.size);
   const present = new Set(others.map((node) => node.position));
-  const positions = [...(present.has(null) ? [null] : []), ...circuit.positions.map(([p]) => p).filter((p) => present.has(p))];
+  const positions = [
+    ...(present.has(null) ? [null] : []),
+    ...circuit.positions.map(([p]) => p).filter((p) => present.has(p)),
+  ];
   let best = null;
   for (let limit = 1; limit <= 40; limit++) {
     const candidate = wrapAt(occupied, positions, density, limit);
     const lines = candidate.rows.reduce((sum, row) => sum + row.lines.length, 0);
-    const height = candidate.rows.length * (density.space + 2 * PADDING - density.gap) + lines * (density.height + density.gap);
+    const height =
+      candidate.rows.length * (density.space + 2 * PADDING - density.gap) + lines * (density.height + density.gap);
     candidate.distance = Math.abs(Math.log(Math.max(candidate.width, 1) / Math.max(height, 1) / aspect));
     if (!best || candidate.distance < best.distance) best = candidate;
   }
@@ -79,7 +121,9 @@ function wrapRows(others, density, aspect) {
 function wrapAt(occupied, positions, density, limit) {
   const fullest = positions.map((p) => Math.max(...occupied.map(([, cells]) => cells.get(p)?.length ?? 0)));
   const total = fullest.reduce((a, b) => a + b, 0);
-  const share = new Map(positions.map((p, i) => [p, Math.max(1, Math.min(fullest[i], Math.round((limit * fullest[i]) / total)))]));
+  const share = new Map(
+    positions.map((p, i) => [p, Math.max(1, Math.min(fullest[i], Math.round((limit * fullest[i]) / total)))]),
+  );
   const margin = positions.length > 1 ? density.cell * 0.12 : 0;
   const columns = [];
   let left = 0;
@@ -172,7 +216,9 @@ function keepApart(wanted, step, low, high) {
     pools.push(pool);
   });
   const room = Math.max(high - (wanted.length - 1) * step, low);
-  return pools.flatMap(({ mean, size }) => Array(size).fill(mean)).map((x, place) => clamp(x, low, room) + place * step);
+  return pools
+    .flatMap(({ mean, size }) => Array(size).fill(mean))
+    .map((x, place) => clamp(x, low, room) + place * step);
 }
 
 // --- edges ------------------------------------------------------------------------------------------------------------

@@ -121,7 +121,10 @@ function describe(node) {
   if (labelOf(node)) return visibleText(labelOf(node));
   if (node.kind === "error") return "SAE error";
   if (node.kind === "metric") return visibleText(circuit.metadata.metric ?? "metric");
-  return (node.attributes.top_tokens ?? []).slice(0, 4).map((t) => visibleText(t).trim()).join(" · ");
+  return (node.attributes.top_tokens ?? [])
+    .slice(0, 4)
+    .map((t) => visibleText(t).trim())
+    .join(" · ");
 }
 
 /** A signed number to two or three figures. */
@@ -139,7 +142,11 @@ function number(value) {
 const plainNumber = (value) => (Number.isInteger(value) ? String(value) : number(value).replace("+", ""));
 
 const nodeTitle = (node) =>
-  node.kind === "metric" ? METRIC : node.name + (node.position === null ? "" : ` at “${positionNames.get(node.position)}”`);
+  node.kind === "metric"
+    ? METRIC
+    : node.name + (node.position === null ? "" : ` at “${positionNames.get(node.position)}”`);
 
 const matches = (node, query) =>
-  [node.id, describe(node), ...(node.attributes.top_tokens ?? [])].some((text) => String(text).toLowerCase().includes(query));
+  [node.id, describe(node), ...(node.attributes.top_tokens ?? [])].some((text) =>
+    String(text).toLowerCase().includes(query),
+  );

@@ -93,7 +93,7 @@ class BatchSelector:
         return above(z, self.bound, maxima)
 
     def enough(self, candidates: Entries) -> bool:
-        """Whether the candidates of the whole batch hold its largest; if not, the bound falls to 0 for a second pass."""
+        """Whether the candidates of the whole batch hold its largest; if not, the bound becomes 0 for another pass."""
         enough = self.bound == 0.0 or len(candidates.z) >= self.k * self.n_tokens
         self.bound = self.bound if enough else 0.0
         return enough

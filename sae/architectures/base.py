@@ -125,7 +125,7 @@ class Architecture(ABC):
     decoder_norm: ClassVar[float] = 1.0
     """Norm of decoder and encoder rows at the start."""
     revival: ClassVar[str] = "auxk"
-    """What brings dead features back by default: auxk, resample or none."""
+    """What brings dead features back by default: auxk or none."""
 
     def own_weights(self, n_features: int) -> dict[str, Tensor]:
         """Initial values of trained per-feature tensors beside the core ones."""

@@ -1,4 +1,4 @@
-"""BatchTopK: the k·N largest positive pre-activations of a batch of N tokens are kept, so a token may use more or fewer.
+"""BatchTopK: the k·N largest positive pre-activations of a batch of N tokens are kept; a token may use more or fewer.
 
 Bussmann et al. 2024, "BatchTopK sparse autoencoders" (arXiv 2412.06410), section 3; the loss is TopK's. At inference
 the batch is replaced by a threshold: the mean, here a running one, of the smallest activation kept in a batch.

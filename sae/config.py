@@ -1,0 +1,127 @@
+"""The options of training, with the defaults and how they were chosen.
+
+Defaults were chosen on the 16 sites of a small trained model (width 64, F = 512 and 1024, k = 16, 400k tokens of
+stories) and on synthetic data with known directions at widths 128 and 512, so that none needs tuning at another size:
+
+- `learning_rate`: 0.064 / √width, which is the same change relative to the size of a weight (rows have unit norm)
+  at any width. Half of it loses .01 of explained variance, twice as much leaves a tenth of the features
+  of the flattest sites dead.
+- `batch_size`: at least two thousand steps, between 512 and 4096 tokens. Small batches reach the same explained
+  variance with fewer tokens; large ones use the machine better once tokens are plenty.
+- Adam's second moment decays with .99: .999 remembers the large gradients of the start too long.
+- Sparsity penalties have no weight to tune: it follows L0, which is brought to k.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from sae.architectures import architecture
+from sae.errors import UserError
+
+CENTRES = ("mean", "geometric_median", "zero")
+REVIVALS = ("auto", "auxk", "none")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train the autoencoders of a run; the same for all of its sites."""
+
+    architecture: str = "topk"
+    """Architecture: topk, relu, batchtopk, jumprelu, gated, multi_topk, matryoshka, relu_unit, p_anneal or identity."""
+    features: int = 1024
+    """Number of features of each dictionary."""
+    k: int = 32
+    """Active features a token: exact for the TopK family, the mean that a sparsity penalty is steered to for others."""
+    tokens: int = 2_000_000
+    """Tokens to train on, special ones not counted; text shorter than that is read several times."""
+    seed: int = 0
+    """Seed of initial weights and of the order of activations."""
+    batch_size: int | None = None
+    """Tokens a step; by default as many as leave two thousand steps, between 512 and 4096."""
+    learning_rate: float | None = None
+    """Peak learning rate of Adam; 0.064 / sqrt(width) by default."""
+    warmup: float = 0.05
+    """Share of the steps over which learning rate and sparsity penalty rise linearly."""
+    decay: float = 0.3
+    """Share of the steps, at the end, over which the learning rate falls linearly to zero."""
+    context_length: int = 128
+    """Longest context, in tokens, that the model reads text in."""
+    packed: bool = False
+    """Whether documents are packed end to end into full contexts instead of one context a document."""
+    exclude_special: bool = True
+    """Whether activations at special tokens, such as BOS, are left out."""
+    buffer_tokens: int = 2**16
+    """Activations shuffled together; fewer where all sites would need more than 2 GB."""
+    centre: str = "mean"
+    """Start of the decoder bias: mean or geometric_median of activations, or zero."""
+    sparsity: float | None = None
+    """Fixed weight of the sparsity penalty; by default it is steered so that k features are active."""
+    bandwidth: float = 0.01
+    """Width of JumpReLU's straight-through kernel, for inputs of unit mean squared norm."""
+    p_end: float = 0.2
+    """Exponent at which p-annealing ends."""
+    k_start: int | None = None
+    """Active features a token at the first step, falling linearly to k over the warm-up; k throughout by default."""
+    revival: str = "auto"
+    """What brings dead features back: auxk, none, or auto, the architecture's own choice."""
+    aux_alpha: float = 1 / 32
+    """Weight of the AuxK loss."""
+    aux_k: int | None = None
+    """Dead features a token in the AuxK loss; half the width by default."""
+    dead_tokens: int | None = None
+    """Silent tokens after which a feature counts as dead; a hundredth of `tokens`, at most ten million, by default."""
+    autocast: bool = True
+    """Whether matrix products on CUDA run in bfloat16."""
+    log_steps: int = 100
+    """Steps between lines of the training log."""
+    checkpoints: int = 10
+    """Checkpoints over the run; the last two are kept until it ends. 0 for none."""
+
+    def __post_init__(self) -> None:
+        recipe = architecture(self.architecture)
+        for name, low, high in (
+            ("features", 1, math.inf), ("k", 1, math.inf), ("tokens", 1, math.inf), ("warmup", 0, 1), ("decay", 0, 1),
+            ("batch_size", 1, math.inf), ("log_steps", 1, math.inf), ("checkpoints", 0, math.inf), ("p_end", 0, 1),
+            ("aux_k", 1, math.inf), ("buffer_tokens", 1, math.inf), ("dead_tokens", 1, math.inf),
+            ("k_start", self.k, math.inf),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                allowed = f"at least {low}" if high == math.inf else f"{low} to {high}"
+                raise UserError(f"{name} is {value}, allowed is {allowed}")
+        for name in ("learning_rate", "bandwidth"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"{name} is {value}, allowed is any positive number")
+        if recipe.trained and self.features < self.k:
+            raise UserError(f"features is {self.features} and k is {self.k}: k is at most the number of features")
+        for name, options in (("centre", CENTRES), ("revival", REVIVALS)):
+            if getattr(self, name) not in options:
+                raise UserError(f"{name} is {getattr(self, name)!r}, allowed are {', '.join(options)}")
+
+    @property
+    def batch(self) -> int:
+        """Tokens a step."""
+        if self.batch_size is not None:
+            return self.batch_size
+        wanted = 2 ** int(math.log2(max(1, self.tokens / 2000)))
+        return min(4096, max(512, wanted))
+
+    @property
+    def steps(self) -> int:
+        """Steps of the run."""
+        return max(1, self.tokens // self.batch)
+
+    @property
+    def dead_after(self) -> int:
+        """Tokens without activity after which a feature counts as dead."""
+        return self.dead_tokens or min(10_000_000, max(4096, self.tokens // 100))
+
+    def learning_rate_at(self, step: int, width: int) -> float:
+        """The learning rate of step 0, 1, ..., for a site of the given width."""
+        peak = self.learning_rate or 0.064 / math.sqrt(width)
+        rise = min(1.0, (step + 1) / max(1.0, self.warmup * self.steps))
+        fall = min(1.0, (self.steps - step) / max(1.0, self.decay * self.steps))
+        return peak * rise * fall

@@ -1,0 +1,192 @@
+"""One autoencoder while it is trained: weights, counters, schedules. What all architectures share exists here once.
+
+1. Decoder rows start random with unit norm, the encoder as their transpose, biases at zero. `prepare` measures a centre
+   c (mean or geometric median) and a scale s = √(mean ‖x − c‖²); from then on inputs are (x − c) / s.
+2. `step` makes gradients of one batch and updates counters: tokens since each feature was active, sums for the log, and
+   the weight of the sparsity penalty, which rises while more than k features are active and falls while fewer are.
+3. `constrain`, after the optimizer, holds decoder rows at unit norm where the architecture wants that.
+4. `export` folds c, s and decoder norms into a `SparseAutoencoder` that works on raw activations.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import asdict
+
+import torch
+from torch import Tensor
+
+from sae.architectures import architecture
+from sae.architectures.base import Hyper
+from sae.autoencoder import SAEConfig, SparseAutoencoder
+from sae.config import TrainConfig
+from sae.nonlinearities import TOPK, fold_norms, fold_scale
+from sae.sites import Site
+
+DENSE_ABOVE = 0.1
+"""Share of active features above which the dense step is faster."""
+FIRST_SPARSITY = 0.01
+"""Weight of a steered sparsity penalty at the start."""
+STEERING = 0.02
+"""Largest relative change of that weight a step."""
+DEAD_LOOKS = 16
+"""Steps between two looks at which features are dead."""
+MEDIAN_STEPS = 30
+"""Weiszfeld iterations of the geometric median."""
+
+
+class Learner:
+    """The training state of one autoencoder at one site."""
+
+    def __init__(self, name: str, site: Site, width: int, config: TrainConfig, device: torch.device):
+        self.name, self.site, self.width, self.config, self.device = name, site, width, config, device
+        self.recipe = architecture(config.architecture)
+        self.n_features = config.features if self.recipe.trained else width
+        revival = self.recipe.revival if config.revival == "auto" else config.revival
+        self.k_aux = (config.aux_k or max(1, width // 2)) if revival == "auxk" else 0
+        self.weights = {key: tensor.requires_grad_() for key, tensor in self._initial().items()}
+        self.state: dict[str, Tensor] = {
+            "centre": torch.zeros(width),
+            "scale": torch.ones(()),
+            "silent": torch.zeros(self.n_features),  # tokens since each feature was active
+            "sparsity": torch.tensor(FIRST_SPARSITY if config.sparsity is None else config.sparsity),
+            "l0": torch.tensor(float(self.n_features)),  # of the last batch
+            "loss": torch.zeros(()),
+            "squared_error": torch.zeros(()),
+            "active": torch.zeros(()),
+            "sum_x": torch.zeros(width),
+            "sum_x2": torch.zeros(()),
+            "n_tokens": torch.zeros(()),
+        }
+        self.state |= {f"own.{key}": tensor for key, tensor in self.recipe.own_state().items()}
+        self.state = {key: tensor.to(device) for key, tensor in self.state.items()}
+        self.dead: Tensor | None = None
+
+    def _initial(self) -> dict[str, Tensor]:
+        seed = zlib.crc32(f"{self.config.seed} {self.site}".encode())
+        generator = torch.Generator().manual_seed(seed)
+        if self.recipe.trained:
+            rows = torch.randn(self.n_features, self.width, generator=generator)
+            rows *= self.recipe.decoder_norm / rows.norm(dim=1, keepdim=True)
+        else:
+            rows = torch.eye(self.width)
+        tensors = {"W_enc": rows.clone(), "b_enc": torch.zeros(self.n_features)}
+        tensors |= {"W_dec": rows.clone(), "b_dec": torch.zeros(self.width)} | self.recipe.own_weights(self.n_features)
+        return {key: tensor.to(self.device) for key, tensor in tensors.items()}
+
+    def prepare(self, x: Tensor) -> None:
+        """Centre and scale from activations x [n, d]."""
+        x = x.float()
+        if self.config.centre == "zero" or not self.recipe.trained:
+            centre = torch.zeros_like(x[0])
+        else:
+            centre = x.mean(0) if self.config.centre == "mean" else geometric_median(x)
+        self.state["centre"].copy_(centre)
+        if self.recipe.trained:
+            self.state["scale"].copy_((x - centre).square().sum(1).mean().sqrt().clamp(min=1e-6))
+
+    def hyper(self, step: int) -> Hyper:
+        """The hyperparameters of step 0, 1, ..."""
+        config = self.config
+        progress = step / config.steps
+        rise = min(1.0, progress / config.warmup) if config.warmup else 1.0
+        k = config.k if config.k_start is None else round(config.k_start + rise * (config.k - config.k_start))
+        return Hyper(
+            k=min(k, self.n_features),
+            sparsity=self.state["sparsity"] * rise,
+            p=1 + (config.p_end - 1) * progress,
+            bandwidth=config.bandwidth,
+            k_aux=self.k_aux,
+            aux_alpha=config.aux_alpha,
+        )
+
+    def step(self, x: Tensor, step: int) -> None:
+        """Gradients of a batch x [n, d] of raw activations, and everything that is counted."""
+        state = self.state
+        x = (x - state["centre"]) / state["scale"]
+        own = {key.removeprefix("own."): tensor for key, tensor in state.items() if key.startswith("own.")}
+        dense = self.recipe.may_be_dense and state["l0"].item() > DENSE_ABOVE * self.n_features
+        if self.k_aux and (step % DEAD_LOOKS == 0 or x.device.type == "cpu"):
+            self._find_dead()
+        stats = self.recipe.step(x, self.weights, self.hyper(step), own, dead=self.dead, dense=dense)
+        state["silent"].add_(len(x)).mul_(stats.fired == 0)
+        state["l0"].copy_(stats.fired.sum() / len(x))
+        if not self.recipe.fixed_k and self.config.sparsity is None:
+            state["sparsity"].mul_(((state["l0"] / self.config.k).log().clamp(-1, 1) * STEERING).exp())
+        for key, value in (
+            ("loss", stats.loss), ("squared_error", stats.squared_error), ("active", stats.fired.sum()),
+            ("sum_x", x.sum(0)), ("sum_x2", x.square().sum()), ("n_tokens", len(x)),
+        ):  # fmt: skip
+            state[key].add_(value)
+        self._project()
+
+    def _find_dead(self) -> None:
+        dead = (self.state["silent"] > self.config.dead_after).nonzero().squeeze(1)
+        self.dead = dead if len(dead) else None
+
+    @torch.no_grad()
+    def _project(self) -> None:
+        """Takes the part of the decoder's gradient along its rows away: it would only change their norm."""
+        rows = self.weights["W_dec"]
+        if self.recipe.unit_decoder and rows.grad is not None:
+            rows.grad.addcmul_(rows, -torch.linalg.vecdot(rows.grad, rows)[:, None])
+
+    @torch.no_grad()
+    def constrain(self) -> None:
+        """What must hold after each optimizer step."""
+        rows = self.weights["W_dec"]
+        if self.recipe.unit_decoder:
+            rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp(min=1e-12))
+        self.recipe.constrain(self.weights)
+
+    def report(self) -> dict[str, float]:
+        """Means since the last report: loss, L0, explained variance, dead fraction; the sums start over."""
+        state = self.state
+        n = state["n_tokens"].clamp(min=1)
+        variance = state["sum_x2"] - state["sum_x"].square().sum() / n
+        values = torch.stack([
+            state["loss"] / n,
+            state["active"] / n,
+            1 - state["squared_error"] / variance.clamp(min=1e-12),
+            (state["silent"] > self.config.dead_after).float().mean(),
+            state["sparsity"],
+        ]).tolist()  # fmt: skip
+        for key in ("loss", "squared_error", "active", "sum_x", "sum_x2", "n_tokens"):
+            state[key].zero_()
+        report = dict(zip(("loss", "l0", "explained_variance", "dead", "sparsity"), values, strict=True))
+        if self.recipe.fixed_k:
+            del report["sparsity"]
+        return report
+
+    def export(self, *, model: str, fingerprint: str) -> SparseAutoencoder:
+        """The autoencoder on raw activations: scale, centre and decoder norms folded in."""
+        recipe, scale = self.recipe, self.state["scale"].item()
+        own = {key.removeprefix("own."): tensor for key, tensor in self.state.items() if key.startswith("own.")}
+        tensors = {key: tensor.clone() for key, tensor in recipe.export(self.weights, own).items()}
+        tensors = fold_scale(tensors, scale)
+        if not recipe.unit_decoder:
+            tensors = fold_norms(tensors, ranked=recipe.nonlinearity is TOPK)
+        if not recipe.subtract_b_dec:
+            tensors["b_enc"] = tensors["b_enc"] - tensors["W_enc"] @ self.state["centre"]
+        tensors["b_dec"] = tensors["b_dec"] + self.state["centre"]
+        config = SAEConfig(
+            architecture=recipe.name,
+            d_model=self.width,
+            n_features=self.n_features,
+            site=self.site.name,
+            model=model,
+            model_fingerprint=fingerprint,
+            subtract_b_dec=recipe.subtract_b_dec,
+            k=self.config.k if recipe.fixed_k and recipe.trained else None,
+            extra={"training": asdict(self.config)},
+        )
+        return SparseAutoencoder(config, tensors)
+
+
+def geometric_median(x: Tensor, *, steps: int = MEDIAN_STEPS) -> Tensor:
+    """argmin_c Σ ‖x_t − c‖ [d] of x [n, d], by Weiszfeld's iteration from the mean."""
+    centre = x.mean(0)
+    for _ in range(steps):
+        weight = 1 / (x - centre).norm(dim=1).clamp(min=1e-6)  # [n]
+        centre = weight @ x / weight.sum()
+    return centre

@@ -406,3 +406,20 @@ def test_formats_without_a_class_for_it_refuse_to_write(tmp_path):
             save_sae(sae, tmp_path / "sae", file_format=file_format)
     with pytest.raises(UserError, match=r"unknown format to write 'sealens'.*did you mean 'saelens'"):
         save_sae(sae, tmp_path / "sae", file_format="sealens")
+
+
+@pytest.mark.parametrize("architecture", ["relu", "topk", "jumprelu", "gated"])
+@pytest.mark.parametrize("subtract_b_dec", [True, False])
+@pytest.mark.parametrize("file_format", ["saelens", "dictionary_learning"])
+def test_a_format_that_centres_otherwise_gives_the_same(architecture, subtract_b_dec, file_format, random, tmp_path):
+    tensors = {"W_enc": random(F, D), "b_enc": random(F), "b_dec": random(D)}
+    tensors["W_dec"] = torch.nn.functional.normalize(random(F, D), dim=-1)
+    if architecture == "jumprelu":
+        tensors["threshold"] = random(F).abs()
+    if architecture == "gated":
+        tensors |= {"gate_bias": random(F), "magnitude": random(F).exp()}
+    config = SAEConfig(architecture, D, F, subtract_b_dec=subtract_b_dec, k=K if architecture == "topk" else None)
+    sae, x = SparseAutoencoder(config, tensors), random(N, D)
+    again = load_sae(save_sae(sae, tmp_path / "sae", file_format=file_format))
+    assert torch.allclose(again.encode(x), sae.encode(x), atol=1e-5)
+    assert torch.allclose(again(x), sae(x), atol=1e-5)

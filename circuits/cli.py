@@ -10,7 +10,7 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Any
 
 import tyro
 
@@ -18,8 +18,8 @@ from graphs.errors import GraphError
 from sae.errors import UserError
 
 
-def _parser() -> Any:
-    """The union of all subcommands, for tyro."""
+def _commands() -> dict[str, Any]:
+    """Subcommands by name."""
     from circuits.commands.demo import Demo
     from circuits.commands.discover import Discover
     from circuits.commands.edit import Ablate, Steer
@@ -29,7 +29,7 @@ def _parser() -> Any:
     from circuits.commands.report import Report
     from circuits.commands.train import Train
 
-    commands = {
+    return {
         "train": Train,
         "evaluate": Evaluate,
         "discover": Discover,
@@ -41,22 +41,17 @@ def _parser() -> Any:
         "report": Report,
         "demo": Demo,
     }
-    union: Any = None
-    for name, command in commands.items():
-        described = Annotated[command, tyro.conf.subcommand(name, prefix_name=False)]
-        union = described if union is None else union | described
-    return union
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `sfc` with command-line arguments, those of the process by default; always ends with SystemExit."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
-    command = tyro.cli(
-        _parser(),
+    command = tyro.extras.subcommand_cli_from_dict(
+        _commands(),
         prog="sfc",
         description="Find, draw and edit sparse feature circuits in language models.",
         args=arguments,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
     )
     try:
         output = command.run()

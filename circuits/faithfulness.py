@@ -236,14 +236,16 @@ def _aligned(reference: PromptSet, prompts: PromptSet, ablation: str) -> tuple[P
     """Reference and measured prompts keyed by the same template rule; measured prompts without reference left out."""
     if ablation in ("counterfactual", "zero"):
         return reference, prompts, 0
-    for rule in (reference.template_rule, "length"):
-        keyed, known = prompts.with_templates(rule), set(reference.with_templates(rule).templates)
-        covered = torch.tensor([template in known for template in keyed.templates])
-        if covered.float().mean() >= COVERED or rule == "length":
+    for aligned, known in (
+        (prompts.aligned_to(reference), reference),
+        (prompts.with_templates("length"), reference.with_templates("length")),
+    ):
+        covered = torch.tensor([template in set(known.templates) for template in aligned.templates])
+        if covered.float().mean() >= COVERED:
             break
     if not covered.any():
         raise UserError(
             f"none of the {len(prompts)} prompts has the template or length of a reference prompt: "
             "give reference prompts like them, or ablate by zero or counterfactual"
         )
-    return reference.with_templates(rule), keyed[covered], int((~covered).sum())
+    return known, aligned[covered], int((~covered).sum())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +19,7 @@ from sae.features import top_contexts
 from sae.files import prepare_folder, write_json
 from sae.model import LanguageModel
 from sae.sites import Site, select_sites
-from sae.text import read_texts
+from sae.text import TextSource
 
 FEATURES_FILE = "features.json"
 
@@ -64,7 +64,7 @@ class Discover(Common):
         circuit = discover(
             model, saes, prompts, self.options, provenance=self._provenance(model), progress=not self.quiet
         )
-        texts = read_texts(self.text) if self.text else None
+        texts = TextSource.of(self.text).read() if self.text else None
         features = describe_features(model, saes, circuit, prompts, texts=texts)
         by_threshold = self.node_threshold is not None
         graph = circuit.graph(
@@ -102,7 +102,7 @@ def describe_features(
     circuit: Circuit,
     prompts: PromptSet,
     *,
-    texts: list[str] | None,
+    texts: Iterable[str] | None,
 ) -> dict[str, dict[str, Any]]:
     """What the features with edges do on some text (the prompts by default): `resid_3/120` -> its summary as plain
     JSON.

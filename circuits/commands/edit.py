@@ -11,7 +11,7 @@ from circuits.circuit import circuit_folder
 from circuits.commands.common import Common, Loaded, Output, record
 from circuits.editing import ablate
 from sae.errors import UserError
-from sae.text import read_texts
+from sae.text import TextSource
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class _Edit(Common):
             loaded.prompts(self.prompts, limit=self.examples),
             operation=operation,
             value=value,
-            texts=list(islice(read_texts(self.text), self.texts)) if self.text else None,
+            texts=list(islice(TextSource.of(self.text).read(), self.texts)) if self.text else None,
             generate=self.generate,
             new_tokens=self.new_tokens,
             n_random=self.random,

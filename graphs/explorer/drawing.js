@@ -137,12 +137,8 @@ const halo = (colour, width) => ({
 function draw() {
   theme = darkScheme.matches ? THEMES.dark : THEMES.light;
   const shown = visibleGraph();
-  const { clientWidth, clientHeight } = svg;
-  const layout = layoutCircuit(
-    shown.nodes,
-    shown.edges,
-    clamp((clientWidth - GUTTER) / Math.max(clientHeight, 1), 0.7, 2.4),
-  );
+  const frame = { width: Math.max(svg.clientWidth - GUTTER - 24, 200), height: Math.max(svg.clientHeight, 200) };
+  const layout = layoutCircuit(shown.nodes, shown.edges, frame);
   scene = { layout, ...shown, elements: new Map() };
   svg.replaceChildren(
     element("title", {}, circuit.title),

@@ -1,74 +1,68 @@
 // The layered layout of graphs/layout.py: first site at the bottom, metric on top, y downwards as SVG has it.
 
-/** Sizes for a number of nodes: room for a node, box, lines of label, fonts. */
+/** Sizes for a number of nodes: room for a node, box, lines of label, fonts, and how many nodes keep their label. */
 const DENSITIES = [
-  {
-    upTo: 14,
-    cell: 172,
-    box: 154,
-    height: 52,
-    gap: 26,
-    lines: 2,
-    label: 12.5,
-    small: 10,
-    space: 36,
-    labelled: Infinity,
-  },
-  { upTo: 48, cell: 144, box: 128, height: 48, gap: 24, lines: 2, label: 11, small: 9, space: 30, labelled: Infinity },
-  {
-    upTo: 130,
-    cell: 116,
-    box: 102,
-    height: 33,
-    gap: 20,
-    lines: 1,
-    label: 9.5,
-    small: 8,
-    space: 26,
-    labelled: Infinity,
-  },
+  { upTo: 14, cell: 172, box: 154, height: 52, gap: 26, lines: 2, label: 12.5, small: 10, space: 36, labelled: 14 },
+  { upTo: 48, cell: 144, box: 128, height: 48, gap: 24, lines: 2, label: 11, small: 9, space: 30, labelled: 48 },
+  { upTo: 130, cell: 116, box: 102, height: 33, gap: 20, lines: 1, label: 9.5, small: 8, space: 26, labelled: 130 },
   { upTo: Infinity, cell: 98, box: 86, height: 27, gap: 16, lines: 1, label: 8.5, small: 7, space: 22, labelled: 150 },
 ];
 const PADDING = 8;
+const TIGHTNESS = [1, 0.7, 0.45]; // of the space between rows
+const READABLE = 9; // height of a label in pixels when the drawing fits the window
 
-/** The layout for a window of this aspect; where the rows leave room at the sides, boxes are widened into it. */
-function layoutCircuit(shownNodes, shownEdges, aspect) {
-  const count = shownNodes.filter((node) => node.kind !== "metric").length;
-  const density = DENSITIES.find((candidate) => count <= candidate.upTo);
-  const first = layoutAt(shownNodes, shownEdges, density, aspect);
-  const spare = (aspect * -first.top) / first.width;
-  if (spare < 1.08) return first;
-  const cell = density.cell * Math.min(spare, 1.75);
-  return layoutAt(
+/** The layout for a window: the loosest in which labels can be read, failing that the one with the largest labels. */
+function layoutCircuit(shownNodes, shownEdges, frame) {
+  const others = shownNodes.filter((node) => node.kind !== "metric");
+  const natural = DENSITIES.findIndex((density) => others.length <= density.upTo);
+  const plans = [];
+  for (const density of DENSITIES.slice(natural, Math.max(natural + 1, 3))) {
+    for (const tightness of TIGHTNESS) {
+      const [space, gap] = [density.space * tightness, density.gap * Math.max(tightness, 0.6)];
+      plans.push(planRows(others, { ...density, space, gap, padding: PADDING * tightness }, frame));
+      if (plans.at(-1).pixels >= READABLE) return layoutRows(shownNodes, shownEdges, plans.at(-1));
+    }
+  }
+  return layoutRows(
     shownNodes,
     shownEdges,
-    { ...density, cell, box: Math.min(cell - density.cell + density.box, density.box * 1.4) },
-    aspect,
+    plans.reduce((best, plan) => (plan.pixels > best.pixels ? plan : best)),
   );
 }
 
-function layoutAt(shownNodes, shownEdges, density, aspect) {
-  const others = shownNodes.filter((node) => node.kind !== "metric");
-  const { rows, columns, width } = wrapRows(others, density, aspect);
+/** Rows of these sizes, widened where the window has room at the sides, and how large a label then is in pixels. */
+function planRows(others, density, frame) {
+  const aspect = clamp(frame.width / frame.height, 0.7, 2.6);
+  const rows = wrapRows(others, density, aspect);
+  const spare = (aspect * rows.height) / rows.width;
+  const cell = density.cell * clamp(spare, 1, 1.75);
+  const box = Math.min(cell - density.cell + density.box, density.box * 1.4);
+  const widened = { ...density, cell, box };
+  const plan = spare < 1.08 ? rows : wrapRows(others, widened, aspect);
+  const scale = Math.max(plan.width / frame.width, plan.height / frame.height);
+  return { ...plan, density: widened, pixels: density.label / scale };
+}
+
+function layoutRows(shownNodes, shownEdges, { rows, columns, width, density }) {
   const boxes = new Map();
   const bands = [];
   let y = 0;
   for (const { site, lines } of rows) {
     const bottom = y;
-    y -= PADDING;
+    y -= density.padding;
     for (const line of lines) {
       for (const [node, x] of line)
         boxes.set(node, { x, y: y - density.height / 2, width: density.box, height: density.height });
       y -= density.height + density.gap;
     }
-    y += density.gap - PADDING;
+    y += density.gap - density.padding;
     bands.push({ site, bottom, top: y });
     y -= density.space;
   }
   orderNodes(boxes, shownEdges, columns);
   let top = bands.length ? bands.at(-1).top : 0;
   const metric = shownNodes.find((node) => node.kind === "metric");
-  const size = { width: density.box * 1.7, height: 2.6 * density.label + 1.4 * density.small + 12 };
+  const size = metricSize(density);
   if (metric) {
     const into = shownEdges
       .filter((edge) => edge.target === metric)
@@ -88,6 +82,7 @@ function layoutAt(shownNodes, shownEdges, density, aspect) {
   };
 }
 
+const metricSize = ({ box, label, small }) => ({ width: box * 1.7, height: 2.6 * label + 1.4 * small + 12 });
 const clamp = (x, low, high) => Math.min(Math.max(x, low), high);
 
 // --- rows, sub-rows, columns ------------------------------------------------------------------------------------------
@@ -109,9 +104,10 @@ function wrapRows(others, density, aspect) {
   for (let limit = 1; limit <= 40; limit++) {
     const candidate = wrapAt(occupied, positions, density, limit);
     const lines = candidate.rows.reduce((sum, row) => sum + row.lines.length, 0);
-    const height =
-      candidate.rows.length * (density.space + 2 * PADDING - density.gap) + lines * (density.height + density.gap);
-    candidate.distance = Math.abs(Math.log(Math.max(candidate.width, 1) / Math.max(height, 1) / aspect));
+    const between = density.space + 2 * density.padding - density.gap;
+    candidate.height = candidate.rows.length * between + lines * (density.height + density.gap);
+    candidate.height += density.space * 1.3 + metricSize(density).height + (positions.length > 1 ? 70 : 42);
+    candidate.distance = Math.abs(Math.log(Math.max(candidate.width, 1) / candidate.height / aspect));
     if (!best || candidate.distance < best.distance) best = candidate;
   }
   if (!positions.some((position) => position !== null)) best.columns = [];

@@ -59,6 +59,8 @@ function setView(next) {
   svg.setAttribute("viewBox", `${view.x} ${view.y} ${view.width} ${view.height}`);
   const all = bounds(scene.layout);
   const down = Math.max(0, view.y - all.y);
+  const scale = clamp(view.width / svg.clientWidth, 1, 1.5); // names stay readable in a small drawing
+  for (const text of svg.querySelectorAll("#gutter text")) text.setAttribute("font-size", (10.5 * scale).toFixed(1));
   document.getElementById("gutter").setAttribute("transform", `translate(${(view.x + GUTTER).toFixed(1)} 0)`);
   document.getElementById("header").setAttribute("transform", `translate(0 ${Math.min(down, all.height - 40)})`);
 }

@@ -17,7 +17,7 @@ P windows in the pool, W positions in a window, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -155,20 +155,6 @@ def logit_effect(model: LanguageModel, W_dec: Tensor, *, k: int) -> tuple[list[l
     return top, bottom
 
 
-def restricted(sae: SparseAutoencoder, indices: Sequence[int]) -> SparseAutoencoder:
-    """An autoencoder of the chosen features alone, in the given order: it encodes them as the whole one does.
-
-    Only for architectures in which features do not compete; its x̂ holds what the chosen features write and the bias.
-    """
-    if sae.nonlinearity.needs_k:
-        raise UserError(
-            f"features of a {sae.config.architecture!r} autoencoder compete: it cannot be restricted to some"
-        )
-    index = torch.as_tensor(indices, device=sae.device)
-    tensors = {name: tensor if name == "b_dec" else tensor[index] for name, tensor in sae.named_buffers()}
-    return SparseAutoencoder(replace(sae.config, n_features=len(index)), tensors)
-
-
 class _Watch:
     """The running state for the features asked about at one site."""
 
@@ -178,7 +164,7 @@ class _Watch:
         self.sae, self.indices, self.n, self.before = sae, indices, n, before
         slots, pool, width = len(indices), POOL_FACTOR * n, before + 1 + after
         competing = sae.nonlinearity.needs_k
-        self.encoder = sae if competing else restricted(sae, indices)
+        self.encoder = sae if competing else sae.restrict(torch.tensor(indices))
         self.slot_of = torch.full((self.encoder.config.n_features,), -1, dtype=torch.int64, device=sae.device)
         self.slot_of[torch.tensor(indices if competing else range(slots))] = torch.arange(slots, device=sae.device)
         self.n_tokens = 0

@@ -100,24 +100,43 @@ def _listed(folders: Sequence[str]) -> str:
     return ", ".join(folders[:SHOWN]) + (f", ... ({more} more)" if more > 0 else "")
 
 
+_UNREACHABLE = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError)
+
+
 def _download(repository: str, inside: str, revision: str | None, site: str) -> Path:
-    """The chosen folder of a repository, from the hub or its cache on this disk."""
+    """The chosen folder of a repository, from the hub, or from its cache on this disk where the hub is out of reach."""
     try:
         files = list_repo_files(repository, revision=revision)
-        below = [file for file in files if not inside or file == inside or file.startswith(f"{inside}/")]
-        if inside and not below:
-            folders = sorted({str(PurePosixPath(file).parent) for file in files} - {"."})
-            close = nearest(inside, folders) or folders[:SHOWN]
-            raise UserError(f"{repository} has no {inside!r}: nearest are {', '.join(close) or 'none'}")
-        marked = sorted({_folder_of(file) for file in below if PurePosixPath(file).name in MARKERS})
-        chosen = choose(marked, source=repository, site=site) if marked else inside or "."
-        patterns = None if chosen == "." else [chosen, f"{chosen}/*"]
+    except _UNREACHABLE as error:
+        try:
+            cached = Path(snapshot_download(repository, revision=revision, local_files_only=True))
+        except _UNREACHABLE:
+            raise _unreachable(repository, error) from None
+        return cached / inside / choose(folders_in(cached / inside), source=repository, site=site)
+    chosen = _folder_inside(repository, files, inside, site)
+    patterns = None if chosen == "." else [chosen, f"{chosen}/*"]
+    try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns)) / chosen
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"{repository!r} is neither a path on this disk nor a hub repository that can be reached: {reason}"
-        ) from None
+    except _UNREACHABLE as error:
+        raise _unreachable(repository, error) from None
+
+
+def _folder_inside(repository: str, files: Sequence[str], inside: str, site: str) -> str:
+    """The folder of a repository's files that is meant."""
+    below = [file for file in files if not inside or file == inside or file.startswith(f"{inside}/")]
+    if not below:
+        folders = sorted({_folder_of(file) for file in files} - {"."})
+        close = nearest(inside, folders) or folders[:SHOWN]
+        raise UserError(f"{repository} has no {inside!r}: nearest are {', '.join(close) or 'none'}")
+    marked = sorted({_folder_of(file) for file in below if PurePosixPath(file).name in MARKERS})
+    return choose(marked, source=repository, site=site) if marked else inside or "."
+
+
+def _unreachable(repository: str, error: Exception) -> UserError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return UserError(
+        f"{repository!r} is neither a path on this disk nor a hub repository that can be reached: {reason}"
+    )
 
 
 def _folder_of(file: str) -> str:

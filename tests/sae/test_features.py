@@ -9,7 +9,7 @@ from torch.nn.functional import cosine_similarity
 from sae import features as features_module
 from sae.errors import UserError
 from sae.evaluation import token_batches
-from sae.features import restricted, top_contexts
+from sae.features import top_contexts
 from sae.sites import Site
 from tests.sae.test_evaluation import random_sae
 
@@ -137,12 +137,3 @@ def test_unknown_features_are_refused(tiny_model, saes):
         top_contexts(tiny_model, saes, SENTENCES, {Site("mlp", 0): [24]})
     with pytest.raises(UserError, match="unknown site 'mlp_1'"):
         top_contexts(tiny_model, saes, SENTENCES, {Site("mlp", 1): [0]})
-
-
-def test_a_restricted_autoencoder_encodes_its_features_as_the_whole_one(tiny_model, saes):
-    x = torch.randn(20, tiny_model.d_model)
-    for name, site in (("jumprelu", Site("resid", 1)), ("relu", Site("attn", 1))):
-        assert saes[site].config.architecture == name
-        assert torch.allclose(restricted(saes[site], [7, 2]).encode(x), saes[site].encode(x)[:, [7, 2]], atol=1e-5)
-    with pytest.raises(UserError, match="'topk' autoencoder compete"):
-        restricted(saes[Site("mlp", 0)], [1])

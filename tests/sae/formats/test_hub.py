@@ -5,7 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 
 from sae.errors import UserError
 from sae.formats import hub, load_any, load_sae
@@ -29,7 +34,11 @@ def repository(tmp_path, monkeypatch):
             raise RepositoryNotFoundError("404: no such repository", response=_Response())
         return [path.relative_to(root).as_posix() for path in sorted(root.rglob("*")) if path.is_file()]
 
-    def downloaded(repository, *, revision=None, allow_patterns=None):
+    def downloaded(repository, *, revision=None, allow_patterns=None, local_files_only=False):
+        if local_files_only:
+            if not cache.is_dir():
+                raise LocalEntryNotFoundError("not in the cache")
+            return str(cache)
         calls.append((repository, revision, allow_patterns))
         for file in listed(repository):
             if allow_patterns is None or any(fnmatch.fnmatch(file, pattern) for pattern in allow_patterns):
@@ -84,6 +93,18 @@ def test_a_repository_with_one_autoencoder_at_its_root(repository):
     assert calls == [("someone/saes", None, None)]
 
 
+def test_without_the_hub_the_cache_serves_what_was_downloaded(repository, monkeypatch):
+    def fail(*args, **options):
+        raise OfflineModeIsEnabled("offline")
+
+    load_sae("someone/saes/layers.3.mlp")
+    monkeypatch.setattr(hub, "list_repo_files", fail)
+    assert load_sae("someone/saes/layers.3.mlp").config.site == "mlp_3"
+    assert load_sae("someone/saes", site="mlp_3").config.site == "mlp_3"
+    with pytest.raises(UserError, match=r"no autoencoder in .*layers.3'"):
+        load_sae("someone/saes/layers.3")
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -97,6 +118,7 @@ def test_an_unreachable_hub_is_one_sentence(error, monkeypatch):
         raise error
 
     monkeypatch.setattr(hub, "list_repo_files", fail)
+    monkeypatch.setattr(hub, "snapshot_download", fail)
     with pytest.raises(UserError, match=r"'someone/saes' is neither a path on this disk nor a hub repository"):
         load_sae("someone/saes")
 

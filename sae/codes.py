@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -47,10 +48,17 @@ def bag_sum(source: Tensor, index: Tensor, offsets: Tensor, weight: Tensor) -> T
 
 
 def offsets_of(index: Tensor, n: int) -> Tensor:
-    """Where each of the n groups of a sorted index begins, and the end: [n + 1]."""
+    """Where each of the n groups of an index begins once it is sorted, and the end: [n + 1]."""
     offsets = torch.zeros(n + 1, dtype=torch.int64, device=index.device)
     torch.cumsum(torch.bincount(index, minlength=n), 0, out=offsets[1:])
     return offsets
+
+
+def stable_order(index: Tensor, n: int) -> Tensor:
+    """The stable order that sorts an index of values below n; by radix on a CPU, as torch does for long ones only."""
+    if index.device.type == "cpu" and n <= 2**16:
+        return torch.from_numpy(np.argsort(index.numpy().astype(np.uint16), kind="stable"))
+    return index.sort(stable=True).indices
 
 
 class SparseCode:
@@ -76,9 +84,9 @@ class SparseCode:
 
     def at_levels(self, level: Tensor, n_levels: int) -> SparseCode:
         """The same entries, each in its level [n]."""
-        level, order = level.sort(stable=True)
+        order = stable_order(level, n_levels)
         sizes = {"n_tokens": self.n_tokens, "n_features": self.n_features, "n_levels": n_levels}
-        return SparseCode(self.token[order], self.feature[order], self.z[order], level=level, **sizes)
+        return SparseCode(self.token[order], self.feature[order], self.z[order], level=level[order], **sizes)
 
     @cached_property
     def bag(self) -> Tensor:
@@ -92,8 +100,7 @@ class SparseCode:
     @cached_property
     def by_feature(self) -> tuple[Tensor, Tensor]:
         """The order that sorts entries by feature [n], and where each feature begins [F + 1]."""
-        sorted_feature, order = self.feature.sort(stable=True)
-        return order, offsets_of(sorted_feature, self.n_features)
+        return stable_order(self.feature, self.n_features), offsets_of(self.feature, self.n_features)
 
     def expand(self, parameter: Tensor) -> Tensor:
         """A per-feature parameter [F] at the entries [n], differentiable."""

@@ -179,8 +179,9 @@ def test_batch_selection_is_exact_also_when_the_first_chunk_misleads(seed, k):
     assert torch.equal(z[chosen.token, chosen.feature], chosen.z)
 
 
-def test_top_k_keeps_the_largest():
-    z = torch.randn(9, 50)
+@pytest.mark.parametrize("n_features", [6, 50, 64, 96, 256])
+def test_top_k_keeps_the_largest(n_features):
+    z = torch.randn(9, n_features)
     value, feature = top_k(z, 6)
     assert torch.equal(value.sort(descending=True).values, z.sort(descending=True).values[:, :6])
     assert torch.equal(z.gather(1, feature), value)

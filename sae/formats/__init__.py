@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from sae.autoencoder import SparseAutoencoder, is_sae_folder
+from sae.autoencoder import SparseAutoencoder, is_sae_folder, load_saes, sae_folders
 from sae.errors import UserError, unknown
 from sae.formats import circuit_tracer, dictionary_learning, gemma_scope, llama_scope, openai, saelens, sparsify
 from sae.formats.hub import folders_in, locate
@@ -73,6 +73,8 @@ def load_any(
     """
     wanted = None if sites is None else {Site.parse(site) for site in sites}
     root = Path(source).expanduser()
+    if root.is_dir() and sae_folders(root):
+        return load_saes(root, sites=wanted, device=device)
     if not root.is_dir() or not (folders := folders_in(root)):
         only = next(iter(wanted)) if wanted is not None and len(wanted) == 1 else None
         sae = load_sae(source, site=only, device=device)

@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from huggingface_hub import list_repo_files, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+from sae.autoencoder import sae_folders
 from sae.errors import UserError, nearest
 from sae.formats.places import site_named
 
@@ -46,7 +47,8 @@ def locate(source: str | Path, *, site: str = "") -> Path:
     if path.is_file():
         return path.parent if path.name in MARKERS else path
     if path.is_dir():
-        return path / choose(folders_in(path), source=str(source), site=site)
+        ours = [folder.relative_to(path).as_posix() for folder in sae_folders(path)]
+        return path / choose(ours or folders_in(path), source=str(source), site=site)
     match = _HUB_NAME.fullmatch(str(source))
     if match is None or str(source).startswith((".", "/", "~")):
         raise _no_such_path(path)

@@ -10,8 +10,13 @@ from safetensors.torch import load_file, save_file
 
 from sae.autoencoder import SAEConfig, SparseAutoencoder
 from sae.errors import UserError
+from sae.evaluation import evaluate
+from sae.features import top_contexts
 from sae.formats import load_sae, save_sae
+from sae.formats.normalised import NormalisedAutoencoder
+from sae.sites import Site
 from tests.sae.formats.test_recorded import RECORDED
+from tests.sae.test_evaluation import random_sae
 
 D, F, K, N = 16, 48, 5, 24
 
@@ -181,6 +186,19 @@ def test_openai_normalised_works_on_a_zero_token_and_any_shape(random, tmp_path)
     x[0, 0] = 0.0
     assert torch.isfinite(sae(x)).all()
     assert torch.allclose(sae(x)[1, 2], sae(x[1, 2]), atol=1e-6)
+
+
+def test_a_normalised_autoencoder_can_be_evaluated_and_described(tiny_model):
+    site = Site("resid", 0)
+    sae = NormalisedAutoencoder(random_sae(site, tiny_model.d_model, architecture="topk", k=4), norm="layer_norm")
+    texts = ["the man sees the old dog", "a girl walks", "kings know that they were happy ."]
+    result = evaluate(tiny_model, {site: sae}, texts, special_tokens=True).sites["resid_0"]
+    x = torch.cat([tiny_model.run(tiny_model.tokenize([text]), capture=[site]).activations[site][0] for text in texts])
+    error = (x - sae(x)).square().sum() / (x - x.mean(0)).square().sum()
+    assert result.explained_variance == pytest.approx(1.0 - float(error), rel=1e-4)
+    summaries = top_contexts(tiny_model, {site: sae}, texts, {site: [0, 24, 25]}, special_tokens=True)
+    assert summaries[site, 24].density == 1.0  # what b_dec writes
+    assert summaries[site, 0].density == pytest.approx(float((sae.encode(x)[:, 0] != 0).float().mean()))
 
 
 # circuit-tracer

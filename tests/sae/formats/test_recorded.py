@@ -123,6 +123,17 @@ def test_a_run_of_several_modules_loads_by_site(tmp_path):
         load_sae(tmp_path, site="attn_1")
 
 
+def test_a_run_of_ours_loads_whatever_else_lies_in_it(tmp_path):
+    sae = load_sae(RECORDED / "sparsify/layers.3")
+    sae.save(tmp_path / "run" / "saes" / "resid_3")
+    sae.save(tmp_path / "run" / "checkpoints" / "resid_3")
+    assert list(load_any(tmp_path / "run")) == [Site("resid", 3)]
+    assert load_sae(tmp_path / "run").config == sae.config
+    assert load_sae(tmp_path / "run", site="resid_3").config == sae.config
+    with pytest.raises(UserError, match=r"no autoencoder for mlp_3"):
+        load_any(tmp_path / "run", sites=["mlp_3"])
+
+
 def test_versions_are_recorded():
     for peer in ("dictionary_learning", "saelens", "sparsify"):
         assert "torch" in json.loads((RECORDED / peer / "versions.json").read_text())

@@ -147,14 +147,15 @@ _WIDTH |= {"L2": 5, "dead": 5}
 
 
 def _cell(head: str, number: float) -> str:
-    """A number right-aligned in its column, to three digits: .998, 1.02, 12.3; a dash where it is undefined."""
-    if math.isnan(number):
-        return f"{'-':>{_WIDTH[head]}}"
-    digits = max(0, min(3, _WIDTH[head] - 3 - len(f"{abs(number):.0f}")))
-    text = f"{number:.{digits}f}"
-    if text.lstrip("-").startswith("0."):
-        text = f"{number:.{3 if _WIDTH[head] > 5 else 2}f}".replace("0.", ".", 1)
-    return f"{text:>{_WIDTH[head]}}"
+    """A number right-aligned in its column, with as many digits as fit: .998, 1.02, 12.3; a dash where undefined."""
+    width, text = _WIDTH[head], "-"
+    for digits in () if math.isnan(number) else (3, 2, 1, 0):
+        text = f"{round(number, digits) + 0.0:.{digits}f}"
+        if digits and text.lstrip("-").startswith("0."):
+            text = text.replace("0.", ".", 1)
+        if len(text) < width:
+            break
+    return f"{text:>{width}}"
 
 
 def _without_nan(value: Any) -> Any:

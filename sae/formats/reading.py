@@ -3,7 +3,7 @@
 1. Open: safetensors, npz without pickled objects, or a `.pt` with `weights_only=True`, which runs no code.
 2. Pick: every tensor of the file is either wanted or known to be without effect; anything else is an error, because a
    tensor that is silently left out (a skip connection, a scale) makes every number wrong without a sign.
-3. Fold: float64 arithmetic brings the decoder to unit rows without changing x̂.
+3. Fold: in float32, whatever the file's precision, the decoder is brought to unit rows without changing x̂.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _missing_file(path: Path) -> UserError:
 def pick(
     tensors: Mapping[str, Any], names: Mapping[str, str], *, source: Path, what: str, ignored: Iterable[str] = ()
 ) -> dict[str, Tensor]:
-    """The tensors by our names, in float64. `names` maps ours to the file's; `ignored` change neither x̂ nor f."""
+    """The tensors by our names, in float32. `names` maps ours to the file's; `ignored` change neither x̂ nor f."""
     missing = [name for name in names.values() if name not in tensors]
     surplus = sorted(set(tensors) - set(names.values()) - set(ignored))
     if missing or surplus:
@@ -82,7 +82,7 @@ def pick(
             + (f"; missing {', '.join(missing)}" if missing else "")
             + (f"; no use known for {', '.join(surplus)}" if surplus else "")
         )
-    return {ours: tensors[theirs].double() for ours, theirs in names.items()}
+    return {ours: tensors[theirs].float() for ours, theirs in names.items()}
 
 
 def entry(config: Mapping[str, Any], key: str, *, source: Path) -> Any:
@@ -120,10 +120,9 @@ def build(
         k=k,
         extra={"format": file_format, "source": str(source), **(notes or {})},
     )
-    doubles = {name: tensor.double() for name, tensor in tensors.items()}
     try:
-        _check_matrices(doubles, config)
-        return SparseAutoencoder(config, fold_norms(doubles, ranked=ranked))
+        _check_matrices(tensors, config)
+        return SparseAutoencoder(config, fold_norms(tensors, ranked=ranked))
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
 

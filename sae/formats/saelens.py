@@ -17,6 +17,7 @@ factor is in `activation_scaler.json` or lost, and then the file is refused rath
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ from sae.formats.places import site_named, transformer_lens_hook
 from sae.formats.reading import build, entry, pick, read_safetensors, transcoder_refusal
 from sae.formats.writing import plain_tensors, unsupported
 from sae.nonlinearities import fold_norms, fold_scale
+
+logger = logging.getLogger(__name__)
 
 NAME = "saelens"
 WEIGHTS, CONFIG, SCALER = "sae_weights.safetensors", "cfg.json", "activation_scaler.json"
@@ -78,6 +81,12 @@ def read(folder: Path) -> SparseAutoencoder:
         scale = entry(read_json(folder / SCALER), "scaling_factor", source=folder / SCALER)
         tensors = fold_scale(tensors, 1.0 / scale)
     names = config["metadata"]
+    if (names.get("model_from_pretrained_kwargs") or {}).get("center_writing_weights"):
+        logger.warning(
+            "%s was trained on activations whose mean over dimensions TransformerLens had removed "
+            "(center_writing_weights); this model's activations have one, so reconstructions will be worse",
+            folder,
+        )
     hook = names.get("hook_name") or ""
     sae = build(
         tensors,
@@ -139,7 +148,7 @@ def _tensors(state: dict[str, Tensor], config: Mapping[str, Any], folder: Path) 
     """Our tensors, before the decoder is normalised."""
     architecture, path = config["architecture"], folder / WEIGHTS
     if "log_threshold" in state:
-        state["threshold"] = state.pop("log_threshold").double().exp()
+        state["threshold"] = state.pop("log_threshold").float().exp()
     per_feature = state.pop("scaling_factor", None)
     tensors = pick(state, _TENSORS[architecture], source=path, what=f"a {architecture} autoencoder")
     tensors["W_enc"] = tensors["W_enc"].T
@@ -148,7 +157,7 @@ def _tensors(state: dict[str, Tensor], config: Mapping[str, Any], folder: Path) 
     if per_feature is not None and not torch.allclose(per_feature, torch.ones_like(per_feature)):
         if not config.get("finetuning_scaling_factor"):
             raise UserError(f"{path} has a scaling_factor, and {CONFIG} says that none is used: one of them is wrong")
-        tensors["W_dec"] = tensors["W_dec"] * per_feature.double()[:, None]
+        tensors["W_dec"] = tensors["W_dec"] * per_feature[:, None]
     if "topk_threshold" in state:
         if config.get("rescale_acts_by_decoder_norm", False):
             threshold = tensors.pop("threshold")

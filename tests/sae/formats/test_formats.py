@@ -365,6 +365,15 @@ def test_heads_before_the_output_projection_are_no_site_of_ours(tmp_path):
     assert load_sae(folder, site="attn_3").config.site == "attn_3"
 
 
+def test_centred_activations_of_transformer_lens_are_warned_of(tmp_path, caplog):
+    load_sae(RECORDED / "saelens/standard")
+    assert not caplog.text
+    metadata = {"hook_name": "blocks.3.hook_resid_post"}
+    metadata |= {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
+    load_sae(copied("saelens/standard", tmp_path / "sae", metadata=metadata))
+    assert "center_writing_weights" in caplog.text
+
+
 # Traps of sparsify
 
 

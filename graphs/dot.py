@@ -311,7 +311,7 @@ def _edge_id(edge: Edge) -> str:
 
 
 def _edge_tooltip(edge: Edge) -> str:
-    return f"{edge.source} → {edge.target}\nweight {number(edge.weight)}"
+    return f"{visible(edge.source)} → {visible(edge.target)}\nweight {number(edge.weight)}"
 
 
 # --- what stands around the graph -------------------------------------------------------------------------------------

@@ -244,7 +244,7 @@ class FeatureGraph:
     def save(self, path: str | Path) -> None:
         """Write the graph as JSON; the file is replaced in one step."""
         try:
-            text = json.dumps(self.to_json(), ensure_ascii=False, allow_nan=False)
+            text = json.dumps(self.to_json(), allow_nan=False)  # in ASCII: tokens need not be valid Unicode
         except (TypeError, ValueError) as error:
             raise GraphError(f"{path}: the graph cannot be written as JSON ({error})") from None
         write_text(path, text + "\n")

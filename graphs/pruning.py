@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from dataclasses import dataclass
 
 import networkx as nx
@@ -105,11 +106,11 @@ def influence(graph: FeatureGraph, *, node_share: float = 0.8, edge_share: float
 
 def _smallest_set(scores: dict, share: float) -> list:
     """The keys of the largest scores whose sum first reaches `share` of the total; keys of score 0 never."""
-    total = sum(scores.values())
+    needed = share * sum(scores.values()) * (1 - 1e-12) if share < 1 else math.inf  # rounding must not ask for more
     kept: list = []
     reached = 0.0
     for key, score in sorted(scores.items(), key=lambda item: -item[1]):
-        if score == 0.0 or reached >= share * total * (1 - 1e-12):
+        if score == 0.0 or reached >= needed:
             break
         kept.append(key)
         reached += score

@@ -43,7 +43,7 @@ FEATURE, ERROR, EMBEDDING, LOGIT = "cross layer transcoder", "mlp reconstruction
 
 def write_neuronpedia(graph: FeatureGraph, path: str | Path, *, scan: str = "", slug: str = "") -> None:
     """Write the graph for the viewers; `scan` is their name of the model, `slug` of the graph."""
-    write_text(path, json.dumps(to_neuronpedia(graph, scan=scan, slug=slug), ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(to_neuronpedia(graph, scan=scan, slug=slug)) + "\n")
 
 
 def read_neuronpedia(path: str | Path) -> FeatureGraph:

@@ -8,8 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from graphs.feature_graph import METRIC, FeatureGraph, Node, error_node, feature_node, metric_node
+
+settings.register_profile("graphs", deadline=None)  # a busy machine is not a failure
+settings.load_profile("graphs")
 
 TOKENS = ["<bos>", "The", " girls", " near", " the", " old", " cabin"]
 LABELS = [

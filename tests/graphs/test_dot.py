@@ -115,10 +115,14 @@ def test_any_text_gives_a_picture(label, token, position):
     assert "digraph" in to_dot(graph)
 
 
-@pytest.mark.parametrize("text", ["a\nb\\n\\N", '</g><script>alert("1")</script>', "ξ漢字🙂", "&amp; <b>", "\x00\x07"])
+@pytest.mark.parametrize(
+    "text", ["a\nb\\n\\N", '</g><script>alert("1")</script>', "ξ漢字🙂", "&amp; <b>", "\x00\x07\ud800\uffff"]
+)
 def test_awkward_text_survives_as_itself(tmp_path, text):
     graph = FeatureGraph(["embed"], metadata={"title": text})
     graph.add_node(replace(feature_node("embed", 0, effect=1.0, position=text), label=text))
+    graph.add_node(metric_node(effect=1.0))
+    graph.add_edge(f"embed/0@{text}", "metric", 1.0)
     svg = parse(render(graph, tmp_path / "g.svg"))
     words = {"".join(element.itertext()).replace("\u200b", "") for element in svg.iter(f"{SVG}text")}
     assert style.visible(text) in words

@@ -13,7 +13,7 @@ from graphs.files import atomic_write
 
 def small_graph() -> FeatureGraph:
     graph = FeatureGraph(["embed", "resid_0"], metadata={"title": "t", "tokens": ["a", "b"]})
-    graph.add_node(feature_node("embed", 3, effect=0.5, position=1, top_tokens=["x</script>", "é"]))
+    graph.add_node(feature_node("embed", 3, effect=0.5, position=1, top_tokens=["x</script>", "é", "\ud800"]))
     graph.add_node(error_node("resid_0", effect=-0.25, position="verb"))
     graph.add_node(metric_node(effect=1.5))
     graph.add_edge("embed/3@1", "resid_0/error@verb", -0.125)

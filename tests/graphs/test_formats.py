@@ -28,7 +28,7 @@ def awkward() -> FeatureGraph:
         ["embed", "attn_0", "resid_0", "mlp_1"], metadata={"title": "a <b> & \x01", "positions": ["s", "v"]}
     )
     graph.add_node(feature_node("embed", 4, effect=1.0, position="s"))
-    graph.add_node(feature_node("attn_0", 2, effect=-1.0, position="s", top_tokens=["\x00", "</x>"]))
+    graph.add_node(feature_node("attn_0", 2, effect=-1.0, position="s", top_tokens=["\x00", "</x>", "\udfff"]))
     graph.add_node(replace(feature_node("attn_0", 2, effect=0.5), label='q"\n\x07'))
     graph.add_node(error_node("resid_0", effect=0.25, position="s"))
     graph.add_node(feature_node("mlp_1", 4, effect=1e-12, position="v"))

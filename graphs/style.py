@@ -107,8 +107,20 @@ def tooltip(graph: FeatureGraph, node: Node) -> str:
         value = node.attributes.get(key)
         if isinstance(value, int | float):
             lines.append(f"{key.replace('_', ' ')} {number(value) if key == 'exact_effect' else f'{value:.3g}'}")
+    lines += evidence(node)
     lines += _token_lines(node, ("top_tokens", "top_logits", "bottom_logits"))
     return "\n".join(map(visible, lines))
+
+
+def evidence(node: Node) -> list[str]:
+    """What is known of how far the effect can be trusted: its interval, and how it differs from exact patching."""
+    lines = []
+    if "interval" in node.attributes:
+        low, high = node.attributes["interval"]
+        lines.append(f"interval {number(low)} to {number(high)}")
+    if "disagrees" in node.attributes:
+        lines.append(f"estimate differs from exact patching in {node.attributes['disagrees']}")
+    return lines
 
 
 def _token_lines(node: Node, keys: Iterable[str]) -> list[str]:

@@ -141,11 +141,17 @@ def open_page(browser, tmp_path):
         page.on("request", lambda r: problems.append(r.url) if not r.url.startswith(("file:", "blob:")) else None)
         page.goto(path.as_uri() + fragment)
         page.wait_for_selector(".node")
+        settle(page)
         return page
 
     yield open_graph
     context.close()
     assert problems == []
+
+
+def settle(page) -> None:
+    """Wait until a redraw that was asked for has happened."""
+    page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
 
 def drawn(page) -> tuple[int, int]:
@@ -154,7 +160,7 @@ def drawn(page) -> tuple[int, int]:
 
 def move_slider(page, id: str, value: int) -> None:
     page.evaluate(f"e = document.getElementById('{id}'); e.value = {value}; e.dispatchEvent(new Event('input'))")
-    page.wait_for_timeout(150)
+    settle(page)
 
 
 def strongest(graph: FeatureGraph):
@@ -174,18 +180,17 @@ def test_filters_draw_what_they_say(open_page, make_circuit):
     assert drawn(page) == (61, 200)
     move_slider(page, "nodes", 10)
     kept = sorted((n for n in graph.nodes() if n.kind != "metric"), key=lambda n: -abs(n.effect))[:10]
-    assert {e.get_attribute("id") for e in page.locator("#nodes .node").all()} == {f"node-{n.id}" for n in kept} | {
-        "node-metric"
-    }
+    ids = page.evaluate("[...document.querySelectorAll('#nodes .node')].map((e) => e.id)")
+    assert set(ids) == {"node-metric", *(f"node-{node.id}" for node in kept)}
     move_slider(page, "nodes", 60)
     move_slider(page, "edges", 0)
     assert drawn(page) == (61, 0)
     page.check("#connected")
-    page.wait_for_timeout(150)
+    settle(page)
     assert drawn(page) == (1, 0)
     page.uncheck("#connected")
     page.uncheck("#errors")
-    page.wait_for_timeout(150)
+    settle(page)
     assert page.locator("#nodes polygon").count() == 0
     assert drawn(page)[0] == 1 + sum(node.kind == "feature" for node in graph.nodes())
 
@@ -224,7 +229,7 @@ def test_whole_paths_follow_edges_to_the_end(open_page):
     page = open_page(graph, "#node-a/0")
     assert page.locator("#highlight path[stroke]").count() == 1
     page.check("#paths")
-    page.wait_for_timeout(150)
+    settle(page)
     assert page.locator("#highlight path[stroke]").count() == 3
 
 
@@ -255,7 +260,7 @@ def test_labels_are_kept_and_saved_as_annotations(open_page, make_circuit, tmp_p
     node = strongest(graph)
     page = open_page(graph, f"#node-{node.id}")
     page.fill("#label", 'number of the "subject"')
-    page.wait_for_timeout(150)
+    settle(page)
     assert "number of the" in page.locator(f'[id="node-{node.id}"]').text_content()
     page.reload()
     page.wait_for_selector(".node")

@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 GROUP_DOCUMENTS = 64
 """Documents tokenized and sorted by length together."""
+CONTEXT_LENGTH = 128
+"""Longest context where none is asked for: long enough for most features, and attention is still cheap."""
 FORWARD_TOKENS = 4096
 """Tokens, padding counted, in one forward pass."""
 
@@ -52,8 +54,11 @@ class StreamState:
 class ContextStream:
     """Batches of contexts from a text, endlessly."""
 
-    def __init__(self, model: LanguageModel, source: TextSource, *, context_length: int, packed: bool = False):
-        longest = getattr(model.hf.config, "max_position_embeddings", None) or context_length
+    def __init__(
+        self, model: LanguageModel, source: TextSource, *, context_length: int | None = None, packed: bool = False
+    ):
+        longest = getattr(model.hf.config, "max_position_embeddings", None) or context_length or CONTEXT_LENGTH
+        context_length = context_length or min(CONTEXT_LENGTH, longest)
         if not 2 <= context_length <= longest:
             raise UserError(f"context length is {context_length}, allowed are 2 to {longest} for {model.name}")
         self.model, self.source = model, source
@@ -101,7 +106,7 @@ class ContextStream:
 
     def _cut(self, texts: Sequence[str]) -> tuple[list[tuple[int, ...]], tuple[int, ...]]:
         """Contexts of some documents, and what is left for the next when packed."""
-        rows = [tuple(row) for row in self.model.tokenizer(list(texts))["input_ids"]]
+        rows = [tuple(row) for row in self.model.tokenizer(list(texts), verbose=False)["input_ids"]]
         body = self.context_length - len(self._prefix)
         if self.packed:
             stream = self.state.rest + tuple(token for row in rows for token in row)

@@ -46,8 +46,8 @@ class TrainConfig:
     """Share of the steps over which learning rate and sparsity penalty rise linearly."""
     decay: float = 0.3
     """Share of the steps, at the end, over which the learning rate falls linearly to zero."""
-    context_length: int = 128
-    """Longest context, in tokens, that the model reads text in."""
+    context_length: int | None = None
+    """Longest context, in tokens, that the model reads text in; 128, or less if the model takes less, by default."""
     packed: bool = False
     """Whether documents are packed end to end into full contexts instead of one context a document."""
     exclude_special: bool = True

@@ -115,7 +115,7 @@ class Trainer:
         self._fill()
         if not restored:
             for learner in self.learners:
-                learner.prepare(self.buffer[learner.site])
+                learner.prepare(self.buffer[learner.site][: len(self.order)])
         if not any(learner.recipe.trained for learner in self.learners):
             return
         saves = self._checkpoint_steps()

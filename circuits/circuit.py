@@ -89,18 +89,20 @@ class Circuit:
         computed.
         """
         kept = select_nodes(self.nodes, top=nodes, threshold=node_threshold)
+        measured = self.metadata.get("verification", {}).get("nodes", {})
         graph = FeatureGraph([site.name for site in self.effects], metadata=self.metadata)
         for site, site_nodes in kept.items():
             rows = zip(
                 site_nodes.feature.tolist(), site_nodes.position.tolist(), site_nodes.effect.tolist(), strict=True
             )
-            for feature, position, effect in rows:
+            for name, (feature, position, effect) in zip(site_nodes.ids(site), rows, strict=True):
                 where = None if position < 0 else position
+                known = measured.get(name, {})
                 if feature == site_nodes.n_features:
-                    graph.add_node(error_node(site.name, effect=effect, position=where))
+                    graph.add_node(error_node(site.name, effect=effect, position=where, **known))
                 else:
-                    extra = (attributes or {}).get(f"{site.name}/{feature}", {})
-                    graph.add_node(feature_node(site.name, feature, effect=effect, position=where, **extra))
+                    known = {**(attributes or {}).get(f"{site.name}/{feature}", {}), **known}
+                    graph.add_node(feature_node(site.name, feature, effect=effect, position=where, **known))
         graph.add_node(metric_node(effect=self.metadata["total_effect"] or 0.0))
         self._add_edges(graph)
         if edge_threshold is not None:

@@ -14,6 +14,7 @@ from circuits.commands.common import Common, Output, Overwrite, load_checked_sae
 from circuits.discovery import DiscoverOptions, discover
 from circuits.nodes import count
 from circuits.prompts import PromptSet, load_prompts
+from circuits.verification import verified, verify
 from sae.autoencoder import SparseAutoencoder
 from sae.features import top_contexts
 from sae.files import prepare_folder, write_json
@@ -48,6 +49,8 @@ class Discover(Common):
     """Edges kept in circuit.json, the strongest."""
     edge_threshold: float | None = None
     """Keep edges with a larger |weight| than this instead."""
+    verify: int = 0
+    """Patch this many of the strongest nodes exactly and mark those whose estimate differs in sign or size."""
     text: str | None = None
     """Text on which the features of the circuit are described (their top tokens and contexts); the prompts by
     default.
@@ -64,6 +67,10 @@ class Discover(Common):
         circuit = discover(
             model, saes, prompts, self.options, provenance=self._provenance(model), progress=not self.quiet
         )
+        if self.verify:
+            circuit = verified(
+                circuit, verify(model, saes, circuit, prompts, nodes=self.verify, progress=not self.quiet)
+            )
         texts = TextSource.of(self.text).read() if self.text else None
         features = describe_features(model, saes, circuit, prompts, texts=texts)
         by_threshold = self.node_threshold is not None
@@ -134,6 +141,7 @@ def _summary(circuit: Circuit, prompts: PromptSet, folder: Path, kept: dict[str,
         f"{completeness['worst_residual']:.2%} at worst ({completeness['worst_site']})",
         f"{count(circuit.nodes)} nodes have an effect; kept {kept['nodes']} and {kept['edges']} edges; the strongest:",
         *strongest_lines(circuit, 10),
+        *([meta["verification"]["summary"]] if "verification" in meta else []),
         f"wrote {folder}",
     ]
     return "\n".join(lines)

@@ -19,9 +19,10 @@ import tyro
 
 from circuits.circuit import Circuit
 from circuits.prompts import PromptSet, load_prompts
-from sae.autoencoder import SparseAutoencoder, load_saes
+from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError
 from sae.files import read_json, write_json
+from sae.formats import load_any
 from sae.model import LanguageModel
 from sae.sites import Site
 from sae.splice import check_saes
@@ -68,7 +69,7 @@ def load_model(name: str, options: Common) -> LanguageModel:
 
 def load_checked_saes(model: LanguageModel, path: str | Path, *, sites: list[Site] | None = None):
     """The autoencoders of a run, checked against the model they are attached to."""
-    saes: dict[Site, SparseAutoencoder] = load_saes(path, device=model.device, sites=sites)
+    saes: dict[Site, SparseAutoencoder] = load_any(path, device=model.device, sites=sites)
     check_saes(model, saes)
     return saes
 

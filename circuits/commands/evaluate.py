@@ -8,9 +8,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from circuits.commands.common import Common, Output, load_model
-from sae.autoencoder import load_saes
 from sae.evaluation import evaluate
 from sae.files import write_json
+from sae.formats import load_any
 from sae.text import TextSource
 
 EVALUATION_FILE = "evaluation.json"
@@ -35,7 +35,7 @@ class Evaluate(Common):
 
     def run(self) -> Output:
         model = load_model(self.model, self)
-        saes = load_saes(self.saes, device=model.device)
+        saes = load_any(self.saes, device=model.device)
         with tqdm(total=self.tokens, desc="evaluate", unit="token", disable=self.quiet) as bar:
             result = evaluate(
                 model,

@@ -10,7 +10,7 @@ and the edges among the `edge_nodes`. `Circuit.graph` cuts a `FeatureGraph` out 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from circuits.attribution.effects import SiteEffects
 from circuits.edges import Edges
-from circuits.nodes import Nodes, SiteNodes, aggregate_site, select_nodes
+from circuits.nodes import Nodes, SiteNodes, aggregate_site, distinguishable, select_nodes
 from graphs.feature_graph import FeatureGraph, error_node, feature_node, metric_node
 from graphs.pruning import by_edge_threshold, by_top_edges
 from sae.errors import UserError
@@ -45,6 +45,8 @@ class Circuit:
     """Plain JSON: `options`, `model`, `saes`, `prompts`, `n_examples`, `n_positions`, `total_effect`,
     `completeness`, ...
     """
+    intervals: dict[Site, torch.Tensor] = field(default_factory=dict)
+    """Bootstrap interval of every node of `nodes`, [n, 2] in their order; empty where not computed."""
 
     @cached_property
     def nodes(self) -> Nodes:
@@ -80,15 +82,19 @@ class Circuit:
         node_threshold: float | None = None,
         edges: int | None = None,
         edge_threshold: float | None = None,
+        significant: bool = False,
         attributes: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> FeatureGraph:
         """The feature graph of the strongest nodes and the edges between them.
 
-        nodes, node_threshold, edges, edge_threshold: as in `select_nodes`, None for no limit; attributes: by node
-        name without position (`resid_3/120`), stored with the node. Raises `UserError` if a kept node has no edges
-        computed.
+        nodes, node_threshold, edges, edge_threshold: as in `select_nodes`, None for no limit; significant: of these
+        nodes, only those whose interval leaves out zero; attributes: by node name without position (`resid_3/120`),
+        stored with the node. Raises `UserError` if a kept node has no edges computed.
         """
         kept = select_nodes(self.nodes, top=nodes, threshold=node_threshold)
+        if significant:
+            kept = self._distinguishable(kept)
+        bounds = self._bounds(kept)
         measured = self.metadata.get("verification", {}).get("nodes", {})
         graph = FeatureGraph([site.name for site in self.effects], metadata=self.metadata)
         for site, site_nodes in kept.items():
@@ -97,7 +103,7 @@ class Circuit:
             )
             for name, (feature, position, effect) in zip(site_nodes.ids(site), rows, strict=True):
                 where = None if position < 0 else position
-                known = measured.get(name, {})
+                known = {**measured.get(name, {}), **bounds.get(name, {})}
                 if feature == site_nodes.n_features:
                     graph.add_node(error_node(site.name, effect=effect, position=where, **known))
                 else:
@@ -108,6 +114,22 @@ class Circuit:
         if edge_threshold is not None:
             graph = by_edge_threshold(graph, edge_threshold)
         return graph if edges is None else by_top_edges(graph, edges)
+
+    def _distinguishable(self, kept: Nodes) -> Nodes:
+        """Those of the strongest nodes whose interval leaves out zero; a site's strongest stand in front."""
+        if not self.intervals:
+            raise UserError("this circuit has no intervals: discover again with resamples above 0")
+        return distinguishable(kept, {site: self.intervals[site][: len(nodes)] for site, nodes in kept.items()})
+
+    def _bounds(self, kept: Nodes) -> dict[str, dict[str, list[float]]]:
+        """Node name -> {"interval": [low, high]} for the kept nodes, where intervals are known."""
+        wanted = {name for site, nodes in kept.items() for name in nodes.ids(site)}
+        return {
+            name: {"interval": interval}
+            for site, intervals in self.intervals.items()
+            for name, interval in zip(self.nodes[site].ids(site), intervals.tolist(), strict=True)
+            if name in wanted
+        }
 
     def _add_edges(self, graph: FeatureGraph) -> None:
         names = {site: site_nodes.ids(site) for site, site_nodes in self.edge_nodes.items()}
@@ -144,6 +166,8 @@ class Circuit:
         for site, nodes in self.edge_nodes.items():
             for name in ("feature", "position", "effect"):
                 tensors[f"edge_nodes/{site.name}/{name}"] = getattr(nodes, name)
+        for site, interval in self.intervals.items():
+            tensors[f"intervals/{site.name}"] = interval
         for (up, down), weights in self.edges.items():
             tensors[f"edges/{up.name}/{'metric' if down is None else down.name}"] = weights
         return {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
@@ -165,7 +189,8 @@ class Circuit:
             if name.startswith("edges/"):
                 _, up, down = name.split("/")
                 edges[Site.parse(up), None if down == "metric" else Site.parse(down)] = weights
-        return Circuit(effects, nodes, edges, metadata)
+        intervals = {site: tensors[f"intervals/{site.name}"] for site in effects if f"intervals/{site.name}" in tensors}
+        return Circuit(effects, nodes, edges, metadata, intervals)
 
 
 def circuit_folder(path: str | Path) -> Path:

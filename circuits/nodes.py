@@ -85,6 +85,11 @@ def select_nodes(nodes: Mapping[Site, SiteNodes], *, top: int | None = None, thr
     return {site: site_nodes[part] for (site, site_nodes), part in zip(nodes.items(), parts, strict=True)}
 
 
+def distinguishable(nodes: Nodes, intervals: Mapping[Site, torch.Tensor]) -> Nodes:
+    """The nodes whose interval ([n, 2] per site, in their order) leaves out zero."""
+    return {site: site_nodes[intervals[site].prod(-1) > 0] for site, site_nodes in nodes.items()}
+
+
 def count(nodes: Mapping[Site, SiteNodes]) -> int:
     """Number of nodes over all sites."""
     return sum(len(site_nodes) for site_nodes in nodes.values())

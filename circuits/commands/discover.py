@@ -14,6 +14,7 @@ from circuits.commands.common import Common, Output, Overwrite, load_checked_sae
 from circuits.discovery import DiscoverOptions, discover
 from circuits.nodes import count
 from circuits.prompts import PromptSet, load_prompts
+from circuits.uncertainty import Bootstrap, uncertainty_line, with_uncertainty
 from circuits.verification import verified, verify
 from sae.autoencoder import SparseAutoencoder
 from sae.features import top_contexts
@@ -49,6 +50,10 @@ class Discover(Common):
     """Edges kept in circuit.json, the strongest."""
     edge_threshold: float | None = None
     """Keep edges with a larger |weight| than this instead."""
+    significant: bool = False
+    """Of these nodes keep only those whose bootstrap interval leaves out zero."""
+    resamples: int = 1000
+    """Times the prompts are drawn anew for the intervals of effects; 0 leaves intervals out."""
     verify: int = 0
     """Patch this many of the strongest nodes exactly and mark those whose estimate differs in sign or size."""
     text: str | None = None
@@ -67,6 +72,8 @@ class Discover(Common):
         circuit = discover(
             model, saes, prompts, self.options, provenance=self._provenance(model), progress=not self.quiet
         )
+        if self.resamples:
+            circuit = with_uncertainty(circuit, Bootstrap(resamples=self.resamples))
         if self.verify:
             circuit = verified(
                 circuit, verify(model, saes, circuit, prompts, nodes=self.verify, progress=not self.quiet)
@@ -79,6 +86,7 @@ class Discover(Common):
             node_threshold=self.node_threshold,
             edges=self.edges if self.edge_threshold is None else None,
             edge_threshold=self.edge_threshold,
+            significant=self.significant,
             attributes=features,
         )
         circuit.save(folder, graph=graph)
@@ -141,6 +149,7 @@ def _summary(circuit: Circuit, prompts: PromptSet, folder: Path, kept: dict[str,
         f"{completeness['worst_residual']:.2%} at worst ({completeness['worst_site']})",
         f"{count(circuit.nodes)} nodes have an effect; kept {kept['nodes']} and {kept['edges']} edges; the strongest:",
         *strongest_lines(circuit, 10),
+        *([uncertainty_line(circuit)] if circuit.intervals else []),
         *([meta["verification"]["summary"]] if "verification" in meta else []),
         f"wrote {folder}",
     ]

@@ -26,6 +26,8 @@ class _Cut:
     """Only nodes with a larger |effect|."""
     edge_threshold: float | None = None
     """Only edges with a larger |weight|."""
+    significant: bool = False
+    """Only nodes whose bootstrap interval leaves out zero."""
     reachable: bool = False
     """Only nodes with a path to the metric."""
     annotations: Path | None = None
@@ -44,6 +46,7 @@ class _Cut:
             node_threshold=self.node_threshold,
             edges=edges,
             edge_threshold=self.edge_threshold,
+            significant=self.significant,
             attributes=read_json(described)["features"] if described.is_file() else None,
         )
         if self.reachable:

@@ -150,6 +150,7 @@ function nodeFacts(node) {
   for (const [name, value] of Object.entries(node.attributes)) {
     if (typeof value === "number")
       facts.push([name.replaceAll("_", " "), name.includes("effect") ? number(value) : factValue(name, value)]);
+    else if (name === "interval") facts.push([name, `${number(value[0])} to ${number(value[1])}`]);
     else if (typeof value === "string") facts.push([name.replaceAll("_", " "), value]);
   }
   if (node.position !== null)

@@ -47,8 +47,8 @@ def _commands() -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `sfc` with command-line arguments, those of the process by default; always ends with SystemExit.
 
-    Idle threads sleep unless the environment says otherwise: spinning ones cost ten times the work where cores are shared.
-    Set before torch is imported.
+    Idle threads sleep unless the environment says otherwise: where cores are shared, spinning costs ten times the work.
+    This must be set before torch is imported.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)

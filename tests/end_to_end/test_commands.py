@@ -1,0 +1,102 @@
+"""Every command of `sfc` on a tiny model, as a user types it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from circuits.circuit import Circuit
+from graphs.feature_graph import FeatureGraph
+from sae.autoencoder import load_saes
+
+
+def test_a_run_leaves_the_files_it_should(run_folder):
+    assert len(load_saes(run_folder)) == 7
+    for name in ("config.json", "saes/training.jsonl", "circuit/circuit.json", "circuit/effects.safetensors"):
+        assert (run_folder / name).is_file(), name
+    config = json.loads((run_folder / "config.json").read_text())
+    assert config["train"]["features"] == 48 and config["discover"]["options"]["method"] == "ig"
+    graph = FeatureGraph.load(run_folder / "circuit" / "circuit.json")
+    assert len(graph) == 31
+    features = [node for node in graph.nodes() if node.kind == "feature"]
+    assert features and all(node.attributes["top_tokens"] is not None for node in features)
+
+
+def test_evaluate(sfc, run_folder, model_folder, text_file):
+    result = sfc("evaluate", "--model", model_folder, "--saes", run_folder, "--text", text_file, "--tokens", 500)
+    assert result.status == 0 and "resid_1" in result.out
+    assert json.loads((run_folder / "saes" / "evaluation.json").read_text())["sites"]["embed"]["l0"] <= 6
+
+
+def test_faithfulness_reads_model_and_saes_from_the_circuit(sfc, run_folder, prompts_file):
+    result = sfc("faithfulness", "--circuit", run_folder, "--sizes", "5,20", "--start-site", "attn_1", "--json")
+    data = json.loads(result.out)
+    assert result.status == 0 and data["sizes"] == [5, 20] and data["start_site"] == "attn_1"
+    assert json.loads((run_folder / "circuit" / "faithfulness.json").read_text()) == data
+    assert (run_folder / "circuit" / "faithfulness.svg").is_file()
+    others = sfc("faithfulness", "--circuit", run_folder / "circuit", "--prompts", prompts_file, "--ablation", "zero")
+    assert others.status == 0 and "completeness" in others.out
+
+
+@pytest.mark.parametrize("suffix", ["svg", "png", "pdf", "dot"])
+def test_render(sfc, run_folder, tmp_path, suffix):
+    out = tmp_path / "new" / f"circuit.{suffix}"
+    result = sfc("render", "--circuit", run_folder, "--out", out, "--nodes", 12, "--edges", 20, "--json")
+    assert result.status == 0 and out.stat().st_size > 500
+    assert json.loads(result.out)["nodes"] == 12
+
+
+def test_render_with_another_threshold_and_annotations(sfc, run_folder, tmp_path):
+    """More nodes than circuit.json holds are drawn from effects.safetensors, without the model."""
+    names = Circuit.load(run_folder).strongest_features(1)
+    (tmp_path / "notes.jsonl").write_text(json.dumps({"Name": names[0], "Annotation": "singular nouns"}))
+    out = tmp_path / "circuit.svg"
+    result = sfc(
+        "render", "--circuit", run_folder, "--out", out, "--nodes", 50, "--annotations", tmp_path / "notes.jsonl",
+        "--json"
+    )  # fmt: skip
+    assert json.loads(result.out)["nodes"] == 50
+    assert "singular" in out.read_text()
+
+
+def test_explore(sfc, run_folder):
+    assert sfc("explore", "--circuit", run_folder).status == 0
+    page = (run_folder / "graph" / "circuit.html").read_text()
+    assert "<html" in page and "https://" not in page.replace("https://arxiv.org", "").replace("http://www.w3.org", "")
+
+
+def test_ablate_steer_and_report(sfc, run_folder, text_file):
+    result = sfc(
+        "ablate", "--circuit", run_folder, "--top", 3, "--text", text_file, "--texts", 20, "--generate", 1, "--json"
+    )
+    data = json.loads(result.out)
+    assert result.status == 0 and len(data["features"]) == 3 and len(data["random"]) == 5
+    assert (run_folder / "edits" / "zero_top3.json").is_file()
+    name = data["features"][0]
+    steered = sfc("steer", "--circuit", run_folder, "--features", name, "--value", 2, "--name", "push")
+    assert steered.status == 0 and (run_folder / "edits" / "push.json").is_file()
+    mean = sfc("ablate", "--circuit", run_folder, "--features", name, "--operation", "mean", "--random", 1)
+    assert mean.status == 0
+    assert sfc("report", "--circuit", run_folder).status == 0
+    page = (run_folder / "report.html").read_text()
+    assert (name in page and "zero_top3" in page) or "zero" in page
+
+
+def test_discover_by_position_with_another_method(sfc, run_folder, model_folder, prompts_file, tmp_path):
+    result = sfc(
+        "discover", "--model", model_folder, "--saes", run_folder, "--prompts", prompts_file, "--out", tmp_path / "pos",
+        "--aggregation", "position", "--method", "attrib", "--node-threshold", "0.001", "--edge-threshold", "0.001",
+        "--sites", "resid,mlp_1",
+    )  # fmt: skip
+    assert result.status == 0 and "completeness" in result.out
+    graph = FeatureGraph.load(tmp_path / "pos" / "circuit" / "circuit.json")
+    assert graph.sites == ["resid_0", "mlp_1", "resid_1"]
+    assert all(abs(node.effect) > 0.001 and node.position is not None for node in graph.nodes() if node.id != "metric")
+    assert sfc("render", "--circuit", tmp_path / "pos").status == 0
+
+
+def test_help_has_every_option_explained(sfc):
+    result = sfc("discover", "--help")
+    assert result.status == 0 and "Quadrature nodes of ig" in result.out
+    assert sfc("--help").status == 0

@@ -36,11 +36,15 @@ class DiscoverOptions:
     """How a circuit is computed."""
 
     method: str = "ig"
-    """Node method: ig (integrated gradients), attrib (attribution patching) or exact (patch every node)."""
+    """Node method: ig (integrated gradients), ig-adaptive, ig-inputs, attrib (attribution patching), relp, graddrop,
+    exact (patch every node), or the baselines activation-difference and random.
+    """
     rule: str = "midpoint"
-    """Quadrature of ig: midpoint, gauss-legendre or left-riemann (the paper's code)."""
+    """Quadrature of ig and ig-inputs: midpoint, gauss-legendre or left-riemann (the paper's code)."""
     steps: int = 10
-    """Quadrature nodes of ig."""
+    """Quadrature nodes of ig and ig-inputs."""
+    residual: float = 0.003
+    """Completeness error ig-adaptive goes down to, as a share of the total effect."""
     aggregation: str = "sum"
     """sum over positions, or position for prompts of equal length."""
     metric: str = "logit_difference"
@@ -58,6 +62,8 @@ class DiscoverOptions:
                 raise unknown(name, getattr(self, name), allowed)
         if self.steps < 1:
             raise UserError(f"steps is {self.steps}: integrated gradients need at least 1 quadrature node")
+        if not 0 < self.residual < 1:
+            raise UserError(f"residual is {self.residual}: it must be between 0 and 1")
         if self.edge_nodes < 0:
             raise UserError(f"edge-nodes is {self.edge_nodes}: it must be 0 or more")
         if self.memory <= 0:
@@ -146,6 +152,7 @@ def _node_pass(model, saes, prompts, metric, options, sites, rows, *, progress):
     batches: list[_Batch] = []
     parts: dict[Site, list[SiteEffects]] = {site: [] for site in sites}
     totals: dict[Site, list[torch.Tensor]] = {site: [] for site in sites}
+    path_nodes: dict[str, float] = {}
     clean, patch = [], []
     n_batches = -(-len(order) // size)
     with tqdm(total=n_batches * len(sites), desc=f"nodes ({options.method})", unit="site", disable=not progress) as bar:
@@ -154,20 +161,25 @@ def _node_pass(model, saes, prompts, metric, options, sites, rows, *, progress):
             states = capture_states(model, saes, batch, metric, sites=sites)
             result = attribute(
                 model, saes, states, metric, sites=sites, method=options.method, rule=options.rule, steps=options.steps,
-                joint_positions=options.aggregation == "sum", max_rows=rows, progress=lambda site: bar.update(),
+                residual=options.residual, joint_positions=options.aggregation == "sum", max_rows=rows,
+                progress=lambda site: bar.update(),
             )  # fmt: skip
             for site in sites:
                 parts[site].append(result.effects[site].relabel_examples(index))
                 totals[site].append(result.site_totals[site].cpu())
+            for site, n in result.path_nodes.items():
+                path_nodes[site.name] = path_nodes.get(site.name, 0.0) + n * len(index) / len(order)
             batches.append(_Batch(index, batch, {site: g.detach().cpu() for site, g in result.gradients.items()}))
             clean.append(states.m_clean.cpu())
             patch.append(states.m_clean.new_zeros(0).cpu() if states.m_patch is None else states.m_patch.cpu())
     m_clean, m_patch = torch.cat(clean).mean().item(), torch.cat(patch)
-    ends = {
+    ends: dict[str, Any] = {
         "m_clean": m_clean,
         "m_patch": m_patch.mean().item() if len(m_patch) else None,
         "total_effect": m_patch.mean().item() - m_clean if len(m_patch) else None,
     }
+    if path_nodes:
+        ends["path_nodes"] = path_nodes
     effects = {site: SiteEffects.concatenate(site_parts) for site, site_parts in parts.items()}
     return batches, effects, {site: torch.cat(values) for site, values in totals.items()}, ends
 

@@ -4,8 +4,17 @@
 methods also return the gradient in model space that edges need.
 """
 
-from circuits.attribution.attribute import METHODS, Attribution, attribute
+from circuits.attribution.attribute import METHOD_NAMES, METHODS, Attribution, attribute
 from circuits.attribution.effects import SiteEffects, contract_gradient
 from circuits.attribution.states import States, capture_states
 
-__all__ = ["METHODS", "Attribution", "SiteEffects", "States", "attribute", "capture_states", "contract_gradient"]
+__all__ = [
+    "METHODS",
+    "METHOD_NAMES",
+    "Attribution",
+    "SiteEffects",
+    "States",
+    "attribute",
+    "capture_states",
+    "contract_gradient",
+]

@@ -1,23 +1,28 @@
 """One batch of prompts in, sparse node effects out, whatever the method.
 
-1. Gradient methods (`attrib`, `ig`) give dm/dx at each site; `contract_gradient` turns it into effects of features
-   and errors.
-2. `exact` patches node by node; its edges use the gradient at the clean run.
+1. Gradient methods give dm/dx at each site, some for all sites from the same passes, some site by site;
+   `contract_gradient` turns it into effects of features and errors. `graddrop` combines several such effects.
+2. `exact` patches node by node, the baselines need no gradient at all; edges after them use that at the clean run.
 3. At each site the effects are held against the truth: m(the site alone patched) - m(clean). For integrated
-   gradients the two agree up to the quadrature error (completeness); for attribution patching the gap says how
+   gradients the two agree up to the quadrature error (completeness); for the other methods the gap says how
    nonlinear the path is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from circuits.attribution.adaptive import adaptive_gradient, path_scale
+from circuits.attribution.baselines import activation_difference, random_effects
 from circuits.attribution.effects import SiteEffects, contract_gradient
 from circuits.attribution.exact import exact_effects
+from circuits.attribution.graddrop import gradients_with_layer_blocked, mean_magnitude
 from circuits.attribution.gradients import attribution_patching, integrated_gradients, site_total_effect
+from circuits.attribution.ig_inputs import integrated_gradients_of_inputs
+from circuits.attribution.relp import relevance_patching
 from circuits.attribution.states import States
 from circuits.behaviour import Metric
 from sae.autoencoder import SparseAutoencoder
@@ -25,7 +30,20 @@ from sae.errors import unknown
 from sae.model import LanguageModel
 from sae.sites import Site
 
-METHODS = ("ig", "attrib", "exact")
+METHOD_NAMES = {
+    "ig": "integrated gradients",
+    "ig-adaptive": "adaptive integrated gradients",
+    "ig-inputs": "integrated gradients along the embedding path",
+    "attrib": "attribution patching",
+    "relp": "relevance patching",
+    "graddrop": "attribution patching with gradient drop",
+    "exact": "exact activation patching",
+    "activation-difference": "activation difference",
+    "random": "random",
+}
+"""Every method with what it is called in words."""
+
+METHODS = tuple(METHOD_NAMES)
 
 
 @dataclass(frozen=True)
@@ -35,9 +53,13 @@ class Attribution:
     effects: dict[Site, SiteEffects]
     """Sparse effects per site; examples are numbered within the batch."""
     gradients: dict[Site, torch.Tensor]
-    """dm/dx per site, [B, S, d]: averaged along the path for `ig`, at the clean run for the others."""
+    """dm/dx per site, [B, S, d]: the method's own where it has one, at the clean run for the others."""
     site_totals: dict[Site, torch.Tensor]
-    """m(the site alone patched) - m(clean) per site, [B]."""
+    """m(the site alone patched) - m(clean) per site, [B]; empty where they were not asked for."""
+    path_nodes: dict[Site, float] = field(default_factory=dict)
+    """Points of the path at which a prompt's gradient was taken, per site, mean over prompts; for `ig` and
+    `ig-adaptive` (there without the clean end, which all sites share).
+    """
 
 
 def attribute(
@@ -50,38 +72,82 @@ def attribute(
     method: str = "ig",
     rule: str = "midpoint",
     steps: int = 10,
+    residual: float = 0.003,
     joint_positions: bool = True,
     max_rows: int = 512,
+    seed: int = 0,
+    totals: bool = True,
     progress: Callable[[Site], None] = lambda site: None,
 ) -> Attribution:
     """Node effects of every feature and error at `sites` for one batch.
 
-    method: `ig`, `attrib` or `exact`; rule, steps: the quadrature of `ig`; joint_positions: `exact` patches a
-    feature at all positions at once (what a node means under aggregation `sum`); max_rows: prompts that go through
-    the model at once; progress: called after each site.
+    method: one of `METHODS`; rule, steps: the quadrature of `ig` and `ig-inputs`; residual: the completeness error
+    `ig-adaptive` goes down to; joint_positions: `exact` and `random` take a feature at all positions as one node
+    (what it is under aggregation `sum`); max_rows: prompts that go through the model at once; seed: of `random`;
+    totals: whether site totals are measured; progress: called after each site.
     """
     if method not in METHODS:
         raise unknown("method", method, METHODS)
-    gradients = {} if method == "ig" else attribution_patching(model, states, metric, sites=sites)
-    effects, totals = {}, {}
+    gradients, effects = _all_sites(model, saes, states, metric, sites, method, rule, steps, max_rows)
+    measured: dict[Site, torch.Tensor] = {}
+    path_nodes: dict[Site, float] = {}
+    if totals or (method == "ig-adaptive" and states.m_patch is None):
+        measured = {site: site_total_effect(model, states, metric, site=site) for site in sites}
     for site in sites:
+        sae = saes[site]
         if method == "ig":
             gradients[site] = integrated_gradients(
                 model, states, metric, site=site, rule=rule, steps=steps, max_rows=max_rows
             )
+            path_nodes[site] = steps
+        elif method == "ig-adaptive":
+            gradients[site], path_nodes[site] = adaptive_gradient(
+                model, states, metric, site=site, at_clean=gradients[site], residual=residual,
+                scale=path_scale(states, measured), max_rows=max_rows,
+            )  # fmt: skip
         if method == "exact":
             effects[site] = exact_effects(
-                model, saes[site], states, metric, site=site, joint=joint_positions, max_rows=max_rows
+                model, sae, states, metric, site=site, joint=joint_positions, max_rows=max_rows
             )
-        else:
-            effects[site] = contract_gradient(
-                saes[site],
-                states.clean[site],
-                states.patch[site],
-                gradients[site],
-                mask=states.mask,
-                zero_patch=states.zero_patch,
-            )
-        totals[site] = site_total_effect(model, states, metric, site=site)
+        elif method == "activation-difference":
+            effects[site] = activation_difference(sae, states, site=site)
+        elif method == "random":
+            effects[site] = random_effects(sae, states, site=site, joint=joint_positions, seed=seed)
+        elif site not in effects:
+            effects[site] = contract(sae, states, gradients[site], site=site)
         progress(site)
-    return Attribution(effects, gradients, totals)
+    return Attribution(effects, gradients, measured, path_nodes)
+
+
+def contract(sae: SparseAutoencoder, states: States, gradient: torch.Tensor, *, site: Site) -> SiteEffects:
+    """Effects at a site from the gradient [B, S, d] there."""
+    clean, patch = states.clean[site], states.patch[site]
+    return contract_gradient(sae, clean, patch, gradient, mask=states.mask, zero_patch=states.zero_patch)
+
+
+def _all_sites(
+    model, saes, states, metric, sites, method, rule, steps, max_rows
+) -> tuple[dict[Site, torch.Tensor], dict[Site, SiteEffects]]:
+    """What a method gets for all sites from the same passes: gradients, and effects where they are more than those
+    contracted.
+    """
+    if method == "ig":
+        return {}, {}
+    if method == "ig-inputs":
+        return integrated_gradients_of_inputs(
+            model, states, metric, sites=sites, rule=rule, steps=steps, max_rows=max_rows
+        ), {}
+    if method == "relp":
+        return relevance_patching(model, states, metric, sites=sites), {}
+    gradients = attribution_patching(model, states, metric, sites=sites)
+    if method != "graddrop":
+        return gradients, {}
+    parts: dict[Site, list[SiteEffects]] = {site: [] for site in sites}
+    for _, found in gradients_with_layer_blocked(model, states, metric, sites=sites):
+        for site, gradient in found.items():
+            parts[site].append(contract(saes[site], states, gradient, site=site))
+    effects = {
+        site: mean_magnitude(of_site) if of_site else contract(saes[site], states, gradients[site], site=site)
+        for site, of_site in parts.items()
+    }
+    return gradients, effects

@@ -15,7 +15,7 @@ by chunk.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -105,25 +105,50 @@ def contract_gradient(
     x_clean, x_patch, gradient: [B, S, d]; mask: [B, S] bool, True at real tokens (left-padded). Returns sparse
     effects on the CPU whose zero entries are left out; positions count from each prompt's first real token.
     """
+
+    def values(delta: torch.Tensor, dx: torch.Tensor, g: torch.Tensor, token: torch.Tensor, feature: torch.Tensor):
+        value = delta.mul_(g @ sae.W_dec.T)[token, feature]
+        return value, (dx * g).sum(-1).index_add(0, token, value, alpha=-1)
+
+    return sparse_effects(sae, x_clean, x_patch, values, gradient, mask=mask, zero_patch=zero_patch)
+
+
+Values = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+
+def sparse_effects(
+    sae: SparseAutoencoder,
+    x_clean: torch.Tensor,
+    x_patch: torch.Tensor,
+    values: Values,
+    *extra: torch.Tensor,
+    mask: torch.Tensor,
+    zero_patch: bool = False,
+) -> SiteEffects:
+    """Effects by any formula, evaluated chunk of tokens by chunk at the features and errors that differ.
+
+    values(delta [n, F], x_patch - x_clean [n, d], *extra at these tokens, token [k], feature [k]) -> (effects of the
+    k features that differ, effects of the n errors). A dictionary that reconstructs exactly has no errors.
+    """
     changed = mask & (x_clean != x_patch).any(-1)
     example, column = changed.nonzero(as_tuple=True)
     position = column - (mask.shape[1] - mask.sum(1))[example]
-    clean, patch, grad = (x.to(sae.W_dec.device).float()[changed] for x in (x_clean, x_patch, gradient))
+    clean, patch, *more = (x.to(sae.W_dec.device).float()[changed] for x in (x_clean, x_patch, *extra))
     n_features = sae.W_dec.shape[0]
-    tokens, features, values = [], [], []
+    exact = sae.config.architecture == "identity"
+    tokens, features, parts = [], [], []
     for chunk in token_chunks(len(clean), n_features):
         delta = feature_deltas(sae, clean[chunk], patch[chunk], zero_patch=zero_patch)
         token, feature = delta.nonzero(as_tuple=True)
-        value = (delta.mul_(grad[chunk] @ sae.W_dec.T))[token, feature]
-        error = ((patch[chunk] - clean[chunk]) * grad[chunk]).sum(-1).index_add(0, token, value, alpha=-1)
+        value, error = values(delta, patch[chunk] - clean[chunk], *(x[chunk] for x in more), token, feature)
         n_tokens = len(error)
         tokens += [token + chunk.start, torch.arange(chunk.start, chunk.start + n_tokens, device=token.device)]
         features += [feature, torch.full((n_tokens,), n_features, device=feature.device)]
-        values += [value, error]
+        parts += [value, torch.zeros_like(error) if exact else error]
     if not tokens:
         nothing = torch.zeros(0, dtype=torch.int32)
         return SiteEffects(n_features, nothing, nothing, nothing, torch.zeros(0))
-    token, feature, value = torch.cat(tokens), torch.cat(features), torch.cat(values)
+    token, feature, value = torch.cat(tokens), torch.cat(features), torch.cat(parts)
     kept = value != 0
     token, feature, value = token[kept], feature[kept], value[kept]
     return SiteEffects(

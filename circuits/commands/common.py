@@ -24,6 +24,7 @@ from sae.errors import UserError
 from sae.files import read_json, write_json
 from sae.formats import load_any
 from sae.model import LanguageModel
+from sae.neurons import NEURONS, neuron_dictionaries
 from sae.sites import Site
 from sae.splice import check_saes
 
@@ -68,7 +69,9 @@ def load_model(name: str, options: Common) -> LanguageModel:
 
 
 def load_checked_saes(model: LanguageModel, path: str | Path, *, sites: list[Site] | None = None):
-    """The autoencoders of a run, checked against the model they are attached to."""
+    """The autoencoders of a run, checked against the model they are attached to; its neurons for `neurons`."""
+    if str(path) == NEURONS:
+        return neuron_dictionaries(model, sites=sites)
     saes: dict[Site, SparseAutoencoder] = load_any(path, device=model.device, sites=sites)
     check_saes(model, saes)
     return saes

@@ -14,6 +14,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from circuits.attribution import METHOD_NAMES
 from circuits.report.edits import edits_section, headline_edit
 from circuits.report.features import features_section
 from circuits.report.markup import Html, missing, number, section, share, signed, text
@@ -106,7 +107,7 @@ def _deck(run: RunFiles) -> str:
     metadata = run.graph.metadata
     features = sum(node.kind == "feature" for node in run.graph.nodes())
     errors = sum(node.kind == "error" for node in run.graph.nodes())
-    method = METHODS.get(_options(metadata).get("method", ""), _options(metadata).get("method", ""))
+    method = METHOD_NAMES.get(_options(metadata).get("method", ""), _options(metadata).get("method", ""))
     parts = [f"A sparse feature circuit of <b>{features}</b> features and <b>{errors}</b> error nodes"]
     if metadata.get("model"):
         parts.append(f"in <b>{text(_name(metadata['model']))}</b>")
@@ -123,7 +124,6 @@ ABLATIONS = {
     "zero": "the value zero",
     "resample": "the value they have on another prompt of the same template",
 }
-METHODS = {"ig": "integrated gradients", "attrib": "attribution patching", "exact": "exact activation patching"}
 
 
 def _options(metadata: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,44 @@
+"""Two rankings that know nothing of the metric, which every method must beat.
+
+- `activation-difference`: |f_patch - f_clean| of a feature and |e_patch - e_clean|_2 of the error, which are the
+  lengths of what the two write, decoder rows having unit norm. No gradient, no run of the model beyond the two ends.
+- `random`: a normal number for every node that differs between the clean and the patch run, the same one in every
+  batch, spread evenly over the entries of the node.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+
+from circuits.attribution.effects import SiteEffects, sparse_effects
+from circuits.attribution.states import States
+from sae.autoencoder import SparseAutoencoder
+from sae.sites import Site
+
+
+@torch.no_grad()
+def activation_difference(sae: SparseAutoencoder, states: States, *, site: Site) -> SiteEffects:
+    """How far each feature and the error move between clean and patch, at every position."""
+
+    def values(delta: torch.Tensor, dx: torch.Tensor, token: torch.Tensor, feature: torch.Tensor):
+        return delta[token, feature].abs(), (dx - delta @ sae.W_dec).norm(dim=-1)
+
+    return sparse_effects(
+        sae, states.clean[site], states.patch[site], values, mask=states.mask, zero_patch=states.zero_patch
+    )
+
+
+def random_effects(sae: SparseAutoencoder, states: States, *, site: Site, joint: bool, seed: int = 0) -> SiteEffects:
+    """A random effect for every node that differs; `joint`: a node is a feature at all positions at once."""
+    live = activation_difference(sae, states, site=site)
+    n_positions, n_nodes = states.mask.shape[1], live.n_features + 1
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {site.name}".encode()))
+    if joint:
+        node, drawn = live.feature.long(), torch.randn(n_nodes, generator=generator)
+    else:
+        node = live.position.long() * n_nodes + live.feature.long()
+        drawn = torch.randn(n_positions * n_nodes, generator=generator)
+    share = len(states.mask) / node.bincount(minlength=len(drawn))[node]
+    return SiteEffects(live.n_features, live.example, live.position, live.feature, drawn[node] * share)

@@ -1,0 +1,31 @@
+"""RelP: attribution patching with relevance propagation in place of the gradient.
+
+Jafari et al. 2025 (arXiv 2508.21258). The gradient at the clean run sees only the slope of every nonlinearity; the
+rules of `sae.relevance` replace it by what a linear model with the same values would have:
+
+1. One forward and one backward pass of the clean prompts under these rules: g at all sites at once.
+2. effect = (f_patch - f_clean)_i * (W_dec[i] . g), as in attribution patching, at the same cost.
+
+It estimates exact noising (clean -> patch). Published gains are on deep models; see the README for where it wins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from circuits.attribution.gradients import attribution_patching
+from circuits.attribution.states import States
+from circuits.behaviour import Metric
+from sae.model import LanguageModel
+from sae.relevance import relevance_rules
+from sae.sites import Site
+
+
+def relevance_patching(
+    model: LanguageModel, states: States, metric: Metric, *, sites: Sequence[Site]
+) -> dict[Site, torch.Tensor]:
+    """The propagation coefficient that takes the place of dm/dx at the clean run, [B, S, d] per site."""
+    with relevance_rules(model.hf):
+        return attribution_patching(model, states, metric, sites=sites)

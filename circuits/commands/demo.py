@@ -22,7 +22,12 @@ from sae.errors import UserError, unknown
 from sae.files import prepare_folder
 from sae.training import TrainConfig
 
-BEHAVIOURS = ("simple", "nounpp", "rc", "within_rc")
+BEHAVIOURS = {
+    "simple": "Subject-verb agreement",
+    "nounpp": "Subject-verb agreement across a prepositional phrase",
+    "rc": "Subject-verb agreement across a relative clause",
+    "within_rc": "Subject-verb agreement within a relative clause",
+}
 START_SITE = "attn_1"
 """Faithfulness is measured from here on: what happens in block 0 is given, as the paper gives its first layers."""
 
@@ -94,7 +99,7 @@ class _Story:
             f"Which features make the verb agree with its subject ({self.options.behaviour})",
             Discover(
                 model=self.model, saes=str(out), prompts=self.train_prompts, out=out, text=self.valid, overwrite=True,
-                **self.common,
+                title=BEHAVIOURS[self.options.behaviour], **self.common,
             ),
         )  # fmt: skip
         self._chapter(

@@ -60,6 +60,8 @@ class Discover(Common):
     """Text on which the features of the circuit are described (their top tokens and contexts); the prompts by
     default.
     """
+    title: str | None = None
+    """What drawings and the report are headed; made from prompts and model by default."""
     overwrite: Overwrite = False
     options: Annotated[DiscoverOptions, tyro.conf.arg(name="")] = field(default_factory=DiscoverOptions)
 
@@ -104,7 +106,7 @@ class Discover(Common):
             "saes": place(self.saes),
             "prompts": place(self.prompts),
             "examples": self.examples,
-            "title": f"{Path(self.prompts).parent.name or Path(self.prompts).stem} in {Path(self.model).name}",
+            "title": self.title or f"{Path(self.prompts).stem} in {Path(self.model).name}",
             "metric": "logit(patch answer) - logit(clean answer)"
             if self.options.metric == "logit_difference"
             else self.options.metric,

@@ -58,8 +58,8 @@ class TrainConfig:
     """Start of the decoder bias: mean or geometric_median of activations, or zero."""
     sparsity: float | None = None
     """Fixed weight of the sparsity penalty; by default it is steered so that k features are active."""
-    bandwidth: float = 0.01
-    """Width of JumpReLU's straight-through kernel, for inputs of unit mean squared norm."""
+    bandwidth: float | None = None
+    """Width of JumpReLU's straight-through kernel, for inputs of unit mean squared norm; 0.8 / sqrt(width) if None."""
     p_end: float = 0.2
     """Exponent at which p-annealing ends."""
     k_start: int | None = None

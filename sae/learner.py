@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from dataclasses import asdict
 
@@ -31,6 +32,8 @@ STEERING = 0.02
 """Largest relative change of that weight a step."""
 DEAD_LOOKS = 16
 """Steps between two looks at which features are dead."""
+BANDWIDTH = 0.8
+"""JumpReLU's bandwidth in units of 1/√width, the spread of a random direction's pre-activations."""
 MEDIAN_STEPS = 30
 """Weiszfeld iterations of the geometric median."""
 
@@ -95,7 +98,7 @@ class Learner:
             k=min(k, self.n_features),
             sparsity=self.state["sparsity"] * rise,
             p=1 + (config.p_end - 1) * progress,
-            bandwidth=config.bandwidth,
+            bandwidth=config.bandwidth or BANDWIDTH / math.sqrt(self.width),
             k_aux=self.k_aux,
             aux_alpha=config.aux_alpha,
         )

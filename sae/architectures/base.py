@@ -5,7 +5,8 @@
    all (a ReLU early in training), the chunk is used whole as a `DenseCode` and steps 3 to 5 run once a chunk;
 3. `Architecture.loss` is the paper's loss of these entries, in plain autograd;
 4. AuxK (Gao et al. 2024, section 2.4 and appendix A.2): the k_aux largest pre-activations of dead features reconstruct
-   the error e = x − x̂; its loss ‖e − ê‖² is normalised by the variance of e and added with weight alpha;
+   the error e = x − x̂; its loss ‖e − ê‖² is normalised by the variance of e and added with weight alpha. It is
+   estimated from the first `AUX_TOKENS` tokens of the (shuffled) batch, for it costs more than all the rest;
 5. backward: gradients are in `.grad` of the weights, statistics are returned as tensors, nothing is synchronised.
 
 Inputs are centred and scaled to unit mean squared norm, so that a mean ‖x − x̂‖² is close to the unexplained variance
@@ -25,6 +26,9 @@ from torch import Tensor
 from sae.codes import Code, DenseCode, SparseCode, row_chunks
 from sae.nonlinearities import Nonlinearity
 from sae.selection import Entries, above, concatenate, top_k
+
+AUX_TOKENS = 512
+"""Tokens of a batch on which dead features reconstruct the error."""
 
 Weights = Mapping[str, Tensor]
 """Trained tensors by name: W_enc [F, d], b_enc [F], W_dec [F, d], b_dec [d] and the architecture's own [F]."""
@@ -81,8 +85,9 @@ class Encoder:
             bias = -lowest if bias is None else bias - lowest
         for rows in row_chunks(len(self.x_c), len(self.W_enc), self.x_c.device):
             z = linear(self.x_c[rows], self.W_enc, bias)
-            if self.k_aux and self.dead is not None:
-                dead_z = z[:, self.dead] if lowest is None else z[:, self.dead] + lowest[self.dead]
+            if self.k_aux and self.dead is not None and rows.start < AUX_TOKENS:
+                dead_z = z[: AUX_TOKENS - rows.start, self.dead]  # [n, n_dead]
+                dead_z = dead_z if lowest is None else dead_z + lowest[self.dead]
                 value, index = top_k(dead_z, self.k_aux)
                 self._aux.append((value, self.dead[index]))
             yield rows.start, z
@@ -183,7 +188,8 @@ class Architecture(ABC):
         loss, x_hat, f = self.loss(z, code, x, w, hyper)
         error = (x - x_hat).detach()
         if aux is not None:
-            loss = loss + hyper.aux_alpha * n_tokens * aux_loss(self._encode(aux, x_c, w), aux, error, w["W_dec"])
+            z_aux = self._encode(aux, x_c[: aux.n_tokens], w)
+            loss = loss + hyper.aux_alpha * n_tokens * aux_loss(z_aux, aux, error[: aux.n_tokens], w["W_dec"])
         (loss / n_tokens).backward()
         with torch.no_grad():
             self.observe(f, state)

@@ -11,8 +11,10 @@ with an effect.
 
 1. Node sets: the n strongest nodes for each size, from `start_site` on; sites before it are given for free and never
    ablated.
-2. Ablation values from the reference prompts (by default those the circuit was found on).
-3. One forward pass per batch of prompts and node set.
+2. Errors are nodes like features, or all left in, or all ablated, in every one of these sets; the whole model M has
+   them always.
+3. Ablation values from the reference prompts (by default those the circuit was found on).
+4. One forward pass per batch of prompts and node set; the metric of every prompt is kept for bootstrap intervals.
 
 CPR and CMD (Mueller et al. 2025, MIB) are the areas under f and under |1 - f| over the share of nodes kept, by the
 trapezoid rule.
@@ -31,14 +33,16 @@ from tqdm import tqdm
 
 from circuits.ablation import AblationValues, NodeTable, ablation_edits
 from circuits.behaviour import Metric, get_metric, prepare
-from circuits.nodes import Nodes, count, select_nodes
+from circuits.nodes import Nodes, SiteNodes, count, select_nodes
 from circuits.prompts import PromptSet
+from circuits.uncertainty import Bootstrap
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError, unknown
 from sae.files import atomic_write
 from sae.model import LanguageModel
 from sae.sites import Site
 
+ERRORS = ("nodes", "keep", "ablate")
 COVERED = 0.8
 """Share of the prompts whose template must occur among the reference prompts; below it templates are lengths alone."""
 
@@ -51,12 +55,34 @@ class FaithfulnessOptions:
     """What ablated nodes become: mean (per template and position), counterfactual, resample or zero."""
     start_site: str | None = None
     """First site that is ablated; everything before is given for free. None for all sites."""
+    errors: str = "nodes"
+    """Errors of the autoencoders: nodes (ranked among the features), keep (all left in) or ablate (all ablated)."""
     random: int = 3
     """Random circuits of each size to compare with."""
     seed: int = 0
     """Seed of the random circuits and of resampling."""
     batch_size: int = 64
     """Prompts that go through the model at once."""
+    resamples: int = 1000
+    """Times the prompts are drawn anew for 95 % intervals; 0 leaves them out."""
+
+    def __post_init__(self) -> None:
+        if self.errors not in ERRORS:
+            raise unknown("errors", self.errors, ERRORS)
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """95 % bootstrap intervals over the prompts, each [low, high]."""
+
+    faithfulness: list[list[float]]
+    """One a size."""
+    completeness: list[list[float]]
+    """One a size."""
+    cpr: list[float]
+    """Of the area under faithfulness."""
+    cmd: list[float]
+    """Of the area under its distance from 1."""
 
 
 @dataclass(frozen=True)
@@ -85,16 +111,20 @@ class Faithfulness:
     """Prompts measured."""
     n_uncovered: int
     """Prompts left out because no reference prompt has their template."""
+    errors: str = "nodes"
+    """What was done with the errors."""
+    intervals: Intervals | None = None
+    """How far the curves depend on the prompts; None where not computed."""
 
     @property
     def cpr(self) -> float:
         """Area under faithfulness over the share of nodes kept (higher is better)."""
-        return _area([0.0, *self.faithfulness], [0, *self.sizes], self.n_nodes, lambda f: f)
+        return cpr(self.faithfulness, self.sizes, self.n_nodes)
 
     @property
     def cmd(self) -> float:
         """Area under |1 - faithfulness| over the share of nodes kept (lower is better)."""
-        return _area([0.0, *self.faithfulness], [0, *self.sizes], self.n_nodes, lambda f: abs(1 - f))
+        return cmd(self.faithfulness, self.sizes, self.n_nodes)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -102,12 +132,27 @@ class Faithfulness:
 
     def table(self) -> str:
         """A table for the terminal: one row a size."""
-        lines = [f"{'nodes':>7}  {'faithfulness':>12}  {'random':>16}  {'completeness':>12}"]
+        known = self.intervals
+        gap = f"  {'':>16}" if known else ""
+        lines = [f"{'nodes':>7}  {'faithfulness':>12}{gap}  {'random':>16}  {'completeness':>12}{gap}".rstrip()]
         for row, size in enumerate(self.sizes):
             drawn = [curve[row] for curve in self.random]
             beside = f"{min(drawn):+.2f} to {max(drawn):+.2f}" if drawn else ""
-            lines.append(f"{size:>7}  {self.faithfulness[row]:>12.3f}  {beside:>16}  {self.completeness[row]:>12.3f}")
+            f, c = f"{self.faithfulness[row]:>12.3f}", f"{self.completeness[row]:>12.3f}"
+            if known:
+                f, c = (f"{x}  {_span(y[row]):>16}" for x, y in ((f, known.faithfulness), (c, known.completeness)))
+            lines.append(f"{size:>7}  {f}  {beside:>16}  {c}")
         return "\n".join(lines)
+
+    def areas(self) -> str:
+        """CPR and CMD in a line."""
+        spans = (
+            ["", ""] if self.intervals is None else [f" {_span(self.intervals.cpr)}", f" {_span(self.intervals.cmd)}"]
+        )
+        return (
+            f"area under faithfulness (CPR) {self.cpr:.3f}{spans[0]}, "
+            f"under its distance from 1 (CMD) {self.cmd:.3f}{spans[1]}"
+        )
 
     def plot(self, path: str | Path) -> Path:
         """Faithfulness, completeness and random circuits over size, as .svg, .png or .pdf."""
@@ -119,6 +164,10 @@ class Faithfulness:
         axes.axhline(0, color="0.8", lw=1)
         axes.plot(self.sizes, self.faithfulness, "o-", color="#1b6ca8", label="circuit (faithfulness)")
         axes.plot(self.sizes, self.completeness, "s-", color="#c1440e", label="all but the circuit (completeness)")
+        if self.intervals:
+            for bounds, colour in ((self.intervals.faithfulness, "#1b6ca8"), (self.intervals.completeness, "#c1440e")):
+                low, high = zip(*bounds, strict=True)
+                axes.fill_between(self.sizes, low, high, color=colour, alpha=0.15, lw=0)
         for draw, curve in enumerate(self.random):
             axes.plot(self.sizes, curve, ":", color="0.5", label="random circuits" if draw == 0 else None)
         axes.set(xscale="log", xlabel=f"nodes kept, from {self.start_site} on", ylabel="share of the behaviour")
@@ -137,6 +186,20 @@ def _area(values: Sequence[float], sizes: Sequence[int], n_nodes: int, height) -
     points = [(size / n_nodes, height(value)) for size, value in zip(sizes, values, strict=True) if size < n_nodes]
     points.append((1.0, height(1.0)))
     return sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in pairwise(points))
+
+
+def cpr(faithfulness: Sequence[float], sizes: Sequence[int], n_nodes: int) -> float:
+    """Area under faithfulness over the share of nodes kept, from no node (0) to all (1)."""
+    return _area([0.0, *faithfulness], [0, *sizes], n_nodes, lambda f: f)
+
+
+def cmd(faithfulness: Sequence[float], sizes: Sequence[int], n_nodes: int) -> float:
+    """Area under |1 - faithfulness| over the share of nodes kept."""
+    return _area([0.0, *faithfulness], [0, *sizes], n_nodes, lambda f: abs(1 - f))
+
+
+def _span(bounds: Sequence[float]) -> str:
+    return f"[{bounds[0]:.3f}, {bounds[1]:.3f}]"
 
 
 def measure_faithfulness(
@@ -160,6 +223,8 @@ def measure_faithfulness(
     m = get_metric(metric)
     prompts = prepare(prompts, model, m)
     nodes = from_start_site(nodes, options.start_site)
+    if options.errors != "nodes":
+        nodes = {site: site_nodes[~site_nodes.is_error] for site, site_nodes in nodes.items()}
     n_nodes = count(nodes)
     sizes = sorted({min(size, n_nodes) for size in sizes if size > 0})
     if not sizes:
@@ -173,13 +238,13 @@ def measure_faithfulness(
     values = AblationValues(
         model, saes, table, options.ablation, reference=reference, seed=options.seed, batch_size=options.batch_size
     )
-    kept = [(one, True) for one in ({}, *sets)] + [(one, False) for one in strongest]
-    means = _mean_metrics(model, saes, table, values, kept, prompts, m, options.batch_size, progress=progress)
-    m_model, m_empty, rest = means[0], means[1], means[2:]
-    scale = m_model - m_empty
-    if abs(scale) < 1e-9:
+    runs = _with_errors([(one, True) for one in ({}, *sets)] + [(one, False) for one in strongest],
+                        nodes, options.errors, n_positions=prompts.clean.n_positions)  # fmt: skip
+    m_all = _metrics(model, saes, table, values, runs, prompts, m, options.batch_size, progress=progress)
+    m_model, m_empty = m_all[:2].mean(1).tolist()
+    if abs(m_model - m_empty) < 1e-9:
         raise UserError(f"ablating every node leaves the metric at {m_empty:.4f}: there is nothing to explain")
-    f = [(value - m_empty) / scale for value in rest]
+    f = shares(m_all.mean(1)).tolist()
     n = len(sizes)
     return Faithfulness(
         sizes=sizes,
@@ -193,25 +258,67 @@ def measure_faithfulness(
         n_nodes=n_nodes,
         n_prompts=len(prompts),
         n_uncovered=uncovered,
+        errors=options.errors,
+        intervals=_intervals(m_all, sizes, n_nodes, options) if options.resamples else None,
     )
 
 
+def shares(m: torch.Tensor) -> torch.Tensor:
+    """(m(C) - m(0)) / (m(M) - m(0)) for every set C; m [..., 2 + sets] begins with m(M) and m(0)."""
+    whole, empty = m[..., :1], m[..., 1:2]
+    return (m[..., 2:] - empty) / (whole - empty)
+
+
+def _intervals(m_all: torch.Tensor, sizes: Sequence[int], n_nodes: int, options: FaithfulnessOptions) -> Intervals:
+    """Percentiles over resampled prompts; m_all [2 + sets, B]."""
+    bootstrap = Bootstrap(resamples=options.resamples, seed=options.seed)
+    f = shares(bootstrap.weights(m_all.shape[1]).to(m_all) @ m_all.T)  # [R, sets]
+    n = len(sizes)
+    areas = torch.tensor([[area(row, sizes, n_nodes) for area in (cpr, cmd)] for row in f[:, :n].tolist()])
+    bounds = bootstrap.interval(torch.cat([f[:, :n], f[:, -n:], areas.to(f)], dim=1)).tolist()
+    return Intervals(bounds[:n], bounds[n:-2], bounds[-2], bounds[-1])
+
+
+def _with_errors(sets: Sequence[tuple[Nodes, bool]], nodes: Nodes, errors: str, *, n_positions: int):
+    """The sets (nodes, keep) with every error kept, or every error removed, where errors are no nodes."""
+    if errors == "nodes":
+        return list(sets)
+    summed = all(bool((site_nodes.position < 0).all()) for site_nodes in nodes.values())
+    positions = torch.tensor([-1]) if summed else torch.arange(n_positions)
+
+    def add(chosen: Nodes) -> Nodes:
+        full = {}
+        for site, site_nodes in nodes.items():
+            known = chosen.get(site, site_nodes[:0])
+            error = torch.full_like(positions, known.n_features)
+            full[site] = SiteNodes(
+                known.n_features,
+                torch.cat([known.feature, error]),
+                torch.cat([known.position, positions]),
+                torch.cat([known.effect, torch.zeros(len(positions))]),
+            )
+        return full
+
+    return [(add(chosen) if keep == (errors == "keep") else chosen, keep) for chosen, keep in sets]
+
+
 @torch.no_grad()
-def _mean_metrics(model, saes, table, values, sets, prompts, metric, batch_size, *, progress) -> list[float]:
-    """Mean metric of the plain model and of every (nodes, keep)."""
-    totals = [0.0] * (1 + len(sets))
+def _metrics(model, saes, table, values, sets, prompts, metric, batch_size, *, progress) -> torch.Tensor:
+    """Metric of the plain model and of every (nodes, keep) on every prompt, [1 + sets, B] float64."""
+    columns = []
     n_batches = -(-len(prompts) // batch_size)
     with tqdm(total=n_batches * len(sets), desc="faithfulness", unit="run", disable=not progress) as bar:
         for batch in prompts.batches(batch_size):
             plain = model.run(batch.clean, last_only=True)
-            totals[0] += metric(plain.logits[:, -1], batch).sum().item()
+            column = [metric(plain.logits[:, -1], batch)]
             at = values(batch)
-            for number, (nodes, keep) in enumerate(sets, start=1):
+            for nodes, keep in sets:
                 edits = ablation_edits(saes, table, nodes, at, batch.clean, keep=keep)
                 run = model.run(batch.clean, edits=edits, last_only=True)
-                totals[number] += metric(run.logits[:, -1], batch).sum().item()
+                column.append(metric(run.logits[:, -1], batch))
                 bar.update()
-    return [total / len(prompts) for total in totals]
+            columns.append(torch.stack(column).double().cpu())
+    return torch.cat(columns, dim=1)
 
 
 def from_start_site(nodes: Nodes, start_site: str | None) -> Nodes:

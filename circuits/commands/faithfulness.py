@@ -15,6 +15,7 @@ from sae.errors import UserError
 from sae.files import write_json
 
 FAITHFULNESS_FILE = "faithfulness.json"
+ERRORS_TEXT = {"nodes": "", "keep": ", all errors left in", "ablate": ", all errors ablated"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +63,10 @@ class Faithfulness(Common):
         text = "\n".join(
             [
                 f"{result.n_prompts} prompts{left_out if result.n_uncovered else ''}; "
-                f"nodes from {result.start_site} on, others ablated by {result.ablation}",
+                f"nodes from {result.start_site} on, others ablated by {result.ablation}{ERRORS_TEXT[result.errors]}",
                 f"m: {result.m_model:+.3f} whole model, {result.m_empty:+.3f} with every node ablated",
                 result.table(),
-                f"area under faithfulness (CPR) {result.cpr:.3f}, under its distance from 1 (CMD) {result.cmd:.3f}",
+                result.areas(),
                 f"wrote {folder / FAITHFULNESS_FILE} and {plot}",
             ]
         )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from scipy.integrate import trapezoid
 
 from circuits.ablation import AblationValues, NodeTable, ablation_edits
 from circuits.behaviour import logit_difference
@@ -151,6 +153,89 @@ def test_areas():
     assert _area([0, 0.5], [0, 50], 100, lambda f: f) == pytest.approx(0.5)
     assert _area([0, 0.5], [0, 50], 100, lambda f: abs(1 - f)) == pytest.approx(0.5)
     assert _area([1, 1], [0, 50], 100, lambda f: abs(1 - f)) == 0
+
+
+@pytest.mark.parametrize("errors", ["keep", "ablate"])
+@pytest.mark.parametrize("aggregation", ["sum", "position"])
+def test_errors_by_their_definition(tiny_model, tiny_saes, tiny_prompts, aggregation, errors):
+    """Zero ablation of the 20 strongest features alone, and of all others, with e left or set to 0 everywhere."""
+    prompts = tiny_prompts[1::2]
+    options = DiscoverOptions(method="attrib", aggregation=aggregation, edge_nodes=0)
+    nodes = discover(tiny_model, tiny_saes, prompts, options, progress=False).nodes
+    result = measure_faithfulness(
+        tiny_model, tiny_saes, nodes, prompts, FaithfulnessOptions("zero", errors=errors, random=1),
+        sizes=[20], progress=False,
+    )  # fmt: skip
+    features = {site: site_nodes[~site_nodes.is_error] for site, site_nodes in nodes.items()}
+    chosen = select_nodes(features, top=20)
+    assert result.n_nodes == count(features) and result.errors == errors
+
+    def m(kept_of) -> float:
+        def edit_of(site):
+            sae = tiny_saes[site]
+            left = kept_of(site)  # [1 or S, F]
+
+            def edit(x):
+                f = sae.encode(x)
+                return sae.decode(f * left) + (x - sae.decode(f) if errors == "keep" else 0)
+
+            return edit
+
+        return mean_m(tiny_model, prompts, {site: edit_of(site) for site in nodes})
+
+    def circuit(site):
+        left = torch.zeros(1 if aggregation == "sum" else 7, tiny_saes[site].config.n_features)
+        left[chosen[site].position.clamp(min=0), chosen[site].feature] = 1
+        return left
+
+    empty, whole = m(lambda site: torch.zeros(1)), mean_m(tiny_model, prompts)
+    assert result.m_empty == pytest.approx(empty, abs=1e-5) and result.m_model == pytest.approx(whole, abs=1e-5)
+    assert result.faithfulness[0] == pytest.approx((m(circuit) - empty) / (whole - empty), abs=1e-3)
+    assert result.completeness[0] == pytest.approx(
+        (m(lambda site: 1 - circuit(site)) - empty) / (whole - empty), abs=1e-3
+    )
+    with pytest.raises(UserError, match="keep"):
+        FaithfulnessOptions(errors="kept")
+
+
+def test_intervals_against_loops(tiny_model, tiny_saes, tiny_prompts, nodes):
+    """Ratios of resampled means, from the metric of every prompt measured alone."""
+    options = FaithfulnessOptions(random=0, resamples=50, seed=5)
+    sizes = [10, 40]
+
+    def measure(prompts):
+        return measure_faithfulness(
+            tiny_model, tiny_saes, nodes, prompts, options, reference=tiny_prompts, sizes=sizes, progress=False
+        )
+
+    alone = [measure(tiny_prompts[[row]]) for row in range(8)]
+    result = measure(tiny_prompts)
+    draws = torch.randint(8, (50, 8), generator=torch.Generator().manual_seed(5)).tolist()
+    faithful, complete, cprs, cmds = [], [], [], []
+    for draw in draws:
+        whole, empty = (sum(getattr(alone[b], name) for b in draw) / 8 for name in ("m_model", "m_empty"))
+        curves = []
+        for name in ("faithfulness", "completeness"):
+            curve = []
+            for size in range(2):
+                m = [a.m_empty + getattr(a, name)[size] * (a.m_model - a.m_empty) for a in (alone[b] for b in draw)]
+                curve.append((sum(m) / 8 - empty) / (whole - empty))
+            curves.append(curve)
+        faithful.append(curves[0])
+        complete.append(curves[1])
+        points = zip([0, 10, 40], [0.0, *curves[0]], strict=True)
+        xs, ys = zip(*[(x / result.n_nodes, y) for x, y in points], (1.0, 1.0), strict=True)
+        cprs.append(trapezoid(ys, xs))
+        cmds.append(trapezoid(np.abs(1 - np.array(ys)), xs))
+    known = result.intervals
+    for found, values in (
+        (known.faithfulness, faithful), (known.completeness, complete), ([known.cpr], cprs), ([known.cmd], cmds)
+    ):  # fmt: skip
+        expected = np.quantile(np.array(values).reshape(50, -1), [0.025, 0.975], axis=0).T
+        assert np.allclose(found, expected, rtol=2e-3, atol=2e-3)
+    for bounds, f in zip(known.faithfulness, result.faithfulness, strict=True):
+        assert bounds[0] <= f <= bounds[1]
+    assert f"[{known.cpr[0]:.3f}, {known.cpr[1]:.3f}]" in result.areas()
 
 
 def test_plot_and_table(tiny_model, tiny_saes, tiny_prompts, nodes, tmp_path):

@@ -140,15 +140,13 @@ class Faithfulness:
             beside = f"{min(drawn):+.2f} to {max(drawn):+.2f}" if drawn else ""
             f, c = f"{self.faithfulness[row]:>12.3f}", f"{self.completeness[row]:>12.3f}"
             if known:
-                f, c = (f"{x}  {_span(y[row]):>16}" for x, y in ((f, known.faithfulness), (c, known.completeness)))
+                f, c = (f"{x}  {span(y[row]):>16}" for x, y in ((f, known.faithfulness), (c, known.completeness)))
             lines.append(f"{size:>7}  {f}  {beside:>16}  {c}")
         return "\n".join(lines)
 
     def areas(self) -> str:
         """CPR and CMD in a line."""
-        spans = (
-            ["", ""] if self.intervals is None else [f" {_span(self.intervals.cpr)}", f" {_span(self.intervals.cmd)}"]
-        )
+        spans = ["", ""] if self.intervals is None else [f" {span(self.intervals.cpr)}", f" {span(self.intervals.cmd)}"]
         return (
             f"area under faithfulness (CPR) {self.cpr:.3f}{spans[0]}, "
             f"under its distance from 1 (CMD) {self.cmd:.3f}{spans[1]}"
@@ -198,7 +196,8 @@ def cmd(faithfulness: Sequence[float], sizes: Sequence[int], n_nodes: int) -> fl
     return _area([0.0, *faithfulness], [0, *sizes], n_nodes, lambda f: abs(1 - f))
 
 
-def _span(bounds: Sequence[float]) -> str:
+def span(bounds: Sequence[float]) -> str:
+    """An interval as `[0.512, 0.634]`."""
     return f"[{bounds[0]:.3f}, {bounds[1]:.3f}]"
 
 
@@ -234,7 +233,7 @@ def measure_faithfulness(
     drawn = [[random_nodes(nodes, size, generator=generator) for size in sizes] for _ in range(options.random)]
     sets = [*strongest, *(one for draw in drawn for one in draw)]
     table = NodeTable(saes, sets, sites=list(nodes))
-    reference, prompts, uncovered = _aligned(reference or prompts, prompts, options.ablation)
+    reference, prompts, uncovered = aligned(reference or prompts, prompts, options.ablation)
     values = AblationValues(
         model, saes, table, options.ablation, reference=reference, seed=options.seed, batch_size=options.batch_size
     )
@@ -339,7 +338,7 @@ def random_nodes(nodes: Nodes, size: int, *, generator: torch.Generator) -> Node
     return {site: site_nodes[part] for (site, site_nodes), part in zip(nodes.items(), parts, strict=True)}
 
 
-def _aligned(reference: PromptSet, prompts: PromptSet, ablation: str) -> tuple[PromptSet, PromptSet, int]:
+def aligned(reference: PromptSet, prompts: PromptSet, ablation: str) -> tuple[PromptSet, PromptSet, int]:
     """Reference and measured prompts keyed by the same template rule; measured prompts without reference left out."""
     if ablation in ("counterfactual", "zero"):
         return reference, prompts, 0

@@ -10,11 +10,14 @@ import tyro
 
 from circuits.circuit import circuit_folder
 from circuits.commands.common import Common, Loaded, Output, record
+from circuits.edge_faithfulness import EdgeFaithfulness, measure_edge_faithfulness
 from circuits.faithfulness import FaithfulnessOptions, measure_faithfulness
+from circuits.prompts import PromptSet
 from sae.errors import UserError
 from sae.files import write_json
 
 FAITHFULNESS_FILE = "faithfulness.json"
+EDGES_FILE = "edge_faithfulness.json"
 ERRORS_TEXT = {"nodes": "", "keep": ", all errors left in", "ablate": ", all errors ablated"}
 
 
@@ -34,6 +37,10 @@ class Faithfulness(Common):
     """Prompts whose means or values ablated nodes take; those the circuit was found on by default."""
     sizes: str = "10,20,50,100,200,500,1000"
     """Numbers of nodes, comma-separated."""
+    edges: bool = False
+    """Measure the edges as well: each node recomputed from only those nodes whose edge to it is kept."""
+    edge_sizes: str = "100,200,500,1000,2000,5000"
+    """Numbers of edges, comma-separated."""
     model: str | None = None
     """Another place of the model the circuit was found in."""
     saes: str | None = None
@@ -70,7 +77,28 @@ class Faithfulness(Common):
                 f"wrote {folder / FAITHFULNESS_FILE} and {plot}",
             ]
         )
-        return Output(text, result.to_dict())
+        if not self.edges:
+            return Output(text, result.to_dict())
+        of_edges = self._edges(loaded, prompts, reference)
+        edge_text = f"edges among the {of_edges.n_nodes} strongest nodes, all other inputs ablated\n{of_edges.table()}"
+        return Output(f"{text}\n{edge_text}", result.to_dict() | {"edges": of_edges.to_dict()})
+
+    def _edges(self, loaded: Loaded, prompts: PromptSet, reference: PromptSet) -> EdgeFaithfulness:
+        """The curve over edges, written beside that over nodes."""
+        result = measure_edge_faithfulness(
+            loaded.model,
+            loaded.saes,
+            loaded.circuit,
+            prompts,
+            self.options,
+            sizes=parse_sizes(self.edge_sizes),
+            reference=reference,
+            progress=not self.quiet,
+        )
+        folder = circuit_folder(self.circuit)
+        write_json(folder / EDGES_FILE, result.to_dict())
+        result.plot(folder / "edge_faithfulness.svg")
+        return result
 
 
 def parse_sizes(text: str) -> tuple[int, ...]:

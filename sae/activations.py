@@ -152,7 +152,8 @@ class ModelActivations:
     def seek(self, state: StreamState) -> None:
         self.stream.seek(state)
 
-    def fill(self, buffer: dict[Site, Tensor]) -> int:
+    def fill(self, buffer: dict[Site, Tensor], ids: Tensor | None = None) -> int:
+        """Runs the model until no further batch fits; also writes the token ids [n] of the rows if asked to."""
         capacity = len(next(iter(buffer.values())))
         n = barren = 0
         while sum(map(len, self.stream.peek())) <= capacity - n:
@@ -163,6 +164,8 @@ class ModelActivations:
             rows = int(keep.sum())
             for site, x in run.activations.items():
                 buffer[site][n : n + rows] = x[keep]
+            if ids is not None:
+                ids[n : n + rows] = tokens.input_ids[keep]
             n += rows
             barren = 0 if rows else barren + 1
             if barren > GROUP_DOCUMENTS and n == 0:

@@ -58,8 +58,12 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = True,
+    activations: ActivationSource | None = None,
 ) -> dict[Site, SparseAutoencoder]:
-    """Trains an autoencoder at each site; returns them in forward order and leaves them in `out`/saes/<site>."""
+    """Trains an autoencoder at each site; returns them in forward order and leaves them in `out`/saes/<site>.
+
+    `activations` replaces forward passes of the model, for example by a `CachedActivations` of this model and text.
+    """
     config, out, source = config or TrainConfig(), Path(out), TextSource.of(texts)
     names = sites if isinstance(sites, str) else [str(site) for site in sites]
     chosen = select_sites(names, model.sites)
@@ -70,10 +74,10 @@ def train(
         log.info("the run in %s is complete; nothing to resume", out)
         return {site: SparseAutoencoder.load(folders[site.name], device=model.device) for site in chosen}
     start_folder(out, settings, resume=resume, overwrite=overwrite)
-    stream = ContextStream(model, source, context_length=config.context_length, packed=config.packed)
-    activations = ModelActivations(model, stream, chosen, exclude_special=config.exclude_special)
-    trainer = Trainer(learners, activations, config, out=out, progress=progress)
-    trainer.run()
+    if activations is None:
+        stream = ContextStream(model, source, context_length=config.context_length, packed=config.packed)
+        activations = ModelActivations(model, stream, chosen, exclude_special=config.exclude_special)
+    Trainer(learners, activations, config, out=out, progress=progress).run()
     saes = {}
     for learner in learners:
         saes[learner.site] = learner.export(model=model.name, fingerprint=model.fingerprint)

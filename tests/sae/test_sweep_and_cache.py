@@ -1,0 +1,123 @@
+"""Sweeps and activation caches give what single runs on the model give."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from sae.activation_cache import CachedActivations, write_cache
+from sae.activations import ContextStream, ModelActivations
+from sae.autoencoder import load_saes
+from sae.config import TrainConfig
+from sae.errors import UserError
+from sae.sites import Site
+from sae.sweep import grid, sweep
+from sae.text import TextSource
+from sae.training import train
+
+TEXTS = [
+    "the man sees the dog",
+    "she walks near the old cat .",
+    "kings know queens",
+    "a boy sings",
+    "he was happy",
+] * 20
+SITES = [Site.parse("resid_0"), Site.parse("mlp_1")]
+CONFIG = TrainConfig(features=24, k=3, tokens=6000, batch_size=512, log_steps=4)
+
+
+def test_a_grid_names_every_combination():
+    configs = grid(CONFIG, architectures=("topk", "identity"), features=(16, 32), k=(2, 4), seeds=(0, 1))
+    assert len(configs) == 9
+    assert configs["topk-32-k4-seed1"].features == 32
+    assert {"identity", "topk-16-k2-seed0"} <= set(configs)
+    assert all(config.tokens == 6000 for config in configs.values())
+
+
+def test_a_sweep_trains_each_config_as_a_run_of_its_own_does(tiny_model, tmp_path):
+    configs = grid(CONFIG, architectures=("topk", "relu", "identity"), features=(24,), k=(3,))
+    saes = sweep(tiny_model, TEXTS, configs, sites=["resid_0", "mlp_1"], out=tmp_path / "sweep", progress=False)
+    alone = train(
+        tiny_model,
+        TEXTS,
+        sites=["resid_0", "mlp_1"],
+        config=configs["relu-24-k3-seed0"],
+        out=tmp_path / "one",
+        progress=False,
+    )
+    for site in SITES:
+        for name, tensor in alone[site].named_buffers():
+            assert torch.equal(tensor, saes["relu-24-k3-seed0"][site].get_buffer(name))
+    for name in configs:
+        assert set(load_saes(tmp_path / "sweep" / name)) == set(SITES)
+    x = torch.randn(5, 32)
+    torch.testing.assert_close(saes["identity"][SITES[0]](x), x)
+    rows = [json.loads(r) for r in (tmp_path / "sweep" / "saes" / "training.jsonl").read_text().splitlines()]
+    assert {row["site"] for row in rows} == {f"{name}/{site}" for name in configs for site in SITES}
+
+
+def test_configs_of_a_sweep_share_their_data(tiny_model, tmp_path):
+    configs = {"a": CONFIG, "b": TrainConfig(features=24, k=3, tokens=7000, batch_size=512, log_steps=4)}
+    with pytest.raises(UserError, match=r"tokens is 7000 in 'b' and 6000 in 'a'"):
+        sweep(tiny_model, TEXTS, configs, out=tmp_path)
+
+
+@pytest.fixture
+def cache(tiny_model, tmp_path):
+    options = {"sites": ["resid_0", "mlp_1"], "tokens": 900, "shard_tokens": 700, "progress": False}
+    write_cache(tiny_model, TEXTS, out=tmp_path / "cache", dtype="float32", **options)
+    return tmp_path / "cache"
+
+
+def test_a_cache_holds_what_the_model_gives(tiny_model, cache):
+    cached = CachedActivations(cache, model=tiny_model, sites=SITES, text=TextSource.of(TEXTS).name)
+    assert sum(cached.manifest.shards) >= 900 and len(cached.manifest.shards) > 1
+    stream = ContextStream(tiny_model, TextSource.of(TEXTS))
+    direct = ModelActivations(tiny_model, stream, SITES)
+    expected = {site: torch.zeros(700, 32) for site in SITES}
+    n = direct.fill(expected)
+    found = {site: torch.zeros(n, 32) for site in SITES}
+    cached.fill(found)
+    assert all(torch.equal(found[site], expected[site][:n]) for site in SITES)
+
+
+def test_a_cache_is_read_over_shards_and_round_again(cache):
+    cached, total = CachedActivations(cache), sum(CachedActivations(cache).manifest.shards)
+    whole = {site: torch.zeros(total, 32) for site in cached.widths}
+    assert cached.fill(whole) == total
+    assert (cached.position().epoch, cached.position().documents) == (1, 0)
+    cached = CachedActivations(cache)
+    pieces = []
+    for _ in range(9):
+        piece = {site: torch.zeros(total // 3, 32) for site in cached.widths}
+        cached.fill(piece)
+        pieces.append(piece[SITES[0]])
+    rows = torch.cat(pieces)
+    torch.testing.assert_close(rows, whole[SITES[0]].repeat(4, 1)[: len(rows)])
+
+
+def test_training_from_a_cache_learns_the_same_as_from_the_model(tiny_model, cache, tmp_path):
+    saes = train(
+        tiny_model, TEXTS, sites=["resid_0"], config=CONFIG, out=tmp_path / "run", progress=False,
+        activations=CachedActivations(cache, model=tiny_model, sites=SITES[:1]),
+    )  # fmt: skip
+    direct = train(tiny_model, TEXTS, sites=["resid_0"], config=CONFIG, out=tmp_path / "direct", progress=False)
+    tokens = tiny_model.tokenize(TEXTS[:5])
+    x = tiny_model.run(tokens, capture=SITES).activations[SITES[0]][tokens.attention_mask.bool()]
+    errors = [(x - sae[SITES[0]](x)).square().sum() / (x - x.mean(0)).square().sum() for sae in (saes, direct)]
+    assert errors[0] == pytest.approx(errors[1].item(), rel=0.2)
+    assert errors[1] < 0.5
+
+
+def test_a_cache_for_something_else_is_refused(make_tiny_model, cache, tmp_path):
+    with pytest.raises(UserError, match="was made for model"):
+        CachedActivations(cache, model=make_tiny_model("gpt_neox", seed=3))
+    with pytest.raises(UserError, match="has no site mlp_0; it has resid_0, mlp_1"):
+        CachedActivations(cache, sites=[Site.parse("mlp_0")])
+    with pytest.raises(UserError, match="was made for text"):
+        CachedActivations(cache, text="other.txt")
+    shutil.copytree(cache, tmp_path / "partial")
+    (tmp_path / "partial" / "manifest.json").unlink()
+    with pytest.raises(UserError, match="no activation cache"):
+        CachedActivations(tmp_path / "partial")

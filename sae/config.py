@@ -21,7 +21,7 @@ from sae.architectures import architecture
 from sae.errors import UserError
 
 CENTRES = ("mean", "geometric_median", "zero")
-REVIVALS = ("auto", "auxk", "none")
+REVIVALS = ("auto", "auxk", "resample", "none")
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class TrainConfig:
     k_start: int | None = None
     """Active features a token at the first step, falling linearly to k over the warm-up; k throughout by default."""
     revival: str = "auto"
-    """What brings dead features back: auxk, none, or auto, the architecture's own choice."""
+    """What brings dead features back: auxk, resample, none, or auto, the architecture's own choice."""
     aux_alpha: float = 1 / 32
     """Weight of the AuxK loss."""
     aux_k: int | None = None

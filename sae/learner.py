@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Mapping
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ from sae.architectures.base import Hyper
 from sae.autoencoder import SAEConfig, SparseAutoencoder
 from sae.config import TrainConfig
 from sae.nonlinearities import TOPK, fold_norms, fold_scale
+from sae.resampling import resample
 from sae.sites import Site
 
 DENSE_ABOVE = 0.1
@@ -34,6 +37,10 @@ DEAD_LOOKS = 16
 """Steps between two looks at which features are dead."""
 BANDWIDTH = 0.8
 """JumpReLU's bandwidth in units of 1/√width, the spread of a random direction's pre-activations."""
+RESAMPLE_AT = (0.1, 0.2, 0.3, 0.4)
+"""Shares of the run after which dead features are resampled, where that is asked for."""
+RESAMPLED_ENCODER = 0.2
+"""Norm of a resampled encoder row, relative to the living ones; 1 where features compete for k places."""
 MEDIAN_STEPS = 30
 """Weiszfeld iterations of the geometric median."""
 
@@ -47,6 +54,7 @@ class Learner:
         self.n_features = config.features if self.recipe.trained else width
         revival = self.recipe.revival if config.revival == "auto" else config.revival
         self.k_aux = (config.aux_k or max(1, width // 2)) if revival == "auxk" else 0
+        self.resample_steps = {round(at * config.steps) for at in RESAMPLE_AT} if revival == "resample" else set()
         self.weights = {key: tensor.requires_grad_() for key, tensor in self._initial().items()}
         self.state: dict[str, Tensor] = {
             "centre": torch.zeros(width),
@@ -142,6 +150,16 @@ class Learner:
             rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp(min=1e-12))
         self.recipe.constrain(self.weights)
 
+    @torch.no_grad()
+    def resample(self, x: Tensor, moments: Mapping[Tensor, Mapping[str, Any]], step: int) -> None:
+        """New rows for the dead features, from a batch x [n, d] of raw activations; see `sae.resampling`."""
+        dead = (self.state["silent"] > self.config.dead_after).nonzero().squeeze(1)
+        if len(dead):
+            error = (x - self.export()(x)) / self.state["scale"]
+            share = 1.0 if self.recipe.fixed_k else RESAMPLED_ENCODER
+            resample(self.weights, moments, dead, error, share=share, seed=1_000_003 * self.config.seed + step)
+            self.state["silent"][dead] = 0
+
     def report(self) -> dict[str, float]:
         """Means since the last report: loss, L0, explained variance, dead fraction; the sums start over."""
         state = self.state
@@ -161,7 +179,7 @@ class Learner:
             del report["sparsity"]
         return report
 
-    def export(self, *, model: str, fingerprint: str) -> SparseAutoencoder:
+    def export(self, *, model: str = "", fingerprint: str = "") -> SparseAutoencoder:
         """The autoencoder on raw activations: scale, centre and decoder norms folded in."""
         recipe, scale = self.recipe, self.state["scale"].item()
         own = {key.removeprefix("own."): tensor for key, tensor in self.state.items() if key.startswith("own.")}

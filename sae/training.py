@@ -176,7 +176,10 @@ class Trainer:
         with cast:
             for learner, group in zip(self.learners, self.optimizer.param_groups, strict=True):
                 group["lr"] = learner.config.learning_rate_at(self.step, learner.width)
-                learner.step(self.buffer[learner.site][rows], self.step)
+                x = self.buffer[learner.site][rows]
+                if self.step in learner.resample_steps:
+                    learner.resample(x, self.optimizer.state, self.step)
+                learner.step(x, self.step)
         self.optimizer.step()
         self.optimizer.zero_grad()
         for learner in self.learners:

@@ -25,7 +25,7 @@ class ReLU(Penalised):
     def loss(self, z: Tensor, code: Code, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
         f = z.relu()
         x_hat = code.decode(f, w["W_dec"]) + w["b_dec"]
-        penalty = code.sum_tokens(f) @ w["W_dec"].norm(dim=1)
+        penalty = (code.sum_tokens(f) * w["W_dec"].norm(dim=1)).sum()
         return Losses(squared_error(x, x_hat) + hyper.sparsity * penalty, x_hat, f)
 
 

@@ -122,6 +122,19 @@ def test_gradients_and_statistics_are_those_of_dense_autograd(name, dense):
         torch.testing.assert_close(stats.loss / N, loss)
 
 
+@pytest.mark.parametrize(("name", "dense"), [("topk", False), ("relu", False), ("relu", True), ("gated", True)])
+def test_autocast_changes_products_only(name, dense):
+    exact, exact_stats, _ = own_step(name, dense=dense)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast, stats, _ = own_step(name, dense=dense)
+    torch.testing.assert_close(stats.loss, exact_stats.loss, rtol=0.02, atol=0.0)
+    for key in exact:
+        assert cast[key].grad.dtype == torch.float32
+        if name != "topk":  # there rounding may change what is selected
+            error = (cast[key].grad - exact[key].grad).norm() / exact[key].grad.norm().clamp(min=1e-6)
+            assert error < 0.03, key
+
+
 @pytest.mark.parametrize("name", ["topk", "batchtopk", "jumprelu"])
 def test_auxk_adds_the_gradient_of_the_papers_loss(name):
     dead, hyper = torch.tensor([3, 8, 20, 21, 40]), Hyper(k=K, sparsity=0.03, bandwidth=0.3, k_aux=3, aux_alpha=0.25)

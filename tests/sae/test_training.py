@@ -65,9 +65,12 @@ def stop_after(monkeypatch, step):
     monkeypatch.setattr(Trainer, "_one_step", dying)
 
 
-@pytest.mark.parametrize("architecture", ["topk", "relu", "batchtopk", "jumprelu", "gated"])
-def test_a_killed_run_resumes_to_the_same_bits(tiny_model, tmp_path, monkeypatch, architecture):
-    config = small(architecture=architecture, checkpoints=4)
+@pytest.mark.parametrize(
+    ("architecture", "revival"),
+    [("topk", "auto"), ("relu", "resample"), ("batchtopk", "auto"), ("jumprelu", "auto"), ("gated", "auto")],
+)
+def test_a_killed_run_resumes_to_the_same_bits(tiny_model, tmp_path, monkeypatch, architecture, revival):
+    config = small(architecture=architecture, revival=revival, checkpoints=4)
     whole = run(tiny_model, tmp_path / "whole", config)
     for stop in (13, 20):  # in the first and in the second fill of the buffer
         with monkeypatch.context() as patch, pytest.raises(Stopped):
@@ -216,6 +219,29 @@ def test_geometric_median_minimises_the_sum_of_distances():
     for _ in range(20):
         assert (x - centre - 0.05 * torch.randn(3)).norm(dim=1).sum() >= total - 1e-3
     assert centre.norm() < 1 < x.mean(0).norm()
+
+
+def test_resampling_points_dead_features_at_errors_and_leaves_the_living():
+    one, x = learner(architecture="relu_unit", revival="resample", dead_tokens=10), torch.randn(500, 16)
+    one.prepare(x)
+    optimise(one, x, 20)
+    dead = torch.tensor([3, 5])
+    one.state["silent"].zero_()[dead] = 11
+    before = {key: weight.detach().clone() for key, weight in one.weights.items()}
+    moments = {weight: {"exp_avg": torch.ones_like(weight)} for weight in one.weights.values()}
+    error = (x - one.export()(x)) / one.state["scale"]
+    one.resample(x, moments, step=7)
+    living = torch.tensor([i for i in range(64) if i not in (3, 5)])
+    for key in ("W_enc", "W_dec", "b_enc"):
+        assert torch.equal(one.weights[key][living], before[key][living])
+        assert torch.equal(moments[one.weights[key]]["exp_avg"][dead], torch.zeros_like(before[key][dead]))
+        assert (moments[one.weights[key]]["exp_avg"][living] == 1).all()
+    cosine = torch.nn.functional.normalize(error, dim=1) @ one.weights["W_dec"][dead].detach().T
+    torch.testing.assert_close(cosine.max(0).values, torch.ones(2))
+    torch.testing.assert_close(
+        one.weights["W_enc"][dead].norm(dim=1), torch.full((2,), 0.2 * before["W_enc"][living].norm(dim=1).mean())
+    )
+    assert one.state["silent"][dead].sum() == 0
 
 
 def test_schedules():

@@ -21,6 +21,7 @@ from sae.errors import UserError
 
 def _commands() -> dict[str, Any]:
     """Subcommands by name."""
+    from circuits.commands.compare import CompareMethods
     from circuits.commands.demo import Demo
     from circuits.commands.discover import Discover
     from circuits.commands.edit import Ablate, Steer
@@ -35,6 +36,7 @@ def _commands() -> dict[str, Any]:
         "evaluate": Evaluate,
         "discover": Discover,
         "faithfulness": Faithfulness,
+        "compare-methods": CompareMethods,
         "render": Render,
         "explore": Explore,
         "ablate": Ablate,
@@ -52,14 +54,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
-    command = tyro.extras.subcommand_cli_from_dict(
-        _commands(),
-        prog="sfc",
-        description="Find, draw and edit sparse feature circuits in language models.",
-        args=arguments,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
-    )
     try:
+        command = tyro.extras.subcommand_cli_from_dict(
+            _commands(),
+            prog="sfc",
+            description="Find, draw and edit sparse feature circuits in language models.",
+            args=arguments,
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+        )
         output = command.run()
     except (UserError, GraphError) as error:
         _leave(f"sfc: {error}", 2)

@@ -11,13 +11,14 @@ Legend: B examples, S positions (left-padded), d model width.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from circuits.behaviour import Metric
 from circuits.prompts import PromptSet
 from sae.autoencoder import SparseAutoencoder
+from sae.errors import UserError
 from sae.model import LanguageModel, Tokens, check_finite
 from sae.sites import Site
 
@@ -42,6 +43,15 @@ class States:
     @property
     def tokens(self) -> Tokens:
         return self.prompts.clean
+
+    def reversed(self) -> States:
+        """The same batch from patch to clean, with the answers where they were: patching a node now restores its clean
+        value in the patch run (denoising).
+        """
+        if self.prompts.patch is None or self.m_patch is None:
+            raise UserError("denoising starts from the patch prompts: these prompts have no patch side")
+        prompts = replace(self.prompts, clean=self.prompts.patch, patch=self.prompts.clean)
+        return States(prompts, self.patch, self.clean, False, self.m_patch, self.m_clean)
 
     @property
     def mask(self) -> torch.Tensor:

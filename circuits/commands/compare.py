@@ -1,0 +1,64 @@
+"""`sfc compare-methods`: node methods beside each other on held-out prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+from circuits.commands.common import Common, Output, Overwrite, load_checked_saes, load_model, record
+from circuits.comparison import CompareOptions, compare_methods
+from circuits.comparison_view import plot, tables
+from circuits.prompts import PromptSet, load_prompts
+from sae.errors import UserError
+from sae.files import prepare_folder, write_json
+
+COMPARISON_FILE = "comparison.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareMethods(Common):
+    """Compare node methods on one behaviour: how good their circuits are on held-out prompts, how well they agree with
+    exact patching, and what they cost.
+    """
+
+    model: str
+    """Hugging Face model: hub name or folder."""
+    saes: str
+    """Run folder with autoencoders (`sfc train`), or the folder inside it."""
+    prompts: str
+    """Prompts on which circuits are found."""
+    test: str | None = None
+    """Held-out prompts on which they are scored; by default every second one of the prompts is held out."""
+    out: Path
+    """Run folder that receives comparison/."""
+    examples: int = 100
+    """Prompts used of each file, the first ones."""
+    overwrite: Overwrite = False
+    options: Annotated[CompareOptions, tyro.conf.arg(name="")] = field(default_factory=CompareOptions)
+
+    def run(self) -> Output:
+        folder = prepare_folder(self.out / "comparison", overwrite=self.overwrite)
+        model = load_model(self.model, self)
+        saes = load_checked_saes(model, self.saes)
+        train, test = self._prompts(model)
+        comparison = compare_methods(model, saes, train, test, self.options, progress=not self.quiet)
+        data = comparison.to_dict()
+        write_json(folder / COMPARISON_FILE, data)
+        text = tables(comparison)
+        (folder / "comparison.txt").write_text(text + "\n")
+        drawing = plot(comparison, folder / "comparison.svg")
+        record(self.out, "compare-methods", self)
+        return Output(f"{text}\nwrote {folder / COMPARISON_FILE} and {drawing}", {**data, "comparison": str(folder)})
+
+    def _prompts(self, model) -> tuple[PromptSet, PromptSet]:
+        prompts = load_prompts(self.prompts, model, limit=self.examples)
+        if self.test is not None:
+            return prompts, load_prompts(self.test, model, limit=self.examples)
+        if len(prompts) < 2:
+            raise UserError(f"{self.prompts!r} has {len(prompts)} usable prompts: holding out every second needs 2")
+        held_out = torch.arange(len(prompts)) % 2 == 1
+        return prompts[~held_out], prompts[held_out]

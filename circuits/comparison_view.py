@@ -1,0 +1,125 @@
+"""The comparison of node methods as tables for the terminal and as a plot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from circuits.comparison import LEVELS, MEAN, NEURONS, NOISING, Comparison, MethodScore
+from sae.files import atomic_write
+
+COLOURS = ("#1b6ca8", "#c1440e", "#2e8b57", "#8e44ad", "#b8860b", "#008b8b", "#a0522d", "#c2185b", "#556b2f")
+PALE = "#8a8a8a"
+BASELINES = ("random", "activation-difference")
+
+
+def name_of(row: MethodScore) -> str:
+    """`ig`, `ig (neurons)`"""
+    return f"{row.method} ({row.dictionary})" if row.dictionary == NEURONS else row.method
+
+
+def tables(comparison: Comparison) -> str:
+    """Two tables: the circuits, then the estimates and what they cost."""
+    rows, sizes = comparison.rows, comparison.options.circuit_sizes
+    circuits = [
+        ["", *map(str, sizes), "CPR", "CMD", *(f"n({level})" for level in LEVELS), "of"],
+        *([name_of(row), *_circuit(row, sizes)] for row in rows),
+    ]
+    without = [
+        ["", *map(str, sizes)],
+        *([name_of(row), *(_number(_at(row, row.curve.completeness, size)) for size in sizes)] for row in rows),
+    ]
+    estimates = [
+        ["", "estimates", "r noising", "rank", "r mean", "rank", "residual", "nodes", "seconds", "MB"],
+        *([name_of(row), *_estimate(row)] for row in rows),
+    ]
+    drawn = ", ".join(f"{n} nodes of the {name}" for name, n in comparison.sampled.items() if n)
+    sample = f" ({drawn})" if drawn else ""
+    first = rows[0].curve
+    return "\n".join(
+        [
+            f"faithfulness of the strongest nodes on {comparison.n_test} held-out prompts, found on "
+            f"{comparison.n_train}; nodes from {first.start_site} on, others ablated by {first.ablation}; "
+            "n(x): nodes needed for faithfulness x",
+            _aligned(circuits),
+            "",
+            "what is left without them (completeness)",
+            _aligned(without),
+            "",
+            f"correlation with exact patching{sample}: noising, and the mean of noising and denoising; * what the "
+            "method estimates",
+            _aligned(estimates),
+        ]
+    )
+
+
+def _circuit(row: MethodScore, sizes: Sequence[int]) -> list[str]:
+    needed = (row.nodes_for[str(level)] for level in LEVELS)
+    return [
+        *(_number(_at(row, row.curve.faithfulness, size)) for size in sizes),
+        f"{row.curve.cpr:.3f}",
+        f"{row.curve.cmd:.3f}",
+        *("-" if n is None else f"{n:.0f}" for n in needed),
+        str(row.curve.n_nodes),
+    ]
+
+
+def _estimate(row: MethodScore) -> list[str]:
+    cells = [row.estimates or "-"]
+    for quantity in (NOISING, MEAN):
+        found = row.agreement.get(quantity)
+        mark = "*" if row.estimates == quantity else " "
+        cells += ["-", "-"] if found is None else [f"{found.pearson:.3f}{mark}", f"{found.spearman:.3f}{mark}"]
+    cells.append(f"{row.residual:.4f}")
+    cells.append("-" if row.path_nodes is None else f"{row.path_nodes:.1f}")
+    return [*cells, f"{row.seconds:.1f}", f"{row.peak_bytes / 1e6:.1f}"]
+
+
+def _at(row: MethodScore, values: Sequence[float], size: int) -> float | None:
+    """The value at a size; None where the dictionary has fewer nodes."""
+    return values[row.curve.sizes.index(size)] if size in row.curve.sizes else None
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _aligned(cells: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their widest cell, the first to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for first, *others in cells:
+        right = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
+        lines.append("  ".join([first.ljust(widths[0]), *right]).rstrip())
+    return "\n".join(lines)
+
+
+def plot(comparison: Comparison, path: str | Path) -> Path:
+    """Faithfulness and completeness over circuit size, one line a method, as .svg, .png or .pdf."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    colours = iter(COLOURS * len(comparison.rows))
+    known: dict[str, str] = {}
+    for row in comparison.rows:
+        if row.method not in known:
+            known[row.method] = PALE if row.method in BASELINES else next(colours)
+        style = {
+            "color": known[row.method],
+            "ls": ":" if row.method == "random" else "--" if row.dictionary == NEURONS else "-",
+            "lw": 1.2 if row.method in BASELINES else 1.8,
+        }
+        left.plot(row.curve.sizes, row.curve.faithfulness, label=name_of(row), **style)
+        right.plot(row.curve.sizes, row.curve.completeness, **style)
+    for axes, title in ((left, "only these nodes (faithfulness)"), (right, "all but these nodes (completeness)")):
+        for level in (0, 1):
+            axes.axhline(level, color="0.85", lw=1, zorder=0)
+        axes.set(xscale="log", xlabel="strongest nodes", title=title)
+        axes.spines[["top", "right"]].set_visible(False)
+    left.set(ylabel="share of the behaviour", ylim=(-0.5, 1.5))
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    path = Path(path)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:], dpi=160)
+    return path

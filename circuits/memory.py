@@ -1,0 +1,58 @@
+"""How much memory tensors take at most while something runs, counted and not guessed from the process.
+
+On CUDA the allocator keeps count. Elsewhere every operation's outputs are watched: a storage counts from the operation
+that made it until it is freed. Scratch space inside an operation is not seen.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+def peak_memory(work: Callable[[], Any], device: torch.device) -> int:
+    """Bytes of tensors alive at once while `work` runs, beyond those alive before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    with _Watch() as watch:
+        work()
+    return watch.peak
+
+
+class _Watch(TorchDispatchMode):
+    """Sums the sizes of storages that operations make while they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        inputs = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and id(x.untyped_storage()) not in inputs:
+                self._count(x.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = id(storage)
+        if key in self._known and self._known[key]() is storage:
+            return
+        size = storage.nbytes()
+
+        def freed(_: Any) -> None:
+            self.now -= size
+
+        self._known[key] = weakref.ref(storage, freed)
+        self.now += size
+        self.peak = max(self.peak, self.now)

@@ -1,0 +1,54 @@
+"""Comparing methods and circuits of neurons, as a user types it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from circuits.circuit import Circuit
+
+
+@pytest.fixture
+def place(model_folder, prompts_file):
+    return ["--model", model_folder, "--prompts", prompts_file]
+
+
+def test_compare_methods(sfc, run_folder, place, tmp_path):
+    small = ["--methods", "attrib,relp,ig-adaptive", "--neurons", "attrib", "--sizes", "5,10", "--sample", 20]
+    arguments = ["compare-methods", *place, "--saes", run_folder, "--out", tmp_path / "run", *small]
+    result = sfc(*arguments)
+    assert result.status == 0, result.err
+    assert "relp" in result.out and "attrib (neurons)" in result.out and "CPR" in result.out
+    folder = tmp_path / "run" / "comparison"
+    data = json.loads((folder / "comparison.json").read_text())
+    assert data["n_train"] == 4 and data["n_test"] == 4
+    assert {row["method"] for row in data["rows"]} == {"attrib", "relp", "ig-adaptive"}
+    assert (folder / "comparison.svg").stat().st_size > 2000
+    assert "relp" in (folder / "comparison.txt").read_text()
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["compare-methods"]["options"]["sample"] == 20
+    again = sfc(*arguments)
+    assert again.status == 2
+    assert "not empty" in again.err
+    whole = sfc(*arguments, "--overwrite", "--json", "--test", place[-1])
+    assert json.loads(whole.out)["n_test"] == 8
+
+
+def test_unknown_method_is_one_sentence(sfc, run_folder, place, tmp_path):
+    result = sfc("compare-methods", *place, "--saes", run_folder, "--out", tmp_path, "--methods", "ig,relpp")
+    assert result.status == 2 and "relp" in result.err and "Traceback" not in result.err
+
+
+def test_neurons_take_the_place_of_autoencoders(sfc, place, tmp_path):
+    """A neuron circuit is found, scored and ablated like any other."""
+    run = tmp_path / "run"
+    found = sfc("discover", *place, "--saes", "neurons", "--out", run, "--edge-nodes", 20, "--nodes", 10, "--json",
+                "--method", "ig-adaptive", "--residual", 0.01)  # fmt: skip
+    assert found.status == 0, found.err
+    data = json.loads(found.out)
+    assert data["saes"] == "neurons" and data["path_nodes"]["embed"] >= 2
+    assert data["completeness"]["worst_residual"] <= 0.0101
+    assert not any(nodes.is_error.any() for nodes in Circuit.load(run).nodes.values())
+    scored = sfc("faithfulness", "--circuit", run, "--sizes", "10,40", "--json")
+    assert scored.status == 0 and len(json.loads(scored.out)["faithfulness"]) == 2
+    assert sfc("ablate", "--circuit", run, "--top", 3).status == 0

@@ -42,9 +42,9 @@ class Demo(Common):
     """Agreement across what: simple (nothing), nounpp (a prepositional phrase), rc and within_rc (relative clauses)."""
     tokens: int = 400_000
     """Tokens the autoencoders are trained on."""
-    features: int = 512
+    features: int = 256
     """Features of each autoencoder."""
-    k: int = 16
+    k: int = 8
     """Active features a token."""
     overwrite: Overwrite = False
 

@@ -1,11 +1,12 @@
 """Time node attribution, edges and the whole circuit on a GPT-NeoX of 6 layers and width 512.
 
-`python -m tests.benchmarks.bench_circuit` prints, for 19 sites with SAEs of 4,096 features and 32 prompt pairs of 8 tokens, medians over
-`--repeats` interleaved rounds, each also as a ratio to one bare forward and backward pass of the model on the same batch, and the
-process's peak memory over model and SAEs. The model and the SAEs are random; every quantity is exact arithmetic, so their values do not matter.
+`python -m tests.benchmarks.bench_circuit` prints, for 19 sites with SAEs of 4,096 features and 32 prompt pairs of 8
+tokens, medians over `--repeats` interleaved rounds, each also as a ratio to one bare forward and backward pass of the
+model on the same batch, and the process's peak memory over model and SAEs. The model and the SAEs are random; every
+quantity is exact arithmetic, so their values do not matter.
 
-The paper's code on the same shapes and two CPU cores (recorded once, quiet machine): attribution patching 1.65 s, integrated gradients
-84.1 s, edges 28.9 s, circuit 113 s.
+The paper's code on the same shapes and two CPU cores (recorded once, quiet machine): attribution patching 1.65 s,
+integrated gradients 84.1 s, edges 28.9 s, circuit 113 s.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The README's Python story runs as it is written, with fewer tokens, and its commands exist with the options it names."""
+"""The README's Python story runs as it is written, with fewer tokens; its commands have the options it names."""
 
 from __future__ import annotations
 

@@ -116,8 +116,10 @@ def plot(comparison: Comparison, path: str | Path) -> Path:
         for level in (0, 1):
             axes.axhline(level, color="0.85", lw=1, zorder=0)
         axes.set(xscale="log", xlabel="strongest nodes", title=title)
+        axes.xaxis.set_major_formatter("{x:.0f}")
         axes.spines[["top", "right"]].set_visible(False)
-    left.set(ylabel="share of the behaviour", ylim=(-0.5, 1.5))
+    low, high = left.get_ylim()
+    left.set(ylabel="share of the behaviour", ylim=(max(low, -0.5), min(high, 1.5)))
     figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", frameon=False)
     path = Path(path)
     with atomic_write(path) as temporary:

@@ -6,7 +6,7 @@ stories) and on synthetic data with known directions at widths 128 and 512, so t
 - `learning_rate`: 0.064 / √width, which is the same change relative to the size of a weight (rows have unit norm)
   at any width. Half of it loses .01 of explained variance, twice as much leaves a tenth of the features
   of the flattest sites dead.
-- `batch_size`: at least two thousand steps, between 512 and 4096 tokens. Small batches reach the same explained
+- `batch_size`: at least a thousand steps, between 512 and 4096 tokens. Small batches reach the same explained
   variance with fewer tokens; large ones use the machine better once tokens are plenty.
 - Adam's second moment decays with .99: .999 remembers the large gradients of the start too long.
 - Sparsity penalties have no weight to tune: it follows L0, which is brought to k.
@@ -39,7 +39,7 @@ class TrainConfig:
     seed: int = 0
     """Seed of initial weights and of the order of activations."""
     batch_size: int | None = None
-    """Tokens a step; by default as many as leave two thousand steps, between 512 and 4096."""
+    """Tokens a step; by default as many as leave a thousand steps, between 512 and 4096."""
     learning_rate: float | None = None
     """Peak learning rate of Adam; 0.064 / sqrt(width) by default."""
     warmup: float = 0.05
@@ -106,7 +106,7 @@ class TrainConfig:
         """Tokens a step."""
         if self.batch_size is not None:
             return self.batch_size
-        wanted = 2 ** int(math.log2(max(1, self.tokens / 2000)))
+        wanted = 2 ** int(math.log2(max(1, self.tokens / 1000)))
         return min(4096, max(512, wanted))
 
     @property

@@ -66,7 +66,7 @@ def test_the_models_do_the_task_and_the_dictionaries_fit(task):
     assert torch.allclose(f, f.round(), atol=0.1) and f.max() > 0.9  # there or not there
 
 
-@pytest.mark.parametrize("method", ["ig", "attrib", "exact"])
+@pytest.mark.parametrize("method", ["ig", "ig-adaptive", "ig-inputs", "attrib", "exact"])
 @pytest.mark.parametrize("task", TASKS)
 def test_nodes_are_recovered(task, method):
     circuit = found(task, method)
@@ -74,6 +74,19 @@ def test_nodes_are_recovered(task, method):
     assert result.auroc >= 0.98
     assert result.precision_at_truth >= 0.95
     assert result.n_false > 3 * result.n_true
+
+
+@pytest.mark.parametrize("method", ["relp", "graddrop", "random", "activation-difference"])
+def test_what_other_methods_see_of_the_nodes(method):
+    """RelP holds attention constant and GradDrop blocks a layer: both find the agreement circuit, which is all values
+    and neurons, and both miss what makes induction attend. The baselines find neither.
+    """
+    aurocs = {}
+    for task in TASKS:
+        circuit = found(task, method)
+        aurocs[task] = recovery(node_scores(circuit), setting(task).nodes, every_node(task, circuit)).auroc
+    assert (aurocs["agreement"] >= 0.98) == (method in ("relp", "graddrop"))
+    assert aurocs["induction"] < 0.95
 
 
 @pytest.mark.parametrize("method", ["ig", "attrib"])

@@ -26,6 +26,7 @@ def _commands() -> dict[str, Any]:
     from circuits.commands.discover import Discover
     from circuits.commands.edit import Ablate, Steer
     from circuits.commands.evaluate import Evaluate
+    from circuits.commands.export import Export
     from circuits.commands.faithfulness import Faithfulness
     from circuits.commands.render import Explore, Render
     from circuits.commands.report import Report
@@ -39,6 +40,7 @@ def _commands() -> dict[str, Any]:
         "compare-methods": CompareMethods,
         "render": Render,
         "explore": Explore,
+        "export": Export,
         "ablate": Ablate,
         "steer": Steer,
         "report": Report,

@@ -214,7 +214,7 @@ def _metrics(runner: _Runner, values: AblationValues, sets: Sequence[Kept], prom
             for kept in sets:
                 column.append(runner(kept, batch, plain.activations, at))
                 bar.update()
-            columns.append(torch.stack(column).double().cpu())
+            columns.append(torch.stack(column).cpu().double())  # MPS has no float64
     return torch.cat(columns, dim=1)
 
 

@@ -47,7 +47,8 @@ class SiteValues:
     def of(sae: SparseAutoencoder, x: torch.Tensor, index: torch.Tensor) -> SiteValues:
         """Encode x [B, S, d] and keep the features `index` [n]."""
         f = sae.encode(x)
-        return SiteValues(x, x - sae.decode(f).to(x), f[..., index])
+        x = x.to(f)  # sums over prompts need more than 16 bits
+        return SiteValues(x, x - sae.decode(f), f[..., index])
 
 
 Values = dict[Site, SiteValues]

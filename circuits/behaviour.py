@@ -37,12 +37,17 @@ if TYPE_CHECKING:
 Metric = Callable[[Tensor, PromptSet], Tensor]
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """x, in float32 where it has 16 bits: differences and means of metrics need more."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def answer_logits(logits: Tensor, answers: Tensor) -> Tensor:
     """Mean logit of each prompt's answers, [B]. logits [B, V]; answers [B], or [B, n] padded with -1."""
     if answers.dim() == 1:
-        return logits.gather(1, answers[:, None])[:, 0]
+        return at_least_float32(logits.gather(1, answers[:, None])[:, 0])
     given = answers >= 0  # [B, n]
-    picked = logits.gather(1, answers.clamp(min=0))  # [B, n]
+    picked = at_least_float32(logits.gather(1, answers.clamp(min=0)))  # [B, n]
     return (picked * given).sum(1) / given.sum(1)
 
 
@@ -56,7 +61,7 @@ def logit_difference(logits: Tensor, prompts: PromptSet) -> Tensor:
 
 def log_probability(logits: Tensor, prompts: PromptSet) -> Tensor:
     """m = -log sum_{a in A} p(a), [B]: the surprise at the clean answers."""
-    log_p = logits.log_softmax(-1)  # [B, V]
+    log_p = at_least_float32(logits).log_softmax(-1)  # [B, V]
     answers = prompts.clean_answers if prompts.clean_answers.dim() == 2 else prompts.clean_answers[:, None]  # [B, n]
     picked = log_p.gather(1, answers.clamp(min=0)).masked_fill(answers < 0, -torch.inf)
     return -picked.logsumexp(1)
@@ -66,8 +71,9 @@ def kl(logits: Tensor, prompts: PromptSet) -> Tensor:
     """m = sum_v p_clean(v) (log p_clean(v) - log p(v)), [B]. p_clean is `prompts.reference`, filled in by `prepare`."""
     if prompts.reference is None:
         raise UserError("the metric 'kl' compares with the model's own clean run: call behaviour.prepare(...) first")
-    reference = prompts.reference.to(logits.dtype)  # [B, V] log-probabilities
-    return (reference.exp() * (reference - logits.log_softmax(-1))).sum(-1)
+    log_p = at_least_float32(logits).log_softmax(-1)  # [B, V]
+    reference = prompts.reference.to(log_p)  # [B, V] log-probabilities
+    return (reference.exp() * (reference - log_p)).sum(-1)
 
 
 METRICS: dict[str, Metric] = {"logit_difference": logit_difference, "log_probability": log_probability, "kl": kl}

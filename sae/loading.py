@@ -53,11 +53,11 @@ def load_hf(
             hf.to(wanted)
     else:
         name, place = str(model), auto_device() if device == "auto" else _device(device)
-        hf = _load_model(name)
+        hf = _load_model(name, wanted)  # asked for when loading, for a later cast would round rotary frequencies too
         n_parameters = sum(parameter.numel() for parameter in hf.parameters())
         if wanted is None and (place.type != "cuda" or n_parameters < FULL_PRECISION_PARAMETERS):
-            wanted = torch.float32
-        hf.to(device=place, dtype=wanted)
+            hf.to(torch.float32)
+        hf.to(place)
     hf.eval().requires_grad_(False)
     if tokenizer is None and name:
         tokenizer = _load_tokenizer(name, required=not isinstance(model, nn.Module))
@@ -96,11 +96,12 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     return DTYPES.get(dtype)
 
 
-def _load_model(name: str) -> nn.Module:
+def _load_model(name: str, dtype: torch.dtype | None) -> nn.Module:
     if Path(name).is_file():
         raise UserError(f"model {name!r} is a file: give the folder that holds config.json and the weights")
+    local = not _hub_reachable(name)
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype="auto", local_files_only=not _hub_reachable(name))
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", local_files_only=local)
     except (OSError, ValueError) as error:
         raise _not_loaded("model", name, "config.json and the weights", error) from error
 

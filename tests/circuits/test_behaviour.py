@@ -108,3 +108,12 @@ def test_metrics_by_name_and_from_users_files(tmp_path, logits, tiny_prompts):
 def test_unknown_metrics(name, message):
     with pytest.raises(UserError, match=message):
         behaviour.get_metric(name)
+
+
+@pytest.mark.parametrize("metric", [behaviour.logit_difference, behaviour.log_probability])
+def test_differences_of_16_bit_logits_are_not_rounded_again(logits, tiny_prompts, metric):
+    rounded = (logits + 40).bfloat16()
+    m = metric(rounded, tiny_prompts)
+    assert m.dtype == torch.float32
+    torch.testing.assert_close(m, metric(rounded.float(), tiny_prompts))
+    assert metric(logits.double(), tiny_prompts).dtype == torch.float64

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.integrate import trapezoid
 
-from circuits.ablation import AblationValues, NodeTable, ablation_edits
+from circuits.ablation import AblationValues, NodeTable, SiteValues, ablation_edits
 from circuits.behaviour import logit_difference
 from circuits.discovery import DiscoverOptions, discover
 from circuits.faithfulness import FaithfulnessOptions, _area, from_start_site, measure_faithfulness, random_nodes
@@ -246,3 +246,12 @@ def test_plot_and_table(tiny_model, tiny_saes, tiny_prompts, nodes, tmp_path):
     assert len(result.table().splitlines()) == 3
     assert result.to_dict()["sizes"] == [5, 10]
     assert Site.parse(result.start_site) == Site("embed")
+
+
+def test_values_of_16_bit_activations_are_kept_in_float32(tiny_saes):
+    """Their means are sums over all reference prompts."""
+    sae = next(iter(tiny_saes.values()))
+    x = torch.randn(3, 4, sae.config.d_model, generator=torch.Generator().manual_seed(0)).bfloat16()
+    values = SiteValues.of(sae, x, torch.tensor([0, 3]))
+    assert {part.dtype for part in (values.x, values.error, values.features)} == {torch.float32}
+    torch.testing.assert_close(values.error, x.float() - sae(x.float()))

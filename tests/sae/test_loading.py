@@ -30,6 +30,16 @@ def test_weights_that_are_not_finite_fail_at_load() -> None:
         LanguageModel.load(hf)
 
 
+def test_sixteen_bits_leave_rotary_frequencies_alone(tmp_path: Path) -> None:
+    """In bfloat16 a frequency is off by up to 0.4 %, which is a radian at position 250."""
+    tiny_hf("llama").save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
+    model = LanguageModel.load(tmp_path, dtype="bfloat16", device="cpu")
+    assert model.dtype == torch.bfloat16
+    frequencies = {name: x.dtype for name, x in model.hf.named_buffers() if "inv_freq" in name}
+    assert frequencies and set(frequencies.values()) == {torch.float32}
+
+
 def test_wrong_table_fails_at_load_and_names_the_sites(monkeypatch: pytest.MonkeyPatch) -> None:
     from sae import sites
 

@@ -52,9 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run `sfc` with command-line arguments, those of the process by default; always ends with SystemExit.
 
     Idle threads sleep unless the environment says otherwise: where cores are shared, spinning costs ten times the work.
-    This must be set before torch is imported.
+    What Apple's GPUs cannot do, the CPU does. Both must be set before torch is imported.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     try:
         command = tyro.extras.subcommand_cli_from_dict(

@@ -316,7 +316,7 @@ def _metrics(model, saes, table, values, sets, prompts, metric, batch_size, *, p
                 run = model.run(batch.clean, edits=edits, last_only=True)
                 column.append(metric(run.logits[:, -1], batch))
                 bar.update()
-            columns.append(torch.stack(column).double().cpu())
+            columns.append(torch.stack(column).cpu().double())  # MPS has no float64
     return torch.cat(columns, dim=1)
 
 

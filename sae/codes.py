@@ -108,6 +108,8 @@ class SparseCode:
 
     def sum_tokens(self, value: Tensor) -> Tensor:
         """Σ over tokens of values at the entries: [F]."""
+        if value.device.type == "mps":  # which has no segment_reduce
+            return value.new_zeros(self.n_features).index_add_(0, self.feature, value)
         order, offsets = self.by_feature
         return torch.segment_reduce(value[order], "sum", offsets=offsets, initial=0)
 

@@ -96,7 +96,7 @@ def _csv_rows(text: str, path: Path) -> Iterator[tuple[Row, str]]:
 
 
 def _json_line_rows(text: str, path: Path) -> Iterator[tuple[Row, str]]:
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # splitlines also cuts at U+2028 inside a string
         if not line.strip():
             continue
         where = f"{path}, line {number}"

@@ -59,14 +59,12 @@ class TextSource:
 
     def _read_file(self, path: Path) -> Iterator[str]:
         is_json = ".jsonl" in path.suffixes or ".json" in path.suffixes
-        opener = gzip.open if path.suffix == ".gz" else Path.open
-        with opener(path, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                document = self._parse(line, f"{path}, line {number}") if is_json else line.rstrip("\n")
-                if document.strip():
-                    yield document
+        for number, line in enumerate(_lines(path), start=1):
+            if not line.strip():
+                continue
+            document = self._parse(line, f"{path}, line {number}") if is_json else line.rstrip("\n")
+            if document.strip():
+                yield document
 
     def _parse(self, line: str, where: str) -> str:
         try:
@@ -100,3 +98,15 @@ class TextSource:
             document = self._document(record, f"{self.name}, record {number}")
             if document.strip():
                 yield document
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a text file, unpacked where its name ends in .gz."""
+    opener = gzip.open if path.suffix == ".gz" else Path.open
+    try:
+        with opener(path, "rt", encoding="utf-8") as lines:
+            yield from lines
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise UserError(f"{path} is not a whole gzip file: {error}") from None

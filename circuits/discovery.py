@@ -110,6 +110,8 @@ def discover(
         )
         for site, site_effects in effects.items()
     }
+    if not count(nodes):
+        raise UserError("no node has an effect on the metric: do the prompts differ where the sites can see it?")
     chosen = select_nodes(nodes, top=options.edge_nodes)
     edges = _edge_pass(model, saes, batches, m, chosen, rows, progress=progress) if options.edge_nodes else {}
     edges = {pair: weights / len(prompts) for pair, weights in edges.items()}

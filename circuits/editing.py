@@ -24,6 +24,7 @@ Shapes: B prompts, S positions, d model width, F features of a site, n edited fe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, get_args
@@ -192,6 +193,8 @@ def check_operation(operation: str, value: float | None) -> None:
         raise unknown("operation", operation, get_args(Operation))
     if operation in NEEDS_VALUE and value is None:
         raise UserError(f"the operation {operation!r} needs a value")
+    if value is not None and not math.isfinite(value):
+        raise UserError(f"value is {value}: it must be a finite number")
     if operation not in NEEDS_VALUE and value is not None:
         raise UserError(f"the operation {operation!r} takes no value (given {value}); {', '.join(NEEDS_VALUE)} do")
 

@@ -231,7 +231,9 @@ def _answer_ids(answers: Sequence[str | int], model: LanguageModel) -> list[int]
 def _text_problem(example: Example, *, paired: bool) -> str | None:
     if paired and example.patch is None:
         return "no patch prompt"
-    return "empty prompt" if not example.clean or example.patch == "" else None
+    if not example.clean or example.patch == "":
+        return "empty prompt"
+    return "clean and patch are the same prompt" if example.clean == example.patch else None
 
 
 def _length_problem(length: int, patch_length: int, model: LanguageModel) -> str | None:

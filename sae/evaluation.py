@@ -28,6 +28,7 @@ from torch.nn.functional import embedding_bag
 
 from sae.autoencoder import SparseAutoencoder, SparseFeatures
 from sae.errors import UserError
+from sae.files import without_nan
 from sae.metrics import (
     DensityHistogram,
     FeatureTotals,
@@ -117,7 +118,7 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON-ready values; undefined numbers are None."""
-        return {"schema_version": SCHEMA_VERSION, **_without_nan(asdict(self))}
+        return {"schema_version": SCHEMA_VERSION, **without_nan(asdict(self))}
 
     def table(self) -> str:
         """The numbers as lines of at most 80 characters: one a site, then the sites spliced together."""
@@ -157,14 +158,6 @@ def _cell(head: str, number: float) -> str:
         if len(text) < width:
             break
     return f"{text:>{width}}"
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def token_batches(

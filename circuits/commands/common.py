@@ -21,7 +21,7 @@ from circuits.circuit import Circuit
 from circuits.prompts import PromptSet, load_prompts
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError
-from sae.files import read_json, write_json
+from sae.files import read_json, without_nan, write_json
 from sae.formats import load_any
 from sae.model import LanguageModel
 from sae.neurons import NEURONS, neuron_dictionaries
@@ -38,7 +38,10 @@ class Output:
     text: str
     """For a person."""
     data: dict[str, Any]
-    """For a machine: one JSON object."""
+    """For a machine: one JSON object; undefined numbers are null."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "data", without_nan(self.data))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +64,14 @@ class Common:
 Overwrite = Annotated[
     bool, tyro.conf.arg(help="Replace what an earlier run of this command left in the output folder.")
 ]
+
+
+def at_least(options: Any, **lowest: float) -> None:
+    """`UserError` for an option that is smaller than allowed; None is no limit."""
+    for name, low in lowest.items():
+        value = getattr(options, name)
+        if value is not None and not value >= low:
+            raise UserError(f"{name.replace('_', '-')} is {value}: it must be at least {low:g}")
 
 
 def load_model(name: str, options: Common) -> LanguageModel:
@@ -105,7 +116,9 @@ class Loaded:
         """Prompts of a file, or those the circuit was found on."""
         if path is not None:
             return load_prompts(path, self.model, limit=limit)
-        return load_prompts(self.circuit.metadata["prompts"], self.model, limit=self.circuit.metadata["examples"])
+        found_on: int = self.circuit.metadata["examples"]
+        limit = found_on if limit is None else min(limit, found_on)
+        return load_prompts(self.circuit.metadata["prompts"], self.model, limit=limit)
 
 
 def place(name: str | Path) -> str:

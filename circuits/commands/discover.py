@@ -10,13 +10,14 @@ from typing import Annotated, Any
 import tyro
 
 from circuits.circuit import Circuit
-from circuits.commands.common import Common, Output, Overwrite, load_checked_saes, load_model, place, record
+from circuits.commands.common import Common, Output, Overwrite, at_least, load_checked_saes, load_model, place, record
 from circuits.discovery import DiscoverOptions, discover
 from circuits.nodes import count
 from circuits.prompts import PromptSet, load_prompts
 from circuits.uncertainty import Bootstrap, uncertainty_line, with_uncertainty
 from circuits.verification import verified, verify
 from sae.autoencoder import SparseAutoencoder
+from sae.errors import UserError
 from sae.features import top_contexts
 from sae.files import prepare_folder, write_json
 from sae.model import LanguageModel
@@ -66,6 +67,7 @@ class Discover(Common):
     options: Annotated[DiscoverOptions, tyro.conf.arg(name="")] = field(default_factory=DiscoverOptions)
 
     def run(self) -> Output:
+        self._check()
         folder = prepare_folder(self.out / "circuit", overwrite=self.overwrite)
         model = load_model(self.model, self)
         saes = load_checked_saes(model, self.saes)
@@ -98,6 +100,14 @@ class Discover(Common):
         return Output(
             _summary(circuit, prompts, folder, kept), {**circuit.metadata, "kept": kept, "circuit": str(folder)}
         )
+
+    def _check(self) -> None:
+        at_least(self, examples=1, nodes=1, edges=0, resamples=0, verify=0)
+        if self.node_threshold is None and 0 < self.options.edge_nodes < self.nodes:
+            raise UserError(
+                f"nodes is {self.nodes}, but edges are computed among {self.options.edge_nodes} nodes alone: "
+                f"give --edge-nodes {self.nodes} as well"
+            )
 
     def _provenance(self, model: LanguageModel) -> dict[str, Any]:
         return {

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from circuits.circuit import circuit_folder
-from circuits.commands.common import Common, Loaded, Output, record
+from circuits.commands.common import Common, Loaded, Output, at_least, record
 from circuits.editing import ablate
 from sae.errors import UserError
 from sae.text import TextSource
@@ -50,10 +50,9 @@ class _Edit(Common):
     """Another place of the autoencoders the circuit was found with."""
 
     def edit(self, operation, value: float | None) -> Output:
+        at_least(self, top=1, examples=1, texts=1, generate=0, new_tokens=1, random=0)
         if (self.top is None) == (self.features is None):
             raise UserError("say which features to edit: either --top N or --features resid_3/120,mlp_2/7")
-        if self.top is not None and self.top < 1:
-            raise UserError(f"top is {self.top}: at least one feature must be edited")
         loaded = Loaded.of(self.circuit, self, model=self.model, saes=self.saes)
         names = self.features or loaded.circuit.strongest_features(self.top or 0)
         report = ablate(

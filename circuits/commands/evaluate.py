@@ -7,10 +7,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from circuits.commands.common import Common, Output, load_model
+from circuits.commands.common import Common, Output, at_least, load_checked_saes, load_model
 from sae.evaluation import evaluate
 from sae.files import write_json
-from sae.formats import load_any
 from sae.text import TextSource
 
 EVALUATION_FILE = "evaluation.json"
@@ -34,8 +33,9 @@ class Evaluate(Common):
     """Texts that go through the model at once."""
 
     def run(self) -> Output:
+        at_least(self, tokens=1, context=2, batch_size=1)
         model = load_model(self.model, self)
-        saes = load_any(self.saes, device=model.device)
+        saes = load_checked_saes(model, self.saes)
         with tqdm(total=self.tokens, desc="evaluate", unit="token", disable=self.quiet) as bar:
             result = evaluate(
                 model,

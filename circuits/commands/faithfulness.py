@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from circuits.circuit import circuit_folder
-from circuits.commands.common import Common, Loaded, Output, record
+from circuits.commands.common import Common, Loaded, Output, at_least, record
 from circuits.edge_faithfulness import EdgeFaithfulness, measure_edge_faithfulness
 from circuits.faithfulness import FaithfulnessOptions, measure_faithfulness
 from circuits.prompts import PromptSet
@@ -48,6 +48,7 @@ class Faithfulness(Common):
     options: Annotated[FaithfulnessOptions, tyro.conf.arg(name="")] = field(default_factory=FaithfulnessOptions)
 
     def run(self) -> Output:
+        at_least(self, examples=1)
         loaded = Loaded.of(self.circuit, self, model=self.model, saes=self.saes)
         reference = loaded.prompts(self.reference)
         prompts = loaded.prompts(self.prompts, limit=self.examples)

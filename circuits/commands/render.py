@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from circuits.circuit import Circuit, circuit_folder
-from circuits.commands.common import Output
+from circuits.commands.common import Output, at_least
 from circuits.commands.discover import FEATURES_FILE
 from graphs.annotations import apply, read_annotations
 from graphs.dot import render
@@ -38,8 +38,11 @@ class _Cut:
     """Print one JSON object instead of text."""
 
     def cut(self, *, nodes: int | None, edges: int | None) -> FeatureGraph:
-        """The graph to show; re-thresholding reads effects.safetensors and never runs the model."""
+        """The graph to show, of at most the nodes that have edges; re-thresholding never runs the model."""
+        at_least(self, nodes=1, edges=0)
         circuit = Circuit.load(self.circuit)
+        with_edges = sum(len(site_nodes) for site_nodes in circuit.edge_nodes.values())
+        nodes = min(nodes, with_edges) if nodes is not None and with_edges else nodes
         described = circuit_folder(self.circuit) / FEATURES_FILE
         graph = circuit.graph(
             nodes=nodes,
@@ -61,9 +64,9 @@ class Render(_Cut):
     out: Path | None = None
     """Drawing to write: .svg, .png, .pdf or .dot; graph/circuit.svg in the run folder by default."""
     nodes: int | None = 40
-    """Nodes drawn, the strongest."""
+    """Nodes drawn at most, the strongest."""
     edges: int | None = 150
-    """Edges drawn, the strongest."""
+    """Edges drawn at most, the strongest."""
 
     def run(self) -> Output:
         graph = self.cut(nodes=self.nodes, edges=self.edges)
@@ -85,10 +88,7 @@ class Explore(_Cut):
     """Edges on the page at most, the strongest."""
 
     def run(self) -> Output:
-        circuit = Circuit.load(self.circuit)
-        known = sum(len(nodes) for nodes in circuit.edge_nodes.values())
-        nodes = min(self.nodes, known) if self.nodes is not None and known else self.nodes
-        graph = self.cut(nodes=nodes, edges=self.edges)
+        graph = self.cut(nodes=self.nodes, edges=self.edges)
         out = self.out or circuit_folder(self.circuit).parent / "graph" / "circuit.html"
         write_explorer(graph, out)
         return _wrote(graph, out)

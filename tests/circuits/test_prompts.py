@@ -54,6 +54,12 @@ def test_json_lines_are_recognised_whatever_the_name(tmp_path, name):
     assert len(read_examples(write_lines(tmp_path / name, PAIR, PAIR))) == 2
 
 
+def test_a_line_separator_inside_a_string_ends_no_line(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text("\n".join(json.dumps({**PAIR, "case": "a\u2028b"}, ensure_ascii=False) for _ in range(2)), "utf-8")
+    assert [example.case for example in read_examples(path)] == ["a\u2028b"] * 2
+
+
 def test_a_json_list_of_pairs(tmp_path):
     path = tmp_path / "p.json"
     path.write_text(json.dumps([PAIR, PAIR], indent=1))
@@ -189,9 +195,10 @@ def test_rejections_are_counted_by_reason(real_model, tmp_path):
         gender_line("Sue", "Bobby-John"),
         gender_line("Sue", "Bob", clean_answer=" something"),
         gender_line("Sue", "Bob", clean_answer=" he"),
-        gender_line("Sue", "Bob", clean_prefix="word " * 600, patch_prefix="word " * 600),
+        gender_line("Sue", "Bob", clean_prefix="Sue " * 600, patch_prefix="Bob " * 600),
         {"clean_prefix": "Sue was sad", "clean_answer": " she"},
         gender_line("Sue", "Bob", clean_prefix=""),
+        gender_line("Sue", "Sue"),
     )
     prompts = load_prompts(path, real_model)
     assert len(prompts) == 1
@@ -202,6 +209,7 @@ def test_rejections_are_counted_by_reason(real_model, tmp_path):
         "longer than the model's context": 1,
         "no patch prompt": 1,
         "empty prompt": 1,
+        "clean and patch are the same prompt": 1,
     }
     assert "6" not in prompts.summary()
     assert prompts.summary().startswith("1 pairs (female 1); skipped 1 (")

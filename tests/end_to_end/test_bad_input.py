@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 
@@ -165,3 +166,48 @@ def test_unknown_drawing(sfc, run_folder, tmp_path):
 def test_unknown_behaviour_of_the_demo(sfc, tmp_path):
     said = sentence(sfc("demo", "--behaviour", "nounp", "--out", tmp_path / "demo"))
     assert "nounpp" in said
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("examples", 0), ("examples", -2), ("nodes", 0), ("nodes", 400), ("edges", -1), ("resamples", -1), ("verify", -1)],
+)
+def test_numbers_out_of_range_are_told_before_any_work(discover, tmp_path, option, value):
+    said = sentence(discover(**{option: value}))
+    assert f"{option} is {value}" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("ablate", "--top", 2, "--random", -1), ("ablate", "--top", 2, "--examples", 0), ("render", "--nodes", -3)],
+)
+def test_negative_numbers(sfc, run_folder, words):
+    said = sentence(sfc(*words, "--circuit", run_folder))
+    assert f"{words[-2].removeprefix('--')} is {words[-1]}" in said
+
+
+def test_a_value_that_is_no_number(sfc, run_folder):
+    assert "nan" in sentence(sfc("steer", "--circuit", run_folder, "--top", 2, "--value", "nan"))
+
+
+def test_options_that_contradict_each_other(sfc, model_folder, text_file, tmp_path):
+    arguments = ["--model", model_folder, "--text", text_file, "--out", tmp_path / "run"]
+    assert "k is 64" in sentence(sfc("train", *arguments, "--features", 32, "--k", 64))
+    assert "'topk'" in sentence(sfc("train", *arguments, "--architecture", "topkk"))
+
+
+def test_pairs_that_do_not_differ(discover, prompts_file, tmp_path):
+    rows = [json.loads(line) for line in prompts_file.read_text().splitlines()]
+    same = [json.dumps(row | {"patch_prefix": row["clean_prefix"]}) for row in rows]
+    (tmp_path / "same.jsonl").write_text("\n".join(same))
+    assert "same prompt" in sentence(discover(prompts=tmp_path / "same.jsonl"))
+
+
+def test_text_that_is_no_text(sfc, model_folder, tmp_path):
+    (tmp_path / "bytes.txt").write_bytes(bytes(range(256)))
+    (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(b"the man runs\n" * 100)[:30])
+    (tmp_path / "plain.txt.gz").write_bytes(b"the man runs")
+    for name, reason in (("bytes.txt", "UTF-8"), ("cut.txt.gz", "gzip"), ("plain.txt.gz", "gzip")):
+        said = sentence(sfc("train", "--model", model_folder, "--text", tmp_path / name, "--out", tmp_path / name[:3]))
+        assert name in said and reason in said

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from circuits.circuit import Circuit
+from circuits.nodes import select_nodes
 from graphs.feature_graph import FeatureGraph
 from sae.autoencoder import load_saes
 
@@ -45,6 +47,23 @@ def test_render(sfc, run_folder, tmp_path, suffix):
     result = sfc("render", "--circuit", run_folder, "--out", out, "--nodes", 12, "--edges", 20, "--json")
     assert result.status == 0 and out.stat().st_size > 500
     assert json.loads(result.out)["nodes"] == 12
+
+
+def test_a_circuit_with_few_edge_nodes_is_drawn_by_default(sfc, run_folder, tmp_path):
+    """Fewer nodes have edges than `render` draws: all of them are drawn, and no more."""
+    circuit = Circuit.load(run_folder)
+    few = select_nodes(circuit.nodes, top=5)
+    small = replace(circuit, edge_nodes=few, edges={})
+    small.save(tmp_path / "circuit", graph=small.graph(nodes=5))
+    result = sfc("render", "--circuit", tmp_path, "--out", tmp_path / "few.svg", "--json")
+    assert result.status == 0 and json.loads(result.out)["nodes"] == 5
+
+
+def test_examples_limit_the_prompts_of_the_circuit_too(sfc, run_folder):
+    result = sfc(
+        "ablate", "--circuit", run_folder, "--top", 2, "--examples", 3, "--random", 0, "--name", "few", "--json"
+    )
+    assert json.loads(result.out)["n_prompts"] == 3
 
 
 def test_render_with_another_threshold_and_annotations(sfc, run_folder, tmp_path):

@@ -6,9 +6,10 @@ For every method, on the autoencoders' features and, for some, on neurons:
 2. Faithfulness and completeness of the strongest nodes over circuit sizes on the held-out prompts, ablation values from
    the training prompts; the areas CPR and CMD (Mueller et al. 2025); the sizes at which faithfulness first reaches .8
    and .95, between measured sizes by interpolation in log size.
-3. Pearson and Spearman correlation with exact patching, on a random sample of the nodes that differ between clean and
-   patch. Two exact quantities: *noising* sets one node to its patch value in the clean run, *denoising* restores its
-   clean value in the patch run (with the sign turned). `ESTIMATES` says which of them a method estimates.
+3. Pearson and Spearman correlation with exact patching, on a random sample of the features that differ between clean
+   and patch; Pearson on the error nodes by themselves, few and large as they are. Two exact quantities: *noising* sets
+   one node to its patch value in the clean run, *denoising* restores its clean value in the patch run (with the sign
+   turned). `ESTIMATES` says which of them a method estimates.
 4. The completeness residual: |sum of a site's effects - m(the site alone patched) + m(clean)| / |total effect|, mean
    over sites, with effects averaged over examples first.
 """
@@ -30,10 +31,11 @@ from circuits.attribution.baselines import activation_difference
 from circuits.attribution.exact import exact_effects
 from circuits.attribution.gradients import RULES, site_total_effect
 from circuits.behaviour import Metric, get_metric, prepare
+from circuits.correlation import pearson, spearman
 from circuits.discovery import max_rows
 from circuits.faithfulness import Faithfulness, FaithfulnessOptions, measure_faithfulness, random_nodes
 from circuits.memory import peak_memory
-from circuits.nodes import Nodes, aggregate_site, count
+from circuits.nodes import Nodes, SiteNodes, aggregate_site, count
 from circuits.prompts import PromptSet
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError, unknown
@@ -68,7 +70,7 @@ class CompareOptions:
     sizes: str = "10,20,50,100,200,500"
     """Circuit sizes of the table; the curve is measured in between and up to all nodes."""
     sample: int = 1000
-    """Nodes of each dictionary patched exactly, drawn at random from those that differ; 0 leaves correlations out."""
+    """Features of each dictionary patched exactly, drawn at random from those that differ; 0 for no correlations."""
     rule: str = "midpoint"
     """Quadrature of ig and ig-inputs."""
     steps: int = 10
@@ -113,12 +115,14 @@ class CompareOptions:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Correlation with one exact quantity over the sampled nodes."""
+    """Correlation with one exact quantity."""
 
     pearson: float
-    """Linear correlation."""
+    """Linear correlation over the sampled features."""
     spearman: float
-    """Correlation of ranks."""
+    """Correlation of their ranks."""
+    errors: float | None
+    """Linear correlation over the error nodes; None where there are fewer than three."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +171,7 @@ class Comparison:
     n_test: int
     """Held-out prompts they were scored on."""
     sampled: dict[str, int] = field(default_factory=dict)
-    """Nodes patched exactly, by dictionary."""
+    """Features patched exactly, by dictionary."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -205,7 +209,7 @@ def compare_methods(
         for name, dictionary, methods in plan:
             study = _Study(model, dictionary, train, m, options)
             truth = study.truth()
-            sampled[name] = count(truth.sample)
+            sampled[name] = sum(int((~nodes.is_error).sum()) for nodes in truth.sample.values())
             for method in methods:
                 bar.set_postfix_str(f"{method} on {name}")
                 rows.append(_score(study, truth, test, method, name))
@@ -220,7 +224,7 @@ class _Truth:
 
     totals: dict[Site, float]  # m(the site alone patched) - m(clean), mean over prompts
     scale: float  # |total effect|
-    sample: Nodes  # nodes patched exactly
+    sample: Nodes  # nodes patched exactly: some features and all errors
     exact: dict[str, torch.Tensor]  # by quantity: effects of the sampled nodes [n]
 
 
@@ -271,8 +275,13 @@ class _Study:
         scale = abs(total_effect) or max(abs(value) for value in totals.values())
         generator = torch.Generator().manual_seed(self.options.seed)
         nodes = self.aggregated(live)
-        sample = random_nodes(nodes, min(self.options.sample, count(nodes)), generator=generator)
-        return _Truth(totals, scale, sample, self._exact(sample) if self.options.sample else {})
+        features = {site: of_site[~of_site.is_error] for site, of_site in nodes.items()}
+        drawn = random_nodes(features, min(self.options.sample, count(features)), generator=generator)
+        if not self.options.sample:
+            return _Truth(totals, scale, drawn, {})
+        errors = {site: of_site[of_site.is_error] for site, of_site in nodes.items()}
+        sample = {site: _both(drawn[site], errors[site]) for site in sites}
+        return _Truth(totals, scale, sample, self._exact(sample))
 
     def _exact(self, sample: Nodes) -> dict[str, torch.Tensor]:
         """Exact effects of the sampled nodes, mean over prompts: noising, and where there are pairs the mean of
@@ -340,6 +349,9 @@ def _peak(study: _Study, method: str) -> int:
 
 def _agreement(nodes: Nodes, truth: _Truth, *, unsigned: bool) -> dict[str, Agreement]:
     """Correlation of the method's effects with each exact quantity over the sampled nodes."""
+    if not truth.exact:
+        return {}
+    is_error = torch.cat([sample.is_error for sample in truth.sample.values()])
     estimated = []
     for site, sample in truth.sample.items():
         effect = torch.zeros(sample.n_features + 1, dtype=torch.float64)
@@ -349,21 +361,16 @@ def _agreement(nodes: Nodes, truth: _Truth, *, unsigned: bool) -> dict[str, Agre
     found = {}
     for quantity, exact in truth.exact.items():
         y = exact.abs() if unsigned else exact
-        found[quantity] = Agreement(_correlation(x, y), _correlation(_ranks(x), _ranks(y)))
+        (f, g), (e, h) = ((x[part], y[part]) for part in (~is_error, is_error))
+        of_errors = pearson(e, h) if len(e) > 2 else None
+        found[quantity] = Agreement(pearson(f, g), spearman(f, g), of_errors)
     return found
 
 
-def _correlation(x: torch.Tensor, y: torch.Tensor) -> float:
-    """Pearson; 0 where one of them does not vary."""
-    x, y = x - x.mean(), y - y.mean()
-    norm = (x.norm() * y.norm()).item()
-    return (x @ y).item() / norm if norm > 0 else 0.0
-
-
-def _ranks(x: torch.Tensor) -> torch.Tensor:
-    """Ranks from 1, ties sharing their mean rank."""
-    _, inverse, counts = x.unique(return_inverse=True, return_counts=True)
-    return (counts.cumsum(0) - (counts - 1) / 2)[inverse].double()
+def _both(a: SiteNodes, b: SiteNodes) -> SiteNodes:
+    """The nodes of a site in a, then those in b."""
+    columns = (torch.cat([getattr(a, name), getattr(b, name)]) for name in ("feature", "position", "effect"))
+    return SiteNodes(a.n_features, *columns)
 
 
 def size_grid(sizes: Sequence[int], n_nodes: int) -> list[int]:

@@ -30,10 +30,10 @@ def tables(comparison: Comparison) -> str:
         *([name_of(row), *(_number(_at(row, row.curve.completeness, size)) for size in sizes)] for row in rows),
     ]
     estimates = [
-        ["", "estimates", "r noising", "rank", "r mean", "rank", "residual", "nodes", "seconds", "MB"],
+        ["", "estimates", "r noising", "rank", "r mean", "rank", "errors", "residual", "nodes", "seconds", "MB"],
         *([name_of(row), *_estimate(row)] for row in rows),
     ]
-    drawn = ", ".join(f"{n} nodes of the {name}" for name, n in comparison.sampled.items() if n)
+    drawn = ", ".join(f"{n} features of the {name}" for name, n in comparison.sampled.items() if n)
     sample = f" ({drawn})" if drawn else ""
     first = rows[0].curve
     return "\n".join(
@@ -47,7 +47,7 @@ def tables(comparison: Comparison) -> str:
             _aligned(without),
             "",
             f"correlation with exact patching{sample}: noising, and the mean of noising and denoising; * what the "
-            "method estimates",
+            "method estimates; errors: the same for the error nodes",
             _aligned(estimates),
         ]
     )
@@ -70,7 +70,8 @@ def _estimate(row: MethodScore) -> list[str]:
         found = row.agreement.get(quantity)
         mark = "*" if row.estimates == quantity else " "
         cells += ["-", "-"] if found is None else [f"{found.pearson:.3f}{mark}", f"{found.spearman:.3f}{mark}"]
-    cells.append(f"{row.residual:.4f}")
+    own = row.agreement.get(row.estimates or NOISING)
+    cells += [_number(own.errors if own else None), f"{row.residual:.4f}"]
     cells.append("-" if row.path_nodes is None else f"{row.path_nodes:.1f}")
     return [*cells, f"{row.seconds:.1f}", f"{row.peak_bytes / 1e6:.1f}"]
 

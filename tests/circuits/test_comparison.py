@@ -14,9 +14,8 @@ from circuits.attribution import capture_states
 from circuits.attribution.exact import exact_effects
 from circuits.behaviour import logit_difference
 from circuits.comparison import MEAN, NOISING, CompareOptions, compare_methods, nodes_for, size_grid
-from circuits.comparison import _correlation as correlation
-from circuits.comparison import _ranks as ranks
 from circuits.comparison_view import plot, tables
+from circuits.correlation import pearson, spearman
 from circuits.discovery import DiscoverOptions, discover
 from circuits.faithfulness import FaithfulnessOptions, measure_faithfulness
 from circuits.memory import peak_memory
@@ -64,10 +63,12 @@ def test_exact_patching_agrees_with_itself(comparison):
     exact = by_method["exact"].agreement
     assert exact[NOISING].pearson == pytest.approx(1, abs=1e-6)
     assert exact[NOISING].spearman == pytest.approx(1, abs=1e-6)
+    assert exact[NOISING].errors == pytest.approx(1, abs=1e-6)
     assert exact[MEAN].pearson < 1 - 1e-6
     assert by_method["attrib"].agreement[NOISING].pearson > 0.8
     assert abs(by_method["random"].agreement[NOISING].pearson) < 0.5
     assert comparison.sampled == {"saes": 60, "neurons": 60}
+    assert comparison.rows[-1].agreement[NOISING].errors is None  # neurons have none
 
 
 def test_denoising_restores_one_node_in_the_patch_run(tiny_model, tiny_saes, tiny_prompts):
@@ -105,9 +106,9 @@ def test_statistics_are_those_of_scipy():
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(6, (50,), generator=generator).double()  # ties
     y = x + torch.randn(50, generator=generator).double()
-    assert correlation(x, y) == pytest.approx(pearsonr(x, y).statistic)
-    assert correlation(ranks(x), ranks(y)) == pytest.approx(spearmanr(x, y).statistic)
-    assert correlation(torch.ones(4).double(), torch.rand(4).double()) == 0
+    assert pearson(x, y) == pytest.approx(pearsonr(x, y).statistic)
+    assert spearman(x, y) == pytest.approx(spearmanr(x, y).statistic)
+    assert pearson(torch.ones(4), torch.rand(4)) == 0
 
 
 def test_nodes_for_a_level():

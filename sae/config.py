@@ -4,8 +4,9 @@ Defaults were chosen on the 16 sites of a small trained model (width 64, F = 512
 stories) and on synthetic data with known directions at widths 128 and 512, so that none needs tuning at another size:
 
 - `learning_rate`: 0.064 / √width, which is the same change relative to the size of a weight (rows have unit norm)
-  at any width. Half of it loses .01 of explained variance, twice as much leaves a tenth of the features
-  of the flattest sites dead.
+  at any width. Half of it loses .01 of explained variance, twice as much leaves many features of the attention
+  sites dead. Those die first: at F = 1024 a third of them at width 64, where no residual or MLP site has many.
+- AuxK: weights of 1/128 and 1/4 leave more features dead than the paper's 1/32, and so do resampling and k annealing.
 - `batch_size`: at least a thousand steps, between 512 and 4096 tokens. Small batches reach the same explained
   variance with fewer tokens; large ones use the machine better once tokens are plenty.
 - Adam's second moment decays with .99: .999 remembers the large gradients of the start too long.

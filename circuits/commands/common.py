@@ -9,8 +9,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,6 +30,7 @@ from sae.neurons import NEURONS, neuron_dictionaries
 from sae.sites import Site
 from sae.splice import check_saes
 
+SAMPLED_VALUES = 64  # of each tensor, for the fingerprint of autoencoders
 PACKAGES = ("sparse-feature-circuits", "torch", "transformers", "nnsight", "numpy")
 
 
@@ -52,6 +55,10 @@ class Common:
     """Where the model runs: auto (cuda, mps or cpu, whichever is there first), or a device such as cuda:1."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     """Precision of the model's weights; auto takes that of the files."""
+    site_paths: str | None = None
+    """Where sites are in a model whose architecture is not known, or elsewhere than usual, such as
+    resid=model.layers.{layer},attn=model.layers.{layer}.self_attn.o_proj:input.
+    """
     json: bool = False
     """Print one JSON object instead of text."""
 
@@ -74,9 +81,32 @@ def at_least(options: Any, **lowest: float) -> None:
             raise UserError(f"{name.replace('_', '-')} is {value}: it must be at least {low:g}")
 
 
-def load_model(name: str, options: Common) -> LanguageModel:
-    """The model by hub name or folder."""
-    return LanguageModel.load(name, device=options.device, dtype=options.dtype)
+def load_model(name: str, options: Common, *, site_paths: str | None = None) -> LanguageModel:
+    """The model by hub name or folder; `site_paths` are those of an earlier command, where none are given now."""
+    paths = parse_site_paths(options.site_paths or site_paths)
+    return LanguageModel.load(name, device=options.device, dtype=options.dtype, site_paths=paths)
+
+
+def parse_site_paths(text: str | None) -> dict[str, str] | None:
+    """`"resid=model.layers.{layer},attn_0=model.first"` -> {"resid": "model.layers.{layer}", "attn_0": ...}."""
+    if text is None:
+        return None
+    pairs = [part.partition("=") for part in text.split(",")]
+    wrong = next(("".join(pair) for pair in pairs if not (pair[0].strip() and pair[2].strip())), None)
+    if wrong is not None:
+        raise UserError(f"site-paths has {wrong!r}: write SITE=MODULE pairs, such as resid=model.layers.{{layer}}")
+    return {kind.strip(): path.strip() for kind, _, path in pairs}
+
+
+def saes_fingerprint(saes: Mapping[Site, SparseAutoencoder]) -> str:
+    """A short hash of a sample of all tensors of some autoencoders: a circuit means nothing with others."""
+    digest = hashlib.sha256()
+    for site, sae in sorted(saes.items()):
+        digest.update(f"{site} {sae.config.architecture} {sae.config.k}".encode())
+        for name, tensor in sorted(sae.named_buffers()):
+            sample = tensor.flatten()[:: max(1, tensor.numel() // SAMPLED_VALUES)].float().cpu()
+            digest.update(f"{name} {tuple(tensor.shape)}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def load_checked_saes(model: LanguageModel, path: str | Path, *, sites: list[Site] | None = None):
@@ -100,7 +130,9 @@ class Loaded:
     def of(path: Path, options: Common, *, model: str | None = None, saes: str | None = None) -> Loaded:
         """Read the circuit of a run; model and autoencoders are those it names unless others are given."""
         circuit = Circuit.load(path)
-        language_model = load_model(model or circuit.metadata["model"], options)
+        language_model = load_model(
+            model or circuit.metadata["model"], options, site_paths=circuit.metadata.get("site_paths")
+        )
         known = circuit.metadata.get("model_fingerprint")
         if known and known != language_model.fingerprint:
             raise UserError(
@@ -108,9 +140,15 @@ class Loaded:
                 f"(fingerprint {known}, not {language_model.fingerprint}): give --model"
             )
         sites = [Site.parse(name) for name in circuit.metadata["sites"]]
-        return Loaded(
-            circuit, language_model, load_checked_saes(language_model, saes or circuit.metadata["saes"], sites=sites)
-        )
+        place_of_saes = saes or circuit.metadata["saes"]
+        dictionaries = load_checked_saes(language_model, place_of_saes, sites=sites)
+        known = circuit.metadata.get("saes_fingerprint")
+        if known and known != saes_fingerprint(dictionaries):
+            raise UserError(
+                f"the circuit in {str(path)!r} was found with other autoencoders than those that are now in "
+                f"{place_of_saes!r}: give --saes, or discover it again"
+            )
+        return Loaded(circuit, language_model, dictionaries)
 
     def prompts(self, path: str | Path | None, *, limit: int | None = None) -> PromptSet:
         """Prompts of a file, or those the circuit was found on."""

@@ -10,7 +10,17 @@ from typing import Annotated, Any
 import tyro
 
 from circuits.circuit import Circuit
-from circuits.commands.common import Common, Output, Overwrite, at_least, load_checked_saes, load_model, place, record
+from circuits.commands.common import (
+    Common,
+    Output,
+    Overwrite,
+    at_least,
+    load_checked_saes,
+    load_model,
+    place,
+    record,
+    saes_fingerprint,
+)
 from circuits.discovery import DiscoverOptions, discover
 from circuits.nodes import count
 from circuits.prompts import PromptSet, load_prompts
@@ -25,6 +35,8 @@ from sae.sites import Site, select_sites
 from sae.text import TextSource
 
 FEATURES_FILE = "features.json"
+MEASURED_FILES = ("faithfulness.json", "faithfulness.svg")
+"""What other commands measure of a circuit and leave beside it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +86,7 @@ class Discover(Common):
         saes = {site: saes[site] for site in select_sites(self.options.sites, list(saes))}
         prompts = load_prompts(self.prompts, model, limit=self.examples)
         circuit = discover(
-            model, saes, prompts, self.options, provenance=self._provenance(model), progress=not self.quiet
+            model, saes, prompts, self.options, provenance=self._provenance(model, saes), progress=not self.quiet
         )
         if self.resamples:
             circuit = with_uncertainty(circuit, Bootstrap(resamples=self.resamples))
@@ -94,6 +106,8 @@ class Discover(Common):
             attributes=features,
         )
         circuit.save(folder, graph=graph)
+        for outdated in MEASURED_FILES:  # of the circuit that was here
+            (folder / outdated).unlink(missing_ok=True)
         write_json(folder / FEATURES_FILE, {"schema_version": 1, "features": features})
         record(self.out, "discover", self)
         kept = {"nodes": len(graph) - 1, "edges": graph.graph.number_of_edges()}
@@ -109,11 +123,13 @@ class Discover(Common):
                 f"give --edge-nodes {self.nodes} as well"
             )
 
-    def _provenance(self, model: LanguageModel) -> dict[str, Any]:
+    def _provenance(self, model: LanguageModel, saes: Mapping[Site, SparseAutoencoder]) -> dict[str, Any]:
         return {
             "model": place(self.model),
             "model_fingerprint": model.fingerprint,
+            "site_paths": self.site_paths,
             "saes": place(self.saes),
+            "saes_fingerprint": saes_fingerprint(saes),
             "prompts": place(self.prompts),
             "examples": self.examples,
             "title": self.title or f"{Path(self.prompts).stem} in {Path(self.model).name}",

@@ -211,3 +211,18 @@ def test_text_that_is_no_text(sfc, model_folder, tmp_path):
     for name, reason in (("bytes.txt", "UTF-8"), ("cut.txt.gz", "gzip"), ("plain.txt.gz", "gzip")):
         said = sentence(sfc("train", "--model", model_folder, "--text", tmp_path / name, "--out", tmp_path / name[:3]))
         assert name in said and reason in said
+
+
+def test_autoencoders_that_were_trained_again(sfc, run_folder, tmp_path):
+    """Feature 120 is another one then, and nothing else would tell."""
+    shutil.copytree(run_folder / "saes", tmp_path / "saes")
+    path = tmp_path / "saes" / "resid_0" / "sae.safetensors"
+    tensors = load_file(path)
+    save_file({name: x.flip(0) if x.ndim == 2 else x for name, x in tensors.items()}, path)
+    said = sentence(sfc("faithfulness", "--circuit", run_folder, "--saes", tmp_path / "saes"))
+    assert "other autoencoders" in said and str(tmp_path / "saes") in said
+
+
+@pytest.mark.parametrize("paths", ["resid", "resid=", "=gpt_neox.layers.{layer}", "resid=gpt_neox.layers.{layer},,"])
+def test_site_paths_that_are_no_pairs(discover, paths):
+    assert "SITE=MODULE" in sentence(discover(**{"site-paths": paths}))

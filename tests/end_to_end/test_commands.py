@@ -66,6 +66,27 @@ def test_examples_limit_the_prompts_of_the_circuit_too(sfc, run_folder):
     assert json.loads(result.out)["n_prompts"] == 3
 
 
+def test_a_new_circuit_leaves_nothing_measured_of_the_old_one(sfc, run_folder, model_folder, prompts_file, tmp_path):
+    words = ["--model", model_folder, "--saes", run_folder, "--prompts", prompts_file, "--out", tmp_path]
+    words += ["--method", "attrib", "--edge-nodes", 30, "--nodes", 20]
+    assert sfc("discover", *words).status == 0
+    assert sfc("faithfulness", "--circuit", tmp_path, "--sizes", "5").status == 0
+    assert (tmp_path / "circuit" / "faithfulness.json").is_file()
+    assert sfc("discover", *words, "--overwrite", "--steps", 2).status == 0
+    assert not list((tmp_path / "circuit").glob("faithfulness.*"))
+
+
+def test_user_site_paths_hold_for_all_commands(sfc, model_folder, text_file, prompts_file, tmp_path):
+    """Hidden neurons of the MLP, of another width than its output: later commands take the paths from the circuit."""
+    paths = ["--site-paths", "mlp=gpt_neox.layers.{layer}.mlp.dense_4h_to_h:input"]
+    train = ["--features", 24, "--k", 4, "--tokens", 4000, "--context-length", 16]
+    words = ["--model", model_folder, "--out", tmp_path, *paths]
+    assert sfc("train", *words, "--text", text_file, *train, "--sites", "mlp,resid").status == 0
+    found = sfc("discover", *words, "--saes", tmp_path, "--prompts", prompts_file, "--edge-nodes", 30, "--nodes", 20)
+    assert found.status == 0
+    assert sfc("ablate", "--circuit", tmp_path, "--top", 2, "--random", 1).status == 0
+
+
 def test_render_with_another_threshold_and_annotations(sfc, run_folder, tmp_path):
     """More nodes than circuit.json holds are drawn from effects.safetensors, without the model."""
     names = Circuit.load(run_folder).strongest_features(1)

@@ -14,6 +14,7 @@ so the cost is one partial forward pass for every (example, [position,] feature)
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -55,6 +56,37 @@ def _error_delta(sae: SparseAutoencoder, states: States, site: Site, token, feat
     return delta
 
 
+@dataclass(frozen=True)
+class _Entries:
+    """What changes where: entry n adds `value[n] W_dec[feature[n]]`, or the error's change, at `token[n]`."""
+
+    token: torch.Tensor  # [n] over B * S
+    feature: torch.Tensor  # [n], F for the error
+    value: torch.Tensor  # [n]
+    error: torch.Tensor  # [B * S, d] e_patch - e_clean
+
+    @staticmethod
+    def of(sae: SparseAutoencoder, states: States, site: Site, features: torch.Tensor | None) -> _Entries:
+        """All nodes of a site that differ between the runs, or those of `features` only."""
+        n_features = sae.W_dec.shape[0]
+        token, feature, value = _differing_nodes(sae, states, site)
+        error = _error_delta(sae, states, site, token, feature, value)
+        error_token = (error != 0).any(-1).nonzero()[:, 0]
+        token = torch.cat([token, error_token])
+        feature = torch.cat([feature, torch.full_like(error_token, n_features)])
+        value = torch.cat([value, value.new_zeros(len(error_token))])
+        if features is not None:
+            kept = torch.isin(feature, features.to(feature.device))
+            token, feature, value = token[kept], feature[kept], value[kept]
+        return _Entries(token, feature, value, error)
+
+    def change(self, sae: SparseAutoencoder, entry: torch.Tensor) -> torch.Tensor:
+        """What the entries add to x, [n, d]."""
+        n_features = sae.W_dec.shape[0]
+        written = self.value[entry, None] * sae.W_dec[self.feature[entry].clamp(max=n_features - 1)]
+        return torch.where((self.feature[entry] == n_features)[:, None], self.error[self.token[entry]], written)
+
+
 @torch.no_grad()
 def exact_effects(
     model: LanguageModel,
@@ -67,59 +99,33 @@ def exact_effects(
     features: torch.Tensor | None = None,
     max_rows: int = 512,
 ) -> SiteEffects:
-    """Exact effects of one site's nodes. `features` ([n] int64, F for the error) restricts the work to a chosen set
-    of nodes.
-    """
-    n_positions = states.mask.shape[1]
-    n_features = sae.W_dec.shape[0]
-    token, feature, value = _differing_nodes(sae, states, site)
-    error = _error_delta(sae, states, site, token, feature, value)
-    error_token = (error != 0).any(-1).nonzero()[:, 0]
-    if features is not None:
-        features = features.to(feature.device)
-        kept = torch.isin(feature, features)
-        token, feature, value = token[kept], feature[kept], value[kept]
-        error_token = error_token if bool((features == n_features).any()) else error_token[:0]
-    token = torch.cat([token, error_token])
-    feature = torch.cat([feature, torch.full_like(error_token, n_features)])
-    value = torch.cat([value, value.new_zeros(len(error_token))])
-    example, column = token // n_positions, token % n_positions
-    key = example * (n_features + 1) + feature if joint else token * (n_features + 1) + feature
-    rows, row = key.unique(return_inverse=True)
-
-    effect = torch.zeros(len(rows), device=value.device)
+    """Exact effects of one site's nodes. `features` ([n] int64, F for the error) restricts the work to some nodes."""
+    n_positions, n_nodes = states.mask.shape[1], sae.W_dec.shape[0] + 1
+    entries = _Entries.of(sae, states, site, features)
+    example, column = entries.token // n_positions, entries.token % n_positions
+    rows, row = ((example if joint else entries.token) * n_nodes + entries.feature).unique(return_inverse=True)
+    effect = torch.zeros(len(rows), device=rows.device)
     order = torch.argsort(row)
-    bounds = torch.searchsorted(row[order], torch.arange(0, len(rows) + max_rows, max_rows, device=row.device)).tolist()
-    for index, (low, high) in enumerate(pairwise(bounds)):
+    starts = torch.arange(0, len(rows) + max_rows, max_rows, device=row.device)
+    bounds = torch.searchsorted(row[order], starts).tolist()
+    for first, (low, high) in zip(starts.tolist(), pairwise(bounds), strict=False):
         entry = order[low:high]
         if len(entry) == 0:
             continue
-        first = index * max_rows
-        n_rows = min(max_rows, len(rows) - first)
-        owner = torch.zeros(n_rows, dtype=torch.long, device=row.device)
+        owner = example.new_zeros(min(max_rows, len(rows) - first))
         owner[row[entry] - first] = example[entry]
-        change = torch.where(
-            (feature[entry] == n_features)[:, None],
-            error[token[entry]],
-            value[entry, None] * sae.W_dec[feature[entry].clamp(max=n_features - 1)],
-        )
-        x = states.clean[site][owner].clone()
-        x.index_put_((row[entry] - first, column[entry]), change.to(x.dtype), accumulate=True)
-        effect[first : first + n_rows] = _metric_of_rows(model, states, metric, site=site, x=x, owner=owner)
-    effect_example = torch.div(rows, n_features + 1, rounding_mode="floor")
+        x = states.clean[site][owner]
+        place = (row[entry] - first, column[entry])
+        x = x.index_put(place, entries.change(sae, entry).to(x.dtype), accumulate=True)
+        effect[first : first + len(owner)] = _metric_of_rows(model, states, metric, site=site, x=x, owner=owner)
+    where, feature = rows // n_nodes, rows % n_nodes
     if joint:
-        position = torch.full_like(effect_example, -1)
+        example, position = where, torch.full_like(where, -1)
     else:
-        position = effect_example % n_positions
-        effect_example = effect_example // n_positions
-        position = position - (n_positions - states.mask.sum(1))[effect_example]
-    return SiteEffects(
-        n_features,
-        effect_example.int().cpu(),
-        position.int().cpu(),
-        (rows % (n_features + 1)).int().cpu(),
-        effect.cpu(),
-    )
+        example = where // n_positions
+        position = where % n_positions - (n_positions - states.mask.sum(1))[example]
+    example, position, feature = (index.int().cpu() for index in (example, position, feature))
+    return SiteEffects(n_nodes - 1, example, position, feature, effect.cpu())
 
 
 def _metric_of_rows(

@@ -112,8 +112,8 @@ def _rms_norm(module: nn.Module) -> Linear:
 
     def linear(x: Tensor, y: Tensor) -> Tensor:
         with torch.no_grad():
-            gain = type(module).forward(module, torch.ones_like(x[..., :1, :].flatten(0, -2)[:1])) * (1 + eps) ** 0.5
-            scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps) * gain.flatten()
+            gain = type(module).forward(module, x.new_ones(x.shape[-1])) * (1 + eps) ** 0.5
+            scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps) * gain
         return x * scale
 
     return linear

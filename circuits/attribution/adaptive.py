@@ -31,8 +31,8 @@ from circuits.behaviour import Metric
 from sae.model import LanguageModel
 from sae.sites import Site
 
-MAX_HALVINGS = 10
-"""Intervals shorter than 2 ** -MAX_HALVINGS are not halved again."""
+MAX_NODES = 100
+"""Nodes a prompt takes on average at most, even where no residual is small enough."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,8 @@ def adaptive_gradient(
         error = width / 6 * slope - (nodes.m[right] - nodes.m[left])  # [intervals]
         owner = nodes.example[left]
         of_example = torch.zeros_like(states.m_clean).index_add(0, owner, error).abs()
-        open_ = (of_example[owner] > residual * scale) & (width > 2.0**-MAX_HALVINGS)
-        if of_example.mean() <= residual * scale or not open_.any():
+        open_ = of_example[owner] > residual * scale
+        if of_example.mean() <= residual * scale or len(nodes.alpha) >= MAX_NODES * n:
             break
         split = open_ & (error.abs() >= error[open_].abs().max() / 4)
         a, c, b = left[split], middle[split], right[split]

@@ -15,6 +15,7 @@ from circuits.attribution.gradients import attribution_patching, integrated_grad
 from circuits.attribution.ig_inputs import integrated_gradients_of_inputs
 from circuits.attribution.relp import relevance_patching
 from circuits.behaviour import logit_difference
+from sae.errors import UserError
 from sae.neurons import neuron_dictionaries
 from sae.sites import Site
 from tests.conftest import ARCHITECTURES
@@ -135,6 +136,18 @@ def test_adaptive_without_patch_prompts(tiny_model, tiny_saes, tiny_prompts):
         assert result.path_nodes[site] >= 2
 
 
+def test_adaptive_ends_where_no_residual_is_small_enough(tiny_model, states):
+    site = Site.parse("mlp_1")
+    at_clean = attribution_patching(tiny_model, states, logit_difference, sites=[site])[site]
+    found, n = adaptive_gradient(
+        tiny_model, states, logit_difference, site=site, at_clean=at_clean, residual=0.1, scale=0.0
+    )
+    assert n < 130
+    assert torch.allclose(
+        found, integrated_gradients(tiny_model, states, logit_difference, site=site, steps=50), atol=1e-4
+    )
+
+
 # ---- graddrop
 
 
@@ -183,6 +196,15 @@ def test_mean_magnitude_by_hand():
         SiteEffects(2, zero[:1], zero[:1], torch.tensor([0], dtype=torch.int32), torch.tensor([-5.0])),
     ]
     assert mean_magnitude(parts).value.tolist() == [-4.0, 1.0]
+
+
+def test_methods_that_need_the_stream_say_so(tiny_model, tiny_saes, tiny_prompts, monkeypatch):
+    site = Site.parse("mlp_1")
+    states = capture_states(tiny_model, tiny_saes, tiny_prompts, logit_difference, sites=[site])
+    monkeypatch.setattr(tiny_model, "sites", (site, Site.parse("resid_1")))
+    for method, other in (("ig-inputs", "use ig"), ("graddrop", "use attrib")):
+        with pytest.raises(UserError, match=f"'embed'.*{other}"):
+            attribute(tiny_model, tiny_saes, states, logit_difference, sites=[site], method=method)
 
 
 # ---- relp and the baselines

@@ -113,6 +113,33 @@ def test_mlp_agrees_with_propagation_by_hand(architecture, make_tiny_model):
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "gemma2", "gemma3_text"])
+def test_norms_are_linear_with_their_scale_fixed(architecture, make_tiny_model):
+    """The Jacobian is diag(gain / scale), after centring for LayerNorm, with the gain read off the weights."""
+    hf = make_tiny_model(architecture).hf
+    norm = hf.get_submodule("transformer.h.0.ln_1" if architecture == "gpt2" else "model.layers.0.input_layernorm")
+    x = 3 * torch.randn(32) + 1
+    with relevance_rules(hf):
+        found = torch.autograd.functional.jacobian(norm, x)
+    gain = norm.weight + 1 if "Gemma" in type(norm).__name__ else norm.weight
+    if architecture == "gpt2":
+        centre = torch.eye(32) - torch.full((32, 32), 1 / 32)
+        expected = torch.diag(gain / x.std(correction=0)) @ centre
+    else:
+        expected = torch.diag(gain / x.square().mean().sqrt())
+    assert torch.allclose(found, expected, atol=1e-4)
+
+
+def test_half_precision(make_tiny_model):
+    model = make_tiny_model("gemma2", dtype="bfloat16")
+    tokens = model.tokenize(TEXTS)
+    with relevance_rules(model.hf):
+        run = model.run(tokens, capture=model.sites, grad=True)
+    assert torch.equal(run.logits, model.run(tokens).logits)
+    for g in torch.autograd.grad(run.logits[:, -1, 5].sum(), list(run.activations.values())):
+        assert g.dtype == torch.bfloat16 and torch.isfinite(g).all() and g.abs().sum() > 0
+
+
 def test_attention_passes_relevance_through_values_alone(make_tiny_model):
     hf = make_tiny_model("gpt_neox").hf
     attention = hf.gpt_neox.layers[0].attention

@@ -22,7 +22,7 @@ from circuits.attribution import METHODS, SiteEffects, States, attribute, captur
 from circuits.attribution.gradients import RULES
 from circuits.behaviour import Metric, accuracy, get_metric, last_logits, prepare
 from circuits.circuit import Circuit
-from circuits.edges import Edges, edge_effects
+from circuits.edges import ACTIVE, Edges, edge_effects
 from circuits.nodes import AGGREGATIONS, Nodes, aggregate_site, count, select_nodes
 from circuits.prompts import PromptSet
 from sae.autoencoder import SparseAutoencoder
@@ -53,13 +53,22 @@ class DiscoverOptions:
     """Sites of the circuit, such as all, resid or resid,mlp_3; each needs an autoencoder."""
     edge_nodes: int = 300
     """Edges are computed among this many strongest nodes; 0 leaves edges out."""
+    edge_active: str = "either"
+    """Where a downstream feature passes edges on: where it is active on the clean or the patch prompt (either), or on
+    the clean prompt alone (clean, as in the paper's code).
+    """
     memory: float = 2.0
     """Budget in GiB for what the model keeps during a forward and backward pass; prompts are batched to it."""
 
     def __post_init__(self) -> None:
-        for name, allowed in (("method", METHODS), ("rule", RULES), ("aggregation", AGGREGATIONS)):
+        for name, allowed in (
+            ("method", METHODS),
+            ("rule", RULES),
+            ("aggregation", AGGREGATIONS),
+            ("edge_active", ACTIVE),
+        ):
             if getattr(self, name) not in allowed:
-                raise unknown(name, getattr(self, name), allowed)
+                raise unknown(name.replace("_", "-"), getattr(self, name), allowed)
         if self.steps < 1:
             raise UserError(f"steps is {self.steps}: integrated gradients need at least 1 quadrature node")
         if not 0 < self.residual < 1:
@@ -113,7 +122,7 @@ def discover(
     if not count(nodes):
         raise UserError("no node has an effect on the metric: do the prompts differ where the sites can see it?")
     chosen = select_nodes(nodes, top=options.edge_nodes)
-    edges = _edge_pass(model, saes, batches, m, chosen, rows, progress=progress) if options.edge_nodes else {}
+    edges = _edge_pass(model, saes, batches, m, chosen, options, rows, progress=progress) if options.edge_nodes else {}
     edges = {pair: weights / len(prompts) for pair, weights in edges.items()}
     metadata = {
         **(provenance or {}),
@@ -186,15 +195,16 @@ def _node_pass(model, saes, prompts, metric, options, sites, rows, *, progress):
     return batches, effects, {site: torch.cat(values) for site, values in totals.items()}, ends
 
 
-def _edge_pass(model, saes, batches: Sequence[_Batch], metric, nodes: Nodes, rows: int, *, progress: bool) -> Edges:
+def _edge_pass(model, saes, batches: Sequence[_Batch], metric, nodes: Nodes, options, rows: int, *, progress) -> Edges:
     """Edge weights summed over all examples."""
     total: Edges = {}
     sites = list(nodes)
     for batch in tqdm(batches, desc="edges", unit="batch", disable=not progress):
         states: States = capture_states(model, saes, batch.prompts, metric, sites=sites)
         for pair, weights in edge_effects(
-            model, saes, states, metric, batch.gradients, nodes, max_rows=lanes_rows(rows, states)
-        ).items():
+            model, saes, states, metric, batch.gradients, nodes, active=options.edge_active,
+            max_rows=lanes_rows(rows, states),
+        ).items():  # fmt: skip
             total[pair] = total[pair] + weights if pair in total else weights
     return total
 

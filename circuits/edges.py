@@ -11,9 +11,11 @@ The effect of the edge u -> d (Marks et al. 2024, eq. 5, direct paths only) is
    and a detached leaf goes on in its place. Every path between two leaves that remains is direct, whatever the
    architecture (parallel or sequential blocks, post-norms, missing sites): autograd finds the parents.
 2. A downstream feature's cotangent at its site is its gradient (W_dec[d] . g) times its encoder row where it is
-   active; that of the error node e = y - y_hat(y) is g - sum_active (W_dec[i] . g) W_enc[i]. One vector-Jacobian
-   product gives the edges from all parents at once, for all examples, since examples do not interact, and for all
-   positions where positions are summed.
+   active: in the clean run (`clean`, the derivative there, as in the paper's code), or in the clean or the patch run
+   (`either`). A feature that only the patch wakes has no derivative on the clean prompts; `clean` gives it no edges
+   and its share to the error. That of the error node e = y - y_hat(y) is g - sum_active (W_dec[i] . g) W_enc[i]. One
+   vector-Jacobian product gives the edges from all parents at once, for all examples, since examples do not interact,
+   and for all positions where positions are summed.
 3. R downstream nodes share a backward pass: the forward pass runs R copies of the batch, one lane each.
 4. The gradient at a parent's leaf, [R, B, S, d], is contracted with the upstream decoder rows and deltas before it
    is stored: [D, U].
@@ -34,8 +36,11 @@ from circuits.attribution.states import States
 from circuits.behaviour import Metric
 from circuits.nodes import Nodes, SiteNodes
 from sae.autoencoder import SparseAutoencoder
+from sae.errors import unknown
 from sae.model import LanguageModel
 from sae.sites import Site
+
+ACTIVE = ("either", "clean")
 
 Edges = dict[tuple[Site, Site | None], torch.Tensor]
 """(upstream, downstream) -> weights [D, U] over the two sites' selected nodes; downstream None is the metric, [1,
@@ -84,7 +89,7 @@ class _Ends:
     delta: torch.Tensor
     """[B, S, n] f_patch - f_clean where the node is; zero for the error node."""
     gain: torch.Tensor
-    """[B, S, n] (W_dec . g) where the feature is active in the clean run, else 0; zero for the error node."""
+    """[B, S, n] (W_dec . g) where the feature counts as active, else 0; zero for the error node."""
     encoder: torch.Tensor
     """[n, d] encoder rows; zero for the error node."""
     error_at: torch.Tensor
@@ -112,7 +117,9 @@ class _Ends:
 
 
 @torch.no_grad()
-def _site_ends(sae: SparseAutoencoder, states: States, gradient: torch.Tensor, nodes: SiteNodes, site: Site) -> _Ends:
+def _site_ends(
+    sae: SparseAutoencoder, states: States, gradient: torch.Tensor, nodes: SiteNodes, site: Site, *, either: bool
+) -> _Ends:
     """What the selected nodes need; the whole encoder runs only where the error node is among them."""
     device = sae.W_dec.device
     batch, n_positions = states.mask.shape
@@ -122,10 +129,13 @@ def _site_ends(sae: SparseAutoencoder, states: States, gradient: torch.Tensor, n
     decoder = sae.W_dec[feature] * ~is_error[:, None]
     encoder = sae.encoder_rows(feature) * ~is_error[:, None]
     if is_error.any():
-        active, delta, error_delta, error_cotangent = _with_error(sae, clean, patch, g, feature, states.zero_patch)
+        active, delta, error_delta, error_cotangent = _with_error(
+            sae, clean, patch, g, feature, zero_patch=states.zero_patch, either=either
+        )
     else:
         f_clean = sae.encode_some(clean, feature)
-        active, delta = f_clean != 0, -f_clean if states.zero_patch else sae.encode_some(patch, feature) - f_clean
+        delta = -f_clean if states.zero_patch else sae.encode_some(patch, feature) - f_clean
+        active = _active(f_clean, delta, either=either)
         error_delta = error_cotangent = None
 
     column = torch.arange(n_positions, device=device)[:, None]
@@ -149,7 +159,12 @@ def _site_ends(sae: SparseAutoencoder, states: States, gradient: torch.Tensor, n
     )
 
 
-def _with_error(sae: SparseAutoencoder, clean, patch, g, feature, zero_patch: bool):
+def _active(f_clean: torch.Tensor, delta: torch.Tensor, *, either: bool) -> torch.Tensor:
+    """Where features count as active; one that is silent on the clean prompts is awake on the patch if it differs."""
+    return (f_clean != 0) | (delta != 0) if either else f_clean != 0
+
+
+def _with_error(sae: SparseAutoencoder, clean, patch, g, feature, *, zero_patch: bool, either: bool):
     """For N tokens: active [N, n], delta [N, n], e_patch - e_clean [N, d], and the error's cotangent [N, d]."""
     n_features = sae.W_dec.shape[0]
     encoder = sae.encoder_rows(torch.arange(n_features, device=feature.device))
@@ -157,10 +172,11 @@ def _with_error(sae: SparseAutoencoder, clean, patch, g, feature, zero_patch: bo
     for chunk in token_chunks(len(clean), n_features):
         f_clean = sae.encode(clean[chunk])
         delta = -f_clean if zero_patch else sae.encode(patch[chunk]) - f_clean
-        actives.append(f_clean[:, feature] != 0)
+        active = _active(f_clean, delta, either=either)
+        actives.append(active[:, feature])
         deltas.append(delta[:, feature])
         error_deltas.append(patch[chunk] - clean[chunk] - delta @ sae.W_dec)
-        cotangents.append(g[chunk] - ((g[chunk] @ sae.W_dec.T) * (f_clean != 0)) @ encoder)
+        cotangents.append(g[chunk] - ((g[chunk] @ sae.W_dec.T) * active) @ encoder)
     return tuple(torch.cat(parts) for parts in (actives, deltas, error_deltas, cotangents))
 
 
@@ -172,18 +188,22 @@ def edge_effects(
     gradients: Mapping[Site, torch.Tensor],
     nodes: Nodes,
     *,
+    active: str = "clean",
     max_rows: int = 64,
 ) -> Edges:
     """Edge weights between all selected nodes of one batch, and from them to the metric, summed over the batch's
     examples.
 
-    gradients: dm/dx per site as the node method averages it, [B, S, d]; max_rows: prompts in the cut forward pass at
+    gradients: dm/dx per site as the node method averages it, [B, S, d]; active: where a downstream feature has a
+    derivative, `clean` or `either`; max_rows: prompts in the cut forward pass at
     once, which sets the number of lanes. Only pairs of sites with a direct path are in the result. With positions
     (`nodes.position >= 0`) the prompts must be equally long.
     """
+    if active not in ACTIVE:
+        raise unknown("edge-active", active, ACTIVE)
     sites = list(nodes)
     ends = {
-        site: _site_ends(saes[site], states, gradients[site], site_nodes, site)
+        site: _site_ends(saes[site], states, gradients[site], site_nodes, site, either=active == "either")
         for site, site_nodes in nodes.items()
         if len(site_nodes)
     }

@@ -30,7 +30,7 @@ def setting(model, make_saes, prompts, **options):
     return saes, states, gradients
 
 
-def downstream_value(model, saes, states, gradients, changed: Site, x, down: Site, feature: int) -> torch.Tensor:
+def downstream_value(model, saes, states, gradients, changed: Site, x, down: Site, feature: int, where: str):
     """g_d . a_d summed over examples and positions, computed from the clean activations with `changed` put at x."""
     clean = {site: value for site, value in states.clean.items() if site < down} | {changed: x}
     seen = {}
@@ -45,21 +45,25 @@ def downstream_value(model, saes, states, gradients, changed: Site, x, down: Sit
     model.run(states.tokens, edits={site: fixed(site) for site in model.sites}, last_only=True)
     sae, y, real = saes[down], seen[down], states.mask[..., None]
     active = sae.encode(states.clean[down]) != 0  # the encoder's kinks are not part of the derivative
+    if where == "either":
+        active |= sae.encode(states.patch[down]) != 0
     f = ((y - sae.b_dec) @ sae.W_enc.T + sae.b_enc) * active
     if feature < sae.config.n_features:
         return ((gradients[down] @ sae.W_dec[feature]) * (f * real)[..., feature]).sum()
     return (gradients[down] * (y - sae.decode(f)) * real).sum()
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_edges_are_finite_differences_of_the_cut_model(make_tiny_model, make_saes, tiny_prompts, architecture):
+@pytest.mark.parametrize(
+    ("architecture", "active"), [*((architecture, "clean") for architecture in ARCHITECTURES), ("llama", "either")]
+)
+def test_edges_are_finite_differences_of_the_cut_model(make_tiny_model, make_saes, tiny_prompts, architecture, active):
     """Move one upstream node a little along its delta with every other site held at its clean value."""
     model = make_tiny_model(architecture, dtype="float64")
     saes, states, gradients = setting(model, make_saes, tiny_prompts[1::2])
     for sae in saes.values():
         sae.double()
     nodes = {site: some_nodes(saes[site], seed=i) for i, site in enumerate(model.sites)}
-    edges = edge_effects(model, saes, states, logit_difference, gradients, nodes, max_rows=24)
+    edges = edge_effects(model, saes, states, logit_difference, gradients, nodes, active=active, max_rows=24)
     parallel = architecture == "gpt_neox"
     expected_pairs = {("resid_0", "attn_1"), ("resid_0", "mlp_1"), ("attn_1", "resid_1"), ("mlp_1", "resid_1")}
     expected_pairs |= {("resid_0", "resid_1"), ("embed", "attn_0"), ("embed", "mlp_0"), ("embed", "resid_0")}
@@ -80,7 +84,9 @@ def test_edges_are_finite_differences_of_the_cut_model(make_tiny_model, make_sae
             for row in (int(weights[:-1, column].abs().argmax()), weights.shape[0] - 1):
                 d = int(nodes[down].feature[row])
                 high, low = (
-                    downstream_value(model, saes, states, gradients, up, states.clean[up] + sign * h * step, down, d)
+                    downstream_value(
+                        model, saes, states, gradients, up, states.clean[up] + sign * h * step, down, d, active
+                    )
                     for sign in (1, -1)
                 )
                 assert weights[row, column].item() == pytest.approx(

@@ -92,17 +92,24 @@ def test_what_other_methods_see_of_the_nodes(method):
 @pytest.mark.parametrize("method", ["ig", "attrib"])
 @pytest.mark.parametrize("task", TASKS)
 def test_edges_are_recovered(task, method):
-    """Among all pairs, and with nothing false among the strongest ones between features.
-
-    A feature that is silent on the clean prompt is not seen by a linearisation there: what the pair adds to it counts
-    as the error's, so edges into errors are left out of the second reading.
-    """
+    """Among all pairs, and with nothing false among the strongest ones between features."""
     truth, scores = setting(task), edge_scores(found(task, method))
     assert recovery(scores, truth.edges, scores).auroc >= 0.95
     between_features = [edge for edge in scores if not any("error" in end for end in edge)]
     result = recovery(scores, truth.edges, between_features)
     assert result.auroc >= 0.99
     assert result.precision_at_truth >= 0.95
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_features_that_only_the_patch_wakes_have_edges(task):
+    """Without a derivative on the clean prompt what the pair adds to them would count as the error's."""
+    truth = setting(task)
+    strict = DiscoverOptions(aggregation=TASKS[task][1], edge_nodes=2000, edge_active="clean")
+    at_clean = edge_scores(discover(truth.model, truth.saes, truth.prompts, strict, progress=False))
+    either = edge_scores(found(task))
+    assert recovery(either, truth.edges, either).precision_at_truth >= 0.75
+    assert recovery(at_clean, truth.edges, at_clean).precision_at_truth < 0.7
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -73,10 +73,11 @@ def train(
     if resume and _is_finished(out, settings, folders):
         log.info("the run in %s is complete; nothing to resume", out)
         return {site: SparseAutoencoder.load(folders[site.name], device=model.device) for site in chosen}
-    start_folder(out, settings, resume=resume, overwrite=overwrite)
     if activations is None:
         stream = ContextStream(model, source, context_length=config.context_length, packed=config.packed)
+        stream.peek()  # text that cannot be read is told before anything is written
         activations = ModelActivations(model, stream, chosen, exclude_special=config.exclude_special)
+    start_folder(out, settings, resume=resume, overwrite=overwrite)
     Trainer(learners, activations, config, out=out, progress=progress).run()
     saes = {}
     for learner in learners:

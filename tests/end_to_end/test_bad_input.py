@@ -211,6 +211,7 @@ def test_text_that_is_no_text(sfc, model_folder, tmp_path):
     for name, reason in (("bytes.txt", "UTF-8"), ("cut.txt.gz", "gzip"), ("plain.txt.gz", "gzip")):
         said = sentence(sfc("train", "--model", model_folder, "--text", tmp_path / name, "--out", tmp_path / name[:3]))
         assert name in said and reason in said
+        assert not (tmp_path / name[:3]).exists()
 
 
 def test_autoencoders_that_were_trained_again(sfc, run_folder, tmp_path):

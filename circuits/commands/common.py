@@ -54,7 +54,7 @@ class Common:
     device: str = "auto"
     """Where the model runs: auto (cuda, mps or cpu, whichever is there first), or a device such as cuda:1."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
-    """Precision of the model's weights; auto takes that of the files."""
+    """Precision of the model's weights; auto is float32, on a GPU the files' own from 2 billion parameters on."""
     site_paths: str | None = None
     """Where sites are in a model whose architecture is not known, or elsewhere than usual, such as
     resid=model.layers.{layer},attn=model.layers.{layer}.self_attn.o_proj:input.

@@ -42,7 +42,7 @@ class _Cut:
         at_least(self, nodes=1, edges=0)
         circuit = Circuit.load(self.circuit)
         with_edges = sum(len(site_nodes) for site_nodes in circuit.edge_nodes.values())
-        nodes = min(nodes, with_edges) if nodes is not None and with_edges else nodes
+        nodes = min(with_edges if nodes is None else nodes, with_edges) if with_edges else nodes
         described = circuit_folder(self.circuit) / FEATURES_FILE
         graph = circuit.graph(
             nodes=nodes,

@@ -55,8 +55,9 @@ def test_a_circuit_with_few_edge_nodes_is_drawn_by_default(sfc, run_folder, tmp_
     few = select_nodes(circuit.nodes, top=5)
     small = replace(circuit, edge_nodes=few, edges={})
     small.save(tmp_path / "circuit", graph=small.graph(nodes=5))
-    result = sfc("render", "--circuit", tmp_path, "--out", tmp_path / "few.svg", "--json")
-    assert result.status == 0 and json.loads(result.out)["nodes"] == 5
+    for all_of_them in ([], ["--nodes", "None"]):
+        result = sfc("render", "--circuit", tmp_path, "--out", tmp_path / "few.svg", "--json", *all_of_them)
+        assert result.status == 0 and json.loads(result.out)["nodes"] == 5
 
 
 def test_examples_limit_the_prompts_of_the_circuit_too(sfc, run_folder):

@@ -22,7 +22,7 @@ def tables(comparison: Comparison) -> str:
     """Two tables: the circuits, then the estimates and what they cost."""
     rows, sizes = comparison.rows, comparison.options.circuit_sizes
     circuits = [
-        ["", *map(str, sizes), "CPR", "CMD", *(f"n({level})" for level in LEVELS), "of"],
+        ["", *map(str, sizes), "CPR", "95 %", "CMD", "95 %", *(f"n({level})" for level in LEVELS), "of"],
         *([name_of(row), *_circuit(row, sizes)] for row in rows),
     ]
     without = [
@@ -54,11 +54,15 @@ def tables(comparison: Comparison) -> str:
 
 
 def _circuit(row: MethodScore, sizes: Sequence[int]) -> list[str]:
+    known = row.curve.intervals
+    spans = ["", ""] if known is None else [f"[{low:.2f}, {high:.2f}]" for low, high in (known.cpr, known.cmd)]
     needed = (row.nodes_for[str(level)] for level in LEVELS)
     return [
         *(_number(_at(row, row.curve.faithfulness, size)) for size in sizes),
         f"{row.curve.cpr:.3f}",
+        spans[0],
         f"{row.curve.cmd:.3f}",
+        spans[1],
         *("-" if n is None else f"{n:.0f}" for n in needed),
         str(row.curve.n_nodes),
     ]

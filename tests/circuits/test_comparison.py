@@ -131,7 +131,9 @@ def test_tables_and_plot(comparison, tmp_path):
     assert "attrib (neurons)" in text
     header = next(line for line in text.splitlines() if "n(0.8)" in line)
     ig = next(line for line in text.splitlines() if line.startswith("ig "))
-    assert len(header.split()) + 1 == len(ig.split())
+    assert len(header) == len(ig) and ig.endswith(str(comparison.rows[0].curve.n_nodes))
+    low, high = comparison.to_dict()["rows"][0]["intervals"]["cpr"]
+    assert low <= comparison.rows[0].curve.cpr <= high
     assert json.loads(json.dumps(comparison.to_dict()))["rows"][0]["nodes_for"].keys() == {"0.8", "0.95"}
     svg = plot(comparison, tmp_path / "comparison.svg").read_text()
     assert svg.count("<path") > 12

@@ -74,6 +74,11 @@ def _numbers(attributes: dict[str, Any]) -> str:
         facts.append(f"peak {attributes['max_activation']:.3g}")
     if isinstance(attributes.get("exact_effect"), int | float):
         facts.append(f"exact effect {signed(attributes['exact_effect'], 3)}")
+    if "disagrees" in attributes:
+        facts.append(f"the estimate differs in {text(attributes['disagrees'])}")
+    if "interval" in attributes:
+        low, high = attributes["interval"]
+        facts.append(f"interval {signed(low, 3)} to {signed(high, 3)}")
     return f"<small>{' · '.join(facts)}</small>" if facts else ""
 
 

@@ -207,18 +207,19 @@ def _faithfulness_section(run: RunFiles) -> Html:
         f"Measured on {data.get('n_prompts', '?')} prompts; removed nodes take {ABLATIONS.get(kind, text(kind))}."
         f"{given}"
     )
+    known = data.get("intervals")
     rows = []
     for row, size in enumerate(data["sizes"]):
         drawn = [curve[row] for curve in data.get("random", [])]
         beside = f"{number(min(drawn))} to {number(max(drawn))}" if drawn else ""
-        rows.append(
-            f"<tr><td>{size}</td><td>{number(data['faithfulness'][row], 3)}</td>"
-            f"<td>{number(data['completeness'][row], 3)}</td><td>{beside}</td></tr>"
-        )
+        f, c = (_with_interval(data, name, row) for name in ("faithfulness", "completeness"))
+        rows.append(f"<tr><td>{size}</td><td>{f}</td><td>{c}</td><td>{beside}</td></tr>")
     table = (
         '<table class="numbers"><thead><tr><th>nodes</th><th>faithfulness</th><th>completeness</th>'
         f"<th>random</th></tr></thead><tbody>{''.join(rows)}</tbody></table>"
     )
+    if known:
+        table += '<p class="cap">Below each number its 95 % interval, by drawing the prompts anew.</p>'
     areas = ""
     if "cpr" in data:
         areas = (
@@ -227,6 +228,15 @@ def _faithfulness_section(run: RunFiles) -> Html:
         )
     body = f'<p class="lead">{lead}</p><div class="split">{faithfulness_plot(data)}<div>{table}{areas}</div></div>'
     return section("faithfulness", "Faithfulness", body)
+
+
+def _with_interval(data: dict[str, Any], name: str, row: int) -> str:
+    """A number of the faithfulness table, its interval below where it is known."""
+    shown = number(data[name][row], 3)
+    if not data.get("intervals"):
+        return shown
+    low, high = data["intervals"][name][row]
+    return f"{shown}<br><small>{number(low, 2)} to {number(high, 2)}</small>"
 
 
 def _check_section(graph: FeatureGraph | None) -> Html:

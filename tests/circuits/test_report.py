@@ -123,6 +123,20 @@ def test_the_page_is_whole_and_self_contained(run_folder, html):
     assert not list(run_folder.glob("*.tmp*"))
 
 
+def test_error_bars_and_verification_are_shown(tmp_path):
+    graph = FeatureGraph(["mlp_0"], metadata=example_graph().metadata)
+    graph.add_node(feature_node("mlp_0", 7, effect=0.9, exact_effect=0.3, disagrees="size", interval=[0.5, 1.25]))
+    graph.add_node(metric_node(effect=3.74))
+    (tmp_path / "circuit").mkdir()
+    graph.save(tmp_path / "circuit" / "circuit.json")
+    spans = {"faithfulness": [[0.41, 0.62]], "completeness": [[0.37, 0.44]], "cpr": [0.7, 0.9], "cmd": [0.1, 0.3]}
+    curves = {"sizes": [10], "faithfulness": [0.5], "completeness": [0.4], "random": [], "intervals": spans}
+    write_json(tmp_path / "circuit" / "faithfulness.json", curves | {"n_nodes": 500})
+    text = Page(write_report(tmp_path).read_text()).text
+    for phrase in ("the estimate differs in size", "interval +0.500 to +1.250", "0.41 to 0.62", "95 % interval"):
+        assert phrase in text.replace("\u00a0", " "), phrase
+
+
 def test_what_the_run_found_is_on_the_page(html):
     text = Page(html).text
     for phrase in (

@@ -46,9 +46,9 @@ class SiteValues:
     @staticmethod
     def of(sae: SparseAutoencoder, x: torch.Tensor, index: torch.Tensor) -> SiteValues:
         """Encode x [B, S, d] and keep the features `index` [n]."""
-        f = sae.encode(x)
-        x = x.to(f)  # sums over prompts need more than 16 bits
-        return SiteValues(x, x - sae.decode(f), f[..., index])
+        f, x_hat = sae.encode_and_reconstruct(x, index)
+        x = x.to(x_hat)  # sums over prompts need more than 16 bits
+        return SiteValues(x, x - x_hat, f)
 
 
 Values = dict[Site, SiteValues]
@@ -108,9 +108,8 @@ def ablation_edits(
             if not keep and not len(index) and not with_error:
                 return x
             if with_error:
-                f = sae.encode(x)
-                change = ((f[..., index] - at.features) * features) @ sae.W_dec[index]
-                change = change + (x - sae.decode(f) - at.error) * error
+                f, x_hat = sae.encode_and_reconstruct(x, index)
+                change = ((f - at.features) * features) @ sae.W_dec[index] + (x - x_hat - at.error) * error
             else:
                 change = ((sae.encode_some(x, index) - at.features) * features) @ sae.W_dec[index]
             return (at.x + change if keep else x - change).to(x.dtype)

@@ -26,6 +26,8 @@ from sae.nonlinearities import CORE, TOPK, top_features
 from sae.sites import Site
 
 SCHEMA_VERSION = 1
+CHUNK_BYTES = 64 * 2**20
+"""Largest [n, F] intermediate where tokens are encoded in chunks."""
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "sae.safetensors"
 
@@ -124,12 +126,26 @@ class SparseAutoencoder(nn.Module):
         return SparseAutoencoder(replace(self.config, n_features=len(index)), tensors)
 
     def encode_some(self, x: Tensor, index: Tensor) -> Tensor:
-        """x [..., d] -> f [..., n] of the features `index` [n]; only their encoder rows are used unless features
-        compete.
+        """x [..., d] -> f [..., n] of the features `index` [n].
+
+        Only their encoder rows are used; where features compete all of them are encoded, chunk of tokens by chunk.
         """
-        if self.nonlinearity.needs_k:
-            return self.encode(x)[..., index.to(self.device)]
-        return self.restrict(index).encode(x) if len(index) else x.new_zeros(*x.shape[:-1], 0)
+        if not len(index):
+            return x.new_zeros(*x.shape[:-1], 0)
+        if not self.nonlinearity.needs_k:
+            return self.restrict(index).encode(x)
+        return self.encode_and_reconstruct(x, index)[0]
+
+    def encode_and_reconstruct(self, x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """x [..., d] -> (f [..., n] of the features `index` [n], x̂ [..., d]), chunk of tokens by chunk: no [..., F]."""
+        index = index.to(self.device)
+        rows = max(1, CHUNK_BYTES // (4 * self.config.n_features))
+        some, x_hat = [x.new_zeros(0, len(index))], [x.new_zeros(0, x.shape[-1])]
+        for _, chunk in _chunks(x.reshape(-1, x.shape[-1]), rows):
+            f = self.encode(chunk)
+            some.append(f[:, index])
+            x_hat.append(self.decode(f))
+        return torch.cat(some).reshape(*x.shape[:-1], len(index)), torch.cat(x_hat).reshape(x.shape)
 
     def decode(self, f: Tensor) -> Tensor:
         """f [..., F] -> x̂ [..., d]."""
@@ -144,7 +160,7 @@ class SparseAutoencoder(nn.Module):
         return {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
 
     @torch.no_grad()
-    def encode_sparse(self, x: Tensor, *, chunk_bytes: int = 64 * 2**20) -> SparseFeatures:
+    def encode_sparse(self, x: Tensor, *, chunk_bytes: int = CHUNK_BYTES) -> SparseFeatures:
         """x [N, d] -> its nonzero features, in chunks whose [n, F] intermediate has at most `chunk_bytes` bytes."""
         rows = max(1, chunk_bytes // (4 * self.config.n_features))
         parts = [self._encode_chunk(chunk, start) for start, chunk in _chunks(x, rows)]

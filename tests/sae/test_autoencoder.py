@@ -86,6 +86,18 @@ def test_encode_sparse_of_no_tokens_is_empty():
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("chunk_bytes", [1, 2**20])
+def test_some_features_and_the_reconstruction_chunk_by_chunk(architecture, chunk_bytes, monkeypatch):
+    monkeypatch.setattr("sae.autoencoder.CHUNK_BYTES", chunk_bytes)
+    sae, x = make_sae(architecture), torch.randn(3, 5, D)
+    for index in (torch.tensor([7, 2, 11]), torch.tensor([], dtype=torch.long)):
+        f, x_hat = sae.encode_and_reconstruct(x, index)
+        torch.testing.assert_close(f, sae.encode(x)[..., index])
+        torch.testing.assert_close(x_hat, sae(x))
+        torch.testing.assert_close(sae.encode_some(x, index), f)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_encoder_rows_are_the_gradient_of_active_features(architecture):
     sae = make_sae(architecture)
     x = torch.randn(N, D, requires_grad=True)

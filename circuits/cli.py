@@ -28,6 +28,7 @@ def _commands() -> dict[str, Any]:
     from circuits.commands.evaluate import Evaluate
     from circuits.commands.export import Export
     from circuits.commands.faithfulness import Faithfulness
+    from circuits.commands.mask import Mask
     from circuits.commands.render import Explore, Render
     from circuits.commands.report import Report
     from circuits.commands.train import Train
@@ -37,6 +38,7 @@ def _commands() -> dict[str, Any]:
         "evaluate": Evaluate,
         "discover": Discover,
         "faithfulness": Faithfulness,
+        "mask": Mask,
         "compare-methods": CompareMethods,
         "render": Render,
         "explore": Explore,

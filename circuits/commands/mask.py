@@ -1,0 +1,102 @@
+"""`sfc mask`: learn which nodes to keep, and measure the ranking beside that by effects."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from circuits.circuit import circuit_folder
+from circuits.commands.common import Common, Loaded, Output, at_least, record
+from circuits.commands.faithfulness import ERRORS_TEXT, parse_sizes
+from circuits.faithfulness import Faithfulness, FaithfulnessOptions, measure_faithfulness
+from circuits.masks import MaskOptions, learn_mask
+from circuits.nodes import Nodes
+from sae.files import write_json
+
+MASK_FILE = "mask.json"
+SCORES_FILE = "mask.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mask(Common):
+    """Learn a ranking of the nodes by which of them to keep, all nodes together, and measure it on held-out prompts
+    beside the ranking by effects.
+    """
+
+    circuit: Path
+    """Run folder with a circuit (`sfc discover`); the mask is learned on its prompts."""
+    prompts: str | None = None
+    """Held-out prompts to measure on; those the mask is learned on by default."""
+    examples: int | None = None
+    """At most this many of the prompts measured on; all by default."""
+    sizes: str = "10,20,50,100,200,500,1000"
+    """Numbers of nodes, comma-separated."""
+    model: str | None = None
+    """Another place of the model the circuit was found in."""
+    saes: str | None = None
+    """Another place of the autoencoders the circuit was found with."""
+    options: Annotated[MaskOptions, tyro.conf.arg(name="")] = field(default_factory=MaskOptions)
+
+    def run(self) -> Output:
+        at_least(self, examples=1)
+        sizes = parse_sizes(self.sizes)
+        loaded = Loaded.of(self.circuit, self, model=self.model, saes=self.saes)
+        learned_on = loaded.prompts(None)
+        prompts = loaded.prompts(self.prompts, limit=self.examples)
+        metric = loaded.circuit.metadata["options"]["metric"]
+        mask = learn_mask(
+            loaded.model, loaded.saes, loaded.circuit.nodes, learned_on, self.options, metric=metric,
+            progress=not self.quiet,
+        )  # fmt: skip
+        options = FaithfulnessOptions(
+            ablation=self.options.ablation, start_site=self.options.start_site, errors=self.options.errors,
+            random=0, seed=self.options.seed, batch_size=self.options.batch_size,
+        )  # fmt: skip
+
+        def measured(nodes: Nodes) -> Faithfulness:
+            return measure_faithfulness(
+                loaded.model, loaded.saes, nodes, prompts, options, sizes=sizes, reference=learned_on, metric=metric,
+                progress=not self.quiet,
+            )  # fmt: skip
+
+        of_mask, of_effects = measured(mask.nodes), measured(loaded.circuit.nodes)
+        folder = circuit_folder(self.circuit)
+        data = {
+            "schema_version": 1,
+            "options": mask.options,
+            "losses": mask.losses,
+            "held_out": self.prompts is not None,
+            "mask": of_mask.to_dict(),
+            "effects": of_effects.to_dict(),
+        }
+        mask.save(folder / SCORES_FILE)
+        write_json(folder / MASK_FILE, data)
+        record(folder.parent, "mask", self)
+        text = "\n".join(
+            [
+                f"{of_mask.n_prompts} {'held-out prompts' if self.prompts else 'prompts, those learned on'}; "
+                f"nodes from {of_mask.start_site} on, "
+                f"others ablated by {of_mask.ablation}{ERRORS_TEXT[of_mask.errors]}",
+                table(of_mask, of_effects),
+                f"wrote {folder / MASK_FILE} and {folder / SCORES_FILE}",
+            ]
+        )
+        return Output(text, data)
+
+
+def table(of_mask: Faithfulness, of_effects: Faithfulness) -> str:
+    """Faithfulness and completeness of both rankings, one row a size."""
+    lines = [
+        f"{'':>7}  {'faithfulness':>16}  {'completeness':>16}",
+        f"{'nodes':>7}  {'mask':>7}  {'effects':>7}  {'mask':>7}  {'effects':>7}",
+    ]
+    for row, size in enumerate(of_mask.sizes):
+        numbers = (
+            of_mask.faithfulness[row], of_effects.faithfulness[row],
+            of_mask.completeness[row], of_effects.completeness[row],
+        )  # fmt: skip
+        lines.append("  ".join([f"{size:>7}", *(f"{number:>7.3f}" for number in numbers)]))
+    return "\n".join(lines)

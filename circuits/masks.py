@@ -1,0 +1,338 @@
+"""Learned masks: which nodes to keep, by gradient descent on the behaviour of what is kept.
+
+Attribution scores nodes one by one; a mask is learned for all of them together, so nodes that only matter jointly
+are kept and redundant ones are not (Cao et al. 2021, arXiv 2104.03514; Bhaskar et al. 2024, arXiv 2406.16778; for
+latents of sparse autoencoders Caples et al. 2025).
+
+Legend: B prompts, S positions, d model width, N nodes, n chosen features of a site.
+
+1. A node has one score s. At a budget of k nodes its gate is sigmoid((s - s_(k)) / T), with s_(k) between the k-th
+   highest score and the next, and T cooled from `temperature` to a tenth of it, so that in the end the k nodes of
+   highest score are open and the others closed (annealed sigmoids as in Savarese et al. 2020, arXiv 1912.04427).
+2. At every site from the start site on, with the ablation values x0, f0, e0 of `circuits.ablation`,
+   x' = x0 + sum_i gate_i (f_i - f0_i) W_dec[i] + gate_err (e - e0).
+3. Every prompt of a batch draws its own budget, log-uniformly. One learning run so serves all sizes: the expected
+   number of nodes kept is what the budget says, no penalty on it has to be tuned, and the order of the scores is a
+   nested ranking (the idea of Matryoshka representations, Kusupati et al. 2022, arXiv 2205.13147).
+4. Loss: ((m(C) - m(M)) / scale)^2 prompt by prompt, scale the mean distance of m from the whole model M to no node.
+   It falls short or overshoots alike.
+5. Scores start at -ln(rank) by |effect|, so that a budget's threshold is about -ln(k), or all alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch.nn.functional import pad
+from tqdm import tqdm
+
+from circuits.ablation import AblationValues, Edit, NodeTable, SiteValues
+from circuits.behaviour import Metric, get_metric, prepare
+from circuits.faithfulness import ERRORS, aligned, from_start_site
+from circuits.nodes import Nodes, SiteNodes, count
+from circuits.prompts import PromptSet
+from sae.autoencoder import SparseAutoencoder
+from sae.errors import UserError, unknown
+from sae.files import atomic_write
+from sae.model import LanguageModel
+from sae.sites import Site
+
+STARTS = ("effects", "equal")
+
+
+@dataclass(frozen=True)
+class MaskOptions:
+    """How a mask is learned."""
+
+    steps: int = 150
+    """Steps of gradient descent."""
+    start_site: str | None = None
+    """First site that is masked; everything before is given for free. None for all sites."""
+    errors: str = "nodes"
+    """Errors of the autoencoders: nodes (masked like features), keep (all left in) or ablate (all ablated)."""
+    ablation: str = "mean"
+    """What masked nodes become: mean (per template and position), counterfactual, resample or zero."""
+    start: str = "effects"
+    """Where scores start: effects (the ranking of the given nodes) or equal."""
+    smallest: int | None = None
+    """Smallest number of nodes a prompt is given; None for a fiftieth of all."""
+    largest: int | None = None
+    """Largest number of nodes a prompt is given; None for a third of all."""
+    batch_size: int = 64
+    """Prompts a step."""
+    learning_rate: float = 0.2
+    """Of Adam, falling to a tenth over the steps."""
+    temperature: float = 1.0
+    """Width of the gate's gradient in units of the score, falling to a tenth over the steps."""
+    seed: int = 0
+    """Seed of prompts and budgets."""
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("errors", ERRORS), ("start", STARTS)):
+            if getattr(self, name) not in allowed:
+                raise unknown(name, getattr(self, name), allowed)
+        for name in ("steps", "smallest", "largest", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name.replace('_', '-')} is {value}: it must be 1 or more")
+        if self.smallest is not None and self.largest is not None and self.largest < self.smallest:
+            raise UserError(f"largest is {self.largest}: it must be at least smallest, {self.smallest}")
+        for name in ("learning_rate", "temperature"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name.replace('_', '-')} is {getattr(self, name)}: it must be positive")
+
+
+@dataclass(frozen=True)
+class Mask:
+    """What was learned."""
+
+    nodes: Nodes
+    """The masked nodes, in each site first those kept longest; `effect` is 1 for the node of highest score over all
+    sites and falls evenly towards 0, so that whatever takes the strongest nodes takes the mask's.
+    """
+    scores: dict[Site, torch.Tensor]
+    """[n] per site in the order of `nodes`; only differences mean something."""
+    losses: list[float]
+    """Mean squared shortfall of every step, in units of the behaviour."""
+    options: dict[str, Any]
+    """What it was learned with."""
+
+    def save(self, path: str | Path) -> Path:
+        """Write nodes, ranks and scores as .safetensors."""
+        path = Path(path)
+        tensors: dict[str, torch.Tensor] = {}
+        for site, nodes in self.nodes.items():
+            named = {"feature": nodes.feature, "position": nodes.position, "effect": nodes.effect}
+            tensors |= {f"{site.name}/{name}": tensor for name, tensor in named.items()}
+            tensors[f"{site.name}/score"] = self.scores[site]
+        with atomic_write(path) as temporary:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+        return path
+
+
+class Gates:
+    """Where every node's gate goes: nodes of all sites in one vector [N] -> per site [B, 1 or S, n] and error gates
+    [B, 1 or S, 1].
+    """
+
+    def __init__(
+        self,
+        saes: Mapping[Site, SparseAutoencoder],
+        nodes: Nodes,
+        *,
+        n_positions: int,
+        errors: str = "nodes",
+    ) -> None:
+        self.saes, self.nodes, self.errors = saes, nodes, errors
+        self.table = NodeTable(saes, [nodes], sites=list(nodes))
+        self.n = count(nodes)
+        self._places: dict[Site, tuple[torch.Tensor, torch.Tensor, int, int]] = {}
+        first = 0
+        for site, here in nodes.items():
+            index = self.table.index[site]
+            rows = 1 if bool((here.position < 0).all()) else n_positions
+            width = len(index) + 1  # the error's gate is the last column
+            feature = here.feature.to(index.device)
+            column = torch.searchsorted(index, feature)  # an error's F comes behind every feature
+            cell = here.position.to(index.device).clamp(min=0) * width + column
+            self._places[site] = (torch.arange(first, first + len(here), device=index.device), cell, rows, width)
+            first += len(here)
+
+    def of(self, site: Site, gates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """gates [B, N] -> (features [B, 1 or S, n], error [B, 1 or S, 1])."""
+        members, cell, rows, width = self._places[site]
+        grid = gates.new_zeros(len(gates), rows * width).index_copy(1, cell, gates[:, members])
+        grid = grid.view(len(gates), rows, width)
+        error = grid[..., -1:]
+        if self.errors != "nodes":
+            error = torch.full_like(error, float(self.errors == "keep"))
+        return grid[..., :-1], error
+
+    def edits(self, gates: torch.Tensor, values: Mapping[Site, SiteValues]) -> dict[Site, Edit]:
+        """Edits for `LanguageModel.run` under the gates [B or 1, N] of every prompt."""
+
+        def edit_of(site: Site) -> Edit:
+            sae, index, at = self.saes[site], self.table.index[site], values[site]
+            features, error = self.of(site, gates)
+            with_error = self.errors == "keep" or bool(self.nodes[site].is_error.any())
+
+            def edit(x: torch.Tensor) -> torch.Tensor:
+                f = sae.encode(x) if with_error else None
+                chosen = sae.encode_some(x, index) if f is None else f[..., index]
+                change = ((chosen - at.features) * features) @ sae.W_dec[index]
+                if f is not None:
+                    change = change + (x - sae.decode(f) - at.error) * error
+                return (at.x + change).to(x.dtype)
+
+            return edit
+
+        return {site: edit_of(site) for site in self.table.sites}
+
+
+def budget_gates(scores: torch.Tensor, budgets: torch.Tensor, *, temperature: float) -> torch.Tensor:
+    """Gates [B, N] of the scores [N] for a budget of budgets[b] nodes each; the threshold carries no gradient."""
+    ordered = scores.detach().sort(descending=True).values
+    ordered = torch.cat([ordered, ordered[-1:] - 20 * temperature])  # a budget of all N opens every gate
+    threshold = (ordered[budgets - 1] + ordered[budgets]) / 2  # [B]
+    return ((scores - threshold[:, None]) / temperature).sigmoid()
+
+
+def mask_loss(
+    model: LanguageModel,
+    gates: Gates,
+    at: torch.Tensor,
+    prompts: PromptSet,
+    values: Mapping[Site, SiteValues],
+    target: torch.Tensor,
+    metric: Metric,
+    *,
+    scale: float,
+    skip: Mapping[Site, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Mean over prompts of ((m(C) - target) / scale)^2 under the gates at [B or 1, N]; target [B]; skip: what comes
+    before the first masked site, from the clean run.
+    """
+    planted = {site: x.detach().requires_grad_(True) for site, x in (skip or {}).items()}
+    run = model.run(prompts.clean, edits=gates.edits(at, values), skip=planted, grad=True, last_only=True)
+    return ((metric(run.logits[:, -1], prompts) - target) / scale).square().mean()
+
+
+def learn_mask(
+    model: LanguageModel,
+    saes: Mapping[Site, SparseAutoencoder],
+    nodes: Nodes,
+    prompts: PromptSet,
+    options: MaskOptions | None = None,
+    *,
+    reference: PromptSet | None = None,
+    metric: str | Metric = "logit_difference",
+    progress: bool = True,
+) -> Mask:
+    """A ranking of `nodes` by which of them to keep, learned on `prompts`.
+
+    nodes: all nodes with their effects, as `Circuit.nodes`; reference: prompts whose means or values masked nodes
+    take, `prompts` themselves by default.
+    """
+    options = options or MaskOptions()
+    m = get_metric(metric)
+    prompts = prepare(prompts, model, m)
+    nodes = from_start_site(nodes, options.start_site)
+    if options.errors != "nodes":
+        nodes = {site: here[~here.is_error] for site, here in nodes.items()}
+    _check_positions(nodes, prompts)
+    reference, prompts, _ = aligned(reference or prompts, prompts, options.ablation)
+    gates = Gates(saes, nodes, n_positions=prompts.clean.n_positions, errors=options.errors)
+    values = AblationValues(
+        model, saes, gates.table, options.ablation, reference=reference, seed=options.seed,
+        batch_size=options.batch_size,
+    )  # fmt: skip
+    target, scale, before = whole_and_empty(model, gates, values, prompts, m, options.batch_size)
+    scores = starting_scores(nodes, options.start).to(model.device).requires_grad_(True)
+    losses = _descend(model, gates, scores, prompts, values, target, before, m, scale, options, progress=progress)
+    return _ranked(nodes, scores.detach().cpu(), losses, options)
+
+
+def starting_scores(nodes: Nodes, start: str) -> torch.Tensor:
+    """[N]: -ln(rank) by |effect| over all sites, or the same for all nodes."""
+    effect = torch.cat([here.effect.abs() for here in nodes.values()])
+    if start == "equal":
+        return torch.zeros(len(effect))
+    rank = torch.empty(len(effect))
+    rank[effect.argsort(descending=True, stable=True)] = torch.arange(1.0, len(effect) + 1)
+    return -rank.log()
+
+
+def budget_range(n: int, options: MaskOptions) -> tuple[int, int]:
+    """Smallest and largest budget of n nodes: what the options say, as far as there are nodes."""
+    largest = min(n, options.largest or max(1, n // 3, options.smallest or 1))
+    return min(largest, options.smallest or max(1, n // 50)), largest
+
+
+def draw_budgets(n: int, *, smallest: int, largest: int, generator: torch.Generator) -> torch.Tensor:
+    """n numbers of nodes, one from each of n equal parts of [ln smallest, ln largest], in random order."""
+    share = (torch.arange(n) + torch.rand(n, generator=generator)) / n
+    share = share[torch.randperm(n, generator=generator)]
+    log = math.log(smallest) + share * (math.log(largest) - math.log(smallest))
+    return log.exp().round().long().clamp(smallest, largest)
+
+
+def _check_positions(nodes: Nodes, prompts: PromptSet) -> None:
+    summed = all(bool((here.position < 0).all()) for here in nodes.values())
+    if not summed and int(prompts.clean.lengths.min()) != prompts.clean.n_positions:
+        raise UserError("a circuit by position needs prompts of the length it was found on")
+
+
+@torch.no_grad()
+def whole_and_empty(
+    model, gates, values, prompts, metric, batch_size
+) -> tuple[torch.Tensor, float, dict[Site, torch.Tensor]]:
+    """m(M) of every prompt [B], the mean distance from m(M) to m(no node), and what no mask changes: clean
+    activations [B, S, d] of the sites a run has to be given to begin at the first masked site.
+    """
+    whole, empty, before = [], [], []
+    none = torch.zeros(1, gates.n, device=model.device)
+    first = gates.table.sites[0]
+    earlier = [site for site in model.sites if site < first]
+    blocks = [site for site in earlier if site.kind == "resid"]
+    needed = [*blocks[-1:], *(site for site in earlier if not blocks or site > blocks[-1])]
+    for batch in prompts.batches(batch_size):
+        run = model.run(batch.clean, capture=needed, last_only=True)
+        whole.append(metric(run.logits[:, -1], batch))
+        before.append(run.activations)
+        run = model.run(batch.clean, edits=gates.edits(none, values(batch)), last_only=True)
+        empty.append(metric(run.logits[:, -1], batch))
+    target = torch.cat(whole)
+    scale = (torch.cat(empty) - target).mean().abs().item()
+    if scale < 1e-9:
+        raise UserError("ablating every node leaves the metric as it is: there is nothing to learn a mask for")
+    longest = prompts.clean.n_positions  # a batch is trimmed to its own longest prompt
+    padded = [{site: pad(x, (0, 0, longest - x.shape[1], 0)) for site, x in part.items()} for part in before]
+    return target, scale, {site: torch.cat([part[site] for part in padded]) for site in needed}
+
+
+def _descend(
+    model, gates, scores, prompts, values, target, before, metric, scale, options: MaskOptions, *, progress: bool
+) -> list[float]:
+    """Adam on the scores, in place; the loss of every step."""
+    generator = torch.Generator().manual_seed(options.seed)
+    optimiser = torch.optim.Adam([scores], lr=options.learning_rate, betas=(0.9, 0.95))
+    smallest, largest = budget_range(gates.n, options)
+    losses, order = [], torch.empty(0, dtype=torch.long)
+    bar = tqdm(range(options.steps), desc="mask", unit="step", disable=not progress)
+    for step in bar:
+        cooling = 0.1 ** (step / options.steps)
+        optimiser.param_groups[0]["lr"] = options.learning_rate * cooling
+        if not len(order):
+            order = torch.randperm(len(prompts), generator=generator)
+        index, order = order[: options.batch_size], order[options.batch_size :]
+        batch = prompts[index]
+        budgets = draw_budgets(len(batch), smallest=smallest, largest=largest, generator=generator).to(scores.device)
+        at = budget_gates(scores, budgets, temperature=options.temperature * cooling)
+        rows, width = index.to(target.device), batch.clean.n_positions
+        skip = model.resume_from(gates.table.sites[0], {site: x[rows, -width:] for site, x in before.items()})
+        loss = mask_loss(model, gates, at, batch, values(batch), target[rows], metric, scale=scale, skip=skip)
+        (scores.grad,) = torch.autograd.grad(loss, scores)
+        optimiser.step()
+        losses.append(loss.item())
+        bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+    return losses
+
+
+def _ranked(nodes: Nodes, scores: torch.Tensor, losses: list[float], options: MaskOptions) -> Mask:
+    """Nodes and scores sorted within each site, effects by rank over all sites."""
+    n = len(scores)
+    effect = torch.empty(n)
+    effect[scores.argsort(descending=True, stable=True)] = torch.arange(n, 0, -1) / n
+    ranked, sorted_scores = {}, {}
+    sizes = [len(here) for here in nodes.values()]
+    for (site, here), effects, part in zip(nodes.items(), effect.split(sizes), scores.split(sizes), strict=True):
+        order = effects.argsort(descending=True)
+        ranked[site] = SiteNodes(here.n_features, here.feature[order], here.position[order], effects[order])
+        sorted_scores[site] = part[order]
+    return Mask(ranked, sorted_scores, losses, asdict(options))

@@ -1,0 +1,23 @@
+"""`sfc mask` as a user types it."""
+
+from __future__ import annotations
+
+import json
+
+from safetensors.torch import load_file
+
+
+def test_mask_is_learned_and_measured_beside_the_effects(sfc, run_folder, prompts_file):
+    options = ("--sizes", "5,20", "--start-site", "attn_1", "--steps", 3, "--batch-size", 4)
+    result = sfc("mask", "--circuit", run_folder, "--prompts", prompts_file, *options, "--json")
+    data = json.loads(result.out)
+    assert result.status == 0 and data["held_out"] and len(data["losses"]) == 3
+    assert data["mask"]["sizes"] == data["effects"]["sizes"] == [5, 20]
+    assert data["mask"]["m_empty"] == data["effects"]["m_empty"]
+    assert json.loads((run_folder / "circuit" / "mask.json").read_text()) == data
+    tensors = load_file(run_folder / "circuit" / "mask.safetensors")
+    n = sum(len(tensor) for name, tensor in tensors.items() if name.endswith("/score"))
+    assert n == data["mask"]["n_nodes"] and {name.split("/")[0] for name in tensors} == {"attn_1", "mlp_1", "resid_1"}
+    text = sfc("mask", "--circuit", run_folder, *options)
+    assert text.status == 0 and "prompts, those learned on" in text.out and "mask" in text.out
+    assert sfc("mask", "--circuit", run_folder, "--smallest", 9, "--largest", 3).status == 2

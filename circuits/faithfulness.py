@@ -225,6 +225,8 @@ def measure_faithfulness(
     if options.errors != "nodes":
         nodes = {site: site_nodes[~site_nodes.is_error] for site, site_nodes in nodes.items()}
     n_nodes = count(nodes)
+    if n_nodes == 0:
+        raise UserError(f"no node has an effect from {options.start_site or 'the first site'} on: start earlier")
     sizes = sorted({min(size, n_nodes) for size in sizes if size > 0})
     if not sizes:
         raise UserError("sizes hold no positive number of nodes")
@@ -346,7 +348,8 @@ def aligned(reference: PromptSet, prompts: PromptSet, ablation: str) -> tuple[Pr
         (prompts.aligned_to(reference), reference),
         (prompts.with_templates("length"), reference.with_templates("length")),
     ):
-        covered = torch.tensor([template in set(known.templates) for template in aligned.templates])
+        templates = set(known.templates)
+        covered = torch.tensor([template in templates for template in aligned.templates])
         if covered.float().mean() >= COVERED:
             break
     if not covered.any():

@@ -174,7 +174,7 @@ def with_uncertainty(circuit: Circuit, bootstrap: Bootstrap | None = None) -> Ci
 
 
 def uncertainty_line(circuit: Circuit) -> str:
-    """One line for the terminal about a circuit with uncertainty."""
+    """Two lines for the terminal about a circuit with uncertainty."""
     known = circuit.metadata["uncertainty"]
     text = (
         f"{known['n_distinguishable']} of {count(circuit.nodes)} nodes are distinguishable from zero "
@@ -183,5 +183,5 @@ def uncertainty_line(circuit: Circuit) -> str:
     if not known["split_half"]:
         return text
     halves = known["split_half"]
-    shared = ", ".join(f"{o:.0%} of {n}" for n, o in zip(halves["sizes"], halves["overlap"], strict=True))
-    return f"{text}; two random halves agree on {shared} strongest nodes"
+    agreed = [f"{o:.0%} of {n}" for n, o in zip(halves["sizes"], halves["overlap"], strict=True)]
+    return f"{text};\ntwo random halves of the prompts agree on {', '.join(agreed[:4])} strongest nodes"

@@ -105,6 +105,9 @@ def test_start_site_leaves_earlier_sites_alone(tiny_model, tiny_saes, tiny_promp
     assert len(result.random) == 2 and all(len(curve) == 2 for curve in result.random)
     with pytest.raises(UserError, match="attn_1"):
         from_start_site(nodes, "attn_9")
+    silent = {site: site_nodes[:0] for site, site_nodes in nodes.items()}
+    with pytest.raises(UserError, match="no node has an effect"):
+        measure_faithfulness(tiny_model, tiny_saes, silent, tiny_prompts, progress=False)
 
 
 def test_random_nodes_have_the_size_asked_for(nodes):

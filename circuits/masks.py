@@ -7,15 +7,15 @@ latents of sparse autoencoders Caples et al. 2025).
 Legend: B prompts, S positions, d model width, N nodes, n chosen features of a site.
 
 1. A node has one score s. At a budget of k nodes its gate is sigmoid((s - s_(k)) / T), with s_(k) between the k-th
-   highest score and the next, and T cooled from `temperature` to a tenth of it, so that in the end the k nodes of
-   highest score are open and the others closed (annealed sigmoids as in Savarese et al. 2020, arXiv 1912.04427).
+   highest score and the next, and T cooled from `temperature` to a tenth of it, so that in the end all but
+   the nodes ranked close to k are open or closed (annealed sigmoids as in Savarese et al. 2020, arXiv 1912.04427).
 2. At every site from the start site on, with the ablation values x0, f0, e0 of `circuits.ablation`,
    x' = x0 + sum_i gate_i (f_i - f0_i) W_dec[i] + gate_err (e - e0).
-3. Every prompt of a batch draws its own budget, log-uniformly. One learning run so serves all sizes: the expected
-   number of nodes kept is what the budget says, no penalty on it has to be tuned, and the order of the scores is a
-   nested ranking (the idea of Matryoshka representations, Kusupati et al. 2022, arXiv 2205.13147).
-4. Loss: ((m(C) - m(M)) / scale)^2 prompt by prompt, scale the mean distance of m from the whole model M to no node.
-   It falls short or overshoots alike.
+3. Every prompt of a batch draws its own budget, log-uniformly. One run so serves all sizes: no penalty on the number
+   of nodes has to be tuned, and the order of the scores is a nested ranking (the idea of Matryoshka
+   representations, Kusupati et al. 2022, arXiv 2205.13147).
+4. Loss: ((m(C) - m(M)) / scale)^2 prompt by prompt, scale the distance of mean m from the whole model M to no
+   node. Overshooting costs as much as falling short.
 5. Scores start at -ln(rank) by |effect|, so that a budget's threshold is about -ln(k), or all alike.
 """
 

@@ -16,11 +16,13 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from circuits.attribution import capture_states, contract_gradient
+from circuits.attribution.adaptive import adaptive_gradient, path_scale
 from circuits.attribution.gradients import attribution_patching, integrated_gradients, site_total_effect
 from circuits.behaviour import logit_difference
 from circuits.discovery import lanes_rows, max_rows
@@ -118,13 +120,25 @@ class Bench:
         self.aggregate(gradients)
         return gradients
 
+    def adaptive(self, residual: float) -> dict:
+        self.states = capture_states(self.model, self.saes, self.prompts, logit_difference, sites=self.sites)
+        at_clean = attribution_patching(self.model, self.states, logit_difference, sites=self.sites)
+        gradients = {
+            site: adaptive_gradient(
+                self.model, self.states, logit_difference, site=site, at_clean=at_clean[site], residual=residual,
+                scale=path_scale(self.states, {}), max_rows=self.rows,
+            )[0]
+            for site in self.sites
+        }  # fmt: skip
+        self.aggregate(gradients)
+        return gradients
+
     def edges(self) -> None:
         rows = lanes_rows(self.rows, self.states)
         edge_effects(self.model, self.saes, self.states, logit_difference, self.gradients, self.nodes, max_rows=rows)
 
-    def residual(self, rule: str, steps: int) -> float:
+    def residual(self, gradients: dict) -> float:
         """Mean over sites of |sum of effects - measured| / |total effect|: the quadrature error."""
-        gradients = self.ig(rule, steps)
         total = (self.states.m_patch - self.states.m_clean).mean().abs()
         errors = []
         for site in self.sites:
@@ -162,12 +176,13 @@ def main() -> None:
     args = parser.parse_args()
     bench = Bench(args)
     before = peak_mb(args.device)
-    steps = {
+    steps: dict[str, Callable] = {
         "bare forward + backward": bench.bare,
         "attribution patching": bench.attrib,
         "IG, left Riemann 10": lambda: bench.ig("left-riemann", 10),
         "IG, midpoint 10": lambda: bench.ig("midpoint", 10),
         "IG, midpoint 3": lambda: bench.ig("midpoint", 3),
+        "IG, adaptive to .01": lambda: bench.adaptive(0.01),
         "edges": bench.edges,
     }
     times: dict[str, list[float]] = {name: [] for name in steps}
@@ -176,14 +191,15 @@ def main() -> None:
             times[name].append(seconds(function, args.device))
     median = {name: statistics.median(values) for name, values in times.items()}
     median["circuit"] = median["IG, left Riemann 10"] + median["edges"]
+    median["circuit, attribution"] = median["attribution patching"] + median["edges"]
     print(f"{'':26} {'seconds':>9} {'x bare':>8} {'paper s':>8} {'speed-up':>9}")
     for name, value in median.items():
         paper = PAPER.get(name)
         beside = f"{paper:8.2f} {paper / value:8.1f}x" if paper else ""
         print(f"{name:26} {value:9.3f} {value / median['bare forward + backward']:8.1f} {beside}")
     print(f"peak memory over model and SAEs: {peak_mb(args.device) - before:.0f} MB")
-    for rule, count in [("left-riemann", 10), ("midpoint", 3), ("midpoint", 10)]:
-        print(f"quadrature error, {rule} {count}: {bench.residual(rule, count):.5f} of the total effect")
+    for name in ("IG, left Riemann 10", "IG, midpoint 10", "IG, midpoint 3", "IG, adaptive to .01"):
+        print(f"quadrature error, {name}: {bench.residual(steps[name]()):.5f} of the total effect")
 
 
 if __name__ == "__main__":

@@ -131,10 +131,10 @@ def _options(metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def _name(value: Any) -> str:
-    """The last part of a path or hub name; of a dictionary its `name` or `path`."""
+    """The last two parts of a path or hub name; of a dictionary those of its `name` or `path`."""
     if isinstance(value, dict):
         value = value.get("name") or value.get("path") or value.get("fingerprint") or ""
-    return str(value).rstrip("/").rsplit("/", 1)[-1]
+    return "/".join(str(value).rstrip("/").split("/")[-2:])
 
 
 def _key_figures(run: RunFiles) -> str:

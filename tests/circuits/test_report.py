@@ -141,7 +141,7 @@ def test_what_the_run_found_is_on_the_page(html):
     text = Page(html).text
     for phrase in (
         "Gender <of> pronouns",
-        "of 2 features and 1 error nodes in tiny from 100 prompts, found by integrated gradients",
+        "of 2 features and 1 error nodes in models/tiny from 100 prompts, found by integrated gradients",
         "+1.87",
         "to −1.87 on the patch prompts",
         "with 100 nodes from mlp_0 on",

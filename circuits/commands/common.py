@@ -53,8 +53,10 @@ class Common:
 
     device: str = "auto"
     """Where the model runs: auto (cuda, mps or cpu, whichever is there first), or a device such as cuda:1."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
-    """Precision of the model's weights; auto is float32, on a GPU the files' own from 2 billion parameters on."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
+    """Precision of the model's weights: by default that of the circuit a command works on, else float32; auto is
+    float32, on a GPU the files' own from 2 billion parameters on.
+    """
     site_paths: str | None = None
     """Where sites are in a model whose architecture is not known, or elsewhere than usual, such as
     resid=model.layers.{layer},attn=model.layers.{layer}.self_attn.o_proj:input.
@@ -81,10 +83,12 @@ def at_least(options: Any, **lowest: float) -> None:
             raise UserError(f"{name.replace('_', '-')} is {value}: it must be at least {low:g}")
 
 
-def load_model(name: str, options: Common, *, site_paths: str | None = None) -> LanguageModel:
-    """The model by hub name or folder; `site_paths` are those of an earlier command, where none are given now."""
+def load_model(name: str, options: Common, *, site_paths: str | None = None, dtype: str | None = None) -> LanguageModel:
+    """The model by hub name or folder; `site_paths` and `dtype` are those of an earlier command, where none are given
+    now.
+    """
     paths = parse_site_paths(options.site_paths or site_paths)
-    return LanguageModel.load(name, device=options.device, dtype=options.dtype, site_paths=paths)
+    return LanguageModel.load(name, device=options.device, dtype=options.dtype or dtype or "float32", site_paths=paths)
 
 
 def parse_site_paths(text: str | None) -> dict[str, str] | None:
@@ -130,9 +134,8 @@ class Loaded:
     def of(path: Path, options: Common, *, model: str | None = None, saes: str | None = None) -> Loaded:
         """Read the circuit of a run; model and autoencoders are those it names unless others are given."""
         circuit = Circuit.load(path)
-        language_model = load_model(
-            model or circuit.metadata["model"], options, site_paths=circuit.metadata.get("site_paths")
-        )
+        found_in = {name: circuit.metadata.get(name) for name in ("site_paths", "dtype")}
+        language_model = load_model(model or circuit.metadata["model"], options, **found_in)
         known = circuit.metadata.get("model_fingerprint")
         if known and known != language_model.fingerprint:
             raise UserError(

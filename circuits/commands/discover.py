@@ -35,7 +35,10 @@ from sae.sites import Site, select_sites
 from sae.text import TextSource
 
 FEATURES_FILE = "features.json"
-MEASURED_FILES = ("faithfulness.json", "faithfulness.svg")
+MEASURED_FILES = (
+    "faithfulness.json", "faithfulness.svg", "edge_faithfulness.json", "edge_faithfulness.svg", "mask.json",
+    "mask.safetensors",
+)  # fmt: skip
 """What other commands measure of a circuit and leave beside it."""
 
 
@@ -108,6 +111,7 @@ class Discover(Common):
         circuit.save(folder, graph=graph)
         for outdated in MEASURED_FILES:  # of the circuit that was here
             (folder / outdated).unlink(missing_ok=True)
+        set_edits_aside(self.out)
         write_json(folder / FEATURES_FILE, {"schema_version": 1, "features": features})
         record(self.out, "discover", self)
         kept = {"nodes": len(graph) - 1, "edges": graph.graph.number_of_edges()}
@@ -128,6 +132,7 @@ class Discover(Common):
             "model": place(self.model),
             "model_fingerprint": model.fingerprint,
             "site_paths": self.site_paths,
+            "dtype": str(model.dtype).removeprefix("torch."),
             "saes": place(self.saes),
             "saes_fingerprint": saes_fingerprint(saes),
             "prompts": place(self.prompts),
@@ -159,6 +164,20 @@ def describe_features(
         f"{site.name}/{feature}": {k: v for k, v in summary.to_dict().items() if k not in ("site", "index")}
         for (site, feature), summary in found.items()
     }
+
+
+def set_edits_aside(run: Path) -> None:
+    """Move `edits/NAME.json`, made through the circuit that was here, to `edits/earlier`: reports show those of the
+    present circuit alone.
+    """
+    for path in sorted((run / "edits").glob("*.json")):
+        aside = run / "edits" / "earlier" / path.name
+        aside.parent.mkdir(exist_ok=True)
+        number = 2
+        while aside.exists():
+            aside = aside.with_name(f"{path.stem}_{number}.json")
+            number += 1
+        path.rename(aside)
 
 
 def _summary(circuit: Circuit, prompts: PromptSet, folder: Path, kept: dict[str, int]) -> str:

@@ -6,8 +6,11 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 from circuits.circuit import Circuit
+from circuits.commands.common import Loaded
+from circuits.commands.edit import Ablate
 from circuits.nodes import select_nodes
 from graphs.feature_graph import FeatureGraph
 from sae.autoencoder import load_saes
@@ -73,8 +76,21 @@ def test_a_new_circuit_leaves_nothing_measured_of_the_old_one(sfc, run_folder, m
     assert sfc("discover", *words).status == 0
     assert sfc("faithfulness", "--circuit", tmp_path, "--sizes", "5").status == 0
     assert (tmp_path / "circuit" / "faithfulness.json").is_file()
-    assert sfc("discover", *words, "--overwrite", "--steps", 2).status == 0
-    assert not list((tmp_path / "circuit").glob("faithfulness.*"))
+    edit = ["ablate", "--circuit", tmp_path, "--features", "resid_1/3", "--random", 0, "--name", "one"]
+    for again in (1, 2):
+        assert sfc(*edit).status == 0
+        assert sfc("discover", *words, "--overwrite", "--steps", 2).status == 0
+        assert not list((tmp_path / "circuit").glob("faithfulness.*")) and not list((tmp_path / "edits").glob("*.json"))
+        assert len(list((tmp_path / "edits" / "earlier").glob("one*.json"))) == again
+
+
+def test_a_circuit_is_reopened_in_the_precision_it_was_found_in(sfc, run_folder, model_folder, prompts_file, tmp_path):
+    words = ["--model", model_folder, "--saes", run_folder, "--prompts", prompts_file, "--out", tmp_path]
+    words += ["--method", "attrib", "--edge-nodes", 0, "--dtype", "bfloat16"]
+    assert sfc("discover", *words).status == 0
+    assert Loaded.of(tmp_path, Ablate(circuit=tmp_path)).model.dtype == torch.bfloat16
+    assert Loaded.of(tmp_path, Ablate(circuit=tmp_path, dtype="float32")).model.dtype == torch.float32
+    assert Loaded.of(run_folder, Ablate(circuit=run_folder)).model.dtype == torch.float32
 
 
 def test_user_site_paths_hold_for_all_commands(sfc, model_folder, text_file, prompts_file, tmp_path):

@@ -10,8 +10,9 @@ affine,
 
 where f and e are recomputed from the x that arrives, so what was ablated before has its effect. Ablation values:
 
-- `mean`: mean over the reference prompts (clean and patch) with the same template, position by position. A mean
-  pooled over positions would destroy what all prompts share and tell nothing.
+- `mean`: mean over the reference prompts (clean and patch), cell by cell (circuits.cells): the same template and
+  position.
+- `mean-pooled`: one mean over all templates and positions. It destroys what all prompts share and tells little.
 - `counterfactual`: the values of the pair's other prompt.
 - `resample`: the values of a random reference prompt with the same template.
 - `zero`: f0 = 0 and e0 = 0, so x0 = b_dec.
@@ -25,14 +26,15 @@ from dataclasses import dataclass
 
 import torch
 
-from circuits.nodes import Nodes, SiteNodes
+from circuits.cells import Cells
+from circuits.nodes import Nodes, SiteNodes, places
 from circuits.prompts import PromptSet
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError, unknown
 from sae.model import LanguageModel, Tokens
 from sae.sites import Site
 
-ABLATIONS = ("mean", "counterfactual", "resample", "zero")
+ABLATIONS = ("mean", "counterfactual", "resample", "zero", "mean-pooled")
 
 
 @dataclass(frozen=True)
@@ -65,22 +67,24 @@ class NodeTable:
             union = torch.cat(named).unique() if named else torch.empty(0, dtype=torch.long)
             self.index[site] = union.to(saes[site].W_dec.device)
 
-    def masks(self, site: Site, nodes: SiteNodes | None, lengths: torch.Tensor, n_positions: int):
+    def masks(self, site: Site, nodes: SiteNodes | None, prompts: PromptSet):
         """([B or 1, S or 1, n], [B or 1, S or 1, 1]) floats: 1 where a feature, and the error, belongs to the set."""
         index = self.index[site]
         if nodes is None or len(nodes) == 0:
             return index.new_zeros(1, 1, len(index), dtype=torch.float), index.new_zeros(1, 1, 1, dtype=torch.float)
         feature, position = nodes.feature.to(index.device), nodes.position.to(index.device)
-        is_error = nodes.is_error.to(index.device)
-        summed = bool((position < 0).all())
-        features = torch.zeros(1 if summed else n_positions, len(index), device=index.device)
-        error = torch.zeros(1 if summed else n_positions, 1, device=index.device)
-        row = position.clamp(min=0)
-        features[row[~is_error], torch.searchsorted(index, feature[~is_error])] = 1
-        error[row[is_error]] = 1
-        if not summed and int(lengths.min()) != n_positions:
-            raise UserError("a circuit by position needs prompts of the length it was found on")
-        return features[None], error[None]
+        width = len(index) + 1  # the error is the last column
+        column = torch.searchsorted(index, feature)  # an error's F comes behind every feature
+        anywhere = position < 0
+        if nodes.summed:
+            table, row = torch.zeros(1, width, device=index.device), torch.zeros(1, 1, dtype=torch.long)
+        else:
+            row = places(prompts, nodes.spans)
+            table = torch.zeros((len(nodes.spans) or row.shape[1]) + 1, width, device=index.device)
+        table[position[~anywhere], column[~anywhere]] = 1
+        table[:, column[anywhere]] = 1
+        chosen = table[row]  # padding takes the last row, where no node is by its position
+        return chosen[..., :-1], chosen[..., -1:]
 
 
 Edit = Callable[[torch.Tensor], torch.Tensor]
@@ -91,7 +95,7 @@ def ablation_edits(
     table: NodeTable,
     nodes: Nodes,
     values: Values,
-    tokens: Tokens,
+    prompts: PromptSet,
     *,
     keep: bool,
 ) -> dict[Site, Edit]:
@@ -101,7 +105,7 @@ def ablation_edits(
 
     def edit_of(site: Site) -> Edit:
         sae, index, at = saes[site], table.index[site], values[site]
-        features, error = table.masks(site, nodes.get(site), tokens.lengths, tokens.n_positions)
+        features, error = table.masks(site, nodes.get(site), prompts)
         with_error = bool(error.any())
 
         def edit(x: torch.Tensor) -> torch.Tensor:
@@ -137,36 +141,35 @@ class AblationValues:
             raise unknown("ablation", kind, ABLATIONS)
         self.model, self.saes, self.table, self.kind = model, saes, table, kind
         self.reference = reference
-        self._means: dict[str, Values] = {}
+        self._means: Values = {}
         self._rows: dict[str, list[int]] = defaultdict(list)
         self._generator = torch.Generator().manual_seed(seed)
-        if kind in ("mean", "resample"):
+        if kind in ("mean", "mean-pooled", "resample"):
             if reference is None:
                 raise UserError(f"ablation {kind!r} needs reference prompts")
             for row, template in enumerate(reference.templates):
                 self._rows[template].append(row)
-        if kind == "mean":
+            self.cells = Cells(reference, pooled=kind == "mean-pooled")
+        if kind in ("mean", "mean-pooled"):
             self._collect_means(batch_size)
-
-    def covers(self, template: str) -> bool:
-        """Whether there is an ablation value for prompts of this template."""
-        return self.kind in ("counterfactual", "zero") or template in self._rows
 
     @torch.no_grad()
     def _collect_means(self, batch_size: int) -> None:
+        """Per site x and e [cells, d] and the chosen features [cells, n]: means over the tokens of every cell."""
         assert self.reference is not None
-        for template, rows in self._rows.items():
-            prompts = self.reference[rows]
-            ends = [prompts.clean] if prompts.patch is None else [prompts.clean, prompts.patch]
-            total: dict[Site, list[torch.Tensor]] = {}
-            for tokens in ends:
-                for start in range(0, len(tokens), batch_size):
-                    for site, at in self._of(tokens[start : start + batch_size]).items():
-                        sums = [part.sum(0) for part in (at.x, at.error, at.features)]
-                        known = total.get(site)
-                        total[site] = sums if known is None else [a + b for a, b in zip(known, sums, strict=True)]
-            n = len(rows) * len(ends)
-            self._means[template] = {site: SiteValues(*(part / n for part in sums)) for site, sums in total.items()}
+        total: dict[Site, list[torch.Tensor]] = {}
+        counts = torch.zeros(len(self.cells), 1, device=self.model.device)
+        for batch in self.reference.batches(batch_size):
+            real = batch.clean.attention_mask.bool()
+            cell = self.cells.of(batch)[real]
+            for tokens in [batch.clean] if batch.patch is None else [batch.clean, batch.patch]:
+                counts.index_add_(0, cell, torch.ones(len(cell), 1, device=counts.device))
+                for site, at in self._of(tokens).items():
+                    parts = [part[real] for part in (at.x, at.error, at.features)]
+                    sums = total.setdefault(site, [x.new_zeros(len(self.cells), x.shape[-1]) for x in parts])
+                    for known, x in zip(sums, parts, strict=True):
+                        known.index_add_(0, cell, x)
+        self._means = {site: SiteValues(*(x / counts for x in sums)) for site, sums in total.items()}
 
     @torch.no_grad()
     def _of(self, tokens: Tokens) -> Values:
@@ -201,21 +204,12 @@ class AblationValues:
         return rows[int(torch.randint(len(rows), (), generator=self._generator))]
 
     def _stacked_means(self, prompts: PromptSet) -> Values:
-        n_positions = prompts.clean.n_positions
-        values = {}
-        for site in self.table.sites:
-            means = [self._means[template][site] for template in prompts.templates]
-            stacked = (
-                torch.stack([_left_padded(getattr(mean, name), n_positions) for mean in means])
-                for name in ("x", "error", "features")
-            )
-            values[site] = SiteValues(*stacked)
-        return values
-
-
-def _left_padded(x: torch.Tensor, n_positions: int) -> torch.Tensor:
-    """[S', k] -> [S, k] with zeros in front."""
-    return torch.cat([x.new_zeros(n_positions - len(x), *x.shape[1:]), x]) if len(x) < n_positions else x
+        cell = self.cells.of(prompts)
+        known = (cell >= 0)[..., None]
+        return {
+            site: SiteValues(*(table[cell] * known for table in (mean.x, mean.error, mean.features)))
+            for site, mean in self._means.items()
+        }
 
 
 def _padded_to(tokens: Tokens, n_positions: int) -> Tokens:

@@ -84,7 +84,7 @@ class CompareOptions:
     start_site: str | None = None
     """First site that is ablated; everything before is given for free."""
     ablation: str = "mean"
-    """What ablated nodes become: mean, counterfactual, resample or zero."""
+    """What ablated nodes become: mean, counterfactual, resample, zero or mean-pooled."""
     errors: str = "nodes"
     """Errors of the autoencoders: nodes, keep or ablate."""
     seed: int = 0
@@ -256,9 +256,11 @@ class _Study:
 
     def aggregated(self, parts: Mapping[Site, Sequence[SiteEffects]]) -> Nodes:
         """Nodes from the effects of all batches."""
-        sizes = {"n_examples": len(self.prompts), "n_positions": self.prompts.clean.n_positions}
+        n_examples, n_positions = len(self.prompts), self.prompts.clean.n_positions
         return {
-            site: aggregate_site(SiteEffects.concatenate(of_site), **sizes, aggregation="sum")
+            site: aggregate_site(
+                SiteEffects.concatenate(of_site), n_examples=n_examples, n_positions=n_positions, aggregation="sum"
+            )
             for site, of_site in parts.items()
         }
 

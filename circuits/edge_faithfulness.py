@@ -38,7 +38,7 @@ from circuits.behaviour import Metric, get_metric, prepare
 from circuits.circuit import Circuit
 from circuits.edges import Edges
 from circuits.faithfulness import FaithfulnessOptions, aligned, from_start_site, shares, span
-from circuits.nodes import Nodes, SiteNodes, count
+from circuits.nodes import Nodes, count
 from circuits.prompts import PromptSet
 from circuits.uncertainty import Bootstrap
 from sae.autoencoder import SparseAutoencoder
@@ -231,13 +231,13 @@ class _Moved:
     error: Tensor
     """e - e0, [B, S, d]; 0 without error nodes."""
     error_at: Tensor
-    """[S, U] 1 where an error node is."""
+    """[B or 1, S, U] 1 where an error node is."""
 
     def seen(self, mask: Tensor) -> Tensor:
         """x with only the nodes of mask [G, U] away from their ablation value, [G, B, S, d]."""
         x = self.rest + (self.delta * mask[:, None, None, :]) @ self.decoder
         if self.error_at.any():
-            x = x + (mask @ self.error_at.T)[:, None, :, None] * self.error
+            x = x + torch.einsum("gu,bsu->gbs", mask, self.error_at)[..., None] * self.error
         return x
 
 
@@ -281,7 +281,7 @@ class _Runner:
     def _site(self, site, alive: Tensor, kept: Kept, prompts, clean, at: SiteValues, moved) -> _Moved:
         """Every living node of a site from its own inputs."""
         sae, chosen = self.saes[site], self.nodes[site]
-        place = _places(chosen, prompts.clean.n_positions).to(at.x)  # [S, U]
+        place = chosen.where(prompts).to(at.x)  # [B or 1, S, U]
         is_error = chosen.is_error.to(place.device)
         feature = chosen.feature.to(place.device).clamp(max=chosen.n_features - 1)
         column = torch.searchsorted(self.table.index[site], feature).clamp(max=max(len(self.table.index[site]) - 1, 0))
@@ -292,10 +292,10 @@ class _Runner:
             here = members[~is_error[members]]
             if len(here):
                 f = sae.encode_some(y, feature[here]) - at.features[..., column[here]]
-                delta[..., here] = f.to(delta) * place[:, here]
+                delta[..., here] = f.to(delta) * place[..., here]
             for number in members[is_error[members]].tolist():
                 off = y - sae.decode(sae.encode(y)).to(y) - at.error
-                error += off * place[:, number, None]
+                error += off * place[..., number, None]
         decoder = sae.W_dec[feature].to(delta) * ~is_error[:, None]
         rest = at.x.expand(batch, n_positions, -1)
         return _Moved(rest, delta, decoder, error, place * is_error)
@@ -322,12 +322,6 @@ class _Runner:
             outputs = run.activations[site].unflatten(0, (len(part), -1))
             for number, y in enumerate(outputs, start=start):
                 yield living[group == number], y
-
-
-def _places(nodes: SiteNodes, n_positions: int) -> Tensor:
-    """[S, U] 1 where each node is: everywhere, or at its position."""
-    position = nodes.position[None, :]
-    return ((position < 0) | (torch.arange(n_positions)[:, None] == position)).float()
 
 
 def _reaching(kept: Kept, nodes: Nodes) -> dict[Site, Tensor]:

@@ -93,7 +93,7 @@ class _Ends:
     encoder: torch.Tensor
     """[n, d] encoder rows; zero for the error node."""
     error_at: torch.Tensor
-    """[S, n] 1 where an error node is, else 0."""
+    """[B or 1, S, n] 1 where an error node is, else 0."""
     error_delta: torch.Tensor | None
     """[B, S, d] e_patch - e_clean; None where no error node is selected."""
     error_cotangent: torch.Tensor | None
@@ -103,8 +103,8 @@ class _Ends:
         """[R, B, S, d] for a slice of R nodes."""
         cotangent = torch.einsum("bsr,rd->rbsd", self.gain[..., nodes], self.encoder[nodes])
         if self.error_cotangent is not None:
-            at = self.error_at[:, nodes]  # [S, R]
-            cotangent += torch.einsum("sr,bsd->rbsd", at, self.error_cotangent)
+            at = self.error_at[..., nodes]  # [B or 1, S, R]
+            cotangent += at.movedim(-1, 0)[..., None] * self.error_cotangent
         return cotangent
 
     def contract(self, gradient: torch.Tensor) -> torch.Tensor:
@@ -112,7 +112,8 @@ class _Ends:
         gradient = gradient.to(self.decoder)
         weight = torch.einsum("rbsn,bsn->rn", gradient @ self.decoder.T, self.delta)
         if self.error_delta is not None:
-            weight += torch.einsum("rbsd,bsd,sn->rn", gradient, self.error_delta, self.error_at)
+            along = torch.einsum("rbsd,bsd->rbs", gradient, self.error_delta)
+            weight += torch.einsum("rbs,bsn->rn", along, self.error_at.expand(len(self.error_delta), -1, -1))
         return weight
 
 
@@ -138,11 +139,7 @@ def _site_ends(
         active = _active(f_clean, delta, either=either)
         error_delta = error_cotangent = None
 
-    column = torch.arange(n_positions, device=device)[:, None]
-    position = nodes.position.to(device)[None, :]
-    at = ((position < 0) | (column == position)).to(
-        sae.W_dec.dtype
-    )  # [S, n]; prompts of equal length where positions count
+    at = nodes.where(states.prompts).to(device, sae.W_dec.dtype)  # [B or 1, S, n]
     real = states.mask.to(device)[:, :, None].to(sae.W_dec.dtype)
 
     def shaped(x: torch.Tensor) -> torch.Tensor:
@@ -197,7 +194,7 @@ def edge_effects(
     gradients: dm/dx per site as the node method averages it, [B, S, d]; active: where a downstream feature has a
     derivative, `clean` or `either`; max_rows: prompts in the cut forward pass at
     once, which sets the number of lanes. Only pairs of sites with a direct path are in the result. With positions
-    (`nodes.position >= 0`) the prompts must be equally long.
+    (`nodes.position >= 0`) the prompts must be equally long, or have the spans that positions number.
     """
     if active not in ACTIVE:
         raise unknown("edge-active", active, ACTIVE)

@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from circuits.ablation import AblationValues, NodeTable, ablation_edits
 from circuits.behaviour import Metric, get_metric, prepare
+from circuits.cells import Cells
 from circuits.nodes import Nodes, SiteNodes, count, select_nodes
 from circuits.prompts import PromptSet
 from circuits.uncertainty import Bootstrap
@@ -52,7 +53,9 @@ class FaithfulnessOptions:
     """How faithfulness is measured."""
 
     ablation: str = "mean"
-    """What ablated nodes become: mean (per template and position), counterfactual, resample or zero."""
+    """What ablated nodes become: mean (per template and position), counterfactual, resample, zero, or mean-pooled (over
+    all templates and positions; it destroys what all prompts share, so that faithfulness says little).
+    """
     start_site: str | None = None
     """First site that is ablated; everything before is given for free. None for all sites."""
     errors: str = "nodes"
@@ -240,7 +243,7 @@ def measure_faithfulness(
         model, saes, table, options.ablation, reference=reference, seed=options.seed, batch_size=options.batch_size
     )
     runs = _with_errors([(one, True) for one in ({}, *sets)] + [(one, False) for one in strongest],
-                        nodes, options.errors, n_positions=prompts.clean.n_positions)  # fmt: skip
+                        nodes, options.errors)  # fmt: skip
     m_all = _metrics(model, saes, table, values, runs, prompts, m, options.batch_size, progress=progress)
     m_model, m_empty = m_all[:2].mean(1).tolist()
     if abs(m_model - m_empty) < 1e-9:
@@ -280,23 +283,21 @@ def _intervals(m_all: torch.Tensor, sizes: Sequence[int], n_nodes: int, options:
     return Intervals(bounds[:n], bounds[n:-2], bounds[-2], bounds[-1])
 
 
-def _with_errors(sets: Sequence[tuple[Nodes, bool]], nodes: Nodes, errors: str, *, n_positions: int):
+def _with_errors(sets: Sequence[tuple[Nodes, bool]], nodes: Nodes, errors: str):
     """The sets (nodes, keep) with every error kept, or every error removed, where errors are no nodes."""
     if errors == "nodes":
         return list(sets)
-    summed = all(bool((site_nodes.position < 0).all()) for site_nodes in nodes.values())
-    positions = torch.tensor([-1]) if summed else torch.arange(n_positions)
 
     def add(chosen: Nodes) -> Nodes:
         full = {}
         for site, site_nodes in nodes.items():
             known = chosen.get(site, site_nodes[:0])
-            error = torch.full_like(positions, known.n_features)
             full[site] = SiteNodes(
                 known.n_features,
-                torch.cat([known.feature, error]),
-                torch.cat([known.position, positions]),
-                torch.cat([known.effect, torch.zeros(len(positions))]),
+                torch.cat([known.feature, torch.tensor([known.n_features])]),
+                torch.cat([known.position, torch.tensor([-1])]),
+                torch.cat([known.effect, torch.zeros(1)]),
+                known.spans,
             )
         return full
 
@@ -314,7 +315,7 @@ def _metrics(model, saes, table, values, sets, prompts, metric, batch_size, *, p
             column = [metric(plain.logits[:, -1], batch)]
             at = values(batch)
             for nodes, keep in sets:
-                edits = ablation_edits(saes, table, nodes, at, batch.clean, keep=keep)
+                edits = ablation_edits(saes, table, nodes, at, batch, keep=keep)
                 run = model.run(batch.clean, edits=edits, last_only=True)
                 column.append(metric(run.logits[:, -1], batch))
                 bar.update()
@@ -342,14 +343,13 @@ def random_nodes(nodes: Nodes, size: int, *, generator: torch.Generator) -> Node
 
 def aligned(reference: PromptSet, prompts: PromptSet, ablation: str) -> tuple[PromptSet, PromptSet, int]:
     """Reference and measured prompts keyed by the same template rule; measured prompts without reference left out."""
-    if ablation in ("counterfactual", "zero"):
+    if ablation in ("counterfactual", "zero", "mean-pooled"):
         return reference, prompts, 0
     for aligned, known in (
         (prompts.aligned_to(reference), reference),
         (prompts.with_templates("length"), reference.with_templates("length")),
     ):
-        templates = set(known.templates)
-        covered = torch.tensor([template in templates for template in aligned.templates])
+        covered = Cells(known).covers(aligned)
         if covered.float().mean() >= COVERED:
             break
     if not covered.any():

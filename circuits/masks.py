@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from tqdm import tqdm
 from circuits.ablation import AblationValues, Edit, NodeTable, SiteValues
 from circuits.behaviour import Metric, get_metric, prepare
 from circuits.faithfulness import ERRORS, aligned, from_start_site
-from circuits.nodes import Nodes, SiteNodes, count
+from circuits.nodes import Nodes, count, places
 from circuits.prompts import PromptSet
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError, unknown
@@ -57,7 +57,7 @@ class MaskOptions:
     errors: str = "nodes"
     """Errors of the autoencoders: nodes (masked like features), keep (all left in) or ablate (all ablated)."""
     ablation: str = "mean"
-    """What masked nodes become: mean (per template and position), counterfactual, resample or zero."""
+    """What masked nodes become: mean (per template and position), counterfactual, resample, zero or mean-pooled."""
     start: str = "effects"
     """Where scores start: effects (the ranking of the given nodes) or equal."""
     smallest: int | None = None
@@ -118,7 +118,7 @@ class Mask:
 
 class Gates:
     """Where every node's gate goes: nodes of all sites in one vector [N] -> per site [B, 1 or S, n] and error gates
-    [B, 1 or S, 1].
+    [B, 1 or S, 1], the same at all tokens of a node's position or span.
     """
 
     def __init__(
@@ -126,40 +126,42 @@ class Gates:
         saes: Mapping[Site, SparseAutoencoder],
         nodes: Nodes,
         *,
-        n_positions: int,
         errors: str = "nodes",
     ) -> None:
         self.saes, self.nodes, self.errors = saes, nodes, errors
         self.table = NodeTable(saes, [nodes], sites=list(nodes))
         self.n = count(nodes)
-        self._places: dict[Site, tuple[torch.Tensor, torch.Tensor, int, int]] = {}
+        self._members: dict[Site, tuple[torch.Tensor, torch.Tensor, int]] = {}
         first = 0
         for site, here in nodes.items():
             index = self.table.index[site]
-            rows = 1 if bool((here.position < 0).all()) else n_positions
             width = len(index) + 1  # the error's gate is the last column
             feature = here.feature.to(index.device)
             column = torch.searchsorted(index, feature)  # an error's F comes behind every feature
             cell = here.position.to(index.device).clamp(min=0) * width + column
-            self._places[site] = (torch.arange(first, first + len(here), device=index.device), cell, rows, width)
+            self._members[site] = (torch.arange(first, first + len(here), device=index.device), cell, width)
             first += len(here)
 
-    def of(self, site: Site, gates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """gates [B, N] -> (features [B, 1 or S, n], error [B, 1 or S, 1])."""
-        members, cell, rows, width = self._places[site]
+    def of(self, site: Site, gates: torch.Tensor, prompts: PromptSet) -> tuple[torch.Tensor, torch.Tensor]:
+        """gates [B or 1, N] -> (features [B or 1, 1 or S, n], error [B or 1, 1 or S, 1])."""
+        members, cell, width = self._members[site]
+        here = self.nodes[site]
+        at = torch.zeros(1, 1, dtype=torch.long) if here.summed else places(prompts, here.spans)  # [B or 1, S]
+        rows = 1 if here.summed else (len(here.spans) or at.shape[1]) + 1  # the last, of padding, stays closed
         grid = gates.new_zeros(len(gates), rows * width).index_copy(1, cell, gates[:, members])
-        grid = grid.view(len(gates), rows, width)
+        grid = grid.view(len(gates), rows, width).expand(max(len(gates), len(at)), -1, -1)
+        grid = grid[torch.arange(len(grid))[:, None], at]
         error = grid[..., -1:]
         if self.errors != "nodes":
             error = torch.full_like(error, float(self.errors == "keep"))
         return grid[..., :-1], error
 
-    def edits(self, gates: torch.Tensor, values: Mapping[Site, SiteValues]) -> dict[Site, Edit]:
+    def edits(self, gates: torch.Tensor, values: Mapping[Site, SiteValues], prompts: PromptSet) -> dict[Site, Edit]:
         """Edits for `LanguageModel.run` under the gates [B or 1, N] of every prompt."""
 
         def edit_of(site: Site) -> Edit:
             sae, index, at = self.saes[site], self.table.index[site], values[site]
-            features, error = self.of(site, gates)
+            features, error = self.of(site, gates, prompts)
             with_error = self.errors == "keep" or bool(self.nodes[site].is_error.any())
 
             def edit(x: torch.Tensor) -> torch.Tensor:
@@ -199,7 +201,7 @@ def mask_loss(
     before the first masked site, from the clean run.
     """
     planted = {site: x.detach().requires_grad_(True) for site, x in (skip or {}).items()}
-    run = model.run(prompts.clean, edits=gates.edits(at, values), skip=planted, grad=True, last_only=True)
+    run = model.run(prompts.clean, edits=gates.edits(at, values, prompts), skip=planted, grad=True, last_only=True)
     return ((metric(run.logits[:, -1], prompts) - target) / scale).square().mean()
 
 
@@ -225,9 +227,8 @@ def learn_mask(
     nodes = from_start_site(nodes, options.start_site)
     if options.errors != "nodes":
         nodes = {site: here[~here.is_error] for site, here in nodes.items()}
-    _check_positions(nodes, prompts)
     reference, prompts, _ = aligned(reference or prompts, prompts, options.ablation)
-    gates = Gates(saes, nodes, n_positions=prompts.clean.n_positions, errors=options.errors)
+    gates = Gates(saes, nodes, errors=options.errors)
     values = AblationValues(
         model, saes, gates.table, options.ablation, reference=reference, seed=options.seed,
         batch_size=options.batch_size,
@@ -262,12 +263,6 @@ def draw_budgets(n: int, *, smallest: int, largest: int, generator: torch.Genera
     return log.exp().round().long().clamp(smallest, largest)
 
 
-def _check_positions(nodes: Nodes, prompts: PromptSet) -> None:
-    summed = all(bool((here.position < 0).all()) for here in nodes.values())
-    if not summed and int(prompts.clean.lengths.min()) != prompts.clean.n_positions:
-        raise UserError("a circuit by position needs prompts of the length it was found on")
-
-
 @torch.no_grad()
 def whole_and_empty(
     model, gates, values, prompts, metric, batch_size
@@ -285,7 +280,7 @@ def whole_and_empty(
         run = model.run(batch.clean, capture=needed, last_only=True)
         whole.append(metric(run.logits[:, -1], batch))
         before.append(run.activations)
-        run = model.run(batch.clean, edits=gates.edits(none, values(batch)), last_only=True)
+        run = model.run(batch.clean, edits=gates.edits(none, values(batch), batch), last_only=True)
         empty.append(metric(run.logits[:, -1], batch))
     target = torch.cat(whole)
     scale = (torch.cat(empty) - target).mean().abs().item()
@@ -333,6 +328,6 @@ def _ranked(nodes: Nodes, scores: torch.Tensor, losses: list[float], options: Ma
     sizes = [len(here) for here in nodes.values()]
     for (site, here), effects, part in zip(nodes.items(), effect.split(sizes), scores.split(sizes), strict=True):
         order = effects.argsort(descending=True)
-        ranked[site] = SiteNodes(here.n_features, here.feature[order], here.position[order], effects[order])
+        ranked[site] = replace(here[order], effect=effects[order])
         sorted_scores[site] = part[order]
     return Mask(ranked, sorted_scores, losses, asdict(options))

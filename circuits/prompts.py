@@ -66,6 +66,10 @@ class PromptSet:
     """How `templates` were made."""
     reference: Tensor | None = None
     """Log-probabilities of the model after the clean prompts, [B, V], where the metric compares with them."""
+    spans: tuple[str, ...] = ()
+    """Names of the token spans, in the order of the sentence; empty where the prompts have none."""
+    roles: Tensor | None = None
+    """Number of the span of every token, [B, S] int64, the same in clean and patch prompt; -1 at padding."""
 
     def __len__(self) -> int:
         return len(self.cases)
@@ -86,9 +90,11 @@ class PromptSet:
         else:
             rows = [int(row) for row in index]
         chosen = torch.tensor(rows, dtype=torch.long, device=self.clean.input_ids.device)
+        clean = _trim(self.clean[chosen])
+        start = self.clean.n_positions - clean.n_positions
         return replace(
             self,
-            clean=_trim(self.clean[chosen]),
+            clean=clean,
             patch=None if self.patch is None else _trim(self.patch[chosen]),
             clean_answers=self.clean_answers[chosen],
             patch_answers=None if self.patch_answers is None else self.patch_answers[chosen],
@@ -96,6 +102,7 @@ class PromptSet:
             templates=[self.templates[row] for row in rows],
             texts=[self.texts[row] for row in rows],
             reference=None if self.reference is None else self.reference[chosen],
+            roles=None if self.roles is None else self.roles[chosen, start:],
         )
 
     def batches(self, size: int) -> Iterator[PromptSet]:
@@ -112,7 +119,18 @@ class PromptSet:
             clean_answers=self.clean_answers.to(device),
             patch_answers=None if self.patch_answers is None else self.patch_answers.to(device),
             reference=None if self.reference is None else self.reference.to(device),
+            roles=None if self.roles is None else self.roles.to(device),
         )
+
+    def span_numbers(self, spans: Sequence[str]) -> Tensor:
+        """[B, S] int64: every token's span by its place among the names `spans`, -1 at padding."""
+        if self.roles is None:
+            raise UserError(f"the circuit is by span ({', '.join(spans)}) and these prompts have no spans")
+        strange = [name for name in self.spans if name not in spans]
+        if strange:
+            raise UserError(f"the prompts have the span {strange[0]!r}, the circuit has {', '.join(spans)} alone")
+        number = torch.tensor([*(list(spans).index(name) for name in self.spans), -1], device=self.roles.device)
+        return number[self.roles]  # -1 takes the last
 
     def with_templates(self, rule: TemplateRule) -> PromptSet:
         """The same prompts keyed by another rule."""

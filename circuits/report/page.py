@@ -121,6 +121,7 @@ def _deck(run: RunFiles) -> str:
 ABLATIONS = {
     "mean": "their mean over the reference prompts of the same template",
     "counterfactual": "the value they have on the patch prompt",
+    "mean-pooled": "one mean over all reference prompts and positions",
     "zero": "the value zero",
     "resample": "the value they have on another prompt of the same template",
 }

@@ -43,7 +43,7 @@ def test_mean_ablation_by_its_definition(tiny_model, tiny_saes, tiny_prompts, no
     chosen = select_nodes(nodes, top=size)
     table = NodeTable(tiny_saes, [chosen], sites=list(nodes))
     values = AblationValues(tiny_model, tiny_saes, table, "mean", reference=tiny_prompts)(tiny_prompts)
-    ours = ablation_edits(tiny_saes, table, chosen, values, tiny_prompts.clean, keep=keep)
+    ours = ablation_edits(tiny_saes, table, chosen, values, tiny_prompts, keep=keep)
 
     def definition(site):
         sae = tiny_saes[site]
@@ -65,7 +65,23 @@ def test_mean_ablation_by_its_definition(tiny_model, tiny_saes, tiny_prompts, no
     assert mean_m(tiny_model, tiny_prompts, ours) == pytest.approx(mean_m(tiny_model, tiny_prompts, theirs), abs=1e-4)
 
 
-@pytest.mark.parametrize("ablation", ["mean", "counterfactual", "resample", "zero"])
+def test_the_pooled_mean_by_its_definition(tiny_model, tiny_saes, tiny_prompts, nodes):
+    """One mean over all real tokens of clean and patch prompts, whatever their template and position."""
+    table = NodeTable(tiny_saes, [nodes], sites=list(nodes))
+    values = AblationValues(tiny_model, tiny_saes, table, "mean-pooled", reference=tiny_prompts, batch_size=3)
+    at = values(tiny_prompts[[0, 1]])
+    real = tiny_prompts.clean.attention_mask.bool()
+    for site, index in table.index.items():
+        sides = (tiny_prompts.clean, tiny_prompts.patch)
+        x = torch.cat([tiny_model.run(tokens, capture=[site]).activations[site][real] for tokens in sides])
+        f = tiny_saes[site].encode(x)
+        torch.testing.assert_close(at[site].x[:, -1], x.mean(0).expand(2, -1), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(at[site].features[1, 0], f[:, index].mean(0), atol=1e-5, rtol=1e-4)
+        error = (x - tiny_saes[site].decode(f)).mean(0)
+        torch.testing.assert_close(at[site].error[1, 3], error, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("ablation", ["mean", "counterfactual", "resample", "zero", "mean-pooled"])
 def test_all_nodes_explain_everything_and_none_nothing(tiny_model, tiny_saes, tiny_prompts, ablation):
     """f(all nodes) = 1 and completeness(all) = 0 by construction; here all nodes means every feature and error there
     is.

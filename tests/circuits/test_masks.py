@@ -46,7 +46,7 @@ def nodes(tiny_model, tiny_saes, tiny_prompts):
 
 @pytest.fixture(scope="module")
 def gates(tiny_saes, tiny_prompts, nodes):
-    return Gates(tiny_saes, nodes, n_positions=tiny_prompts.clean.n_positions)
+    return Gates(tiny_saes, nodes)
 
 
 @pytest.fixture(scope="module")
@@ -60,27 +60,25 @@ def metrics(model, prompts, edits=None):
 
 def test_all_gates_open_leave_the_model_unchanged(tiny_model, tiny_saes, tiny_prompts):
     whole = every_node(tiny_saes)
-    gates = Gates(tiny_saes, whole, n_positions=tiny_prompts.clean.n_positions)
+    gates = Gates(tiny_saes, whole)
     values = AblationValues(tiny_model, tiny_saes, gates.table, "mean", reference=tiny_prompts)(tiny_prompts)
     plain = metrics(tiny_model, tiny_prompts)
-    opened = metrics(tiny_model, tiny_prompts, gates.edits(torch.ones(1, gates.n), values))
-    closed = metrics(tiny_model, tiny_prompts, gates.edits(torch.zeros(1, gates.n), values))
+    opened = metrics(tiny_model, tiny_prompts, gates.edits(torch.ones(1, gates.n), values, tiny_prompts))
+    closed = metrics(tiny_model, tiny_prompts, gates.edits(torch.zeros(1, gates.n), values, tiny_prompts))
     torch.testing.assert_close(opened, plain, atol=1e-4, rtol=0)
     assert (closed - plain).abs().max() > 1e-2
 
 
 def test_hard_gates_are_the_circuit_whose_faithfulness_is_measured(tiny_model, tiny_saes, tiny_prompts, nodes):
     """Every prompt with its own budget, against `ablation_edits` of the same strongest nodes."""
-    gates = Gates(tiny_saes, nodes, n_positions=tiny_prompts.clean.n_positions)
+    gates = Gates(tiny_saes, nodes)
     values = AblationValues(tiny_model, tiny_saes, gates.table, "mean", reference=tiny_prompts)(tiny_prompts)
     budgets = torch.tensor([1, 5, 20, 60, 5, 20, 60, gates.n])
     at = budget_gates(starting_scores(nodes, "effects"), budgets, temperature=1e-5)
     assert at.sum(1).round().long().tolist() == budgets.tolist()
-    ours = metrics(tiny_model, tiny_prompts, gates.edits(at, values))
+    ours = metrics(tiny_model, tiny_prompts, gates.edits(at, values, tiny_prompts))
     for row, budget in enumerate(budgets.tolist()):
-        edits = ablation_edits(
-            tiny_saes, gates.table, select_nodes(nodes, top=budget), values, tiny_prompts.clean, keep=True
-        )
+        edits = ablation_edits(tiny_saes, gates.table, select_nodes(nodes, top=budget), values, tiny_prompts, keep=True)
         assert ours[row].item() == pytest.approx(metrics(tiny_model, tiny_prompts, edits)[row].item(), abs=1e-4)
 
 
@@ -90,11 +88,11 @@ def test_nodes_by_position_have_gates_by_position(tiny_model, tiny_saes, tiny_pr
     assert int(prompts.clean.lengths.min()) == length
     options = DiscoverOptions(method="attrib", edge_nodes=0, aggregation="position")
     nodes = discover(tiny_model, tiny_saes, prompts, options, progress=False).nodes
-    gates = Gates(tiny_saes, nodes, n_positions=prompts.clean.n_positions)
+    gates = Gates(tiny_saes, nodes)
     values = AblationValues(tiny_model, tiny_saes, gates.table, "mean", reference=prompts)(prompts)
     at = budget_gates(starting_scores(nodes, "effects"), torch.tensor([40]), temperature=1e-5)
-    edits = ablation_edits(tiny_saes, gates.table, select_nodes(nodes, top=40), values, prompts.clean, keep=True)
-    ours = metrics(tiny_model, prompts, gates.edits(at, values))
+    edits = ablation_edits(tiny_saes, gates.table, select_nodes(nodes, top=40), values, prompts, keep=True)
+    ours = metrics(tiny_model, prompts, gates.edits(at, values, prompts))
     torch.testing.assert_close(ours, metrics(tiny_model, prompts, edits), atol=1e-4, rtol=0)
     assert count(learn_mask(tiny_model, tiny_saes, nodes, prompts, QUICK, progress=False).nodes) == count(nodes)
 
@@ -173,7 +171,7 @@ def test_nothing_before_the_start_site_is_masked(tiny_model, tiny_saes, tiny_pro
 def test_starting_at_the_first_masked_site_changes_nothing(tiny_model, tiny_saes, tiny_prompts, nodes, first):
     """The loss with everything before taken from the clean run, against the loss of a whole run."""
     later = from_start_site(nodes, first)
-    gates = Gates(tiny_saes, later, n_positions=tiny_prompts.clean.n_positions)
+    gates = Gates(tiny_saes, later)
     reference = AblationValues(tiny_model, tiny_saes, gates.table, "mean", reference=tiny_prompts)
     target, scale, before = whole_and_empty(tiny_model, gates, reference, tiny_prompts, logit_difference, 1)
     at = budget_gates(starting_scores(later, "effects"), torch.tensor([10]), temperature=1.0)
@@ -195,8 +193,8 @@ def test_errors_that_are_no_nodes(tiny_model, tiny_saes, tiny_prompts, nodes, er
     mask = learn_mask(tiny_model, tiny_saes, nodes, tiny_prompts, options, progress=False)
     assert not any(here.is_error.any() for here in mask.nodes.values())
     features = {site: here[~here.is_error] for site, here in nodes.items()}
-    gates = Gates(tiny_saes, features, n_positions=tiny_prompts.clean.n_positions, errors=errors)
-    _, error = gates.of(Site("resid", 0), torch.zeros(1, gates.n))
+    gates = Gates(tiny_saes, features, errors=errors)
+    _, error = gates.of(Site("resid", 0), torch.zeros(1, gates.n), tiny_prompts)
     assert error.unique().tolist() == [1.0 if errors == "keep" else 0.0]
 
 

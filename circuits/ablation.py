@@ -11,7 +11,7 @@ affine,
 where f and e are recomputed from the x that arrives, so what was ablated before has its effect. Ablation values:
 
 - `mean`: mean over the reference prompts (clean and patch), cell by cell (circuits.cells): the same template and
-  position.
+  position, or span and place in it.
 - `mean-pooled`: one mean over all templates and positions. It destroys what all prompts share and tells little.
 - `counterfactual`: the values of the pair's other prompt.
 - `resample`: the values of a random reference prompt with the same template.

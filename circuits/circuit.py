@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from circuits.attribution.effects import SiteEffects
 from circuits.edges import Edges
 from circuits.nodes import Nodes, SiteNodes, aggregate_site, distinguishable, select_nodes
-from graphs.feature_graph import FeatureGraph, error_node, feature_node, metric_node
+from graphs.feature_graph import FeatureGraph, Position, error_node, feature_node, metric_node
 from graphs.pruning import by_edge_threshold, by_top_edges
 from sae.errors import UserError
 from sae.files import atomic_write
@@ -43,10 +43,15 @@ class Circuit:
     """(upstream, downstream or None for the metric) -> mean weight over examples, [D, U] over `edge_nodes`."""
     metadata: dict[str, Any]
     """Plain JSON: `options`, `model`, `saes`, `prompts`, `n_examples`, `n_positions`, `total_effect`,
-    `completeness`, ...
+    `completeness`, `positions` (names of the spans, where aggregated by spans), ...
     """
     intervals: dict[Site, torch.Tensor] = field(default_factory=dict)
     """Bootstrap interval of every node of `nodes`, [n, 2] in their order; empty where not computed."""
+
+    @property
+    def spans(self) -> tuple[str, ...]:
+        """Names of the spans that nodes live in, where aggregated by spans."""
+        return tuple(self.metadata.get("positions", ()))
 
     @cached_property
     def nodes(self) -> Nodes:
@@ -57,6 +62,7 @@ class Circuit:
                 n_examples=self.metadata["n_examples"],
                 n_positions=self.metadata["n_positions"],
                 aggregation=self.metadata["options"]["aggregation"],
+                spans=self.spans,
             )
             for site, effects in self.effects.items()
         }
@@ -102,7 +108,7 @@ class Circuit:
                 site_nodes.feature.tolist(), site_nodes.position.tolist(), site_nodes.effect.tolist(), strict=True
             )
             for name, (feature, position, effect) in zip(site_nodes.ids(site), rows, strict=True):
-                where = None if position < 0 else position
+                where: Position = None if position < 0 else site_nodes.spans[position] if site_nodes.spans else position
                 known = {**measured.get(name, {}), **bounds.get(name, {})}
                 if feature == site_nodes.n_features:
                     graph.add_node(error_node(site.name, effect=effect, position=where, **known))
@@ -179,12 +185,13 @@ class Circuit:
         metadata = FeatureGraph.load(folder / GRAPH_FILE).metadata
         tensors = load_file(folder / EFFECTS_FILE)
         effects, nodes, edges = {}, {}, {}
+        spans, ends = tuple(metadata.get("positions", ())), ("feature", "position", "effect")
         for site in (Site.parse(name) for name in metadata["sites"]):
             fields = (tensors[f"effects/{site.name}/{name}"] for name in ("example", "position", "feature", "value"))
             effects[site] = SiteEffects(int(tensors[f"effects/{site.name}/n_features"]), *fields)
             if f"edge_nodes/{site.name}/feature" in tensors:
-                ends = (tensors[f"edge_nodes/{site.name}/{name}"] for name in ("feature", "position", "effect"))
-                nodes[site] = SiteNodes(effects[site].n_features, *ends)
+                feature, place, effect = (tensors[f"edge_nodes/{site.name}/{name}"] for name in ends)
+                nodes[site] = SiteNodes(effects[site].n_features, feature, place, effect, spans)
         for name, weights in tensors.items():
             if name.startswith("edges/"):
                 _, up, down = name.split("/")

@@ -300,7 +300,7 @@ class _Study:
             for site, nodes in sample.items():
                 for row, (start, sign) in enumerate(ends):
                     effects = exact_effects(
-                        self.model, self.saes[site], start, self.metric, site=site, joint=True,
+                        self.model, self.saes[site], start, self.metric, site=site, places=None,
                         features=nodes.feature, max_rows=self.rows,
                     )  # fmt: skip
                     sums[site][row] += sign * effects.summed(1).double()

@@ -46,7 +46,7 @@ class DiscoverOptions:
     residual: float = 0.003
     """Completeness error ig-adaptive goes down to, as a share of the total effect."""
     aggregation: str = "sum"
-    """sum over positions, or position for prompts of equal length."""
+    """sum over positions; position for prompts of equal length; spans for prompts with named token spans."""
     metric: str = "logit_difference"
     """What is explained: logit_difference, log_probability, kl, or package.module:function."""
     sites: str = "all"
@@ -111,11 +111,14 @@ def discover(
     if options.aggregation == "position" and int(prompts.clean.lengths.min()) != n_positions:
         lengths = sorted(set(prompts.clean.lengths.tolist()))
         raise UserError(f"aggregation 'position' needs prompts of equal length, found lengths {lengths}: use sum")
+    if options.aggregation == "spans" and prompts.roles is None:
+        raise UserError("aggregation 'spans' needs prompts with spans: name them in the file, or give a span template")
+    spans = prompts.spans if options.aggregation == "spans" else ()
     rows = max_rows(model, n_positions, memory=options.memory)
     batches, effects, totals, m_ends = _node_pass(model, saes, prompts, m, options, sites, rows, progress=progress)
     nodes = {
         site: aggregate_site(
-            site_effects, n_examples=len(prompts), n_positions=n_positions, aggregation=options.aggregation
+            site_effects, n_examples=len(prompts), n_positions=n_positions, aggregation=options.aggregation, spans=spans
         )
         for site, site_effects in effects.items()
     }
@@ -136,6 +139,7 @@ def discover(
         **m_ends,
         "completeness": _completeness(effects, totals, len(prompts), m_ends["total_effect"]),
         "tokens": _position_tokens(model, prompts) if options.aggregation == "position" else [],
+        "positions": list(spans),
         "templates": sorted(set(prompts.templates)),
     }
     return Circuit(effects, chosen if options.edge_nodes else {}, edges, metadata)
@@ -172,7 +176,7 @@ def _node_pass(model, saes, prompts, metric, options, sites, rows, *, progress):
             states = capture_states(model, saes, batch, metric, sites=sites)
             result = attribute(
                 model, saes, states, metric, sites=sites, method=options.method, rule=options.rule, steps=options.steps,
-                residual=options.residual, joint_positions=options.aggregation == "sum", max_rows=rows,
+                residual=options.residual, aggregation=options.aggregation, max_rows=rows,
                 progress=lambda site: bar.update(),
             )  # fmt: skip
             for site in sites:

@@ -349,7 +349,11 @@ def aligned(reference: PromptSet, prompts: PromptSet, ablation: str) -> tuple[Pr
         (prompts.aligned_to(reference), reference),
         (prompts.with_templates("length"), reference.with_templates("length")),
     ):
-        covered = Cells(known).covers(aligned)
+        if ablation == "mean":
+            covered = Cells(known).covers(aligned)
+        else:
+            templates = set(known.templates)
+            covered = torch.tensor([template in templates for template in aligned.templates])
         if covered.float().mean() >= COVERED:
             break
     if not covered.any():

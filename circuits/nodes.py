@@ -100,7 +100,8 @@ def aggregate_site(
         position, effect = torch.full_like(feature, -1), total[feature]
     else:
         table = effects.by_position(n_examples, len(spans) if aggregation == "spans" else n_positions)
-        (position, feature), effect = table.indices(), table.values()
+        kept = table.values() != 0
+        (position, feature), effect = table.indices()[:, kept], table.values()[kept]
     order = effect.abs().argsort(descending=True, stable=True)
     names = tuple(spans) if aggregation == "spans" else ()
     return SiteNodes(effects.n_features, feature[order], position[order], effect[order], names)

@@ -7,6 +7,9 @@
 4. **Answer sets** (AutoCircuit): JSON `{"prompts": [{"clean", "corrupt", "answers": [...], "wrong_answers": [...]}]}`.
 5. **MIB rows** (`mib-bench/*` on the hub): `{"prompt", "choices", "answerKey", "*_counterfactual": {...}}`.
 
+Rows of every format may name token spans under `"spans"` (see `circuits.spans`; JSON text in a table); AutoCircuit's
+`word_idxs` are spans of one token. A template with fields, as MIB's rows have, finds spans as well.
+
 The format is recognised by its keys, so a row of any of them may come from JSON lines, JSON, CSV or a data set of the
 hub (`owner/name`, `owner/name:split` or `owner/name:config:split`).
 """
@@ -18,10 +21,11 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from circuits.spans import Spans, parse_spans
 from sae.errors import UserError
 
 Row = Mapping[str, Any]
@@ -45,7 +49,11 @@ class Example:
     case: str = ""
     """Which kind of example it is, such as `plural_singular`; results are split by it."""
     template: str = ""
-    """Name of the sentence frame it was made from: examples that share one align position by position."""
+    """Name of the sentence frame it was made from: examples that share one align position by position. A frame with
+    fields, `The {subject} near the {attractor}`, says where spans are.
+    """
+    spans: Spans = field(default_factory=dict)
+    """Where named token spans are in both prompts, see `circuits.spans`."""
 
 
 def read_examples(source: str | Path) -> list[Example]:
@@ -123,7 +131,11 @@ def _json_rows(text: str, path: Path) -> Iterator[tuple[Row, str]]:
 def _rows_of_object(content: Any, where: str) -> Iterator[tuple[Row, str]]:
     """The rows of a JSON value: a list of rows, `{"prompts": rows}`, `{name: row}` (clusters), or one row."""
     if isinstance(content, dict) and isinstance(content.get("prompts"), list):
+        words = content.get("word_idxs")
         content = content["prompts"]
+        if isinstance(words, dict):
+            named = {name: {"tokens": [place, place + 1], "special": False} for name, place in words.items()}
+            content = [{"spans": named, **row} if isinstance(row, dict) else row for row in content]
     if isinstance(content, list):
         for index, row in enumerate(content):
             yield _check_row(row, f"{where}, entry {index}"), f"{where}, entry {index}"
@@ -235,13 +247,24 @@ def _is_row(content: Row) -> bool:
 def _to_example(row: Row, where: str) -> Example:
     for keys, reader in _FORMATS:
         if keys & set(row):
-            return reader(row, where)
+            return _with_spans(reader(row, where), row, where)
     if any(key.endswith("_counterfactual") for key in row):
-        return _mib(row, where)
+        return _with_spans(_mib(row, where), row, where)
     raise UserError(
         f"{where}: no known prompt format has the keys {sorted(row)}; the common one is clean_prefix, patch_prefix, "
         "clean_answer, patch_answer"
     )
+
+
+def _with_spans(example: Example, row: Row, where: str) -> Example:
+    """The example with the spans its row names."""
+    given = row.get("spans")
+    if isinstance(given, str) and given.strip():
+        try:
+            given = json.loads(given)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where}: spans are not JSON ({error.msg}): {_shorten(str(given))!r}") from None
+    return replace(example, spans=parse_spans(given, where)) if given else example
 
 
 # ------------------------------------------------------------------------------------------ single values

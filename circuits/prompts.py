@@ -7,8 +7,11 @@
 4. Give every example a template key: **prompts with equal key have equal length and align position by position**, which
    is what a mean over reference prompts at one position needs to mean anything.
 
-The template key follows one of three rules (`PromptSet.template_rule`):
+Where examples have token spans (`circuits.spans`), every token gets the number of its span.
 
+The template key follows one of four rules (`PromptSet.template_rule`):
+
+- `spans`: the `template` field of the file, if any, and the spans with their lengths, where every example has spans;
 - `field`: the `template` field of the file and the token length, where every example has one;
 - `mask`: the clean tokens with every position masked at which clean and patch differ ("* was sad because"), which
   recovers the templates of minimal pairs. A prompt takes the commonest such pattern that its tokens fit, so that names
@@ -30,13 +33,15 @@ import torch
 from torch import Tensor
 
 from circuits.prompt_formats import Example, read_examples
+from circuits.spans import Range, Span, SpanProblem, has_fields, number_roles, spans_of_template, token_roles
+from circuits.templates import commonest_fits, length_keys, mask_keys, span_keys, words_of
 from sae.errors import UserError, unknown
 from sae.model import Tokens
 
 if TYPE_CHECKING:
     from sae.model import LanguageModel
 
-TemplateRule = Literal["field", "mask", "length"]
+TemplateRule = Literal["spans", "field", "mask", "length"]
 
 MIN_PROMPTS_A_TEMPLATE = 4
 """Average group size below which masked templates are too thin to average over."""
@@ -134,25 +139,30 @@ class PromptSet:
 
     def with_templates(self, rule: TemplateRule) -> PromptSet:
         """The same prompts keyed by another rule."""
-        if rule == "field" == self.template_rule:
+        if rule in ("spans", "field") and rule == self.template_rule:
             return self
         if rule == "length":
-            keys = _length_keys(self.clean)
+            keys = length_keys(self.clean)
         elif rule == "mask" and self.patch is not None:
-            keys = _mask_keys(self.clean, self.patch)
+            keys = mask_keys(self.clean, self.patch)
+        elif rule == "spans" and self.roles is not None:
+            keys = span_keys([""] * len(self), self.roles, self.spans)
         elif rule in get_args(TemplateRule):
-            raise UserError(f"templates by {rule!r} need {'patch prompts' if rule == 'mask' else 'a template field'}")
+            lacking = {"mask": "patch prompts", "spans": "prompts with spans"}.get(rule, "a template field")
+            raise UserError(f"templates by {rule!r} need {lacking}")
         else:
             raise unknown("template rule", rule, get_args(TemplateRule))
         return replace(self, templates=keys, template_rule=rule)
 
     def aligned_to(self, reference: PromptSet) -> PromptSet:
         """The same prompts under the template keys of another set (train and test), where they have one there."""
+        if reference.template_rule == "spans" and self.roles is None:
+            return self.with_templates("length")
         if reference.template_rule != "mask":
             return self.with_templates(reference.template_rule)
         patterns = Counter(reference.templates)
-        own = self.with_templates("mask").templates if self.patch is not None else _length_keys(self.clean)
-        found = _commonest_fits(_words(self.clean), patterns)
+        own = self.with_templates("mask").templates if self.patch is not None else length_keys(self.clean)
+        found = commonest_fits(words_of(self.clean), patterns)
         keys = [fit or key for fit, key in zip(found, own, strict=True)]
         return replace(self, templates=keys, template_rule="mask")
 
@@ -165,13 +175,32 @@ class PromptSet:
         return text
 
 
-def load_prompts(source: str | Path, model: LanguageModel, *, limit: int | None = None) -> PromptSet:
-    """The usable prompts of a file or hub data set, at most `limit` of them (the first), tokenised for `model`."""
-    return make_prompts(read_examples(source), model, limit=limit, name=str(source))
+def load_prompts(
+    source: str | Path,
+    model: LanguageModel,
+    *,
+    limit: int | None = None,
+    span_template: str | None = None,
+    need_spans: bool = False,
+) -> PromptSet:
+    """The usable prompts of a file or hub data set, at most `limit` of them (the first), tokenised for `model`.
+
+    span_template: finds the spans of all prompts, whatever the file says of them; need_spans: prompts whose spans
+    cannot be found are left out and counted. Otherwise prompts have spans where all of them do.
+    """
+    return make_prompts(
+        read_examples(source), model, limit=limit, span_template=span_template, need_spans=need_spans, name=str(source)
+    )
 
 
 def make_prompts(
-    examples: Sequence[Example], model: LanguageModel, *, limit: int | None = None, name: str = "the examples"
+    examples: Sequence[Example],
+    model: LanguageModel,
+    *,
+    limit: int | None = None,
+    span_template: str | None = None,
+    need_spans: bool = False,
+    name: str = "the examples",
 ) -> PromptSet:
     """Tokenise examples; those that cannot be used are counted in `rejected`, and `UserError` if none is left."""
     paired = any(example.patch is not None for example in examples)
@@ -189,7 +218,13 @@ def make_prompts(
 
     clean = model.tokenize([example.clean for example in usable])
     patch = model.tokenize([example.patch or "" for example in usable]) if paired else None
-    accepted = _accepted(usable, clean, patch, model, contrasted=contrasted, rejected=rejected)[:limit]
+    need_spans = need_spans or span_template is not None
+    roles = _find_roles(usable, model, span_template) if need_spans or model.tokenizer.is_fast else None
+    if need_spans and roles is None:
+        raise UserError(f'{name} says nothing of spans: give "spans" in the file, or a span template')
+    accepted = _accepted(
+        usable, clean, patch, model, contrasted=contrasted, roles=roles if need_spans else None, rejected=rejected
+    )[:limit]
     if not accepted:
         raise _none_left(name, rejected)
     rows, clean_answers, patch_answers = (list(column) for column in zip(*accepted, strict=True))
@@ -205,6 +240,10 @@ def make_prompts(
         texts=[example.clean for example in kept],
         rejected=dict(rejected.most_common()),
     )
+    found = [] if roles is None else [roles[row] for row in rows]
+    if found and not any(isinstance(row, str) for row in found):
+        names, numbers = number_roles(found, prompts.clean.n_positions)
+        prompts = replace(prompts, spans=names, roles=numbers)
     return _choose_templates(prompts).to(model.device)
 
 
@@ -218,6 +257,7 @@ def _accepted(
     model: LanguageModel,
     *,
     contrasted: bool,
+    roles: Sequence[list[str] | str] | None,
     rejected: Counter[str],
 ) -> list[tuple[int, list[int], list[int]]]:
     """(row, clean answers, patch answers) of the usable examples; counts the others in `rejected`."""
@@ -228,11 +268,43 @@ def _accepted(
         answers, wrong = _answer_ids(example.clean_answers, model), _answer_ids(example.patch_answers, model)
         reason = _length_problem(lengths[row], patch_lengths[row], model)
         reason = reason or _answer_problem(answers, wrong, contrasted=contrasted)
+        if reason is None and roles is not None and isinstance(roles[row], str):
+            reason = str(roles[row])
         if reason:
             rejected[reason] += 1
         else:
             accepted.append((row, answers or [], wrong or []))
     return accepted
+
+
+def _find_roles(
+    examples: Sequence[Example], model: LanguageModel, template: str | None
+) -> list[list[str] | str] | None:
+    """For each example the role of every token, or why it has none; None where no example says anything of spans."""
+    if template is None and not any(example.spans or has_fields(example.template) for example in examples):
+        return None
+    clean = model.token_offsets([example.clean for example in examples])
+    patch = model.token_offsets([example.patch or example.clean for example in examples])
+    found: list[list[str] | str] = []
+    for example, *offsets in zip(examples, clean, patch, strict=True):
+        try:
+            one, other = (_roles_of(example, template, side, at) for side, at in enumerate(offsets))
+            found.append(one if one == other else "spans differ between clean and patch")
+        except SpanProblem as problem:
+            found.append(str(problem))
+    return found
+
+
+def _roles_of(example: Example, template: str | None, side: int, offsets: Sequence[Range]) -> list[str]:
+    """Roles of the clean (side 0) or patch prompt (1), by the template given, the file's spans or its template."""
+    text = example.clean if side == 0 or example.patch is None else example.patch
+    if template is None and example.spans:
+        spans: dict[str, Span] = {name: ends[side] for name, ends in example.spans.items()}
+    elif template is not None or has_fields(example.template):
+        spans = spans_of_template(template or example.template, text)
+    else:
+        raise SpanProblem("no spans")
+    return token_roles(spans, text, offsets)
 
 
 def _answer_ids(answers: Sequence[str | int], model: LanguageModel) -> list[int] | None:
@@ -291,50 +363,14 @@ def _trim(tokens: Tokens) -> Tokens:
 
 
 def _choose_templates(prompts: PromptSet) -> PromptSet:
+    if prompts.roles is not None:
+        keys = span_keys(prompts.templates, prompts.roles, prompts.spans)
+        return replace(prompts, templates=keys, template_rule="spans")
     if all(prompts.templates):
-        keys = [f"{name}/{length}" for name, length in zip(prompts.templates, _length_keys(prompts.clean), strict=True)]
+        keys = [f"{name}/{length}" for name, length in zip(prompts.templates, length_keys(prompts.clean), strict=True)]
         return replace(prompts, templates=keys, template_rule="field")
     if prompts.patch is not None:
-        keys = _mask_keys(prompts.clean, prompts.patch)
+        keys = mask_keys(prompts.clean, prompts.patch)
         if len(keys) >= MIN_PROMPTS_A_TEMPLATE * len(set(keys)):
             return replace(prompts, templates=keys, template_rule="mask")
-    return replace(prompts, templates=_length_keys(prompts.clean), template_rule="length")
-
-
-def _length_keys(clean: Tokens) -> list[str]:
-    return [str(length) for length in clean.lengths.tolist()]
-
-
-def _mask_keys(clean: Tokens, patch: Tokens) -> list[str]:
-    """The commonest pattern each prompt fits: token ids with `*` where clean and patch differ, "1 * * 418 329"."""
-    words = _words(clean)
-    own = [
-        " ".join(a if a == b else "*" for a, b in zip(row, other, strict=True))
-        for row, other in zip(words, _words(patch), strict=True)
-    ]
-    return [key or "" for key in _commonest_fits(words, Counter(own))]
-
-
-def _words(tokens: Tokens) -> list[list[str]]:
-    """The ids of each row as text, without padding."""
-    rows = zip(tokens.input_ids.tolist(), tokens.attention_mask.tolist(), strict=True)
-    return [[str(token) for token, real in zip(ids, mask, strict=True) if real] for ids, mask in rows]
-
-
-def _commonest_fits(rows: list[list[str]], patterns: Counter[str]) -> list[str | None]:
-    """For each row the commonest pattern of its length that agrees with it wherever it is not `*`; None without one."""
-    by_length: dict[int, list[tuple[str, list[str]]]] = {}
-    for pattern, _ in patterns.most_common():
-        words = pattern.split()
-        by_length.setdefault(len(words), []).append((pattern, words))
-    return [
-        next(
-            (
-                pattern
-                for pattern, words in by_length.get(len(row), [])
-                if all(word in ("*", token) for word, token in zip(words, row, strict=True))
-            ),
-            None,
-        )
-        for row in rows
-    ]
+    return replace(prompts, templates=length_keys(prompts.clean), template_rule="length")

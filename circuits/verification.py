@@ -2,7 +2,7 @@
 
 1. Take the n nodes of largest |effect|.
 2. Patch each of them alone, in every prompt, from its clean to its patch value (`circuits.attribution.exact`): at all
-   positions at once, or at its own where the circuit keeps positions.
+   positions at once, or at its own position or span where the circuit keeps them.
 3. A node disagrees in `sign`, or in `size` where estimate and exact effect are more than a factor of two apart.
 
 This is exact noising: what a node does to the clean run by itself. Attribution patching estimates it. Integrated
@@ -111,7 +111,7 @@ def verify(
         raise UserError(f"verify is {nodes}: at least 1 node can be verified")
     m = metric or get_metric(circuit.metadata["options"]["metric"])
     prompts = prepare(prompts, model, m)
-    joint = circuit.metadata["options"]["aggregation"] == "sum"
+    aggregation = circuit.metadata["options"]["aggregation"]
     chosen = {site: site_nodes for site, site_nodes in circuit.strongest(nodes).items() if len(site_nodes)}
     totals = {site: torch.zeros(len(site_nodes), dtype=torch.float64) for site, site_nodes in chosen.items()}
     n_batches = -(-len(prompts) // batch_size)
@@ -120,7 +120,7 @@ def verify(
             states = capture_states(model, saes, batch, m, sites=list(circuit.effects))
             for site, site_nodes in chosen.items():
                 effects = exact_effects(
-                    model, saes[site], states, m, site=site, joint=joint,
+                    model, saes[site], states, m, site=site, places=states.places(aggregation),
                     features=site_nodes.feature.unique(), max_rows=max_rows,
                 )  # fmt: skip
                 totals[site] += _total(effects, site_nodes)

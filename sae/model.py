@@ -125,6 +125,10 @@ class LanguageModel:
         """The id of an answer when it is exactly one token after other text, else None."""
         return self._text.single_token(text)
 
+    def token_offsets(self, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
+        """First character of every token of `tokenize` and the one after its last; (0, 0) for special tokens."""
+        return self._text.offsets(texts)
+
     def token_strings(self, ids: Iterable[int] | Tensor) -> list[str]:
         """The text each token adds to a sentence: " he", not "Ġhe"."""
         return self._text.strings(ids)

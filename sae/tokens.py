@@ -93,6 +93,12 @@ class TextCoder:
         limit = {} if max_length is None else {"truncation": True, "max_length": max_length}
         return Tokens.from_rows(self.tokenizer(list(texts), verbose=False, **limit)["input_ids"], pad_id=self.pad_id)
 
+    def offsets(self, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
+        """First character and the one after the last of every token of `encode`; (0, 0) for special tokens."""
+        if not self.tokenizer.is_fast:
+            raise UserError("this tokenizer does not know where in the text its tokens are: use a fast one for spans")
+        return self.tokenizer(list(texts), verbose=False, return_offsets_mapping=True)["offset_mapping"]
+
     def single_token(self, text: str) -> int | None:
         """The id of `text` when it is exactly one known token after other text, else None."""
         alone = self._ids(text)

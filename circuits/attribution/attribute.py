@@ -73,7 +73,7 @@ def attribute(
     rule: str = "midpoint",
     steps: int = 10,
     residual: float = 0.003,
-    joint_positions: bool = True,
+    aggregation: str = "sum",
     max_rows: int = 512,
     seed: int = 0,
     totals: bool = True,
@@ -82,12 +82,13 @@ def attribute(
     """Node effects of every feature and error at `sites` for one batch.
 
     method: one of `METHODS`; rule, steps: the quadrature of `ig` and `ig-inputs`; residual: the completeness error
-    `ig-adaptive` goes down to; joint_positions: `exact` and `random` take a feature at all positions as one node
-    (what it is under aggregation `sum`); max_rows: prompts that go through the model at once; seed: of `random`;
-    totals: whether site totals are measured; progress: called after each site.
+    `ig-adaptive` goes down to; aggregation: which tokens are one node of a feature (see `States.places`; with `spans`
+    an effect's position is the number of its span); max_rows: prompts that go through the model at once; seed: of
+    `random`; totals: whether site totals are measured; progress: called after each site.
     """
     if method not in METHODS:
         raise unknown("method", method, METHODS)
+    places = states.places(aggregation)
     gradients, effects = _all_sites(model, saes, states, metric, sites, method, rule, steps, max_rows)
     measured: dict[Site, torch.Tensor] = {}
     path_nodes: dict[Site, float] = {}
@@ -106,15 +107,15 @@ def attribute(
                 scale=path_scale(states, measured), max_rows=max_rows,
             )  # fmt: skip
         if method == "exact":
-            effects[site] = exact_effects(
-                model, sae, states, metric, site=site, joint=joint_positions, max_rows=max_rows
-            )
+            effects[site] = exact_effects(model, sae, states, metric, site=site, places=places, max_rows=max_rows)
         elif method == "activation-difference":
             effects[site] = activation_difference(sae, states, site=site)
         elif method == "random":
-            effects[site] = random_effects(sae, states, site=site, joint=joint_positions, seed=seed)
+            effects[site] = random_effects(sae, states, site=site, places=places, seed=seed)
         elif site not in effects:
             effects[site] = contract(sae, states, gradients[site], site=site)
+        if places is not None and method not in ("exact", "random"):  # these two know places already
+            effects[site] = effects[site].at_places(places, states.tokens.lengths)
         progress(site)
     return Attribution(effects, gradients, measured, path_nodes)
 

@@ -30,15 +30,19 @@ def activation_difference(sae: SparseAutoencoder, states: States, *, site: Site)
     )
 
 
-def random_effects(sae: SparseAutoencoder, states: States, *, site: Site, joint: bool, seed: int = 0) -> SiteEffects:
-    """A random effect for every node that differs; `joint`: a node is a feature at all positions at once."""
+def random_effects(
+    sae: SparseAutoencoder, states: States, *, site: Site, places: torch.Tensor | None, seed: int = 0
+) -> SiteEffects:
+    """A random effect for every node that differs; tokens with equal `places` [B, S] are one node, None: all are."""
     live = activation_difference(sae, states, site=site)
-    n_positions, n_nodes = states.mask.shape[1], live.n_features + 1
+    n_nodes = live.n_features + 1
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {site.name}".encode()))
-    if joint:
+    if places is None:
         node, drawn = live.feature.long(), torch.randn(n_nodes, generator=generator)
     else:
+        live = live.at_places(places, states.tokens.lengths)
         node = live.position.long() * n_nodes + live.feature.long()
-        drawn = torch.randn(n_positions * n_nodes, generator=generator)
+        n_places = max(len(states.prompts.spans), states.mask.shape[1])
+        drawn = torch.randn(n_places * n_nodes, generator=generator)
     share = len(states.mask) / node.bincount(minlength=len(drawn))[node]
     return SiteEffects(live.n_features, live.example, live.position, live.feature, drawn[node] * share)

@@ -36,7 +36,9 @@ class SiteEffects:
     example: torch.Tensor
     """[n] int32."""
     position: torch.Tensor
-    """[n] int32, counted from the prompt's first real token; -1 means all positions at once (exact patching, `sum`)."""
+    """[n] int32, counted from the prompt's first real token, or the number of the span (aggregation `spans`); -1 means
+    all positions at once (exact patching, `sum`).
+    """
     feature: torch.Tensor
     """[n] int32."""
     value: torch.Tensor
@@ -55,6 +57,12 @@ class SiteEffects:
         example = numbers.to(torch.int32)[self.example.long()]
         return SiteEffects(self.n_features, example, self.position, self.feature, self.value)
 
+    def at_places(self, places: torch.Tensor, lengths: torch.Tensor) -> SiteEffects:
+        """The same effects with each token's place [B, S] (left-padded, prompts of these lengths [B]) as position."""
+        example = self.example.long()
+        column = self.position.long() + (places.shape[1] - lengths.cpu())[example]
+        return SiteEffects(self.n_features, self.example, places.cpu()[example, column].int(), self.feature, self.value)
+
     def summed(self, n_examples: int) -> torch.Tensor:
         """[F + 1]: sum over positions, mean over examples (aggregation `sum`)."""
         total = torch.zeros(self.n_features + 1, dtype=torch.float64)
@@ -62,7 +70,7 @@ class SiteEffects:
         return (total / n_examples).float()
 
     def by_position(self, n_examples: int, n_positions: int) -> torch.Tensor:
-        """Sparse COO [S, F + 1]: mean over examples at each position (aggregation `position`)."""
+        """Sparse COO [S, F + 1]: mean over examples at each position or span (aggregation `position` or `spans`)."""
         index = torch.stack([self.position.long(), self.feature.long()])
         size = (n_positions, self.n_features + 1)
         mean = self.value.double() / n_examples

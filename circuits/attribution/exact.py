@@ -7,9 +7,9 @@ For every node that differs between the clean and the patch run:
    clean run,
 2. effect = m(that run) - m(clean).
 
-`joint` patches a feature at all positions of an example at once, which is what a node means in aggregation `sum`;
-otherwise each (position, feature) is patched alone. Rows are batched and resume from the cached clean activations,
-so the cost is one partial forward pass for every (example, [position,] feature) that is active in either run.
+`places` says which tokens of an example are patched at once: all of them, which is what a node means in aggregation
+`sum`, those of a span, or each by itself. Rows are batched and resume from the cached clean activations, so the cost is
+one partial forward pass for every (example, [place,] feature) that is active in either run.
 """
 
 from __future__ import annotations
@@ -95,15 +95,19 @@ def exact_effects(
     metric: Metric,
     *,
     site: Site,
-    joint: bool,
+    places: torch.Tensor | None,
     features: torch.Tensor | None = None,
     max_rows: int = 512,
 ) -> SiteEffects:
-    """Exact effects of one site's nodes. `features` ([n] int64, F for the error) restricts the work to some nodes."""
+    """Exact effects of one site's nodes. `places` [B, S] (see `States.places`): tokens of equal number are patched at
+    once, None for all; `features` ([n] int64, F for the error) restricts the work to some nodes.
+    """
     n_positions, n_nodes = states.mask.shape[1], sae.W_dec.shape[0] + 1
     entries = _Entries.of(sae, states, site, features)
     example, column = entries.token // n_positions, entries.token % n_positions
-    rows, row = ((example if joint else entries.token) * n_nodes + entries.feature).unique(return_inverse=True)
+    n_places = 1 if places is None else int(places.max()) + 1
+    place = 0 if places is None else places[example, column]
+    rows, row = ((example * n_places + place) * n_nodes + entries.feature).unique(return_inverse=True)
     effect = torch.zeros(len(rows), device=rows.device)
     order = torch.argsort(row)
     starts = torch.arange(0, len(rows) + max_rows, max_rows, device=row.device)
@@ -115,15 +119,13 @@ def exact_effects(
         owner = example.new_zeros(min(max_rows, len(rows) - first))
         owner[row[entry] - first] = example[entry]
         x = states.clean[site][owner]
-        place = (row[entry] - first, column[entry])
-        x = x.index_put(place, entries.change(sae, entry).to(x.dtype), accumulate=True)
+        cell = (row[entry] - first, column[entry])
+        x = x.index_put(cell, entries.change(sae, entry).to(x.dtype), accumulate=True)
         effect[first : first + len(owner)] = _metric_of_rows(model, states, metric, site=site, x=x, owner=owner)
     where, feature = rows // n_nodes, rows % n_nodes
-    if joint:
-        example, position = where, torch.full_like(where, -1)
-    else:
-        example = where // n_positions
-        position = where % n_positions - (n_positions - states.mask.sum(1))[example]
+    example, position = where // n_places, where % n_places
+    if places is None:
+        position = torch.full_like(example, -1)
     example, position, feature = (index.int().cpu() for index in (example, position, feature))
     return SiteEffects(n_nodes - 1, example, position, feature, effect.cpu())
 

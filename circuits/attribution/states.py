@@ -53,6 +53,17 @@ class States:
         prompts = replace(self.prompts, clean=self.prompts.patch, patch=self.prompts.clean)
         return States(prompts, self.patch, self.clean, False, self.m_patch, self.m_clean)
 
+    def places(self, aggregation: str) -> torch.Tensor | None:
+        """[B, S] int64: tokens of a prompt with equal number are one node of a feature; None where all of them are.
+
+        Token positions, or the numbers of the spans; what stands at padding means nothing.
+        """
+        if aggregation == "sum":
+            return None
+        if aggregation == "position":
+            return self.prompts.clean.position_ids
+        return self.prompts.span_numbers(self.prompts.spans)
+
     @property
     def mask(self) -> torch.Tensor:
         """[B, S] bool: real tokens, not padding."""

@@ -115,7 +115,8 @@ def test_exact_patching_is_a_loop_over_nodes(tiny_model, tiny_saes, tiny_prompts
     """Every (example, [position,] node) patched alone by a plain edit of the full model."""
     site = Site.parse("attn_1")
     sae = tiny_saes[site]
-    effects = exact_effects(tiny_model, sae, states, logit_difference, site=site, joint=joint, max_rows=7)
+    places = states.places("sum" if joint else "position")
+    effects = exact_effects(tiny_model, sae, states, logit_difference, site=site, places=places, max_rows=7)
     f_clean, f_patch = sae.encode(states.clean[site]), sae.encode(states.patch[site])
     e_delta = (states.patch[site] - sae.decode(f_patch)) - (states.clean[site] - sae.decode(f_clean))
     n_positions = states.mask.shape[1]
@@ -137,9 +138,9 @@ def test_exact_patching_is_a_loop_over_nodes(tiny_model, tiny_saes, tiny_prompts
 
 def test_exact_patching_of_chosen_nodes(tiny_model, tiny_saes, states):
     site = Site.parse("mlp_1")
-    whole = exact_effects(tiny_model, tiny_saes[site], states, logit_difference, site=site, joint=True)
+    whole = exact_effects(tiny_model, tiny_saes[site], states, logit_difference, site=site, places=None)
     chosen = whole.feature.unique()[:3].long()
-    some = exact_effects(tiny_model, tiny_saes[site], states, logit_difference, site=site, joint=True, features=chosen)
+    some = exact_effects(tiny_model, tiny_saes[site], states, logit_difference, site=site, places=None, features=chosen)
     assert torch.allclose(some.summed(8)[chosen], whole.summed(8)[chosen], atol=1e-6)
     assert set(some.feature.tolist()) == set(chosen.tolist())
 
@@ -147,7 +148,7 @@ def test_exact_patching_of_chosen_nodes(tiny_model, tiny_saes, states):
 def test_exact_and_gradient_agree_where_the_model_is_nearly_linear(tiny_model, tiny_saes, states):
     """At the last site only the final norm and the unembedding follow."""
     site = tiny_model.sites[-1]
-    exact = exact_effects(tiny_model, tiny_saes[site], states, logit_difference, site=site, joint=True).summed(8)
+    exact = exact_effects(tiny_model, tiny_saes[site], states, logit_difference, site=site, places=None).summed(8)
     gradient = attribution_patching(tiny_model, states, logit_difference, sites=[site])[site]
     estimate = contract_gradient(
         tiny_saes[site], states.clean[site], states.patch[site], gradient, mask=states.mask

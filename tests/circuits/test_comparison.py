@@ -75,7 +75,7 @@ def test_denoising_restores_one_node_in_the_patch_run(tiny_model, tiny_saes, tin
     site = Site.parse("attn_1")
     sae = tiny_saes[site]
     states = capture_states(tiny_model, tiny_saes, tiny_prompts, logit_difference, sites=tiny_model.sites)
-    back = exact_effects(tiny_model, sae, states.reversed(), logit_difference, site=site, joint=True)
+    back = exact_effects(tiny_model, sae, states.reversed(), logit_difference, site=site, places=None)
     delta = sae.encode(states.clean[site]) - sae.encode(states.patch[site])
     rows = list(zip(back.example.tolist(), back.feature.tolist(), back.value.tolist(), strict=True))
     assert len(rows) > 20

@@ -246,7 +246,7 @@ def test_activation_difference_is_what_it_says(tiny_saes, states, tiny_model):
 @pytest.mark.parametrize("joint", [True, False])
 def test_random_ranks_every_live_node_by_one_number(tiny_model, tiny_saes, states, joint):
     """Aggregated over examples (and positions) each node has its own normal number, whatever the batches."""
-    options = {"sites": tiny_model.sites, "joint_positions": joint}
+    options = {"sites": tiny_model.sites, "aggregation": "sum" if joint else "position"}
     found, other, again = (
         attribute(tiny_model, tiny_saes, states, logit_difference, method="random", seed=seed, **options).effects
         for seed in (0, 1, 0)

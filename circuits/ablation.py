@@ -33,6 +33,7 @@ from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError, unknown
 from sae.model import LanguageModel, Tokens
 from sae.sites import Site
+from sae.streaming import decoder_bias, device_of
 
 ABLATIONS = ("mean", "counterfactual", "resample", "zero", "mean-pooled")
 
@@ -62,10 +63,11 @@ class NodeTable:
     def __init__(self, saes: Mapping[Site, SparseAutoencoder], sets: Sequence[Nodes], *, sites: Sequence[Site]) -> None:
         self.sites = list(sites)
         self.index: dict[Site, torch.Tensor] = {}
+        device = device_of(saes)
         for site in self.sites:
             named = [nodes[site].feature[~nodes[site].is_error] for nodes in sets if site in nodes]
             union = torch.cat(named).unique() if named else torch.empty(0, dtype=torch.long)
-            self.index[site] = union.to(saes[site].W_dec.device)
+            self.index[site] = union.to(device)
 
     def masks(self, site: Site, nodes: SiteNodes | None, prompts: PromptSet):
         """([B or 1, S or 1, n], [B or 1, S or 1, 1]) floats: 1 where a feature, and the error, belongs to the set."""
@@ -104,13 +106,14 @@ def ablation_edits(
     """
 
     def edit_of(site: Site) -> Edit:
-        sae, index, at = saes[site], table.index[site], values[site]
+        index, at = table.index[site], values[site]
         features, error = table.masks(site, nodes.get(site), prompts)
         with_error = bool(error.any())
 
         def edit(x: torch.Tensor) -> torch.Tensor:
             if not keep and not len(index) and not with_error:
                 return x
+            sae = saes[site]
             if with_error:
                 f, x_hat = sae.encode_and_reconstruct(x, index)
                 change = ((f - at.features) * features) @ sae.W_dec[index] + (x - x_hat - at.error) * error
@@ -183,7 +186,7 @@ class AblationValues:
             batch, n_positions = len(prompts), prompts.clean.n_positions
             values = {}
             for site in self.table.sites:
-                bias = self.saes[site].b_dec
+                bias = decoder_bias(self.saes, site)
                 n = len(self.table.index[site])
                 values[site] = SiteValues(
                     bias.expand(batch, n_positions, -1), torch.zeros_like(bias), bias.new_zeros(1, 1, n)

@@ -42,6 +42,7 @@ from sae.errors import UserError, unknown
 from sae.model import LanguageModel
 from sae.neurons import NEURONS, neuron_dictionaries
 from sae.sites import Site, select_sites
+from sae.streaming import subset
 
 NOISING, MEAN = "noising", "mean"
 ESTIMATES = {
@@ -206,7 +207,7 @@ def compare_methods(
     sites = select_sites(options.sites, list(saes))
     plan: list[tuple[str, Mapping[Site, SparseAutoencoder], list[str]]] = []
     if methods := split(options.methods):
-        plan.append((SAES, {site: saes[site] for site in sites}, methods))
+        plan.append((SAES, subset(saes, sites), methods))
     if methods := split(options.neurons):
         plan.append((NEURONS, neuron_dictionaries(model, sites=sites), methods))
     rows, sampled = [], {}

@@ -46,6 +46,7 @@ from sae.errors import UserError
 from sae.files import atomic_write
 from sae.model import LanguageModel
 from sae.sites import Site
+from sae.streaming import subset
 
 Kept = dict[tuple[Site, Site | None], Tensor]
 """(upstream, downstream or None for the metric) -> [D, U] float, 1 where the edge is kept."""
@@ -142,7 +143,7 @@ def measure_edge_faithfulness(
         raise UserError(f"errors is {options.errors!r}: edges are measured with errors as nodes")
     m = metric or get_metric(circuit.metadata["options"]["metric"])
     prompts = prepare(prompts, model, m)
-    saes = {site: saes[site] for site in circuit.effects}
+    saes = subset(saes, circuit.effects)
     nodes = from_start_site(
         {site: circuit.edge_nodes.get(site, n[:0]) for site, n in circuit.nodes.items()}, options.start_site
     )

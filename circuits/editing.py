@@ -38,6 +38,7 @@ from circuits.prompts import PromptSet
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError, unknown
 from sae.sites import Site
+from sae.streaming import config_of, device_of
 
 if TYPE_CHECKING:
     from sae.model import LanguageModel, Tokens
@@ -75,7 +76,7 @@ def _parse_feature(name: str, saes: Mapping[Site, SparseAutoencoder]) -> tuple[S
     site = by_name[site_name]
     if index == "error":
         raise UserError(f"{name!r} is the error of its site, not a feature: only features can be edited")
-    n_features = saes[site].config.n_features
+    n_features = config_of(saes, site).n_features
     if not index.isdecimal() or int(index) >= n_features:
         hint = f"; did you mean '{site}/{n_features - 1}'?" if index.isdecimal() else ""
         raise UserError(f"unknown feature {name!r}: {site} has features 0 to {n_features - 1}{hint}")
@@ -205,7 +206,7 @@ def feature_means(
 ) -> dict[Site, Tensor]:
     """Mean of each chosen feature over all tokens (special tokens aside) of the batches: [n] by site."""
     readers = {site: SiteEdit(saes[site], index, "zero") for site, index in features.items()}
-    sums = {site: torch.zeros(len(index), device=saes[site].device) for site, index in features.items()}
+    sums = {site: torch.zeros(len(index), device=device_of(saes)) for site, index in features.items()}
     n_tokens = 0
     for tokens in batches:
         activations = _real_activations(model, tokens, features)

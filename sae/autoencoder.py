@@ -10,6 +10,7 @@ It works on raw activations: whatever scaling training used is folded into the t
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ CHUNK_BYTES = 64 * 2**20
 """Largest [n, F] intermediate where tokens are encoded in chunks."""
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "sae.safetensors"
+SAMPLED_VALUES = 64  # of each tensor, for the fingerprint
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,11 @@ class SAEConfig:
     """Active features a token, where the architecture fixes them."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Anything else worth keeping: training options, source of a converted file."""
+
+    @property
+    def n_bytes(self) -> int:
+        """What its tensors take in memory: two float32 matrices, and up to four vectors."""
+        return 4 * (2 * self.n_features * self.d_model + 3 * self.n_features + self.d_model)
 
 
 class SparseFeatures(NamedTuple):
@@ -202,19 +209,36 @@ class SparseAutoencoder(nn.Module):
     @classmethod
     def load(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> SparseAutoencoder:
         """Reads what `save` wrote."""
-        folder = Path(folder)
-        if not is_sae_folder(folder):
-            names = ", ".join(sorted(p.name for p in folder.iterdir())[:10]) if folder.is_dir() else "no such folder"
-            looked_for = f"looked for {CONFIG_FILE} and {WEIGHTS_FILE}"
-            raise UserError(f"no autoencoder in {str(folder)!r}: {looked_for}, found {names or 'nothing'}")
-        entries = read_json(folder / CONFIG_FILE)
-        version = entries.pop("schema_version", None)
-        if version != SCHEMA_VERSION:
-            raise UserError(f"{folder / CONFIG_FILE} has schema_version {version!r}, allowed is {SCHEMA_VERSION}")
-        known = {f.name for f in fields(SAEConfig)}
-        if surplus := sorted(set(entries) - known):
-            raise UserError(f"{folder / CONFIG_FILE} has unknown entries {surplus}, allowed are {sorted(known)}")
-        return cls(SAEConfig(**entries), load_file(folder / WEIGHTS_FILE)).to(device)
+        return cls(read_config(folder), load_file(Path(folder) / WEIGHTS_FILE)).to(device)
+
+
+def read_config(folder: str | Path) -> SAEConfig:
+    """The config of the autoencoder in a folder, without its weights."""
+    folder = Path(folder)
+    if not is_sae_folder(folder):
+        names = ", ".join(sorted(p.name for p in folder.iterdir())[:10]) if folder.is_dir() else "no such folder"
+        looked_for = f"looked for {CONFIG_FILE} and {WEIGHTS_FILE}"
+        raise UserError(f"no autoencoder in {str(folder)!r}: {looked_for}, found {names or 'nothing'}")
+    entries = read_json(folder / CONFIG_FILE)
+    version = entries.pop("schema_version", None)
+    if version != SCHEMA_VERSION:
+        raise UserError(f"{folder / CONFIG_FILE} has schema_version {version!r}, allowed is {SCHEMA_VERSION}")
+    known = {f.name for f in fields(SAEConfig)}
+    if surplus := sorted(set(entries) - known):
+        raise UserError(f"{folder / CONFIG_FILE} has unknown entries {surplus}, allowed are {sorted(known)}")
+    return SAEConfig(**entries)
+
+
+def fingerprint(saes: Mapping[Site, SparseAutoencoder]) -> str:
+    """A short hash of a sample of all tensors of some autoencoders: a circuit means nothing with others."""
+    digest = hashlib.sha256()
+    for site in sorted(saes):
+        sae = saes[site]
+        digest.update(f"{site} {sae.config.architecture} {sae.config.k}".encode())
+        for name, tensor in sorted(sae.named_buffers()):
+            sample = tensor.flatten()[:: max(1, tensor.numel() // SAMPLED_VALUES)].float().cpu()
+            digest.update(f"{name} {tuple(tensor.shape)}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _chunks(x: Tensor, rows: int) -> Iterator[tuple[int, Tensor]]:
@@ -241,21 +265,28 @@ def load_saes(
     path: str | Path, *, device: str | torch.device = "cpu", sites: Iterable[Site | str] | None = None
 ) -> dict[Site, SparseAutoencoder]:
     """Autoencoders by site, in forward order, from a run folder, its `saes` folder or a single autoencoder's folder."""
+    return {
+        site: SparseAutoencoder.load(folder, device=device) for site, folder in find_saes(path, sites=sites).items()
+    }
+
+
+def find_saes(path: str | Path, *, sites: Iterable[Site | str] | None = None) -> dict[Site, Path]:
+    """The folder of each site's autoencoder, in forward order, where `load_saes` would read it."""
     folders = sae_folders(path)
     if not folders:
         raise UserError(
             f"no autoencoders in {str(path)!r}: looked for SITE/{CONFIG_FILE} and SITE/{WEIGHTS_FILE}, "
             "there and in a saes folder inside"
         )
-    found: dict[Site, SparseAutoencoder] = {}
+    found: dict[Site, Path] = {}
     wanted = None if sites is None else {Site.parse(str(site)) for site in sites}
     for folder in folders:
         site = Site.parse(read_json(folder / CONFIG_FILE)["site"])
         if site in found:
             raise UserError(f"{str(path)!r} holds several autoencoders for site {site}; name one of their folders")
         if wanted is None or site in wanted:
-            found[site] = SparseAutoencoder.load(folder, device=device)
+            found[site] = folder
     if wanted and (missing := sorted(wanted - set(found))):
         names, has = ", ".join(map(str, missing)), ", ".join(folder.name for folder in folders)
         raise UserError(f"{str(path)!r} has no autoencoder for {names}; it has {has}")
-    return {site: found[site] for site in sorted(found)}
+    return dict(sorted(found.items()))

@@ -31,6 +31,7 @@ from sae.model import LanguageModel, Tokens
 from sae.similarity import nearest_features
 from sae.sites import Site
 from sae.splice import check_saes
+from sae.streaming import config_of
 
 CHUNK_BYTES = 64 * 2**20
 POOL_FACTOR = 4
@@ -107,7 +108,7 @@ def top_contexts(
     _check(saes, features)
     check_saes(model, saes)
     watched = {
-        site: _Watch(saes[site], sorted(set(indices)), n=n, before=before, after=after, vocab_size=model.vocab_size)
+        site: _Watch(saes, site, sorted(set(indices)), n=n, before=before, after=after, vocab_size=model.vocab_size)
         for site, indices in sorted(features.items())
         if len(indices)
     }
@@ -121,7 +122,7 @@ def top_contexts(
             progress(int(tokens.lengths.sum()))
     summaries = {}
     for site, watch in watched.items():
-        for summary in watch.summaries(model, site, n_tokens=n_tokens, n_neighbours=n_neighbours):
+        for summary in watch.summaries(model, n_tokens=n_tokens, n_neighbours=n_neighbours):
             summaries[site, summary.index] = summary
     return summaries
 
@@ -130,7 +131,7 @@ def _check(saes: Mapping[Site, SparseAutoencoder], features: Mapping[Site, Seque
     for site, indices in features.items():
         if site not in saes:
             raise unknown("site", str(site), [str(known) for known in saes])
-        n_features = saes[site].config.n_features
+        n_features = config_of(saes, site).n_features
         wrong = next((i for i in indices if not 0 <= i < n_features), None)
         if wrong is not None:
             raise UserError(f"unknown feature '{site}/{wrong}': allowed are 0 to {n_features - 1}")
@@ -159,13 +160,16 @@ class _Watch:
     """The running state for the features asked about at one site."""
 
     def __init__(
-        self, sae: SparseAutoencoder, indices: list[int], *, n: int, before: int, after: int, vocab_size: int
-    ) -> None:
-        self.sae, self.indices, self.n, self.before = sae, indices, n, before
+        self, saes: Mapping[Site, SparseAutoencoder], site: Site, indices: list[int],
+        *, n: int, before: int, after: int, vocab_size: int,
+    ) -> None:  # fmt: skip
+        self.saes, self.site, self.indices, self.n, self.before = saes, site, indices, n, before
         slots, pool, width = len(indices), POOL_FACTOR * n, before + 1 + after
+        sae = saes[site]
         competing = sae.nonlinearity.needs_k
-        self.encoder = sae if competing else sae.restrict(torch.tensor(indices))
-        self.slot_of = torch.full((self.encoder.config.n_features,), -1, dtype=torch.int64, device=sae.device)
+        self.alone = None if competing else sae.restrict(torch.tensor(indices))
+        n_encoded = sae.config.n_features if competing else slots
+        self.slot_of = torch.full((n_encoded,), -1, dtype=torch.int64, device=sae.device)
         self.slot_of[torch.tensor(indices if competing else range(slots))] = torch.arange(slots, device=sae.device)
         self.n_tokens = 0
         self.count = torch.zeros(slots, dtype=torch.int64)
@@ -178,7 +182,8 @@ class _Watch:
     def update(self, x: Tensor, tokens: Tokens, counted: Tensor) -> None:
         """Add a batch. x: [B, S, d]; counted: [B, S] bool, the tokens that count."""
         row, position = counted.nonzero(as_tuple=True)  # [N] each
-        found = self._watched(self.encoder.encode_sparse(x[row, position]))
+        encoder = self.saes[self.site] if self.alone is None else self.alone
+        found = self._watched(encoder.encode_sparse(x[row, position]))
         row, position = row[found.token], position[found.token]
         self.n_tokens += int(counted.sum())
         self.count += torch.bincount(found.feature, minlength=len(self.indices)).cpu()
@@ -219,15 +224,16 @@ class _Watch:
         window_values[slot, place] = torch.where(inside, f[slot[:, None], text[:, None], at], 0.0)
         self.peak[slots], self.window_ids[slots], self.window_values[slots] = peak, window_ids, window_values
 
-    def summaries(self, model: LanguageModel, site: Site, *, n_tokens: int, n_neighbours: int) -> list[FeatureSummary]:
+    def summaries(self, model: LanguageModel, *, n_tokens: int, n_neighbours: int) -> list[FeatureSummary]:
         """What was seen, one summary a feature."""
-        index = torch.tensor(self.indices, device=self.sae.device)
-        top, bottom = logit_effect(model, self.sae.W_dec[index], k=n_tokens)
-        cosine, neighbour = nearest_features(self.sae.W_dec, index, k=n_neighbours)
+        W_dec = self.saes[self.site].W_dec
+        index = torch.tensor(self.indices, device=W_dec.device)
+        top, bottom = logit_effect(model, W_dec[index], k=n_tokens)
+        cosine, neighbour = nearest_features(W_dec, index, k=n_neighbours)
         top_ids = self.pairs.top(len(self.indices), n_tokens)
         return [
             FeatureSummary(
-                site=site.name,
+                site=self.site.name,
                 index=feature,
                 density=int(self.count[slot]) / max(self.n_tokens, 1),
                 max_activation=float(self.peak[slot].max()),

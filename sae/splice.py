@@ -12,16 +12,17 @@ another model, width or site fails there, with a sentence that names the site.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-from sae.autoencoder import SparseAutoencoder
+from sae.autoencoder import SAEConfig, SparseAutoencoder
 from sae.errors import UserError, unknown
 from sae.model import Edit, LanguageModel, Tokens
 from sae.selfcheck import relative_difference
 from sae.sites import Site
+from sae.streaming import config_of
 
 logger = logging.getLogger(__name__)
 
@@ -56,23 +57,28 @@ def check_saes(model: LanguageModel, saes: Mapping[Site, SparseAutoencoder], tok
     """
     if not saes:
         raise UserError("no autoencoders given: at least one site is needed")
-    for site, sae in saes.items():
-        _check_made_for(model, site, sae)
+    for site in saes:
+        _check_made_for(model, site, config_of(saes, site))
     batch = model.probe_tokens() if tokens is None else tokens
     plain = model.run(batch, capture=saes)
     if tokens is not None:
         for site, sae in saes.items():
             _warn_if_useless(site, sae, plain.activations[site][batch.attention_mask.to(model.device).bool()])
 
-    def difference(sites: Mapping[Site, SparseAutoencoder]) -> float:
-        edits = {site: identity_splice(sae) for site, sae in sites.items()}
+    def spliced(
+        site: Site,
+    ) -> Edit:  # asks for the autoencoder when the forward pass is there: streamed ones take turns
+        return lambda x: identity_splice(saes[site])(x)
+
+    def difference(sites: Iterable[Site]) -> float:
+        edits = {site: spliced(site) for site in sites}
         return relative_difference(model.run(batch, edits=edits).logits, plain.logits)
 
     allowed = TOLERANCE if model.dtype in (torch.float32, torch.float64) else TOLERANCE_16_BIT
     if difference(saes) <= allowed:
         return
-    for site, sae in saes.items():
-        change = difference({site: sae})
+    for site in saes:
+        change = difference([site])
         if not change <= allowed:
             raise UserError(
                 f"the autoencoder of site {str(site)!r} does not belong there: putting x̂ + (x − x̂) in place of x "
@@ -80,10 +86,9 @@ def check_saes(model: LanguageModel, saes: Mapping[Site, SparseAutoencoder], tok
             )
 
 
-def _check_made_for(model: LanguageModel, site: Site, sae: SparseAutoencoder) -> None:
+def _check_made_for(model: LanguageModel, site: Site, config: SAEConfig) -> None:
     if site not in model.widths:
         raise unknown("site", str(site), [known.name for known in model.sites])
-    config = sae.config
     if config.model_fingerprint and config.model_fingerprint != model.fingerprint:
         raise UserError(
             f"the autoencoder of site {str(site)!r} was made for another model: its model is {config.model!r} "

@@ -21,6 +21,7 @@ from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError
 from sae.model import LanguageModel, Tokens, check_finite
 from sae.sites import Site
+from sae.streaming import decoder_bias
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ def capture_states(
     m_clean = metric(clean.logits[:, -1], prompts)
     if prompts.patch is None:
         patch = {
-            site: saes[site].b_dec.to(clean.activations[site]).expand_as(clean.activations[site]) for site in sites
+            site: decoder_bias(saes, site).to(clean.activations[site]).expand_as(clean.activations[site])
+            for site in sites
         }
         return States(prompts, clean.activations, patch, True, m_clean, None)
     other = model.run(prompts.patch, capture=sites, last_only=True)

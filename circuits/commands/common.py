@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import platform
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ import tyro
 
 from circuits.circuit import Circuit
 from circuits.prompts import PromptSet, load_prompts
-from sae.autoencoder import SparseAutoencoder
+from sae.autoencoder import SparseAutoencoder, fingerprint
 from sae.errors import UserError
 from sae.files import read_json, without_nan, write_json
 from sae.formats import load_any
@@ -29,8 +28,8 @@ from sae.model import LanguageModel
 from sae.neurons import NEURONS, neuron_dictionaries
 from sae.sites import Site
 from sae.splice import check_saes
+from sae.streaming import GIB, open_saes
 
-SAMPLED_VALUES = 64  # of each tensor, for the fingerprint of autoencoders
 PACKAGES = ("sparse-feature-circuits", "torch", "transformers", "nnsight", "numpy")
 
 
@@ -70,6 +69,16 @@ class Common:
         return self.json
 
 
+@dataclass(frozen=True, kw_only=True)
+class UsesSaes(Common):
+    """Options of commands that can take autoencoders one by one."""
+
+    sae_memory: float | None = None
+    """Memory for autoencoders in GiB: where they do not fit they are read from disk whenever their site is at work.
+    Half of what is free by default.
+    """
+
+
 Overwrite = Annotated[
     bool, tyro.conf.arg(help="Replace what an earlier run of this command left in the output folder.")
 ]
@@ -102,22 +111,21 @@ def parse_site_paths(text: str | None) -> dict[str, str] | None:
     return {kind.strip(): path.strip() for kind, _, path in pairs}
 
 
-def saes_fingerprint(saes: Mapping[Site, SparseAutoencoder]) -> str:
-    """A short hash of a sample of all tensors of some autoencoders: a circuit means nothing with others."""
-    digest = hashlib.sha256()
-    for site, sae in sorted(saes.items()):
-        digest.update(f"{site} {sae.config.architecture} {sae.config.k}".encode())
-        for name, tensor in sorted(sae.named_buffers()):
-            sample = tensor.flatten()[:: max(1, tensor.numel() // SAMPLED_VALUES)].float().cpu()
-            digest.update(f"{name} {tuple(tensor.shape)}".encode() + sample.numpy().tobytes())
-    return digest.hexdigest()[:16]
+def load_checked_saes(
+    model: LanguageModel, path: str | Path, *, sites: list[Site] | None = None, options: Common | None = None
+) -> Mapping[Site, SparseAutoencoder]:
+    """The autoencoders of a run, checked against the model they are attached to; its neurons for `neurons`.
 
-
-def load_checked_saes(model: LanguageModel, path: str | Path, *, sites: list[Site] | None = None):
-    """The autoencoders of a run, checked against the model they are attached to; its neurons for `neurons`."""
+    Where the command can take them one by one (`UsesSaes`), those that do not fit in its `sae_memory` are streamed.
+    """
+    saes: Mapping[Site, SparseAutoencoder]
     if str(path) == NEURONS:
         return neuron_dictionaries(model, sites=sites)
-    saes: dict[Site, SparseAutoencoder] = load_any(path, device=model.device, sites=sites)
+    if isinstance(options, UsesSaes):
+        budget = None if options.sae_memory is None else int(options.sae_memory * GIB)
+        saes = open_saes(path, device=model.device, sites=sites, budget=budget)
+    else:
+        saes = load_any(path, device=model.device, sites=sites)
     check_saes(model, saes)
     return saes
 
@@ -128,7 +136,7 @@ class Loaded:
 
     circuit: Circuit
     model: LanguageModel
-    saes: dict[Site, SparseAutoencoder]
+    saes: Mapping[Site, SparseAutoencoder]
 
     @staticmethod
     def of(path: Path, options: Common, *, model: str | None = None, saes: str | None = None) -> Loaded:
@@ -144,9 +152,9 @@ class Loaded:
             )
         sites = [Site.parse(name) for name in circuit.metadata["sites"]]
         place_of_saes = saes or circuit.metadata["saes"]
-        dictionaries = load_checked_saes(language_model, place_of_saes, sites=sites)
+        dictionaries = load_checked_saes(language_model, place_of_saes, sites=sites, options=options)
         known = circuit.metadata.get("saes_fingerprint")
-        if known and known != saes_fingerprint(dictionaries):
+        if known and known != fingerprint(dictionaries):
             raise UserError(
                 f"the circuit in {str(path)!r} was found with other autoencoders than those that are now in "
                 f"{place_of_saes!r}: give --saes, or discover it again"

@@ -9,7 +9,7 @@ from typing import Annotated
 import torch
 import tyro
 
-from circuits.commands.common import Common, Output, Overwrite, load_checked_saes, load_model, record
+from circuits.commands.common import Output, Overwrite, UsesSaes, load_checked_saes, load_model, record
 from circuits.comparison import CompareOptions, compare_methods
 from circuits.comparison_view import plot, tables
 from circuits.prompts import PromptSet, load_prompts
@@ -20,7 +20,7 @@ COMPARISON_FILE = "comparison.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareMethods(Common):
+class CompareMethods(UsesSaes):
     """Compare node methods on one behaviour: how good their circuits are on held-out prompts, how well they agree with
     exact patching, and what they cost.
     """
@@ -43,7 +43,7 @@ class CompareMethods(Common):
     def run(self) -> Output:
         folder = prepare_folder(self.out / "comparison", overwrite=self.overwrite)
         model = load_model(self.model, self)
-        saes = load_checked_saes(model, self.saes)
+        saes = load_checked_saes(model, self.saes, options=self)
         train, test = self._prompts(model)
         comparison = compare_methods(model, saes, train, test, self.options, progress=not self.quiet)
         data = comparison.to_dict()

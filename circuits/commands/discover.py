@@ -11,27 +11,27 @@ import tyro
 
 from circuits.circuit import Circuit
 from circuits.commands.common import (
-    Common,
     Output,
     Overwrite,
+    UsesSaes,
     at_least,
     load_checked_saes,
     load_model,
     place,
     record,
-    saes_fingerprint,
 )
 from circuits.discovery import DiscoverOptions, discover
 from circuits.nodes import count
 from circuits.prompts import PromptSet, load_prompts
 from circuits.uncertainty import Bootstrap, uncertainty_line, with_uncertainty
 from circuits.verification import verified, verify
-from sae.autoencoder import SparseAutoencoder
+from sae.autoencoder import SparseAutoencoder, fingerprint
 from sae.errors import UserError
 from sae.features import top_contexts
 from sae.files import prepare_folder, write_json
 from sae.model import LanguageModel
 from sae.sites import Site, select_sites
+from sae.streaming import subset
 from sae.text import TextSource
 
 FEATURES_FILE = "features.json"
@@ -43,7 +43,7 @@ MEASURED_FILES = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Discover(Common):
+class Discover(UsesSaes):
     """Find the circuit behind a set of prompts: effects of all features and errors, edges among the strongest."""
 
     model: str
@@ -85,8 +85,8 @@ class Discover(Common):
         self._check()
         folder = prepare_folder(self.out / "circuit", overwrite=self.overwrite)
         model = load_model(self.model, self)
-        saes = load_checked_saes(model, self.saes)
-        saes = {site: saes[site] for site in select_sites(self.options.sites, list(saes))}
+        saes = load_checked_saes(model, self.saes, options=self)
+        saes = subset(saes, select_sites(self.options.sites, list(saes)))
         prompts = load_prompts(self.prompts, model, limit=self.examples)
         circuit = discover(
             model, saes, prompts, self.options, provenance=self._provenance(model, saes), progress=not self.quiet
@@ -134,7 +134,7 @@ class Discover(Common):
             "site_paths": self.site_paths,
             "dtype": str(model.dtype).removeprefix("torch."),
             "saes": place(self.saes),
-            "saes_fingerprint": saes_fingerprint(saes),
+            "saes_fingerprint": fingerprint(saes),
             "prompts": place(self.prompts),
             "examples": self.examples,
             "title": self.title or f"{Path(self.prompts).stem} in {Path(self.model).name}",

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Literal
 
 from circuits.circuit import circuit_folder
-from circuits.commands.common import Common, Loaded, Output, at_least, record
+from circuits.commands.common import Loaded, Output, UsesSaes, at_least, record
 from circuits.editing import ablate
 from sae.errors import UserError
 from sae.text import TextSource
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Edit(Common):
+class _Edit(UsesSaes):
     """Which features are edited, and what is measured."""
 
     circuit: Path

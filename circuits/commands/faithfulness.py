@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from circuits.circuit import circuit_folder
-from circuits.commands.common import Common, Loaded, Output, at_least, record
+from circuits.commands.common import Loaded, Output, UsesSaes, at_least, record
 from circuits.edge_faithfulness import EdgeFaithfulness, measure_edge_faithfulness
 from circuits.faithfulness import FaithfulnessOptions, measure_faithfulness
 from circuits.prompts import PromptSet
@@ -22,7 +22,7 @@ ERRORS_TEXT = {"nodes": "", "keep": ", all errors left in", "ablate": ", all err
 
 
 @dataclass(frozen=True, kw_only=True)
-class Faithfulness(Common):
+class Faithfulness(UsesSaes):
     """Measure how much of the behaviour the strongest nodes explain when all others are ablated, and how much is
     left without them.
     """

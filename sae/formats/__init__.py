@@ -19,7 +19,7 @@ from sae.formats import circuit_tracer, dictionary_learning, gemma_scope, llama_
 from sae.formats.hub import folders_in, locate
 from sae.sites import Site
 
-__all__ = ["FORMATS", "WRITERS", "Format", "load_any", "load_sae", "save_sae"]
+__all__ = ["FORMATS", "WRITERS", "Format", "load_any", "load_sae", "read_folder", "save_sae", "site_of"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def load_sae(
     `site` picks one where there are several, and says where it belongs if its files do not.
     """
     name = "" if site is None else Site.parse(site).name
-    return _placed(_read(locate(source, site=name)), name, str(source)).to(device)
+    return _placed(read_folder(locate(source, site=name)), name, str(source)).to(device)
 
 
 def load_any(
@@ -78,11 +78,11 @@ def load_any(
     if not root.is_dir() or not (folders := folders_in(root)):
         only = next(iter(wanted)) if wanted is not None and len(wanted) == 1 else None
         sae = load_sae(source, site=only, device=device)
-        return {_site_of(sae, str(source)): sae}
+        return {site_of(sae, str(source)): sae}
     found: dict[Site, SparseAutoencoder] = {}
     for folder in folders:
-        sae = _read(root / folder)
-        site = _site_of(sae, str(root / folder))
+        sae = read_folder(root / folder)
+        site = site_of(sae, str(root / folder))
         if site in found:
             raise UserError(f"{str(source)!r} holds several autoencoders for site {site}: name the folder of one")
         if wanted is None or site in wanted:
@@ -100,7 +100,8 @@ def save_sae(sae: SparseAutoencoder, folder: str | Path, *, file_format: str = "
     return Path(folder)
 
 
-def _read(path: Path) -> SparseAutoencoder:
+def read_folder(path: Path) -> SparseAutoencoder:
+    """The autoencoder in a folder or file of any known format."""
     for file_format in FORMATS:
         if file_format.recognises(path):
             return file_format.read(path)
@@ -121,7 +122,8 @@ def _placed(sae: SparseAutoencoder, site: str, source: str) -> SparseAutoencoder
     return sae
 
 
-def _site_of(sae: SparseAutoencoder, source: str) -> Site:
+def site_of(sae: SparseAutoencoder, source: str) -> Site:
+    """The site that the files at `source` say their autoencoder belongs to."""
     if not sae.config.site:
         raise UserError(f"nothing at {source!r} says which site its autoencoder belongs to: load it alone, with a site")
     return Site.parse(sae.config.site)

@@ -21,6 +21,7 @@ from sae.errors import UserError
 
 def _commands() -> dict[str, Any]:
     """Subcommands by name."""
+    from circuits.commands.cache import Cache
     from circuits.commands.compare import CompareMethods
     from circuits.commands.demo import Demo
     from circuits.commands.discover import Discover
@@ -34,6 +35,7 @@ def _commands() -> dict[str, Any]:
     from circuits.commands.train import Train
 
     return {
+        "cache": Cache,
         "train": Train,
         "evaluate": Evaluate,
         "discover": Discover,

@@ -27,6 +27,7 @@ from typing import Any
 
 from circuits.spans import Spans, parse_spans
 from sae.errors import UserError
+from sae.hub import hub_data_set
 
 Row = Mapping[str, Any]
 
@@ -149,12 +150,10 @@ def _rows_of_object(content: Any, where: str) -> Iterator[tuple[Row, str]]:
 
 
 def _hub_rows(source: str) -> Iterator[tuple[Row, str]]:
-    from datasets import load_dataset
-
     name, *parts = source.split(":")
     split = parts.pop() if parts else "train"
     try:
-        data = load_dataset(name, *parts, split=split)
+        data = hub_data_set(name, *parts, split=split)
     except Exception as error:  # the datasets library raises many kinds
         reason = str(error).strip().splitlines()
         raise UserError(

@@ -1,32 +1,47 @@
-"""Activations written once and read by several trainings.
+"""Activations written once to disk and read by several trainings.
 
 A cache is a folder of shards `shard_00000.safetensors`, each with a tensor [n, width] for every site and the token ids
-[n], and `manifest.json`: model and its fingerprint, sites and widths, text, context length, number type, rows of each
-shard. The manifest is written last, so a cache without one is incomplete. Rows are the positions that training uses,
-in the order of the text. A cache made for another model, site or text is refused.
+[n], and `manifest.json`: model, its revision and fingerprint, sites and widths, text and its fingerprint, context
+length, number type, rows of each shard.
+
+1. `write_cache` runs the model over the text once and writes shard after shard; `unfinished.json` says after each what
+   is written and where in the text the next begins. A run that was interrupted goes on there with `resume=True`.
+2. The manifest is written last; a folder without one is refused.
+3. `CachedActivations` reads rows in the order of the text, from the beginning again after the last, and knows what a
+   trainer must know of the model (`CachedModel`), which is not loaded.
+
+Rows are the positions that training uses. A cache made for another model, site or text is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from sae.activations import ContextStream, ModelActivations, StreamState
+from sae.activations import ContextStream, ModelActivations, StreamState, TextRead
+from sae.config import TrainConfig
 from sae.errors import UserError
-from sae.files import atomic_write, prepare_folder, read_json, write_json
+from sae.files import prepare_folder, read_json, write_json, write_tensors
 from sae.model import LanguageModel
 from sae.sites import Site, select_sites
 from sae.text import TextSource
 
-MANIFEST = "manifest.json"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MANIFEST, UNFINISHED = "manifest.json", "unfinished.json"
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+SHARD_TOKENS = 2**16
+SHARD_BYTES = 2**30
+"""Most memory for the rows of one shard, in float32."""
+ID_BYTES = 4
+SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -39,8 +54,12 @@ class Manifest:
     """Name of the model."""
     model_fingerprint: str
     """Fingerprint of its config and weights."""
+    revision: str | None
+    """Commit on the hub it was loaded from; None for a folder."""
     text: str
     """Name of the text."""
+    text_fingerprint: str
+    """Fingerprint of the text."""
     sites: dict[str, int]
     """Width of each site, in forward order."""
     context_length: int
@@ -51,8 +70,43 @@ class Manifest:
     """Whether special tokens were left out."""
     dtype: str
     """Number type of the activations."""
+    tokens: int
+    """Tokens that were asked for; there are fewer if the text is shorter."""
     shards: list[int]
     """Rows of each shard."""
+    documents: int
+    """Documents read."""
+    whole_text: bool
+    """Whether the text ended before the tokens that were asked for."""
+
+    @property
+    def rows(self) -> int:
+        """Tokens in the cache."""
+        return sum(self.shards)
+
+
+@dataclass(frozen=True)
+class CachedModel:
+    """What a trainer must know of a model it never runs."""
+
+    name: str
+    """Its name."""
+    fingerprint: str
+    """Fingerprint of its config and weights."""
+    widths: Mapping[Site, int]
+    """Width of each cached site, in forward order."""
+    device: torch.device
+    """Where to train."""
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The cached sites."""
+        return tuple(self.widths)
+
+
+def cache_bytes(widths: Iterable[int], tokens: int, dtype: str) -> int:
+    """Size on disk of `tokens` tokens: activations of all sites and a 4-byte token id."""
+    return tokens * (sum(widths) * DTYPES[dtype].itemsize + ID_BYTES)
 
 
 def write_cache(
@@ -66,68 +120,200 @@ def write_cache(
     packed: bool = False,
     exclude_special: bool = True,
     dtype: str = "bfloat16",
-    shard_tokens: int = 2**16,
+    shard_tokens: int = SHARD_TOKENS,
+    resume: bool = False,
     overwrite: bool = False,
     progress: bool = True,
 ) -> Manifest:
-    """Runs the model over at least `tokens` tokens of text and writes the activations of the sites to `out`."""
+    """Runs the model once over the text and writes the activations of the sites to `out`.
+
+    At least `tokens` tokens, up to one forward pass more; fewer where the text ends before, for a cache holds no
+    text twice.
+    """
     if dtype not in DTYPES:
-        raise UserError(f"dtype is {dtype!r}, allowed are {', '.join(DTYPES)}")
-    out = prepare_folder(out, overwrite=overwrite)
-    (out / MANIFEST).unlink(missing_ok=True)
+        raise UserError(f"the cache's number type is {dtype!r}, allowed are {', '.join(DTYPES)}")
+    if tokens < 1 or shard_tokens < 1:
+        raise UserError(f"tokens is {tokens} and shard_tokens {shard_tokens}: both must be at least 1")
     names = sites if isinstance(sites, str) else [str(site) for site in sites]
-    chosen, source = select_sites(names, model.sites), TextSource.of(texts)
+    chosen, source, out = select_sites(names, model.sites), TextSource.of(texts), Path(out)
     stream = ContextStream(model, source, context_length=context_length, packed=packed)
     activations = ModelActivations(model, stream, chosen, exclude_special=exclude_special)
-    buffer = {site: torch.empty(shard_tokens, width, device=model.device) for site, width in activations.widths.items()}
-    ids = torch.empty(shard_tokens, dtype=torch.int64)
-    shards: list[int] = []
-    with tqdm(total=tokens, unit="token", disable=not progress) as bar:
-        while sum(shards) < tokens:
-            n = activations.fill(buffer, ids)
-            tensors = {site.name: x[:n].to("cpu", DTYPES[dtype]).contiguous() for site, x in buffer.items()}
-            with atomic_write(out / f"shard_{len(shards):05d}.safetensors") as temporary:
-                save_file(tensors | {"input_ids": ids[:n].clone()}, temporary)
-            shards.append(n)
-            bar.update(n)
-    widths = {site.name: width for site, width in activations.widths.items()}
-    manifest = Manifest(
-        1, model.name, model.fingerprint, source.name, widths, stream.context_length, packed, exclude_special, dtype,
-        shards,
+    begun = Manifest(
+        SCHEMA_VERSION, model.name, model.fingerprint, model.revision, source.name, source.fingerprint,
+        {site.name: width for site, width in activations.widths.items()}, stream.context_length, packed,
+        exclude_special, dtype, tokens, [], 0, False,
     )  # fmt: skip
+    if resume and (out / MANIFEST).is_file():
+        return _same(begun, read_manifest(out), out)
+    if resume and (out / UNFINISHED).is_file():
+        begun, position = _unfinished(begun, out)
+        stream.seek(position)
+    stream.peek()  # text that cannot be read is told before anything is written
+    _check_space(out, cache_bytes(activations.widths.values(), tokens - begun.rows, dtype))
+    prepare_folder(out, overwrite=overwrite or resume)
+    if not begun.shards:
+        (out / MANIFEST).unlink(missing_ok=True)
+        _note(out, begun, stream.state)
+    manifest = _write_shards(activations, begun, out, shard_tokens, progress)
     write_json(out / MANIFEST, asdict(manifest))
+    (out / UNFINISHED).unlink(missing_ok=True)
+    for surplus in set(out.glob("shard_*.safetensors")) - {shard_path(out, i) for i in range(len(manifest.shards))}:
+        surplus.unlink()
     return manifest
 
 
+def _write_shards(
+    activations: ModelActivations, manifest: Manifest, out: Path, shard_tokens: int, progress: bool
+) -> Manifest:
+    """Shards until there are tokens enough or the text ends."""
+    bytes_per_row = 4 * sum(activations.widths.values())
+    most = min(shard_tokens, SHARD_BYTES // bytes_per_row)
+    device = activations.model.device
+    with tqdm(total=manifest.tokens, initial=manifest.rows, unit="token", disable=not progress) as bar:
+        while manifest.rows < manifest.tokens:
+            one_pass = sum(map(len, activations.stream.peek()))
+            size = max(min(most, manifest.tokens - manifest.rows), one_pass)
+            buffer = {site: torch.empty(size, width, device=device) for site, width in activations.widths.items()}
+            ids = torch.empty(size, dtype=torch.int64)
+            n = activations.fill(buffer, ids, one_epoch=True)
+            if n:
+                tensors = {site.name: x[:n].to("cpu", DTYPES[manifest.dtype]) for site, x in buffer.items()}
+                tensors["input_ids"] = ids[:n].to(torch.int32)
+                write_tensors(shard_path(out, len(manifest.shards)), tensors)
+            read = activations.text_read()
+            shards = [*manifest.shards, n] if n else manifest.shards
+            manifest = replace(manifest, shards=shards, documents=read.documents, whole_text=read.whole)
+            _note(out, manifest, activations.position())
+            bar.update(n)
+            if manifest.whole_text:
+                break
+    return manifest
+
+
+def _note(out: Path, manifest: Manifest, position: StreamState) -> None:
+    """Write down what is on disk and where in the text the next shard begins."""
+    write_json(out / UNFINISHED, {"manifest": asdict(manifest), "position": asdict(position)})
+
+
+def _unfinished(begun: Manifest, out: Path) -> tuple[Manifest, StreamState]:
+    """How far an interrupted run came."""
+    noted = read_json(out / UNFINISHED)
+    return _same(begun, Manifest(**noted["manifest"]), out), StreamState.from_json(noted["position"])
+
+
+def _same(wanted: Manifest, found: Manifest, out: Path) -> Manifest:
+    """What was found, after a check that it was begun with the same options."""
+    progress = ("shards", "documents", "whole_text", "model", "text", "revision")
+    for key, value in asdict(wanted).items():
+        if key not in progress and value != getattr(found, key):
+            raise UserError(
+                f"the cache in {str(out)!r} was begun with {key} {getattr(found, key)!r} and cannot go on with "
+                f"{value!r}: give the same options, another folder or allow overwriting"
+            )
+    return found
+
+
+def _check_space(out: Path, needed: int) -> None:
+    """Refuse what the disk cannot hold."""
+    folder = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.is_dir())
+    if needed > (free := shutil.disk_usage(folder).free):
+        raise UserError(
+            f"the cache needs {needed / 1e9:.2f} GB and the disk of {str(out)!r} has {free / 1e9:.2f} GB free: "
+            "give fewer tokens or sites, bfloat16, or another folder"
+        )
+
+
+def shard_path(folder: Path, index: int) -> Path:
+    """The file of a shard."""
+    return folder / f"shard_{index:05d}.safetensors"
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """The manifest of a complete cache."""
+    folder = Path(folder)
+    if not (folder / MANIFEST).is_file():
+        if (folder / UNFINISHED).is_file():
+            rows = Manifest(**read_json(folder / UNFINISHED)["manifest"]).rows
+            raise UserError(f"the cache in {str(folder)!r} is not finished ({rows:,} tokens): resume writing it first")
+        raise UserError(f"no activation cache in {str(folder)!r}: looked for {MANIFEST}, which is written last")
+    entries = read_json(folder / MANIFEST)
+    if entries.get("schema_version") != SCHEMA_VERSION:
+        raise UserError(f"{folder / MANIFEST} has schema_version {entries.get('schema_version')!r}, allowed is 1")
+    return Manifest(**entries)
+
+
 class CachedActivations:
-    """The rows of a cache, as a trainer reads them; from the beginning again after the last."""
+    """The rows of a cache, as a trainer reads them; from the beginning again after the last.
+
+    `model` and `text`, where they are given, must be those the cache was made for; `sites` are names or "all".
+    """
 
     def __init__(
-        self, folder: str | Path, *, model: LanguageModel | None = None, sites: Iterable[Site] | None = None,
-        text: str | None = None,
-    ):  # fmt: skip
-        self.folder = Path(folder)
-        if not (self.folder / MANIFEST).is_file():
-            raise UserError(f"no activation cache in {str(folder)!r}: looked for {MANIFEST}, which is written last")
-        self.manifest = Manifest(**read_json(self.folder / MANIFEST))
-        available = {Site.parse(name): width for name, width in self.manifest.sites.items()}
-        wanted = list(available) if sites is None else list(sites)
-        for what, mine, theirs in (
-            ("schema_version", 1, self.manifest.schema_version),
-            ("model", model and model.fingerprint, self.manifest.model_fingerprint),
-            ("text", text, self.manifest.text),
-        ):
-            if mine is not None and mine != theirs:
-                raise UserError(f"the cache in {str(folder)!r} was made for {what} {theirs!r}, not for {mine!r}")
-        if missing := [site for site in wanted if site not in available]:
-            has = ", ".join(self.manifest.sites)
-            raise UserError(f"the cache in {str(folder)!r} has no site {missing[0]}; it has {has}")
-        self.widths = {site: available[site] for site in wanted}
+        self,
+        folder: str | Path,
+        *,
+        model: LanguageModel | CachedModel | None = None,
+        sites: str | Iterable[Site | str] = "all",
+        text: TextSource | str | Path | None = None,
+        device: str | torch.device = "cpu",
+    ):
+        self.folder, self.device = Path(folder), torch.device(device)
+        self.manifest = manifest = read_manifest(self.folder)
+        if model is not None:
+            self._check("model", model.name, model.fingerprint, manifest.model, manifest.model_fingerprint)
+        if text is not None:
+            source = TextSource.of(text)
+            self._check("text", source.name, source.fingerprint, manifest.text, manifest.text_fingerprint)
+        available = {Site.parse(name): width for name, width in manifest.sites.items()}
+        names = sites if isinstance(sites, str) else [str(site) for site in sites]
+        try:
+            chosen = select_sites(names, tuple(available))
+        except UserError as error:
+            raise UserError(f"the cache in {str(folder)!r} has not all of these sites: {error}") from None
+        self.widths = {site: available[site] for site in chosen}
         self._state = StreamState()
+
+    @property
+    def model(self) -> CachedModel:
+        """The model as far as training needs it."""
+        return CachedModel(self.manifest.model, self.manifest.model_fingerprint, self.widths, self.device)
+
+    @property
+    def text(self) -> TextSource:
+        """The text it was made from."""
+        return TextSource(self.manifest.text, digest=self.manifest.text_fingerprint)
+
+    @property
+    def identity(self) -> str:
+        """A short hash of the manifest: two caches with the same one hold the same."""
+        return hashlib.sha256(json.dumps(asdict(self.manifest)).encode()).hexdigest()[:16]
+
+    def only(self, sites: Iterable[Site]) -> CachedActivations:
+        """The same cache from its beginning, with some of its sites."""
+        return CachedActivations(self.folder, sites=sites, device=self.device)
+
+    def fitted(self, config: TrainConfig) -> TrainConfig:
+        """A training config with the cache's contexts; refuses one that asks for others."""
+        usual = TrainConfig()
+        for name in ("context_length", "packed", "exclude_special"):
+            asked, has = getattr(config, name), getattr(self.manifest, name)
+            if asked not in (getattr(usual, name), has):
+                raise UserError(f"the cache in {str(self.folder)!r} was made with {name} {has}, not {asked}")
+            config = replace(config, **{name: has})
+        return config
+
+    def _check(self, what: str, name: str, fingerprint: str, made_for: str, known: str) -> None:
+        if fingerprint != known:
+            given = f"{name!r} as it is now" if name == made_for else repr(name)
+            raise UserError(f"the cache in {str(self.folder)!r} was made for {what} {made_for!r}, not {given}")
 
     def position(self) -> StreamState:
         """Where the next fill begins; `documents` counts rows."""
         return self._state
+
+    def text_read(self) -> TextRead:
+        """All that the cache was made from."""
+        return TextRead(self.manifest.documents, self.manifest.whole_text)
 
     def seek(self, state: StreamState) -> None:
         """Makes the next fill begin there."""
@@ -140,14 +326,21 @@ class CachedActivations:
         while n < capacity:
             shard, offset = self._locate(row)
             rows = min(capacity - n, self.manifest.shards[shard] - offset)
-            with safe_open(self.folder / f"shard_{shard:05d}.safetensors", framework="pt") as tensors:
-                for site in self.widths:
-                    buffer[site][n : n + rows] = tensors.get_slice(site.name)[offset : offset + rows]
+            self._read(shard, offset, rows, {site: x[n : n + rows] for site, x in buffer.items()})
             n, row = n + rows, row + rows
-            if row == sum(self.manifest.shards):
+            if row == self.manifest.rows:
                 epoch, row = epoch + 1, 0
         self._state = StreamState(epoch=epoch, documents=row)
         return n
+
+    def _read(self, shard: int, offset: int, rows: int, into: Mapping[Site, Tensor]) -> None:
+        path = shard_path(self.folder, shard)
+        try:
+            with safe_open(path, framework="pt") as tensors:
+                for site, x in into.items():
+                    x.copy_(tensors.get_slice(site.name)[offset : offset + rows])
+        except Exception as error:  # safetensors raises its own kind, OSError, or torch's for a wrong shape
+            raise UserError(f"{str(path)!r} is missing or damaged: write the cache again ({error})") from error
 
     def _locate(self, row: int) -> tuple[int, int]:
         """The shard that holds a row, and the row in it."""

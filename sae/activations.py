@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -50,6 +50,22 @@ class StreamState:
     rest: tuple[int, ...] = ()
     """Tokens of the last document that wait for a full context, when packed."""
 
+    @classmethod
+    def from_json(cls, entries: dict[str, Any]) -> StreamState:
+        """From what `asdict` gave, after a way through JSON."""
+        pending = tuple(tuple(context) for context in entries["pending"])
+        return cls(**entries | {"pending": pending, "rest": tuple(entries["rest"])})
+
+
+@dataclass(frozen=True)
+class TextRead:
+    """How much of a text was read."""
+
+    documents: int
+    """Documents, from the first on."""
+    whole: bool
+    """Whether that was all of it, so that nothing is held out."""
+
 
 class ContextStream:
     """Batches of contexts from a text, endlessly."""
@@ -64,6 +80,7 @@ class ContextStream:
         self.model, self.source = model, source
         self.context_length, self.packed = context_length, packed
         self.state = StreamState()
+        self.length: int | None = None  # documents of the whole text, once its end was seen
         self._documents: Iterator[str] | None = None
         first = model.tokenizer("a")["input_ids"][:1]
         self._prefix = tuple(first) if first and first[0] in model.special_ids else ()
@@ -95,6 +112,7 @@ class ContextStream:
         if not texts and self.state.documents == 0:
             raise UserError(f"the text {self.source.name!r} is empty: give one with at least one document")
         if not texts:
+            self.length = self.state.documents
             self.state = replace(self.state, epoch=self.state.epoch + 1, documents=0)
             self._documents = None
             log.info("the text was read %d times; it is read again from the beginning", self.state.epoch)
@@ -134,6 +152,9 @@ class ActivationSource(Protocol):
     def fill(self, buffer: dict[Site, Tensor]) -> int:
         """Writes rows into [n, width] tensors and returns how many; the same rows from the same position."""
 
+    def text_read(self) -> TextRead:
+        """How much of the text the rows that were given so far come from."""
+
 
 class ModelActivations:
     """Activations from forward passes of the model."""
@@ -152,11 +173,18 @@ class ModelActivations:
     def seek(self, state: StreamState) -> None:
         self.stream.seek(state)
 
-    def fill(self, buffer: dict[Site, Tensor], ids: Tensor | None = None) -> int:
-        """Runs the model until no further batch fits; also writes the token ids [n] of the rows if asked to."""
+    def text_read(self) -> TextRead:
+        state = self.stream.state
+        return TextRead(self.stream.length or state.documents, state.epoch > 0)
+
+    def fill(self, buffer: dict[Site, Tensor], ids: Tensor | None = None, *, one_epoch: bool = False) -> int:
+        """Runs the model until no further batch fits, or with `one_epoch` until the text ends for the first time.
+
+        Also writes the token ids [n] of the rows if asked to.
+        """
         capacity = len(next(iter(buffer.values())))
         n = barren = 0
-        while sum(map(len, self.stream.peek())) <= capacity - n:
+        while sum(map(len, self.stream.peek())) <= capacity - n and not (one_epoch and self.stream.state.epoch):
             tokens = self.stream.take().to(self.model.device)
             keep = tokens.attention_mask.bool() & ~torch.isin(tokens.input_ids, self._excluded)  # [B, S]
             run = self.model.run(tokens, capture=self.sites, need_logits=False)

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sae.architectures import nonlinearity
 from sae.errors import UserError
-from sae.files import atomic_write, read_json, write_json
+from sae.files import read_json, write_json, write_tensors
 from sae.nonlinearities import CORE, TOPK, top_features
 from sae.sites import Site
 
@@ -200,9 +200,7 @@ class SparseAutoencoder(nn.Module):
         """Writes `config.json` and `sae.safetensors` into the folder, each under a temporary name first."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in self._buffers_by_name.items()}
-        with atomic_write(folder / WEIGHTS_FILE) as temporary:
-            save_file(tensors, temporary)
+        write_tensors(folder / WEIGHTS_FILE, self._buffers_by_name)
         write_json(folder / CONFIG_FILE, {"schema_version": SCHEMA_VERSION, **asdict(self.config)})
         return folder
 

@@ -8,17 +8,16 @@ learners' counters, the step, and the position in the text at which the present 
 from __future__ import annotations
 
 import json
-import secrets
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sae.activations import StreamState
-from sae.files import read_json
+from sae.files import read_json, temporary_name, write_tensors
 
 KEPT = 2
 
@@ -44,21 +43,20 @@ class Checkpoint:
 def save(folder: Path, checkpoint: Checkpoint) -> Path:
     """Writes a checkpoint and removes all but the last two."""
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{secrets.token_hex(4)}.tmp"
+    final = folder / f"step_{checkpoint.step:08d}"
+    temporary = temporary_name(final)
     temporary.mkdir()
     try:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in checkpoint.tensors.items()},
-                  temporary / "state.safetensors")  # fmt: skip
+        write_tensors(temporary / "state.safetensors", checkpoint.tensors)
         entries = {key: value for key, value in vars(checkpoint).items() if key not in ("tensors", "position")}
         entries = {"schema_version": 1, **entries, "position": asdict(checkpoint.position)}
         (temporary / "state.json").write_text(json.dumps(entries), encoding="utf-8")
-        final = folder / f"step_{checkpoint.step:08d}"
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     for old in _folders(folder)[:-KEPT]:
-        shutil.rmtree(old)
+        shutil.rmtree(old.rename(temporary_name(old)), ignore_errors=True)
     return final
 
 
@@ -69,15 +67,14 @@ def latest(folder: Path) -> Checkpoint | None:
         return None
     entries = read_json(folders[-1] / "state.json")
     del entries["schema_version"]
-    position = entries.pop("position")
-    pending = tuple(tuple(context) for context in position.pop("pending"))
-    state = StreamState(**position | {"pending": pending, "rest": tuple(position["rest"])})
+    state = StreamState.from_json(entries.pop("position"))
     return Checkpoint(**entries, position=state, tensors=load_file(folders[-1] / "state.safetensors"))
 
 
 def remove(folder: Path) -> None:
-    """Removes all checkpoints."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Removes all checkpoints: first from sight, so that half of one is never found."""
+    if folder.is_dir():
+        shutil.rmtree(folder.rename(temporary_name(folder)), ignore_errors=True)
 
 
 def _folders(folder: Path) -> list[Path]:

@@ -4,13 +4,30 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
 from sae.errors import UserError
+
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp(\..+)?")
+
+
+def temporary_name(path: Path) -> Path:
+    """A new name beside `path` that says what is written there is not finished."""
+    return path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}")
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a file or folder has a name of `temporary_name`: what a killed process left."""
+    return _TEMPORARY.fullmatch(path.name) is not None
 
 
 @contextmanager
@@ -18,7 +35,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`; rename it to `path` when the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}")
+    temporary = temporary_name(path)
     try:
         yield temporary
         temporary.replace(path)
@@ -33,6 +50,18 @@ def without_nan(value: Any) -> Any:
     if isinstance(value, list):
         return [without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors as safetensors, atomically; a disk that cannot take them is told in one sentence."""
+    path = Path(path)
+    try:
+        with atomic_write(path) as temporary:
+            save_file({name: x.cpu().contiguous() for name, x in tensors.items()}, temporary)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"cannot write {str(path)!r}: {error}; what was written before is whole: free some space and resume"
+        ) from error
 
 
 def write_json(path: str | Path, obj: Any) -> None:

@@ -13,18 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import get_session
-from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from sae.errors import UserError, nearest, unknown
+from sae.hub import hub_reachable
 from sae.sites import model_type
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 FULL_PRECISION_PARAMETERS = 2_000_000_000  # up to this many, dtype "auto" on CUDA is float32 as it is elsewhere
-HUB_TIMEOUT_S = 5
 SAMPLED_VALUES = 64  # of each parameter, for the fingerprint
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """A device by name, the best there is for auto."""
+    return auto_device() if device == "auto" else _device(device)
 
 
 def auto_device() -> torch.device:
@@ -52,7 +55,7 @@ def load_hf(
         if wanted is not None:
             hf.to(wanted)
     else:
-        name, place = str(model), auto_device() if device == "auto" else _device(device)
+        name, place = str(model), resolve_device(device)
         hf = _load_model(name, wanted)  # asked for when loading, for a later cast would round rotary frequencies too
         n_parameters = sum(parameter.numel() for parameter in hf.parameters())
         if wanted is None and (place.type != "cuda" or n_parameters < FULL_PRECISION_PARAMETERS):
@@ -62,6 +65,11 @@ def load_hf(
     if tokenizer is None and name:
         tokenizer = _load_tokenizer(name, required=not isinstance(model, nn.Module))
     return hf, tokenizer, name or type(hf).__name__
+
+
+def weights_fingerprint(name: str) -> str:
+    """The fingerprint of a model by hub name or folder, whose weights are read once and dropped again."""
+    return fingerprint(_load_model(name, None))
 
 
 def fingerprint(hf: nn.Module) -> str:
@@ -82,6 +90,8 @@ def _device(device: str | torch.device) -> torch.device:
         place = torch.device(device)
     except RuntimeError:
         raise unknown("device", str(device), ["auto", "cpu", "cuda", "mps"]) from None
+    if place.type == "meta":
+        raise UserError("device 'meta' holds no numbers: allowed are auto, cpu, cuda and mps")
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}.get(place.type, True)
     if not available:
         raise UserError(f"device {str(device)!r} is not available on this machine: allowed are auto and cpu")
@@ -99,28 +109,17 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
 def _load_model(name: str, dtype: torch.dtype | None) -> nn.Module:
     if Path(name).is_file():
         raise UserError(f"model {name!r} is a file: give the folder that holds config.json and the weights")
-    local = not _hub_reachable(name)
+    local = Path(name).is_dir() or not hub_reachable()
     try:
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", local_files_only=local)
     except (OSError, ValueError) as error:
         raise _not_loaded("model", name, "config.json and the weights", error) from error
 
 
-def _hub_reachable(name: str) -> bool:
-    """Whether the hub answers at all, asked once: a download would retry for half a minute before it gives up."""
-    if Path(name).is_dir() or HF_HUB_OFFLINE:
-        return False
-    try:
-        get_session().head(ENDPOINT, timeout=HUB_TIMEOUT_S)
-    except Exception:  # no name service, no route, no proxy, a time-out: whatever it is, only the cache is left
-        return False
-    return True
-
-
 def _load_tokenizer(name: str, *, required: bool) -> Any:
     folder = Path(name)
     try:
-        return AutoTokenizer.from_pretrained(name, local_files_only=not _hub_reachable(name))
+        return AutoTokenizer.from_pretrained(name, local_files_only=folder.is_dir() or not hub_reachable())
     except Exception as error:  # the many ways a folder's files can be odd; a bare tokenizer.json still serves
         if (folder / "tokenizer.json").is_file():
             return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))

@@ -113,6 +113,11 @@ class LanguageModel:
         return next(self.hf.parameters()).device
 
     @property
+    def revision(self) -> str | None:
+        """Commit of the hub's repository that it was loaded from; None for a folder or an object."""
+        return getattr(getattr(self.hf, "config", None), "_commit_hash", None)
+
+    @property
     def dtype(self) -> torch.dtype:
         """Number type of the activations."""
         return next(self.hf.parameters()).dtype

@@ -1,36 +1,71 @@
 """Sweeps: a grid of architectures, widths, sparsities and seeds at every site, from one forward pass a batch of text.
 
 1. `grid` makes a `TrainConfig` for each combination, named by what varies ("batchtopk-1024-k32-seed0");
-2. `sweep` trains all of them at all sites on the same activations, so they differ in nothing else, and leaves
-   each in its own run folder `out`/NAME/saes/<site>/, which everything that takes a run folder reads.
+2. `sweep` trains all of them at all sites on the same activations and leaves each in its own run folder
+   `out`/NAME/saes/SITE/, which everything that takes a run folder reads. A dictionary is the same bits as `train` with
+   its config gives, for each seed has its own order of the activations.
 
-What concerns the data (tokens, batch, context, buffer) must be equal in all; one optimizer step moves them all.
+What concerns the data (tokens, batch, context, buffer) must be equal in all; one optimizer step moves them all. With
+`resume`, dictionaries that are in their folder already are not trained again, and a larger grid trains what is new.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 
-from sae import checkpoint as checkpoints
-from sae.activations import ActivationSource, ContextStream, ModelActivations
+from sae.activation_cache import CachedActivations, CachedModel
+from sae.activations import TextRead
 from sae.architectures import architecture
-from sae.autoencoder import SparseAutoencoder
 from sae.config import TrainConfig
 from sae.errors import UserError
-from sae.files import write_json
+from sae.files import atomic_write, read_json
 from sae.learner import Learner
 from sae.model import LanguageModel
+from sae.run_folder import CONFIG_FILE, RunFolder, run_settings
 from sae.sites import Site, select_sites
 from sae.text import TextSource
-from sae.training import Trainer, run_settings, start_folder
+from sae.training import Trainer, open_activations
 
 SHARED = (
     "tokens", "batch_size", "context_length", "packed", "exclude_special", "buffer_tokens", "log_steps", "checkpoints",
 )  # fmt: skip
 """Options that all configs of a sweep have in common."""
+BYTES_PER_WEIGHT = 16
+"""Weight, gradient and two moments of Adam in float32."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What `sweep` trained."""
+
+    out: Path
+    """Its folder."""
+    configs: dict[str, TrainConfig]
+    """Training options by name; all that were ever trained in this folder."""
+    sites: tuple[Site, ...]
+    """Sites that each config has a dictionary at."""
+    read: TextRead
+    """How much of the text was read; what comes after is held out."""
+
+    @classmethod
+    def load(cls, out: str | Path) -> Sweep:
+        """The sweep in a folder."""
+        out = Path(out)
+        entry = read_json(out / CONFIG_FILE).get("sweep") or {}
+        if not entry.get("complete"):
+            raise UserError(f"no complete sweep in {str(out)!r}: run it again with --resume")
+        configs = {name: TrainConfig(**options) for name, options in entry["config"].items()}
+        reads = [TextRead(**read_json(out / name / CONFIG_FILE)["train"]["read"]) for name in configs]
+        read = max(reads, key=lambda read: (read.whole, read.documents))
+        return cls(out, configs, tuple(map(Site.parse, entry["sites"])), read)
+
+    def run(self, name: str) -> Path:
+        """The run folder of a config."""
+        return self.out / name
 
 
 def grid(
@@ -51,8 +86,14 @@ def grid(
     return configs
 
 
+def training_bytes(configs: Iterable[TrainConfig], widths: Iterable[int]) -> int:
+    """Memory of weights, gradients and Adam's moments of all dictionaries of a sweep."""
+    trained = [config for config in configs if architecture(config.architecture).trained]
+    return sum(BYTES_PER_WEIGHT * (2 * width + 1) * config.features for config in trained for width in widths)
+
+
 def sweep(
-    model: LanguageModel,
+    model: LanguageModel | CachedModel,
     texts: str | Path | Iterable[str] | TextSource,
     configs: Mapping[str, TrainConfig],
     *,
@@ -61,32 +102,57 @@ def sweep(
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = True,
-    activations: ActivationSource | None = None,
-) -> dict[str, dict[Site, SparseAutoencoder]]:
-    """Trains every config at every site from the same activations; autoencoders by config and site."""
-    out, source = Path(out), TextSource.of(texts)
-    first = _shared(configs)
+    activations: CachedActivations | None = None,
+) -> Sweep:
+    """Trains every config at every site from the same activations; with a cache the model is not needed (`train`)."""
+    source, first, out = TextSource.of(texts), _shared(configs), Path(out)
     names = sites if isinstance(sites, str) else [str(site) for site in sites]
-    chosen = select_sites(names, model.sites)
-    learners = [
-        Learner(f"{name}/{site}", site, model.widths[site], config, model.device)
+    chosen = tuple(select_sites(names, model.sites))
+    if activations is not None:
+        configs = {name: activations.fitted(config) for name, config in configs.items()}
+        first = activations.fitted(first)
+    identity = None if activations is None else activations.identity
+    whole = RunFolder(out, "sweep", run_settings(model, source, chosen, configs, cache=identity))
+    runs = {
+        name: RunFolder(out / name, "train", run_settings(model, source, chosen, config, cache=identity))
         for name, config in configs.items()
-        for site in chosen
-    ]
-    start_folder(out, run_settings(model, source, chosen, configs), resume=resume, overwrite=overwrite)
-    if activations is None:
-        stream = ContextStream(model, source, context_length=first.context_length, packed=first.packed)
-        activations = ModelActivations(model, stream, chosen, exclude_special=first.exclude_special)
-    Trainer(learners, activations, first, out=out, progress=progress).run()
-    saes: dict[str, dict[Site, SparseAutoencoder]] = {name: {} for name in configs}
-    for learner in learners:
-        name = learner.name.removesuffix(f"/{learner.site}")
-        saes[name][learner.site] = learner.export(model=model.name, fingerprint=model.fingerprint)
-        saes[name][learner.site].save(out / name / "saes" / learner.site.name)
-    for name, config in configs.items():
-        write_json(out / name / "config.json", run_settings(model, source, chosen, config))
-    checkpoints.remove(out / "checkpoints")
-    return saes
+    }
+    waiting = [name for name, run in runs.items() if not (resume and run.finished())]
+    if waiting:
+        rows = open_activations(model, source, chosen, first, cache=activations)
+        whole.start(resume=resume, overwrite=overwrite)
+        for name in waiting:
+            runs[name].start(resume=resume, overwrite=overwrite)
+        learners = [
+            Learner(f"{name}/{site}", site, model.widths[site], configs[name], model.device)
+            for name in waiting
+            for site in chosen
+        ]
+        log_path = out / "training.jsonl"
+        checkpoints = whole.checkpoints
+        Trainer(learners, rows, first, log_path=log_path, checkpoint_folder=checkpoints, progress=progress).run()
+        for learner in learners:
+            folder = out / learner.name.removesuffix(f"/{learner.site}") / "saes" / learner.site.name
+            learner.export(model=model.name, fingerprint=model.fingerprint).save(folder)
+        _split_log(log_path, {name: runs[name].path for name in waiting})
+        for name in waiting:
+            runs[name].finish(read=asdict(rows.text_read()))
+    whole.finish()
+    (out / "training.jsonl").unlink(missing_ok=True)
+    return Sweep.load(out)
+
+
+def _split_log(log: Path, runs: Mapping[str, Path]) -> None:
+    """Gives each run folder its lines of the common log, as `train` leaves them."""
+    lines: dict[str, list[str]] = {name: [] for name in runs}
+    for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
+        entry = json.loads(line)
+        name, _, site = entry["site"].rpartition("/")
+        if name in lines:
+            lines[name].append(json.dumps({**entry, "site": site}) + "\n")
+    for name, own in lines.items():
+        with atomic_write(runs[name] / "saes" / "training.jsonl") as temporary:
+            temporary.write_text("".join(own), encoding="utf-8")
 
 
 def _shared(configs: Mapping[str, TrainConfig]) -> TrainConfig:

@@ -17,9 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from sae.errors import UserError
+from sae.hub import hub_data_set
 
 FIELDS = ("text", "content", "document", "story", "sentence")
 """Fields looked at, in this order, when none is given."""
+SAMPLES, SAMPLE_BYTES = 64, 2**16
+"""Of a file, for its fingerprint: all of it up to four megabytes."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class TextSource:
     """The documents themselves, where they were given."""
     text_field: str | None = None
     """Field of a record that holds the document; None takes the first known one."""
+    digest: str | None = None
+    """Fingerprint, where it is known without reading the text."""
 
     @classmethod
     def of(cls, texts: TextSource | str | Path | Iterable[str], *, text_field: str | None = None) -> TextSource:
@@ -43,6 +48,20 @@ class TextSource:
         documents = list(texts)
         digest = hashlib.sha256("\0".join(documents).encode()).hexdigest()[:16]
         return cls(f"{len(documents)} documents, {digest}", documents=documents)
+
+    @property
+    def fingerprint(self) -> str:
+        """The same for the same text under any path: size and samples of a file, else the name."""
+        path = Path(self.name)
+        if self.digest is not None or self.documents is not None or not path.is_file():
+            return self.digest or self.name
+        size, digest = path.stat().st_size, hashlib.sha256()
+        digest.update(f"{size} {self.text_field}".encode())
+        with path.open("rb") as data:
+            for i in range(SAMPLES):
+                data.seek(i * max(0, size - SAMPLE_BYTES) // (SAMPLES - 1))
+                digest.update(data.read(SAMPLE_BYTES))
+        return digest.hexdigest()[:16]
 
     def read(self, start: int = 0) -> Iterator[str]:
         """The documents from number `start` on, without empty ones; numbering counts what is yielded."""
@@ -85,11 +104,9 @@ class TextSource:
         return record[found]
 
     def _read_hub(self) -> Iterator[str]:
-        from datasets import load_dataset  # slow to import, and not needed for files
-
         name, _, configuration = self.name.partition(":")
         try:
-            records = load_dataset(name, configuration or None, split="train", streaming=True)
+            records = hub_data_set(name, configuration or None, split="train", streaming=True)
         except Exception as error:  # datasets raises many kinds for a name it cannot resolve
             raise UserError(
                 f"no text {self.name!r}: neither a file nor a hub data set that can be loaded ({error})"

@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -27,14 +26,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sae import checkpoint as checkpoints
+from sae.activation_cache import CachedActivations, CachedModel
 from sae.activations import ActivationSource, ContextStream, ModelActivations, StreamState
-from sae.autoencoder import SparseAutoencoder, is_sae_folder
+from sae.autoencoder import SparseAutoencoder
 from sae.checkpoint import Checkpoint
 from sae.config import TrainConfig
 from sae.errors import UserError
-from sae.files import prepare_folder, read_json, write_json
 from sae.learner import Learner
 from sae.model import LanguageModel
+from sae.run_folder import RunFolder, run_settings
 from sae.sites import Site, select_sites
 from sae.text import TextSource
 
@@ -49,7 +49,7 @@ BETAS = (0.9, 0.99)
 
 
 def train(
-    model: LanguageModel,
+    model: LanguageModel | CachedModel,
     texts: str | Path | Iterable[str] | TextSource,
     *,
     sites: str | Sequence[str | Site] = "all",
@@ -58,33 +58,53 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = True,
-    activations: ActivationSource | None = None,
+    activations: CachedActivations | None = None,
 ) -> dict[Site, SparseAutoencoder]:
     """Trains an autoencoder at each site; returns them in forward order and leaves them in `out`/saes/<site>.
 
-    `activations` replaces forward passes of the model, for example by a `CachedActivations` of this model and text.
+    `activations` replaces forward passes of the model by what a cache holds: `train(cache.model, cache.text, ...,
+    activations=cache)` never loads the model.
     """
     config, out, source = config or TrainConfig(), Path(out), TextSource.of(texts)
     names = sites if isinstance(sites, str) else [str(site) for site in sites]
     chosen = select_sites(names, model.sites)
-    settings = run_settings(model, source, chosen, config)
-    learners = [Learner(site.name, site, model.widths[site], config, model.device) for site in chosen]
-    folders = {learner.name: out / "saes" / learner.name for learner in learners}
-    if resume and _is_finished(out, settings, folders):
+    if activations is not None:
+        config = activations.fitted(config)
+    identity = None if activations is None else activations.identity
+    run = RunFolder(out, "train", run_settings(model, source, chosen, config, cache=identity))
+    folders = {site: out / "saes" / site.name for site in chosen}
+    if resume and run.finished():
         log.info("the run in %s is complete; nothing to resume", out)
-        return {site: SparseAutoencoder.load(folders[site.name], device=model.device) for site in chosen}
-    if activations is None:
-        stream = ContextStream(model, source, context_length=config.context_length, packed=config.packed)
-        stream.peek()  # text that cannot be read is told before anything is written
-        activations = ModelActivations(model, stream, chosen, exclude_special=config.exclude_special)
-    start_folder(out, settings, resume=resume, overwrite=overwrite)
-    Trainer(learners, activations, config, out=out, progress=progress).run()
+        return {site: SparseAutoencoder.load(folders[site], device=model.device) for site in chosen}
+    rows = open_activations(model, source, chosen, config, cache=activations)
+    run.start(resume=resume, overwrite=overwrite)
+    learners = [Learner(site.name, site, model.widths[site], config, model.device) for site in chosen]
+    log_path = out / "saes" / "training.jsonl"
+    Trainer(learners, rows, config, log_path=log_path, checkpoint_folder=run.checkpoints, progress=progress).run()
     saes = {}
     for learner in learners:
         saes[learner.site] = learner.export(model=model.name, fingerprint=model.fingerprint)
-        saes[learner.site].save(folders[learner.name])
-    checkpoints.remove(out / "checkpoints")
+        saes[learner.site].save(folders[learner.site])
+    run.finish(read=asdict(rows.text_read()))
     return saes
+
+
+def open_activations(
+    model: LanguageModel | CachedModel,
+    source: TextSource,
+    sites: Sequence[Site],
+    config: TrainConfig,
+    *,
+    cache: CachedActivations | None,
+) -> ActivationSource:
+    """What a trainer reads: the cache if there is one, else forward passes of the model over the text."""
+    if cache is not None:
+        return cache.only(sites)
+    if isinstance(model, CachedModel):
+        raise UserError(f"the model {model.name!r} is known from a cache alone: give that cache as well, or load it")
+    stream = ContextStream(model, source, context_length=config.context_length, packed=config.packed)
+    stream.peek()  # text that cannot be read is told before anything is written
+    return ModelActivations(model, stream, sites, exclude_special=config.exclude_special)
 
 
 class Trainer:
@@ -96,12 +116,12 @@ class Trainer:
         activations: ActivationSource,
         config: TrainConfig,
         *,
-        out: Path,
+        log_path: Path,
+        checkpoint_folder: Path,
         progress: bool,
     ):
         self.learners, self.activations, self.config = list(learners), activations, config
-        self.log_path, self.checkpoint_folder = out / "saes" / "training.jsonl", out / "checkpoints"
-        self.progress = progress
+        self.log_path, self.checkpoint_folder, self.progress = log_path, checkpoint_folder, progress
         self.device = learners[0].device
         self.optimizer = torch.optim.Adam(
             [{"params": list(learner.weights.values())} for learner in learners],
@@ -111,7 +131,8 @@ class Trainer:
         self.step = self.fill = self.dealt = 0
         self.position = StreamState()
         self.buffer: dict[Site, Tensor] = {}
-        self.order = torch.empty(0, dtype=torch.int64)
+        self.orders: dict[int, Tensor] = {}  # by seed, so that each learner reads what it would read alone
+        self.filled = 0
 
     def run(self) -> None:
         """Trains to the end, from the last checkpoint if there is one."""
@@ -120,7 +141,7 @@ class Trainer:
         self._fill()
         if not restored:
             for learner in self.learners:
-                learner.prepare(self.buffer[learner.site][: len(self.order)])
+                learner.prepare(self.buffer[learner.site][: self.filled])
         if not any(learner.recipe.trained for learner in self.learners):
             return
         saves = self._checkpoint_steps()
@@ -156,20 +177,21 @@ class Trainer:
     def _fill(self) -> None:
         """Fills the buffer from the present position and deals the rows out in a new order."""
         self.activations.seek(self.position)
-        n = self.activations.fill(self.buffer)
-        generator = torch.Generator().manual_seed(1_000_003 * self.config.seed + self.fill)
-        self.order = torch.randperm(n, generator=generator).to(self.device)
+        self.filled = self.activations.fill(self.buffer)
+        for seed in {learner.config.seed for learner in self.learners}:
+            generator = torch.Generator().manual_seed(1_000_003 * seed + self.fill)
+            self.orders[seed] = torch.randperm(self.filled, generator=generator).to(self.device)
 
-    def _next_rows(self) -> Tensor:
-        """Rows of the buffer for the next batch [n]; fills it again when fewer than a batch are left."""
+    def _next_rows(self) -> dict[int, Tensor]:
+        """Rows of the buffer for the next batch [n], by seed; fills it again when fewer than a batch are left."""
         batch = self.config.batch
-        if (self.dealt + 1) * batch > len(self.order) and self.dealt > 0:
+        if (self.dealt + 1) * batch > self.filled and self.dealt > 0:
             self.position = self.activations.position()
             self.fill, self.dealt = self.fill + 1, 0
             self._fill()
-        rows = self.order[self.dealt * batch : (self.dealt + 1) * batch]
+        dealt = slice(self.dealt * batch, (self.dealt + 1) * batch)
         self.dealt += 1
-        return rows
+        return {seed: order[dealt] for seed, order in self.orders.items()}
 
     def _one_step(self) -> None:
         rows = self._next_rows()
@@ -177,7 +199,7 @@ class Trainer:
         with cast:
             for learner, group in zip(self.learners, self.optimizer.param_groups, strict=True):
                 group["lr"] = learner.config.learning_rate_at(self.step, learner.width)
-                x = self.buffer[learner.site][rows]
+                x = self.buffer[learner.site][rows[learner.config.seed]]
                 if self.step in learner.resample_steps:
                     learner.resample(x, self.optimizer.state, self.step)
                 learner.step(x, self.step)
@@ -236,54 +258,16 @@ class Trainer:
                 prefix = f"{learner.name}/adam/{key}/"
                 moments = {n.removeprefix(prefix): t for n, t in found.tensors.items() if n.startswith(prefix)}
                 self.optimizer.state[weight] = {moment: tensor.to(self.device) for moment, tensor in moments.items()}
+        tensors = self._tensors()
+        if missing := next((name for name in tensors if name not in found.tensors), None):
+            raise UserError(
+                f"the checkpoint in {str(self.checkpoint_folder)!r} has nothing of {missing.partition('/state/')[0]}: "
+                "finish what was interrupted with the same options first"
+            )
         with torch.no_grad():
-            for name, tensor in self._tensors().items():
+            for name, tensor in tensors.items():
                 tensor.copy_(found.tensors[name])
         with self.log_path.open("r+b") as lines:
             lines.truncate(found.log_bytes)
         log.info("resumed after step %d of %d", self.step, self.config.steps)
         return True
-
-
-def run_settings(
-    model: LanguageModel, source: TextSource, sites: Sequence[Site], config: TrainConfig | Mapping[str, TrainConfig]
-) -> dict[str, Any]:
-    """What a run depends on, as it is written to config.json."""
-    configs = asdict(config) if isinstance(config, TrainConfig) else {n: asdict(c) for n, c in config.items()}
-    return {
-        "schema_version": 1,
-        "command": "train",
-        "model": model.name,
-        "model_fingerprint": model.fingerprint,
-        "text": source.name,
-        "sites": [site.name for site in sites],
-        "train": configs,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "device": str(model.device),
-    }
-
-
-def start_folder(out: Path, settings: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
-    """Makes the run folder and writes its config.json; when resuming, refuses other settings than it was begun with."""
-    path = out / "config.json"
-    if resume and path.is_file():
-        _check_same(read_json(path), settings, out)
-        return
-    prepare_folder(out, overwrite=overwrite or resume)
-    checkpoints.remove(out / "checkpoints")
-    write_json(path, settings)
-
-
-def _check_same(before: Any, now: dict[str, Any], out: Path) -> None:
-    for key in ("model_fingerprint", "text", "sites", "train"):
-        if before.get(key) != json.loads(json.dumps(now[key])):
-            begun = f"the run in {str(out)!r} was begun with {key} {before.get(key)!r}"
-            raise UserError(f"{begun} and cannot be resumed with {now[key]!r}")
-
-
-def _is_finished(out: Path, settings: dict[str, Any], folders: Mapping[str, Path]) -> bool:
-    """Whether a run with these settings ended: every autoencoder is there and no checkpoint is left."""
-    if not (out / "config.json").is_file() or (out / "checkpoints").exists():
-        return False
-    _check_same(read_json(out / "config.json"), settings, out)
-    return all(is_sae_folder(folder) for folder in folders.values())

@@ -21,6 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from sae.autoencoder import sae_folders
 from sae.errors import UserError, nearest
 from sae.formats.places import site_named
+from sae.hub import hub_reachable
 
 logger = logging.getLogger(__name__)
 
@@ -108,8 +109,10 @@ _UNREACHABLE = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, Offl
 def _download(repository: str, inside: str, revision: str | None, site: str) -> Path:
     """The chosen folder of a repository, from the hub, or from its cache on this disk where the hub is out of reach."""
     try:
+        if not hub_reachable():
+            raise OfflineModeIsEnabled("the hub does not answer")
         files = list_repo_files(repository, revision=revision)
-    except _UNREACHABLE as error:
+    except Exception as error:  # the hub's own kinds, and those of the library that makes its requests
         try:
             cached = Path(snapshot_download(repository, revision=revision, local_files_only=True))
         except _UNREACHABLE:

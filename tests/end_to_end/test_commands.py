@@ -21,7 +21,7 @@ def test_a_run_leaves_the_files_it_should(run_folder):
     for name in ("config.json", "saes/training.jsonl", "circuit/circuit.json", "circuit/effects.safetensors"):
         assert (run_folder / name).is_file(), name
     config = json.loads((run_folder / "config.json").read_text())
-    assert config["train"]["features"] == 48 and config["discover"]["options"]["method"] == "ig"
+    assert config["train"]["config"]["features"] == 48 and config["discover"]["options"]["method"] == "ig"
     graph = FeatureGraph.load(run_folder / "circuit" / "circuit.json")
     assert len(graph) == 31
     features = [node for node in graph.nodes() if node.kind == "feature"]

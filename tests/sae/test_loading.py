@@ -86,7 +86,7 @@ def test_sites_out_of_order_fail_at_load() -> None:
 def test_unknown_model_is_one_sentence(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from sae import loading
 
-    monkeypatch.setattr(loading, "_hub_reachable", lambda name: False)
+    monkeypatch.setattr(loading, "hub_reachable", lambda: False)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"config\.json and the weights"):
         LanguageModel.load(name)
@@ -98,6 +98,8 @@ def test_unknown_model_offers_the_folder_beside_it(tmp_path: Path, monkeypatch: 
         LanguageModel.load(tmp_path / "pythia-tinny")
     with pytest.raises(UserError, match=r"unknown device 'gpu'"):
         LanguageModel.load(tiny_hf("gpt2"), device="gpu")
+    with pytest.raises(UserError, match=r"device 'meta' holds no numbers"):
+        LanguageModel.load(tiny_hf("gpt2"), device="meta")
     with pytest.raises(UserError, match=r"unknown dtype 'float31'.*'float32'"):
         LanguageModel.load(tiny_hf("gpt2"), dtype="float31")
 

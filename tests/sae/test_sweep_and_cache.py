@@ -22,7 +22,7 @@ TEXTS = [
     "kings know queens",
     "a boy sings",
     "he was happy",
-] * 20
+] * 50
 SITES = [Site.parse("resid_0"), Site.parse("mlp_1")]
 CONFIG = TrainConfig(features=24, k=3, tokens=6000, batch_size=512, log_steps=4)
 
@@ -36,25 +36,27 @@ def test_a_grid_names_every_combination():
 
 
 def test_a_sweep_trains_each_config_as_a_run_of_its_own_does(tiny_model, tmp_path):
-    configs = grid(CONFIG, architectures=("topk", "relu", "identity"), features=(24,), k=(3,))
-    saes = sweep(tiny_model, TEXTS, configs, sites=["resid_0", "mlp_1"], out=tmp_path / "sweep", progress=False)
+    configs = grid(CONFIG, architectures=("topk", "relu", "identity"), features=(24,), k=(3,), seeds=(0, 1))
+    done = sweep(tiny_model, TEXTS, configs, sites=["resid_0", "mlp_1"], out=tmp_path / "sweep", progress=False)
+    saes = {name: load_saes(done.run(name)) for name in configs}
     alone = train(
         tiny_model,
         TEXTS,
         sites=["resid_0", "mlp_1"],
-        config=configs["relu-24-k3-seed0"],
+        config=configs["relu-24-k3-seed1"],
         out=tmp_path / "one",
         progress=False,
     )
     for site in SITES:
         for name, tensor in alone[site].named_buffers():
-            assert torch.equal(tensor, saes["relu-24-k3-seed0"][site].get_buffer(name))
-    for name in configs:
-        assert set(load_saes(tmp_path / "sweep" / name)) == set(SITES)
+            assert torch.equal(tensor, saes["relu-24-k3-seed1"][site].get_buffer(name))
+    assert all(set(found) == set(SITES) for found in saes.values())
     x = torch.randn(5, 32)
     torch.testing.assert_close(saes["identity"][SITES[0]](x), x)
-    rows = [json.loads(r) for r in (tmp_path / "sweep" / "saes" / "training.jsonl").read_text().splitlines()]
-    assert {row["site"] for row in rows} == {f"{name}/{site}" for name in configs for site in SITES}
+    logs = [tmp_path / folder / "saes" / "training.jsonl" for folder in ("sweep/relu-24-k3-seed1", "one")]
+    rows = [[json.loads(line) | {"tokens_per_second": 0} for line in log.read_text().splitlines()] for log in logs]
+    assert rows[0] == rows[1]
+    assert {path.name for path in (tmp_path / "sweep").iterdir()} == {"config.json", *configs}
 
 
 def test_configs_of_a_sweep_share_their_data(tiny_model, tmp_path):
@@ -71,7 +73,7 @@ def cache(tiny_model, tmp_path):
 
 
 def test_a_cache_holds_what_the_model_gives(tiny_model, cache):
-    cached = CachedActivations(cache, model=tiny_model, sites=SITES, text=TextSource.of(TEXTS).name)
+    cached = CachedActivations(cache, model=tiny_model, sites=SITES, text=TextSource.of(TEXTS))
     assert sum(cached.manifest.shards) >= 900 and len(cached.manifest.shards) > 1
     stream = ContextStream(tiny_model, TextSource.of(TEXTS))
     direct = ModelActivations(tiny_model, stream, SITES)
@@ -113,7 +115,7 @@ def test_training_from_a_cache_learns_the_same_as_from_the_model(tiny_model, cac
 def test_a_cache_for_something_else_is_refused(make_tiny_model, cache, tmp_path):
     with pytest.raises(UserError, match="was made for model"):
         CachedActivations(cache, model=make_tiny_model("gpt_neox", seed=3))
-    with pytest.raises(UserError, match="has no site mlp_0; it has resid_0, mlp_1"):
+    with pytest.raises(UserError, match=r"has not all of these sites.*mlp_0"):
         CachedActivations(cache, sites=[Site.parse("mlp_0")])
     with pytest.raises(UserError, match="was made for text"):
         CachedActivations(cache, text="other.txt")

@@ -106,7 +106,7 @@ def test_existing_and_different_runs_are_refused(tiny_model, tmp_path):
     run(tiny_model, tmp_path, small(tokens=1024))
     with pytest.raises(UserError, match="not empty"):
         run(tiny_model, tmp_path, small(tokens=1024))
-    with pytest.raises(UserError, match="train"):
+    with pytest.raises(UserError, match=r"config \{'tokens': 1024\} and cannot be resumed with \{'tokens': 2048\}"):
         run(tiny_model, tmp_path, small(tokens=2048), resume=True)
     again = run(tiny_model, tmp_path, small(tokens=1024), resume=True)  # complete: read, not trained
     assert set(again) == {SITE, Site.parse("mlp_1")}

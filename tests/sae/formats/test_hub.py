@@ -46,6 +46,7 @@ def repository(tmp_path, monkeypatch):
                 shutil.copy(root / file, cache / file)
         return str(cache)
 
+    monkeypatch.setattr(hub, "hub_reachable", lambda: True)
     monkeypatch.setattr(hub, "list_repo_files", listed)
     monkeypatch.setattr(hub, "snapshot_download", downloaded)
     monkeypatch.chdir(tmp_path)
@@ -111,14 +112,19 @@ def test_without_the_hub_the_cache_serves_what_was_downloaded(repository, monkey
         HfHubHTTPError("401: gated", response=_Response()),
         LocalEntryNotFoundError("no connection"),
         OSError("no route to host"),
+        RuntimeError("an error of the library that makes requests"),
     ],
 )
 def test_an_unreachable_hub_is_one_sentence(error, monkeypatch):
     def fail(*args, **options):
         raise error
 
+    def not_cached(*args, **options):
+        raise LocalEntryNotFoundError("not in the cache")
+
+    monkeypatch.setattr(hub, "hub_reachable", lambda: True)
     monkeypatch.setattr(hub, "list_repo_files", fail)
-    monkeypatch.setattr(hub, "snapshot_download", fail)
+    monkeypatch.setattr(hub, "snapshot_download", not_cached)
     with pytest.raises(UserError, match=r"'someone/saes' is neither a path on this disk nor a hub repository"):
         load_sae("someone/saes")
 

@@ -2,13 +2,15 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
+from sae import activation_cache
 from sae.activation_cache import CachedActivations, write_cache
 from sae.activations import ContextStream, ModelActivations
-from sae.autoencoder import load_saes
+from sae.autoencoder import SparseAutoencoder, load_saes
 from sae.config import TrainConfig
 from sae.errors import UserError
 from sae.sites import Site
@@ -123,3 +125,98 @@ def test_a_cache_for_something_else_is_refused(make_tiny_model, cache, tmp_path)
     (tmp_path / "partial" / "manifest.json").unlink()
     with pytest.raises(UserError, match="no activation cache"):
         CachedActivations(tmp_path / "partial")
+    (cache / "shard_00001.safetensors").unlink()
+    with pytest.raises(UserError, match=r"shard_00001.safetensors' is missing or damaged"):
+        CachedActivations(cache).fill({site: torch.zeros(900, 32) for site in SITES})
+
+
+def test_a_text_file_that_changed_is_another_text(tiny_model, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(TEXTS))
+    write_cache(tiny_model, path, sites="resid_0", tokens=300, out=tmp_path / "cache", progress=False)
+    (tmp_path / "copy.txt").write_text(path.read_text())
+    CachedActivations(tmp_path / "cache", text=tmp_path / "copy.txt")
+    path.write_text("\n".join(TEXTS[::-1]))
+    with pytest.raises(UserError, match=r"not '.*text.txt' as it is now"):
+        CachedActivations(tmp_path / "cache", text=path)
+
+
+def test_an_interrupted_cache_goes_on_to_the_same_files(tiny_model, tmp_path, monkeypatch):
+    """Also with documents packed, where tokens wait for the next context."""
+    options = {"sites": "resid_0", "tokens": 900, "shard_tokens": 350, "progress": False, "packed": True}
+    write_cache(tiny_model, TEXTS, out=tmp_path / "whole", **options)
+    write = activation_cache.write_tensors
+
+    def full(path, tensors):
+        if path.name == "shard_00001.safetensors":
+            raise UserError("no space left on the device")
+        write(path, tensors)
+
+    out = tmp_path / "cache"
+    monkeypatch.setattr(activation_cache, "write_tensors", full)
+    with pytest.raises(UserError, match="no space"):
+        write_cache(tiny_model, TEXTS, out=out, **options)
+    monkeypatch.setattr(activation_cache, "write_tensors", write)
+    with pytest.raises(UserError, match=r"is not finished \(\d+ tokens\): resume"):
+        CachedActivations(out)
+    with pytest.raises(UserError, match="not empty"):
+        write_cache(tiny_model, TEXTS, out=out, **options)
+    with pytest.raises(UserError, match=r"begun with tokens 900 and cannot go on with 800"):
+        write_cache(tiny_model, TEXTS, out=out, resume=True, **options | {"tokens": 800})
+    first = (out / "shard_00000.safetensors").stat().st_mtime_ns
+    manifest = write_cache(tiny_model, TEXTS, out=out, resume=True, **options)
+    assert (out / "shard_00000.safetensors").stat().st_mtime_ns == first and len(manifest.shards) > 2
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == {
+        p.name: p.read_bytes() for p in (tmp_path / "whole").iterdir()
+    }
+
+
+def test_a_cache_holds_no_text_twice(tiny_model, tmp_path):
+    manifest = write_cache(tiny_model, TEXTS, sites="resid_0", tokens=10**5, out=tmp_path, progress=False)
+    words = sum(len(text.split()) for text in TEXTS)
+    assert manifest.rows == words and manifest.whole_text and manifest.documents == len(TEXTS)
+
+
+def test_a_cache_too_large_for_the_disk_is_refused_before_any_work(tiny_model, tmp_path):
+    with pytest.raises(UserError, match=r"needs 1088000000.00 GB"):
+        write_cache(tiny_model, TEXTS, sites="resid_0", tokens=16 * 10**15, out=tmp_path / "cache", progress=False)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_training_from_a_cache_needs_no_model(cache, tmp_path):
+    cached = CachedActivations(cache)
+    options = {"config": CONFIG, "out": tmp_path / "run", "progress": False}
+    train(cached.model, cached.text, activations=cached, **options)
+    assert set(load_saes(tmp_path / "run")) == set(SITES)
+    with pytest.raises(UserError, match="known from a cache alone"):
+        train(cached.model, cached.text, **options | {"out": tmp_path / "other"})
+    with pytest.raises(UserError, match="context_length 64, not 16"):
+        train(cached.model, cached.text, activations=cached, **options | {"config": replace(CONFIG, context_length=16)})
+
+
+def test_a_sweep_goes_on_where_it_was_and_grows(tiny_model, tmp_path, monkeypatch):
+    """Interrupted, finished, then with a second width: nothing is trained twice, all to the bits of a whole one."""
+    small = grid(CONFIG, features=(16,), k=(2,), seeds=(0, 1))
+    large = grid(CONFIG, features=(16, 24), k=(2,), seeds=(0, 1))
+    options = {"sites": "resid_0", "progress": False}
+    sweep(tiny_model, TEXTS, large, out=tmp_path / "whole", **options)
+    save, out = SparseAutoencoder.save, tmp_path / "sweep"
+
+    def dies(self, folder):
+        if "seed1" in str(folder):
+            raise KeyboardInterrupt
+        return save(self, folder)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(SparseAutoencoder, "save", dies)
+        sweep(tiny_model, TEXTS, small, out=out, **options)
+    with pytest.raises(UserError, match=r"begun with config .* cannot be resumed"):
+        sweep(tiny_model, TEXTS, large, out=out, resume=True, **options)
+    assert set(sweep(tiny_model, TEXTS, small, out=out, resume=True, **options).configs) == set(small)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("sae.safetensors")}
+    grown = sweep(tiny_model, TEXTS, large, out=out, resume=True, **options)
+    assert set(grown.configs) == set(large) and len(before) == 2
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    for name in large:
+        files = [root / name / "saes" / "resid_0" / "sae.safetensors" for root in (tmp_path / "whole", out)]
+        assert files[0].read_bytes() == files[1].read_bytes()

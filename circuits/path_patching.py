@@ -11,7 +11,7 @@ The exact effect of the edge u -> d (Goldowsky-Dill et al. 2023, direct path onl
     effect(u -> d) = m(second run) - m(clean)
 
 The metric is a downstream node too: there the metric of the first run is the second run's. Positions: as in
-`circuits.edges`, a node of position -1 is changed at all positions at once, any other at its own.
+`circuits.edges`, a node of position -1 is changed at all positions at once, any other at its own or its span's.
 
 This is noising: from clean to patch. `States.reversed()` gives denoising, whose effects have the opposite sign; edge
 weights with the gradient of integrated gradients estimate the mean of both.
@@ -85,10 +85,8 @@ class _Node:
             f_patch, e_patch = torch.zeros_like(self.f_clean), torch.zeros_like(self.e_clean)
         else:
             f_patch, e_patch = self._read(states.patch[site])
-        column = torch.arange(states.mask.shape[1], device=self.feature.device)
-        position = nodes.position.to(self.feature.device)[:, None]
-        at = (position < 0) | (column == position)  # [n, S]
-        self.at = at[:, None, :, None] & states.mask.to(at.device)[None, :, :, None]  # [n, B, S, 1]
+        at = nodes.where(states.prompts).to(self.feature.device)  # [B or 1, S, n]
+        self.at = (at & states.mask.to(at.device)[..., None]).movedim(-1, 0)[..., None]  # [n, B, S, 1]
         self.f_delta, self.e_delta = f_patch - self.f_clean, e_patch - self.e_clean
 
     def _read(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -161,13 +161,17 @@ class Loaded:
             )
         return Loaded(circuit, language_model, dictionaries)
 
-    def prompts(self, path: str | Path | None, *, limit: int | None = None) -> PromptSet:
-        """Prompts of a file, or those the circuit was found on."""
-        if path is not None:
-            return load_prompts(path, self.model, limit=limit)
-        found_on: int = self.circuit.metadata["examples"]
-        limit = found_on if limit is None else min(limit, found_on)
-        return load_prompts(self.circuit.metadata["prompts"], self.model, limit=limit)
+    def prompts(self, path: str | Path | None, *, limit: int | None = None, need_spans: bool = False) -> PromptSet:
+        """Prompts of a file, or those the circuit was found on; with spans where the circuit is by span or they are
+        needed, found by its template if it has one.
+        """
+        metadata = self.circuit.metadata
+        if path is None:
+            path, found_on = metadata["prompts"], metadata["examples"]
+            limit = found_on if limit is None else min(limit, found_on)
+        need_spans = need_spans or bool(self.circuit.spans)
+        template = metadata.get("span_template") if need_spans else None
+        return load_prompts(path, self.model, limit=limit, span_template=template, need_spans=need_spans)
 
 
 def place(name: str | Path) -> str:

@@ -58,6 +58,10 @@ class Discover(UsesSaes):
     """Run folder that receives circuit/."""
     examples: int = 100
     """Prompts used, the first of the file."""
+    span_template: str | None = None
+    """Template that finds the token spans of all prompts, such as "The {subject} near the {attractor}"; otherwise the
+    prompts' own "spans" or templates do.
+    """
     nodes: int = 100
     """Nodes kept in circuit.json, the strongest; every node's effect stays in effects.safetensors."""
     node_threshold: float | None = None
@@ -87,7 +91,10 @@ class Discover(UsesSaes):
         model = load_model(self.model, self)
         saes = load_checked_saes(model, self.saes, options=self)
         saes = subset(saes, select_sites(self.options.sites, list(saes)))
-        prompts = load_prompts(self.prompts, model, limit=self.examples)
+        by_span = self.options.aggregation == "spans"
+        prompts = load_prompts(
+            self.prompts, model, limit=self.examples, span_template=self.span_template, need_spans=by_span
+        )
         circuit = discover(
             model, saes, prompts, self.options, provenance=self._provenance(model, saes), progress=not self.quiet
         )
@@ -137,6 +144,7 @@ class Discover(UsesSaes):
             "saes_fingerprint": fingerprint(saes),
             "prompts": place(self.prompts),
             "examples": self.examples,
+            "span_template": self.span_template,
             "title": self.title or f"{Path(self.prompts).stem} in {Path(self.model).name}",
             "metric": "logit(patch answer) - logit(clean answer)"
             if self.options.metric == "logit_difference"

@@ -13,7 +13,8 @@ The sets are those of Marks et al. 2024 (arXiv 2403.19647), in its JSON-lines fo
    noun of the sentence is singular and plural in turn, so that half of the pairs have it in conflict with the clean
    subject.
 3. Clean and patch prompt differ in the number of the subject alone. "template" names the pattern: all prompts with
-   equal templates align position by position. "case" is the clean subject's number, then the other noun's.
+   equal templates align position by position, and its fields are the prompts' token spans. "case" is the clean
+   subject's number, then the other noun's.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ PREPOSITIONS = ("near", "behind", "beside", "with")
 AUXILIARIES = {"train": (("is", "are"), ("does", "do")), "test": (("has", "have"), ("was", "were"))}
 TEMPLATES = {
     "simple": "The {subject}",
-    "nounpp": "The {subject} {preposition} the {other}",
-    "rc": "The {subject} that the {other} {inner}",
-    "within_rc": "The {other} that the {subject}",
+    "nounpp": "The {subject} {preposition} the {attractor}",
+    "rc": "The {subject} that the {attractor} {verb}",
+    "within_rc": "The {attractor} that the {subject}",
 }
 
 
@@ -112,9 +113,9 @@ def items(name: str, split: str, rng: random.Random) -> Iterator[list[dict[str, 
             prefixes = [
                 TEMPLATES[name].format(
                     subject=subject.form(number),
-                    other=other.form(other_number),
+                    attractor=other.form(other_number),
                     preposition=preposition,
-                    inner=inner.form(other_number, "present"),
+                    verb=inner.form(other_number, "present"),
                 )
                 for number in (SINGULAR, PLURAL)
             ]

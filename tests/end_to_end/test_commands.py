@@ -157,3 +157,31 @@ def test_help_has_every_option_explained(sfc):
     result = sfc("discover", "--help")
     assert result.status == 0 and "Quadrature nodes of ig" in result.out
     assert sfc("--help").status == 0
+
+
+def test_a_circuit_by_span_from_a_template(sfc, run_folder, model_folder, prompts_file, tmp_path):
+    """Prompts of two lengths: found, kept, masked, tested by edges, drawn, exported and reported by the name of the
+    span.
+    """
+    rows = [json.loads(line) for line in prompts_file.read_text().splitlines()]
+    for row in rows[::2]:
+        row |= {side: row[side].replace("the ", "the old ", 1) for side in ("clean_prefix", "patch_prefix")}
+    (tmp_path / "mixed.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = ["--model", model_folder, "--saes", run_folder, "--out", tmp_path, "--prompts", tmp_path / "mixed.jsonl"]
+    words += ["--aggregation", "spans", "--edge-nodes", 40, "--nodes", 30, "--verify", 4, "--steps", 2]
+    refused = sfc("discover", *words)
+    assert refused.status == 2 and "spans" in refused.err
+    found = sfc("discover", *words, "--span-template", "the {subject} near the {attractor}")
+    assert found.status == 0 and "@subject" in found.out
+    measured = sfc("faithfulness", "--circuit", tmp_path, "--sizes", "5,20", "--edges", "--edge-sizes", "20", "--json")
+    assert measured.status == 0 and json.loads(measured.out)["n_uncovered"] == 0
+    pooled = sfc("faithfulness", "--circuit", tmp_path, "--sizes", 5, "--ablation", "mean-pooled")
+    assert pooled.status == 0 and "mean-pooled" in pooled.out
+    masked = sfc("mask", "--circuit", tmp_path, "--steps", 2, "--smallest", 3, "--sizes", "5")
+    assert masked.status == 0
+    for command in (["render", "--out", tmp_path / "c.svg"], ["explore"], ["report"]):
+        assert sfc(command[0], "--circuit", tmp_path, *command[1:]).status == 0
+    assert ">subject</text>" in (tmp_path / "c.svg").read_text()
+    assert "subject" in (tmp_path / "report.html").read_text()
+    for name in ("graphml", "neuronpedia", "eap-ig"):
+        assert sfc("export", "--circuit", tmp_path, "--format", name).status == 0

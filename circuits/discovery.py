@@ -6,19 +6,28 @@
 3. Aggregate over positions and examples; choose the strongest nodes.
 4. For every batch: edges among those nodes and to the metric by the cut graph (`circuits.edges`).
 
-What is kept between 2 and 4 is the sparse effects and one gradient [B, S, d] per site, on the CPU.
+What is kept between 2 and 4 is the sparse effects and one gradient [B, S, d] per site, on the CPU, and within the
+memory budget what the edges would else compute again: activations, and the errors' part of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from circuits.attribution import METHODS, SiteEffects, States, attribute, capture_states
+from circuits.attribution import (
+    GRADIENT_AT_CLEAN,
+    METHODS,
+    SiteEffects,
+    SiteEnds,
+    States,
+    attribute,
+    capture_states,
+)
 from circuits.attribution.gradients import RULES
 from circuits.behaviour import Metric, accuracy, get_metric, last_logits, prepare
 from circuits.circuit import Circuit
@@ -80,12 +89,35 @@ class DiscoverOptions:
 
 
 @dataclass(frozen=True)
+class _Kept:
+    """What the edges would else compute again, on the CPU."""
+
+    states: States  # clean and patch activations only of sites whose features are not in `ends`
+    ends: dict[Site, SiteEnds]
+
+    @staticmethod
+    def of(states: States, ends: Mapping[Site, SiteEnds]) -> _Kept:
+        def needed(activations: Mapping[Site, torch.Tensor]) -> dict[Site, torch.Tensor]:
+            return {site: x.cpu() for site, x in activations.items() if site not in ends or not ends[site].codes}
+
+        states = replace(states, clean=needed(states.clean), patch=needed(states.patch), gradients=None)
+        return _Kept(states, {site: found.to("cpu") for site, found in ends.items()})
+
+    @property
+    def n_bytes(self) -> int:
+        activations = [*self.states.clean.values(), *self.states.patch.values()]
+        size = sum(x.numel() * x.element_size() for x in activations)
+        return size + sum(found.n_bytes for found in self.ends.values())
+
+
+@dataclass(frozen=True)
 class _Batch:
     """What of a batch is needed again for the edges."""
 
     index: torch.Tensor  # [B] number of each prompt in the prompt set
     prompts: PromptSet
     gradients: dict[Site, torch.Tensor]  # [B, S, d] on the CPU
+    kept: _Kept | None  # as far as the memory budget goes
 
 
 def discover(
@@ -169,22 +201,28 @@ def _node_pass(model, saes, prompts, metric, options, sites, rows, *, progress):
     totals: dict[Site, list[torch.Tensor]] = {site: [] for site in sites}
     path_nodes: dict[str, float] = {}
     clean, patch = [], []
+    budget = options.memory * 2**30
     n_batches = -(-len(order) // size)
     with tqdm(total=n_batches * len(sites), desc=f"nodes ({options.method})", unit="site", disable=not progress) as bar:
         for index in order.split(size):
             batch = prompts[index]
-            states = capture_states(model, saes, batch, metric, sites=sites)
+            states = capture_states(
+                model, saes, batch, metric, sites=sites, gradient=options.method in GRADIENT_AT_CLEAN
+            )
             result = attribute(
                 model, saes, states, metric, sites=sites, method=options.method, rule=options.rule, steps=options.steps,
                 residual=options.residual, aggregation=options.aggregation, max_rows=rows,
-                progress=lambda site: bar.update(),
+                ends=options.edge_active if options.edge_nodes else None, progress=lambda site: bar.update(),
             )  # fmt: skip
             for site in sites:
                 parts[site].append(result.effects[site].relabel_examples(index))
                 totals[site].append(result.site_totals[site].cpu())
             for site, n in result.path_nodes.items():
                 path_nodes[site.name] = path_nodes.get(site.name, 0.0) + n * len(index) / len(order)
-            batches.append(_Batch(index, batch, {site: g.detach().cpu() for site, g in result.gradients.items()}))
+            kept = _Kept.of(states, result.ends) if result.ends else None
+            budget -= kept.n_bytes if kept else 0
+            gradients = {site: g.detach().cpu() for site, g in result.gradients.items()}
+            batches.append(_Batch(index, batch, gradients, kept if budget >= 0 else None))
             clean.append(states.m_clean.cpu())
             patch.append(states.m_clean.new_zeros(0).cpu() if states.m_patch is None else states.m_patch.cpu())
     m_clean, m_patch = torch.cat(clean).mean().item(), torch.cat(patch)
@@ -204,22 +242,22 @@ def _edge_pass(model, saes, batches: Sequence[_Batch], metric, nodes: Nodes, opt
     total: Edges = {}
     sites = list(nodes)
     for batch in tqdm(batches, desc="edges", unit="batch", disable=not progress):
-        states: States = capture_states(model, saes, batch.prompts, metric, sites=sites)
+        kept = batch.kept or _Kept(capture_states(model, saes, batch.prompts, metric, sites=sites), {})
         for pair, weights in edge_effects(
-            model, saes, states, metric, batch.gradients, nodes, active=options.edge_active,
-            max_rows=lanes_rows(rows, states),
+            model, saes, kept.states, metric, batch.gradients, nodes, active=options.edge_active, ends=kept.ends,
+            max_rows=lanes_rows(rows, kept.states),
         ).items():  # fmt: skip
             total[pair] = total[pair] + weights if pair in total else weights
     return total
 
 
 def lanes_rows(rows: int, states: States) -> int:
-    """Prompts in the cut forward pass at once: the budget's, but on a CPU no more than fill its cores (about 512
-    tokens).
+    """Prompts in the cut forward pass at once: the budget's, but on a CPU no more than fill its cores (about 256
+    tokens), since lanes that no node uses cost as much as those in use.
     """
     if states.m_clean.device.type != "cpu":
         return rows
-    return min(rows, max(1, 512 // states.mask.shape[1]))
+    return min(rows, max(1, 256 // states.mask.shape[1]))
 
 
 def _completeness(

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 
 import torch
 
-from circuits.attribution.effects import token_chunks
+from circuits.attribution.contraction import SiteEnds, contract
 from circuits.attribution.states import States
 from circuits.behaviour import Metric
 from circuits.nodes import Nodes, SiteNodes
@@ -119,62 +119,51 @@ class _Ends:
 
 @torch.no_grad()
 def _site_ends(
-    sae: SparseAutoencoder, states: States, gradient: torch.Tensor, nodes: SiteNodes, site: Site, *, either: bool
+    sae: SparseAutoencoder,
+    states: States,
+    gradient: torch.Tensor,
+    nodes: SiteNodes,
+    site: Site,
+    *,
+    active: str,
+    known: SiteEnds | None,
 ) -> _Ends:
-    """What the selected nodes need; the whole encoder runs only where the error node is among them."""
+    """What the selected nodes need; the whole encoder runs only where nothing is known of it and the error node is
+    among them, or features compete.
+    """
     device = sae.W_dec.device
-    batch, n_positions = states.mask.shape
-    clean, patch, g = (x.to(sae.W_dec).flatten(0, 1) for x in (states.clean[site], states.patch[site], gradient))
-    is_error = nodes.is_error.to(device)
-    feature = nodes.feature.to(device).clamp(max=nodes.n_features - 1)
-    decoder = sae.W_dec[feature] * ~is_error[:, None]
-    encoder = sae.encoder_rows(feature) * ~is_error[:, None]
-    if is_error.any():
-        active, delta, error_delta, error_cotangent = _with_error(
-            sae, clean, patch, g, feature, zero_patch=states.zero_patch, either=either
-        )
+    is_error, feature = nodes.is_error.to(device), nodes.feature.to(device).clamp(max=nodes.n_features - 1)
+    if known is None and (is_error.any() or sae.nonlinearity.needs_k):
+        known = contract(sae, states, gradient, site=site, ends=active)[1]
     else:
-        f_clean = sae.encode_some(clean, feature)
-        delta = -f_clean if states.zero_patch else sae.encode_some(patch, feature) - f_clean
-        active = _active(f_clean, delta, either=either)
-        error_delta = error_cotangent = None
-
+        known = known and known.to(device)
+    f_clean, delta = _codes(sae, states, feature, site, known)
+    awake = (f_clean != 0) | (delta != 0) if active == "either" else f_clean != 0
+    decoder = sae.W_dec[feature] * ~is_error[:, None]
     at = nodes.where(states.prompts).to(device, sae.W_dec.dtype)  # [B or 1, S, n]
     real = states.mask.to(device)[:, :, None].to(sae.W_dec.dtype)
-
-    def shaped(x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(0, (batch, n_positions)) * real
-
     return _Ends(
         decoder=decoder,
-        delta=shaped(delta) * at * ~is_error,
-        gain=shaped((g @ decoder.T) * active) * at,
-        encoder=encoder,
+        delta=delta * real * at * ~is_error,
+        gain=(gradient.to(decoder) @ decoder.T) * awake * real * at,
+        encoder=sae.encoder_rows(feature) * ~is_error[:, None],
         error_at=at * is_error,
-        error_delta=None if error_delta is None else shaped(error_delta),
-        error_cotangent=None if error_cotangent is None else shaped(error_cotangent),
+        error_delta=known.error_delta if known and is_error.any() else None,
+        error_cotangent=known.error_cotangent if known and is_error.any() else None,
     )
 
 
-def _active(f_clean: torch.Tensor, delta: torch.Tensor, *, either: bool) -> torch.Tensor:
-    """Where features count as active; one that is silent on the clean prompts is awake on the patch if it differs."""
-    return (f_clean != 0) | (delta != 0) if either else f_clean != 0
-
-
-def _with_error(sae: SparseAutoencoder, clean, patch, g, feature, *, zero_patch: bool, either: bool):
-    """For N tokens: active [N, n], delta [N, n], e_patch - e_clean [N, d], and the error's cotangent [N, d]."""
-    n_features = sae.W_dec.shape[0]
-    encoder = sae.encoder_rows(torch.arange(n_features, device=feature.device))
-    actives, deltas, error_deltas, cotangents = [], [], [], []
-    for chunk in token_chunks(len(clean), n_features):
-        f_clean = sae.encode(clean[chunk])
-        delta = -f_clean if zero_patch else sae.encode(patch[chunk]) - f_clean
-        active = _active(f_clean, delta, either=either)
-        actives.append(active[:, feature])
-        deltas.append(delta[:, feature])
-        error_deltas.append(patch[chunk] - clean[chunk] - delta @ sae.W_dec)
-        cotangents.append(g[chunk] - ((g[chunk] @ sae.W_dec.T) * active) @ encoder)
-    return tuple(torch.cat(parts) for parts in (actives, deltas, error_deltas, cotangents))
+def _codes(
+    sae: SparseAutoencoder, states: States, feature: torch.Tensor, site: Site, known: SiteEnds | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """f_clean and f_patch - f_clean of the features [n], two [B, S, n]."""
+    if known and known.codes:
+        shape = states.mask.shape
+        found = known.codes.of(feature, n_features=len(sae.W_dec), n_tokens=shape.numel())
+        return found[0].unflatten(0, shape), found[1].unflatten(0, shape)
+    clean, patch = states.clean[site].to(sae.W_dec), states.patch[site].to(sae.W_dec)
+    f_clean = sae.encode_some(clean, feature)
+    return f_clean, -f_clean if states.zero_patch else sae.encode_some(patch, feature) - f_clean
 
 
 def edge_effects(
@@ -186,21 +175,23 @@ def edge_effects(
     nodes: Nodes,
     *,
     active: str = "clean",
+    ends: Mapping[Site, SiteEnds] | None = None,
     max_rows: int = 64,
 ) -> Edges:
     """Edge weights between all selected nodes of one batch, and from them to the metric, summed over the batch's
     examples.
 
     gradients: dm/dx per site as the node method averages it, [B, S, d]; active: where a downstream feature has a
-    derivative, `clean` or `either`; max_rows: prompts in the cut forward pass at
-    once, which sets the number of lanes. Only pairs of sites with a direct path are in the result. With positions
-    (`nodes.position >= 0`) the prompts must be equally long, or have the spans that positions number.
+    derivative, `clean` or `either`; ends: what `contract` kept of each site for this `active`, which is else computed
+    again; max_rows: prompts in the cut forward pass at once, which sets the number of lanes. Only pairs of sites with a
+    direct path are in the result. With positions (`nodes.position >= 0`) the prompts must be equally long, or have the
+    spans that positions number.
     """
     if active not in ACTIVE:
         raise unknown("edge-active", active, ACTIVE)
-    sites = list(nodes)
-    ends = {
-        site: _site_ends(saes[site], states, gradients[site], site_nodes, site, either=active == "either")
+    sites, known = list(nodes), ends or {}
+    selected = {
+        site: _site_ends(saes[site], states, gradients[site], site_nodes, site, active=active, known=known.get(site))
         for site, site_nodes in nodes.items()
         if len(site_nodes)
     }
@@ -210,16 +201,16 @@ def edge_effects(
 
     edges: Edges = {}
     for index, down in enumerate(sites):
-        upstream = [site for site in sites[:index] if site in ends]
-        if down not in ends or not upstream or not graph.outputs[down].requires_grad:
+        upstream = [site for site in sites[:index] if site in selected]
+        if down not in selected or not upstream or not graph.outputs[down].requires_grad:
             continue
         parts: dict[Site, list[torch.Tensor]] = {}
         for start in range(0, len(nodes[down]), lanes):
-            cotangent = ends[down].cotangents(slice(start, start + lanes))
-            for up, weight in _pull_back(graph, graph.outputs[down], cotangent, lanes, upstream, ends).items():
+            cotangent = selected[down].cotangents(slice(start, start + lanes))
+            for up, weight in _pull_back(graph, graph.outputs[down], cotangent, lanes, upstream, selected).items():
                 parts.setdefault(up, []).append(weight)
         edges |= {(up, down): torch.cat(weights) for up, weights in parts.items()}
-    return edges | _metric_edges(graph, lanes, ends, gradients)
+    return edges | _metric_edges(graph, lanes, selected, gradients)
 
 
 def _metric_edges(

@@ -130,7 +130,7 @@ class SparseAutoencoder(nn.Module):
             raise UserError(f"features of a {self.config.architecture!r} autoencoder compete: none can be taken alone")
         index = index.to(self.device)
         tensors = {name: x if name == "b_dec" else x[index] for name, x in self._buffers_by_name.items()}
-        return SparseAutoencoder(replace(self.config, n_features=len(index)), tensors)
+        return SparseAutoencoder(replace(self.config, n_features=len(index)), tensors).to(self.W_dec.dtype)
 
     def encode_some(self, x: Tensor, index: Tensor) -> Tensor:
         """x [..., d] -> f [..., n] of the features `index` [n].

@@ -4,15 +4,18 @@
 methods also return the gradient in model space that edges need.
 """
 
-from circuits.attribution.attribute import METHOD_NAMES, METHODS, Attribution, attribute
-from circuits.attribution.effects import SiteEffects, contract_gradient
+from circuits.attribution.attribute import GRADIENT_AT_CLEAN, METHOD_NAMES, METHODS, Attribution, attribute
+from circuits.attribution.contraction import SiteEnds, contract_gradient
+from circuits.attribution.effects import SiteEffects
 from circuits.attribution.states import States, capture_states
 
 __all__ = [
+    "GRADIENT_AT_CLEAN",
     "METHODS",
     "METHOD_NAMES",
     "Attribution",
     "SiteEffects",
+    "SiteEnds",
     "States",
     "attribute",
     "capture_states",

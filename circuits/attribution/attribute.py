@@ -1,7 +1,7 @@
 """One batch of prompts in, sparse node effects out, whatever the method.
 
 1. Gradient methods give dm/dx at each site, some for all sites from the same passes, some site by site;
-   `contract_gradient` turns it into effects of features and errors. `graddrop` combines several such effects.
+   `contract` turns it into effects of features and errors. `graddrop` combines several such effects.
 2. `exact` patches node by node, the baselines need no gradient at all; edges after them use that at the clean run.
 3. At each site the effects are held against the truth: m(the site alone patched) - m(clean). For integrated
    gradients the two agree up to the quadrature error (completeness); for the other methods the gap says how
@@ -17,7 +17,8 @@ import torch
 
 from circuits.attribution.adaptive import adaptive_gradient, path_scale
 from circuits.attribution.baselines import activation_difference, random_effects
-from circuits.attribution.effects import SiteEffects, contract_gradient
+from circuits.attribution.contraction import SiteEnds, contract
+from circuits.attribution.effects import SiteEffects
 from circuits.attribution.exact import exact_effects
 from circuits.attribution.graddrop import gradients_with_layer_blocked, mean_magnitude
 from circuits.attribution.gradients import attribution_patching, integrated_gradients, site_total_effect
@@ -45,6 +46,9 @@ METHOD_NAMES = {
 
 METHODS = tuple(METHOD_NAMES)
 
+GRADIENT_AT_CLEAN = tuple(name for name in METHODS if name not in ("ig", "ig-inputs", "relp"))
+"""Methods that take dm/dx at the clean run, for their effects or for the edges after them."""
+
 
 @dataclass(frozen=True)
 class Attribution:
@@ -60,6 +64,8 @@ class Attribution:
     """Points of the path at which a prompt's gradient was taken, per site, mean over prompts; for `ig` and
     `ig-adaptive` (there without the clean end, which all sites share).
     """
+    ends: dict[Site, SiteEnds] = field(default_factory=dict)
+    """What edges need of each site beside its gradient, where it was asked for and the effects were contracted."""
 
 
 def attribute(
@@ -77,6 +83,7 @@ def attribute(
     max_rows: int = 512,
     seed: int = 0,
     totals: bool = True,
+    ends: str | None = None,
     progress: Callable[[Site], None] = lambda site: None,
 ) -> Attribution:
     """Node effects of every feature and error at `sites` for one batch.
@@ -84,7 +91,8 @@ def attribute(
     method: one of `METHODS`; rule, steps: the quadrature of `ig` and `ig-inputs`; residual: the completeness error
     `ig-adaptive` goes down to; aggregation: which tokens are one node of a feature (see `States.places`; with `spans`
     an effect's position is the number of its span); max_rows: prompts that go through the model at once; seed: of
-    `random`; totals: whether site totals are measured; progress: called after each site.
+    `random`; totals: whether site totals are measured; ends: keep what edges need, with features active where this says
+    (see `contract`), if the method contracts a gradient; progress: called after each site.
     """
     if method not in METHODS:
         raise unknown("method", method, METHODS)
@@ -92,38 +100,45 @@ def attribute(
     gradients, effects = _all_sites(model, saes, states, metric, sites, method, rule, steps, max_rows)
     measured: dict[Site, torch.Tensor] = {}
     path_nodes: dict[Site, float] = {}
+    kept: dict[Site, SiteEnds] = {}
     if totals or (method == "ig-adaptive" and states.m_patch is None):
         measured = {site: site_total_effect(model, states, metric, site=site) for site in sites}
     for site in sites:
-        sae = saes[site]
-        if method == "ig":
-            gradients[site] = integrated_gradients(
-                model, states, metric, site=site, rule=rule, steps=steps, max_rows=max_rows
+        if method in ("ig", "ig-adaptive"):
+            gradients[site], path_nodes[site] = _along_path(
+                model, states, metric, site, method, rule, steps, residual, gradients.get(site), measured, max_rows
             )
-            path_nodes[site] = steps
-        elif method == "ig-adaptive":
-            gradients[site], path_nodes[site] = adaptive_gradient(
-                model, states, metric, site=site, at_clean=gradients[site], residual=residual,
-                scale=path_scale(states, measured), max_rows=max_rows,
-            )  # fmt: skip
-        if method == "exact":
-            effects[site] = exact_effects(model, sae, states, metric, site=site, places=places, max_rows=max_rows)
-        elif method == "activation-difference":
-            effects[site] = activation_difference(sae, states, site=site)
-        elif method == "random":
-            effects[site] = random_effects(sae, states, site=site, places=places, seed=seed)
+        if method in ("exact", "activation-difference", "random"):
+            effects[site] = _without_gradient(model, saes[site], states, metric, site, method, places, max_rows, seed)
         elif site not in effects:
-            effects[site] = contract(sae, states, gradients[site], site=site)
+            effects[site], found = contract(saes[site], states, gradients[site], site=site, ends=ends)
+            kept |= {site: found} if found else {}
         if places is not None and method not in ("exact", "random"):  # these two know places already
             effects[site] = effects[site].at_places(places, states.tokens.lengths)
         progress(site)
-    return Attribution(effects, gradients, measured, path_nodes)
+    return Attribution(effects, gradients, measured, path_nodes, kept)
 
 
-def contract(sae: SparseAutoencoder, states: States, gradient: torch.Tensor, *, site: Site) -> SiteEffects:
-    """Effects at a site from the gradient [B, S, d] there."""
-    clean, patch = states.clean[site], states.patch[site]
-    return contract_gradient(sae, clean, patch, gradient, mask=states.mask, zero_patch=states.zero_patch)
+def _along_path(
+    model, states, metric, site, method, rule, steps, residual, at_clean, measured, max_rows
+) -> tuple[torch.Tensor, float]:
+    """Mean of dm/dx along the site's own path, [B, S, d], and the nodes a prompt took."""
+    if method == "ig":
+        gradient = integrated_gradients(model, states, metric, site=site, rule=rule, steps=steps, max_rows=max_rows)
+        return gradient, steps
+    return adaptive_gradient(
+        model, states, metric, site=site, at_clean=at_clean, residual=residual, scale=path_scale(states, measured),
+        max_rows=max_rows,
+    )  # fmt: skip
+
+
+def _without_gradient(model, sae, states, metric, site, method, places, max_rows, seed) -> SiteEffects:
+    """Effects of the methods that have no gradient of their own."""
+    if method == "exact":
+        return exact_effects(model, sae, states, metric, site=site, places=places, max_rows=max_rows)
+    if method == "activation-difference":
+        return activation_difference(sae, states, site=site)
+    return random_effects(sae, states, site=site, places=places, seed=seed)
 
 
 def _all_sites(
@@ -140,15 +155,15 @@ def _all_sites(
         ), {}
     if method == "relp":
         return relevance_patching(model, states, metric, sites=sites), {}
-    gradients = attribution_patching(model, states, metric, sites=sites)
+    gradients = dict(states.gradients or attribution_patching(model, states, metric, sites=sites))
     if method != "graddrop":
         return gradients, {}
     parts: dict[Site, list[SiteEffects]] = {site: [] for site in sites}
     for _, found in gradients_with_layer_blocked(model, states, metric, sites=sites):
         for site, gradient in found.items():
-            parts[site].append(contract(saes[site], states, gradient, site=site))
+            parts[site].append(contract(saes[site], states, gradient, site=site)[0])
     effects = {
-        site: mean_magnitude(of_site) if of_site else contract(saes[site], states, gradients[site], site=site)
+        site: mean_magnitude(of_site) if of_site else contract(saes[site], states, gradients[site], site=site)[0]
         for site, of_site in parts.items()
     }
     return gradients, effects

@@ -22,8 +22,9 @@ from sae.sites import Site
 def activation_difference(sae: SparseAutoencoder, states: States, *, site: Site) -> SiteEffects:
     """How far each feature and the error move between clean and patch, at every position."""
 
-    def values(delta: torch.Tensor, dx: torch.Tensor, token: torch.Tensor, feature: torch.Tensor):
-        return delta[token, feature].abs(), (dx - delta @ sae.W_dec).norm(dim=-1)
+    def values(delta: torch.Tensor, dx: torch.Tensor):
+        error = (dx - delta @ sae.W_dec).norm(dim=-1)
+        return delta.abs_(), error
 
     return sparse_effects(
         sae, states.clean[site], states.patch[site], values, mask=states.mask, zero_patch=states.zero_patch

@@ -1,16 +1,9 @@
-"""From gradients in model space to the effect of every feature and error, without a dense [B, S, F] tensor.
+"""Effects of features and errors, sparse, without a dense [B, S, F] tensor.
 
 Legend: B examples, S positions, N = B * S tokens, d model width, F features; index F stands for the error node.
 
-Decoding is affine, x = f W_dec + b_dec + e, so with the gradient g = dm/dx of a site ([B, S, d], at the clean run for
-attribution patching, averaged along the path for integrated gradients; Marks et al. 2024, eq. 3 and 4):
-
-1. effect of feature i at (b, s) = (f_patch - f_clean)_i * (W_dec[i] . g),
-2. effect of the error at (b, s) = (e_patch - e_clean) . g,
-3. hence their sum is (x_patch - x_clean) . g, and the error's effect is that minus the sum of the features'.
-
-Only features active in the clean or the patch run can have an effect; they are found and contracted chunk of tokens
-by chunk.
+Only features active in the clean or the patch run can have an effect; they are found chunk of tokens by chunk
+(`circuits.attribution.contraction`, and `sparse_effects` here for formulas of the changes alone).
 """
 
 from __future__ import annotations
@@ -22,7 +15,8 @@ import torch
 
 from sae.autoencoder import SparseAutoencoder
 
-CHUNK_BYTES = 64 * 2**20
+CHUNK_BYTES = 16 * 2**20
+"""Largest [n, F] intermediate: allocators give memory back to the system, and page by page take it again, above."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +77,9 @@ class SiteEffects:
         )
 
 
-def token_chunks(n_tokens: int, n_features: int, *, chunk_bytes: int = CHUNK_BYTES) -> Iterator[slice]:
-    """Slices of tokens such that a float32 [chunk, F] tensor stays under `chunk_bytes`."""
-    step = max(1, chunk_bytes // (4 * n_features))
+def token_chunks(n_tokens: int, n_features: int) -> Iterator[slice]:
+    """Slices of tokens such that a float32 [chunk, F] tensor stays under `CHUNK_BYTES`."""
+    step = max(1, CHUNK_BYTES // (4 * n_features))
     for start in range(0, n_tokens, step):
         yield slice(start, min(start + step, n_tokens))
 
@@ -98,30 +92,39 @@ def feature_deltas(
     return clean.neg_() if zero_patch else sae.encode(x_patch).sub_(clean)
 
 
-@torch.no_grad()
-def contract_gradient(
-    sae: SparseAutoencoder,
-    x_clean: torch.Tensor,
-    x_patch: torch.Tensor,
-    gradient: torch.Tensor,
-    *,
-    mask: torch.Tensor,
-    zero_patch: bool = False,
+Entries = tuple[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""Of a chunk of tokens: its first token; token, feature and value of effects [k]; effects of the errors [n]."""
+
+
+def sparse_entries(
+    sae: SparseAutoencoder, parts: Iterable[Entries], at: torch.Tensor, mask: torch.Tensor
 ) -> SiteEffects:
-    """Effects of all features and the error of one site.
-
-    x_clean, x_patch, gradient: [B, S, d]; mask: [B, S] bool, True at real tokens (left-padded). Returns sparse
-    effects on the CPU whose zero entries are left out; positions count from each prompt's first real token.
+    """Effects of chunks of the tokens `at` [B, S] as those of a site, zeros left out; positions count from the first
+    token of `mask` [B, S]. A dictionary that reconstructs exactly has no errors.
     """
+    example, column = at.nonzero(as_tuple=True)
+    position = column - (mask.shape[1] - mask.sum(1))[example]
+    n_features, exact = sae.W_dec.shape[0], sae.config.architecture == "identity"
+    tokens, features, values = [], [], []
+    for start, token, feature, value, error in parts:
+        wrong = error.new_zeros(0).nonzero()[:, 0] if exact else error.nonzero()[:, 0]
+        tokens += [token + start, wrong + start]
+        features += [feature, torch.full_like(wrong, n_features)]
+        values += [value, error[wrong]]
+    if not tokens:
+        nothing = torch.zeros(0, dtype=torch.int32)
+        return SiteEffects(n_features, nothing, nothing, nothing, torch.zeros(0))
+    token = torch.cat(tokens)
+    return SiteEffects(
+        n_features,
+        example.int().to(token.device)[token].cpu(),
+        position.int().to(token.device)[token].cpu(),
+        torch.cat(features).int().cpu(),
+        torch.cat(values).float().cpu(),
+    )
 
-    def values(delta: torch.Tensor, dx: torch.Tensor, g: torch.Tensor, token: torch.Tensor, feature: torch.Tensor):
-        value = delta.mul_(g @ sae.W_dec.T)[token, feature]
-        return value, (dx * g).sum(-1).index_add(0, token, value, alpha=-1)
 
-    return sparse_effects(sae, x_clean, x_patch, values, gradient, mask=mask, zero_patch=zero_patch)
-
-
-Values = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+Values = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 def sparse_effects(
@@ -129,40 +132,20 @@ def sparse_effects(
     x_clean: torch.Tensor,
     x_patch: torch.Tensor,
     values: Values,
-    *extra: torch.Tensor,
+    *,
     mask: torch.Tensor,
     zero_patch: bool = False,
 ) -> SiteEffects:
-    """Effects by any formula, evaluated chunk of tokens by chunk at the features and errors that differ.
+    """Effects by any formula of the changes, evaluated chunk of tokens by chunk.
 
-    values(delta [n, F], x_patch - x_clean [n, d], *extra at these tokens, token [k], feature [k]) -> (effects of the
-    k features that differ, effects of the n errors). A dictionary that reconstructs exactly has no errors.
+    values(f_patch - f_clean [n, F], x_patch - x_clean [n, d]) -> (effects of the features [n, F], of the errors [n]).
     """
-    changed = mask & (x_clean != x_patch).any(-1)
-    example, column = changed.nonzero(as_tuple=True)
-    position = column - (mask.shape[1] - mask.sum(1))[example]
-    clean, patch, *more = (x.to(sae.W_dec.device).float()[changed] for x in (x_clean, x_patch, *extra))
-    n_features = sae.W_dec.shape[0]
-    exact = sae.config.architecture == "identity"
-    tokens, features, parts = [], [], []
-    for chunk in token_chunks(len(clean), n_features):
+    at = mask & (x_clean != x_patch).any(-1)
+    clean, patch = (x.to(sae.W_dec)[at] for x in (x_clean, x_patch))
+    parts: list[Entries] = []
+    for chunk in token_chunks(len(clean), sae.W_dec.shape[0]):
         delta = feature_deltas(sae, clean[chunk], patch[chunk], zero_patch=zero_patch)
-        token, feature = delta.nonzero(as_tuple=True)
-        value, error = values(delta, patch[chunk] - clean[chunk], *(x[chunk] for x in more), token, feature)
-        n_tokens = len(error)
-        tokens += [token + chunk.start, torch.arange(chunk.start, chunk.start + n_tokens, device=token.device)]
-        features += [feature, torch.full((n_tokens,), n_features, device=feature.device)]
-        parts += [value, torch.zeros_like(error) if exact else error]
-    if not tokens:
-        nothing = torch.zeros(0, dtype=torch.int32)
-        return SiteEffects(n_features, nothing, nothing, nothing, torch.zeros(0))
-    token, feature, value = torch.cat(tokens), torch.cat(features), torch.cat(parts)
-    kept = value != 0
-    token, feature, value = token[kept], feature[kept], value[kept]
-    return SiteEffects(
-        n_features,
-        example.to(token.device)[token].int().cpu(),
-        position.to(token.device)[token].int().cpu(),
-        feature.int().cpu(),
-        value.cpu(),
-    )
+        value, error = values(delta, patch[chunk] - clean[chunk])
+        token, feature = value.nonzero(as_tuple=True)
+        parts.append((chunk.start, token, feature, value[token, feature], error))
+    return sparse_entries(sae, parts, at, mask)

@@ -40,6 +40,10 @@ class States:
     """The metric on the clean prompts, [B]."""
     m_patch: torch.Tensor | None
     """The metric on the patch prompts with the clean prompts' answers, [B]; None without patch prompts."""
+    last_layer: int | None = None
+    """Number of the model's last block, of which the metric reads the last position alone."""
+    gradients: dict[Site, torch.Tensor] | None = None
+    """dm/dx at the clean run, [B, S, d] per site, where it was asked for."""
 
     @property
     def tokens(self) -> Tokens:
@@ -52,7 +56,7 @@ class States:
         if self.prompts.patch is None or self.m_patch is None:
             raise UserError("denoising starts from the patch prompts: these prompts have no patch side")
         prompts = replace(self.prompts, clean=self.prompts.patch, patch=self.prompts.clean)
-        return States(prompts, self.patch, self.clean, False, self.m_patch, self.m_clean)
+        return States(prompts, self.patch, self.clean, False, self.m_patch, self.m_clean, self.last_layer)
 
     def places(self, aggregation: str) -> torch.Tensor | None:
         """[B, S] int64: tokens of a prompt with equal number are one node of a feature; None where all of them are.
@@ -70,6 +74,21 @@ class States:
         """[B, S] bool: real tokens, not padding."""
         return self.prompts.clean.attention_mask.bool()
 
+    def live(self, site: Site, gradient: torch.Tensor) -> torch.Tensor:
+        """[B, S] bool: tokens through which edges of the site can run, given dm/dx there, [B, S, d].
+
+        Tokens before the first that differs between the prompts are the same in both runs. In the last block, those
+        without a gradient are not read by anything; elsewhere a gradient may be zero because paths cancel.
+        """
+        live = self.mask
+        if self.prompts.patch is not None:
+            clean, patch = self.prompts.clean, self.prompts.patch
+            differ = (clean.input_ids != patch.input_ids) | (clean.attention_mask != patch.attention_mask)
+            live = live & (differ.cumsum(1) > 0)
+        if site.layer is not None and site.layer == self.last_layer:
+            live = live & (gradient != 0).any(-1)
+        return live
+
 
 def capture_states(
     model: LanguageModel,
@@ -78,17 +97,29 @@ def capture_states(
     metric: Metric,
     *,
     sites: Sequence[Site],
+    gradient: bool = False,
 ) -> States:
-    """Run clean and patch prompts once and keep every site's activations. Raises `UserError` naming a site with NaN."""
-    clean = model.run(prompts.clean, capture=sites, last_only=True)
-    check_finite(clean)
-    m_clean = metric(clean.logits[:, -1], prompts)
+    """Run clean and patch prompts once and keep every site's activations; with `gradient` also dm/dx at the clean run.
+
+    Raises `UserError` naming a site with NaN.
+    """
+    clean, m_clean, gradients = _clean_run(model, prompts, metric, sites, gradient)
     if prompts.patch is None:
-        patch = {
-            site: decoder_bias(saes, site).to(clean.activations[site]).expand_as(clean.activations[site])
-            for site in sites
-        }
-        return States(prompts, clean.activations, patch, True, m_clean, None)
+        patch = {site: decoder_bias(saes, site).to(x).expand_as(x) for site, x in clean.items()}
+        return States(prompts, clean, patch, True, m_clean, None, model.n_layers - 1, gradients)
     other = model.run(prompts.patch, capture=sites, last_only=True)
     check_finite(other)
-    return States(prompts, clean.activations, other.activations, False, m_clean, metric(other.logits[:, -1], prompts))
+    m_patch = metric(other.logits[:, -1], prompts)
+    return States(prompts, clean, other.activations, False, m_clean, m_patch, model.n_layers - 1, gradients)
+
+
+def _clean_run(model: LanguageModel, prompts: PromptSet, metric: Metric, sites: Sequence[Site], gradient: bool):
+    """x at every site [B, S, d], m [B], and dm/dx per site if it was asked for."""
+    run = model.run(prompts.clean, capture=sites, last_only=True, grad=gradient)
+    check_finite(run)
+    m = metric(run.logits[:, -1], prompts)
+    if not gradient:
+        return run.activations, m, None
+    found = torch.autograd.grad(m.sum(), [run.activations[site] for site in sites])
+    activations = {site: x.detach() for site, x in run.activations.items()}
+    return activations, m.detach(), dict(zip(sites, found, strict=True))

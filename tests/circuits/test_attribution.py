@@ -202,6 +202,15 @@ def test_aggregation_and_selection():
     assert [len(chosen) for chosen in select_nodes(nodes, threshold=1.5).values()] == [2, 1]
 
 
+def test_the_gradient_of_the_capturing_run_is_that_of_attribution_patching(tiny_model, tiny_saes, tiny_prompts, states):
+    sites = tiny_model.sites
+    both = capture_states(tiny_model, tiny_saes, tiny_prompts, logit_difference, sites=sites, gradient=True)
+    gradients = attribution_patching(tiny_model, states, logit_difference, sites=sites)
+    for site in sites:
+        assert torch.equal(both.clean[site], states.clean[site]) and not both.clean[site].requires_grad
+        assert torch.allclose(both.gradients[site], gradients[site], atol=1e-7)
+
+
 def test_unknown_method_is_refused(tiny_model, tiny_saes, states):
     with pytest.raises(UserError, match="attrib"):
         attribute(tiny_model, tiny_saes, states, logit_difference, sites=tiny_model.sites, method="atrib")

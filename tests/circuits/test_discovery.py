@@ -46,6 +46,18 @@ def test_batches_change_nothing(circuit, tiny_model, tiny_saes, tiny_prompts):
         assert torch.allclose(weights.sort().values, small.edges[pair].sort().values, atol=1e-4), pair
 
 
+@pytest.mark.parametrize("method", ["ig", "attrib"])
+def test_edges_are_the_same_where_nothing_was_kept(tiny_model, tiny_saes, tiny_prompts, method, monkeypatch):
+    """What the node pass keeps for the edges is left out where the memory budget is used up."""
+    options = DiscoverOptions(method=method, edge_nodes=40)
+    kept = discover(tiny_model, tiny_saes, tiny_prompts, options, progress=False)
+    monkeypatch.setattr("circuits.discovery._Kept.n_bytes", 2**40)
+    again = discover(tiny_model, tiny_saes, tiny_prompts, options, progress=False)
+    assert kept.edges.keys() == again.edges.keys()
+    for pair, weights in kept.edges.items():
+        assert torch.allclose(weights, again.edges[pair], atol=1e-6), pair
+
+
 def test_graph_has_the_strongest_nodes_and_their_edges(circuit):
     graph = circuit.graph(nodes=20, edges=30)
     assert len(graph) == 21 and graph.graph.number_of_edges() == 30

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from circuits.attribution import capture_states, contract_gradient
+from circuits.attribution.contraction import contract
 from circuits.attribution.gradients import attribution_patching
 from circuits.behaviour import logit_difference
 from circuits.edges import cut_forward, edge_effects
@@ -104,6 +107,49 @@ def test_lanes_change_nothing(tiny_model, make_saes, tiny_prompts):
     assert one.keys() == many.keys()
     for pair, weights in one.items():
         assert torch.allclose(weights, many[pair], atol=1e-6), pair
+
+
+@pytest.mark.parametrize("active", ["clean", "either"])
+@pytest.mark.parametrize("architecture", ["relu", "topk"])
+def test_what_the_node_pass_keeps_changes_nothing(tiny_model, make_saes, tiny_prompts, architecture, active):
+    """Edges from the node pass's codes and errors, without activations where the codes hold all, or from scratch."""
+    saes = make_saes(tiny_model, architecture=architecture)
+    states = capture_states(tiny_model, saes, tiny_prompts, logit_difference, sites=tiny_model.sites, gradient=True)
+    nodes = {site: some_nodes(saes[site], seed=i) for i, site in enumerate(tiny_model.sites)}
+    ends = {
+        site: contract(sae, states, states.gradients[site], site=site, ends=active)[1] for site, sae in saes.items()
+    }
+    g = states.gradients
+    fewer = replace(states, clean={}, patch={}) if architecture == "topk" else states
+    known = edge_effects(tiny_model, saes, fewer, logit_difference, g, nodes, active=active, ends=ends)
+    scratch = edge_effects(tiny_model, saes, states, logit_difference, g, nodes, active=active)
+    assert known.keys() == scratch.keys()
+    for pair, weights in known.items():
+        assert weights.abs().max() > 0
+        assert torch.allclose(weights, scratch[pair], atol=1e-6), pair
+
+
+@pytest.mark.parametrize("architecture", ["relu", "topk"])
+@pytest.mark.parametrize("active", ["clean", "either"])
+def test_the_errors_part_is_the_formula(tiny_model, make_saes, tiny_prompts, architecture, active, monkeypatch):
+    """e_patch - e_clean and g - sum_active (W_dec[i] . g) W_enc[i] over all tokens, whatever is left out on the way."""
+    saes = make_saes(tiny_model, architecture=architecture)
+    states = capture_states(tiny_model, saes, tiny_prompts, logit_difference, sites=tiny_model.sites, gradient=True)
+    for site in (Site.parse("mlp_0"), tiny_model.sites[-1]):
+        sae, g = saes[site], states.gradients[site]
+        f_clean, f_patch = sae.encode(states.clean[site]), sae.encode(states.patch[site])
+        on = (f_clean != 0) | (f_patch != 0) if active == "either" else f_clean != 0
+        live = states.live(site, g)[..., None]
+        delta = (states.patch[site] - sae.decode(f_patch) - states.clean[site] + sae.decode(f_clean)) * live
+        cotangent = (g - ((g @ sae.W_dec.T) * on) @ sae.W_enc) * live
+        assert live.sum() == (states.mask[:, 1:].sum() - 4 if site.name == "mlp_0" else len(states.mask))
+        for share in (0.0, 1.0):
+            monkeypatch.setattr("circuits.attribution.contraction.SPARSE", share)
+            effects, ends = contract(sae, states, g, site=site, ends=active)
+            torch.testing.assert_close(ends.error_delta, delta, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(ends.error_cotangent, cotangent, atol=1e-5, rtol=1e-4)
+            expected = ((f_patch - f_clean) * (g @ sae.W_dec.T)).sum((0, 1))
+            torch.testing.assert_close(effects.summed(1)[:-1], expected, atol=1e-5, rtol=1e-4)
 
 
 def test_edges_of_a_batch_are_the_sum_over_its_examples(tiny_model, make_saes, tiny_prompts):

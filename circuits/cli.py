@@ -29,6 +29,7 @@ def _commands() -> dict[str, Any]:
     from circuits.commands.evaluate import Evaluate
     from circuits.commands.export import Export
     from circuits.commands.faithfulness import Faithfulness
+    from circuits.commands.finetune import Finetune
     from circuits.commands.mask import Mask
     from circuits.commands.render import Explore, Render
     from circuits.commands.report import Report
@@ -37,6 +38,7 @@ def _commands() -> dict[str, Any]:
     return {
         "cache": Cache,
         "train": Train,
+        "finetune": Finetune,
         "evaluate": Evaluate,
         "discover": Discover,
         "faithfulness": Faithfulness,

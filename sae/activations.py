@@ -71,14 +71,15 @@ class ContextStream:
     """Batches of contexts from a text, endlessly."""
 
     def __init__(
-        self, model: LanguageModel, source: TextSource, *, context_length: int | None = None, packed: bool = False
-    ):
+        self, model: LanguageModel, source: TextSource, *, context_length: int | None = None, packed: bool = False,
+        forward_tokens: int = FORWARD_TOKENS,
+    ):  # fmt: skip
         longest = getattr(model.hf.config, "max_position_embeddings", None) or context_length or CONTEXT_LENGTH
         context_length = context_length or min(CONTEXT_LENGTH, longest)
         if not 2 <= context_length <= longest:
             raise UserError(f"context length is {context_length}, allowed are 2 to {longest} for {model.name}")
         self.model, self.source = model, source
-        self.context_length, self.packed = context_length, packed
+        self.context_length, self.packed, self.forward_tokens = context_length, packed, forward_tokens
         self.state = StreamState()
         self.length: int | None = None  # documents of the whole text, once its end was seen
         self._documents: Iterator[str] | None = None
@@ -103,7 +104,7 @@ class ContextStream:
 
     def _batch(self, contexts: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
         """The first contexts, longest first, that fit one forward pass."""
-        return list(contexts[: max(1, FORWARD_TOKENS // len(contexts[0]))])
+        return list(contexts[: max(1, self.forward_tokens // len(contexts[0]))])
 
     def _read_group(self) -> None:
         if self._documents is None:

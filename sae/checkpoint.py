@@ -15,6 +15,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.optim import Optimizer
 
 from sae.activations import StreamState
 from sae.files import read_json, temporary_name, write_tensors
@@ -75,6 +76,25 @@ def remove(folder: Path) -> None:
     """Removes all checkpoints: first from sight, so that half of one is never found."""
     if folder.is_dir():
         shutil.rmtree(folder.rename(temporary_name(folder)), ignore_errors=True)
+
+
+def tensors_of(
+    name: str, weights: Mapping[str, Tensor], state: Mapping[str, Tensor], optimizer: Optimizer
+) -> dict[str, Tensor]:
+    """State, weights and optimizer moments of one autoencoder, by name; the tensors themselves, not copies."""
+    tensors = {f"{name}/state/{key}": tensor for key, tensor in state.items()}
+    for key, weight in weights.items():
+        tensors[f"{name}/weights/{key}"] = weight.detach()
+        tensors |= {f"{name}/adam/{key}/{moment}": t for moment, t in optimizer.state.get(weight, {}).items()}
+    return tensors
+
+
+def make_moments(name: str, weights: Mapping[str, Tensor], optimizer: Optimizer, found: Mapping[str, Tensor]) -> None:
+    """Gives the optimizer the moments of one autoencoder that `found` has under the names of `tensors_of`."""
+    for key, weight in weights.items():
+        prefix = f"{name}/adam/{key}/"
+        moments = {n.removeprefix(prefix): t for n, t in found.items() if n.startswith(prefix)}
+        optimizer.state[weight] = {moment: tensor.to(weight.device) for moment, tensor in moments.items()}
 
 
 def _folders(folder: Path) -> list[Path]:

@@ -114,7 +114,10 @@ class SparseCode:
         return torch.segment_reduce(value[order], "sum", offsets=offsets, initial=0)
 
     def encode(self, W_enc: Tensor, bias: Tensor | None, b_dec: Tensor | None, x_c: Tensor) -> Tensor:
-        """z at the entries [n], differentiable in the encoder and b_dec; x_c [N, d] is x − b_dec, or x without it."""
+        """z at the entries [n], differentiable in the encoder and b_dec; x_c [N, d] is x − b_dec, or x without it.
+
+        Where x_c wants a gradient, codes of one level give it.
+        """
         return _SparseEncode.apply(W_enc, bias, b_dec, x_c, self)
 
     def decode(self, value: Tensor, W_dec: Tensor) -> Tensor:
@@ -179,7 +182,8 @@ class _SparseEncode(torch.autograd.Function):
         W_enc, x_c = ctx.saved_tensors
         order, offsets = ctx.code.by_feature
         dW_enc = bag_sum(x_c, ctx.code.token[order], offsets, dz[order])
-        return dW_enc, *_bias_gradients(ctx, ctx.code.sum_tokens(dz), W_enc), None, None
+        dx_c = bag_sum(W_enc, ctx.code.feature, ctx.code.bag_offsets, dz) if ctx.needs_input_grad[3] else None
+        return dW_enc, *_bias_gradients(ctx, ctx.code.sum_tokens(dz), W_enc), dx_c, None
 
 
 class _DenseEncode(torch.autograd.Function):

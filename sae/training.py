@@ -234,11 +234,7 @@ class Trainer:
         """Everything that changes in training, by name; the tensors themselves, not copies."""
         tensors: dict[str, Tensor] = {}
         for learner in self.learners:
-            tensors |= {f"{learner.name}/state/{key}": tensor for key, tensor in learner.state.items()}
-            for key, weight in learner.weights.items():
-                tensors[f"{learner.name}/weights/{key}"] = weight.detach()
-                moments = self.optimizer.state.get(weight, {})
-                tensors |= {f"{learner.name}/adam/{key}/{moment}": t for moment, t in moments.items()}
+            tensors |= checkpoints.tensors_of(learner.name, learner.weights, learner.state, self.optimizer)
         return tensors
 
     def _save(self) -> None:
@@ -254,10 +250,7 @@ class Trainer:
             return False
         self.step, self.fill, self.dealt, self.position = found.step, found.fill, found.dealt, found.position
         for learner in self.learners:
-            for key, weight in learner.weights.items():
-                prefix = f"{learner.name}/adam/{key}/"
-                moments = {n.removeprefix(prefix): t for n, t in found.tensors.items() if n.startswith(prefix)}
-                self.optimizer.state[weight] = {moment: tensor.to(self.device) for moment, tensor in moments.items()}
+            checkpoints.make_moments(learner.name, learner.weights, self.optimizer, found.tensors)
         tensors = self._tensors()
         if missing := next((name for name in tensors if name not in found.tensors), None):
             raise UserError(

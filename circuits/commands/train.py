@@ -5,13 +5,22 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from circuits.commands.cache import need, open_cache
-from circuits.commands.common import Common, Output, Overwrite, load_model
+from circuits.commands.common import Common, Output, Overwrite, at_least, load_checked_saes, load_model
+from circuits.commands.finetune import finetuned_lines, progress_of
+from sae.errors import UserError
+from sae.files import prepare_folder
+from sae.finetuning import FinetuneConfig, finetune
 from sae.training import TrainConfig, train
+
+TRAINED = "trained"
+"""Folder inside the run that keeps the autoencoders as they were before fine-tuning."""
+FINETUNED = 5
+"""Tokens of training to one of fine-tuning, where it is not said."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +42,29 @@ class Train(Common):
     resume: bool = False
     """Go on from the last checkpoint of an interrupted run with the same options."""
     overwrite: Overwrite = False
+    finetune: Literal["none", "kl", "ce"] = "none"
+    """Fine-tune afterwards with all autoencoders spliced in, for the model's predictions (kl) or the text (ce)."""
+    finetune_tokens: int | None = None
+    """Tokens of it, beside those of training; a fifth of them by default. `sfc finetune` has more options."""
     config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
 
     def run(self) -> Output:
+        if self.finetune == "none":
+            if self.finetune_tokens is not None:
+                raise UserError(f"finetune-tokens is {self.finetune_tokens}: there is none without --finetune kl")
+            return self._train(self.out)
+        at_least(self, finetune_tokens=1)
+        need(self.model, "model")
+        text = need(self.text, "text")
+        prepare_folder(self.out, overwrite=self.overwrite or self.resume)
+        trained = self._train(self.out / TRAINED)
+        return self._finetune(trained, text)
+
+    def _train(self, out: Path) -> Output:
         options: dict[str, Any] = {
             "sites": self.sites,
             "config": self.config,
-            "out": self.out,
+            "out": out,
             "resume": self.resume,
             "overwrite": self.overwrite,
             "progress": not self.quiet,
@@ -50,13 +75,38 @@ class Train(Common):
         else:
             name, text = need(self.model, "model"), need(self.text, "text")
             train(load_model(name, self), text, **options)
-        last = last_lines(self.out / "saes" / "training.jsonl")
+        last = last_lines(out / "saes" / "training.jsonl")
         rows = [
             f"  {line['site']:<9} explained variance {line['explained_variance']:.3f}  L0 {line['l0']:6.1f}  "
             f"dead {line['dead']:.2f}"
             for line in last
         ]
-        return Output("\n".join([*rows, f"wrote {self.out / 'saes'}"]), {"out": str(self.out), "sites": last})
+        return Output("\n".join([*rows, f"wrote {out / 'saes'}"]), {"out": str(out), "sites": last})
+
+    def _finetune(self, trained: Output, text: str) -> Output:
+        known = self.config
+        config = FinetuneConfig(
+            loss=self.finetune,
+            tokens=self.finetune_tokens or max(1, known.tokens // FINETUNED),
+            context_length=known.context_length,
+            packed=known.packed,
+            exclude_special=known.exclude_special,
+            seed=known.seed,
+        )
+        model = load_model(need(self.model, "model"), self)
+        finetune(
+            model,
+            load_checked_saes(model, self.out / TRAINED),
+            text,
+            config=config,
+            out=self.out,
+            origin=TRAINED,
+            resume=self.resume,
+            overwrite=True,
+            progress=not self.quiet,
+        )
+        rows = "\n".join([trained.text, *finetuned_lines(self.out)])
+        return Output(rows, trained.data | {"out": str(self.out), "finetuning": progress_of(self.out)})
 
 
 def last_lines(log: Path) -> list[dict]:

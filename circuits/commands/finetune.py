@@ -1,0 +1,76 @@
+"""`sfc finetune`: autoencoders that exist already, tuned together while all of them stand in the model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from circuits.commands.common import Common, Output, Overwrite, load_checked_saes, load_model, place
+from sae.errors import UserError
+from sae.finetuning import FinetuneConfig, finetune
+from sae.sites import select_sites
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune(Common):
+    """Fine-tune autoencoders while all of them are spliced into the model, so that it predicts well with them."""
+
+    model: str
+    """Hugging Face model: hub name or folder."""
+    saes: str
+    """Autoencoders to begin with: a run folder, or any other that can be read; they stay as they are."""
+    text: str
+    """Text: a .txt file (a document a line), a .jsonl file (field text), .gz of either, or a hub data set."""
+    out: Path
+    """New run folder; autoencoders go to saes/SITE."""
+    sites: str = "all"
+    """Sites, such as all (that have an autoencoder), resid or resid_3,mlp_2."""
+    resume: bool = False
+    """Go on from the last checkpoint of an interrupted run with the same options."""
+    overwrite: Overwrite = False
+    config: Annotated[FinetuneConfig, tyro.conf.arg(name="")] = field(default_factory=FinetuneConfig)
+
+    def run(self) -> Output:
+        source = Path(self.saes)
+        if source.exists() and self.out.resolve() in (source.resolve(), source.resolve().parent):
+            raise UserError(f"out and saes are the same folder, {str(self.out)!r}: give another one, the trained stay")
+        model = load_model(self.model, self)
+        sites = None if self.sites == "all" else list(select_sites(self.sites, model.sites))
+        saes = load_checked_saes(model, self.saes, sites=sites)
+        finetune(
+            model,
+            saes,
+            self.text,
+            config=self.config,
+            out=self.out,
+            origin=place(self.saes),
+            resume=self.resume,
+            overwrite=self.overwrite,
+            progress=not self.quiet,
+        )
+        return Output("\n".join(finetuned_lines(self.out)), {"out": str(self.out), **progress_of(self.out)})
+
+
+def progress_of(run: Path) -> dict[str, list[dict]]:
+    """The first and the last lines of a fine-tuning log, one a site."""
+    lines = [json.loads(line) for line in (run / "saes" / "finetuning.jsonl").read_text(encoding="utf-8").splitlines()]
+    return {
+        name: [line for line in lines if line["step"] == lines[at]["step"]] for name, at in (("first", 0), ("last", -1))
+    }
+
+
+def finetuned_lines(run: Path) -> list[str]:
+    """What became of each site, and of the predictions, from the first line of the log to the last."""
+    ends = progress_of(run)
+    rows = [
+        f"  {before['site']:<9} explained variance {before['explained_variance']:.3f} -> "
+        f"{after['explained_variance']:.3f}  L0 {before['l0']:.1f} -> {after['l0']:.1f}"
+        for before, after in zip(ends["first"], ends["last"], strict=True)
+    ]
+    name = "kl" if "kl" in ends["last"][0] else "ce"
+    before, after = (ends[end][0][name] for end in ("first", "last"))
+    return [*rows, f"all sites spliced: {name} {before:.3f} -> {after:.3f} nats", f"wrote {run / 'saes'}"]

@@ -1,0 +1,349 @@
+"""Fine-tuning of finished autoencoders for the predictions of a model in which all of them stand at once.
+
+Trained one by one, autoencoders minimise their own errors; spliced together those add up to a model that predicts much
+worse. Braun et al. 2024 (arXiv 2405.12241) train on the KL divergence to the model's own predictions instead, with
+the reconstruction of activations as a second term; Karvonen 2025 (arXiv 2503.17272) shows that a short stretch of it
+at the end of ordinary training is enough, with both terms brought to the same size as they change. Here all sites stand
+in the model together. A step, on a batch of text:
+
+1. the model as it is: its predictions p, and x at every site;
+2. the model with x̂ in place of x at the chosen sites, each autoencoder reading what the ones before it left. The errors
+   are dropped; special tokens keep their x. The prediction loss P is KL(p ‖ p spliced), or the cross-entropy of the
+   text, in nats a token. Its gradient runs through the frozen model into all autoencoders, the early ones included;
+3. R = mean over sites of ‖x − x̂‖² / (mean ‖x − x̄‖²), on the x of step 1, the activations features are read from;
+4. loss = (R / P) P + w R with R / P as a constant: P and R pull with strengths 1 and w, whatever their units;
+5. Adam; decoder rows stay unit vectors and L0 what it was (`sae.tunable`).
+
+The new autoencoders are a run of their own; checkpoints are made at even distances, and on a CPU an interrupted run
+goes on to the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import NamedTuple, TextIO
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, kl_div
+from tqdm import tqdm
+
+from sae import checkpoint as checkpoints
+from sae.activations import ContextStream
+from sae.autoencoder import SparseAutoencoder
+from sae.checkpoint import Checkpoint
+from sae.errors import UserError, unknown
+from sae.evaluation import counted_tokens
+from sae.model import Edit, LanguageModel, Tokens, check_finite
+from sae.run_folder import RunFolder, run_settings
+from sae.sites import Site
+from sae.splice import check_saes
+from sae.text import TextSource
+from sae.training import BETAS
+from sae.tunable import Reconstruction, Tunable
+
+log = logging.getLogger(__name__)
+
+LOSSES = ("kl", "ce")
+SPLICES = ("all", "random")
+MEASURED_BATCHES = 4
+"""Batches on which scale and L0 before fine-tuning are measured."""
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """How to fine-tune autoencoders while they are spliced into the model."""
+
+    loss: str = "kl"
+    """What spliced predictions are judged by: kl (divergence from the model's own) or ce (loss on the text)."""
+    tokens: int = 100_000
+    """Tokens to fine-tune on; text shorter than that is read several times."""
+    reconstruction: float = 1.0
+    """Weight of the reconstruction error at each site, relative to that of the predictions."""
+    splice: str = "all"
+    """Sites spliced in a step: all, or a random choice of a random number of them."""
+    batch_size: int | None = None
+    """Tokens a step, padding counted; by default as many as leave 200 steps, between 512 and 4096."""
+    learning_rate: float | None = None
+    """Peak learning rate of Adam; 0.02 / sqrt(width) by default."""
+    warmup: float = 0.05
+    """Share of the steps over which the learning rate rises; afterwards it falls linearly to zero."""
+    context_length: int | None = None
+    """Longest context, in tokens; 128, or less if the model takes less, by default."""
+    packed: bool = False
+    """Whether documents are packed end to end into full contexts instead of one context a document."""
+    exclude_special: bool = True
+    """Whether special tokens, such as BOS, keep their activations."""
+    seed: int = 0
+    """Seed of the random choice of sites."""
+    log_steps: int = 20
+    """Steps between lines of the log."""
+    checkpoints: int = 5
+    """Checkpoints over the run; the last two are kept until it ends. 0 for none."""
+
+    def __post_init__(self) -> None:
+        for name, known in (("loss", LOSSES), ("splice", SPLICES)):
+            if getattr(self, name) not in known:
+                raise unknown(name, getattr(self, name), known)
+        for name, low, high in (
+            ("tokens", 1, math.inf), ("reconstruction", 0, math.inf), ("batch_size", 2, math.inf),
+            ("warmup", 0, 1), ("log_steps", 1, math.inf), ("checkpoints", 0, math.inf),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                allowed = f"at least {low}" if high == math.inf else f"{low} to {high}"
+                raise UserError(f"{name} is {value}, allowed is {allowed}")
+        if self.learning_rate is not None and not self.learning_rate > 0:
+            raise UserError(f"learning_rate is {self.learning_rate}, allowed is any positive number")
+
+    @property
+    def batch(self) -> int:
+        """Tokens a step, padding counted."""
+        if self.batch_size is not None:
+            return self.batch_size
+        return min(4096, max(512, 2 ** int(math.log2(max(1, self.tokens / 200)))))
+
+    def learning_rate_at(self, done: float, width: int) -> float:
+        """The learning rate when a share `done` of the tokens is read, for a site of the given width."""
+        peak = self.learning_rate or 0.02 / math.sqrt(width)
+        rise = min(1.0, done / self.warmup) if self.warmup else 1.0
+        return peak * rise * (1 - max(0.0, done - self.warmup) / max(1e-9, 1 - self.warmup))
+
+
+class SplicedLoss(NamedTuple):
+    """The loss of one batch and its parts."""
+
+    loss: Tensor  # scalar, what is differentiated
+    prediction: Tensor  # scalar, nats a token
+    unexplained: dict[Site, Tensor]  # mean ‖x − x̂‖² over variance at each site
+    reconstructions: dict[Site, Reconstruction]  # of the model's own x at the counted tokens
+
+
+def spliced_loss(
+    model: LanguageModel, tunables: Mapping[Site, Tunable], tokens: Tokens, counted: Tensor, spliced: Iterable[Site],
+    config: FinetuneConfig,
+) -> SplicedLoss:  # fmt: skip
+    """The loss of a batch with the sites `spliced` replaced at the counted tokens [B, S]; see the head of this file."""
+    clean = model.run(tokens, capture=tunables)
+    check_finite(clean)
+    logits = model.run(tokens, edits={site: _splice(tunables[site], counted) for site in spliced}, grad=True).logits
+    prediction = prediction_loss(config.loss, logits, clean.logits, tokens)
+    reconstructions, unexplained = {}, {}
+    for site, tunable in tunables.items():
+        x = clean.activations[site][counted]
+        reconstructions[site] = tunable(x)
+        unexplained[site] = (x - reconstructions[site].x_hat).square().sum() / (max(1, len(x)) * tunable.scale**2)
+    mean = torch.stack(list(unexplained.values())).mean()
+    balance = (mean / prediction.clamp(min=1e-12)).detach()
+    return SplicedLoss(balance * prediction + config.reconstruction * mean, prediction, unexplained, reconstructions)
+
+
+def prediction_loss(kind: str, logits: Tensor, model_logits: Tensor, tokens: Tokens) -> Tensor:
+    """KL(model ‖ spliced) at every token, or cross-entropy of every next token: a mean in nats. Logits: [B, S, V]."""
+    mask = tokens.attention_mask.bool()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if kind == "kl":
+        log_q, log_p = (x[mask].to(logits).log_softmax(-1) for x in (logits, model_logits))
+        return kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+    scored = mask[:, :-1] & mask[:, 1:]
+    return cross_entropy(logits[:, :-1][scored], tokens.input_ids[:, 1:][scored])
+
+
+def _splice(tunable: Tunable, counted: Tensor) -> Edit:
+    return lambda x: x.masked_scatter(counted[..., None], tunable(x[counted]).x_hat.to(x.dtype))
+
+
+def finetune(
+    model: LanguageModel,
+    saes: Mapping[Site, SparseAutoencoder],
+    texts: str | Path | Iterable[str] | TextSource,
+    *,
+    out: str | Path,
+    config: FinetuneConfig | None = None,
+    origin: str = "",
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> dict[Site, SparseAutoencoder]:
+    """Fine-tunes autoencoders together; returns new ones in forward order and leaves them in `out`/saes/<site>.
+
+    `origin` says where the given ones came from: a run is not resumed with others.
+    """
+    config, out, source = config or FinetuneConfig(), Path(out), TextSource.of(texts)
+    check_saes(model, saes)
+    saes = dict(sorted(saes.items()))
+    options = {"config": {"saes": origin, **asdict(config)}}
+    run = RunFolder(out, "finetune", run_settings(model, source, list(saes), {}) | options)
+    folders = {site: out / "saes" / site.name for site in saes}
+    if resume and run.finished():
+        log.info("the run in %s is complete; nothing to resume", out)
+        return {site: SparseAutoencoder.load(folders[site], device=model.device) for site in saes}
+    stream = ContextStream(
+        model, source, context_length=config.context_length, packed=config.packed, forward_tokens=config.batch
+    )
+    tunables = make_tunable(model, saes, stream, config)
+    run.start(resume=resume, overwrite=overwrite)
+    log_path = out / "saes" / "finetuning.jsonl"
+    Finetuner(
+        model, tunables, stream, config, log_path=log_path, checkpoint_folder=run.checkpoints, progress=progress
+    ).run()
+    tuned = {}
+    for site, tunable in tunables.items():
+        tuned[site] = tunable.export()
+        tuned[site].config = replace(
+            tunable.config,
+            site=site.name,
+            model=model.name,
+            model_fingerprint=model.fingerprint,
+            extra={**tunable.config.extra, "finetuning": asdict(config)},
+        )
+        tuned[site].save(folders[site])
+    run.finish()
+    return tuned
+
+
+def make_tunable(
+    model: LanguageModel, saes: Mapping[Site, SparseAutoencoder], stream: ContextStream, config: FinetuneConfig
+) -> dict[Site, Tunable]:
+    """Trainable autoencoders with scale and L0 measured on the first batches; the text is then where it was."""
+    start = stream.state
+    found: dict[Site, list[Tensor]] = {site: [] for site in saes}
+    for _ in range(MEASURED_BATCHES):
+        tokens = stream.take().to(model.device)
+        counted = counted_tokens(model, tokens, special_tokens=not config.exclude_special)
+        for site, x in model.run(tokens, capture=saes, need_logits=False).activations.items():
+            found[site].append(x[counted].float())
+    stream.seek(start)
+    tunables = {}
+    for site, sae in saes.items():
+        x = torch.cat(found[site])
+        if not len(x):
+            raise UserError(f"the text {stream.source.name!r} begins with nothing but special tokens")
+        scale = (x - x.mean(0)).square().sum(1).mean().sqrt().clamp(min=1e-6).item()
+        tunables[site] = Tunable(sae, scale=scale, l0=len(sae.encode_sparse(x).value) / len(x))
+    return tunables
+
+
+class Finetuner:
+    """Tunable autoencoders, the text they read, the optimizer that moves them, and where they are in the run."""
+
+    def __init__(
+        self, model: LanguageModel, tunables: Mapping[Site, Tunable], stream: ContextStream, config: FinetuneConfig, *,
+        log_path: Path, checkpoint_folder: Path, progress: bool,
+    ):  # fmt: skip
+        self.model, self.tunables, self.stream, self.config = model, dict(tunables), stream, config
+        self.log_path, self.checkpoint_folder, self.progress = log_path, checkpoint_folder, progress
+        self.optimizer = torch.optim.Adam(
+            [{"params": list(tunable.weights.values())} for tunable in tunables.values()],
+            betas=BETAS,
+            fused=model.device.type in ("cpu", "cuda"),
+        )
+        self.step = self.tokens = 0
+        zero = torch.zeros((), device=model.device)
+        names = ("prediction", *(f"{kind}/{site}" for site in tunables for kind in ("unexplained", "active")))
+        self.sums = {name: zero.clone() for name in names}  # since the last line of the log
+        self.logged_tokens = 0
+
+    def run(self) -> None:
+        """Fine-tunes to the end, from the last checkpoint if there is one."""
+        self._restore()
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        config, total = self.config, self.config.tokens
+        bar = tqdm(total=total, initial=self.tokens, unit="token", desc="fine-tune", disable=not self.progress)
+        try:
+            with bar, self.log_path.open("a", encoding="utf-8") as lines:
+                while self.tokens < total:
+                    before = self.tokens
+                    self._one_step()
+                    bar.update(min(self.tokens, total) - before)
+                    if self.step % config.log_steps == 0 or self.tokens >= total:
+                        bar.set_postfix_str(self._log(lines))
+                    if self._checkpoints_at(before) < self._checkpoints_at(self.tokens):
+                        lines.flush()
+                        self._save()
+        except KeyboardInterrupt:
+            log.warning("interrupted after %d of %d tokens; the last checkpoint stands", self.tokens, total)
+            raise
+
+    def _checkpoints_at(self, tokens: int) -> int:
+        """How many checkpoints are due once so many tokens are read."""
+        return min(tokens, self.config.tokens) * self.config.checkpoints // self.config.tokens
+
+    def _one_step(self) -> None:
+        tokens = self.stream.take().to(self.model.device)
+        counted = counted_tokens(self.model, tokens, special_tokens=not self.config.exclude_special)
+        losses = spliced_loss(self.model, self.tunables, tokens, counted, self._chosen(), self.config)
+        losses.loss.backward()
+        n_tokens = int(counted.sum())
+        self.tokens, self.step = self.tokens + n_tokens, self.step + 1
+        for (site, tunable), group in zip(self.tunables.items(), self.optimizer.param_groups, strict=True):
+            group["lr"] = self.config.learning_rate_at(self.tokens / self.config.tokens, tunable.config.d_model)
+            tunable.project()
+            tunable.steer(losses.reconstructions[site].code)
+            self.sums[f"unexplained/{site}"] += losses.unexplained[site].detach() * n_tokens
+            self.sums[f"active/{site}"] += losses.reconstructions[site].n_active
+        self.sums["prediction"] += losses.prediction.detach() * n_tokens
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        for tunable in self.tunables.values():
+            tunable.constrain()
+
+    def _chosen(self) -> list[Site]:
+        """The sites spliced in this step."""
+        sites = list(self.tunables)
+        if self.config.splice == "all":
+            return sites
+        generator = torch.Generator().manual_seed(1_000_003 * self.config.seed + self.step)
+        n = int(torch.randint(1, len(sites) + 1, (), generator=generator))
+        return [sites[i] for i in sorted(torch.randperm(len(sites), generator=generator)[:n].tolist())]
+
+    def _log(self, lines: TextIO) -> str:
+        """Writes a line a site and returns the means for the bar."""
+        n = max(1, self.tokens - self.logged_tokens)
+        means = {name: total.item() / n for name, total in self.sums.items()}
+        for site, group in zip(self.tunables, self.optimizer.param_groups, strict=True):
+            line = {"step": self.step, "tokens": self.tokens, "site": site.name, self.config.loss: means["prediction"]}
+            line |= {"explained_variance": 1 - means[f"unexplained/{site}"], "l0": means[f"active/{site}"]}
+            lines.write(json.dumps(line | {"learning_rate": group["lr"]}) + "\n")
+        for total in self.sums.values():
+            total.zero_()
+        self.logged_tokens = self.tokens
+        explained = 1 - sum(means[f"unexplained/{site}"] for site in self.tunables) / len(self.tunables)
+        active = sum(means[f"active/{site}"] for site in self.tunables) / len(self.tunables)
+        return f"{self.config.loss} {means['prediction']:.3f}, explained {explained:.3f}, L0 {active:.1f}"
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Everything that changes in fine-tuning, by name; the tensors themselves, not copies."""
+        tensors = {f"sums/{name}": total for name, total in self.sums.items()}
+        for site, tunable in self.tunables.items():
+            tensors |= checkpoints.tensors_of(site.name, tunable.weights, tunable.state, self.optimizer)
+        return tensors
+
+    def _save(self) -> None:
+        done = {"done": torch.tensor([self.tokens, self.logged_tokens])}
+        size = self.log_path.stat().st_size
+        state = Checkpoint(self.step, 0, 0, self.stream.state, size, self._tensors() | done)
+        checkpoints.save(self.checkpoint_folder, state)
+
+    def _restore(self) -> None:
+        """Puts the last checkpoint in force, if there is one."""
+        found = checkpoints.latest(self.checkpoint_folder)
+        if found is None:
+            self.log_path.unlink(missing_ok=True)
+            return
+        self.step = found.step
+        self.tokens, self.logged_tokens = found.tensors["done"].tolist()
+        self.stream.seek(found.position)
+        for site, tunable in self.tunables.items():
+            checkpoints.make_moments(site.name, tunable.weights, self.optimizer, found.tensors)
+        with torch.no_grad():
+            for name, tensor in self._tensors().items():
+                tensor.copy_(found.tensors[name])
+        with self.log_path.open("r+b") as lines:
+            lines.truncate(found.log_bytes)
+        log.info("resumed after %d of %d tokens", self.tokens, self.config.tokens)

@@ -12,6 +12,7 @@ where f and e are recomputed from the x that arrives, so what was ablated before
 
 - `mean`: mean over the reference prompts (clean and patch), cell by cell (circuits.cells): the same template and
   position, or span and place in it.
+- `optimal`: the constants with which the model does best without what is ablated (circuits.constants), from the means.
 - `mean-pooled`: one mean over all templates and positions. It destroys what all prompts share and tells little.
 - `counterfactual`: the values of the pair's other prompt.
 - `resample`: the values of a random reference prompt with the same template.
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +37,8 @@ from sae.model import LanguageModel, Tokens
 from sae.sites import Site
 from sae.streaming import decoder_bias, device_of
 
-ABLATIONS = ("mean", "counterfactual", "resample", "zero", "mean-pooled")
+ABLATIONS = ("mean", "optimal", "counterfactual", "resample", "zero", "mean-pooled")
+"""What `AblationValues` knows; `optimal` are means there until circuits.constants fits them."""
 
 
 @dataclass(frozen=True)
@@ -144,16 +147,17 @@ class AblationValues:
             raise unknown("ablation", kind, ABLATIONS)
         self.model, self.saes, self.table, self.kind = model, saes, table, kind
         self.reference = reference
-        self._means: Values = {}
+        self.means: Values = {}
+        self.tables: Values = {}
         self._rows: dict[str, list[int]] = defaultdict(list)
         self._generator = torch.Generator().manual_seed(seed)
-        if kind in ("mean", "mean-pooled", "resample"):
+        if kind not in ("counterfactual", "zero"):
             if reference is None:
                 raise UserError(f"ablation {kind!r} needs reference prompts")
             for row, template in enumerate(reference.templates):
                 self._rows[template].append(row)
             self.cells = Cells(reference, pooled=kind == "mean-pooled")
-        if kind in ("mean", "mean-pooled"):
+        if kind in ("mean", "optimal", "mean-pooled"):
             self._collect_means(batch_size)
 
     @torch.no_grad()
@@ -172,7 +176,8 @@ class AblationValues:
                     sums = total.setdefault(site, [x.new_zeros(len(self.cells), x.shape[-1]) for x in parts])
                     for known, x in zip(sums, parts, strict=True):
                         known.index_add_(0, cell, x)
-        self._means = {site: SiteValues(*(x / counts for x in sums)) for site, sums in total.items()}
+        self.means = {site: SiteValues(*(x / counts for x in sums)) for site, sums in total.items()}
+        self.tables = self.means
 
     @torch.no_grad()
     def _of(self, tokens: Tokens) -> Values:
@@ -200,19 +205,26 @@ class AblationValues:
             assert self.reference is not None
             rows = [self._draw(template) for template in prompts.templates]
             return self._of(_padded_to(self.reference.clean[rows], prompts.clean.n_positions))
-        return self._stacked_means(prompts)
+        return self.at_cells(prompts, self.tables)
 
     def _draw(self, template: str) -> int:
         rows = self._rows[template]
         return rows[int(torch.randint(len(rows), (), generator=self._generator))]
 
-    def _stacked_means(self, prompts: PromptSet) -> Values:
+    def at_cells(self, prompts: PromptSet, tables: Values) -> Values:
+        """Values for a batch from tables of x and e [cells, d] and the chosen features [cells, n]; 0 at padding."""
         cell = self.cells.of(prompts)
         known = (cell >= 0)[..., None]
         return {
-            site: SiteValues(*(table[cell] * known for table in (mean.x, mean.error, mean.features)))
-            for site, mean in self._means.items()
+            site: SiteValues(*(table[cell] * known for table in (at.x, at.error, at.features)))
+            for site, at in tables.items()
         }
+
+    def with_tables(self, tables: Values) -> AblationValues:
+        """The same with other tables."""
+        other = copy(self)
+        other.tables = tables
+        return other
 
 
 def _padded_to(tokens: Tokens, n_positions: int) -> Tokens:

@@ -85,7 +85,7 @@ class CompareOptions:
     start_site: str | None = None
     """First site that is ablated; everything before is given for free."""
     ablation: str = "mean"
-    """What ablated nodes become: mean, counterfactual, resample, zero or mean-pooled."""
+    """What ablated nodes become: mean, optimal, counterfactual, resample, zero or mean-pooled."""
     errors: str = "nodes"
     """Errors of the autoencoders: nodes, keep or ablate."""
     seed: int = 0

@@ -36,6 +36,7 @@ from tqdm import tqdm
 from circuits.ablation import AblationValues, NodeTable, SiteValues, Values
 from circuits.behaviour import Metric, get_metric, prepare
 from circuits.circuit import Circuit
+from circuits.constants import ablation_values
 from circuits.edges import Edges
 from circuits.faithfulness import FaithfulnessOptions, aligned, from_start_site, shares, span
 from circuits.nodes import Nodes, count
@@ -159,12 +160,12 @@ def measure_edge_faithfulness(
     for _ in range(options.random):
         rank = {pair: torch.rand(w.shape, generator=generator) * (w != 0) for pair, w in edges.items()}
         sets += [strongest_edges(rank, size) for size in sizes]
-    table = NodeTable(saes, [nodes], sites=list(nodes))
     reference, prompts, _ = aligned(reference or prompts, prompts, options.ablation)
-    values = AblationValues(
-        model, saes, table, options.ablation, reference=reference, seed=options.seed, batch_size=options.batch_size
-    )
-    runner = _Runner(model, saes, nodes, table, m, max_rows)
+    values = ablation_values(
+        model, saes, options.ablation, [({}, True), (nodes, True)], nodes=nodes, reference=reference,
+        seed=options.seed, batch_size=options.batch_size, progress=progress,
+    )  # fmt: skip
+    runner = _Runner(model, saes, nodes, values.table, m, max_rows)
     m_all = _metrics(runner, values, [strongest_edges(edges, 0), *sets], prompts, options.batch_size, progress)
     f = shares(m_all.mean(1)).tolist()
     n = len(sizes)

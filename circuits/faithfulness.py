@@ -31,9 +31,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from circuits.ablation import AblationValues, NodeTable, ablation_edits
+from circuits.ablation import AblationValues, ablation_edits
 from circuits.behaviour import Metric, get_metric, prepare
 from circuits.cells import Cells
+from circuits.constants import Gain, ablation_values, gain
 from circuits.nodes import Nodes, SiteNodes, count, select_nodes
 from circuits.prompts import PromptSet
 from circuits.uncertainty import Bootstrap
@@ -53,8 +54,9 @@ class FaithfulnessOptions:
     """How faithfulness is measured."""
 
     ablation: str = "mean"
-    """What ablated nodes become: mean (per template and position), counterfactual, resample, zero, or mean-pooled (over
-    all templates and positions; it destroys what all prompts share, so that faithfulness says little).
+    """What ablated nodes become: mean (per template and position), optimal (fitted from there so that the model does
+    best with the circuits kept), counterfactual, resample, zero, or mean-pooled (over all templates and positions; it
+    destroys what all prompts share, so that faithfulness says little).
     """
     start_site: str | None = None
     """First site that is ablated; everything before is given for free. None for all sites."""
@@ -118,6 +120,8 @@ class Faithfulness:
     """What was done with the errors."""
     intervals: Intervals | None = None
     """How far the curves depend on the prompts; None where not computed."""
+    gain: Gain | None = None
+    """What optimal constants gain over means on these prompts; None for other ablations."""
 
     @property
     def cpr(self) -> float:
@@ -237,14 +241,15 @@ def measure_faithfulness(
     generator = torch.Generator().manual_seed(options.seed)
     drawn = [[random_nodes(nodes, size, generator=generator) for size in sizes] for _ in range(options.random)]
     sets = [*strongest, *(one for draw in drawn for one in draw)]
-    table = NodeTable(saes, sets, sites=list(nodes))
     reference, prompts, uncovered = aligned(reference or prompts, prompts, options.ablation)
-    values = AblationValues(
-        model, saes, table, options.ablation, reference=reference, seed=options.seed, batch_size=options.batch_size
-    )
     runs = _with_errors([(one, True) for one in ({}, *sets)] + [(one, False) for one in strongest],
                         nodes, options.errors)  # fmt: skip
-    m_all = _metrics(model, saes, table, values, runs, prompts, m, options.batch_size, progress=progress)
+    curve = runs[: 1 + len(sizes)]  # the empty circuit and the strongest nodes
+    values = ablation_values(
+        model, saes, options.ablation, curve, nodes=nodes, named=sets, reference=reference, seed=options.seed,
+        batch_size=options.batch_size, progress=progress,
+    )  # fmt: skip
+    m_all = _metrics(values, runs, prompts, m, options.batch_size, progress=progress)
     m_model, m_empty = m_all[:2].mean(1).tolist()
     if abs(m_model - m_empty) < 1e-9:
         raise UserError(f"ablating every node leaves the metric at {m_empty:.4f}: there is nothing to explain")
@@ -264,6 +269,7 @@ def measure_faithfulness(
         n_uncovered=uncovered,
         errors=options.errors,
         intervals=_intervals(m_all, sizes, n_nodes, options) if options.resamples else None,
+        gain=gain(values, curve, prompts, batch_size=options.batch_size) if options.ablation == "optimal" else None,
     )
 
 
@@ -305,9 +311,9 @@ def _with_errors(sets: Sequence[tuple[Nodes, bool]], nodes: Nodes, errors: str):
 
 
 @torch.no_grad()
-def _metrics(model, saes, table, values, sets, prompts, metric, batch_size, *, progress) -> torch.Tensor:
+def _metrics(values: AblationValues, sets, prompts, metric, batch_size, *, progress) -> torch.Tensor:
     """Metric of the plain model and of every (nodes, keep) on every prompt, [1 + sets, B] float64."""
-    columns = []
+    columns, model = [], values.model
     n_batches = -(-len(prompts) // batch_size)
     with tqdm(total=n_batches * len(sets), desc="faithfulness", unit="run", disable=not progress) as bar:
         for batch in prompts.batches(batch_size):
@@ -315,7 +321,7 @@ def _metrics(model, saes, table, values, sets, prompts, metric, batch_size, *, p
             column = [metric(plain.logits[:, -1], batch)]
             at = values(batch)
             for nodes, keep in sets:
-                edits = ablation_edits(saes, table, nodes, at, batch, keep=keep)
+                edits = ablation_edits(values.saes, values.table, nodes, at, batch, keep=keep)
                 run = model.run(batch.clean, edits=edits, last_only=True)
                 column.append(metric(run.logits[:, -1], batch))
                 bar.update()

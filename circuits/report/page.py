@@ -120,6 +120,7 @@ def _deck(run: RunFiles) -> str:
 
 ABLATIONS = {
     "mean": "their mean over the reference prompts of the same template",
+    "optimal": "constants fitted so that the model does best with the circuit alone",
     "counterfactual": "the value they have on the patch prompt",
     "mean-pooled": "one mean over all reference prompts and positions",
     "zero": "the value zero",

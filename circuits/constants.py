@@ -117,6 +117,26 @@ def ablation_values(
     return values
 
 
+class Descent:
+    """Adam on constants: `step` per loss, with the values of the moment for any batch."""
+
+    def __init__(self, constants: Constants, *, learning_rate: float = FitOptions.learning_rate) -> None:
+        self.constants, self.learning_rate = constants, learning_rate
+        self.parameters = constants.parameters
+        self.optimiser = torch.optim.Adam(self.parameters, lr=learning_rate, betas=(0.9, 0.95))
+
+    def __call__(self, prompts: PromptSet) -> Values:
+        return self.constants(prompts)
+
+    def step(self, loss: torch.Tensor, done: float) -> None:
+        """One step down `loss`; done: the share of all steps that went before."""
+        gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = torch.zeros_like(parameter) if gradient is None else gradient
+        self.optimiser.param_groups[0]["lr"] = self.learning_rate * 0.1**done
+        self.optimiser.step()
+
+
 def fit_constants(
     values: AblationValues,
     circuits: Sequence[Circuit],
@@ -128,24 +148,18 @@ def fit_constants(
     """The ablation values that minimise L over the reference prompts and circuits (2.), from those given."""
     options = options or FitOptions()
     prompts = both_ends(reference, values.model, batch_size=options.batch_size)
-    constants = Constants(values)
-    parameters = constants.parameters
-    optimiser = torch.optim.Adam(parameters, lr=options.learning_rate, betas=(0.9, 0.95))
+    descent = Descent(Constants(values), learning_rate=options.learning_rate)
     generator = torch.Generator().manual_seed(options.seed)
-    deck = _shuffled(len(circuits), generator)
-    batches = _shuffled(len(prompts), generator, size=options.batch_size)
+    draw = dealer(len(circuits), generator)
+    deal = dealer(len(prompts), generator, size=options.batch_size)
     bar = tqdm(range(options.steps), desc="optimal constants", unit="step", disable=not progress)
     for step in bar:
-        optimiser.param_groups[0]["lr"] = options.learning_rate * 0.1 ** (step / options.steps)
-        nodes, keep = circuits[int(deck())]
-        batch = prompts[batches()]
-        loss = divergence(values, constants(batch), batch, nodes, keep=keep, grad=True).mean()
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = torch.zeros_like(parameter) if gradient is None else gradient
-        optimiser.step()
+        nodes, keep = circuits[int(draw())]
+        batch = prompts[deal()]
+        loss = divergence(values, descent(batch), batch, nodes, keep=keep, grad=True).mean()
+        descent.step(loss, step / options.steps)
         bar.set_postfix(kl=f"{loss.item():.3f}", refresh=False)
-    return constants.fixed()
+    return descent.constants.fixed()
 
 
 def divergence(
@@ -202,7 +216,7 @@ def both_ends(prompts: PromptSet, model: LanguageModel, *, batch_size: int) -> P
     return replace(ends, reference=last_logits(model, ends, batch_size=batch_size).log_softmax(-1))
 
 
-def _shuffled(n: int, generator: torch.Generator, *, size: int = 1) -> Callable[[], torch.Tensor]:
+def dealer(n: int, generator: torch.Generator, *, size: int = 1) -> Callable[[], torch.Tensor]:
     """A function that deals `size` of n numbers at a time, shuffling anew when none is left."""
     left = torch.empty(0, dtype=torch.long)
 

@@ -7,22 +7,25 @@ latents of sparse autoencoders Caples et al. 2025).
 Legend: B prompts, S positions, d model width, N nodes, n chosen features of a site.
 
 1. A node has one score s. At a budget of k nodes its gate is sigmoid((s - s_(k)) / T), with s_(k) between the k-th
-   highest score and the next, and T cooled from `temperature` to a tenth of it, so that in the end all but
+   highest score and the next, and T cooled from `temperature` to a fiftieth of it, so that in the end all but
    the nodes ranked close to k are open or closed (annealed sigmoids as in Savarese et al. 2020, arXiv 1912.04427).
 2. At every site from the start site on, with the ablation values x0, f0, e0 of `circuits.ablation`,
    x' = x0 + sum_i gate_i (f_i - f0_i) W_dec[i] + gate_err (e - e0).
 3. Every prompt of a batch draws its own budget, log-uniformly. One run so serves all sizes: no penalty on the number
    of nodes has to be tuned, and the order of the scores is a nested ranking (the idea of Matryoshka
    representations, Kusupati et al. 2022, arXiv 2205.13147).
-4. Loss: ((m(C) - m(M)) / scale)^2 prompt by prompt, scale the distance of mean m from the whole model M to no
-   node. Overshooting costs as much as falling short.
-5. Scores start at -ln(rank) by |effect|, so that a budget's threshold is about -ln(k), or all alike.
+4. Loss: ((m(C) - m(M)) / scale)^2, scale the distance of mean m from the whole model M to no node; overshooting costs
+   as much as falling short. Faithfulness is a ratio of means, so m is averaged first, over `GROUP` prompts of one case
+   with neighbouring budgets (`match` cases): were cases averaged together, too much of one could pay for too little
+   of another. To match every prompt by itself (`match` prompts) takes about twice as many nodes.
+5. With optimal ablation the constants (circuits.constants) are learned in the same steps, by their own loss.
+6. Scores start at -ln(rank) by |effect|, so that a budget's threshold is about -ln(k), or all alike.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +36,8 @@ from torch.nn.functional import pad
 from tqdm import tqdm
 
 from circuits.ablation import AblationValues, Edit, NodeTable, SiteValues
-from circuits.behaviour import Metric, get_metric, prepare
+from circuits.behaviour import Metric, get_metric, kl, prepare
+from circuits.constants import Constants, Descent, dealer
 from circuits.faithfulness import ERRORS, aligned, from_start_site
 from circuits.nodes import Nodes, count, places
 from circuits.prompts import PromptSet
@@ -44,6 +48,11 @@ from sae.model import LanguageModel
 from sae.sites import Site
 
 STARTS = ("effects", "equal")
+MATCHES = ("cases", "prompts")
+GROUP = 16
+"""Prompts whose mean metric is matched."""
+COLDEST, SLOWEST = 0.02, 0.1
+"""What is left of temperature and learning rate at the end."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,13 @@ class MaskOptions:
     errors: str = "nodes"
     """Errors of the autoencoders: nodes (masked like features), keep (all left in) or ablate (all ablated)."""
     ablation: str = "mean"
-    """What masked nodes become: mean (per template and position), counterfactual, resample, zero or mean-pooled."""
+    """What masked nodes become: mean (per template and position), optimal (constants learned with the mask),
+    counterfactual, resample, zero or mean-pooled.
+    """
+    match: str = "cases"
+    """What has to reach the whole model's metric: cases (means over prompts of one case) or prompts (every single one,
+    which takes more nodes).
+    """
     start: str = "effects"
     """Where scores start: effects (the ranking of the given nodes) or equal."""
     smallest: int | None = None
@@ -69,12 +84,12 @@ class MaskOptions:
     learning_rate: float = 0.2
     """Of Adam, falling to a tenth over the steps."""
     temperature: float = 1.0
-    """Width of the gate's gradient in units of the score, falling to a tenth over the steps."""
+    """Width of the gate's gradient in units of the score, falling to a fiftieth over the steps."""
     seed: int = 0
     """Seed of prompts and budgets."""
 
     def __post_init__(self) -> None:
-        for name, allowed in (("errors", ERRORS), ("start", STARTS)):
+        for name, allowed in (("errors", ERRORS), ("start", STARTS), ("match", MATCHES)):
             if getattr(self, name) not in allowed:
                 raise unknown(name, getattr(self, name), allowed)
         for name in ("steps", "smallest", "largest", "batch_size"):
@@ -99,7 +114,7 @@ class Mask:
     scores: dict[Site, torch.Tensor]
     """[n] per site in the order of `nodes`; only differences mean something."""
     losses: list[float]
-    """Mean squared shortfall of every step, in units of the behaviour."""
+    """Loss of every step: squared shortfall in units of the behaviour."""
     options: dict[str, Any]
     """What it was learned with."""
 
@@ -185,24 +200,36 @@ def budget_gates(scores: torch.Tensor, budgets: torch.Tensor, *, temperature: fl
     return ((scores - threshold[:, None]) / temperature).sigmoid()
 
 
-def mask_loss(
+def masked_logits(
     model: LanguageModel,
     gates: Gates,
     at: torch.Tensor,
     prompts: PromptSet,
     values: Mapping[Site, SiteValues],
-    target: torch.Tensor,
-    metric: Metric,
     *,
-    scale: float,
     skip: Mapping[Site, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Mean over prompts of ((m(C) - target) / scale)^2 under the gates at [B or 1, N]; target [B]; skip: what comes
-    before the first masked site, from the clean run.
+    """Logits after every prompt [B, V] under the gates at [B or 1, N]; skip: what comes before the first masked site,
+    from the clean run.
     """
     planted = {site: x.detach().requires_grad_(True) for site, x in (skip or {}).items()}
-    run = model.run(prompts.clean, edits=gates.edits(at, values, prompts), skip=planted, grad=True, last_only=True)
-    return ((metric(run.logits[:, -1], prompts) - target) / scale).square().mean()
+    edits = gates.edits(at, values, prompts)
+    return model.run(prompts.clean, edits=edits, skip=planted, grad=True, last_only=True).logits[:, -1]
+
+
+def mask_loss(off: torch.Tensor, budgets: torch.Tensor, cases: Sequence[str], *, match: str) -> torch.Tensor:
+    """Mean over prompts of off^2, off = (m(C) - m(M)) / scale [B]; to match cases, off is first averaged over at most
+    `GROUP` prompts of a case, neighbours by budget [B].
+    """
+    if match == "prompts":
+        return off.square().mean()
+    total = off.new_zeros(())
+    for case in dict.fromkeys(cases):
+        members = torch.tensor([own == case for own in cases], device=off.device).nonzero()[:, 0]
+        ordered = members[budgets[members].argsort(stable=True)]
+        groups = ordered.tensor_split(-(-len(ordered) // GROUP))
+        total = total + sum(off[group].mean().square() * len(group) for group in groups)
+    return total / len(off)
 
 
 def learn_mask(
@@ -235,7 +262,9 @@ def learn_mask(
     )  # fmt: skip
     target, scale, before = whole_and_empty(model, gates, values, prompts, m, options.batch_size)
     scores = starting_scores(nodes, options.start).to(model.device).requires_grad_(True)
-    losses = _descend(model, gates, scores, prompts, values, target, before, m, scale, options, progress=progress)
+    if options.ablation == "optimal":
+        prompts = prepare(prompts, model, kl)
+    losses = _descend(gates, scores, prompts, values, target, before, m, scale, options, progress=progress)
     return _ranked(nodes, scores.detach().cpu(), losses, options)
 
 
@@ -292,28 +321,32 @@ def whole_and_empty(
 
 
 def _descend(
-    model, gates, scores, prompts, values, target, before, metric, scale, options: MaskOptions, *, progress: bool
+    gates, scores, prompts, values: AblationValues, target, before, metric, scale, options: MaskOptions, *, progress
 ) -> list[float]:
     """Adam on the scores, in place; the loss of every step."""
+    model, first = values.model, gates.table.sites[0]
     generator = torch.Generator().manual_seed(options.seed)
     optimiser = torch.optim.Adam([scores], lr=options.learning_rate, betas=(0.9, 0.95))
+    constants = Descent(Constants(values)) if options.ablation == "optimal" else None
     smallest, largest = budget_range(gates.n, options)
-    losses, order = [], torch.empty(0, dtype=torch.long)
+    losses, deal = [], dealer(len(prompts), generator, size=options.batch_size)
     bar = tqdm(range(options.steps), desc="mask", unit="step", disable=not progress)
     for step in bar:
-        cooling = 0.1 ** (step / options.steps)
-        optimiser.param_groups[0]["lr"] = options.learning_rate * cooling
-        if not len(order):
-            order = torch.randperm(len(prompts), generator=generator)
-        index, order = order[: options.batch_size], order[options.batch_size :]
+        done = step / options.steps
+        optimiser.param_groups[0]["lr"] = options.learning_rate * SLOWEST**done
+        index = deal()
         batch = prompts[index]
         budgets = draw_budgets(len(batch), smallest=smallest, largest=largest, generator=generator).to(scores.device)
-        at = budget_gates(scores, budgets, temperature=options.temperature * cooling)
+        at = budget_gates(scores, budgets, temperature=options.temperature * COLDEST**done)
         rows, width = index.to(target.device), batch.clean.n_positions
-        skip = model.resume_from(gates.table.sites[0], {site: x[rows, -width:] for site, x in before.items()})
-        loss = mask_loss(model, gates, at, batch, values(batch), target[rows], metric, scale=scale, skip=skip)
-        (scores.grad,) = torch.autograd.grad(loss, scores)
+        skip = model.resume_from(first, {site: x[rows, -width:] for site, x in before.items()})
+        logits = masked_logits(model, gates, at, batch, (constants or values)(batch), skip=skip)
+        off = (metric(logits, batch) - target[rows]) / scale
+        loss = mask_loss(off, budgets, batch.cases, match=options.match)
+        (scores.grad,) = torch.autograd.grad(loss, scores, retain_graph=constants is not None)
         optimiser.step()
+        if constants:
+            constants.step(kl(logits, batch).mean(), done)
         losses.append(loss.item())
         bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
     return losses

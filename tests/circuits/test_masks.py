@@ -17,6 +17,7 @@ from circuits.masks import (
     draw_budgets,
     learn_mask,
     mask_loss,
+    masked_logits,
     starting_scores,
     whole_and_empty,
 )
@@ -104,7 +105,8 @@ def test_gradient_against_finite_differences(tiny_model, tiny_saes, tiny_prompts
 
     def loss(at):
         gate = ((at + 4.0) / 2.0).sigmoid()[None]
-        return mask_loss(tiny_model, gates, gate, tiny_prompts, values, target, logit_difference, scale=1.0)
+        m = logit_difference(masked_logits(tiny_model, gates, gate, tiny_prompts, values), tiny_prompts)
+        return mask_loss(m - target, torch.zeros(8), tiny_prompts.cases, match="cases")
 
     leaf = scores.clone().requires_grad_(True)
     (gradient,) = torch.autograd.grad(loss(leaf), leaf)
@@ -148,6 +150,24 @@ def test_budgets_are_spread_log_uniformly():
     assert 28 <= (budgets < 100).sum() <= 36
 
 
+def test_loss_of_cases_by_a_loop():
+    """Off by +1 and -1 within a case costs nothing next to each other in budget, and is not paid for by other cases."""
+    off = torch.tensor([1.0, -1.0, 2.0, 2.0])
+    same = mask_loss(off, torch.tensor([5, 5, 5, 5]), ["a", "a", "b", "b"], match="cases")
+    assert same.item() == pytest.approx((0 * 2 + 4 * 2) / 4)
+    assert mask_loss(off, torch.zeros(4), ["a"] * 4, match="prompts").item() == pytest.approx(10 / 4)
+    draw = torch.Generator().manual_seed(0)
+    off, budgets = torch.randn(40, generator=draw), torch.randint(1, 500, (40,), generator=draw)
+    cases = ["a" if row % 5 else "b" for row in range(40)]
+    expected = 0.0
+    for case, sizes in (("a", (16, 16)), ("b", (8,))):
+        rows = sorted((row for row in range(40) if cases[row] == case), key=lambda row: int(budgets[row]))
+        for size in sizes:
+            group, rows = rows[:size], rows[size:]
+            expected += sum(off[row].item() for row in group) ** 2 / size
+    assert mask_loss(off, budgets, cases, match="cases").item() == pytest.approx(expected / 40, rel=1e-5)
+
+
 def test_the_true_nodes_are_found_without_attribution():
     """Induction model set by hand, scores alike at the start: what is kept longest are the nodes of its circuit."""
     truth = induction()
@@ -169,22 +189,21 @@ def test_nothing_before_the_start_site_is_masked(tiny_model, tiny_saes, tiny_pro
 
 @pytest.mark.parametrize("first", ["attn_0", "attn_1", "mlp_1", "resid_1"])
 def test_starting_at_the_first_masked_site_changes_nothing(tiny_model, tiny_saes, tiny_prompts, nodes, first):
-    """The loss with everything before taken from the clean run, against the loss of a whole run."""
+    """The metric with everything before taken from the clean run, against that of a whole run."""
     later = from_start_site(nodes, first)
     gates = Gates(tiny_saes, later)
     reference = AblationValues(tiny_model, tiny_saes, gates.table, "mean", reference=tiny_prompts)
-    target, scale, before = whole_and_empty(tiny_model, gates, reference, tiny_prompts, logit_difference, 1)
+    _, _, before = whole_and_empty(tiny_model, gates, reference, tiny_prompts, logit_difference, 1)
     at = budget_gates(starting_scores(later, "effects"), torch.tensor([10]), temperature=1.0)
     skip = tiny_model.resume_from(Site.parse(first), before)
     assert skip
-    losses = [
-        mask_loss(
-            tiny_model, gates, at, tiny_prompts, reference(tiny_prompts), target, logit_difference,
-            scale=scale, skip=start,
-        ).item()
+    metric = [
+        logit_difference(
+            masked_logits(tiny_model, gates, at, tiny_prompts, reference(tiny_prompts), skip=start), tiny_prompts
+        )
         for start in (skip, None)
-    ]  # fmt: skip
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    ]
+    torch.testing.assert_close(metric[0], metric[1], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("errors", ["keep", "ablate"])
@@ -214,7 +233,14 @@ def test_the_ranking_is_a_permutation_of_the_nodes_and_repeats_by_seed(tiny_mode
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"errors": "kept"}, {"start": "zero"}, {"steps": 0}, {"smallest": 50, "largest": 20}, {"temperature": 0.0}],
+    [
+        {"errors": "kept"},
+        {"start": "zero"},
+        {"match": "all"},
+        {"steps": 0},
+        {"smallest": 50, "largest": 20},
+        {"temperature": 0.0},
+    ],
 )
 def test_wrong_options_are_told(wrong):
     with pytest.raises(UserError):

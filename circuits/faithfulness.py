@@ -355,7 +355,7 @@ def aligned(reference: PromptSet, prompts: PromptSet, ablation: str) -> tuple[Pr
         (prompts.aligned_to(reference), reference),
         (prompts.with_templates("length"), reference.with_templates("length")),
     ):
-        if ablation == "mean":
+        if ablation in ("mean", "optimal"):
             covered = Cells(known).covers(aligned)
         else:
             templates = set(known.templates)

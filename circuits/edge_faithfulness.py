@@ -314,7 +314,9 @@ class _Runner:
         incoming = {up: mask[living] for (up, down), mask in kept.items() if down == site}
         widths = [mask.shape[1] for mask in incoming.values()]
         joined = torch.cat([living.new_zeros(len(living), 0).float(), *incoming.values()], dim=1)
-        rows, group = joined.unique(dim=0, return_inverse=True)  # [G, all U]
+        rows, group = joined[:1], torch.zeros_like(living)  # without any edge all see the same
+        if widths:
+            rows, group = joined.unique(dim=0, return_inverse=True)  # [G, all U]
         per_pass = max(1, self.max_rows // len(prompts))
         for start in range(0, len(rows), per_pass):
             part = rows[start : start + per_pass]

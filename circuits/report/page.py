@@ -1,6 +1,6 @@
 """`report.html` of a run: the circuit, what it explains, its features, and what editing them does.
 
-1. Read what the run folder holds: `circuit/circuit.json`, `circuit/faithfulness.json`, `edits/*.json`, `saes/`.
+1. Read what the run folder holds: `circuit/circuit.json` and the curves beside it, `edits/*.json`, `saes/`.
 2. Write a section for each; for what is missing, one line with the command that makes it.
 3. Everything is inlined (styles, drawings): the page needs no network, follows light and dark mode, and prints.
 """
@@ -15,10 +15,10 @@ from string import Template
 from typing import Any
 
 from circuits.attribution import METHOD_NAMES
+from circuits.report.curves import faithfulness_section
 from circuits.report.edits import edits_section, headline_edit
 from circuits.report.features import features_section
-from circuits.report.markup import Html, missing, number, section, share, signed, text
-from circuits.report.plot import faithfulness_plot
+from circuits.report.markup import Html, missing, section, share, signed, text
 from graphs.dot import render
 from graphs.feature_graph import FeatureGraph
 from graphs.pruning import by_top_nodes
@@ -41,6 +41,10 @@ class RunFiles:
     """The pruned circuit."""
     faithfulness: dict[str, Any] | None
     """Curves over circuit sizes."""
+    edge_faithfulness: dict[str, Any] | None
+    """Curves over numbers of edges."""
+    mask: dict[str, Any] | None
+    """Curves of a learned mask beside those of the effects."""
     edits: dict[str, dict[str, Any]]
     """Edits by the name of their file."""
     saes: list[dict[str, Any]]
@@ -52,11 +56,18 @@ def read_run(run_folder: str | Path) -> RunFiles:
     folder = Path(run_folder)
     if folder.name == "circuit" and (folder / "circuit.json").is_file():
         folder = folder.parent
-    circuit, faithfulness = folder / "circuit" / "circuit.json", folder / "circuit" / "faithfulness.json"
+    circuit = folder / "circuit" / "circuit.json"
+
+    def known(name: str) -> dict[str, Any] | None:
+        path = folder / "circuit" / name
+        return read_json(path) if path.is_file() else None
+
     run = RunFiles(
         folder=folder,
         graph=FeatureGraph.load(circuit) if circuit.is_file() else None,
-        faithfulness=read_json(faithfulness) if faithfulness.is_file() else None,
+        faithfulness=known("faithfulness.json"),
+        edge_faithfulness=known("edge_faithfulness.json"),
+        mask=known("mask.json"),
         edits={path.stem: read_json(path) for path in sorted((folder / "edits").glob("*.json"))},
         saes=[read_json(path / CONFIG_FILE) for path in sae_folders(folder)] if folder.is_dir() else [],
     )
@@ -77,7 +88,7 @@ def write_report(
     title = title or (run.graph.metadata.get("title") if run.graph else None) or run.folder.resolve().name
     sections = [
         _circuit_section(run),
-        _faithfulness_section(run),
+        faithfulness_section(run.faithfulness, run.edge_faithfulness, run.mask),
         features_section(run.graph, limit=features),
         edits_section(run.edits),
         _check_section(run.graph),
@@ -116,16 +127,6 @@ def _deck(run: RunFiles) -> str:
     if metadata.get("prompts"):
         parts.append(f"of <b>{text(_name(metadata['prompts']))}</b>")
     return " ".join(parts) + (f", found by {text(method)}." if method else ".")
-
-
-ABLATIONS = {
-    "mean": "their mean over the reference prompts of the same template",
-    "optimal": "constants fitted so that the model does best with the circuit alone",
-    "counterfactual": "the value they have on the patch prompt",
-    "mean-pooled": "one mean over all reference prompts and positions",
-    "zero": "the value zero",
-    "resample": "the value they have on another prompt of the same template",
-}
 
 
 def _options(metadata: dict[str, Any]) -> dict[str, Any]:
@@ -195,50 +196,6 @@ def drawing(graph: FeatureGraph) -> str:
     with tempfile.TemporaryDirectory() as folder:
         svg = render(plain, Path(folder) / "circuit.svg", title="").read_text(encoding="utf-8")
     return svg[svg.index("<svg") :]
-
-
-def _faithfulness_section(run: RunFiles) -> Html:
-    if run.faithfulness is None:
-        note = missing("Not measured yet.", "sfc faithfulness --circuit RUN --prompts P.jsonl")
-        return section("faithfulness", "Faithfulness", note)
-    data = run.faithfulness
-    start, kind = data.get("start_site", "embed"), data.get("ablation", "mean")
-    given = "" if start == "embed" else f" Everything before {text(start)} is given."
-    lead = (
-        f"How much of the behaviour is left when only the strongest nodes are kept, and when only they are removed. "
-        f"Measured on {data.get('n_prompts', '?')} prompts; removed nodes take {ABLATIONS.get(kind, text(kind))}."
-        f"{given}"
-    )
-    known = data.get("intervals")
-    rows = []
-    for row, size in enumerate(data["sizes"]):
-        drawn = [curve[row] for curve in data.get("random", [])]
-        beside = f"{number(min(drawn))} to {number(max(drawn))}" if drawn else ""
-        f, c = (_with_interval(data, name, row) for name in ("faithfulness", "completeness"))
-        rows.append(f"<tr><td>{size}</td><td>{f}</td><td>{c}</td><td>{beside}</td></tr>")
-    table = (
-        '<table class="numbers"><thead><tr><th>nodes</th><th>faithfulness</th><th>completeness</th>'
-        f"<th>random</th></tr></thead><tbody>{''.join(rows)}</tbody></table>"
-    )
-    if known:
-        table += '<p class="cap">Below each number its 95 % interval, by drawing the prompts anew.</p>'
-    areas = ""
-    if "cpr" in data:
-        areas = (
-            f'<p class="cap">CPR {data["cpr"]:.3f}, CMD {data["cmd"]:.3f} (areas under faithfulness and its distance '
-            f"to 1 over the share of all {data['n_nodes']} nodes).</p>"
-        )
-    body = f'<p class="lead">{lead}</p><div class="split">{faithfulness_plot(data)}<div>{table}{areas}</div></div>'
-    return section("faithfulness", "Faithfulness", body)
-
-
-def _with_interval(data: dict[str, Any], name: str, row: int) -> str:
-    """A number of the faithfulness table, its interval below where it is known."""
-    shown = number(data[name][row], 3)
-    if not data.get("intervals"):
-        return shown
-    low, high = data["intervals"][name][row]
-    return f"{shown}<br><small>{number(low, 2)} to {number(high, 2)}</small>"
 
 
 def _check_section(graph: FeatureGraph | None) -> Html:

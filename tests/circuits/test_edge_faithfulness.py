@@ -183,3 +183,19 @@ def test_strongest_edges_by_hand():
     kept = strongest_edges(edges, 3)
     assert [mask.tolist() for mask in kept.values()] == [[[0, 1], [0, 1]], [[1, 0]]]
     assert sum(count.sum() for count in strongest_edges(edges, 0).values()) == 0
+
+
+def test_nodes_whose_parents_have_none(tiny_model, tiny_saes, tiny_prompts):
+    """A late node without any incoming edge sees only ablated parents: all joined still equals keeping it."""
+    circuit = circuit_of(tiny_model, tiny_saes, tiny_prompts, edge_nodes=60)
+    late = {Site.parse("mlp_1"), Site.parse("resid_1")}
+    nodes = {site: here if site in late else here[:0] for site, here in circuit.edge_nodes.items()}
+    edges = {(up, down): weights for (up, down), weights in circuit.edges.items() if up in late}
+    options = FaithfulnessOptions(random=0)
+    few = replace(circuit, edge_nodes=nodes, edges=edges)
+    found = measure_edge_faithfulness(
+        tiny_model, tiny_saes, few, tiny_prompts, options, sizes=[10**6], progress=False
+    )  # fmt: skip
+    kept = measure_faithfulness(tiny_model, tiny_saes, nodes, tiny_prompts, options, sizes=[10**6], progress=False)
+    assert found.n_nodes > 2
+    assert found.all_joined == pytest.approx(kept.faithfulness[0], abs=1e-4)

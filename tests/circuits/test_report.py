@@ -137,6 +137,25 @@ def test_error_bars_and_verification_are_shown(tmp_path):
         assert phrase in text.replace("\u00a0", " "), phrase
 
 
+def test_curves_of_edges_and_of_a_mask_are_shown(tmp_path):
+    facts = {"ablation": "mean", "start_site": "mlp_0", "n_nodes": 300, "n_prompts": 90}
+    edges = {"sizes": [100, 500], "faithfulness": [0.31, 0.72], "random": [[0.02, 0.05]], "all_joined": 0.83,
+             "n_edges": 4321, "intervals": [[0.2, 0.4], [0.6, 0.8]], **facts}  # fmt: skip
+    curves = {"sizes": [100, 500], "faithfulness": [0.61, 0.92], "completeness": [0.2, 0.1], **facts}
+    mask = {"held_out": True, "mask": curves, "effects": curves | {"faithfulness": [0.44, 0.55]}}
+    write_json(tmp_path / "circuit" / "edge_faithfulness.json", edges)
+    write_json(tmp_path / "circuit" / "mask.json", mask)
+    write_json(tmp_path / "edits" / "x.json", example_edit().to_dict())
+    page = Page(write_report(tmp_path).read_text())
+    text = re.sub(r"\s+", " ", page.text)
+    for phrase in (
+        "sfc faithfulness", "With all nodes joined, 0.83", "4321 edges have a weight", "0.310", "0.60 to 0.80",
+        "random edges", "learned for all nodes together", "held-out prompts", "0.920", "0.550", "ranked by effect",
+    ):  # fmt: skip
+        assert phrase in text, phrase
+    assert len(page.ids) == len(set(page.ids))
+
+
 def test_what_the_run_found_is_on_the_page(html):
     text = Page(html).text
     for phrase in (

@@ -79,20 +79,19 @@ def _mask(data: dict[str, Any]) -> str:
     mask, effects = data["mask"], data["effects"]
     which = "held-out prompts" if data.get("held_out") else "the prompts it was learned on"
     lead = (
-        f"A mask learned for all nodes together, beside the ranking by effects, on {mask['n_prompts']} prompts "
-        f"({which}); removed nodes take {_ablation(mask)}.{_given(mask)}"
+        f"A mask learned for all nodes together: faithfulness of the nodes it keeps longest, beside that of the "
+        f"strongest by effect, on {mask['n_prompts']} prompts ({which}); removed nodes take {_ablation(mask)}."
+        f"{_given(mask)}"
     )
     rows = [
-        [str(size), *(number(curve["faithfulness"][row], 3) for curve in (mask, effects)),
-         *(number(curve["completeness"][row], 3) for curve in (mask, effects))]
+        [str(size), *(number(curve["faithfulness"][row], 3) for curve in (mask, effects))]
         for row, size in enumerate(mask["sizes"])
-    ]  # fmt: skip
-    head = ["nodes", "faithful, mask", "effects", "complete, mask", "effects"]
+    ]
     curves = [
         Curve(mask["faithfulness"], "learned mask", "circuit"),
         Curve(effects["faithfulness"], "ranked by effect", "complement"),
     ]
-    return _split(lead, curves_plot(mask["sizes"], curves, unit="nodes"), _table(head, rows))
+    return _split(lead, curves_plot(mask["sizes"], curves, unit="nodes"), _table(["nodes", "learned mask", "by effect"], rows))
 
 
 def _ablation(data: dict[str, Any]) -> str:

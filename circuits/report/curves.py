@@ -91,7 +91,9 @@ def _mask(data: dict[str, Any]) -> str:
         Curve(mask["faithfulness"], "learned mask", "circuit"),
         Curve(effects["faithfulness"], "ranked by effect", "complement"),
     ]
-    return _split(lead, curves_plot(mask["sizes"], curves, unit="nodes"), _table(["nodes", "learned mask", "by effect"], rows))
+    return _split(
+        lead, curves_plot(mask["sizes"], curves, unit="nodes"), _table(["nodes", "learned mask", "by effect"], rows)
+    )
 
 
 def _ablation(data: dict[str, Any]) -> str:

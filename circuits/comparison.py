@@ -32,10 +32,10 @@ from circuits.attribution.exact import exact_effects
 from circuits.attribution.gradients import RULES, site_total_effect
 from circuits.behaviour import Metric, get_metric, prepare
 from circuits.correlation import pearson, spearman
-from circuits.discovery import max_rows
 from circuits.faithfulness import Faithfulness, FaithfulnessOptions, measure_faithfulness, random_nodes
 from circuits.memory import peak_memory
 from circuits.nodes import Nodes, SiteNodes, aggregate_site, count
+from circuits.passes import max_rows
 from circuits.prompts import PromptSet
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError, unknown

@@ -81,7 +81,7 @@ def cut_forward(
 
 
 @dataclass(frozen=True)
-class _Ends:
+class SelectedEnds:
     """What a site's selected nodes bring to the product, as upstream and as downstream ends. n nodes."""
 
     decoder: torch.Tensor
@@ -127,7 +127,7 @@ def _site_ends(
     *,
     active: str,
     known: SiteEnds | None,
-) -> _Ends:
+) -> SelectedEnds:
     """What the selected nodes need; the whole encoder runs only where nothing is known of it and the error node is
     among them, or features compete.
     """
@@ -142,7 +142,7 @@ def _site_ends(
     decoder = sae.W_dec[feature] * ~is_error[:, None]
     at = nodes.where(states.prompts).to(device, sae.W_dec.dtype)  # [B or 1, S, n]
     real = states.mask.to(device)[:, :, None].to(sae.W_dec.dtype)
-    return _Ends(
+    return SelectedEnds(
         decoder=decoder,
         delta=delta * real * at * ~is_error,
         gain=(gradient.to(decoder) @ decoder.T) * awake * real * at,
@@ -166,6 +166,28 @@ def _codes(
     return f_clean, -f_clean if states.zero_patch else sae.encode_some(patch, feature) - f_clean
 
 
+def select_ends(
+    saes: Mapping[Site, SparseAutoencoder],
+    batches: Sequence[tuple[States, Mapping[Site, torch.Tensor], Mapping[Site, SiteEnds]]],
+    nodes: Nodes,
+    *,
+    active: str = "clean",
+) -> list[dict[Site, SelectedEnds]]:
+    """What the selected nodes of every site bring to the product, for several batches of (states, gradients, ends).
+
+    An autoencoder is asked for at its site's turn, for all batches one after the other; see `edge_effects`.
+    """
+    if active not in ACTIVE:
+        raise unknown("edge-active", active, ACTIVE)
+    selected: list[dict[Site, SelectedEnds]] = [{} for _ in batches]
+    for site, site_nodes in nodes.items():
+        for found, (states, gradients, ends) in zip(selected, batches, strict=True):
+            if len(site_nodes):
+                known, gradient = ends.get(site), gradients[site]
+                found[site] = _site_ends(saes[site], states, gradient, site_nodes, site, active=active, known=known)
+    return selected
+
+
 def edge_effects(
     model: LanguageModel,
     saes: Mapping[Site, SparseAutoencoder],
@@ -176,6 +198,7 @@ def edge_effects(
     *,
     active: str = "clean",
     ends: Mapping[Site, SiteEnds] | None = None,
+    selected: Mapping[Site, SelectedEnds] | None = None,
     max_rows: int = 64,
 ) -> Edges:
     """Edge weights between all selected nodes of one batch, and from them to the metric, summed over the batch's
@@ -183,18 +206,13 @@ def edge_effects(
 
     gradients: dm/dx per site as the node method averages it, [B, S, d]; active: where a downstream feature has a
     derivative, `clean` or `either`; ends: what `contract` kept of each site for this `active`, which is else computed
-    again; max_rows: prompts in the cut forward pass at once, which sets the number of lanes. Only pairs of sites with a
-    direct path are in the result. With positions (`nodes.position >= 0`) the prompts must be equally long, or have the
-    spans that positions number.
+    again; selected: what `select_ends` gave for this batch, in place of both; max_rows: prompts in the cut forward pass
+    at once, which sets the number of lanes. Only pairs of sites with a direct path are in the result. With positions
+    (`nodes.position >= 0`) the prompts must be equally long, or have the spans that positions number.
     """
-    if active not in ACTIVE:
-        raise unknown("edge-active", active, ACTIVE)
-    sites, known = list(nodes), ends or {}
-    selected = {
-        site: _site_ends(saes[site], states, gradients[site], site_nodes, site, active=active, known=known.get(site))
-        for site, site_nodes in nodes.items()
-        if len(site_nodes)
-    }
+    sites = list(nodes)
+    if selected is None:
+        (selected,) = select_ends(saes, [(states, gradients, ends or {})], nodes, active=active)
     most = max((len(site_nodes) for site_nodes in nodes.values()), default=1)
     lanes = max(1, min(max_rows // len(states.tokens), most))
     graph = cut_forward(model, states, metric, sites=sites, copies=lanes)
@@ -214,7 +232,7 @@ def edge_effects(
 
 
 def _metric_edges(
-    graph: CutGraph, lanes: int, ends: Mapping[Site, _Ends], gradients: Mapping[Site, torch.Tensor]
+    graph: CutGraph, lanes: int, ends: Mapping[Site, SelectedEnds], gradients: Mapping[Site, torch.Tensor]
 ) -> Edges:
     """Edges to the metric, [1, U], from every site that reaches the logits directly."""
     first_lane = torch.zeros_like(graph.m).unflatten(0, (lanes, -1))
@@ -235,7 +253,7 @@ def _pull_back(
     cotangent: torch.Tensor,
     lanes: int,
     upstream: Sequence[Site],
-    ends: Mapping[Site, _Ends],
+    ends: Mapping[Site, SelectedEnds],
 ) -> dict[Site, torch.Tensor]:
     """Edge weights [R, U] from each direct parent for R <= lanes cotangents [R, B, S, d] at one site's output."""
     used = len(cotangent)

@@ -4,7 +4,14 @@
 methods also return the gradient in model space that edges need.
 """
 
-from circuits.attribution.attribute import GRADIENT_AT_CLEAN, METHOD_NAMES, METHODS, Attribution, attribute
+from circuits.attribution.attribute import (
+    GRADIENT_AT_CLEAN,
+    METHOD_NAMES,
+    METHODS,
+    Attribution,
+    attribute,
+    attribute_batches,
+)
 from circuits.attribution.contraction import SiteEnds, contract_gradient
 from circuits.attribution.effects import SiteEffects
 from circuits.attribution.states import States, capture_states
@@ -18,6 +25,7 @@ __all__ = [
     "SiteEnds",
     "States",
     "attribute",
+    "attribute_batches",
     "capture_states",
     "contract_gradient",
 ]

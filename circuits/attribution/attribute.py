@@ -94,29 +94,70 @@ def attribute(
     `random`; totals: whether site totals are measured; ends: keep what edges need, with features active where this says
     (see `contract`), if the method contracts a gradient; progress: called after each site.
     """
+    return attribute_batches(
+        model, saes, [states], metric, sites=sites, method=method, rule=rule, steps=steps, residual=residual,
+        aggregation=aggregation, max_rows=max_rows, seed=seed, totals=totals, ends=ends, progress=progress,
+    )[0]  # fmt: skip
+
+
+def attribute_batches(
+    model: LanguageModel,
+    saes: Mapping[Site, SparseAutoencoder],
+    batches: Sequence[States],
+    metric: Metric,
+    *,
+    sites: Sequence[Site],
+    method: str = "ig",
+    rule: str = "midpoint",
+    steps: int = 10,
+    residual: float = 0.003,
+    aggregation: str = "sum",
+    max_rows: int = 512,
+    seed: int = 0,
+    totals: bool = True,
+    ends: str | None = None,
+    progress: Callable[[Site], None] = lambda site: None,
+) -> list[Attribution]:
+    """What `attribute` does, for several batches: an autoencoder is asked for at its site's turn, for all of them one
+    after the other (`graddrop` asks for all once a layer and batch).
+    """
     if method not in METHODS:
         raise unknown("method", method, METHODS)
-    places = states.places(aggregation)
-    gradients, effects = _all_sites(model, saes, states, metric, sites, method, rule, steps, max_rows)
-    measured: dict[Site, torch.Tensor] = {}
-    path_nodes: dict[Site, float] = {}
-    kept: dict[Site, SiteEnds] = {}
-    if totals or (method == "ig-adaptive" and states.m_patch is None):
-        measured = {site: site_total_effect(model, states, metric, site=site) for site in sites}
-    for site in sites:
-        if method in ("ig", "ig-adaptive"):
+    along_path = method in ("ig", "ig-adaptive")
+    found: list[Attribution] = []
+    for states in batches:
+        gradients, effects = _all_sites(model, saes, states, metric, sites, method, rule, steps, max_rows)
+        measured: dict[Site, torch.Tensor] = {}
+        path_nodes: dict[Site, float] = {}
+        if totals or (method == "ig-adaptive" and states.m_patch is None):
+            measured = {site: site_total_effect(model, states, metric, site=site) for site in sites}
+        for site in sites if along_path else ():
             gradients[site], path_nodes[site] = _along_path(
                 model, states, metric, site, method, rule, steps, residual, gradients.get(site), measured, max_rows
             )
-        if method in ("exact", "activation-difference", "random"):
-            effects[site] = _without_gradient(model, saes[site], states, metric, site, method, places, max_rows, seed)
-        elif site not in effects:
-            effects[site], found = contract(saes[site], states, gradients[site], site=site, ends=ends)
-            kept |= {site: found} if found else {}
-        if places is not None and method not in ("exact", "random"):  # these two know places already
-            effects[site] = effects[site].at_places(places, states.tokens.lengths)
-        progress(site)
-    return Attribution(effects, gradients, measured, path_nodes, kept)
+            progress(site)
+        found.append(Attribution(effects, gradients, measured, path_nodes))
+    for site in sites:
+        for states, batch in zip(batches, found, strict=True):
+            _effects_of_site(model, saes, states, metric, site, batch, method, aggregation, max_rows, seed, ends)
+            if not along_path:
+                progress(site)
+    return found
+
+
+def _effects_of_site(
+    model, saes, states: States, metric, site: Site, batch: Attribution, method, aggregation, max_rows, seed, ends
+) -> None:
+    """Put the effects of one site, and what edges need of it, into what was found of a batch."""
+    places = states.places(aggregation)
+    if method in ("exact", "activation-difference", "random"):
+        batch.effects[site] = _without_gradient(model, saes[site], states, metric, site, method, places, max_rows, seed)
+    elif site not in batch.effects:
+        batch.effects[site], known = contract(saes[site], states, batch.gradients[site], site=site, ends=ends)
+        if known is not None:
+            batch.ends[site] = known
+    if places is not None and method not in ("exact", "random"):  # these two know places already
+        batch.effects[site] = batch.effects[site].at_places(places, states.tokens.lengths)
 
 
 def _along_path(

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from circuits.circuit import Circuit
+from circuits.circuit import GRAPH_FILE, Circuit
 from circuits.commands.common import (
     Output,
     Overwrite,
@@ -22,6 +22,7 @@ from circuits.commands.common import (
 )
 from circuits.discovery import DiscoverOptions, discover
 from circuits.nodes import count
+from circuits.partial import FOLDER, interrupted, remove_partial
 from circuits.prompts import PromptSet, load_prompts
 from circuits.uncertainty import Bootstrap, uncertainty_line, with_uncertainty
 from circuits.verification import verified, verify
@@ -82,12 +83,14 @@ class Discover(UsesSaes):
     """
     title: str | None = None
     """What drawings and the report are headed; made from prompts and model by default."""
+    resume: bool = False
+    """Go on with an interrupted discovery of the same model, autoencoders, prompts and options."""
     overwrite: Overwrite = False
     options: Annotated[DiscoverOptions, tyro.conf.arg(name="")] = field(default_factory=DiscoverOptions)
 
     def run(self) -> Output:
         self._check()
-        folder = prepare_folder(self.out / "circuit", overwrite=self.overwrite)
+        folder = self._folder()
         model = load_model(self.model, self)
         saes = load_checked_saes(model, self.saes, options=self)
         saes = subset(saes, select_sites(self.options.sites, list(saes)))
@@ -96,8 +99,9 @@ class Discover(UsesSaes):
             self.prompts, model, limit=self.examples, span_template=self.span_template, need_spans=by_span
         )
         circuit = discover(
-            model, saes, prompts, self.options, provenance=self._provenance(model, saes), progress=not self.quiet
-        )
+            model, saes, prompts, self.options, provenance=self._provenance(model, saes), progress=not self.quiet,
+            partial=folder / FOLDER, resume=self.resume,
+        )  # fmt: skip
         if self.resamples:
             circuit = with_uncertainty(circuit, Bootstrap(resamples=self.resamples))
         if self.verify:
@@ -119,12 +123,24 @@ class Discover(UsesSaes):
         for outdated in MEASURED_FILES:  # of the circuit that was here
             (folder / outdated).unlink(missing_ok=True)
         set_edits_aside(self.out)
+        remove_partial(folder / FOLDER)
         write_json(folder / FEATURES_FILE, {"schema_version": 1, "features": features})
         record(self.out, "discover", self)
         kept = {"nodes": len(graph) - 1, "edges": graph.graph.number_of_edges()}
         return Output(
             _summary(circuit, prompts, folder, kept), {**circuit.metadata, "kept": kept, "circuit": str(folder)}
         )
+
+    def _folder(self) -> Path:
+        """The folder of the circuit; one with a circuit or an interrupted discovery only where that was asked for."""
+        folder = self.out / "circuit"
+        if interrupted(folder / FOLDER) and not self.resume and not self.overwrite:
+            raise UserError(
+                f"{str(folder)!r} holds an interrupted discovery: go on with --resume, or start again with --overwrite"
+            )
+        if self.resume and (folder / GRAPH_FILE).is_file() and not interrupted(folder / FOLDER):
+            raise UserError(f"nothing to resume in {str(folder)!r}: its circuit is finished; --overwrite begins again")
+        return prepare_folder(folder, overwrite=self.overwrite or self.resume)
 
     def _check(self) -> None:
         at_least(self, examples=1, nodes=1, edges=0, resamples=0, verify=0)

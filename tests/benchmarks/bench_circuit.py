@@ -25,9 +25,9 @@ from circuits.attribution import capture_states, contract_gradient
 from circuits.attribution.adaptive import adaptive_gradient, path_scale
 from circuits.attribution.gradients import attribution_patching, integrated_gradients, site_total_effect
 from circuits.behaviour import logit_difference
-from circuits.discovery import lanes_rows, max_rows
 from circuits.edges import edge_effects
 from circuits.nodes import aggregate_site, select_nodes
+from circuits.passes import lanes_rows, max_rows
 from circuits.prompts import PromptSet
 from sae.autoencoder import SAEConfig, SparseAutoencoder
 from sae.model import LanguageModel, Tokens
@@ -134,7 +134,7 @@ class Bench:
         return gradients
 
     def edges(self) -> None:
-        rows = lanes_rows(self.rows, self.states)
+        rows = lanes_rows(self.rows, self.states.mask.shape[1], self.model.device)
         edge_effects(self.model, self.saes, self.states, logit_difference, self.gradients, self.nodes, max_rows=rows)
 
     def residual(self, gradients: dict) -> float:

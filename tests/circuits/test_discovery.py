@@ -9,8 +9,9 @@ import torch
 
 from circuits.behaviour import last_logits, logit_difference
 from circuits.circuit import Circuit
-from circuits.discovery import DiscoverOptions, discover, max_rows
+from circuits.discovery import DiscoverOptions, discover
 from circuits.nodes import count
+from circuits.passes import max_rows
 from graphs.feature_graph import FeatureGraph
 from sae.errors import UserError
 
@@ -51,7 +52,7 @@ def test_edges_are_the_same_where_nothing_was_kept(tiny_model, tiny_saes, tiny_p
     """What the node pass keeps for the edges is left out where the memory budget is used up."""
     options = DiscoverOptions(method=method, edge_nodes=40)
     kept = discover(tiny_model, tiny_saes, tiny_prompts, options, progress=False)
-    monkeypatch.setattr("circuits.discovery._Kept.n_bytes", 2**40)
+    monkeypatch.setattr("circuits.passes.Kept.n_bytes", 2**40)
     again = discover(tiny_model, tiny_saes, tiny_prompts, options, progress=False)
     assert kept.edges.keys() == again.edges.keys()
     for pair, weights in kept.edges.items():

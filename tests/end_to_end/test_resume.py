@@ -1,0 +1,64 @@
+"""`sfc discover` killed in the middle and resumed."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from circuits.circuit import Circuit
+from tests.circuits.test_partial import same_bits
+
+ONE_PROMPT = 2e-4  # GiB: of the tiny model, one prompt a batch
+
+
+@pytest.fixture(scope="module")
+def words(run_folder, model_folder, prompts_file) -> list[str]:
+    """A discovery of some hundred forward and backward passes in eight batches."""
+    words = ["discover", "--model", model_folder, "--saes", run_folder, "--prompts", prompts_file, "--steps", 40]
+    return [str(word) for word in [*words, "--memory", ONE_PROMPT, "--edge-nodes", 30, "--nodes", 20]]
+
+
+def test_killed_and_resumed(sfc, words, tmp_path):
+    """SIGKILL after the second batch; the resumed run ends at the bits of one that was left alone."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert sfc(*words, "--out", whole).status == 0
+    assert not (whole / "circuit" / "partial").exists()
+    command = [sys.executable, "-c", "from circuits.cli import main; main()", *words, "--out", str(killed)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    second = killed / "circuit" / "partial" / "nodes-0001.safetensors"
+    while not second.exists() and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
+    finished = len(list(second.parent.glob("*.safetensors")))
+    assert 2 <= finished < 16 and not (killed / "circuit" / "circuit.json").exists()
+
+    refused = sfc(*words, "--out", killed)
+    assert refused.status == 2 and "--resume" in refused.err
+    other = sfc(*words, "--out", killed, "--resume", "--steps", 41)
+    assert other.status == 2 and "steps 40, not 41" in other.err
+    assert sfc(*words, "--out", killed, "--resume").status == 0
+    assert not second.parent.exists()
+    assert same_bits(Circuit.load(whole), Circuit.load(killed))
+    again = sfc(*words, "--out", killed, "--resume")
+    assert again.status == 2 and "finished" in again.err
+
+
+def test_autoencoders_streamed_from_disk(sfc, run_folder, words, tmp_path):
+    """Room for two of seven: the same circuit, and the commands after it work as well."""
+    little = ["--sae-memory", 3e-5]
+    assert sfc(*words, "--out", tmp_path / "all", "--sites", "resid,mlp").status == 0
+    streamed = tmp_path / "streamed"
+    assert sfc(*words, "--out", streamed, "--sites", "resid,mlp", *little).status == 0
+    assert same_bits(Circuit.load(tmp_path / "all"), Circuit.load(streamed))
+    for command in (["faithfulness", "--sizes", 5], ["ablate", "--top", 2, "--random", 1]):
+        plain = sfc(*command, "--circuit", streamed, "--json")
+        assert plain.status == 0
+        assert json.loads(sfc(*command, "--circuit", streamed, *little, "--json").out) == json.loads(plain.out)
+    refused = sfc("ablate", "--circuit", streamed, "--top", 2, "--sae-memory", 1e-6)
+    assert refused.status == 2 and "sae-memory" in refused.err

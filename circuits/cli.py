@@ -33,12 +33,14 @@ def _commands() -> dict[str, Any]:
     from circuits.commands.mask import Mask
     from circuits.commands.render import Explore, Render
     from circuits.commands.report import Report
+    from circuits.commands.sweep import Sweep
     from circuits.commands.train import Train
 
     return {
         "cache": Cache,
         "train": Train,
         "finetune": Finetune,
+        "sweep": Sweep,
         "evaluate": Evaluate,
         "discover": Discover,
         "faithfulness": Faithfulness,

@@ -43,6 +43,7 @@ from sae.sites import Site
 from sae.splice import check_saes
 
 SCHEMA_VERSION = 1
+EVALUATION_FILE = "evaluation.json"
 Edit = Callable[[Tensor], Tensor]
 
 

@@ -96,6 +96,8 @@ class RunFolder:
         prepare_folder(self.path, overwrite=overwrite or resume)
         checkpoints.remove(self.checkpoints)
         self._remove_temporary()
+        for outdated in (self.path / "saes").glob("evaluation.*"):
+            outdated.unlink()
         self._write({**self._joined(before), "complete": False})
 
     def finish(self, **found: Any) -> None:

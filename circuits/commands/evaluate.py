@@ -8,11 +8,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from circuits.commands.common import Common, Output, at_least, load_checked_saes, load_model
-from sae.evaluation import evaluate
+from sae.evaluation import EVALUATION_FILE, evaluate
 from sae.files import write_json
 from sae.text import TextSource
-
-EVALUATION_FILE = "evaluation.json"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,132 @@
+"""`sfc sweep` and `sfc cache` on a tiny model, as a user types them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from sae.sweep_evaluation import SweepResults, SweepRow
+from sae.sweep_plots import METRICS, plot_site, plot_sites
+from tests.end_to_end.test_bad_input import sentence
+
+GRID = ["--features", "16,24", "--k", "2,4", "--tokens", 3000, "--context-length", 16, "--eval-tokens", 300]
+NAMES = [f"topk-{features}-k{k}-seed0" for features in (16, 24) for k in (2, 4)]
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory, text_file):
+    """Two texts: what is trained on, and what is held out."""
+    folder, lines = tmp_path_factory.mktemp("halves"), text_file.read_text().splitlines()
+    for name, part in (("train.txt", lines[:1900]), ("valid.txt", lines[1900:])):
+        (folder / name).write_text("\n".join(part))
+    return folder / "train.txt", folder / "valid.txt"
+
+
+def times(folder, pattern):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob(pattern)}
+
+
+def test_a_sweep_is_trained_measured_drawn_and_usable(sfc, model_folder, halves, tmp_path):
+    out = tmp_path / "sweep"
+    words = ["sweep", "--model", model_folder, "--text", halves[0], "--out", out, "--sites", "resid", *GRID]
+    result = sfc(*words)
+    assert result.status == 0 and "16" in result.out and "from document" in result.out
+    data = json.loads((out / "sweep.json").read_text())
+    assert {row["name"] for row in data["rows"]} == set(NAMES) and not data["seen"] and data["start"] > 0
+    assert {path.name for path in (out / "plots").iterdir()} == {
+        *(f"{metric}.svg" for metric in METRICS), "resid_0.svg", "resid_1.svg"
+    }  # fmt: skip
+    for row in data["rows"]:
+        assert row["l0"] == pytest.approx(row["k"], abs=0.5) and row["explained_variance"] > 0
+    run = out / NAMES[1]
+    alone = sfc("evaluate", "--model", model_folder, "--saes", run, "--text", halves[1], "--tokens", 100, "--json")
+    assert alone.status == 0
+
+    trained, measured = times(out, "sae.safetensors"), times(out, "evaluation.json")
+    assert sfc(*words, "--resume").status == 0
+    assert times(out, "sae.safetensors") == trained
+    again = times(out, "evaluation.json")
+    assert [path.parts[-3] for path in again if again[path] != measured[path]] == [NAMES[1]]  # measured on other text
+
+
+def test_interrupted_measuring_goes_on(sfc, model_folder, halves, tmp_path, monkeypatch):
+    from sae import sweep_evaluation
+
+    words = ["sweep", "--model", model_folder, "--text", halves[0], "--eval-text", halves[1], "--out", tmp_path / "s"]
+    words += ["--sites", "resid_0", *GRID, "--json"]
+    evaluate, measured = sweep_evaluation.evaluate, []
+
+    def interrupted(*arguments, **options):
+        measured.append(1)
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        return evaluate(*arguments, **options)
+
+    monkeypatch.setattr(sweep_evaluation, "evaluate", interrupted)
+    assert sfc(*words).status == 130
+    before = times(tmp_path, "sae.safetensors")
+    result = sfc(*words, "--resume")
+    assert result.status == 0 and len(measured) == 3 + 2 and times(tmp_path, "sae.safetensors") == before
+    assert len(json.loads(result.out)["rows"]) == len(NAMES)
+
+
+def test_a_cache_trains_and_sweeps_without_the_model(sfc, model_folder, halves, tmp_path):
+    cache = tmp_path / "cache"
+    words = [
+        "cache",
+        "--model",
+        model_folder,
+        "--text",
+        halves[0],
+        "--sites",
+        "resid",
+        "--tokens",
+        4000,
+        "--out",
+        cache,
+    ]
+    written = sfc(*words, "--stored-dtype", "float32", "--context-length", 16)
+    assert written.status == 0 and "4,000 tokens at 2 sites: 1.0 MB" in written.err and "0.00" not in written.out
+    assert sfc("sweep", "--cache", cache, "--out", tmp_path / "sweep", *GRID, "--json").status == 0
+    hidden = model_folder.rename(model_folder.with_name("hidden"))
+    try:
+        small = ["--features", 16, "--k", 2, "--tokens", 3000]
+        assert sfc("train", "--cache", cache, "--sites", "resid_1", "--out", tmp_path / "one", *small).status == 0
+    finally:
+        hidden.rename(model_folder)
+    assert (tmp_path / "one" / "saes" / "resid_1").is_dir() and not (tmp_path / "one" / "saes" / "resid_0").exists()
+    train = ["train", "--cache", cache, "--out", tmp_path / "two"]
+    assert "was made for text" in sentence(sfc(*train, "--text", halves[1]))
+    assert "not all of these sites" in sentence(sfc(*train, "--sites", "mlp"))
+    assert "context_length 16, not 8" in sentence(sfc(*train, "--context-length", 8))
+    assert "'no/model'" in sentence(sfc(*train, "--model", "no/model"))
+    assert "--text is missing" in sentence(sfc("train", "--model", model_folder, "--out", tmp_path / "two"))
+    assert not (tmp_path / "two").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [("architectures", "topk,gatd", "'gated'"), ("features", "16,x", "512,1024"), ("k", "", "8,16,32")],
+)
+def test_a_grid_that_is_none(sfc, model_folder, halves, tmp_path, option, value, said):
+    words = ["sweep", "--model", model_folder, "--text", halves[0], "--out", tmp_path / "out", f"--{option}", value]
+    assert said in sentence(sfc(*words))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("n_layers", [1, 7])
+def test_pictures_of_many_sites_and_undefined_numbers(tmp_path, n_layers):
+    sites = ["embed", *(f"{kind}_{layer}" for layer in range(n_layers) for kind in ("attn", "mlp", "resid"))]
+    lines = (("topk", 16, 2), ("topk", 16, 4), ("jumprelu", 32, 2), ("identity", 32, 32))
+    rows = [
+        SweepRow("", name, width, k, seed, site, k + 0.5, 0.9, float("nan"), 0.1, 0.0)
+        for site in sites
+        for name, width, k in lines
+        for seed in (0, 1)
+    ]
+    results = SweepResults(tuple(rows), {"": {"ce": 1.0, "ce_recovered": 0.5, "kl": 0.1}}, 1.0, 10, "text", 0, False)
+    assert "identity" in results.table() and "-" in results.summary()
+    for metric in METRICS:
+        assert plot_sites(results, metric, tmp_path / f"{metric}.svg").stat().st_size > 10_000
+    assert plot_site(results, "embed", tmp_path / "embed.png").stat().st_size > 10_000

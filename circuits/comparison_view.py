@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from circuits.comparison import LEVELS, MEAN, NEURONS, NOISING, Comparison, MethodScore
+from circuits.comparison import LEVELS, Comparison, MethodScore
+from circuits.comparison_study import MEAN, NOISING
 from sae.files import atomic_write
+from sae.neurons import NEURONS
 
 COLOURS = ("#1b6ca8", "#c1440e", "#2e8b57", "#8e44ad", "#b8860b", "#008b8b", "#a0522d", "#c2185b", "#556b2f")
 PALE = "#8a8a8a"
@@ -75,7 +77,7 @@ def _estimate(row: MethodScore) -> list[str]:
         mark = "*" if row.estimates == quantity else " "
         cells += ["-", "-"] if found is None else [f"{found.pearson:.3f}{mark}", f"{found.spearman:.3f}{mark}"]
     own = row.agreement.get(row.estimates or NOISING)
-    cells += [_number(own.errors if own else None), f"{row.residual:.4f}"]
+    cells += [_number(own.errors if own else None), "-" if row.residual is None else f"{row.residual:.4f}"]
     cells.append("-" if row.path_nodes is None else f"{row.path_nodes:.1f}")
     return [*cells, f"{row.seconds:.1f}", f"{row.peak_bytes / 1e6:.1f}"]
 

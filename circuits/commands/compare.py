@@ -10,7 +10,8 @@ import torch
 import tyro
 
 from circuits.commands.common import Output, Overwrite, UsesSaes, load_checked_saes, load_model, record
-from circuits.comparison import CompareOptions, compare_methods
+from circuits.comparison import compare_methods
+from circuits.comparison_options import CompareOptions
 from circuits.comparison_view import plot, tables
 from circuits.prompts import PromptSet, load_prompts
 from sae.errors import UserError

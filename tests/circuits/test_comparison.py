@@ -13,11 +13,14 @@ from scipy.stats import pearsonr, spearmanr
 from circuits.attribution import capture_states
 from circuits.attribution.exact import exact_effects
 from circuits.behaviour import logit_difference
-from circuits.comparison import MEAN, NOISING, CompareOptions, compare_methods, nodes_for, size_grid
+from circuits.comparison import compare_methods, nodes_for, size_grid
+from circuits.comparison_options import CompareOptions
+from circuits.comparison_study import MEAN, NOISING
 from circuits.comparison_view import plot, tables
 from circuits.correlation import pearson, spearman
 from circuits.discovery import DiscoverOptions, discover
 from circuits.faithfulness import FaithfulnessOptions, measure_faithfulness
+from circuits.masks import MaskOptions, learn_mask
 from circuits.memory import peak_memory
 from sae.errors import UserError
 from sae.model import LanguageModel
@@ -25,7 +28,12 @@ from sae.sites import Site
 
 CPU = torch.device("cpu")
 OPTIONS = CompareOptions(
-    methods="ig,attrib,exact,activation-difference,random", neurons="attrib", sizes="5,20", sample=60
+    methods="ig,attrib,exact,mask,activation-difference,random",
+    neurons="attrib",
+    sizes="5,20",
+    sample=60,
+    mask_start="attrib",
+    mask_steps=4,
 )
 
 
@@ -56,6 +64,23 @@ def test_rows_are_the_circuits_that_discovery_finds(comparison, tiny_model, tiny
         assert [row.curve.completeness[i] for i in at] == pytest.approx(curve.completeness, abs=1e-5)
         assert row.curve.sizes[-1] == row.curve.n_nodes
         assert row.curve.faithfulness[-1] == pytest.approx(1, abs=1e-4)
+
+
+def test_the_row_of_masks_is_what_masks_score(comparison, tiny_model, tiny_saes, tiny_prompts):
+    """Learned on the training prompts from the effects named; time and memory are at least those of these effects."""
+    rows = {row.method: row for row in comparison.rows if row.dictionary == "saes"}
+    few = {site: tiny_saes[site] for site in map(Site.parse, ("embed", "attn_0", "resid_1"))}
+    effects = discover(tiny_model, few, tiny_prompts, DiscoverOptions(method="attrib", edge_nodes=0), progress=False)
+    mask = learn_mask(tiny_model, few, effects.nodes, tiny_prompts, MaskOptions(steps=4), progress=False)
+    curve = measure_faithfulness(
+        tiny_model, few, mask.nodes, tiny_prompts, FaithfulnessOptions(random=0, resamples=0), sizes=(5, 20),
+        progress=False,
+    )  # fmt: skip
+    row = rows["mask"]
+    at = [row.curve.sizes.index(size) for size in (5, 20)]
+    assert [row.curve.faithfulness[i] for i in at] == pytest.approx(curve.faithfulness, abs=1e-5)
+    assert row.residual is None and row.agreement == {} and row.estimates is None
+    assert row.seconds > rows["attrib"].seconds and row.peak_bytes >= rows["attrib"].peak_bytes
 
 
 def test_exact_patching_agrees_with_itself(comparison):
@@ -147,6 +172,8 @@ def test_tables_and_plot(comparison, tmp_path):
         ({"sizes": "10,x"}, "sizes"),
         ({"rule": "midpont"}, "midpoint"),
         ({"sample": -1}, "sample"),
+        ({"mask_start": "mask"}, "mask start"),
+        ({"mask_steps": 0}, "mask-steps"),
     ],
 )
 def test_mistakes_are_named(options, message):

@@ -1,0 +1,81 @@
+"""What `sfc compare-methods` is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from circuits.attribution import METHODS
+from circuits.attribution.gradients import RULES
+from sae.errors import UserError, unknown
+
+MASK = "mask"
+RANKINGS = (*METHODS, MASK)
+"""Whatever ranks nodes: the node methods, and learned masks."""
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """What is compared, and how circuits are scored."""
+
+    methods: str = "ig,ig-adaptive,ig-inputs,attrib,relp,graddrop,mask,activation-difference,random"
+    """Node methods, comma-separated; exact is one as well, and mask learns which nodes to keep."""
+    neurons: str = "ig"
+    """Methods that are also run on neurons; none for an empty text."""
+    sizes: str = "10,20,50,100,200,500"
+    """Circuit sizes of the table; the curve is measured in between and up to all nodes."""
+    sample: int = 1000
+    """Features of each dictionary patched exactly, drawn at random from those that differ; 0 for no correlations."""
+    rule: str = "midpoint"
+    """Quadrature of ig and ig-inputs."""
+    steps: int = 10
+    """Quadrature nodes of ig and ig-inputs."""
+    residual: float = 0.003
+    """Completeness error ig-adaptive goes down to."""
+    mask_start: str = "ig"
+    """Method whose ranking learned masks start from; its time is counted with theirs."""
+    mask_steps: int = 150
+    """Steps of gradient descent of learned masks."""
+    metric: str = "logit_difference"
+    """What is explained."""
+    sites: str = "all"
+    """Sites of the circuits."""
+    start_site: str | None = None
+    """First site that is ablated; everything before is given for free."""
+    ablation: str = "mean"
+    """What ablated nodes become: mean, optimal, counterfactual, resample, zero or mean-pooled."""
+    errors: str = "nodes"
+    """Errors of the autoencoders: nodes, keep or ablate."""
+    seed: int = 0
+    """Seed of the sample and of random circuits."""
+    resamples: int = 1000
+    """Times the held-out prompts are drawn anew for 95 % intervals of CPR and CMD; 0 leaves them out."""
+    memory: float = 2.0
+    """Budget in GiB for a forward and backward pass."""
+
+    def __post_init__(self) -> None:
+        for method in [*split(self.methods), *split(self.neurons)]:
+            if method not in RANKINGS:
+                raise unknown("method", method, RANKINGS)
+        if self.mask_start not in METHODS:
+            raise unknown("mask start", self.mask_start, METHODS)
+        if not split(self.methods) and not split(self.neurons):
+            raise UserError(f"methods is empty: give some of {', '.join(RANKINGS)}")
+        if self.rule not in RULES:
+            raise unknown("rule", self.rule, RULES)
+        for name, least in (("sample", 0), ("resamples", 0), ("steps", 1), ("mask_steps", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name.replace('_', '-')} is {getattr(self, name)}: it must be at least {least}")
+        self.circuit_sizes  # noqa: B018
+
+    @property
+    def circuit_sizes(self) -> list[int]:
+        """Sizes of the table."""
+        words = split(self.sizes)
+        if not words or not all(word.isdigit() and int(word) for word in words):
+            raise UserError(f"sizes {self.sizes!r}: expected positive whole numbers separated by commas, such as 10,20")
+        return sorted({int(word) for word in words})
+
+
+def split(text: str) -> list[str]:
+    """Comma-separated words, each once."""
+    return list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))

@@ -148,8 +148,7 @@ def _effects(
         here, row = node[part : part + max_rows], owner[part : part + max_rows]
         x = states.clean[site][row]
         x = x + stacked[here, row].to(x.dtype)
-        cache = {before: known[row] for before, known in states.clean.items() if before < site}
-        run = model.run(states.tokens[row], skip=model.resume_from(site, cache) | {site: x}, last_only=True)
+        run = model.run(states.tokens[row], skip=states.resume(model, site, row) | {site: x}, last_only=True)
         effect = metric(run.logits[:, -1], states.prompts[row]) - states.m_clean[row]
         total.index_add_(0, here.cpu(), effect.double().cpu())
     return total

@@ -155,8 +155,9 @@ class LanguageModel:
         output of a site's module, which then does not run: skipping `resid_l` skips block l whole, and sites inside it
         can be neither captured nor edited. A skip tensor of fewer rows is repeated to the batch, copies in order.
         With `grad` the graph outlives the run and starts at a leaf planted at the embedding, unless a skip tensor
-        requires a gradient already; else nothing is recorded. `last_only` unembeds the last position alone; without
-        `need_logits` neither the head runs nor the blocks after the last site that was asked for.
+        requires a gradient already; else nothing is recorded. `last_only` unembeds the last position alone, and runs
+        the last block's MLP there alone where nothing else of it is asked for; without `need_logits` neither the head
+        runs nor the blocks after the last site that was asked for.
         """
         edits, skip, wanted = dict(edits or {}), dict(skip or {}), set(capture)
         hidden = self._hidden_by(skip)
@@ -184,16 +185,21 @@ class LanguageModel:
         visits: list[Callable[[], None]] = [partial(visit, place) for place in places]
         if not need_logits:
             visits += [place.pass_through for place in self._blocks_after(places)]
+        elif last_only and (mlp := self._unread_mlp({*wanted, *edits, *skip})):
+            visits.append(mlp.at_last_position)
         logits = self._trace(tokens, visits, grad=grad, last_only=last_only, need_logits=need_logits)
         return Run(found, logits)
 
     def resume_from(self, site: Site, cache: Mapping[Site, Tensor]) -> dict[Site, Tensor]:
         """The `skip` mapping with which a run starts at `site`: what comes before it is taken from `cache`.
 
-        Blocks before the site's layer are skipped whole, the earlier sublayers of its own block one by one. Only the
-        last block skipped is read by what follows. What the cache lacks is computed again.
+        Blocks before the site's layer are skipped whole, the earlier sublayers of its own block one by one, and for
+        attention the MLP that runs beside it. Only the last block skipped is read by what follows. What the cache lacks
+        is computed again.
         """
         earlier = [other for other in self.sites if other < site and other in cache]
+        if self.parallel_blocks and site.kind == "attn" and Site("mlp", site.layer) in cache:
+            earlier.append(Site("mlp", site.layer))
         blocks = [other for other in earlier if other.kind == "resid"]
         if not blocks:
             return {other: cache[other] for other in earlier}
@@ -258,6 +264,12 @@ class LanguageModel:
         blocks = [site for site in self.sites if site.kind == "resid" and self._contains.get(site)]
         return [self._places[site] for site in blocks if site.layer is not None and site.layer > reached]
 
+    def _unread_mlp(self, requested: set[Site]) -> Place | None:
+        """The last block's MLP, if it takes each token alone and nobody asked for it or for what it is added to."""
+        place = self._places.get(Site("mlp", self.n_layers - 1))
+        after = {site for site in requested if place and site >= place.site}
+        return place if place and place.token_wise and not place.n_outputs and not after else None
+
     def _hidden_by(self, skip: Iterable[Site]) -> set[Site]:
         """Sites that are never reached, because they are inside a skipped module."""
         return {inner for site in skip for inner in self._contains.get(site, ())}
@@ -293,13 +305,15 @@ class LanguageModel:
         return self._coder
 
     def _place(self, site: Site, path: SitePath) -> Place:
-        """The place of a site; its body is known where the path is the architecture's own."""
+        """The place of a site; its body, and what it computes, are known where the path is the architecture's own."""
         architecture = ARCHITECTURES.get(model_type(self.hf))
-        body = None
+        body, known = None, False
         if architecture is not None and path == SitePath.parse(architecture.defaults()[site.kind]).at(site.layer):
             sublayer = {"attn": architecture.attn_body, "mlp": architecture.mlp_body}.get(site.kind)
             body = sublayer and self._root.get(SitePath(f"{architecture.block}.{sublayer}").at(site.layer).module)
-        return Place(site, path, self._root.get(path.module), body)
+            known = True
+        module = self._root.get(path.module)
+        return Place(site, path, module, body, token_wise=known and site.kind == "mlp")
 
     def _input_embeddings(self) -> Place:
         """Where gradients start in a model whose table has no embed site."""

@@ -37,6 +37,8 @@ class Place:
     """Length of the tuple the module returns; 0 for a plain tensor."""
     n_body_outputs: int = 0
     """The same for the body."""
+    token_wise: bool = False
+    """Whether the module, with its body, takes each token alone: an MLP where its architecture has it."""
 
     def read(self) -> Tensor:
         """The site's tensor."""
@@ -64,6 +66,13 @@ class Place:
     def pass_through(self) -> None:
         """Do not run the block: its output is its input."""
         self.envoy.skip(_packed(self.envoy.input, self.n_outputs))
+
+    def at_last_position(self) -> None:
+        """Run a module that takes each token alone at the last position; its output is zero elsewhere."""
+        module = self.body or self.envoy
+        x = first(module.input)
+        module.input = x[:, -1:]
+        module.output = torch.nn.functional.pad(module.output, (0, 0, x.shape[1] - 1, 0))
 
     @contextmanager
     def hooked(self, edit: Edit) -> Iterator[None]:

@@ -128,8 +128,7 @@ def _evaluate(
     for owner, at in zip(example.split(max_rows), alpha.split(max_rows), strict=True):
         clean, patch = states.clean[site][owner], states.patch[site][owner]
         leaf = torch.lerp(clean, patch, at.to(clean)[:, None, None]).requires_grad_()
-        cache = {before: known[owner] for before, known in states.clean.items() if before < site}
-        skip = model.resume_from(site, cache) | {site: leaf}
+        skip = states.resume(model, site, owner) | {site: leaf}
         run = model.run(states.tokens[owner], skip=skip, grad=True, last_only=True)
         m = metric(run.logits[:, -1], states.prompts[owner])
         (gradient,) = torch.autograd.grad(m.sum(), leaf)

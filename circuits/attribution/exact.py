@@ -134,7 +134,5 @@ def _metric_of_rows(
     model: LanguageModel, states: States, metric: Metric, *, site: Site, x: torch.Tensor, owner: torch.Tensor
 ) -> torch.Tensor:
     """m(row) - m(clean) for rows x [R, S, d] at `site`, row r belonging to example `owner[r]`. [R]"""
-    cache = {before: known[owner] for before, known in states.clean.items() if before < site}
-    skip = model.resume_from(site, cache) | {site: x}
-    run = model.run(states.tokens[owner], skip=skip, last_only=True)
+    run = model.run(states.tokens[owner], skip=states.resume(model, site, owner) | {site: x}, last_only=True)
     return metric(run.logits[:, -1], states.prompts[owner]) - states.m_clean[owner]

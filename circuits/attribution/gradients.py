@@ -19,7 +19,7 @@ Integrated gradients (Sundararajan et al. 2017; Marks et al. 2024, eq. 4), one s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -84,19 +84,27 @@ def integrated_gradients(
 
     At most `max_rows` prompts go through the model at once (at least one quadrature node of the whole batch does).
     """
-    clean, patch = states.clean[site], states.patch[site]
+    total = torch.zeros_like(states.clean[site])
+    for weight, leaf in path_chunks(states.clean[site], states.patch[site], rule, steps, max_rows):
+        m = metric_at(model, states, metric, site=site, value=leaf, copies=len(weight), grad=True)
+        (gradient,) = torch.autograd.grad(m.sum(), leaf)
+        total += torch.einsum("k,kbsd->bsd", weight, gradient.unflatten(0, (len(weight), -1)))
+    return total
+
+
+def path_chunks(
+    clean: torch.Tensor, patch: torch.Tensor, rule: str, steps: int, max_rows: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The quadrature nodes of the path from `clean` to `patch` [B, S, d], in chunks of K: weights [K] and a leaf
+    [K * B, S, d], at most `max_rows` rows or one node of the whole batch.
+    """
     nodes, weights = quadrature(rule, steps)
-    total = torch.zeros_like(clean)
     per_pass = max(1, max_rows // len(clean))
     for start in range(0, steps, per_pass):
         alpha = torch.tensor(nodes[start : start + per_pass], device=clean.device, dtype=clean.dtype)
         weight = torch.tensor(weights[start : start + per_pass], device=clean.device, dtype=clean.dtype)
         path = torch.lerp(clean, patch, alpha[:, None, None, None])  # [K, B, S, d]
-        leaf = path.flatten(0, 1).requires_grad_()
-        m = metric_at(model, states, metric, site=site, value=leaf, copies=len(alpha), grad=True)
-        (gradient,) = torch.autograd.grad(m.sum(), leaf)
-        total += torch.einsum("k,kbsd->bsd", weight, gradient.unflatten(0, (len(alpha), -1)))
-    return total
+        yield weight, path.flatten(0, 1).requires_grad_()
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import torch
 
-from circuits.attribution.gradients import quadrature
+from circuits.attribution.gradients import path_chunks
 from circuits.attribution.states import States
 from circuits.behaviour import Metric
 from sae.errors import UserError
@@ -38,21 +38,15 @@ def integrated_gradients_of_inputs(
 ) -> dict[Site, torch.Tensor]:
     """Weighted mean of dm/dx along the embedding path, [B, S, d] per site."""
     clean, patch = _ends(model, states)
-    nodes, weights = quadrature(rule, steps)
     total = {site: torch.zeros_like(states.clean[site]) for site in sites}
-    per_pass = max(1, max_rows // len(clean))
-    for start in range(0, steps, per_pass):
-        alpha = torch.tensor(nodes[start : start + per_pass], device=clean.device, dtype=clean.dtype)
-        weight = torch.tensor(weights[start : start + per_pass], device=clean.device, dtype=clean.dtype)
-        path = torch.lerp(clean, patch, alpha[:, None, None, None])  # [K, B, S, d]
-        leaf = path.flatten(0, 1).requires_grad_()
-        tokens = states.tokens.repeat(len(alpha))
+    for weight, leaf in path_chunks(clean, patch, rule, steps, max_rows):
+        tokens = states.tokens.repeat(len(weight))
         run = model.run(tokens, skip={EMBED: leaf}, capture=sites, grad=True, last_only=True)
-        logits = run.logits[:, -1].unflatten(0, (len(alpha), -1))
+        logits = run.logits[:, -1].unflatten(0, (len(weight), -1))
         m = torch.stack([metric(rows, states.prompts) for rows in logits])  # [K, B]
         gradients = torch.autograd.grad(m.sum(), [run.activations[site] for site in sites])
         for site, gradient in zip(sites, gradients, strict=True):
-            total[site] += torch.einsum("k,kbsd->bsd", weight, gradient.unflatten(0, (len(alpha), -1)))
+            total[site] += torch.einsum("k,kbsd->bsd", weight, gradient.unflatten(0, (len(weight), -1)))
     return total
 
 

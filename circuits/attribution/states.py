@@ -74,6 +74,15 @@ class States:
         """[B, S] bool: real tokens, not padding."""
         return self.prompts.clean.attention_mask.bool()
 
+    def resume(self, model: LanguageModel, site: Site, rows: torch.Tensor) -> dict[Site, torch.Tensor]:
+        """The `skip` mapping with which examples `rows` [R] resume at a site from the clean run."""
+        gathered: dict[int, torch.Tensor] = {}
+        skip = model.resume_from(site, self.clean)
+        for x in skip.values():
+            if id(x) not in gathered:
+                gathered[id(x)] = x[rows]
+        return {other: gathered[id(x)] for other, x in skip.items()}
+
     def live(self, site: Site, gradient: torch.Tensor) -> torch.Tensor:
         """[B, S] bool: tokens through which edges of the site can run, given dm/dx there, [B, S, d].
 

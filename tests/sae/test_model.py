@@ -198,6 +198,25 @@ def test_gradients_reach_the_skip_tensor_of_repeated_rows(model: LanguageModel) 
             assert torch.isfinite(gradient).all() and gradient.abs().max() > 0
 
 
+def test_the_last_mlp_runs_where_its_output_is_read(model: LanguageModel) -> None:
+    """At the last position alone if only the logits there are asked for, else at all of them."""
+    tokens, last = model.tokenize(TEXTS), Site("mlp", model.n_layers - 1)
+    module = model.hf.get_submodule(model.site_paths[Site("resid", last.layer)].module).mlp
+    widths: list[int] = []
+    first = next(child for child in module.modules() if child.__class__.__name__ in ("Linear", "Conv1D"))
+    handle = first.register_forward_hook(lambda _m, inputs, _o: widths.append(inputs[0].shape[1]))
+    full = model.run(tokens).logits[:, -1:]
+    assert torch.allclose(model.run(tokens, last_only=True).logits, full, atol=1e-5)
+    for site in (last, Site("resid", last.layer)):
+        assert torch.allclose(model.run(tokens, last_only=True, capture=[site]).logits, full, atol=1e-5)
+    doubled = {Site("attn", last.layer): lambda x: 2 * x}
+    edited = [model.run(tokens, last_only=only, edits=doubled).logits[:, -1:] for only in (True, False)]
+    handle.remove()
+    assert torch.allclose(*edited, atol=1e-5) and not torch.allclose(edited[0], full, atol=1e-3)
+    n_positions = tokens.n_positions
+    assert widths == [n_positions, 1, n_positions, n_positions, 1, n_positions]
+
+
 def test_resume_with_gaps_in_the_cache(tiny_model: LanguageModel) -> None:
     tokens = tiny_model.tokenize(TEXTS)
     full = tiny_model.run(tokens, capture=tiny_model.sites)

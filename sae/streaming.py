@@ -90,9 +90,13 @@ class StreamedSaes(Mapping[Site, SparseAutoencoder]):
         return site in self._sources
 
     @property
-    def n_bytes(self) -> int:
-        """What all of them would take together."""
-        return sum(source.config.n_bytes for source in self._sources.values())
+    def n_staying(self) -> int:
+        """How many stay in memory once they were read, when work goes over the sites in order."""
+        room, n = self.budget - 2 * max(source.config.n_bytes for source in self._sources.values()), 0
+        for source in self._sources.values():
+            fits = source.config.n_bytes <= room
+            room, n = room - fits * source.config.n_bytes, n + fits
+        return n
 
     def config(self, site: Site) -> SAEConfig:
         """What the autoencoder of a site is; nothing is read."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,11 +22,13 @@ from circuits.commands.common import (
     record,
 )
 from circuits.discovery import DiscoverOptions, discover
+from circuits.estimate import estimate_discovery
 from circuits.nodes import count
 from circuits.partial import FOLDER, interrupted, remove_partial
 from circuits.prompts import PromptSet, load_prompts
 from circuits.uncertainty import Bootstrap, uncertainty_line, with_uncertainty
 from circuits.verification import verified, verify
+from graphs.feature_graph import FeatureGraph
 from sae.autoencoder import SparseAutoencoder, fingerprint
 from sae.errors import UserError
 from sae.features import top_contexts
@@ -83,6 +86,8 @@ class Discover(UsesSaes):
     """
     title: str | None = None
     """What drawings and the report are headed; made from prompts and model by default."""
+    estimate: bool = False
+    """Say what memory and time it will take, and stop there."""
     resume: bool = False
     """Go on with an interrupted discovery of the same model, autoencoders, prompts and options."""
     overwrite: Overwrite = False
@@ -90,7 +95,7 @@ class Discover(UsesSaes):
 
     def run(self) -> Output:
         self._check()
-        folder = self._folder()
+        folder = self.out / "circuit" if self.estimate else self._folder()
         model = load_model(self.model, self)
         saes = load_checked_saes(model, self.saes, options=self)
         saes = subset(saes, select_sites(self.options.sites, list(saes)))
@@ -98,18 +103,34 @@ class Discover(UsesSaes):
         prompts = load_prompts(
             self.prompts, model, limit=self.examples, span_template=self.span_template, need_spans=by_span
         )
+        estimate = estimate_discovery(model, saes, prompts, self.options)
+        if self.estimate:
+            return Output(estimate.text(), {"estimate": estimate.to_dict()})
+        if not self.quiet:
+            sys.stderr.write(estimate.text() + "\n")
+        circuit = self._discovered(model, saes, prompts, folder)
+        texts = TextSource.of(self.text).read() if self.text else None
+        features = describe_features(model, saes, circuit, prompts, texts=texts)
+        graph = self._write(circuit, features, folder)
+        kept = {"nodes": len(graph) - 1, "edges": graph.graph.number_of_edges()}
+        data = {**circuit.metadata, "kept": kept, "circuit": str(folder), "estimate": estimate.to_dict()}
+        return Output(_summary(circuit, prompts, folder, kept), data)
+
+    def _discovered(self, model, saes, prompts: PromptSet, folder: Path) -> Circuit:
+        """The circuit, with its intervals and the strongest nodes verified."""
         circuit = discover(
             model, saes, prompts, self.options, provenance=self._provenance(model, saes), progress=not self.quiet,
             partial=folder / FOLDER, resume=self.resume,
         )  # fmt: skip
         if self.resamples:
             circuit = with_uncertainty(circuit, Bootstrap(resamples=self.resamples))
-        if self.verify:
-            circuit = verified(
-                circuit, verify(model, saes, circuit, prompts, nodes=self.verify, progress=not self.quiet)
-            )
-        texts = TextSource.of(self.text).read() if self.text else None
-        features = describe_features(model, saes, circuit, prompts, texts=texts)
+        if not self.verify:
+            return circuit
+        found = verify(model, saes, circuit, prompts, nodes=self.verify, progress=not self.quiet)
+        return verified(circuit, found)
+
+    def _write(self, circuit: Circuit, features: Mapping[str, Any], folder: Path) -> FeatureGraph:
+        """Write the circuit, pruned as the options say, and take away what was of the circuit before it."""
         by_threshold = self.node_threshold is not None
         graph = circuit.graph(
             nodes=self.options.edge_nodes or None if by_threshold else self.nodes,
@@ -120,16 +141,13 @@ class Discover(UsesSaes):
             attributes=features,
         )
         circuit.save(folder, graph=graph)
-        for outdated in MEASURED_FILES:  # of the circuit that was here
+        for outdated in MEASURED_FILES:
             (folder / outdated).unlink(missing_ok=True)
         set_edits_aside(self.out)
-        remove_partial(folder / FOLDER)
         write_json(folder / FEATURES_FILE, {"schema_version": 1, "features": features})
         record(self.out, "discover", self)
-        kept = {"nodes": len(graph) - 1, "edges": graph.graph.number_of_edges()}
-        return Output(
-            _summary(circuit, prompts, folder, kept), {**circuit.metadata, "kept": kept, "circuit": str(folder)}
-        )
+        remove_partial(folder / FOLDER)
+        return graph
 
     def _folder(self) -> Path:
         """The folder of the circuit; one with a circuit or an interrupted discovery only where that was asked for."""

@@ -41,6 +41,7 @@ from sae.metrics import (
 from sae.model import LanguageModel, Tokens
 from sae.sites import Site
 from sae.splice import check_saes
+from sae.tables import aligned, number
 
 SCHEMA_VERSION = 1
 EVALUATION_FILE = "evaluation.json"
@@ -121,44 +122,29 @@ class Evaluation:
         """Everything as JSON-ready values; undefined numbers are None."""
         return {"schema_version": SCHEMA_VERSION, **without_nan(asdict(self))}
 
+    def error_matters(self, site: str) -> float:
+        """CE with the errors of all sites dropped − CE with this site's error kept: what it is worth downstream."""
+        kept = self.sites[site].ce_error_kept
+        return math.nan if kept is None else self.spliced["all"].ce - kept
+
     def table(self) -> str:
-        """The numbers as lines of at most 80 characters: one a site, then the sites spliced together."""
-        head = ("L0", "EV", "cos", "L2", "bias", "shrnk", "dead", "dense", "CE +", "recov", "KL", "top1")
-        lines = [f"{'site':<9}" + "".join(f"{name:>{_WIDTH[name]}}" for name in head)]
+        """Two tables of at most 80 characters a line: x̂ beside x at each site, and the model with x̂ in place of x."""
+        rebuilt = [["site", "L0", "EV", "cosine", "L2 ratio", "bias", "shrinkage", "dead", "dense"]]
         for name, m in self.sites.items():
-            numbers = [m.l0, m.explained_variance, m.cosine, m.l2_ratio, m.relative_bias, m.shrinkage]
-            numbers += [m.dead_fraction, m.dense_fraction, *self._costs(m.predictions)]
-            lines.append(f"{name:<9}" + "".join(_cell(h, number) for h, number in zip(head, numbers, strict=True)))
+            values = (m.explained_variance, m.cosine, m.l2_ratio, m.relative_bias, m.shrinkage)
+            rebuilt.append([name, number(m.l0, 1), *map(number, (*values, m.dead_fraction, m.dense_fraction))])
+        spliced = [["spliced", "CE +", "CE recovered", "KL", "KL recovered", "top-1", "error matters"]]
+        spliced += [
+            [name, *self._predicted(m.predictions), number(self.error_matters(name))] for name, m in self.sites.items()
+        ]
         for name, p in self.spliced.items():
-            label = f"{name} sites spliced" if name == "all" else f"all {name} sites spliced"
-            blank = 9 + sum(_WIDTH[h] for h in head[:8])
-            cells = (_cell(h, number) for h, number in zip(head[8:], self._costs(p), strict=True))
-            lines.append(f"{label:<{blank}}" + "".join(cells))
-        lines.append(
-            f"CE {self.ce_model:.3f} for the model itself, {self.ce_errors_kept:.3f} with every error kept "
-            f"({self.n_tokens:,} tokens)"
-        )
-        return "\n".join(lines)
+            spliced.append(["all sites" if name == "all" else f"all {name}", *self._predicted(p), ""])
+        own = f"CE {self.ce_model:.3f} for the model itself, {self.ce_errors_kept:.3f} with every error kept"
+        return "\n".join([aligned(rebuilt), "", aligned(spliced), f"{own} ({self.n_tokens:,} tokens)"])
 
-    def _costs(self, p: Predictions) -> tuple[float, ...]:
-        return p.ce - self.ce_model, p.ce_recovered, p.kl, p.top1_consistency
-
-
-_WIDTH = {"L0": 7, "bias": 5, "shrnk": 6, "dense": 6, "CE +": 7, "recov": 6, "KL": 7, "top1": 5, "EV": 6, "cos": 5}
-_WIDTH |= {"L2": 5, "dead": 5}
-
-
-def _cell(head: str, number: float) -> str:
-    """A number right-aligned in its column, with as many digits as fit: .998, 1.02, 12.3; a dash where undefined."""
-    width, text = _WIDTH[head], "-"
-    most = 1 if head == "L0" else 3
-    for digits in () if math.isnan(number) else range(most, -1, -1):
-        text = f"{round(number, digits) + 0.0:.{digits}f}"
-        if digits and text.lstrip("-").startswith("0."):
-            text = text.replace("0.", ".", 1)
-        if len(text) < width:
-            break
-    return f"{text:>{width}}"
+    def _predicted(self, p: Predictions) -> list[str]:
+        costs = (p.ce - self.ce_model, p.ce_recovered, p.kl, p.kl_recovered, p.top1_consistency)
+        return list(map(number, costs))
 
 
 def token_batches(

@@ -9,7 +9,9 @@ from tqdm import tqdm
 
 from circuits.commands.common import Common, Output, at_least, load_checked_saes, load_model
 from sae.evaluation import EVALUATION_FILE, evaluate
-from sae.files import write_json
+from sae.evaluation_plots import plot_evaluation
+from sae.files import write_json, write_text
+from sae.sweep_evaluation import evaluation_settings
 from sae.text import TextSource
 
 
@@ -29,26 +31,40 @@ class Evaluate(Common):
     """Tokens of a text that are read at once."""
     batch_size: int = 16
     """Texts that go through the model at once."""
+    skip_errors: bool = False
+    """Leave out what each site's error matters while all others are dropped, one forward pass a site and batch."""
+    out: Path | None = None
+    """Folder for evaluation.json, .txt and .svg; that of the autoencoders by default."""
 
     def run(self) -> Output:
         at_least(self, tokens=1, context=2, batch_size=1)
         model = load_model(self.model, self)
-        saes = load_checked_saes(model, self.saes)
+        saes, source = load_checked_saes(model, self.saes), TextSource.of(self.text)
         with tqdm(total=self.tokens, desc="evaluate", unit="token", disable=self.quiet) as bar:
             result = evaluate(
                 model,
                 saes,
-                TextSource.of(self.text).read(),
+                source.read(),
                 max_tokens=self.tokens,
                 context=self.context,
                 batch_size=self.batch_size,
+                errors=not self.skip_errors,
                 progress=bar.update,
             )
-        data = result.to_dict()
+        settings = evaluation_settings(model, source, tokens=self.tokens, context=self.context)
+        data = {**result.to_dict(), "measured_on": settings}
         text = result.table()
-        folder = Path(self.saes)
-        folder = folder / "saes" if (folder / "saes").is_dir() else folder
-        if folder.is_dir():
+        folder = self.out or _folder_of(self.saes)
+        if folder is not None:
             write_json(folder / EVALUATION_FILE, data)
-            text += f"\nwrote {folder / EVALUATION_FILE}"
+            write_text(folder / "evaluation.txt", text + "\n")
+            picture = plot_evaluation(result, folder / "evaluation.svg")
+            text += f"\nwrote {folder / EVALUATION_FILE}, evaluation.txt and {picture.name}"
         return Output(text, data)
+
+
+def _folder_of(saes: str) -> Path | None:
+    """The folder the autoencoders are in, None where they are the hub's."""
+    folder = Path(saes)
+    folder = folder / "saes" if (folder / "saes").is_dir() else folder
+    return folder if folder.is_dir() else None

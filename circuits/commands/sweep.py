@@ -15,7 +15,7 @@ from circuits.commands.common import Common, Output, Overwrite, at_least, load_m
 from sae.architectures import ARCHITECTURES
 from sae.config import TrainConfig
 from sae.errors import UserError, unknown
-from sae.files import atomic_write, write_json
+from sae.files import write_json, write_text
 from sae.sites import select_sites
 from sae.sweep import Sweep as Trained
 from sae.sweep import grid, sweep, training_bytes
@@ -90,8 +90,7 @@ class Sweep(Common):
         )
         drawn = self._draw(results)
         write_json(self.out / RESULTS_FILE, results.to_dict())
-        with atomic_write(self.out / TABLE_FILE) as temporary:
-            temporary.write_text(f"{results.summary()}\n\n{results.table()}\n", encoding="utf-8")
+        write_text(self.out / TABLE_FILE, f"{results.summary()}\n\n{results.table()}\n")
         files = f"{self.out / RESULTS_FILE}, {self.out / TABLE_FILE} and {drawn}"
         wrote = f"wrote {files}; a dictionary is --saes {self.out / next(iter(trained.configs))}, and so on"
         return Output(f"{results.summary()}\n{wrote}", {**results.to_dict(), "out": str(self.out)})

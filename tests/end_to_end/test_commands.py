@@ -31,7 +31,10 @@ def test_a_run_leaves_the_files_it_should(run_folder):
 def test_evaluate(sfc, run_folder, model_folder, text_file):
     result = sfc("evaluate", "--model", model_folder, "--saes", run_folder, "--text", text_file, "--tokens", 500)
     assert result.status == 0 and "resid_1" in result.out
-    assert json.loads((run_folder / "saes" / "evaluation.json").read_text())["sites"]["embed"]["l0"] <= 6
+    data = json.loads((run_folder / "saes" / "evaluation.json").read_text())
+    assert data["sites"]["embed"]["l0"] <= 6 and data["sites"]["embed"]["ce_error_kept"] > 0
+    assert {"shrinkage", "relative_bias", "density_histogram"} <= set(data["sites"]["embed"])
+    assert (run_folder / "saes" / "evaluation.svg").is_file() and "error matters" in result.out
 
 
 def test_faithfulness_reads_model_and_saes_from_the_circuit(sfc, run_folder, prompts_file):

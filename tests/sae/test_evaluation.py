@@ -157,8 +157,8 @@ def test_table_fits_a_terminal_and_json_has_no_nan(tiny_model, saes):
     result = evaluate(tiny_model, saes, TEXTS, max_tokens=30)
     lines = result.table().splitlines()
     assert max(map(len, lines)) <= 80
-    assert [line.split()[0] for line in lines[1:7]] == SITES
-    assert len({len(line) for line in lines[:-1]}) == 1
+    assert [line.split()[0] for line in lines[1:7]] == [line.split()[0] for line in lines[9:15]] == SITES
+    assert lines[-2].startswith("all sites")
     entries = json.loads(json.dumps(result.to_dict(), allow_nan=False))
     assert entries["sites"]["mlp_0"]["l0"] == pytest.approx(result.sites["mlp_0"].l0)
     assert len(entries["sites"]["embed"]["density_histogram"]["counts"]) == 24
@@ -202,12 +202,14 @@ def test_nothing_to_evaluate_is_refused(tiny_model, saes):
 
 
 def test_plot_has_a_bar_and_a_histogram_for_every_site(tiny_model, saes, tmp_path):
-    result = evaluate(tiny_model, saes, TEXTS)
+    result = evaluate(tiny_model, saes, TEXTS, errors=True)
     figure = evaluation_figure(result)
-    bars, *histograms = figure.axes
-    assert [label.get_text() for label in bars.get_xticklabels()] == SITES
+    bars, costs, *histograms = figure.axes
+    assert [label.get_text() for label in costs.get_xticklabels()] == SITES
     heights = [bar.get_height() for bar in bars.patches[: len(SITES)]]
     assert heights == pytest.approx([m.explained_variance for m in result.sites.values()])
+    nats = [bar.get_height() for bar in costs.patches[len(SITES) :]]
+    assert nats == pytest.approx([result.spliced["all"].ce - m.ce_error_kept for m in result.sites.values()])
     assert [axes.get_title().split()[0] for axes in histograms] == SITES
     drawn = [sum(bar.get_height() for bar in axes.patches) for axes in histograms]
     assert drawn == [sum(m.density_histogram.counts) for m in result.sites.values()]

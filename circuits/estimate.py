@@ -195,8 +195,11 @@ def _sublayers(model: LanguageModel) -> list[tuple[Site, int]]:
 def resumed_share(model: LanguageModel, sites: Sequence[Site], site: Site) -> float:
     """Share of the sublayers that run when the forward pass resumes at a site, from the activations of `sites`."""
     last = _last_block(sites, site, inclusive=True)
+    given = {known for known in sites if known <= site}
+    if model.parallel_blocks and site.kind == "attn":  # the MLP beside it is given as well
+        given |= {Site("mlp", site.layer)} & set(sites)
     sublayers = _sublayers(model)
-    running = [known for known, layer in sublayers if layer > last and not (known in sites and known <= site)]
+    running = [known for known, layer in sublayers if layer > last and known not in given]
     return len(running) / len(sublayers)
 
 

@@ -67,16 +67,19 @@ def run(job: str, args: argparse.Namespace) -> dict[str, Any]:
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter() if cuda else time.process_time()
+    clock = time.perf_counter()
     circuit = discover(model, saes, prompts, options, partial=args.folder / "partial", progress=args.progress)
     if cuda:
         torch.cuda.synchronize()
     seconds = (time.perf_counter() if cuda else time.process_time()) - started
+    wall = time.perf_counter() - clock
     on_disk = sum(path.stat().st_size for path in (args.folder / "partial").iterdir())
     remove_partial(args.folder / "partial")
     stored = [x for effects in circuit.effects.values() for x in (effects.example, effects.position, effects.feature)]
     stored += [effects.value for effects in circuit.effects.values()]
     return {
         "seconds": seconds,
+        "wall": wall,
         "estimated_seconds": sum(estimate.seconds.values()),
         "estimate_took": estimated_in,
         "peak": 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before),
@@ -98,7 +101,7 @@ def extrapolated(job: str, found: dict[str, Any], args: argparse.Namespace) -> t
 
     def work(n: int) -> dict[str, float]:
         sites = [Site(kind, layer) for layer in range(n) for kind in ("attn", "mlp", "resid")]
-        counted = count_passes(SimpleNamespace(n_layers=n), sites, options_of(job, args))  # type: ignore[arg-type]
+        counted = count_passes(SimpleNamespace(n_layers=n, parallel_blocks=False), sites, options_of(job, args))  # type: ignore[arg-type]
         return {
             "node passes": n * (counted.forward + 3 * counted.backward),
             "effects": n,
@@ -138,7 +141,7 @@ def main() -> None:
         sys.stdout.write(json.dumps(run(args.one, args)) + "\n")
         return
     print(
-        f"{'':15} {'seconds':>8} {'est.':>8} {'peak':>10} {'est.':>10} {'gpu':>10} {'effects':>10} {'disk':>10} reads"
+        f"{'':15} {'seconds':>8} {'wall':>8} {'est.':>8} {'peak':>10} {'est.':>10} {'gpu':>10} {'effects':>10} {'disk':>10} reads"
     )
     for job in args.jobs.split(","):
         shutil.rmtree(args.folder / "partial", ignore_errors=True)
@@ -152,7 +155,7 @@ def main() -> None:
             found["disk"],
         )
         print(
-            f"{job:15} {found['seconds']:8.1f} {found['estimated_seconds']:8.1f} "
+            f"{job:15} {found['seconds']:8.1f} {found['wall']:8.1f} {found['estimated_seconds']:8.1f} "
             + " ".join(f"{n / GIB:6.3f} GiB" for n in sizes)
             + f" {found['reads']} of {found['n_sites']}"
         )

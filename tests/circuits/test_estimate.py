@@ -46,9 +46,10 @@ class Counted:
 
 @pytest.mark.parametrize("chosen", ["all", "resid", "mlp", "attn_1,mlp_1,resid_0,resid_2"])
 @pytest.mark.parametrize("method", ["ig", "attrib", "relp", "ig-inputs", "graddrop", "random"])
-def test_passes_of_the_node_methods(make_tiny_model, make_saes, tiny_prompts, method, chosen):
-    """Counted inside the model's attention and MLP modules."""
-    model = make_tiny_model("gpt_neox", layers=3)
+@pytest.mark.parametrize("architecture", MODULES)
+def test_passes_of_the_node_methods(make_tiny_model, make_saes, tiny_prompts, method, chosen, architecture):
+    """Counted inside the model's attention and MLP modules, of parallel and of sequential blocks."""
+    model = make_tiny_model(architecture, layers=3)
     sites = select_sites(chosen, list(model.sites))
     states_of = {"sites": sites, "gradient": method not in ("ig", "ig-inputs", "relp")}
     saes = make_saes(model)
@@ -57,7 +58,7 @@ def test_passes_of_the_node_methods(make_tiny_model, make_saes, tiny_prompts, me
     if method == "ig-inputs" and Site("embed") not in sites:
         sites = [Site("embed"), *sites]
         states_of["sites"] = sites
-    counted = Counted(model, "gpt_neox")
+    counted = Counted(model, architecture)
     states = capture_states(model, saes, prompts, logit_difference, **states_of)
     attribute(model, saes, states, logit_difference, sites=sites, method=method, steps=3)
     forward, backward = counted.passes(len(prompts))

@@ -140,8 +140,9 @@ def main() -> None:
     if args.one:
         sys.stdout.write(json.dumps(run(args.one, args)) + "\n")
         return
+    times = " ".join(f"{name:>8}" for name in ("seconds", "wall", "est."))
     print(
-        f"{'':15} {'seconds':>8} {'wall':>8} {'est.':>8} {'peak':>10} {'est.':>10} {'gpu':>10} {'effects':>10} {'disk':>10} reads"
+        f"{'':15} {times} " + " ".join(f"{name:>10}" for name in ("peak", "est.", "gpu", "effects", "disk")) + " reads"
     )
     for job in args.jobs.split(","):
         shutil.rmtree(args.folder / "partial", ignore_errors=True)

@@ -9,9 +9,11 @@ is positive and effects can be read alike. With A the answers of a prompt (usual
 | `logit_difference` | logit(patch answers) - logit(clean answers); without patch answers -logit(clean answers) | |
 | `log_probability` | -log p(clean answers), p summed over the answers | |
 | `kl` | KL(p_clean || p) from the distribution after the clean prompt | `prepare` |
+| `probe:FILE.safetensors` | w . x + b at a site, a linear probe's logit (`circuits.probes`) | `read_by` |
+| `probe-margin:FILE` | -(w . x + b) times its sign on the clean prompt | `read_by`, `prepare` |
 
 Any function of that signature will do as well, named on the command line as `package.module:function` or
-`path/to/file.py:function`.
+`path/to/file.py:function`. A probe with several classes is named `probe:FILE.safetensors:CLASS`.
 
 Shapes: B prompts, V vocabulary, n answers.
 """
@@ -20,7 +22,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,12 +30,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from circuits.probes import Probe, read_by
 from circuits.prompts import PromptSet
 from sae.errors import UserError, unknown
 
 if TYPE_CHECKING:
     from sae.model import LanguageModel
 
+PROBES = ("probe:", "probe-margin:")
 Metric = Callable[[Tensor, PromptSet], Tensor]
 
 
@@ -81,9 +85,14 @@ METRICS: dict[str, Metric] = {"logit_difference": logit_difference, "log_probabi
 
 
 def get_metric(metric: str | Metric) -> Metric:
-    """A metric by name, by `package.module:function`, by `file.py:function`, or as it is."""
+    """A metric by name, by `probe:FILE`, by `package.module:function`, by `file.py:function`, or as it is."""
     if callable(metric):
         return metric
+    if metric.startswith(PROBES):
+        kind, _, rest = metric.partition(":")
+        file, _, row = rest.partition(".safetensors:")
+        probe = Probe.load(f"{file}.safetensors", row=row) if row else Probe.load(rest)
+        return replace(probe, margin=True, name=f"margin, {probe.name}") if kind == "probe-margin" else probe
     if metric in METRICS:
         return METRICS[metric]
     if ":" not in metric:
@@ -100,18 +109,47 @@ def get_metric(metric: str | Metric) -> Metric:
     return function
 
 
+def absolute(metric: str) -> str:
+    """The name of a metric with its file's path made absolute, so that a run can be read from another folder."""
+    if metric.startswith(PROBES):
+        kind, _, rest = metric.partition(":")
+        file, suffix, row = rest.partition(".safetensors")
+        return f"{kind}:{Path(file + suffix).resolve()}{row}"
+    place, _, name = metric.rpartition(":")
+    return f"{Path(place).resolve()}:{name}" if place.endswith(".py") else metric
+
+
 def prepare(prompts: PromptSet, model: LanguageModel, metric: str | Metric, *, batch_size: int = 64) -> PromptSet:
-    """The prompts with what the metric compares with: for `kl` the log-probabilities after the clean prompts."""
-    if get_metric(metric) is not kl or prompts.reference is not None:
+    """The prompts with what the metric compares with: for `kl` the log-probabilities after the clean prompts, for the
+    margin of a probe its sign there.
+    """
+    m = get_metric(metric)
+    if isinstance(m, Probe) and m.margin and prompts.reference is None:
+        return replace(prompts, reference=m.signs(model, prompts, batch_size=batch_size))
+    if m is not kl or prompts.reference is not None:
         return prompts
     return replace(prompts, reference=last_logits(model, prompts, batch_size=batch_size).log_softmax(-1))
 
 
 @torch.no_grad()
 def last_logits(model: LanguageModel, prompts: PromptSet, *, batch_size: int = 64, edits=None) -> Tensor:
-    """Logits after every clean prompt, [B, V], with optional edits (see `LanguageModel.run`)."""
-    runs = (model.run(batch.clean, edits=edits, last_only=True) for batch in prompts.batches(batch_size))
-    return torch.cat([run.logits[:, -1].float() for run in runs])
+    """Logits after every clean prompt, [B, V], with optional edits (see `LanguageModel.run`, or a function of the batch
+    that gives them).
+    """
+    return torch.cat([logits for _, logits in _batch_logits(model, prompts, edits, batch_size)])
+
+
+@torch.no_grad()
+def metric_values(model: LanguageModel, prompts: PromptSet, metric: Metric, *, batch_size: int = 64, edits=None):
+    """m of every clean prompt, [B], whatever it reads, with optional edits as in `last_logits`."""
+    read = read_by(model, metric)
+    return torch.cat([metric(logits, batch) for batch, logits in _batch_logits(read, prompts, edits, batch_size)])
+
+
+def _batch_logits(model, prompts, edits, batch_size) -> Iterator[tuple[PromptSet, Tensor]]:
+    for batch in prompts.batches(batch_size):
+        run = model.run(batch.clean, edits=edits(batch) if callable(edits) else edits, last_only=True)
+        yield batch, run.logits[:, -1].float()
 
 
 def correct(logits: Tensor, prompts: PromptSet) -> Tensor:

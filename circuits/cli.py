@@ -31,6 +31,7 @@ def _commands() -> dict[str, Any]:
     from circuits.commands.faithfulness import Faithfulness
     from circuits.commands.finetune import Finetune
     from circuits.commands.mask import Mask
+    from circuits.commands.probe import Probe
     from circuits.commands.render import Explore, Render
     from circuits.commands.report import Report
     from circuits.commands.sweep import Sweep
@@ -45,6 +46,7 @@ def _commands() -> dict[str, Any]:
         "discover": Discover,
         "faithfulness": Faithfulness,
         "mask": Mask,
+        "probe": Probe,
         "compare-methods": CompareMethods,
         "render": Render,
         "explore": Explore,

@@ -30,6 +30,7 @@ from circuits.comparison_options import MASK, CompareOptions, split
 from circuits.comparison_study import MEAN, NOISING, Agreement, Study, Truth, agreement
 from circuits.faithfulness import Faithfulness, FaithfulnessOptions, measure_faithfulness
 from circuits.nodes import count
+from circuits.probes import read_by, visible_sites
 from circuits.prompts import PromptSet
 from sae.autoencoder import SparseAutoencoder
 from sae.model import LanguageModel
@@ -125,7 +126,8 @@ def compare_methods(
     options = options or CompareOptions()
     m = get_metric(options.metric)
     train, test = prepare(train, model, m), prepare(test, model, m)
-    sites = select_sites(options.sites, list(saes))
+    sites = visible_sites(m, model, select_sites(options.sites, list(saes)))
+    model = read_by(model, m)
     plan: list[tuple[str, Mapping[Site, SparseAutoencoder], list[str]]] = []
     if methods := split(options.methods):
         plan.append((SAES, subset(saes, sites), methods))

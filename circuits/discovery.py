@@ -25,6 +25,7 @@ from circuits.edges import ACTIVE
 from circuits.nodes import AGGREGATIONS, aggregate_site, count, select_nodes
 from circuits.partial import PartialFiles, work_of
 from circuits.passes import BatchNodes, Work, edge_pass, node_pass
+from circuits.probes import read_by, visible_sites
 from circuits.prompts import PromptSet
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError, unknown
@@ -49,7 +50,10 @@ class DiscoverOptions:
     aggregation: str = "sum"
     """sum over positions; position for prompts of equal length; spans for prompts with named token spans."""
     metric: str = "logit_difference"
-    """What is explained: logit_difference, log_probability, kl, or package.module:function."""
+    """What is explained: logit_difference, log_probability, kl, probe:FILE.safetensors (a linear probe's logit; sites
+    after it are left out), probe-margin:FILE.safetensors (the same, turned so that prompts of opposite classes do not
+    cancel), package.module:function or file.py:function.
+    """
     sites: str = "all"
     """Sites of the circuit, such as all, resid or resid,mlp_3; each needs an autoencoder."""
     edge_nodes: int = 300
@@ -101,7 +105,9 @@ def discover(
     options = options or DiscoverOptions()
     m = metric or get_metric(options.metric)
     prompts = prepare(prompts, model, m)
-    sites = select_sites(options.sites, list(saes))
+    sites = visible_sites(m, model, select_sites(options.sites, list(saes)))
+    accurate = accuracy(last_logits(model, prompts), prompts)
+    model = read_by(model, m)
     n_positions = prompts.clean.n_positions
     if options.aggregation == "position" and int(prompts.clean.lengths.min()) != n_positions:
         lengths = sorted(set(prompts.clean.lengths.tolist()))
@@ -136,7 +142,7 @@ def discover(
         "n_positions": n_positions,
         "n_nodes": count(nodes),
         "rejected": prompts.rejected,
-        "accuracy": accuracy(last_logits(model, prompts), prompts),
+        "accuracy": accurate,
         **ends,
         "completeness": _completeness(effects, totals, len(prompts), ends["total_effect"]),
         "tokens": _position_tokens(model, prompts) if options.aggregation == "position" else [],

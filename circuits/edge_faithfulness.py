@@ -40,6 +40,7 @@ from circuits.constants import ablation_values
 from circuits.edges import Edges
 from circuits.faithfulness import FaithfulnessOptions, aligned, from_start_site, shares, span
 from circuits.nodes import Nodes, count
+from circuits.probes import read_by
 from circuits.prompts import PromptSet
 from circuits.uncertainty import Bootstrap
 from sae.autoencoder import SparseAutoencoder
@@ -144,6 +145,7 @@ def measure_edge_faithfulness(
         raise UserError(f"errors is {options.errors!r}: edges are measured with errors as nodes")
     m = metric or get_metric(circuit.metadata["options"]["metric"])
     prompts = prepare(prompts, model, m)
+    model = read_by(model, m)
     saes = subset(saes, circuit.effects)
     nodes = from_start_site(
         {site: circuit.edge_nodes.get(site, n[:0]) for site, n in circuit.nodes.items()}, options.start_site

@@ -66,7 +66,7 @@ class EditReport:
     value: float | None
     """The value of `set`, `scale` and `steer`."""
     metric: str
-    """What `Score.metric` is: `logit difference`, or `answer logit` without pairs."""
+    """What `Score.metric` is: `logit difference`, `answer logit` without pairs, or the name of a probe's logit."""
     n_prompts: int
     """Number of prompts measured."""
     n_texts: int

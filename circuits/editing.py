@@ -1,6 +1,7 @@
 """Changing what a model does through its features, and measuring what that did.
 
-1. Choose features by name (`resid_3/120`); `Circuit.strongest_features(n)` names the strongest of a circuit.
+1. Choose features by name (`resid_3/120`, or at a span of the prompts alone `resid_3/120@subject`);
+   `Circuit.strongest_features(n)` names the strongest of a circuit.
 2. At each of their sites the activation x becomes x' = x + sum_i (f_i' - f_i) W_dec[i]. All other features and the
    error of the autoencoder stay as they are, so the edit does exactly what it says and nothing else:
 
@@ -33,68 +34,47 @@ import torch
 from torch import Tensor
 
 from circuits import behaviour
+from circuits.edit_places import (
+    EVERYWHERE,
+    Features,
+    PlacedEdits,
+    feature_names,
+    parse_features,
+    split_by_place,
+    tokens_at,
+)
 from circuits.edit_report import Behaviour, Continuation, EditReport, Score
 from circuits.prompts import PromptSet
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError, unknown
 from sae.sites import Site
-from sae.streaming import config_of, device_of
+from sae.streaming import device_of
 
 if TYPE_CHECKING:
     from sae.model import LanguageModel, Tokens
 
 Operation = Literal["zero", "mean", "set", "scale", "steer"]
-Features = Mapping[Site, Tensor]
-"""Chosen features: site -> their indices [n] int64."""
 
 NEEDS_VALUE = ("set", "scale", "steer")
 
 
-# ------------------------------------------------------------------------------------------ choosing features
-
-
-def parse_features(names: str | Sequence[str], saes: Mapping[Site, SparseAutoencoder]) -> dict[Site, Tensor]:
-    """`"resid_3/120,mlp_2/7"` or a list of such names -> indices by site, in forward order, each once."""
-    parts = names.split(",") if isinstance(names, str) else list(names)
-    chosen: dict[Site, list[int]] = {}
-    for name in (part.strip() for part in parts):
-        site, feature = _parse_feature(name, saes)
-        chosen.setdefault(site, []).append(feature)
-    if not chosen:
-        raise UserError("no features to edit: name some, such as resid_3/120, or take the strongest of a circuit")
-    return {site: torch.tensor(sorted(set(chosen[site]))) for site in saes if site in chosen}
-
-
-def _parse_feature(name: str, saes: Mapping[Site, SparseAutoencoder]) -> tuple[Site, int]:
-    site_name, slash, index = name.partition("/")
-    by_name = {str(site): site for site in saes}
-    if not slash:
-        raise UserError(f"{name!r} is not a feature: write site/index, such as {next(iter(by_name), 'resid_3')}/120")
-    site_name = site_name.replace(".", "_")
-    if site_name not in by_name:
-        raise unknown("site", site_name, by_name)
-    site = by_name[site_name]
-    if index == "error":
-        raise UserError(f"{name!r} is the error of its site, not a feature: only features can be edited")
-    n_features = config_of(saes, site).n_features
-    if not index.isdecimal() or int(index) >= n_features:
-        hint = f"; did you mean '{site}/{n_features - 1}'?" if index.isdecimal() else ""
-        raise UserError(f"unknown feature {name!r}: {site} has features 0 to {n_features - 1}{hint}")
-    return site, int(index)
-
-
-def feature_names(features: Features) -> list[str]:
-    """Indices by site -> `["mlp_2/7", "resid_3/120"]`."""
-    return [f"{site}/{index}" for site, indices in features.items() for index in indices.tolist()]
+# ------------------------------------------------------------------------------------------ random features
 
 
 def active_features(
-    model: LanguageModel, saes: Mapping[Site, SparseAutoencoder], prompts: PromptSet, *, batch_size: int = 64
+    model: LanguageModel,
+    saes: Mapping[Site, SparseAutoencoder],
+    prompts: PromptSet,
+    *,
+    place: str = EVERYWHERE,
+    batch_size: int = 64,
 ) -> dict[Site, Tensor]:
-    """Features that are active on at least one token of the clean prompts (special tokens aside), by site."""
+    """Features that are active on at least one token of the clean prompts (special tokens aside), by site; place: on
+    at least one of its tokens.
+    """
     found: dict[Site, list[Tensor]] = {site: [] for site in saes}
     for batch in prompts.batches(batch_size):
-        for site, x in _real_activations(model, batch.clean, saes).items():
+        for site, x in _real_activations(model, batch.clean, saes, tokens_at(batch, place)).items():
             found[site].append(saes[site].encode_sparse(x).feature.unique())
     return {site: torch.cat(parts).unique().cpu() for site, parts in found.items()}
 
@@ -202,24 +182,34 @@ def check_operation(operation: str, value: float | None) -> None:
 
 @torch.no_grad()
 def feature_means(
-    model: LanguageModel, saes: Mapping[Site, SparseAutoencoder], features: Features, batches: Sequence[Tokens]
+    model: LanguageModel,
+    saes: Mapping[Site, SparseAutoencoder],
+    features: Features,
+    batches: Sequence[Tokens],
+    *,
+    where: Sequence[Tensor] | None = None,
 ) -> dict[Site, Tensor]:
-    """Mean of each chosen feature over all tokens (special tokens aside) of the batches: [n] by site."""
+    """Mean of each chosen feature over all tokens (special tokens aside) of the batches, or those of `where` ([B, S]
+    bool each): [n] by site.
+    """
     readers = {site: SiteEdit(saes[site], index, "zero") for site, index in features.items()}
     sums = {site: torch.zeros(len(index), device=device_of(saes)) for site, index in features.items()}
     n_tokens = 0
-    for tokens in batches:
-        activations = _real_activations(model, tokens, features)
+    for tokens, at in zip(batches, where or [None] * len(batches), strict=True):
+        activations = _real_activations(model, tokens, features, at)
         n_tokens += len(next(iter(activations.values())))
         for site, x in activations.items():
             sums[site] += readers[site].features(x).sum(0)
     return {site: total / max(n_tokens, 1) for site, total in sums.items()}
 
 
-def _real_activations(model: LanguageModel, tokens: Tokens, sites: Mapping[Site, object]) -> dict[Site, Tensor]:
-    """x [N, d] by site at the tokens that are neither padding nor special."""
+def _real_activations(
+    model: LanguageModel, tokens: Tokens, sites: Mapping[Site, object], where: Tensor | None = None
+) -> dict[Site, Tensor]:
+    """x [N, d] by site at the tokens (of `where` [B, S]) that are neither padding nor special."""
     special = torch.tensor(sorted(model.special_ids), device=tokens.input_ids.device)
     real = tokens.attention_mask.bool() & ~torch.isin(tokens.input_ids, special)  # [B, S]
+    real = real if where is None else real & where
     with torch.no_grad():
         run = model.run(tokens, capture=list(sites), need_logits=False)
     return {site: x[real] for site, x in run.activations.items()}
@@ -242,55 +232,92 @@ def ablate(
     n_random: int = 5,
     same_sites: bool = True,
     seed: int = 0,
+    metric: str | behaviour.Metric | None = None,
     batch_size: int = 64,
     max_length: int = 256,
 ) -> EditReport:
     """Edit the features and report what that does to the behaviour, to other text and to continuations.
 
-    texts: other text for the cross-entropy, and the reference of `mean`. generate: how many prompts to continue.
+    features: names such as resid_3/120, or with a place resid_3/120@subject. texts: other text for the cross-entropy,
+    and the reference of `mean`. generate: how many prompts to continue. metric: what is reported in place of the logit
+    difference, such as the probe that a circuit explains.
     n_random: draws of equally many random active features (see `random_features`) given the same edit.
     """
     check_operation(operation, value)
-    chosen = parse_features(features, saes)
+    chosen = {place: parse_features(names, saes) for place, names in split_by_place(features).items()}
+    if texts and set(chosen) != {EVERYWHERE}:
+        raise UserError("other text has no spans of the prompts: leave it out, or edit features everywhere")
     generator = torch.Generator().manual_seed(seed)
-    active = active_features(model, saes, prompts, batch_size=batch_size) if n_random else {}
-    draws = [random_features(active, chosen, generator=generator, same_sites=same_sites) for _ in range(n_random)]
+    active = {
+        place: active_features(model, saes, prompts, place=place, batch_size=batch_size) if n_random else {}
+        for place in chosen
+    }
+    draws = [
+        {
+            place: random_features(active[place], like, generator=generator, same_sites=same_sites)
+            for place, like in chosen.items()
+        }
+        for _ in range(n_random)
+    ]
     other = list(_text_batches(model, texts or [], max_length=max_length))
+    m = None if metric is None else behaviour.get_metric(metric)
+    if m is not None:
+        prompts = behaviour.prepare(prompts, model, m)
 
-    def edits_of(features: Features) -> dict[Site, Callable[[Tensor], Tensor]]:
+    def edits_at(place: str, features: Features) -> dict[Site, Callable[[Tensor], Tensor]]:
         means = None
         if operation == "mean":
-            means = feature_means(
-                model, saes, features, other or [batch.clean for batch in prompts.batches(batch_size)]
-            )
+            batches = list(prompts.batches(batch_size))
+            where = None if other else [tokens_at(batch, place) for batch in batches]
+            means = feature_means(model, saes, features, other or [batch.clean for batch in batches], where=where)
         return make_edits(saes, features, operation=operation, value=value, means=means)
 
-    def measured(edits: Mapping[Site, Callable[[Tensor], Tensor]] | None) -> Behaviour:
-        scores = measure(model, prompts, edits=edits, batch_size=batch_size)
-        return replace(scores, ce=cross_entropy(model, other, edits=edits) if other else None)
+    def edits_of(features: Mapping[str, Features]) -> PlacedEdits:
+        return PlacedEdits({place: edits_at(place, here) for place, here in features.items()})
+
+    def measured(edits: PlacedEdits) -> Behaviour:
+        scores = measure(model, prompts, edits=edits, metric=m, batch_size=batch_size)
+        return replace(scores, ce=cross_entropy(model, other, edits=edits(prompts[:1])) if other else None)
+
+    def names(features: Mapping[str, Features]) -> list[str]:
+        return [f"{name}@{place}" if place else name for place, at in features.items() for name in feature_names(at)]
 
     edits = edits_of(chosen)
+    shown = "logit difference" if prompts.patch_answers is not None else "answer logit"
     return EditReport(
-        features=feature_names(chosen),
+        features=names(chosen),
         operation=operation,
         value=value,
-        metric="logit difference" if prompts.patch_answers is not None else "answer logit",
+        metric=shown if m is None else getattr(m, "name", getattr(m, "__name__", "metric")),
         n_prompts=len(prompts),
         n_texts=len(texts or []),
-        before=measured(None),
+        before=measured(PlacedEdits({})),
         after=measured(edits),
         random=[measured(edits_of(draw)) for draw in draws],
-        random_features=[feature_names(draw) for draw in draws],
+        random_features=[names(draw) for draw in draws],
         continuations=continuations(model, prompts, edits, n=generate, new_tokens=new_tokens),
         seed=seed,
     )
 
 
-def measure(model: LanguageModel, prompts: PromptSet, *, edits=None, batch_size: int = 64) -> Behaviour:
-    """Logit difference logit(clean answer) - logit(patch answer) and accuracy, overall and by case."""
+def measure(
+    model: LanguageModel,
+    prompts: PromptSet,
+    *,
+    edits=None,
+    metric: behaviour.Metric | None = None,
+    batch_size: int = 64,
+) -> Behaviour:
+    """Logit difference logit(clean answer) - logit(patch answer) and accuracy, overall and by case.
+
+    metric: its values in place of the logit difference; edits: as in `behaviour.last_logits`.
+    """
     logits = behaviour.last_logits(model, prompts, edits=edits, batch_size=batch_size)  # [B, V]
-    difference = -behaviour.logit_difference(logits, prompts)  # [B]
     right = behaviour.correct(logits, prompts)  # [B]
+    if metric is None:
+        difference = -behaviour.logit_difference(logits, prompts)  # [B]
+    else:
+        difference = behaviour.metric_values(model, prompts, metric, edits=edits, batch_size=batch_size)
 
     def score(rows: list[int]) -> Score:
         return Score(len(rows), difference[rows].mean().item(), right[rows].float().mean().item())
@@ -331,7 +358,9 @@ def continuations(
     width = chosen.clean.input_ids.shape[1]
 
     def continued(edits) -> list[str]:
-        ids = model.generate(chosen.clean, max_new_tokens=new_tokens, edits=edits)  # [n, S + new]
+        ids = model.generate(
+            chosen.clean, max_new_tokens=new_tokens, edits=edits(chosen) if edits else None
+        )  # [n, S + new]
         return [model.tokenizer.decode(row, skip_special_tokens=True) for row in ids[:, width:].tolist()]
 
     pairs = zip(chosen.texts, continued(None), continued(edits), strict=True)

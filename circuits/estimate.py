@@ -28,6 +28,7 @@ from circuits.attribution.gradients import attribution_patching
 from circuits.behaviour import get_metric, prepare
 from circuits.discovery import DiscoverOptions
 from circuits.passes import GIB, MOST_ROWS, backward_bytes, batches_per_round, lanes_rows, max_rows, state_bytes
+from circuits.probes import read_by, visible_sites
 from circuits.prompts import PromptSet
 from sae.autoencoder import SparseAutoencoder
 from sae.model import LanguageModel
@@ -114,7 +115,8 @@ def estimate_discovery(
     options: DiscoverOptions,
 ) -> Estimate:
     """Time a few prompts and count the rest."""
-    sites = select_sites(options.sites, list(saes))
+    m = get_metric(options.metric)
+    sites, model = visible_sites(m, model, select_sites(options.sites, list(saes))), read_by(model, m)
     n_positions, n_prompts = prompts.clean.n_positions, len(prompts)
     rows = max_rows(model, n_positions, memory=options.memory)
     timed = _Timed.of(model, saes, prompts, options, sites)

@@ -36,6 +36,7 @@ from circuits.behaviour import Metric, get_metric, prepare
 from circuits.cells import Cells
 from circuits.constants import Gain, ablation_values, gain
 from circuits.nodes import Nodes, SiteNodes, count, select_nodes
+from circuits.probes import read_by
 from circuits.prompts import PromptSet
 from circuits.uncertainty import Bootstrap
 from sae.autoencoder import SparseAutoencoder
@@ -228,6 +229,7 @@ def measure_faithfulness(
     options = options or FaithfulnessOptions()
     m = get_metric(metric)
     prompts = prepare(prompts, model, m)
+    model = read_by(model, m)
     nodes = from_start_site(nodes, options.start_site)
     if options.errors != "nodes":
         nodes = {site: site_nodes[~site_nodes.is_error] for site, site_nodes in nodes.items()}

@@ -40,6 +40,7 @@ from circuits.behaviour import Metric, get_metric, kl, prepare
 from circuits.constants import Constants, Descent, dealer
 from circuits.faithfulness import ERRORS, aligned, from_start_site
 from circuits.nodes import Nodes, count, places
+from circuits.probes import read_by
 from circuits.prompts import PromptSet
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError, unknown
@@ -251,6 +252,7 @@ def learn_mask(
     options = options or MaskOptions()
     m = get_metric(metric)
     prompts = prepare(prompts, model, m)
+    model = read_by(model, m)
     nodes = from_start_site(nodes, options.start_site)
     if options.errors != "nodes":
         nodes = {site: here[~here.is_error] for site, here in nodes.items()}

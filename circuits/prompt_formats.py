@@ -20,7 +20,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,19 @@ def read_examples(source: str | Path) -> list[Example]:
     if not examples:
         raise UserError(f"{source} holds no prompts")
     return examples
+
+
+def read_rows(source: str | Path, text_keys: Sequence[str]) -> Iterator[tuple[Row, Example, str]]:
+    """Rows of any file with a text, which need no answers: the row, its text with spans and template, and its place."""
+    path = Path(source)
+    if not path.is_file():
+        raise UserError(f"no prompt file {str(source)!r}: give a .jsonl, .json or .csv file")
+    for row, where in _file_rows(path):
+        key = next((key for key in text_keys if row.get(key)), None)
+        if key is None:
+            raise UserError(f"{where}: no text (found {sorted(row)}), expected one of {', '.join(text_keys)}")
+        example = Example(clean=_text(row, key, where), clean_answers=(), template=str(row.get("template") or ""))
+        yield row, _with_spans(example, row, where), where
 
 
 # ------------------------------------------------------------------------------------------ rows of a file

@@ -70,7 +70,7 @@ class PromptSet:
     template_rule: TemplateRule = "length"
     """How `templates` were made."""
     reference: Tensor | None = None
-    """Log-probabilities of the model after the clean prompts, [B, V], where the metric compares with them."""
+    """What the metric compares with: log-probabilities after the clean prompts [B, V], or a probe's sign [B, 1]."""
     spans: tuple[str, ...] = ()
     """Names of the token spans, in the order of the sentence; empty where the prompts have none."""
     roles: Tensor | None = None
@@ -275,6 +275,13 @@ def _accepted(
         else:
             accepted.append((row, answers or [], wrong or []))
     return accepted
+
+
+def roles_of_texts(
+    examples: Sequence[Example], model: LanguageModel, template: str | None = None
+) -> list[list[str] | str]:
+    """For each example the role of every token, or why it has none."""
+    return _find_roles(examples, model, template) or ["no spans"] * len(examples)
 
 
 def _find_roles(

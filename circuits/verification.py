@@ -24,6 +24,7 @@ from circuits.attribution.exact import exact_effects
 from circuits.behaviour import Metric, get_metric, prepare
 from circuits.circuit import Circuit
 from circuits.nodes import SiteNodes
+from circuits.probes import read_by
 from circuits.prompts import PromptSet
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError
@@ -111,6 +112,7 @@ def verify(
         raise UserError(f"verify is {nodes}: at least 1 node can be verified")
     m = metric or get_metric(circuit.metadata["options"]["metric"])
     prompts = prepare(prompts, model, m)
+    model = read_by(model, m)
     aggregation = circuit.metadata["options"]["aggregation"]
     chosen = {site: site_nodes for site, site_nodes in circuit.strongest(nodes).items() if len(site_nodes)}
     totals = {site: torch.zeros(len(site_nodes), dtype=torch.float64) for site, site_nodes in chosen.items()}

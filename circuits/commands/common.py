@@ -169,8 +169,8 @@ class Loaded:
         if path is None:
             path, found_on = metadata["prompts"], metadata["examples"]
             limit = found_on if limit is None else min(limit, found_on)
-        need_spans = need_spans or bool(self.circuit.spans)
-        template = metadata.get("span_template") if need_spans else None
+        need_spans = need_spans or metadata.get("need_spans", False)
+        template = metadata.get("span_template")
         return load_prompts(path, self.model, limit=limit, span_template=template, need_spans=need_spans)
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
+from circuits.behaviour import absolute, get_metric
 from circuits.circuit import GRAPH_FILE, Circuit
 from circuits.commands.common import (
     Output,
@@ -25,7 +26,9 @@ from circuits.discovery import DiscoverOptions, discover
 from circuits.estimate import estimate_discovery
 from circuits.nodes import count
 from circuits.partial import FOLDER, interrupted, remove_partial
+from circuits.probes import visible_sites
 from circuits.prompts import PromptSet, load_prompts
+from circuits.spans import LAST
 from circuits.uncertainty import Bootstrap, uncertainty_line, with_uncertainty
 from circuits.verification import verified, verify
 from graphs.feature_graph import FeatureGraph
@@ -98,17 +101,18 @@ class Discover(UsesSaes):
         folder = self.out / "circuit" if self.estimate else self._folder()
         model = load_model(self.model, self)
         saes = load_checked_saes(model, self.saes, options=self)
-        saes = subset(saes, select_sites(self.options.sites, list(saes)))
-        by_span = self.options.aggregation == "spans"
+        metric = get_metric(self.options.metric)
+        saes = subset(saes, visible_sites(metric, model, select_sites(self.options.sites, list(saes))))
+        options = replace(self.options, metric=absolute(self.options.metric))
         prompts = load_prompts(
-            self.prompts, model, limit=self.examples, span_template=self.span_template, need_spans=by_span
+            self.prompts, model, limit=self.examples, span_template=self.span_template, need_spans=self._needs_spans()
         )
         estimate = estimate_discovery(model, saes, prompts, self.options)
         if self.estimate:
             return Output(estimate.text(), {"estimate": estimate.to_dict()})
         if not self.quiet:
             sys.stderr.write(estimate.text() + "\n")
-        circuit = self._discovered(model, saes, prompts, folder)
+        circuit = self._discovered(model, saes, prompts, options, folder)
         texts = TextSource.of(self.text).read() if self.text else None
         features = describe_features(model, saes, circuit, prompts, texts=texts)
         graph = self._write(circuit, features, folder)
@@ -116,10 +120,10 @@ class Discover(UsesSaes):
         data = {**circuit.metadata, "kept": kept, "circuit": str(folder), "estimate": estimate.to_dict()}
         return Output(_summary(circuit, prompts, folder, kept), data)
 
-    def _discovered(self, model, saes, prompts: PromptSet, folder: Path) -> Circuit:
+    def _discovered(self, model, saes, prompts: PromptSet, options: DiscoverOptions, folder: Path) -> Circuit:
         """The circuit, with its intervals and the strongest nodes verified."""
         circuit = discover(
-            model, saes, prompts, self.options, provenance=self._provenance(model, saes), progress=not self.quiet,
+            model, saes, prompts, options, provenance=self._provenance(model, saes), progress=not self.quiet,
             partial=folder / FOLDER, resume=self.resume,
         )  # fmt: skip
         if self.resamples:
@@ -168,6 +172,11 @@ class Discover(UsesSaes):
                 f"give --edge-nodes {self.nodes} as well"
             )
 
+    def _needs_spans(self) -> bool:
+        """Whether nodes live in spans, or the metric reads one."""
+        position = getattr(get_metric(self.options.metric), "position", LAST)
+        return self.options.aggregation == "spans" or position != LAST
+
     def _provenance(self, model: LanguageModel, saes: Mapping[Site, SparseAutoencoder]) -> dict[str, Any]:
         return {
             "model": place(self.model),
@@ -179,10 +188,11 @@ class Discover(UsesSaes):
             "prompts": place(self.prompts),
             "examples": self.examples,
             "span_template": self.span_template,
+            "need_spans": self._needs_spans(),
             "title": self.title or f"{Path(self.prompts).stem} in {Path(self.model).name}",
             "metric": "logit(patch answer) - logit(clean answer)"
             if self.options.metric == "logit_difference"
-            else self.options.metric,
+            else getattr(get_metric(self.options.metric), "name", self.options.metric),
         }
 
 

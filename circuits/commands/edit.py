@@ -7,8 +7,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
+from circuits.behaviour import PROBES
 from circuits.circuit import circuit_folder
 from circuits.commands.common import Loaded, Output, UsesSaes, at_least, record
+from circuits.edit_places import needs_spans
 from circuits.editing import ablate
 from sae.errors import UserError
 from sae.text import TextSource
@@ -23,7 +25,7 @@ class _Edit(UsesSaes):
     top: int | None = None
     """Edit the n strongest features of the circuit."""
     features: str | None = None
-    """Edit these features, such as resid_3/120,mlp_2/7."""
+    """Edit these features, such as resid_3/120,mlp_2/7; at a span of the prompts alone, such as resid_3/120@subject."""
     prompts: str | None = None
     """Prompts of the behaviour; those the circuit was found on by default."""
     examples: int | None = None
@@ -54,12 +56,13 @@ class _Edit(UsesSaes):
         if (self.top is None) == (self.features is None):
             raise UserError("say which features to edit: either --top N or --features resid_3/120,mlp_2/7")
         loaded = Loaded.of(self.circuit, self, model=self.model, saes=self.saes)
+        metric = loaded.circuit.metadata["options"]["metric"]
         names = self.features or loaded.circuit.strongest_features(self.top or 0)
         report = ablate(
             loaded.model,
             loaded.saes,
             names,
-            loaded.prompts(self.prompts, limit=self.examples),
+            loaded.prompts(self.prompts, limit=self.examples, need_spans=needs_spans(names)),
             operation=operation,
             value=value,
             texts=list(islice(TextSource.of(self.text).read(), self.texts)) if self.text else None,
@@ -68,6 +71,7 @@ class _Edit(UsesSaes):
             n_random=self.random,
             same_sites=not self.random_anywhere,
             seed=self.seed,
+            metric=metric if metric.startswith(PROBES) else None,
         )
         run = circuit_folder(self.circuit).parent
         what = f"top{self.top}" if self.top is not None else f"{len(report.features)}features"

@@ -8,10 +8,12 @@ import math
 import pytest
 import torch
 
-from circuits import editing
+from circuits import behaviour, editing
+from circuits.edit_places import needs_spans, split_by_place
 from circuits.edit_report import EditReport
 from sae.errors import UserError
 from sae.sites import Site
+from tests.circuits.test_spans import MIXED, with_spans
 
 OPERATIONS = [("zero", None), ("mean", None), ("set", 0.7), ("scale", 2.5), ("steer", 0.3)]
 
@@ -206,3 +208,55 @@ def test_the_same_seed_draws_the_same_features(report, tiny_model, tiny_prompts,
     other = editing.ablate(tiny_model, tiny_saes, report.features, tiny_prompts, n_random=3, seed=1)
     assert again.random_features == report.random_features != other.random_features
     assert again.before.ce is None and "CE" not in again.table()
+
+
+# ---- edits at spans and positions
+
+
+def test_edits_at_a_span_change_its_tokens_alone(tiny_model, tiny_prompts, tiny_saes):
+    prompts = with_spans(tiny_prompts, MIXED)
+    site = Site.parse("mlp_0")
+    sae = tiny_saes[site]
+    x = tiny_model.run(prompts.clean, capture=[site]).activations[site]
+    inside = prompts.roles == prompts.spans.index("b")
+    active = sae.encode(x)[inside].sum(0).topk(2).indices.tolist()
+    names = [f"{site}/{active[0]}@b", f"{site}/{active[1]}"]
+    assert needs_spans(names) and split_by_place(names) == {"b": [names[0][:-2]], "": [names[1]]}
+    report = editing.ablate(tiny_model, tiny_saes, names, prompts, n_random=2, generate=1, new_tokens=3)
+    assert report.features == names
+    assert {name.partition("@")[2] for name in report.random_features[0]} == {"b", ""}
+    f = sae.encode(x)
+    expected = x - f[..., active[1], None] * sae.W_dec[active[1]]
+    expected = expected - (f[..., active[0], None] * sae.W_dec[active[0]]) * inside[..., None]
+    logits = tiny_model.run(prompts.clean, edits={site: lambda _: expected}, last_only=True).logits[:, -1]
+    m = -behaviour.logit_difference(logits, prompts).mean().item()
+    assert report.after.overall.metric == pytest.approx(m, abs=1e-4)
+    positions = editing.ablate(tiny_model, tiny_saes, f"{site}/{active[0]}@1", prompts, n_random=0)
+    first = (prompts.clean.position_ids == 1) & prompts.clean.attention_mask.bool()
+    expected = x - (f[..., active[0], None] * sae.W_dec[active[0]]) * first[..., None]
+    logits = tiny_model.run(prompts.clean, edits={site: lambda _: expected}, last_only=True).logits[:, -1]
+    m = -behaviour.logit_difference(logits, prompts).mean().item()
+    assert positions.after.overall.metric == pytest.approx(m, abs=1e-4)
+
+
+def test_the_mean_of_a_span_is_that_of_its_tokens(tiny_model, tiny_prompts, tiny_saes):
+    site = Site.parse("mlp_0")
+    x = tiny_model.run(tiny_prompts.clean, capture=[site]).activations[site]
+    inside = with_spans(tiny_prompts, MIXED).roles == 1
+    means = editing.feature_means(
+        tiny_model, tiny_saes, {site: torch.tensor([3, 5])}, [tiny_prompts.clean], where=[inside]
+    )
+    expected = tiny_saes[site].encode(x)[inside][:, [3, 5]].mean(0)
+    torch.testing.assert_close(means[site], expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("mlp_0/1@verb", "'verb'"), ("mlp_0/1@", "no place"), ("mlp_0/1@6", "position 6")]
+)
+def test_places_that_are_not_there(tiny_model, tiny_prompts, tiny_saes, name, message):
+    with pytest.raises(UserError, match=message):
+        editing.ablate(tiny_model, tiny_saes, name, with_spans(tiny_prompts, MIXED), n_random=0)
+    with pytest.raises(UserError, match="no spans"):
+        editing.ablate(tiny_model, tiny_saes, "mlp_0/1@b", tiny_prompts, n_random=0)
+    with pytest.raises(UserError, match="other text"):
+        editing.ablate(tiny_model, tiny_saes, "mlp_0/1@b", tiny_prompts, texts=["the man"])

@@ -188,3 +188,23 @@ def test_a_circuit_by_span_from_a_template(sfc, run_folder, model_folder, prompt
     assert "subject" in (tmp_path / "report.html").read_text()
     for name in ("graphml", "neuronpedia", "eap-ig"):
         assert sfc("export", "--circuit", tmp_path, "--format", name).status == 0
+
+
+def test_a_probe_is_learned_and_explained(sfc, run_folder, model_folder, prompts_file, tmp_path):
+    """From labelled prompts to a circuit of the probe's margin, its faithfulness and an edit."""
+    out = tmp_path / "number.safetensors"
+    words = ["--model", model_folder, "--prompts", prompts_file]
+    learn = ["probe", *words, "--site", "resid_0", "--out", out, "--span-template", "the {subject} near the {thing}"]
+    result = sfc(*learn, "--position", "subject", "--json")
+    assert result.status == 0 and json.loads(result.out)["classes"] == ["plural", "singular"]
+    assert sfc(*learn, "--position", "verb").status == 2
+    words += ["--saes", run_folder, "--out", tmp_path, "--edge-nodes", 20, "--nodes", 10, "--steps", 2]
+    words += ["--metric", f"probe-margin:{out}"]
+    refused = sfc("discover", *words)
+    assert refused.status == 2 and "says nothing of spans" in refused.err
+    found = sfc("discover", *words, "--span-template", "the {subject} near the {thing}", "--json")
+    assert found.status == 0 and json.loads(found.out)["sites"] == ["embed", "attn_0", "mlp_0", "resid_0"]
+    measured = sfc("faithfulness", "--circuit", tmp_path, "--sizes", "5", "--edges", "--edge-sizes", "20")
+    assert measured.status == 0
+    edited = sfc("ablate", "--circuit", tmp_path, "--top", 2, "--random", 1, "--json")
+    assert edited.status == 0 and json.loads(edited.out)["metric"] == "margin, logit of probe number"

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from sae.activations import ContextStream, ModelActivations, StreamState, TextRead
 from sae.config import TrainConfig
 from sae.errors import UserError
-from sae.files import prepare_folder, read_json, write_json, write_tensors
+from sae.files import prepare_folder, read_json, write_json, write_tensors, write_text
 from sae.model import LanguageModel
 from sae.sites import Site, select_sites
 from sae.text import TextSource
@@ -192,7 +192,7 @@ def _write_shards(
 
 def _note(out: Path, manifest: Manifest, position: StreamState) -> None:
     """Write down what is on disk and where in the text the next shard begins."""
-    write_json(out / UNFINISHED, {"manifest": asdict(manifest), "position": asdict(position)})
+    write_text(out / UNFINISHED, json.dumps({"manifest": asdict(manifest), "position": asdict(position)}))
 
 
 def _unfinished(begun: Manifest, out: Path) -> tuple[Manifest, StreamState]:

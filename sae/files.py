@@ -32,13 +32,18 @@ def is_temporary(path: Path) -> bool:
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path in the folder of `path`; rename it to `path` when the block ends without an error."""
+    """Yield a temporary path in the folder of `path`; rename it to `path` when the block ends without an error.
+
+    A disk that cannot take the file is told in one sentence.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
     try:
         yield temporary
         temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {str(path)!r}: {error}; what was written before is whole") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -53,15 +58,9 @@ def without_nan(value: Any) -> Any:
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors as safetensors, atomically; a disk that cannot take them is told in one sentence."""
-    path = Path(path)
-    try:
-        with atomic_write(path) as temporary:
-            save_file({name: x.cpu().contiguous() for name, x in tensors.items()}, temporary)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"cannot write {str(path)!r}: {error}; what was written before is whole: free some space and resume"
-        ) from error
+    """Write tensors as safetensors, atomically."""
+    with atomic_write(path) as temporary:
+        save_file({name: x.cpu().contiguous() for name, x in tensors.items()}, temporary)
 
 
 def write_text(path: str | Path, text: str) -> None:

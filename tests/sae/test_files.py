@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import resource
+import signal
 from pathlib import Path
 
 import pytest
+import torch
 
 from sae.errors import UserError, nearest, unknown
-from sae.files import atomic_write, prepare_folder, read_json, write_json
+from sae.files import atomic_write, prepare_folder, read_json, write_json, write_tensors
 
 
 def test_crash_while_writing_keeps_the_old_file_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -78,3 +81,21 @@ def test_unknown_names_offer_the_nearest() -> None:
     )
     assert "did you mean" not in str(unknown("method", "zzz", ["ig", "exact"]))
     assert "(88 more)" in str(unknown("feature", "x", [str(i) for i in range(100)]))
+
+
+def test_a_disk_that_is_full_is_one_sentence_and_the_old_file_stays(tmp_path):
+    """A limit on file sizes does what a full disk does."""
+    path = tmp_path / "x.safetensors"
+    write_tensors(path, {"x": torch.zeros(10)})
+    before, (soft, hard) = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with pytest.raises(UserError, match=r"cannot write '.*x\.safetensors': .*written before is whole"):
+            write_tensors(path, {"x": torch.zeros(50_000)})
+        with pytest.raises(UserError, match=r"cannot write '.*y\.json'"):
+            write_json(tmp_path / "y.json", ["long"] * 50_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

@@ -27,6 +27,11 @@ from sae.model import LanguageModel
 from sae.sites import Site
 
 
+def _reaching(states: States, site: Site) -> torch.Tensor:
+    """[B, S] bool: real tokens, in the last block those that the metric reads, as far as the gradient is known."""
+    return states.mask if states.gradients is None else states.live(site, states.gradients[site])
+
+
 @torch.no_grad()
 def _differing_nodes(
     sae: SparseAutoencoder, states: States, site: Site
@@ -35,7 +40,7 @@ def _differing_nodes(
     out.
     """
     clean, patch = states.clean[site].flatten(0, 1).float(), states.patch[site].flatten(0, 1).float()
-    real = states.mask.flatten()
+    real = _reaching(states, site).flatten()
     tokens, features, values = [], [], []
     for chunk in token_chunks(len(clean), sae.W_dec.shape[0]):
         delta = feature_deltas(sae, clean[chunk], patch[chunk], zero_patch=states.zero_patch)
@@ -49,7 +54,7 @@ def _differing_nodes(
 
 def _error_delta(sae: SparseAutoencoder, states: States, site: Site, token, feature, value) -> torch.Tensor:
     """e_patch - e_clean = (x_patch - x_clean) - sum_i (f_patch - f_clean)_i W_dec[i], [B * S, d]."""
-    delta = (states.patch[site] - states.clean[site]).flatten(0, 1).float() * states.mask.flatten()[:, None]
+    delta = (states.patch[site] - states.clean[site]).flatten(0, 1).float() * _reaching(states, site).flatten()[:, None]
     for start in range(0, len(token), 2**16):
         part = slice(start, start + 2**16)
         delta.index_add_(0, token[part], value[part, None] * sae.W_dec[feature[part]], alpha=-1)

@@ -145,6 +145,20 @@ def test_exact_patching_of_chosen_nodes(tiny_model, tiny_saes, states):
     assert set(some.feature.tolist()) == set(chosen.tolist())
 
 
+@pytest.mark.parametrize("name", ["mlp_0", "attn_1", "resid_1"])
+def test_exact_patching_leaves_out_what_nothing_reads(tiny_model, tiny_saes, tiny_prompts, states, name):
+    """In the last block the metric sees the last position alone: fewer rows, the same effects."""
+    site = Site.parse(name)
+    known = capture_states(tiny_model, tiny_saes, tiny_prompts, logit_difference, sites=tiny_model.sites, gradient=True)
+    for places in (None, states.places("position")):
+        whole, fewer = (
+            exact_effects(tiny_model, tiny_saes[site], of, logit_difference, site=site, places=places)
+            for of in (states, known)
+        )
+        assert torch.allclose(fewer.summed(8), whole.summed(8), atol=1e-6)
+        assert len(fewer.value) < len(whole.value) if site.layer == 1 else len(fewer.value) == len(whole.value)
+
+
 def test_exact_and_gradient_agree_where_the_model_is_nearly_linear(tiny_model, tiny_saes, states):
     """At the last site only the final norm and the unembedding follow."""
     site = tiny_model.sites[-1]

@@ -23,6 +23,7 @@ from sae.errors import UserError
 
 CENTRES = ("mean", "geometric_median", "zero")
 REVIVALS = ("auto", "auxk", "resample", "none")
+L0_LOSSES = ("steered", "target")
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,12 @@ class TrainConfig:
     centre: str = "mean"
     """Start of the decoder bias: mean or geometric_median of activations, or zero."""
     sparsity: float | None = None
-    """Fixed weight of the sparsity penalty; by default it is steered so that k features are active."""
+    """Fixed weight of the sparsity penalty; by default it is steered so that k features are active (1 if l0_loss is
+    target)."""
     bandwidth: float | None = None
     """Width of JumpReLU's straight-through kernel, for inputs of unit mean squared norm; 0.8 / sqrt(width) if None."""
+    l0_loss: str = "steered"
+    """JumpReLU's penalty: steered, L0 with a weight that brings it to k, or target, (L0 / k - 1)^2 of each token."""
     p_end: float = 0.2
     """Exponent at which p-annealing ends."""
     k_start: int | None = None
@@ -98,7 +102,7 @@ class TrainConfig:
                 raise UserError(f"{name} is {value}, allowed is any positive number")
         if recipe.trained and self.features < self.k:
             raise UserError(f"features is {self.features} and k is {self.k}: k is at most the number of features")
-        for name, options in (("centre", CENTRES), ("revival", REVIVALS)):
+        for name, options in (("centre", CENTRES), ("revival", REVIVALS), ("l0_loss", L0_LOSSES)):
             if getattr(self, name) not in options:
                 raise UserError(f"{name} is {getattr(self, name)!r}, allowed are {', '.join(options)}")
 

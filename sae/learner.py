@@ -54,13 +54,14 @@ class Learner:
         self.n_features = config.features if self.recipe.trained else width
         revival = self.recipe.revival if config.revival == "auto" else config.revival
         self.k_aux = (config.aux_k or max(1, width // 2)) if revival == "auxk" else 0
+        self.targets_l0 = config.architecture == "jumprelu" and config.l0_loss == "target"
         self.resample_steps = {round(at * config.steps) for at in RESAMPLE_AT} if revival == "resample" else set()
         self.weights = {key: tensor.requires_grad_() for key, tensor in self._initial().items()}
         self.state: dict[str, Tensor] = {
             "centre": torch.zeros(width),
             "scale": torch.ones(()),
             "silent": torch.zeros(self.n_features),  # tokens since each feature was active
-            "sparsity": torch.tensor(FIRST_SPARSITY if config.sparsity is None else config.sparsity),
+            "sparsity": torch.tensor(self._first_sparsity()),
             "l0": torch.tensor(float(self.n_features)),  # of the last batch
             "loss": torch.zeros(()),
             "squared_error": torch.zeros(()),
@@ -72,6 +73,11 @@ class Learner:
         self.state |= {f"own.{key}": tensor for key, tensor in self.recipe.own_state().items()}
         self.state = {key: tensor.to(device) for key, tensor in self.state.items()}
         self.dead: Tensor | None = None
+
+    def _first_sparsity(self) -> float:
+        if self.config.sparsity is not None:
+            return self.config.sparsity
+        return 1.0 if self.targets_l0 else FIRST_SPARSITY
 
     def _initial(self) -> dict[str, Tensor]:
         seed = zlib.crc32(f"{self.config.seed} {self.site}".encode())
@@ -107,6 +113,7 @@ class Learner:
             sparsity=self.state["sparsity"] * rise,
             p=1 + (config.p_end - 1) * progress,
             bandwidth=config.bandwidth or BANDWIDTH / math.sqrt(self.width),
+            target_l0=float(config.k) if self.targets_l0 else None,
             k_aux=self.k_aux,
             aux_alpha=config.aux_alpha,
         )
@@ -122,7 +129,7 @@ class Learner:
         stats = self.recipe.step(x, self.weights, self.hyper(step), own, dead=self.dead, dense=dense)
         state["silent"].add_(len(x)).mul_(stats.fired == 0)
         state["l0"].copy_(stats.fired.sum() / len(x))
-        if not self.recipe.fixed_k and self.config.sparsity is None:
+        if not self.recipe.fixed_k and self.config.sparsity is None and not self.targets_l0:
             state["sparsity"].mul_(((state["l0"] / self.config.k).log().clamp(-1, 1) * STEERING).exp())
         for key, value in (
             ("loss", stats.loss), ("squared_error", stats.squared_error), ("active", stats.fired.sum()),

@@ -46,6 +46,8 @@ class Hyper:
     """Exponent of the penalty where it is annealed."""
     bandwidth: float = 0.001
     """Width of the kernel of straight-through gradients."""
+    target_l0: float | None = None
+    """Active features a token that JumpReLU's quadratic penalty wants; None for a penalty on L0 itself."""
     k_aux: int = 0
     """Dead features a token that reconstruct the error; 0 for no auxiliary loss."""
     aux_alpha: float = 1 / 32

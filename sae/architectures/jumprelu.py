@@ -5,6 +5,9 @@ the step function (equation 5), loss ‖x − x̂‖² + λ Σ_i H(z_i − θ_i)
 (equations 11 and 12), K the rectangle of width 1 and ε the bandwidth:
   ∂f/∂θ = −(θ/ε) K((z − θ)/ε),   ∂H/∂θ = −(1/ε) K((z − θ)/ε);
 z gets the ordinary derivative of the loss, none from the step. The step is taken on the pre-activation.
+
+With `Hyper.target_l0` the penalty is instead the paper's for a wanted L0, λ (Σ_i H(z_i − θ_i) / L0_target − 1)² for
+each token, with the same pseudo-derivatives.
 """
 
 from __future__ import annotations
@@ -36,8 +39,13 @@ class JumpReLU(Penalised):
         threshold = code.expand(w["threshold"])
         f = _Jump.apply(z, threshold, hyper.bandwidth)
         x_hat = code.decode(f, w["W_dec"]) + w["b_dec"]
-        l0 = _Step.apply(z, threshold, hyper.bandwidth).sum()
-        return Losses(squared_error(x, x_hat) + hyper.sparsity * l0, x_hat, f)
+        step = _Step.apply(z, threshold, hyper.bandwidth)
+        if hyper.target_l0 is None:
+            penalty = step.sum()
+        else:
+            l0 = code.decode(step, torch.ones_like(w["b_enc"][:, None]))  # [N, 1]
+            penalty = (l0 / hyper.target_l0 - 1).square().sum()
+        return Losses(squared_error(x, x_hat) + hyper.sparsity * penalty, x_hat, f)
 
     def constrain(self, w: Weights) -> None:
         w["threshold"].clamp_(min=0)

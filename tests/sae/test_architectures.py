@@ -1,5 +1,7 @@
 """Every architecture's sparse step against plain dense autograd of its paper's loss, and selection against sorting."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -83,7 +85,9 @@ def twin_loss(name, x, w, hyper):
         f = z * (z > theta)
         jump = -theta.detach() / eps * window * theta
         f = f + jump - jump.detach()
-        return error(f) + hyper.sparsity * step.sum(1).mean(), f
+        l0 = step.sum(1)
+        penalty = l0 if hyper.target_l0 is None else (l0 / hyper.target_l0 - 1).pow(2)
+        return error(f) + hyper.sparsity * penalty.mean(), f
     raise AssertionError(name)
 
 
@@ -120,6 +124,17 @@ def test_gradients_and_statistics_are_those_of_dense_autograd(name, dense):
     torch.testing.assert_close(stats.squared_error, (x - f @ twin["W_dec"] - twin["b_dec"]).pow(2).sum())
     if name != "p_anneal":  # its penalty is linearised
         torch.testing.assert_close(stats.loss / N, loss)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_jumprelu_with_a_target_has_the_gradients_of_the_quadratic_penalty(dense):
+    x, hyper = make_x(), replace(HYPER, target_l0=4.0)
+    mine, stats, _ = own_step("jumprelu", dense=dense, hyper=hyper)
+    twin = make_weights("jumprelu")
+    loss, _ = twin_loss("jumprelu", x, twin, hyper)
+    loss.backward()
+    assert_same_gradients(mine, twin)
+    torch.testing.assert_close(stats.loss / N, loss)
 
 
 @pytest.mark.parametrize(("name", "dense"), [("topk", False), ("relu", False), ("relu", True), ("gated", True)])

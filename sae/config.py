@@ -11,6 +11,8 @@ stories) and on synthetic data with known directions at widths 128 and 512, so t
   variance with fewer tokens; large ones use the machine better once tokens are plenty.
 - Adam's second moment decays with .99: .999 remembers the large gradients of the start too long.
 - Sparsity penalties have no weight to tune: it follows L0, which is brought to k.
+- JumpReLU's thresholds learn at .3 of the rate (`sae/architectures/jumprelu.py`): a third of the dead features at the
+  same explained variance; at .1, fewer still, but L0 arrives late.
 """
 
 from __future__ import annotations

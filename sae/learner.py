@@ -149,6 +149,14 @@ class Learner:
         if self.recipe.unit_decoder and rows.grad is not None:
             rows.grad.addcmul_(rows, -torch.linalg.vecdot(rows.grad, rows)[:, None])
 
+    def groups(self) -> list[dict[str, Any]]:
+        """Groups of weights for the optimizer, by the factor on their learning rate."""
+        factors = {key: self.recipe.rates.get(key, 1.0) for key in self.weights}
+        return [
+            {"params": [self.weights[key] for key in factors if factors[key] == factor], "factor": factor}
+            for factor in sorted(set(factors.values()), reverse=True)
+        ]
+
     @torch.no_grad()
     def constrain(self) -> None:
         """What must hold after each optimizer step."""

@@ -124,7 +124,7 @@ class Trainer:
         self.log_path, self.checkpoint_folder, self.progress = log_path, checkpoint_folder, progress
         self.device = learners[0].device
         self.optimizer = torch.optim.Adam(
-            [{"params": list(learner.weights.values())} for learner in learners],
+            [{"learner": learner, **group} for learner in learners for group in learner.groups()],
             betas=BETAS,
             fused=self.device.type in ("cpu", "cuda"),
         )
@@ -197,12 +197,14 @@ class Trainer:
         rows = self._next_rows()
         cast = torch.autocast("cuda", torch.bfloat16) if self._casts else nullcontext()
         with cast:
-            for learner, group in zip(self.learners, self.optimizer.param_groups, strict=True):
-                group["lr"] = learner.config.learning_rate_at(self.step, learner.width)
+            for learner in self.learners:
                 x = self.buffer[learner.site][rows[learner.config.seed]]
                 if self.step in learner.resample_steps:
                     learner.resample(x, self.optimizer.state, self.step)
                 learner.step(x, self.step)
+        for group in self.optimizer.param_groups:
+            learner = group["learner"]
+            group["lr"] = group["factor"] * learner.config.learning_rate_at(self.step, learner.width)
         self.optimizer.step()
         self.optimizer.zero_grad()
         for learner in self.learners:

@@ -131,6 +131,8 @@ class Architecture(ABC):
     """Whether there is anything to train."""
     decoder_norm: ClassVar[float] = 1.0
     """Norm of decoder and encoder rows at the start."""
+    rates: ClassVar[Mapping[str, float]] = {}
+    """Factors on the learning rate, by the tensor they are for."""
     revival: ClassVar[str] = "auxk"
     """What brings dead features back by default: auxk or none."""
 

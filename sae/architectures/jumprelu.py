@@ -12,7 +12,7 @@ each token, with the same pseudo-derivatives.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,11 +22,15 @@ from sae.codes import Code
 from sae.nonlinearities import JUMPRELU
 
 INITIAL_THRESHOLD = 0.001
+THRESHOLD_RATE = 0.3
+"""Learning rate of thresholds relative to that of the weights: at the same rate a threshold crosses the whole spread of
+its pre-activations within a few dozen steps, and features die behind it."""
 
 
 class JumpReLU(Penalised):
     name = "jumprelu"
     nonlinearity = JUMPRELU
+    rates: ClassVar = {"threshold": THRESHOLD_RATE}
     subtract_b_dec = False
 
     def own_weights(self, n_features: int) -> dict[str, Tensor]:

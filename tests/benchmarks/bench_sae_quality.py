@@ -121,7 +121,8 @@ class Rows:
 def train_ours(site: Site, x: Tensor, config: TrainConfig, out: Path) -> SparseAutoencoder:
     """Our own autoencoder on rows x [N, d]."""
     learner = Learner(site.name, site, x.shape[1], config, torch.device("cpu"))
-    Trainer([learner], Rows(site, x), config, out=out, progress=False).run()
+    places = {"log_path": out / "training.jsonl", "checkpoint_folder": out / "checkpoints"}
+    Trainer([learner], Rows(site, x), config, progress=False, **places).run()
     sae = learner.export()
     sae.save(out / "sae")
     return sae

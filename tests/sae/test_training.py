@@ -163,6 +163,28 @@ def test_the_exported_autoencoder_does_on_raw_activations_what_was_trained(archi
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(len(sae.W_dec)))
 
 
+@pytest.mark.parametrize("architecture", ["topk", "jumprelu"])
+def test_the_first_step_moves_every_tensor_by_its_own_learning_rate(tiny_model, monkeypatch, tmp_path, architecture):
+    moved = {}
+
+    def one_step(trainer):
+        (learner,) = trainer.learners
+        before = {key: weight.detach().clone() for key, weight in learner.weights.items()}
+        monkeypatch.setattr(learner, "constrain", lambda: None)
+        original(trainer)
+        moved.update({key: (learner.weights[key] - before[key]).abs().max().item() for key in before})
+        raise Stopped
+
+    original = Trainer._one_step
+    monkeypatch.setattr(Trainer, "_one_step", one_step)
+    config = small(architecture=architecture, warmup=0.0, learning_rate=0.01)
+    with pytest.raises(Stopped):
+        train(tiny_model, stories(), sites="mlp_1", config=config, out=tmp_path, progress=False)
+    rates = {key: 0.01 * ARCHITECTURES[architecture].rates.get(key, 1.0) for key in moved}  # Adam's first step
+    assert moved == pytest.approx(rates, rel=1e-3)
+    assert (moved.get("threshold", 0.0) == pytest.approx(0.003, rel=1e-3)) == (architecture == "jumprelu")
+
+
 def test_silence_and_log_are_counted_like_a_loop_does():
     one, x = learner(dead_tokens=200), torch.randn(2000, 16)
     one.prepare(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -27,7 +28,9 @@ class Mask(Common):
     """
 
     circuit: Path
-    """Run folder with a circuit (`sfc discover`); the mask is learned on its prompts."""
+    """Run folder with a circuit (`sfc discover`); the mask is learned on the prompts of its file."""
+    learn_examples: int | None = None
+    """At most this many of the prompts learned on, the first ones; all by default, however many effects are from."""
     prompts: str | None = None
     """Held-out prompts to measure on; those the mask is learned on by default."""
     examples: int | None = None
@@ -41,16 +44,18 @@ class Mask(Common):
     options: Annotated[MaskOptions, tyro.conf.arg(name="")] = field(default_factory=MaskOptions)
 
     def run(self) -> Output:
-        at_least(self, examples=1)
+        at_least(self, examples=1, learn_examples=1)
         sizes = parse_sizes(self.sizes)
         loaded = Loaded.of(self.circuit, self, model=self.model, saes=self.saes)
-        learned_on = loaded.prompts(None)
-        prompts = loaded.prompts(self.prompts, limit=self.examples)
+        learned_on = loaded.prompts(loaded.circuit.metadata["prompts"], limit=self.learn_examples)
+        prompts = loaded.prompts(self.prompts, limit=self.examples) if self.prompts else learned_on[: self.examples]
         metric = loaded.circuit.metadata["options"]["metric"]
+        begin = time.perf_counter()
         mask = learn_mask(
             loaded.model, loaded.saes, loaded.circuit.nodes, learned_on, self.options, metric=metric,
             progress=not self.quiet,
         )  # fmt: skip
+        seconds = time.perf_counter() - begin
         options = FaithfulnessOptions(
             ablation=self.options.ablation, start_site=self.options.start_site, errors=self.options.errors,
             random=0, seed=self.options.seed, batch_size=self.options.batch_size,
@@ -68,6 +73,8 @@ class Mask(Common):
             "schema_version": 1,
             "options": mask.options,
             "losses": mask.losses,
+            "seconds": seconds,
+            "n_learned_on": len(learned_on),
             "held_out": self.prompts is not None,
             "mask": of_mask.to_dict(),
             "effects": of_effects.to_dict(),
@@ -80,6 +87,7 @@ class Mask(Common):
                 f"{of_mask.n_prompts} {'held-out prompts' if self.prompts else 'prompts, those learned on'}; "
                 f"nodes from {of_mask.start_site} on, "
                 f"others ablated by {of_mask.ablation}{ERRORS_TEXT[of_mask.errors]}",
+                f"learned on {len(learned_on)} prompts in {seconds:.0f} s",
                 table(of_mask, of_effects),
                 f"wrote {folder / MASK_FILE} and {folder / SCORES_FILE}",
             ]

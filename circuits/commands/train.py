@@ -91,7 +91,6 @@ class Train(Common):
             context_length=known.context_length,
             packed=known.packed,
             exclude_special=known.exclude_special,
-            seed=known.seed,
         )
         model = load_model(need(self.model, "model"), self)
         finetune(

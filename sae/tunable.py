@@ -9,7 +9,8 @@
    Only entries of active features are kept for the backward pass (`sae.codes`), so no [N, F] stays in memory.
 3. Sparsity stays what it was. Top k is exact. Elsewhere one shift δ of all cuts of the site follows L0: were margins
    π − cut exponentially distributed with mean μ, as their tail nearly is, a shift by μ ln(L0 / L0 wanted) would bring
-   L0 there at once; `STEERING` of it is made a step. θ rises by δ, b (relu) and gate_bias fall by it.
+   L0 there at once; `STEERING` of it is made a step. θ rises by δ, b (relu) and gate_bias fall by it. A cut does not
+   go below the π at which the feature is zero anyway: θ stays positive, gate_bias below b / gain.
 4. Decoder rows stay unit vectors: the gradient along them is removed, and they are normalised after each step.
 
 Which features are active has no gradient, as in training of TopK; thresholds and gate biases move with δ only.
@@ -114,13 +115,15 @@ class Tunable:
         """Moves all cuts towards the wanted L0, judged by the code of some tokens; top k needs nothing."""
         if self.nonlinearity is TOPK or not len(code.z):
             return
-        margin = (code.z - self._cut()[code.feature]).mean()
+        cut, b = self._cut(), self.weights["b_enc"]
         ratio = math.log(len(code.z) / (code.n_tokens * self.l0))
-        shift = STEERING * margin * max(-LARGEST_LOG, min(LARGEST_LOG, ratio))
-        if self.nonlinearity is JUMPRELU:
-            self.state["threshold"].add_(shift)
+        shift = STEERING * (code.z - cut[code.feature]).mean() * max(-LARGEST_LOG, min(LARGEST_LOG, ratio))
+        if self.nonlinearity is RELU:
+            b.sub_(shift)
+        elif self.nonlinearity is JUMPRELU:
+            self.state["threshold"].copy_((cut + b + shift).clamp(min=0))
         else:
-            (self.state["gate_bias"] if self.nonlinearity is GATED else self.weights["b_enc"]).sub_(shift)
+            self.state["gate_bias"].copy_(torch.minimum(-cut - shift, b / self.weights["magnitude"]))
 
     @torch.no_grad()
     def project(self) -> None:

@@ -112,6 +112,36 @@ def test_the_gradient_agrees_with_finite_differences_through_the_model(make_tiny
     assert slope == pytest.approx((at(1e-7) - at(-1e-7)) / 2e-7, rel=1e-3)
 
 
+@pytest.mark.parametrize(("architecture", "factor"), [("relu", 0.6), ("relu", 1.2), ("jumprelu", 0.6), ("gated", 0.6)])
+def test_steering_brings_l0_where_it_was_asked_to(trained, architecture, factor):
+    """Nothing but the cuts moves, until as many features are active as was asked for."""
+    sae = trained(architecture)[Site.parse("resid_0")]
+    x = torch.randn(400, sae.config.d_model)
+    before = sae.encode_sparse(x)
+    tunable = Tunable(sae, scale=1.7, l0=factor * len(before.value) / len(x))
+    for _ in range(60):
+        tunable.steer(tunable(x).code)
+    after = tunable.export()
+    assert len(after.encode_sparse(x).value) / len(x) == pytest.approx(tunable.l0, rel=0.03)
+    assert torch.equal(after.W_dec, sae.W_dec)
+
+
+@pytest.mark.parametrize("architecture", ["jumprelu", "gated"])
+def test_cuts_stay_where_values_are_positive(trained, architecture):
+    """More features than have a positive value cannot be had: steering stops there, and finds back at once."""
+    sae = trained(architecture)[Site.parse("resid_0")]
+    x = torch.randn(400, sae.config.d_model)
+    tunable = Tunable(sae, scale=1.0, l0=48.0)
+    for _ in range(100):
+        tunable.steer(tunable(x).code)
+    most = len(tunable.export().encode_sparse(x).value) / len(x)
+    assert most > len(sae.encode_sparse(x).value) / len(x)
+    tunable.l0 = most / 2
+    for _ in range(60):
+        tunable.steer(tunable(x).code)
+    assert len(tunable.export().encode_sparse(x).value) / len(x) == pytest.approx(most / 2, rel=0.03)
+
+
 def test_the_early_site_learns_from_the_predictions(tiny_model, trained):
     """With no weight on reconstruction, the embedding's autoencoder has a gradient through all later ones."""
     config = small(reconstruction=0.0)

@@ -30,6 +30,7 @@ import torch
 
 from circuits.cells import Cells
 from circuits.nodes import Nodes, SiteNodes, places
+from circuits.probes import ReadModel
 from circuits.prompts import PromptSet
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError, unknown
@@ -145,6 +146,8 @@ class AblationValues:
     ) -> None:
         if kind not in ABLATIONS:
             raise unknown("ablation", kind, ABLATIONS)
+        if kind == "optimal" and isinstance(model, ReadModel):
+            raise UserError("ablation 'optimal' fits constants to the logits, and the metric is a probe: use mean")
         self.model, self.saes, self.table, self.kind = model, saes, table, kind
         self.reference = reference
         self.means: Values = {}

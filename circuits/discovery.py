@@ -10,6 +10,7 @@ Finished batches can be kept in a folder (`circuits.partial`), from which an int
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from circuits.partial import PartialFiles, work_of
 from circuits.passes import BatchNodes, Work, edge_pass, node_pass
 from circuits.probes import read_by, visible_sites
 from circuits.prompts import PromptSet
+from circuits.spans import LAST, OTHER
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError, unknown
 from sae.model import LanguageModel
@@ -107,7 +109,7 @@ def discover(
     prompts = prepare(prompts, model, m)
     sites = visible_sites(m, model, select_sites(options.sites, list(saes)))
     accurate = accuracy(last_logits(model, prompts), prompts)
-    model = read_by(model, m)
+    plain, model = model, read_by(model, m)
     n_positions = prompts.clean.n_positions
     if options.aggregation == "position" and int(prompts.clean.lengths.min()) != n_positions:
         lengths = sorted(set(prompts.clean.lengths.tolist()))
@@ -147,6 +149,7 @@ def discover(
         "completeness": _completeness(effects, totals, len(prompts), ends["total_effect"]),
         "tokens": _position_tokens(model, prompts) if options.aggregation == "position" else [],
         "positions": list(spans),
+        "span_words": _span_words(plain, prompts) if spans else {},
         "templates": sorted(set(prompts.templates)),
     }
     return Circuit(effects, chosen if options.edge_nodes else {}, edges, metadata)
@@ -194,6 +197,17 @@ def _completeness(
             for site in effects
         },
     }
+
+
+def _span_words(model: LanguageModel, prompts: PromptSet, *, most: int = 3) -> dict[str, list[str]]:
+    """The commonest words of every named span, for the header of a graph by span."""
+    assert prompts.roles is not None
+    found: dict[str, list[str]] = {}
+    for number, name in enumerate(prompts.spans):
+        rows = zip(prompts.clean.input_ids, prompts.roles == number, strict=True)
+        words = Counter("".join(model.token_strings(ids[inside].tolist())).strip() for ids, inside in rows)
+        found[name] = [word for word, _ in words.most_common(most) if word] if name not in (OTHER, LAST) else []
+    return found
 
 
 def _position_tokens(model: LanguageModel, prompts: PromptSet) -> list[str]:

@@ -131,7 +131,7 @@ def save_probe(
 # ------------------------------------------------------------------------------------------ the model through the probe
 
 
-class _ReadModel(LanguageModel):
+class ReadModel(LanguageModel):
     """The same model with the probe's outputs in place of its logits."""
 
     def __init__(self, model: LanguageModel, probe: Probe) -> None:
@@ -169,7 +169,7 @@ def read_by(model: LanguageModel, metric: object) -> LanguageModel:
         raise UserError(
             f"the probe has width {len(metric.weight)}, {metric.site} of {model.name!r} {model.widths[metric.site]}"
         )
-    return _ReadModel(model, metric)
+    return ReadModel(model, metric)
 
 
 def visible_sites(metric: object, model: LanguageModel, sites: Sequence[Site]) -> list[Site]:

@@ -41,6 +41,7 @@ from graphs.style import (
     number,
     position_name,
     signed_root,
+    span_words,
     text_width,
     tooltip,
     visible,
@@ -184,7 +185,7 @@ def _details(scene: Scene) -> dict[str, Detail]:
         details[f"site-{band.site}"] = Detail(band.site, MARGIN + GUTTER / 2)
     for place, column in enumerate(layout.columns):
         centre = scene.point((column.left + column.right) / 2, 0)[0]
-        for side in ("above", "below"):
+        for side in ("above", "below", "words"):
             details[f"column-{place}-{side}"] = Detail(position_name(graph, column.position), centre)
     for name in ("title", "facts"):
         details[name] = Detail("", scene.size[0] / 2)
@@ -329,6 +330,9 @@ def _add_columns(dot: graphviz.Digraph, scene: Scene) -> None:
         _add_text(dot, scene, f"column-{place}-below", _text(name, 11, INK, bold=True), (middle, bottom - 14))
         above = scene.size[1] - scene.below - 56
         _add_text(dot, scene, f"column-{place}-above", _text(name, 11, INK, bold=True), (middle, above))
+        words = fit(span_words(scene.graph, column.position), 8.5, column.right - column.left - 6)
+        if words:
+            _add_text(dot, scene, f"column-{place}-words", _text(words, 8.5, PALE_INK), (middle, above - 14))
         if place:
             x, y = scene.point(column.left, (bottom + top) / 2)
             size = {"width": "0.004", "height": f"{(top - bottom) / 72:.3f}", "label": "", "tooltip": " "}

@@ -5,7 +5,7 @@
 2. Edges run from a site to a later one, weighted by how much of the metric's change passes along them. Sites are
    kept in the model's forward order, so the graph has no cycles.
 3. `metadata` is free; what draws the graph reads `title`, `metric` (what the number means), `tokens` (the header of
-   position 0, 1, ...) and `positions` (the order of named spans).
+   position 0, 1, ...), `positions` (the order of named spans) and `span_words` (some words of each span).
 
 The graph itself is a `networkx.DiGraph` at `.graph`: every networkx algorithm applies to it.
 """

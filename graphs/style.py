@@ -97,6 +97,12 @@ def position_name(graph: FeatureGraph, position: int | str | None) -> str:
     return "all positions" if position is None else visible(str(position))
 
 
+def span_words(graph: FeatureGraph, position: int | str | None) -> str:
+    """Some words of a named span, `kings, king, clerks …`, as `metadata["span_words"]` gives them; else nothing."""
+    words = graph.metadata.get("span_words", {}).get(position, ())
+    return ", ".join(visible(str(word)) for word in words) + (" …" if words else "")
+
+
 def tooltip(graph: FeatureGraph, node: Node) -> str:
     """Everything known about a node, a line each."""
     lines = [node.id, *([describe(node)] if describe(node) and node.kind != "metric" else [])]

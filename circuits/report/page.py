@@ -192,7 +192,9 @@ def _circuit_section(run: RunFiles) -> Html:
 def drawing(graph: FeatureGraph) -> str:
     """The graph as an inline SVG element, without the title and facts that the page has already."""
     plain = graph.subgraph(graph.graph)
-    plain.metadata = {key: value for key, value in graph.metadata.items() if key in ("tokens", "positions", "metric")}
+    plain.metadata = {
+        key: value for key, value in graph.metadata.items() if key in ("tokens", "positions", "span_words", "metric")
+    }
     with tempfile.TemporaryDirectory() as folder:
         svg = render(plain, Path(folder) / "circuit.svg", title="").read_text(encoding="utf-8")
     return svg[svg.index("<svg") :]
@@ -220,7 +222,7 @@ def _check_section(graph: FeatureGraph | None) -> Html:
     return section("check", "Do the effects add up?", f'<p class="lead">{lead}</p>{table}')
 
 
-NOT_FACTS = ("completeness", "sites", "tokens", "templates", "title", "schema_version")
+NOT_FACTS = ("completeness", "sites", "tokens", "templates", "title", "schema_version", "span_words", "need_spans")
 FACT_NAMES = {
     "n_examples": "prompts used",
     "n_positions": "longest prompt, tokens",
@@ -228,6 +230,7 @@ FACT_NAMES = {
     "m_clean": "metric, clean",
     "m_patch": "metric, patch",
     "rejected": "prompts skipped",
+    "positions": "spans",
 }
 
 

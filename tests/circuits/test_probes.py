@@ -96,6 +96,11 @@ def test_everything_that_is_measured(tiny_model, tiny_saes, tiny_prompts, probe,
         progress=False,
     )  # fmt: skip
     assert len(mask.losses) == 2
+    with pytest.raises(UserError, match="'optimal' fits constants to the logits"):
+        measure_faithfulness(
+            tiny_model, tiny_saes, circuit.nodes, tiny_prompts, FaithfulnessOptions(ablation="optimal"), sizes=[10],
+            metric=options.metric, progress=False,
+        )  # fmt: skip
 
 
 def test_the_margin_does_not_cancel(tiny_model, tiny_saes, tiny_prompts, probe, tmp_path):

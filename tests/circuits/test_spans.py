@@ -22,6 +22,7 @@ from circuits.prompts import load_prompts, make_prompts
 from circuits.spans import Span, SpanProblem, parse_spans, spans_of_template, token_roles
 from circuits.templates import span_keys
 from circuits.verification import verify
+from graphs.dot import render
 from sae.errors import UserError
 from sae.sites import Site
 
@@ -396,6 +397,11 @@ def test_a_circuit_by_span_keeps_the_names(tiny_model, tiny_saes, mixed, tmp_pat
     assert again.spans == mixed.spans == ("a", "b", "c", "end")
     assert again.graph(nodes=15).to_json() == circuit.graph(nodes=15).to_json()
     assert set(graph.positions) <= set(mixed.spans) and all(isinstance(p, str) for p in graph.positions)
+    words = graph.metadata["span_words"]
+    assert list(words) == list(mixed.spans)
+    assert all(len(shown) <= 3 and all(shown) for shown in words.values()) and len(words["c"][0].split()) in (2, 3)
+    drawn = render(graph, tmp_path / "c.svg").read_text()
+    assert ", ".join(words[graph.positions[0]]) in drawn
 
 
 def test_circuits_and_prompts_of_other_spans(tiny_model, tiny_saes, tiny_prompts, mixed):

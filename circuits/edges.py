@@ -31,7 +31,7 @@ from dataclasses import dataclass
 
 import torch
 
-from circuits.attribution.contraction import SiteEnds, contract
+from circuits.attribution.contraction import SiteEnds, site_ends
 from circuits.attribution.states import States
 from circuits.behaviour import Metric
 from circuits.nodes import Nodes, SiteNodes
@@ -134,7 +134,7 @@ def _site_ends(
     device = sae.W_dec.device
     is_error, feature = nodes.is_error.to(device), nodes.feature.to(device).clamp(max=nodes.n_features - 1)
     if known is None and (is_error.any() or sae.nonlinearity.needs_k):
-        known = contract(sae, states, gradient, site=site, ends=active)[1]
+        known = site_ends(sae, states, gradient, site=site, ends=active)
     else:
         known = known and known.to(device)
     f_clean, delta = _codes(sae, states, feature, site, known)

@@ -86,8 +86,12 @@ class _Part(NamedTuple):
     codes: Codes | None
 
 
-def _contract_chunk(sae: SparseAutoencoder, clean, patch, g, *, zero_patch: bool, ends: str | None) -> _Part:
-    """Steps 1 to 5 for n tokens, all [n, d]; `ends`: where features are active for the error's cotangent."""
+def _contract_chunk(
+    sae: SparseAutoencoder, clean, patch, g, *, zero_patch: bool, ends: str | None, effects: bool
+) -> _Part:
+    """Steps 1 to 5 for n tokens, all [n, d]; `ends`: where features are active for the error's cotangent; without
+    `effects` there are no entries.
+    """
     f_clean = sae.encode(clean)
     f_patch = torch.zeros_like(f_clean) if zero_patch else sae.encode(patch)
     awake = torch.logical_or(f_clean, f_patch)
@@ -101,9 +105,9 @@ def _contract_chunk(sae: SparseAutoencoder, clean, patch, g, *, zero_patch: bool
     delta = f_patch.sub_(f_clean)
     codes = _codes(awake, f_clean, delta, column if narrow else None) if ends and sae.nonlinearity.needs_k else None
     error_delta = torch.addmm(dx, delta, decoder, alpha=-1) if ends else None
-    product = delta.mul_(pull)
+    product = delta.mul_(pull) if effects else delta[:0]
     token, feature = product.nonzero(as_tuple=True)
-    value, error = product[token, feature], (dx * g).sum(-1) - product.sum(-1)
+    value, error = product[token, feature], (dx * g).sum(-1)[: len(product)] - product.sum(-1)
     cotangent = None
     if ends:
         encoder = sae.encoder_rows(column) if narrow else sae.encoder_rows(torch.arange(len(decoder), device=g.device))
@@ -118,11 +122,11 @@ def _codes(awake: torch.Tensor, f_clean: torch.Tensor, delta: torch.Tensor, colu
 
 
 @torch.no_grad()
-def _contract(sae: SparseAutoencoder, x_clean, x_patch, gradient, at, *, zero_patch: bool, ends: str | None):
+def _contract(sae: SparseAutoencoder, x_clean, x_patch, gradient, at, *, effects: bool = True, **options):
     """Parts of the tokens `at` [B, S], in chunks, with the index of their first token."""
     clean, patch, g = (x[at].to(sae.W_dec) for x in (x_clean, x_patch, gradient))
     for chunk in token_chunks(len(clean), sae.W_dec.shape[0]):
-        yield chunk.start, _contract_chunk(sae, clean[chunk], patch[chunk], g[chunk], zero_patch=zero_patch, ends=ends)
+        yield chunk.start, _contract_chunk(sae, clean[chunk], patch[chunk], g[chunk], effects=effects, **options)
 
 
 def _effects(sae: SparseAutoencoder, parts: Iterable[tuple[int, _Part]], at, mask) -> SiteEffects:
@@ -162,6 +166,17 @@ def contract(
     at = states.live(site, gradient)
     parts = list(_contract(sae, clean, patch, gradient, at, zero_patch=states.zero_patch, ends=ends))
     return _effects(sae, parts, at, mask), _site_ends(sae, parts, at)
+
+
+def site_ends(
+    sae: SparseAutoencoder, states: States, gradient: torch.Tensor, *, site: Site, ends: str
+) -> SiteEnds | None:
+    """What edges need of a site, without the effects; None for neurons."""
+    if sae.config.architecture == "identity":
+        return None
+    clean, patch, at = states.clean[site], states.patch[site], states.live(site, gradient)
+    options = {"zero_patch": states.zero_patch, "ends": ends, "effects": False}
+    return _site_ends(sae, list(_contract(sae, clean, patch, gradient, at, **options)), at)
 
 
 def _site_ends(sae: SparseAutoencoder, parts: list[tuple[int, _Part]], at: torch.Tensor) -> SiteEnds:

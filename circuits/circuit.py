@@ -47,6 +47,10 @@ class Circuit:
     """
     intervals: dict[Site, torch.Tensor] = field(default_factory=dict)
     """Bootstrap interval of every node of `nodes`, [n, 2] in their order; empty where not computed."""
+    edge_intervals: Edges = field(default_factory=dict)
+    """Bootstrap interval of every edge weight, [D, U, 2] like `edges`; empty where not computed."""
+    edge_samples: Edges = field(default_factory=dict)
+    """Edge weights of every example, [N, D, U], as far as discovery kept them; not saved."""
 
     @property
     def spans(self) -> tuple[str, ...]:
@@ -94,8 +98,8 @@ class Circuit:
         """The feature graph of the strongest nodes and the edges between them.
 
         nodes, node_threshold, edges, edge_threshold: as in `select_nodes`, None for no limit; significant: of these
-        nodes, only those whose interval leaves out zero; attributes: by node name without position (`resid_3/120`),
-        stored with the node. Raises `UserError` if a kept node has no edges computed.
+        nodes and edges, only those whose interval leaves out zero; attributes: by node name without position
+        (`resid_3/120`), stored with the node. Raises `UserError` if a kept node has no edges computed.
         """
         kept = select_nodes(self.nodes, top=nodes, threshold=node_threshold)
         if significant:
@@ -116,7 +120,7 @@ class Circuit:
                     known = {**(attributes or {}).get(f"{site.name}/{feature}", {}), **known}
                     graph.add_node(feature_node(site.name, feature, effect=effect, position=where, **known))
         graph.add_node(metric_node(effect=self.metadata["total_effect"] or 0.0))
-        self._add_edges(graph)
+        self._add_edges(graph, significant=significant)
         if edge_threshold is not None:
             graph = by_edge_threshold(graph, edge_threshold)
         return graph if edges is None else by_top_edges(graph, edges)
@@ -137,7 +141,7 @@ class Circuit:
             if name in wanted
         }
 
-    def _add_edges(self, graph: FeatureGraph) -> None:
+    def _add_edges(self, graph: FeatureGraph, *, significant: bool) -> None:
         names = {site: site_nodes.ids(site) for site, site_nodes in self.edge_nodes.items()}
         known = {name for site_names in names.values() for name in site_names}
         without = [node.id for node in graph.nodes() if node.kind != "metric" and node.id not in known]
@@ -148,9 +152,12 @@ class Circuit:
             )
         for (up, down), weights in self.edges.items():
             targets = ["metric"] if down is None else names[down]
-            for row, column in weights.nonzero().tolist():
+            bounds = self.edge_intervals.get((up, down))
+            wanted = weights != 0 if bounds is None or not significant else bounds.prod(-1) > 0
+            for row, column in wanted.nonzero().tolist():
                 if names[up][column] in graph and targets[row] in graph:
-                    graph.add_edge(names[up][column], targets[row], float(weights[row, column]))
+                    interval = None if bounds is None else tuple(bounds[row, column].tolist())
+                    graph.add_edge(names[up][column], targets[row], float(weights[row, column]), interval=interval)
 
     # --- files --------------------------------------------------------------------------------------------------
 
@@ -174,8 +181,9 @@ class Circuit:
                 tensors[f"edge_nodes/{site.name}/{name}"] = getattr(nodes, name)
         for site, interval in self.intervals.items():
             tensors[f"intervals/{site.name}"] = interval
-        for (up, down), weights in self.edges.items():
-            tensors[f"edges/{up.name}/{'metric' if down is None else down.name}"] = weights
+        for kind, values in (("edges", self.edges), ("edge_intervals", self.edge_intervals)):
+            for (up, down), weights in values.items():
+                tensors[f"{kind}/{up.name}/{'metric' if down is None else down.name}"] = weights
         return {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
 
     @staticmethod
@@ -184,7 +192,9 @@ class Circuit:
         folder = circuit_folder(path)
         metadata = FeatureGraph.load(folder / GRAPH_FILE).metadata
         tensors = load_file(folder / EFFECTS_FILE)
-        effects, nodes, edges = {}, {}, {}
+        effects, nodes = {}, {}
+        edges: Edges = {}
+        edge_intervals: Edges = {}
         spans, ends = tuple(metadata.get("positions", ())), ("feature", "position", "effect")
         for site in (Site.parse(name) for name in metadata["sites"]):
             fields = (tensors[f"effects/{site.name}/{name}"] for name in ("example", "position", "feature", "value"))
@@ -193,11 +203,12 @@ class Circuit:
                 feature, place, effect = (tensors[f"edge_nodes/{site.name}/{name}"] for name in ends)
                 nodes[site] = SiteNodes(effects[site].n_features, feature, place, effect, spans)
         for name, weights in tensors.items():
-            if name.startswith("edges/"):
-                _, up, down = name.split("/")
-                edges[Site.parse(up), None if down == "metric" else Site.parse(down)] = weights
+            kind, *between = name.split("/")
+            if kind in ("edges", "edge_intervals"):
+                pair = Site.parse(between[0]), None if between[1] == "metric" else Site.parse(between[1])
+                (edges if kind == "edges" else edge_intervals)[pair] = weights
         intervals = {site: tensors[f"intervals/{site.name}"] for site in effects if f"intervals/{site.name}" in tensors}
-        return Circuit(effects, nodes, edges, metadata, intervals)
+        return Circuit(effects, nodes, edges, metadata, intervals, edge_intervals)
 
 
 def circuit_folder(path: str | Path) -> Path:

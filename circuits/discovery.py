@@ -133,8 +133,7 @@ def discover(
     if not count(nodes):
         raise UserError("no node has an effect on the metric: do the prompts differ where the sites can see it?")
     chosen = select_nodes(nodes, top=options.edge_nodes)
-    edges = edge_pass(work, batches, chosen) if options.edge_nodes else {}
-    edges = {pair: weights / len(prompts) for pair, weights in edges.items()}
+    edges, edge_samples = edge_pass(work, batches, chosen) if options.edge_nodes else ({}, {})
     ends = _metric_ends(batches, len(prompts))
     metadata = {
         **(provenance or {}),
@@ -152,7 +151,7 @@ def discover(
         "span_words": _span_words(plain, prompts) if spans else {},
         "templates": sorted(set(prompts.templates)),
     }
-    return Circuit(effects, chosen if options.edge_nodes else {}, edges, metadata)
+    return Circuit(effects, chosen if options.edge_nodes else {}, edges, metadata, edge_samples=edge_samples)
 
 
 def _metric_ends(batches: Sequence[BatchNodes], n_examples: int) -> dict[str, Any]:

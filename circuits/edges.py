@@ -107,13 +107,16 @@ class SelectedEnds:
             cotangent += at.movedim(-1, 0)[..., None] * self.error_cotangent
         return cotangent
 
-    def contract(self, gradient: torch.Tensor) -> torch.Tensor:
-        """Edge weights summed over examples, [R, n], from the gradient at this site's leaf, [R, B, S, d]."""
+    def contract(self, gradient: torch.Tensor, *, per_example: bool = False) -> torch.Tensor:
+        """Edge weights from the gradient at this site's leaf, [R, B, S, d]: summed over examples, [R, n], or of each,
+        [B, R, n].
+        """
+        out = "brn" if per_example else "rn"
         gradient = gradient.to(self.decoder)
-        weight = torch.einsum("rbsn,bsn->rn", gradient @ self.decoder.T, self.delta)
+        weight = torch.einsum(f"rbsn,bsn->{out}", gradient @ self.decoder.T, self.delta)
         if self.error_delta is not None:
             along = torch.einsum("rbsd,bsd->rbs", gradient, self.error_delta)
-            weight += torch.einsum("rbs,bsn->rn", along, self.error_at.expand(len(self.error_delta), -1, -1))
+            weight += torch.einsum(f"rbs,bsn->{out}", along, self.error_at.expand(len(self.error_delta), -1, -1))
         return weight
 
 
@@ -200,9 +203,10 @@ def edge_effects(
     ends: Mapping[Site, SiteEnds] | None = None,
     selected: Mapping[Site, SelectedEnds] | None = None,
     max_rows: int = 64,
+    per_example: bool = False,
 ) -> Edges:
     """Edge weights between all selected nodes of one batch, and from them to the metric, summed over the batch's
-    examples.
+    examples, or with `per_example` those of each example, [B, D, U].
 
     gradients: dm/dx per site as the node method averages it, [B, S, d]; active: where a downstream feature has a
     derivative, `clean` or `either`; ends: what `contract` kept of each site for this `active`, which is else computed
@@ -225,44 +229,42 @@ def edge_effects(
         parts: dict[Site, list[torch.Tensor]] = {}
         for start in range(0, len(nodes[down]), lanes):
             cotangent = selected[down].cotangents(slice(start, start + lanes))
-            for up, weight in _pull_back(graph, graph.outputs[down], cotangent, lanes, upstream, selected).items():
-                parts.setdefault(up, []).append(weight)
-        edges |= {(up, down): torch.cat(weights) for up, weights in parts.items()}
-    return edges | _metric_edges(graph, lanes, selected, gradients)
+            for up, gradient in _pull_back(graph, graph.outputs[down], cotangent, lanes, upstream).items():
+                parts.setdefault(up, []).append(selected[up].contract(gradient, per_example=per_example).cpu())
+        edges |= {(up, down): torch.cat(weights, dim=-2) for up, weights in parts.items()}
+    for site, gradient in _metric_gradients(graph, lanes, selected, gradients).items():
+        edges[site, None] = selected[site].contract(gradient, per_example=per_example).cpu()
+    return edges
 
 
-def _metric_edges(
+def _metric_gradients(
     graph: CutGraph, lanes: int, ends: Mapping[Site, SelectedEnds], gradients: Mapping[Site, torch.Tensor]
-) -> Edges:
-    """Edges to the metric, [1, U], from every site that reaches the logits directly."""
+) -> dict[Site, torch.Tensor]:
+    """The metric's gradient [1, B, S, d] along direct paths to every site that reaches the logits directly."""
     first_lane = torch.zeros_like(graph.m).unflatten(0, (lanes, -1))
     first_lane[0] = 1
     direct = _vjp(graph.m, [graph.leaves[site] for site in ends], first_lane.flatten())
     last = list(graph.leaves)[-1]
-    edges: Edges = {}
-    for site, gradient in zip(ends, direct, strict=True):
-        if gradient is not None:
-            known = gradients[site][None] if site == last else gradient.unflatten(0, (lanes, -1))[:1]
-            edges[site, None] = ends[site].contract(known).cpu()
-    return edges
+    return {
+        site: gradients[site][None] if site == last else gradient.unflatten(0, (lanes, -1))[:1]
+        for site, gradient in zip(ends, direct, strict=True)
+        if gradient is not None
+    }
 
 
 def _pull_back(
-    graph: CutGraph,
-    output: torch.Tensor,
-    cotangent: torch.Tensor,
-    lanes: int,
-    upstream: Sequence[Site],
-    ends: Mapping[Site, SelectedEnds],
+    graph: CutGraph, output: torch.Tensor, cotangent: torch.Tensor, lanes: int, upstream: Sequence[Site]
 ) -> dict[Site, torch.Tensor]:
-    """Edge weights [R, U] from each direct parent for R <= lanes cotangents [R, B, S, d] at one site's output."""
+    """The gradient [R, B, S, d] at each direct parent's leaf for R <= lanes cotangents [R, B, S, d] at one site's
+    output.
+    """
     used = len(cotangent)
     full = cotangent.new_zeros(lanes, *cotangent.shape[1:])
     full[:used] = cotangent
     leaves = [graph.leaves[site] for site in upstream]
     gradients = _vjp(output, leaves, full.flatten(0, 1).to(output.dtype))
     return {
-        site: ends[site].contract(gradient.unflatten(0, (lanes, -1))[:used]).cpu()
+        site: gradient.unflatten(0, (lanes, -1))[:used]
         for site, gradient in zip(upstream, gradients, strict=True)
         if gradient is not None
     }

@@ -25,7 +25,7 @@ from circuits.attribution import GRADIENT_AT_CLEAN, SiteEffects, SiteEnds, State
 from circuits.attribution.contraction import Codes
 from circuits.behaviour import Metric
 from circuits.edges import Edges, edge_effects, select_ends
-from circuits.nodes import Nodes
+from circuits.nodes import Nodes, count
 from circuits.partial import PartialFiles
 from circuits.prompts import PromptSet
 from sae.autoencoder import SparseAutoencoder
@@ -41,6 +41,8 @@ MOST_ROWS = 64
 """Prompts of a batch at most."""
 LANE_TOKENS = 256
 """Tokens that fill a CPU's cores: lanes beyond them cost as much unused as in use."""
+SAMPLE_BYTES = 2**28
+"""Most that the edge weights of single examples take; they are kept for intervals."""
 FIELDS = ("example", "position", "feature", "value")
 
 
@@ -276,17 +278,30 @@ def _round(work: Work, indices: Sequence[torch.Tensor], bar: tqdm) -> list[Batch
 # ------------------------------------------------------------------------------------------ edges
 
 
-def edge_pass(work: Work, batches: Sequence[BatchNodes], nodes: Nodes) -> Edges:
-    """Edge weights summed over all examples."""
+def edge_pass(work: Work, batches: Sequence[BatchNodes], nodes: Nodes) -> tuple[Edges, Edges]:
+    """Mean edge weights over all examples, [D, U], and those of each example, [N, D, U], where they fit into
+    SAMPLE_BYTES (else none).
+    """
     indices = work.batches()
     total: Edges = {}
+    samples: dict[tuple[Site, Site | None], list[torch.Tensor]] = {}
     with tqdm(total=len(indices), desc="edges", unit="batch", disable=not work.progress) as bar:
         for numbers in work.rounds(range(len(indices))):
             for edges in _round_edges(work, numbers, [indices[n] for n in numbers], batches, nodes):
                 for pair, weights in edges.items():
+                    if weights.ndim == 3:
+                        samples.setdefault(pair, []).append(weights)
+                        weights = weights.sum(0)
                     total[pair] = total[pair] + weights if pair in total else weights
                 bar.update()
-    return total
+    back = torch.cat(indices).argsort()  # from the order of the batches to that of the prompts
+    mean = {pair: weights / len(work.prompts) for pair, weights in total.items()}
+    return mean, {pair: torch.cat(parts)[back] for pair, parts in samples.items()}
+
+
+def keeps_examples(n_nodes: int, n_examples: int) -> bool:
+    """Whether the weights of every example, at most n^2 / 2 edges each, fit into SAMPLE_BYTES."""
+    return 4 * n_examples * n_nodes * (n_nodes + 1) / 2 <= SAMPLE_BYTES
 
 
 def _round_edges(
@@ -316,6 +331,7 @@ def _round_edges(
         edges = edge_effects(
             work.model, work.saes, states, work.metric, own[number].gradients, nodes, selected=ends[number],
             max_rows=lanes_rows(work.rows, states.mask.shape[1], work.model.device),
+            per_example=keeps_examples(count(nodes), len(work.prompts)),
         )  # fmt: skip
         if work.files is not None:
             named = {f"{up}/{down or 'metric'}": weights for (up, down), weights in edges.items()}

@@ -2,8 +2,8 @@
 
 1. Bootstrap: prompts are drawn with replacement R times; a resample is a row of weights (how often each prompt was
    drawn, over B), so the resampled means of all nodes are one matrix product. Intervals are the percentiles of these
-   means (Efron 1979). A node whose interval leaves out zero is distinguishable from zero; with thousands of nodes some
-   are by chance, a share of 1 - level of those without effect at most.
+   means (Efron 1979); likewise of edge weights. A node whose interval leaves out zero is distinguishable from zero;
+   with thousands of nodes some are by chance, a share of 1 - level of those without effect at most.
 2. Ratios (faithfulness, completeness, areas) are computed anew from each resample's means: the prompts in numerator
    and denominator are the same ones.
 3. Split-half stability: the prompts are cut into random halves, the n strongest nodes of both are compared. Where half
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from circuits.attribution.effects import SiteEffects
 from circuits.circuit import Circuit
+from circuits.edges import Edges
 from circuits.nodes import Nodes, SiteNodes, count, distinguishable, select_nodes
 from sae.errors import UserError
 from sae.sites import Site
@@ -101,6 +102,21 @@ def node_intervals(
     return found
 
 
+def edge_intervals(samples: Edges, *, bootstrap: Bootstrap | None = None) -> Edges:
+    """Bootstrap intervals of mean edge weights, [D, U, 2], from those of every example, [N, D, U]."""
+    bootstrap = bootstrap or Bootstrap()
+    found: Edges = {}
+    for pair, values in samples.items():
+        flat = values.flatten(1)
+        live = (flat != 0).any(0).nonzero()[:, 0]
+        bounds = torch.zeros(flat.shape[1], 2)
+        weights = bootstrap.weights(len(values))
+        for part in live.split(max(1, CHUNK_BYTES // (4 * len(weights)))):
+            bounds[part] = bootstrap.interval(weights @ flat[:, part].float())
+        found[pair] = bounds.unflatten(0, values.shape[1:])
+    return found
+
+
 def example_values(effects: SiteEffects, nodes: SiteNodes, n_examples: int, *, rows: int) -> Iterator[Tensor]:
     """Effects of the nodes per example, [B, n] for a chunk of nodes at a time; a [rows, n] tensor fits the budget."""
     by_position = bool((nodes.position >= 0).any())
@@ -160,24 +176,35 @@ def split_half(
 
 
 def with_uncertainty(circuit: Circuit, bootstrap: Bootstrap | None = None) -> Circuit:
-    """The circuit with an interval for every node, and in its metadata what is distinguishable and how stable it is."""
+    """The circuit with an interval for every node, and for every edge where discovery kept the weights of single
+    examples; in its metadata what is distinguishable and how stable it is.
+    """
     bootstrap = bootstrap or Bootstrap()
     n_examples = circuit.metadata["n_examples"]
     intervals = node_intervals(circuit.effects, circuit.nodes, n_examples=n_examples, bootstrap=bootstrap)
+    of_edges = edge_intervals(circuit.edge_samples, bootstrap=bootstrap)
     stability = split_half(circuit.effects, circuit.nodes, n_examples=n_examples, seed=bootstrap.seed)
     uncertainty = {
         **asdict(bootstrap),
         "n_distinguishable": count(distinguishable(circuit.nodes, intervals)),
+        "n_edges": sum(int(weights.count_nonzero()) for weights in circuit.edges.values()),
+        "n_distinguishable_edges": sum(int((bounds.prod(-1) > 0).sum()) for bounds in of_edges.values())
+        if of_edges
+        else None,
         "split_half": None if stability is None else stability.to_dict(),
     }
-    return replace(circuit, intervals=intervals, metadata={**circuit.metadata, "uncertainty": uncertainty})
+    metadata = {**circuit.metadata, "uncertainty": uncertainty}
+    return replace(circuit, intervals=intervals, edge_intervals=of_edges, metadata=metadata)
 
 
 def uncertainty_line(circuit: Circuit) -> str:
     """Two lines for the terminal about a circuit with uncertainty."""
     known = circuit.metadata["uncertainty"]
+    edges = ""
+    if known.get("n_distinguishable_edges") is not None:
+        edges = f" and {known['n_distinguishable_edges']} of {known['n_edges']} edges"
     text = (
-        f"{known['n_distinguishable']} of {count(circuit.nodes)} nodes are distinguishable from zero "
+        f"{known['n_distinguishable']} of {count(circuit.nodes)} nodes{edges} are distinguishable from zero "
         f"({known['level']:.0%} bootstrap intervals over {circuit.metadata['n_examples']} prompts)"
     )
     if not known["split_half"]:

@@ -312,7 +312,10 @@ def _edge_id(edge: Edge) -> str:
 
 
 def _edge_tooltip(edge: Edge) -> str:
-    return f"{visible(edge.source)} → {visible(edge.target)}\nweight {number(edge.weight)}"
+    text = f"{visible(edge.source)} → {visible(edge.target)}\nweight {number(edge.weight)}"
+    if edge.interval is None:
+        return text
+    return f"{text}\ninterval {number(edge.interval[0])} to {number(edge.interval[1])}"
 
 
 # --- what stands around the graph -------------------------------------------------------------------------------------

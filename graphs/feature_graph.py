@@ -104,6 +104,13 @@ class Edge(NamedTuple):
     """Id of the downstream node."""
     weight: float
     """How much of the change of the metric passes along the edge."""
+    interval: tuple[float, float] | None = None
+    """Lower and upper bound of the weight, where they are known."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON; without an interval where there is none."""
+        ends = {"source": self.source, "target": self.target, "weight": self.weight}
+        return ends if self.interval is None else {**ends, "interval": list(self.interval)}
 
 
 class FeatureGraph:
@@ -130,16 +137,20 @@ class FeatureGraph:
             raise GraphError(f"node {node.id!r} is already in the graph")
         self.graph.add_node(node.id, node=node)
 
-    def add_edge(self, source: str, target: str, weight: float) -> None:
-        """Add an edge between two nodes of the graph, from a site to a later one or to the metric."""
+    def add_edge(self, source: str, target: str, weight: float, *, interval: tuple[float, float] | None = None) -> None:
+        """Add an edge between two nodes of the graph, from a site to a later one or to the metric, with the bounds of
+        its weight where they are known.
+        """
         for end in (source, target):
             if end not in self.graph:
                 raise GraphError(f"edge {source} -> {target}: node {end!r} is not in the graph")
         if self.rank(source) >= self.rank(target):
             raise GraphError(f"edge {source} -> {target} does not go forward through the model")
-        if not math.isfinite(weight):
-            raise GraphError(f"weight of edge {source} -> {target} is {weight}: it must be a finite number")
-        self.graph.add_edge(source, target, weight=float(weight))
+        for value in (weight, *(interval or ())):
+            if not math.isfinite(value):
+                raise GraphError(f"weight of edge {source} -> {target} is {value}: it must be a finite number")
+        known = {} if interval is None else {"interval": (float(interval[0]), float(interval[1]))}
+        self.graph.add_edge(source, target, weight=float(weight), **known)
 
     # --- reading ------------------------------------------------------------------------------------------------
 
@@ -164,7 +175,7 @@ class FeatureGraph:
 
     def edges(self) -> list[Edge]:
         """All edges, in the order of their sources."""
-        return [Edge(*edge) for edge in self.graph.edges(data="weight")]
+        return [Edge(source, target, **known) for source, target, known in self.graph.edges(data=True)]
 
     def rank(self, id: str) -> int:
         """Place of the node's site in the forward order; the metric comes after every site."""
@@ -189,9 +200,9 @@ class FeatureGraph:
         for node in self.nodes():
             if node.id in keep:
                 smaller.add_node(node)
-        for source, target, weight in self.edges():
+        for source, target, known in self.graph.edges(data=True):
             if source in keep and target in keep and (allowed is None or (source, target) in allowed):
-                smaller.graph.add_edge(source, target, weight=weight)
+                smaller.graph.add_edge(source, target, **known)
         return smaller
 
     def map_nodes(self, change: Callable[[Node], Node]) -> FeatureGraph:
@@ -217,7 +228,7 @@ class FeatureGraph:
             "metadata": self.metadata,
             "sites": self.sites,
             "nodes": [{key: getattr(node, key) for key in NODE_KEYS} for node in self.nodes()],
-            "edges": [edge._asdict() for edge in self.edges()],
+            "edges": [edge.to_json() for edge in self.edges()],
         }
 
     @staticmethod
@@ -235,7 +246,7 @@ class FeatureGraph:
                 graph.add_node(Node(**{key: item[key] for key in NODE_KEYS}))
             for place, item in enumerate(data["edges"]):
                 _need(item, {"source": str, "target": str, "weight": float}, f"{source}: edges[{place}]")
-                graph.add_edge(item["source"], item["target"], item["weight"])
+                graph.add_edge(item["source"], item["target"], item["weight"], interval=_bounds(item, place, source))
         except GraphError as error:
             prefix = "" if str(error).startswith(str(source)) else f"{source}: "
             raise GraphError(f"{prefix}{error}") from None
@@ -253,6 +264,16 @@ class FeatureGraph:
     def load(path: str | Path) -> FeatureGraph:
         """Read a graph written by `save`; anything wrong in the file raises GraphError with the file and the value."""
         return FeatureGraph.from_json(read_json(path), source=path)
+
+
+def _bounds(item: Mapping[str, Any], place: int, where: str | Path) -> tuple[float, float] | None:
+    """The interval of an edge in a file, if it has one."""
+    found = item.get("interval")
+    if found is None:
+        return None
+    if not isinstance(found, (list, tuple)) or len(found) != 2 or not all(isinstance(x, (int, float)) for x in found):
+        raise GraphError(f"{where}: edges[{place}]: interval is {found!r:.60}, expected two numbers")
+    return found[0], found[1]
 
 
 def _need(data: Any, keys: Mapping[str, type], where: str | Path) -> None:

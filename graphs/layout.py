@@ -195,7 +195,7 @@ def _wrapped(
 def _ordered(graph: FeatureGraph, boxes: dict[str, Box], columns: list[Column], *, sweeps: int) -> dict[str, Box]:
     """Let the nodes of each band (or cell) exchange places until edges are short; sub-rows are filled together."""
     near: dict[str, list[tuple[str, float]]] = defaultdict(list)
-    for source, target, weight in graph.edges():
+    for source, target, weight, _ in graph.edges():
         if METRIC not in (source, target):
             near[source].append((target, abs(weight)))
             near[target].append((source, abs(weight)))
@@ -267,7 +267,7 @@ def route_edges(graph: FeatureGraph, boxes: dict[str, Box]) -> dict[tuple[str, s
     start = _ports(graph, boxes, side="top")
     end = _ports(graph, boxes, side="bottom")
     routes = {}
-    for source, target, _ in graph.edges():
+    for source, target, *_ in graph.edges():
         first = (start[source, target], boxes[source].y + boxes[source].height / 2)
         last = (end[source, target], boxes[target].y - boxes[target].height / 2)
         routes[source, target] = smooth([first, *rows.crossings(first, last), last])
@@ -278,7 +278,7 @@ def _ports(graph: FeatureGraph, boxes: dict[str, Box], *, side: str) -> dict[tup
     """Where on a box each edge begins (top) or ends (bottom): sorted by the other end, so that they do not cross."""
     other: Callable[[tuple[str, str]], float]
     groups: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    for source, target, _ in graph.edges():
+    for source, target, *_ in graph.edges():
         groups[source if side == "top" else target].append((source, target))
     ports = {}
     for id, edges in groups.items():

@@ -33,7 +33,7 @@ def by_top_nodes(graph: FeatureGraph, n: int) -> FeatureGraph:
 
 def by_edge_threshold(graph: FeatureGraph, threshold: float) -> FeatureGraph:
     """Keep edges with |weight| > `threshold`; all nodes stay."""
-    return graph.subgraph(graph.graph, edges=[(u, v) for u, v, weight in graph.edges() if abs(weight) > threshold])
+    return graph.subgraph(graph.graph, edges=[edge[:2] for edge in graph.edges() if abs(edge.weight) > threshold])
 
 
 def by_top_edges(graph: FeatureGraph, n: int) -> FeatureGraph:

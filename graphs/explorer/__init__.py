@@ -69,7 +69,7 @@ def _plain(value: Any) -> Any:
 
 
 def _data(graph: FeatureGraph, title: str) -> dict[str, Any]:
-    """What the page needs, with edges as [source, target, weight] by the nodes' places."""
+    """What the page needs, with edges as [source, target, weight, interval] by the nodes' places."""
     nodes = graph.nodes()
     place = {node.id: index for index, node in enumerate(nodes)}
     keep = ("id", "site", "feature", "kind", "position", "effect", "label", "attributes")
@@ -80,7 +80,7 @@ def _data(graph: FeatureGraph, title: str) -> dict[str, Any]:
         "sites": graph.sites,
         "positions": [[position, position_name(graph, position)] for position in graph.positions],
         "nodes": [{"name": node.name, **{key: getattr(node, key) for key in keep}} for node in nodes],
-        "edges": [[place[edge.source], place[edge.target], edge.weight] for edge in graph.edges()],
+        "edges": [[place[edge.source], place[edge.target], edge.weight, edge.interval] for edge in graph.edges()],
         "colours": {"diverging": DIVERGING, "negative": NEGATIVE_EDGE, "positive": POSITIVE_EDGE},
     }
 

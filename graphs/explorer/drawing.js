@@ -69,6 +69,7 @@ function inkOn(colour) {
 }
 
 const edgeColour = (edge) => (edge.weight < 0 ? theme.negative : theme.positive);
+const intervalLine = ({ interval }) => (interval ? `\ninterval ${number(interval[0])} to ${number(interval[1])}` : "");
 const edgeWidth = (edge) => 0.6 + 3.4 * Math.abs(edge.weight / (largestWeight || 1));
 
 function edgeOpacity(edge, count) {
@@ -228,7 +229,7 @@ function drawEdges({ routes }, shownEdges) {
         "stroke-opacity": edgeOpacity(edge, shownEdges.length).toFixed(3),
         class: "edge",
       },
-      element("title", {}, `${edge.source.id} → ${edge.target.id}\nweight ${number(edge.weight)}`),
+      element("title", {}, `${edge.source.id} → ${edge.target.id}\nweight ${number(edge.weight)}${intervalLine(edge)}`),
     );
     group.append(path);
     if (shownEdges.length - place <= 300)

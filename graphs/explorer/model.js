@@ -8,8 +8,8 @@ const siteRank = new Map(circuit.sites.map((site, rank) => [site, rank]));
 const rankOf = (node) => (node.kind === "metric" ? circuit.sites.length : siteRank.get(node.site));
 const positionNames = new Map(circuit.positions);
 
-const edges = circuit.edges.map(([source, target, weight], index) => {
-  const edge = { index, source: nodes[source], target: nodes[target], weight };
+const edges = circuit.edges.map(([source, target, weight, interval], index) => {
+  const edge = { index, source: nodes[source], target: nodes[target], weight, interval };
   edge.source.outgoing.push(edge);
   edge.target.incoming.push(edge);
   return edge;

@@ -37,8 +37,9 @@ def write_graphml(graph: FeatureGraph, path: str | Path) -> None:
         }
         optional = {"feature": node.feature, "position": None if node.position is None else visible(str(node.position))}
         plain.add_node(names[node.id], **columns, **{k: v for k, v in optional.items() if v is not None})
-    for source, target, weight in graph.edges():
-        plain.add_edge(names[source], names[target], weight=weight)
+    for edge in graph.edges():
+        bounds = {} if edge.interval is None else {"low": edge.interval[0], "high": edge.interval[1]}
+        plain.add_edge(names[edge.source], names[edge.target], weight=edge.weight, **bounds)
     with atomic_write(path) as temporary:
         nx.write_graphml_xml(plain, temporary)
 
@@ -56,7 +57,12 @@ def read_graphml(path: str | Path) -> FeatureGraph:
     try:
         data["nodes"] = list(nodes.values())
         data["edges"] = [
-            {"source": nodes[u]["id"], "target": nodes[v]["id"], "weight": float(columns["weight"])}
+            {
+                "source": nodes[u]["id"],
+                "target": nodes[v]["id"],
+                "weight": float(columns["weight"]),
+                "interval": [columns["low"], columns["high"]] if "low" in columns else None,
+            }
             for u, v, columns in plain.edges(data=True)
         ]
     except KeyError as error:

@@ -83,7 +83,7 @@ def to_neuronpedia(graph: FeatureGraph, *, scan: str = "", slug: str = "") -> di
             _viewer_node(node, ids[node.id], rows.get(node.site), places[node.id], last, len(tokens))
             for node in graph.nodes()
         ],
-        "links": [{"source": ids[u], "target": ids[v], "weight": weight} for u, v, weight in graph.edges()],
+        "links": [{**edge.to_json(), "source": ids[edge.source], "target": ids[edge.target]} for edge in graph.edges()],
     }
 
 
@@ -178,7 +178,7 @@ def from_neuronpedia(data: Any, *, source: str | Path = "graph") -> FeatureGraph
 
 def _own(data: dict[str, Any], source: str | Path) -> FeatureGraph:
     names = {node["node_id"]: node[EXTRA]["id"] for node in data["nodes"]}
-    edges = [{"source": names[e["source"]], "target": names[e["target"]], "weight": e["weight"]} for e in data["links"]]
+    edges = [{**link, "source": names[link["source"]], "target": names[link["target"]]} for link in data["links"]]
     nodes = [node[EXTRA] for node in data["nodes"]]
     return FeatureGraph.from_json({**data["metadata"][EXTRA], "nodes": nodes, "edges": edges}, source=source)
 

@@ -12,7 +12,14 @@ from circuits.attribution.effects import SiteEffects
 from circuits.circuit import Circuit
 from circuits.discovery import DiscoverOptions, discover
 from circuits.nodes import SiteNodes, aggregate_site, count, distinguishable
-from circuits.uncertainty import Bootstrap, node_intervals, split_half, uncertainty_line, with_uncertainty
+from circuits.uncertainty import (
+    Bootstrap,
+    edge_intervals,
+    node_intervals,
+    split_half,
+    uncertainty_line,
+    with_uncertainty,
+)
 from sae.errors import UserError
 from sae.sites import Site
 
@@ -142,3 +149,60 @@ def test_only_what_is_distinguishable(circuit, tiny_model, tiny_saes, tiny_promp
 def test_options_are_checked(options):
     with pytest.raises(UserError):
         Bootstrap(**options)
+
+
+def test_edge_intervals_against_loops(monkeypatch):
+    """Every resample drawn, averaged and sorted by hand, with the same draws, chunk by chunk."""
+    monkeypatch.setattr("circuits.uncertainty.CHUNK_BYTES", 4 * 40 * 3)
+    samples = torch.randn(12, 2, 5) * (torch.rand(2, 5) < 0.6)
+    pair = (SITE, None)
+    found = edge_intervals({pair: samples}, bootstrap=Bootstrap(resamples=40, level=0.8, seed=3))[pair]
+    draws = torch.randint(12, (40, 12), generator=torch.Generator().manual_seed(3))
+    means = samples[draws].mean(1)  # [R, 2, 5]
+    expected = np.quantile(means.numpy(), [0.1, 0.9], axis=0)
+    assert np.allclose(found.numpy(), np.moveaxis(expected, 0, -1), atol=1e-5)
+
+
+def test_edges_of_a_circuit_have_intervals(tiny_model, tiny_saes, tiny_prompts, tmp_path):
+    """Weights of single prompts, in the prompts' order whatever the batches, average to the edges; significant graphs
+    keep the edges whose interval leaves out zero.
+    """
+    options = DiscoverOptions(method="attrib", edge_nodes=40)
+    circuit = discover(tiny_model, tiny_saes, tiny_prompts, options, progress=False)
+    assert circuit.edge_samples.keys() == circuit.edges.keys()
+    for pair, weights in circuit.edges.items():
+        assert circuit.edge_samples[pair].shape == (8, *weights.shape)
+        assert torch.allclose(circuit.edge_samples[pair].mean(0), weights, atol=1e-6)
+    for number in (1, 4):
+        alone = discover(tiny_model, tiny_saes, tiny_prompts[[number]], options, progress=False)
+        by_name = {edge[:2]: edge.weight for edge in alone.graph(nodes=40).edges()}
+        names = {site: nodes.ids(site) for site, nodes in circuit.edge_nodes.items()}
+        compared = 0
+        for (up, down), samples in circuit.edge_samples.items():
+            for row, column in samples[number].nonzero().tolist():
+                ends = names[up][column], "metric" if down is None else names[down][row]
+                if ends in by_name:
+                    assert samples[number, row, column].item() == pytest.approx(by_name[ends], abs=1e-5)
+                    compared += 1
+        assert compared > 10
+    circuit = with_uncertainty(circuit)
+    assert "edges are distinguishable" in uncertainty_line(circuit)
+    graph = circuit.graph(nodes=40)
+    circuit.save(tmp_path / "circuit", graph=graph)
+    again = Circuit.load(tmp_path).graph(nodes=40)
+    assert again.edges() == graph.edges()
+    inside = [edge for edge in graph.edges() if edge.interval and edge.interval[0] <= edge.weight <= edge.interval[1]]
+    assert len(inside) == graph.graph.number_of_edges()
+    sure = Circuit.load(tmp_path).graph(nodes=40, significant=True).edges()
+    assert 0 < len(sure) < len(inside)
+    assert all(edge.interval and edge.interval[0] * edge.interval[1] > 0 for edge in sure)
+
+
+def test_too_many_edges_are_summed(monkeypatch, tiny_model, tiny_saes, tiny_prompts):
+    monkeypatch.setattr("circuits.passes.SAMPLE_BYTES", 1000)
+    options = DiscoverOptions(method="attrib", edge_nodes=40)
+    circuit = discover(tiny_model, tiny_saes, tiny_prompts, options, progress=False)
+    assert circuit.edges and not circuit.edge_samples
+    circuit = with_uncertainty(circuit)
+    assert circuit.intervals and not circuit.edge_intervals
+    assert "edges" not in uncertainty_line(circuit)

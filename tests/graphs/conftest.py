@@ -131,4 +131,6 @@ def _add_edges(graph: FeatureGraph, rng: random.Random, n: int) -> None:
             continue
         if not graph.graph.has_edge(source.id, target.id):
             size = min(abs(source.effect), abs(target.effect)) * rng.uniform(0.05, 1)
-            graph.add_edge(source.id, target.id, rng.choice([1, 1, -1]) * size)
+            weight = rng.choice([1, 1, -1]) * size
+            interval = (weight - size / 3, weight + size / 2) if graph.graph.number_of_edges() % 2 else None
+            graph.add_edge(source.id, target.id, weight, interval=interval)

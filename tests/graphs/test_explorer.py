@@ -87,8 +87,8 @@ def test_every_node_and_edge_is_in_the_data(make_circuit):
     graph = make_circuit(n_nodes=60, n_edges=200, positions=True)
     data = json.loads(parsed(explorer_html(graph)).scripts[0])
     assert [node["id"] for node in data["nodes"]] == [node.id for node in graph.nodes()]
-    ends = [(data["nodes"][s]["id"], data["nodes"][t]["id"], w) for s, t, w in data["edges"]]
-    assert ends == [tuple(edge) for edge in graph.edges()]
+    ends = [(data["nodes"][s]["id"], data["nodes"][t]["id"], *known) for s, t, *known in data["edges"]]
+    assert ends == [(*edge[:3], edge.interval and list(edge.interval)) for edge in graph.edges()]
     assert [position for position, _ in data["positions"]] == graph.positions
 
 

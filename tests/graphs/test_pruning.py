@@ -51,7 +51,7 @@ def test_thresholds_match_their_definition(graph, threshold):
     assert set(kept.graph) == {n.id for n in graph.nodes() if n.id == METRIC or abs(n.effect) > threshold}
     kept = pruning.by_edge_threshold(graph, threshold)
     assert set(kept.graph) == set(graph.graph)
-    assert {e[:2] for e in kept.edges()} == {(u, v) for u, v, w in graph.edges() if abs(w) > threshold}
+    assert {e[:2] for e in kept.edges()} == {edge[:2] for edge in graph.edges() if abs(edge.weight) > threshold}
 
 
 @given(random_graphs(), st.integers(0, 10))

@@ -27,7 +27,7 @@ def test_discover_verifies_and_bounds_its_effects(sfc, verified_run):
     result = sfc("discover", *options, "--out", run, "--verify", 5, "--resamples", 200, "--overwrite")
     assert result.status == 0
     assert "verified 5 nodes by exact patching" in result.out
-    assert "nodes are distinguishable from zero (95% bootstrap intervals over 8 prompts)" in result.out
+    assert "edges are distinguishable from zero (95% bootstrap intervals over 8 prompts)" in result.out
     graph = FeatureGraph.load(run / "circuit" / "circuit.json")
     nodes = [node for node in graph.nodes() if node.kind != "metric"]
     assert sum("exact_effect" in node.attributes for node in nodes) == 5

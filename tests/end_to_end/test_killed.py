@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,12 @@ def is_checkpoint(path: Path) -> bool:
     return path.name.startswith("step_")
 
 
+def reached(step: int, kind: Callable[[Path], bool], path: Path) -> bool:
+    """Whether a path is of that kind, and of that step or a later one."""
+    number = path.name.lstrip(".").removeprefix("step_").partition(".")[0]
+    return kind(path) and number.isdigit() and int(number) >= step
+
+
 def same_bits(one: Path, other: Path) -> bool:
     loaded = load_saes(one), load_saes(other)
     return loaded[0].keys() == loaded[1].keys() and all(
@@ -103,8 +110,9 @@ def test_a_training_killed_anywhere_ends_in_the_same_bits(processes, model_folde
     assert processes.run(*train, kill_at=appears(tmp_path, lambda path: path.name == "killed")) == -9
     caught = 0
     for kill in range(4):
-        while_writing = is_temporary if kill % 2 else is_checkpoint
-        moment = appears(checkpoints, while_writing, wait=0 if kill % 2 else moments.uniform(0, 0.1))
+        step = 11 * (kill + 1)  # a fill of the buffer is 17 of the 58 steps
+        wanted = partial(reached, step, is_temporary if kill % 2 else is_checkpoint)
+        moment = appears(checkpoints, wanted, wait=0 if kill % 2 else moments.uniform(0, 0.05))
         assert processes.run(*train, kill_at=moment) == -9
         caught += any(map(is_temporary, checkpoints.iterdir()))
         complete = [path for path in checkpoints.iterdir() if is_checkpoint(path)]

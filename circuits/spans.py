@@ -11,7 +11,7 @@ The prompt file says where spans are, or a template finds them:
     "The {subject} near the {attractor}"                    a template: the text of every field is a span
 
 1. Words are looked for between word boundaries first, anywhere after that; they become ranges of characters, and these
-   tokens: white space at the edge of a token counts for nothing.
+   tokens: white space at the edge of a token counts for nothing, and a token of nothing else belongs to what follows.
 2. Every token gets one role: its span; outside all spans `last` if it is the last token, else `other`.
 3. The roles of a prompt are a property of its tokens, so clean and patch prompt must have the same ones.
 
@@ -190,6 +190,9 @@ def _tokens(name: str, span: Span, text: str, offsets: Sequence[Range]) -> Seque
         piece = text[a:b]
         if piece.strip():
             a, b = a + len(piece) - len(piece.lstrip()), b - len(piece) + len(piece.rstrip())
+        if piece and not piece.strip() and b == start:  # the space of a word that other words have in their first token
+            found.append(token)
+            continue
         if a == b or b <= start or a >= end:
             continue
         if a < start or b > end:

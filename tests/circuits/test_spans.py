@@ -120,6 +120,13 @@ def test_templates():
             spans_of_template(wrong, "The king")
 
 
+def test_a_space_that_is_a_token_belongs_to_the_word_behind_it():
+    """As it does where the word's first token has it, so that such words align."""
+    spans = {"name": Span(text="Jo")}
+    apart = token_roles(spans, "hi Jo runs", [(0, 0), (0, 2), (2, 3), (3, 5), (5, 10)])
+    assert apart == ["other", "other", "name", "name", "last"]
+
+
 # ---- prompts with spans
 
 

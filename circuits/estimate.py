@@ -248,7 +248,7 @@ def memory_parts(
 
     batch: prompts whose activations are held at once; entries: effects of a prompt and site.
     """
-    rows = min(max_rows(model, n_positions, memory=options.memory), n_prompts * _copies(options))
+    rows = _rows_at_once(model, options, n_positions=n_positions, n_prompts=n_prompts)
     activations = state_bytes(model, sites, n_positions)
     wide = max(config_of(saes, site).d_model for site in sites)
     # error change and cotangent, float32
@@ -265,10 +265,14 @@ def memory_parts(
     }
 
 
-def _copies(options: DiscoverOptions) -> int:
-    """How many times a prompt goes through the model at once at most."""
-    copies = {"ig": options.steps, "ig-inputs": options.steps, "exact": MOST_ROWS, "ig-adaptive": ADAPTIVE_NODES}
-    return max(copies.get(options.method, 1), MOST_ROWS if options.edge_nodes else 1)
+def _rows_at_once(model: LanguageModel, options: DiscoverOptions, *, n_positions: int, n_prompts: int) -> int:
+    """Prompts, and copies of them, that go through the model together at most: in the method, or as lanes of edges."""
+    most = max_rows(model, n_positions, memory=options.memory)
+    batch = min(most, MOST_ROWS, n_prompts)
+    points = {"ig": options.steps, "ig-inputs": options.steps, "ig-adaptive": ADAPTIVE_NODES}.get(options.method, 1)
+    rows = most if options.method == "exact" else max(1, min(most // batch, points)) * batch
+    lanes = max(1, min(lanes_rows(most, n_positions, model.device) // batch, options.edge_nodes))
+    return max(rows, lanes * batch)
 
 
 def saes_bytes(saes: Mapping[Site, SparseAutoencoder], sites: Sequence[Site]) -> int:

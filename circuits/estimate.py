@@ -113,8 +113,10 @@ def estimate_discovery(
     saes: Mapping[Site, SparseAutoencoder],
     prompts: PromptSet,
     options: DiscoverOptions,
+    *,
+    files: bool = True,
 ) -> Estimate:
-    """Time a few prompts and count the rest."""
+    """Time a few prompts and count the rest; files: whether finished batches go to disk, as `sfc discover` has it."""
     m = get_metric(options.metric)
     sites, model = visible_sites(m, model, select_sites(options.sites, list(saes))), read_by(model, m)
     n_positions, n_prompts = prompts.clean.n_positions, len(prompts)
@@ -142,7 +144,9 @@ def estimate_discovery(
         * (passes.edge_forward * timed.forward + passes.edge_backward * max(timed.both - timed.forward, timed.forward)),
         "reading autoencoders": reads * timed.read,
     }
-    on_disk = n_prompts * state_bytes(model, sites, n_positions) + memory["kept for edges"] + memory["effects"]
+    on_disk = memory["effects"] + memory["gradients for edges"] + memory["kept for edges"] if files else 0
+    if files:  # they are mapped from disk where they are used
+        memory |= {"gradients for edges": 0, "kept for edges": 0}
     held = memory["model"] + memory["autoencoders"]
     free = free_memory(model.device)
     return Estimate(

@@ -98,7 +98,7 @@ def run(job: str, args: argparse.Namespace) -> dict[str, Any]:
 def extrapolated(job: str, found: dict[str, Any], args: argparse.Namespace) -> tuple[float, float]:
     """(GiB, seconds) for all 26 layers with as many prompts, and the same budgets."""
     parts, layers = found["estimate"]["memory_bytes"], args.layers
-    fixed = parts["backward pass"] + parts["encoding"] + parts["autoencoders"] + parts["kept for edges"]
+    fixed = parts["backward pass"] + parts["encoding"] + parts["autoencoders"]
     memory = fixed + (found["estimate"]["peak_bytes"] - fixed) * WHOLE / layers
 
     def work(n: int) -> dict[str, float]:

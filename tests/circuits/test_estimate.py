@@ -135,6 +135,10 @@ def test_text_and_advice(tiny_model, tiny_saes, tiny_prompts, monkeypatch):
     estimate = estimate_discovery(tiny_model, tiny_saes, tiny_prompts, options)
     assert not estimate.advice and "estimated memory" in estimate.text() and "estimated time" in estimate.text()
     assert estimate.to_dict()["peak_bytes"] == estimate.peak == sum(estimate.memory.values())
+    kept = {"gradients for edges", "kept for edges"}
+    in_memory = estimate_discovery(tiny_model, tiny_saes, tiny_prompts, options, files=False)
+    moved = {name for name, n in in_memory.memory.items() if n != estimate.memory[name]}
+    assert moved == kept and in_memory.on_disk == 0 < estimate.on_disk
     monkeypatch.setattr("circuits.estimate.free_memory", lambda device: 2**20)
     short = estimate_discovery(tiny_model, tiny_saes, tiny_prompts, replace(options, memory=1.0))
     assert "--memory below 1" in short.text()

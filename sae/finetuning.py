@@ -50,8 +50,8 @@ from sae.tunable import Reconstruction, Tunable
 log = logging.getLogger(__name__)
 
 LOSSES = ("kl", "ce")
-MEASURED_BATCHES = 4
-"""Batches on which scale and L0 before fine-tuning are measured."""
+MEASURED_BATCHES = 32
+"""Batches on which scale and L0 are measured beforehand; documents come sorted by length, so a few would not do."""
 
 
 @dataclass(frozen=True)
@@ -215,21 +215,24 @@ def make_tunable(
     model: LanguageModel, saes: Mapping[Site, SparseAutoencoder], stream: ContextStream, config: FinetuneConfig
 ) -> dict[Site, Tunable]:
     """Trainable autoencoders with scale and L0 measured on the first batches; the text is then where it was."""
-    start = stream.state
-    found: dict[Site, list[Tensor]] = {site: [] for site in saes}
+    start, n = stream.state, 0
+    sums = {site: [torch.zeros((), device=model.device) for _ in range(3)] for site in saes}
     for _ in range(MEASURED_BATCHES):
         tokens = stream.take().to(model.device)
         counted = counted_tokens(model, tokens, special_tokens=not config.exclude_special)
+        n += int(counted.sum())
         for site, x in model.run(tokens, capture=saes, need_logits=False).activations.items():
-            found[site].append(x[counted].float())
+            x = x[counted].to(saes[site].W_dec.dtype)
+            more = (x.sum(0), x.square().sum(), len(saes[site].encode_sparse(x).value))
+            sums[site] = [total + part for total, part in zip(sums[site], more, strict=True)]
     stream.seek(start)
+    if not n:
+        raise UserError(f"the text {stream.source.name!r} begins with nothing but special tokens")
     tunables = {}
     for site, sae in saes.items():
-        x = torch.cat(found[site])
-        if not len(x):
-            raise UserError(f"the text {stream.source.name!r} begins with nothing but special tokens")
-        scale = (x - x.mean(0)).square().sum(1).mean().sqrt().clamp(min=1e-6).item()
-        tunables[site] = Tunable(sae, scale=scale, l0=len(sae.encode_sparse(x).value) / len(x))
+        total, squares, n_active = sums[site]
+        variance = (squares - total.square().sum() / n) / n
+        tunables[site] = Tunable(sae, scale=variance.clamp(min=1e-12).sqrt().item(), l0=n_active.item() / n)
     return tunables
 
 

@@ -36,7 +36,8 @@ class Finetune(Common):
 
     def run(self) -> Output:
         source = Path(self.saes)
-        if source.exists() and self.out.resolve() in (source.resolve(), source.resolve().parent):
+        run = source.parent if source.name == "saes" else source
+        if source.exists() and self.out.resolve() == run.resolve():
             raise UserError(f"out and saes are the same folder, {str(self.out)!r}: give another one, the trained stay")
         model = load_model(self.model, self)
         sites = None if self.sites == "all" else list(select_sites(self.sites, model.sites))

@@ -116,7 +116,7 @@ class FinetuneConfig:
         """The learning rate when a share `done` of the tokens is read, for a site of the given width."""
         peak = self.learning_rate or 0.008 / math.sqrt(width)
         rise = min(1.0, done / self.warmup) if self.warmup else 1.0
-        return peak * rise * (1 - max(0.0, done - self.warmup) / max(1e-9, 1 - self.warmup))
+        return peak * rise * max(0.0, 1 - max(0.0, done - self.warmup) / max(1e-9, 1 - self.warmup))
 
 
 class SplicedLoss(NamedTuple):

@@ -188,6 +188,7 @@ def test_cross_entropy_goes_down_with_the_loss_ce(tiny_model, trained, tmp_path)
     assert ce[1] < ce[0]
     lines = [json.loads(line) for line in (tmp_path / "run" / "saes" / "finetuning.jsonl").read_text().splitlines()]
     assert lines[-1]["ce"] < lines[0]["ce"] and lines[-1]["tokens"] >= 4000
+    assert lines[-1]["learning_rate"] == 0 and all(line["learning_rate"] > 0 for line in lines[:4])
 
 
 def test_a_foreign_autoencoder_can_be_fine_tuned(tiny_model, trained, tmp_path):

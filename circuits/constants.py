@@ -51,7 +51,7 @@ class FitOptions:
     """Steps of gradient descent."""
     batch_size: int = 64
     """Prompts a step."""
-    learning_rate: float = 0.003
+    learning_rate: float = 0.0015
     """Of Adam, in units of a cell's mean activation (root mean square), falling to a tenth over the steps."""
     seed: int = 0
     """Seed of prompts and circuits."""

@@ -28,7 +28,8 @@ from tqdm import tqdm
 from circuits.behaviour import get_metric, prepare
 from circuits.comparison_options import MASK, CompareOptions, split
 from circuits.comparison_study import MEAN, NOISING, Agreement, Study, Truth, agreement
-from circuits.faithfulness import Faithfulness, FaithfulnessOptions, measure_faithfulness
+from circuits.faithfulness import FaithfulnessOptions, measure_faithfulness
+from circuits.faithfulness_report import Faithfulness
 from circuits.nodes import count
 from circuits.probes import read_by, visible_sites
 from circuits.prompts import PromptSet

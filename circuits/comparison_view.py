@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from circuits.comparison import LEVELS, Comparison, MethodScore
 from circuits.comparison_study import MEAN, NOISING
-from sae.files import atomic_write
 from sae.neurons import NEURONS
+from sae.plotting import COLOURS, PALE, RULE, quiet, save_figure
+from sae.tables import aligned
 
-COLOURS = ("#1b6ca8", "#c1440e", "#2e8b57", "#8e44ad", "#b8860b", "#008b8b", "#a0522d", "#c2185b", "#556b2f")
-PALE = "#8a8a8a"
 BASELINES = ("random", "activation-difference")
 
 
@@ -43,14 +44,14 @@ def tables(comparison: Comparison) -> str:
             f"faithfulness of the strongest nodes on {comparison.n_test} held-out prompts, found on "
             f"{comparison.n_train}; nodes from {first.start_site} on, others ablated by {first.ablation}; "
             "n(x): nodes needed for faithfulness x",
-            _aligned(circuits),
+            aligned(circuits),
             "",
             "what is left without them (completeness)",
-            _aligned(without),
+            aligned(without),
             "",
             f"correlation with exact patching{sample}: noising, and the mean of noising and denoising; * what the "
             "method estimates; errors: the same for the error nodes",
-            _aligned(estimates),
+            aligned(estimates),
         ]
     )
 
@@ -91,20 +92,8 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def _aligned(cells: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their widest cell, the first to the left and the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = []
-    for first, *others in cells:
-        right = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
-        lines.append("  ".join([first.ljust(widths[0]), *right]).rstrip())
-    return "\n".join(lines)
-
-
 def plot(comparison: Comparison, path: str | Path) -> Path:
     """Faithfulness and completeness over circuit size, one line a method, as .svg, .png or .pdf."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     colours = iter(COLOURS * len(comparison.rows))
@@ -121,14 +110,11 @@ def plot(comparison: Comparison, path: str | Path) -> Path:
         right.plot(row.curve.sizes, row.curve.completeness, **style)
     for axes, title in ((left, "only these nodes (faithfulness)"), (right, "all but these nodes (completeness)")):
         for level in (0, 1):
-            axes.axhline(level, color="0.85", lw=1, zorder=0)
+            axes.axhline(level, color=RULE, lw=1, zorder=0)
         axes.set(xscale="log", xlabel="strongest nodes", title=title)
         axes.xaxis.set_major_formatter("{x:.0f}")
-        axes.spines[["top", "right"]].set_visible(False)
+        quiet(axes, size=10)
     low, high = left.get_ylim()
     left.set(ylabel="share of the behaviour", ylim=(max(low, -0.5), min(high, 1.5)))
     figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", frameon=False)
-    path = Path(path)
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:], dpi=160)
-    return path
+    return save_figure(figure, path)

@@ -25,8 +25,7 @@ Legend: B prompts, S positions, d model width, G groups of nodes with equal inpu
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,88 +37,20 @@ from circuits.behaviour import Metric, get_metric, prepare
 from circuits.circuit import Circuit
 from circuits.constants import ablation_values
 from circuits.edges import Edges
-from circuits.faithfulness import FaithfulnessOptions, aligned, from_start_site, shares, span
+from circuits.faithfulness import FaithfulnessOptions, aligned, from_start_site, shares, sizes_within
+from circuits.faithfulness_report import EdgeFaithfulness
 from circuits.nodes import Nodes, count
 from circuits.probes import read_by
 from circuits.prompts import PromptSet
 from circuits.uncertainty import Bootstrap
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError
-from sae.files import atomic_write
 from sae.model import LanguageModel
 from sae.sites import Site
 from sae.streaming import subset
 
 Kept = dict[tuple[Site, Site | None], Tensor]
 """(upstream, downstream or None for the metric) -> [D, U] float, 1 where the edge is kept."""
-
-
-@dataclass(frozen=True)
-class EdgeFaithfulness:
-    """A curve over the number of edges; `random` holds one curve a draw."""
-
-    sizes: list[int]
-    """Edges kept."""
-    faithfulness: list[float]
-    """(m(E) - m(0)) / (m(M) - m(0)) for the strongest edges of each size."""
-    random: list[list[float]]
-    """Faithfulness of random edges: one list over sizes per draw."""
-    all_joined: float
-    """Faithfulness with every node joined to every earlier one, weight or not: that of the nodes."""
-    n_edges: int
-    """Edges with a weight, from the start site on."""
-    n_nodes: int
-    """Nodes between which edges were computed."""
-    m_model: float
-    """Mean metric of the whole model, m(M)."""
-    m_empty: float
-    """Mean metric without any edge, m(0)."""
-    ablation: str
-    """What the inputs without an edge became."""
-    start_site: str
-    """First site of the circuit."""
-    n_prompts: int
-    """Prompts measured."""
-    intervals: list[list[float]]
-    """95 % bootstrap interval over the prompts of each size's faithfulness; empty where not computed."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON."""
-        return {"schema_version": 1, **asdict(self)}
-
-    def table(self) -> str:
-        """A table for the terminal: one row a size."""
-        gap = f"  {'':>16}" if self.intervals else ""
-        lines = [f"{'edges':>7}  {'faithfulness':>12}{gap}  {'random':>16}"]
-        for row, size in enumerate(self.sizes):
-            drawn = [curve[row] for curve in self.random]
-            beside = f"{min(drawn):+.2f} to {max(drawn):+.2f}" if drawn else ""
-            interval = f"  {span(self.intervals[row]):>16}" if self.intervals else ""
-            lines.append(f"{size:>7}  {self.faithfulness[row]:>12.3f}{interval}  {beside:>16}")
-        lines.append(f"{self.n_edges} edges have a weight; with all {self.n_nodes} nodes joined {self.all_joined:.3f}")
-        return "\n".join(lines)
-
-    def plot(self, path: str | Path) -> Path:
-        """Faithfulness of the strongest and of random edges over their number, as .svg, .png or .pdf."""
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(6, 3.6), layout="constrained")
-        axes = figure.subplots()
-        axes.axhline(0, color="0.8", lw=1)
-        axes.axhline(self.all_joined, color="0.8", lw=1, ls="--", label="all nodes joined")
-        axes.plot(self.sizes, self.faithfulness, "o-", color="#1b6ca8", label="strongest edges")
-        if self.intervals:
-            low, high = zip(*self.intervals, strict=True)
-            axes.fill_between(self.sizes, low, high, color="#1b6ca8", alpha=0.15, lw=0)
-        for draw, curve in enumerate(self.random):
-            axes.plot(self.sizes, curve, ":", color="0.5", label="random edges" if draw == 0 else None)
-        axes.set(xscale="log", xlabel=f"edges kept, from {self.start_site} on", ylabel="share of the behaviour")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
-        path = Path(path)
-        with atomic_write(path) as temporary:
-            figure.savefig(temporary, format=path.suffix[1:], dpi=160)
-        return path
 
 
 def measure_edge_faithfulness(
@@ -154,10 +85,8 @@ def measure_edge_faithfulness(
     n_edges = sum(int(weights.count_nonzero()) for weights in edges.values())
     if not n_edges:
         raise UserError("the circuit has no edges here: discover it with edge nodes, or start at an earlier site")
-    sizes = sorted({min(size, n_edges) for size in sizes if size > 0})
-    if not sizes:
-        raise UserError("sizes hold no positive number of edges")
-    sets = [_joined(edges), *(strongest_edges(edges, size) for size in sizes)]
+    sizes = sizes_within(sizes, n_edges, of="edges")
+    sets = [strongest_edges(edges, 0), _joined(edges), *(strongest_edges(edges, size) for size in sizes)]
     generator = torch.Generator().manual_seed(options.seed)
     for _ in range(options.random):
         rank = {pair: torch.rand(w.shape, generator=generator) * (w != 0) for pair, w in edges.items()}
@@ -168,13 +97,20 @@ def measure_edge_faithfulness(
         seed=options.seed, batch_size=options.batch_size, progress=progress,
     )  # fmt: skip
     runner = _Runner(model, saes, nodes, values.table, m, max_rows)
-    m_all = _metrics(runner, values, [strongest_edges(edges, 0), *sets], prompts, options.batch_size, progress)
+    m_all = _metrics(runner, values, sets, prompts, options.batch_size, progress)
+    return _record(m_all, sizes, nodes, options, n_edges=n_edges)
+
+
+def _record(
+    m_all: Tensor, sizes: list[int], nodes: Nodes, options: FaithfulnessOptions, *, n_edges: int
+) -> EdgeFaithfulness:
+    """From m_all [3 + sets, B]: the whole model, no edge, all nodes joined, the strongest edges, the random draws."""
     f = shares(m_all.mean(1)).tolist()
     n = len(sizes)
     intervals = []
     if options.resamples:
         bootstrap = Bootstrap(resamples=options.resamples, seed=options.seed)
-        resampled = shares(bootstrap.weights(len(prompts)).to(m_all) @ m_all[: 3 + n].T)
+        resampled = shares(bootstrap.weights(m_all.shape[1]).to(m_all) @ m_all[: 3 + n].T)
         intervals = bootstrap.interval(resampled[:, 1:]).tolist()
     return EdgeFaithfulness(
         sizes=sizes,
@@ -187,7 +123,7 @@ def measure_edge_faithfulness(
         m_empty=m_all[1].mean().item(),
         ablation=options.ablation,
         start_site=next(iter(nodes)).name,
-        n_prompts=len(prompts),
+        n_prompts=m_all.shape[1],
         intervals=intervals,
     )
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from sae.errors import UserError
 from sae.files import write_json
+from sae.tables import aligned
 
 SCHEMA_VERSION = 1
 
@@ -168,7 +169,7 @@ class EditReport:
         if self.before.ce is not None:
             values = [b.ce or 0.0 for b in self.runs]
             rows.append(self._plain_row(f"CE on {self.n_texts} texts", values, digits=3))
-        lines = [self.title(), *_align([head, *rows])]
+        lines = [self.title(), aligned([head, *rows])]
         for sample in self.continuations:
             lines += ["", sample.prompt, f"  before:{_space(sample.before)}", f"  after: {_space(sample.after)}"]
         return "\n".join(lines)
@@ -195,15 +196,3 @@ def _range(values: Sequence[float], *, digits: int = 2) -> str:
 
 def _space(text: str) -> str:
     return " " + " ".join(text.split())
-
-
-def _align(rows: list[list[str]]) -> list[str]:
-    """Columns of equal width, the first to the left, the others to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

@@ -15,18 +15,12 @@ with an effect.
    them always.
 3. Ablation values from the reference prompts (by default those the circuit was found on).
 4. One forward pass per batch of prompts and node set; the metric of every prompt is kept for bootstrap intervals.
-
-CPR and CMD (Mueller et al. 2025, MIB) are the areas under f and under |1 - f| over the share of nodes kept, by the
-trapezoid rule.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from itertools import pairwise
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
@@ -34,14 +28,14 @@ from tqdm import tqdm
 from circuits.ablation import AblationValues, ablation_edits
 from circuits.behaviour import Metric, get_metric, prepare
 from circuits.cells import Cells
-from circuits.constants import Gain, ablation_values, gain
+from circuits.constants import ablation_values, gain
+from circuits.faithfulness_report import Faithfulness, Intervals, cmd, cpr
 from circuits.nodes import Nodes, SiteNodes, count, select_nodes
 from circuits.probes import read_by
 from circuits.prompts import PromptSet
 from circuits.uncertainty import Bootstrap
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError, unknown
-from sae.files import atomic_write
 from sae.model import LanguageModel
 from sae.sites import Site
 
@@ -77,138 +71,6 @@ class FaithfulnessOptions:
             raise unknown("errors", self.errors, ERRORS)
 
 
-@dataclass(frozen=True)
-class Intervals:
-    """95 % bootstrap intervals over the prompts, each [low, high]."""
-
-    faithfulness: list[list[float]]
-    """One a size."""
-    completeness: list[list[float]]
-    """One a size."""
-    cpr: list[float]
-    """Of the area under faithfulness."""
-    cmd: list[float]
-    """Of the area under its distance from 1."""
-
-
-@dataclass(frozen=True)
-class Faithfulness:
-    """Curves over circuit sizes; `random` holds one curve a draw."""
-
-    sizes: list[int]
-    """Nodes kept."""
-    faithfulness: list[float]
-    """(m(C) - m(0)) / (m(M) - m(0)) for the strongest nodes of each size."""
-    completeness: list[float]
-    """The same for everything but these nodes."""
-    random: list[list[float]]
-    """Faithfulness of random circuits: one list over sizes per draw."""
-    m_model: float
-    """Mean metric of the whole model, m(M)."""
-    m_empty: float
-    """Mean metric with every node ablated, m(0)."""
-    ablation: str
-    """What ablated nodes became."""
-    start_site: str
-    """First ablated site."""
-    n_nodes: int
-    """Nodes with an effect, from the start site on."""
-    n_prompts: int
-    """Prompts measured."""
-    n_uncovered: int
-    """Prompts left out because no reference prompt has their template."""
-    errors: str = "nodes"
-    """What was done with the errors."""
-    intervals: Intervals | None = None
-    """How far the curves depend on the prompts; None where not computed."""
-    gain: Gain | None = None
-    """What optimal constants gain over means on these prompts; None for other ablations."""
-
-    @property
-    def cpr(self) -> float:
-        """Area under faithfulness over the share of nodes kept (higher is better)."""
-        return cpr(self.faithfulness, self.sizes, self.n_nodes)
-
-    @property
-    def cmd(self) -> float:
-        """Area under |1 - faithfulness| over the share of nodes kept (lower is better)."""
-        return cmd(self.faithfulness, self.sizes, self.n_nodes)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON."""
-        return {"schema_version": 1, **asdict(self), "cpr": self.cpr, "cmd": self.cmd}
-
-    def table(self) -> str:
-        """A table for the terminal: one row a size."""
-        known = self.intervals
-        gap = f"  {'':>16}" if known else ""
-        lines = [f"{'nodes':>7}  {'faithfulness':>12}{gap}  {'random':>16}  {'completeness':>12}{gap}".rstrip()]
-        for row, size in enumerate(self.sizes):
-            drawn = [curve[row] for curve in self.random]
-            beside = f"{min(drawn):+.2f} to {max(drawn):+.2f}" if drawn else ""
-            f, c = f"{self.faithfulness[row]:>12.3f}", f"{self.completeness[row]:>12.3f}"
-            if known:
-                f, c = (f"{x}  {span(y[row]):>16}" for x, y in ((f, known.faithfulness), (c, known.completeness)))
-            lines.append(f"{size:>7}  {f}  {beside:>16}  {c}")
-        return "\n".join(lines)
-
-    def areas(self) -> str:
-        """CPR and CMD in a line."""
-        spans = ["", ""] if self.intervals is None else [f" {span(self.intervals.cpr)}", f" {span(self.intervals.cmd)}"]
-        return (
-            f"area under faithfulness (CPR) {self.cpr:.3f}{spans[0]}, "
-            f"under its distance from 1 (CMD) {self.cmd:.3f}{spans[1]}"
-        )
-
-    def plot(self, path: str | Path) -> Path:
-        """Faithfulness, completeness and random circuits over size, as .svg, .png or .pdf."""
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(6, 3.6), layout="constrained")
-        axes = figure.subplots()
-        axes.axhline(1, color="0.8", lw=1)
-        axes.axhline(0, color="0.8", lw=1)
-        axes.plot(self.sizes, self.faithfulness, "o-", color="#1b6ca8", label="circuit (faithfulness)")
-        axes.plot(self.sizes, self.completeness, "s-", color="#c1440e", label="all but the circuit (completeness)")
-        if self.intervals:
-            for bounds, colour in ((self.intervals.faithfulness, "#1b6ca8"), (self.intervals.completeness, "#c1440e")):
-                low, high = zip(*bounds, strict=True)
-                axes.fill_between(self.sizes, low, high, color=colour, alpha=0.15, lw=0)
-        for draw, curve in enumerate(self.random):
-            axes.plot(self.sizes, curve, ":", color="0.5", label="random circuits" if draw == 0 else None)
-        axes.set(xscale="log", xlabel=f"nodes kept, from {self.start_site} on", ylabel="share of the behaviour")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
-        path = Path(path)
-        with atomic_write(path) as temporary:
-            figure.savefig(temporary, format=path.suffix[1:], dpi=160)
-        return path
-
-
-def _area(values: Sequence[float], sizes: Sequence[int], n_nodes: int, height) -> float:
-    """Trapezoid area over size / n_nodes; the last value holds from the largest size measured to all nodes, where f
-    = 1.
-    """
-    points = [(size / n_nodes, height(value)) for size, value in zip(sizes, values, strict=True) if size < n_nodes]
-    points.append((1.0, height(1.0)))
-    return sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in pairwise(points))
-
-
-def cpr(faithfulness: Sequence[float], sizes: Sequence[int], n_nodes: int) -> float:
-    """Area under faithfulness over the share of nodes kept, from no node (0) to all (1)."""
-    return _area([0.0, *faithfulness], [0, *sizes], n_nodes, lambda f: f)
-
-
-def cmd(faithfulness: Sequence[float], sizes: Sequence[int], n_nodes: int) -> float:
-    """Area under |1 - faithfulness| over the share of nodes kept."""
-    return _area([0.0, *faithfulness], [0, *sizes], n_nodes, lambda f: abs(1 - f))
-
-
-def span(bounds: Sequence[float]) -> str:
-    """An interval as `[0.512, 0.634]`."""
-    return f"[{bounds[0]:.3f}, {bounds[1]:.3f}]"
-
-
 def measure_faithfulness(
     model: LanguageModel,
     saes: Mapping[Site, SparseAutoencoder],
@@ -230,19 +92,15 @@ def measure_faithfulness(
     m = get_metric(metric)
     prompts = prepare(prompts, model, m)
     model = read_by(model, m)
-    nodes = from_start_site(nodes, options.start_site)
-    if options.errors != "nodes":
-        nodes = {site: site_nodes[~site_nodes.is_error] for site, site_nodes in nodes.items()}
+    nodes = from_start_site(nodes, options.start_site, errors=options.errors)
     n_nodes = count(nodes)
     if n_nodes == 0:
         raise UserError(f"no node has an effect from {options.start_site or 'the first site'} on: start earlier")
-    sizes = sorted({min(size, n_nodes) for size in sizes if size > 0})
-    if not sizes:
-        raise UserError("sizes hold no positive number of nodes")
+    sizes = sizes_within(sizes, n_nodes, of="nodes")
     strongest = [select_nodes(nodes, top=size) for size in sizes]
     generator = torch.Generator().manual_seed(options.seed)
-    drawn = [[random_nodes(nodes, size, generator=generator) for size in sizes] for _ in range(options.random)]
-    sets = [*strongest, *(one for draw in drawn for one in draw)]
+    drawn = [random_nodes(nodes, size, generator=generator) for _ in range(options.random) for size in sizes]
+    sets = [*strongest, *drawn]
     reference, prompts, uncovered = aligned(reference or prompts, prompts, options.ablation)
     runs = _with_errors([(one, True) for one in ({}, *sets)] + [(one, False) for one in strongest],
                         nodes, options.errors)  # fmt: skip
@@ -252,11 +110,19 @@ def measure_faithfulness(
         batch_size=options.batch_size, progress=progress,
     )  # fmt: skip
     m_all = _metrics(values, runs, prompts, m, options.batch_size, progress=progress)
+    gained = gain(values, curve, prompts, batch_size=options.batch_size) if options.ablation == "optimal" else None
+    return _record(m_all, sizes, nodes, options, n_uncovered=uncovered, gained=gained)
+
+
+def _record(
+    m_all: torch.Tensor, sizes: list[int], nodes: Nodes, options: FaithfulnessOptions, *, n_uncovered: int, gained
+) -> Faithfulness:
+    """From m_all [2 + sets, B]: the whole model, no node, the strongest, the random draws, all but the strongest."""
     m_model, m_empty = m_all[:2].mean(1).tolist()
     if abs(m_model - m_empty) < 1e-9:
         raise UserError(f"ablating every node leaves the metric at {m_empty:.4f}: there is nothing to explain")
     f = shares(m_all.mean(1)).tolist()
-    n = len(sizes)
+    n, n_nodes = len(sizes), count(nodes)
     return Faithfulness(
         sizes=sizes,
         faithfulness=f[:n],
@@ -267,11 +133,11 @@ def measure_faithfulness(
         ablation=options.ablation,
         start_site=next(iter(nodes)).name,
         n_nodes=n_nodes,
-        n_prompts=len(prompts),
-        n_uncovered=uncovered,
+        n_prompts=m_all.shape[1],
+        n_uncovered=n_uncovered,
         errors=options.errors,
         intervals=_intervals(m_all, sizes, n_nodes, options) if options.resamples else None,
-        gain=gain(values, curve, prompts, batch_size=options.batch_size) if options.ablation == "optimal" else None,
+        gain=gained,
     )
 
 
@@ -331,14 +197,22 @@ def _metrics(values: AblationValues, sets, prompts, metric, batch_size, *, progr
     return torch.cat(columns, dim=1)
 
 
-def from_start_site(nodes: Nodes, start_site: str | None) -> Nodes:
-    """The nodes at `start_site` and later."""
-    if start_site is None:
-        return nodes
-    names = [site.name for site in nodes]
-    if start_site not in names:
-        raise unknown("start site", start_site, names)
-    return {site: site_nodes for site, site_nodes in nodes.items() if site >= Site.parse(start_site)}
+def sizes_within(sizes: Sequence[int], n: int, *, of: str) -> list[int]:
+    """The positive sizes in order, those above n as n; of: what they count."""
+    within = sorted({min(size, n) for size in sizes if size > 0})
+    if not within:
+        raise UserError(f"sizes hold no positive number of {of}")
+    return within
+
+
+def from_start_site(nodes: Nodes, start_site: str | None, *, errors: str = "nodes") -> Nodes:
+    """The nodes at `start_site` and later, without the errors unless these are nodes."""
+    if start_site is not None:
+        names = [site.name for site in nodes]
+        if start_site not in names:
+            raise unknown("start site", start_site, names)
+        nodes = {site: here for site, here in nodes.items() if site >= Site.parse(start_site)}
+    return nodes if errors == "nodes" else {site: here[~here.is_error] for site, here in nodes.items()}
 
 
 def random_nodes(nodes: Nodes, size: int, *, generator: torch.Generator) -> Nodes:

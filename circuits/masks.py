@@ -253,9 +253,7 @@ def learn_mask(
     m = get_metric(metric)
     prompts = prepare(prompts, model, m)
     model = read_by(model, m)
-    nodes = from_start_site(nodes, options.start_site)
-    if options.errors != "nodes":
-        nodes = {site: here[~here.is_error] for site, here in nodes.items()}
+    nodes = from_start_site(nodes, options.start_site, errors=options.errors)
     reference, prompts, _ = aligned(reference or prompts, prompts, options.ablation)
     gates = Gates(saes, nodes, errors=options.errors)
     values = AblationValues(

@@ -10,8 +10,9 @@ import tyro
 
 from circuits.circuit import circuit_folder
 from circuits.commands.common import Loaded, Output, UsesSaes, at_least, record
-from circuits.edge_faithfulness import EdgeFaithfulness, measure_edge_faithfulness
+from circuits.edge_faithfulness import measure_edge_faithfulness
 from circuits.faithfulness import FaithfulnessOptions, measure_faithfulness
+from circuits.faithfulness_report import EdgeFaithfulness
 from circuits.prompts import PromptSet
 from sae.errors import UserError
 from sae.files import write_json

@@ -12,7 +12,8 @@ import tyro
 from circuits.circuit import circuit_folder
 from circuits.commands.common import Common, Loaded, Output, at_least, record
 from circuits.commands.faithfulness import ERRORS_TEXT, parse_sizes
-from circuits.faithfulness import Faithfulness, FaithfulnessOptions, measure_faithfulness
+from circuits.faithfulness import FaithfulnessOptions, measure_faithfulness
+from circuits.faithfulness_report import Faithfulness
 from circuits.masks import MaskOptions, learn_mask
 from circuits.nodes import Nodes
 from sae.files import write_json

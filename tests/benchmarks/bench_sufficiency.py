@@ -26,7 +26,8 @@ import torch
 from circuits.ablation import ABLATIONS
 from circuits.comparison import LEVELS, nodes_for
 from circuits.discovery import DiscoverOptions, discover
-from circuits.faithfulness import ERRORS, Faithfulness, FaithfulnessOptions, measure_faithfulness
+from circuits.faithfulness import ERRORS, FaithfulnessOptions, measure_faithfulness
+from circuits.faithfulness_report import Faithfulness
 from circuits.masks import MaskOptions, learn_mask
 from circuits.nodes import Nodes
 from circuits.prompts import PromptSet, load_prompts

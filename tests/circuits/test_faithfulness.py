@@ -10,7 +10,8 @@ from scipy.integrate import trapezoid
 from circuits.ablation import AblationValues, NodeTable, SiteValues, ablation_edits
 from circuits.behaviour import logit_difference
 from circuits.discovery import DiscoverOptions, discover
-from circuits.faithfulness import FaithfulnessOptions, _area, from_start_site, measure_faithfulness, random_nodes
+from circuits.faithfulness import FaithfulnessOptions, from_start_site, measure_faithfulness, random_nodes
+from circuits.faithfulness_report import area
 from circuits.nodes import SiteNodes, count, select_nodes
 from sae.errors import UserError
 from sae.sites import Site
@@ -169,9 +170,9 @@ def test_prompts_unlike_the_reference(tiny_model, tiny_saes, tiny_prompts, nodes
 
 def test_areas():
     """CPR and CMD of a straight line from 0 to 1: a half each; of a perfect circuit from the first node on: 1 and 0."""
-    assert _area([0, 0.5], [0, 50], 100, lambda f: f) == pytest.approx(0.5)
-    assert _area([0, 0.5], [0, 50], 100, lambda f: abs(1 - f)) == pytest.approx(0.5)
-    assert _area([1, 1], [0, 50], 100, lambda f: abs(1 - f)) == 0
+    assert area([0, 0.5], [0, 50], 100, lambda f: f) == pytest.approx(0.5)
+    assert area([0, 0.5], [0, 50], 100, lambda f: abs(1 - f)) == pytest.approx(0.5)
+    assert area([1, 1], [0, 50], 100, lambda f: abs(1 - f)) == 0
 
 
 @pytest.mark.parametrize("errors", ["keep", "ablate"])

@@ -10,7 +10,8 @@
    multiples of their learning rates, `--variant` adds our own autoencoders with other options.
 3. L0 is made equal. TopK has it by construction. BatchTopK and Matryoshka have one threshold, which is set, for all
    sides, where k features are active on training rows. Penalties: ours steers itself; a peer's coefficient is
-   searched until L0 is within 5 % of k, in at most six trainings, and the nearest is taken.
+   searched until L0 is within 5 % of k, in at most six trainings, and the nearest is taken. A peer that stays further
+   than a fifth from our L0 is left out of the comparison and named.
 4. All are read through `sae.formats` and scored by our metrics on held-out rows.
 
 The last lines are ours minus the best peer for every architecture, metric by metric: means over the data sets. A
@@ -52,7 +53,7 @@ FIRST_COEFFICIENT = {
     "sae_lens": {"relu": 5.0, "gated": 5.0, "jumprelu": 5.0},
 }
 """Where the search for k active features begins; at k for dictionary_learning's JumpReLU, whose coefficient is L0."""
-TRIES, NEAR = 6, 0.05
+TRIES, NEAR, FAR = 6, 0.05, 0.2
 CALIBRATION_ROWS = 2**15
 SITES = ("resid_2", "mlp_2", "attn_2")
 
@@ -237,13 +238,12 @@ class Bench:
 def search(at: Callable[[float], Run], first: float, k: int, *, rising: bool) -> Run:
     """The run with L0 nearest to k, by secants of log L0 over log coefficient; L0 rises with it or falls."""
     runs: list[Run] = []
-    coefficient = first
-    for _ in range(TRIES):
-        run = at(float(f"{coefficient:.4g}"))
-        runs.append(run)
-        if abs(run.score.l0 / k - 1) <= NEAR:
+    coefficient = float(f"{first:.4g}")
+    while len(runs) < TRIES and coefficient not in [run.coefficient for run in runs]:
+        runs.append(at(coefficient))
+        if abs(runs[-1].score.l0 / k - 1) <= NEAR:
             break
-        coefficient = _next(runs, k, slope=1.0 if rising else -1.0)
+        coefficient = float(f"{_next(runs, k, slope=1.0 if rising else -1.0):.4g}")
     return min(runs, key=lambda run: abs(math.log(max(run.score.l0, 1e-3) / k)))
 
 
@@ -285,11 +285,21 @@ def leads(runs: list[Run]) -> Iterator[str]:
         of_kind = [run for run in runs if run.data.startswith("synthetic") == (kind == "synthetic")]
         for architecture in ARCHITECTURES:
             mine = [run for run in of_kind if run.architecture == architecture]
+            far = _far_from_ours(mine)
+            if far:
+                yield f"{kind:<12}{architecture:<13}left out, L0 not reached: {', '.join(far)}"
+            mine = [run for run in mine if run.maker not in far]
             by = {maker: mean_scores([r for r in mine if r.maker == maker]) for maker in {r.maker for r in mine}}
             peers = [score for maker, score in by.items() if not maker.startswith("ours")]
             if "ours" in by and peers:
                 cells = "".join(_cell(_lead(by["ours"], peers, name)) for name in _COLUMNS.values())
                 yield f"{kind:<12}{architecture:<57}{cells}"
+
+
+def _far_from_ours(runs: list[Run]) -> list[str]:
+    """Makers with an L0 more than a fifth away from ours on some data set."""
+    ours = {run.data: run.score.l0 for run in runs if run.maker == "ours"}
+    return sorted({run.maker for run in runs if run.data in ours and abs(run.score.l0 / ours[run.data] - 1) > FAR})
 
 
 def _lead(ours: dict[str, float], peers: list[dict[str, float]], name: str) -> float | None:

@@ -274,7 +274,9 @@ def test_schedules():
     assert rates[99] == pytest.approx(1 / 50)
     assert TrainConfig(tokens=100_000).batch == 512
     assert TrainConfig(tokens=100_000_000).batch == 4096
-    assert TrainConfig().learning_rate_at(TrainConfig().steps // 2, 64) == pytest.approx(0.064 / math.sqrt(64))
+    for batches, factor in ((500, 1.0), (1000, 1.0), (4000, 0.5)):
+        config = TrainConfig(tokens=512 * batches, batch_size=512)
+        assert config.learning_rate_at(batches // 2, 64) == pytest.approx(factor * 0.064 / math.sqrt(64))
     annealed = learner(k_start=20, warmup=0.5)
     assert [annealed.hyper(step).k for step in (0, 10_000)] == [20, 4]
 

@@ -1,4 +1,4 @@
-"""Feature activations in the form that makes a training step cheap: a list of the few that matter, or dense rows.
+"""Feature activations in the form that makes a training step cheap: a list of the few that matter.
 
 A batch of N tokens has N·F pre-activations z = W_enc (x − b_dec) + b_enc. Once they are known, what follows (decoding,
 and the gradients of W_enc, W_dec and the biases) needs only the n entries that are active:
@@ -11,13 +11,12 @@ and the gradients of W_enc, W_dec and the biases) needs only the n entries that 
 so the step costs one GEMM, a selection, and 8 n d operations, against 8 N F d for four more dense GEMMs. Entries may
 lie in several levels, each with its own sum over tokens (nested reconstructions): a bag is then a (level, token).
 
-Both classes give the same results for the same entries; `DenseCode` is faster when more than a tenth are active.
-The gradient of b_dec through the encoder is −W_encᵀ Σ_t ∂L/∂z, which saves the GEMM of ∂L/∂x.
+The gradient of b_dec through the encoder is −W_encᵀ Σ_t ∂L/∂z, which saves the GEMM of ∂L/∂x. Where more than a tenth
+of all entries are active, whole products are faster (`sae.dense`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
@@ -25,21 +24,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-CPU_CHUNK_BYTES = 16 * 2**20
-"""Largest [rows, F] intermediate on a CPU: glibc hands out anything above 32 MB as fresh pages, which costs more than
-the arithmetic on it; below, memory is used again and half of it stays in cache."""
-GPU_CHUNK_BYTES = 2 * 2**30
-"""Largest [rows, F] intermediate elsewhere."""
-MIN_CHUNK_ROWS = 64
-
-
-def row_chunks(n_rows: int, n_features: int, device: torch.device) -> Iterator[slice]:
-    """Slices of the batch whose [rows, F] intermediate fits the chunk size of the device."""
-    budget = CPU_CHUNK_BYTES if device.type == "cpu" else GPU_CHUNK_BYTES
-    rows = max(MIN_CHUNK_ROWS, budget // (4 * n_features))
-    for start in range(0, n_rows, rows):
-        yield slice(start, min(start + rows, n_rows))
 
 
 def bag_sum(source: Tensor, index: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
@@ -126,32 +110,6 @@ class SparseCode:
         return out if self.level is None else out.view(self.n_levels, self.n_tokens, -1)
 
 
-class DenseCode:
-    """All entries of a batch: z [N, F]."""
-
-    def __init__(self, z: Tensor):
-        self.z = z
-
-    def expand(self, parameter: Tensor) -> Tensor:
-        """A per-feature parameter [F], which broadcasts over tokens."""
-        return parameter
-
-    def sum_tokens(self, value: Tensor) -> Tensor:
-        """Σ over tokens: [F]."""
-        return value.sum(0)
-
-    def encode(self, W_enc: Tensor, bias: Tensor | None, b_dec: Tensor | None, x_c: Tensor) -> Tensor:
-        """z [N, F], differentiable in the encoder and b_dec."""
-        return _DenseEncode.apply(W_enc, bias, b_dec, x_c, self)
-
-    def decode(self, value: Tensor, W_dec: Tensor) -> Tensor:
-        """value [N, F] @ W_dec: [N, d]."""
-        return value @ W_dec
-
-
-Code = SparseCode | DenseCode
-
-
 class _Expand(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, parameter: Tensor, code: SparseCode) -> Tensor:
@@ -184,20 +142,6 @@ class _SparseEncode(torch.autograd.Function):
         dW_enc = bag_sum(x_c, ctx.code.token[order], offsets, dz[order])
         dx_c = bag_sum(W_enc, ctx.code.feature, ctx.code.bag_offsets, dz) if ctx.needs_input_grad[3] else None
         return dW_enc, *_bias_gradients(ctx, ctx.code.sum_tokens(dz), W_enc), dx_c, None
-
-
-class _DenseEncode(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, W_enc: Tensor, bias: Tensor | None, b_dec: Tensor | None, x_c: Tensor, code: DenseCode
-    ) -> Tensor:
-        ctx.save_for_backward(W_enc, x_c)
-        return code.z
-
-    @staticmethod
-    def backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        W_enc, x_c = ctx.saved_tensors
-        return dz.T @ x_c, *_bias_gradients(ctx, dz.sum(0), W_enc), None, None
 
 
 class _SparseDecode(torch.autograd.Function):

@@ -24,6 +24,7 @@ from sae.architectures.base import Hyper
 from sae.autoencoder import SAEConfig, SparseAutoencoder
 from sae.config import TrainConfig
 from sae.nonlinearities import TOPK, fold_norms, fold_scale
+from sae.products import Scratch
 from sae.resampling import resample
 from sae.sites import Site
 
@@ -73,6 +74,7 @@ class Learner:
         self.state |= {f"own.{key}": tensor for key, tensor in self.recipe.own_state().items()}
         self.state = {key: tensor.to(device) for key, tensor in self.state.items()}
         self.dead: Tensor | None = None
+        self.scratch = Scratch()
 
     def _first_sparsity(self) -> float:
         if self.config.sparsity is not None:
@@ -126,7 +128,8 @@ class Learner:
         dense = self.recipe.may_be_dense and state["l0"].item() > DENSE_ABOVE * self.n_features
         if self.k_aux and (step % DEAD_LOOKS == 0 or x.device.type == "cpu"):
             self._find_dead()
-        stats = self.recipe.step(x, self.weights, self.hyper(step), own, dead=self.dead, dense=dense)
+        hyper = self.hyper(step)
+        stats = self.recipe.step(x, self.weights, hyper, own, dead=self.dead, dense=dense, scratch=self.scratch)
         state["silent"].add_(len(x)).mul_(stats.fired == 0)
         state["l0"].copy_(stats.fired.sum() / len(x))
         if not self.recipe.fixed_k and self.config.sparsity is None and not self.targets_l0:

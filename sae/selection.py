@@ -1,7 +1,7 @@
 """Which entries of a batch are active: selection without sorting what is certainly not.
 
-- `top_k`: the k largest of each token. On a CPU in two stages: they lie in the k groups of columns with the largest
-  maxima, so only 8 k of F entries are selected from.
+- `top_k`: the k largest of each token. On a CPU they are looked for in the k groups of columns with the largest maxima,
+  which are found the same way, so that no selection is from more than about 8 k entries.
 - `above`: every entry over a bound. Columns are looked at in groups of eight first (an elementwise maximum over slabs
   F/8 wide, which is memory-bound); only groups whose maximum is over the bound are read again.
 - `BatchSelector`: the n largest of the whole batch (BatchTopK). A bound below the n-th largest is read from a
@@ -37,14 +37,15 @@ class Entries(NamedTuple):
 def top_k(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Values and features [N, k] of the k largest z [N, F] of each token, in no order."""
     maxima = group_maxima(z)
-    n_tokens, n_groups = maxima.shape
+    n_groups = maxima.shape[1]
     if z.device.type != "cpu" or n_groups == z.shape[1] or n_groups < 2 * k:
-        return z.topk(k, dim=-1, sorted=False)
-    group = maxima.topk(k, dim=-1, sorted=False).indices  # [N, k]
-    members = z.view(n_tokens, GROUP, n_groups).gather(2, group[:, None].expand(-1, GROUP, -1))  # [N, g, k]
-    value, place = members.view(n_tokens, GROUP * k).topk(k, dim=-1, sorted=False)
-    feature = place.div(k, rounding_mode="floor") * n_groups + group.gather(1, place % k)
-    return value, feature
+        value, feature = z.topk(k, dim=-1, sorted=False)
+        return value, feature
+    _, group = top_k(maxima, k)
+    members = torch.arange(0, z.shape[1], n_groups)[:, None] + group[:, None]  # [N, g, k]
+    members = members.flatten(1)
+    value, place = z.gather(1, members).topk(k, dim=-1, sorted=False)
+    return value, members.gather(1, place)
 
 
 def group_maxima(z: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ from sae.config import TrainConfig
 from sae.errors import UserError
 from sae.learner import Learner
 from sae.model import LanguageModel
+from sae.products import Scratch
 from sae.run_folder import RunFolder, run_settings
 from sae.sites import Site, select_sites
 from sae.text import TextSource
@@ -122,6 +123,9 @@ class Trainer:
     ):
         self.learners, self.activations, self.config = list(learners), activations, config
         self.log_path, self.checkpoint_folder, self.progress = log_path, checkpoint_folder, progress
+        scratch = Scratch()
+        for learner in learners:
+            learner.scratch = scratch
         self.device = learners[0].device
         self.optimizer = torch.optim.Adam(
             [{"learner": learner, **group} for learner in learners for group in learner.groups()],

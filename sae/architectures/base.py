@@ -2,7 +2,7 @@
 
 1. x_c = x − b_dec (or x), and chunk by chunk of rows the encoder's GEMM z = W_enc x_c + bias;
 2. `Architecture.select` keeps the entries of z that can be active: a `SparseCode`. Where that would be a large part of
-   all (a ReLU early in training), the chunk is used whole as a `DenseCode` and steps 3 to 5 run once a chunk;
+   all (a ReLU early in training), the rest is done with whole products, by `Penalised.dense` and `sae.dense`;
 3. `Architecture.loss` is the paper's loss of these entries, in plain autograd;
 4. AuxK (Gao et al. 2024, section 2.4 and appendix A.2): the k_aux largest pre-activations of dead features reconstruct
    the error e = x − x̂; its loss ‖e − ê‖² is normalised by the variance of e and added with weight alpha. It is
@@ -23,8 +23,10 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from sae.codes import Code, DenseCode, SparseCode, row_chunks
+from sae.codes import SparseCode
+from sae.dense import DenseChunk, DenseParts
 from sae.nonlinearities import Nonlinearity
+from sae.products import Scratch, linear, row_chunks
 from sae.selection import Entries, above, concatenate, top_k
 
 AUX_TOKENS = 512
@@ -73,20 +75,25 @@ class StepStats(NamedTuple):
 class Encoder:
     """The encoder's pass over a batch; picks the AuxK entries on the way."""
 
-    def __init__(self, x_c: Tensor, W_enc: Tensor, bias: Tensor | None, *, dead: Tensor | None = None, k_aux: int = 0):
+    def __init__(
+        self, x_c: Tensor, W_enc: Tensor, bias: Tensor | None, scratch: Scratch, *, dead: Tensor | None = None,
+        k_aux: int = 0,
+    ):  # fmt: skip
+        self.scratch = scratch
         self.x_c, self.W_enc, self.bias = x_c, W_enc.detach(), None if bias is None else bias.detach()
         self.dead = dead  # [n_dead] indices, sorted
         self.k_aux = 0 if dead is None else min(k_aux, len(dead))
         self._aux: list[tuple[Tensor, Tensor]] = []
 
     def chunks(self, lowest: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
-        """(first row, z [rows, F]) over the batch; z − lowest if it is given, at no cost."""
+        """(first row, z [rows, F]) over the batch; z − lowest if it is given, at no cost. A z lasts until the next."""
         self._aux = []
         bias = self.bias
         if lowest is not None:
             bias = -lowest if bias is None else bias - lowest
         for rows in row_chunks(len(self.x_c), len(self.W_enc), self.x_c.device):
-            z = linear(self.x_c[rows], self.W_enc, bias)
+            out = self.scratch.take(0, rows.stop - rows.start, len(self.W_enc), self.x_c.device)
+            z = linear(self.x_c[rows], self.W_enc, bias, out=out)
             if self.k_aux and self.dead is not None and rows.start < AUX_TOKENS:
                 dead_z = z[: AUX_TOKENS - rows.start, self.dead]  # [n, n_dead]
                 dead_z = dead_z if lowest is None else dead_z + lowest[self.dead]
@@ -100,14 +107,6 @@ class Encoder:
             return None
         value, feature = (torch.cat(column) for column in zip(*self._aux, strict=True))
         return SparseCode.fixed(feature, value, len(self.W_enc))
-
-
-def linear(x: Tensor, W_enc: Tensor, bias: Tensor | None) -> Tensor:
-    """x W_encᵀ + bias [N, F] in float32; the product in bfloat16 under CUDA autocast."""
-    if torch.is_autocast_enabled(x.device.type):
-        z = torch.nn.functional.linear(x, W_enc, bias)  # cast by autocast
-        return z.float()
-    return x @ W_enc.T if bias is None else torch.addmm(bias, x, W_enc.T)
 
 
 class Architecture(ABC):
@@ -126,7 +125,7 @@ class Architecture(ABC):
     encoder_bias: ClassVar[str | None] = "b_enc"
     """The tensor added in z; none where the architecture adds biases itself."""
     may_be_dense: ClassVar[bool] = False
-    """Whether the loss also takes a `DenseCode`."""
+    """Whether a large part of all features can be active, so that there is a dense step too."""
     trained: ClassVar[bool] = True
     """Whether there is anything to train."""
     decoder_norm: ClassVar[float] = 1.0
@@ -149,7 +148,7 @@ class Architecture(ABC):
         """The entries that can be active."""
 
     @abstractmethod
-    def loss(self, z: Tensor, code: Code, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
+    def loss(self, z: Tensor, code: SparseCode, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
         """The paper's loss, summed over the tokens of x [N, d], from z at the entries of the code."""
 
     def observe(self, f: Tensor, state: Mapping[str, Tensor]) -> None:  # noqa: B027
@@ -168,24 +167,24 @@ class Architecture(ABC):
 
     def step(
         self, x: Tensor, w: Weights, hyper: Hyper, state: Mapping[str, Tensor], *,
-        dead: Tensor | None = None, dense: bool = False,
+        dead: Tensor | None = None, dense: bool = False, scratch: Scratch | None = None,
     ) -> StepStats:  # fmt: skip
         """Gradients of the mean loss over x [N, d] into `.grad` of the weights; `dead` [n] are features for AuxK."""
         x_c = x - w["b_dec"].detach() if self.subtract_b_dec else x
+        scratch = scratch or Scratch()
         if dense:
-            parts = []
-            for rows in row_chunks(len(x), len(w["W_enc"]), x.device):
-                with torch.no_grad():
-                    code = DenseCode(linear(x_c[rows], w["W_enc"], self.bias(w)))
-                parts.append(self._backward(code, None, x[rows], x_c[rows], w, hyper, state, n_tokens=len(x)))
-            return StepStats(*(torch.stack(column).sum(0) for column in zip(*parts, strict=True)))
-        encoder = Encoder(x_c, w["W_enc"], self.bias(w), dead=dead, k_aux=hyper.k_aux)
+            return self.dense_step(x, x_c, w, hyper, scratch)
+        encoder = Encoder(x_c, w["W_enc"], self.bias(w), scratch, dead=dead, k_aux=hyper.k_aux)
         with torch.no_grad():
             sparse = self.select(encoder, w, hyper)
         return self._backward(sparse, encoder.aux_code(), x, x_c, w, hyper, state, n_tokens=len(x))
 
+    def dense_step(self, x: Tensor, x_c: Tensor, w: Weights, hyper: Hyper, scratch: Scratch) -> StepStats:
+        """The same by whole products, where `may_be_dense`."""
+        raise NotImplementedError(f"{self.name} has no dense step")
+
     def _backward(
-        self, code: Code, aux: SparseCode | None, x: Tensor, x_c: Tensor, w: Weights, hyper: Hyper,
+        self, code: SparseCode, aux: SparseCode | None, x: Tensor, x_c: Tensor, w: Weights, hyper: Hyper,
         state: Mapping[str, Tensor], *, n_tokens: int,
     ) -> StepStats:  # fmt: skip
         z = self._encode(code, x_c, w)
@@ -200,7 +199,7 @@ class Architecture(ABC):
             fired = code.sum_tokens((f > 0).to(f.dtype))
         return StepStats(loss.detach(), error.square().sum(), fired)
 
-    def _encode(self, code: Code, x_c: Tensor, w: Weights) -> Tensor:
+    def _encode(self, code: SparseCode, x_c: Tensor, w: Weights) -> Tensor:
         b_dec = w["b_dec"] if self.subtract_b_dec else None
         return code.encode(w["W_enc"], self.bias(w), b_dec, x_c)
 
@@ -221,6 +220,30 @@ class Penalised(Architecture):
         entries = concatenate(list(parts), list(starts))
         z = entries.z if lowest is None else entries.z + lowest[entries.feature]
         return sparse_code(Entries(entries.token, entries.feature, z), encoder)
+
+    @abstractmethod
+    def dense(self, z: Tensor, chunk: DenseChunk, w: Weights, hyper: Hyper) -> DenseParts:
+        """The gradient of the loss where most of z [n, F] is active, in place; see `sae.dense`."""
+
+    @torch.no_grad()
+    def dense_step(self, x: Tensor, x_c: Tensor, w: Weights, hyper: Hyper, scratch: Scratch) -> StepStats:
+        weights, w = w, {name: tensor.detach() for name, tensor in w.items()}
+        gradients: dict[str, Tensor] = {}
+        stats = []
+        for rows in row_chunks(len(x), len(w["W_enc"]), x.device):
+            chunk = DenseChunk(x[rows], w, gradients, scratch, n_tokens=len(x))
+            parts = self.dense(chunk.encode(x_c[rows], self.bias(w)), chunk, w, hyper)
+            chunk.add_product("W_enc", parts.dz.T, x_c[rows])
+            dz_sum = parts.dz.sum(0)
+            if self.encoder_bias is not None:
+                chunk.add(self.encoder_bias, dz_sum)
+            if self.subtract_b_dec:
+                chunk.add("b_dec", -(dz_sum @ w["W_enc"]))
+            stats.append(StepStats(parts.squared_error + parts.penalty, parts.squared_error, parts.fired))
+        for name, gradient in gradients.items():
+            before = weights[name].grad
+            weights[name].grad = gradient if before is None else before + gradient
+        return StepStats(*(torch.stack(column).sum(0) for column in zip(*stats, strict=True)))
 
 
 def sparse_code(entries: Entries, encoder: Encoder) -> SparseCode:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sae.architectures.base import Architecture, Encoder, Hyper, Losses, Weights, sparse_code, squared_error
-from sae.codes import Code, SparseCode
+from sae.codes import SparseCode
 from sae.nonlinearities import JUMPRELU
 from sae.selection import BatchSelector, concatenate, largest
 
@@ -36,7 +36,7 @@ class BatchTopK(Architecture):
             if selector.enough(entries):
                 return sparse_code(largest(entries, hyper.k * n_tokens), encoder)
 
-    def loss(self, z: Tensor, code: Code, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
+    def loss(self, z: Tensor, code: SparseCode, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
         f = z.relu()
         x_hat = code.decode(f, w["W_dec"]) + w["b_dec"]
         return Losses(squared_error(x, x_hat), x_hat, f)

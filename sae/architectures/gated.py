@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from sae.architectures.base import Hyper, Losses, Penalised, Weights, squared_error
-from sae.codes import Code
+from sae.codes import SparseCode
+from sae.dense import DenseChunk, DenseParts, mask_, positive
 from sae.nonlinearities import GATED
 
 
@@ -31,7 +32,7 @@ class Gated(Penalised):
     def lowest(self, w: Weights, hyper: Hyper) -> Tensor:
         return -w["gate_bias"].detach()
 
-    def loss(self, z: Tensor, code: Code, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
+    def loss(self, z: Tensor, code: SparseCode, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
         gate = (z + code.expand(w["gate_bias"])).relu()
         magnitude = (code.expand(w["r"].exp()) * z + code.expand(w["b_enc"])).relu()
         f = magnitude * (gate > 0)
@@ -39,6 +40,23 @@ class Gated(Penalised):
         x_hat_gate = code.decode(gate, w["W_dec"].detach()) + w["b_dec"].detach()
         loss = squared_error(x, x_hat) + hyper.sparsity * gate.sum() + squared_error(x, x_hat_gate)
         return Losses(loss, x_hat, f)
+
+    def dense(self, z: Tensor, chunk: DenseChunk, w: Weights, hyper: Hyper) -> DenseParts:
+        scale, bias = w["r"].exp(), w["b_enc"]
+        gate = torch.add(z, w["gate_bias"], out=chunk.buffer(1)).relu_()
+        penalty = hyper.sparsity * gate.sum()
+        dz, squared_gate = chunk.decode(gate, 2, constant=True)
+        dz = mask_(dz.add_(hyper.sparsity / chunk.n_tokens), gate)  # ∂L/∂gate so far
+        chunk.add("gate_bias", dz.sum(0))
+        f = mask_(torch.addcmul(bias, z, scale, out=z), gate).relu_()
+        fired = positive(f, gate)  # which is not needed any more
+        df, squared = chunk.decode(f, 1)
+        df = mask_(df, f)
+        df_sum = df.sum(0)
+        dz.addcmul_(df, scale)
+        chunk.add("b_enc", df_sum)
+        chunk.add("r", f.mul_(df).sum(0) - bias * df_sum)  # exp(r) z = f − b_enc where f > 0
+        return DenseParts(dz, penalty + squared_gate, squared, fired)
 
     def export(self, w: Weights, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         tensors = {name: tensor.detach() for name, tensor in w.items()}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sae.architectures.base import Architecture, Encoder, Hyper, Losses, Weights, squared_error
-from sae.codes import Code, SparseCode
+from sae.codes import SparseCode
 from sae.nonlinearities import IDENTITY
 
 
@@ -23,6 +23,6 @@ class Identity(Architecture):
         every = torch.arange(z.shape[1], device=z.device).expand_as(z)
         return SparseCode.fixed(every, z, z.shape[1])
 
-    def loss(self, z: Tensor, code: Code, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
+    def loss(self, z: Tensor, code: SparseCode, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
         x_hat = code.decode(z, w["W_dec"]) + w["b_dec"]
         return Losses(squared_error(x, x_hat), x_hat, z)

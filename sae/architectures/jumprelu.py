@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from sae.architectures.base import Hyper, Losses, Penalised, Weights, squared_error
-from sae.codes import Code
+from sae.codes import SparseCode
+from sae.dense import DenseChunk, DenseParts, mask_, positive
 from sae.nonlinearities import JUMPRELU
 
 INITIAL_THRESHOLD = 0.001
@@ -39,7 +40,7 @@ class JumpReLU(Penalised):
     def lowest(self, w: Weights, hyper: Hyper) -> Tensor:
         return w["threshold"].detach() - hyper.bandwidth / 2
 
-    def loss(self, z: Tensor, code: Code, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
+    def loss(self, z: Tensor, code: SparseCode, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
         threshold = code.expand(w["threshold"])
         f = _Jump.apply(z, threshold, hyper.bandwidth)
         x_hat = code.decode(f, w["W_dec"]) + w["b_dec"]
@@ -50,6 +51,17 @@ class JumpReLU(Penalised):
             l0 = code.decode(step, torch.ones_like(w["b_enc"][:, None]))  # [N, 1]
             penalty = (l0 / hyper.target_l0 - 1).square().sum()
         return Losses(squared_error(x, x_hat) + hyper.sparsity * penalty, x_hat, f)
+
+    def dense(self, z: Tensor, chunk: DenseChunk, w: Weights, hyper: Hyper) -> DenseParts:
+        threshold, bandwidth = w["threshold"], hyper.bandwidth
+        distance = torch.sub(z, threshold, out=chunk.buffer(1))
+        f = mask_(z, distance)  # positive where z > θ, for θ ≥ 0
+        near = torch.lt(distance.abs_(), bandwidth / 2, out=distance)  # K((z − θ)/ε), as numbers
+        fired, n_near = positive(f, chunk.buffer(2)), near.sum(0)
+        df, squared = chunk.decode(f, 2)
+        pull = near.mul_(df).sum(0)  # Σ_t K ∂L/∂f
+        chunk.add("threshold", -(threshold * pull + hyper.sparsity / chunk.n_tokens * n_near) / bandwidth)
+        return DenseParts(mask_(df, f), hyper.sparsity * fired.sum(), squared, fired)
 
     def constrain(self, w: Weights) -> None:
         w["threshold"].clamp_(min=0)

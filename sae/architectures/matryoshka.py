@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sae.architectures.base import Encoder, Hyper, Losses, Weights
 from sae.architectures.batchtopk import BatchTopK
-from sae.codes import Code, SparseCode
+from sae.codes import SparseCode
 
 FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
 """Ends of the prefixes before the last, as shares of the features."""
@@ -31,7 +31,7 @@ class Matryoshka(BatchTopK):
         ends = torch.tensor(prefix_ends(len(encoder.W_enc)), device=code.feature.device)
         return code.at_levels(torch.bucketize(code.feature, ends, right=True), n_levels=len(ends) + 1)
 
-    def loss(self, z: Tensor, code: Code, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
+    def loss(self, z: Tensor, code: SparseCode, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
         f = z.relu()
         x_hats = code.decode(f, w["W_dec"]).cumsum(0) + w["b_dec"]  # [levels, N, d]
         loss = (x - x_hats).square().sum() / len(x_hats)

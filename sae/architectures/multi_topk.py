@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sae.architectures.base import Architecture, Encoder, Hyper, Losses, Weights, squared_error
-from sae.codes import Code, SparseCode
+from sae.codes import SparseCode
 from sae.nonlinearities import TOPK
 
 WIDER = 4
@@ -28,7 +28,7 @@ class MultiTopK(Architecture):
         level = (torch.arange(wide, device=value.device) >= hyper.k).long().expand_as(feature)
         return SparseCode.fixed(feature, value, n_features).at_levels(level.flatten(), n_levels=2)
 
-    def loss(self, z: Tensor, code: Code, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
+    def loss(self, z: Tensor, code: SparseCode, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
         assert isinstance(code, SparseCode) and code.level is not None
         f = z.relu()
         x_hat, x_hat_wide = code.decode(f, w["W_dec"]).cumsum(0) + w["b_dec"]

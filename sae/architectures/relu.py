@@ -8,10 +8,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from sae.architectures.base import Hyper, Losses, Penalised, Weights, squared_error
-from sae.codes import Code
+from sae.codes import SparseCode
+from sae.dense import DenseChunk, DenseParts, mask_, positive
 from sae.nonlinearities import RELU
 
 
@@ -22,18 +24,34 @@ class ReLU(Penalised):
     subtract_b_dec = False
     decoder_norm = 0.1
 
-    def loss(self, z: Tensor, code: Code, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
+    def loss(self, z: Tensor, code: SparseCode, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
         f = z.relu()
         x_hat = code.decode(f, w["W_dec"]) + w["b_dec"]
         penalty = (code.sum_tokens(f) * w["W_dec"].norm(dim=1)).sum()
         return Losses(squared_error(x, x_hat) + hyper.sparsity * penalty, x_hat, f)
+
+    def dense(self, z: Tensor, chunk: DenseChunk, w: Weights, hyper: Hyper) -> DenseParts:
+        f = z.relu_()
+        fired, total = positive(f, chunk.buffer(1)), f.sum(0)
+        norms = torch.linalg.vector_norm(w["W_dec"], dim=1)
+        df, squared = chunk.decode(f, 1)
+        weight = hyper.sparsity / chunk.n_tokens
+        slope = weight * total / norms.clamp(min=1e-12)  # along the rows, from ‖W_dec[i]‖
+        chunk.gradients["W_dec"].addcmul_(w["W_dec"], slope[:, None])
+        return DenseParts(mask_(df.add_(weight * norms), f), hyper.sparsity * (total @ norms), squared, fired)
 
 
 class ReLUUnit(Penalised):
     name = "relu_unit"
     nonlinearity = RELU
 
-    def loss(self, z: Tensor, code: Code, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
+    def loss(self, z: Tensor, code: SparseCode, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
         f = z.relu()
         x_hat = code.decode(f, w["W_dec"]) + w["b_dec"]
         return Losses(squared_error(x, x_hat) + hyper.sparsity * f.sum(), x_hat, f)
+
+    def dense(self, z: Tensor, chunk: DenseChunk, w: Weights, hyper: Hyper) -> DenseParts:
+        f = z.relu_()
+        fired, penalty = positive(f, chunk.buffer(1)), hyper.sparsity * f.sum()
+        df, squared = chunk.decode(f, 1)
+        return DenseParts(mask_(df.add_(hyper.sparsity / chunk.n_tokens), f), penalty, squared, fired)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sae.architectures.base import Architecture, Encoder, Hyper, Losses, Weights, squared_error
-from sae.codes import Code, SparseCode
+from sae.codes import SparseCode
 from sae.nonlinearities import TOPK
 from sae.selection import top_k
 
@@ -24,7 +24,7 @@ class TopK(Architecture):
         value, feature = (torch.cat(column) for column in zip(*parts, strict=True))  # [N, k]
         return SparseCode.fixed(feature, value, len(encoder.W_enc))
 
-    def loss(self, z: Tensor, code: Code, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
+    def loss(self, z: Tensor, code: SparseCode, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
         f = z.relu()
         x_hat = code.decode(f, w["W_dec"]) + w["b_dec"]
         return Losses(squared_error(x, x_hat), x_hat, f)

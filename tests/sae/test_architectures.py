@@ -8,7 +8,7 @@ import torch
 from sae.architectures import ARCHITECTURES, architecture
 from sae.architectures.base import Hyper
 from sae.architectures.matryoshka import prefix_ends
-from sae.codes import DenseCode, SparseCode
+from sae.codes import SparseCode
 from sae.errors import UserError
 from sae.selection import BatchSelector, above, concatenate, largest, top_k
 
@@ -94,8 +94,8 @@ def twin_loss(name, x, w, hyper):
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Several row chunks even in these small batches."""
-    monkeypatch.setattr("sae.codes.CPU_CHUNK_BYTES", 4 * F * 10)
-    monkeypatch.setattr("sae.codes.MIN_CHUNK_ROWS", 1)
+    monkeypatch.setattr("sae.products.CPU_CHUNK_BYTES", 4 * F * 10)
+    monkeypatch.setattr("sae.products.MIN_CHUNK_ROWS", 1)
 
 
 def own_step(name, *, dense=False, dead=None, hyper=HYPER, x=None):
@@ -227,14 +227,14 @@ def test_an_empty_code_decodes_to_zero_and_has_zero_gradients():
     assert all(torch.equal(w.grad, torch.zeros_like(w)) for w in (W_enc, b_enc, W_dec))
 
 
-def test_dense_and_sparse_codes_sum_and_expand_alike():
+def test_a_sparse_code_of_everything_sums_expands_and_decodes_like_the_matrix():
     z = torch.randn(N, F)
     token, feature, value = above(z, -100.0)
-    sparse, dense = SparseCode(token, feature, value, n_tokens=N, n_features=F), DenseCode(z)
+    code = SparseCode(token, feature, value, n_tokens=N, n_features=F)
     parameter, W_dec = torch.randn(F), torch.randn(F, D)
-    torch.testing.assert_close(sparse.sum_tokens(value), dense.sum_tokens(z))
-    torch.testing.assert_close(sparse.decode(value, W_dec), dense.decode(z, W_dec), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(sparse.expand(parameter), parameter.expand(N, F)[token, feature])
+    torch.testing.assert_close(code.sum_tokens(value), z.sum(0))
+    torch.testing.assert_close(code.decode(value, W_dec), z @ W_dec, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(code.expand(parameter), parameter.expand(N, F)[token, feature])
 
 
 def test_unknown_architecture_names_the_nearest():

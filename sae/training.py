@@ -33,6 +33,7 @@ from sae.checkpoint import Checkpoint
 from sae.config import TrainConfig
 from sae.errors import UserError
 from sae.learner import Learner
+from sae.memory import keep_freed_memory
 from sae.model import LanguageModel
 from sae.products import Scratch
 from sae.run_folder import RunFolder, run_settings
@@ -140,6 +141,8 @@ class Trainer:
 
     def run(self) -> None:
         """Trains to the end, from the last checkpoint if there is one."""
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self._allocate()
         restored = self._restore()
         self._fill()

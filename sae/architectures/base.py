@@ -126,6 +126,12 @@ class Architecture(ABC):
     """The tensor added in z; none where the architecture adds biases itself."""
     may_be_dense: ClassVar[bool] = False
     """Whether a large part of all features can be active, so that there is a dense step too."""
+    n_buffers: ClassVar[int] = 1
+    """[rows, F] buffers that its steps use at most."""
+    n_levels: ClassVar[int] = 1
+    """Reconstructions that its loss compares with the input."""
+    widest: ClassVar[int] = 1
+    """Entries a token that the loss uses, as a multiple of k."""
     trained: ClassVar[bool] = True
     """Whether there is anything to train."""
     decoder_norm: ClassVar[float] = 1.0
@@ -209,6 +215,7 @@ class Penalised(Architecture):
 
     fixed_k = False
     may_be_dense = True
+    n_buffers = 2
 
     def lowest(self, w: Weights, hyper: Hyper) -> Tensor | None:
         """The z [F] above which an entry matters to the loss; None for zero."""

@@ -23,6 +23,7 @@ from sae.nonlinearities import GATED
 class Gated(Penalised):
     name = "gated"
     nonlinearity = GATED
+    n_buffers = 3
     encoder_bias = None
     revival = "none"
 

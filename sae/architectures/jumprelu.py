@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sae.architectures.base import Hyper, Losses, Penalised, Weights, squared_error
 from sae.codes import SparseCode
-from sae.dense import DenseChunk, DenseParts, mask_, positive
+from sae.dense import DenseChunk, DenseParts, mask_
 from sae.nonlinearities import JUMPRELU
 
 INITIAL_THRESHOLD = 0.001
@@ -32,6 +32,7 @@ class JumpReLU(Penalised):
     name = "jumprelu"
     nonlinearity = JUMPRELU
     rates: ClassVar = {"threshold": THRESHOLD_RATE}
+    n_buffers = 3
     subtract_b_dec = False
 
     def own_weights(self, n_features: int) -> dict[str, Tensor]:
@@ -57,11 +58,17 @@ class JumpReLU(Penalised):
         distance = torch.sub(z, threshold, out=chunk.buffer(1))
         f = mask_(z, distance)  # positive where z > θ, for θ ≥ 0
         near = torch.lt(distance.abs_(), bandwidth / 2, out=distance)  # K((z − θ)/ε), as numbers
-        fired, n_near = positive(f, chunk.buffer(2)), near.sum(0)
+        step = torch.gt(f, 0, out=chunk.buffer(2))
+        fired = step.sum(0)
+        if hyper.target_l0 is None:
+            penalty, crossing = fired.sum(), near.sum(0)  # crossing: Σ_t K ∂penalty/∂H
+        else:
+            excess = step.sum(1) / hyper.target_l0 - 1  # [n]
+            penalty, crossing = excess.square().sum(), (2 / hyper.target_l0 * excess) @ near
         df, squared = chunk.decode(f, 2)
         pull = near.mul_(df).sum(0)  # Σ_t K ∂L/∂f
-        chunk.add("threshold", -(threshold * pull + hyper.sparsity / chunk.n_tokens * n_near) / bandwidth)
-        return DenseParts(mask_(df, f), hyper.sparsity * fired.sum(), squared, fired)
+        chunk.add("threshold", -(threshold * pull + hyper.sparsity / chunk.n_tokens * crossing) / bandwidth)
+        return DenseParts(mask_(df, f), hyper.sparsity * penalty, squared, fired)
 
     def constrain(self, w: Weights) -> None:
         w["threshold"].clamp_(min=0)

@@ -7,6 +7,8 @@ all features at once. Here the mean over the prefixes, whose sizes are F/16, F/8
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,7 @@ def prefix_ends(n_features: int) -> list[int]:
 
 class Matryoshka(BatchTopK):
     name = "matryoshka"
+    n_levels = len(FRACTIONS) + 1
 
     def select(self, encoder: Encoder, w: Weights, hyper: Hyper) -> SparseCode:
         code = super().select(encoder, w, hyper)
@@ -33,6 +36,28 @@ class Matryoshka(BatchTopK):
 
     def loss(self, z: Tensor, code: SparseCode, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
         f = z.relu()
-        x_hats = code.decode(f, w["W_dec"]).cumsum(0) + w["b_dec"]  # [levels, N, d]
-        loss = (x - x_hats).square().sum() / len(x_hats)
-        return Losses(loss, x_hats[-1], f)
+        loss, x_hat = _NestedError.apply(code.decode(f, w["W_dec"]), w["b_dec"], x)
+        return Losses(loss, x_hat, f)
+
+
+class _NestedError(torch.autograd.Function):
+    """(mean over m of Σ_t ‖x̂_m − x‖², x̂ of the last) with x̂_m = b_dec + Σ_{l ≤ m} out_l from out [levels, N, d].
+
+    The gradient of out_l is 2 / levels · Σ_{m ≥ l} (x̂_m − x): running sums, in place.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, b_dec: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.error = out.cumsum(0).add_(b_dec - x)  # [levels, N, d]
+        x_hat = ctx.error[-1] + x
+        ctx.mark_non_differentiable(x_hat)
+        flat = ctx.error.flatten()
+        return torch.dot(flat, flat) / len(out), x_hat
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        error = ctx.error
+        for level in reversed(range(len(error) - 1)):
+            error[level].add_(error[level + 1])
+        d_out = error.mul_(2 / len(error) * g)
+        return d_out, d_out[0].sum(0), None

@@ -19,6 +19,8 @@ WIDER_WEIGHT = 1 / 8
 class MultiTopK(Architecture):
     name = "multi_topk"
     nonlinearity = TOPK
+    n_levels = 2
+    widest = WIDER
 
     def select(self, encoder: Encoder, w: Weights, hyper: Hyper) -> SparseCode:
         n_features = len(encoder.W_enc)

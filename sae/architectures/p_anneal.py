@@ -22,6 +22,7 @@ SMALLEST = 1e-3
 class PAnneal(Penalised):
     name = "p_anneal"
     nonlinearity = RELU
+    n_buffers = 3
 
     def loss(self, z: Tensor, code: SparseCode, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
         f = z.relu()

@@ -10,6 +10,7 @@ from sae.architectures.base import Hyper
 from sae.architectures.matryoshka import prefix_ends
 from sae.codes import SparseCode
 from sae.errors import UserError
+from sae.products import Scratch, row_chunks
 from sae.selection import BatchSelector, above, concatenate, largest, top_k
 
 N, D, F, K = 37, 12, 48, 5
@@ -98,11 +99,11 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr("sae.products.MIN_CHUNK_ROWS", 1)
 
 
-def own_step(name, *, dense=False, dead=None, hyper=HYPER, x=None):
+def own_step(name, *, dense=False, dead=None, hyper=HYPER, x=None, scratch=None):
     w = make_weights(name)
     state = architecture(name).own_state()
     x = make_x() if x is None else x
-    stats = architecture(name).step(x, w, hyper, state, dead=dead, dense=dense)
+    stats = architecture(name).step(x, w, hyper, state, dead=dead, dense=dense, scratch=scratch)
     return w, stats, state
 
 
@@ -135,6 +136,24 @@ def test_jumprelu_with_a_target_has_the_gradients_of_the_quadratic_penalty(dense
     loss.backward()
     assert_same_gradients(mine, twin)
     torch.testing.assert_close(stats.loss / N, loss)
+
+
+def test_steps_that_share_buffers_do_not_see_each_other():
+    scratch = Scratch()
+    for name in TRAINED:
+        for dense in (False, True) if name in PENALISED else (False,):
+            alone, stats, _ = own_step(name, dense=dense)
+            sharing, shared_stats, _ = own_step(name, dense=dense, scratch=scratch)
+            assert torch.equal(stats.fired, shared_stats.fired)
+            for key, weight in alone.items():
+                assert weight.grad is None or torch.equal(weight.grad, sharing[key].grad), (name, dense, key)
+    assert scratch.n_bytes == 3 * 4 * 10 * F  # three buffers of ten rows
+
+
+def test_chunks_are_equally_long_and_within_their_budget(monkeypatch):
+    monkeypatch.setattr("sae.products.CPU_CHUNK_BYTES", 4 * F * 16)
+    chunks = list(row_chunks(N, F, torch.device("cpu")))
+    assert [(c.start, c.stop) for c in chunks] == [(0, 13), (13, 26), (26, 37)]
 
 
 @pytest.mark.parametrize(("name", "dense"), [("topk", False), ("relu", False), ("relu", True), ("gated", True)])

@@ -11,6 +11,7 @@ from sae.autoencoder import SparseAutoencoder, load_saes
 from sae.config import TrainConfig
 from sae.errors import UserError
 from sae.learner import Learner, geometric_median
+from sae.memory import training_memory
 from sae.sites import Site
 from sae.training import Trainer, train
 
@@ -264,6 +265,18 @@ def test_resampling_points_dead_features_at_errors_and_leaves_the_living():
         one.weights["W_enc"][dead].norm(dim=1), torch.full((2,), 0.2 * before["W_enc"][living].norm(dim=1).mean())
     )
     assert one.state["silent"][dead].sum() == 0
+
+
+@pytest.mark.parametrize("architecture", [name for name in ALL if name != "identity"])
+def test_memory_is_stated_for_the_tensors_that_there_are(architecture):
+    one = learner(architecture=architecture)
+    memory = training_memory(one.config, one.width, one.device)
+    parameters = list(one.weights.values())
+    optimise(one, torch.randn(200, 16), 2)
+    assert memory.weights == memory.gradients == sum(4 * p.numel() for p in parameters)
+    assert memory.moments == 2 * memory.weights
+    assert memory.total(3) == 3 * 4 * memory.weights + memory.intermediates
+    assert memory.intermediates > one.scratch.n_bytes > 0
 
 
 def test_schedules():

@@ -42,7 +42,7 @@ class DenseChunk:
 
     def buffer(self, number: int) -> Tensor:
         """A [n, F] buffer; z is in number 0."""
-        return self.scratch.take(number, len(self.x), len(self.w["W_enc"]), self.x.device)
+        return self.scratch.take(number, len(self.x), len(self.w["W_enc"]), self.w["W_enc"])
 
     def encode(self, x_c: Tensor, bias: Tensor | None) -> Tensor:
         """z [n, F] in buffer 0."""

@@ -24,19 +24,20 @@ class Scratch:
     """Buffers by number, made when first asked for and used again from then on."""
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[int, torch.device], Tensor] = {}
+        self._buffers: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
 
-    def take(self, number: int, rows: int, columns: int, device: torch.device) -> Tensor:
-        """A float32 [rows, columns] tensor with arbitrary content, valid until the same number is taken again."""
-        buffer = self._buffers.get((number, device))
+    def take(self, number: int, rows: int, columns: int, like: Tensor) -> Tensor:
+        """A [rows, columns] tensor of that kind with arbitrary content, valid until the same number is taken again."""
+        key = number, like.device, like.dtype
+        buffer = self._buffers.get(key)
         if buffer is None or buffer.numel() < rows * columns:
-            buffer = self._buffers[number, device] = torch.empty(rows * columns, device=device)
+            buffer = self._buffers[key] = torch.empty(rows * columns, device=like.device, dtype=like.dtype)
         return buffer[: rows * columns].view(rows, columns)
 
     @property
     def n_bytes(self) -> int:
         """Memory of all buffers."""
-        return sum(4 * buffer.numel() for buffer in self._buffers.values())
+        return sum(buffer.numel() * buffer.element_size() for buffer in self._buffers.values())
 
 
 def chunk_rows(n_rows: int, n_features: int, device: torch.device) -> int:

@@ -76,10 +76,10 @@ class Encoder:
     """The encoder's pass over a batch; picks the AuxK entries on the way."""
 
     def __init__(
-        self, x_c: Tensor, W_enc: Tensor, bias: Tensor | None, scratch: Scratch, *, dead: Tensor | None = None,
-        k_aux: int = 0,
+        self, x_c: Tensor, W_enc: Tensor, bias: Tensor | None, *, dead: Tensor | None = None, k_aux: int = 0,
+        scratch: Scratch | None = None,
     ):  # fmt: skip
-        self.scratch = scratch
+        self.scratch = scratch or Scratch()
         self.x_c, self.W_enc, self.bias = x_c, W_enc.detach(), None if bias is None else bias.detach()
         self.dead = dead  # [n_dead] indices, sorted
         self.k_aux = 0 if dead is None else min(k_aux, len(dead))
@@ -92,7 +92,7 @@ class Encoder:
         if lowest is not None:
             bias = -lowest if bias is None else bias - lowest
         for rows in row_chunks(len(self.x_c), len(self.W_enc), self.x_c.device):
-            out = self.scratch.take(0, rows.stop - rows.start, len(self.W_enc), self.x_c.device)
+            out = self.scratch.take(0, rows.stop - rows.start, len(self.W_enc), self.W_enc)
             z = linear(self.x_c[rows], self.W_enc, bias, out=out)
             if self.k_aux and self.dead is not None and rows.start < AUX_TOKENS:
                 dead_z = z[: AUX_TOKENS - rows.start, self.dead]  # [n, n_dead]
@@ -180,7 +180,7 @@ class Architecture(ABC):
         scratch = scratch or Scratch()
         if dense:
             return self.dense_step(x, x_c, w, hyper, scratch)
-        encoder = Encoder(x_c, w["W_enc"], self.bias(w), scratch, dead=dead, k_aux=hyper.k_aux)
+        encoder = Encoder(x_c, w["W_enc"], self.bias(w), dead=dead, k_aux=hyper.k_aux, scratch=scratch)
         with torch.no_grad():
             sparse = self.select(encoder, w, hyper)
         return self._backward(sparse, encoder.aux_code(), x, x_c, w, hyper, state, n_tokens=len(x))

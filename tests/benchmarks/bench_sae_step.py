@@ -16,7 +16,7 @@ steered to (k active features a token) and as `dense` with half of all active, a
 the same in both. On a machine where others work, `--clock cpu` counts the calling thread's own time.
 
 Memory is the peak of the process while steps run over what it took before there was an autoencoder, and must be
-within `TOLERANCE` of `sae.memory`'s formula. Exit status 1 if a step is slower than a peer's or memory is off.
+within `TOLERANCE` (and `SLACK`) of `sae.memory`'s formula. Exit status 1 if a step is slower than a peer's or memory is off.
 """
 
 from __future__ import annotations
@@ -48,11 +48,13 @@ from tests.benchmarks.peer_steps import PACKAGES, Sizes, Step
 
 TOLERANCE = 0.15
 """Largest relative difference between the memory stated and taken."""
+SLACK = 8
+"""Megabytes of the process that have nothing to do with sizes."""
 AIMS = {
     "topk": 0.33, "topk+auxk": 0.45, "batchtopk": 0.4, "jumprelu": 0.4, "matryoshka": 0.4, "relu dense": 1.1,
     "gated dense": 1.8,
 }  # fmt: skip
-"""Ratios to the five products that were aimed at on two threads."""
+"""Ratios to the five products that are aimed at with the default sizes on two threads."""
 PRODUCTS = "five products"
 
 
@@ -200,8 +202,9 @@ def verdicts(figures: dict[str, dict[str, Any]]) -> list[str]:
     wrong = []
     for state, row in figures.items():
         wrong += [f"{state} is slower than {name}" for name, peer in row["peers"].items() if peer["ms"] <= row["ms"]]
-        if row["memory"] is not None and abs(row["memory"] / row["memory_stated"] - 1) > TOLERANCE:
-            wrong.append(f"{state} takes {row['memory']:.0f} MB where {row['memory_stated']:.0f} are stated")
+        stated = row["memory_stated"]
+        if row["memory"] is not None and abs(row["memory"] - stated) > TOLERANCE * stated + SLACK:
+            wrong.append(f"{state} takes {row['memory']:.0f} MB where {stated:.0f} are stated")
     return wrong
 
 
@@ -238,9 +241,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", help="architectures, separated by commas")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     options = parser.parse_args()
-    names = options.only.split(",") if options.only else [n for n, a in ARCHITECTURES.items() if a.trained]
-    if unknown := [name for name in names if name not in ARCHITECTURES]:
-        parser.error(f"--only names {', '.join(unknown)}; there are {', '.join(ARCHITECTURES)}")
+    trained = [name for name, recipe in ARCHITECTURES.items() if recipe.trained]
+    names = options.only.split(",") if options.only else trained
+    if unknown := [name for name in names if name not in trained]:
+        parser.error(f"--only names {', '.join(unknown)}; there are {', '.join(trained)}")
     options.names = names
     options.pythons = dict(text.partition("=")[::2] for text in options.peer)
     for name, python in options.pythons.items():
@@ -269,7 +273,7 @@ def main() -> None:
         share = {state: encoder / row["ms"] * 1e3 for state, row in figures.items()}
         print("the encoder's product alone, as a share of a step:", *(f"{s} {v:.2f}," for s, v in share.items()))
         print(memory_line(sizes, config))
-        print(*(wrong or ["every step is faster than every peer's, memory is as stated"]), sep="\n")
+        print(*(wrong or ["memory is as stated" + (", every step faster than every peer's" if peers else "")]), sep="\n")
     sys.exit(1 if wrong else 0)
 
 

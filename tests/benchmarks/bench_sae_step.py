@@ -16,7 +16,8 @@ steered to (k active features a token) and as `dense` with half of all active, a
 the same in both. On a machine where others work, `--clock cpu` counts the calling thread's own time.
 
 Memory is the peak of the process while steps run over what it took before there was an autoencoder, and must be
-within `TOLERANCE` (and `SLACK`) of `sae.memory`'s formula. Exit status 1 if a step is slower than a peer's or memory is off.
+within `TOLERANCE` (and `SLACK`) of `sae.memory`'s formula. Exit status 1 if a step is slower than a peer's or memory is
+off.
 """
 
 from __future__ import annotations
@@ -273,7 +274,8 @@ def main() -> None:
         share = {state: encoder / row["ms"] * 1e3 for state, row in figures.items()}
         print("the encoder's product alone, as a share of a step:", *(f"{s} {v:.2f}," for s, v in share.items()))
         print(memory_line(sizes, config))
-        print(*(wrong or ["memory is as stated" + (", every step faster than every peer's" if peers else "")]), sep="\n")
+        fine = "memory is as stated" + (", every step faster than every peer's" if peers else "")
+        print(*(wrong or [fine]), sep="\n")
     sys.exit(1 if wrong else 0)
 
 

@@ -99,7 +99,9 @@ def test_constants_of_a_circuit_by_brute_force(linear):
 def test_every_node_kept_is_the_model_whatever_the_constants(linear):
     _model, saes, prompts = linear
     whole = every_node(saes)
-    _, optimal = fitted(linear, [({}, True)], steps=20)
+    one = {EMBED: SiteNodes(2, torch.tensor([0]), torch.tensor([-1]), torch.ones(1))}
+    _, optimal = fitted(linear, [({}, True), (one, True), (one, False)], steps=20)
+    assert optimal.tables[EMBED].features.sub(optimal.means[EMBED].features).abs().min() > 0.01
     assert mean_divergence(optimal, [(whole, True)], prompts) == pytest.approx(0, abs=1e-6)
     assert mean_divergence(optimal, [(whole, False)], prompts) > 0.01
 

@@ -111,12 +111,7 @@ def discover(
     accurate = accuracy(last_logits(model, prompts), prompts)
     plain, model = model, read_by(model, m)
     n_positions = prompts.clean.n_positions
-    if options.aggregation == "position" and int(prompts.clean.lengths.min()) != n_positions:
-        lengths = sorted(set(prompts.clean.lengths.tolist()))
-        raise UserError(f"aggregation 'position' needs prompts of equal length, found lengths {lengths}: use sum")
-    if options.aggregation == "spans" and prompts.roles is None:
-        raise UserError("aggregation 'spans' needs prompts with spans: name them in the file, or give a span template")
-    spans = prompts.spans if options.aggregation == "spans" else ()
+    spans = _spans(prompts, options.aggregation)
     files = None
     if partial is not None:
         files = PartialFiles(partial, work_of(model, saes, prompts, asdict(options)), resume=resume)
@@ -152,6 +147,16 @@ def discover(
         "templates": sorted(set(prompts.templates)),
     }
     return Circuit(effects, chosen if options.edge_nodes else {}, edges, metadata, edge_samples=edge_samples)
+
+
+def _spans(prompts: PromptSet, aggregation: str) -> tuple[str, ...]:
+    """The names of the spans nodes are aggregated by; `UserError` where the prompts cannot be aggregated so."""
+    if aggregation == "position" and int(prompts.clean.lengths.min()) != prompts.clean.n_positions:
+        lengths = sorted(set(prompts.clean.lengths.tolist()))
+        raise UserError(f"aggregation 'position' needs prompts of equal length, found lengths {lengths}: use sum")
+    if aggregation == "spans" and prompts.roles is None:
+        raise UserError("aggregation 'spans' needs prompts with spans: name them in the file, or give a span template")
+    return prompts.spans if aggregation == "spans" else ()
 
 
 def _metric_ends(batches: Sequence[BatchNodes], n_examples: int) -> dict[str, Any]:

@@ -1,11 +1,16 @@
-"""Random autoencoders at every site of the tiny model, and a few minimal pairs for it."""
+"""Random autoencoders at every site of the tiny model, and a few minimal pairs for it, with spans where asked for."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
 
+from circuits.attribution import SiteEffects, capture_states
+from circuits.behaviour import logit_difference
 from circuits.prompts import PromptSet
+from circuits.templates import span_keys
 from sae.autoencoder import SAEConfig, SparseAutoencoder
 from sae.model import Tokens
 
@@ -76,3 +81,28 @@ def tiny_prompts(tiny_model) -> PromptSet:
         templates=["5" if row % 2 == 0 else "7" for row in range(8)],
         texts=[f"prompt {row}" for row in range(8)],
     )
+
+
+@pytest.fixture(scope="module")
+def states(tiny_model, tiny_saes, tiny_prompts):
+    return capture_states(tiny_model, tiny_saes, tiny_prompts, logit_difference, sites=tiny_model.sites)
+
+
+def dense(effects: SiteEffects, shape) -> torch.Tensor:
+    """[B, S, F + 1], positions counted from the first real token."""
+    full = torch.zeros(*shape, effects.n_features + 1)
+    full[effects.example.long(), effects.position.long(), effects.feature.long()] = effects.value
+    return full
+
+
+def with_spans(prompts, rows: dict[int, list[str]]):
+    """The prompts with the roles of `rows`, by the length of the prompt."""
+    spans = tuple(dict.fromkeys(name for row in rows.values() for name in row))
+    width = prompts.clean.n_positions
+    table = [[-1] * (width - n) + [spans.index(name) for name in rows[n]] for n in prompts.clean.lengths.tolist()]
+    numbers = torch.tensor(table)
+    keys = span_keys([""] * len(prompts), numbers, spans)
+    return replace(prompts, spans=spans, roles=numbers, templates=keys, template_rule="spans")
+
+
+MIXED = {5: ["a", "b", "c", "c", "end"], 7: ["a", "b", "b", "c", "c", "c", "end"]}

@@ -16,20 +16,9 @@ from circuits.behaviour import logit_difference
 from circuits.nodes import aggregate_site, select_nodes
 from sae.errors import UserError
 from sae.sites import Site
+from tests.circuits.conftest import dense
 
 ARCHITECTURES = ("gpt2", "gpt_neox", "llama", "gemma2")
-
-
-@pytest.fixture(scope="module")
-def states(tiny_model, tiny_saes, tiny_prompts):
-    return capture_states(tiny_model, tiny_saes, tiny_prompts, logit_difference, sites=tiny_model.sites)
-
-
-def dense(effects: SiteEffects, shape) -> torch.Tensor:
-    """[B, S, F + 1], positions counted from the first real token."""
-    full = torch.zeros(*shape, effects.n_features + 1)
-    full[effects.example.long(), effects.position.long(), effects.feature.long()] = effects.value
-    return full
 
 
 def left_aligned(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from circuits.edit_places import needs_spans, split_by_place
 from circuits.edit_report import EditReport
 from sae.errors import UserError
 from sae.sites import Site
-from tests.circuits.test_spans import MIXED, with_spans
+from tests.circuits.conftest import MIXED, with_spans
 
 OPERATIONS = [("zero", None), ("mean", None), ("set", 0.7), ("scale", 2.5), ("steer", 0.3)]
 

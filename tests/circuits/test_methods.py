@@ -18,21 +18,10 @@ from circuits.behaviour import logit_difference
 from sae.errors import UserError
 from sae.neurons import neuron_dictionaries
 from sae.sites import Site
+from tests.circuits.conftest import dense
 from tests.conftest import ARCHITECTURES
 
 EMBED = Site("embed")
-
-
-@pytest.fixture(scope="module")
-def states(tiny_model, tiny_saes, tiny_prompts):
-    return capture_states(tiny_model, tiny_saes, tiny_prompts, logit_difference, sites=tiny_model.sites)
-
-
-def dense(effects: SiteEffects, shape) -> torch.Tensor:
-    """[B, S, F + 1]"""
-    full = torch.zeros(*shape, effects.n_features + 1)
-    full[effects.example.long(), effects.position.long(), effects.feature.long()] = effects.value
-    return full
 
 
 def as_set(effects: SiteEffects) -> set[tuple[int, int, int]]:

@@ -17,7 +17,7 @@ from circuits.probes import Probe, fit_probe, read_by, read_site, save_probe, vi
 from circuits.verification import verify
 from sae.errors import UserError
 from sae.sites import Site
-from tests.circuits.test_spans import MIXED, with_spans
+from tests.circuits.conftest import MIXED, with_spans
 
 SITE = Site.parse("resid_0")
 

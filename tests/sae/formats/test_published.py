@@ -1,0 +1,196 @@
+"""Released files whose owners are no package to record, against their forward pass as published."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sae.errors import UserError
+from sae.evaluation import evaluate
+from sae.features import top_contexts
+from sae.formats import load_sae
+from sae.formats.normalised import NormalisedAutoencoder
+from sae.sites import Site
+from tests.sae.test_evaluation import random_sae
+
+D, F, K, N = 16, 48, 5, 24
+
+
+# Gemma Scope
+
+
+def gemma_scope(folder, random, *, prefix="W_", safetensors=False):
+    arrays = {f"{prefix}enc": random(D, F), f"{prefix}dec": random(F, D), "b_enc": random(F), "b_dec": random(D)}
+    arrays["threshold"] = random(F).abs()
+    folder.mkdir(parents=True)
+    if safetensors:
+        save_file(arrays, folder / "params.safetensors")
+    else:
+        np.savez(folder / "params.npz", **{name: array.numpy() for name, array in arrays.items()})
+    return arrays["b_enc"], arrays["b_dec"], arrays["threshold"], arrays[f"{prefix}enc"], arrays[f"{prefix}dec"]
+
+
+@pytest.mark.parametrize(
+    ("release", "folder", "site", "model"),
+    [
+        ("gemma-scope-2b-pt-res", "layer_12/width_16k/average_l0_82", "resid_12", "google/gemma-2-2b"),
+        ("gemma-scope-9b-it-mlp", "layer_3/width_131k/average_l0_9", "mlp_3", "google/gemma-2-9b-it"),
+        ("gemma-scope-2b-pt-att", "layer_0/width_16k/average_l0_104", "attn_0", "google/gemma-2-2b"),
+        ("gemma-scope-2b-pt-res", "embedding/width_4k/average_l0_6", "embed", "google/gemma-2-2b"),
+        ("gemma-scope-2-1b-it", "resid_post/layer_7_width_16k_l0_medium", "resid_7", "google/gemma-3-1b-it"),
+        ("somewhere", "else", "", ""),
+    ],
+)
+@pytest.mark.parametrize("prefix", ["W_", "w_"])
+def test_gemma_scope(release, folder, site, model, prefix, random, tmp_path):
+    path = tmp_path / "snapshots" / release / folder
+    b_enc, b_dec, threshold, W_enc, W_dec = gemma_scope(path, random, prefix=prefix, safetensors="scope-2-" in release)
+    sae = load_sae(path)
+    assert (sae.config.site, sae.config.model) == (site, model)
+    scale = D**0.5 if site == "embed" else 1.0  # Gemma multiplies embeddings by √d before the model reads them
+    u = random(N, D)
+    z = u @ W_enc + b_enc
+    f = z.relu() * (z > threshold)
+    assert torch.allclose(sae(scale * u), scale * (f @ W_dec + b_dec), atol=1e-5)
+    assert torch.allclose(sae.encode(scale * u), scale * f * W_dec.norm(dim=-1), atol=1e-5)
+    assert not sae.config.subtract_b_dec
+    assert ("site_path" in sae.config.extra) == site.startswith("attn")
+
+
+def test_gemma_scope_takes_the_l0_closest_to_100(random, tmp_path):
+    folder = tmp_path / "gemma-scope-2b-pt-res" / "layer_5" / "width_16k"
+    for l0 in (12, 82, 143, 309):
+        gemma_scope(folder / f"average_l0_{l0}", random)
+    assert load_sae(folder).config.extra["source"].endswith("average_l0_82")
+    gemma_scope(tmp_path / "gemma-scope-2b-pt-res" / "layer_5" / "width_65k" / "average_l0_99", random)
+    with pytest.raises(UserError, match=r"holds 5 autoencoders"):
+        load_sae(tmp_path / "gemma-scope-2b-pt-res")
+
+
+def test_gemma_scope_transcoders_are_refused(random, tmp_path):
+    folder = tmp_path / "gemma-scope-2b-pt-transcoders" / "layer_5" / "width_16k" / "average_l0_20"
+    gemma_scope(folder, random)
+    with pytest.raises(UserError, match=r"transcoder"):
+        load_sae(folder)
+
+
+# Llama Scope
+
+
+@pytest.mark.parametrize("unit_norm", [True, False])
+def test_llama_scope(unit_norm, random, tmp_path):
+    folder = tmp_path / "Llama3_1-8B-Base-L15R-8x"
+    (folder / "checkpoints").mkdir(parents=True)
+    state = {"encoder.weight": random(F, D), "encoder.bias": random(F), "decoder.weight": random(D, F)}
+    state["decoder.bias"] = random(D)
+    save_file(state, folder / "checkpoints" / "final.safetensors")
+    theta, norm = 0.7, 6.25
+    config = {
+        "d_model": D,
+        "d_sae": F,
+        "act_fn": "jumprelu",
+        "jump_relu_threshold": theta,
+        "top_k": K,
+        "norm_activation": "dataset-wise",
+        "dataset_average_activation_norm": {"in": norm, "out": norm},
+        "apply_decoder_bias_to_pre_encoder": False,
+        "sparsity_include_decoder_norm": unit_norm,
+        "hook_point_in": "blocks.15.hook_resid_post",
+        "hook_point_out": "blocks.15.hook_resid_post",
+    }
+    (folder / "hyperparams.json").write_text(json.dumps(config))
+    sae = load_sae(folder)
+    assert (sae.config.site, sae.config.architecture) == ("resid_15", "jumprelu")
+    x, s = random(N, D) * 4, D**0.5 / norm
+    z = (s * x) @ state["encoder.weight"].T + state["encoder.bias"]  # as in training, on scaled input
+    written = state["decoder.weight"].norm(dim=0) / s  # what one unit of z writes, in units of x
+    active = z * written > theta if unit_norm else z / s > theta
+    f = z * active
+    assert torch.allclose(sae.encode(x), f * written, atol=1e-4)
+    assert torch.allclose(sae(x), (f @ state["decoder.weight"].T + state["decoder.bias"]) / s, atol=1e-4)
+    (folder / "hyperparams.json").write_text(json.dumps(config | {"hook_point_out": "blocks.15.hook_mlp_out"}))
+    with pytest.raises(UserError, match=r"transcoder"):
+        load_sae(folder)
+    (folder / "hyperparams.json").write_text(json.dumps(config | {"norm_activation": "token-wise"}))
+    with pytest.raises(UserError, match=r"norm_activation 'token-wise'"):
+        load_sae(folder)
+
+
+# OpenAI
+
+
+def openai(path, random, activation):
+    state = {"pre_bias": random(D), "encoder.weight": random(F, D), "latent_bias": random(F)}
+    state |= {"decoder.weight": random(D, F), "stats_last_nonzero": torch.zeros(F, dtype=torch.int64)}
+    state |= {"latents_activation_frequency": torch.ones(F), "latents_mean_square": torch.zeros(F)}
+    options = {"k": K, "postact_fn": "ReLU"} if activation == "TopK" else {}
+    path.parent.mkdir(parents=True)
+    torch.save(state | {"activation": activation, "activation_state_dict": options}, path)
+    return state
+
+
+@pytest.mark.parametrize(
+    ("location", "site"),
+    [
+        ("resid_delta_mlp", "mlp_6"),
+        ("resid_delta_attn_v5_32k", "attn_6"),
+        ("resid_post_mlp_v5_128k", "resid_6"),
+        ("resid_post_attn_v5_32k", ""),
+        ("mlp_post_act_v4", ""),
+    ],
+)
+@pytest.mark.parametrize("activation", ["ReLU", "TopK"])
+def test_openai(location, site, activation, random, tmp_path):
+    path = tmp_path / "gpt2-small" / location / "autoencoders" / "6.pt"
+    state = openai(path, random, activation)
+    sae = load_sae(path)
+    assert (sae.config.site, sae.config.model) == (site, "gpt2")
+    x = random(N, D) * 3 + 1
+    mu, sigma = (x.mean(-1, keepdim=True), x.std(-1, keepdim=True)) if activation == "TopK" else (0.0, 1.0)
+    normal = (x - mu) / (sigma + 1e-5) if activation == "TopK" else x
+    z = (normal - state["pre_bias"]) @ state["encoder.weight"].T + state["latent_bias"]
+    f = z.relu()
+    if activation == "TopK":
+        f = torch.zeros_like(z).scatter(1, (top := z.topk(K)).indices, top.values.relu())
+    expected = (f @ state["decoder.weight"].T + state["pre_bias"]) * sigma + mu
+    assert torch.allclose(sae(x), expected, atol=1e-5)
+    assert torch.allclose(sae.encode(x)[:, :F], f * state["decoder.weight"].norm(dim=0) * sigma, atol=1e-5)
+
+
+def test_openai_normalised_works_on_a_zero_token_and_any_shape(random, tmp_path):
+    path = tmp_path / "resid_delta_mlp_v5_32k" / "autoencoders" / "0.pt"
+    openai(path, random, "TopK")
+    sae = load_sae(path)
+    x = random(2, 3, D)
+    x[0, 0] = 0.0
+    assert torch.isfinite(sae(x)).all()
+    assert torch.allclose(sae(x)[1, 2], sae(x[1, 2]), atol=1e-6)
+
+
+def test_a_normalised_autoencoder_can_be_evaluated_and_described(tiny_model):
+    site = Site("resid", 0)
+    sae = NormalisedAutoencoder(random_sae(site, tiny_model.d_model, architecture="topk", k=4), norm="layer_norm")
+    texts = ["the man sees the old dog", "a girl walks", "kings know that they were happy ."]
+    result = evaluate(tiny_model, {site: sae}, texts, special_tokens=True).sites["resid_0"]
+    x = torch.cat([tiny_model.run(tiny_model.tokenize([text]), capture=[site]).activations[site][0] for text in texts])
+    error = (x - sae(x)).square().sum() / (x - x.mean(0)).square().sum()
+    assert result.explained_variance == pytest.approx(1.0 - float(error), rel=1e-4)
+    summaries = top_contexts(tiny_model, {site: sae}, texts, {site: [0, 24, 25]}, special_tokens=True)
+    assert summaries[site, 24].density == 1.0  # what b_dec writes
+    assert summaries[site, 0].density == pytest.approx(float((sae.encode(x)[:, 0] != 0).float().mean()))
+
+
+# circuit-tracer
+
+
+@pytest.mark.parametrize("file", ["config.yaml", "layer_3.safetensors", "W_enc_0.safetensors"])
+def test_circuit_tracer_is_refused_with_a_sentence(file, tmp_path):
+    if file.endswith("yaml"):
+        (tmp_path / file).write_text("model_kind: transcoder_set\nmodel_name: google/gemma-2-2b\n")
+    else:
+        save_file({"W_enc": torch.zeros(2, 2)}, tmp_path / file)
+    for path in (tmp_path, tmp_path / file) if file != "config.yaml" else (tmp_path,):
+        with pytest.raises(UserError, match=r"only autoencoders, which rebuild what they read"):
+            load_sae(path)

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from circuits import behaviour
+from circuits.edit_measures import continuations, cross_entropy, measure
 from circuits.edit_places import (
     EVERYWHERE,
     Features,
@@ -43,7 +44,7 @@ from circuits.edit_places import (
     split_by_place,
     tokens_at,
 )
-from circuits.edit_report import Behaviour, Continuation, EditReport, Score
+from circuits.edit_report import Behaviour, EditReport
 from circuits.prompts import PromptSet
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError, unknown
@@ -56,6 +57,9 @@ if TYPE_CHECKING:
 Operation = Literal["zero", "mean", "set", "scale", "steer"]
 
 NEEDS_VALUE = ("set", "scale", "steer")
+
+PlacedFeatures = Mapping[str, Features]
+"""Chosen features by place."""
 
 
 # ------------------------------------------------------------------------------------------ random features
@@ -215,7 +219,7 @@ def _real_activations(
     return {site: x[real] for site, x in run.activations.items()}
 
 
-# ------------------------------------------------------------------------------------------ measuring
+# ------------------------------------------------------------------------------------------ editing and measuring
 
 
 def ablate(
@@ -247,45 +251,27 @@ def ablate(
     chosen = {place: parse_features(names, saes) for place, names in split_by_place(features).items()}
     if texts and set(chosen) != {EVERYWHERE}:
         raise UserError("other text has no spans of the prompts: leave it out, or edit features everywhere")
-    generator = torch.Generator().manual_seed(seed)
-    active = {
-        place: active_features(model, saes, prompts, place=place, batch_size=batch_size) if n_random else {}
-        for place in chosen
-    }
-    draws = [
-        {
-            place: random_features(active[place], like, generator=generator, same_sites=same_sites)
-            for place, like in chosen.items()
-        }
-        for _ in range(n_random)
-    ]
+    draws = _random_draws(
+        model, saes, prompts, chosen, n=n_random, same_sites=same_sites, seed=seed, batch_size=batch_size
+    )
     other = list(_text_batches(model, texts or [], max_length=max_length))
     m = None if metric is None else behaviour.get_metric(metric)
     if m is not None:
         prompts = behaviour.prepare(prompts, model, m)
 
-    def edits_at(place: str, features: Features) -> dict[Site, Callable[[Tensor], Tensor]]:
-        means = None
-        if operation == "mean":
-            batches = list(prompts.batches(batch_size))
-            where = None if other else [tokens_at(batch, place) for batch in batches]
-            means = feature_means(model, saes, features, other or [batch.clean for batch in batches], where=where)
-        return make_edits(saes, features, operation=operation, value=value, means=means)
-
-    def edits_of(features: Mapping[str, Features]) -> PlacedEdits:
-        return PlacedEdits({place: edits_at(place, here) for place, here in features.items()})
+    def edits_of(features: PlacedFeatures) -> PlacedEdits:
+        return _placed_edits(
+            model, saes, features, prompts, other, operation=operation, value=value, batch_size=batch_size
+        )
 
     def measured(edits: PlacedEdits) -> Behaviour:
         scores = measure(model, prompts, edits=edits, metric=m, batch_size=batch_size)
         return replace(scores, ce=cross_entropy(model, other, edits=edits(prompts[:1])) if other else None)
 
-    def names(features: Mapping[str, Features]) -> list[str]:
-        return [f"{name}@{place}" if place else name for place, at in features.items() for name in feature_names(at)]
-
     edits = edits_of(chosen)
     shown = "logit difference" if prompts.patch_answers is not None else "answer logit"
     return EditReport(
-        features=names(chosen),
+        features=_placed_names(chosen),
         operation=operation,
         value=value,
         metric=shown if m is None else getattr(m, "name", getattr(m, "__name__", "metric")),
@@ -294,77 +280,64 @@ def ablate(
         before=measured(PlacedEdits({})),
         after=measured(edits),
         random=[measured(edits_of(draw)) for draw in draws],
-        random_features=[names(draw) for draw in draws],
+        random_features=[_placed_names(draw) for draw in draws],
         continuations=continuations(model, prompts, edits, n=generate, new_tokens=new_tokens),
         seed=seed,
     )
 
 
-def measure(
+def _random_draws(
     model: LanguageModel,
+    saes: Mapping[Site, SparseAutoencoder],
     prompts: PromptSet,
+    chosen: PlacedFeatures,
     *,
-    edits=None,
-    metric: behaviour.Metric | None = None,
-    batch_size: int = 64,
-) -> Behaviour:
-    """Logit difference logit(clean answer) - logit(patch answer) and accuracy, overall and by case.
-
-    metric: its values in place of the logit difference; edits: as in `behaviour.last_logits`.
-    """
-    logits = behaviour.last_logits(model, prompts, edits=edits, batch_size=batch_size)  # [B, V]
-    right = behaviour.correct(logits, prompts)  # [B]
-    if metric is None:
-        difference = -behaviour.logit_difference(logits, prompts)  # [B]
-    else:
-        difference = behaviour.metric_values(model, prompts, metric, edits=edits, batch_size=batch_size)
-
-    def score(rows: list[int]) -> Score:
-        return Score(len(rows), difference[rows].mean().item(), right[rows].float().mean().item())
-
-    by_case = {
-        case: [row for row, name in enumerate(prompts.cases) if name == case] for case in sorted(set(prompts.cases))
-    }
-    return Behaviour(
-        overall=score(list(range(len(prompts)))),
-        by_case={case: score(rows) for case, rows in by_case.items()} if len(by_case) > 1 else {},
-    )
-
-
-@torch.no_grad()
-def cross_entropy(model: LanguageModel, batches: Sequence[Tokens], *, edits=None) -> float:
-    """Mean of -log p(next token) in nats over all next tokens of the batches that are not special."""
-    special = torch.tensor(sorted(model.special_ids), device=model.device)
-    total, count = 0.0, 0
-    for tokens in batches:
-        logits = model.run(tokens, edits=edits).logits[:, :-1]  # [B, S - 1, V]
-        target, real = tokens.input_ids[:, 1:], tokens.attention_mask[:, :-1].bool()
-        real = real & ~torch.isin(target, special)
-        total -= logits[real].float().log_softmax(-1).gather(1, target[real][:, None]).sum().item()
-        count += int(real.sum())
-    if count == 0:
-        raise UserError("the text for the cross-entropy holds no next token to predict")
-    return total / count
-
-
-def continuations(
-    model: LanguageModel, prompts: PromptSet, edits, *, n: int, new_tokens: int = 30
-) -> list[Continuation]:
-    """Greedy continuations of n prompts, the cases taking turns, before and after the edit."""
-    if n <= 0:
+    n: int,
+    same_sites: bool,
+    seed: int,
+    batch_size: int,
+) -> list[PlacedFeatures]:
+    """n times as many random active features as are chosen, at the same places."""
+    if not n:
         return []
-    turn = [prompts.cases[:row].count(case) for row, case in enumerate(prompts.cases)]
-    chosen = prompts[sorted(range(len(prompts)), key=lambda row: (turn[row], row))[:n]]
-    width = chosen.clean.input_ids.shape[1]
+    generator = torch.Generator().manual_seed(seed)
+    active = {place: active_features(model, saes, prompts, place=place, batch_size=batch_size) for place in chosen}
+    return [
+        {
+            place: random_features(active[place], like, generator=generator, same_sites=same_sites)
+            for place, like in chosen.items()
+        }
+        for _ in range(n)
+    ]
 
-    def continued(edits) -> list[str]:
-        ids = model.generate(
-            chosen.clean, max_new_tokens=new_tokens, edits=edits(chosen) if edits else None
-        )  # [n, S + new]
-        return [model.tokenizer.decode(row, skip_special_tokens=True) for row in ids[:, width:].tolist()]
 
-    pairs = zip(chosen.texts, continued(None), continued(edits), strict=True)
-    return [Continuation(prompt, before, after) for prompt, before, after in pairs]
+def _placed_edits(
+    model: LanguageModel,
+    saes: Mapping[Site, SparseAutoencoder],
+    features: PlacedFeatures,
+    prompts: PromptSet,
+    other: Sequence[Tokens],
+    *,
+    operation: Operation,
+    value: float | None,
+    batch_size: int,
+) -> PlacedEdits:
+    """The edits of features at their places; `mean` is over the other text where there is any, else over the tokens
+    of the place.
+    """
+    edits: dict[str, dict[Site, Callable[[Tensor], Tensor]]] = {}
+    for place, here in features.items():
+        means = None
+        if operation == "mean":
+            batches = list(prompts.batches(batch_size))
+            where = None if other else [tokens_at(batch, place) for batch in batches]
+            means = feature_means(model, saes, here, other or [batch.clean for batch in batches], where=where)
+        edits[place] = make_edits(saes, here, operation=operation, value=value, means=means)
+    return PlacedEdits(edits)
+
+
+def _placed_names(features: PlacedFeatures) -> list[str]:
+    return [f"{name}@{place}" if place else name for place, at in features.items() for name in feature_names(at)]
 
 
 def _text_batches(

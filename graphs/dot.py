@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
@@ -24,7 +23,8 @@ from graphs.errors import GraphError
 from graphs.feature_graph import Edge, FeatureGraph, Node
 from graphs.files import atomic_write, write_text
 from graphs.graphviz_output import Detail, draw
-from graphs.layout import Box, Cell, Layout, Point, layered_layout
+from graphs.layout import Box, Point
+from graphs.scene import GUTTER, MARGIN, Scene, make_scene
 from graphs.style import (
     DIVERGING,
     INK,
@@ -36,8 +36,6 @@ from graphs.style import (
     diverging_colour,
     fit,
     ink_on,
-    largest_effect,
-    largest_weight,
     number,
     position_name,
     signed_root,
@@ -50,70 +48,6 @@ from graphs.style import (
 
 FORMATS = (".dot", ".svg", ".png", ".pdf")
 FONT = "DejaVu Sans"
-GUTTER, MARGIN = 62.0, 14.0
-
-
-@dataclass(frozen=True)
-class Density:
-    """Sizes that go with a number of nodes."""
-
-    up_to: int
-    """The largest number of nodes drawn this way."""
-    cell: Cell
-    """Room for one node, in points."""
-    lines: int
-    """Lines of label text."""
-    label: float
-    """Font size of the label."""
-    small: float
-    """Font size of id and effect."""
-    space: float
-    """Free height between sites."""
-    labelled: int
-    """How many of the strongest nodes keep their label."""
-
-
-DENSITIES = (
-    Density(14, Cell(width=158, height=50, gap=26, box=142), 2, 11.0, 8.5, 34, 10**6),
-    Density(48, Cell(width=132, height=46, gap=24, box=118), 2, 10.0, 8.0, 28, 10**6),
-    Density(130, Cell(width=106, height=29, gap=18, box=93), 1, 8.5, 7.0, 24, 10**6),
-    Density(10**9, Cell(width=88, height=24, gap=14, box=77), 1, 7.0, 6.0, 20, 80),
-)
-
-
-@dataclass(frozen=True)
-class Scene:
-    """What every part of the drawing needs to know."""
-
-    graph: FeatureGraph
-    """What is drawn."""
-    layout: Layout
-    """Where it goes."""
-    density: Density
-    """How large it is."""
-    labelled: frozenset[str]
-    """Ids of the nodes that show a label."""
-    link: str
-    """Template of the nodes' hyperlinks, `#node-{id}`."""
-    effect: float
-    """The largest |effect|, where the colour scale ends."""
-    weight: float
-    """The largest |weight|, drawn with the widest line."""
-
-    def point(self, x: float, y: float) -> Point:
-        """From layout to page: room for the site names on the left, for legend and header below."""
-        return x + GUTTER + MARGIN + (self.size[0] - self.layout.width - GUTTER - 2 * MARGIN) / 2, y + self.below
-
-    @property
-    def below(self) -> float:
-        """Height under the first site: legend, and the tokens of a circuit by position."""
-        return 66.0 + (24.0 if self.layout.columns else 0.0)
-
-    @property
-    def size(self) -> Point:
-        """Width and height of the page."""
-        above = 58.0 + (24.0 if self.layout.columns else 0.0)
-        return max(self.layout.width + GUTTER + 2 * MARGIN, 590.0), self.layout.height + self.below + above
 
 
 def to_dot(graph: FeatureGraph, *, title: str | None = None, link: str = "#node-{id}") -> str:
@@ -123,19 +57,7 @@ def to_dot(graph: FeatureGraph, *, title: str | None = None, link: str = "#node-
     in SVG, with `{id}` and `{name}`; the SVG element of a node has the id `drawn-{id}`, that of an edge
     `drawn-{source}--{target}`.
     """
-    return _source(_scene(graph, link), title)
-
-
-def _scene(graph: FeatureGraph, link: str) -> Scene:
-    if len(graph) == 0:
-        raise GraphError("the graph has no nodes: there is nothing to draw")
-    n_nodes = sum(node.kind != "metric" for node in graph.nodes())
-    density = next(density for density in DENSITIES if n_nodes <= density.up_to)
-    strongest = sorted(graph.nodes(), key=lambda node: -abs(node.effect))[: density.labelled]
-    metric = (density.cell.box * 1.7, 2.6 * density.label + 1.4 * density.small + 12)
-    layout = layered_layout(graph, cell=density.cell, metric=metric, space=density.space)
-    labelled = frozenset(node.id for node in strongest)
-    return Scene(graph, layout, density, labelled, link, largest_effect(graph), largest_weight(graph))
+    return _source(make_scene(graph, link), title)
 
 
 def _source(scene: Scene, title: str | None) -> str:
@@ -164,7 +86,7 @@ def render(graph: FeatureGraph, path: str | Path, *, title: str | None = None, l
     kind = path.suffix.lower()
     if kind not in FORMATS:
         raise GraphError(f"cannot draw into {path.name!r}: its extension must be one of {', '.join(FORMATS)}")
-    scene = _scene(graph, link)
+    scene = make_scene(graph, link)
     source = _source(scene, title)
     if kind == ".dot":
         write_text(path, source)

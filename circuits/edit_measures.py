@@ -1,0 +1,86 @@
+"""What is measured of a model before and after an edit: the behaviour, the cross-entropy on text, and continuations.
+
+Shapes: B prompts, S positions, V tokens of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from circuits import behaviour
+from circuits.edit_report import Behaviour, Continuation, Score
+from circuits.prompts import PromptSet
+from sae.errors import UserError
+
+if TYPE_CHECKING:
+    from sae.model import LanguageModel, Tokens
+
+
+def measure(
+    model: LanguageModel,
+    prompts: PromptSet,
+    *,
+    edits=None,
+    metric: behaviour.Metric | None = None,
+    batch_size: int = 64,
+) -> Behaviour:
+    """Logit difference logit(clean answer) - logit(patch answer) and accuracy, overall and by case.
+
+    metric: its values in place of the logit difference; edits: as in `behaviour.last_logits`.
+    """
+    logits = behaviour.last_logits(model, prompts, edits=edits, batch_size=batch_size)  # [B, V]
+    right = behaviour.correct(logits, prompts)  # [B]
+    if metric is None:
+        difference = -behaviour.logit_difference(logits, prompts)  # [B]
+    else:
+        difference = behaviour.metric_values(model, prompts, metric, edits=edits, batch_size=batch_size)
+
+    def score(rows: list[int]) -> Score:
+        return Score(len(rows), difference[rows].mean().item(), right[rows].float().mean().item())
+
+    by_case = {
+        case: [row for row, name in enumerate(prompts.cases) if name == case] for case in sorted(set(prompts.cases))
+    }
+    return Behaviour(
+        overall=score(list(range(len(prompts)))),
+        by_case={case: score(rows) for case, rows in by_case.items()} if len(by_case) > 1 else {},
+    )
+
+
+@torch.no_grad()
+def cross_entropy(model: LanguageModel, batches: Sequence[Tokens], *, edits=None) -> float:
+    """Mean of -log p(next token) in nats over all next tokens of the batches that are not special."""
+    special = torch.tensor(sorted(model.special_ids), device=model.device)
+    total, count = 0.0, 0
+    for tokens in batches:
+        logits = model.run(tokens, edits=edits).logits[:, :-1]  # [B, S - 1, V]
+        target, real = tokens.input_ids[:, 1:], tokens.attention_mask[:, :-1].bool()
+        real = real & ~torch.isin(target, special)
+        total -= logits[real].float().log_softmax(-1).gather(1, target[real][:, None]).sum().item()
+        count += int(real.sum())
+    if count == 0:
+        raise UserError("the text for the cross-entropy holds no next token to predict")
+    return total / count
+
+
+def continuations(
+    model: LanguageModel, prompts: PromptSet, edits, *, n: int, new_tokens: int = 30
+) -> list[Continuation]:
+    """Greedy continuations of n prompts, the cases taking turns, before and after the edit."""
+    if n <= 0:
+        return []
+    turn = [prompts.cases[:row].count(case) for row, case in enumerate(prompts.cases)]
+    chosen = prompts[sorted(range(len(prompts)), key=lambda row: (turn[row], row))[:n]]
+    width = chosen.clean.input_ids.shape[1]
+
+    def continued(edits) -> list[str]:
+        ids = model.generate(
+            chosen.clean, max_new_tokens=new_tokens, edits=edits(chosen) if edits else None
+        )  # [n, S + new]
+        return [model.tokenizer.decode(row, skip_special_tokens=True) for row in ids[:, width:].tolist()]
+
+    pairs = zip(chosen.texts, continued(None), continued(edits), strict=True)
+    return [Continuation(prompt, before, after) for prompt, before, after in pairs]

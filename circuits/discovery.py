@@ -110,15 +110,13 @@ def discover(
     sites = visible_sites(m, model, select_sites(options.sites, list(saes)))
     accurate = accuracy(last_logits(model, prompts), prompts)
     plain, model = model, read_by(model, m)
-    n_positions = prompts.clean.n_positions
-    spans = _spans(prompts, options.aggregation)
+    n_positions, spans = prompts.clean.n_positions, _spans(prompts, options.aggregation)
     files = None
     if partial is not None:
         files = PartialFiles(partial, work_of(model, saes, prompts, asdict(options)), resume=resume)
     work = Work(model, saes, prompts, m, options, sites, files, progress)
     batches = node_pass(work)
     effects = {site: SiteEffects.concatenate(batch.effects[site] for batch in batches) for site in sites}
-    totals = {site: torch.cat([batch.totals[site] for batch in batches]) for site in sites}
     nodes = {
         site: aggregate_site(
             site_effects, n_examples=len(prompts), n_positions=n_positions, aggregation=options.aggregation, spans=spans
@@ -129,22 +127,14 @@ def discover(
         raise UserError("no node has an effect on the metric: do the prompts differ where the sites can see it?")
     chosen = select_nodes(nodes, top=options.edge_nodes)
     edges, edge_samples = edge_pass(work, batches, chosen) if options.edge_nodes else ({}, {})
-    ends = _metric_ends(batches, len(prompts))
     metadata = {
         **(provenance or {}),
         "options": asdict(options),
         "sites": [site.name for site in sites],
-        "n_examples": len(prompts),
-        "n_positions": n_positions,
         "n_nodes": count(nodes),
-        "rejected": prompts.rejected,
         "accuracy": accurate,
-        **ends,
-        "completeness": _completeness(effects, totals, len(prompts), ends["total_effect"]),
-        "tokens": _position_tokens(model, prompts) if options.aggregation == "position" else [],
-        "positions": list(spans),
-        "span_words": _span_words(plain, prompts) if spans else {},
-        "templates": sorted(set(prompts.templates)),
+        **_of_prompts(plain, prompts, options.aggregation),
+        **_of_metric(batches, effects, len(prompts)),
     }
     return Circuit(effects, chosen if options.edge_nodes else {}, edges, metadata, edge_samples=edge_samples)
 
@@ -157,6 +147,27 @@ def _spans(prompts: PromptSet, aggregation: str) -> tuple[str, ...]:
     if aggregation == "spans" and prompts.roles is None:
         raise UserError("aggregation 'spans' needs prompts with spans: name them in the file, or give a span template")
     return prompts.spans if aggregation == "spans" else ()
+
+
+def _of_prompts(model: LanguageModel, prompts: PromptSet, aggregation: str) -> dict[str, Any]:
+    """What the metadata say of the prompts."""
+    by_span = aggregation == "spans"
+    return {
+        "n_examples": len(prompts),
+        "n_positions": prompts.clean.n_positions,
+        "rejected": prompts.rejected,
+        "tokens": _position_tokens(model, prompts) if aggregation == "position" else [],
+        "positions": list(prompts.spans) if by_span else [],
+        "span_words": _span_words(model, prompts) if by_span else {},
+        "templates": sorted(set(prompts.templates)),
+    }
+
+
+def _of_metric(batches: Sequence[BatchNodes], effects: Mapping[Site, SiteEffects], n_examples: int) -> dict[str, Any]:
+    """What the metadata say of the metric: its ends, and how nearly the effects add up to what was measured."""
+    ends = _metric_ends(batches, n_examples)
+    totals = {site: torch.cat([batch.totals[site] for batch in batches]) for site in effects}
+    return ends | {"completeness": _completeness(effects, totals, n_examples, ends["total_effect"])}
 
 
 def _metric_ends(batches: Sequence[BatchNodes], n_examples: int) -> dict[str, Any]:

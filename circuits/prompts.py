@@ -205,14 +205,9 @@ def make_prompts(
     """Tokenise examples; those that cannot be used are counted in `rejected`, and `UserError` if none is left."""
     paired = any(example.patch is not None for example in examples)
     contrasted = any(example.patch_answers for example in examples)
-    rejected: Counter[str] = Counter()
-    usable: list[Example] = []
-    for example in examples:
-        reason = _text_problem(example, paired=paired)
-        if reason:
-            rejected[reason] += 1
-        else:
-            usable.append(example)
+    reasons = [_text_problem(example, paired=paired) for example in examples]
+    rejected = Counter(reason for reason in reasons if reason)
+    usable = [example for example, reason in zip(examples, reasons, strict=True) if not reason]
     if not usable:
         raise _none_left(name, rejected)
 

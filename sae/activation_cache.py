@@ -155,11 +155,16 @@ def write_cache(
         (out / MANIFEST).unlink(missing_ok=True)
         _note(out, begun, stream.state)
     manifest = _write_shards(activations, begun, out, shard_tokens, progress)
+    _finish(manifest, out)
+    return manifest
+
+
+def _finish(manifest: Manifest, out: Path) -> None:
+    """The cache is whole: say so, and remove what an earlier one left."""
     write_json(out / MANIFEST, asdict(manifest))
     (out / UNFINISHED).unlink(missing_ok=True)
     for surplus in set(out.glob("shard_*.safetensors")) - {shard_path(out, i) for i in range(len(manifest.shards))}:
         surplus.unlink()
-    return manifest
 
 
 def _write_shards(

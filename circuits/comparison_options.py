@@ -20,37 +20,37 @@ class CompareOptions:
     methods: str = "ig,ig-adaptive,ig-inputs,attrib,relp,graddrop,mask,activation-difference,random"
     """Node methods, comma-separated; exact is one as well, and mask learns which nodes to keep."""
     neurons: str = "ig"
-    """Methods that are also run on neurons; none for an empty text."""
+    """Methods that are also run on neurons; an empty text for none."""
     sizes: str = "10,20,50,100,200,500"
     """Circuit sizes of the table; the curve is measured in between and up to all nodes."""
     sample: int = 1000
     """Features of each dictionary patched exactly, drawn at random from those that differ; 0 for no correlations."""
     rule: str = "midpoint"
-    """Quadrature of ig and ig-inputs."""
+    """Quadrature of ig and ig-inputs: midpoint, gauss-legendre or left-riemann (the paper's code)."""
     steps: int = 10
     """Quadrature nodes of ig and ig-inputs."""
     residual: float = 0.003
-    """Completeness error ig-adaptive goes down to."""
+    """Completeness error ig-adaptive goes down to, as a share of the total effect."""
     mask_start: str = "ig"
     """Method whose ranking learned masks start from; its time is counted with theirs."""
     mask_steps: int = 150
     """Steps of gradient descent of learned masks."""
     metric: str = "logit_difference"
-    """What is explained."""
+    """What is explained: any metric of `sfc discover`."""
     sites: str = "all"
-    """Sites of the circuits."""
+    """Sites of the circuits, such as all, resid or resid,mlp_3; each needs an autoencoder."""
     start_site: str | None = None
-    """First site that is ablated; everything before is given for free."""
+    """First site that is ablated; everything before is given for free. All sites by default."""
     ablation: str = "mean"
     """What ablated nodes become: mean, optimal, counterfactual, resample, zero or mean-pooled."""
     errors: str = "nodes"
-    """Errors of the autoencoders: nodes, keep or ablate."""
+    """Errors of the autoencoders: nodes (ranked among the features), keep (all left in) or ablate (all ablated)."""
     seed: int = 0
     """Seed of the sample and of random circuits."""
     resamples: int = 1000
     """Times the held-out prompts are drawn anew for 95 % intervals of CPR and CMD; 0 leaves them out."""
     memory: float = 2.0
-    """Budget in GiB for a forward and backward pass."""
+    """Budget in GiB for what the model keeps during a forward and backward pass; prompts are batched to it."""
 
     def __post_init__(self) -> None:
         for method in [*split(self.methods), *split(self.neurons)]:

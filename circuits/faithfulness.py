@@ -54,7 +54,7 @@ class FaithfulnessOptions:
     destroys what all prompts share, so that faithfulness says little).
     """
     start_site: str | None = None
-    """First site that is ablated; everything before is given for free. None for all sites."""
+    """First site that is ablated; everything before is given for free. All sites by default."""
     errors: str = "nodes"
     """Errors of the autoencoders: nodes (ranked among the features), keep (all left in) or ablate (all ablated)."""
     random: int = 3

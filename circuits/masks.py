@@ -63,7 +63,7 @@ class MaskOptions:
     steps: int = 150
     """Steps of gradient descent."""
     start_site: str | None = None
-    """First site that is masked; everything before is given for free. None for all sites."""
+    """First site that is masked; everything before is given for free. All sites by default."""
     errors: str = "nodes"
     """Errors of the autoencoders: nodes (masked like features), keep (all left in) or ablate (all ablated)."""
     ablation: str = "mean"
@@ -77,13 +77,13 @@ class MaskOptions:
     start: str = "effects"
     """Where scores start: effects (the ranking of the given nodes) or equal."""
     smallest: int | None = None
-    """Smallest number of nodes a prompt is given; None for a fiftieth of all."""
+    """Smallest number of nodes a prompt is given; a fiftieth of all by default."""
     largest: int | None = None
-    """Largest number of nodes a prompt is given; None for a third of all."""
+    """Largest number of nodes a prompt is given; a third of all by default."""
     batch_size: int = 64
     """Prompts a step."""
     learning_rate: float = 0.2
-    """Of Adam, falling to a tenth over the steps."""
+    """Learning rate of Adam, falling to a tenth over the steps."""
     temperature: float = 1.0
     """Width of the gate's gradient in units of the score, falling to a fiftieth over the steps."""
     seed: int = 0

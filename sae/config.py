@@ -44,7 +44,7 @@ class TrainConfig:
     architecture: str = "topk"
     """Architecture: topk, relu, batchtopk, jumprelu, gated, multi_topk, matryoshka, relu_unit, p_anneal or identity."""
     features: int = 1024
-    """Number of features of each dictionary."""
+    """Features of each autoencoder."""
     k: int = 32
     """Active features a token: exact for the TopK family, the mean that a sparsity penalty is steered to for others."""
     tokens: int = 2_000_000
@@ -62,9 +62,9 @@ class TrainConfig:
     context_length: int | None = None
     """Longest context, in tokens, that the model reads text in; 128, or less if the model takes less, by default."""
     packed: bool = False
-    """Whether documents are packed end to end into full contexts instead of one context a document."""
+    """Pack documents end to end into full contexts instead of one context a document."""
     exclude_special: bool = True
-    """Whether activations at special tokens, such as BOS, are left out."""
+    """Leave out activations at special tokens, such as BOS; --no-exclude-special keeps them."""
     buffer_tokens: int = 2**16
     """Activations shuffled together; fewer where all sites would need more than 2 GB."""
     centre: str = "mean"
@@ -73,7 +73,7 @@ class TrainConfig:
     """Fixed weight of the sparsity penalty; by default it is steered so that k features are active (1 if l0_loss is
     target)."""
     bandwidth: float | None = None
-    """Width of JumpReLU's straight-through kernel, for inputs of unit mean squared norm; 0.8 / sqrt(width) if None."""
+    """Width of JumpReLU's straight-through kernel at inputs of unit mean squared norm; 0.8 / sqrt(width) by default."""
     l0_loss: str = "steered"
     """JumpReLU's penalty: steered, L0 with a weight that brings it to k, or target, (L0 / k - 1)^2 of each token."""
     p_end: float = 0.2
@@ -89,7 +89,7 @@ class TrainConfig:
     dead_tokens: int | None = None
     """Silent tokens after which a feature counts as dead; a hundredth of `tokens`, at most ten million, by default."""
     autocast: bool = True
-    """Whether matrix products on CUDA run in bfloat16."""
+    """Run matrix products on CUDA in bfloat16; --no-autocast keeps the precision of the weights."""
     log_steps: int = 100
     """Steps between lines of the training log."""
     checkpoints: int = 10

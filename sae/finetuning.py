@@ -83,9 +83,9 @@ class FinetuneConfig:
     context_length: int | None = None
     """Longest context, in tokens; 128, or less if the model takes less, by default."""
     packed: bool = False
-    """Whether documents are packed end to end into full contexts instead of one context a document."""
+    """Pack documents end to end into full contexts instead of one context a document."""
     exclude_special: bool = True
-    """Whether special tokens, such as BOS, keep their activations."""
+    """Special tokens, such as BOS, keep their activations; with --no-exclude-special they are reconstructed as well."""
     log_steps: int = 20
     """Steps between lines of the log."""
     checkpoints: int = 5

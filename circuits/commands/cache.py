@@ -33,7 +33,7 @@ class Cache(Common):
     context_length: int | None = None
     """Longest context, in tokens, that the model reads text in; 128, or less if the model takes less, by default."""
     packed: bool = False
-    """Whether documents are packed end to end into full contexts instead of one context a document."""
+    """Pack documents end to end into full contexts instead of one context a document."""
     resume: bool = False
     """Go on after the last whole shard of an interrupted run with the same options."""
     overwrite: Overwrite = False

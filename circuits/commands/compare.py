@@ -33,7 +33,7 @@ class CompareMethods(UsesSaes):
     prompts: str
     """Prompts on which circuits are found."""
     test: str | None = None
-    """Held-out prompts on which they are scored; by default every second one of the prompts is held out."""
+    """Held-out prompts on which circuits are scored; by default every second one of the prompts is held out."""
     out: Path
     """Run folder that receives comparison/."""
     examples: int = 100

@@ -37,7 +37,7 @@ class Demo(Common):
     """Find, test, draw and edit a circuit for subject-verb agreement in the bundled model."""
 
     out: Path = Path("runs/demo")
-    """Run folder."""
+    """Run folder that receives everything."""
     behaviour: str = "nounpp"
     """Agreement across what: simple (nothing), nounpp (a prepositional phrase), rc and within_rc (relative clauses)."""
     tokens: int = 400_000

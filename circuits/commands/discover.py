@@ -90,7 +90,7 @@ class Discover(UsesSaes):
     title: str | None = None
     """What drawings and the report are headed; made from prompts and model by default."""
     estimate: bool = False
-    """Say what memory and time it will take, and stop there."""
+    """Say what memory and time the discovery will take, and stop there."""
     resume: bool = False
     """Go on with an interrupted discovery of the same model, autoencoders, prompts and options."""
     overwrite: Overwrite = False

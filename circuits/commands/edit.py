@@ -33,7 +33,7 @@ class _Edit(UsesSaes):
     text: str | None = None
     """Other text on which the cross-entropy is measured, .txt or .jsonl."""
     texts: int = 200
-    """Texts of it that are read."""
+    """Texts read of --text."""
     generate: int = 0
     """Prompts that are continued before and after."""
     new_tokens: int = 30

@@ -24,11 +24,11 @@ class Evaluate(Common):
     saes: str
     """Run folder with autoencoders (`sfc train`), or the folder inside it."""
     text: str
-    """Text: a .txt file (a document a line), a .jsonl file (field text), or a hub data set."""
+    """Text: a .txt file (a document a line), a .jsonl file (field text), .gz of either, or a hub data set."""
     tokens: int = 50_000
     """Tokens measured."""
-    context: int = 128
-    """Tokens of a text that are read at once."""
+    context_length: int = 128
+    """Longest context, in tokens; what comes after it in a text is not read."""
     batch_size: int = 16
     """Texts that go through the model at once."""
     skip_errors: bool = False
@@ -37,7 +37,7 @@ class Evaluate(Common):
     """Folder for evaluation.json, .txt and .svg; that of the autoencoders by default."""
 
     def run(self) -> Output:
-        at_least(self, tokens=1, context=2, batch_size=1)
+        at_least(self, tokens=1, context_length=2, batch_size=1)
         model = load_model(self.model, self)
         saes, source = load_checked_saes(model, self.saes), TextSource.of(self.text)
         with tqdm(total=self.tokens, desc="evaluate", unit="token", disable=self.quiet) as bar:
@@ -46,12 +46,12 @@ class Evaluate(Common):
                 saes,
                 source.read(),
                 max_tokens=self.tokens,
-                context=self.context,
+                context=self.context_length,
                 batch_size=self.batch_size,
                 errors=not self.skip_errors,
                 progress=bar.update,
             )
-        settings = evaluation_settings(model, source, tokens=self.tokens, context=self.context)
+        settings = evaluation_settings(model, source, tokens=self.tokens, context=self.context_length)
         data = {**result.to_dict(), "measured_on": settings}
         text = result.table()
         folder = self.out or _folder_of(self.saes)

@@ -23,7 +23,7 @@ class Export(Common):
     circuit: Path
     """Run folder with a circuit (`sfc discover`); its circuit.json is exported."""
     format: Literal["eap-ig", "neuronpedia", "graphml"]
-    """eap-ig (also MIB's; projected onto heads and MLPs), neuronpedia (also circuit-tracer's) or graphml."""
+    """Format: eap-ig (also MIB's; projected onto heads and MLPs), neuronpedia (also circuit-tracer's) or graphml."""
     out: Path | None = None
     """File to write; graph/circuit with the format's ending in the run folder by default."""
     model: str | None = None

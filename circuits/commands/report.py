@@ -14,7 +14,7 @@ class Report:
     """Write report.html: the circuit, what it explains, its features in their contexts, and what editing them did."""
 
     circuit: Path
-    """Run folder."""
+    """Run folder with a circuit (`sfc discover`)."""
     json: bool = False
     """Print one JSON object instead of text."""
 

@@ -68,15 +68,15 @@ class Sweep(Common):
     """Held-out text to measure on; by default what comes in the text after the documents trained on."""
     eval_tokens: int = 50_000
     """Tokens measured."""
-    eval_context: int = 128
-    """Tokens of a text that are read at once in measuring."""
+    eval_context_length: int = 128
+    """Longest context measured, in tokens; what comes after it in a text is not read."""
     resume: bool = False
     """Go on with an interrupted sweep, or add to a finished one; nothing is trained or measured twice."""
     overwrite: Overwrite = False
     config: Annotated[SharedConfig, tyro.conf.arg(name="")] = field(default_factory=SharedConfig)
 
     def run(self) -> Output:
-        at_least(self, eval_tokens=1, eval_context=2)
+        at_least(self, eval_tokens=1, eval_context_length=2)
         trained, source, name = self._train()
         model = load_model(name, self)
         text = None if self.eval_text is None else TextSource.of(self.eval_text)
@@ -85,7 +85,7 @@ class Sweep(Common):
             trained,
             HeldOut.of(trained, source, text),
             tokens=self.eval_tokens,
-            context=self.eval_context,
+            context=self.eval_context_length,
             progress=None if self.quiet else _say,
         )
         drawn = self._draw(results)

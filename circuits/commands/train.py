@@ -45,7 +45,8 @@ class Train(Common):
     finetune: Literal["none", "kl", "ce"] = "none"
     """Fine-tune afterwards with all autoencoders spliced in, for the model's predictions (kl) or the text (ce)."""
     finetune_tokens: int | None = None
-    """Tokens of it, beside those of training; a fifth of them by default. `sfc finetune` has more options."""
+    """Tokens to fine-tune on, beside those of training; a fifth of these by default. `sfc finetune` has more options.
+    """
     config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
 
     def run(self) -> Output:

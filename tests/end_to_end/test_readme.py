@@ -27,3 +27,14 @@ def test_commands_parse(sfc, line):
     known = sfc(words[1], "--help").out
     for option in (word for word in words if word.startswith("--")):
         assert option in known, f"{words[1]} {option}"
+
+
+def test_options_in_the_text_exist(sfc):
+    """`sfc COMMAND --option` in the text has that option, and `--option` by itself is one of some command."""
+    spans = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", README, flags=re.DOTALL))
+    text = [span.split() for span in spans if re.search(r"(^|\s)--", span) and not span.startswith("python")]
+    helps = {name: sfc(name, "--help").out for name in re.findall(r"• (\S+)", sfc("--help").out)}
+    for words in text:
+        known = helps[words[1]] if words[0] == "sfc" and words[1] in helps else "".join(helps.values())
+        for option in (word for word in words if word.startswith("--")):
+            assert f"{option} " in known or f"{option}\n" in known, " ".join(words)

@@ -3,7 +3,8 @@
 1. Node pass (`circuits.passes`): for every batch of prompts, clean and patch activations, then node effects of all
    features and errors (`circuits.attribution`), held against the measured effect of patching each site alone.
 2. Aggregate over positions and examples; choose the strongest nodes.
-3. Edge pass: for every batch, edges among those nodes and to the metric by the cut graph (`circuits.edges`).
+3. Edge pass: for every batch, edges among those nodes and to the metric by the cut graph (`circuits.edges`). Where
+   they fit, the weights of every example are kept for intervals (`circuits.uncertainty`).
 
 Finished batches can be kept in a folder (`circuits.partial`), from which an interrupted discovery goes on.
 """

@@ -15,8 +15,8 @@
 
    f_i is read from the activation the edited model has at that point, at every position, in generation too.
 3. Measure the behaviour before and after, overall and by case, the cross-entropy on other text, and sample
-   continuations; beside it the same edit of equally many random features that are active on the prompts (several
-   draws), without which no drop of the metric means anything.
+   continuations (`circuits.edit_measures`); beside it the same edit of equally many random features that are active on
+   the prompts (several draws), without which no drop of the metric means anything.
 
 Only the encoder rows of the edited features are computed; where features compete (top k) all of them must be.
 

@@ -31,7 +31,8 @@ from circuits.prompts import PromptSet
 from circuits.spans import LAST
 from sae.errors import UserError, unknown
 from sae.files import atomic_write
-from sae.model import Edit, LanguageModel, Run, Tokens
+from sae.model import LanguageModel, Run, Tokens
+from sae.places import Edit
 from sae.sites import Site
 
 

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from sae.errors import UserError
-from sae.model import LanguageModel, check_finite
+from sae.model import LanguageModel
+from sae.selfcheck import check_finite
 from sae.sites import Site
 from sae.text import TextSource
 from sae.tokens import Tokens

@@ -39,11 +39,14 @@ from sae.autoencoder import SparseAutoencoder
 from sae.checkpoint import Checkpoint
 from sae.errors import UserError, unknown
 from sae.evaluation import counted_tokens
-from sae.model import Edit, LanguageModel, Tokens, check_finite
+from sae.model import LanguageModel
+from sae.places import Edit
 from sae.run_folder import RunFolder, run_settings
+from sae.selfcheck import check_finite
 from sae.sites import Site
 from sae.splice import check_saes
 from sae.text import TextSource
+from sae.tokens import Tokens
 from sae.training import BETAS
 from sae.tunable import Reconstruction, Tunable
 

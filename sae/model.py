@@ -28,13 +28,11 @@ from nnsight.intervention.interleaver import OutOfOrderError
 from torch import Tensor, nn
 
 from sae.errors import UserError, unknown
-from sae.loading import auto_device, fingerprint, load_hf
+from sae.loading import fingerprint, load_hf
 from sae.places import Edit, Place, edited, tuple_length
-from sae.selfcheck import check_finite, check_model
+from sae.selfcheck import check_model
 from sae.sites import ARCHITECTURES, Site, SitePath, model_type, site_table
 from sae.tokens import TextCoder, Tokens
-
-__all__ = ["Edit", "LanguageModel", "Run", "Tokens", "auto_device", "check_finite"]
 
 PROBE_ROWS, PROBE_POSITIONS = 3, 5
 

@@ -19,10 +19,12 @@ from torch import Tensor
 
 from sae.autoencoder import SAEConfig, SparseAutoencoder
 from sae.errors import UserError, unknown
-from sae.model import Edit, LanguageModel, Tokens
+from sae.model import LanguageModel
+from sae.places import Edit
 from sae.selfcheck import relative_difference
 from sae.sites import Site
 from sae.streaming import config_of
+from sae.tokens import Tokens
 
 logger = logging.getLogger(__name__)
 

@@ -40,8 +40,6 @@ from sae.run_folder import RunFolder, run_settings
 from sae.sites import Site, select_sites
 from sae.text import TextSource
 
-__all__ = ["TrainConfig", "Trainer", "train"]
-
 log = logging.getLogger(__name__)
 
 BUFFER_BYTES = 2 * 2**30

@@ -15,17 +15,3 @@ from circuits.attribution.attribute import (
 from circuits.attribution.contraction import SiteEnds, contract_gradient
 from circuits.attribution.effects import SiteEffects
 from circuits.attribution.states import States, capture_states
-
-__all__ = [
-    "GRADIENT_AT_CLEAN",
-    "METHODS",
-    "METHOD_NAMES",
-    "Attribution",
-    "SiteEffects",
-    "SiteEnds",
-    "States",
-    "attribute",
-    "attribute_batches",
-    "capture_states",
-    "contract_gradient",
-]

@@ -3,7 +3,7 @@
 Legend: B examples, S positions, d model width, K integration nodes.
 
 The SAE never enters the model's forward or backward pass: decoding is affine, so all that both methods need is g =
-dm/dx at each site, and the features are met only once, in `effects.contract_gradient`.
+dm/dx at each site, and the features are met only once, in `contraction.contract_gradient`.
 
 Attribution patching (Nanda 2023; Marks et al. 2024, eq. 3)
   1. One forward pass of the clean prompts with the graph kept, one backward pass from sum_b m_b: g at all sites at

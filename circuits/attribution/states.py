@@ -19,7 +19,8 @@ from circuits.behaviour import Metric
 from circuits.prompts import PromptSet
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError
-from sae.model import LanguageModel, Tokens, check_finite
+from sae.model import LanguageModel, Tokens
+from sae.selfcheck import check_finite
 from sae.sites import Site
 from sae.streaming import decoder_bias
 

@@ -19,8 +19,6 @@ from sae.formats import circuit_tracer, dictionary_learning, gemma_scope, llama_
 from sae.formats.hub import folders_in, locate
 from sae.sites import Site
 
-__all__ = ["FORMATS", "WRITERS", "Format", "load_any", "load_sae", "read_folder", "save_sae", "site_of"]
-
 
 @dataclass(frozen=True)
 class Format:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from sae.errors import UserError
-from sae.loading import fingerprint
-from sae.model import LanguageModel, auto_device
+from sae.loading import auto_device, fingerprint
+from sae.model import LanguageModel
 from sae.places import Place
 from sae.sites import Site
 from tests.conftest import ARCHITECTURES, tiny_hf, word_tokenizer

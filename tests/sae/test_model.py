@@ -13,7 +13,8 @@ from nnsight import TransformersModel
 from torch import Tensor
 
 from sae.errors import UserError
-from sae.model import LanguageModel, Run, Tokens, check_finite
+from sae.model import LanguageModel, Run, Tokens
+from sae.selfcheck import check_finite
 from sae.sites import Site
 from tests.conftest import ARCHITECTURES, tiny_hf, word_tokenizer
 

@@ -233,7 +233,7 @@ def edge_effects(
                 parts.setdefault(up, []).append(selected[up].contract(gradient, per_example=per_example).cpu())
         edges |= {(up, down): torch.cat(weights, dim=-2) for up, weights in parts.items()}
     for site, gradient in _metric_gradients(graph, lanes, selected, gradients).items():
-        edges[site, None] = selected[site].contract(gradient, per_example=per_example).cpu()
+        edges[site, None] = selected[site].contract(gradient, per_example=per_example).cpu().contiguous()
     return edges
 
 

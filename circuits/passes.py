@@ -348,5 +348,5 @@ def _edges_of(named: Mapping[str, torch.Tensor]) -> Edges:
     edges: Edges = {}
     for name, weights in named.items():
         up, down = name.split("/")
-        edges[Site.parse(up), None if down == "metric" else Site.parse(down)] = weights
+        edges[Site.parse(up), None if down == "metric" else Site.parse(down)] = weights.clone()  # see `own` above
     return edges

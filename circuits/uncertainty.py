@@ -111,7 +111,7 @@ def edge_intervals(samples: Edges, *, bootstrap: Bootstrap | None = None) -> Edg
         live = (flat != 0).any(0).nonzero()[:, 0]
         bounds = torch.zeros(flat.shape[1], 2)
         weights = bootstrap.weights(len(values))
-        for part in live.split(max(1, CHUNK_BYTES // (4 * len(weights)))):
+        for part in live.split(max(1, CHUNK_BYTES // (4 * len(weights)))) if len(live) else ():
             bounds[part] = bootstrap.interval(weights @ flat[:, part].float())
         found[pair] = bounds.unflatten(0, values.shape[1:])
     return found

@@ -155,8 +155,11 @@ def test_edge_intervals_against_loops(monkeypatch):
     """Every resample drawn, averaged and sorted by hand, with the same draws, chunk by chunk."""
     monkeypatch.setattr("circuits.uncertainty.CHUNK_BYTES", 4 * 40 * 3)
     samples = torch.randn(12, 2, 5) * (torch.rand(2, 5) < 0.6)
-    pair = (SITE, None)
-    found = edge_intervals({pair: samples}, bootstrap=Bootstrap(resamples=40, level=0.8, seed=3))[pair]
+    pair, silent = (SITE, None), (SITE, Site("resid", 1))
+    bootstrap = Bootstrap(resamples=40, level=0.8, seed=3)
+    of_all = edge_intervals({pair: samples, silent: torch.zeros(12, 3, 2)}, bootstrap=bootstrap)
+    assert torch.equal(of_all[silent], torch.zeros(3, 2, 2))
+    found = of_all[pair]
     draws = torch.randint(12, (40, 12), generator=torch.Generator().manual_seed(3))
     means = samples[draws].mean(1)  # [R, 2, 5]
     expected = np.quantile(means.numpy(), [0.1, 0.9], axis=0)

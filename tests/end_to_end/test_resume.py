@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -29,7 +30,8 @@ def test_killed_and_resumed(sfc, words, tmp_path):
     assert sfc(*words, "--out", whole).status == 0
     assert not (whole / "circuit" / "partial").exists()
     command = [sys.executable, "-c", "from circuits.cli import main; main()", *words, "--out", str(killed)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as here: another number of threads sums in another order
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=one_thread)
     second = killed / "circuit" / "partial" / "nodes-0001.safetensors"
     while not second.exists() and process.poll() is None:
         time.sleep(0.002)

@@ -78,7 +78,7 @@ class Discover(UsesSaes):
     edge_threshold: float | None = None
     """Keep edges with a larger |weight| than this instead."""
     significant: bool = False
-    """Of these nodes keep only those whose bootstrap interval leaves out zero."""
+    """Of these nodes and edges keep only those whose bootstrap interval leaves out zero."""
     resamples: int = 1000
     """Times the prompts are drawn anew for the intervals of effects; 0 leaves intervals out."""
     verify: int = 0

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +38,11 @@ from sae.errors import UserError, unknown
 if TYPE_CHECKING:
     from sae.model import LanguageModel
 
+log = logging.getLogger(__name__)
+
 PROBES = ("probe:", "probe-margin:")
+CANCELS = 0.2
+"""Share of mean |delta| below which the mean of delta is nothing to explain."""
 Metric = Callable[[Tensor, PromptSet], Tensor]
 
 
@@ -117,6 +122,24 @@ def absolute(metric: str) -> str:
         return f"{kind}:{Path(file + suffix).resolve()}{row}"
     place, _, name = metric.rpartition(":")
     return f"{Path(place).resolve()}:{name}" if place.endswith(".py") else metric
+
+
+def warn_if_cancelling(metric: Metric, delta: Tensor) -> None:
+    """Warn where delta = m(patch) - m(clean), [B], has opposite signs on the prompts, so that |mean| is less than
+    `CANCELS` of mean |delta|: effects cancel in the mean over prompts as it does.
+    """
+    mean, size = delta.mean().item(), delta.abs().mean().item()
+    if abs(mean) >= CANCELS * size:
+        return
+    log.warning(
+        "m changes by %.2g from clean to patch in the mean over prompts, but by %.2g on a prompt: prompts of opposite "
+        "classes cancel, and so do effects; %s",
+        mean,
+        size,
+        "use probe-margin:FILE in place of probe:FILE"
+        if isinstance(metric, Probe)
+        else "m should rise on every prompt as the behaviour breaks",
+    )
 
 
 def prepare(prompts: PromptSet, model: LanguageModel, metric: str | Metric, *, batch_size: int = 64) -> PromptSet:

@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from circuits.attribution.effects import SiteEffects
 from circuits.edges import Edges
-from circuits.nodes import Nodes, SiteNodes, aggregate_site, distinguishable, select_nodes
+from circuits.nodes import Nodes, SiteNodes, aggregate, distinguishable, select_nodes
 from graphs.feature_graph import FeatureGraph, Position, error_node, feature_node, metric_node
 from graphs.pruning import by_edge_threshold, by_top_edges
 from sae.errors import UserError
-from sae.files import atomic_write
+from sae.files import atomic_write, read_tensors
 from sae.sites import Site
 
 GRAPH_FILE = "circuit.json"
@@ -60,16 +60,13 @@ class Circuit:
     @cached_property
     def nodes(self) -> Nodes:
         """Aggregated effects of all nodes, strongest first in each site."""
-        return {
-            site: aggregate_site(
-                effects,
-                n_examples=self.metadata["n_examples"],
-                n_positions=self.metadata["n_positions"],
-                aggregation=self.metadata["options"]["aggregation"],
-                spans=self.spans,
-            )
-            for site, effects in self.effects.items()
-        }
+        return aggregate(
+            self.effects,
+            n_examples=self.metadata["n_examples"],
+            n_positions=self.metadata["n_positions"],
+            aggregation=self.metadata["options"]["aggregation"],
+            spans=self.spans,
+        )
 
     def strongest(self, n: int) -> Nodes:
         """The n nodes of largest |effect| over all sites."""
@@ -164,7 +161,6 @@ class Circuit:
     def save(self, folder: str | Path, *, graph: FeatureGraph) -> Path:
         """Write `effects.safetensors`, then `circuit.json` (the pruned `graph`), each in one step."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(folder / EFFECTS_FILE) as temporary:
             save_file(self._tensors(), temporary)
         graph.save(folder / GRAPH_FILE)
@@ -191,7 +187,7 @@ class Circuit:
         """Read a run folder or the `circuit` folder inside it."""
         folder = circuit_folder(path)
         metadata = FeatureGraph.load(folder / GRAPH_FILE).metadata
-        tensors = load_file(folder / EFFECTS_FILE)
+        tensors = read_tensors(folder / EFFECTS_FILE)
         effects, nodes = {}, {}
         edges: Edges = {}
         edge_intervals: Edges = {}

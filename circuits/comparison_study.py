@@ -17,13 +17,13 @@ from circuits.attribution import SiteEffects, States, attribute, capture_states
 from circuits.attribution.baselines import activation_difference
 from circuits.attribution.exact import exact_effects
 from circuits.attribution.gradients import site_total_effect
-from circuits.behaviour import Metric
+from circuits.behaviour import Metric, warn_if_cancelling
 from circuits.comparison_options import MASK, CompareOptions
 from circuits.correlation import pearson, spearman
 from circuits.faithfulness import random_nodes
 from circuits.masks import MaskOptions, learn_mask
 from circuits.memory import peak_memory
-from circuits.nodes import Nodes, SiteNodes, aggregate_site, count
+from circuits.nodes import Nodes, SiteNodes, aggregate, count
 from circuits.passes import max_rows
 from circuits.prompts import PromptSet
 from sae.sites import Site
@@ -141,27 +141,24 @@ class Study:
 
     def aggregated(self, parts: Mapping[Site, Sequence[SiteEffects]]) -> Nodes:
         """Nodes from the effects of all batches."""
-        n_examples, n_positions = len(self.prompts), self.prompts.clean.n_positions
-        return {
-            site: aggregate_site(
-                SiteEffects.concatenate(of_site), n_examples=n_examples, n_positions=n_positions, aggregation="sum"
-            )
-            for site, of_site in parts.items()
-        }
+        effects = {site: SiteEffects.concatenate(of_site) for site, of_site in parts.items()}
+        return aggregate(effects, n_examples=len(self.prompts), n_positions=self.prompts.clean.n_positions)
 
     def truth(self) -> Truth:
         """Site totals, and exact effects of a sample of nodes."""
         model, metric, sites = self.model, self.metric, list(self.saes)
         n = len(self.prompts)
-        totals, total_effect = dict.fromkeys(sites, 0.0), 0.0
+        totals, deltas = dict.fromkeys(sites, 0.0), []
         live: dict[Site, list[SiteEffects]] = {site: [] for site in sites}
         for _, states in self.batches():
             for site in sites:
                 totals[site] += site_total_effect(model, states, metric, site=site).sum().item() / n
                 live[site].append(activation_difference(self.saes[site], states, site=site))
             if states.m_patch is not None:
-                total_effect += (states.m_patch - states.m_clean).sum().item() / n
-        scale = abs(total_effect) or max(abs(value) for value in totals.values())
+                deltas.append(states.m_patch - states.m_clean)
+        if deltas:
+            warn_if_cancelling(metric, torch.cat(deltas))
+        scale = abs(sum(delta.sum().item() / n for delta in deltas)) or max(abs(value) for value in totals.values())
         generator = torch.Generator().manual_seed(self.options.seed)
         nodes = self.aggregated(live)
         features = {site: of_site[~of_site.is_error] for site, of_site in nodes.items()}

@@ -21,10 +21,10 @@ import torch
 
 from circuits.attribution import METHODS, SiteEffects
 from circuits.attribution.gradients import RULES
-from circuits.behaviour import Metric, accuracy, get_metric, last_logits, prepare
+from circuits.behaviour import Metric, accuracy, get_metric, last_logits, prepare, warn_if_cancelling
 from circuits.circuit import Circuit
 from circuits.edges import ACTIVE
-from circuits.nodes import AGGREGATIONS, aggregate_site, count, select_nodes
+from circuits.nodes import AGGREGATIONS, aggregate, count, select_nodes
 from circuits.partial import PartialFiles, work_of
 from circuits.passes import BatchNodes, Work, edge_pass, node_pass
 from circuits.probes import read_by, visible_sites
@@ -117,13 +117,11 @@ def discover(
         files = PartialFiles(partial, work_of(model, saes, prompts, asdict(options)), resume=resume)
     work = Work(model, saes, prompts, m, options, sites, files, progress)
     batches = node_pass(work)
+    _warn_if_cancelling(m, batches)
     effects = {site: SiteEffects.concatenate(batch.effects[site] for batch in batches) for site in sites}
-    nodes = {
-        site: aggregate_site(
-            site_effects, n_examples=len(prompts), n_positions=n_positions, aggregation=options.aggregation, spans=spans
-        )
-        for site, site_effects in effects.items()
-    }
+    nodes = aggregate(
+        effects, n_examples=len(prompts), n_positions=n_positions, aggregation=options.aggregation, spans=spans
+    )
     if not count(nodes):
         raise UserError("no node has an effect on the metric: do the prompts differ where the sites can see it?")
     chosen = select_nodes(nodes, top=options.edge_nodes)
@@ -169,6 +167,12 @@ def _of_metric(batches: Sequence[BatchNodes], effects: Mapping[Site, SiteEffects
     ends = _metric_ends(batches, n_examples)
     totals = {site: torch.cat([batch.totals[site] for batch in batches]) for site in effects}
     return ends | {"completeness": _completeness(effects, totals, n_examples, ends["total_effect"])}
+
+
+def _warn_if_cancelling(metric: Metric, batches: Sequence[BatchNodes]) -> None:
+    deltas = [batch.m_patch - batch.m_clean for batch in batches if batch.m_patch is not None]
+    if deltas:
+        warn_if_cancelling(metric, torch.cat(deltas))
 
 
 def _metric_ends(batches: Sequence[BatchNodes], n_examples: int) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -251,89 +251,87 @@ def ablate(
     chosen = {place: parse_features(names, saes) for place, names in split_by_place(features).items()}
     if texts and set(chosen) != {EVERYWHERE}:
         raise UserError("other text has no spans of the prompts: leave it out, or edit features everywhere")
-    draws = _random_draws(
-        model, saes, prompts, chosen, n=n_random, same_sites=same_sites, seed=seed, batch_size=batch_size
-    )
     other = list(_text_batches(model, texts or [], max_length=max_length))
     m = None if metric is None else behaviour.get_metric(metric)
-    if m is not None:
-        prompts = behaviour.prepare(prompts, model, m)
-
-    def edits_of(features: PlacedFeatures) -> PlacedEdits:
-        return _placed_edits(
-            model, saes, features, prompts, other, operation=operation, value=value, batch_size=batch_size
-        )
-
-    def measured(edits: PlacedEdits) -> Behaviour:
-        scores = measure(model, prompts, edits=edits, metric=m, batch_size=batch_size)
-        return replace(scores, ce=cross_entropy(model, other, edits=edits(prompts[:1])) if other else None)
-
-    edits = edits_of(chosen)
-    shown = "logit difference" if prompts.patch_answers is not None else "answer logit"
+    prompts = prompts if m is None else behaviour.prepare(prompts, model, m)
+    trial = _Trial(model, saes, prompts, other, operation, value, m, batch_size)
+    draws = trial.random_features(chosen, n=n_random, same_sites=same_sites, seed=seed)
+    edits = trial.edits(chosen)
     return EditReport(
         features=_placed_names(chosen),
         operation=operation,
         value=value,
-        metric=shown if m is None else getattr(m, "name", getattr(m, "__name__", "metric")),
+        metric=trial.metric_name,
         n_prompts=len(prompts),
         n_texts=len(texts or []),
-        before=measured(PlacedEdits({})),
-        after=measured(edits),
-        random=[measured(edits_of(draw)) for draw in draws],
+        before=trial.behaviour(PlacedEdits({})),
+        after=trial.behaviour(edits),
+        random=[trial.behaviour(trial.edits(draw)) for draw in draws],
         random_features=[_placed_names(draw) for draw in draws],
         continuations=continuations(model, prompts, edits, n=generate, new_tokens=new_tokens),
         seed=seed,
     )
 
 
-def _random_draws(
-    model: LanguageModel,
-    saes: Mapping[Site, SparseAutoencoder],
-    prompts: PromptSet,
-    chosen: PlacedFeatures,
-    *,
-    n: int,
-    same_sites: bool,
-    seed: int,
-    batch_size: int,
-) -> list[PlacedFeatures]:
-    """n times as many random active features as are chosen, at the same places."""
-    if not n:
-        return []
-    generator = torch.Generator().manual_seed(seed)
-    active = {place: active_features(model, saes, prompts, place=place, batch_size=batch_size) for place in chosen}
-    return [
-        {
-            place: random_features(active[place], like, generator=generator, same_sites=same_sites)
-            for place, like in chosen.items()
+@dataclass(frozen=True)
+class _Trial:
+    """One way to edit features: which at random beside the chosen ones, and what is measured of the edited model."""
+
+    model: LanguageModel
+    saes: Mapping[Site, SparseAutoencoder]
+    prompts: PromptSet
+    other: Sequence[Tokens]
+    """Batches of other text."""
+    operation: Operation
+    value: float | None
+    metric: behaviour.Metric | None
+    batch_size: int
+
+    @property
+    def metric_name(self) -> str:
+        """What the report calls what is measured."""
+        if self.metric is not None:
+            return getattr(self.metric, "name", getattr(self.metric, "__name__", "metric"))
+        return "logit difference" if self.prompts.patch_answers is not None else "answer logit"
+
+    def random_features(
+        self, chosen: PlacedFeatures, *, n: int, same_sites: bool, seed: int
+    ) -> list[dict[str, dict[Site, Tensor]]]:
+        """n times as many random active features as are chosen, at the same places."""
+        if not n:
+            return []
+        generator = torch.Generator().manual_seed(seed)
+        active = {
+            place: active_features(self.model, self.saes, self.prompts, place=place, batch_size=self.batch_size)
+            for place in chosen
         }
-        for _ in range(n)
-    ]
+        return [
+            {
+                place: random_features(active[place], like, generator=generator, same_sites=same_sites)
+                for place, like in chosen.items()
+            }
+            for _ in range(n)
+        ]
 
+    def edits(self, features: PlacedFeatures) -> PlacedEdits:
+        """The edits of features at their places."""
+        return PlacedEdits({place: self._edits_at(place, here) for place, here in features.items()})
 
-def _placed_edits(
-    model: LanguageModel,
-    saes: Mapping[Site, SparseAutoencoder],
-    features: PlacedFeatures,
-    prompts: PromptSet,
-    other: Sequence[Tokens],
-    *,
-    operation: Operation,
-    value: float | None,
-    batch_size: int,
-) -> PlacedEdits:
-    """The edits of features at their places; `mean` is over the other text where there is any, else over the tokens
-    of the place.
-    """
-    edits: dict[str, dict[Site, Callable[[Tensor], Tensor]]] = {}
-    for place, here in features.items():
+    def _edits_at(self, place: str, features: Features) -> dict[Site, Callable[[Tensor], Tensor]]:
+        """`mean` is over the other text where there is any, else over the tokens of the place."""
         means = None
-        if operation == "mean":
-            batches = list(prompts.batches(batch_size))
-            where = None if other else [tokens_at(batch, place) for batch in batches]
-            means = feature_means(model, saes, here, other or [batch.clean for batch in batches], where=where)
-        edits[place] = make_edits(saes, here, operation=operation, value=value, means=means)
-    return PlacedEdits(edits)
+        if self.operation == "mean":
+            batches = list(self.prompts.batches(self.batch_size))
+            where = None if self.other else [tokens_at(batch, place) for batch in batches]
+            text = self.other or [batch.clean for batch in batches]
+            means = feature_means(self.model, self.saes, features, text, where=where)
+        return make_edits(self.saes, features, operation=self.operation, value=self.value, means=means)
+
+    def behaviour(self, edits: PlacedEdits) -> Behaviour:
+        """The behaviour of the edited model, with the cross-entropy on the other text where there is any."""
+        scores = measure(self.model, self.prompts, edits=edits, metric=self.metric, batch_size=self.batch_size)
+        ce = cross_entropy(self.model, self.other, edits=edits(self.prompts[:1])) if self.other else None
+        return replace(scores, ce=ce)
 
 
 def _placed_names(features: PlacedFeatures) -> list[str]:

@@ -107,6 +107,23 @@ def aggregate_site(
     return SiteNodes(effects.n_features, feature[order], position[order], effect[order], names)
 
 
+def aggregate(
+    effects: Mapping[Site, SiteEffects],
+    *,
+    n_examples: int,
+    n_positions: int,
+    aggregation: str = "sum",
+    spans: Sequence[str] = (),
+) -> Nodes:
+    """`aggregate_site` for every site."""
+    return {
+        site: aggregate_site(
+            of_site, n_examples=n_examples, n_positions=n_positions, aggregation=aggregation, spans=spans
+        )
+        for site, of_site in effects.items()
+    }
+
+
 def select_nodes(nodes: Mapping[Site, SiteNodes], *, top: int | None = None, threshold: float | None = None) -> Nodes:
     """The `top` strongest nodes over all sites, or those with |effect| > `threshold`; both given: both must hold."""
     magnitudes = torch.cat([site_nodes.effect.abs() for site_nodes in nodes.values()])

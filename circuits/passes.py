@@ -21,7 +21,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from circuits.attribution import GRADIENT_AT_CLEAN, SiteEffects, SiteEnds, States, attribute_batches, capture_states
+from circuits.attribution import (
+    GRADIENT_AT_CLEAN,
+    AttributionOptions,
+    SiteEffects,
+    SiteEnds,
+    States,
+    attribute_batches,
+    capture_states,
+)
 from circuits.attribution.contraction import Codes
 from circuits.behaviour import Metric
 from circuits.edges import Edges, edge_effects, select_ends
@@ -256,9 +264,12 @@ def _round(work: Work, indices: Sequence[torch.Tensor], bar: tqdm) -> list[Batch
         )
         for index in indices
     ]  # fmt: skip
+    how = AttributionOptions(
+        method=options.method, rule=options.rule, steps=options.steps, residual=options.residual,
+        aggregation=options.aggregation, max_rows=work.rows,
+    )  # fmt: skip
     results = attribute_batches(
-        work.model, work.saes, batches, work.metric, sites=work.sites, method=options.method, rule=options.rule,
-        steps=options.steps, residual=options.residual, aggregation=options.aggregation, max_rows=work.rows,
+        work.model, work.saes, batches, work.metric, how, sites=work.sites,
         ends=options.edge_active if options.edge_nodes else None, progress=lambda site: bar.update(),
     )  # fmt: skip
     return [

@@ -18,9 +18,10 @@ Shapes: B prompts, S positions, d model width, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,7 +33,6 @@ from circuits.spans import LAST
 from sae.errors import UserError, unknown
 from sae.files import atomic_write
 from sae.model import LanguageModel, Run, Tokens
-from sae.places import Edit
 from sae.sites import Site
 
 
@@ -144,16 +144,14 @@ class ReadModel(LanguageModel):
         tokens: Tokens,
         *,
         capture: Iterable[Site] = (),
-        edits: Mapping[Site, Edit] | None = None,
-        skip: Mapping[Site, Tensor] | None = None,
-        grad: bool = False,
         last_only: bool = False,
         need_logits: bool = True,
+        **options: Any,
     ) -> Run:
         """As `LanguageModel.run`; `logits` are [B, 1, S], the outputs at all positions."""
         wanted, probe = set(capture), self.read_out
         read = {probe.site} if need_logits else set()
-        run = super().run(tokens, capture=wanted | read, edits=edits, skip=skip, grad=grad, need_logits=False)
+        run = super().run(tokens, capture=wanted | read, need_logits=False, **options)
         if not need_logits:
             return run
         found = {site: x for site, x in run.activations.items() if site in wanted}

@@ -181,10 +181,7 @@ class LanguageModel:
                 found[site] = x
 
         visits: list[Callable[[], None]] = [partial(visit, place) for place in places]
-        if not need_logits:
-            visits += [place.pass_through for place in self._blocks_after(places)]
-        elif last_only and (mlp := self._unread_mlp({*wanted, *edits, *skip})):
-            visits.append(mlp.at_last_position)
+        visits += self._left_out(places, {*wanted, *edits, *skip}, last_only=last_only, need_logits=need_logits)
         logits = self._trace(tokens, visits, grad=grad, last_only=last_only, need_logits=need_logits)
         return Run(found, logits)
 
@@ -254,6 +251,15 @@ class LanguageModel:
             optional["logits_to_keep"] = 1
         inputs = {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
         return inputs | {name: value for name, value in optional.items() if name in accepts}
+
+    def _left_out(
+        self, places: Sequence[Place], requested: set[Site], *, last_only: bool, need_logits: bool
+    ) -> list[Callable[[], None]]:
+        """The visits, after all others, that keep from running what nobody reads."""
+        if not need_logits:
+            return [place.pass_through for place in self._blocks_after(places)]
+        mlp = self._unread_mlp(requested) if last_only else None
+        return [] if mlp is None else [mlp.at_last_position]
 
     def _blocks_after(self, places: Sequence[Place]) -> list[Place]:
         """The blocks behind the last of the places; they need not run where no logits are needed."""

@@ -9,6 +9,7 @@ from circuits.attribution.attribute import (
     METHOD_NAMES,
     METHODS,
     Attribution,
+    AttributionOptions,
     attribute,
     attribute_batches,
 )

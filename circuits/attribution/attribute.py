@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -68,6 +69,37 @@ class Attribution:
     """What edges need of each site beside its gradient, where it was asked for and the effects were contracted."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class AttributionOptions:
+    """How node effects are estimated."""
+
+    method: str = "ig"
+    """One of `METHODS`."""
+    rule: str = "midpoint"
+    """Quadrature of `ig` and `ig-inputs`."""
+    steps: int = 10
+    """Quadrature nodes of `ig` and `ig-inputs`."""
+    residual: float = 0.003
+    """Completeness error `ig-adaptive` goes down to."""
+    aggregation: str = "sum"
+    """Which tokens are one node of a feature (see `States.places`); with `spans` an effect's position is the number of
+    its span.
+    """
+    max_rows: int = 512
+    """Prompts that go through the model at once."""
+    seed: int = 0
+    """Seed of `random`."""
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise unknown("method", self.method, METHODS)
+
+    @property
+    def along_path(self) -> bool:
+        """Whether the gradient is taken along each site's own path, site by site."""
+        return self.method in ("ig", "ig-adaptive")
+
+
 def attribute(
     model: LanguageModel,
     saes: Mapping[Site, SparseAutoencoder],
@@ -75,29 +107,15 @@ def attribute(
     metric: Metric,
     *,
     sites: Sequence[Site],
-    method: str = "ig",
-    rule: str = "midpoint",
-    steps: int = 10,
-    residual: float = 0.003,
-    aggregation: str = "sum",
-    max_rows: int = 512,
-    seed: int = 0,
     totals: bool = True,
     ends: str | None = None,
-    progress: Callable[[Site], None] = lambda site: None,
+    **options: Any,
 ) -> Attribution:
-    """Node effects of every feature and error at `sites` for one batch.
-
-    method: one of `METHODS`; rule, steps: the quadrature of `ig` and `ig-inputs`; residual: the completeness error
-    `ig-adaptive` goes down to; aggregation: which tokens are one node of a feature (see `States.places`; with `spans`
-    an effect's position is the number of its span); max_rows: prompts that go through the model at once; seed: of
-    `random`; totals: whether site totals are measured; ends: keep what edges need, with features active where this says
-    (see `contract`), if the method contracts a gradient; progress: called after each site.
+    """Node effects of every feature and error at `sites` for one batch; see `attribute_batches`. options: fields of
+    `AttributionOptions`.
     """
-    return attribute_batches(
-        model, saes, [states], metric, sites=sites, method=method, rule=rule, steps=steps, residual=residual,
-        aggregation=aggregation, max_rows=max_rows, seed=seed, totals=totals, ends=ends, progress=progress,
-    )[0]  # fmt: skip
+    wanted = AttributionOptions(**options)
+    return attribute_batches(model, saes, [states], metric, wanted, sites=sites, totals=totals, ends=ends)[0]
 
 
 def attribute_batches(
@@ -105,53 +123,55 @@ def attribute_batches(
     saes: Mapping[Site, SparseAutoencoder],
     batches: Sequence[States],
     metric: Metric,
+    options: AttributionOptions,
     *,
     sites: Sequence[Site],
-    method: str = "ig",
-    rule: str = "midpoint",
-    steps: int = 10,
-    residual: float = 0.003,
-    aggregation: str = "sum",
-    max_rows: int = 512,
-    seed: int = 0,
     totals: bool = True,
     ends: str | None = None,
     progress: Callable[[Site], None] = lambda site: None,
 ) -> list[Attribution]:
-    """What `attribute` does, for several batches: an autoencoder is asked for at its site's turn, for all of them one
-    after the other (`graddrop` asks for all once a layer and batch).
+    """Node effects of every feature and error at `sites`, batch by batch.
+
+    totals: whether site totals are measured; ends: keep what edges need, with features active where this says (see
+    `contract`), if the method contracts a gradient; progress: called after each site of a batch. An autoencoder is
+    asked for at its site's turn, for all batches one after the other (`graddrop` asks for all once a layer and batch).
     """
-    if method not in METHODS:
-        raise unknown("method", method, METHODS)
-    along_path = method in ("ig", "ig-adaptive")
     found: list[Attribution] = []
     for states in batches:
-        gradients, effects = _all_sites(model, saes, states, metric, sites, method, rule, steps, max_rows)
+        gradients, effects = _all_sites(model, saes, states, metric, sites, options)
         measured: dict[Site, torch.Tensor] = {}
         path_nodes: dict[Site, float] = {}
-        if totals or (method == "ig-adaptive" and states.m_patch is None):
+        if totals or (options.method == "ig-adaptive" and states.m_patch is None):
             measured = {site: site_total_effect(model, states, metric, site=site) for site in sites}
-        for site in sites if along_path else ():
+        for site in sites if options.along_path else ():
             gradients[site], path_nodes[site] = _along_path(
-                model, states, metric, site, method, rule, steps, residual, gradients.get(site), measured, max_rows
+                model, states, metric, site, options, at_clean=gradients, measured=measured
             )
             progress(site)
         found.append(Attribution(effects, gradients, measured, path_nodes))
     for site in sites:
         for states, batch in zip(batches, found, strict=True):
-            _effects_of_site(model, saes, states, metric, site, batch, method, aggregation, max_rows, seed, ends)
-            if not along_path:
+            _effects_of_site(model, saes, states, metric, site, options, batch, ends=ends)
+            if not options.along_path:
                 progress(site)
     return found
 
 
 def _effects_of_site(
-    model, saes, states: States, metric, site: Site, batch: Attribution, method, aggregation, max_rows, seed, ends
+    model: LanguageModel,
+    saes: Mapping[Site, SparseAutoencoder],
+    states: States,
+    metric: Metric,
+    site: Site,
+    options: AttributionOptions,
+    batch: Attribution,
+    *,
+    ends: str | None,
 ) -> None:
     """Put the effects of one site, and what edges need of it, into what was found of a batch."""
-    places = states.places(aggregation)
+    method, places = options.method, states.places(options.aggregation)
     if method in ("exact", "activation-difference", "random"):
-        batch.effects[site] = _without_gradient(model, saes[site], states, metric, site, method, places, max_rows, seed)
+        batch.effects[site] = _without_gradient(model, saes[site], states, metric, site, options, places)
     elif site not in batch.effects:
         batch.effects[site], known = contract(saes[site], states, batch.gradients[site], site=site, ends=ends)
         if known is not None:
@@ -161,43 +181,65 @@ def _effects_of_site(
 
 
 def _along_path(
-    model, states, metric, site, method, rule, steps, residual, at_clean, measured, max_rows
+    model: LanguageModel,
+    states: States,
+    metric: Metric,
+    site: Site,
+    options: AttributionOptions,
+    *,
+    at_clean: Mapping[Site, torch.Tensor],
+    measured: Mapping[Site, torch.Tensor],
 ) -> tuple[torch.Tensor, float]:
     """Mean of dm/dx along the site's own path, [B, S, d], and the nodes a prompt took."""
-    if method == "ig":
-        gradient = integrated_gradients(model, states, metric, site=site, rule=rule, steps=steps, max_rows=max_rows)
-        return gradient, steps
+    steps, max_rows = options.steps, options.max_rows
+    if options.method == "ig":
+        return integrated_gradients(
+            model, states, metric, site=site, rule=options.rule, steps=steps, max_rows=max_rows
+        ), steps
     return adaptive_gradient(
-        model, states, metric, site=site, at_clean=at_clean, residual=residual, scale=path_scale(states, measured),
-        max_rows=max_rows,
+        model, states, metric, site=site, at_clean=at_clean[site], residual=options.residual,
+        scale=path_scale(states, measured), max_rows=max_rows,
     )  # fmt: skip
 
 
-def _without_gradient(model, sae, states, metric, site, method, places, max_rows, seed) -> SiteEffects:
+def _without_gradient(
+    model: LanguageModel,
+    sae: SparseAutoencoder,
+    states: States,
+    metric: Metric,
+    site: Site,
+    options: AttributionOptions,
+    places: torch.Tensor | None,
+) -> SiteEffects:
     """Effects of the methods that have no gradient of their own."""
-    if method == "exact":
-        return exact_effects(model, sae, states, metric, site=site, places=places, max_rows=max_rows)
-    if method == "activation-difference":
+    if options.method == "exact":
+        return exact_effects(model, sae, states, metric, site=site, places=places, max_rows=options.max_rows)
+    if options.method == "activation-difference":
         return activation_difference(sae, states, site=site)
-    return random_effects(sae, states, site=site, places=places, seed=seed)
+    return random_effects(sae, states, site=site, places=places, seed=options.seed)
 
 
 def _all_sites(
-    model, saes, states, metric, sites, method, rule, steps, max_rows
+    model: LanguageModel,
+    saes: Mapping[Site, SparseAutoencoder],
+    states: States,
+    metric: Metric,
+    sites: Sequence[Site],
+    options: AttributionOptions,
 ) -> tuple[dict[Site, torch.Tensor], dict[Site, SiteEffects]]:
     """What a method gets for all sites from the same passes: gradients, and effects where they are more than those
     contracted.
     """
-    if method == "ig":
+    if options.method == "ig":
         return {}, {}
-    if method == "ig-inputs":
+    if options.method == "ig-inputs":
         return integrated_gradients_of_inputs(
-            model, states, metric, sites=sites, rule=rule, steps=steps, max_rows=max_rows
+            model, states, metric, sites=sites, rule=options.rule, steps=options.steps, max_rows=options.max_rows
         ), {}
-    if method == "relp":
+    if options.method == "relp":
         return relevance_patching(model, states, metric, sites=sites), {}
     gradients = dict(states.gradients or attribution_patching(model, states, metric, sites=sites))
-    if method != "graddrop":
+    if options.method != "graddrop":
         return gradients, {}
     parts: dict[Site, list[SiteEffects]] = {site: [] for site in sites}
     for _, found in gradients_with_layer_blocked(model, states, metric, sites=sites):

@@ -83,15 +83,12 @@ class Mask(Common):
         mask.save(folder / SCORES_FILE)
         write_json(folder / MASK_FILE, data)
         record(folder.parent, "mask", self)
-        text = "\n".join(
-            [
-                f"{of_mask.n_prompts} {'held-out prompts' if self.prompts else 'prompts, those learned on'}; "
-                f"nodes from {of_mask.start_site} on, "
-                f"others ablated by {of_mask.ablation}{ERRORS_TEXT[of_mask.errors]}",
-                f"learned on {len(learned_on)} prompts in {seconds:.0f} s",
-                table(of_mask, of_effects),
-                f"wrote {folder / MASK_FILE} and {folder / SCORES_FILE}",
-            ]
+        text = (
+            f"{of_mask.n_prompts} {'held-out prompts' if self.prompts else 'prompts, those learned on'}; "
+            f"nodes from {of_mask.start_site} on, others ablated by {of_mask.ablation}{ERRORS_TEXT[of_mask.errors]}\n"
+            f"learned on {len(learned_on)} prompts in {seconds:.0f} s\n"
+            f"{table(of_mask, of_effects)}\n"
+            f"wrote {folder / MASK_FILE} and {folder / SCORES_FILE}"
         )
         return Output(text, data)
 

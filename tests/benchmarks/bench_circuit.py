@@ -31,7 +31,7 @@ from circuits.attribution.contraction import contract
 from circuits.attribution.gradients import site_total_effect
 from circuits.behaviour import logit_difference
 from circuits.edges import edge_effects
-from circuits.nodes import Nodes, aggregate_site, select_nodes
+from circuits.nodes import Nodes, aggregate, select_nodes
 from circuits.passes import lanes_rows, max_rows
 from circuits.prompts import PromptSet
 from sae.autoencoder import SAEConfig, SparseAutoencoder
@@ -115,11 +115,7 @@ class Bench:
 
     def select(self, found: Attribution) -> Nodes:
         n, n_positions = len(self.prompts), self.prompts.clean.n_positions
-        nodes = {
-            site: aggregate_site(effects, n_examples=n, n_positions=n_positions, aggregation="sum")
-            for site, effects in found.effects.items()
-        }
-        return select_nodes(nodes, top=self.top)
+        return select_nodes(aggregate(found.effects, n_examples=n, n_positions=n_positions), top=self.top)
 
     def edges_from(self, states: States, found: Attribution, nodes: Nodes) -> None:
         rows = lanes_rows(self.rows, states.mask.shape[1], self.model.device)

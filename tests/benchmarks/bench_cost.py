@@ -30,7 +30,7 @@ from circuits.attribution import attribute, capture_states
 from circuits.attribution.gradients import site_total_effect
 from circuits.behaviour import logit_difference
 from circuits.edges import edge_effects
-from circuits.nodes import aggregate_site, select_nodes
+from circuits.nodes import aggregate, select_nodes
 from circuits.passes import lanes_rows, max_rows
 from tests.benchmarks.bench_circuit import make_model, make_prompts, make_saes
 
@@ -83,10 +83,7 @@ class Case:
         found = attribute(
             self.model, self.saes, self.states, logit_difference, sites=self.sites, method="attrib", totals=False
         )
-        nodes = {
-            site: aggregate_site(effects, n_examples=sizes.prompts, n_positions=LENGTH, aggregation="sum")
-            for site, effects in found.effects.items()
-        }
+        nodes = aggregate(found.effects, n_examples=sizes.prompts, n_positions=LENGTH)
         self.gradients, self.nodes = found.gradients, select_nodes(nodes, top=sizes.nodes)
 
     def node_effects(self, method: str) -> None:

@@ -117,8 +117,8 @@ def extrapolated(job: str, found: dict[str, Any], args: argparse.Namespace) -> t
     return memory / GIB, found["seconds"] * ratio
 
 
-def main() -> None:
-    """Every job in a process of its own, then a table."""
+def arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--width", type=int, default=2304)
@@ -134,11 +134,16 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/bench_scale"), help="for the autoencoders; kept")
+    parser.add_argument("--folder", type=Path, default=Path("runs/bench_scale"), help="for the autoencoders; kept")
     parser.add_argument("--jobs", default=",".join(JOBS))
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--progress", action="store_true")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Every job in a process of its own, then a table."""
+    args = arguments()
     if args.one:
         sys.stdout.write(json.dumps(run(args.one, args)) + "\n")
         return

@@ -29,7 +29,7 @@ from circuits.attribution.baselines import activation_difference
 from circuits.behaviour import logit_difference
 from circuits.correlation import pearson
 from circuits.edges import Edges, edge_effects
-from circuits.nodes import Nodes, SiteNodes, aggregate_site, select_nodes
+from circuits.nodes import Nodes, SiteNodes, aggregate, select_nodes
 from circuits.path_patching import path_effects
 from circuits.prompts import load_prompts
 from examples import agreement
@@ -89,18 +89,12 @@ class Task:
             totals=False,
         )  # fmt: skip
         self.gradients = found.gradients
-        return {site: aggregate_site(effects, n_examples=self.n, n_positions=states.mask.shape[1], aggregation="sum")
-                for site, effects in found.effects.items()}  # fmt: skip
+        return aggregate(found.effects, n_examples=self.n, n_positions=states.mask.shape[1])
 
     def _live(self) -> Nodes:
         """Every node that differs between the prompts."""
-        return {
-            site: aggregate_site(
-                activation_difference(sae, self.states, site=site), n_examples=self.n,
-                n_positions=self.states.mask.shape[1], aggregation="sum",
-            )
-            for site, sae in self.saes.items()
-        }  # fmt: skip
+        differences = {site: activation_difference(sae, self.states, site=site) for site, sae in self.saes.items()}
+        return aggregate(differences, n_examples=self.n, n_positions=self.states.mask.shape[1])
 
     def _strongest(self, n: int) -> Nodes:
         """The n nodes of largest exact effect."""

@@ -117,3 +117,11 @@ def test_differences_of_16_bit_logits_are_not_rounded_again(logits, tiny_prompts
     assert m.dtype == torch.float32
     torch.testing.assert_close(m, metric(rounded.float(), tiny_prompts))
     assert metric(logits.double(), tiny_prompts).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("delta", "warned"), [([3.0, 2.5], False), ([3.0, -2.9], True), ([0.0, 0.0], False), ([3.0, -1.0], False)]
+)
+def test_a_metric_that_cancels_over_prompts_is_told(caplog, delta, warned):
+    behaviour.warn_if_cancelling(behaviour.logit_difference, torch.tensor(delta))
+    assert bool(caplog.records) == warned

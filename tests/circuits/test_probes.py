@@ -103,7 +103,7 @@ def test_everything_that_is_measured(tiny_model, tiny_saes, tiny_prompts, probe,
         )  # fmt: skip
 
 
-def test_the_margin_does_not_cancel(tiny_model, tiny_saes, tiny_prompts, probe, tmp_path):
+def test_the_margin_does_not_cancel(tiny_model, tiny_saes, tiny_prompts, probe, tmp_path, caplog):
     """Both directions of every pair: the logit's total effect is zero, the margin's is what either direction loses."""
     both = tiny_prompts[[0, 0]]
     middle = sum(by_hand(tiny_model, probe, tokens).mean() for tokens in (both.clean, both.patch)) / 2
@@ -119,6 +119,9 @@ def test_the_margin_does_not_cancel(tiny_model, tiny_saes, tiny_prompts, probe, 
         for kind in ("probe", "probe-margin")
     )
     assert logit.metadata["total_effect"] == pytest.approx(0, abs=1e-5)
+    assert [record.getMessage().rpartition("; ")[2] for record in caplog.records] == [
+        "use probe-margin:FILE in place of probe:FILE"
+    ]
     clean, patch = (by_hand(tiny_model, probe, tokens) for tokens in (both.clean, both.patch))
     assert margin.metadata["m_clean"] == pytest.approx(-clean.abs().mean().item(), abs=1e-5)
     assert margin.metadata["m_patch"] == pytest.approx(-(patch * clean.sign()).mean().item(), abs=1e-5)

@@ -38,10 +38,10 @@ def _commands() -> dict[str, Any]:
     from circuits.commands.train import Train
 
     return {
-        "cache": Cache,
         "train": Train,
         "finetune": Finetune,
         "sweep": Sweep,
+        "cache": Cache,
         "evaluate": Evaluate,
         "discover": Discover,
         "faithfulness": Faithfulness,

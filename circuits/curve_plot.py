@@ -53,6 +53,8 @@ def plot_curves(
     for draw, values in enumerate(random):
         axes.plot(sizes, values, ":", color=DRAWN, label=random_label if draw == 0 else None)
     axes.set(xscale="log", xlabel=xlabel, ylabel="share of the behaviour")
+    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axes.minorticks_off()
     quiet(axes, size=10)
     axes.legend(frameon=False)
     return save_figure(figure, path)

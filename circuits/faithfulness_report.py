@@ -197,4 +197,9 @@ def span(bounds: Sequence[float]) -> str:
 
 def drawn_range(values: Sequence[float]) -> str:
     """What random sets had, as `-0.02 to +0.11`; empty where none was drawn."""
-    return f"{min(values):+.2f} to {max(values):+.2f}" if values else ""
+    return f"{signed(min(values))} to {signed(max(values))}" if values else ""
+
+
+def signed(value: float) -> str:
+    """Two digits with a sign; what rounds to zero has none."""
+    return "0.00" if abs(value) < 0.005 else f"{value:+.2f}"

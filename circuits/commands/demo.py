@@ -136,14 +136,14 @@ class _Story:
     def summary(self) -> str:
         """What was found, in five lines."""
         found, curve, edit = (self.data[name] for name in ("discover", "faithfulness", "ablate"))
-        half = next((n for n, f in zip(curve["sizes"], curve["faithfulness"], strict=True) if f >= 0.5), None)
+        half = next(((n, f) for n, f in zip(curve["sizes"], curve["faithfulness"], strict=True) if f >= 0.5), None)
         before, after = edit["before"]["overall"], edit["after"]["overall"]
         drawn = [score["overall"]["metric"] for score in edit["random"]]
         minutes = (time.monotonic() - self.started) / 60
         lines = [
             f"\nIn {minutes:.1f} minutes: a circuit of {found['kept']['nodes']} nodes and "
             f"{found['kept']['edges']} edges, out of {found['n_nodes']} nodes with any effect.",
-            f"  {half} nodes from {curve['start_site']} on explain half of the behaviour by themselves."
+            f"  {half[0]} nodes from {curve['start_site']} on explain {half[1]:.0%} of the behaviour by themselves."
             if half
             else "  No size that was measured explains half of the behaviour by itself.",
             f"  Without its ten strongest features the logit difference falls from {before['metric']:.2f} to "

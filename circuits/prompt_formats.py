@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from circuits.spans import Spans, parse_spans
-from sae.errors import UserError
+from sae.errors import UserError, near_paths
 from sae.hub import hub_data_set
 
 Row = Mapping[str, Any]
@@ -69,6 +69,7 @@ def read_examples(source: str | Path) -> list[Example]:
     else:
         raise UserError(
             f"no prompt file {str(source)!r}: give a .jsonl, .json or .csv file, or a hub data set owner/name"
+            f"{near_paths(path)}"
         )
     if not examples:
         raise UserError(f"{source} holds no prompts")
@@ -79,7 +80,7 @@ def read_rows(source: str | Path, text_keys: Sequence[str]) -> Iterator[tuple[Ro
     """Rows of any file with a text, which need no answers: the row, its text with spans and template, and its place."""
     path = Path(source)
     if not path.is_file():
-        raise UserError(f"no prompt file {str(source)!r}: give a .jsonl, .json or .csv file")
+        raise UserError(f"no prompt file {str(source)!r}: give a .jsonl, .json or .csv file{near_paths(path)}")
     for row, where in _file_rows(path):
         key = next((key for key in text_keys if row.get(key)), None)
         if key is None:

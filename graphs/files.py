@@ -17,8 +17,11 @@ from graphs.errors import GraphError
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` with the same extension; rename it to `path` when the block succeeds."""
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.stem}-", suffix=target.suffix, dir=target.parent)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{target.stem}-", suffix=target.suffix, dir=target.parent)
+    except OSError as error:
+        raise GraphError(f"cannot write {str(target)!r} ({error.strerror}): give another place") from None
     os.close(handle)
     temporary = Path(name)
     try:

@@ -76,7 +76,7 @@ class ContextStream:
         forward_tokens: int = FORWARD_TOKENS,
     ):  # fmt: skip
         longest = getattr(model.hf.config, "max_position_embeddings", None) or context_length or CONTEXT_LENGTH
-        context_length = context_length or min(CONTEXT_LENGTH, longest)
+        context_length = min(CONTEXT_LENGTH, longest) if context_length is None else context_length
         if not 2 <= context_length <= longest:
             raise UserError(f"context length is {context_length}, allowed are 2 to {longest} for {model.name}")
         self.model, self.source = model, source

@@ -12,17 +12,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sae.architectures import nonlinearity
 from sae.errors import UserError
-from sae.files import read_json, write_json, write_tensors
+from sae.files import read_json, read_tensors, write_json, write_tensors
 from sae.nonlinearities import CORE, TOPK, top_features
 from sae.sites import Site
 
@@ -199,7 +198,6 @@ class SparseAutoencoder(nn.Module):
     def save(self, folder: str | Path) -> Path:
         """Writes `config.json` and `sae.safetensors` into the folder, each under a temporary name first."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         write_tensors(folder / WEIGHTS_FILE, self._buffers_by_name)
         write_json(folder / CONFIG_FILE, {"schema_version": SCHEMA_VERSION, **asdict(self.config)})
         return folder
@@ -207,7 +205,7 @@ class SparseAutoencoder(nn.Module):
     @classmethod
     def load(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> SparseAutoencoder:
         """Reads what `save` wrote."""
-        return cls(read_config(folder), load_file(Path(folder) / WEIGHTS_FILE)).to(device)
+        return cls(read_config(folder), read_tensors(Path(folder) / WEIGHTS_FILE)).to(device)
 
 
 def read_config(folder: str | Path) -> SAEConfig:
@@ -218,12 +216,17 @@ def read_config(folder: str | Path) -> SAEConfig:
         looked_for = f"looked for {CONFIG_FILE} and {WEIGHTS_FILE}"
         raise UserError(f"no autoencoder in {str(folder)!r}: {looked_for}, found {names or 'nothing'}")
     entries = read_json(folder / CONFIG_FILE)
+    if not isinstance(entries, dict):
+        raise UserError(f"{folder / CONFIG_FILE} holds no JSON object: it is not the config of an autoencoder")
     version = entries.pop("schema_version", None)
     if version != SCHEMA_VERSION:
         raise UserError(f"{folder / CONFIG_FILE} has schema_version {version!r}, allowed is {SCHEMA_VERSION}")
     known = {f.name for f in fields(SAEConfig)}
     if surplus := sorted(set(entries) - known):
         raise UserError(f"{folder / CONFIG_FILE} has unknown entries {surplus}, allowed are {sorted(known)}")
+    needed = {f.name for f in fields(SAEConfig) if f.default is MISSING and f.default_factory is MISSING}
+    if missing := sorted(needed - set(entries)):
+        raise UserError(f"{folder / CONFIG_FILE} lacks the entries {missing}")
     return SAEConfig(**entries)
 
 
@@ -279,7 +282,7 @@ def find_saes(path: str | Path, *, sites: Iterable[Site | str] | None = None) ->
     found: dict[Site, Path] = {}
     wanted = None if sites is None else {Site.parse(str(site)) for site in sites}
     for folder in folders:
-        site = Site.parse(read_json(folder / CONFIG_FILE)["site"])
+        site = Site.parse(read_config(folder).site)
         if site in found:
             raise UserError(f"{str(path)!r} holds several autoencoders for site {site}; name one of their folders")
         if wanted is None or site in wanted:

@@ -13,12 +13,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim import Optimizer
 
 from sae.activations import StreamState
-from sae.files import read_json, temporary_name, write_tensors
+from sae.files import read_json, read_tensors, temporary_name, write_tensors
 
 KEPT = 2
 
@@ -69,7 +68,7 @@ def latest(folder: Path) -> Checkpoint | None:
     entries = read_json(folders[-1] / "state.json")
     del entries["schema_version"]
     state = StreamState.from_json(entries.pop("position"))
-    return Checkpoint(**entries, position=state, tensors=load_file(folders[-1] / "state.safetensors"))
+    return Checkpoint(**entries, position=state, tensors=read_tensors(folders[-1] / "state.safetensors"))
 
 
 def remove(folder: Path) -> None:

@@ -101,7 +101,7 @@ class TrainConfig:
             ("features", 1, math.inf), ("k", 1, math.inf), ("tokens", 1, math.inf), ("warmup", 0, 1), ("decay", 0, 1),
             ("batch_size", 1, math.inf), ("log_steps", 1, math.inf), ("checkpoints", 0, math.inf), ("p_end", 0, 1),
             ("aux_k", 1, math.inf), ("buffer_tokens", 1, math.inf), ("dead_tokens", 1, math.inf),
-            ("k_start", self.k, math.inf),
+            ("k_start", self.k, math.inf), ("context_length", 2, math.inf),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not low <= value <= high:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 SHOWN_OPTIONS = 12
 
@@ -18,6 +19,20 @@ def nearest(name: str, options: Iterable[str], n: int = 3) -> list[str]:
     return [by_lower[key] for key in difflib.get_close_matches(name.lower(), by_lower, n=n, cutoff=0.5)]
 
 
+def near_paths(path: str | Path, *, folders: bool = False) -> str:
+    """For a path that is not there, what its folder has of that kind under like names: `; did you mean 'a/b.txt'?`."""
+    path = Path(path)
+    there = path.parent.iterdir() if path.parent.is_dir() else ()
+    close = nearest(path.name, [other.name for other in there if other.is_dir() or not folders], n=2)
+    return did_you_mean(str(path.parent / name) for name in close)
+
+
+def did_you_mean(matches: Iterable[str]) -> str:
+    """`; did you mean 'a' or 'b'?`, empty for none."""
+    shown = " or ".join(map(repr, matches))
+    return f"; did you mean {shown}?" if shown else ""
+
+
 def unknown(what: str, name: str, options: Iterable[str]) -> UserError:
     """The error for a name that is not among the options; raise what this returns.
 
@@ -27,6 +42,5 @@ def unknown(what: str, name: str, options: Iterable[str]) -> UserError:
     options = list(options)
     more = len(options) - SHOWN_OPTIONS
     allowed = ", ".join(options[:SHOWN_OPTIONS]) + (f", ... ({more} more)" if more > 0 else "")
-    matches = nearest(name, options, n=2)
-    hint = f"; did you mean {' or '.join(repr(match) for match in matches)}?" if matches else ""
+    hint = did_you_mean(nearest(name, options, n=2))
     return UserError(f"unknown {what} {name!r}: allowed are {allowed or 'none'}{hint}")

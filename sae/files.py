@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import secrets
 from collections.abc import Iterator, Mapping
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sae.errors import UserError
@@ -37,7 +38,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     A disk that cannot take the file is told in one sentence.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = temporary_name(path)
     try:
         yield temporary
@@ -61,6 +62,24 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors as safetensors, atomically."""
     with atomic_write(path) as temporary:
         save_file({name: x.cpu().contiguous() for name, x in tensors.items()}, temporary)
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; for a missing or damaged one a UserError that names it."""
+    path = Path(path)
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise missing_file(path) from None
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a safetensors file, or not all of one: {error}") from None
+
+
+def missing_file(path: Path) -> UserError:
+    """The error for a file that is not in its folder; raise what this returns."""
+    there = path.parent
+    found = ", ".join(sorted(p.name for p in there.iterdir())[:10]) if there.is_dir() else "no such folder"
+    return UserError(f"looked for {path.name} in {str(there)!r}, found {found or 'nothing'}")
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -96,5 +115,17 @@ def prepare_folder(path: str | Path, *, overwrite: bool) -> Path:
         raise UserError(f"output folder {str(path)!r} is a file: give another folder")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise UserError(f"output folder {str(path)!r} is not empty: give another folder or allow overwriting")
-    path.mkdir(parents=True, exist_ok=True)
+    make_folder(path)
+    if not os.access(path, os.W_OK):
+        raise UserError(f"output folder {str(path)!r} cannot be written to: give another folder")
+    return path
+
+
+def make_folder(path: str | Path) -> Path:
+    """Make a folder, and those it is in, where there is none."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {str(path)!r} ({error.strerror}): give another one") from None
     return path

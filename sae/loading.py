@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from sae.errors import UserError, nearest, unknown
+from sae.errors import UserError, near_paths, unknown
 from sae.hub import hub_reachable
 from sae.sites import model_type
 
@@ -132,11 +132,8 @@ def _not_loaded(what: str, name: str, contents: str, error: Exception) -> UserEr
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if Path(name).is_dir():
         return UserError(f"{what} {name!r} cannot be loaded: the folder needs {contents} ({reason})")
-    parent = Path(name).parent
-    siblings = [str(path) for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
-    matches = nearest(name, siblings, n=1)
-    hint = f"; did you mean {matches[0]!r}?" if matches else ""
     return UserError(
         f"unknown {what} {name!r}: there is no such folder, and the Hugging Face hub did not give it (not connected, "
-        f"or a wrong or private name); give a local folder that holds {contents}, or a name on the hub{hint}"
+        f"or a wrong or private name); give a local folder that holds {contents}, or a name on the hub"
+        f"{near_paths(name, folders=True)}"
     )

@@ -17,7 +17,7 @@ from functools import total_ordering
 
 from torch import nn
 
-from sae.errors import UserError, nearest, unknown
+from sae.errors import UserError, did_you_mean, nearest, unknown
 
 KIND_ORDER = {"embed": 0, "attn": 1, "mlp": 2, "resid": 3}
 
@@ -191,8 +191,7 @@ def _sites_of_kind(kind: str, pattern: SitePath, known: set[str]) -> dict[Site, 
 
 
 def _no_module(name: str, module: str, modules: Sequence[str]) -> UserError:
-    matches = nearest(module, modules, n=3)
-    hint = f"; did you mean {' or '.join(repr(match) for match in matches)}?" if matches else ""
+    hint = did_you_mean(nearest(module, modules, n=3))
     return UserError(f"site {name!r}: the model has no module {module!r}{hint}")
 
 

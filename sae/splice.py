@@ -80,6 +80,11 @@ def check_saes(model: LanguageModel, saes: Mapping[Site, SparseAutoencoder], tok
     if difference(saes) <= allowed:
         return
     for site in saes:
+        if broken := [name for name, x in saes[site].named_buffers() if not x.isfinite().all()]:
+            raise UserError(
+                f"the autoencoder of site {str(site)!r} holds numbers that are not finite in {', '.join(broken)}: take "
+                "another, or train it again"
+            )
         change = difference([site])
         if not change <= allowed:
             raise UserError(

@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from sae.errors import UserError
+from sae.errors import UserError, near_paths
 from sae.hub import hub_data_set
 
 FIELDS = ("text", "content", "document", "story", "sentence")
@@ -73,6 +73,7 @@ class TextSource:
         if path.is_dir() or path.suffix in (".txt", ".jsonl", ".gz", ".json"):
             raise UserError(
                 f"no text file {self.name!r}: allowed are a .txt or .jsonl file (or .gz of it) or a hub data set"
+                f"{near_paths(path)}"
             )
         return islice(self._read_hub(), start, None)
 

@@ -165,7 +165,7 @@ class Discover(UsesSaes):
         return prepare_folder(folder, overwrite=self.overwrite or self.resume)
 
     def _check(self) -> None:
-        at_least(self, examples=1, nodes=1, edges=0, resamples=0, verify=0)
+        at_least(self, examples=1, nodes=1, edges=0, node_threshold=0, edge_threshold=0, resamples=0, verify=0)
         if self.node_threshold is None and 0 < self.options.edge_nodes < self.nodes:
             raise UserError(
                 f"nodes is {self.nodes}, but edges are computed among {self.options.edge_nodes} nodes alone: "

@@ -33,7 +33,6 @@ class Export(Common):
         folder = circuit_folder(self.circuit)
         graph = FeatureGraph.load(folder / GRAPH_FILE)
         out = self.out or folder.parent / "graph" / f"circuit.{SUFFIXES[self.format]}"
-        out.parent.mkdir(parents=True, exist_ok=True)
         if self.format == "eap-ig":
             model = load_model(self.model or graph.metadata["model"], self)
             heads = model.hf.config.num_attention_heads

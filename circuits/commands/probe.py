@@ -67,7 +67,6 @@ class Probe(Common):
         fitted = fit_probe(
             x, [labels[row] for row in kept], held_out=self.held_out, penalty=self.penalty, seed=self.seed
         )
-        self.out.parent.mkdir(parents=True, exist_ok=True)
         save_probe(self.out, fitted.weight, fitted.bias, site=site, position=self.position, classes=fitted.classes)
         data = {
             "out": str(self.out), "site": site.name, "position": self.position, "classes": fitted.classes,

@@ -39,7 +39,7 @@ class _Cut:
 
     def cut(self, *, nodes: int | None, edges: int | None) -> FeatureGraph:
         """The graph to show, of at most the nodes that have edges; re-thresholding never runs the model."""
-        at_least(self, nodes=1, edges=0)
+        at_least(self, nodes=1, edges=0, node_threshold=0, edge_threshold=0)
         circuit = Circuit.load(self.circuit)
         with_edges = sum(len(site_nodes) for site_nodes in circuit.edge_nodes.values())
         nodes = min(with_edges if nodes is None else nodes, with_edges) if with_edges else nodes
@@ -71,7 +71,6 @@ class Render(_Cut):
     def run(self) -> Output:
         graph = self.cut(nodes=self.nodes, edges=self.edges)
         out = self.out or circuit_folder(self.circuit).parent / "graph" / "circuit.svg"
-        out.parent.mkdir(parents=True, exist_ok=True)
         render(graph, out)
         return _wrote(graph, out)
 

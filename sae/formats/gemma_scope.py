@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from sae.autoencoder import SparseAutoencoder
+from sae.files import read_tensors
 from sae.formats.places import site_named
-from sae.formats.reading import build, pick, read_npz, read_safetensors, transcoder_refusal
+from sae.formats.reading import build, pick, read_npz, transcoder_refusal
 from sae.nonlinearities import fold_scale
 
 NAME = "gemma_scope"
@@ -35,7 +36,7 @@ def recognises(folder: Path) -> bool:
 def read(folder: Path) -> SparseAutoencoder:
     """The autoencoder in a folder with `params.npz` or `params.safetensors`."""
     path = folder / WEIGHTS if (folder / WEIGHTS).is_file() else folder / WEIGHTS_2
-    state = read_npz(path) if path.name == WEIGHTS else read_safetensors(path)
+    state = read_npz(path) if path.name == WEIGHTS else read_tensors(path)
     state = {re.sub("^w_", "W_", name): tensor for name, tensor in state.items()}
     where = folder.as_posix()
     if "transcoder" in where or "affine_skip_connection" in state:

@@ -19,7 +19,7 @@ from huggingface_hub import list_repo_files, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from sae.autoencoder import sae_folders
-from sae.errors import UserError, nearest
+from sae.errors import UserError, near_paths, nearest
 from sae.formats.places import site_named
 from sae.hub import hub_reachable
 
@@ -149,8 +149,4 @@ def _folder_of(file: str) -> str:
 
 
 def _no_such_path(path: Path) -> UserError:
-    parent = path.parent
-    names = [other.name for other in parent.iterdir()] if parent.is_dir() else []
-    close = nearest(path.name, names)
-    hint = f"; did you mean {' or '.join(repr(str(parent / name)) for name in close)}?" if close else ""
-    return UserError(f"no autoencoder at {str(path)!r}: there is no such path{hint}")
+    return UserError(f"no autoencoder at {str(path)!r}: there is no such path{near_paths(path)}")

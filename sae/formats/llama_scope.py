@@ -22,9 +22,9 @@ from torch import Tensor
 
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError
-from sae.files import read_json
+from sae.files import read_json, read_tensors
 from sae.formats.places import site_named
-from sae.formats.reading import build, entry, pick, read_safetensors, transcoder_refusal
+from sae.formats.reading import build, entry, pick, transcoder_refusal
 from sae.nonlinearities import fold_norms
 
 NAME = "llama_scope"
@@ -52,7 +52,7 @@ def read(folder: Path) -> SparseAutoencoder:
     if config.get("use_glu_encoder"):
         raise UserError(f"{folder / CONFIG} has use_glu_encoder: allowed is a linear encoder")
     weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), folder / WEIGHTS[1])
-    tensors = pick(read_safetensors(weights), _TENSORS, source=weights, what="a Llama Scope autoencoder")
+    tensors = pick(read_tensors(weights), _TENSORS, source=weights, what="a Llama Scope autoencoder")
     tensors["W_dec"] = tensors["W_dec"].T
     tensors = _scaled(tensors, config, folder / CONFIG)
     unit_rows = config.get("sparsity_include_decoder_norm", True)

@@ -16,23 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from sae.autoencoder import SAEConfig, SparseAutoencoder
 from sae.errors import UserError
+from sae.files import missing_file
 from sae.nonlinearities import fold_norms
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file."""
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise _missing_file(path) from None
-    except SafetensorError as error:
-        raise UserError(f"{path} is not a safetensors file: {error}") from None
 
 
 def read_pickle(path: Path) -> dict[str, Any]:
@@ -40,7 +29,7 @@ def read_pickle(path: Path) -> dict[str, Any]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise _missing_file(path) from None
+        raise missing_file(path) from None
     except pickle.UnpicklingError:
         raise UserError(
             f"{path} holds Python objects beside tensors, which could run any code when opened: save its plain state "
@@ -59,15 +48,9 @@ def read_npz(path: Path) -> dict[str, Tensor]:
         with np.load(path, allow_pickle=False) as arrays:
             return {name: torch.from_numpy(np.array(arrays[name])) for name in arrays.files}
     except FileNotFoundError:
-        raise _missing_file(path) from None
+        raise missing_file(path) from None
     except (ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is not an npz file of plain arrays: {error}") from None
-
-
-def _missing_file(path: Path) -> UserError:
-    there = path.parent
-    found = ", ".join(sorted(p.name for p in there.iterdir())[:10]) if there.is_dir() else "no such folder"
-    return UserError(f"looked for {path.name} in {str(there)!r}, found {found or 'nothing'}")
 
 
 def pick(

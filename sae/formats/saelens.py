@@ -28,10 +28,10 @@ from torch import Tensor
 
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError, unknown
-from sae.files import atomic_write, read_json, write_json
+from sae.files import atomic_write, read_json, read_tensors, write_json
 from sae.formats.normalised import NormalisedAutoencoder
 from sae.formats.places import site_named, transformer_lens_hook
-from sae.formats.reading import build, entry, pick, read_safetensors, transcoder_refusal
+from sae.formats.reading import build, entry, pick, transcoder_refusal
 from sae.formats.writing import plain_tensors, unsupported
 from sae.nonlinearities import fold_norms, fold_scale
 
@@ -73,7 +73,7 @@ def read(folder: Path) -> SparseAutoencoder:
     config = _upgraded(read_json(path))
     architecture = config["architecture"]
     _refuse(config, folder)
-    tensors = _tensors(read_safetensors(folder / WEIGHTS), config, folder)
+    tensors = _tensors(read_tensors(folder / WEIGHTS), config, folder)
     for name, size in (("d_in", tensors["W_dec"].shape[1]), ("d_sae", tensors["W_dec"].shape[0])):
         if config.get(name, size) != size:
             raise UserError(f"{path} says {name} = {config[name]}, the tensors of {WEIGHTS} say {size}")
@@ -194,7 +194,6 @@ def write(sae: SparseAutoencoder, folder: Path) -> None:
     }
     if architecture == "topk":
         config |= {"k": sae.config.k, "rescale_acts_by_decoder_norm": False}
-    folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / WEIGHTS) as temporary:
         save_file(state, temporary)
     write_json(folder / CONFIG, config)

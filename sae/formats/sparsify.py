@@ -11,9 +11,9 @@ from pathlib import Path
 
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError
-from sae.files import read_json
+from sae.files import read_json, read_tensors
 from sae.formats.places import site_named
-from sae.formats.reading import build, entry, pick, read_safetensors, transcoder_refusal
+from sae.formats.reading import build, entry, pick, transcoder_refusal
 
 NAME = "sparsify"
 WEIGHTS, CONFIG = "sae.safetensors", "cfg.json"
@@ -33,7 +33,7 @@ def read(folder: Path) -> SparseAutoencoder:
         raise transcoder_refusal(folder)
     if config.get("activation", "topk") != "topk":
         raise UserError(f"{path} has activation {config['activation']!r}: allowed is topk")
-    tensors = pick(read_safetensors(folder / WEIGHTS), _TENSORS, source=folder / WEIGHTS, what="a sparse coder")
+    tensors = pick(read_tensors(folder / WEIGHTS), _TENSORS, source=folder / WEIGHTS, what="a sparse coder")
     n_features = config.get("num_latents") or entry(config, "d_in", source=path) * config.get("expansion_factor", 32)
     if n_features != len(tensors["b_enc"]):
         raise UserError(f"{path} says {n_features} latents, the tensors of {WEIGHTS} say {len(tensors['b_enc'])}")

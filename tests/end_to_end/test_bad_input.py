@@ -67,6 +67,25 @@ def test_saes_of_another_width(sfc, run_folder, text_file, tmp_path, prompts_fil
     assert "32" in said and "16" in said
 
 
+def test_damaged_autoencoders(discover, run_folder, tmp_path):
+    """Cut short, not finite, and with a config that is none: each time the site or the file is named."""
+    shutil.copytree(run_folder / "saes", tmp_path / "saes")
+    weights, config = (tmp_path / "saes" / "mlp_0" / name for name in ("sae.safetensors", "config.json"))
+    whole, known = weights.read_bytes(), config.read_text()
+    weights.write_bytes(whole[: len(whole) // 2])
+    assert str(weights) in sentence(discover(saes=tmp_path / "saes"))
+    weights.write_bytes(whole)
+    tensors = load_file(weights)
+    tensors["W_enc"][0, 0] = float("nan")
+    save_file(tensors, weights)
+    said = sentence(discover(saes=tmp_path / "saes"))
+    assert "'mlp_0'" in said and "not finite in W_enc" in said
+    for text, reason in (("[]", "no JSON object"), ('{"schema_version": 1}', "d_model"), (known[:-20], "malformed")):
+        config.write_text(text)
+        said = sentence(discover(saes=tmp_path / "saes"))
+        assert str(config) in said and reason in said
+
+
 def test_no_saes(discover, tmp_path):
     assert str(tmp_path) in sentence(discover(saes=tmp_path))
 
@@ -146,6 +165,27 @@ def test_interrupted_training_leaves_its_checkpoint(sfc, model_folder, text_file
     assert (tmp_path / "run" / "saes" / "resid_0" / "sae.safetensors").is_file()
 
 
+def test_places_that_cannot_be_written(sfc, discover, run_folder, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    assert "folder" in sentence(discover(out=tmp_path / "file" / "run"))
+    for command, name in (("render", "a.svg"), ("explore", "a.html"), ("export", "a.graphml")):
+        words = ["--format", "graphml"] if command == "export" else []
+        said = sentence(sfc(command, "--circuit", run_folder, "--out", tmp_path / "file" / name, *words))
+        assert str(tmp_path / "file") in said
+    monkeypatch.setattr("os.access", lambda *_: False)
+    assert "cannot be written" in sentence(discover(out=tmp_path / "read_only"))
+
+
+def test_a_name_that_is_nearly_right(sfc, discover, prompts_file, model_folder, text_file, tmp_path):
+    for given, run in (
+        (prompts_file, lambda path: discover(prompts=path)),
+        (model_folder, lambda path: discover(model=path)),
+        (text_file, lambda path: sfc("train", "--model", model_folder, "--text", path, "--out", tmp_path / "run")),
+    ):
+        wrong = given.with_name(given.stem[:-1] + "_" + given.suffix)
+        assert f"did you mean {str(given)!r}" in sentence(run(wrong))
+
+
 @pytest.mark.parametrize("sizes", ["10,x", "0", ""])
 def test_sizes(sfc, run_folder, sizes):
     assert "10,20,50" in sentence(sfc("faithfulness", "--circuit", run_folder, "--sizes", sizes))
@@ -180,14 +220,21 @@ def test_numbers_out_of_range_are_told_before_any_work(discover, tmp_path, optio
 
 @pytest.mark.parametrize(
     "words",
-    [("ablate", "--top", 2, "--random", -1), ("ablate", "--top", 2, "--examples", 0), ("render", "--nodes", -3)],
+    [
+        ("ablate", "--top", 2, "--random", -1),
+        ("ablate", "--top", 2, "--examples", 0),
+        ("render", "--nodes", -3),
+        ("render", "--node-threshold", -1.0),
+    ],
 )
 def test_negative_numbers(sfc, run_folder, words):
     said = sentence(sfc(*words, "--circuit", run_folder))
     assert f"{words[-2].removeprefix('--')} is {words[-1]}" in said
 
 
-def test_a_value_that_is_no_number(sfc, run_folder):
+def test_a_value_that_is_no_number(sfc, discover, run_folder):
+    assert "edge-threshold is nan" in sentence(sfc("render", "--circuit", run_folder, "--edge-threshold", "nan"))
+    assert "node-threshold is nan" in sentence(discover(**{"node-threshold": "nan"}))
     assert "nan" in sentence(sfc("steer", "--circuit", run_folder, "--top", 2, "--value", "nan"))
 
 
@@ -195,6 +242,7 @@ def test_options_that_contradict_each_other(sfc, model_folder, text_file, tmp_pa
     arguments = ["--model", model_folder, "--text", text_file, "--out", tmp_path / "run"]
     assert "k is 64" in sentence(sfc("train", *arguments, "--features", 32, "--k", 64))
     assert "'topk'" in sentence(sfc("train", *arguments, "--architecture", "topkk"))
+    assert "context_length is 0" in sentence(sfc("train", *arguments, "--context-length", 0))
 
 
 def test_pairs_that_do_not_differ(discover, prompts_file, tmp_path):

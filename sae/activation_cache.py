@@ -19,7 +19,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -78,6 +78,8 @@ class Manifest:
     """Documents read."""
     whole_text: bool
     """Whether the text ended before the tokens that were asked for."""
+    site_paths: dict[str, str] = field(default_factory=dict)
+    """Paths of the sites that are not where the model's architecture has them."""
 
     @property
     def rows(self) -> int:
@@ -97,6 +99,8 @@ class CachedModel:
     """Width of each cached site, in forward order."""
     device: torch.device
     """Where to train."""
+    moved_sites: Mapping[Site, str] = field(default_factory=dict)
+    """Paths of the sites that are not where the model's architecture has them."""
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -142,6 +146,7 @@ def write_cache(
         SCHEMA_VERSION, model.name, model.fingerprint, model.revision, source.name, source.fingerprint,
         {site.name: width for site, width in activations.widths.items()}, stream.context_length, packed,
         exclude_special, dtype, tokens, [], 0, False,
+        {site.name: path for site, path in model.moved_sites.items() if site in chosen},
     )  # fmt: skip
     if resume and (out / MANIFEST).is_file():
         return _same(begun, read_manifest(out), out)
@@ -276,12 +281,15 @@ class CachedActivations:
         except UserError as error:
             raise UserError(f"the cache in {str(folder)!r} has not all of these sites: {error}") from None
         self.widths = {site: available[site] for site in chosen}
+        if isinstance(model, LanguageModel):
+            self._check_places(model)
         self._state = StreamState()
 
     @property
     def model(self) -> CachedModel:
         """The model as far as training needs it."""
-        return CachedModel(self.manifest.model, self.manifest.model_fingerprint, self.widths, self.device)
+        moved = {Site.parse(name): path for name, path in self.manifest.site_paths.items()}
+        return CachedModel(self.manifest.model, self.manifest.model_fingerprint, self.widths, self.device, moved)
 
     @property
     def text(self) -> TextSource:
@@ -311,6 +319,15 @@ class CachedActivations:
         if fingerprint != known:
             given = f"{name!r} as it is now" if name == made_for else repr(name)
             raise UserError(f"the cache in {str(self.folder)!r} was made for {what} {made_for!r}, not {given}")
+
+    def _check_places(self, model: LanguageModel) -> None:
+        for site in self.widths:
+            made_at, here = self.manifest.site_paths.get(site.name, ""), model.moved_sites.get(site, "")
+            if made_at != here:
+                raise UserError(
+                    f"the cache in {str(self.folder)!r} has site {site} from {made_at or 'its usual place'}, the model "
+                    f"was loaded with it at {here or 'its usual place'}"
+                )
 
     def position(self) -> StreamState:
         """Where the next fill begins; `documents` counts rows."""

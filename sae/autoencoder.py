@@ -28,6 +28,8 @@ from sae.sites import Site
 SCHEMA_VERSION = 1
 CHUNK_BYTES = 64 * 2**20
 """Largest [n, F] intermediate where tokens are encoded in chunks."""
+SITE_PATH = "site_path"
+"""Entry of `SAEConfig.extra`: the module its activations come from; "" is where the architecture has the site."""
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "sae.safetensors"
 SAMPLED_VALUES = 64  # of each tensor, for the fingerprint

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sae.architectures import architecture
 from sae.architectures.base import Hyper
-from sae.autoencoder import SAEConfig, SparseAutoencoder
+from sae.autoencoder import SITE_PATH, SAEConfig, SparseAutoencoder
 from sae.config import TrainConfig
 from sae.nonlinearities import TOPK, fold_norms, fold_scale
 from sae.products import Scratch
@@ -197,8 +197,11 @@ class Learner:
             del report["sparsity"]
         return report
 
-    def export(self, *, model: str = "", fingerprint: str = "") -> SparseAutoencoder:
-        """The autoencoder on raw activations: scale, centre and decoder norms folded in."""
+    def export(self, *, model: str = "", fingerprint: str = "", site_path: str = "") -> SparseAutoencoder:
+        """The autoencoder on raw activations: scale, centre and decoder norms folded in.
+
+        `site_path` says where the site is, if not where the model's architecture has it.
+        """
         recipe, scale = self.recipe, self.state["scale"].item()
         own = {key.removeprefix("own."): tensor for key, tensor in self.state.items() if key.startswith("own.")}
         tensors = {key: tensor.clone() for key, tensor in recipe.export(self.weights, own).items()}
@@ -217,7 +220,7 @@ class Learner:
             model_fingerprint=fingerprint,
             subtract_b_dec=recipe.subtract_b_dec,
             k=self.config.k if recipe.fixed_k and recipe.trained else None,
-            extra={"training": asdict(self.config)},
+            extra={"training": asdict(self.config), SITE_PATH: site_path},
         )
         return SparseAutoencoder(config, tensors)
 

@@ -31,7 +31,7 @@ from sae.errors import UserError, unknown
 from sae.loading import fingerprint, load_hf
 from sae.places import Edit, Place, edited, tuple_length
 from sae.selfcheck import check_model
-from sae.sites import ARCHITECTURES, Site, SitePath, model_type, site_table
+from sae.sites import ARCHITECTURES, Site, SitePath, model_type, own_sites, site_table
 from sae.tokens import TextCoder, Tokens
 
 PROBE_ROWS, PROBE_POSITIONS = 3, 5
@@ -94,6 +94,12 @@ class LanguageModel:
         """
         hf, tokenizer, name = load_hf(model, tokenizer=tokenizer, device=device, dtype=dtype)
         return cls(hf, tokenizer, name=name, site_paths=site_paths, check=check)
+
+    @property
+    def moved_sites(self) -> dict[Site, str]:
+        """Sites that are not where the architecture has them, by the path that was given for them."""
+        own = own_sites(self.hf, self.site_paths)
+        return {site: str(path) for site, path in self.site_paths.items() if site not in own}
 
     @property
     def tokenizer(self) -> Any:

@@ -25,7 +25,7 @@ from sae.text import TextSource
 
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
-COMPARED = ("model_fingerprint", "text_fingerprint", "cache", "sites", "config")
+COMPARED = ("model_fingerprint", "text_fingerprint", "cache", "sites", "site_paths", "config")
 """Settings that must be the same when a run goes on."""
 SHOWN_AS = {"model_fingerprint": "model", "text_fingerprint": "text"}
 """Settings that a person knows by another entry."""
@@ -40,6 +40,8 @@ class ModelFacts(Protocol):
     def fingerprint(self) -> str: ...
     @property
     def sites(self) -> tuple[Site, ...]: ...
+    @property
+    def moved_sites(self) -> Mapping[Site, str]: ...
     @property
     def widths(self) -> Mapping[Site, int]: ...
     @property
@@ -63,6 +65,7 @@ def run_settings(
         "text_fingerprint": source.fingerprint,
         "cache": cache,
         "sites": [site.name for site in sites],
+        "site_paths": {site.name: path for site, path in model.moved_sites.items() if site in sites},
         "device": str(model.device),
         "config": configs,
     }
@@ -136,7 +139,7 @@ class RunFolder:
             if key in but:
                 continue
             then, now = before.get(key), json.loads(json.dumps(self.settings[key]))
-            if then != now:
+            if (then or None) != (now or None):
                 shown = SHOWN_AS.get(key, key)
                 if shown != key and before.get(shown) != self.settings[shown]:
                     then, now = before.get(shown), self.settings[shown]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sae.errors import UserError
-from sae.sites import ARCHITECTURES, Site, SitePath, model_type
+from sae.sites import Site, own_sites
 
 if TYPE_CHECKING:
     from sae.model import LanguageModel, Run, Tokens
@@ -29,7 +29,7 @@ def check_model(model: LanguageModel) -> None:
     tokens = model.probe_tokens()
     plain = model.run(tokens, capture=model.sites)
     check_finite(plain)
-    own = _own_sites(model)
+    own = own_sites(model.hf, model.site_paths)
     for layer in range(model.n_layers):
         _check_sum(model, layer, own, plain.activations)
     _check_copies(model, tokens, plain.logits)
@@ -55,15 +55,6 @@ def relative_difference(x: Tensor, y: Tensor) -> float:
 
 def _tolerance(model: LanguageModel) -> float:
     return TOLERANCE if model.dtype in (torch.float32, torch.float64) else TOLERANCE_16_BIT
-
-
-def _own_sites(model: LanguageModel) -> set[Site]:
-    """The sites whose paths are the architecture's own."""
-    architecture = ARCHITECTURES.get(model_type(model.hf))
-    if architecture is None:
-        return set()
-    defaults = {kind: SitePath.parse(path) for kind, path in architecture.defaults().items()}
-    return {site for site, path in model.site_paths.items() if path == defaults[site.kind].at(site.layer)}
 
 
 def _check_sum(model: LanguageModel, layer: int, own: set[Site], activations: dict[Site, Tensor]) -> None:

@@ -95,6 +95,9 @@ class SitePath:
         """The path with `{layer}` filled in."""
         return SitePath(self.module.replace("{layer}", str(layer)), self.side)
 
+    def __str__(self) -> str:
+        return self.module if self.side == "output" else f"{self.module}:{self.side}"
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -176,6 +179,15 @@ def site_table(hf_model: nn.Module, overrides: Mapping[str, str | SitePath] | No
         if path.module not in known:
             raise _no_module(site.name, path.module, modules)
     return dict(sorted(table.items()))
+
+
+def own_sites(hf_model: nn.Module, table: Mapping[Site, SitePath]) -> set[Site]:
+    """The sites of a table that are where the model's architecture has them; none where it is not known."""
+    architecture = ARCHITECTURES.get(model_type(hf_model))
+    if architecture is None:
+        return set()
+    defaults = {kind: SitePath.parse(path) for kind, path in architecture.defaults().items()}
+    return {site for site, path in table.items() if path == defaults[site.kind].at(site.layer)}
 
 
 def _sites_of_kind(kind: str, pattern: SitePath, known: set[str]) -> dict[Site, SitePath]:

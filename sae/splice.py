@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from sae.autoencoder import SAEConfig, SparseAutoencoder
+from sae.autoencoder import SITE_PATH, SAEConfig, SparseAutoencoder
 from sae.errors import UserError, unknown
 from sae.model import LanguageModel
 from sae.places import Edit
@@ -103,6 +103,13 @@ def _check_made_for(model: LanguageModel, site: Site, config: SAEConfig) -> None
         )
     if config.site and Site.parse(config.site) != site:
         raise UserError(f"the autoencoder given for site {str(site)!r} was made for site {config.site!r}")
+    made_at, here = config.extra.get(SITE_PATH), model.moved_sites.get(site, "")
+    if made_at is not None and made_at != here:
+        raise UserError(
+            f"the autoencoder of site {str(site)!r} reads {made_at or 'where the architecture has that site'}, which "
+            f"this model was loaded with at {here or 'its usual place'}: "
+            + (f"give site paths with {site}={made_at}" if made_at else "leave its site path out")
+        )
     if config.d_model != model.widths[site]:
         raise UserError(
             f"the autoencoder of site {str(site)!r} has width {config.d_model}: allowed is {model.widths[site]}, the "

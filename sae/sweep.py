@@ -133,7 +133,8 @@ def sweep(
         Trainer(learners, rows, first, log_path=log_path, checkpoint_folder=checkpoints, progress=progress).run()
         for learner in learners:
             folder = out / learner.name.removesuffix(f"/{learner.site}") / "saes" / learner.site.name
-            learner.export(model=model.name, fingerprint=model.fingerprint).save(folder)
+            where = model.moved_sites.get(learner.site, "")
+            learner.export(model=model.name, fingerprint=model.fingerprint, site_path=where).save(folder)
         _split_log(log_path, {name: runs[name].path for name in waiting})
         for name in waiting:
             runs[name].finish(read=asdict(rows.text_read()))

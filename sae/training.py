@@ -83,7 +83,8 @@ def train(
     Trainer(learners, rows, config, log_path=log_path, checkpoint_folder=run.checkpoints, progress=progress).run()
     saes = {}
     for learner in learners:
-        saes[learner.site] = learner.export(model=model.name, fingerprint=model.fingerprint)
+        where = model.moved_sites.get(learner.site, "")
+        saes[learner.site] = learner.export(model=model.name, fingerprint=model.fingerprint, site_path=where)
         saes[learner.site].save(folders[learner.site])
     run.finish(read=asdict(rows.text_read()))
     return saes

@@ -113,6 +113,9 @@ def read_folder(path: Path) -> SparseAutoencoder:
 
 def _placed(sae: SparseAutoencoder, site: str, source: str) -> SparseAutoencoder:
     """The autoencoder with the site the user gave, which must not contradict its files."""
+    hook = str(sae.config.extra.get("hook", ""))
+    if site and not sae.config.site and hook.startswith("blocks."):
+        raise UserError(f"the autoencoder at {source!r} belongs to {hook}, which is no site here")
     if site and sae.config.site and sae.config.site != site:
         raise UserError(f"the autoencoder at {source!r} belongs to site {sae.config.site}, not to {site}")
     if site:

@@ -16,11 +16,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from sae.autoencoder import SparseAutoencoder
+from sae.autoencoder import SITE_PATH, SparseAutoencoder
 from sae.files import read_tensors
 from sae.formats.places import site_named
 from sae.formats.reading import build, pick, read_npz, transcoder_refusal
 from sae.nonlinearities import fold_scale
+from sae.sites import Site, SitePath
 
 NAME = "gemma_scope"
 WEIGHTS, WEIGHTS_2 = "params.npz", "params.safetensors"
@@ -48,7 +49,7 @@ def read(folder: Path) -> SparseAutoencoder:
         tensors = fold_scale(tensors, width**0.5)
     notes: dict[str, Any] = {}
     if site.startswith("attn"):
-        notes["site_path"] = {"attn": ATTENTION_PATH}
+        notes[SITE_PATH] = str(SitePath.parse(ATTENTION_PATH).at(Site.parse(site).layer))
     return build(
         tensors,
         source=folder,

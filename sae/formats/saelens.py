@@ -18,6 +18,7 @@ factor is in `activation_scaler.json` or lost, and then the file is refused rath
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sae.autoencoder import SparseAutoencoder
+from sae.autoencoder import SITE_PATH, SparseAutoencoder
 from sae.errors import UserError, unknown
 from sae.files import atomic_write, read_json, read_tensors, write_json
 from sae.formats.normalised import NormalisedAutoencoder
@@ -34,6 +35,7 @@ from sae.formats.places import site_named, transformer_lens_hook
 from sae.formats.reading import build, entry, pick, transcoder_refusal
 from sae.formats.writing import plain_tensors, unsupported
 from sae.nonlinearities import fold_norms, fold_scale
+from sae.sites import SitePath
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +61,11 @@ _ARCHITECTURE = {
     "batchtopk": "batchtopk",
     "matryoshka_batchtopk": "matryoshka",
 }
+_HEADS = {
+    "gpt2": "transformer.h.{layer}.attn.c_proj:input",
+    "pythia": "gpt_neox.layers.{layer}.attention.dense:input",
+}
+_LLAMA_HEADS = "model.layers.{layer}.self_attn.o_proj:input"
 _TOKEN_NORMS = {"layer_norm": "layer_norm", "constant_norm_rescale": "constant_norm"}
 
 
@@ -88,6 +95,11 @@ def read(folder: Path) -> SparseAutoencoder:
             folder,
         )
     hook = names.get("hook_name") or ""
+    notes: dict[str, Any] = {"hook": hook, "version": names.get("sae_lens_version")}
+    site = site_named(hook)
+    if heads := re.fullmatch(r"blocks\.(\d+)\.attn\.hook_z", hook):
+        site = f"attn_{heads[1]}"
+        notes[SITE_PATH] = str(SitePath.parse(_heads_path(names.get("model_name") or "")).at(int(heads[1])))
     sae = build(
         tensors,
         source=folder,
@@ -96,12 +108,18 @@ def read(folder: Path) -> SparseAutoencoder:
         subtract_b_dec=config["apply_b_dec_to_input"],
         k=int(entry(config, "k", source=path)) if architecture == "topk" else None,
         ranked=architecture == "topk" and not config.get("rescale_acts_by_decoder_norm", False),
-        site=site_named(hook),
+        site=site,
         model=names.get("model_name") or "",
-        notes={"hook": hook, "version": names.get("sae_lens_version")},
+        notes=notes,
     )
     norm = _TOKEN_NORMS.get(config["normalize_activations"])
     return NormalisedAutoencoder(sae, norm=norm) if norm else sae
+
+
+def _heads_path(model: str) -> str:
+    """Where TransformerLens' hook_z is, the heads before the output projection; most models call it as Llama does."""
+    name = model.rpartition("/")[2].lower()
+    return next((path for family, path in _HEADS.items() if name.startswith(family)), _LLAMA_HEADS)
 
 
 def _upgraded(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -62,6 +62,27 @@ def test_what_was_made_for_something_else_is_refused(tiny_model: LanguageModel) 
         check_saes(tiny_model, {})
 
 
+def test_the_same_site_at_another_place_is_refused(make_tiny_model: Callable[..., LanguageModel]) -> None:
+    """The width may be the same, and putting x back changes nothing: only the path tells."""
+    usual = make_tiny_model("llama")
+    site, path = Site("attn", 1), "model.layers.1.self_attn.o_proj:input"
+    moved = LanguageModel(usual.hf, usual.tokenizer, name="moved", site_paths={"attn_1": path})
+    assert (usual.moved_sites, moved.moved_sites) == ({}, {site: path})
+    sae = random_sae(usual, site)
+    for model in (usual, moved):
+        check_saes(model, {site: sae})  # nothing is known of where it was made
+    sae.config = replace(sae.config, extra={"site_path": path})
+    check_saes(moved, {site: sae})
+    with pytest.raises(
+        UserError, match=r"reads model.layers.1.self_attn.o_proj:input, .* with attn_1=model"
+    ):
+        check_saes(usual, {site: sae})
+    sae.config = replace(sae.config, extra={"site_path": ""})
+    check_saes(usual, {site: sae})
+    with pytest.raises(UserError, match=r"loaded with at model.layers.1.self_attn.o_proj:input: leave its site path"):
+        check_saes(moved, {site: sae})
+
+
 @pytest.mark.parametrize("scale", [1e6, float("nan")])
 def test_a_reconstruction_of_the_wrong_size_is_refused_and_named(tiny_model: LanguageModel, scale: float) -> None:
     saes = {site: random_sae(tiny_model, site) for site in tiny_model.sites}

@@ -13,6 +13,7 @@ from sae.activations import ContextStream, ModelActivations
 from sae.autoencoder import SparseAutoencoder, load_saes
 from sae.config import TrainConfig
 from sae.errors import UserError
+from sae.model import LanguageModel
 from sae.sites import Site
 from sae.sweep import grid, sweep
 from sae.text import TextSource
@@ -128,6 +129,20 @@ def test_a_cache_for_something_else_is_refused(make_tiny_model, cache, tmp_path)
     (cache / "shard_00001.safetensors").unlink()
     with pytest.raises(UserError, match=r"shard_00001.safetensors' is missing or damaged"):
         CachedActivations(cache).fill({site: torch.zeros(900, 32) for site in SITES})
+
+
+def test_a_cache_knows_where_its_sites_are(make_tiny_model, tmp_path):
+    usual = make_tiny_model("llama")
+    path = "model.layers.1.self_attn.o_proj:input"
+    moved = LanguageModel(usual.hf, usual.tokenizer, name="m", site_paths={"attn_1": path}, check=False)
+    write_cache(moved, TEXTS, sites="attn", tokens=300, out=tmp_path / "cache", progress=False)
+    cached = CachedActivations(tmp_path / "cache", model=moved)
+    CachedActivations(tmp_path / "cache", model=usual, sites="attn_0")
+    with pytest.raises(UserError, match=r"has site attn_1 from model.layers.1.self_attn.o_proj:input"):
+        CachedActivations(tmp_path / "cache", model=usual)
+    config = replace(CONFIG, tokens=512)
+    saes = train(cached.model, cached.text, activations=cached, config=config, out=tmp_path / "run", progress=False)
+    assert [sae.config.extra["site_path"] for sae in saes.values()] == ["", path]
 
 
 def test_a_text_file_that_changed_is_another_text(tiny_model, tmp_path):

@@ -12,6 +12,7 @@ from sae.config import TrainConfig
 from sae.errors import UserError
 from sae.learner import Learner, geometric_median
 from sae.memory import training_memory
+from sae.model import LanguageModel
 from sae.sites import Site
 from sae.training import Trainer, train
 
@@ -101,6 +102,18 @@ def test_what_a_run_leaves_on_disk(tiny_model, tmp_path):
     config = loaded[SITE].config
     assert (config.model_fingerprint, config.k, config.site) == (tiny_model.fingerprint, 4, "resid_0")
     torch.testing.assert_close(loaded[SITE].W_dec.norm(dim=1), torch.ones(48))
+
+
+def test_a_run_says_where_its_sites_are(make_tiny_model, tmp_path):
+    usual = make_tiny_model("llama")
+    path = "model.layers.1.self_attn.o_proj:input"
+    moved = LanguageModel(usual.hf, usual.tokenizer, name="m", site_paths={"attn_1": path}, check=False)
+    options = {"sites": "attn_0,attn_1", "config": small(tokens=1024), "progress": False}
+    saes = train(moved, stories(), out=tmp_path, **options)
+    assert [sae.config.extra["site_path"] for sae in saes.values()] == ["", path]
+    train(moved, stories(), out=tmp_path, resume=True, **options)
+    with pytest.raises(UserError, match="begun with site_paths"):
+        train(usual, stories(), out=tmp_path, resume=True, **options)
 
 
 def test_existing_and_different_runs_are_refused(tiny_model, tmp_path):
@@ -311,8 +324,6 @@ def test_impossible_options_are_named(options, message):
 
 
 def test_a_real_model_small(shared_dir, tmp_path):
-    from sae.model import LanguageModel
-
     model = LanguageModel.load(shared_dir / "models" / "tinystories-260k", check=False)
     config = TrainConfig(features=256, k=16, tokens=50_000, buffer_tokens=25_000, log_steps=20)
     texts = shared_dir / "data" / "tinystories" / "train.jsonl"

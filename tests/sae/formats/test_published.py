@@ -56,7 +56,8 @@ def test_gemma_scope(release, folder, site, model, prefix, random, tmp_path):
     assert torch.allclose(sae(scale * u), scale * (f @ W_dec + b_dec), atol=1e-5)
     assert torch.allclose(sae.encode(scale * u), scale * f * W_dec.norm(dim=-1), atol=1e-5)
     assert not sae.config.subtract_b_dec
-    assert ("site_path" in sae.config.extra) == site.startswith("attn")
+    path = "model.layers.0.self_attn.o_proj:input" if site == "attn_0" else None
+    assert sae.config.extra.get("site_path") == path
 
 
 def test_gemma_scope_takes_the_l0_closest_to_100(random, tmp_path):

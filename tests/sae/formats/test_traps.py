@@ -169,11 +169,27 @@ def test_saelens_files_that_cannot_be_read_rightly(entries, message, tmp_path):
         load_sae(copied("saelens/standard", tmp_path / "sae", **entries))
 
 
-def test_heads_before_the_output_projection_are_no_site_of_ours(tmp_path):
-    metadata = {"hook_name": "blocks.3.attn.hook_z", "model_name": "gpt2-small"}
+@pytest.mark.parametrize(
+    ("model", "path"),
+    [
+        ("gpt2-small", "transformer.h.3.attn.c_proj:input"),
+        ("EleutherAI/pythia-70m-deduped", "gpt_neox.layers.3.attention.dense:input"),
+        ("gemma-2b", "model.layers.3.self_attn.o_proj:input"),
+    ],
+)
+def test_heads_before_the_output_projection_say_where_they_are(model, path, tmp_path):
+    metadata = {"hook_name": "blocks.3.attn.hook_z", "model_name": model}
     folder = copied("saelens/standard", tmp_path / "sae", metadata=metadata, reshape_activations="hook_z")
+    config = load_sae(folder).config
+    assert (config.site, config.extra["site_path"]) == ("attn_3", path)
+
+
+@pytest.mark.parametrize("hook", ["blocks.3.hook_resid_mid", "blocks.3.mlp.hook_post"])
+def test_a_hook_that_is_no_site_cannot_be_called_one(hook, tmp_path):
+    folder = copied("saelens/standard", tmp_path / "sae", metadata={"hook_name": hook})
     assert load_sae(folder).config.site == ""
-    assert load_sae(folder, site="attn_3").config.site == "attn_3"
+    with pytest.raises(UserError, match=f"belongs to {hook}, which is no site"):
+        load_sae(folder, site="mlp_3")
 
 
 def test_centred_activations_of_transformer_lens_are_warned_of(tmp_path, caplog):

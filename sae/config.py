@@ -77,7 +77,7 @@ class TrainConfig:
     l0_loss: str = "steered"
     """JumpReLU's penalty: steered, L0 with a weight that brings it to k, or target, (L0 / k - 1)^2 of each token."""
     p_end: float = 0.2
-    """Exponent at which p-annealing ends."""
+    """Exponent at which p-annealing ends; a fixed weight of the penalty is rescaled as the exponent falls."""
     k_start: int | None = None
     """Active features a token at the first step, falling linearly to k over the warm-up; k throughout by default."""
     revival: str = "auto"

@@ -134,6 +134,8 @@ class Learner:
         state["l0"].copy_(stats.fired.sum() / len(x))
         if not self.recipe.fixed_k and self.config.sparsity is None and not self.targets_l0:
             state["sparsity"].mul_(((state["l0"] / self.config.k).log().clamp(-1, 1) * STEERING).exp())
+        if self.config.sparsity is not None:
+            state["sparsity"].mul_(self.recipe.rescaling(x, self.weights, hyper, self.hyper(step + 1)))
         for key, value in (
             ("loss", stats.loss), ("squared_error", stats.squared_error), ("active", stats.fired.sum()),
             ("sum_x", x.sum(0)), ("sum_x2", x.square().sum()), ("n_tokens", len(x)),

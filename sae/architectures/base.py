@@ -163,6 +163,10 @@ class Architecture(ABC):
     def constrain(self, w: Weights) -> None:  # noqa: B027
         """Brings its own weights back into their range after an optimizer step. Most need nothing."""
 
+    def rescaling(self, x: Tensor, w: Weights, hyper: Hyper, following: Hyper) -> Tensor | float:
+        """Factor on a fixed weight of the penalty from one step to the next, whose penalty may be another one."""
+        return 1.0
+
     def export(self, w: Weights, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors that `SparseAutoencoder` needs."""
         return {name: tensor.detach() for name, tensor in w.items()}

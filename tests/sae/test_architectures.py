@@ -8,6 +8,7 @@ import torch
 from sae.architectures import ARCHITECTURES, architecture
 from sae.architectures.base import Hyper
 from sae.architectures.matryoshka import prefix_ends
+from sae.autoencoder import SAEConfig, SparseAutoencoder
 from sae.codes import SparseCode
 from sae.errors import UserError
 from sae.products import Scratch, row_chunks
@@ -123,8 +124,68 @@ def test_gradients_and_statistics_are_those_of_dense_autograd(name, dense):
     assert_same_gradients(mine, twin)
     torch.testing.assert_close(stats.fired, (f > 0).sum(0).float())
     torch.testing.assert_close(stats.squared_error, (x - f @ twin["W_dec"] - twin["b_dec"]).pow(2).sum())
-    if name != "p_anneal":  # its penalty is linearised
-        torch.testing.assert_close(stats.loss / N, loss)
+    torch.testing.assert_close(stats.loss / N, loss)
+
+
+@pytest.mark.parametrize("name", ["topk", "multi_topk", "batchtopk", "matryoshka"])
+def test_what_is_selected_but_negative_is_not_active(name):
+    """k of a token, or k N of the batch, are more than there are positive pre-activations."""
+    x, hyper = make_x() - 1.0, replace(HYPER, k=11)
+    mine, twin = make_weights(name), make_weights(name)
+    for w in (mine, twin):
+        w["b_enc"].data -= 8.0
+    stats = architecture(name).step(x, mine, hyper, architecture(name).own_state())
+    loss, f = twin_loss(name, x, twin, hyper)
+    loss.backward()
+    assert 0 < (f > 0).sum() < 11 * N / 2
+    assert_same_gradients(mine, twin)
+    torch.testing.assert_close(stats.fired, (f > 0).sum(0).float())
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_what_is_exported_encodes_as_the_step_did(name):
+    w, _, state = own_step(name)
+    _, f = twin_loss(name, make_x(), w, HYPER)
+    config = SAEConfig(name, D, F, subtract_b_dec=architecture(name).subtract_b_dec, k=K)
+    found = SparseAutoencoder(config, architecture(name).export(w, state)).encode(make_x())
+    missed = (found - f).abs() > 1e-5
+    assert missed.sum() == (1 if name in ("batchtopk", "matryoshka") else 0)  # the smallest of all is the threshold
+    assert not found[missed].any()
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_gradients_of_two_steps_add_up(dense):
+    w, states = make_weights("relu"), architecture("relu").own_state()
+    for seed in (1, 2):
+        architecture("relu").step(make_x(seed), w, HYPER, states, dense=dense)
+    twin = make_weights("relu")
+    sum(twin_loss("relu", make_x(seed), twin, HYPER)[0] for seed in (1, 2)).backward()
+    assert_same_gradients(w, twin)
+
+
+def test_a_fixed_weight_is_rescaled_so_that_the_annealed_penalty_does_not_jump():
+    w, x, later = make_weights("p_anneal"), make_x(), replace(HYPER, p=0.3)
+    factor = architecture("p_anneal").rescaling(x, w, HYPER, later)
+    f = ((x - w["b_dec"]) @ w["W_enc"].T + w["b_enc"]).relu()
+    before, after = f.pow(0.6).sum(), f[f > 0].pow(0.3).sum()
+    assert after < 0.95 * before
+    torch.testing.assert_close(factor * after, before)
+    assert architecture("p_anneal").rescaling(x - 1e6 * w["W_enc"].sum(0), w, HYPER, HYPER) == 1.0
+    assert architecture("relu").rescaling(x, w, HYPER, later) == 1.0
+
+
+@pytest.mark.parametrize("threshold", [-0.2, 0.2])
+def test_thresholds_stay_positive(threshold):
+    w = make_weights("jumprelu")
+    w["threshold"].data.fill_(threshold)
+    with torch.no_grad():
+        architecture("jumprelu").constrain(w)
+    assert (w["threshold"] == max(threshold, 0.0)).all()
+
+
+def test_prefixes_double():
+    assert prefix_ends(48) == [3, 6, 12, 24]
+    assert prefix_ends(4) == [1, 2]  # a quarter and a half: less than one feature is no prefix
 
 
 @pytest.mark.parametrize("dense", [False, True])
@@ -181,6 +242,20 @@ def test_auxk_adds_the_gradient_of_the_papers_loss(name):
     f_dead = z.relu() * (z >= z.topk(3, dim=1).values[:, -1:])
     e_hat = f_dead @ twin["W_dec"][dead]
     aux = (error - e_hat).pow(2).sum(1).mean() / (error - error.mean(0)).pow(2).sum(1).mean()
+    (loss + 0.25 * aux).backward()
+    assert_same_gradients(mine, twin)
+
+
+def test_auxk_is_of_the_first_tokens_alone(monkeypatch):
+    """Chunks have ten rows, so the second one is cut."""
+    monkeypatch.setattr("sae.architectures.base.AUX_TOKENS", 14)
+    dead, hyper = torch.tensor([3, 8, 20, 21, 40]), Hyper(k=K, k_aux=9, aux_alpha=0.25)  # 9 are more than are dead
+    mine, _, _ = own_step("topk", dead=dead, hyper=hyper)
+    twin, x = make_weights("topk"), make_x()
+    loss, f = twin_loss("topk", x, twin, hyper)
+    error = (x - f @ twin["W_dec"] - twin["b_dec"]).detach()[:14]
+    z = ((x - twin["b_dec"]) @ twin["W_enc"].T + twin["b_enc"])[:14, dead]
+    aux = (error - z.relu() @ twin["W_dec"][dead]).pow(2).sum() / (error - error.mean(0)).pow(2).sum()
     (loss + 0.25 * aux).backward()
     assert_same_gradients(mine, twin)
 

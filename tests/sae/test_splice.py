@@ -73,9 +73,7 @@ def test_the_same_site_at_another_place_is_refused(make_tiny_model: Callable[...
         check_saes(model, {site: sae})  # nothing is known of where it was made
     sae.config = replace(sae.config, extra={"site_path": path})
     check_saes(moved, {site: sae})
-    with pytest.raises(
-        UserError, match=r"reads model.layers.1.self_attn.o_proj:input, .* with attn_1=model"
-    ):
+    with pytest.raises(UserError, match=r"reads model.layers.1.self_attn.o_proj:input, .* with attn_1=model"):
         check_saes(usual, {site: sae})
     sae.config = replace(sae.config, extra={"site_path": ""})
     check_saes(usual, {site: sae})

@@ -200,8 +200,9 @@ def test_the_first_step_moves_every_tensor_by_its_own_learning_rate(tiny_model, 
 
 
 def test_silence_and_log_are_counted_like_a_loop_does():
-    one, x = learner(dead_tokens=200), torch.randn(2000, 16)
+    one, x = learner(dead_tokens=192), torch.randn(2000, 16)  # three batches: silent for that long is not yet dead
     one.prepare(x)
+    one.weights["b_enc"].data -= torch.linspace(0, 0.8, 64)  # some are silent for long
     silent, active, squared, seen = torch.zeros(64), 0.0, 0.0, []
     for step in range(6):
         batch = x[64 * step : 64 * (step + 1)]
@@ -220,7 +221,44 @@ def test_silence_and_log_are_counted_like_a_loop_does():
     assert report["l0"] == pytest.approx(active / len(everything))
     variance = (everything - everything.mean(0)).square().sum().item()
     assert report["explained_variance"] == pytest.approx(1 - squared / variance, rel=1e-4)
-    assert report["dead"] == pytest.approx((silent > 200).float().mean().item())
+    assert report["dead"] == pytest.approx((silent > 192).float().mean().item())
+    assert (silent == 192).any() and 0 < report["dead"] < 1
+    one._find_dead()
+    assert torch.equal(one.dead, (silent > 192).nonzero()[:, 0])
+
+
+def test_inputs_have_unit_mean_squared_norm_about_the_centre():
+    one, x = learner(), 30 * torch.randn(4000, 16) + 7
+    one.prepare(x)
+    scaled = (x - one.state["centre"]) / one.state["scale"]
+    torch.testing.assert_close(scaled.mean(0), torch.zeros(16), atol=1e-5, rtol=0.0)
+    torch.testing.assert_close(scaled.square().sum(1).mean(), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("architecture", ["topk", "relu_unit", "relu"])
+def test_decoder_rows_are_held_at_unit_norm_or_free(architecture):
+    one, x = learner(architecture=architecture), torch.randn(500, 16)
+    one.prepare(x)
+    start = 0.1 if architecture == "relu" else 1.0
+    torch.testing.assert_close(one.weights["W_dec"].norm(dim=1), torch.full((64,), start))
+    assert torch.equal(one.weights["W_dec"], one.weights["W_enc"])
+    one.step(x[:64], 0)
+    along = (one.weights["W_dec"].grad * one.weights["W_dec"]).sum(1)
+    assert (along.abs().max() < 1e-6) == (architecture != "relu")
+    optimise(one, x, 5)
+    norms = one.weights["W_dec"].norm(dim=1)
+    assert ((norms - start).abs().max() < 1e-5) == (architecture != "relu")
+
+
+def test_a_fixed_weight_follows_the_exponent():
+    one, x = learner(architecture="p_anneal", sparsity=0.05, tokens=64 * 20, warmup=0.0), torch.randn(500, 16)
+    one.prepare(x)
+    optimise(one, x, 20)
+    assert one.state["sparsity"].item() != pytest.approx(0.05, rel=0.05)
+    other = learner(architecture="relu_unit", sparsity=0.05, tokens=64 * 20)
+    other.prepare(x)
+    optimise(other, x, 20)
+    assert other.state["sparsity"].item() == pytest.approx(0.05)
 
 
 def test_a_steered_penalty_brings_l0_to_k():
@@ -303,6 +341,14 @@ def test_schedules():
     for batches, factor in ((500, 1.0), (1000, 1.0), (4000, 0.5)):
         config = TrainConfig(tokens=512 * batches, batch_size=512)
         assert config.learning_rate_at(batches // 2, 64) == pytest.approx(factor * 0.064 / math.sqrt(64))
+    penalty = learner(architecture="p_anneal", sparsity=2.0, warmup=0.5, p_end=0.2, tokens=64 * 100)
+    hypers = [penalty.hyper(step) for step in (0, 25, 50, 75, 100)]
+    assert [float(hyper.sparsity) for hyper in hypers] == pytest.approx([0.0, 1.0, 2.0, 2.0, 2.0])
+    assert [hyper.p for hyper in hypers] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
+    usual = learner(architecture="jumprelu", revival="auxk", features=64, width=16).hyper(0)
+    assert (usual.k_aux, usual.bandwidth, usual.target_l0) == (8, pytest.approx(0.8 / 4), None)
+    assert learner(revival="resample", tokens=64 * 100).resample_steps == {10, 20, 30, 40}
+    assert learner().resample_steps == set()
     annealed = learner(k_start=20, warmup=0.5)
     assert [annealed.hyper(step).k for step in (0, 10_000)] == [20, 4]
 

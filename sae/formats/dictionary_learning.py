@@ -18,6 +18,7 @@ raw: the normalisation of training is folded into the biases before the file is 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 NAME = "dictionary_learning"
 WEIGHTS, CONFIG = "ae.pt", "config.json"
+_SNAPSHOT = re.compile(r"ae_\d+\.pt")
 
 _LINEAR = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "decoder.weight"}
 _PARAMETER = {"W_enc": "W_enc", "b_enc": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
@@ -72,14 +74,15 @@ _ARCHITECTURE = {
 _NOTHING_SUBTRACTED = ("AutoEncoderNew", "JumpReluAutoEncoder")
 
 
-def recognises(folder: Path) -> bool:
-    """Whether the folder has the files of this format."""
-    return (folder / WEIGHTS).is_file()
+def recognises(path: Path) -> bool:
+    """Whether the folder has the files of this format, or the file is a snapshot `checkpoints/ae_5000.pt`."""
+    return (path / WEIGHTS).is_file() or (path.is_file() and _SNAPSHOT.fullmatch(path.name) is not None)
 
 
 def read(folder: Path) -> SparseAutoencoder:
-    """The autoencoder in a folder with `ae.pt`."""
-    path = folder / WEIGHTS
+    """The autoencoder in a folder with `ae.pt`, or in a snapshot, whose config is in the folder around."""
+    path = folder / WEIGHTS if folder.is_dir() else folder
+    folder = path.parent if path.name == WEIGHTS else path.parent.parent
     state = read_pickle(path)
     trainer = read_json(folder / CONFIG).get("trainer", {}) if (folder / CONFIG).is_file() else {}
     kind = trainer.get("dict_class") or _class_of(state, path)
@@ -97,7 +100,7 @@ def read(folder: Path) -> SparseAutoencoder:
         tensors["threshold"] = tensors["threshold"].expand(len(tensors["b_enc"]))
     return build(
         tensors,
-        source=folder,
+        source=folder if path.name == WEIGHTS else path,
         file_format=NAME,
         architecture=_ARCHITECTURE[kind],
         subtract_b_dec=kind not in _NOTHING_SUBTRACTED,

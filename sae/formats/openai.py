@@ -37,8 +37,8 @@ _ARCHITECTURE = {"ReLU": "relu", "TopK": "topk", "Identity": "identity"}
 
 
 def recognises(path: Path) -> bool:
-    """Whether the path is a `.pt` file other than dictionary_learning's."""
-    return path.suffix == ".pt" and path.is_file() and path.name != "ae.pt"
+    """Whether the path is a `.pt` file; dictionary_learning's have been recognised before."""
+    return path.suffix == ".pt" and path.is_file()
 
 
 def read(path: Path) -> SparseAutoencoder:

@@ -1,5 +1,6 @@
 """Training: resumed runs bit by bit, counters against loops, folding, recovery of known directions, a real model."""
 
+import itertools
 import json
 import math
 
@@ -13,6 +14,7 @@ from sae.errors import UserError
 from sae.learner import Learner, geometric_median
 from sae.memory import training_memory
 from sae.model import LanguageModel
+from sae.resampling import resample
 from sae.sites import Site
 from sae.training import Trainer, train
 
@@ -301,6 +303,7 @@ def test_resampling_points_dead_features_at_errors_and_leaves_the_living():
     optimise(one, x, 20)
     dead = torch.tensor([3, 5])
     one.state["silent"].zero_()[dead] = 11
+    one.weights["W_enc"].data[dead] *= 50  # the living alone say how long a new row is
     before = {key: weight.detach().clone() for key, weight in one.weights.items()}
     moments = {weight: {"exp_avg": torch.ones_like(weight)} for weight in one.weights.values()}
     error = (x - one.export()(x)) / one.state["scale"]
@@ -316,6 +319,23 @@ def test_resampling_points_dead_features_at_errors_and_leaves_the_living():
         one.weights["W_enc"][dead].norm(dim=1), torch.full((2,), 0.2 * before["W_enc"][living].norm(dim=1).mean())
     )
     assert one.state["silent"][dead].sum() == 0
+
+
+def test_tokens_are_resampled_by_the_square_of_their_loss():
+    """Errors of lengths 1 and 2: losses 1 and 4, chances 1 and 16."""
+    n = 4000
+    weights = {"W_enc": torch.eye(2).repeat(n, 1), "W_dec": torch.eye(2).repeat(n, 1), "b_enc": torch.zeros(2 * n)}
+    resample(weights, {}, torch.arange(n), torch.tensor([[1.0, 0.0], [0.0, 2.0]]), share=1.0, seed=0)
+    assert weights["W_dec"][:n, 1].mean().item() == pytest.approx(16 / 17, abs=0.015)
+
+
+def test_seeds_and_sites_start_differently():
+    def start(site, **options):
+        return Learner("a", Site.parse(site), 16, TrainConfig(features=64, k=4, **options), torch.device("cpu"))
+
+    rows = [start(site, seed=seed).weights["W_dec"] for site, seed in (("mlp_1", 0), ("mlp_1", 1), ("mlp_2", 0))]
+    assert torch.equal(rows[0], start("mlp_1", seed=0).weights["W_dec"])
+    assert not any(torch.allclose(a, b) for a, b in itertools.combinations(rows, 2))
 
 
 @pytest.mark.parametrize("architecture", [name for name in ALL if name != "identity"])

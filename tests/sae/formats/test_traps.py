@@ -76,6 +76,18 @@ def test_the_layout_of_feature_circuits_dictionaries(tmp_path):
     assert load_sae(tmp_path, site="attn_3").config.extra["source"].endswith("attn_out_layer3/10_32768")
 
 
+@pytest.mark.parametrize("name", ["AutoEncoder", "BatchTopKSAE"])
+def test_a_snapshot_of_training_has_its_config_in_the_folder_around(name, tmp_path):
+    folder = dictionary_learning(tmp_path / "trainer_0", name)
+    snapshot = folder / "checkpoints" / "ae_5000.pt"
+    snapshot.parent.mkdir()
+    (folder / "ae.pt").rename(snapshot)
+    sae, whole, x = load_sae(snapshot), load_sae(RECORDED / "dictionary_learning" / name), torch.randn(N, D)
+    assert sae.config.architecture == whole.config.architecture
+    assert sae.config.extra["source"] == str(snapshot)
+    assert torch.equal(sae(x), whole(x))
+
+
 def test_missing_and_unknown_tensors_are_named(tmp_path):
     with pytest.raises(UserError, match=r"looked for the tensors of .*AutoEncoder: .*bias; found .*; missing bias"):
         load_sae(dictionary_learning(tmp_path / "a", "AutoEncoder", drop=["bias"]))

@@ -23,6 +23,7 @@ def _commands() -> dict[str, Any]:
     """Subcommands by name."""
     from circuits.commands.cache import Cache
     from circuits.commands.compare import CompareMethods
+    from circuits.commands.convert import Convert
     from circuits.commands.demo import Demo
     from circuits.commands.discover import Discover
     from circuits.commands.edit import Ablate, Steer
@@ -31,6 +32,7 @@ def _commands() -> dict[str, Any]:
     from circuits.commands.faithfulness import Faithfulness
     from circuits.commands.finetune import Finetune
     from circuits.commands.mask import Mask
+    from circuits.commands.match import Match
     from circuits.commands.probe import Probe
     from circuits.commands.render import Explore, Render
     from circuits.commands.report import Report
@@ -43,6 +45,8 @@ def _commands() -> dict[str, Any]:
         "sweep": Sweep,
         "cache": Cache,
         "evaluate": Evaluate,
+        "match": Match,
+        "convert": Convert,
         "discover": Discover,
         "faithfulness": Faithfulness,
         "mask": Mask,

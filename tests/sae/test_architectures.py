@@ -9,7 +9,7 @@ from sae.architectures import ARCHITECTURES, architecture
 from sae.architectures.base import Hyper
 from sae.architectures.matryoshka import prefix_ends
 from sae.autoencoder import SAEConfig, SparseAutoencoder
-from sae.codes import SparseCode
+from sae.codes import SparseCode, stable_order
 from sae.errors import UserError
 from sae.products import Scratch, row_chunks
 from sae.selection import BatchSelector, above, concatenate, largest, top_k
@@ -275,6 +275,8 @@ def test_batchtopk_threshold_is_the_mean_of_the_smallest_kept_activations():
 @pytest.mark.parametrize("n_features", [1, 7, 8, 48, 64])
 def test_above_lists_every_entry_over_the_bound_in_token_order(n_features):
     z = torch.randn(20, n_features)
+    z[3], z[4] = 0.3, 0.3  # not over it; the second in a group with larger ones
+    z[4, -1] = 1.0
     token, feature, value = above(z, 0.3)
     found = torch.zeros_like(z, dtype=torch.bool)
     found[token, feature] = True
@@ -299,6 +301,29 @@ def test_batch_selection_is_exact_also_when_the_first_chunk_misleads(seed, k):
     expected = z.flatten().sort(descending=True).values[: k * len(z)]
     assert torch.equal(chosen.z.sort(descending=True).values, expected[expected > 0])
     assert torch.equal(z[chosen.token, chosen.feature], chosen.z)
+
+
+def test_one_pass_selects_a_batch_whose_chunks_are_alike():
+    z = torch.randn(512, 256, generator=torch.Generator().manual_seed(0))
+    selector = BatchSelector(8, len(z))
+    entries = concatenate([selector.candidates(part) for part in z.split(128)], [0, 128, 256, 384])
+    assert selector.bound > 0 and selector.enough(entries)
+
+
+def test_a_batch_with_fewer_positive_entries_than_wanted_gives_those():
+    z = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)) - 2
+    selector = BatchSelector(30, len(z))
+    entries = selector.candidates(z)
+    assert selector.enough(entries) or selector.bound == 0.0
+    entries = selector.candidates(z)
+    assert selector.enough(entries)
+    assert torch.equal(largest(entries, 30 * 64).z.sort().values, z[z > 0].sort().values)
+
+
+@pytest.mark.parametrize("n", [40, 2**16, 2**16 + 9])
+def test_order_is_stable_also_for_many_values(n):
+    index = torch.tensor([n - 1, 3, n - 1, 0, 3, n - 2])
+    assert stable_order(index, n).tolist() == [3, 1, 4, 5, 0, 2]
 
 
 @pytest.mark.parametrize("n_features", [6, 50, 64, 96, 256])

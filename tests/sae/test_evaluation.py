@@ -128,8 +128,20 @@ def test_evaluation_equals_one_text_at_a_time(tiny_model, saes, special_tokens):
         assert metrics.explained_variance == pytest.approx(float(1 - (x - x_hat).square().sum() / deviation), rel=1e-4)
         assert metrics.l0 == pytest.approx(float((f != 0).sum() / len(x)))
         assert metrics.dead_fraction == pytest.approx(float((f == 0).all(0).float().mean()))
+        assert metrics.dense_fraction == pytest.approx(float(((f != 0).double().mean(0) > 0.1).double().mean()))
+        assert metrics.mse == pytest.approx(float((x - x_hat).square().mean()), rel=1e-4)
+        assert metrics.cosine == pytest.approx(float(torch.cosine_similarity(x, x_hat).mean()), rel=1e-4)
+        assert metrics.l2_ratio == pytest.approx(float((x_hat.norm(dim=1) / x.norm(dim=1)).mean()), rel=1e-4)
+        assert metrics.relative_bias == pytest.approx(float(x_hat.square().sum() / (x * x_hat).sum()), rel=1e-4)
+        assert sum(metrics.density_histogram.counts) == int((f != 0).any(0).sum())
+        assert (metrics.architecture, metrics.n_features) == (saes[site].config.architecture, 24)
         error = ((x - x_hat) @ saes[site].W_dec.double().T * f).sum() / f.square().sum()
         assert metrics.shrinkage == pytest.approx(float(error), rel=1e-4)
+
+
+def test_a_kind_that_is_all_there_is_is_not_measured_twice(tiny_model, saes):
+    residual = {site: sae for site, sae in saes.items() if site.kind == "resid"}
+    assert set(evaluate(tiny_model, residual, TEXTS).spliced) == {"all"}
 
 
 def test_sparse_decoding_equals_dense(saes):

@@ -166,6 +166,25 @@ def test_density_histogram_holds_every_feature(data):
     assert histogram.counts == expected
 
 
+def test_densities_on_an_edge_of_the_histogram():
+    """Of 1,000 tokens: on 100 (a tenth), on 10, on 1 (below the lowest edge), on all, on none."""
+    totals = FeatureTotals(5)
+    count = torch.tensor([100, 10, 1, 1000, 0])
+    feature = torch.arange(5).repeat_interleave(count)
+    totals.update(feature, torch.ones(len(feature)), 1000)
+    histogram = totals.density_histogram(low=-2.0, bins_per_decade=1)
+    assert (histogram.counts, histogram.dead) == ([2, 2], 1)
+    assert totals.dense_fraction == pytest.approx(1 / 5)  # more than a tenth, not a tenth
+
+
+def test_tokens_that_can_never_come_count_nothing():
+    logits = torch.tensor([[0.0, 1.0, -math.inf], [2.0, 0.5, -math.inf]])
+    totals = PredictionTotals()
+    totals.update(logits, torch.tensor([0, 1]), logits.flip(0))
+    p, q = logits[:, :2].double().flip(0).softmax(-1), logits[:, :2].double().softmax(-1)
+    assert totals.kl == pytest.approx(float((p * (p / q).log()).sum() / 2), rel=1e-5)
+
+
 def test_zero_vectors_and_no_tokens():
     totals = reconstruction(torch.zeros(2, 3), torch.zeros(2, 3), [2])
     assert math.isnan(totals.cosine)

@@ -9,6 +9,7 @@ from sae.autoencoder import SparseAutoencoder, SparseFeatures
 from sae.errors import UserError
 from sae.similarity import (
     ActivationCorrelation,
+    Match,
     match_by_activation,
     match_features,
     nearest_features,
@@ -38,7 +39,9 @@ def test_nearest_features_of_another_dictionary_may_be_the_same_direction():
     cosine, index = nearest_features(W_dec, torch.arange(10), among=W_dec.flip(0) * 3.0, k=1)
     assert index[:, 0].tolist() == list(range(9, -1, -1))
     assert torch.allclose(cosine, torch.ones(10, 1), atol=1e-5)
-    assert nearest_features(W_dec[:3], torch.tensor([1]), k=9)[1].tolist()[0] != [1]
+    assert sorted(nearest_features(W_dec[:3], torch.tensor([1]), k=9)[1][0].tolist()) == [0, 2]
+    opposed = torch.tensor([[1.0, 0.0], [-1.0, 0.1], [-1.0, -0.2]])
+    assert nearest_features(opposed, torch.tensor([0]), k=2)[1].tolist() == [[2, 1]]
     assert nearest_features(W_dec, torch.empty(0, dtype=torch.int64), k=2)[0].shape == (0, 2)
 
 
@@ -63,6 +66,12 @@ def test_a_permuted_dictionary_is_found_again():
     assert persistent_features(match).tolist() == list(range(50))
     noisy = match_features(a, torch.cat([a[order][:20], directions(30, 16, 6)]))
     assert persistent_features(noisy, threshold=0.999).tolist() == sorted(order[:20].tolist())
+
+
+def test_features_persist_with_a_mutual_partner_of_at_least_the_threshold():
+    similarity = torch.tensor([0.9, 0.5, 0.9, 0.4])
+    match = Match(torch.tensor([1, 2, 1, 3]), similarity, torch.tensor([True, True, False, True]))
+    assert persistent_features(match, threshold=0.5).tolist() == [0, 1]
 
 
 def sparse(f):

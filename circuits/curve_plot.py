@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,8 +55,15 @@ def plot_curves(
     for draw, values in enumerate(random):
         axes.plot(sizes, values, ":", color=DRAWN, label=random_label if draw == 0 else None)
     axes.set(xscale="log", xlabel=xlabel, ylabel="share of the behaviour")
-    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    shown = _apart(sorted(sizes))
+    axes.set_xticks(shown, [f"{size:,}" for size in shown])
     axes.minorticks_off()
     quiet(axes, size=10)
     axes.legend(frameon=False)
     return save_figure(figure, path)
+
+
+def _apart(sizes: Sequence[int]) -> list[int]:
+    """The rising sizes whose labels do not touch that of the next on a logarithmic axis."""
+    gap = 0.07 * math.log(sizes[-1] / sizes[0])
+    return [size for size, after in pairwise(sizes) if math.log(after / size) > gap] + [sizes[-1]]

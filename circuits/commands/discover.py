@@ -56,10 +56,12 @@ class Discover(UsesSaes):
     model: str
     """Hugging Face model: hub name or folder."""
     saes: str
-    """Run folder with autoencoders (`sfc train`), or the folder inside it."""
+    """Run folder with autoencoders (`sfc train`), or the folder inside it; dictionaries of another project in a folder,
+    or one on the hub as owner/repository/folder; or neurons.
+    """
     prompts: str
-    """Prompts: JSON lines with clean_prefix, patch_prefix, clean_answer, patch_answer; or EAP-IG's CSV, ACDC's JSON,
-    a hub data set.
+    """Prompts: JSON lines with clean_prefix, patch_prefix, clean_answer, patch_answer; or EAP-IG's CSV, AutoCircuit's
+    JSON, a hub data set.
     """
     out: Path
     """Run folder that receives circuit/."""

@@ -2,13 +2,17 @@
 
 For each batch of text
 1. run the model once and keep x at every site that has an autoencoder;
-2. per site, encode and decode x: L0, explained variance, densities, ... (`sae.metrics`);
-3. per site, run on with x̂ in place of x (the error e = x − x̂ is dropped), and with 0 in its place;
-4. the same with all sites at once, where each autoencoder reads what the ones before it left;
-5. once with x̂ + e of step 1 everywhere, the errors kept: this must give back the model's own cross-entropy;
-6. if asked, all sites spliced with the error of one kept, for each in turn: how much each error matters downstream.
+2. per site, run on with 0 in place of x, and the same with several sites at once;
+3. per autoencoder, encode and decode x: L0, explained variance, densities, ... (`sae.metrics`);
+4. per autoencoder, run on with x̂ in place of x (the error e = x − x̂ is dropped);
+5. the same with several sites at once, where each autoencoder reads what the ones before it left;
+6. once with x̂ + e of step 3 everywhere, the errors kept: this must give back the model's own cross-entropy;
+7. if asked, all sites spliced with the error of one kept, for each in turn: how much each error matters downstream.
 
-Padding and special tokens are left out of step 2 and keep their x in steps 3 to 6: autoencoders are not trained on
+Any number of runs, each with an autoencoder a site, share steps 1 and 2 (`Measurement`). All that is kept between
+batches are sums, which can be written to disk and taken up again.
+
+Padding and special tokens are left out of step 3 and keep their x in all others: autoencoders are not trained on
 them, and a first token with a norm a hundred times the others' would decide every number.
 
 Shapes: B texts, S positions, N = the tokens of a batch that count, d model width, F features, V vocabulary.
@@ -17,10 +21,9 @@ Shapes: B texts, S positions, N = the tokens of a batch that count, d model widt
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,123 +31,23 @@ from torch.nn.functional import embedding_bag
 
 from sae.autoencoder import SparseAutoencoder, SparseFeatures
 from sae.errors import UserError
-from sae.files import without_nan
+from sae.evaluation_results import Evaluation, Predictions, SiteMetrics
 from sae.metrics import (
-    DensityHistogram,
     FeatureTotals,
+    ModelPredictions,
     PredictionTotals,
     ReconstructionTotals,
+    Totals,
     ce_recovered,
     error_alignment,
     kl_recovered,
 )
 from sae.model import LanguageModel, Tokens
+from sae.places import Edit
 from sae.sites import Site
 from sae.splice import check_saes
-from sae.tables import aligned, number
 
-SCHEMA_VERSION = 1
-EVALUATION_FILE = "evaluation.json"
-Edit = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """Next-token predictions with x̂ in place of x, at one site or at several."""
-
-    ce: float
-    """Cross-entropy in nats with the errors dropped."""
-    ce_zero: float
-    """Cross-entropy with 0 in place of x at the same sites."""
-    ce_recovered: float
-    """(CE_zero − CE) / (CE_zero − CE_model); nan where zeros cost nothing."""
-    kl: float
-    """Mean KL divergence from the untouched model's distribution, in nats."""
-    kl_recovered: float
-    """(KL_zero − KL) / KL_zero."""
-    top1_consistency: float
-    """Share of the predictions whose most probable token is the untouched model's."""
-
-
-@dataclass(frozen=True)
-class SiteMetrics:
-    """One autoencoder, alone in the model."""
-
-    architecture: str
-    """Its architecture."""
-    n_features: int
-    """Its number of features F."""
-    l0: float
-    """Mean number of active features per token."""
-    explained_variance: float
-    """1 − Σ‖x − x̂‖² / Σ‖x − x̄‖²."""
-    mse: float
-    """Squared error, mean over tokens and dimensions."""
-    cosine: float
-    """Mean cosine of x and x̂."""
-    l2_ratio: float
-    """Mean of ‖x̂‖ / ‖x‖."""
-    relative_bias: float
-    """Σ‖x̂‖² / Σ⟨x, x̂⟩; 1 is unbiased."""
-    shrinkage: float
-    """How much stronger the features should be for the least error, as a fraction; 0 is best."""
-    dead_fraction: float
-    """Share of the features that never fired on the text."""
-    dense_fraction: float
-    """Share of the features that fired on more than a tenth of the tokens."""
-    density_histogram: DensityHistogram
-    """Number of features by log10 of the share of tokens they fire on."""
-    predictions: Predictions
-    """The model with this site's x̂ in place of x."""
-    ce_error_kept: float | None
-    """Cross-entropy with all sites spliced and only this site's error kept; None unless asked for. Its distance to the
-    cross-entropy of all sites spliced is what this site's error matters downstream."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What `evaluate` measured."""
-
-    n_tokens: int
-    """Tokens the reconstruction metrics are pooled over."""
-    n_predictions: int
-    """Next-token predictions the cross-entropies are pooled over."""
-    ce_model: float
-    """Cross-entropy of the untouched model."""
-    ce_errors_kept: float
-    """Cross-entropy with x̂ + e at all sites: equal to `ce_model` up to rounding, or a site is wired wrongly."""
-    sites: dict[str, SiteMetrics]
-    """Metrics by site, in the order of the forward pass."""
-    spliced: dict[str, Predictions]
-    """Predictions with several sites spliced at once: `all`, and each kind that has more than one site."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON-ready values; undefined numbers are None."""
-        return {"schema_version": SCHEMA_VERSION, **without_nan(asdict(self))}
-
-    def error_matters(self, site: str) -> float:
-        """CE with the errors of all sites dropped − CE with this site's error kept: what it is worth downstream."""
-        kept = self.sites[site].ce_error_kept
-        return math.nan if kept is None else self.spliced["all"].ce - kept
-
-    def table(self) -> str:
-        """Two tables of at most 80 characters a line: x̂ beside x at each site, and the model with x̂ in place of x."""
-        rebuilt = [["site", "L0", "EV", "cosine", "L2 ratio", "bias", "shrinkage", "dead", "dense"]]
-        for name, m in self.sites.items():
-            values = (m.explained_variance, m.cosine, m.l2_ratio, m.relative_bias, m.shrinkage)
-            rebuilt.append([name, number(m.l0, 1), *map(number, (*values, m.dead_fraction, m.dense_fraction))])
-        spliced = [["spliced", "CE +", "CE recovered", "KL", "KL recovered", "top-1", "error matters"]]
-        spliced += [
-            [name, *self._predicted(m.predictions), number(self.error_matters(name))] for name, m in self.sites.items()
-        ]
-        for name, p in self.spliced.items():
-            spliced.append(["all sites" if name == "all" else f"all {name}", *self._predicted(p), ""])
-        own = f"CE {self.ce_model:.3f} for the model itself, {self.ce_errors_kept:.3f} with every error kept"
-        return "\n".join([aligned(rebuilt), "", aligned(spliced), f"{own} ({self.n_tokens:,} tokens)"])
-
-    def _predicted(self, p: Predictions) -> list[str]:
-        costs = (p.ce - self.ce_model, p.ce_recovered, p.kl, p.kl_recovered, p.top1_consistency)
-        return list(map(number, costs))
+Saes = Mapping[Site, SparseAutoencoder]
 
 
 def token_batches(
@@ -226,24 +129,6 @@ class _SiteTotals:
         )
 
 
-class _SplicedTotals:
-    """The sums of the model with some sites replaced, by x̂ and by 0."""
-
-    def __init__(self) -> None:
-        self.sae, self.zero = PredictionTotals(), PredictionTotals()
-
-    def result(self, ce_model: float) -> Predictions:
-        ce, ce_zero = self.sae.cross_entropy, self.zero.cross_entropy
-        return Predictions(
-            ce=ce,
-            ce_zero=ce_zero,
-            ce_recovered=ce_recovered(ce_model=ce_model, ce_sae=ce, ce_zero=ce_zero),
-            kl=self.sae.kl,
-            kl_recovered=kl_recovered(kl_sae=self.sae.kl, kl_zero=self.zero.kl),
-            top1_consistency=self.sae.top1_consistency,
-        )
-
-
 def splice(sae: SparseAutoencoder, counted: Tensor) -> Edit:
     """An edit x [B, S, d] -> x̂ at the counted tokens, x elsewhere. counted: [B, S]."""
     return lambda x: x.masked_scatter(counted[..., None], reconstruct(sae, x[counted]))
@@ -276,77 +161,177 @@ def evaluate(
     tokens. `special_tokens` counts BOS and the like as any other token. `errors` measures what each site's error
     matters among the others, at one more pass a site. `progress` is called after each batch with its number of tokens.
     """
-    check_saes(model, saes)
-    loop = _Loop(model, dict(sorted(saes.items())), special_tokens=special_tokens, errors=errors)
+    measurement = Measurement(model, {"": saes}, special_tokens=special_tokens, errors=errors)
     for tokens in token_batches(model, texts, max_tokens=max_tokens, batch_size=batch_size, context=context):
-        loop.update(tokens.to(model.device))
+        measurement.update(tokens)
         if progress is not None:
             progress(int(tokens.lengths.sum()))
-    if not loop.model_totals.n_predictions or not loop.n_tokens:
-        raise UserError("no tokens to evaluate on: the text is empty, or each line of it is a single token")
-    return loop.result()
+    return measurement.results()[""]
 
 
-class _Loop:
-    """All sums of an evaluation, and the passes that add one batch to them."""
+@dataclass(frozen=True)
+class _Batch:
+    """A batch of text, and what the untouched model makes of it."""
+
+    tokens: Tokens
+    counted: Tensor
+    """[B, S] whether a token counts."""
+    scored: Tensor
+    """[B, S - 1] whether a token's next one is there."""
+    activations: Mapping[Site, Tensor]
+    """x [B, S, d] by site."""
+    predictions: ModelPredictions
+    """The model's own."""
+
+
+class Measurement:
+    """Sums over batches for several runs of autoencoders by site; passes without autoencoders are made once for all."""
 
     def __init__(
-        self, model: LanguageModel, saes: dict[Site, SparseAutoencoder], *, special_tokens: bool, errors: bool
+        self, model: LanguageModel, runs: Mapping[str, Saes], *, special_tokens: bool = False, errors: bool = False
     ) -> None:
-        self.model, self.saes, self.special_tokens = model, saes, special_tokens
-        self.n_tokens = 0
-        self.model_totals, self.kept_totals = PredictionTotals(), PredictionTotals()
-        self.sites = {site: _SiteTotals(sae) for site, sae in saes.items()}
-        self.alone = {site: _SplicedTotals() for site in saes}
-        self.groups = _groups(list(saes))
-        self.together = {name: _SplicedTotals() for name in self.groups}
-        self.error_kept = {site: PredictionTotals() for site in saes if errors}
+        for saes in runs.values():
+            check_saes(model, saes)
+        self.model, self.special_tokens = model, special_tokens
+        self.n_batches = self.n_tokens = 0
+        self.model_totals = PredictionTotals()
+        self.runs = {name: _Run(dict(sorted(saes.items())), errors=errors) for name, saes in runs.items()}
+        zeroed = [group for run in self.runs.values() for group in run.zeroed]
+        self.zero = {group: PredictionTotals() for group in dict.fromkeys(zeroed)}
 
+    @torch.no_grad()
     def update(self, tokens: Tokens) -> None:
         """Add one batch."""
-        counted = counted_tokens(self.model, tokens, special_tokens=self.special_tokens)  # [B, S]
+        batch = self._clean(tokens.to(self.model.device))
+        for group, totals in self.zero.items():
+            zero = _zero(batch.counted)
+            if len(group) == 1:
+                before = self.model.resume_from(group[0], batch.activations)
+                skip = {**before, group[0]: zero(batch.activations[group[0]])}
+                totals.update(self._logits(batch, skip=skip), batch.predictions)
+            else:
+                totals.update(self._logits(batch, edits=dict.fromkeys(group, zero)), batch.predictions)
+        for run in self.runs.values():
+            self._add(run, batch)
+        self.n_batches += 1
+        self.n_tokens += int(batch.counted.sum())
+
+    def _clean(self, tokens: Tokens) -> _Batch:
+        """The pass that everything is compared with."""
         mask = tokens.attention_mask.bool()
-        scored = mask[:, :-1] & mask[:, 1:]  # [B, S-1] predictions whose next token is there
-        targets = tokens.input_ids[:, 1:][scored]
+        scored = mask[:, :-1] & mask[:, 1:]
         residuals = [site for site in self.model.sites if site.kind in ("embed", "resid")]
-        base = self.model.run(tokens, capture={*self.saes, *residuals})
-        base_logits = base.logits[:, :-1][scored]  # [N, V]
+        sites = {site for run in self.runs.values() for site in run.saes}
+        base = self.model.run(tokens, capture={*sites, *residuals})
+        predictions = ModelPredictions(base.logits[:, :-1][scored], tokens.input_ids[:, 1:][scored])
+        self.model_totals.update(base.logits[:, :-1][scored], predictions)
+        counted = counted_tokens(self.model, tokens, special_tokens=self.special_tokens)
+        return _Batch(tokens, counted, scored, base.activations, predictions)
 
-        def add(totals: PredictionTotals, **replaced: Any) -> None:
-            totals.update(self.model.run(tokens, **replaced).logits[:, :-1][scored], targets, base_logits)
-
-        self.model_totals.update(base_logits, targets, base_logits)
-        self.n_tokens += int(counted.sum())
-        kept: dict[Site, Edit] = {}
-        for site, totals in self.sites.items():
-            x = base.activations[site]
+    def _add(self, run: _Run, batch: _Batch) -> None:
+        """The passes of one run."""
+        counted, kept = batch.counted, dict[Site, Edit]()
+        for site, totals in run.sites.items():
+            x = batch.activations[site]
             x_hat = x.masked_scatter(counted[..., None], totals.update(x[counted]))
-            before = self.model.resume_from(site, base.activations)
-            add(self.alone[site].sae, skip={**before, site: x_hat})
-            add(self.alone[site].zero, skip={**before, site: _zero(counted)(x)})
+            skip = {**self.model.resume_from(site, batch.activations), site: x_hat}
+            run.alone[site].update(self._logits(batch, skip=skip), batch.predictions)
             kept[site] = _constant(x_hat + (x - x_hat))
-        for name, group in self.groups.items():
-            add(self.together[name].sae, edits={site: splice(self.saes[site], counted) for site in group})
-            add(self.together[name].zero, edits={site: _zero(counted) for site in group})
-        add(self.kept_totals, edits=kept)
-        for kept_site, error_kept in self.error_kept.items():  # x̂ + e is x: nothing to splice there
-            others = {site: sae for site, sae in self.saes.items() if site != kept_site}
-            add(error_kept, edits={site: splice(sae, counted) for site, sae in others.items()})
+        edits = {site: splice(sae, counted) for site, sae in run.saes.items()}
+        for name, group in run.groups.items():
+            logits = self._logits(batch, edits={site: edits[site] for site in group})
+            run.together[name].update(logits, batch.predictions)
+        run.kept.update(self._logits(batch, edits=kept), batch.predictions)
+        for kept_site, error_kept in run.error_kept.items():  # x̂ + e is x: nothing to splice there
+            others = {site: edit for site, edit in edits.items() if site != kept_site}
+            error_kept.update(self._logits(batch, edits=others), batch.predictions)
 
-    def result(self) -> Evaluation:
-        ce_model = self.model_totals.cross_entropy
-        kept = {site: totals.cross_entropy for site, totals in self.error_kept.items()}
+    def _logits(
+        self, batch: _Batch, *, edits: Mapping[Site, Edit] | None = None, skip: Mapping[Site, Tensor] | None = None
+    ) -> Tensor:
+        """[N, V] of the scored predictions in a changed run."""
+        return self.model.run(batch.tokens, edits=edits, skip=skip).logits[:, :-1][batch.scored]
+
+    def results(self) -> dict[str, Evaluation]:
+        """What was found, by the names of the runs."""
+        if not self.model_totals.n_predictions or not self.n_tokens:
+            raise UserError("no tokens to evaluate on: the text is empty, or each line of it is a single token")
+        return {name: self._result(run) for name, run in self.runs.items()}
+
+    def _result(self, run: _Run) -> Evaluation:
+        kept = {site: totals.cross_entropy for site, totals in run.error_kept.items()}
         return Evaluation(
             n_tokens=self.n_tokens,
             n_predictions=self.model_totals.n_predictions,
-            ce_model=ce_model,
-            ce_errors_kept=self.kept_totals.cross_entropy,
+            ce_model=self.model_totals.cross_entropy,
+            ce_errors_kept=run.kept.cross_entropy,
             sites={
-                site.name: totals.result(self.alone[site].result(ce_model), kept.get(site))
-                for site, totals in self.sites.items()
+                site.name: totals.result(self._spliced(run.alone[site], (site,)), kept.get(site))
+                for site, totals in run.sites.items()
             },
-            spliced={name: totals.result(ce_model) for name, totals in self.together.items()},
+            spliced={name: self._spliced(totals, run.groups[name]) for name, totals in run.together.items()},
         )
+
+    def _spliced(self, sae: PredictionTotals, group: Sequence[Site]) -> Predictions:
+        ce_model, zero = self.model_totals.cross_entropy, self.zero[tuple(group)]
+        return Predictions(
+            ce=sae.cross_entropy,
+            ce_zero=zero.cross_entropy,
+            ce_recovered=ce_recovered(ce_model=ce_model, ce_sae=sae.cross_entropy, ce_zero=zero.cross_entropy),
+            kl=sae.kl,
+            kl_recovered=kl_recovered(kl_sae=sae.kl, kl_zero=zero.kl),
+            top1_consistency=sae.top1_consistency,
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        """All sums by name, to be kept on disk."""
+        sums = {f"{name}/{key}": value for name, totals in self._totals() for key, value in totals.state().items()}
+        return sums | {"n_batches": torch.tensor(self.n_batches), "n_tokens": torch.tensor(self.n_tokens)}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on after the batches of a `state` of the same runs."""
+        for name, totals in self._totals():
+            prefix = f"{name}/"
+            totals.restore({key.removeprefix(prefix): x for key, x in state.items() if key.startswith(prefix)})
+        self.n_batches, self.n_tokens = int(state["n_batches"]), int(state["n_tokens"])
+
+    def _totals(self) -> Iterator[tuple[str, Totals]]:
+        yield "model", self.model_totals
+        for group, totals in self.zero.items():
+            yield "zero/" + "+".join(site.name for site in group), totals
+        for name, run in self.runs.items():
+            for own, run_totals in run.totals():
+                yield f"run {name}/{own}", run_totals
+
+
+class _Run:
+    """Autoencoders by site, and their sums."""
+
+    def __init__(self, saes: dict[Site, SparseAutoencoder], *, errors: bool) -> None:
+        self.saes = saes
+        self.sites = {site: _SiteTotals(sae) for site, sae in saes.items()}
+        self.alone = {site: PredictionTotals() for site in saes}
+        self.groups = _groups(list(saes))
+        self.together = {name: PredictionTotals() for name in self.groups}
+        self.kept = PredictionTotals()
+        self.error_kept = {site: PredictionTotals() for site in saes if errors}
+
+    @property
+    def zeroed(self) -> list[tuple[Site, ...]]:
+        """Sites that zeros are put in place of together."""
+        return [*((site,) for site in self.saes), *map(tuple, self.groups.values())]
+
+    def totals(self) -> Iterator[tuple[str, Totals]]:
+        """All of them by name."""
+        yield "kept", self.kept
+        for name, totals in self.together.items():
+            yield f"together/{name}", totals
+        for site, found in self.sites.items():
+            yield f"{site}/reconstruction", found.reconstruction
+            yield f"{site}/features", found.features
+            yield f"{site}/alone", self.alone[site]
+        for site, totals in self.error_kept.items():
+            yield f"{site}/error kept", totals
 
 
 def _groups(sites: list[Site]) -> dict[str, list[Site]]:

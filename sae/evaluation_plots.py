@@ -14,7 +14,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sae.evaluation import Evaluation, SiteMetrics
+from sae.evaluation_results import Evaluation, SiteMetrics
 from sae.plotting import COLOURS, PALE, RULE, quiet, save_figure
 
 COLUMNS = 5

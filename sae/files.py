@@ -7,6 +7,7 @@ import math
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,15 @@ def temporary_name(path: Path) -> Path:
 def is_temporary(path: Path) -> bool:
     """Whether a file or folder has a name of `temporary_name`: what a killed process left."""
     return _TEMPORARY.fullmatch(path.name) is not None
+
+
+def remove_temporary(folder: Path) -> None:
+    """Removes what a killed process was writing, in the folder and all inside it."""
+    for path in [path for path in folder.rglob(".*") if is_temporary(path)]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -58,10 +68,13 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors as safetensors, atomically."""
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors as safetensors, atomically; `metadata` goes into its header."""
     with atomic_write(path) as temporary:
-        save_file({name: x.cpu().contiguous() for name, x in tensors.items()}, temporary)
+        header = None if metadata is None else dict(metadata)
+        save_file({name: x.cpu().contiguous() for name, x in tensors.items()}, temporary, header)
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ Explained variance about the mean and the CE score follow Gao et al. 2024 (arXiv
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -41,7 +42,24 @@ def _ratio(numerator: float, denominator: float) -> float:
     return numerator / denominator if denominator else math.nan
 
 
-class ReconstructionTotals:
+class Totals:
+    """Running sums, all of them attributes: numbers and tensors."""
+
+    def state(self) -> dict[str, Tensor]:
+        """The sums as tensors, to be kept on disk; numbers keep all their bits."""
+        kinds = {int: torch.int64, float: torch.float64}
+        return {
+            name: value if isinstance(value, Tensor) else torch.tensor(value, dtype=kinds[type(value)])
+            for name, value in vars(self).items()
+        }
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over what `state` gave."""
+        for name, value in vars(self).items():
+            setattr(self, name, state[name] if isinstance(value, Tensor) else state[name].item())
+
+
+class ReconstructionTotals(Totals):
     """Running sums over tokens that tell how well x̂ rebuilds x."""
 
     def __init__(self) -> None:
@@ -123,7 +141,7 @@ class DensityHistogram:
     """Number of features that never fired and so have no logarithm."""
 
 
-class FeatureTotals:
+class FeatureTotals(Totals):
     """Running sums per feature over the nonzero activations."""
 
     def __init__(self, n_features: int) -> None:
@@ -199,7 +217,19 @@ class FeatureTotals:
         return DensityHistogram(edges.tolist(), counts.tolist(), int((self.count == 0).sum()))
 
 
-class PredictionTotals:
+class ModelPredictions:
+    """What the untouched model predicts for some next tokens; what everything compared with it needs, made once."""
+
+    def __init__(self, logits: Tensor, targets: Tensor, *, chunk: int = 1024) -> None:
+        self.targets = targets  # [N] token ids
+        self.parts = [slice(start, start + chunk) for start in range(0, len(targets), chunk)]  # bounds [rows, V]
+        self.log_p = torch.empty(logits.shape, device=logits.device)  # [N, V]
+        for part in self.parts:
+            self.log_p[part] = logits[part].float().log_softmax(-1)
+        self.top = self.log_p.argmax(-1)  # [N]
+
+
+class PredictionTotals(Totals):
     """Running sums over next-token predictions, compared with those of the untouched model."""
 
     def __init__(self) -> None:
@@ -208,15 +238,14 @@ class PredictionTotals:
         self._kl = 0.0
         self._same_top = 0
 
-    def update(self, logits: Tensor, targets: Tensor, model_logits: Tensor, *, chunk: int = 1024) -> None:
-        """Add predictions. logits, model_logits: [N, V]; targets: [N] token ids."""
-        for start in range(0, len(targets), chunk):
-            part = slice(start, start + chunk)
-            log_q, log_p = logits[part].float().log_softmax(-1), model_logits[part].float().log_softmax(-1)
-            self._ce -= _total(log_q.gather(-1, targets[part, None]))
+    def update(self, logits: Tensor, model: ModelPredictions) -> None:
+        """Add predictions. logits: [N, V] for the tokens that the model's predictions are for."""
+        for part in model.parts:
+            log_q, log_p = logits[part].float().log_softmax(-1), model.log_p[part]
+            self._ce -= _total(log_q.gather(-1, model.targets[part, None]))
             self._kl += _total((log_p.exp() * (log_p - log_q)).nan_to_num(0.0).sum(-1))  # 0 · (−inf − −inf) counts 0
-            self._same_top += int((log_q.argmax(-1) == log_p.argmax(-1)).sum())
-        self.n_predictions += len(targets)
+            self._same_top += int((log_q.argmax(-1) == model.top[part]).sum())
+        self.n_predictions += len(model.targets)
 
     @property
     def cross_entropy(self) -> float:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from sae import checkpoint as checkpoints
 from sae.config import TrainConfig
 from sae.errors import UserError
-from sae.files import is_temporary, prepare_folder, read_json, write_json
+from sae.files import prepare_folder, read_json, remove_temporary, write_json
 from sae.sites import Site
 from sae.text import TextSource
 
@@ -92,13 +91,13 @@ class RunFolder:
         before = self.recorded() if resume else None
         if before is not None and not before.get("complete"):
             self._check_same(before)
-            self._remove_temporary()
+            remove_temporary(self.path)
             return
         if before is not None:
             self._check_same(before, but=("config",))
         prepare_folder(self.path, overwrite=overwrite or resume)
         checkpoints.remove(self.checkpoints)
-        self._remove_temporary()
+        remove_temporary(self.path)
         for outdated in (self.path / "saes").glob("evaluation.*"):
             outdated.unlink()
         self._write({**self._joined(before), "complete": False})
@@ -149,14 +148,6 @@ class RunFolder:
                     then, now = _differing(then, now)
                 begun = f"the run in {str(self.path)!r} was begun with {shown} {then!r}"
                 raise UserError(f"{begun} and cannot be resumed with {now!r}: give the same options or another folder")
-
-    def _remove_temporary(self) -> None:
-        """What a killed process was writing."""
-        for path in [path for path in self.path.rglob(".*") if is_temporary(path)]:
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
 
 
 def _differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,31 +1,51 @@
 """What each dictionary of a sweep is worth on text it was not trained on: sparsity against fidelity.
 
-1. The dictionaries of a config are measured by `sae.evaluation`; the result goes to NAME/saes/evaluation.json with
-   what it was measured on. Where that is there already, it is not measured again.
-2. Held out is the text that is given, else what comes in the training text after the documents that were read.
-3. `SweepResults` has a row a config and site, as JSON and as tables; `sae.sweep_plots` draws it.
+1. All configs of a sweep are measured together (`sae.evaluation.Measurement`): a batch of text goes through the model
+   once as it is and once with zeros at each site, whatever the number of configs, then once for each dictionary.
+2. The sums go to `OUT/unfinished_evaluation.safetensors` between batches, so that a run that was interrupted goes on
+   there and ends in the same bits. The file says what it belongs to: model, text, and a digest of the dictionaries.
+3. Results go to NAME/saes/evaluation.json with what they were measured on. What is there is not measured again.
+4. Held out is the text that is given, else what comes in the training text after the documents that were read.
+5. `SweepResults` has a row a config and site, as JSON and as tables; `sae.sweep_plots` draws it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
-from statistics import fmean
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tqdm import tqdm
+
 from sae.architectures import architecture
-from sae.autoencoder import load_saes
-from sae.evaluation import EVALUATION_FILE, evaluate
-from sae.files import read_json, without_nan, write_json
+from sae.autoencoder import CONFIG_FILE, WEIGHTS_FILE, load_saes
+from sae.evaluation import Measurement, token_batches
+from sae.evaluation_results import EVALUATION_FILE
+from sae.files import read_json, remove_temporary, write_json, write_tensors
 from sae.model import LanguageModel
 from sae.sweep import Sweep
-from sae.tables import aligned, number
+from sae.sweep_results import SweepResults, SweepRow
 from sae.text import TextSource
+from sae.tokens import Tokens
 
 log = logging.getLogger(__name__)
+
+UNFINISHED = "unfinished_evaluation.safetensors"
+SAVING = 0.05
+"""Largest share of the time that writing sums to disk may take."""
+SPLICED = ("ce", "ce_recovered", "kl")
+"""What the results keep of all sites spliced."""
+NAMES = ("model", "text")
+"""Settings that other names of the same thing may differ in."""
 
 
 @dataclass(frozen=True)
@@ -51,93 +71,6 @@ class HeldOut:
         return cls(trained_on, 0, True)
 
 
-@dataclass(frozen=True)
-class SweepRow:
-    """One dictionary."""
-
-    name: str
-    """Its config, and the folder of its run."""
-    architecture: str
-    """Architecture."""
-    features: int
-    """Features of the dictionary."""
-    k: int
-    """Active features that were asked for."""
-    seed: int
-    """Seed."""
-    site: str
-    """Site."""
-    l0: float
-    """Mean active features a token."""
-    explained_variance: float
-    """1 − Σ‖x − x̂‖² / Σ‖x − x̄‖²."""
-    ce_recovered: float
-    """(CE_zero − CE) / (CE_zero − CE_model) with this site alone spliced."""
-    kl: float
-    """Mean KL divergence from the model's predictions, in nats."""
-    dead_fraction: float
-    """Share of the features that never fired on the text."""
-
-
-@dataclass(frozen=True)
-class SweepResults:
-    """What `evaluate_sweep` measured."""
-
-    rows: tuple[SweepRow, ...]
-    """One a config and site."""
-    spliced: dict[str, dict[str, float]]
-    """By config, with all sites spliced: ce, ce_recovered, kl."""
-    ce_model: float
-    """Cross-entropy of the model itself."""
-    n_tokens: int
-    """Tokens measured."""
-    text: str
-    """Text measured on."""
-    start: int
-    """First document of it."""
-    seen: bool
-    """Whether the dictionaries were trained on it."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON-ready values; undefined numbers are None."""
-        return {"schema_version": 1, **without_nan(json.loads(json.dumps(asdict(self))))}
-
-    @property
-    def sites(self) -> list[str]:
-        """Sites in the order of the forward pass."""
-        return list(dict.fromkeys(row.site for row in self.rows))
-
-    def lines(self, site: str | None = None) -> dict[tuple[str, int], dict[int, list[SweepRow]]]:
-        """Rows by architecture and width, then by k; of one site or of all."""
-        found: dict[tuple[str, int], dict[int, list[SweepRow]]] = {}
-        for row in self.rows:
-            if site in (None, row.site):
-                found.setdefault((row.architecture, row.features), {}).setdefault(row.k, []).append(row)
-        return found
-
-    def summary(self) -> str:
-        """A line for each architecture, width and k: means over sites and seeds."""
-        cells = [["architecture", "features", "k", "L0", "EV", "CE recovered", "dead", "all spliced"]]
-        for (name, width), by_k in self.lines().items():
-            for k, rows in by_k.items():
-                together = mean(self.spliced[config]["ce_recovered"] for config in {row.name for row in rows})
-                cells.append([name, str(width), str(k), *_means(rows), number(together)])
-        head = f"means over {len(self.sites)} sites and all seeds, {self.n_tokens:,} tokens of {self._where()}"
-        return f"{head}\n{aligned(cells)}"
-
-    def table(self) -> str:
-        """The same for each site."""
-        cells = [["site", "architecture", "features", "k", "L0", "EV", "CE recovered", "dead"]]
-        for site in self.sites:
-            for (name, width), by_k in self.lines(site).items():
-                cells += [[site, name, str(width), str(k), *_means(rows)] for k, rows in by_k.items()]
-        return aligned(cells, text_columns=2)
-
-    def _where(self) -> str:
-        after = f" from document {self.start:,} on" if self.start else ""
-        return f"{self.text}{after}{', which they were trained on' if self.seen else ''}"
-
-
 def evaluate_sweep(
     model: LanguageModel,
     sweep: Sweep,
@@ -146,29 +79,113 @@ def evaluate_sweep(
     tokens: int = 50_000,
     context: int = 128,
     batch_size: int = 16,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: bool = False,
 ) -> SweepResults:
-    """Measures every config that was not measured on this text before; `progress` gets name, number and count."""
+    """Measures every config that was not measured on this text before; goes on where a measurement was interrupted."""
+    remove_temporary(sweep.out)
     measured_on = evaluation_settings(model, held_out.source, tokens=tokens, context=context, start=held_out.start)
-    rows: list[SweepRow] = []
-    spliced: dict[str, dict[str, float]] = {}
-    data: dict[str, Any] = {}
-    for i, name in enumerate(sweep.configs, start=1):
-        path = sweep.run(name) / "saes" / EVALUATION_FILE
-        data = read_json(path) if path.is_file() else {}
-        if not same_measurement(data.get("measured_on"), measured_on):
-            if progress is not None:
-                progress(name, i, len(sweep.configs))
-            saes = load_saes(sweep.run(name), sites=sweep.sites, device=model.device)
-            texts = held_out.source.read(held_out.start)
-            result = evaluate(model, saes, texts, max_tokens=tokens, context=context, batch_size=batch_size)
-            data = {**result.to_dict(), "measured_on": measured_on}
-            write_json(path, data)
-        rows += _rows(sweep, name, data)
-        spliced[name] = {key: _number(data["spliced"]["all"][key]) for key in ("ce", "ce_recovered", "kl")}
+    waiting = [name for name in sweep.configs if not same_measurement(_found(sweep, name), measured_on)]
+    begun = [name for name in _Unfinished.names_in(sweep) if name in waiting]
+    for names in (begun, [name for name in waiting if name not in begun]):
+        if not names:
+            continue
+        runs = {name: load_saes(sweep.run(name), sites=sweep.sites, device=model.device) for name in names}
+        measurement = Measurement(model, runs)
+        unfinished = _Unfinished(sweep, tuple(names), {**measured_on, "batch_size": batch_size})
+        unfinished.restore(measurement)
+        texts = held_out.source.read(held_out.start)
+        batches = token_batches(model, texts, max_tokens=tokens, batch_size=batch_size, context=context)
+        with tqdm(total=tokens, desc=f"measure {len(names)} configs", unit="token", disable=not progress) as bar:
+            _measure(measurement, batches, unfinished, bar.update)
+        for name, result in measurement.results().items():
+            write_json(_path(sweep, name), {**result.to_dict(), "measured_on": measured_on})
+    (sweep.out / UNFINISHED).unlink(missing_ok=True)
+    data = {name: read_json(_path(sweep, name)) for name in sweep.configs}
+    any_one = next(iter(data.values()))
     return SweepResults(
-        tuple(rows), spliced, data["ce_model"], data["n_tokens"], held_out.source.name, held_out.start, held_out.seen
-    )
+        tuple(row for name, found in data.items() for row in _rows(sweep, name, found)),
+        {name: {key: _number(found["spliced"]["all"][key]) for key in SPLICED} for name, found in data.items()},
+        any_one["ce_model"], any_one["n_tokens"], held_out.source.name, held_out.start, held_out.seen,
+    )  # fmt: skip
+
+
+def _measure(
+    measurement: Measurement, batches: Iterable[Tokens], unfinished: _Unfinished, advance: Callable[[int], object]
+) -> None:
+    """Adds the batches that are not in the sums yet, and writes the sums down as often as that costs little."""
+    saved_at, took = -math.inf, 0.0
+    for i, batch in enumerate(batches):
+        if i >= measurement.n_batches:
+            measurement.update(batch)
+            if (now := time.monotonic()) - saved_at >= took / SAVING:
+                unfinished.save(measurement)
+                saved_at = time.monotonic()
+                took = saved_at - now
+        advance(int(batch.lengths.sum()))
+
+
+def _path(sweep: Sweep, name: str) -> Path:
+    """The file of a config's results."""
+    return sweep.run(name) / "saes" / EVALUATION_FILE
+
+
+def _found(sweep: Sweep, name: str) -> dict[str, Any] | None:
+    """What a config was measured on, None if it was not."""
+    path = _path(sweep, name)
+    return read_json(path).get("measured_on") if path.is_file() else None
+
+
+@dataclass(frozen=True)
+class _Unfinished:
+    """A measurement that is under way, on disk between two batches."""
+
+    sweep: Sweep
+    """The sweep."""
+    names: tuple[str, ...]
+    """The configs that are measured together."""
+    measured_on: Mapping[str, Any]
+    """Everything else that the sums depend on."""
+
+    @classmethod
+    def names_in(cls, sweep: Sweep) -> list[str]:
+        """The configs whose measurement was interrupted."""
+        metadata = _metadata(sweep.out / UNFINISHED)
+        return json.loads(metadata.get("names", "[]"))
+
+    @cached_property
+    def digest(self) -> str:
+        """The same for the same dictionaries, measured on the same text with the same model."""
+        settings = {key: value for key, value in self.measured_on.items() if key not in NAMES}
+        digest = hashlib.sha256(json.dumps([self.names, settings]).encode())
+        for name in self.names:
+            for site in self.sweep.sites:
+                folder = self.sweep.run(name) / "saes" / site.name
+                for path in (folder / CONFIG_FILE, folder / WEIGHTS_FILE):
+                    digest.update(hashlib.sha256(path.read_bytes()).digest())
+        return digest.hexdigest()
+
+    @property
+    def path(self) -> Path:
+        return self.sweep.out / UNFINISHED
+
+    def restore(self, measurement: Measurement) -> None:
+        """Takes over the sums, if they belong to this measurement."""
+        if _metadata(self.path).get("digest") == self.digest:
+            measurement.restore(load_file(self.path))
+            log.info("measuring goes on after %d batches", measurement.n_batches)
+
+    def save(self, measurement: Measurement) -> None:
+        """Puts the sums in the place of those before."""
+        metadata = {"names": json.dumps(self.names), "digest": self.digest}
+        write_tensors(self.path, measurement.state(), metadata=metadata)
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself; nothing where there is none."""
+    if not path.is_file():
+        return {}
+    with safe_open(path, framework="pt") as tensors:
+        return tensors.metadata() or {}
 
 
 def evaluation_settings(
@@ -188,8 +205,7 @@ def evaluation_settings(
 
 def same_measurement(one: dict[str, Any] | None, other: dict[str, Any]) -> bool:
     """Whether two measurements were made on the same text with the same model, under whatever names."""
-    names = ("model", "text")
-    return one is not None and all(one.get(key) == other[key] for key in other if key not in names)
+    return one is not None and all(one.get(key) == other[key] for key in other if key not in NAMES)
 
 
 def _rows(sweep: Sweep, name: str, data: dict[str, Any]) -> list[SweepRow]:
@@ -216,16 +232,3 @@ def _rows(sweep: Sweep, name: str, data: dict[str, Any]) -> list[SweepRow]:
 def _number(value: float | None) -> float:
     """JSON's null is undefined."""
     return math.nan if value is None else value
-
-
-def _means(rows: Sequence[SweepRow]) -> list[str]:
-    """L0, explained variance, CE recovered and dead fraction, means of what is defined."""
-    columns = [[getattr(row, name) for row in rows] for name in ("l0", "explained_variance", "ce_recovered")]
-    columns.append([row.dead_fraction for row in rows])
-    return [number(mean(column), 1 if i == 0 else 3) for i, column in enumerate(columns)]
-
-
-def mean(values: Iterable[float]) -> float:
-    """Mean of the defined values."""
-    defined = [value for value in values if not math.isnan(value)]
-    return fmean(defined) if defined else math.nan

@@ -22,7 +22,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from sae.architectures import architecture
 from sae.plotting import COLOURS, PALE, RULE, quiet, save_figure
 from sae.sites import Site
-from sae.sweep_evaluation import SweepResults, mean
+from sae.sweep_results import SweepResults, mean
 
 METRICS = {"explained_variance": "explained variance", "ce_recovered": "CE recovered"}
 MARKERS = ("o", "s", "^", "D", "v", "P")

@@ -8,8 +8,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from circuits.commands.common import Common, Output, at_least, load_checked_saes, load_model
-from sae.evaluation import EVALUATION_FILE, evaluate
+from sae.evaluation import evaluate
 from sae.evaluation_plots import plot_evaluation
+from sae.evaluation_results import EVALUATION_FILE
 from sae.files import write_json, write_text
 from sae.sweep_evaluation import evaluation_settings
 from sae.text import TextSource

@@ -19,8 +19,9 @@ from sae.files import write_json, write_text
 from sae.sites import select_sites
 from sae.sweep import Sweep as Trained
 from sae.sweep import grid, sweep, training_bytes
-from sae.sweep_evaluation import HeldOut, SweepResults, evaluate_sweep
+from sae.sweep_evaluation import HeldOut, evaluate_sweep
 from sae.sweep_plots import METRICS, plot_site, plot_sites
+from sae.sweep_results import SweepResults
 from sae.text import TextSource
 
 RESULTS_FILE = "sweep.json"
@@ -86,7 +87,7 @@ class Sweep(Common):
             HeldOut.of(trained, source, text),
             tokens=self.eval_tokens,
             context=self.eval_context_length,
-            progress=None if self.quiet else _say,
+            progress=not self.quiet,
         )
         drawn = self._draw(results)
         write_json(self.out / RESULTS_FILE, results.to_dict())
@@ -159,7 +160,3 @@ def _architecture(name: str) -> str:
     if name not in ARCHITECTURES:
         raise unknown("architecture", name, ARCHITECTURES)
     return name
-
-
-def _say(name: str, number: int, count: int) -> None:
-    sys.stderr.write(f"measuring {name} ({number} of {count})\n")

@@ -6,8 +6,10 @@ import json
 
 import pytest
 
-from sae.sweep_evaluation import SweepResults, SweepRow
+from sae.evaluation import Measurement
+from sae.sweep_evaluation import UNFINISHED
 from sae.sweep_plots import METRICS, plot_site, plot_sites
+from sae.sweep_results import SweepResults, SweepRow
 from tests.end_to_end.test_bad_input import sentence
 
 GRID = ["--features", "16,24", "--k", "2,4", "--tokens", 3000, "--context-length", 16, "--eval-tokens", 300]
@@ -51,24 +53,49 @@ def test_a_sweep_is_trained_measured_drawn_and_usable(sfc, model_folder, halves,
 
 
 def test_interrupted_measuring_goes_on(sfc, model_folder, halves, tmp_path, monkeypatch):
-    from sae import sweep_evaluation
-
+    """No batch is measured twice, and what is measured is the same to the last bit."""
     words = ["sweep", "--model", model_folder, "--text", halves[0], "--eval-text", halves[1], "--out", tmp_path / "s"]
     words += ["--sites", "resid_0", *GRID, "--json"]
-    evaluate, measured = sweep_evaluation.evaluate, []
+    update, measured = Measurement.update, []
 
-    def interrupted(*arguments, **options):
-        measured.append(1)
-        if len(measured) == 3:
+    def interrupted(self, tokens):
+        measured.append(len(self.runs))
+        if len(measured) == 2:
             raise KeyboardInterrupt
-        return evaluate(*arguments, **options)
+        update(self, tokens)
 
-    monkeypatch.setattr(sweep_evaluation, "evaluate", interrupted)
+    monkeypatch.setattr(Measurement, "update", interrupted)
     assert sfc(*words).status == 130
     before = times(tmp_path, "sae.safetensors")
     result = sfc(*words, "--resume")
-    assert result.status == 0 and len(measured) == 3 + 2 and times(tmp_path, "sae.safetensors") == before
-    assert len(json.loads(result.out)["rows"]) == len(NAMES)
+    assert result.status == 0 and times(tmp_path, "sae.safetensors") == before
+    assert measured == [len(NAMES)] * len(measured) and not (tmp_path / "s" / UNFINISHED).exists()
+    in_two = {path: path.read_bytes() for path in (tmp_path / "s").rglob("evaluation.json")}
+    for path in in_two:
+        path.unlink()
+    measured[:] = [0] * 3
+    again = sfc(*words, "--resume")
+    assert {path: path.read_bytes() for path in in_two} == in_two and again.out == result.out
+    assert measured == [0] * 3 + [len(NAMES)] * 3  # in all, of which the first run finished one
+
+
+def test_a_begun_measurement_is_finished_before_a_larger_grid(sfc, model_folder, halves, tmp_path, monkeypatch):
+    words = ["sweep", "--model", model_folder, "--text", halves[0], "--eval-text", halves[1], "--out", tmp_path / "s"]
+    words += ["--sites", "resid_0", *GRID, "--json"]
+    update, measured = Measurement.update, []
+
+    def interrupted(self, tokens):
+        measured.append(len(self.runs))
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        update(self, tokens)
+
+    monkeypatch.setattr(Measurement, "update", interrupted)
+    monkeypatch.setattr("sae.sweep_evaluation.SAVING", float("inf"))
+    assert sfc(*words).status == 130
+    more = sfc(*words, "--seeds", "0,1", "--resume")
+    assert more.status == 0 and len(json.loads(more.out)["rows"]) == 2 * len(NAMES)
+    assert measured == [4] * 7  # two batches and one begun, that one again, three with the new configs
 
 
 def test_a_cache_trains_and_sweeps_without_the_model(sfc, model_folder, halves, tmp_path):

@@ -5,11 +5,12 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load, save
 from torch.nn.functional import cross_entropy, normalize
 
 from sae.autoencoder import SAEConfig, SparseAutoencoder
 from sae.errors import UserError
-from sae.evaluation import decode_sparse, evaluate, token_batches
+from sae.evaluation import Measurement, decode_sparse, evaluate, token_batches
 from sae.evaluation_plots import evaluation_figure, plot_evaluation
 from sae.sites import Site, site_table
 
@@ -142,6 +143,25 @@ def test_evaluation_equals_one_text_at_a_time(tiny_model, saes, special_tokens):
 def test_a_kind_that_is_all_there_is_is_not_measured_twice(tiny_model, saes):
     residual = {site: sae for site, sae in saes.items() if site.kind == "resid"}
     assert set(evaluate(tiny_model, residual, TEXTS).spliced) == {"all"}
+
+
+def test_runs_measured_together_are_measured_as_alone(tiny_model, saes, monkeypatch):
+    """Also where sums went to disk in between, and without a second pass where no autoencoder is in it."""
+    fewer = {site: random_sae(site, tiny_model.d_model, seed=9, n_features=8) for site in list(saes)[1:4]}
+    runs = {"one": saes, "fewer": fewer, "again": saes}
+    alone = {name: evaluate(tiny_model, saes, TEXTS, batch_size=3).to_dict() for name, saes in runs.items()}
+    first, *others = token_batches(tiny_model, TEXTS, max_tokens=None, batch_size=3, context=128)
+    begun = Measurement(tiny_model, runs)
+    begun.update(first)
+    resumed = Measurement(tiny_model, runs)
+    resumed.restore(load(save(begun.state())))
+    passes, run = [], tiny_model.run
+    monkeypatch.setattr(tiny_model, "run", lambda *a, **options: passes.append(1) or run(*a, **options))
+    for batch in others:
+        resumed.update(batch)
+    assert {name: result.to_dict() for name, result in resumed.results().items()} == alone
+    zeros, spliced = 6 + 3 + 1, 2 * (6 + 3 + 1) + (3 + 1 + 1)  # of both sets of sites: alone, groups, errors kept
+    assert resumed.n_batches == 3 and len(passes) == 2 * (1 + zeros + spliced)
 
 
 def test_sparse_decoding_equals_dense(saes):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from sae.metrics import (
     FeatureTotals,
+    ModelPredictions,
     PredictionTotals,
     ReconstructionTotals,
     ce_recovered,
@@ -134,7 +135,7 @@ def test_prediction_metrics_equal_a_loop_over_tokens(chunk):
     targets = torch.randint(V, (N,), generator=generator)
     totals = PredictionTotals()
     for part in (slice(0, 20), slice(20, N)):
-        totals.update(logits[part], targets[part], model_logits[part], chunk=chunk)
+        totals.update(logits[part], ModelPredictions(model_logits[part], targets[part], chunk=chunk))
     ce, kl, same = 0.0, 0.0, 0
     for t in range(N):
         q, p = torch.softmax(logits[t].double(), -1), torch.softmax(model_logits[t].double(), -1)
@@ -180,7 +181,7 @@ def test_densities_on_an_edge_of_the_histogram():
 def test_tokens_that_can_never_come_count_nothing():
     logits = torch.tensor([[0.0, 1.0, -math.inf], [2.0, 0.5, -math.inf]])
     totals = PredictionTotals()
-    totals.update(logits, torch.tensor([0, 1]), logits.flip(0))
+    totals.update(logits, ModelPredictions(logits.flip(0), torch.tensor([0, 1])))
     p, q = logits[:, :2].double().flip(0).softmax(-1), logits[:, :2].double().softmax(-1)
     assert totals.kl == pytest.approx(float((p * (p / q).log()).sum() / 2), rel=1e-5)
 

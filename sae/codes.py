@@ -8,8 +8,9 @@ and the gradients of W_enc, W_dec and the biases) needs only the n entries that 
 3. ∂L/∂W_dec = Σ over entries of i:  f · g[token]            an embedding bag, one bag a feature, entries sorted by it
 4. ∂L/∂W_enc = Σ over entries of i:  ∂L/∂z · (x − b_dec)[token]
 
-so the step costs one GEMM, a selection, and 8 n d operations, against 8 N F d for four more dense GEMMs. Entries may
-lie in several levels, each with its own sum over tokens (nested reconstructions): a bag is then a (level, token).
+so the step costs one GEMM, a selection, and 8 n d operations, against 8 N F d for four more dense GEMMs. Bags are
+summed by `sae.rows`, on a GPU by kernels that make 2 and 3 at once. Entries may lie in several levels, each with its
+own sum over tokens (nested reconstructions): a bag is then a (level, token).
 
 The gradient of b_dec through the encoder is −W_encᵀ Σ_t ∂L/∂z, which saves the GEMM of ∂L/∂x. Where more than a tenth
 of all entries are active, whole products are faster (`sae.dense`).
@@ -22,17 +23,19 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-
-def bag_sum(source: Tensor, index: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
-    """out[b] = Σ_{j in offsets[b]:offsets[b+1]} weight[j] · source[index[j]]: [bags, d]."""
-    return F.embedding_bag(index, source, offsets, mode="sum", per_sample_weights=weight, include_last_offset=True)
+from sae.rows import bag_dots, bag_sum, kernels_for
 
 
-def offsets_of(index: Tensor, n: int) -> Tensor:
-    """Where each of the n groups of an index begins once it is sorted, and the end: [n + 1]."""
+def offsets_of(index: Tensor, n: int, order: Tensor | None = None) -> Tensor:
+    """Where each of the n groups of an index begins, once sorted by `order` if it is not yet, and the end: [n + 1].
+
+    The host of a GPU does not wait for it.
+    """
+    if index.device.type not in ("cpu", "mps"):  # bincount would ask for the largest value
+        index = index if order is None else index[order]
+        return torch.searchsorted(index, torch.arange(n + 1, device=index.device, dtype=index.dtype))
     offsets = torch.zeros(n + 1, dtype=torch.int64, device=index.device)
     torch.cumsum(torch.bincount(index, minlength=n), 0, out=offsets[1:])
     return offsets
@@ -42,6 +45,8 @@ def stable_order(index: Tensor, n: int) -> Tensor:
     """The stable order that sorts an index of values below n; by radix on a CPU, as torch does for long ones only."""
     if index.device.type == "cpu" and n <= 2**16:
         return torch.from_numpy(np.argsort(index.numpy().astype(np.uint16), kind="stable"))
+    if index.device.type not in ("cpu", "mps") and n <= 2**31:  # half the digits of an int64
+        index = index.int()
     return index.sort(stable=True).indices
 
 
@@ -64,7 +69,9 @@ class SparseCode:
         """From [N, k] features and pre-activations: k entries for every token."""
         n_tokens, k = feature.shape
         token = torch.arange(n_tokens, device=feature.device).repeat_interleave(k)
-        return cls(token, feature.flatten(), z.flatten(), n_tokens=n_tokens, n_features=n_features)
+        code = cls(token, feature.flatten(), z.flatten(), n_tokens=n_tokens, n_features=n_features)
+        code.bag_offsets = torch.arange(0, n_tokens * k + 1, k, device=feature.device)
+        return code
 
     def at_levels(self, level: Tensor, n_levels: int) -> SparseCode:
         """The same entries, each in its level [n]."""
@@ -84,7 +91,8 @@ class SparseCode:
     @cached_property
     def by_feature(self) -> tuple[Tensor, Tensor]:
         """The order that sorts entries by feature [n], and where each feature begins [F + 1]."""
-        return stable_order(self.feature, self.n_features), offsets_of(self.feature, self.n_features)
+        order = stable_order(self.feature, self.n_features)
+        return order, offsets_of(self.feature, self.n_features, order)
 
     def expand(self, parameter: Tensor) -> Tensor:
         """A per-feature parameter [F] at the entries [n], differentiable."""
@@ -122,8 +130,15 @@ class _Expand(torch.autograd.Function):
 
 
 def _bias_gradients(ctx: Any, dz_sum: Tensor, W_enc: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of the encoder bias and of b_dec as a part of x − b_dec, from Σ_t ∂L/∂z [F]."""
-    return dz_sum if ctx.needs_input_grad[1] else None, -(dz_sum @ W_enc) if ctx.needs_input_grad[2] else None
+    """Gradients of the encoder bias and of b_dec as a part of x − b_dec, from Σ_t ∂L/∂z [F].
+
+    Not in autocast: for one vector, casting W_enc would cost more than the product does.
+    """
+    db_dec = None
+    if ctx.needs_input_grad[2]:
+        with torch.autocast(W_enc.device.type, enabled=False):
+            db_dec = -(dz_sum @ W_enc)
+    return dz_sum if ctx.needs_input_grad[1] else None, db_dec
 
 
 class _SparseEncode(torch.autograd.Function):
@@ -133,7 +148,7 @@ class _SparseEncode(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(W_enc, x_c)
         ctx.code = code
-        return code.z.clone()
+        return code.z.to(W_enc.dtype, copy=True)
 
     @staticmethod
     def backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
@@ -147,18 +162,20 @@ class _SparseEncode(torch.autograd.Function):
 class _SparseDecode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, W_dec: Tensor, code: SparseCode) -> Tensor:
-        with torch.enable_grad():
-            ctx.value = value.detach().requires_grad_()
-            ctx.out = bag_sum(W_dec.detach(), code.feature, code.bag_offsets, ctx.value)
+        ctx.save_for_backward(value, W_dec)
         ctx.code = code
-        return ctx.out.detach()
+        return bag_sum(W_dec, code.feature, code.bag_offsets, value)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        dvalue = dW_dec = None
-        if ctx.needs_input_grad[0]:
-            (dvalue,) = torch.autograd.grad(ctx.out, ctx.value, g)
-        if ctx.needs_input_grad[1]:
-            order, offsets = ctx.code.by_feature
-            dW_dec = bag_sum(g, ctx.code.bag[order], offsets, ctx.value.detach()[order])
-        return dvalue, dW_dec, None
+        (value, W_dec), code = ctx.saved_tensors, ctx.code
+        wants_value, wants_rows, _ = ctx.needs_input_grad
+        if not wants_rows:
+            return bag_dots(g, code.bag, W_dec, code.feature, code.bag_offsets), None, None
+        order, offsets = code.by_feature
+        entries = g, code.bag[order], offsets, value[order]
+        if wants_value and (kernels := kernels_for(g, value, W_dec)):
+            dW_dec, dots = kernels.bag_sum_and_dots(*entries, W_dec)
+            return torch.empty_like(value).scatter_(0, order, dots), dW_dec, None
+        dvalue = bag_dots(g, code.bag, W_dec, code.feature, code.bag_offsets) if wants_value else None
+        return dvalue, bag_sum(*entries), None

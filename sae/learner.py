@@ -26,6 +26,7 @@ from sae.config import TrainConfig
 from sae.nonlinearities import TOPK, fold_norms, fold_scale
 from sae.products import Scratch
 from sae.resampling import resample
+from sae.rows import normalise_, project_
 from sae.sites import Site
 
 DENSE_ABOVE = 0.1
@@ -152,7 +153,7 @@ class Learner:
         """Takes the part of the decoder's gradient along its rows away: it would only change their norm."""
         rows = self.weights["W_dec"]
         if self.recipe.unit_decoder and rows.grad is not None:
-            rows.grad.addcmul_(rows, -torch.linalg.vecdot(rows.grad, rows)[:, None])
+            project_(rows.grad, rows)
 
     def groups(self) -> list[dict[str, Any]]:
         """Groups of weights for the optimizer, by the factor on their learning rate."""
@@ -167,7 +168,7 @@ class Learner:
         """What must hold after each optimizer step."""
         rows = self.weights["W_dec"]
         if self.recipe.unit_decoder:
-            rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp(min=1e-12))
+            normalise_(rows)
         self.recipe.constrain(self.weights)
 
     @torch.no_grad()

@@ -4,7 +4,8 @@ With P = 2 F d + d + F (1 + s) parameters of an autoencoder (s: its architecture
 
 1. weights 4 P, gradients 4 P, Adam's two moments 8 P: once for every autoencoder that is trained;
 2. intermediates: once for all of them, since they take their steps one after another
-   - one to three [rows, F] buffers (`Architecture.n_buffers`, `sae.products.Scratch`);
+   - one to three [rows, F] buffers (`Architecture.n_buffers`, `sae.products.Scratch`); in a sparse step with autocast
+     one of half the size, and W_enc at that size, as far as they exceed the gradients, before which they are gone;
    - F d numbers where decoder rows are held at unit norm: their products with the gradient's rows;
    - group maxima and candidates of the selection: N F / 8 and 24 N k numbers;
    - entries: 20 numbers for each of the N k active ones, and as many for each AuxK one;
@@ -70,8 +71,10 @@ def training_memory(
     own = sum(tensor[:1].numel() for tensor in recipe.own_weights(features).values())
     parameters = 2 * features * width + width + features * (1 + own)
     rows = chunk_rows(n_tokens, features, device)
-    numbers = (recipe.n_buffers if dense else 1) * rows * features + n_tokens * features // 8 + 44 * n_tokens * k
-    numbers += (8 + 3 * (recipe.n_levels - 1)) * n_tokens * width
+    numbers = (recipe.n_buffers if dense else 1) * rows * features + n_tokens * features // 8
+    if config.autocast and device.type == "cuda" and not (dense and recipe.may_be_dense):
+        numbers = max(0, (numbers + features * width) // 2 - parameters)
+    numbers += 44 * n_tokens * k + (8 + 3 * (recipe.n_levels - 1)) * n_tokens * width
     if recipe.unit_decoder:
         numbers += features * width
     if aux:

@@ -65,13 +65,13 @@ def above(z: Tensor, bound: float | Tensor = 0.0, maxima: Tensor | None = None) 
     return Entries(token[hit], member * n_groups + group[hit], members[hit, member])
 
 
-def lower_bound(maxima: Tensor, n: int) -> float:
+def lower_bound(maxima: Tensor, n: int) -> Tensor:
     """A number that about `MARGIN` times n group maxima exceed, estimated from a sample; 0 if too few are positive."""
     flat = maxima.flatten()
     stride = max(1, len(flat) // SAMPLE) | 1  # odd, so that it meets all columns
     sample = flat[::stride]
     rank = int(MARGIN * n * len(sample) / len(flat)) + 8
-    return max(0.0, sample.topk(rank, sorted=True).values[-1].item()) if rank < len(sample) else 0.0
+    return sample.topk(rank, sorted=True).values[-1].clamp(min=0) if rank < len(sample) else sample.new_zeros(())
 
 
 def largest(entries: Entries, n: int) -> Entries:
@@ -93,7 +93,7 @@ class BatchSelector:
 
     def __init__(self, k: int, n_tokens: int):
         self.k, self.n_tokens = k, n_tokens
-        self.bound: float | None = None
+        self.bound: Tensor | None = None
 
     def candidates(self, z: Tensor) -> Entries:
         """Entries of a chunk z [n, F] that may be among the largest; the first chunk sets the bound."""
@@ -104,6 +104,7 @@ class BatchSelector:
 
     def enough(self, candidates: Entries) -> bool:
         """Whether the candidates of the whole batch hold its largest; if not, the bound becomes 0 for another pass."""
-        enough = self.bound == 0.0 or len(candidates.z) >= self.k * self.n_tokens
-        self.bound = self.bound if enough else 0.0
+        assert self.bound is not None
+        enough = len(candidates.z) >= self.k * self.n_tokens or self.bound.item() == 0.0
+        self.bound = self.bound if enough else torch.zeros_like(self.bound)
         return enough

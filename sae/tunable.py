@@ -30,6 +30,7 @@ from sae.autoencoder import SparseAutoencoder
 from sae.codes import SparseCode
 from sae.errors import UserError
 from sae.nonlinearities import CORE, GATED, IDENTITY, JUMPRELU, RELU, TOPK, fold_scale
+from sae.rows import normalise_, project_
 from sae.selection import above, concatenate, top_k
 
 STEERING = 0.1
@@ -130,13 +131,12 @@ class Tunable:
         """Takes the part of the decoder's gradient along its rows away."""
         rows = self.weights["W_dec"]
         if rows.grad is not None:
-            rows.grad.addcmul_(rows, -torch.linalg.vecdot(rows.grad, rows)[:, None])
+            project_(rows.grad, rows)
 
     @torch.no_grad()
     def constrain(self) -> None:
         """Unit decoder rows, where they are not zero, and gains that stay positive."""
-        rows = self.weights["W_dec"]
-        rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp(min=1e-12))
+        normalise_(self.weights["W_dec"])
         if self.nonlinearity is GATED:
             self.weights["magnitude"].clamp_(min=SMALLEST_GAIN)
 

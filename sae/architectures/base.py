@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sae.codes import SparseCode
@@ -86,14 +87,20 @@ class Encoder:
         self._aux: list[tuple[Tensor, Tensor]] = []
 
     def chunks(self, lowest: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
-        """(first row, z [rows, F]) over the batch; z − lowest if it is given, at no cost. A z lasts until the next."""
+        """(first row, z [rows, F]) over the batch; z − lowest if it is given, at no cost. A z lasts until the next.
+
+        Under autocast z has its dtype; `SparseCode.encode` gives what was selected the weights' dtype again.
+        """
         self._aux = []
         bias = self.bias
         if lowest is not None:
             bias = -lowest if bias is None else bias - lowest
         for rows in row_chunks(len(self.x_c), len(self.W_enc), self.x_c.device):
-            out = self.scratch.take(0, rows.stop - rows.start, len(self.W_enc), self.W_enc)
-            z = linear(self.x_c[rows], self.W_enc, bias, out=out)
+            x_c = self.x_c[rows]
+            if torch.is_autocast_enabled(x_c.device.type):  # half as many bytes for what selects from z
+                z = F.linear(x_c, self.W_enc, bias)
+            else:
+                z = linear(x_c, self.W_enc, bias, out=self.scratch.take(0, len(x_c), len(self.W_enc), self.W_enc))
             if self.k_aux and self.dead is not None and rows.start < AUX_TOKENS:
                 dead_z = z[: AUX_TOKENS - rows.start, self.dead]  # [n, n_dead]
                 dead_z = dead_z if lowest is None else dead_z + lowest[self.dead]

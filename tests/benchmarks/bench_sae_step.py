@@ -15,6 +15,9 @@ tenth to a half. `+auxk` has half of the features declared dead. Penalised archi
 steered to (k active features a token) and as `dense` with half of all active, as early in training; a peer's step costs
 the same in both. On a machine where others work, `--clock cpu` counts the calling thread's own time.
 
+On CUDA every step is timed a second time with torch in place of the Triton kernels, and each operation on rows by
+itself on both sides (`kernel_times`), beside the encoder's product as a share of the step.
+
 Memory is the peak of the process while steps run over what it took before there was an autoencoder, and must be
 within `TOLERANCE` (and `SLACK`) of `sae.memory`'s formula. Exit status 1 if a step is slower than a peer's or memory is
 off.
@@ -42,9 +45,11 @@ from sae.architectures import ARCHITECTURES
 from sae.config import TrainConfig
 from sae.learner import Learner
 from sae.memory import training_memory
+from sae.rows import using
 from sae.sites import Site
 from sae.training import BETAS
 from tests.benchmarks import peer_steps
+from tests.benchmarks.kernel_times import kernel_times
 from tests.benchmarks.peer_steps import PACKAGES, Sizes, Step
 
 TOLERANCE = 0.15
@@ -57,6 +62,8 @@ AIMS = {
 }  # fmt: skip
 """Ratios to the five products that are aimed at with the default sizes on two threads."""
 PRODUCTS = "five products"
+IN_TORCH = " in torch"
+"""Ends the name of a step that is timed without kernels."""
 
 
 class Peer:
@@ -106,6 +113,7 @@ def five_products(sizes: Sizes) -> Step:
 
 def training_step(state: str, sizes: Sizes, config: TrainConfig, batch: Callable[[], torch.Tensor]) -> Step:
     """A step of our own in the middle of training; `state` is the architecture's name, with `+auxk` or ` dense`."""
+    mode, state = "torch" if state.endswith(IN_TORCH) else "auto", state.removesuffix(IN_TORCH)
     name, dense, dead = state.split("+")[0].split()[0], state.endswith(" dense"), state.endswith("+auxk")
     config = replace(config, architecture=name, sparsity=None if dense else 1e-4)
     learner = Learner("bench", Site.parse("resid_0"), sizes.width, config, torch.device(sizes.device))
@@ -117,11 +125,12 @@ def training_step(state: str, sizes: Sizes, config: TrainConfig, batch: Callable
     def run() -> None:
         if dead:
             learner.state["silent"][::2] = peer_steps.LONG_AGO
-        with sizes.autocast():
-            learner.step(batch(), config.steps // 2)
-        optimizer.step()
-        optimizer.zero_grad()
-        learner.constrain()
+        with using(mode):
+            with sizes.autocast():
+                learner.step(batch(), config.steps // 2)
+            optimizer.step()
+            optimizer.zero_grad()
+            learner.constrain()
 
     return run
 
@@ -174,8 +183,9 @@ def measure(
     """Figures of our states beside the peers' steps of that kind and the five products."""
     figures: dict[str, dict[str, Any]] = {state: memory_of(state, sizes, config) for state in states}
     peers = [peer for peer in peers if kind in peer.steps]
+    twins = [state + IN_TORCH for state in states] if sizes.device.startswith("cuda") else []
     ours = {PRODUCTS: five_products(sizes)} | {
-        state: training_step(state, sizes, config, sizes.batches()) for state in states
+        state: training_step(state, sizes, config, sizes.batches()) for state in (*states, *twins)
     }
     times: dict[str, list[float]] = {name: [] for name in (*ours, *(peer.name for peer in peers))}
     for peer in peers:
@@ -195,6 +205,8 @@ def measure(
         peer.ask({"drop": 0})
     for state in states:
         figures[state] |= {"ms": 1e3 * seconds[state], "ratio": seconds[state] / base, "peers": theirs}
+        if twins:
+            figures[state]["torch_ms"] = 1e3 * seconds[state + IN_TORCH]
     return figures
 
 
@@ -228,6 +240,14 @@ def table(figures: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def twin_lines(figures: dict[str, dict[str, Any]]) -> str:
+    """One line a state: the step with the kernels and with torch in their place."""
+    lines = [f"{'step':16s} {'kernels, ms':>12s} {'torch, ms':>12s} {'faster':>7s}"]
+    for state, row in figures.items():
+        lines.append(f"{state:16s} {row['ms']:12.2f} {row['torch_ms']:12.2f} {row['torch_ms'] / row['ms']:6.2f}x")
+    return "\n".join(["", *lines, ""])
+
+
 def arguments() -> argparse.Namespace:
     """The options of the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -258,7 +278,10 @@ def main() -> None:
     options = arguments()
     sizes = Sizes(**{field: getattr(options, field) for field in Sizes._fields})
     peer_steps.prepare(sizes)
-    config = TrainConfig(features=sizes.features, k=sizes.k, batch_size=sizes.batch, tokens=sizes.batch * 1000)
+    config = TrainConfig(
+        features=sizes.features, k=sizes.k, batch_size=sizes.batch, tokens=sizes.batch * 1000,
+        autocast=sizes.dtype == "bf16",
+    )  # fmt: skip
     peers = [Peer(name, python, sizes) for name, python in options.pythons.items()]
     figures: dict[str, dict[str, Any]] = {}
     for kind, states in states_by_kind(options.names).items():
@@ -273,6 +296,8 @@ def main() -> None:
         print(*(peer.title for peer in peers), "", table(figures), "", sep="\n")
         share = {state: encoder / row["ms"] * 1e3 for state, row in figures.items()}
         print("the encoder's product alone, as a share of a step:", *(f"{s} {v:.2f}," for s, v in share.items()))
+        if sizes.device.startswith("cuda"):
+            print(twin_lines(figures), kernel_times(sizes), "", sep="\n")
         print(memory_line(sizes, config))
         fine = "memory is as stated" + (", every step faster than every peer's" if peers else "")
         print(*(wrong or [fine]), sep="\n")

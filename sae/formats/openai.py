@@ -41,6 +41,14 @@ def recognises(path: Path) -> bool:
     return path.suffix == ".pt" and path.is_file()
 
 
+def _elsewhere(path: Path) -> dict[str, str]:
+    """TransformerLens' name of a place that is no site of ours."""
+    for place, hook in (("resid_post_attn", "hook_resid_mid"), ("mlp_post_act", "mlp.hook_post")):
+        if place in path.as_posix():
+            return {"hook": f"blocks.{path.stem}.{hook}"}
+    return {}
+
+
 def read(path: Path) -> SparseAutoencoder:
     """The autoencoder in a `.pt` file."""
     state = read_pickle(path)
@@ -65,5 +73,6 @@ def read(path: Path) -> SparseAutoencoder:
         ranked=activation == "TopK",
         site=site_named(path.as_posix()),
         model="gpt2",
+        notes=_elsewhere(path),
     )
     return NormalisedAutoencoder(sae, norm="layer_norm") if activation == "TopK" else sae

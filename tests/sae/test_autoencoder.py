@@ -175,3 +175,30 @@ def test_a_newer_schema_is_refused(tmp_path):
     (folder / "config.json").write_text(json.dumps(config | {"schema_version": 99}))
     with pytest.raises(UserError, match="99"):
         SparseAutoencoder.load(folder)
+
+
+@pytest.mark.parametrize("architecture", ["jumprelu", "gated"])
+def test_on_its_threshold_a_feature_is_not_active(architecture):
+    """H(0) = 0: z must exceed the threshold, and the gate zero."""
+    tensors = {"W_enc": torch.eye(2), "W_dec": torch.eye(2), "b_dec": torch.zeros(2)}
+    if architecture == "jumprelu":
+        tensors |= {"b_enc": torch.zeros(2), "threshold": torch.full((2,), 0.5)}
+    else:
+        tensors |= {"b_enc": torch.ones(2), "gate_bias": torch.full((2,), -0.5), "magnitude": torch.ones(2)}
+    sae = SparseAutoencoder(SAEConfig(architecture, 2, 2, subtract_b_dec=False), tensors)
+    f = sae.encode(torch.tensor([[0.5, 0.5 + 2**-20]]))
+    assert f[0, 0] == 0.0 and f[0, 1] > 0.5
+
+
+def test_fewer_than_k_positive_features_are_active_alone():
+    tensors = {"W_enc": torch.eye(3), "b_enc": torch.zeros(3), "W_dec": torch.eye(3), "b_dec": torch.zeros(3)}
+    sae, x = SparseAutoencoder(SAEConfig("topk", 3, 3, k=2), tensors), torch.tensor([[1.0, -2.0, -3.0]])
+    assert sae.encode(x).tolist() == [[1.0, 0.0, 0.0]]
+    assert sae.encode_sparse(x).feature.tolist() == [0]
+
+
+def test_a_folder_with_a_config_alone_is_no_autoencoder(tmp_path):
+    make_sae("relu").save(tmp_path / "saes" / "resid_0")
+    (tmp_path / "saes" / "resid_1").mkdir()
+    (tmp_path / "saes" / "resid_1" / "config.json").write_text('{"schema_version": 1, "site": "resid_1"}')
+    assert list(load_saes(tmp_path)) == [Site("resid", 0)]

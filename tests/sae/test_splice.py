@@ -81,7 +81,7 @@ def test_the_same_site_at_another_place_is_refused(make_tiny_model: Callable[...
         check_saes(moved, {site: sae})
 
 
-@pytest.mark.parametrize("scale", [1e6, float("nan")])
+@pytest.mark.parametrize("scale", [3e3, 1e6, float("nan")])
 def test_a_reconstruction_of_the_wrong_size_is_refused_and_named(tiny_model: LanguageModel, scale: float) -> None:
     saes = {site: random_sae(tiny_model, site) for site in tiny_model.sites}
     saes[RESID_1] = random_sae(tiny_model, RESID_1, scale=scale)
@@ -93,5 +93,18 @@ def test_a_reconstruction_of_the_wrong_size_is_refused_and_named(tiny_model: Lan
 def test_a_useless_reconstruction_is_logged(tiny_model: LanguageModel, caplog: pytest.LogCaptureFixture) -> None:
     tokens = tiny_model.tokenize(TEXTS)
     with caplog.at_level(logging.WARNING, logger="sae.splice"):
-        check_saes(tiny_model, {RESID_1: random_sae(tiny_model, RESID_1, scale=50.0)}, tokens)
+        check_saes(tiny_model, {RESID_1: zeroed(random_sae(tiny_model, RESID_1))}, tokens)
+        assert not caplog.text  # as far as zero is
+        check_saes(tiny_model, {RESID_1: random_sae(tiny_model, RESID_1, scale=3.0)}, tokens)
     assert "site resid_1: the reconstruction is further from x than zero" in caplog.text
+
+
+def zeroed(sae: SparseAutoencoder) -> SparseAutoencoder:
+    sae.b_dec.zero_()
+    sae.b_enc.fill_(-1e9)
+    return sae
+
+
+def test_a_model_of_16_bits_is_checked_less_strictly(make_tiny_model: Callable[..., LanguageModel]) -> None:
+    model = make_tiny_model("gpt_neox", dtype="bfloat16", check=False)
+    check_saes(model, {site: random_sae(model, site) for site in model.sites})

@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 
+from sae import streaming
 from sae.autoencoder import SAEConfig, SparseAutoencoder, fingerprint, load_saes
 from sae.errors import UserError
 from sae.formats import save_sae
@@ -49,6 +50,18 @@ def test_what_fits_is_loaded_at_once(folder):
     assert isinstance(open_saes(folder), dict)
     assert isinstance(open_saes(folder, budget=N * ONE), dict)
     assert isinstance(open_saes(folder, budget=N * ONE - 1), StreamedSaes)
+
+
+def test_half_of_what_is_free_is_used(folder, monkeypatch):
+    for free, kind in ((2 * N * ONE, dict), (2 * N * ONE - 2, StreamedSaes), (None, dict)):
+        monkeypatch.setattr(streaming, "free_memory", lambda device, free=free: free)
+        assert isinstance(open_saes(folder), kind)
+
+
+def test_how_many_stay_is_told_beforehand(folder):
+    for room, staying in ((2, 0), (3, 1), (5, 3)):
+        assert open_saes(folder, budget=room * ONE).n_staying == staying
+    assert open_saes(folder, budget=3 * ONE - 1).n_staying == 0
 
 
 def test_streamed_are_the_same_and_in_order(folder):
@@ -110,6 +123,7 @@ def test_other_formats_are_streamed(folder, tmp_path):
     x = torch.randn(3, D)
     for site, sae in streamed.items():
         assert torch.allclose(sae(x), loaded[site](x), atol=1e-5)
+    assert list(open_saes(other, sites=["resid_2", "resid_0", "resid_3"], budget=2 * ONE)) == sites(0, 2, 3)
 
 
 def test_the_check_at_attachment_takes_them_one_by_one(tiny_model, tmp_path):

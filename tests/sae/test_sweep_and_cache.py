@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from sae import activation_cache
 from sae.activation_cache import CachedActivations, write_cache
@@ -184,6 +185,38 @@ def test_an_interrupted_cache_goes_on_to_the_same_files(tiny_model, tmp_path, mo
     assert {p.name: p.read_bytes() for p in out.iterdir()} == {
         p.name: p.read_bytes() for p in (tmp_path / "whole").iterdir()
     }
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("bfloat16", torch.bfloat16), ("float16", torch.float16)])
+def test_what_a_shard_and_the_manifest_hold(make_tiny_model, tmp_path, dtype, expected):
+    model = make_tiny_model("gpt_neox")
+    model.hf.config._commit_hash = "0123abcd"
+    manifest = write_cache(model, TEXTS, sites="resid_0", tokens=60, out=tmp_path, dtype=dtype, progress=False)
+    assert (manifest.revision, manifest.dtype) == ("0123abcd", dtype)
+    shard = load_file(tmp_path / "shard_00000.safetensors")
+    assert (shard["resid_0"].dtype, shard["input_ids"].dtype) == (expected, torch.int32)
+    stream = ContextStream(model, TextSource.of(TEXTS))
+    tokens = stream.take()
+    x = model.run(tokens, capture=[SITES[0]]).activations[SITES[0]][tokens.attention_mask.bool()]
+    ids = tokens.input_ids[tokens.attention_mask.bool()]
+    n = min(len(ids), len(shard["input_ids"]))
+    assert torch.equal(shard["input_ids"][:n], ids[:n].int())
+    assert torch.equal(shard["resid_0"][:n], x[:n].to(expected))
+
+
+def test_a_cache_goes_on_with_nothing_but_what_it_was_begun_with(tiny_model, make_tiny_model, tmp_path, monkeypatch):
+    options = {"sites": "resid_0", "tokens": 900, "shard_tokens": 350, "progress": False, "resume": True}
+    with monkeypatch.context() as patch:
+        patch.setattr(activation_cache, "_finish", lambda *_: None)
+        write_cache(tiny_model, TEXTS, out=tmp_path, **options)
+    other = make_tiny_model("gpt_neox", seed=3)
+    for model, texts, change in (
+        (tiny_model, TEXTS[::-1], {}), (other, TEXTS, {}), (tiny_model, TEXTS, {"dtype": "float32"}),
+        (tiny_model, TEXTS, {"sites": "mlp_1"}), (tiny_model, TEXTS, {"context_length": 8}),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match="was begun with"):
+            write_cache(model, texts, out=tmp_path, **options | change)
+    write_cache(tiny_model, TEXTS, out=tmp_path, **options)
 
 
 def test_a_cache_holds_no_text_twice(tiny_model, tmp_path):

@@ -81,6 +81,25 @@ def test_gemma_scope_transcoders_are_refused(random, tmp_path):
 
 
 @pytest.mark.parametrize("unit_norm", [True, False])
+def test_llama_scope_topk_ranks_by_what_features_write_or_by_themselves(unit_norm, random, tmp_path):
+    """Norms of inputs and outputs differ, so that each scale must be in its place."""
+    folder = tmp_path / "Llama3_1-8B-Base-L15R-8x"
+    (folder / "checkpoints").mkdir(parents=True)
+    E, b, W_dec, b_dec = random(F, D), random(F), random(D, F) * random(F).exp(), random(D)
+    state = {"encoder.weight": E, "encoder.bias": b, "decoder.weight": W_dec, "decoder.bias": b_dec}
+    save_file(state, folder / "checkpoints" / "final.safetensors")
+    config = {"act_fn": "topk", "top_k": K, "dataset_average_activation_norm": {"in": 6.25, "out": 2.5}}
+    config |= {"hook_point_in": "blocks.15.hook_resid_post", "sparsity_include_decoder_norm": unit_norm}
+    (folder / "hyperparams.json").write_text(json.dumps(config))
+    sae, x, s_in, s_out = load_sae(folder), random(N, D) * 4, D**0.5 / 6.25, D**0.5 / 2.5
+    z = (s_in * x) @ E.T + b
+    rank = (z * W_dec.norm(dim=0) if unit_norm else z).topk(K, dim=1).indices
+    f = torch.zeros_like(z).scatter(1, rank, z.gather(1, rank).relu())
+    assert torch.allclose(sae(x), (f @ W_dec.T + b_dec) / s_out, atol=1e-3)
+    assert torch.allclose(sae.encode(x), f * W_dec.norm(dim=0) / s_out, atol=1e-3)
+
+
+@pytest.mark.parametrize("unit_norm", [True, False])
 def test_llama_scope(unit_norm, random, tmp_path):
     folder = tmp_path / "Llama3_1-8B-Base-L15R-8x"
     (folder / "checkpoints").mkdir(parents=True)
@@ -158,6 +177,22 @@ def test_openai(location, site, activation, random, tmp_path):
     expected = (f @ state["decoder.weight"].T + state["pre_bias"]) * sigma + mu
     assert torch.allclose(sae(x), expected, atol=1e-5)
     assert torch.allclose(sae.encode(x)[:, :F], f * state["decoder.weight"].norm(dim=0) * sigma, atol=1e-5)
+
+
+@pytest.mark.parametrize("location", ["resid_post_attn_v5_32k", "mlp_post_act"])
+def test_openai_places_that_are_no_sites_cannot_be_called_one(location, random, tmp_path):
+    path = tmp_path / location / "autoencoders" / "6.pt"
+    openai(path, random, "ReLU")
+    with pytest.raises(UserError, match=r"belongs to blocks\.6\..*, which is no site"):
+        load_sae(path, site="resid_6")
+
+
+def test_openai_nonlinearities_that_are_not_known_are_refused(random, tmp_path):
+    path = tmp_path / "resid_delta_mlp" / "autoencoders" / "6.pt"
+    state = openai(path, random, "TopK")
+    torch.save(state | {"activation": "TopK", "activation_state_dict": {"k": K, "postact_fn": "Identity"}}, path)
+    with pytest.raises(UserError, match=r"postact_fn 'Identity'"):
+        load_sae(path)
 
 
 def test_openai_normalised_works_on_a_zero_token_and_any_shape(random, tmp_path):

@@ -172,6 +172,8 @@ def test_log_threshold_of_training_files(tmp_path):
         ({"architecture": "skip_transcoder"}, "holds a transcoder"),
         ({"activation_fn": "tanh-relu"}, "activation_fn 'tanh-relu'"),
         ({"normalize_activations": "covariance_whitening"}, "unknown normalize_activations"),
+        ({"normalize_activations": "expected_average_only_in"}, "activation_scaler.json"),
+        ({"normalize_activations": True}, "activation_scaler.json"),  # as before version 6
         ({"d_in": 17}, "says d_in = 17"),
         ({"metadata": {"hook_head_index": 3}}, "single attention head"),
     ],
@@ -231,6 +233,10 @@ def test_sparsify_decoder_is_not_transposed_when_square(tmp_path, random):
     (tmp_path / "layers.0" / "cfg.json").write_text(json.dumps({"d_in": D, "num_latents": D, "activation": "groupmax"}))
     with pytest.raises(UserError, match=r"activation 'groupmax'"):
         load_sae(tmp_path)
+    for entry in ("skip_connection", "transcode"):
+        (tmp_path / "layers.0" / "cfg.json").write_text(json.dumps({"d_in": D, "num_latents": D, "k": K, entry: True}))
+        with pytest.raises(UserError, match=r"holds a transcoder"):
+            load_sae(tmp_path)
 
 
 # Sites and sources

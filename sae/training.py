@@ -230,7 +230,8 @@ class Trainer:
             line = {"step": self.step, "tokens": self.step * self.config.batch, "site": learner.name, **report}
             line |= {"learning_rate": rate, "tokens_per_second": round(speed), "epoch": epoch}
             lines.write(json.dumps(line) + "\n")
-        mean = {key: sum(r[key] for r in reports.values()) / len(reports) for key in next(iter(reports.values()))}
+        shared = ("loss", "l0", "explained_variance", "dead")  # what every architecture reports
+        mean = {key: sum(report[key] for report in reports.values()) / len(reports) for key in shared}
         named = f"loss {mean['loss']:.3f}, L0 {mean['l0']:.1f}, explained {mean['explained_variance']:.3f}"
         return f"{named}, dead {mean['dead']:.2f}, {speed:,.0f} tokens/s"
 

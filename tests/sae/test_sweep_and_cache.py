@@ -40,7 +40,7 @@ def test_a_grid_names_every_combination():
 
 
 def test_a_sweep_trains_each_config_as_a_run_of_its_own_does(tiny_model, tmp_path):
-    configs = grid(CONFIG, architectures=("topk", "relu", "identity"), features=(24,), k=(3,), seeds=(0, 1))
+    configs = grid(CONFIG, architectures=("relu", "topk", "identity"), features=(24,), k=(3,), seeds=(0, 1))
     done = sweep(tiny_model, TEXTS, configs, sites=["resid_0", "mlp_1"], out=tmp_path / "sweep", progress=False)
     saes = {name: load_saes(done.run(name)) for name in configs}
     alone = train(

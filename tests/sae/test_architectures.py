@@ -310,17 +310,22 @@ def test_one_pass_selects_a_batch_whose_chunks_are_alike():
     assert selector.bound > 0 and selector.enough(entries)
 
 
-def test_a_batch_with_fewer_positive_entries_than_wanted_gives_those():
+@pytest.mark.parametrize(("k", "lift"), [(8, 0.0), (60, 9.0)])
+def test_a_batch_with_fewer_positive_entries_than_wanted_gives_those(k, lift):
+    """Within two passes, also where the first chunk is lifted and sets a bound that is too high."""
     z = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)) - 2
-    selector = BatchSelector(30, len(z))
-    entries = selector.candidates(z)
-    assert selector.enough(entries) or selector.bound == 0.0
-    entries = selector.candidates(z)
-    assert selector.enough(entries)
-    assert torch.equal(largest(entries, 30 * 64).z.sort().values, z[z > 0].sort().values)
+    z[:16] += lift
+    assert (z > 0).sum() < k * 64
+    selector = BatchSelector(k, 64)
+    for last in (False, True):
+        entries = concatenate([selector.candidates(part) for part in z.split(16)], [0, 16, 32, 48])
+        if selector.enough(entries):
+            break
+        assert not last
+    assert torch.equal(largest(entries, k * 64).z.sort().values, z[z > 0].sort().values)
 
 
-@pytest.mark.parametrize("n", [40, 2**16, 2**16 + 9])
+@pytest.mark.parametrize("n", [40, 2**16, 2**16 + 2])
 def test_order_is_stable_also_for_many_values(n):
     index = torch.tensor([n - 1, 3, n - 1, 0, 3, n - 2])
     assert stable_order(index, n).tolist() == [3, 1, 4, 5, 0, 2]

@@ -1,6 +1,7 @@
 """One learner: how it starts, what is held, what is rescaled and resampled; and its checkpoints."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,14 @@ from sae.config import TrainConfig
 from sae.learner import Learner
 from sae.resampling import resample
 from sae.sites import Site
+from sae.training import Trainer
 from tests.sae.test_training import learner, optimise
+
+
+def test_checkpoints_are_evenly_spread_and_the_last_is_of_the_last_step():
+    for count, steps in ((0, set()), (1, {23}), (4, {6, 12, 17, 23})):
+        config = TrainConfig(features=48, tokens=23 * 512, batch_size=512, checkpoints=count)
+        assert Trainer._checkpoint_steps(SimpleNamespace(config=config)) == steps
 
 
 def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):

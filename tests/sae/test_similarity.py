@@ -101,6 +101,13 @@ def test_activation_correlation_is_pearson(split, chunk_bytes, monkeypatch):
     assert bool(match.mutual[3])
 
 
+@pytest.mark.parametrize("value", [0.1, 0.3, 0.7])
+def test_a_feature_that_never_varies_correlates_with_nothing_whatever_is_rounded(value):
+    sums = ActivationCorrelation(1, 3)
+    sums.update(sparse(torch.full((1000, 1), value)), sparse(directions(1000, 3, 9).relu()), 1000)
+    assert not sums.rows(slice(0, 1)).any()
+
+
 def test_match_over_a_text_finds_the_same_dictionary_and_tells_layers_apart(tiny_model):
     texts = ["the man sees the old dog", "a girl walks", "<bos> kings know that they were happy .", "he sees her"]
     first = random_sae("resid_0", tiny_model.d_model, seed=1)

@@ -229,11 +229,12 @@ class _Runner:
         delta = at.x.new_zeros(batch, n_positions, len(chosen))
         error = at.x.new_zeros(batch, n_positions, at.x.shape[-1])
         for members, y in self._outputs(site, alive, kept, prompts, clean, moved):
-            here = members[~is_error[members]]
+            errors = chosen.is_error[members]
+            here = members[~errors]
             if len(here):
                 f = sae.encode_some(y, feature[here]) - at.features[..., column[here]]
                 delta[..., here] = f.to(delta) * place[..., here]
-            for number in members[is_error[members]].tolist():
+            for number in members[errors].tolist():
                 off = y - sae.decode(sae.encode(y)).to(y) - at.error
                 error += off * place[..., number, None]
         decoder = sae.W_dec[feature].to(delta) * ~is_error[:, None]

@@ -53,7 +53,7 @@ def measure(
 @torch.no_grad()
 def cross_entropy(model: LanguageModel, batches: Sequence[Tokens], *, edits=None) -> float:
     """Mean of -log p(next token) in nats over all next tokens of the batches that are not special."""
-    special = torch.tensor(sorted(model.special_ids), device=model.device)
+    special = torch.tensor(sorted(model.special_ids), dtype=torch.int64, device=model.device)
     total, count = 0.0, 0
     for tokens in batches:
         logits = model.run(tokens, edits=edits).logits[:, :-1]  # [B, S - 1, V]

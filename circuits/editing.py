@@ -211,7 +211,7 @@ def _real_activations(
     model: LanguageModel, tokens: Tokens, sites: Mapping[Site, object], where: Tensor | None = None
 ) -> dict[Site, Tensor]:
     """x [N, d] by site at the tokens (of `where` [B, S]) that are neither padding nor special."""
-    special = torch.tensor(sorted(model.special_ids), device=tokens.input_ids.device)
+    special = torch.tensor(sorted(model.special_ids), dtype=torch.int64, device=tokens.input_ids.device)
     real = tokens.attention_mask.bool() & ~torch.isin(tokens.input_ids, special)  # [B, S]
     real = real if where is None else real & where
     with torch.no_grad():

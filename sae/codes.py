@@ -25,20 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sae.bags import group_offsets, group_sums
 from sae.rows import bag_dots, bag_sum, kernels_for
-
-
-def offsets_of(index: Tensor, n: int, order: Tensor | None = None) -> Tensor:
-    """Where each of the n groups of an index begins, once sorted by `order` if it is not yet, and the end: [n + 1].
-
-    The host of a GPU does not wait for it.
-    """
-    if index.device.type not in ("cpu", "mps"):  # bincount would ask for the largest value
-        index = index if order is None else index[order]
-        return torch.searchsorted(index, torch.arange(n + 1, device=index.device, dtype=index.dtype))
-    offsets = torch.zeros(n + 1, dtype=torch.int64, device=index.device)
-    torch.cumsum(torch.bincount(index, minlength=n), 0, out=offsets[1:])
-    return offsets
 
 
 def stable_order(index: Tensor, n: int) -> Tensor:
@@ -86,13 +74,13 @@ class SparseCode:
 
     @cached_property
     def bag_offsets(self) -> Tensor:
-        return offsets_of(self.bag, self.n_levels * self.n_tokens)
+        return group_offsets(self.bag, self.n_levels * self.n_tokens)
 
     @cached_property
     def by_feature(self) -> tuple[Tensor, Tensor]:
         """The order that sorts entries by feature [n], and where each feature begins [F + 1]."""
         order = stable_order(self.feature, self.n_features)
-        return order, offsets_of(self.feature, self.n_features, order)
+        return order, group_offsets(self.feature, self.n_features, order)
 
     def expand(self, parameter: Tensor) -> Tensor:
         """A per-feature parameter [F] at the entries [n], differentiable."""
@@ -100,10 +88,7 @@ class SparseCode:
 
     def sum_tokens(self, value: Tensor) -> Tensor:
         """Σ over tokens of values at the entries: [F]."""
-        if value.device.type == "mps":  # which has no segment_reduce
-            return value.new_zeros(self.n_features).index_add_(0, self.feature, value)
-        order, offsets = self.by_feature
-        return torch.segment_reduce(value[order], "sum", offsets=offsets, initial=0)
+        return group_sums(value, self.feature, *self.by_feature)
 
     def encode(self, W_enc: Tensor, bias: Tensor | None, b_dec: Tensor | None, x_c: Tensor) -> Tensor:
         """z at the entries [n], differentiable in the encoder and b_dec; x_c [N, d] is x − b_dec, or x without it.

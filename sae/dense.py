@@ -75,7 +75,9 @@ class DenseChunk:
 
 
 def positive(f: Tensor, out: Tensor) -> Tensor:
-    """How many of f [n, F] are positive in each column: [F]; `out` [n, F] is overwritten."""
+    """How many of f [n, F] are positive in each column: [F]; `out` [n, F] is overwritten where that is faster."""
+    if f.device.type != "cpu":
+        return (f > 0).sum(0, dtype=f.dtype)
     return torch.gt(f, 0, out=out).sum(0)
 
 

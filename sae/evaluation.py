@@ -27,9 +27,9 @@ from itertools import islice
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
 
 from sae.autoencoder import SparseAutoencoder, SparseFeatures
+from sae.bags import group_offsets
 from sae.errors import UserError
 from sae.evaluation_results import Evaluation, Predictions, SiteMetrics
 from sae.metrics import (
@@ -44,6 +44,7 @@ from sae.metrics import (
 )
 from sae.model import LanguageModel, Tokens
 from sae.places import Edit
+from sae.rows import bag_sum
 from sae.sites import Site
 from sae.splice import check_saes
 
@@ -80,11 +81,8 @@ def counted_tokens(model: LanguageModel, tokens: Tokens, *, special_tokens: bool
 
 def decode_sparse(sae: SparseAutoencoder, features: SparseFeatures, n_tokens: int) -> Tensor:
     """x̂ [N, d] from nonzero features sorted by token: the same as `sae.decode` without the [N, F] in between."""
-    count = torch.bincount(features.token, minlength=n_tokens)
-    offsets = count.cumsum(0) - count  # [N] where each token's features begin
-    return sae.b_dec + embedding_bag(
-        features.feature, sae.W_dec, offsets, mode="sum", per_sample_weights=features.value.to(sae.W_dec.dtype)
-    )
+    offsets = group_offsets(features.token, n_tokens)  # [N + 1] where each token's features begin
+    return sae.b_dec + bag_sum(sae.W_dec, features.feature, offsets, features.value.to(sae.W_dec.dtype))
 
 
 def reconstruct(sae: SparseAutoencoder, x: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from sae.autoencoder import SparseAutoencoder, SparseFeatures
+from sae.bags import group_sizes
 from sae.errors import UserError, unknown
 from sae.evaluation import counted_tokens, token_batches
 from sae.model import LanguageModel, Tokens
@@ -186,7 +187,7 @@ class _Watch:
         found = self._watched(encoder.encode_sparse(x[row, position]))
         row, position = row[found.token], position[found.token]
         self.n_tokens += int(counted.sum())
-        self.count += torch.bincount(found.feature, minlength=len(self.indices)).cpu()
+        self.count += group_sizes(found.feature, len(self.indices)).cpu()
         self.total.index_add_(0, found.feature.cpu(), found.value.cpu().double())
         self.pairs.add(found.feature, tokens.input_ids[row, position], found.value)
 

@@ -161,6 +161,8 @@ class FeatureTotals(Totals):
         """
         self.n_tokens += n_tokens
         value = value.float()
+        if value.device.type == "mps":  # some of what follows is missing there, or in float64
+            feature, value, alignment = feature.cpu(), value.cpu(), None if alignment is None else alignment.cpu()
         self.count += torch.bincount(feature, minlength=self.n_features).cpu()
         self.total += self._per_feature(feature, value)
         self.squared += self._per_feature(feature, value.square())
@@ -170,8 +172,7 @@ class FeatureTotals(Totals):
             self._aligned += self._per_feature(feature, value * alignment)
 
     def _per_feature(self, feature: Tensor, weight: Tensor) -> Tensor:
-        weight = _double(weight)
-        return torch.bincount(feature.to(weight.device), weights=weight, minlength=self.n_features).cpu()
+        return torch.bincount(feature, weights=weight.double(), minlength=self.n_features).cpu()
 
     @property
     def l0(self) -> float:

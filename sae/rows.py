@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sae.bags import rows_added, rows_multiplied
 from sae.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -113,11 +114,15 @@ def bag_sum(source: Tensor, index: Tensor, offsets: Tensor, weight: Tensor) -> T
     """out[b] = Σ_{j in offsets[b]:offsets[b+1]} weight[j] · source[index[j]]: [bags, d]."""
     if kernels := kernels_for(source, weight):
         return kernels.bag_sum(source, index, offsets, weight)
+    if source.device.type == "mps":
+        return rows_added(source, index, offsets, weight)
     return F.embedding_bag(index, source, offsets, mode="sum", per_sample_weights=weight, include_last_offset=True)
 
 
 def bag_dots(g: Tensor, bag: Tensor, rows: Tensor, index: Tensor, offsets: Tensor) -> Tensor:
     """g[bag[j]] · rows[index[j]] for every entry [n]: the gradient of `bag_sum`'s weights for ∂L/∂out = g."""
+    if g.device.type == "mps":
+        return rows_multiplied(g, bag, rows, index)
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(g, rows, index, offsets, bag, 0)
 
 

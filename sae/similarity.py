@@ -20,12 +20,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag, normalize
+from torch.nn.functional import normalize
 
 from sae.autoencoder import SparseAutoencoder, SparseFeatures
+from sae.bags import group_offsets
 from sae.errors import UserError
 from sae.evaluation import counted_tokens, token_batches
 from sae.model import LanguageModel
+from sae.rows import bag_sum
 from sae.sites import Site
 
 CHUNK_BYTES = 64 * 2**20
@@ -128,14 +130,8 @@ class ActivationCorrelation:
             dense = torch.zeros(min(step, n_tokens - start), n_b, device=g.value.device)  # [tokens, F_b]
             dense[g.token[inside] - start, g.feature[inside]] = g.value[inside].float()
             chosen = by_feature[(f.token[by_feature] >= start) & (f.token[by_feature] < start + step)]
-            count = torch.bincount(f.feature[chosen], minlength=n_a)
-            self.products += embedding_bag(
-                f.token[chosen] - start,
-                dense,
-                count.cumsum(0) - count,
-                mode="sum",
-                per_sample_weights=f.value[chosen].float(),
-            )
+            offsets = group_offsets(f.feature[chosen], n_a)
+            self.products += bag_sum(dense, f.token[chosen] - start, offsets, f.value[chosen].float())
 
     def rows(self, part: slice) -> Tensor:
         """Correlations of the features of a in the slice with all of b, [block, F_b] float32."""

@@ -1,0 +1,160 @@
+"""The whole package on a second device, under the names of CUDA and MPS: nothing is left on the CPU, nothing is asked
+for that the device does not have, and the numbers are those of the CPU.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from circuits.discovery import DiscoverOptions, discover
+from circuits.edge_faithfulness import measure_edge_faithfulness
+from circuits.editing import ablate
+from circuits.faithfulness import FaithfulnessOptions, measure_faithfulness
+from circuits.masks import MaskOptions, learn_mask
+from circuits.verification import verify
+from sae.activation_cache import CachedActivations, write_cache
+from sae.autoencoder import load_saes
+from sae.bags import group_offsets, rows_added, rows_multiplied
+from sae.config import TrainConfig
+from sae.evaluation import evaluate
+from sae.features import top_contexts
+from sae.finetuning import FinetuneConfig, finetune
+from sae.rows import bag_dots, bag_sum, using
+from sae.similarity import match_by_activation
+from sae.sites import Site
+from sae.training import train
+from tests.conftest import WORDS
+from tests.simulated_device import simulated_device
+
+TEXT = [" ".join(WORDS[i * j % len(WORDS)] for j in range(1, 13)) for i in range(1, 100)]
+SITE, LATER = Site.parse("resid_0"), Site.parse("mlp_1")
+QUICK = FaithfulnessOptions(random=1, resamples=20)
+
+
+@pytest.fixture(params=["cuda", "mps"])
+def device(request):
+    with simulated_device(request.param) as device, using("torch"):
+        yield device
+
+
+@pytest.fixture
+def model(make_tiny_model, device):
+    return make_tiny_model("gpt_neox", device=device.type)
+
+
+@pytest.fixture
+def saes(make_saes, tiny_model, device):
+    return {site: sae.to(device) for site, sae in make_saes(tiny_model, architecture="jumprelu").items()}
+
+
+def small(**options):
+    defaults = {"features": 48, "k": 4, "tokens": 2500, "batch_size": 250, "dead_tokens": 600, "autocast": False}
+    return TrainConfig(**defaults | options)
+
+
+def trained(model, out, **options):
+    return train(model, TEXT, sites="resid_0", config=small(**options), out=out, progress=False)[SITE]
+
+
+def assert_same(a, b):
+    others = dict(b.named_buffers())
+    for name, x in a.named_buffers():
+        torch.testing.assert_close(x.cpu(), others[name].cpu(), atol=1e-4, rtol=1e-4, msg=name)
+
+
+def test_the_device_refuses_what_a_real_one_refuses(device):
+    x, on_cpu = torch.ones(3, device=device), torch.ones(3)
+    assert x.device == device and (x + torch.tensor(1.0)).device == device and x.cpu().device.type == "cpu"
+    assert x[torch.tensor([0])].device == device
+    for wrong in (
+        lambda: x + on_cpu,
+        lambda: on_cpu[x > 0],
+        lambda: torch.cat([x, on_cpu]),
+        lambda: x.index_select(0, torch.tensor([0])),
+        lambda: torch.randn(3, device=device, generator=torch.Generator()),
+    ):
+        with pytest.raises(RuntimeError):
+            wrong()
+    with pytest.raises(TypeError, match="numpy"):
+        x.numpy()
+    if device.type == "mps":
+        with pytest.raises(TypeError, match="float64"):
+            x.double()
+        with pytest.raises(NotImplementedError):
+            torch.segment_reduce(x, "sum", lengths=torch.tensor([3], device=device))
+
+
+def test_rows_by_index_are_embedding_bags():
+    index, weight, source, g = torch.randint(9, (200,)), torch.randn(200), torch.randn(9, 5), torch.randn(31, 5)
+    bag = torch.randint(30, (200,)).sort().values
+    offsets = group_offsets(bag, 31)  # the last is empty
+    expected = bag_sum(source, index, offsets, weight), bag_dots(g, bag, source, index, offsets)
+    found = rows_added(source, index, offsets, weight), rows_multiplied(g, bag, source, index)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"architecture": "topk"},
+        {"architecture": "relu", "revival": "resample", "dead_tokens": 250},
+        {"architecture": "matryoshka"},
+    ],
+    ids=lambda options: options["architecture"],
+)
+def test_training_gives_what_it_gives_on_the_cpu(model, tiny_model, tmp_path, options):
+    there = trained(model, tmp_path / "there", **options)
+    assert there.device == model.device
+    assert_same(there, trained(tiny_model, tmp_path / "here", **options))
+    assert_same(there, load_saes(tmp_path / "there", device=model.device)[SITE])
+
+
+def test_training_in_bfloat16_from_a_cache_and_fine_tuning(model, tmp_path):
+    write_cache(model, TEXT, sites="resid", tokens=900, out=tmp_path / "cache", progress=False)
+    cache = CachedActivations(tmp_path / "cache", device=model.device)
+    config, out = small(autocast=True, tokens=1500), tmp_path / "run"
+    saes = train(cache.model, cache.text, config=config, out=out, activations=cache, progress=False)
+    config = FinetuneConfig(tokens=900)
+    tuned = finetune(model, saes, TEXT, out=tmp_path / "tuned", config=config, progress=False)
+    assert all(sae.device == model.device for sae in tuned.values())
+
+
+def test_evaluation_contexts_and_matches(model, saes, tiny_model, make_saes):
+    found = evaluate(model, saes, TEXT[:6], errors=True)
+    here = make_saes(tiny_model, architecture="jumprelu")
+    expected = evaluate(tiny_model, here, TEXT[:6], errors=True)
+    for site, metrics in expected.sites.items():
+        other = found.sites[site]
+        assert other.explained_variance == pytest.approx(metrics.explained_variance, abs=1e-4)
+        assert other.shrinkage == pytest.approx(metrics.shrinkage, abs=1e-4)
+        assert other.predictions.ce == pytest.approx(metrics.predictions.ce, abs=1e-4)
+    features = {SITE: [0, 1, 2]}
+    contexts = [top_contexts(one, those, TEXT[:6], features) for one, those in ((model, saes), (tiny_model, here))]
+    densities = [[summary.density for summary in summaries.values()] for summaries in contexts]
+    assert densities[0] == densities[1] and len(densities[0]) == 3
+    match = match_by_activation(model, (SITE, saes[SITE]), (LATER, saes[LATER]), TEXT[:6])
+    there = match_by_activation(tiny_model, (SITE, here[SITE]), (LATER, here[LATER]), TEXT[:6])
+    torch.testing.assert_close(match.similarity.cpu(), there.similarity, atol=1e-4, rtol=1e-4)
+
+
+def test_a_circuit_its_tests_and_an_edit(model, saes, tiny_model, make_saes, tiny_prompts):
+    options, prompts = DiscoverOptions(steps=2, edge_nodes=20), tiny_prompts.to(model.device)
+    circuit = discover(model, saes, prompts, options, progress=False)
+    here = make_saes(tiny_model, architecture="jumprelu")
+    expected = discover(tiny_model, here, tiny_prompts, options, progress=False)
+    for site, nodes in expected.nodes.items():
+        torch.testing.assert_close(circuit.nodes[site].effect, nodes.effect, atol=1e-5, rtol=1e-3)
+    for pair, weights in expected.edges.items():
+        torch.testing.assert_close(circuit.edges[pair], weights, atol=1e-5, rtol=1e-3)
+    for ablation in ("mean", "counterfactual", "resample"):
+        how = FaithfulnessOptions(ablation=ablation, random=1, resamples=20)
+        measure_faithfulness(model, saes, circuit.nodes, prompts, how, sizes=(5,), progress=False)
+    edges = measure_edge_faithfulness(model, saes, circuit, prompts, QUICK, sizes=(20,), progress=False)
+    there = measure_edge_faithfulness(tiny_model, here, expected, tiny_prompts, QUICK, sizes=(20,), progress=False)
+    assert edges.faithfulness == pytest.approx(there.faithfulness, abs=1e-3)
+    how = MaskOptions(steps=2, batch_size=4, smallest=5)
+    learn_mask(model, saes, circuit.nodes, prompts, how, progress=False)
+    verify(model, saes, circuit, prompts, nodes=2, progress=False)
+    for operation in ("zero", "mean"):
+        ablate(model, saes, ["resid_0/3"], prompts, texts=TEXT[:4], operation=operation, n_random=1)

@@ -54,10 +54,15 @@ def kernels_for(*tensors: Tensor) -> ModuleType | None:
         return None
     if any(tensor.dtype not in DTYPES for tensor in tensors):
         return None
-    return _tried(device) if mode == "auto" else _imported()
+    return _tried(device) if mode == "auto" else _imported(device)
 
 
-def _imported() -> ModuleType:
+def _imported(device: torch.device) -> ModuleType:
+    if device.type in ("cpu", "mps") and os.environ.get("TRITON_INTERPRET") != "1":
+        raise UserError(
+            f"SFC_KERNELS is 'triton', but Triton has no code for {device.type!r}: leave the variable out, or set "
+            "TRITON_INTERPRET=1 to have the kernels interpreted"
+        )
     try:
         return import_module("sae.kernels")
     except ImportError as error:

@@ -224,6 +224,16 @@ def test_an_unknown_choice_of_kernels_is_told():
         rows.kernels_for(torch.zeros(1))
 
 
+def test_kernels_that_nothing_can_run_are_told(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with rows.using("triton"), pytest.raises(UserError, match="Triton has no code for 'cpu'"):
+        rows.kernels_for(torch.zeros(1))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setitem(sys.modules, "sae.kernels", None)  # as where Triton is not installed
+    with rows.using("triton"), pytest.raises(UserError, match="Triton cannot be imported"):
+        rows.kernels_for(torch.zeros(1))
+
+
 def test_numbers_of_double_precision_stay_with_torch(kernels):
     assert rows.kernels_for(torch.zeros(2, 2, dtype=torch.float64)) is None
 

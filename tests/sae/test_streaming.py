@@ -14,7 +14,7 @@ from sae.errors import UserError
 from sae.formats import save_sae
 from sae.sites import Site
 from sae.splice import check_saes
-from sae.streaming import StreamedSaes, config_of, decoder_bias, device_of, free_memory, open_saes, subset
+from sae.streaming import Source, StreamedSaes, config_of, decoder_bias, device_of, free_memory, open_saes, subset
 
 D, F, N = 16, 64, 6
 ONE = SAEConfig("relu", D, F).n_bytes
@@ -91,6 +91,23 @@ def test_memory_and_reads_over_several_rounds(folder, room):
             most = max(most, len({id(found) for ref in alive if (found := ref()) is not None}))
     assert most == room and held is not sae
     assert streamed.n_reads == N + 2 * (N - (room - 2))
+
+
+def test_the_last_one_is_let_go_before_the_next_is_read():
+    config, refs, alive = SAEConfig("relu", D, F), [], []
+
+    def read():
+        gc.collect()
+        alive.append(sum(ref() is not None for ref in refs))
+        vectors, matrix = {"b_enc": torch.zeros(F), "b_dec": torch.zeros(D)}, torch.zeros(F, D)
+        sae = SparseAutoencoder(config, {"W_enc": matrix, "W_dec": matrix, **vectors})
+        refs.append(weakref.ref(sae))
+        return sae
+
+    streamed = StreamedSaes({site: Source(read, config) for site in sites(0, 1, 2)}, device="cpu", budget=2 * ONE)
+    for site in streamed:
+        assert streamed[site].config == config
+    assert alive == [0, 0, 0]
 
 
 def test_biases_are_read_once(folder):

@@ -218,6 +218,14 @@ def test_centred_activations_of_transformer_lens_are_warned_of(tmp_path, caplog)
 # Traps of sparsify
 
 
+def test_sparsify_has_32_latents_a_dimension_unless_it_says_otherwise(tmp_path, random):
+    state = {"encoder.weight": random(512, D), "encoder.bias": random(512), "W_dec": random(512, D)}
+    (tmp_path / "layers.0").mkdir()
+    save_file(state | {"b_dec": random(D)}, tmp_path / "layers.0" / "sae.safetensors")
+    (tmp_path / "layers.0" / "cfg.json").write_text(json.dumps({"d_in": D, "k": K}))
+    assert load_sae(tmp_path).config.n_features == 512
+
+
 def test_sparsify_decoder_is_not_transposed_when_square(tmp_path, random):
     state = {"encoder.weight": random(D, D), "encoder.bias": random(D), "W_dec": random(D, D), "b_dec": random(D)}
     (tmp_path / "layers.0").mkdir()

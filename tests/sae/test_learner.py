@@ -50,7 +50,7 @@ def test_decoder_rows_are_held_at_unit_norm_or_free(architecture):
     along = (one.weights["W_dec"].grad * one.weights["W_dec"]).sum(1)
     assert (along.abs().max() < 1e-6) == (architecture != "relu")
     optimise(one, x, 5)
-    norms = one.weights["W_dec"].norm(dim=1)
+    norms = one.weights["W_dec"].detach().norm(dim=1)
     spread = float(norms.max() - norms.min())
     assert spread > 1e-4 if architecture == "relu" else (norms - 1).abs().max() < 1e-5
 

@@ -1,7 +1,8 @@
 """One autoencoder while it is trained: weights, counters, schedules. What all architectures share exists here once.
 
-1. Decoder rows start random with unit norm, the encoder as their transpose, biases at zero. `prepare` measures a centre
-   c (mean or geometric median) and a scale s = √(mean ‖x − c‖²); from then on inputs are (x − c) / s.
+1. Decoder rows start random with unit norm, the encoder as their transpose, biases at zero. Where half of all features
+   are active at first, the encoder is scaled down so that x̂ is not larger than x (`_initial_encoder`). `prepare`
+   measures a centre c (mean or geometric median) and a scale s = √(mean ‖x − c‖²); from then on inputs are (x − c) / s.
 2. `step` makes gradients of one batch and updates counters: tokens since each feature was active, sums for the log, and
    the weight of the sparsity penalty, which rises while more than k features are active and falls while fewer are.
 3. `constrain`, after the optimizer, holds decoder rows at unit norm where the architecture wants that.
@@ -33,8 +34,14 @@ DENSE_ABOVE = 0.1
 """Share of active features above which the dense step is faster."""
 FIRST_SPARSITY = 0.01
 """Weight of a steered sparsity penalty at the start."""
-STEERING = 0.02
-"""Largest relative change of that weight a step."""
+STEERING = 9.0
+"""How fast that weight follows log(L0 / k), as a factor over the whole run, ..."""
+STEERING_A_STEP = 0.03, 0.1
+"""... but by no less and no more than this at each step."""
+FARTHEST = 3.0
+"""The largest |log(L0 / k)| that counts."""
+LARGEST_CHANGE = 0.3
+"""Largest change of the logarithm of that weight a step."""
 DEAD_LOOKS = 16
 """Steps between two looks at which features are dead."""
 BANDWIDTH = 0.8
@@ -90,9 +97,19 @@ class Learner:
             rows *= self.recipe.decoder_norm / rows.norm(dim=1, keepdim=True)
         else:
             rows = torch.eye(self.width)
-        tensors = {"W_enc": rows.clone(), "b_enc": torch.zeros(self.n_features)}
+        tensors = {"W_enc": rows * self._initial_encoder(), "b_enc": torch.zeros(self.n_features)}
         tensors |= {"W_dec": rows.clone(), "b_dec": torch.zeros(self.width)} | self.recipe.own_weights(self.n_features)
         return {key: tensor.to(self.device) for key, tensor in tensors.items()}
+
+    def _initial_encoder(self) -> float:
+        """Norm of encoder rows relative to decoder rows at the start.
+
+        With half of F random unit features active, x̂ = ½ Σ_i (d_i · x) d_i is F / 2d times x on average. Where nothing
+        but the penalty holds the number of features down, all of them would be pushed back at once and many for good.
+        """
+        if self.recipe.fixed_k or self.recipe.decoder_norm < 1:
+            return 1.0
+        return min(1.0, 2 * self.width / self.n_features)
 
     def prepare(self, x: Tensor) -> None:
         """Centre and scale from activations x [n, d]."""
@@ -132,9 +149,10 @@ class Learner:
         hyper = self.hyper(step)
         stats = self.recipe.step(x, self.weights, hyper, own, dead=self.dead, dense=dense, scratch=self.scratch)
         state["silent"].add_(len(x)).mul_(stats.fired == 0)
+        before = state["l0"].clone()
         state["l0"].copy_(stats.fired.sum() / len(x))
         if not self.recipe.fixed_k and self.config.sparsity is None and not self.targets_l0:
-            state["sparsity"].mul_(((state["l0"] / self.config.k).log().clamp(-1, 1) * STEERING).exp())
+            self._steer(before, hyper.p - self.hyper(step + 1).p)
         if self.config.sparsity is not None:
             state["sparsity"].mul_(self.recipe.rescaling(x, self.weights, hyper, self.hyper(step + 1)))
         for key, value in (
@@ -143,6 +161,19 @@ class Learner:
         ):  # fmt: skip
             state[key].add_(value)
         self._project()
+
+    def _steer(self, before: Tensor, fall: float) -> None:
+        """Weight of the sparsity penalty from L0 of this batch and the one before; `fall` is that of its exponent.
+
+        log λ changes by speed · log(L0 / k) + damping · (change of log L0): the second term lets go of a weight that is
+        already about to do its work, so that short runs may be steered fast.
+        """
+        lowest = 1e-3 * self.config.k
+        then, now = before.clamp(min=lowest).log(), self.state["l0"].clamp(min=lowest).log()
+        off = (now - math.log(self.config.k)).clamp(-FARTHEST, FARTHEST)
+        speed = min(max(STEERING / self.config.steps, STEERING_A_STEP[0]), STEERING_A_STEP[1])
+        change = (speed * off + self.recipe.damping * (now - then)).clamp(-LARGEST_CHANGE, LARGEST_CHANGE)
+        self.state["sparsity"].mul_((change + fall * math.log(self.recipe.weak)).exp())
 
     def _find_dead(self) -> None:
         dead = (self.state["silent"] > self.config.dead_after).nonzero().squeeze(1)

@@ -145,6 +145,10 @@ class Architecture(ABC):
     """Norm of decoder and encoder rows at the start."""
     rates: ClassVar[Mapping[str, float]] = {}
     """Factors on the learning rate, by the tensor they are for."""
+    damping: ClassVar[float] = 1.0
+    """How much a falling L0 takes from a steered weight of the penalty (`sae.learner`)."""
+    weak: ClassVar[float] = 1.0
+    """Activation whose penalty stays the same when the exponent falls and the weight is steered."""
     revival: ClassVar[str] = "auxk"
     """What brings dead features back by default: auxk or none."""
 

@@ -34,6 +34,7 @@ class JumpReLU(Penalised):
     rates: ClassVar = {"threshold": THRESHOLD_RATE}
     n_buffers = 3
     subtract_b_dec = False
+    damping = 2.0  # thresholds that rose too far come back slowly
 
     def own_weights(self, n_features: int) -> dict[str, Tensor]:
         return {"threshold": torch.full((n_features,), INITIAL_THRESHOLD)}

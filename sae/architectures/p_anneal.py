@@ -28,6 +28,7 @@ class PAnneal(Penalised):
     name = "p_anneal"
     nonlinearity = RELU
     n_buffers = 3
+    weak = 0.05
 
     def loss(self, z: Tensor, code: SparseCode, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
         f = z.relu()

@@ -13,7 +13,7 @@ from sae.config import TrainConfig
 from sae.learner import Learner
 from sae.resampling import resample
 from sae.sites import Site
-from sae.training import Trainer
+from sae.training import BETAS, Trainer
 from tests.sae.test_training import learner, optimise
 
 
@@ -45,7 +45,8 @@ def test_decoder_rows_are_held_at_unit_norm_or_free(architecture):
     one.prepare(x)
     start = 0.1 if architecture == "relu" else 1.0
     torch.testing.assert_close(one.weights["W_dec"].norm(dim=1), torch.full((64,), start))
-    assert torch.equal(one.weights["W_dec"], one.weights["W_enc"])
+    share = 0.5 if architecture == "relu_unit" else 1.0  # 2 d / F
+    assert torch.equal(share * one.weights["W_dec"], one.weights["W_enc"])
     one.step(x[:64], 0)
     along = (one.weights["W_dec"].grad * one.weights["W_dec"]).sum(1)
     assert (along.abs().max() < 1e-6) == (architecture != "relu")
@@ -81,3 +82,42 @@ def test_seeds_and_sites_start_differently():
     rows = [start(site, seed=seed).weights["W_dec"] for site, seed in (("mlp_1", 0), ("mlp_1", 1), ("mlp_2", 0))]
     assert torch.equal(rows[0], start("mlp_1", seed=0).weights["W_dec"])
     assert not any(torch.allclose(a, b) for a, b in itertools.combinations(rows, 2))
+
+
+PENALISED = ["relu", "relu_unit", "jumprelu", "gated", "p_anneal"]
+
+
+def sparse_rows(n, *, directions=128, width=32):
+    """Σ_i a_i g_i over random directions, some of which are active."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(directions, width, generator=generator)
+    a = torch.rand(n, directions, generator=generator) * (torch.rand(n, directions, generator=generator) < 0.03125)
+    return a @ torch.nn.functional.normalize(rows)
+
+
+@pytest.mark.parametrize("architecture", PENALISED)
+def test_many_features_do_not_start_by_reconstructing_too_much(architecture):
+    config = TrainConfig(architecture=architecture, features=1024, k=8, tokens=40_000)
+    one, x = Learner("l", Site.parse("resid_0"), 32, config, torch.device("cpu")), sparse_rows(2000)
+    one.prepare(x)
+    centred, x_hat = x - one.state["centre"], one.export()(x) - one.state["centre"]
+    assert (centred * x_hat).sum() < 1.2 * centred.square().sum()
+
+
+@pytest.mark.parametrize("steps", [80, 250])
+@pytest.mark.parametrize("architecture", PENALISED)
+def test_a_short_run_arrives_at_its_sparsity(architecture, steps):
+    config = TrainConfig(architecture=architecture, features=256, k=8, tokens=256 * steps, batch_size=256)
+    one, x = Learner("l", Site.parse("resid_0"), 32, config, torch.device("cpu")), sparse_rows(256 * 80)
+    one.prepare(x)
+    optimizer = torch.optim.Adam(one.groups(), betas=BETAS)
+    found = []
+    for step in range(steps):
+        one.step(x[256 * (step % 80) :][:256], step)
+        found.append(one.state["l0"].item())
+        for group in optimizer.param_groups:
+            group["lr"] = group["factor"] * config.learning_rate_at(step, 32)
+        optimizer.step()
+        optimizer.zero_grad()
+        one.constrain()
+    assert sum(found[-8:]) / 8 == pytest.approx(8, rel=0.35)

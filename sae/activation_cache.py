@@ -30,7 +30,7 @@ from tqdm import tqdm
 from sae.activations import ContextStream, ModelActivations, StreamState, TextRead
 from sae.config import TrainConfig
 from sae.errors import UserError
-from sae.files import prepare_folder, read_json, write_json, write_tensors, write_text
+from sae.files import prepare_folder, read_json, remove_temporary, write_json, write_tensors, write_text
 from sae.model import LanguageModel
 from sae.sites import Site, select_sites
 from sae.text import TextSource
@@ -149,7 +149,9 @@ def write_cache(
         {site.name: path for site, path in model.moved_sites.items() if site in chosen},
     )  # fmt: skip
     if resume and (out / MANIFEST).is_file():
-        return _same(begun, read_manifest(out), out)
+        whole = _same(begun, read_manifest(out), out)
+        _clean(whole, out)
+        return whole
     if resume and (out / UNFINISHED).is_file():
         begun, position = _unfinished(begun, out)
         stream.seek(position)
@@ -165,8 +167,14 @@ def write_cache(
 
 
 def _finish(manifest: Manifest, out: Path) -> None:
-    """The cache is whole: say so, and remove what an earlier one left."""
+    """The cache is whole: say so, and remove what an earlier one or a killed process left."""
     write_json(out / MANIFEST, asdict(manifest))
+    _clean(manifest, out)
+
+
+def _clean(manifest: Manifest, out: Path) -> None:
+    """Removes all that is not part of a whole cache."""
+    remove_temporary(out)
     (out / UNFINISHED).unlink(missing_ok=True)
     for surplus in set(out.glob("shard_*.safetensors")) - {shard_path(out, i) for i in range(len(manifest.shards))}:
         surplus.unlink()
@@ -180,7 +188,7 @@ def _write_shards(
     most = min(shard_tokens, SHARD_BYTES // bytes_per_row)
     device = activations.model.device
     with tqdm(total=manifest.tokens, initial=manifest.rows, unit="token", disable=not progress) as bar:
-        while manifest.rows < manifest.tokens:
+        while manifest.rows < manifest.tokens and not manifest.whole_text:
             one_pass = sum(map(len, activations.stream.peek()))
             size = max(min(most, manifest.tokens - manifest.rows), one_pass)
             buffer = {site: torch.empty(size, width, device=device) for site, width in activations.widths.items()}
@@ -195,8 +203,6 @@ def _write_shards(
             manifest = replace(manifest, shards=shards, documents=read.documents, whole_text=read.whole)
             _note(out, manifest, activations.position())
             bar.update(n)
-            if manifest.whole_text:
-                break
     return manifest
 
 

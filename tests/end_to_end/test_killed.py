@@ -1,4 +1,4 @@
-"""A training that is killed with SIGKILL, wherever it is, resumes to the bits of one that was not."""
+"""Trainings, caches and sweeps that are killed with SIGKILL, wherever they are, resume to the bits of whole ones."""
 
 from __future__ import annotations
 
@@ -16,13 +16,27 @@ from pathlib import Path
 import pytest
 import torch
 
+from sae.activation_cache import MANIFEST, CachedActivations
 from sae.autoencoder import load_saes
+from sae.errors import UserError
 from sae.files import is_temporary
+from sae.sweep_evaluation import UNFINISHED
 
 FORKING = """
 import json, os, sys
-import circuits.cli, torch
+import time
+from contextlib import contextmanager
+import circuits.cli, sae.activation_cache, sae.files, torch
 torch.set_num_threads(1)
+atomic_write = sae.files.atomic_write
+@contextmanager
+def slowly(path):
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(b"half")
+        time.sleep(0.01)
+        yield temporary
+sae.files.atomic_write = slowly
+sae.activation_cache.write_cache.__kwdefaults__["shard_tokens"] = 2500
 circuits.cli._commands()
 for line in sys.stdin:
     child = os.fork()
@@ -34,7 +48,7 @@ for line in sys.stdin:
     sys.stdout.write(f"{os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}\\n")
     sys.stdout.flush()
 """
-"""Imports once and gives each command a process of its own."""
+"""Imports once and gives each command a process of its own; files take a while to write, caches have short shards."""
 
 Moment = Callable[[], bool]
 
@@ -122,6 +136,89 @@ def test_a_training_killed_anywhere_ends_in_the_same_bits(processes, model_folde
     assert caught, "no kill fell into the writing of a checkpoint"
     assert same_bits(tmp_path / "whole", killed)
     assert not [path for path in killed.rglob("*") if is_temporary(path)]
-    logs = [(run / "saes" / "training.jsonl").read_text().splitlines() for run in (tmp_path / "whole", killed)]
-    timeless = [[json.loads(line) | {"tokens_per_second": 0} for line in lines] for lines in logs]
-    assert timeless[0] == timeless[1]
+    logs = [timeless((run / "saes" / "training.jsonl").read_bytes()) for run in (tmp_path / "whole", killed)]
+    assert logs[0] == logs[1]
+
+
+def written_to(name: str, path: Path) -> bool:
+    """Whether a path is the temporary name of a file of that name."""
+    return is_temporary(path) and path.name.startswith(f".{name}.")
+
+
+def contents(folder: Path, *, but: str = "nothing") -> dict[str, bytes]:
+    """All files by their place in the folder."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != but]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def timeless(log: bytes) -> list[dict[str, object]]:
+    """The lines of a training log without how fast it was."""
+    return [json.loads(line) | {"tokens_per_second": 0} for line in log.splitlines()]
+
+
+def test_a_cache_killed_anywhere_ends_in_the_same_files(processes, model_folder, tmp_path):
+    text, moments = tmp_path / "text.txt", random.Random(0)
+    words = ["man", "men", "boy", "boys", "king", "kings", "dog", "dogs", "sees", "the", "old", "near"]
+    text.write_text("\n".join(" ".join(moments.choices(words, k=14)) for _ in range(1500)))
+    cache = ["cache", "--model", model_folder, "--text", text, "--context-length", 16, "--tokens", 60_000]
+    assert processes.run(*cache, "--out", tmp_path / "whole") == 0
+    assert len(list((tmp_path / "whole").glob("shard_*"))) > 5
+
+    killed, caught = tmp_path / "killed", 0
+    cache += ["--out", killed, "--resume"]
+    for kill in range(5):
+        kinds = [
+            partial(written_to, f"shard_{kill:05d}"),
+            lambda path, kill=kill: path.name == f"shard_{kill:05d}.safetensors",
+            partial(written_to, "unfinished"),
+        ]
+        moment = appears(killed, kinds[kill % 3], wait=moments.uniform(0, 0.01) if kill % 3 == 1 else 0)
+        assert processes.run(*cache, kill_at=moment) == -9
+        caught += any(map(is_temporary, killed.iterdir()))
+        with pytest.raises(UserError, match=r"not finished|no activation cache"):
+            CachedActivations(killed)
+    assert processes.run("train", "--cache", killed, "--out", tmp_path / "run", "--features", 16, "--k", 2) == 2
+    assert caught, "no kill fell into the writing of a file"
+    assert processes.run(*cache, kill_at=appears(killed, partial(written_to, "manifest"))) == -9
+    assert not (killed / MANIFEST).exists()
+    with pytest.raises(UserError, match="not finished"):
+        CachedActivations(killed)
+    assert processes.run(*cache, kill_at=appears(killed, lambda path: path.name == MANIFEST)) in (-9, 0)
+    assert processes.run(*cache) == 0
+    assert contents(killed) == contents(tmp_path / "whole")
+
+
+def test_a_sweep_killed_anywhere_ends_in_the_same_bits(processes, model_folder, text_file, tmp_path):
+    sweep = ["sweep", "--model", model_folder, "--text", text_file, "--eval-text", text_file, "--sites", "resid_0"]
+    sweep += ["--architectures", "topk,relu", "--features", 128, "--k", 4, "--tokens", 10_000, "--context-length", 16]
+    sweep += ["--eval-tokens", 3000, "--checkpoints", 8, "--log-steps", 5]
+    assert processes.run(*sweep, "--out", tmp_path / "whole") == 0
+
+    killed = tmp_path / "killed"
+    checkpoints, saes = killed / "checkpoints", killed / "relu-128-k4-seed0" / "saes"
+    sweep += ["--out", killed, "--resume"]
+    moments: list[Callable[[], Moment]] = [
+        lambda: appears(tmp_path, lambda path: path.name == "killed"),
+        lambda: appears(checkpoints, is_checkpoint, wait=0.01),
+        lambda: appears(checkpoints, is_temporary),
+        lambda: appears(saes / "resid_0", is_temporary),
+        lambda: appears(killed, lambda path: path.name == UNFINISHED, wait=0.02),
+        lambda: appears(killed, partial(written_to, Path(UNFINISHED).stem)),
+        lambda: appears(saes, partial(written_to, "evaluation")),
+    ]
+    statuses = [processes.run(*sweep, kill_at=moment()) for moment in moments]
+    assert statuses == [-9] * len(moments)
+    trained = {path: path.stat().st_mtime_ns for path in killed.rglob("sae.safetensors")}
+    assert processes.run(*sweep) == 0
+    assert {path: path.stat().st_mtime_ns for path in trained} == trained and len(trained) == 2
+    found, expected = contents(killed, but=".svg"), contents(tmp_path / "whole", but=".svg")
+    assert found.keys() == expected.keys()
+    for name in found:
+        if name.endswith("training.jsonl"):
+            logs = [
+                [json.loads(line) | {"tokens_per_second": 0} for line in x[name].splitlines()]
+                for x in (found, expected)
+            ]
+            assert logs[0] == logs[1]
+        else:
+            assert found[name] == expected[name], name

@@ -11,6 +11,7 @@ from torch import Tensor
 from sae.architectures.base import Architecture, Encoder, Hyper, Losses, Weights, squared_error
 from sae.codes import SparseCode
 from sae.nonlinearities import TOPK
+from sae.selection import top_k
 
 WIDER = 4
 WIDER_WEIGHT = 1 / 8
@@ -25,8 +26,10 @@ class MultiTopK(Architecture):
     def select(self, encoder: Encoder, w: Weights, hyper: Hyper) -> SparseCode:
         n_features = len(encoder.W_enc)
         wide = min(WIDER * hyper.k, n_features)
-        parts = [z.topk(wide, dim=-1, sorted=True) for _, z in encoder.chunks()]
+        parts = [top_k(z, wide) for _, z in encoder.chunks()]
         value, feature = (torch.cat(column) for column in zip(*parts, strict=True))  # [N, 4k]
+        value, order = value.sort(dim=-1, descending=True)
+        feature = feature.gather(-1, order)
         level = (torch.arange(wide, device=value.device) >= hyper.k).long().expand_as(feature)
         return SparseCode.fixed(feature, value, n_features).at_levels(level.flatten(), n_levels=2)
 

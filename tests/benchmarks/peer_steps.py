@@ -129,6 +129,7 @@ def dictionary_learning(s: Sizes) -> dict[str, Callable[[], Step]]:
         "jumprelu": ("jumprelu", "JumpReluTrainer", {"target_l0": s.k}),
         "relu": ("standard", "StandardTrainerAprilUpdate", {}),
         "relu_unit": ("standard", "StandardTrainer", {}),
+        "p_anneal": ("p_anneal", "PAnnealTrainer", {}),
         "gated": ("gdm", "GatedSAETrainer", {}),
     }  # fmt: skip
 

@@ -3,15 +3,19 @@
 Defaults were chosen on the 16 sites of a small trained model (width 64, F = 512 and 1024, k = 16, 400k tokens of
 stories) and on synthetic data with known directions at widths 128 and 512, so that none needs tuning at another size:
 
-- `learning_rate`: 0.064 / √width, which is the same change relative to the size of a weight (rows have unit norm)
-  at any width. Half of it loses .01 of explained variance, twice as much leaves many features of the attention
-  sites dead. Runs of more than a thousand steps take √(1000 / steps) of it: at 4096 steps (F = 1024, attn_3 and
-  resid_2) the full rate explains .003 and .010 less and leaves .92 and .35 of the features dead instead of .73 and .04.
-- Dead features: attention sites have the most, a third to a half at F = 1024 and width 64. Their activations spread
-  over few dimensions (participation ratio of the eigenvalues 17 to 20 of 64, 31 to 36 elsewhere); an embedding has no
-  more different rows than the text has different tokens. Initial rows from data or of its covariance, slower encoder
-  biases, an earlier decay and resampling in the last 40 % of the steps all leave more dead or explain less.
-- AuxK: weights of 1/128 and 1/4 leave more features dead than the paper's 1/32, and so do resampling and k annealing.
+- `learning_rate` and `decay`: a peak of 0.048 / √width for the TopK family, which is the same change relative to the
+  size of a weight (rows have unit norm) at any width, times √(1000 / steps), at most 2; it falls over the last .6 of
+  the steps. Features die all along while the rate is high and come back while it falls: at attn_2 (F = 1024, 262k
+  tokens) a peak of .064 that falls over the last .3 explains .004 more and leaves three times as many dead; at 4096
+  steps, without the factor, nearly all. Runs of 195 steps explain .03 more at twice the rate. Where a penalty makes
+  features sparse, .064 and .3 explain up to .03 more.
+- Dead features: AuxK with k / 8 of them a token and not half the width, so that each explains as much of the error as
+  active features do and wins a place; and biases of dead features are not learned but rise by a fifth of the rate a
+  step, for with AuxK alone they sink out of reach. Together, at F = 1024: .02 dead instead of .60 at attn_2, none at
+  mlp_2; at F = 4096: .10 and .02 instead of .69 and .67 at resid_2 and mlp_2, with .010 and .021 more explained.
+  What did not help: initial rows from data, raising biases at once, Adam that only moves active rows, resampling,
+  other weights than AuxK's 1/32, k annealing. Attention sites have the most: their activations spread over few
+  dimensions (participation ratio of the eigenvalues 17 to 20 of 64), and 256 features explain attn_2 as well as 1024.
 - `batch_size`: at least a thousand steps, between 512 and 4096 tokens. Small batches reach the same explained
   variance with fewer tokens; large ones use the machine better once tokens are plenty.
 - Adam's second moment decays with .99: .999 remembers the large gradients of the start too long.
@@ -39,8 +43,10 @@ from sae.errors import UserError
 CENTRES = ("mean", "geometric_median", "zero")
 REVIVALS = ("auto", "auxk", "resample", "none")
 L0_LOSSES = ("steered", "target")
-FULL_RATE_STEPS = 1000
-"""Steps of a run above which the default learning rate falls."""
+RATE_STEPS = 1000
+"""Steps of a run to which the default learning rates belong; others take it times √(1000 / steps)."""
+FEWEST_RATE_STEPS = 250
+"""Steps below which the default learning rate rises no more."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +66,13 @@ class TrainConfig:
     batch_size: int | None = None
     """Tokens a step; by default as many as leave a thousand steps, between 512 and 4096."""
     learning_rate: float | None = None
-    """Peak learning rate of Adam; 0.064 / sqrt(width) by default, times sqrt(1000 / steps) in runs of more steps."""
+    """Peak learning rate of Adam; by default 0.048 / sqrt(width), or 0.064 / sqrt(width) where a penalty makes features
+    sparse, times sqrt(1000 / steps), which is at most 2."""
     warmup: float = 0.05
     """Share of the steps over which learning rate and sparsity penalty rise linearly."""
-    decay: float = 0.3
-    """Share of the steps, at the end, over which the learning rate falls linearly to zero."""
+    decay: float | None = None
+    """Share of the steps, at the end, over which the learning rate falls linearly to zero; 0.6 by default, or 0.3 where
+    a penalty makes features sparse."""
     context_length: int | None = None
     """Longest context, in tokens, that the model reads text in; 128, or less if the model takes less, by default."""
     packed: bool = False
@@ -91,7 +99,7 @@ class TrainConfig:
     aux_alpha: float = 1 / 32
     """Weight of the AuxK loss."""
     aux_k: int | None = None
-    """Dead features a token in the AuxK loss; half the width by default."""
+    """Dead features a token in the AuxK loss; an eighth of k, rounded up, by default."""
     dead_tokens: int | None = None
     """Silent tokens after which a feature counts as dead; a hundredth of `tokens`, at most ten million, by default."""
     autocast: bool = True
@@ -137,13 +145,21 @@ class TrainConfig:
         return max(1, self.tokens // self.batch)
 
     @property
+    def k_aux(self) -> int:
+        """Dead features a token in the AuxK loss."""
+        return self.aux_k or -(-self.k // 8)
+
+    @property
     def dead_after(self) -> int:
         """Tokens without activity after which a feature counts as dead."""
         return self.dead_tokens or min(10_000_000, max(4096, self.tokens // 100))
 
     def learning_rate_at(self, step: int, width: int) -> float:
         """The learning rate of step 0, 1, ..., for a site of the given width."""
-        peak = self.learning_rate or 0.064 / math.sqrt(width * max(1.0, self.steps / FULL_RATE_STEPS))
+        recipe = architecture(self.architecture)
+        decay = recipe.decay if self.decay is None else self.decay
+        usual = recipe.learning_rate / math.sqrt(width * max(self.steps, FEWEST_RATE_STEPS) / RATE_STEPS)
+        peak = self.learning_rate or usual
         rise = min(1.0, (step + 1) / max(1.0, self.warmup * self.steps))
-        fall = min(1.0, (self.steps - step) / max(1.0, self.decay * self.steps))
+        fall = min(1.0, (self.steps - step) / max(1.0, decay * self.steps))
         return peak * rise * fall

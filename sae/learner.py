@@ -5,6 +5,7 @@
    measures a centre c (mean or geometric median) and a scale s = √(mean ‖x − c‖²); from then on inputs are (x − c) / s.
 2. `step` makes gradients of one batch and updates counters: tokens since each feature was active, sums for the log, and
    the weight of the sparsity penalty, which rises while more than k features are active and falls while fewer are.
+   Biases of dead features rise meanwhile, until they are active.
 3. `constrain`, after the optimizer, holds decoder rows at unit norm where the architecture wants that.
 4. `export` folds c, s and decoder norms into a `SparseAutoencoder` that works on raw activations.
 """
@@ -46,6 +47,8 @@ DEAD_LOOKS = 16
 """Steps between two looks at which features are dead."""
 BANDWIDTH = 0.8
 """JumpReLU's bandwidth in units of 1/√width, the spread of a random direction's pre-activations."""
+WAKING = 0.2
+"""Rise of a dead feature's encoder bias a step, as a share of the learning rate."""
 RESAMPLE_AT = (0.1, 0.2, 0.3, 0.4)
 """Shares of the run after which dead features are resampled, where that is asked for."""
 RESAMPLED_ENCODER = 0.2
@@ -62,7 +65,7 @@ class Learner:
         self.recipe = architecture(config.architecture)
         self.n_features = config.features if self.recipe.trained else width
         revival = self.recipe.revival if config.revival == "auto" else config.revival
-        self.k_aux = (config.aux_k or max(1, width // 2)) if revival == "auxk" else 0
+        self.k_aux = config.k_aux if revival == "auxk" else 0
         self.targets_l0 = config.architecture == "jumprelu" and config.l0_loss == "target"
         self.resample_steps = {round(at * config.steps) for at in RESAMPLE_AT} if revival == "resample" else set()
         self.weights = {key: tensor.requires_grad_() for key, tensor in self._initial().items()}
@@ -161,6 +164,7 @@ class Learner:
         ):  # fmt: skip
             state[key].add_(value)
         self._project()
+        self._wake(self.config.learning_rate_at(step, self.width))
 
     def _steer(self, before: Tensor, fall: float) -> None:
         """Weight of the sparsity penalty from L0 of this batch and the one before; `fall` is that of its exponent.
@@ -185,6 +189,19 @@ class Learner:
         rows = self.weights["W_dec"]
         if self.recipe.unit_decoder and rows.grad is not None:
             project_(rows.grad, rows)
+
+    @torch.no_grad()
+    def _wake(self, rate: float) -> None:
+        """Raises the encoder biases of dead features until they are active, in place of learning them.
+
+        AuxK turns a dead feature towards the error. Its bias would sink meanwhile, since whatever is forced to be
+        active overshoots: ever fewer tokens could wake it.
+        """
+        if self.dead is not None and self.recipe.encoder_bias is not None:
+            bias = self.weights[self.recipe.encoder_bias]
+            bias[self.dead] += WAKING * rate
+            if bias.grad is not None:
+                bias.grad[self.dead] = 0
 
     def groups(self) -> list[dict[str, Any]]:
         """Groups of weights for the optimizer, by the factor on their learning rate."""

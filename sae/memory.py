@@ -79,7 +79,7 @@ def training_memory(
         numbers += features * width
     if aux:
         n_aux = min(AUX_TOKENS, n_tokens)
-        numbers += n_aux * features + 20 * n_aux * (config.aux_k or width // 2) + features * width
+        numbers += n_aux * features + 20 * n_aux * config.k_aux + features * width
     return TrainingMemory(4 * parameters, 4 * parameters, 8 * parameters, 4 * numbers)
 
 

@@ -143,6 +143,10 @@ class Architecture(ABC):
     """Whether there is anything to train."""
     decoder_norm: ClassVar[float] = 1.0
     """Norm of decoder and encoder rows at the start."""
+    learning_rate: ClassVar[float] = 0.048
+    """Peak learning rate times √width, by default."""
+    decay: ClassVar[float] = 0.6
+    """Share of the steps over which the learning rate falls, by default."""
     rates: ClassVar[Mapping[str, float]] = {}
     """Factors on the learning rate, by the tensor they are for."""
     damping: ClassVar[float] = 1.0
@@ -229,6 +233,7 @@ class Penalised(Architecture):
     """Architectures whose active entries are those above a bound; a sparsity penalty decides how many they are."""
 
     fixed_k = False
+    learning_rate, decay = 0.064, 0.3
     may_be_dense = True
     n_buffers = 2
 

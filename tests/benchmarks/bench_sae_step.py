@@ -280,7 +280,7 @@ def main() -> None:
     peer_steps.prepare(sizes)
     config = TrainConfig(
         features=sizes.features, k=sizes.k, batch_size=sizes.batch, tokens=sizes.batch * 1000,
-        autocast=sizes.dtype == "bf16",
+        autocast=sizes.dtype == "bf16", aux_k=sizes.width // 2,  # as peers have it
     )  # fmt: skip
     peers = [Peer(name, python, sizes) for name, python in options.pythons.items()]
     figures: dict[str, dict[str, Any]] = {}

@@ -1,7 +1,6 @@
 """Training: resumed runs bit by bit, counters against loops, folding, recovery of known directions, a real model."""
 
 import json
-import math
 
 import pytest
 import torch
@@ -308,6 +307,24 @@ def test_resampling_points_dead_features_at_errors_and_leaves_the_living():
     assert one.state["silent"][dead].sum() == 0
 
 
+def test_biases_of_dead_features_rise_by_a_share_of_the_learning_rate_until_they_are_active():
+    one, x = learner(dead_tokens=10), torch.randn(2000, 16)
+    one.prepare(x)
+    asleep = torch.tensor([3, 5])
+    one.weights["b_enc"].data[asleep] = -0.6  # so that no pre-activation is among the largest
+    one.state["silent"][asleep] = 11
+    before = one.weights["b_enc"].detach().clone()
+    one.step(x[:64], 100)
+    rise = one.weights["b_enc"].detach() - before
+    assert (one.weights["b_enc"].grad[asleep] == 0).all()  # AuxK moves other weights alone
+    assert one.weights["W_enc"].grad[asleep].abs().sum() > 0
+    torch.testing.assert_close(rise[asleep], torch.full((2,), 0.2 * one.config.learning_rate_at(100, 16)))
+    assert rise.count_nonzero() == 2
+    optimise(one, x, 400)
+    f = one.export().encode(x)
+    assert (f[:, asleep] > 0).any(0).all()
+
+
 @pytest.mark.parametrize("architecture", [name for name in ALL if name != "identity"])
 def test_memory_is_stated_for_the_tensors_that_there_are(architecture):
     one = learner(architecture=architecture)
@@ -329,15 +346,19 @@ def test_schedules():
     assert [TrainConfig(tokens=n).dead_after for n in (1000, 10**6, 10**11)] == [4096, 10**4, 10**7]
     assert TrainConfig(tokens=100_000).batch == 512
     assert TrainConfig(tokens=100_000_000).batch == 4096
-    for batches, factor in ((500, 1.0), (1000, 1.0), (4000, 0.5)):
-        config = TrainConfig(tokens=512 * batches, batch_size=512)
-        assert config.learning_rate_at(batches // 2, 64) == pytest.approx(factor * 0.064 / math.sqrt(64))
+    for batches, factor in ((100, 2.0), (250, 2.0), (1000, 1.0), (4000, 0.5)):
+        for name, peak, decay in (("topk", 0.048, 0.6), ("jumprelu", 0.064, 0.3)):
+            config = TrainConfig(architecture=name, tokens=512 * batches, batch_size=512)
+            assert config.learning_rate_at(batches // 3, 64) == pytest.approx(factor * peak / 8)
+            falling = config.learning_rate_at(round(batches * (1 - decay / 4)), 64)
+            assert falling == pytest.approx(factor * peak / 8 / 4, rel=0.1)
     penalty = learner(architecture="p_anneal", sparsity=2.0, warmup=0.5, p_end=0.2, tokens=64 * 100)
     hypers = [penalty.hyper(step) for step in (0, 25, 50, 75, 100)]
     assert [float(hyper.sparsity) for hyper in hypers] == pytest.approx([0.0, 1.0, 2.0, 2.0, 2.0])
     assert [hyper.p for hyper in hypers] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
     usual = learner(architecture="jumprelu", revival="auxk", features=64, width=16).hyper(0)
-    assert (usual.k_aux, usual.bandwidth, usual.target_l0) == (8, pytest.approx(0.8 / 4), None)
+    assert (usual.k_aux, usual.bandwidth, usual.target_l0) == (1, pytest.approx(0.8 / 4), None)
+    assert [TrainConfig(k=k).k_aux for k in (8, 9, 32)] == [1, 2, 4] and TrainConfig(aux_k=7).k_aux == 7
     assert learner(revival="resample", tokens=64 * 100).resample_steps == {10, 20, 30, 40}
     assert learner().resample_steps == set()
     annealed = learner(k_start=20, warmup=0.5)

@@ -84,7 +84,8 @@ class SweepResults:
             for k, rows in by_k.items():
                 together = mean(self.spliced[config]["ce_recovered"] for config in {row.name for row in rows})
                 cells.append([name, str(width), str(k), *_means(rows), number(together)])
-        head = f"means over {len(self.sites)} sites and all seeds, {self.n_tokens:,} tokens of {self._where()}"
+        sites = f"{len(self.sites)} sites" if len(self.sites) > 1 else self.sites[0]
+        head = f"means over {sites} and all seeds, {self.n_tokens:,} tokens of {self._where()}"
         return f"{head}\n{aligned(cells)}"
 
     def table(self) -> str:

@@ -57,6 +57,8 @@ class Mask(Common):
             progress=not self.quiet,
         )  # fmt: skip
         seconds = time.perf_counter() - begin
+        folder = circuit_folder(self.circuit)
+        mask.save(folder / SCORES_FILE)  # learned scores outlive a measurement that is interrupted
         options = FaithfulnessOptions(
             ablation=self.options.ablation, start_site=self.options.start_site, errors=self.options.errors,
             random=0, seed=self.options.seed, batch_size=self.options.batch_size,
@@ -69,7 +71,6 @@ class Mask(Common):
             )  # fmt: skip
 
         of_mask, of_effects = measured(mask.nodes), measured(loaded.circuit.nodes)
-        folder = circuit_folder(self.circuit)
         data = {
             "schema_version": 1,
             "options": mask.options,
@@ -80,7 +81,6 @@ class Mask(Common):
             "mask": of_mask.to_dict(),
             "effects": of_effects.to_dict(),
         }
-        mask.save(folder / SCORES_FILE)
         write_json(folder / MASK_FILE, data)
         record(folder.parent, "mask", self)
         text = (

@@ -6,6 +6,8 @@ import json
 
 from safetensors.torch import load_file
 
+from sae.errors import UserError
+
 
 def test_mask_is_learned_and_measured_beside_the_effects(sfc, run_folder, prompts_file):
     options = ("--sizes", "5,20", "--start-site", "attn_1", "--steps", 3, "--batch-size", 4)
@@ -21,3 +23,16 @@ def test_mask_is_learned_and_measured_beside_the_effects(sfc, run_folder, prompt
     text = sfc("mask", "--circuit", run_folder, *options)
     assert text.status == 0 and "prompts, those learned on" in text.out and "mask" in text.out
     assert sfc("mask", "--circuit", run_folder, "--smallest", 9, "--largest", 3).status == 2
+
+
+def test_learned_scores_outlive_an_interrupted_measurement(sfc, run_folder, prompts_file, monkeypatch):
+    scores = run_folder / "circuit" / "mask.safetensors"
+    scores.unlink(missing_ok=True)
+
+    def interrupted(*args, **options):
+        raise UserError("interrupted")
+
+    monkeypatch.setattr("circuits.commands.mask.measure_faithfulness", interrupted)
+    options = ["--steps", 2, "--smallest", 3, "--sizes", "5"]
+    assert sfc("mask", "--circuit", run_folder, "--prompts", prompts_file, *options).status == 2
+    assert load_file(scores)

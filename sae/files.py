@@ -1,4 +1,11 @@
-"""Reading and writing run files, so that a crash leaves the old file or the new one and never half of one."""
+"""Reading and writing run files: a crash leaves the old file or the new one, and bad content is one sentence.
+
+1. `atomic_write` writes to a temporary name in the same folder, syncs it to disk, gives it the permissions that the
+   process gives any new file, and renames it.
+2. `read_json` parses a file once by a schema (a dataclass, TypedDict or any type that pydantic knows) and says file,
+   key, value and what is allowed where it does not fit. What is read is bounded, devices are refused.
+3. `read_tensors` checks tensors by name, rank, shape and number type (`TensorSpec`).
+"""
 
 from __future__ import annotations
 
@@ -8,17 +15,24 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sae.errors import UserError
 
+MAX_TEXT_BYTES = 2**30
+"""No file that is read at once as text is larger."""
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp(\..+)?")
 
 
@@ -45,18 +59,35 @@ def remove_temporary(folder: Path) -> None:
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`; rename it to `path` when the block ends without an error.
 
-    A disk that cannot take the file is told in one sentence.
+    The file gets the permissions of any new file of this process and is on disk before it has its name. A disk that
+    cannot take it is told in one sentence.
     """
     path = Path(path)
     make_folder(path.parent)
     temporary = temporary_name(path)
     try:
+        temporary.touch()
+        mode = stat.S_IMODE(temporary.stat().st_mode)  # what the umask leaves; safetensors makes private files
         yield temporary
+        temporary.chmod(mode)
+        sync(temporary)
         temporary.replace(path)
+        sync(path.parent)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {str(path)!r}: {error}; what was written before is whole") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Have the disk take what was written to a file, or the names in a folder, before anything else happens."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some file systems cannot sync a folder
+            os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def without_nan(value: Any) -> Any:
@@ -77,15 +108,69 @@ def write_tensors(
         save_file({name: x.cpu().contiguous() for name, x in tensors.items()}, temporary, header)
 
 
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; for a missing or damaged one a UserError that names it."""
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a tensor in a file must be."""
+
+    shape: tuple[int | str | None, ...]
+    """Its sizes; a name stands for one number wherever it occurs, None for any."""
+    kind: Literal["float", "int", "bool"] = "float"
+    """Its number type, of any width."""
+    finite: bool = True
+    """Whether NaN and infinity are refused."""
+    optional: bool = False
+    """Whether it may be missing."""
+
+
+def read_tensors(path: str | Path, expected: Mapping[str, TensorSpec] | None = None, **sizes: int) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, checked as in `check_tensors` where it is said what to expect.
+
+    Raises UserError, naming the file, for one that is missing or damaged.
+    """
     path = Path(path)
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except FileNotFoundError:
         raise missing_file(path) from None
+    except OSError as error:
+        raise UserError(f"cannot read {str(path)!r}: {error.strerror or error}") from None
     except SafetensorError as error:
         raise UserError(f"{path} is not a safetensors file, or not all of one: {error}") from None
+    if expected is not None:
+        check_tensors(tensors, expected, path, **sizes)
+    return tensors
+
+
+def check_tensors(
+    tensors: Mapping[str, Tensor], expected: Mapping[str, TensorSpec], where: str | Path, **sizes: int
+) -> None:
+    """Raises UserError, naming `where`, unless all expected tensors are there, as expected; others may be too.
+
+    sizes: what names in `TensorSpec.shape` stand for; names without a size take that of the first tensor.
+    """
+    for name, spec in expected.items():
+        if name not in tensors:
+            if spec.optional:
+                continue
+            raise UserError(f"{where}: tensor {name!r} is missing (found {shorten(', '.join(sorted(tensors)))})")
+        tensor = tensors[name]
+        fits = tensor.ndim == len(spec.shape)
+        for size, wanted in zip(tensor.shape, spec.shape, strict=False):
+            wanted = sizes.setdefault(wanted, size) if isinstance(wanted, str) else wanted
+            fits = fits and wanted in (None, size)
+        if not fits:
+            shape = ", ".join(str(sizes.get(n, n) if isinstance(n, str) else n or "any") for n in spec.shape)
+            raise UserError(f"{where}: tensor {name!r} has shape {list(tensor.shape)}, expected [{shape}]")
+        if _kind(tensor) != spec.kind:
+            raise UserError(f"{where}: tensor {name!r} is {str(tensor.dtype)[6:]}, expected {spec.kind} numbers")
+        if spec.finite and spec.kind == "float" and not tensor.isfinite().all():
+            raise UserError(f"{where}: tensor {name!r} holds numbers that are not finite: it is damaged")
+
+
+def _kind(tensor: Tensor) -> str:
+    if tensor.dtype is torch.bool:
+        return "bool"
+    return "float" if tensor.is_floating_point() else "complex" if tensor.is_complex() else "int"
 
 
 def missing_file(path: Path) -> UserError:
@@ -106,19 +191,79 @@ def write_json(path: str | Path, obj: Any) -> None:
     write_text(path, json.dumps(obj, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: str | Path) -> Any:
-    """Read a JSON file; a missing or malformed one raises UserError with the file and the line."""
+def read_text(path: str | Path, *, limit: int = MAX_TEXT_BYTES) -> str:
+    """A UTF-8 file, or what comes through a pipe, of at most `limit` bytes; else one sentence that names the path."""
     path = Path(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode) or stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+            raise UserError(f"{str(path)!r} is a {'folder' if stat.S_ISDIR(mode) else 'device'}, not a file")
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+        if len(data) > limit:
+            raise UserError(f"{str(path)!r} has more than {limit / 2**20:,.0f} MiB: split it")
+        return data.decode("utf-8")
     except FileNotFoundError:
-        raise UserError(f"no file {str(path)!r}: give the path of an existing JSON file") from None
-    except OSError as error:
-        raise UserError(f"cannot read {str(path)!r}: {error.strerror}") from None
+        raise UserError(f"no file {str(path)!r}: give the path of an existing file") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"cannot read {str(path)!r}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def read_json(path: str | Path, schema: Any = dict[str, Any]) -> Any:
+    """Read a JSON file as `schema` (by default any object); see `parse_json`."""
+    return parse_json(read_text(path), path, schema)
+
+
+def parse_json(text: str, where: str | Path, schema: Any = Any) -> Any:
+    """JSON text as a value of the type `schema`: a dataclass, TypedDict, list[int], Any, ...
+
+    Types are strict: "3" is no number. Raises UserError with `where` and the line of malformed JSON, or the key, its
+    value and what is allowed.
+    """
+    try:
+        value = json.loads(text, parse_constant=lambda _: None)  # an undefined number is null
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: malformed JSON: {error.msg}") from None
+        raise UserError(f"{where}, line {error.lineno}: malformed JSON: {error.msg}") from None
+    except RecursionError:
+        raise UserError(f"{where}: JSON nested too deeply to be read") from None
+    except ValueError as error:  # an integer of more digits than Python converts
+        raise UserError(f"{where}: malformed JSON: {error}") from None
+    return value if schema is Any else check_type(value, schema, where)
+
+
+def check_type(value: Any, schema: Any, where: str | Path) -> Any:
+    """A JSON value as a value of the type `schema`, as in `parse_json`."""
+    try:
+        return _adapter(schema).validate_json(json.dumps(value), strict=True)
+    except RecursionError:
+        raise UserError(f"{where}: JSON nested too deeply to be read") from None
+    except ValidationError as error:
+        raise UserError(f"{where}: {_first_mistake(error)}") from None
+
+
+@cache
+def _adapter(schema: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(schema)
+
+
+def _first_mistake(error: ValidationError) -> str:
+    """`key 'a.b' is '3': expected a valid integer`, or which key is missing."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "missing":
+        return f"key {key!r} is missing"
+    wanted = first["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+    name = f"key {key!r} is" if key else "found"
+    return f"{name} {shorten(json.dumps(first['input'], default=str))}: {wanted}"
+
+
+def shorten(text: str, limit: int = 80) -> str:
+    """The text, or its beginning and "..."."""
+    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def prepare_folder(path: str | Path, *, overwrite: bool) -> Path:

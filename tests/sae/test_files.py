@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
 from sae.errors import UserError, nearest, unknown
-from sae.files import atomic_write, prepare_folder, read_json, write_json, write_tensors
+from sae.files import (
+    TensorSpec,
+    atomic_write,
+    parse_json,
+    prepare_folder,
+    read_json,
+    read_tensors,
+    read_text,
+    write_json,
+    write_tensors,
+)
 
 
 def test_crash_while_writing_keeps_the_old_file_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -37,7 +49,7 @@ def test_unserialisable_object_leaves_the_old_json(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", [1])
     with pytest.raises(TypeError):
         write_json(tmp_path / "a.json", [object()])
-    assert read_json(tmp_path / "a.json") == [1]
+    assert read_json(tmp_path / "a.json", list[int]) == [1]
 
 
 def test_malformed_json_names_file_and_line(tmp_path: Path) -> None:
@@ -49,7 +61,7 @@ def test_malformed_json_names_file_and_line(tmp_path: Path) -> None:
 def test_missing_and_unreadable_json(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no file .*none\.json"):
         read_json(tmp_path / "none.json")
-    with pytest.raises(UserError, match="cannot read"):
+    with pytest.raises(UserError, match="is a folder, not a file"):
         read_json(tmp_path)
     (tmp_path / "latin.json").write_bytes(b'"\xe9"')
     with pytest.raises(UserError, match="not UTF-8"):
@@ -99,3 +111,63 @@ def test_a_disk_that_is_full_is_one_sentence_and_the_old_file_stays(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_new_files_have_the_permissions_of_any_other(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    write_tensors(tmp_path / "a.safetensors", {"x": torch.ones(2)})
+    write_json(tmp_path / "a.json", [])
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"a": "3"}, "key 'a' is \"3\": expected a valid integer"),
+        ({}, "key 'a' is missing"),
+        ([], r"found \[\]: expected an object"),
+    ],
+)
+def test_json_of_another_schema_names_file_key_and_value(tmp_path: Path, value: object, message: str) -> None:
+    @dataclass
+    class Schema:
+        a: int
+
+    write_json(tmp_path / "a.json", value)
+    with pytest.raises(UserError, match=rf"a\.json: {message}"):
+        read_json(tmp_path / "a.json", Schema)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "1" * 5_000])
+def test_json_that_python_cannot_hold_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match=r"a\.json"):
+        parse_json(text, "a.json")
+
+
+def test_devices_are_refused_and_pipes_are_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is a device"):
+        read_text("/dev/zero")
+    reading, writing = os.pipe()
+    os.write(writing, b'{"a": NaN}')
+    os.close(writing)
+    assert read_json(f"/dev/fd/{reading}") == {"a": None}
+    os.close(reading)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (TensorSpec((2, 2)), r"has shape \[2, 3\], expected \[2, 2\]"),
+        (TensorSpec(("n", "n")), "has shape"),
+        (TensorSpec((6,)), "has shape"),
+        (TensorSpec((2, 3), "int"), "is float32, expected int numbers"),
+        (TensorSpec((2, 3)), "not finite"),
+    ],
+)
+def test_tensors_are_checked(tmp_path: Path, spec: TensorSpec, message: str) -> None:
+    write_tensors(tmp_path / "a.safetensors", {"x": torch.full((2, 3), torch.nan)})
+    with pytest.raises(UserError, match=rf"a\.safetensors: tensor 'x' {message}|{message}"):
+        read_tensors(tmp_path / "a.safetensors", {"x": spec})
+    with pytest.raises(UserError, match="tensor 'y' is missing"):
+        read_tensors(tmp_path / "a.safetensors", {"y": spec})

@@ -77,9 +77,8 @@ def continuations(
     width = chosen.clean.input_ids.shape[1]
 
     def continued(edits) -> list[str]:
-        ids = model.generate(
-            chosen.clean, max_new_tokens=new_tokens, edits=edits(chosen) if edits else None
-        )  # [n, S + new]
+        placed, later = (edits(chosen), edits.later) if edits else ({}, {})
+        ids = model.generate(chosen.clean, max_new_tokens=new_tokens, edits=placed, later_edits=later)  # [n, S + new]
         return [model.tokenizer.decode(row, skip_special_tokens=True) for row in ids[:, width:].tolist()]
 
     pairs = zip(chosen.texts, continued(None), continued(edits), strict=True)

@@ -105,6 +105,11 @@ class PlacedEdits:
         """Whether no edit has a place."""
         return set(self.edits) <= {EVERYWHERE}
 
+    @property
+    def later(self) -> dict[Site, Edit]:
+        """The edits of tokens that are generated after the prompts: those without a place."""
+        return dict(self.edits.get(EVERYWHERE, {}))
+
     def __call__(self, prompts: PromptSet) -> dict[Site, Edit]:
         """Edits for `LanguageModel.run` and `generate` of the clean prompts."""
         if self.everywhere:
@@ -121,7 +126,7 @@ class PlacedEdits:
                     change = edits[site](x) - x
                     if place == EVERYWHERE:
                         result = result + change
-                    elif x.shape[1] == where[place].shape[1]:  # not a later token of a generation
+                    else:
                         result = torch.where(where[place], result + change, result)
                 return result
 

@@ -22,6 +22,7 @@ from sae.sites import model_type
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 FULL_PRECISION_PARAMETERS = 2_000_000_000  # up to this many, dtype "auto" on CUDA is float32 as it is elsewhere
+POSITION_LIMITS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "n_ctx")
 SAMPLED_VALUES = 64  # of each parameter, for the fingerprint
 
 
@@ -83,6 +84,16 @@ def fingerprint(hf: nn.Module) -> str:
         sample = flat[:: max(1, flat.numel() // SAMPLED_VALUES)][:SAMPLED_VALUES]
         digest.update(sample.cpu().to(torch.bfloat16).view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def max_positions(hf: nn.Module) -> int | None:
+    """The number of positions a model's config allows, its text model's where it has several; None for no bound."""
+    config = getattr(hf, "config", None)
+    for part in (config, getattr(config, "text_config", None)):
+        for name in POSITION_LIMITS:
+            if isinstance(limit := getattr(part, name, None), int) and limit > 0:
+                return limit
+    return None
 
 
 def _device(device: str | torch.device) -> torch.device:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,8 @@ from nnsight.intervention.interleaver import OutOfOrderError
 from torch import Tensor, nn
 
 from sae.errors import UserError, unknown
-from sae.loading import fingerprint, load_hf
+from sae.generation import generate
+from sae.loading import fingerprint, load_hf, max_positions
 from sae.places import Edit, Place, edited, tuple_length
 from sae.selfcheck import check_model
 from sae.sites import ARCHITECTURES, Site, SitePath, model_type, own_sites, site_table
@@ -122,6 +123,11 @@ class LanguageModel:
         return getattr(getattr(self.hf, "config", None), "_commit_hash", None)
 
     @property
+    def max_positions(self) -> int | None:
+        """Most tokens of one text; None where nothing in the model's config bounds it."""
+        return max_positions(self.hf)
+
+    @property
     def dtype(self) -> torch.dtype:
         """Number type of the activations."""
         return next(self.hf.parameters()).dtype
@@ -208,21 +214,33 @@ class LanguageModel:
         return skip | {other: cache[other] for other in earlier if other > blocks[-1]}
 
     def generate(
-        self, prompts: Tokens, *, max_new_tokens: int, edits: Mapping[Site, Edit] | None = None, **sampling: Any
+        self,
+        prompts: Tokens,
+        *,
+        max_new_tokens: int,
+        edits: Mapping[Site, Edit] | None = None,
+        later_edits: Mapping[Site, Edit] | None = None,
+        **sampling: Any,
     ) -> Tensor:
-        """[B, S + new] token ids; greedy unless `sampling` (arguments of Hugging Face's generate) says otherwise.
+        """[B, S + new] token ids; greedy, whatever the checkpoint's generation settings, unless `sampling` (arguments
+        of Hugging Face's generate) says otherwise.
 
-        Edits apply at every step: x is [B, S, d] on the prompt and [B, 1, d] at each later token.
+        Edits apply at every step: `edits` see x [B, S, d] of the prompts' positions alone, `later_edits` (the same
+        unless given; an empty mapping for none) x [B, 1, d] of each later token.
         """
-        prompts = prompts.to(self.device)
         edits = dict(edits or {})
-        self._check_requested(edits, set(), {}, set())
-        pad = self._coder.pad_id if self._coder else 0
-        options = {"do_sample": False, "pad_token_id": pad, "max_new_tokens": max_new_tokens} | sampling
-        with self._lock, torch.no_grad(), ExitStack() as hooks:
-            for site, edit in edits.items():
-                hooks.enter_context(self._places[site].hooked(edit))
-            return self.hf.generate(prompts.input_ids, attention_mask=prompts.attention_mask, **options)
+        later = edits if later_edits is None else dict(later_edits)
+        self._check_requested({**edits, **later}, set(), {}, set())
+        pad_id = self._coder.pad_id if self._coder else 0
+        with self._lock:
+            return generate(
+                self, prompts.to(self.device), max_new_tokens=max_new_tokens, pad_id=pad_id, edits=edits,
+                later_edits=later, sampling=sampling,
+            )  # fmt: skip
+
+    def hooked(self, site: Site, edit: Edit, *, rows: int) -> AbstractContextManager[None]:
+        """Apply the edit at every call of the site's module while the context lasts, outside of `run`."""
+        return self._places[site].hooked(edit)
 
     def _trace(
         self,

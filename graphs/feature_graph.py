@@ -12,7 +12,6 @@ The graph itself is a `networkx.DiGraph` at `.graph`: every networkx algorithm a
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -22,9 +21,9 @@ from typing import Any, Literal, NamedTuple
 import networkx as nx
 
 from graphs.errors import GraphError, unknown
-from graphs.files import read_json, write_text
+from graphs.files import check_type, read_json, write_json
+from graphs.schema import SCHEMA_VERSION, GraphFile
 
-SCHEMA_VERSION = 1
 METRIC = "metric"
 KINDS = ("feature", "error", "metric")
 NODE_KEYS = ("id", "site", "feature", "kind", "position", "effect", "label", "attributes")
@@ -234,56 +233,25 @@ class FeatureGraph:
     @staticmethod
     def from_json(data: Any, *, source: str | Path = "graph") -> FeatureGraph:
         """Build the graph from `to_json`'s dictionary; `source` names the file in error messages."""
-        _need(data, {"schema_version": int, "metadata": dict, "sites": list, "nodes": list, "edges": list}, source)
-        if data["schema_version"] != SCHEMA_VERSION:
-            version = data["schema_version"]
-            raise GraphError(f"{source}: schema_version is {version!r}, this program reads {SCHEMA_VERSION}")
+        check_type(data, GraphFile, source)
         try:
             graph = FeatureGraph(data["sites"], metadata=data["metadata"])
-            for place, item in enumerate(data["nodes"]):
-                _need(item, dict.fromkeys(NODE_KEYS, object), f"{source}: nodes[{place}]")
-                _need(item, {"id": str, "site": str, "effect": float, "attributes": dict}, f"{source}: nodes[{place}]")
+            for item in data["nodes"]:
                 graph.add_node(Node(**{key: item[key] for key in NODE_KEYS}))
-            for place, item in enumerate(data["edges"]):
-                _need(item, {"source": str, "target": str, "weight": float}, f"{source}: edges[{place}]")
-                graph.add_edge(item["source"], item["target"], item["weight"], interval=_bounds(item, place, source))
+            for item in data["edges"]:
+                bounds = item.get("interval")
+                graph.add_edge(
+                    item["source"], item["target"], item["weight"], interval=None if bounds is None else tuple(bounds)
+                )
         except GraphError as error:
-            prefix = "" if str(error).startswith(str(source)) else f"{source}: "
-            raise GraphError(f"{prefix}{error}") from None
+            raise GraphError(f"{source}: {error}") from None
         return graph
 
     def save(self, path: str | Path) -> None:
         """Write the graph as JSON; the file is replaced in one step."""
-        try:
-            text = json.dumps(self.to_json(), allow_nan=False)  # in ASCII: tokens need not be valid Unicode
-        except (TypeError, ValueError) as error:
-            raise GraphError(f"{path}: the graph cannot be written as JSON ({error})") from None
-        write_text(path, text + "\n")
+        write_json(path, self.to_json())
 
     @staticmethod
     def load(path: str | Path) -> FeatureGraph:
         """Read a graph written by `save`; anything wrong in the file raises GraphError with the file and the value."""
-        return FeatureGraph.from_json(read_json(path), source=path)
-
-
-def _bounds(item: Mapping[str, Any], place: int, where: str | Path) -> tuple[float, float] | None:
-    """The interval of an edge in a file, if it has one."""
-    found = item.get("interval")
-    if found is None:
-        return None
-    if not isinstance(found, (list, tuple)) or len(found) != 2 or not all(isinstance(x, (int, float)) for x in found):
-        raise GraphError(f"{where}: edges[{place}]: interval is {found!r:.60}, expected two numbers")
-    return found[0], found[1]
-
-
-def _need(data: Any, keys: Mapping[str, type], where: str | Path) -> None:
-    """Raise GraphError unless `data` is a dictionary with these keys, each of its type (a float may be an integer)."""
-    if not isinstance(data, dict):
-        raise GraphError(f"{where}: expected an object with {', '.join(keys)}, found {data!r:.60}")
-    for key, kind in keys.items():
-        if key not in data:
-            raise GraphError(f"{where}: key {key!r} is missing")
-        value = data[key]
-        allowed = (int, float) if kind is float else kind
-        if isinstance(value, bool) or not isinstance(value, allowed):
-            raise GraphError(f"{where}: {key} is {value!r:.60}, expected {kind.__name__}")
+        return FeatureGraph.from_json(read_json(path, Any), source=path)

@@ -6,6 +6,7 @@ The twin of `sae/files.py` for a package that knows nothing of torch: see there 
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import stat
@@ -58,9 +59,18 @@ def sync(path: Path) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8 text atomically."""
+    """Write UTF-8 text atomically; characters that are none (lone surrogates) as their escapes in JSON."""
     with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write a value as JSON in one line, atomically; a GraphError says what has no form in JSON, such as NaN."""
+    try:
+        text = json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise GraphError(f"{path}: cannot be written as JSON ({error})") from None
+    write_text(path, text + "\n")
 
 
 def read_text(path: str | Path, *, limit: int = MAX_TEXT_BYTES) -> str:
@@ -85,24 +95,45 @@ def read_text(path: str | Path, *, limit: int = MAX_TEXT_BYTES) -> str:
         raise GraphError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
 
-def read_json(path: str | Path, schema: Any = Any) -> Any:
-    """Read a JSON file as `schema`; see `parse_json`."""
+def read_json(path: str | Path, schema: Any) -> Any:
+    """Read a JSON file that fits `schema`; see `parse_json`."""
     return parse_json(read_text(path), path, schema)
 
 
-def parse_json(text: str, where: str | Path, schema: Any = Any) -> Any:
-    """JSON text as a value of the type `schema`; a GraphError says where, which key, its value and what is allowed."""
+def parse_json(text: str, where: str | Path, schema: Any) -> Any:
+    """JSON text as the dictionaries and lists it spells, which fit `schema` (see `check_type`).
+
+    What is not a finite number is None. A GraphError says where, and the line of malformed JSON.
+    """
     try:
-        value = json.loads(text)
-        return value if schema is Any else _adapter(schema).validate_json(json.dumps(value), strict=True)
+        value = json.loads(text, parse_constant=lambda _: None, parse_float=_finite)
     except json.JSONDecodeError as error:
         raise GraphError(f"{where}, line {error.lineno}: not valid JSON ({error.msg})") from None
     except RecursionError:
         raise GraphError(f"{where}: JSON nested too deeply to be read") from None
-    except ValidationError as error:
-        raise GraphError(f"{where}: {_first_mistake(error)}") from None
     except ValueError as error:  # an integer of more digits than Python converts
         raise GraphError(f"{where}: not valid JSON ({error})") from None
+    check_type(value, schema, where)
+    return value
+
+
+def _finite(text: str) -> float | None:
+    value = float(text)
+    return value if math.isfinite(value) else None
+
+
+def check_type(value: Any, schema: Any, where: str | Path) -> None:
+    """A GraphError with the key, its value and what is allowed unless the JSON value fits `schema`, a TypedDict or any
+    type that pydantic knows. Types are strict: "3" is no number. Text need not be valid Unicode.
+    """
+    try:
+        text = json.dumps(value, ensure_ascii=False).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        _adapter(schema).validate_json(text, strict=True)
+    except RecursionError:
+        raise GraphError(f"{where}: JSON nested too deeply to be read") from None
+    except (TypeError, ValueError) as error:
+        wrong = first_mistake(error, value) if isinstance(error, ValidationError) else f"not plain JSON ({error})"
+        raise GraphError(f"{where}: {wrong}") from None
 
 
 @cache
@@ -110,13 +141,32 @@ def _adapter(schema: Any) -> TypeAdapter[Any]:
     return TypeAdapter(schema)
 
 
-def _first_mistake(error: ValidationError) -> str:
-    """`key 'a.b' is '3': expected a valid integer`, or which key is missing."""
-    first = error.errors(include_url=False, include_context=False)[0]
-    key = ".".join(str(part) for part in first["loc"])
+def first_mistake(error: ValidationError, value: Any) -> str:
+    """`key 'nodes[0].effect' is "3": expected a valid number`, or which key is missing."""
+    errors = error.errors(include_url=False, include_context=False)
+    first = errors[0]
+    if first["type"] == "json_invalid":  # what was written as JSON a moment ago can only be too deep
+        return "JSON nested too deeply to be read"
+    path = _path(first["loc"], value)
+    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
     if first["type"] == "missing":
         return f"key {key!r} is missing"
-    wanted = first["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+    wanted = dict.fromkeys(other["msg"] for other in errors if _path(other["loc"], value) == path)
+    allowed = " or ".join(msg.removeprefix("Value error, ").removeprefix("Input should be ") for msg in wanted)
     shown = json.dumps(first["input"], default=str)
     shown = shown if len(shown) <= 80 else shown[:77] + "..."
-    return f"key {key!r} is {shown}: {wanted}" if key else f"found {shown}: {wanted}"
+    key = f"key {key!r} is" if key else "found"
+    return f"{key} {shown}: expected {allowed}"
+
+
+def _path(loc: tuple[int | str, ...], value: Any) -> list[int | str]:
+    """The parts of pydantic's location that are keys of the value or missing from it; others name types."""
+    path: list[int | str] = []
+    for part in loc:
+        if isinstance(value, dict):
+            path.append(part)
+            value = value.get(part)
+        elif isinstance(value, list) and isinstance(part, int):
+            path.append(part)
+            value = value[part] if part < len(value) else None
+    return path

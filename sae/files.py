@@ -94,7 +94,7 @@ def without_nan(value: Any) -> Any:
     """JSON knows no NaN and no infinity: they become None."""
     if isinstance(value, dict):
         return {key: without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -181,14 +181,19 @@ def missing_file(path: Path) -> UserError:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file, atomically."""
+    """Write a text file, atomically; characters that are none (lone surrogates) as their escapes in JSON."""
     with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: str | Path, obj: Any) -> None:
     """Write `obj` as indented JSON, atomically."""
-    write_text(path, json.dumps(obj, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, to_json(obj, indent=2) + "\n")
+
+
+def to_json(obj: Any, *, indent: int | None = None) -> str:
+    """`obj` as JSON text; undefined numbers are null, as JSON has none."""
+    return json.dumps(without_nan(obj), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
 def read_text(path: str | Path, *, limit: int = MAX_TEXT_BYTES) -> str:
@@ -225,7 +230,7 @@ def parse_json(text: str, where: str | Path, schema: Any = Any) -> Any:
     value and what is allowed.
     """
     try:
-        value = json.loads(text, parse_constant=lambda _: None)  # an undefined number is null
+        value = json.loads(text, parse_constant=lambda _: None, parse_float=_finite)  # an undefined number is null
     except json.JSONDecodeError as error:
         raise UserError(f"{where}, line {error.lineno}: malformed JSON: {error.msg}") from None
     except RecursionError:
@@ -235,14 +240,20 @@ def parse_json(text: str, where: str | Path, schema: Any = Any) -> Any:
     return value if schema is Any else check_type(value, schema, where)
 
 
+def _finite(text: str) -> float | None:
+    value = float(text)
+    return value if math.isfinite(value) else None
+
+
 def check_type(value: Any, schema: Any, where: str | Path) -> Any:
-    """A JSON value as a value of the type `schema`, as in `parse_json`."""
+    """A JSON value as a value of the type `schema`, as in `parse_json`; what is no Unicode becomes U+FFFD."""
     try:
-        return _adapter(schema).validate_json(json.dumps(value), strict=True)
+        text = json.dumps(value, ensure_ascii=False).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return _adapter(schema).validate_json(text, strict=True)
     except RecursionError:
         raise UserError(f"{where}: JSON nested too deeply to be read") from None
     except ValidationError as error:
-        raise UserError(f"{where}: {_first_mistake(error)}") from None
+        raise UserError(f"{where}: {first_mistake(error, value)}") from None
 
 
 @cache
@@ -250,15 +261,33 @@ def _adapter(schema: Any) -> TypeAdapter[Any]:
     return TypeAdapter(schema)
 
 
-def _first_mistake(error: ValidationError) -> str:
-    """`key 'a.b' is '3': expected a valid integer`, or which key is missing."""
-    first = error.errors(include_url=False, include_context=False)[0]
-    key = ".".join(str(part) for part in first["loc"])
+def first_mistake(error: ValidationError, value: Any) -> str:
+    """`key 'nodes[0].effect' is "3": expected a valid number`, or which key is missing."""
+    errors = error.errors(include_url=False, include_context=False)
+    first = errors[0]
+    if first["type"] == "json_invalid":  # what was written as JSON a moment ago can only be too deep
+        return "JSON nested too deeply to be read"
+    path = _path(first["loc"], value)
+    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
     if first["type"] == "missing":
         return f"key {key!r} is missing"
-    wanted = first["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+    wanted = dict.fromkeys(other["msg"] for other in errors if _path(other["loc"], value) == path)
+    allowed = " or ".join(msg.removeprefix("Value error, ").removeprefix("Input should be ") for msg in wanted)
     name = f"key {key!r} is" if key else "found"
-    return f"{name} {shorten(json.dumps(first['input'], default=str))}: {wanted}"
+    return f"{name} {shorten(json.dumps(first['input'], default=str))}: expected {allowed}"
+
+
+def _path(loc: tuple[int | str, ...], value: Any) -> list[int | str]:
+    """The parts of pydantic's location that are keys of the value or missing from it; others name types."""
+    path: list[int | str] = []
+    for part in loc:
+        if isinstance(value, dict):
+            path.append(part)
+            value = value.get(part)
+        elif isinstance(value, list) and isinstance(part, int):
+            path.append(part)
+            value = value[part] if part < len(value) else None
+    return path
 
 
 def shorten(text: str, limit: int = 80) -> str:

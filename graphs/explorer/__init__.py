@@ -21,6 +21,7 @@ from typing import Any
 from graphs.errors import GraphError
 from graphs.feature_graph import FeatureGraph
 from graphs.files import write_text
+from graphs.sharing import shared
 from graphs.style import DIVERGING, NEGATIVE_EDGE, POSITIVE_EDGE, position_name
 
 SCRIPTS = ("model.js", "layout.js", "drawing.js", "view.js", "panel.js", "controls.js")
@@ -39,7 +40,7 @@ def explorer_html(graph: FeatureGraph, *, title: str | None = None) -> str:
     """The explorer as text."""
     if len(graph) == 0:
         raise GraphError("the graph has no nodes: there is nothing to explore")
-    title = str(title if title is not None else graph.metadata.get("title", "Feature circuit"))
+    title = str(title if title is not None else graph.metadata.get("title") or "Feature circuit")
     parts = {
         "title": escape(title),
         "style": _asset("explorer.css"),
@@ -76,7 +77,7 @@ def _data(graph: FeatureGraph, title: str) -> dict[str, Any]:
     return {
         "title": title,
         "key": hashlib.sha256("\n".join([title, *place]).encode("utf-8", "replace")).hexdigest()[:16],
-        "metadata": {k: v for k, v in graph.metadata.items() if k not in ("title", "tokens", "positions")},
+        "metadata": {k: v for k, v in shared(graph.metadata).items() if k not in ("title", "tokens", "positions")},
         "sites": graph.sites,
         "positions": [[position, position_name(graph, position)] for position in graph.positions],
         "nodes": [{"name": node.name, **{key: getattr(node, key) for key in keep}} for node in nodes],

@@ -17,17 +17,20 @@ Files made by EAP-IG are read as well: see `from_eap_ig`.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, FiniteFloat
+from typing_extensions import NotRequired, TypedDict
 
 from graphs.errors import GraphError
 from graphs.feature_graph import METRIC, FeatureGraph, Node, feature_node, metric_node
-from graphs.files import read_json, write_text
+from graphs.files import check_type, read_json, write_json
+from graphs.sharing import shared
 
 EXTRA = "sparse_feature_circuit"
 INPUT, LOGITS = "input", "logits"
@@ -39,12 +42,12 @@ Place = tuple[str, int]
 
 def write_eap_ig(graph: FeatureGraph, path: str | Path, **model: Any) -> None:
     """Write the graph for EAP-IG and MIB; `model` as in `to_eap_ig`."""
-    write_text(path, json.dumps(to_eap_ig(graph, **model), ensure_ascii=False) + "\n")
+    write_json(path, to_eap_ig(graph, **model))
 
 
 def read_eap_ig(path: str | Path) -> FeatureGraph:
     """Read a circuit file of EAP-IG; what is wrong in it raises GraphError with the file and the value."""
-    return from_eap_ig(read_json(path), source=path)
+    return from_eap_ig(read_json(path, Any), source=path)
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -81,7 +84,7 @@ def to_eap_ig(
         source, target = next(iter(weights))
         raise GraphError(f"edge {source} -> {target} does not exist where attention and MLP are parallel")
     shape = {"n_layers": n_layers, "n_heads": n_heads, "parallel_attn_mlp": parallel, "d_model": d_model}
-    return {"cfg": shape, "nodes": nodes, "edges": edges, EXTRA: graph.to_json()}
+    return {"cfg": shape, "nodes": nodes, "edges": edges, EXTRA: graph.to_json() | {"metadata": shared(graph.metadata)}}
 
 
 def _components(n_layers: int) -> list[str]:
@@ -147,33 +150,52 @@ def _component_weights(graph: FeatureGraph) -> Weights:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
+class _Config(TypedDict):
+    n_layers: Annotated[int, Field(ge=1, le=10_000)]
+
+
+class _Edge(TypedDict):
+    in_graph: bool
+    score: FiniteFloat
+
+
+class _Node(TypedDict):
+    in_graph: bool
+    score: NotRequired[float | None]
+
+
+class _Circuit(TypedDict):
+    cfg: _Config
+    nodes: dict[str, _Node]
+    edges: dict[str, _Edge]
+
+
 def from_eap_ig(data: Any, *, source: str | Path = "circuit") -> FeatureGraph:
     """Rebuild a graph written by `to_eap_ig`, or take over what is `in_graph` of a circuit of heads and MLPs.
 
     Of the latter, head h of layer l is feature h of site `attn_l`, the MLP feature 0 of `mlp_l`, the input feature 0
     of `embed`; q, k and v edges are added up. A node without a score has the sum of its outgoing edges as its effect.
     """
-    for key in ("cfg", "nodes", "edges"):
-        if not isinstance(data, dict) or not isinstance(data.get(key), dict):
-            raise GraphError(f"{source}: not a circuit of EAP-IG, {key!r} is missing or no object")
+    check_type(data, _Circuit, f"{source}: not a circuit of EAP-IG")
     if EXTRA in data:
         return FeatureGraph.from_json(data[EXTRA], source=source)
     try:
         return _foreign(data)
-    except KeyError as error:
-        raise GraphError(f"{source}: key {error} is missing") from None
-    except (TypeError, AttributeError, ValueError) as error:
+    except ValueError as error:
         raise GraphError(f"{source}: {error}") from None
 
 
 def _foreign(data: dict[str, Any]) -> FeatureGraph:
     weights: dict[tuple[Place, Place], float] = defaultdict(float)
     for name, edge in data["edges"].items():
-        start, arrow, end = name.partition("->")
+        tail, arrow, head = name.partition("->")
         if not arrow:
             raise GraphError(f"edge {name!r} is not of the form parent->child")
         if edge["in_graph"]:
-            weights[_place(start), _place(end.partition("<")[0])] += float(edge["score"])
+            weights[_place(tail), _place(head.partition("<")[0])] += float(edge["score"])
+    leaving: dict[Place, float] = defaultdict(float)
+    for (start, _), weight in weights.items():
+        leaving[start] += weight
     kept: dict[Place, dict[str, Any]] = {
         _place(name): node for name, node in data["nodes"].items() if node["in_graph"] and name != LOGITS
     }
@@ -182,10 +204,9 @@ def _foreign(data: dict[str, Any]) -> FeatureGraph:
     graph = FeatureGraph(sites, metadata={"cfg": data["cfg"], "title": "component circuit"})
     for site, index in sorted({*kept, *ends}, key=lambda place: (sites.index(place[0]), place[1])):
         place = (site, index)
-        leaving = sum(weight for (start, _), weight in weights.items() if start == place)
         score: Any = kept.get(place, {}).get("score")
         unscored = score is None or math.isnan(score)
-        graph.add_node(feature_node(site, index, effect=leaving if unscored else float(score)))
+        graph.add_node(feature_node(site, index, effect=leaving[place] if unscored else float(score)))
     graph.add_node(metric_node())
     for (start, end), weight in weights.items():
         graph.add_edge(_id(start), _id(end), weight)

@@ -10,20 +10,20 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
-from xml.etree.ElementTree import ParseError
 
 import networkx as nx
 
 from graphs.errors import GraphError
 from graphs.feature_graph import NODE_KEYS, SCHEMA_VERSION, FeatureGraph
-from graphs.files import atomic_write
+from graphs.files import atomic_write, parse_json, read_text
+from graphs.sharing import shared
 from graphs.style import describe, visible
 
 
 def write_graphml(graph: FeatureGraph, path: str | Path) -> None:
     """Write the graph; the file is replaced in one step."""
     plain = nx.DiGraph()
-    rest = {"schema_version": SCHEMA_VERSION, "sites": graph.sites, "metadata": graph.metadata}
+    rest = {"schema_version": SCHEMA_VERSION, "sites": graph.sites, "metadata": shared(graph.metadata)}
     plain.graph["json"] = json.dumps(rest)  # ASCII only: XML cannot hold control characters, escapes in JSON can
     names = {node.id: f"n{place}" for place, node in enumerate(graph.nodes())}
     for node in graph.nodes():
@@ -46,12 +46,7 @@ def write_graphml(graph: FeatureGraph, path: str | Path) -> None:
 
 def read_graphml(path: str | Path) -> FeatureGraph:
     """Read a graph that `write_graphml` wrote; of other GraphML files it says what is missing."""
-    try:
-        plain = nx.read_graphml(path)
-    except FileNotFoundError:
-        raise GraphError(f"{path}: no such file") from None
-    except (ParseError, nx.NetworkXError, ValueError, KeyError) as error:
-        raise GraphError(f"{path}: not a GraphML file ({error})") from None
+    plain = _parsed(path)
     data = _json(plain.graph, "the graph", path)
     nodes = {name: _json(columns, f"node {name!r}", path) for name, columns in plain.nodes(data=True)}
     try:
@@ -70,14 +65,17 @@ def read_graphml(path: str | Path) -> FeatureGraph:
     return FeatureGraph.from_json(data, source=path)
 
 
+def _parsed(path: str | Path) -> nx.DiGraph:
+    """What networkx makes of the file; whatever it raises, the file is no GraphML."""
+    text = read_text(path)
+    try:
+        return nx.parse_graphml(text)
+    except Exception as error:
+        raise GraphError(f"{path}: not a GraphML file ({error})") from None
+
+
 def _json(columns: dict[str, Any], owner: str, path: str | Path) -> dict[str, Any]:
     """The column `json` of a node or of the graph."""
-    try:
-        found = json.loads(columns["json"])
-    except KeyError:
-        raise GraphError(f"{path}: {owner} has no column 'json', which write_graphml adds") from None
-    except (TypeError, json.JSONDecodeError) as error:
-        raise GraphError(f"{path}: column 'json' of {owner} is not JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise GraphError(f"{path}: column 'json' of {owner} is {found!r:.60}, expected an object")
-    return found
+    if not isinstance(columns.get("json"), str):
+        raise GraphError(f"{path}: {owner} has no column 'json', which write_graphml adds")
+    return parse_json(columns["json"], f"{path}: column 'json' of {owner}", dict[str, Any])

@@ -16,10 +16,12 @@ Graphs made by circuit-tracer itself are read as well: see `from_neuronpedia`.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
+
+from pydantic import FiniteFloat
+from typing_extensions import NotRequired, TypedDict
 
 from graphs.errors import GraphError
 from graphs.feature_graph import (
@@ -33,7 +35,9 @@ from graphs.feature_graph import (
     feature_node,
     metric_node,
 )
-from graphs.files import read_json, write_text
+from graphs.files import check_type, read_json, write_json
+from graphs.schema import GraphHead, Index, Interval, NodeFile, Place
+from graphs.sharing import shared
 from graphs.style import describe, number, position_name
 
 EXTRA = "sparse_feature_circuit"
@@ -43,12 +47,12 @@ FEATURE, ERROR, EMBEDDING, LOGIT = "cross layer transcoder", "mlp reconstruction
 
 def write_neuronpedia(graph: FeatureGraph, path: str | Path, *, scan: str = "", slug: str = "") -> None:
     """Write the graph for the viewers; `scan` is their name of the model, `slug` of the graph."""
-    write_text(path, json.dumps(to_neuronpedia(graph, scan=scan, slug=slug)) + "\n")
+    write_json(path, to_neuronpedia(graph, scan=scan, slug=slug))
 
 
 def read_neuronpedia(path: str | Path) -> FeatureGraph:
     """Read a graph file of the viewers; what is wrong in it raises GraphError with the file and the value."""
-    return from_neuronpedia(read_json(path), source=path)
+    return from_neuronpedia(read_json(path, Any), source=path)
 
 
 def cantor(x: int, y: int) -> int:
@@ -66,17 +70,18 @@ def to_neuronpedia(graph: FeatureGraph, *, scan: str = "", slug: str = "") -> di
     last = max((row for row in rows.values() if row is not None), default=-1) + 1
     places = {node.id: position_places.get(node.position, len(tokens) - 1) for node in graph.nodes()}
     ids = {node.id: _viewer_id(node, rows.get(node.site), places[node.id], last) for node in graph.nodes()}
-    title = str(graph.metadata.get("title", "feature circuit"))
+    metadata = shared(graph.metadata)
+    title = str(metadata.get("title") or "feature circuit")
     return {
         "metadata": {
             "slug": slug or re.sub(r"\W+", "-", title.lower()).strip("-"),
-            "scan": scan or str(graph.metadata.get("model", "")),
+            "scan": scan or str(metadata.get("model", "")),
             "transcoder_list": [],
             "prompt_tokens": tokens,
             "prompt": "".join(tokens),
             "node_threshold": 1.0,
             "schema_version": 1,
-            EXTRA: {"schema_version": SCHEMA_VERSION, "sites": graph.sites, "metadata": graph.metadata},
+            EXTRA: {"schema_version": SCHEMA_VERSION, "sites": graph.sites, "metadata": metadata},
         },
         "qParams": {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""},
         "nodes": [
@@ -156,22 +161,66 @@ def _viewer_node(node: Node, id: str, row: int | None, place: int, last: int, n_
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
+class _Link(TypedDict):
+    source: str
+    target: str
+    weight: FiniteFloat
+    interval: NotRequired[Interval | None]
+
+
+class _OwnNode(TypedDict):
+    node_id: str
+    sparse_feature_circuit: NodeFile
+
+
+class _OwnHead(TypedDict):
+    sparse_feature_circuit: GraphHead
+
+
+class _OwnGraph(TypedDict):
+    metadata: _OwnHead
+    nodes: list[_OwnNode]
+    links: list[_Link]
+
+
+class _ForeignNode(TypedDict):
+    node_id: str
+    layer: str | Index
+    feature_type: str
+    ctx_idx: Place
+    influence: NotRequired[FiniteFloat | None]
+    token_prob: NotRequired[FiniteFloat | None]
+    activation: NotRequired[FiniteFloat | None]
+    clerp: NotRequired[str | None]
+
+
+class _ForeignHead(TypedDict):
+    prompt_tokens: list[str]
+    slug: NotRequired[str]
+    scan: NotRequired[str]
+    prompt: NotRequired[str]
+
+
+class _ForeignGraph(TypedDict):
+    metadata: _ForeignHead
+    nodes: list[_ForeignNode]
+    links: list[_Link]
+
+
 def from_neuronpedia(data: Any, *, source: str | Path = "graph") -> FeatureGraph:
     """Rebuild a graph written by `to_neuronpedia`, or take over one made by circuit-tracer.
 
     Of the latter, transcoder features and errors of layer l sit at site `mlp_l`, tokens at `embed`, every logit at
     `logit`, joined to the metric by an edge of its probability; effects are the file's influences.
     """
-    for key, kind in (("metadata", dict), ("nodes", list), ("links", list)):
-        if not isinstance(data, dict) or not isinstance(data.get(key), kind):
-            raise GraphError(f"{source}: not a graph of the Neuronpedia schema, {key!r} is missing or of another type")
+    head = data.get("metadata") if isinstance(data, dict) else None
+    own = isinstance(head, dict) and EXTRA in head
+    check_type(data, _OwnGraph if own else _ForeignGraph, f"{source}: not a graph of the Neuronpedia schema")
     try:
-        if EXTRA in data["metadata"]:
-            return _own(data, source)
-        return _foreign(data)
+        return _own(data, source) if own else _foreign(data)
     except KeyError as error:
-        raise GraphError(f"{source}: key {error} is missing") from None
-    except (TypeError, AttributeError, ValueError) as error:
+        raise GraphError(f"{source}: a link names the node {error}, and there is none") from None
+    except ValueError as error:
         prefix = "" if str(error).startswith(str(source)) else f"{source}: "
         raise GraphError(f"{prefix}{error}") from None
 

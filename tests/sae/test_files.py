@@ -7,6 +7,7 @@ import resource
 import signal
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -171,3 +172,19 @@ def test_tensors_are_checked(tmp_path: Path, spec: TensorSpec, message: str) -> 
         read_tensors(tmp_path / "a.safetensors", {"x": spec})
     with pytest.raises(UserError, match="tensor 'y' is missing"):
         read_tensors(tmp_path / "a.safetensors", {"y": spec})
+
+
+def test_json_that_is_written_has_no_nan_and_takes_any_text(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"x": [float("nan"), (float("inf"), 1.5)], "name": "a\udc80"})
+    assert read_json(tmp_path / "a.json", dict[str, Any]) == {"x": [None, [None, 1.5]], "name": "a\ufffd"}
+    assert "NaN" not in (tmp_path / "a.json").read_text()
+
+
+@pytest.mark.parametrize("text", ["[" * 500 + "]" * 500, '{"a": ' * 300 + "1" + "}" * 300])
+def test_deep_json_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="nested too deeply"):
+        parse_json(text, "a.json", dict[str, Any] if text[0] == "{" else list[Any])
+
+
+def test_a_number_beyond_floats_is_undefined() -> None:
+    assert parse_json('{"a": 1e999, "b": -1e999}', "a.json") == {"a": None, "b": None}

@@ -13,7 +13,9 @@ is positive and effects can be read alike. With A the answers of a prompt (usual
 | `probe-margin:FILE` | -(w . x + b) times its sign on the clean prompt | `read_by`, `prepare` |
 
 Any function of that signature will do as well, named on the command line as `package.module:function` or
-`path/to/file.py:function`. A probe with several classes is named `probe:FILE.safetensors:CLASS`.
+`path/to/file.py:function`. A probe with several classes is named `probe:FILE.safetensors:CLASS`. A circuit keeps the
+name and fingerprint of its metric (`circuits.metric_identity`); code is never run because a circuit names it
+(`circuit_metric`).
 
 Shapes: B prompts, V vocabulary, n answers.
 """
@@ -23,14 +25,15 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from circuits.metric_identity import code_fingerprint, code_name, names_code, values_fingerprint
 from circuits.probes import Probe, read_by
 from circuits.prompts import PromptSet
 from sae.errors import UserError, unknown
@@ -43,6 +46,8 @@ log = logging.getLogger(__name__)
 PROBES = ("probe:", "probe-margin:")
 CANCELS = 0.2
 """Share of mean |delta| below which the mean of delta is nothing to explain."""
+TRIED_PROMPTS = 8
+"""Prompts on which a user's metric is tried before it is used."""
 Metric = Callable[[Tensor, PromptSet], Tensor]
 
 
@@ -124,6 +129,104 @@ def absolute(metric: str) -> str:
     return f"{Path(place).resolve()}:{name}" if place.endswith(".py") else metric
 
 
+# ------------------------------------------------------------------------------------------ which metric it is
+
+
+def metric_name(metric: str | Metric) -> str:
+    """The name a circuit keeps of its metric: as the command line has it, or `module:function` of a Python object."""
+    if isinstance(metric, str):
+        return absolute(metric)
+    return next((name for name, known in METRICS.items() if known is metric), None) or code_name(metric)
+
+
+def metric_title(metric: Metric, prompts: PromptSet) -> str:
+    """What tables call the metric's values; those of the logit difference are shown with the other sign."""
+    if metric is logit_difference:
+        return "logit difference" if prompts.patch_answers is not None else "answer logit"
+    if metric is log_probability or metric is kl:
+        return "-log p(answer)" if metric is log_probability else "KL from the clean run"
+    return getattr(metric, "name", None) or code_name(metric).rpartition(":")[2]
+
+
+def has_shares(metric: Metric) -> bool:
+    """Whether m after an edit over m before is the share of the behaviour that is left; where the metric is itself a
+    distance from the clean run, or a surprise, it is not.
+    """
+    return metric not in (kl, log_probability)
+
+
+def metric_fingerprint(metric: Metric) -> str | None:
+    """A hash of what the metric computes; None for the package's own, and for code that cannot be compared."""
+    if metric in METRICS.values():
+        return None
+    if isinstance(metric, Probe):
+        return values_fingerprint(metric.weight, metric.bias, metric.site.name, metric.position, metric.margin)
+    return code_fingerprint(metric)
+
+
+def circuit_metric(metadata: Mapping[str, Any], *, given: str | Metric | None = None) -> Metric:
+    """The metric a circuit explains, by what it keeps of it.
+
+    Code that a circuit names is not run: it has to be given again, and is compared with what the circuit was found
+    with. Raises UserError where it is not given, or is another one.
+    """
+    name = metadata["options"]["metric"]
+    if given is None and names_code(name):
+        raise UserError(
+            f"the circuit explains the metric {name!r}, which is Python code; code that a run names is not run by "
+            "itself: give the metric again (--metric, in Python metric=)"
+        )
+    metric = get_metric(name if given is None else given)
+    if given is not None and not names_code(name) and metric_name(given) != name:
+        raise UserError(f"the circuit explains the metric {name!r}, not {metric_name(given)!r}: leave the metric out")
+    before, now = metadata.get("metric_fingerprint"), metric_fingerprint(metric)
+    if before is not None and before != now:
+        what = "the same function" if names_code(name) else "the probe it was found with"
+        raise UserError(
+            f"the circuit explains the metric {name!r} with fingerprint {before}, and {_describe(given, name)} now has "
+            f"{now or 'none'}: give {what}, or discover the circuit again"
+        )
+    if before is None and names_code(name):
+        log.warning("whether the metric is the one the circuit was found with (%s) cannot be compared", name)
+    return metric
+
+
+def _describe(given: str | Metric | None, name: str) -> str:
+    return repr(name if given is None else metric_name(given))
+
+
+def check_values(values: Any, n_prompts: int, metric: Metric, *, differentiable: bool = False) -> None:
+    """`UserError` unless a metric gave one finite number for every prompt, with a gradient where it is needed."""
+    title = code_name(metric)
+    if not isinstance(values, Tensor):
+        raise UserError(f"metric {title!r} gave {type(values).__name__}, expected a tensor of shape [{n_prompts}]")
+    if list(values.shape) != [n_prompts]:
+        raise UserError(
+            f"metric {title!r} gave shape {list(values.shape)}, expected [{n_prompts}]: one number for every prompt"
+        )
+    if not values.is_floating_point():
+        raise UserError(f"metric {title!r} gave {str(values.dtype)[6:]} numbers, expected float32")
+    if not values.isfinite().all():
+        row = int((~values.isfinite()).nonzero()[0, 0])
+        raise UserError(f"metric {title!r} gave {values[row].item()} for prompt {row}: it must be finite")
+    if differentiable and not values.requires_grad:
+        raise UserError(f"metric {title!r} has no gradient: it must be a differentiable function of the logits")
+
+
+def try_metric(model: LanguageModel, prompts: PromptSet, metric: Metric, *, differentiable: bool = False) -> None:
+    """Call a user's metric on a few prompts before any long work; see `check_values`."""
+    if isinstance(metric, Probe) or metric in METRICS.values():
+        return
+    batch = prompts[: min(TRIED_PROMPTS, len(prompts))]
+    with torch.enable_grad():
+        logits = model.run(batch.clean, last_only=True).logits[:, -1].detach().requires_grad_(True)
+        values = metric(logits, batch)
+    check_values(values, len(batch), metric, differentiable=differentiable)
+
+
+# ------------------------------------------------------------------------------------------ running it
+
+
 def warn_if_cancelling(metric: Metric, delta: Tensor) -> None:
     """Warn where delta = m(patch) - m(clean), [B], has opposite signs on the prompts, so that |mean| is less than
     `CANCELS` of mean |delta|: effects cancel in the mean over prompts as it does.
@@ -142,11 +245,21 @@ def warn_if_cancelling(metric: Metric, delta: Tensor) -> None:
     )
 
 
-def prepare(prompts: PromptSet, model: LanguageModel, metric: str | Metric, *, batch_size: int = 64) -> PromptSet:
+def prepare(
+    prompts: PromptSet,
+    model: LanguageModel,
+    metric: str | Metric,
+    *,
+    batch_size: int = 64,
+    differentiable: bool = False,
+) -> PromptSet:
     """The prompts with what the metric compares with: for `kl` the log-probabilities after the clean prompts, for the
-    margin of a probe its sign there.
+    margin of a probe its sign there. A user's function is tried first (`try_metric`).
+
+    differentiable: whether a gradient of the metric is needed.
     """
     m = get_metric(metric)
+    try_metric(model, prompts, m, differentiable=differentiable)
     if isinstance(m, Probe) and m.margin and prompts.reference is None:
         return replace(prompts, reference=m.signs(model, prompts, batch_size=batch_size))
     if m is not kl or prompts.reference is not None:
@@ -169,6 +282,19 @@ def metric_values(model: LanguageModel, prompts: PromptSet, metric: Metric, *, b
     return torch.cat([metric(logits, batch) for batch, logits in _batch_logits(read, prompts, edits, batch_size)])
 
 
+@torch.no_grad()
+def values_and_correct(
+    model: LanguageModel, prompts: PromptSet, metric: Metric, *, batch_size: int = 64, edits=None
+) -> tuple[Tensor, Tensor]:
+    """m of every clean prompt and whether it is answered rightly, each [B], from the same runs; no metric of a probe."""
+    found = [
+        (metric(logits, batch), correct(logits, batch))
+        for batch, logits in _batch_logits(model, prompts, edits, batch_size)
+    ]
+    values, right = zip(*found, strict=True)
+    return torch.cat(values), torch.cat(right)
+
+
 def _batch_logits(model, prompts, edits, batch_size) -> Iterator[tuple[PromptSet, Tensor]]:
     for batch in prompts.batches(batch_size):
         run = model.run(batch.clean, edits=edits(batch) if callable(edits) else edits, last_only=True)
@@ -184,6 +310,12 @@ def correct(logits: Tensor, prompts: PromptSet) -> Tensor:
         return logit_difference(logits, prompts) < 0
     answers = prompts.clean_answers if prompts.clean_answers.dim() == 2 else prompts.clean_answers[:, None]  # [B, n]
     return (logits.argmax(-1, keepdim=True) == answers).any(1)
+
+
+def mean_accuracy(model: LanguageModel, prompts: PromptSet, *, batch_size: int = 64) -> float:
+    """Share of prompts that the model answers rightly (see `correct`), batch by batch."""
+    batches = _batch_logits(model, prompts, None, batch_size)
+    return torch.cat([correct(logits, batch) for batch, logits in batches]).float().mean().item()
 
 
 def accuracy(logits: Tensor, prompts: PromptSet) -> float:

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from circuits.attribution.effects import SiteEffects
+from circuits.behaviour import Metric, circuit_metric
 from circuits.edges import Edges
 from circuits.nodes import Nodes, SiteNodes, aggregate, distinguishable, select_nodes
 from graphs.feature_graph import FeatureGraph, Position, error_node, feature_node, metric_node
@@ -51,11 +52,22 @@ class Circuit:
     """Bootstrap interval of every edge weight, [D, U, 2] like `edges`; empty where not computed."""
     edge_samples: Edges = field(default_factory=dict)
     """Edge weights of every example, [N, D, U], as far as discovery kept them; not saved."""
+    metric: Metric | None = field(default=None, repr=False, compare=False)
+    """The metric it explains, where it was discovered in this process; of a file, see `get_metric`."""
 
     @property
     def spans(self) -> tuple[str, ...]:
         """Names of the spans that nodes live in, where aggregated by spans."""
         return tuple(self.metadata.get("positions", ()))
+
+    def get_metric(self, given: str | Metric | None = None) -> Metric:
+        """The metric it explains. Of a circuit from a file whose metric is Python code, it has to be given again.
+
+        Raises UserError where it is not given, or where another one is given.
+        """
+        if given is None and self.metric is not None:
+            return self.metric
+        return circuit_metric(self.metadata, given=given)
 
     @cached_property
     def nodes(self) -> Nodes:
@@ -73,14 +85,17 @@ class Circuit:
         return select_nodes(self.nodes, top=n)
 
     def strongest_features(self, n: int) -> list[str]:
-        """Names of the n features of largest |effect|, positions added up; errors are not features."""
-        effects: dict[str, float] = {}
-        for site, nodes in self.nodes.items():
-            for feature, effect in zip(nodes.feature.tolist(), nodes.effect.tolist(), strict=True):
-                if feature != nodes.n_features:
-                    name = f"{site.name}/{feature}"
-                    effects[name] = effects.get(name, 0.0) + effect
-        return sorted(effects, key=lambda name: -abs(effects[name]))[:n]
+        """Names of the n features of largest |effect|, each with the position or span it acts at where the circuit keeps
+        these apart (`resid_3/120@subject`); errors are not features.
+        """
+        features = {site: nodes[~nodes.is_error] for site, nodes in self.nodes.items()}
+        strongest = select_nodes(features, top=n)
+        rows = [
+            (-abs(effect), name)
+            for site, nodes in strongest.items()
+            for name, effect in zip(nodes.ids(site), nodes.effect.tolist(), strict=True)
+        ]
+        return [name for _, name in sorted(rows, key=lambda row: row[0])]
 
     def graph(
         self,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +21,32 @@ import torch
 
 from circuits.attribution import METHODS, SiteEffects
 from circuits.attribution.gradients import RULES
-from circuits.behaviour import Metric, accuracy, get_metric, last_logits, prepare, warn_if_cancelling
+from circuits.behaviour import (
+    Metric,
+    get_metric,
+    logit_difference,
+    mean_accuracy,
+    metric_fingerprint,
+    metric_name,
+    metric_title,
+    prepare,
+    warn_if_cancelling,
+)
 from circuits.circuit import Circuit
 from circuits.edges import ACTIVE
+from circuits.metric_identity import names_code
 from circuits.nodes import AGGREGATIONS, aggregate, count, select_nodes
-from circuits.partial import PartialFiles, work_of
+from circuits.partial import PartialFiles, interrupted, work_of
 from circuits.passes import BatchNodes, Work, edge_pass, node_pass
-from circuits.probes import read_by, visible_sites
+from circuits.probes import Probe, read_by, visible_sites
 from circuits.prompts import PromptSet
 from circuits.spans import LAST, OTHER
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError, unknown
 from sae.model import LanguageModel
 from sae.sites import Site, select_sites
+
+LOGIT_DIFFERENCE = "logit(patch answer) - logit(clean answer)"
 
 
 @dataclass(frozen=True)
@@ -107,14 +120,22 @@ def discover(
     """
     options = options or DiscoverOptions()
     m = metric or get_metric(options.metric)
-    prompts = prepare(prompts, model, m)
+    options = replace(options, metric=metric_name(metric or options.metric))
+    prompts = prepare(prompts, model, m, differentiable=True)
     sites = visible_sites(m, model, select_sites(options.sites, list(saes)))
-    accurate = accuracy(last_logits(model, prompts), prompts)
+    accurate = None if isinstance(m, Probe) else mean_accuracy(model, prompts)
     plain, model = model, read_by(model, m)
     n_positions, spans = prompts.clean.n_positions, _spans(prompts, options.aggregation)
     files = None
     if partial is not None:
-        files = PartialFiles(partial, work_of(model, saes, prompts, asdict(options)), resume=resume)
+        unlike = resume and names_code(options.metric) and metric_fingerprint(m) is None
+        if unlike and interrupted(partial):
+            raise UserError(
+                f"the metric {options.metric!r} cannot be compared with that of the interrupted discovery (it is no "
+                "plain Python function): start again with --overwrite"
+            )
+        named = work_of(model, saes, prompts, asdict(options) | {"metric_fingerprint": metric_fingerprint(m)})
+        files = PartialFiles(partial, named, resume=resume)
     work = Work(model, saes, prompts, m, options, sites, files, progress)
     batches = node_pass(work)
     _warn_if_cancelling(m, batches)
@@ -127,15 +148,17 @@ def discover(
     chosen = select_nodes(nodes, top=options.edge_nodes)
     edges, edge_samples = edge_pass(work, batches, chosen) if options.edge_nodes else ({}, {})
     metadata = {
+        "metric": LOGIT_DIFFERENCE if m is logit_difference else metric_title(m, prompts),
         **(provenance or {}),
         "options": asdict(options),
+        "metric_fingerprint": metric_fingerprint(m),
         "sites": [site.name for site in sites],
         "n_nodes": count(nodes),
         "accuracy": accurate,
         **_of_prompts(plain, prompts, options.aggregation),
         **_of_metric(batches, effects, len(prompts)),
     }
-    return Circuit(effects, chosen if options.edge_nodes else {}, edges, metadata, edge_samples=edge_samples)
+    return Circuit(effects, chosen if options.edge_nodes else {}, edges, metadata, edge_samples=edge_samples, metric=m)
 
 
 def _spans(prompts: PromptSet, aggregation: str) -> tuple[str, ...]:
@@ -166,7 +189,24 @@ def _of_metric(batches: Sequence[BatchNodes], effects: Mapping[Site, SiteEffects
     """What the metadata say of the metric: its ends, and how nearly the effects add up to what was measured."""
     ends = _metric_ends(batches, n_examples)
     totals = {site: torch.cat([batch.totals[site] for batch in batches]) for site in effects}
-    return ends | {"completeness": _completeness(effects, totals, n_examples, ends["total_effect"])}
+    scale = abs(ends["total_effect"] or 0.0) or max(abs(total.double().mean().item()) for total in totals.values())
+    return ends | {
+        "completeness": _completeness(effects, totals, n_examples, scale),
+        "errors": _error_shares(effects, n_examples, scale),
+    }
+
+
+def _error_shares(effects: Mapping[Site, SiteEffects], n_examples: int, scale: float) -> dict[str, Any]:
+    """What goes through the error node of each site, in units of `scale`."""
+    sums = {site: found.value[found.feature == found.n_features].double().sum() for site, found in effects.items()}
+    shares = {site: total.item() / n_examples / (scale or 1.0) for site, total in sums.items()}
+    largest = max(shares, key=lambda site: abs(shares[site]))
+    return {
+        "mean_share": sum(shares.values()) / len(shares),
+        "largest_share": shares[largest],
+        "largest_site": largest.name,
+        "sites": {site.name: share for site, share in shares.items()},
+    }
 
 
 def _warn_if_cancelling(metric: Metric, batches: Sequence[BatchNodes]) -> None:
@@ -196,16 +236,15 @@ def _completeness(
     effects: Mapping[Site, SiteEffects],
     totals: Mapping[Site, torch.Tensor],
     n_examples: int,
-    total_effect: float | None,
+    scale: float,
 ) -> dict[str, Any]:
     """Sum of a site's effects against m(the site alone patched) - m(clean), both averaged over examples.
 
-    residual = |sum of effects - measured| / scale, where scale is |m(patch) - m(clean)|, or without patch prompts the
-    largest measured effect of a site. For integrated gradients it is the quadrature error.
+    residual = |sum of effects - measured| / scale; scale: |m(patch) - m(clean)|, or without patch prompts the largest
+    measured effect of a site. For integrated gradients it is the quadrature error.
     """
     summed = {site: effects[site].value.double().sum().item() / n_examples for site in effects}
     measured = {site: totals[site].double().mean().item() for site in effects}
-    scale = abs(total_effect) if total_effect else max(abs(value) for value in measured.values())
     residual = {site: abs(summed[site] - measured[site]) / (scale or 1.0) for site in effects}
     worst = max(residual, key=residual.__getitem__)
     return {

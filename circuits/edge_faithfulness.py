@@ -33,7 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from circuits.ablation import AblationValues, NodeTable, SiteValues, Values
-from circuits.behaviour import Metric, get_metric, prepare
+from circuits.behaviour import Metric, prepare
 from circuits.circuit import Circuit
 from circuits.constants import ablation_values
 from circuits.edges import Edges
@@ -62,19 +62,20 @@ def measure_edge_faithfulness(
     *,
     sizes: Sequence[int] = (100, 200, 500, 1000, 2000, 5000),
     reference: PromptSet | None = None,
-    metric: Metric | None = None,
+    metric: str | Metric | None = None,
     max_rows: int = 512,
     progress: bool = True,
 ) -> EdgeFaithfulness:
     """Faithfulness of the circuit's strongest edges over sizes.
 
     sizes: numbers of edges; reference: prompts whose means or values ablated inputs take, the measured prompts by
-    default; max_rows: prompts that go through the model at once. Errors without an edge are ablated like any node.
+    default; metric: the circuit's own, given again where it is Python code and the circuit is from a file; max_rows:
+    prompts that go through the model at once. Errors without an edge are ablated like any node.
     """
     options = options or FaithfulnessOptions()
     if options.errors != "nodes":
         raise UserError(f"errors is {options.errors!r}: edges are measured with errors as nodes")
-    m = metric or get_metric(circuit.metadata["options"]["metric"])
+    m = circuit.get_metric(metric)
     prompts = prepare(prompts, model, m)
     model = read_by(model, m)
     saes = subset(saes, circuit.effects)

@@ -12,6 +12,7 @@ import torch
 
 from circuits import behaviour
 from circuits.edit_report import Behaviour, Continuation, Score
+from circuits.probes import Probe
 from circuits.prompts import PromptSet
 from sae.errors import UserError
 
@@ -24,22 +25,23 @@ def measure(
     prompts: PromptSet,
     *,
     edits=None,
-    metric: behaviour.Metric | None = None,
+    metric: behaviour.Metric = behaviour.logit_difference,
     batch_size: int = 64,
 ) -> Behaviour:
-    """Logit difference logit(clean answer) - logit(patch answer) and accuracy, overall and by case.
+    """The metric and the accuracy, overall and by case.
 
-    metric: its values in place of the logit difference; edits: as in `behaviour.last_logits`.
+    metric: the logit difference is shown as logit(clean answer) - logit(patch answer), any other as it is. Prompts of a
+    probe have no answers, so no accuracy. edits: as in `behaviour.last_logits`.
     """
-    logits = behaviour.last_logits(model, prompts, edits=edits, batch_size=batch_size)  # [B, V]
-    right = behaviour.correct(logits, prompts)  # [B]
-    if metric is None:
-        difference = -behaviour.logit_difference(logits, prompts)  # [B]
+    if isinstance(metric, Probe):
+        values, right = behaviour.metric_values(model, prompts, metric, edits=edits, batch_size=batch_size), None
     else:
-        difference = behaviour.metric_values(model, prompts, metric, edits=edits, batch_size=batch_size)
+        values, right = behaviour.values_and_correct(model, prompts, metric, edits=edits, batch_size=batch_size)
+    values = -values if metric is behaviour.logit_difference else values  # [B]
 
     def score(rows: list[int]) -> Score:
-        return Score(len(rows), difference[rows].mean().item(), right[rows].float().mean().item())
+        accuracy = None if right is None else right[rows].float().mean().item()
+        return Score(len(rows), values[rows].mean().item(), accuracy)
 
     by_case = {
         case: [row for row, name in enumerate(prompts.cases) if name == case] for case in sorted(set(prompts.cases))

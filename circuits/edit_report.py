@@ -1,4 +1,9 @@
-"""What an edit did, as a record: for JSON, for the terminal and for the report."""
+"""What an edit did, as a record: for JSON, for the terminal and for the report.
+
+What is *left* of a behaviour is told case by case, metric after over metric before, and is negative where the behaviour
+is reversed. Over several cases it is the mean size, mean |m after| over mean |m before| with cases weighing alike, so
+that a case that is reversed never makes up for one that is untouched.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from sae.errors import UserError
-from sae.files import write_json
+from sae.files import without_nan, write_json
 from sae.tables import aligned
 
 SCHEMA_VERSION = 1
+TINY = 0.01
+"""Share of the mean size below which a case shows nothing of the behaviour before the edit, so that nothing is left."""
+REVERSED = -0.05
+"""A case is called reversed where less than this is left of it."""
 
 
 @dataclass(frozen=True)
@@ -21,9 +30,11 @@ class Score:
     n: int
     """Number of prompts."""
     metric: float
-    """Mean of logit(clean answer) - logit(patch answer); of logit(clean answer) without pairs."""
-    accuracy: float
-    """Share of prompts with the right answer ahead of the wrong one; without pairs, ahead of all tokens."""
+    """Mean of `EditReport.metric`."""
+    accuracy: float | None
+    """Share of prompts with the right answer ahead of the wrong one; without pairs, ahead of all tokens. None where
+    prompts have no answers, for probes.
+    """
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,12 @@ class Behaviour:
     """On the prompts of each case, where there are several."""
     ce: float | None = None
     """Cross-entropy on other text, nats a token; None where no text was given."""
+
+    @property
+    def size(self) -> float:
+        """Mean over cases of |metric|, each case weighing alike; the metric itself where there are no cases."""
+        scores = self.by_case.values()
+        return sum(abs(score.metric) for score in scores) / len(scores) if scores else self.overall.metric
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Behaviour:
@@ -67,7 +84,9 @@ class EditReport:
     value: float | None
     """The value of `set`, `scale` and `steer`."""
     metric: str
-    """What `Score.metric` is: `logit difference`, `answer logit` without pairs, or the name of a probe's logit."""
+    """What `Score.metric` is: `logit difference` of clean minus patch answer, `answer logit` without pairs, or the name
+    of another metric.
+    """
     n_prompts: int
     """Number of prompts measured."""
     n_texts: int
@@ -77,25 +96,46 @@ class EditReport:
     after: Behaviour
     """The edited model."""
     random: list[Behaviour]
-    """One entry a draw: as many random features, active on the prompts, given the same edit."""
+    """One entry a draw: as many random features, active on the prompts, given the same edit; fewer where `random_left` says
+    so, and no entry where there are none to draw.
+    """
     random_features: list[list[str]]
     """The features of each draw."""
     continuations: list[Continuation] = field(default_factory=list)
     """Sample continuations before and after."""
     seed: int = 0
     """Seed of the draws."""
+    random_left: int | None = None
+    """Random features there were to draw, where these are fewer than the edited ones."""
+    shares: bool = True
+    """Whether the metric after the edit over that before is the share of the behaviour that is left."""
 
     @property
-    def remaining(self) -> float:
-        """Share of the metric that the edit leaves: after / before, nan where there was none."""
-        before = self.before.overall.metric
-        return self.after.overall.metric / before if before else float("nan")
+    def remaining(self) -> float | None:
+        """Share of the behaviour that the edit leaves, by its mean size over cases; None where there was none."""
+        return self.left(self.after)
 
     @property
-    def random_remaining(self) -> list[float]:
+    def random_remaining(self) -> list[float | None]:
         """The same for each draw of random features."""
-        before = self.before.overall.metric
-        return [draw.overall.metric / before if before else float("nan") for draw in self.random]
+        return [self.left(draw) for draw in self.random]
+
+    @property
+    def remaining_by_case(self) -> dict[str, float | None]:
+        """What is left of each case, negative where it is reversed; None where it showed nothing before."""
+        return {case: self.left(self.after, case) for case in self.before.by_case}
+
+    @property
+    def reversed_cases(self) -> list[str]:
+        """The cases in which the behaviour has the other sign after the edit."""
+        return [case for case, left in self.remaining_by_case.items() if left is not None and left < REVERSED]
+
+    def left(self, run: Behaviour, case: str | None = None) -> float | None:
+        """Metric of a run over that before, of one case or by the mean size; None where that says nothing."""
+        before = self.before.size if case is None else self.before.by_case[case].metric
+        after = run.size if case is None else run.by_case[case].metric
+        tiny = max(1e-9, TINY * abs(self.before.size) if case else 0.0)
+        return after / before if self.shares and abs(before) > tiny else None
 
     @property
     def ce_increase(self) -> float | None:
@@ -109,9 +149,11 @@ class EditReport:
         derived = {
             "remaining": self.remaining,
             "random_remaining": self.random_remaining,
+            "remaining_by_case": self.remaining_by_case,
+            "reversed_cases": self.reversed_cases,
             "ce_increase": self.ce_increase,
         }
-        return {"schema_version": SCHEMA_VERSION, "kind": "edit", **asdict(self), **derived}
+        return without_nan({"schema_version": SCHEMA_VERSION, "kind": "edit", **asdict(self), **derived})
 
     def save(self, path: str | Path) -> Path:
         """Write it as JSON."""
@@ -158,26 +200,41 @@ class EditReport:
 
     def table(self) -> str:
         """Before, after and the random control as aligned text for a terminal."""
-        draws = len(self.random)
-        head = ["", "before", "after", "left"] + ([f"random features ({draws} draws)", "left"] if draws else [])
-        rows = [self._metric_row(self.metric, None)]
-        rows += [self._metric_row(f"  {case}", case) for case in self.before.by_case]
-        rows.append(self._plain_row("accuracy", [b.overall.accuracy for b in self.runs]))
-        for case in self.before.by_case:
-            values = [b.by_case[case].accuracy for b in self.runs]
-            rows.append(self._plain_row(f"  {case}", values))
+        head = ["", "before", "after", "left"] + ([self.random_title(), "left"] if self.random else [])
+        cases = list(self.before.by_case)
+        rows = [self._metric_row(f"{self.metric}{', mean size' if cases else ''}", None)]
+        rows += [self._metric_row(f"  {case}", case) for case in cases]
+        if self.before.overall.accuracy is not None:
+            rows.append(self._plain_row("accuracy", [b.overall.accuracy or 0.0 for b in self.runs]))
+            for case in cases:
+                rows.append(self._plain_row(f"  {case}", [b.by_case[case].accuracy or 0.0 for b in self.runs]))
         if self.before.ce is not None:
             values = [b.ce or 0.0 for b in self.runs]
             rows.append(self._plain_row(f"CE on {self.n_texts} texts", values, digits=3))
-        lines = [self.title(), aligned([head, *rows])]
+        lines = [self.title(), aligned([head, *rows]), *self.remarks()]
         for sample in self.continuations:
             lines += ["", sample.prompt, f"  before:{_space(sample.before)}", f"  after: {_space(sample.after)}"]
         return "\n".join(lines)
 
+    def random_title(self) -> str:
+        """`random features (5 draws)`, and how many they are where there were fewer to draw than are edited."""
+        few = "" if self.random_left is None else f" of {self.random_left}, not {len(self.features)}"
+        return f"random features ({len(self.random)} {'draw' if len(self.random) == 1 else 'draws'}{few})"
+
+    def remarks(self) -> list[str]:
+        """What the table needs to be read rightly."""
+        found = []
+        if self.reversed_cases:
+            found.append(f"reversed: {', '.join(self.reversed_cases)} (the metric has the other sign after the edit)")
+        if self.random_left == 0:
+            found.append("no random features to compare with: all that are active there are edited")
+        return found
+
     def _metric_row(self, name: str, case: str | None) -> list[str]:
-        before, after, *drawn = [(run.by_case[case] if case else run.overall).metric for run in self.runs]
-        row = [name, f"{before:.2f}", f"{after:.2f}", _share(after, before)]
-        return [*row, _range(drawn), _share(sum(drawn) / len(drawn), before)] if drawn else row
+        before, after, *drawn = [run.by_case[case].metric if case else run.size for run in self.runs]
+        row = [name, f"{before:.2f}", f"{after:.2f}", _percent(self.left(self.after, case))]
+        left = [share for run in self.random if (share := self.left(run, case)) is not None]
+        return [*row, _range(drawn), _percent(sum(left) / len(left) if left else None)] if drawn else row
 
     def _plain_row(self, name: str, values: list[float], *, digits: int = 2) -> list[str]:
         before, after, *drawn = values
@@ -185,8 +242,8 @@ class EditReport:
         return [*row, _range(drawn, digits=digits), ""] if drawn else row
 
 
-def _share(part: float, whole: float) -> str:
-    return f"{100 * part / whole:.0f} %" if whole else "-"
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.0f} %"
 
 
 def _range(values: Sequence[float], *, digits: int = 2) -> str:

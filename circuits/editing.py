@@ -243,8 +243,8 @@ def ablate(
     """Edit the features and report what that does to the behaviour, to other text and to continuations.
 
     features: names such as resid_3/120, or with a place resid_3/120@subject. texts: other text for the cross-entropy,
-    and the reference of `mean`. generate: how many prompts to continue. metric: what is reported in place of the logit
-    difference, such as the probe that a circuit explains.
+    and the reference of `mean`. generate: how many prompts to continue. metric: what is reported, the logit difference by
+    default; for an edit made through a circuit that circuit's own, `Circuit.get_metric`.
     n_random: draws of equally many random active features (see `random_features`) given the same edit.
     """
     check_operation(operation, value)
@@ -252,22 +252,25 @@ def ablate(
     if texts and set(chosen) != {EVERYWHERE}:
         raise UserError("other text has no spans of the prompts: leave it out, or edit features everywhere")
     other = list(_text_batches(model, texts or [], max_length=max_length))
-    m = None if metric is None else behaviour.get_metric(metric)
-    prompts = prompts if m is None else behaviour.prepare(prompts, model, m)
+    m = behaviour.get_metric(metric or behaviour.logit_difference)
+    prompts = behaviour.prepare(prompts, model, m)
     trial = _Trial(model, saes, prompts, other, operation, value, m, batch_size)
     draws = trial.random_features(chosen, n=n_random, same_sites=same_sites, seed=seed)
+    wanted, drawn = _count(chosen), min(map(_count, draws), default=0)
     edits = trial.edits(chosen)
     return EditReport(
         features=_placed_names(chosen),
         operation=operation,
         value=value,
         metric=trial.metric_name,
+        shares=behaviour.has_shares(m),
         n_prompts=len(prompts),
         n_texts=len(texts or []),
         before=trial.behaviour(PlacedEdits({})),
         after=trial.behaviour(edits),
-        random=[trial.behaviour(trial.edits(draw)) for draw in draws],
-        random_features=[_placed_names(draw) for draw in draws],
+        random=[trial.behaviour(trial.edits(draw)) for draw in draws if drawn],
+        random_features=[_placed_names(draw) for draw in draws if drawn],
+        random_left=drawn if n_random and drawn < wanted else None,
         continuations=continuations(model, prompts, edits, n=generate, new_tokens=new_tokens),
         seed=seed,
     )
@@ -284,15 +287,13 @@ class _Trial:
     """Batches of other text."""
     operation: Operation
     value: float | None
-    metric: behaviour.Metric | None
+    metric: behaviour.Metric
     batch_size: int
 
     @property
     def metric_name(self) -> str:
         """What the report calls what is measured."""
-        if self.metric is not None:
-            return getattr(self.metric, "name", getattr(self.metric, "__name__", "metric"))
-        return "logit difference" if self.prompts.patch_answers is not None else "answer logit"
+        return behaviour.metric_title(self.metric, self.prompts)
 
     def random_features(
         self, chosen: PlacedFeatures, *, n: int, same_sites: bool, seed: int
@@ -332,6 +333,10 @@ class _Trial:
         scores = measure(self.model, self.prompts, edits=edits, metric=self.metric, batch_size=self.batch_size)
         ce = cross_entropy(self.model, self.other, edits=edits(self.prompts[:1])) if self.other else None
         return replace(scores, ce=ce)
+
+
+def _count(features: PlacedFeatures) -> int:
+    return sum(len(index) for at in features.values() for index in at.values())
 
 
 def _placed_names(features: PlacedFeatures) -> list[str]:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from circuits.attribution import SiteEffects, capture_states
 from circuits.attribution.exact import exact_effects
-from circuits.behaviour import Metric, get_metric, prepare
+from circuits.behaviour import Metric, prepare
 from circuits.circuit import Circuit
 from circuits.nodes import SiteNodes
 from circuits.probes import read_by
@@ -98,19 +98,19 @@ def verify(
     prompts: PromptSet,
     *,
     nodes: int,
-    metric: Metric | None = None,
+    metric: str | Metric | None = None,
     batch_size: int = 16,
     max_rows: int = 512,
     progress: bool = True,
 ) -> Verification:
     """Patch the strongest `nodes` of the circuit in the prompts it was found on.
 
-    metric: the circuit's own by default; batch_size: prompts whose activations are held at once; max_rows: patched
-    prompts that go through the model at once.
+    metric: the circuit's own, given again where it is Python code and the circuit is from a file; batch_size: prompts
+    whose activations are held at once; max_rows: patched prompts that go through the model at once.
     """
     if nodes < 1:
         raise UserError(f"verify is {nodes}: at least 1 node can be verified")
-    m = metric or get_metric(circuit.metadata["options"]["metric"])
+    m = circuit.get_metric(metric)
     prompts = prepare(prompts, model, m)
     model = read_by(model, m)
     aggregation = circuit.metadata["options"]["aggregation"]

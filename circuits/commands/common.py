@@ -12,12 +12,13 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
+from circuits.behaviour import Metric
 from circuits.circuit import Circuit
 from circuits.prompts import PromptSet, load_prompts
 from sae.autoencoder import SparseAutoencoder, fingerprint
@@ -139,9 +140,14 @@ class Loaded:
     saes: Mapping[Site, SparseAutoencoder]
 
     @staticmethod
-    def of(path: Path, options: Common, *, model: str | None = None, saes: str | None = None) -> Loaded:
-        """Read the circuit of a run; model and autoencoders are those it names unless others are given."""
+    def of(
+        path: Path, options: Common, *, model: str | None = None, saes: str | None = None, metric: str | None = None
+    ) -> Loaded:
+        """Read the circuit of a run; model and autoencoders are those it names unless others are given. metric: as in
+        `Circuit.get_metric`.
+        """
         circuit = Circuit.load(path)
+        explained = circuit.get_metric(metric)
         found_in = {name: circuit.metadata.get(name) for name in ("site_paths", "dtype")}
         language_model = load_model(model or circuit.metadata["model"], options, **found_in)
         known = circuit.metadata.get("model_fingerprint")
@@ -159,7 +165,12 @@ class Loaded:
                 f"the circuit in {str(path)!r} was found with other autoencoders than those that are now in "
                 f"{place_of_saes!r}: give --saes, or discover it again"
             )
-        return Loaded(circuit, language_model, dictionaries)
+        return Loaded(replace(circuit, metric=explained), language_model, dictionaries)
+
+    @property
+    def metric(self) -> Metric:
+        """The metric the circuit explains."""
+        return self.circuit.get_metric()
 
     def prompts(self, path: str | Path | None, *, limit: int | None = None, need_spans: bool = False) -> PromptSet:
         """Prompts of a file, or those the circuit was found on; with spans where the circuit is by span or they are

@@ -138,7 +138,7 @@ class _Story:
         found, curve, edit = (self.data[name] for name in ("discover", "faithfulness", "ablate"))
         half = next(((n, f) for n, f in zip(curve["sizes"], curve["faithfulness"], strict=True) if f >= 0.5), None)
         before, after = edit["before"]["overall"], edit["after"]["overall"]
-        drawn = [score["overall"]["metric"] for score in edit["random"]]
+        drawn = edit["random_remaining"]
         minutes = (time.monotonic() - self.started) / 60
         lines = [
             f"\nIn {minutes:.1f} minutes: a circuit of {found['kept']['nodes']} nodes and "
@@ -146,9 +146,16 @@ class _Story:
             f"  {half[0]} nodes from {curve['start_site']} on explain {half[1]:.0%} of the behaviour by themselves."
             if half
             else "  No size that was measured explains half of the behaviour by itself.",
-            f"  Without its ten strongest features the logit difference falls from {before['metric']:.2f} to "
-            f"{after['metric']:.2f} and accuracy from {before['accuracy']:.0%} to {after['accuracy']:.0%};",
-            f"  without ten random features of the same sites it is {sum(drawn) / len(drawn):.2f}.",
+            f"  Without its ten strongest features {_left(edit)} and accuracy goes from {before['accuracy']:.0%} to "
+            f"{after['accuracy']:.0%};",
+            f"  without ten random features of the same sites {sum(drawn) / len(drawn):.0%} is left.",
             f"  Open {self.out / 'report.html'} and {self.out / 'graph' / 'circuit.html'}.",
         ]
         return "\n".join(lines)
+
+
+def _left(edit: dict[str, Any]) -> str:
+    """What an edit leaves of the logit difference, by case."""
+    by_case = ", ".join(f"{case} {left:.0%}" for case, left in edit["remaining_by_case"].items() if left is not None)
+    turned = f" (reversed in {', '.join(edit['reversed_cases'])})" if edit["reversed_cases"] else ""
+    return f"the logit difference is at {by_case or format(edit['remaining'], '.0%')} of what it was{turned}"

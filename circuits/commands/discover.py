@@ -192,9 +192,6 @@ class Discover(UsesSaes):
             "span_template": self.span_template,
             "need_spans": self._needs_spans(),
             "title": self.title or f"{Path(self.prompts).stem} in {Path(self.model).name}",
-            "metric": "logit(patch answer) - logit(clean answer)"
-            if self.options.metric == "logit_difference"
-            else getattr(get_metric(self.options.metric), "name", self.options.metric),
         }
 
 
@@ -237,8 +234,9 @@ def set_edits_aside(run: Path) -> None:
 def _summary(circuit: Circuit, prompts: PromptSet, folder: Path, kept: dict[str, int]) -> str:
     meta = circuit.metadata
     completeness = meta["completeness"]
+    right = "" if meta["accuracy"] is None else f"; the model is right on {meta['accuracy']:.1%}"
     lines = [
-        f"{prompts.summary()}; the model is right on {meta['accuracy']:.1%}",
+        f"{prompts.summary()}{right}",
         f"metric m: {meta['m_clean']:+.3f} on clean prompts"
         + (
             f", {meta['m_patch']:+.3f} on patch prompts; total effect {meta['total_effect']:+.3f}"
@@ -248,6 +246,7 @@ def _summary(circuit: Circuit, prompts: PromptSet, folder: Path, kept: dict[str,
         "completeness: the effects of a site add up to that of patching it within "
         f"{completeness['mean_residual']:.2%} of the total on average, "
         f"{completeness['worst_residual']:.2%} at worst ({completeness['worst_site']})",
+        errors_line(meta["errors"]),
         f"{count(circuit.nodes)} nodes have an effect; kept {kept['nodes']} and {kept['edges']} edges; the strongest:",
         *strongest_lines(circuit, 10),
         *([uncertainty_line(circuit)] if circuit.intervals else []),
@@ -255,6 +254,14 @@ def _summary(circuit: Circuit, prompts: PromptSet, folder: Path, kept: dict[str,
         f"wrote {folder}",
     ]
     return "\n".join(lines)
+
+
+def errors_line(errors: Mapping[str, Any]) -> str:
+    """How much of the effect the autoencoders miss."""
+    return (
+        f"through error nodes: {errors['mean_share']:.0%} of the total effect on average over sites, "
+        f"{errors['largest_share']:.0%} at {errors['largest_site']}"
+    )
 
 
 def strongest_lines(circuit: Circuit, n: int) -> list[str]:

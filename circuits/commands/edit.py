@@ -7,7 +7,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from circuits.behaviour import PROBES
 from circuits.circuit import circuit_folder
 from circuits.commands.common import Loaded, Output, UsesSaes, at_least, record
 from circuits.edit_places import needs_spans
@@ -50,13 +49,14 @@ class _Edit(UsesSaes):
     """Another place of the model the circuit was found in."""
     saes: str | None = None
     """Another place of the autoencoders the circuit was found with."""
+    metric: str | None = None
+    """The circuit's metric again, where it is Python code (file.py:function): no code runs because a run names it."""
 
     def edit(self, operation, value: float | None) -> Output:
         at_least(self, top=1, examples=1, texts=1, generate=0, new_tokens=1, random=0)
         if (self.top is None) == (self.features is None):
             raise UserError("say which features to edit: either --top N or --features resid_3/120,mlp_2/7")
-        loaded = Loaded.of(self.circuit, self, model=self.model, saes=self.saes)
-        metric = loaded.circuit.metadata["options"]["metric"]
+        loaded = Loaded.of(self.circuit, self, model=self.model, saes=self.saes, metric=self.metric)
         names = self.features or loaded.circuit.strongest_features(self.top or 0)
         report = ablate(
             loaded.model,
@@ -71,7 +71,7 @@ class _Edit(UsesSaes):
             n_random=self.random,
             same_sites=not self.random_anywhere,
             seed=self.seed,
-            metric=metric if metric.startswith(PROBES) else None,
+            metric=loaded.metric,
         )
         run = circuit_folder(self.circuit).parent
         what = f"top{self.top}" if self.top is not None else f"{len(report.features)}features"

@@ -46,11 +46,13 @@ class Faithfulness(UsesSaes):
     """Another place of the model the circuit was found in."""
     saes: str | None = None
     """Another place of the autoencoders the circuit was found with."""
+    metric: str | None = None
+    """The circuit's metric again, where it is Python code (file.py:function): no code runs because a run names it."""
     options: Annotated[FaithfulnessOptions, tyro.conf.arg(name="")] = field(default_factory=FaithfulnessOptions)
 
     def run(self) -> Output:
         at_least(self, examples=1)
-        loaded = Loaded.of(self.circuit, self, model=self.model, saes=self.saes)
+        loaded = Loaded.of(self.circuit, self, model=self.model, saes=self.saes, metric=self.metric)
         reference = loaded.prompts(self.reference)
         prompts = loaded.prompts(self.prompts, limit=self.examples)
         result = measure_faithfulness(
@@ -61,7 +63,7 @@ class Faithfulness(UsesSaes):
             self.options,
             sizes=parse_sizes(self.sizes),
             reference=reference,
-            metric=loaded.circuit.metadata["options"]["metric"],
+            metric=loaded.metric,
             progress=not self.quiet,
         )
         folder = circuit_folder(self.circuit)

@@ -42,15 +42,17 @@ class Mask(Common):
     """Another place of the model the circuit was found in."""
     saes: str | None = None
     """Another place of the autoencoders the circuit was found with."""
+    metric: str | None = None
+    """The circuit's metric again, where it is Python code (file.py:function): no code runs because a run names it."""
     options: Annotated[MaskOptions, tyro.conf.arg(name="")] = field(default_factory=MaskOptions)
 
     def run(self) -> Output:
         at_least(self, examples=1, learn_examples=1)
         sizes = parse_sizes(self.sizes)
-        loaded = Loaded.of(self.circuit, self, model=self.model, saes=self.saes)
+        loaded = Loaded.of(self.circuit, self, model=self.model, saes=self.saes, metric=self.metric)
         learned_on = loaded.prompts(loaded.circuit.metadata["prompts"], limit=self.learn_examples)
         prompts = loaded.prompts(self.prompts, limit=self.examples) if self.prompts else learned_on[: self.examples]
-        metric = loaded.circuit.metadata["options"]["metric"]
+        metric = loaded.metric
         begin = time.perf_counter()
         mask = learn_mask(
             loaded.model, loaded.saes, loaded.circuit.nodes, learned_on, self.options, metric=metric,

@@ -13,14 +13,19 @@ FEATURES_SHOWN = 20
 
 def headline_edit(edits: dict[str, dict[str, Any]]) -> tuple[str, str, str]:
     """What the edit that leaves least of the behaviour leaves of it, for the head of the page."""
-    edit = EditReport.from_dict(min(edits.values(), key=lambda data: abs(data.get("remaining") or 0.0)))
-    drawn = edit.random_remaining
+    reports = [EditReport.from_dict(data) for data in edits.values()]
+    edit = min(reports, key=lambda report: abs(report.remaining) if report.remaining is not None else float("inf"))
+    drawn = [left for left in edit.random_remaining if left is not None]
     beside = f"; random features leave {share(sum(drawn) / len(drawn))}" if drawn else ""
     n = len(edit.features)
+    shares = [left for left in edit.remaining_by_case.values() if left is not None]
+    by_case = f"by case {share(min(shares))} to {share(max(shares))}; " if shares else ""
+    n_reversed, n_cases = len(edit.reversed_cases), len(edit.before.by_case)
+    turned = f"reversed in {n_reversed} of {n_cases} cases; " if n_reversed else ""
     return (
-        share(edit.remaining),
+        "–" if edit.remaining is None else share(edit.remaining),
         "left after an edit",
-        f"{n} {'feature' if n == 1 else 'features'} {edit.action}{beside}",
+        f"{by_case}{turned}{n} {'feature' if n == 1 else 'features'} {edit.action}{beside}",
     )
 
 
@@ -32,7 +37,8 @@ def edits_section(edits: dict[str, dict[str, Any]]) -> Html:
     lead = (
         "Features are changed inside the running model, errors and all other features stay as they are. An edit means "
         "something when it moves the behaviour, leaves other text alone, and the same edit of as many random active "
-        "features does neither. ○ before, ● after, the line is the range over the draws of random features."
+        "features does neither. What is left is told by case; over "
+        "cases it is their mean size, so that a reversed case does not make up for another. ○ before, ● after, the line is the range over the draws of random features."
     )
     reports = {name: EditReport.from_dict(data) for name, data in edits.items()}
     in_order = sorted(reports, key=lambda name: (len(reports[name].features), name))
@@ -41,30 +47,42 @@ def edits_section(edits: dict[str, dict[str, Any]]) -> Html:
 
 
 def _block(name: str, edit: EditReport) -> str:
-    rows = [_row(edit.metric, [run.overall.metric for run in edit.runs], strong=True)]
-    rows += [_row(case, [run.by_case[case].metric for run in edit.runs], case=True) for case in edit.before.by_case]
-    rows.append(_row("accuracy", [run.overall.accuracy for run in edit.runs], strong=True, shares=False))
-    for case in edit.before.by_case:
-        rows.append(_row(case, [run.by_case[case].accuracy for run in edit.runs], case=True, shares=False))
+    cases = list(edit.before.by_case)
+    title = f"{edit.metric}, mean size" if cases else edit.metric
+    rows = [_row(title, [run.size for run in edit.runs], left=edit.remaining, strong=True)]
+    for case in cases:
+        values = [run.by_case[case].metric for run in edit.runs]
+        rows.append(_row(case, values, left=edit.left(edit.after, case), case=True))
+    if edit.before.overall.accuracy is not None:
+        rows.append(_row("accuracy", [run.overall.accuracy or 0.0 for run in edit.runs], strong=True))
+        for case in cases:
+            rows.append(_row(case, [run.by_case[case].accuracy or 0.0 for run in edit.runs], case=True))
     if edit.before.ce is not None:
         values = [run.ce or 0.0 for run in edit.runs]
-        rows.append(_row(f"cross-entropy, {edit.n_texts} other texts", values, strong=True, digits=3, shares=False))
+        rows.append(_row(f"cross-entropy, {edit.n_texts} other texts", values, strong=True, digits=3))
     head = '<th class="name"></th><th class="dots"></th><th>before</th><th>after</th><th>left</th>'
-    head += f"<th>{len(edit.random)} random draws</th>" if edit.random else ""
+    head += f"<th>{text(edit.random_title())}</th>" if edit.random else ""
     names = ", ".join(text(feature) for feature in edit.features[:FEATURES_SHOWN])
     more = len(edit.features) - FEATURES_SHOWN
     listed = f'<p class="cap">{names}{f" and {more} more" if more > 0 else ""}</p>'
     table = f'<table class="numbers edit"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    remarks = "".join(f'<p class="cap">{text(remark)}</p>' for remark in edit.remarks())
     samples = "".join(_sample(sample) for sample in edit.continuations)
-    return f'<div class="edit" id="edit-{text(name)}"><h3>{text(edit.title())}</h3>{listed}{table}{samples}</div>'
+    return f'<div class="edit" id="edit-{text(name)}"><h3>{text(edit.title())}</h3>{listed}{table}{remarks}{samples}</div>'
 
 
 def _row(
-    name: str, values: list[float], *, strong: bool = False, case: bool = False, digits: int = 2, shares: bool = True
+    name: str,
+    values: list[float],
+    *,
+    left: float | None = None,
+    strong: bool = False,
+    case: bool = False,
+    digits: int = 2,
 ) -> str:
     before, after, *drawn = values
     cells = [f"<td>{number(before, digits)}</td>", f"<td><b>{number(after, digits)}</b></td>"]
-    cells.append(f"<td>{share(after / before) if shares and before else ''}</td>")
+    cells.append(f"<td>{'' if left is None else share(left)}</td>")
     if drawn:
         mean = sum(drawn) / len(drawn)
         span = f"{number(min(drawn), digits)} to {number(max(drawn), digits)}"

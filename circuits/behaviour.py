@@ -286,7 +286,7 @@ def metric_values(model: LanguageModel, prompts: PromptSet, metric: Metric, *, b
 def values_and_correct(
     model: LanguageModel, prompts: PromptSet, metric: Metric, *, batch_size: int = 64, edits=None
 ) -> tuple[Tensor, Tensor]:
-    """m of every clean prompt and whether it is answered rightly, each [B], from the same runs; no metric of a probe."""
+    """m of every clean prompt and whether it is answered rightly, [B] each, from the same runs; not for probes."""
     found = [
         (metric(logits, batch), correct(logits, batch))
         for batch, logits in _batch_logits(model, prompts, edits, batch_size)

@@ -85,8 +85,8 @@ class Circuit:
         return select_nodes(self.nodes, top=n)
 
     def strongest_features(self, n: int) -> list[str]:
-        """Names of the n features of largest |effect|, each with the position or span it acts at where the circuit keeps
-        these apart (`resid_3/120@subject`); errors are not features.
+        """Names of the n features of largest |effect|, each with its position or span where the circuit keeps these
+        apart (`resid_3/120@subject`); errors are left out.
         """
         features = {site: nodes[~nodes.is_error] for site, nodes in self.nodes.items()}
         strongest = select_nodes(features, top=n)

@@ -96,8 +96,8 @@ class EditReport:
     after: Behaviour
     """The edited model."""
     random: list[Behaviour]
-    """One entry a draw: as many random features, active on the prompts, given the same edit; fewer where `random_left` says
-    so, and no entry where there are none to draw.
+    """One entry a draw: as many random features, active on the prompts, given the same edit; fewer where `random_left`
+    says so, and no entry where there are none to draw.
     """
     random_features: list[list[str]]
     """The features of each draw."""

@@ -243,8 +243,8 @@ def ablate(
     """Edit the features and report what that does to the behaviour, to other text and to continuations.
 
     features: names such as resid_3/120, or with a place resid_3/120@subject. texts: other text for the cross-entropy,
-    and the reference of `mean`. generate: how many prompts to continue. metric: what is reported, the logit difference by
-    default; for an edit made through a circuit that circuit's own, `Circuit.get_metric`.
+    and the reference of `mean`. generate: how many prompts to continue. metric: what is reported; for an edit through a
+    circuit that circuit's own (`Circuit.get_metric`), the logit difference by default.
     n_random: draws of equally many random active features (see `random_features`) given the same edit.
     """
     check_operation(operation, value)

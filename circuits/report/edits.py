@@ -37,8 +37,8 @@ def edits_section(edits: dict[str, dict[str, Any]]) -> Html:
     lead = (
         "Features are changed inside the running model, errors and all other features stay as they are. An edit means "
         "something when it moves the behaviour, leaves other text alone, and the same edit of as many random active "
-        "features does neither. What is left is told by case; over "
-        "cases it is their mean size, so that a reversed case does not make up for another. ○ before, ● after, the line is the range over the draws of random features."
+        "features does neither. What is left is told by case; over cases it is the mean size, so that a reversed case "
+        "does not make up for another. ○ before, ● after, the line is the range over the draws of random features."
     )
     reports = {name: EditReport.from_dict(data) for name, data in edits.items()}
     in_order = sorted(reports, key=lambda name: (len(reports[name].features), name))
@@ -68,7 +68,8 @@ def _block(name: str, edit: EditReport) -> str:
     table = f'<table class="numbers edit"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
     remarks = "".join(f'<p class="cap">{text(remark)}</p>' for remark in edit.remarks())
     samples = "".join(_sample(sample) for sample in edit.continuations)
-    return f'<div class="edit" id="edit-{text(name)}"><h3>{text(edit.title())}</h3>{listed}{table}{remarks}{samples}</div>'
+    heading = f"<h3>{text(edit.title())}</h3>"
+    return f'<div class="edit" id="edit-{text(name)}">{heading}{listed}{table}{remarks}{samples}</div>'
 
 
 def _row(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 
 import pytest
 import torch
 
 from circuits import behaviour, editing
 from circuits.edit_places import needs_spans, split_by_place
-from circuits.edit_report import EditReport
+from circuits.edit_report import Behaviour, EditReport, Score
 from sae.errors import UserError
 from sae.sites import Site
 from tests.circuits.conftest import MIXED, with_spans
@@ -195,12 +194,62 @@ def test_report_survives_json_and_is_readable(report, tmp_path):
     assert data["schema_version"] == 1
     assert data["features"] == report.features
     assert data["after"]["by_case"]["a_b"]["metric"] == report.after.by_case["a_b"].metric
-    assert math.isclose(data["remaining"], report.after.overall.metric / report.before.overall.metric)
+    before, after = (report.before.by_case[case].metric for case in ("a_b", "b_a")), report.after.by_case
+    by_case = {case: after[case].metric / m for case, m in zip(("a_b", "b_a"), before, strict=True)}
+    assert data["remaining_by_case"] == pytest.approx(by_case)
     table = report.table()
     assert "set to zero on 8 prompts" in table
     assert "random features (3 draws)" in table
     assert "CE on 4 texts" in table
     assert max(map(len, table.splitlines())) <= 120
+
+
+def edit_report(before: dict, after: dict, **options) -> EditReport:
+    """An edit of one feature that changes the metric of every case from `before` to `after`."""
+
+    def behaviour(values: dict) -> Behaviour:
+        scores = {case: Score(4, m, 1.0) for case, m in values.items()}
+        return Behaviour(Score(8, sum(values.values()) / len(values), 1.0), scores if len(scores) > 1 else {})
+
+    fixed = {"features": ["embed/0"], "operation": "zero", "value": None, "metric": "m", "n_prompts": 8, "n_texts": 0}
+    runs = {"before": behaviour(before), "after": behaviour(after), "random": [], "random_features": []}
+    return EditReport(**fixed | runs | options)
+
+
+def test_a_reversed_case_does_not_make_up_for_another():
+    report = edit_report({"one": 2.0, "two": 3.0}, {"one": -9.98, "two": 17.8})
+    assert report.remaining_by_case == pytest.approx({"one": -4.99, "two": 17.8 / 3})
+    assert report.remaining == pytest.approx((9.98 + 17.8) / 5)
+    assert report.reversed_cases == ["one"] and "reversed: one" in report.table()
+    assert edit_report({"": 2.0}, {"": -1.0}).remaining == pytest.approx(-0.5)
+
+
+def test_nothing_is_left_of_nothing():
+    report = edit_report({"one": 0.0, "two": 4.0}, {"one": 1.0, "two": 1.0})
+    assert report.remaining_by_case == {"one": None, "two": 0.25}
+    nothing = edit_report({"one": 0.0, "two": 0.0}, {"one": 1.0, "two": 1.0}).to_dict()
+    assert nothing["remaining"] is None and "NaN" not in json.dumps(nothing)
+    assert edit_report({"": 0.0}, {"": 1.0}).remaining is None
+
+
+def test_fewer_random_features_than_edited_ones_are_told(tiny_model, tiny_prompts, tiny_saes):
+    active = editing.active_features(tiny_model, tiny_saes, tiny_prompts)
+    site, index = next(iter(active.items()))
+    names = editing.feature_names({site: index})
+    most = editing.ablate(tiny_model, tiny_saes, names[:-2], tiny_prompts, n_random=2)
+    assert [len(draw) for draw in most.random_features] == [2, 2] and most.random_left == 2
+    assert f"(2 draws of 2, not {len(index) - 2})" in most.table()
+    every = editing.ablate(tiny_model, tiny_saes, names, tiny_prompts, n_random=2)
+    assert every.random == [] and "no random features to compare with" in every.table()
+
+
+@pytest.mark.parametrize("metric", ["kl", "log_probability"])
+def test_an_edit_is_measured_by_the_metric_it_is_given(tiny_model, tiny_prompts, tiny_saes, metric):
+    report = editing.ablate(tiny_model, tiny_saes, ["resid_1/3"], tiny_prompts, metric=metric, n_random=0)
+    prompts = behaviour.prepare(tiny_prompts, tiny_model, metric)
+    by_hand = behaviour.metric_values(tiny_model, prompts, behaviour.get_metric(metric)).mean().item()
+    assert report.before.overall.metric == pytest.approx(by_hand, abs=1e-6)
+    assert "logit difference" not in report.table() and report.remaining is None
 
 
 def test_the_same_seed_draws_the_same_features(report, tiny_model, tiny_prompts, tiny_saes):

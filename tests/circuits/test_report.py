@@ -177,12 +177,12 @@ def test_what_the_run_found_is_on_the_page(html):
 
 
 def test_numbers_of_an_edit(html):
-    row = re.search(r'<tr class="strong"><td class="name">logit difference</td>.*?</tr>', html).group(0)
+    row = re.search(r'<tr class="strong"><td class="name">logit difference, mean size</td>.*?</tr>', html).group(0)
     cells = re.findall(r"<td>(.*?)</td>", row)
-    assert cells == ["2.00", "<b>0.10</b>", "5 %", "1.98 <small>1.95 to 2.01</small>"]
+    assert cells == ["2.00", "<b>0.50</b>", "25 %", "1.98 <small>1.95 to 2.01</small>"]
     assert "<dd><em>he</em> loved <em>his</em> toys</dd>" in html
     assert "<dd><em>she</em> loved <em>her</em> toys</dd>" in html
-    assert "5 %</b><span>left after an edit</span><small>2 features set to zero; random features leave 99 %" in html
+    assert "25 %</b><span>left after an edit</span>" in html
 
 
 def test_features_stand_in_order_of_effect_up_to_the_limit(run_folder):

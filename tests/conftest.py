@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # these before torch is imported
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")  # before Triton is imported
@@ -17,6 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from sae.model import LanguageModel
+from tests.forked import ForkedCommands
 
 ARCHITECTURES = ("gpt2", "gpt_neox", "llama", "mistral", "qwen3", "gemma2", "gemma3_text")
 TEXT = """
@@ -28,10 +32,37 @@ WORDS = TEXT.split()
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
 
 
+THREADS = int(os.environ["OMP_NUM_THREADS"])
+"""One, since pytest runs two processes; `make test-anywhere` asks for two as well."""
+torch.set_num_threads(THREADS)
+
+FORKED = pytest.StashKey[ForkedCommands]()
+
+
 @pytest.fixture(autouse=True)
 def _reproducible() -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     torch.manual_seed(0)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Fork while no test has run, and so no thread of torch."""
+    if any("forked_sfc" in getattr(item, "fixturenames", ()) for item in session.items):
+        session.config.stash[FORKED] = ForkedCommands(THREADS)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if FORKED in session.config.stash:
+        session.config.stash[FORKED].close()
+
+
+@pytest.fixture
+def forked_sfc(request: pytest.FixtureRequest) -> Callable[..., Any]:
+    """forked_sfc("train", ..., kill_at=moment) -> status and outputs of `sfc` in a process of its own, which is cheap.
+
+    See `tests.forked.ForkedCommands.run`. Standard output is not a terminal, and there is no GPU.
+    """
+    return request.config.stash[FORKED].run
 
 
 def word_tokenizer(**special: str) -> PreTrainedTokenizerFast:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
@@ -11,15 +10,7 @@ import pytest
 
 from circuits.cli import main
 from tests.conftest import tiny_hf, word_tokenizer
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a command did."""
-
-    status: int
-    out: str
-    err: str
+from tests.forked import Result
 
 
 @pytest.fixture

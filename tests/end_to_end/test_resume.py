@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 
@@ -24,19 +19,13 @@ def words(run_folder, model_folder, prompts_file) -> list[str]:
     return [str(word) for word in [*words, "--memory", ONE_PROMPT, "--edge-nodes", 30, "--nodes", 20]]
 
 
-def test_killed_and_resumed(sfc, words, tmp_path):
+def test_killed_and_resumed(sfc, forked_sfc, words, tmp_path):
     """SIGKILL after the second batch; the resumed run ends at the bits of one that was left alone."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert sfc(*words, "--out", whole).status == 0
+    assert forked_sfc(*words, "--out", whole).status == 0
     assert not (whole / "circuit" / "partial").exists()
-    command = [sys.executable, "-c", "from circuits.cli import main; main()", *words, "--out", str(killed)]
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as here: another number of threads sums in another order
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=one_thread)
     second = killed / "circuit" / "partial" / "nodes-0001.safetensors"
-    while not second.exists() and process.poll() is None:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
+    assert forked_sfc(*words, "--out", killed, kill_at=second.exists).status == -9, "it ended before it was killed"
     finished = len(list(second.parent.glob("*.safetensors")))
     assert 2 <= finished < 16 and not (killed / "circuit" / "circuit.json").exists()
 
@@ -44,7 +33,7 @@ def test_killed_and_resumed(sfc, words, tmp_path):
     assert refused.status == 2 and "--resume" in refused.err
     other = sfc(*words, "--out", killed, "--resume", "--steps", 41)
     assert other.status == 2 and "steps 40, not 41" in other.err
-    assert sfc(*words, "--out", killed, "--resume").status == 0
+    assert forked_sfc(*words, "--out", killed, "--resume").status == 0
     assert not second.parent.exists()
     assert same_bits(Circuit.load(whole), Circuit.load(killed))
     again = sfc(*words, "--out", killed, "--resume")

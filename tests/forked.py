@@ -1,0 +1,175 @@
+"""The command line in processes of their own that need not import anything, and that can be killed.
+
+1. When all tests are collected, and none has run, the test process forks a process that waits: everything is imported
+   there, and no thread of torch has started.
+2. Each command is a fork of that process, with its own standard output and error (files), and no GPU.
+3. Its status comes back through a pipe; until then the test may kill it.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import select
+import signal
+import socket
+import struct
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Moment = Callable[[], bool]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command did; the status of a killed one is minus the signal."""
+
+    status: int
+    out: str
+    err: str
+
+
+@dataclass(frozen=True)
+class Request:
+    words: list[str]
+    environment: dict[str, str]
+    output: str  # the folder of its files `out` and `err`
+    before: Callable[[], None] | None
+
+
+class ForkedCommands:
+    """Runs `sfc` in forks of this process as it is now."""
+
+    def __init__(self, threads: int) -> None:
+        self.pipe, theirs = socket.socketpair()
+        self.pid = _fork()
+        if self.pid == 0:
+            self.pipe.close()
+            _serve(theirs, threads)
+        theirs.close()
+
+    def run(
+        self,
+        *words: object,
+        kill_at: Moment | None = None,
+        signum: int = signal.SIGKILL,
+        before: Callable[[], None] | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> Result:
+        """Run `sfc` with these words to its end, or send a signal when a moment has come.
+
+        Args:
+            kill_at: asked again and again until it is true; the signal is sent then, unless the command has ended.
+            before: called in the new process before the command; a function of a module, since only its name is sent.
+            environment: variables to add to those of the test.
+        """
+        with tempfile.TemporaryDirectory() as output:
+            request = Request([str(word) for word in words], dict(environment or {}), output, before)
+            _send(self.pipe, pickle.dumps((request, str(Path.cwd()), dict(os.environ))))
+            pid = pickle.loads(_receive(self.pipe))
+            while kill_at is not None and not self._answered():
+                if kill_at():
+                    os.kill(pid, signum)
+                    break
+                time.sleep(0.0002)
+            status = pickle.loads(_receive(self.pipe))
+            return Result(status, *(Path(output, name).read_text("utf-8", "replace") for name in ("out", "err")))
+
+    def _answered(self) -> bool:
+        return bool(select.select([self.pipe], [], [], 0)[0])
+
+    def close(self) -> None:
+        self.pipe.close()
+        os.waitpid(self.pid, 0)
+
+
+def _fork() -> int:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads: xdist has one that reads from a pipe
+        return os.fork()
+
+
+def _serve(pipe: socket.socket, threads: int) -> None:
+    """Forks a process for each request, until the test process is gone."""
+    try:
+        import circuits.cli
+
+        torch.cuda.is_available = lambda: False  # CUDA does not survive a fork
+        torch.set_num_threads(threads)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        while message := _receive(pipe):
+            circuits.cli._commands()  # imports what is missing, once
+            request, folder, environment = pickle.loads(message)
+            child = _fork()
+            if child == 0:
+                pipe.close()
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                os.environ.clear()
+                os.environ.update(environment | request.environment)
+                os.chdir(folder)
+                torch.set_num_threads(threads)
+                _run(request)
+            _send(pipe, pickle.dumps(child))
+            _send(pipe, pickle.dumps(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(0)
+
+
+def _run(request: Request) -> None:
+    """The command, as a process that ends when it ends."""
+    status = 1
+    try:
+        for descriptor, name in ((1, "out"), (2, "err")):
+            file = os.open(Path(request.output, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(file, descriptor)
+            os.close(file)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+        sys.stderr = os.fdopen(2, "w", encoding="utf-8", closefd=False, buffering=1)
+        if request.before is not None:
+            request.before()
+        from circuits.cli import main
+
+        main(request.words)
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        if isinstance(stop.code, str):
+            sys.stderr.write(stop.code + "\n")
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        except BaseException:
+            status = 120  # as the interpreter does
+        os._exit(status)
+
+
+def _send(pipe: socket.socket, message: bytes) -> None:
+    pipe.sendall(struct.pack("<q", len(message)) + message)
+
+
+def _receive(pipe: socket.socket) -> bytes:
+    """The next message; nothing where the other side is gone."""
+    header = _exactly(pipe, 8)
+    return _exactly(pipe, struct.unpack("<q", header)[0]) if header else b""
+
+
+def _exactly(pipe: socket.socket, size: int) -> bytes:
+    parts: list[Any] = []
+    while size and (part := pipe.recv(size)):
+        parts.append(part)
+        size -= len(part)
+    return b"" if size else b"".join(parts)

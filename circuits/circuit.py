@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from circuits.attribution.effects import SiteEffects
 from circuits.behaviour import Metric, circuit_metric
+from circuits.circuit_files import ENTRIES, NODES, absolute_in_run, check_metadata, read_effects, relative_to_run
 from circuits.edges import Edges
 from circuits.nodes import Nodes, SiteNodes, aggregate, distinguishable, select_nodes
 from graphs.feature_graph import FeatureGraph, Position, error_node, feature_node, metric_node
 from graphs.pruning import by_edge_threshold, by_top_edges
 from sae.errors import UserError
-from sae.files import atomic_write, read_tensors
+from sae.files import TensorSpec, check_tensors, write_tensors
 from sae.sites import Site
 
 GRAPH_FILE = "circuit.json"
@@ -176,50 +176,53 @@ class Circuit:
     def save(self, folder: str | Path, *, graph: FeatureGraph) -> Path:
         """Write `effects.safetensors`, then `circuit.json` (the pruned `graph`), each in one step."""
         folder = Path(folder)
-        with atomic_write(folder / EFFECTS_FILE) as temporary:
-            save_file(self._tensors(), temporary)
-        graph.save(folder / GRAPH_FILE)
+        write_tensors(folder / EFFECTS_FILE, self._tensors())
+        portable = graph.subgraph(graph.graph)
+        portable.metadata = relative_to_run(graph.metadata, folder.parent)
+        portable.save(folder / GRAPH_FILE)
         return folder
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         tensors: dict[str, torch.Tensor] = {}
         for site, effects in self.effects.items():
-            for name in ("example", "position", "feature", "value"):
+            for name in ENTRIES:
                 tensors[f"effects/{site.name}/{name}"] = getattr(effects, name)
             tensors[f"effects/{site.name}/n_features"] = torch.tensor([effects.n_features])
         for site, nodes in self.edge_nodes.items():
-            for name in ("feature", "position", "effect"):
+            for name in NODES:
                 tensors[f"edge_nodes/{site.name}/{name}"] = getattr(nodes, name)
         for site, interval in self.intervals.items():
             tensors[f"intervals/{site.name}"] = interval
         for kind, values in (("edges", self.edges), ("edge_intervals", self.edge_intervals)):
             for (up, down), weights in values.items():
                 tensors[f"{kind}/{up.name}/{'metric' if down is None else down.name}"] = weights
-        return {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+        return {name: tensor.clone() for name, tensor in tensors.items()}
 
     @staticmethod
     def load(path: str | Path) -> Circuit:
-        """Read a run folder or the `circuit` folder inside it."""
+        """Read a run folder or the `circuit` folder inside it; `UserError` or `GraphError` for what is no circuit."""
         folder = circuit_folder(path)
         metadata = FeatureGraph.load(folder / GRAPH_FILE).metadata
-        tensors = read_tensors(folder / EFFECTS_FILE)
-        effects, nodes = {}, {}
-        edges: Edges = {}
-        edge_intervals: Edges = {}
-        spans, ends = tuple(metadata.get("positions", ())), ("feature", "position", "effect")
-        for site in (Site.parse(name) for name in metadata["sites"]):
-            fields = (tensors[f"effects/{site.name}/{name}"] for name in ("example", "position", "feature", "value"))
-            effects[site] = SiteEffects(int(tensors[f"effects/{site.name}/n_features"]), *fields)
-            if f"edge_nodes/{site.name}/feature" in tensors:
-                feature, place, effect = (tensors[f"edge_nodes/{site.name}/{name}"] for name in ends)
-                nodes[site] = SiteNodes(effects[site].n_features, feature, place, effect, spans)
+        check_metadata(metadata, folder / GRAPH_FILE, circuit=True)
+        metadata = absolute_in_run(metadata, folder.parent)
+        effects, tensors, with_edges = read_effects(folder / EFFECTS_FILE, metadata)
+        spans = tuple(metadata.get("positions", ()))
+        nodes: Nodes = {}
+        for site in with_edges:
+            feature, position, effect = (tensors[f"edge_nodes/{site.name}/{name}"] for name in NODES)
+            n_features = effects[site].n_features
+            nodes[site] = SiteNodes(n_features, feature.long(), position.long(), effect.float(), spans)
+        edges: dict[str, Edges] = {"edges": {}, "edge_intervals": {}}
         for name, weights in tensors.items():
             kind, *between = name.split("/")
-            if kind in ("edges", "edge_intervals"):
+            if kind in edges:
                 pair = Site.parse(between[0]), None if between[1] == "metric" else Site.parse(between[1])
-                (edges if kind == "edges" else edge_intervals)[pair] = weights
+                edges[kind][pair] = weights.float()
         intervals = {site: tensors[f"intervals/{site.name}"] for site in effects if f"intervals/{site.name}" in tensors}
-        return Circuit(effects, nodes, edges, metadata, intervals, edge_intervals)
+        circuit = Circuit(effects, nodes, edges["edges"], metadata, intervals, edges["edge_intervals"])
+        expected = {f"intervals/{site.name}": TensorSpec((len(circuit.nodes[site]), 2)) for site in intervals}
+        check_tensors(tensors, expected, folder / EFFECTS_FILE)
+        return circuit
 
 
 def circuit_folder(path: str | Path) -> Path:

@@ -95,9 +95,9 @@ def aggregate_site(
     if aggregation not in AGGREGATIONS:
         raise unknown("aggregation", aggregation, AGGREGATIONS)
     if aggregation == "sum":
-        total = effects.summed(n_examples)
-        feature = total.nonzero()[:, 0]
-        position, effect = torch.full_like(feature, -1), total[feature]
+        feature, effect = effects.by_feature(n_examples)
+        feature, effect = feature[effect != 0], effect[effect != 0]
+        position = torch.full_like(feature, -1)
     else:
         table = effects.by_position(n_examples, len(spans) if aggregation == "spans" else n_positions)
         kept = table.values() != 0

@@ -34,6 +34,7 @@ from graphs.style import (
     count,
     describe,
     diverging_colour,
+    effect_words,
     fit,
     ink_on,
     number,
@@ -183,11 +184,11 @@ def _feature_text(scene: Scene, node: Node, box: Box, ink: str) -> str:
 def _add_metric(dot: graphviz.Digraph, scene: Scene, node: Node) -> None:
     box = scene.layout.boxes[node.id]
     density = scene.density
-    label = node.label or str(scene.graph.metadata.get("metric", "metric"))
+    label = node.label or str(scene.graph.metadata.get("metric") or "metric")
     lines = wrap(visible(label), density.label, box.width - 10, lines=2, bold=True)
     text = [_text(line, density.label, "#ffffff", bold=True) for line in lines]
-    total = _text(f"total effect {number(node.effect)}", density.small, "#d5dae1")
-    text.append(_spaced(total, density.small))
+    for words in effect_words(scene.graph, node):
+        text.append(_spaced(_text(words, density.small, "#d5dae1"), density.small))
     style = {"shape": "box", "style": "rounded,filled", "fillcolor": INK, "color": INK}
     dot.node(_name(node.id), f"<{'<BR/>'.join(text)}>", **style, **_common(scene, node, box))
 
@@ -267,7 +268,7 @@ def _add_columns(dot: graphviz.Digraph, scene: Scene) -> None:
 def _add_title(dot: graphviz.Digraph, scene: Scene, title: str | None) -> None:
     width, height = scene.size
     metadata = scene.graph.metadata
-    title = visible(str(title if title is not None else metadata.get("title", "")))
+    title = visible(str(title if title is not None else metadata.get("title") or ""))
     features = sum(node.kind == "feature" for node in scene.graph.nodes())
     errors = sum(node.kind == "error" for node in scene.graph.nodes())
     counted = ((features, "feature"), (errors, "error"), (len(scene.graph.edges()), "edge"))

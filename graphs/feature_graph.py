@@ -5,7 +5,8 @@
 2. Edges run from a site to a later one, weighted by how much of the metric's change passes along them. Sites are
    kept in the model's forward order, so the graph has no cycles.
 3. `metadata` is free; what draws the graph reads `title`, `metric` (what the number means), `tokens` (the header of
-   position 0, 1, ...), `positions` (the order of named spans) and `span_words` (some words of each span).
+   position 0, 1, ...), `positions` (the order of named spans), `span_words` (some words of each span) and
+   `total_effect` (None where there is none: the metric's effect is not shown then).
 
 The graph itself is a `networkx.DiGraph` at `.graph`: every networkx algorithm applies to it.
 """

@@ -85,6 +85,7 @@ class MetadataFile(TypedDict, total=False):
     title: str | None
     metric: str | None
     method: str | None
+    total_effect: FiniteFloat | None
     tokens: list[str]
     positions: list[str]
     span_words: dict[str, list[str]]

@@ -8,7 +8,7 @@ from typing import Any
 
 OF_PROMPTS = ("title", "metric", "tokens", "positions", "span_words", "templates")
 """Metadata that are words, in which a slash is no path."""
-_PATH = re.compile(r"(?P<kind>[\w-]{2,}:)?(~|[A-Za-z]:)?[/\\].*", re.DOTALL)
+_PATH = re.compile(r"(?P<kind>[\w-]{2,}:)?(~|\.|[A-Za-z]:)?[/\\].*", re.DOTALL)
 
 
 def shared(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -17,10 +17,13 @@ def shared(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def without_folders(value: Any) -> Any:
-    """A JSON value with the last name in place of every text in it that is an absolute path."""
+    """A JSON value with the last name in place of every text in it that is an absolute path, or one in the run."""
     if isinstance(value, dict):
         return {key: without_folders(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [without_folders(item) for item in value]
     found = _PATH.fullmatch(value) if isinstance(value, str) else None
-    return value if found is None else (found["kind"] or "") + re.split(r"[/\\]", value.rstrip("/\\"))[-1]
+    if found is None:
+        return value
+    name = re.split(r"[/\\]", value.rstrip("/\\"))[-1]
+    return "this run" if name == "." else (found["kind"] or "") + name

@@ -108,7 +108,7 @@ def tooltip(graph: FeatureGraph, node: Node) -> str:
     lines = [node.id, *([describe(node)] if describe(node) and node.kind != "metric" else [])]
     if node.position is not None:
         lines.append(f"at “{position_name(graph, node.position)}” (position {node.position})")
-    lines.append(f"{'total effect' if node.kind == 'metric' else 'effect'} {number(node.effect)}")
+    lines += effect_words(graph, node)
     for key in ("exact_effect", "activation", "density"):
         value = node.attributes.get(key)
         if isinstance(value, int | float):
@@ -116,6 +116,13 @@ def tooltip(graph: FeatureGraph, node: Node) -> str:
     lines += evidence(node)
     lines += _token_lines(node, ("top_tokens", "top_logits", "bottom_logits"))
     return "\n".join(map(visible, lines))
+
+
+def effect_words(graph: FeatureGraph, node: Node) -> list[str]:
+    """`effect +0.12`, `total effect +3.4`; nothing for the metric of prompts without a patch side."""
+    if node.kind == "metric" and graph.metadata.get("total_effect", node.effect) is None:
+        return []
+    return [f"{'total effect' if node.kind == 'metric' else 'effect'} {number(node.effect)}"]
 
 
 def evidence(node: Node) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -17,12 +18,13 @@ SUFFIXES = (".png", ".svg", ".pdf")
 
 
 def save_figure(figure: Figure, path: str | Path, *, dpi: int = 160) -> Path:
-    """Write a figure as .png, .svg or .pdf."""
+    """Write a figure as .png, .svg or .pdf, the same bytes for the same figure."""
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise UserError(f"unknown picture format {path.suffix[1:]!r}: allowed are png, svg and pdf")
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:], dpi=dpi)
+    undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix)
+    with atomic_write(path) as temporary, rc_context({"svg.hashsalt": path.name}):
+        figure.savefig(temporary, format=path.suffix[1:], dpi=dpi, metadata=undated)
     return path
 
 

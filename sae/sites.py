@@ -51,7 +51,7 @@ class Site:
         kind, _, layer = text.strip().replace(".", "_").partition("_")
         if kind == "embed" and not layer:
             return cls("embed")
-        if kind in KIND_ORDER and kind != "embed" and layer.isascii() and layer.isdigit():
+        if kind in KIND_ORDER and kind != "embed" and layer.isascii() and layer.isdigit() and len(layer) < 7:
             return cls(kind, int(layer))
         matches = nearest(kind, KIND_ORDER, n=1)
         hint = f"; did you mean {'_'.join([*matches, layer] if layer else matches)!r}?" if matches else ""

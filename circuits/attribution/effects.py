@@ -57,11 +57,16 @@ class SiteEffects:
         column = self.position.long() + (places.shape[1] - lengths.cpu())[example]
         return SiteEffects(self.n_features, self.example, places.cpu()[example, column].int(), self.feature, self.value)
 
+    def by_feature(self, n_examples: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(features [k], rising, effects [k]): sum over positions, mean over examples (aggregation `sum`)."""
+        feature, entry = self.feature.long().unique(return_inverse=True)
+        total = torch.zeros(len(feature), dtype=torch.float64).index_add_(0, entry, self.value.double())
+        return feature, (total / n_examples).float()
+
     def summed(self, n_examples: int) -> torch.Tensor:
-        """[F + 1]: sum over positions, mean over examples (aggregation `sum`)."""
-        total = torch.zeros(self.n_features + 1, dtype=torch.float64)
-        total.index_add_(0, self.feature.long(), self.value.double())
-        return (total / n_examples).float()
+        """`by_feature` for all features, [F + 1]."""
+        feature, effect = self.by_feature(n_examples)
+        return torch.zeros(self.n_features + 1).index_copy_(0, feature, effect)
 
     def by_position(self, n_examples: int, n_positions: int) -> torch.Tensor:
         """Sparse COO [S, F + 1]: mean over examples at each position or span (aggregation `position` or `spans`)."""

@@ -29,7 +29,7 @@ from sae.model import LanguageModel
 from sae.neurons import NEURONS, neuron_dictionaries
 from sae.sites import Site
 from sae.splice import check_saes
-from sae.streaming import GIB, open_saes
+from sae.streaming import GIB, config_of, open_saes
 
 PACKAGES = ("sparse-feature-circuits", "torch", "transformers", "nnsight", "numpy")
 
@@ -165,6 +165,11 @@ class Loaded:
                 f"the circuit in {str(path)!r} was found with other autoencoders than those that are now in "
                 f"{place_of_saes!r}: give --saes, or discover it again"
             )
+        for site, of_site in circuit.effects.items():
+            if of_site.n_features != (width := config_of(dictionaries, site).n_features):
+                raise UserError(
+                    f"the circuit in {str(path)!r} has {of_site.n_features} features at {site}, the autoencoder {width}"
+                )
         return Loaded(replace(circuit, metric=explained), language_model, dictionaries)
 
     @property

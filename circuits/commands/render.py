@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from circuits.circuit import Circuit, circuit_folder
+from circuits.circuit_files import FeaturesFile
 from circuits.commands.common import Output, at_least
 from circuits.commands.discover import FEATURES_FILE
 from graphs.annotations import apply, read_annotations
@@ -50,7 +51,7 @@ class _Cut:
             edges=edges,
             edge_threshold=self.edge_threshold,
             significant=self.significant,
-            attributes=read_json(described)["features"] if described.is_file() else None,
+            attributes=read_json(described, FeaturesFile)["features"] if described.is_file() else None,
         )
         if self.reachable:
             graph = reachable(graph)

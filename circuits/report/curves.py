@@ -37,17 +37,17 @@ def faithfulness_section(
 def _nodes(data: dict[str, Any]) -> str:
     lead = (
         f"How much of the behaviour is left when only the strongest nodes are kept, and when only they are removed. "
-        f"Measured on {data.get('n_prompts', '?')} prompts; removed nodes take {_ablation(data)}.{_given(data)}"
+        f"Measured on {text(data.get('n_prompts', '?'))} prompts; removed nodes take {_ablation(data)}.{_given(data)}"
     )
     rows = []
     for row, size in enumerate(data["sizes"]):
         f, c = (_with_interval(data[name], (data.get("intervals") or {}).get(name), row) for name in CURVES)
-        rows.append([str(size), f, c, _beside(data, row)])
+        rows.append([text(size), f, c, _beside(data, row)])
     below = _table(["nodes", "faithfulness", "completeness", "random"], rows, intervals=bool(data.get("intervals")))
     if "cpr" in data:
         below += (
-            f'<p class="cap">CPR {data["cpr"]:.3f}, CMD {data["cmd"]:.3f} (areas under faithfulness and its distance '
-            f"to 1 over the share of all {data['n_nodes']} nodes).</p>"
+            f'<p class="cap">CPR {number(data["cpr"], 3)}, CMD {number(data.get("cmd"), 3)} (areas under faithfulness '
+            f"and its distance to 1 over the share of all {text(data['n_nodes'])} nodes).</p>"
         )
     curves = [
         Curve(data["faithfulness"], "only the circuit", "circuit"),
@@ -61,12 +61,12 @@ CURVES = ("faithfulness", "completeness")
 
 def _edges(data: dict[str, Any]) -> str:
     lead = (
-        f"And the edges: every node is recomputed from only those of the {data['n_nodes']} nodes whose edge to it is "
-        f"kept, and all its other inputs take {_ablation(data)}.{_given(data)} With all nodes joined, "
-        f"{number(data['all_joined'])} of the behaviour is there; {data['n_edges']} edges have a weight."
+        f"And the edges: every node is recomputed from only those of the {text(data['n_nodes'])} nodes whose edge "
+        f"to it is kept, and all its other inputs take {_ablation(data)}.{_given(data)} With all nodes joined, "
+        f"{number(data['all_joined'])} of the behaviour is there; {text(data['n_edges'])} edges have a weight."
     )
     rows = [
-        [str(size), _with_interval(data["faithfulness"], data.get("intervals"), row), _beside(data, row)]
+        [text(size), _with_interval(data["faithfulness"], data.get("intervals"), row), _beside(data, row)]
         for row, size in enumerate(data["sizes"])
     ]
     table = _table(["edges", "faithfulness", "random"], rows, intervals=bool(data.get("intervals")))
@@ -80,11 +80,11 @@ def _mask(data: dict[str, Any]) -> str:
     which = "held-out prompts" if data.get("held_out") else "the prompts it was learned on"
     lead = (
         f"A mask learned for all nodes together: faithfulness of the nodes it keeps longest, beside that of the "
-        f"strongest by effect, on {mask['n_prompts']} prompts ({which}); removed nodes take {_ablation(mask)}."
-        f"{_given(mask)}"
+        f"strongest by effect, on {text(mask.get('n_prompts', '?'))} prompts ({which}); removed nodes take "
+        f"{_ablation(mask)}.{_given(mask)}"
     )
     rows = [
-        [str(size), *(number(curve["faithfulness"][row], 3) for curve in (mask, effects))]
+        [text(size), *(number(curve["faithfulness"][row], 3) for curve in (mask, effects))]
         for row, size in enumerate(mask["sizes"])
     ]
     curves = [
@@ -108,11 +108,11 @@ def _given(data: dict[str, Any]) -> str:
 
 def _beside(data: dict[str, Any], row: int) -> str:
     """The range of random sets of the same size."""
-    drawn = [curve[row] for curve in data.get("random") or []]
+    drawn = [curve[row] for curve in data.get("random") or [] if curve[row] is not None]
     return f"{number(min(drawn))} to {number(max(drawn))}" if drawn else ""
 
 
-def _with_interval(values: list[float], intervals: list[list[float]] | None, row: int) -> str:
+def _with_interval(values: list[float | None], intervals: list[list[float | None]] | None, row: int) -> str:
     """A number, its interval below where it is known."""
     shown = number(values[row], 3)
     if not intervals:

@@ -32,8 +32,10 @@ def missing(sentence: str, command: str) -> str:
     return f'<p class="missing">{sentence} Make it with <code>{text(command)}</code></p>'
 
 
-def number(value: float, digits: int = 2) -> str:
-    """`0.97`, `−0.04`, and never `−0.00`."""
+def number(value: float | None, digits: int = 2) -> str:
+    """`0.97`, `−0.04`, and never `−0.00`; a dash where there is none."""
+    if value is None:
+        return "–"
     shown = f"{value:.{digits}f}"
     return shown.replace("-", "" if float(shown) == 0 else "−")
 

@@ -15,13 +15,16 @@ from string import Template
 from typing import Any
 
 from circuits.attribution import METHOD_NAMES
+from circuits.circuit_files import check_metadata
 from circuits.report.curves import faithfulness_section
 from circuits.report.edits import edits_section, headline_edit
 from circuits.report.features import features_section
-from circuits.report.markup import Html, missing, section, share, signed, text
+from circuits.report.files import Curves, EdgeCurve, MaskCurves, SaeFile
+from circuits.report.markup import Html, missing, number, section, share, signed, text
 from graphs.dot import render
 from graphs.feature_graph import FeatureGraph
 from graphs.pruning import by_top_nodes
+from graphs.sharing import shared
 from sae.autoencoder import CONFIG_FILE, sae_folders
 from sae.errors import UserError
 from sae.files import atomic_write, read_json
@@ -58,22 +61,30 @@ def read_run(run_folder: str | Path) -> RunFiles:
         folder = folder.parent
     circuit = folder / "circuit" / "circuit.json"
 
-    def known(name: str) -> dict[str, Any] | None:
+    def known(name: str, schema: Any) -> dict[str, Any] | None:
         path = folder / "circuit" / name
-        return read_json(path) if path.is_file() else None
+        return read_json(path, schema) if path.is_file() else None
 
     run = RunFiles(
         folder=folder,
-        graph=FeatureGraph.load(circuit) if circuit.is_file() else None,
-        faithfulness=known("faithfulness.json"),
-        edge_faithfulness=known("edge_faithfulness.json"),
-        mask=known("mask.json"),
+        graph=_graph(circuit) if circuit.is_file() else None,
+        faithfulness=known("faithfulness.json", Curves),
+        edge_faithfulness=known("edge_faithfulness.json", EdgeCurve),
+        mask=known("mask.json", MaskCurves),
         edits={path.stem: read_json(path) for path in sorted((folder / "edits").glob("*.json"))},
-        saes=[read_json(path / CONFIG_FILE) for path in sae_folders(folder)] if folder.is_dir() else [],
+        saes=[read_json(path / CONFIG_FILE, SaeFile) for path in sae_folders(folder)] if folder.is_dir() else [],
     )
     if run.graph is None and run.faithfulness is None and not run.edits and not run.saes:
         raise UserError(f"nothing to report in {str(folder)!r}: give the folder of a run (sfc discover --out RUN)")
     return run
+
+
+def _graph(path: Path) -> FeatureGraph:
+    """The pruned circuit, with metadata that can be shown and without the folders its paths are in."""
+    graph = FeatureGraph.load(path)
+    check_metadata(graph.metadata, path, circuit=False)
+    graph.metadata = shared(graph.metadata)
+    return graph
 
 
 def write_report(
@@ -121,23 +132,16 @@ def _deck(run: RunFiles) -> str:
     method = METHOD_NAMES.get(_options(metadata).get("method", ""), _options(metadata).get("method", ""))
     parts = [f"A sparse feature circuit of <b>{features}</b> features and <b>{errors}</b> error nodes"]
     if metadata.get("model"):
-        parts.append(f"in <b>{text(_name(metadata['model']))}</b>")
+        parts.append(f"in <b>{text(metadata['model'])}</b>")
     if metadata.get("n_examples"):
-        parts.append(f"from <b>{metadata['n_examples']}</b> prompts")
+        parts.append(f"from <b>{text(metadata['n_examples'])}</b> prompts")
     if metadata.get("prompts"):
-        parts.append(f"of <b>{text(_name(metadata['prompts']))}</b>")
+        parts.append(f"of <b>{text(metadata['prompts'])}</b>")
     return " ".join(parts) + (f", found by {text(method)}." if method else ".")
 
 
 def _options(metadata: dict[str, Any]) -> dict[str, Any]:
     return metadata.get("options") or {}
-
-
-def _name(value: Any) -> str:
-    """The last two parts of a path or hub name; of a dictionary those of its `name` or `path`."""
-    if isinstance(value, dict):
-        value = value.get("name") or value.get("path") or value.get("fingerprint") or ""
-    return "/".join(str(value).rstrip("/").split("/")[-2:])
 
 
 def _key_figures(run: RunFiles) -> str:
@@ -164,9 +168,10 @@ def _key_figures(run: RunFiles) -> str:
 
 def _faithfulness_figure(data: dict[str, Any]) -> tuple[str, str, str]:
     """The smallest circuit that explains 80 %, or the best one measured."""
-    reached = [(size, f) for size, f in zip(data["sizes"], data["faithfulness"], strict=True) if f >= 0.8]
-    size, f = reached[0] if reached else max(zip(data["sizes"], data["faithfulness"], strict=True), key=lambda p: p[1])
-    return f"{f:.2f}", "faithfulness", f"with {size} nodes from {text(data.get('start_site', 'the start'))} on"
+    rows = [(size, f) for size, f in zip(data["sizes"], data["faithfulness"], strict=True) if f is not None]
+    reached = [row for row in rows if row[1] >= 0.8]
+    size, f = reached[0] if reached else max(rows, key=lambda row: row[1], default=(data["sizes"][-1], None))
+    return number(f), "faithfulness", f"with {text(size)} nodes from {text(data.get('start_site', 'the start'))} on"
 
 
 # ------------------------------------------------------------------------------------------ sections
@@ -193,7 +198,9 @@ def drawing(graph: FeatureGraph) -> str:
     """The graph as an inline SVG element, without the title and facts that the page has already."""
     plain = graph.subgraph(graph.graph)
     plain.metadata = {
-        key: value for key, value in graph.metadata.items() if key in ("tokens", "positions", "span_words", "metric")
+        key: value
+        for key, value in graph.metadata.items()
+        if key in ("tokens", "positions", "span_words", "metric", "total_effect")
     }
     with tempfile.TemporaryDirectory() as folder:
         svg = render(plain, Path(folder) / "circuit.svg", title="").read_text(encoding="utf-8")

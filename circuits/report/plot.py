@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import io
+import math
 import re
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 COLOURS = {"#010101": "--ink", "#020202": "--pale", "#030303": "--rule", "#040404": "--pos", "#050505": "--neg"}
 """Stand-ins drawn by matplotlib -> the page's variables, which differ in light and dark mode."""
 INK, PALE, RULE, CIRCUIT, COMPLEMENT = COLOURS
+FAR = 1e6
+"""Shares beyond this have no meaning, and cannot all be drawn."""
 ROLES = {"circuit": CIRCUIT, "complement": COMPLEMENT}
 
 
 class Curve(NamedTuple):
     """A line of the plot."""
 
-    values: Sequence[float]
-    """One a size."""
+    values: Sequence[float | None]
+    """One a size; None where it is not defined."""
     label: str
     """What stands at its end."""
     role: str
@@ -32,28 +37,34 @@ def curves_plot(
     curves: Sequence[Curve],
     *,
     unit: str,
-    random: Sequence[Sequence[float]] = (),
+    random: Sequence[Sequence[float | None]] = (),
     level: float | None = None,
 ) -> str:
     """Curves over sizes of what `unit` counts, with the range of random sets and a dashed level; labels stand at the
-    lines.
+    lines. What is beyond `FAR` is drawn there.
     """
+    lines = [Curve(_drawn(curve.values), curve.label, curve.role) for curve in curves]
+    draws = [_drawn(values) for values in random]
     salt = "".join([unit, *(curve.label for curve in curves)])  # ids are unique on the page, and the same every time
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 10, "font.family": "sans-serif"}):
         figure = Figure(figsize=(6.2, 3.7), layout="constrained")
         axes = figure.subplots()
         for height in (0, 1):
             axes.axhline(height, color=RULE, lw=1, zorder=0)
-        ends = [(curve.values[-1], curve.label, ROLES[curve.role]) for curve in curves]
+        ends = [(_last(curve.values), curve.label, ROLES[curve.role]) for curve in lines]
         if level is not None:
+            level = _drawn([level])[0]
             axes.axhline(level, color=PALE, lw=1, ls=(0, (3, 2)), zorder=0)
             ends.append((level, "all nodes joined", PALE))
-        if random:
-            columns = list(zip(*random, strict=True))
-            axes.fill_between(sizes, [min(c) for c in columns], [max(c) for c in columns], color=PALE, alpha=0.25, lw=0)
-            axes.plot(sizes, [sum(c) / len(c) for c in columns], color=PALE, lw=1.2, ls=(0, (3, 2)))
-            ends.append((sum(curve[-1] for curve in random) / len(random), f"random {unit}", PALE))
-        for curve in reversed(curves):
+        if draws:
+            columns = np.array(draws)
+            with np.errstate(all="ignore"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of columns without a number
+                low, high, mean = np.nanmin(columns, 0), np.nanmax(columns, 0), np.nanmean(columns, 0)
+            axes.fill_between(sizes, low, high, color=PALE, alpha=0.25, lw=0)
+            axes.plot(sizes, mean, color=PALE, lw=1.2, ls=(0, (3, 2)))
+            ends.append((_last(mean), f"random {unit}", PALE))
+        for curve in reversed(lines):
             width = {"circuit": 2.2, "complement": 1.8}[curve.role]
             axes.plot(sizes, curve.values, color=ROLES[curve.role], lw=width, marker="o", ms=2.3 * width)
         low, high = axes.get_ylim()
@@ -71,6 +82,16 @@ def curves_plot(
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(RULE)
         return _inline(figure)
+
+
+def _drawn(values: Sequence[float | None]) -> list[float]:
+    """Values as they are drawn: not at all where they are None, and at `FAR` beyond it."""
+    return [math.nan if value is None else max(-FAR, min(FAR, value)) for value in values]
+
+
+def _last(values: Sequence[float | None]) -> float:
+    """The last value that is one, where a line's label stands; 0 where there is none."""
+    return next((value for value in reversed(values) if value is not None and math.isfinite(value)), 0.0)
 
 
 def _apart(wanted: list[float], step: float) -> list[float]:

@@ -274,7 +274,7 @@ function drawNode(node, box, density, labelled) {
         })
       : element("rect", { x: x - width / 2, y: y - height / 2, width, height, rx: Math.min(9, height / 3) });
   for (const [key, value] of Object.entries({ fill, stroke: border, class: "shape" })) shape.setAttribute(key, value);
-  const name = `${describe(node)}, ${nodeTitle(node)}, ${metric ? "total effect" : "effect"} ${number(node.effect)}`;
+  const name = [describe(node), nodeTitle(node), effectWords(node)].filter(Boolean).join(", ");
   return element(
     "g",
     {
@@ -285,7 +285,7 @@ function drawNode(node, box, density, labelled) {
       "aria-label": name,
       "data-index": node.index,
     },
-    element("title", {}, `${nodeTitle(node)}\n${describe(node)}\neffect ${number(node.effect)}`),
+    element("title", {}, [nodeTitle(node), describe(node), effectWords(node)].filter(Boolean).join("\n")),
     shape,
     ...nodeText(node, box, density, labelled, ink),
   );
@@ -304,7 +304,7 @@ function nodeText(node, box, density, labelled, ink) {
   const bold = metric || Boolean(labelOf(node));
   const lines =
     metric || labelled ? wrapText(describe(node), density.label, room, metric ? 2 : density.lines, bold) : [];
-  const joined = metric ? `total effect ${effect}` : `${node.name}  ${effect}`;
+  const joined = metric ? effectWords(node) : `${node.name}  ${effect}`;
   const fits = textWidth(joined, density.small, false) <= room;
   const small = fits ? [joined] : [fitText(node.name, density.small, room, false), ...(lines.length ? [] : [effect])];
   const height = lines.length * density.label * 1.18 + small.length * density.small * 1.25;

@@ -127,6 +127,12 @@ function describe(node) {
     .join(" · ");
 }
 
+/** The effect in words; nothing for the metric of prompts without a patch side. */
+function effectWords(node) {
+  if (node.kind === "metric" && circuit.metadata.total_effect === null) return "";
+  return `${node.kind === "metric" ? "total effect" : "effect"} ${number(node.effect)}`;
+}
+
 /** A signed number to two or three figures. */
 function number(value) {
   if (value === 0) return "0";

@@ -146,7 +146,7 @@ const kindHint = (node) =>
     : `The output of the circuit: ${circuit.metadata.metric ?? "the metric"}.`;
 
 function nodeFacts(node) {
-  const facts = [[node.kind === "metric" ? "total effect" : "effect", number(node.effect)]];
+  const facts = effectWords(node) ? [[node.kind === "metric" ? "total effect" : "effect", number(node.effect)]] : [];
   for (const [name, value] of Object.entries(node.attributes)) {
     if (typeof value === "number")
       facts.push([name.replaceAll("_", " "), name.includes("effect") ? number(value) : factValue(name, value)]);

@@ -38,7 +38,7 @@ from graphs.feature_graph import (
 from graphs.files import check_type, read_json, write_json
 from graphs.schema import GraphHead, Index, Interval, NodeFile, Place
 from graphs.sharing import shared
-from graphs.style import describe, number, position_name
+from graphs.style import describe, effect_words, number, position_name
 
 EXTRA = "sparse_feature_circuit"
 KINDS = ("attn", "mlp", "resid")
@@ -85,7 +85,7 @@ def to_neuronpedia(graph: FeatureGraph, *, scan: str = "", slug: str = "") -> di
         },
         "qParams": {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""},
         "nodes": [
-            _viewer_node(node, ids[node.id], rows.get(node.site), places[node.id], last, len(tokens))
+            _viewer_node(graph, node, ids[node.id], rows.get(node.site), places[node.id], last, len(tokens))
             for node in graph.nodes()
         ],
         "links": [{**edge.to_json(), "source": ids[edge.source], "target": ids[edge.target]} for edge in graph.edges()],
@@ -128,7 +128,9 @@ def _viewer_id(node: Node, row: int | None, place: int, last: int) -> str:
     return f"{'E' if row is None else row}_{-1 if node.feature is None else node.feature}_{place}"
 
 
-def _viewer_node(node: Node, id: str, row: int | None, place: int, last: int, n_tokens: int) -> dict[str, Any]:
+def _viewer_node(
+    graph: FeatureGraph, node: Node, id: str, row: int | None, place: int, last: int, n_tokens: int
+) -> dict[str, Any]:
     layer, type_, feature = ("E" if row is None else str(row)), FEATURE, -1
     if node.kind == "metric":
         layer, type_, feature = str(last + 1), LOGIT, 0
@@ -147,7 +149,7 @@ def _viewer_node(node: Node, id: str, row: int | None, place: int, last: int, n_
         "ctx_idx": place,
         "feature_type": type_,
         "jsNodeId": "-".join(id.rsplit("_", 1)) if type_ != FEATURE else f"{id.rsplit('_', 1)[0]}-0",
-        "clerp": f"{shown} ({number(node.effect)})",
+        "clerp": f"{shown} ({number(node.effect)})" if effect_words(graph, node) else shown,
         "token_prob": 1.0 if node.kind == "metric" else 0.0,
         "is_target_logit": node.kind == "metric",
         "run_idx": 0,

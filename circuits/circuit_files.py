@@ -1,0 +1,209 @@
+"""What a circuit is on disk: the metadata of `circuit.json` as types, and the tensors of `effects.safetensors`.
+
+1. `CircuitMetadata` is what reading a circuit needs, `ReportMetadata` what pages show of it; a file may have more.
+2. `read_effects` checks every tensor by name, shape, number type and range before anything is built from it.
+3. Paths inside the run folder are written relative to it (`./saes`), so that a run can be moved; others as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import FiniteFloat
+from typing_extensions import NotRequired, TypedDict
+
+from circuits.attribution.effects import SiteEffects
+from graphs.schema import LARGEST, AttributesFile, Count, Index
+from sae.errors import UserError
+from sae.files import TensorSpec, check_tensors, check_type, read_tensors
+from sae.sites import Site
+
+PATHS = ("model", "saes", "prompts")
+"""Metadata that may be paths."""
+ENTRIES = ("example", "position", "feature", "value")
+NODES = ("feature", "position", "effect")
+
+
+class OptionsFile(TypedDict):
+    """What is read of the options a circuit was found with."""
+
+    aggregation: Literal["sum", "position", "spans"]
+    metric: str
+    method: NotRequired[str]
+
+
+class CircuitMetadata(TypedDict):
+    """Metadata without which there is no circuit."""
+
+    options: OptionsFile
+    sites: list[str]
+    n_examples: Count
+    n_positions: Count
+    total_effect: FiniteFloat | None
+
+
+class SiteSum(TypedDict):
+    """The sum check of one site."""
+
+    sum_of_effects: FiniteFloat
+    measured: FiniteFloat
+    residual: FiniteFloat
+
+
+class SumCheck(TypedDict):
+    """How nearly the effects of each site add up to patching it."""
+
+    mean_residual: FiniteFloat
+    worst_residual: FiniteFloat
+    worst_site: str
+    sites: dict[str, SiteSum]
+
+
+class VerificationFile(TypedDict):
+    """What exact patching found, by node."""
+
+    nodes: dict[str, AttributesFile]
+    summary: NotRequired[str]
+
+
+class ReportOptions(TypedDict, total=False):
+    """The options that pages name."""
+
+    metric: str
+    method: str
+
+
+class ReportMetadata(TypedDict, total=False):
+    """Metadata that pages and later commands read where they are there."""
+
+    options: ReportOptions
+    model: str
+    saes: str
+    prompts: str
+    examples: Count
+    dtype: str | None
+    site_paths: str | None
+    span_template: str | None
+    need_spans: bool
+    model_fingerprint: str | None
+    saes_fingerprint: str | None
+    n_examples: Index
+    n_nodes: Index
+    m_clean: FiniteFloat | None
+    m_patch: FiniteFloat | None
+    accuracy: FiniteFloat | None
+    completeness: SumCheck
+    verification: VerificationFile
+
+
+class FeaturesFile(TypedDict):
+    """features.json: what is known of each feature, by its name without a position."""
+
+    features: dict[str, AttributesFile]
+
+
+def check_metadata(metadata: Mapping[str, Any], where: str | Path, *, circuit: bool) -> None:
+    """`UserError`, with the key and its value, for metadata that pages cannot show or, with `circuit`, that are not
+    those of a circuit.
+    """
+    for schema in [ReportMetadata, CircuitMetadata] if circuit else [ReportMetadata]:
+        check_type(metadata, schema, f"{where}: metadata")
+
+
+def relative_to_run(metadata: Mapping[str, Any], run: Path) -> dict[str, Any]:
+    """The metadata with paths inside the run folder relative to it."""
+    run, changed = run.resolve(), dict(metadata)
+    for key in PATHS:
+        value = metadata.get(key)
+        if isinstance(value, str) and Path(value).is_absolute() and Path(value).is_relative_to(run):
+            changed[key] = f"./{Path(value).relative_to(run).as_posix()}"
+    return changed
+
+
+def absolute_in_run(metadata: Mapping[str, Any], run: Path) -> dict[str, Any]:
+    """What `relative_to_run` wrote, with the paths of the run folder where it is now."""
+    run, changed = run.resolve(), dict(metadata)
+    for key in PATHS:
+        value = metadata.get(key)
+        if isinstance(value, str) and value.startswith("./"):
+            changed[key] = str((run / value).resolve())
+    return changed
+
+
+# ------------------------------------------------------------------------------------------ effects.safetensors
+
+
+def read_effects(
+    path: Path, metadata: Mapping[str, Any]
+) -> tuple[dict[Site, SiteEffects], dict[str, torch.Tensor], list[Site]]:
+    """(effects per site, all tensors by name, the sites with edge nodes) of a circuit with these checked metadata."""
+    try:
+        sites = [Site.parse(name) for name in metadata["sites"]]
+    except UserError as error:
+        raise UserError(f"{path.with_name('circuit.json')}: metadata: {error}") from None
+    tensors = read_tensors(path)
+    effects = {site: _site_effects(tensors, site, metadata, path) for site in sites}
+    with_edges = [site for site in sites if f"edge_nodes/{site.name}/feature" in tensors]
+    for site in with_edges:
+        _check_edge_nodes(tensors, site, effects[site].n_features, metadata, path)
+    for name in tensors:
+        if name.startswith(("edges/", "edge_intervals/")):
+            _check_edges(tensors, name, {site.name for site in with_edges}, path)
+    return effects, tensors, with_edges
+
+
+def _site_effects(
+    tensors: Mapping[str, torch.Tensor], site: Site, metadata: Mapping[str, Any], path: Path
+) -> SiteEffects:
+    names = {name: f"effects/{site.name}/{name}" for name in (*ENTRIES, "n_features")}
+    expected = {names[name]: TensorSpec(("entries",), "int") for name in ENTRIES[:3]}
+    expected |= {names["value"]: TensorSpec(("entries",)), names["n_features"]: TensorSpec((1,), "int")}
+    check_tensors(tensors, expected, path)
+    n_features = int(tensors[names["n_features"]])
+    if not 1 <= n_features < LARGEST:
+        raise UserError(f"{path}: tensor {names['n_features']!r} is {n_features}: no autoencoder has as many features")
+    _check_range(tensors, names["example"], 0, metadata["n_examples"], path)
+    _check_range(tensors, names["feature"], 0, n_features + 1, path)
+    _check_range(tensors, names["position"], *_positions(metadata), path)
+    example, position, feature, value = (tensors[names[name]] for name in ENTRIES)
+    return SiteEffects(n_features, example.int(), position.int(), feature.int(), value.float())
+
+
+def _positions(metadata: Mapping[str, Any]) -> tuple[int, int]:
+    """The smallest position an effect may have, and the first beyond the largest."""
+    aggregation = metadata["options"]["aggregation"]
+    beyond = len(metadata.get("positions", ())) if aggregation == "spans" else metadata["n_positions"]
+    return (-1 if aggregation == "sum" else 0), beyond
+
+
+def _check_edge_nodes(
+    tensors: Mapping[str, torch.Tensor], site: Site, n_features: int, metadata: Mapping[str, Any], path: Path
+) -> None:
+    names = {name: f"edge_nodes/{site.name}/{name}" for name in NODES}
+    expected = {names[name]: TensorSpec(("nodes",), "float" if name == "effect" else "int") for name in NODES}
+    check_tensors(tensors, expected, path)
+    lowest, beyond = _positions(metadata)
+    _check_range(tensors, names["feature"], 0, n_features + 1, path)
+    _check_range(tensors, names["position"], lowest, 0 if lowest < 0 else beyond, path)
+
+
+def _check_edges(tensors: Mapping[str, torch.Tensor], name: str, sites: Sequence[str] | set[str], path: Path) -> None:
+    kind, *between = name.split("/")
+    if len(between) != 2 or between[0] not in sites or between[1] not in {*sites, "metric"}:
+        raise UserError(f"{path}: tensor {name!r} joins no two sites with nodes: expected {kind}/UPSTREAM/DOWNSTREAM")
+    up, down = between
+    rows = 1 if down == "metric" else len(tensors[f"edge_nodes/{down}/feature"])
+    shape = (rows, len(tensors[f"edge_nodes/{up}/feature"]))
+    check_tensors(tensors, {name: TensorSpec(shape if kind == "edges" else (*shape, 2))}, path)
+    if kind == "edge_intervals" and f"edges/{up}/{down}" not in tensors:
+        raise UserError(f"{path}: tensor {name!r} has no weights, edges/{up}/{down}")
+
+
+def _check_range(tensors: Mapping[str, torch.Tensor], name: str, lowest: int, beyond: int, path: Path) -> None:
+    tensor = tensors[name]
+    if len(tensor) and not (lowest <= int(tensor.min()) and int(tensor.max()) < beyond):
+        found = f"{int(tensor.min())} to {int(tensor.max())}"
+        raise UserError(f"{path}: tensor {name!r} has values from {found}, expected {lowest} to {beyond - 1}")

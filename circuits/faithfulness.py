@@ -227,20 +227,22 @@ def aligned(reference: PromptSet, prompts: PromptSet, ablation: str) -> tuple[Pr
     """Reference and measured prompts keyed by the same template rule; measured prompts without reference left out."""
     if ablation in ("counterfactual", "zero", "mean-pooled"):
         return reference, prompts, 0
-    for aligned, known in (
+    by_cell = ablation in ("mean", "optimal")
+    tried = []
+    for measured, known in (
         (prompts.aligned_to(reference), reference),
         (prompts.with_templates("length"), reference.with_templates("length")),
     ):
-        if ablation in ("mean", "optimal"):
-            covered = Cells(known).covers(aligned)
-        else:
-            templates = set(known.templates)
-            covered = torch.tensor([template in templates for template in aligned.templates])
+        templates = set(known.templates)
+        in_templates = torch.tensor([template in templates for template in measured.templates])
+        covered = Cells(known).covers(measured) if by_cell else in_templates
+        tried.append((known, measured, covered))
         if covered.float().mean() >= COVERED:
             break
+    known, measured, covered = max(tried, key=lambda found: int(found[2].sum()))  # the first of equals
     if not covered.any():
         raise UserError(
             f"none of the {len(prompts)} prompts has the template or length of a reference prompt: "
             "give reference prompts like them, or ablate by zero or counterfactual"
         )
-    return known, aligned[covered], int((~covered).sum())
+    return known, measured[covered], int((~covered).sum())

@@ -23,16 +23,20 @@ Shapes: B prompts, S positions, V vocabulary, n answers.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from circuits.answers import AnswerTokens, check_ids
 from circuits.prompt_formats import Example, read_examples
+from circuits.prompt_selection import choose
 from circuits.spans import Range, Span, SpanProblem, has_fields, number_roles, spans_of_template, token_roles
 from circuits.templates import commonest_fits, length_keys, mask_keys, span_keys, words_of
 from sae.errors import UserError, unknown
@@ -155,8 +159,11 @@ class PromptSet:
         return replace(self, templates=keys, template_rule=rule)
 
     def aligned_to(self, reference: PromptSet) -> PromptSet:
-        """The same prompts under the template keys of another set (train and test), where they have one there."""
-        if reference.template_rule == "spans" and self.roles is None:
+        """The same prompts under the template keys of another set (train and test), where they have one there; by
+        length where they lack the spans or the template field that the other set is keyed by.
+        """
+        lacking = {"spans": self.roles is None, "field": self.template_rule != "field"}
+        if lacking.get(reference.template_rule, False):
             return self.with_templates("length")
         if reference.template_rule != "mask":
             return self.with_templates(reference.template_rule)
@@ -165,6 +172,15 @@ class PromptSet:
         found = commonest_fits(words_of(self.clean), patterns)
         keys = [fit or key for fit, key in zip(found, own, strict=True)]
         return replace(self, templates=keys, template_rule="mask")
+
+    @property
+    def fingerprint(self) -> str:
+        """A short hash of texts, tokens, answers and spans, in their order; cases and templates are not part of it."""
+        columns: list[Any] = [self.texts, words_of(self.clean), self.clean_answers.tolist()]
+        columns.append(None if self.patch is None else words_of(self.patch))
+        columns.append(None if self.patch_answers is None else self.patch_answers.tolist())
+        columns.append(None if self.roles is None else span_keys(self.texts, self.roles, self.spans))
+        return hashlib.sha256(json.dumps(columns).encode()).hexdigest()[:16]
 
     def summary(self) -> str:
         """One line: how many prompts, of which cases, what was rejected."""
@@ -183,8 +199,9 @@ def load_prompts(
     span_template: str | None = None,
     need_spans: bool = False,
 ) -> PromptSet:
-    """The usable prompts of a file or hub data set, at most `limit` of them (the first), tokenised for `model`.
+    """The usable prompts of a file or hub data set, at most `limit` of them, tokenised for `model`.
 
+    limit: the first ones, or where these miss a case or template of the file, some of each (`prompt_selection`).
     span_template: finds the spans of all prompts, whatever the file says of them; need_spans: prompts whose spans
     cannot be found are left out and counted. Otherwise prompts have spans where all of them do.
     """
@@ -203,90 +220,122 @@ def make_prompts(
     name: str = "the examples",
 ) -> PromptSet:
     """Tokenise examples; those that cannot be used are counted in `rejected`, and `UserError` if none is left."""
-    paired = any(example.patch is not None for example in examples)
-    contrasted = any(example.patch_answers for example in examples)
-    reasons = [_text_problem(example, paired=paired) for example in examples]
-    rejected = Counter(reason for reason in reasons if reason)
-    usable = [example for example, reason in zip(examples, reasons, strict=True) if not reason]
-    if not usable:
-        raise _none_left(name, rejected)
-
-    clean = model.tokenize([example.clean for example in usable])
-    patch = model.tokenize([example.patch or "" for example in usable]) if paired else None
+    check_ids(examples, min(model.vocab_size, len(model.tokenizer)), name)
     need_spans = need_spans or span_template is not None
-    roles = _find_roles(usable, model, span_template) if need_spans or model.tokenizer.is_fast else None
-    if need_spans and roles is None:
+    with_spans = span_template is not None or any(x.spans or has_fields(x.template) for x in examples)
+    if need_spans and not with_spans:
         raise UserError(f'{name} says nothing of spans: give "spans" in the file, or a span template')
-    accepted = _accepted(
-        usable, clean, patch, model, contrasted=contrasted, roles=roles if need_spans else None, rejected=rejected
-    )[:limit]
-    if not accepted:
+    reader = _Reader(
+        model,
+        paired=any(example.patch is not None for example in examples),
+        contrasted=any(example.patch_answers for example in examples),
+        with_spans=with_spans and (need_spans or model.tokenizer.is_fast),
+        need_spans=need_spans,
+        span_template=span_template,
+    )
+    rows, rejected = choose(examples, lambda numbers: reader.read([examples[number] for number in numbers]), limit)
+    if not rows:
         raise _none_left(name, rejected)
-    rows, clean_answers, patch_answers = (list(column) for column in zip(*accepted, strict=True))
-    kept, index = [usable[row] for row in rows], torch.tensor(rows)
-    width = max(len(answers) for answers in clean_answers + patch_answers)
+    return _prompt_set(rows, rejected, reader).to(model.device)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A usable example in tokens."""
+
+    example: Example
+    clean: list[int]
+    patch: list[int]
+    clean_answers: list[int]
+    patch_answers: list[int]
+    roles: list[str] | str
+    """Role of every token, or why there are none."""
+
+
+class _Reader:
+    """Examples to rows of tokens, or to the reason why they cannot be used."""
+
+    def __init__(
+        self, model: LanguageModel, *, paired: bool, contrasted: bool, with_spans: bool, need_spans: bool,
+        span_template: str | None,
+    ) -> None:  # fmt: skip
+        self.model, self.paired, self.contrasted = model, paired, contrasted
+        self.with_spans, self.need_spans, self.span_template = with_spans, need_spans, span_template
+        self._answers = AnswerTokens(model.text_coder)
+
+    def read(self, examples: Sequence[Example]) -> list[_Row | str]:
+        """A row for each example that can be used, the reason for each other."""
+        results: list[_Row | str] = [_text_problem(example, paired=self.paired) or "" for example in examples]
+        numbers = [number for number, reason in enumerate(results) if not reason]
+        usable = [examples[number] for number in numbers]
+        coder = self.model.text_coder
+        clean = coder.prompt_ids([example.clean for example in usable])
+        patch = coder.prompt_ids([example.patch or "" for example in usable]) if self.paired else clean
+        reasons = [_length_problem(a, b, self.model) for a, b in zip(clean, patch, strict=True)]
+        fitting = [place for place, reason in enumerate(reasons) if reason is None]
+        for place, reason in enumerate(reasons):
+            results[numbers[place]] = reason or ""
+        usable, clean, patch = ([part[place] for place in fitting] for part in (usable, clean, patch))
+        answers = self._answers.of(usable, clean, patch if self.paired else None)
+        roles = self._roles(usable)
+        for place, *found in zip(fitting, usable, clean, patch, answers, roles, strict=True):
+            results[numbers[place]] = self._row(*found)
+        return results
+
+    def _roles(self, examples: Sequence[Example]) -> Sequence[list[str] | str]:
+        if not self.with_spans:
+            return ["no spans"] * len(examples)
+        return find_roles(examples, self.model, self.span_template)
+
+    def _row(
+        self,
+        example: Example,
+        clean: list[int],
+        patch: list[int],
+        answers: tuple[list[int], list[int]] | str,
+        roles: list[str] | str,
+    ) -> _Row | str:
+        if isinstance(answers, str):
+            return answers
+        if not answers[0] or (self.contrasted and not answers[1]):
+            return "no answer"
+        if set(answers[0]) & set(answers[1]):
+            return "both answers are the same token"
+        if self.need_spans and isinstance(roles, str):
+            return roles
+        return _Row(example, clean, patch, *answers, roles)
+
+
+def _prompt_set(rows: Sequence[_Row], rejected: Counter[str], reader: _Reader) -> PromptSet:
+    """The rows as one batch, with spans where all of them have some."""
+    pad = reader.model.text_coder.pad_id
+    width = max(len(answers) for row in rows for answers in (row.clean_answers, row.patch_answers))
     prompts = PromptSet(
-        clean=_trim(clean[index]),
-        patch=None if patch is None else _trim(patch[index]),
-        clean_answers=_answer_tensor(clean_answers, width),
-        patch_answers=_answer_tensor(patch_answers, width) if contrasted else None,
-        cases=[example.case for example in kept],
-        templates=[example.template for example in kept],
-        texts=[example.clean for example in kept],
+        clean=Tokens.from_rows([row.clean for row in rows], pad_id=pad),
+        patch=Tokens.from_rows([row.patch for row in rows], pad_id=pad) if reader.paired else None,
+        clean_answers=_answer_tensor([row.clean_answers for row in rows], width),
+        patch_answers=_answer_tensor([row.patch_answers for row in rows], width) if reader.contrasted else None,
+        cases=[row.example.case for row in rows],
+        templates=[row.example.template for row in rows],
+        texts=[row.example.clean for row in rows],
         rejected=dict(rejected.most_common()),
     )
-    found = [] if roles is None else [roles[row] for row in rows]
-    if found and not any(isinstance(row, str) for row in found):
-        names, numbers = number_roles(found, prompts.clean.n_positions)
+    roles = [row.roles for row in rows if not isinstance(row.roles, str)]
+    if len(roles) == len(rows):
+        names, numbers = number_roles(roles, prompts.clean.n_positions)
         prompts = replace(prompts, spans=names, roles=numbers)
-    return _choose_templates(prompts).to(model.device)
+    return _choose_templates(prompts)
 
 
 # ------------------------------------------------------------------------------------------ rejecting
 
 
-def _accepted(
-    examples: list[Example],
-    clean: Tokens,
-    patch: Tokens | None,
-    model: LanguageModel,
-    *,
-    contrasted: bool,
-    roles: Sequence[list[str] | str] | None,
-    rejected: Counter[str],
-) -> list[tuple[int, list[int], list[int]]]:
-    """(row, clean answers, patch answers) of the usable examples; counts the others in `rejected`."""
-    accepted = []
-    lengths = clean.lengths.tolist()
-    patch_lengths = lengths if patch is None else patch.lengths.tolist()
-    for row, example in enumerate(examples):
-        answers, wrong = _answer_ids(example.clean_answers, model), _answer_ids(example.patch_answers, model)
-        reason = _length_problem(lengths[row], patch_lengths[row], model)
-        reason = reason or _answer_problem(answers, wrong, contrasted=contrasted)
-        if reason is None and roles is not None and isinstance(roles[row], str):
-            reason = str(roles[row])
-        if reason:
-            rejected[reason] += 1
-        else:
-            accepted.append((row, answers or [], wrong or []))
-    return accepted
-
-
-def roles_of_texts(
+def find_roles(
     examples: Sequence[Example], model: LanguageModel, template: str | None = None
 ) -> list[list[str] | str]:
     """For each example the role of every token, or why it has none."""
-    return _find_roles(examples, model, template) or ["no spans"] * len(examples)
-
-
-def _find_roles(
-    examples: Sequence[Example], model: LanguageModel, template: str | None
-) -> list[list[str] | str] | None:
-    """For each example the role of every token, or why it has none; None where no example says anything of spans."""
-    if template is None and not any(example.spans or has_fields(example.template) for example in examples):
-        return None
-    clean = model.token_offsets([example.clean for example in examples])
-    patch = model.token_offsets([example.patch or example.clean for example in examples])
+    clean = model.text_coder.prompt_offsets([example.clean for example in examples])
+    patch = model.text_coder.prompt_offsets([example.patch or example.clean for example in examples])
     found: list[list[str] | str] = []
     for example, *offsets in zip(examples, clean, patch, strict=True):
         try:
@@ -309,17 +358,6 @@ def _roles_of(example: Example, template: str | None, side: int, offsets: Sequen
     return token_roles(spans, text, offsets)
 
 
-def _answer_ids(answers: Sequence[str | int], model: LanguageModel) -> list[int] | None:
-    """Token ids of the answers, or None when one of them is not exactly one token of the model."""
-    ids: list[int] = []
-    for answer in answers:
-        token = model.single_token(answer) if isinstance(answer, str) else answer
-        if token is None or not 0 <= token < model.vocab_size:
-            return None
-        ids.append(token)
-    return ids
-
-
 def _text_problem(example: Example, *, paired: bool) -> str | None:
     if paired and example.patch is None:
         return "no patch prompt"
@@ -328,19 +366,13 @@ def _text_problem(example: Example, *, paired: bool) -> str | None:
     return "clean and patch are the same prompt" if example.clean == example.patch else None
 
 
-def _length_problem(length: int, patch_length: int, model: LanguageModel) -> str | None:
-    if length != patch_length:
+def _length_problem(clean: list[int], patch: list[int], model: LanguageModel) -> str | None:
+    if not clean or not patch:
+        return "prompt has no tokens"
+    if len(clean) != len(patch):
         return "clean and patch differ in token length"
     limit = getattr(model.hf.config, "max_position_embeddings", None)
-    return "longer than the model's context" if limit is not None and length > limit else None
-
-
-def _answer_problem(answers: list[int] | None, wrong: list[int] | None, *, contrasted: bool) -> str | None:
-    if answers is None or wrong is None:
-        return "answer is not one token"
-    if not answers or (contrasted and not wrong):
-        return "no answer"
-    return "both answers are the same token" if set(answers) & set(wrong) else None
+    return "longer than the model's context" if limit is not None and len(clean) > limit else None
 
 
 def _none_left(name: str, rejected: Counter[str]) -> UserError:

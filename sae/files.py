@@ -232,7 +232,8 @@ def parse_json(text: str, where: str | Path, schema: Any = Any) -> Any:
     try:
         value = json.loads(text, parse_constant=lambda _: None, parse_float=_finite)  # an undefined number is null
     except json.JSONDecodeError as error:
-        raise UserError(f"{where}, line {error.lineno}: malformed JSON: {error.msg}") from None
+        line = f", line {error.lineno}" if "\n" in text.strip() else ""
+        raise UserError(f"{where}{line}: malformed JSON: {error.msg} at column {error.colno}") from None
     except RecursionError:
         raise UserError(f"{where}: JSON nested too deeply to be read") from None
     except ValueError as error:  # an integer of more digits than Python converts
@@ -248,7 +249,7 @@ def _finite(text: str) -> float | None:
 def check_type(value: Any, schema: Any, where: str | Path) -> Any:
     """A JSON value as a value of the type `schema`, as in `parse_json`; what is no Unicode becomes U+FFFD."""
     try:
-        text = json.dumps(value, ensure_ascii=False).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        text = json.dumps(value, ensure_ascii=False, default=str).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return _adapter(schema).validate_json(text, strict=True)
     except RecursionError:
         raise UserError(f"{where}: JSON nested too deeply to be read") from None

@@ -136,13 +136,14 @@ class LanguageModel:
         """A left-padded batch on the model's device, with the special tokens the tokenizer itself adds."""
         return self._text.encode(texts, max_length=max_length).to(self.device)
 
-    def single_token(self, text: str) -> int | None:
-        """The id of an answer when it is exactly one token after other text, else None."""
-        return self._text.single_token(text)
+    def tokenize_prompts(self, texts: Sequence[str]) -> Tokens:
+        """A left-padded batch of prompts, with special tokens in front alone: the last token is the prompt's own."""
+        return Tokens.from_rows(self._text.prompt_ids(texts), pad_id=self._text.pad_id).to(self.device)
 
-    def token_offsets(self, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
-        """First character of every token of `tokenize` and the one after its last; (0, 0) for special tokens."""
-        return self._text.offsets(texts)
+    @property
+    def text_coder(self) -> TextCoder:
+        """Texts and prompts to token ids; UserError for a model without a tokenizer."""
+        return self._text
 
     def token_strings(self, ids: Iterable[int] | Tensor) -> list[str]:
         """The text each token adds to a sentence: " he", not "Ġhe"."""

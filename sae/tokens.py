@@ -1,8 +1,10 @@
 """Text to token ids and back, with the padding on the left and the caller's tokenizer left as it is.
 
 1. `Tokens` is a batch: ids and mask, so that the last column is the last token of every row.
-2. `TextCoder` wraps a copy of a Hugging Face tokenizer: a batch from texts, the one token of an answer, and the text a
-   token adds when it continues a sentence, whatever marks the tokenizer writes for a space.
+2. `TextCoder` wraps a copy of a Hugging Face tokenizer: a batch from texts, the tokens with which a text goes on, and
+   the text a token adds when it continues a sentence, whatever marks the tokenizer writes for a space.
+3. Texts have all special tokens that the tokenizer adds by itself, as the model saw them. Prompts go on: they have those
+   in front, once, and none behind.
 """
 
 from __future__ import annotations
@@ -83,6 +85,7 @@ class TextCoder:
         )
         self._readable: dict[int, str] = {}
         self._anchor = self._find_anchor()
+        self.prefix: tuple[int, ...] = self._find_prefix()
 
     def encode(self, texts: Sequence[str], *, max_length: int | None = None) -> Tokens:
         """Token ids with the special tokens the tokenizer itself adds, cut to `max_length` tokens a text."""
@@ -91,24 +94,58 @@ class TextCoder:
         if not texts:
             raise UserError("no texts to tokenize: give at least one")
         limit = {} if max_length is None else {"truncation": True, "max_length": max_length}
-        return Tokens.from_rows(self.tokenizer(list(texts), verbose=False, **limit)["input_ids"], pad_id=self.pad_id)
+        return Tokens.from_rows(self._call(texts, **limit)["input_ids"], pad_id=self.pad_id)
 
-    def offsets(self, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
-        """First character and the one after the last of every token of `encode`; (0, 0) for special tokens."""
+    def prompt_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of prompts: special tokens in front alone, and once where the text already has them."""
+        first = list(self.prefix)
+        return [ids if ids[: len(first)] == first else first + ids for ids in self.own_ids(texts)]
+
+    def prompt_offsets(self, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
+        """First character and the one after the last of every token of `prompt_ids`; (0, 0) for the special ones in
+        front.
+        """
         if not self.tokenizer.is_fast:
             raise UserError("this tokenizer does not know where in the text its tokens are: use a fast one for spans")
-        return self.tokenizer(list(texts), verbose=False, return_offsets_mapping=True)["offset_mapping"]
+        found = self._call(texts, add_special_tokens=False, return_offsets_mapping=True)
+        first, blank = list(self.prefix), [(0, 0)] * len(self.prefix)
+        return [
+            blank + (offsets[len(first) :] if ids[: len(first)] == first else offsets)
+            for ids, offsets in zip(found["input_ids"], found["offset_mapping"], strict=True)
+        ]
 
-    def single_token(self, text: str) -> int | None:
-        """The id of `text` when it is exactly one known token after other text, else None."""
-        alone = self._ids(text)
-        if text[:1].isspace() and self._anchor is not None:
-            before, after = self._ids(self._anchor), self._ids(self._anchor + text)
-            if after[: len(before)] == before:
-                alone = after[len(before) :]
-        if len(alone) != 1 or alone[0] == self.tokenizer.unk_token_id:
-            return None
-        return alone[0]
+    def own_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts without the special tokens that the tokenizer adds by itself."""
+        if not texts:
+            return []
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if not hasattr(backend, "encode_batch_fast"):
+            return self._call(texts, add_special_tokens=False)["input_ids"]
+        backend.no_truncation()
+        backend.no_padding()
+        try:
+            return [row.ids for row in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        except TypeError:
+            raise _not_text(texts) from None
+
+    def continuations(self, texts: Sequence[str], more: Sequence[str]) -> list[list[int] | None]:
+        """The ids that `more` adds to each text, `own_ids(text + more)` minus `own_ids(text)`; None where what follows
+        merges with the text's last token.
+        """
+        joined = [text + after for text, after in zip(texts, more, strict=True)]
+        number = {text: index for index, text in enumerate(dict.fromkeys([*texts, *joined]))}
+        ids = self.own_ids(list(number))
+        pairs = [(ids[number[text]], ids[number[both]]) for text, both in zip(texts, joined, strict=True)]
+        return [both[len(own) :] if both[: len(own)] == own else None for own, both in pairs]
+
+    def spelling(self, before: int, text: str) -> int | None:
+        """The one token that writes `text` behind the token `before`, also where the tokenizer would join the two."""
+        names = [self.tokenizer.convert_tokens_to_ids(name) for name in (text, f"##{text}")]
+        whole = self._decode([before]) + text
+        for token in [*self._ids(text)[-1:], *names]:
+            if token not in (None, self.tokenizer.unk_token_id) and self._decode([before, token]) == whole:
+                return token
+        return None
 
     def strings(self, ids: Iterable[int] | Tensor) -> list[str]:
         """The text each token adds to a sentence, " he" and not "Ġhe"; special tokens by their name."""
@@ -139,8 +176,33 @@ class TextCoder:
                 return text
         return None
 
+    def _find_prefix(self) -> tuple[int, ...]:
+        """The special tokens that the tokenizer itself puts in front of a text."""
+        text = self._anchor or "a"
+        own, full = self._ids(text), self._call([text])["input_ids"][0]
+        for start in range(len(full) - len(own) + 1):
+            if own and full[start : start + len(own)] == own:
+                return tuple(full[:start])
+        return ()
+
+    def _call(self, texts: Sequence[str], **options: Any) -> Any:
+        try:
+            return self.tokenizer(list(texts), verbose=False, **options)
+        except TypeError:
+            raise _not_text(texts) from None
+
     def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return self.own_ids([text])[0]
 
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _not_text(texts: Sequence[str]) -> UserError:
+    """The error for texts that a tokenizer does not take; raise what this returns."""
+    for number, text in enumerate(texts):
+        try:
+            text.encode("utf-8")
+        except (UnicodeEncodeError, AttributeError):
+            return UserError(f"text {number} is no text that can be written as UTF-8: {text!r:.80}")
+    return UserError("the tokenizer takes none of these texts: give strings")

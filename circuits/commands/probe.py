@@ -11,7 +11,7 @@ import torch
 from circuits.commands.common import Common, Output, at_least, load_model
 from circuits.probes import fit_probe, read_site, save_probe
 from circuits.prompt_formats import Example, read_rows
-from circuits.prompts import roles_of_texts
+from circuits.prompts import find_roles
 from circuits.spans import LAST
 from sae.errors import UserError, unknown
 from sae.model import Tokens
@@ -59,7 +59,7 @@ class Probe(Common):
         if self.site not in names:
             raise unknown("site", self.site, names)
         site: Site = names[self.site]
-        tokens = model.tokenize([example.clean for example in texts])
+        tokens = model.tokenize_prompts([example.clean for example in texts])
         inside, kept = None, list(range(len(texts)))
         if self.position != LAST:
             inside, kept = self._inside(texts, model, tokens)
@@ -97,7 +97,7 @@ class Probe(Common):
 
     def _inside(self, texts: list[Example], model, tokens: Tokens):
         """[B, S] bool, the tokens of the span; and the prompts that have it."""
-        roles = roles_of_texts(texts, model, self.span_template)
+        roles = find_roles(texts, model, self.span_template)
         width = tokens.n_positions
         rows = [[False] * width if isinstance(row, str) else _flags(row, self.position, width) for row in roles]
         kept = [number for number, row in enumerate(rows) if any(row)]

@@ -131,14 +131,19 @@ def test_a_hub_data_set(monkeypatch):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([PAIR, '{"clean_prefix": "the'], r"p\.jsonl, line 2: not JSON"),
+        ([PAIR, '{"clean_prefix": "the'], r"p\.jsonl, line 2: malformed JSON"),
         (
             [PAIR, "", {"clean_prefix": "the", "patch_prefix": "a", "clean_answer": " b"}],
-            r"line 3: missing key 'patch_a",
+            r"line 3: key 'patch_answer' is missing",
         ),
-        ([{"clean_answer": " is"}], r"line 1: missing key 'clean_prefix'"),
-        ([{**PAIR, "clean_answer": 5}], r"line 1: 'clean_answer' must be text"),
-        ([{**PAIR, "clean_prefix": ["the"]}], r"line 1: 'clean_prefix' must be text"),
+        ([{"clean_answer": " is"}], r"line 1: key 'clean_prefix' is missing"),
+        ([{**PAIR, "clean_answer": 5.5}], r"line 1: key 'clean_answer' is 5.5: expected text, a token id or"),
+        ([{**PAIR, "clean_answer": True}], r"line 1: key 'clean_answer' is true: expected text, a token id or"),
+        ([{**PAIR, "case": {}}], r"line 1: key 'case' is \{\}: expected text"),
+        (['{"clean_prefix": "a\\ud800b"}'], r"line 1: half of a surrogate pair, .*a\\\\ud800b"),
+        (["[" * 100_000], r"line 1: JSON nested too deeply"),
+        (['{"clean_prefix": ' + "7" * 5000 + "}"], r"line 1: malformed JSON"),
+        ([{**PAIR, "clean_prefix": ["the"]}], r"line 1: key 'clean_prefix' is \[\"the\"\]: expected a valid string"),
         ([{"text": "hello"}], r"line 1: no known prompt format has the keys \['text'\]"),
         (["[1, 2]"], r"line 1: expected an object"),
         ([""], r"holds no prompts"),
@@ -156,14 +161,14 @@ def test_other_mistakes(tmp_path):
         read_examples(tmp_path)
     broken = tmp_path / "p.json"
     broken.write_text('{\n "clean_prefix": "a",\n oops\n}')
-    with pytest.raises(UserError, match=r"p\.json, line 3: not JSON"):
+    with pytest.raises(UserError, match=r"p\.json, line 3: malformed JSON"):
         read_examples(broken)
     table = tmp_path / "t.csv"
     table.write_text("clean,corrupted,correct_idx\na,b,1\n")
-    with pytest.raises(UserError, match=r"t\.csv, line 2: missing key 'incorrect_idx'"):
+    with pytest.raises(UserError, match=r"t\.csv, line 2: key 'incorrect_idx' is missing"):
         read_examples(table)
     table.write_text("clean,corrupted,correct_idx,incorrect_idx\na,b,1,he\n")
-    with pytest.raises(UserError, match=r"line 2: 'incorrect_idx' must be a token id"):
+    with pytest.raises(UserError, match=r"line 2: key 'incorrect_idx' is \"he\": expected a token id"):
         read_examples(table)
 
 
@@ -174,7 +179,7 @@ def test_real_pairs(real_model, shared_dir):
     prompts = load_prompts(shared_dir / "data" / "pronoun_gender" / "train.jsonl", real_model)
     assert len(prompts) == 782
     assert prompts.rejected == {}
-    he, she = real_model.single_token(" he"), real_model.single_token(" she")
+    (he,), (she,) = real_model.text_coder.continuations(["Amy", "Amy"], [" he", " she"])
     female = torch.tensor([case == "female" for case in prompts.cases])
     assert (prompts.clean_answers == torch.where(female, she, he)).all()
     assert (prompts.patch_answers == torch.where(female, he, she)).all()
@@ -231,7 +236,9 @@ def test_limit_keeps_the_first_usable(real_model):
 def test_several_answers_are_padded(real_model):
     examples = [Example("Sue", (" she", " he"), "Bob", (" it",)), Example("Sue", (" she",), "Bob", (" he", " I"))]
     prompts = make_prompts(examples, real_model)
-    ids = {word: real_model.single_token(word) for word in (" she", " he", " it", " I")}
+    words = (" she", " he", " it", " I")
+    found = real_model.text_coder.continuations(["Sue"] * 4, words)
+    ids = {word: token for word, (token,) in zip(words, found, strict=True)}
     assert prompts.clean_answers.tolist() == [[ids[" she"], ids[" he"]], [ids[" she"], -1]]
     assert prompts.patch_answers is not None
     assert prompts.patch_answers.tolist() == [[ids[" it"], -1], [ids[" he"], ids[" I"]]]

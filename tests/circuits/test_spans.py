@@ -169,7 +169,7 @@ def test_spans_in_tables_and_of_autocircuit(tiny_model, tmp_path):
 
 def test_token_offsets_are_those_of_the_tokens(tiny_model):
     text = "the old man runs"
-    (places,) = tiny_model.token_offsets([text])
+    (places,) = tiny_model.text_coder.prompt_offsets([text])
     assert [text[a:b].strip() for a, b in places] == text.split()
     example = Example(clean=text, clean_answers=(" near",), spans={"who": (Span(text="old man"), Span(text="old man"))})
     assert make_prompts([example], tiny_model).roles.tolist() == [[0, 1, 1, 2]]

@@ -70,13 +70,11 @@ def test_texts_without_tokens() -> None:
 @pytest.mark.parametrize("tokenizer", [word_tokenizer(), byte_tokenizer(), sentencepiece_tokenizer()])
 def test_a_continuation_is_one_token_and_reads_with_its_space(tokenizer: PreTrainedTokenizerFast) -> None:
     coder = TextCoder(tokenizer)
-    she = coder.single_token(" she")
-    assert she is not None
-    assert coder.strings([she]) == [" she"]
-    assert coder.encode(["a she"]).input_ids[0, -1] == she
-    assert coder.single_token(" she he") is None
-    assert coder.single_token(" xyzzy") is None
-    assert coder.single_token("") is None
+    (added,) = coder.continuations(["a he"], [" she"])
+    assert added is not None and len(added) == 1
+    assert coder.strings(added) == [" she"]
+    assert coder.encode(["a she"]).input_ids[0, -1] == added[0]
+    assert coder.continuations(["a"], [""]) == [[]]
 
 
 def test_bytes_of_a_split_character_stay_readable() -> None:
@@ -90,5 +88,12 @@ def test_sentencepiece_tokenizer_of_a_trained_model(shared_dir: Path) -> None:
     coder = TextCoder(AutoTokenizer.from_pretrained(shared_dir / "models" / "tinystories-260k"))
     tokens = coder.encode(["Once upon a time she", "he"])
     assert coder.strings(tokens.input_ids[0]) == ["<s>", " Once", " upon", " a", " time", " she"]
-    assert tokens.input_ids[0, -1] == coder.single_token(" she")
-    assert tokens.input_ids[1, -1] == coder.single_token(" he") and tokens.lengths.tolist() == [6, 2]
+    she, he = coder.continuations(["a", "a"], [" she", " he"])
+    assert tokens.input_ids[:, -1:].tolist() == [she, he] and tokens.lengths.tolist() == [6, 2]
+
+
+def test_text_that_is_no_unicode_is_told_in_a_sentence() -> None:
+    coder = TextCoder(word_tokenizer())
+    for read in (coder.encode, coder.prompt_ids, coder.prompt_offsets):
+        with pytest.raises(UserError, match="text 1 is no text"):
+            read(["he", "a\ud800b"])

@@ -1,4 +1,4 @@
-"""Rows of a prompt file: JSON lines, JSON, a table (CSV), or a data set of the hub, each with the place it stands at."""
+"""Rows of a prompt file: JSON lines, JSON, a table (CSV), or a data set of the hub, each with where it stands."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FORMAT_KEYS = {
 
 
 def file_rows(source: str | Path, *, hub: bool = True) -> Iterator[tuple[Row, str]]:
-    """Every row of a file, or with `hub` of a data set there, and where it stands. `UserError` where it is malformed."""
+    """Every row of a file, or with `hub` of a data set there, and where it stands; `UserError` where malformed."""
     path = Path(source)
     if path.is_dir():
         raise UserError(f"{path} is a folder, not a prompt file")

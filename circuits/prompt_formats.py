@@ -10,9 +10,9 @@
 5. **Answer sets** (AutoCircuit): JSON `{"prompts": [{"clean", "corrupt", "answers": [...], "wrong_answers": [...]}]}`.
 6. **MIB rows** (`mib-bench/*` on the hub): `{"prompt", "choices", "answerKey", "*_counterfactual": {...}}`.
 
-Answers are text or token ids. Rows of every format may name token spans under `"spans"` (see `circuits.spans`; JSON text
-in a table); AutoCircuit's `word_idxs` are spans of one token. A template with fields, as MIB's rows have, finds spans as
-well.
+Answers are text or token ids. Rows of every format may name token spans under `"spans"` (see `circuits.spans`; JSON
+text in a table); AutoCircuit's `word_idxs` are spans of one token. A template with fields, as MIB's rows have, finds
+spans as well.
 
 The format is recognised by its keys, so a row of any of them may come from JSON lines, JSON, CSV or a data set of the
 hub (`owner/name`, `owner/name:split` or `owner/name:config:split`). Each format is a dataclass that checks its rows.
@@ -267,7 +267,7 @@ class _MibPrompt:
 
     prompt: str
     choices: Annotated[Any, AfterValidator(lambda value: None if value is None else _as_choices(value))] = None
-    answerKey: Any = None  # noqa: N815
+    answerKey: Any = None
     label: Label = ""
     template: Label = ""
     letters: bool = False

@@ -2,9 +2,9 @@
 
 1. The kind of an example is its case and its sentence frame: the `template` field where every example has one, else the
    words that clean and patch prompt share ("* was sad because"), where such frames hold at least four examples on
-   average, else none.
-2. The first n usable examples are taken. Where a kind of the file is not among them, examples are taken by kind instead:
-   each kind in proportion to its share of the file and at least once, in the order of the file within a kind.
+   average and each kind can be taken, else none.
+2. The first n usable examples are taken. Where a kind of the file is not among them, examples are taken by kind
+   instead: each in proportion to its share of the file and at least once, in the order of the file within a kind.
 3. Examples are examined (tokenised) in batches until n are usable, so that a long file costs little.
 """
 
@@ -35,7 +35,7 @@ def choose(
         results = dict(zip(everything, examine(everything), strict=True))
         chosen = everything
     else:
-        kinds = kinds_of(examples)
+        kinds = kinds_of(examples, limit)
         chosen = _take(everything, results, examine, limit)
         if {kinds[row] for row in chosen if not isinstance(results[row], str)} < set(kinds):
             chosen = sorted(_take(by_kind(kinds), results, examine, limit))
@@ -61,14 +61,16 @@ def _take(
     return taken
 
 
-def kinds_of(examples: Sequence[Example]) -> list[Hashable]:
+def kinds_of(examples: Sequence[Example], limit: int) -> list[tuple[str, str]]:
     """Case and sentence frame of each example."""
+    cases = [example.case for example in examples]
     frames = [example.template for example in examples]
-    if not all(frames):
-        frames = [_shared_words(example) for example in examples]
-        if len(frames) < MIN_EXAMPLES_A_FRAME * len(set(frames)):
-            frames = [""] * len(examples)
-    return [(example.case, frame) for example, frame in zip(examples, frames, strict=True)]
+    if all(frames):
+        return list(zip(cases, frames, strict=True))
+    frames = [_shared_words(example) for example in examples]
+    kinds = list(zip(cases, frames, strict=True))
+    telling = len(frames) >= MIN_EXAMPLES_A_FRAME * len(set(frames)) and len(set(kinds)) <= limit
+    return kinds if telling else [(case, "") for case in cases]
 
 
 def by_kind(kinds: Sequence[Hashable]) -> list[int]:

@@ -249,7 +249,11 @@ def _finite(text: str) -> float | None:
 def check_type(value: Any, schema: Any, where: str | Path) -> Any:
     """A JSON value as a value of the type `schema`, as in `parse_json`; what is no Unicode becomes U+FFFD."""
     try:
-        text = json.dumps(value, ensure_ascii=False, default=str).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        text = (
+            json.dumps(value, ensure_ascii=False, default=str)
+            .encode("utf-16", "surrogatepass")
+            .decode("utf-16", "replace")
+        )
         return _adapter(schema).validate_json(text, strict=True)
     except RecursionError:
         raise UserError(f"{where}: JSON nested too deeply to be read") from None

@@ -11,7 +11,7 @@ import torch
 from circuits.commands.common import Common, Output, at_least, load_model
 from circuits.probes import fit_probe, read_site, save_probe
 from circuits.prompt_formats import Example, read_rows
-from circuits.prompts import find_roles
+from circuits.prompt_reader import find_roles
 from circuits.spans import LAST
 from sae.errors import UserError, unknown
 from sae.model import Tokens

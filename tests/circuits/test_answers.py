@@ -81,7 +81,7 @@ def test_an_answer_that_merges_with_its_prompt_is_skipped_with_that_reason(make_
 
 
 def test_both_answers_are_read_after_both_prompts(make_model) -> None:
-    """"has" is a word of its own behind a quote, and the end of one behind a letter."""
+    """ "has" is a word of its own behind a quote, and the end of one behind a letter."""
     model = make_model(family("metaspace-always"))
     example = Example("the boy want", ("s",), "the cars ", ("s",))
     clean, patch = (tuple(model.text_coder.prompt_ids([text])[0]) for text in (example.clean, example.patch or ""))

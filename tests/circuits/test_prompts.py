@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 
 import pytest
 import torch
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+from circuits.behaviour import last_logits, logit_difference
 from circuits.prompt_formats import Example, read_examples
 from circuits.prompts import PromptSet, load_prompts, make_prompts
 from sae.errors import UserError
-from sae.model import Tokens
+from sae.model import LanguageModel, Tokens
+from tests.conftest import tiny_hf
 
 PAIR = {
     "clean_prefix": "the cat",
@@ -140,7 +146,7 @@ def test_a_hub_data_set(monkeypatch):
         ([{**PAIR, "clean_answer": 5.5}], r"line 1: key 'clean_answer' is 5.5: expected text, a token id or"),
         ([{**PAIR, "clean_answer": True}], r"line 1: key 'clean_answer' is true: expected text, a token id or"),
         ([{**PAIR, "case": {}}], r"line 1: key 'case' is \{\}: expected text"),
-        (['{"clean_prefix": "a\\ud800b"}'], r"line 1: half of a surrogate pair, .*a\\\\ud800b"),
+        (['{"clean_prefix": "a\\ud800b"}'], r"line 1: half of a surrogate pair, .*a\\ud800b"),
         (["[" * 100_000], r"line 1: JSON nested too deeply"),
         (['{"clean_prefix": ' + "7" * 5000 + "}"], r"line 1: malformed JSON"),
         ([{**PAIR, "clean_prefix": ["the"]}], r"line 1: key 'clean_prefix' is \[\"the\"\]: expected a valid string"),
@@ -304,3 +310,127 @@ def test_indexing_by_number_list_and_mask(tiny_prompts):
     assert tiny_prompts[-1].texts == ["prompt 7"]
     with pytest.raises(IndexError):
         tiny_prompts[8]
+
+
+# --- a limit ---------------------------------------------------------------------------------------------------
+
+
+def made(*kinds: tuple[str, str, int]) -> list[Example]:
+    """n examples of each (case, template), one kind after the other."""
+    return [
+        Example(
+            f"the {'old ' * (number % 3)}man", (" runs",), f"the {'old ' * (number % 3)}dog", (" run",), case, frame
+        )
+        for case, frame, n in kinds
+        for number in range(n)
+    ]
+
+
+def test_a_limit_takes_each_case_and_template(tiny_model):
+    examples = made(("a", "x", 60), ("a", "y", 20), ("b", "x", 18), ("b", "y", 2))
+    prompts = make_prompts(examples, tiny_model, limit=20)
+    kinds = Counter((case, template[0]) for case, template in zip(prompts.cases, prompts.templates, strict=True))
+    assert kinds == {("a", "x"): 11, ("a", "y"): 4, ("b", "x"): 4, ("b", "y"): 1}
+    assert prompts.cases == sorted(prompts.cases)  # in the order of the file
+    assert prompts.fingerprint == make_prompts(examples, tiny_model, limit=20).fingerprint
+    assert make_prompts(examples, tiny_model, limit=3).cases == ["a", "a", "b"]
+
+
+def test_a_limit_takes_the_first_where_they_are_of_every_kind(tiny_model):
+    mixed = [example for pair in zip(made(("a", "x", 40)), made(("b", "x", 40)), strict=True) for example in pair]
+    assert make_prompts(mixed, tiny_model, limit=10).texts == [example.clean for example in mixed[:10]]
+
+
+def test_frames_of_shared_words_are_kinds_where_there_is_no_template(tiny_model):
+    frames = ("the {} runs", "the {} near", "a {} sees")
+    pairs = [("man", "men"), ("dog", "dogs"), ("cat", "cats"), ("boy", "boys"), ("king", "kings")]
+    examples = [Example(f.format(a), (" the",), f.format(b), (" a",)) for f in frames for a, b in pairs]
+    prompts = make_prompts(examples, tiny_model, limit=6)
+    assert Counter(text.split()[-1] for text in prompts.texts) == {"runs": 2, "near": 2, "sees": 2}
+
+
+def test_a_limit_tokenises_no_more_than_it_needs(tiny_model, monkeypatch):
+    coder, seen = type(tiny_model.text_coder), []
+    prompt_ids = coder.prompt_ids
+    monkeypatch.setattr(coder, "prompt_ids", lambda self, texts: [seen.extend(texts), prompt_ids(self, texts)][1])
+    examples = made(("a", "x", 5000), ("b", "x", 5000))
+    prompts = make_prompts(examples, tiny_model, limit=100)
+    assert Counter(prompts.cases) == {"a": 50, "b": 50} and len(seen) <= 2 * 2 * 100
+
+
+# --- formats of other projects ---------------------------------------------------------------------------------
+
+
+def test_greater_than_of_eap_ig_and_mib(tmp_path):
+    table = tmp_path / "greater_than.csv"
+    table.write_text("clean,corrupted,label\nfrom 1352 to 13,from 1301 to 13,52\nfrom 1604 to 16,from 1601 to 16,4\n")
+    first, second = read_examples(table)
+    assert (first.clean, first.patch) == ("from 1352 to 13", "from 1301 to 13")
+    assert first.clean_answers == tuple(map(str, range(53, 100)))
+    assert first.patch_answers == tuple(f"{year:02}" for year in range(53))
+    assert second.patch_answers == ("00", "01", "02", "03", "04")
+    row = {"clean": "from 1352 to 1399", "corrupted": "from 1301 to 1399", "year": "1352"}
+    (mib,) = read_examples(write_lines(tmp_path / "mib.jsonl", row))
+    assert (mib.clean, mib.patch) == ("from 1352 to 13", "from 1301 to 13")
+    assert mib.clean_answers == first.clean_answers
+    for wrong in ("ABBA", "152", "-1", ""):
+        table.write_text(f"clean,corrupted,label\na,b,{wrong}\n")
+        with pytest.raises(UserError, match=r"line 2: key 'label' is .*expected two digits"):
+            read_examples(table)
+
+
+def test_the_metric_of_greater_than_is_that_of_eap_ig(tmp_path):
+    """Mean logit of the years above minus that of the others, against their formula."""
+    digits = {f"{year:02}": year for year in range(100)} | {"to": 100, "<unk>": 101}
+    tokenizer = Tokenizer(models.WordLevel(digits, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[0-9]{2}|[a-z]+"), "isolated")
+    hf = tiny_hf("gpt_neox")
+    hf.resize_token_embeddings(len(digits), mean_resizing=False)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    model = LanguageModel.load(hf, tokenizer=fast, device="cpu", check=False)
+    table = tmp_path / "greater_than.csv"
+    table.write_text("clean,corrupted,label\n1352to13,1301to13,52\n")
+    prompts = load_prompts(table, model)
+    logits = last_logits(model, prompts)
+    ids = list(range(100))
+    expected = logits[0, ids[53:]].mean() - logits[0, ids[:53]].mean()
+    assert logit_difference(logits, prompts)[0] == pytest.approx(-float(expected), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"answerKey": None}, "line 1: key 'answerKey' is null: expected the number of one of the 2 choices"),
+        ({"answerKey": 2}, "line 1: key 'answerKey' is 2: expected the number of one of the 2 choices"),
+        ({"answerKey": -1}, "line 1: key 'answerKey' is -1"),
+        ({"answerKey": "C"}, "line 1: key 'answerKey' is \"C\""),
+        ({"answerKey": {}}, "line 1: key 'answerKey' is {}"),
+        ({"choices": 3}, "line 1: key 'choices' is 3: expected a list of texts"),
+        ({"choices": None}, "line 1: key 'answerKey' is 0: expected choices, and the number of one"),
+        ({"prompt": None}, "line 1: key 'prompt' is null: expected a valid string"),
+        ({"a_counterfactual": {"prompt": "x"}}, "line 1, a_counterfactual: key 'answerKey' is null"),
+        ({"a_counterfactual": None}, "every counterfactual prompt is empty"),
+    ],
+)
+def test_mistakes_in_rows_of_mib(tmp_path, change, message):
+    row = {"prompt": "a", "choices": ["b", "c"], "answerKey": 0}
+    row["a_counterfactual"] = {"prompt": "d", "choices": ["b", "c"], "answerKey": 1}
+    with pytest.raises(UserError, match=re.escape(message)):
+        read_examples(write_lines(tmp_path / "p.jsonl", {**row, **change}))
+
+
+def test_tables_as_other_programs_write_them(tmp_path):
+    table = tmp_path / "t.csv"
+    expected = Example('say "a", b', (5,), "d" * 200_000, (7,))
+    rows = 'clean;corrupted;correct_idx;incorrect_idx\n"say ""a"", b";{long};5;7\n'.replace("{long}", "d" * 200_000)
+    for text in (rows, "\ufeff" + rows, rows.replace(";", "\t"), rows.replace("\n", "\r\n")):
+        table.write_text(text, "utf-8", newline="")
+        assert read_examples(table) == [expected]
+    for text, message in (
+        ("clean,corrupted,correct_idx,incorrect_idx\na, b,c,5,7\n", "line 2: 5 fields, and the header has 4"),
+        ('clean,corrupted,correct_idx,incorrect_idx\n"a \\"b\\"",c,5,7\n', "line 2: malformed table"),
+        ('clean,corrupted,correct_idx,incorrect_idx\n"a,c,5,7\n', "malformed table"),
+    ):
+        table.write_text(text)
+        with pytest.raises(UserError, match=message):
+            read_examples(table)

@@ -52,7 +52,8 @@ class Reader:
         fitting = [place for place, reason in enumerate(reasons) if reason is None]
         for place, reason in enumerate(reasons):
             results[numbers[place]] = reason or ""
-        usable, clean, patch = ([part[place] for place in fitting] for part in (usable, clean, patch))
+        usable = [usable[place] for place in fitting]
+        clean, patch = ([ids[place] for place in fitting] for ids in (clean, patch))
         answers = self._answers.of(usable, clean, patch if self.paired else None)
         roles = self._roles(usable)
         for place, *found in zip(fitting, usable, clean, patch, answers, roles, strict=True):

@@ -118,7 +118,7 @@ class TextCoder:
         """Token ids of texts without the special tokens that the tokenizer adds by itself."""
         if not texts:
             return []
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        backend: Any = getattr(self.tokenizer, "backend_tokenizer", None)
         if not hasattr(backend, "encode_batch_fast"):
             return self._call(texts, add_special_tokens=False)["input_ids"]
         backend.no_truncation()

@@ -33,7 +33,7 @@ from circuits.behaviour import (
     warn_if_cancelling,
 )
 from circuits.circuit import Circuit
-from circuits.edges import ACTIVE
+from circuits.edges import ACTIVE, check_edges
 from circuits.metric_identity import names_code
 from circuits.nodes import AGGREGATIONS, aggregate, count, select_nodes
 from circuits.partial import PartialFiles, interrupted, work_of
@@ -123,6 +123,7 @@ def discover(
     options = replace(options, metric=metric_name(metric or options.metric))
     prompts = prepare(prompts, model, m, differentiable=True)
     sites = visible_sites(m, model, select_sites(options.sites, list(saes)))
+    check_edges(saes, sites, edge_nodes=options.edge_nodes)
     accurate = None if isinstance(m, Probe) else mean_accuracy(model, prompts)
     plain, model = model, read_by(model, m)
     n_positions, spans = prompts.clean.n_positions, _spans(prompts, options.aggregation)

@@ -26,7 +26,7 @@ The effect of the edge u -> d (Marks et al. 2024, eq. 5, direct paths only) is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,8 +37,10 @@ from circuits.behaviour import Metric
 from circuits.nodes import Nodes, SiteNodes
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import unknown
+from sae.formats.normalised import edge_refusal
 from sae.model import LanguageModel
 from sae.sites import Site
+from sae.streaming import config_of
 
 ACTIVE = ("either", "clean")
 
@@ -189,6 +191,13 @@ def select_ends(
                 known, gradient = ends.get(site), gradients[site]
                 found[site] = _site_ends(saes[site], states, gradient, site_nodes, site, active=active, known=known)
     return selected
+
+
+def check_edges(saes: Mapping[Site, SparseAutoencoder], sites: Iterable[Site], *, edge_nodes: int) -> None:
+    """`UserError` where edges are wanted and the features of a site have none; nothing is computed for it."""
+    for site in sites if edge_nodes else ():
+        if config_of(saes, site).input_norm:
+            raise edge_refusal(site.name)
 
 
 def edge_effects(

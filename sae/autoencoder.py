@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from sae.architectures import nonlinearity
 from sae.errors import UserError
-from sae.files import read_json, read_tensors, write_json, write_tensors
-from sae.nonlinearities import CORE, TOPK, top_features
+from sae.files import TensorSpec, check_type, read_json, read_tensors, write_json, write_tensors
+from sae.nonlinearities import CORE, TOPK, Nonlinearity, top_features
 from sae.sites import Site
 
 SCHEMA_VERSION = 1
@@ -30,6 +30,10 @@ CHUNK_BYTES = 64 * 2**20
 """Largest [n, F] intermediate where tokens are encoded in chunks."""
 SITE_PATH = "site_path"
 """Entry of `SAEConfig.extra`: the module its activations come from; "" is where the architecture has the site."""
+INPUT_NORM = "input_norm"
+"""Entry of `SAEConfig.extra`: how each token is normalised before it is encoded, see `sae.formats.normalised`."""
+CONTEXT_LENGTH, PREPEND_BOS, EXCLUDE_SPECIAL = "context_length", "prepend_bos", "exclude_special"
+"""Entries of `SAEConfig.extra`: how text was read in training, the longest context in tokens and two yes or no."""
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "sae.safetensors"
 SAMPLED_VALUES = 64  # of each tensor, for the fingerprint
@@ -57,6 +61,11 @@ class SAEConfig:
     """Active features a token, where the architecture fixes them."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Anything else worth keeping: training options, source of a converted file."""
+
+    @property
+    def input_norm(self) -> str:
+        """How each token is normalised before it is encoded; "" where the encoder reads the activations themselves."""
+        return str(self.extra.get(INPUT_NORM, ""))
 
     @property
     def n_bytes(self) -> int:
@@ -178,7 +187,7 @@ class SparseAutoencoder(nn.Module):
         return SparseFeatures(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
     def _encode_chunk(self, x: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
-        if self.nonlinearity is TOPK:
+        if self.nonlinearity.name == TOPK.name:
             assert self.config.k is not None
             z = self._linear(x).add_(self.b_enc)
             value, feature = top_features(z, self.config.k, self._buffers.get("rank_scale"))  # [n, k]
@@ -206,8 +215,16 @@ class SparseAutoencoder(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> SparseAutoencoder:
-        """Reads what `save` wrote."""
-        return cls(read_config(folder), read_tensors(Path(folder) / WEIGHTS_FILE)).to(device)
+        """Reads what `save` wrote; `UserError`, naming the file, for what is damaged or was written wrongly."""
+        config, path = read_config(folder), Path(folder) / WEIGHTS_FILE
+        if config.input_norm:
+            raise UserError(
+                f"{folder} was converted from an autoencoder that normalises each token ({config.input_norm}), and "
+                f"this format does not hold that: convert {config.extra.get('source', 'its own file')!r} to saelens"
+            )
+        kind = nonlinearity(config.architecture)
+        tensors = read_tensors(path, tensor_specs(kind), F=config.n_features, d=config.d_model)
+        return cls(config, tensors).to(device)
 
 
 def read_config(folder: str | Path) -> SAEConfig:
@@ -218,8 +235,6 @@ def read_config(folder: str | Path) -> SAEConfig:
         looked_for = f"looked for {CONFIG_FILE} and {WEIGHTS_FILE}"
         raise UserError(f"no autoencoder in {str(folder)!r}: {looked_for}, found {names or 'nothing'}")
     entries = read_json(folder / CONFIG_FILE)
-    if not isinstance(entries, dict):
-        raise UserError(f"{folder / CONFIG_FILE} holds no JSON object: it is not the config of an autoencoder")
     version = entries.pop("schema_version", None)
     if version != SCHEMA_VERSION:
         raise UserError(f"{folder / CONFIG_FILE} has schema_version {version!r}, allowed is {SCHEMA_VERSION}")
@@ -229,7 +244,14 @@ def read_config(folder: str | Path) -> SAEConfig:
     needed = {f.name for f in fields(SAEConfig) if f.default is MISSING and f.default_factory is MISSING}
     if missing := sorted(needed - set(entries)):
         raise UserError(f"{folder / CONFIG_FILE} lacks the entries {missing}")
-    return SAEConfig(**entries)
+    return check_type(entries, SAEConfig, folder / CONFIG_FILE)
+
+
+def tensor_specs(kind: Nonlinearity) -> dict[str, TensorSpec]:
+    """The tensors of an autoencoder with F features of width d."""
+    matrix, vector = TensorSpec(("F", "d")), TensorSpec(("F",))
+    specs = {"W_enc": matrix, "b_enc": vector, "W_dec": matrix, "b_dec": TensorSpec(("d",))}
+    return specs | dict.fromkeys(kind.extra, vector) | dict.fromkeys(kind.optional, replace(vector, optional=True))
 
 
 def fingerprint(saes: Mapping[Site, SparseAutoencoder]) -> str:

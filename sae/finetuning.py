@@ -48,7 +48,7 @@ from sae.splice import check_saes
 from sae.text import TextSource
 from sae.tokens import Tokens
 from sae.training import BETAS
-from sae.tunable import Reconstruction, Tunable
+from sae.tunable import Reconstruction, Tunable, check_tunable
 
 log = logging.getLogger(__name__)
 
@@ -184,6 +184,8 @@ def finetune(
     config, out, source = config or FinetuneConfig(), Path(out), TextSource.of(texts)
     check_saes(model, saes)
     saes = dict(sorted(saes.items()))
+    for sae in saes.values():
+        check_tunable(sae)
     options = {"config": {"saes": origin, **asdict(config)}}
     run = RunFolder(out, "finetune", run_settings(model, source, list(saes), {}) | options)
     folders = {site: out / "saes" / site.name for site in saes}

@@ -258,7 +258,7 @@ class Learner:
         tensors = {key: tensor.clone() for key, tensor in recipe.export(self.weights, own).items()}
         tensors = fold_scale(tensors, scale)
         if not recipe.unit_decoder:
-            tensors = fold_norms(tensors, ranked=recipe.nonlinearity is TOPK)
+            tensors = fold_norms(tensors, ranked=recipe.nonlinearity.name == TOPK.name)
         if not recipe.subtract_b_dec:
             tensors["b_enc"] = tensors["b_enc"] - tensors["W_enc"] @ self.state["centre"]
         tensors["b_dec"] = tensors["b_dec"] + self.state["centre"]

@@ -48,18 +48,29 @@ class Reconstruction(NamedTuple):
     n_active: Tensor  # scalar, the number of features that are not zero
 
 
+def check_tunable(sae: SparseAutoencoder) -> None:
+    """`UserError` for an autoencoder that cannot be fine-tuned."""
+    site = sae.config.site
+    if sae.nonlinearity.name == IDENTITY.name:
+        raise UserError(f"the dictionary of site {site!r} is the neurons: there is nothing to fine-tune")
+    if norm := sae.config.input_norm:
+        raise UserError(
+            f"the autoencoder of site {site!r} normalises each token ({norm}), and fine-tuning has no such step: leave "
+            "the site out with --sites, or take an autoencoder that reads the activations themselves"
+        )
+
+
 class Tunable:
     """An autoencoder whose weights can be moved; `state` are the tensors that move without a gradient."""
 
     def __init__(self, sae: SparseAutoencoder, *, scale: float, l0: float):
         """`scale` is the root of the variance Σ_d of x, `l0` the mean number of active features to keep."""
-        if sae.nonlinearity is IDENTITY:
-            raise UserError(f"the dictionary of site {sae.config.site!r} is the neurons: there is nothing to fine-tune")
+        check_tunable(sae)
         self.config, self.nonlinearity = sae.config, sae.nonlinearity
         self.scale, self.l0 = scale, l0
         tensors = {name: tensor.detach() for name, tensor in sae.named_buffers()}
         tensors = fold_scale(tensors, 1 / scale)
-        trained = (*CORE, "magnitude") if self.nonlinearity is GATED else CORE
+        trained = (*CORE, "magnitude") if self.nonlinearity.name == GATED.name else CORE
         self.weights = {name: tensors[name].clone().requires_grad_() for name in trained}
         self.state = {name: tensor.clone() for name, tensor in tensors.items() if name not in trained}
 
@@ -69,7 +80,7 @@ class Tunable:
         x_c = self._centred(x)
         code = self._active(x_c)
         z = code.encode(w["W_enc"], None, None, x_c)
-        if self.nonlinearity is GATED:
+        if self.nonlinearity.name == GATED.name:
             z = z * code.expand(w["magnitude"])
         f = (z + code.expand(w["b_enc"])).relu()
         x_hat = (code.decode(f, w["W_dec"]) + w["b_dec"]) * self.scale
@@ -84,7 +95,7 @@ class Tunable:
         """The active entries of centred and scaled x_c [N, d], with their π."""
         w = self.weights
         encoder = Encoder(x_c.detach(), w["W_enc"], None)
-        if self.nonlinearity is TOPK:
+        if self.nonlinearity.name == TOPK.name:
             assert self.config.k is not None
             parts = [self._largest(pi, self.config.k) for _, pi in encoder.chunks()]
             value, feature = (torch.cat(column) for column in zip(*parts, strict=True))  # [N, k]
@@ -105,23 +116,23 @@ class Tunable:
     def _cut(self) -> Tensor:
         """The π [F] above which a feature is active; not for top k."""
         b = self.weights["b_enc"]
-        if self.nonlinearity is RELU:
+        if self.nonlinearity.name == RELU.name:
             return -b
-        if self.nonlinearity is JUMPRELU:
+        if self.nonlinearity.name == JUMPRELU.name:
             return self.state["threshold"].clamp(min=0) - b
         return torch.maximum(-self.state["gate_bias"], -b / self.weights["magnitude"])
 
     @torch.no_grad()
     def steer(self, code: SparseCode) -> None:
         """Moves all cuts towards the wanted L0, judged by the code of some tokens; top k needs nothing."""
-        if self.nonlinearity is TOPK or not len(code.z):
+        if self.nonlinearity.name == TOPK.name or not len(code.z):
             return
         cut, b = self._cut(), self.weights["b_enc"]
         ratio = math.log(len(code.z) / (code.n_tokens * self.l0))
         shift = STEERING * (code.z - cut[code.feature]).mean() * max(-LARGEST_LOG, min(LARGEST_LOG, ratio))
-        if self.nonlinearity is RELU:
+        if self.nonlinearity.name == RELU.name:
             b.sub_(shift)
-        elif self.nonlinearity is JUMPRELU:
+        elif self.nonlinearity.name == JUMPRELU.name:
             self.state["threshold"].copy_((cut + b + shift).clamp(min=0))
         else:
             self.state["gate_bias"].copy_(torch.minimum(-cut - shift, b / self.weights["magnitude"]))
@@ -137,7 +148,7 @@ class Tunable:
     def constrain(self) -> None:
         """Unit decoder rows, where they are not zero, and gains that stay positive."""
         normalise_(self.weights["W_dec"])
-        if self.nonlinearity is GATED:
+        if self.nonlinearity.name == GATED.name:
             self.weights["magnitude"].clamp_(min=SMALLEST_GAIN)
 
     @torch.no_grad()

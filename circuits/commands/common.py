@@ -25,6 +25,7 @@ from sae.autoencoder import SparseAutoencoder, fingerprint
 from sae.errors import UserError
 from sae.files import read_json, without_nan, write_json
 from sae.formats import load_any
+from sae.formats.hub import check_source
 from sae.model import LanguageModel
 from sae.neurons import NEURONS, neuron_dictionaries
 from sae.sites import Site
@@ -93,10 +94,19 @@ def at_least(options: Any, **lowest: float) -> None:
             raise UserError(f"{name.replace('_', '-')} is {value}: it must be at least {low:g}")
 
 
-def load_model(name: str, options: Common, *, site_paths: str | None = None, dtype: str | None = None) -> LanguageModel:
+def load_model(
+    name: str,
+    options: Common,
+    *,
+    site_paths: str | None = None,
+    dtype: str | None = None,
+    saes: str | Path | None = None,
+) -> LanguageModel:
     """The model by hub name or folder; `site_paths` and `dtype` are those of an earlier command, where none are given
-    now.
+    now. `saes` are looked for first: a name that is wrong is told before the model is loaded.
     """
+    if saes is not None and str(saes) != NEURONS:
+        check_source(saes)
     paths = parse_site_paths(options.site_paths or site_paths)
     return LanguageModel.load(name, device=options.device, dtype=options.dtype or dtype or "float32", site_paths=paths)
 
@@ -149,7 +159,8 @@ class Loaded:
         circuit = Circuit.load(path)
         explained = circuit.get_metric(metric)
         found_in = {name: circuit.metadata.get(name) for name in ("site_paths", "dtype")}
-        language_model = load_model(model or circuit.metadata["model"], options, **found_in)
+        place_of_saes = saes or circuit.metadata["saes"]
+        language_model = load_model(model or circuit.metadata["model"], options, saes=place_of_saes, **found_in)
         known = circuit.metadata.get("model_fingerprint")
         if known and known != language_model.fingerprint:
             raise UserError(
@@ -157,7 +168,6 @@ class Loaded:
                 f"(fingerprint {known}, not {language_model.fingerprint}): give --model"
             )
         sites = [Site.parse(name) for name in circuit.metadata["sites"]]
-        place_of_saes = saes or circuit.metadata["saes"]
         dictionaries = load_checked_saes(language_model, place_of_saes, sites=sites, options=options)
         known = circuit.metadata.get("saes_fingerprint")
         if known and known != fingerprint(dictionaries):

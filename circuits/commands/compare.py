@@ -43,7 +43,7 @@ class CompareMethods(UsesSaes):
 
     def run(self) -> Output:
         folder = prepare_folder(self.out / "comparison", overwrite=self.overwrite)
-        model = load_model(self.model, self)
+        model = load_model(self.model, self, saes=self.saes)
         saes = load_checked_saes(model, self.saes, options=self)
         train, test = self._prompts(model)
         comparison = compare_methods(model, saes, train, test, self.options, progress=not self.quiet)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from circuits.commands.common import Output, Overwrite
 from sae.files import prepare_folder
-from sae.formats import load_any, save_sae
+from sae.formats import load_any, save_saes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +30,7 @@ class Convert:
     def run(self) -> Output:
         saes = load_any(self.saes, sites=None if self.site is None else [self.site])
         prepare_folder(self.out, overwrite=self.overwrite)
-        for site, sae in saes.items():
-            save_sae(sae, self.out / site.name, file_format=self.format)
+        save_saes({self.out / site.name: sae for site, sae in saes.items()}, file_format=self.format)
         names = [site.name for site in saes]
         text = f"wrote {', '.join(names)} to {self.out} as {self.format}"
         return Output(text, {"out": str(self.out), "format": self.format, "sites": names})

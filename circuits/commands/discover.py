@@ -23,6 +23,7 @@ from circuits.commands.common import (
     record,
 )
 from circuits.discovery import DiscoverOptions, discover
+from circuits.edges import check_edges
 from circuits.estimate import estimate_discovery
 from circuits.nodes import count
 from circuits.partial import FOLDER, interrupted, remove_partial
@@ -101,8 +102,9 @@ class Discover(UsesSaes):
     def run(self) -> Output:
         self._check()
         folder = self.out / "circuit" if self.estimate else self._folder()
-        model = load_model(self.model, self)
+        model = load_model(self.model, self, saes=self.saes)
         saes = load_checked_saes(model, self.saes, options=self)
+        check_edges(saes, select_sites(self.options.sites, list(saes)), edge_nodes=self.options.edge_nodes)
         metric = get_metric(self.options.metric)
         saes = subset(saes, visible_sites(metric, model, select_sites(self.options.sites, list(saes))))
         options = replace(self.options, metric=absolute(self.options.metric))

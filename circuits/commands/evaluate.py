@@ -39,7 +39,7 @@ class Evaluate(Common):
 
     def run(self) -> Output:
         at_least(self, tokens=1, context_length=2, batch_size=1)
-        model = load_model(self.model, self)
+        model = load_model(self.model, self, saes=self.saes)
         saes, source = load_checked_saes(model, self.saes), TextSource.of(self.text)
         with tqdm(total=self.tokens, desc="evaluate", unit="token", disable=self.quiet) as bar:
             result = evaluate(

@@ -39,7 +39,7 @@ class Finetune(Common):
         run = source.parent if source.name == "saes" else source
         if source.exists() and self.out.resolve() == run.resolve():
             raise UserError(f"out and saes are the same folder, {str(self.out)!r}: give another one, the trained stay")
-        model = load_model(self.model, self)
+        model = load_model(self.model, self, saes=self.saes)
         sites = None if self.sites == "all" else list(select_sites(self.sites, model.sites))
         saes = load_checked_saes(model, self.saes, sites=sites)
         finetune(

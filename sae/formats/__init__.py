@@ -7,7 +7,8 @@ the norm of their decoder row. What cannot be read rightly is refused with a sen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from sae.autoencoder import SparseAutoencoder, is_sae_folder, load_saes, sae_fol
 from sae.errors import UserError, unknown
 from sae.formats import circuit_tracer, dictionary_learning, gemma_scope, llama_scope, openai, saelens, sparsify
 from sae.formats.hub import folders_in, locate
+from sae.formats.places import EMBED_HOOKS
+from sae.formats.writing import check_same, staged
 from sae.sites import Site
 
 
@@ -45,7 +48,7 @@ FORMATS: tuple[Format, ...] = (
     Format("OpenAI", "autoencoders/LAYER.pt", openai.recognises, openai.read),
 )
 WRITERS: dict[str, Callable[[SparseAutoencoder, Path], object]] = {
-    "ours": SparseAutoencoder.save,
+    "ours": lambda sae, folder: sae.save(folder),  # that of the autoencoder's own class
     "saelens": saelens.write,
     "dictionary_learning": dictionary_learning.write,
 }
@@ -59,7 +62,7 @@ def load_sae(
     `site` picks one where there are several, and says where it belongs if its files do not.
     """
     name = "" if site is None else Site.parse(site).name
-    return _placed(read_folder(locate(source, site=name)), name, str(source)).to(device)
+    return read_folder(locate(source, site=name), name).to(device)
 
 
 def load_any(
@@ -78,8 +81,9 @@ def load_any(
         sae = load_sae(source, site=only, device=device)
         return {site_of(sae, str(source)): sae}
     found: dict[Site, SparseAutoencoder] = {}
+    given = next(iter(wanted)).name if wanted and len(wanted) == len(folders) == 1 else ""
     for folder in folders:
-        sae = read_folder(root / folder)
+        sae = read_folder(root / folder, given)
         site = site_of(sae, str(root / folder))
         if site in found:
             raise UserError(f"{str(source)!r} holds several autoencoders for site {site}: name the folder of one")
@@ -91,15 +95,31 @@ def load_any(
 
 
 def save_sae(sae: SparseAutoencoder, folder: str | Path, *, file_format: str = "ours") -> Path:
-    """Write an autoencoder in our format, SAELens' or dictionary_learning's, so that their code gives the same x̂."""
+    """Write an autoencoder in our format, SAELens' or dictionary_learning's, so that their code gives the same x̂.
+
+    What is written is read back and compared; `UserError`, with nothing left behind, where it is not the same.
+    """
+    return save_saes({Path(folder): sae}, file_format=file_format)[0]
+
+
+def save_saes(saes: Mapping[Path, SparseAutoencoder], *, file_format: str) -> list[Path]:
+    """Write autoencoders to their folders as `save_sae` does: all of them or none."""
     if file_format not in WRITERS:
         raise unknown("format to write", file_format, WRITERS)
-    WRITERS[file_format](sae, Path(folder))
-    return Path(folder)
+    with ExitStack() as written:
+        for folder, sae in saes.items():
+            temporary = written.enter_context(staged(folder))
+            WRITERS[file_format](sae, temporary)
+            check_same(sae, read_folder(temporary), file_format)
+    return list(saes)
 
 
-def read_folder(path: Path) -> SparseAutoencoder:
-    """The autoencoder in a folder or file of any known format."""
+def read_folder(path: Path, site: str = "") -> SparseAutoencoder:
+    """The autoencoder in a folder or file of any known format; `site` is where it belongs if its files do not say."""
+    return _placed(_read_folder(path), site, str(path))
+
+
+def _read_folder(path: Path) -> SparseAutoencoder:
     for file_format in FORMATS:
         if file_format.recognises(path):
             return file_format.read(path)
@@ -114,7 +134,7 @@ def read_folder(path: Path) -> SparseAutoencoder:
 def _placed(sae: SparseAutoencoder, site: str, source: str) -> SparseAutoencoder:
     """The autoencoder with the site the user gave, which must not contradict its files."""
     hook = str(sae.config.extra.get("hook", ""))
-    if site and not sae.config.site and hook.startswith("blocks."):
+    if site and not sae.config.site and (hook.startswith("blocks.") or hook in EMBED_HOOKS):
         raise UserError(f"the autoencoder at {source!r} belongs to {hook}, which is no site here")
     if site and sae.config.site and sae.config.site != site:
         raise UserError(f"the autoencoder at {source!r} belongs to site {sae.config.site}, not to {site}")

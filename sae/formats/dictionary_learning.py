@@ -25,12 +25,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError, unknown
-from sae.files import atomic_write, read_json, write_json
+from sae.files import atomic_write, write_json
+from sae.formats.normalised import norm_refusal
 from sae.formats.places import dictionary_learning_name, site_named
-from sae.formats.reading import build, pick, read_pickle
+from sae.formats.reading import build, pick, read_config, read_pickle, whole_number
+from sae.formats.refusals import refusal
 from sae.formats.writing import plain_tensors, unsupported
 
 logger = logging.getLogger(__name__)
@@ -74,6 +77,21 @@ _ARCHITECTURE = {
 _NOTHING_SUBTRACTED = ("AutoEncoderNew", "JumpReluAutoEncoder")
 
 
+class _Trainer(TypedDict, total=False):
+    """The entries of a trainer that are read."""
+
+    dict_class: str | None
+    k: int | float | list[int] | None
+    submodule_name: str | None
+    lm_name: str | None
+
+
+class _Config(TypedDict, total=False):
+    """The entry of `config.json` that is read."""
+
+    trainer: _Trainer | None
+
+
 def recognises(path: Path) -> bool:
     """Whether the folder has the files of this format, or the file is a snapshot `checkpoints/ae_5000.pt`."""
     return (path / WEIGHTS).is_file() or (path.is_file() and _SNAPSHOT.fullmatch(path.name) is not None)
@@ -84,10 +102,12 @@ def read(folder: Path) -> SparseAutoencoder:
     path = folder / WEIGHTS if folder.is_dir() else folder
     folder = path.parent if path.name == WEIGHTS else path.parent.parent
     state = read_pickle(path)
-    trainer = read_json(folder / CONFIG).get("trainer", {}) if (folder / CONFIG).is_file() else {}
+    trainer: Mapping[str, Any] = {}
+    if (folder / CONFIG).is_file():
+        trainer = read_config(folder / CONFIG, _Config).get("trainer", {})
     kind = trainer.get("dict_class") or _class_of(state, path)
     if kind not in _TENSORS:
-        raise unknown(f"dict_class in {folder / CONFIG}", str(kind), _TENSORS)
+        raise refusal(folder, kind) or unknown(f"dict_class in {folder / CONFIG}", kind, _TENSORS)
     tensors = pick(state, _TENSORS[kind], source=path, what=f"an {kind}", ignored=_IGNORED.get(kind, ()))
     if "encoder.weight" in state:
         tensors["W_dec"] = tensors["W_dec"].T
@@ -95,16 +115,17 @@ def read(folder: Path) -> SparseAutoencoder:
         tensors["W_enc"] = tensors["W_enc"].T
     if kind == "GatedAutoEncoder":
         tensors["magnitude"] = tensors["magnitude"].exp()
-    if "threshold" in tensors and tensors["threshold"].dim() == 0:
+    if "threshold" in tensors and tensors["threshold"].numel() == 1:
         _warn_unset(tensors["threshold"], path)
         tensors["threshold"] = tensors["threshold"].expand(len(tensors["b_enc"]))
+    k = trainer.get("k")
     return build(
         tensors,
         source=folder if path.name == WEIGHTS else path,
         file_format=NAME,
         architecture=_ARCHITECTURE[kind],
         subtract_b_dec=kind not in _NOTHING_SUBTRACTED,
-        k=_k(state, trainer, path) if kind == "AutoEncoderTopK" else trainer.get("k"),
+        k=_k(state, trainer, path) if kind == "AutoEncoderTopK" else k if isinstance(k, int) else None,
         ranked=kind == "AutoEncoderTopK",
         site=_site(trainer, folder),
         model=trainer.get("lm_name") or "",
@@ -129,12 +150,13 @@ def _class_of(state: Mapping[str, Any], path: Path) -> str:
 
 
 def _k(state: Mapping[str, Any], trainer: Mapping[str, Any], path: Path) -> int:
-    found = {int(k) for k in (state.get("k"), trainer.get("k")) if k is not None}
-    if not found:
+    sources = {path: state.get("k"), path.parent / CONFIG: trainer.get("k")}
+    given = [whole_number(k, "k", source=source) for source, k in sources.items() if k is not None]
+    if not given:
         raise UserError(f"{path}: looked for k in the file and in {CONFIG}, found it in neither")
-    if len(found) > 1:
-        raise UserError(f"{path} has k = {int(state['k'])}, its {CONFIG} has {trainer['k']}: one is of another run")
-    return found.pop()
+    if given[0] != given[-1]:
+        raise UserError(f"{path} has k = {given[0]}, its {CONFIG} has {given[1]}: one is of another run")
+    return given[0]
 
 
 def _warn_unset(threshold: Tensor, path: Path) -> None:
@@ -151,6 +173,8 @@ def write(sae: SparseAutoencoder, folder: Path) -> None:
     """`ae.pt` and `config.json` as dictionary_learning's `load_dictionary` reads them; x̂ and f stay the same."""
     kind = {"relu": "AutoEncoder", "topk": "AutoEncoderTopK", "jumprelu": "JumpReluAutoEncoder"}
     kind |= {"gated": "GatedAutoEncoder"}
+    if sae.config.input_norm:
+        raise norm_refusal(sae, NAME)
     name = sae.nonlinearity.name
     if name not in kind:
         raise unsupported(sae, NAME)

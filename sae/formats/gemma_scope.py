@@ -19,7 +19,8 @@ from typing import Any
 from sae.autoencoder import SITE_PATH, SparseAutoencoder
 from sae.files import read_tensors
 from sae.formats.places import site_named
-from sae.formats.reading import build, pick, read_npz, transcoder_refusal
+from sae.formats.reading import build, pick, read_npz
+from sae.formats.refusals import transcoder_refusal
 from sae.nonlinearities import fold_scale
 from sae.sites import Site, SitePath
 
@@ -27,6 +28,7 @@ NAME = "gemma_scope"
 WEIGHTS, WEIGHTS_2 = "params.npz", "params.safetensors"
 ATTENTION_PATH = "model.layers.{layer}.self_attn.o_proj:input"
 _TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+_SKIP = ("affine_skip_connection",)
 
 
 def recognises(folder: Path) -> bool:
@@ -37,10 +39,11 @@ def recognises(folder: Path) -> bool:
 def read(folder: Path) -> SparseAutoencoder:
     """The autoencoder in a folder with `params.npz` or `params.safetensors`."""
     path = folder / WEIGHTS if (folder / WEIGHTS).is_file() else folder / WEIGHTS_2
-    state = read_npz(path) if path.name == WEIGHTS else read_tensors(path)
+    names = [*_TENSORS, "w_enc", "w_dec", *_SKIP]
+    state = read_npz(path, names) if path.name == WEIGHTS else read_tensors(path)
     state = {re.sub("^w_", "W_", name): tensor for name, tensor in state.items()}
     where = folder.as_posix()
-    if "transcoder" in where or "affine_skip_connection" in state:
+    if "transcoder" in where or set(_SKIP) & set(state):
         raise transcoder_refusal(folder)
     tensors = pick(state, {name: name for name in _TENSORS}, source=path, what="a Gemma Scope autoencoder")
     tensors["W_enc"] = tensors["W_enc"].T

@@ -21,6 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from sae.autoencoder import sae_folders
 from sae.errors import UserError, near_paths, nearest
 from sae.formats.places import site_named
+from sae.formats.releases import released
 from sae.hub import hub_reachable
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,17 @@ _HUB_NAME = re.compile(
 )
 
 
+def check_source(source: str | Path) -> None:
+    """`UserError` for what is neither a path on this disk nor the name of something on the hub; nothing is read."""
+    path = Path(source).expanduser()
+    if path.exists():
+        return
+    if release := released(str(source)):
+        raise release
+    if str(source).startswith((".", "/", "~")) or _HUB_NAME.fullmatch(str(source)) is None:
+        raise _no_such_path(path)
+
+
 def locate(source: str | Path, *, site: str = "") -> Path:
     """The folder or file of one autoencoder, downloaded if it is the hub's."""
     path = Path(source).expanduser()
@@ -50,9 +62,9 @@ def locate(source: str | Path, *, site: str = "") -> Path:
     if path.is_dir():
         ours = [folder.relative_to(path).as_posix() for folder in sae_folders(path)]
         return path / choose(ours or folders_in(path), source=str(source), site=site)
+    check_source(source)
     match = _HUB_NAME.fullmatch(str(source))
-    if match is None or str(source).startswith((".", "/", "~")):
-        raise _no_such_path(path)
+    assert match is not None
     return _download(match["repository"], match["inside"] or "", match["revision"], site)
 
 

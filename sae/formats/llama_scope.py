@@ -19,12 +19,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError
-from sae.files import read_json, read_tensors
+from sae.files import read_tensors
 from sae.formats.places import site_named
-from sae.formats.reading import build, entry, pick, transcoder_refusal
+from sae.formats.reading import build, entry, pick, positive, read_config
+from sae.formats.refusals import refusal, transcoder_refusal
 from sae.nonlinearities import fold_norms
 
 NAME = "llama_scope"
@@ -38,6 +40,22 @@ _TENSORS = {
 }
 
 
+class _Config(TypedDict, total=False):
+    """The entries of `hyperparams.json` that are read."""
+
+    sae_type: str | None
+    hook_point_in: str
+    hook_point_out: str | None
+    use_glu_encoder: bool | None
+    sparsity_include_decoder_norm: bool | None
+    jump_relu_threshold: float | None
+    act_fn: str | None
+    apply_decoder_bias_to_pre_encoder: bool | None
+    top_k: int | None
+    norm_activation: str | None
+    dataset_average_activation_norm: dict[str, float] | None
+
+
 def recognises(folder: Path) -> bool:
     """Whether the folder has the files of this format."""
     return (folder / CONFIG).is_file()
@@ -45,7 +63,9 @@ def recognises(folder: Path) -> bool:
 
 def read(folder: Path) -> SparseAutoencoder:
     """The autoencoder in a folder with `hyperparams.json`."""
-    config = read_json(folder / CONFIG)
+    config = read_config(folder / CONFIG, _Config)
+    if kind := config.get("sae_type", "sae").replace("sae", ""):
+        raise refusal(folder, kind) or UserError(f"{folder / CONFIG} has sae_type {kind!r}: allowed is sae")
     hook = entry(config, "hook_point_in", source=folder / CONFIG)
     if config.get("hook_point_out", hook) != hook:
         raise transcoder_refusal(folder)
@@ -66,7 +86,8 @@ def read(folder: Path) -> SparseAutoencoder:
     elif activation in ("relu", "topk"):
         architecture = activation
     else:
-        raise UserError(f"{folder / CONFIG} has act_fn {activation!r}: allowed are jumprelu, topk and relu")
+        allowed = UserError(f"{folder / CONFIG} has act_fn {activation!r}: allowed are jumprelu, topk and relu")
+        raise refusal(folder, activation) or allowed
     return build(
         tensors,
         source=folder,
@@ -90,7 +111,7 @@ def _scaled(tensors: dict[str, Tensor], config: Mapping[str, Any], path: Path) -
         raise UserError(f"{path} has norm_activation {norm!r}: allowed are dataset-wise, inference and none")
     average = entry(config, "dataset_average_activation_norm", source=path)
     root = len(tensors["b_dec"]) ** 0.5
-    s_in, s_out = root / average["in"], root / average["out"]
+    s_in, s_out = (root / positive(average, side, source=path) for side in ("in", "out"))
     return {
         **tensors,
         "b_enc": tensors["b_enc"] / s_in,

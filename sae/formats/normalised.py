@@ -13,7 +13,7 @@ tokens need one decoder for all. In units of x it becomes exactly so:
 
 Then x̂ = Σ f_i W_dec[i] with unit rows and no bias: the x̂ of the file to rounding. The last one or two features are
 active on every token. What is lost: f is not piecewise linear in x, so a feature has no encoder row and edges cannot be
-computed; and it is kept in its own file, not saved in our format.
+computed; and of the formats that are written only SAELens' holds the normalisation.
 
 OpenAI's normalisation: Gao et al. 2024 (arXiv 2406.04093), appendix A; σ is the unbiased standard deviation.
 """
@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sae.autoencoder import SparseAutoencoder
+from sae.autoencoder import INPUT_NORM, SparseAutoencoder
 from sae.errors import UserError, unknown
 
 EPSILON = 1e-5
@@ -52,7 +52,7 @@ class NormalisedAutoencoder(SparseAutoencoder):
         tensors |= {"W_dec": torch.cat([inner.W_dec, torch.stack(extra_rows)]), "b_dec": torch.zeros_like(b_dec)}
         n_features = inner.config.n_features + n_extra
         super().__init__(
-            replace(inner.config, n_features=n_features, extra={**inner.config.extra, "input_norm": norm}), tensors
+            replace(inner.config, n_features=n_features, extra={**inner.config.extra, INPUT_NORM: norm}), tensors
         )
         self.inner, self.norm = inner, norm
         # Features depend on the scale of the whole token, so no subset of them can be encoded alone.
@@ -78,14 +78,24 @@ class NormalisedAutoencoder(SparseAutoencoder):
 
     def encoder_rows(self, index: Tensor) -> Tensor:
         """There are none: an error that says so."""
-        raise UserError(
-            f"the autoencoder of site {self.config.site!r} normalises each token, so its features are not linear in "
-            "the activations and have no edges: compute nodes only, or use another autoencoder"
-        )
+        raise edge_refusal(self.config.site)
 
     def save(self, folder: str | Path) -> Path:
-        """Our format has no place for it: an error that says so."""
-        raise UserError(
-            f"the autoencoder of site {self.config.site!r} normalises each token and cannot be saved in our format: "
-            f"keep its own file {self.config.extra.get('source')!r}"
-        )
+        """Our format does not hold the normalisation: an error that says so."""
+        raise norm_refusal(self, "our format")
+
+
+def edge_refusal(site: str) -> UserError:
+    """The error for edges of features that are not linear in the activations; raise what this returns."""
+    return UserError(
+        f"the autoencoder of site {site!r} normalises each token, so its features are not linear in the activations "
+        "and have no edges: compute nodes only (--edge-nodes 0, edge_nodes=0 in Python), or use another autoencoder"
+    )
+
+
+def norm_refusal(sae: SparseAutoencoder, file_format: str) -> UserError:
+    """The error for a format that does not hold how each token is normalised; raise what this returns."""
+    return UserError(
+        f"the autoencoder of site {sae.config.site!r} normalises each token ({sae.config.input_norm}) and cannot be "
+        f"saved in {file_format}: keep its own file {sae.config.extra.get('source')!r}, or convert it to saelens"
+    )

@@ -15,7 +15,8 @@ from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError, unknown
 from sae.formats.normalised import NormalisedAutoencoder
 from sae.formats.places import site_named
-from sae.formats.reading import build, entry, pick, read_pickle
+from sae.formats.reading import build, entry, pick, read_pickle, whole_number
+from sae.formats.refusals import refusal
 
 NAME = "openai"
 _TENSORS = {
@@ -56,9 +57,11 @@ def read(path: Path) -> SparseAutoencoder:
         found = ", ".join(map(str, state))
         raise UserError(f"{path}: looked for OpenAI's {', '.join(_TENSORS.values())}; found {found or 'nothing'}")
     activation = state.get("activation", "ReLU")
-    if activation not in _ARCHITECTURE:
-        raise unknown(f"activation in {path}", str(activation), _ARCHITECTURE)
+    if not isinstance(activation, str) or activation not in _ARCHITECTURE:
+        raise refusal(path, str(activation)) or unknown(f"activation in {path}", str(activation), _ARCHITECTURE)
     options = state.get("activation_state_dict") or {}
+    if not isinstance(options, dict):
+        raise UserError(f"{path}: activation_state_dict is a {type(options).__name__}, expected a dictionary")
     if options.get("postact_fn", "ReLU") != "ReLU":
         raise UserError(f"{path} has postact_fn {options['postact_fn']!r}: allowed is ReLU")
     tensors = pick(state, _TENSORS, source=path, what="an OpenAI autoencoder", ignored=_IGNORED)
@@ -69,7 +72,7 @@ def read(path: Path) -> SparseAutoencoder:
         file_format=NAME,
         architecture=_ARCHITECTURE[activation],
         subtract_b_dec=True,
-        k=int(entry(options, "k", source=path)) if activation == "TopK" else None,
+        k=whole_number(entry(options, "k", source=path), "k", source=path) if activation == "TopK" else None,
         ranked=activation == "TopK",
         site=site_named(path.as_posix()),
         model="gpt2",

@@ -34,6 +34,10 @@ _KINDS = {
     "resid_delta_attn": "attn",
 }
 
+EMBED_HOOKS = ("hook_embed", "embed.hook_out")
+_LEARNED_POSITIONS = r"(distil)?gpt-?2|gpt-neo-|opt-|gelu-|solu-|attn-only|tiny-stories|tinystories-(instruct-)?\d+m"
+_NORMED_SUBLAYERS = r"gemma-[23]|olmo-?2"
+
 
 def _kind_layer(match: re.Match[str]) -> str:
     return f"{_KINDS[match['kind'] or 'resid']}_{match['layer']}"
@@ -48,11 +52,15 @@ def _before(match: re.Match[str]) -> str:
 _PATTERNS: list[tuple[str, Callable[[re.Match[str]], str]]] = [
     (r"(?P<kind>attn|mlp|resid)_(?P<layer>\d+)", _kind_layer),
     (r"blocks\.(?P<layer>\d+)\.hook_(?P<kind>resid_post|mlp_out|attn_out)", _kind_layer),
-    (r"blocks\.(?P<layer>\d+)\.hook_resid_pre", _before),
+    (r"blocks\.(?P<layer>\d+)\.(?:hook_resid_pre|hook_in)", _before),
+    (r"blocks\.(?P<layer>\d+)\.(?:(?P<kind>mlp|attn)\.)?hook_out", _kind_layer),
     (r"(?P<kind>resid|resid_post|resid_out|mlp_out|attn_out|attention_out)_layer_?(?P<layer>\d+)", _kind_layer),
     (r"(?:\w+\.)*(?:layers|h)\.(?P<layer>\d+)(?:\.(?P<kind>mlp|attn|attention|self_attn))?", _kind_layer),
     (r"(?:.*-)?L(?P<layer>\d+)(?P<kind>[RMA])(?:-\d+x)?", _kind_layer),
-    (r"embed|embed_tokens|embed_in|wte|hook_embed|(?:\w+\.)*(?:embed_tokens|embed_in|wte)", lambda _: "embed"),
+    (
+        r"embed|embed_tokens|embed_in|wte|hook_embed|embed\.hook_out|(?:\w+\.)*(?:embed_tokens|embed_in|wte)",
+        lambda _: "embed",
+    ),
 ]
 _WHOLE_PATH: list[tuple[str, Callable[[re.Match[str]], str]]] = [
     (r"gemma-scope-[\w.-]*-(?:res|mlp|att)\b.*/embedding(?:/|$)", lambda _: "embed"),
@@ -82,12 +90,32 @@ def site_named(text: str) -> str:
 
 
 def transformer_lens_hook(site: str) -> str:
-    """The TransformerLens name of a site, "" for none."""
+    """The TransformerLens name of a site, "" for none.
+
+    Our embed is what the first block reads: with learned positions those are part of it, which `hook_embed` lacks.
+    """
     if not site:
         return ""
     parsed = Site.parse(site)
     hooks = {"resid": "hook_resid_post", "mlp": "hook_mlp_out", "attn": "hook_attn_out"}
-    return "hook_embed" if parsed.layer is None else f"blocks.{parsed.layer}.{hooks[parsed.kind]}"
+    return "blocks.0.hook_resid_pre" if parsed.layer is None else f"blocks.{parsed.layer}.{hooks[parsed.kind]}"
+
+
+def hook_site(hook: str, model: str) -> str:
+    """The site of a TransformerLens hook in the model of this name, or "".
+
+    Where positions are learned, `hook_embed` is the token embedding without them, which is no site. Where sublayers
+    have a norm behind them, `mlp.hook_out` is before it, and what the sublayer adds to the residual stream after it.
+    """
+    name = model.rpartition("/")[2].lower()
+    if hook in EMBED_HOOKS and re.match(_LEARNED_POSITIONS, name):
+        return ""
+    if re.match(_NORMED_SUBLAYERS, name):
+        if re.fullmatch(r"blocks\.\d+\.(mlp|attn)\.hook_out", hook):
+            return ""
+        if normed := re.fullmatch(r"blocks\.(\d+)\.ln([12])_post\.hook_out", hook):
+            return f"{'attn' if normed[2] == '1' else 'mlp'}_{normed[1]}"
+    return site_named(hook)
 
 
 def dictionary_learning_name(site: str) -> str:

@@ -1,6 +1,7 @@
 """What all readers share: opening files that hold plain tensors, naming what is missing, folding into our contract.
 
-1. Open: safetensors, npz without pickled objects, or a `.pt` with `weights_only=True`, which runs no code.
+1. Open: safetensors, npz without pickled objects, or a `.pt` with `weights_only=True`, which runs no code. Headers are
+   read first: what claims to be far larger than its file is refused before anything is unpacked.
 2. Pick: every tensor of the file is either wanted or known to be without effect; anything else is an error, because a
    tensor that is silently left out (a skip connection, a scale) makes every number wrong without a sign.
 3. Fold: in float32, whatever the file's precision, the decoder is brought to unit rows without changing x̂.
@@ -8,7 +9,7 @@
 
 from __future__ import annotations
 
-import pickle
+import math
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,37 +21,83 @@ from torch import Tensor
 
 from sae.autoencoder import SAEConfig, SparseAutoencoder
 from sae.errors import UserError
-from sae.files import missing_file
+from sae.files import TensorSpec, check_tensors, missing_file, read_json
 from sae.nonlinearities import fold_norms
+
+MOST_UNPACKED = 16
+"""Weights hardly compress: a file that unpacks to more than this many times its size holds something else, ..."""
+FREE_BYTES = 64 * 2**20
+"""... unless that is less than this."""
+
+
+def read_config(path: Path, schema: Any) -> dict[str, Any]:
+    """A config by its schema (a TypedDict), without the entries that are null: those stand for their defaults."""
+    return {key: value for key, value in read_json(path, schema).items() if value is not None}
 
 
 def read_pickle(path: Path) -> dict[str, Any]:
     """The dictionary in a `.pt` file, read without running the code a pickle may hold."""
+    if not path.is_file():
+        raise missing_file(path)
     try:
+        if zipfile.is_zipfile(path):
+            _unpacked(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise missing_file(path) from None
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"{path} holds Python objects beside tensors, which could run any code when opened: save its plain state "
-            "dict with torch.save(model.state_dict(), path) where it comes from, and load that"
-        ) from None
-    except (RuntimeError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is not a file of torch.save: {str(error).splitlines()[0]}") from None
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file raises whatever its bytes lead to
+        if "unsupported global" in str(error).lower():  # a class or function that is no tensor
+            raise UserError(
+                f"{path} holds Python objects beside tensors, which could run any code when opened: save its plain "
+                "state dict with torch.save(model.state_dict(), path) where it comes from, and load that"
+            ) from None
+        reason = (str(error).strip().splitlines() or [""])[0].partition(".")[0] or type(error).__name__
+        raise UserError(f"{path} is not a file of torch.save, or not all of one: {reason}") from None
     if not isinstance(loaded, dict):
         raise UserError(f"{path}: looked for a dictionary of tensors, found a {type(loaded).__name__}")
+    for name, value in loaded.items():
+        if isinstance(value, Tensor) and value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise UserError(f"{path}: tensor {name!r} has shape {list(value.shape)}, the file holds less than that")
     return loaded
 
 
-def read_npz(path: Path) -> dict[str, Tensor]:
-    """The arrays of an npz file as tensors."""
+def read_npz(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """The arrays of an npz file as tensors; `names` are those that it may hold."""
+    if not path.is_file():
+        raise missing_file(path)
     try:
+        _unpacked(path)
         with np.load(path, allow_pickle=False) as arrays:
+            if surplus := sorted(set(arrays.files) - set(names)):
+                raise UserError(f"{path}: looked for {', '.join(names)}; no use known for {', '.join(surplus)}")
+            for name in arrays.files:
+                _check_header(path, arrays.zip, f"{name}.npy")
             return {name: torch.from_numpy(np.array(arrays[name])) for name in arrays.files}
-    except FileNotFoundError:
-        raise missing_file(path) from None
-    except (ValueError, zipfile.BadZipFile) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file raises whatever its bytes lead to
         raise UserError(f"{path} is not an npz file of plain arrays: {error}") from None
+
+
+def _unpacked(path: Path) -> None:
+    """Refuse an archive that is far larger unpacked than it is on disk."""
+    with zipfile.ZipFile(path) as archive:
+        size = sum(entry.file_size for entry in archive.infolist())
+    if size > max(FREE_BYTES, MOST_UNPACKED * path.stat().st_size):
+        raise UserError(
+            f"{path} has {path.stat().st_size:,} bytes and would unpack to {size:,}: it is no file of weights"
+        )
+
+
+def _check_header(path: Path, archive: zipfile.ZipFile, name: str) -> None:
+    """Refuse an array whose header claims more or less than is there."""
+    with archive.open(name) as file:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+        there = archive.getinfo(name).file_size - file.tell()
+    if not dtype.hasobject and math.prod(shape) * dtype.itemsize != there:
+        raise UserError(f"{path}: {name} claims shape {list(shape)} of {dtype}, and the file has {there:,} bytes of it")
 
 
 def pick(
@@ -65,7 +112,27 @@ def pick(
             + (f"; missing {', '.join(missing)}" if missing else "")
             + (f"; no use known for {', '.join(surplus)}" if surplus else "")
         )
+    _check_shapes(tensors, names, source)
     return {ours: tensors[theirs].float() for ours, theirs in names.items()}
+
+
+def _check_shapes(tensors: Mapping[str, Any], names: Mapping[str, str], source: Path) -> None:
+    """Refuse tensors that do not fit each other; matrices may lie either way."""
+    for theirs in names.values():
+        if not isinstance(tensors[theirs], Tensor):
+            raise UserError(f"{source}: {theirs!r} is a {type(tensors[theirs]).__name__}, expected a tensor")
+    vectors = {names[ours]: TensorSpec((size,)) for ours, size in (("b_enc", "F"), ("b_dec", "d"))}
+    check_tensors(tensors, vectors, source)
+    sizes = {"F": len(tensors[names["b_enc"]]), "d": len(tensors[names["b_dec"]])}
+    for ours, theirs in names.items():
+        tensor = tensors[theirs]
+        if ours in ("W_enc", "W_dec"):
+            shape: tuple[str, ...] = ("d", "F") if tensor.shape == (sizes["d"], sizes["F"]) else ("F", "d")
+        elif ours == "threshold" and tensor.numel() == 1:
+            shape = ("one",) * tensor.ndim
+        else:
+            shape = ("d",) if ours == "b_dec" else ("F",)
+        check_tensors({theirs: tensor}, {theirs: TensorSpec(shape)}, source, one=1, **sizes)
 
 
 def entry(config: Mapping[str, Any], key: str, *, source: Path) -> Any:
@@ -73,6 +140,22 @@ def entry(config: Mapping[str, Any], key: str, *, source: Path) -> Any:
     if key not in config:
         raise UserError(f"{source}: looked for the entry {key!r}, found {', '.join(map(repr, config)) or 'none'}")
     return config[key]
+
+
+def positive(config: Mapping[str, Any], key: str, *, source: Path) -> float:
+    """config[key], a positive number."""
+    value = entry(config, key, source=source)
+    if not 0 < value < math.inf:
+        raise UserError(f"{source}: key {key!r} is {value}: expected a positive number")
+    return value
+
+
+def whole_number(value: Any, key: str, *, source: Path) -> int:
+    """A positive integer, given as such, as a float of that value or as a tensor of one number."""
+    number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    if isinstance(number, bool) or not isinstance(number, int | float) or number != number // 1 or number < 1:
+        raise UserError(f"{source}: {key} is {value!r}: expected a positive integer")
+    return int(number)
 
 
 def build(
@@ -120,11 +203,3 @@ def _check_matrices(tensors: Mapping[str, Tensor], config: SAEConfig) -> None:
                 f"{name} read as [features, width] has shape {list(tensors[name].shape)}, but the biases say "
                 f"{list(shape)}{hint}"
             )
-
-
-def transcoder_refusal(source: Path) -> UserError:
-    """Transcoders read one place and write another: they are no autoencoder of a site."""
-    return UserError(
-        f"{source} holds a transcoder, which reads one place of the model and writes another: only autoencoders, "
-        "which rebuild what they read, can be used here"
-    )

@@ -12,7 +12,7 @@ W_enc is [d, F], W_dec [F, d]; x is centred by b_dec where `apply_b_dec_to_input
 Files before version 6 differ in names and defaults, see `_upgraded`. Inputs that were scaled in training:
 `expected_average_only_in` is folded by SAELens when training ends and its field set to none; where it still stands, the
 factor is in `activation_scaler.json` or lost, and then the file is refused rather than read wrongly. `layer_norm` and
-`constant_norm_rescale` work token by token and are kept (`sae.formats.normalised`).
+`constant_norm_rescale` work token by token and are kept (`sae.formats.normalised`), in writing too.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
+from typing_extensions import TypedDict
 
-from sae.autoencoder import SITE_PATH, SparseAutoencoder
+from sae.autoencoder import CONTEXT_LENGTH, EXCLUDE_SPECIAL, PREPEND_BOS, SITE_PATH, SparseAutoencoder
 from sae.errors import UserError, unknown
-from sae.files import atomic_write, read_json, read_tensors, write_json
+from sae.files import TensorSpec, check_tensors, read_tensors, write_json, write_tensors
 from sae.formats.normalised import NormalisedAutoencoder
-from sae.formats.places import site_named, transformer_lens_hook
-from sae.formats.reading import build, entry, pick, transcoder_refusal
+from sae.formats.places import hook_site, transformer_lens_hook
+from sae.formats.reading import build, entry, pick, positive, read_config, whole_number
+from sae.formats.refusals import refusal
 from sae.formats.writing import plain_tensors, unsupported
 from sae.nonlinearities import fold_norms, fold_scale
 from sae.sites import SitePath
@@ -68,6 +69,41 @@ _HEADS = {
 _LLAMA_HEADS = "model.layers.{layer}.self_attn.o_proj:input"
 _TOKEN_NORMS = {"layer_norm": "layer_norm", "constant_norm_rescale": "constant_norm"}
 
+_CONTEXT = {CONTEXT_LENGTH: "context_size", PREPEND_BOS: "prepend_bos", EXCLUDE_SPECIAL: "exclude_special_tokens"}
+"""Entries of our `SAEConfig.extra` by their metadata: how the text was read in training."""
+
+
+class _Metadata(TypedDict, total=False):
+    """What the file says of its training."""
+
+    model_name: str | None
+    hook_name: str | None
+    hook_head_index: int | None
+    sae_lens_version: str | None
+    context_size: int | None
+    prepend_bos: bool | None
+    exclude_special_tokens: bool | list[int] | None
+    model_from_pretrained_kwargs: dict[str, Any] | None
+
+
+class _Config(_Metadata, total=False):
+    """The entries of `cfg.json` that are read; those of `_Metadata` stood here before version 6."""
+
+    metadata: _Metadata | None
+    architecture: str | None
+    d_in: int | None
+    d_sae: int | None
+    apply_b_dec_to_input: bool | None
+    normalize_activations: str | bool | None
+    activation_fn: str | None
+    activation_fn_str: str | None
+    activation_fn_kwargs: dict[str, Any] | None
+    hook_point: str | None
+    hook_point_head_index: int | None
+    k: float | None
+    rescale_acts_by_decoder_norm: bool | None
+    finetuning_scaling_factor: bool | None
+
 
 def recognises(folder: Path) -> bool:
     """Whether the folder has the files of this format."""
@@ -77,16 +113,17 @@ def recognises(folder: Path) -> bool:
 def read(folder: Path) -> SparseAutoencoder:
     """The autoencoder in a folder with `cfg.json` and `sae_weights.safetensors`."""
     path = folder / CONFIG
-    config = _upgraded(read_json(path))
+    config = _upgraded(read_config(path, _Config))
     architecture = config["architecture"]
     _refuse(config, folder)
     tensors = _tensors(read_tensors(folder / WEIGHTS), config, folder)
-    for name, size in (("d_in", tensors["W_dec"].shape[1]), ("d_sae", tensors["W_dec"].shape[0])):
+    n_features, width = len(tensors["b_enc"]), len(tensors["b_dec"])
+    for name, size in (("d_in", width), ("d_sae", n_features)):
         if config.get(name, size) != size:
             raise UserError(f"{path} says {name} = {config[name]}, the tensors of {WEIGHTS} say {size}")
     if config["normalize_activations"] == "expected_average_only_in":
-        scale = entry(read_json(folder / SCALER), "scaling_factor", source=folder / SCALER)
-        tensors = fold_scale(tensors, 1.0 / scale)
+        scaler = read_config(folder / SCALER, dict[str, float | None])
+        tensors = fold_scale(tensors, 1.0 / positive(scaler, "scaling_factor", source=folder / SCALER))
     names = config["metadata"]
     if (names.get("model_from_pretrained_kwargs") or {}).get("center_writing_weights"):
         logger.warning(
@@ -96,7 +133,8 @@ def read(folder: Path) -> SparseAutoencoder:
         )
     hook = names.get("hook_name") or ""
     notes: dict[str, Any] = {"hook": hook, "version": names.get("sae_lens_version")}
-    site = site_named(hook)
+    notes |= {ours: names[theirs] for ours, theirs in _CONTEXT.items() if names.get(theirs) is not None}
+    site = hook_site(hook, names.get("model_name") or "")
     if heads := re.fullmatch(r"blocks\.(\d+)\.attn\.hook_z", hook):
         site = f"attn_{heads[1]}"
         notes[SITE_PATH] = str(SitePath.parse(_heads_path(names.get("model_name") or "")).at(int(heads[1])))
@@ -106,13 +144,13 @@ def read(folder: Path) -> SparseAutoencoder:
         file_format=NAME,
         architecture=_ARCHITECTURE[architecture],
         subtract_b_dec=config["apply_b_dec_to_input"],
-        k=int(entry(config, "k", source=path)) if architecture == "topk" else None,
+        k=whole_number(entry(config, "k", source=path), "k", source=path) if architecture == "topk" else None,
         ranked=architecture == "topk" and not config.get("rescale_acts_by_decoder_norm", False),
         site=site,
         model=names.get("model_name") or "",
         notes=notes,
     )
-    norm = _TOKEN_NORMS.get(config["normalize_activations"])
+    norm = _TOKEN_NORMS.get(str(config["normalize_activations"]))
     return NormalisedAutoencoder(sae, norm=norm) if norm else sae
 
 
@@ -127,7 +165,7 @@ def _upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
     renamed = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index"}
     renamed |= {"activation_fn_str": "activation_fn"}
     new = {renamed.get(key, key): value for key, value in config.items()}
-    new.setdefault("metadata", {key: new.get(key) for key in ("model_name", "hook_name", "hook_head_index")})
+    new.setdefault("metadata", {key: new.get(key) for key in _Metadata.__annotations__})
     new["metadata"].setdefault("sae_lens_version", new.get("sae_lens_version"))
     new.setdefault("architecture", "standard")
     new.setdefault("apply_b_dec_to_input", True)
@@ -142,12 +180,12 @@ def _upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
 def _refuse(config: Mapping[str, Any], folder: Path) -> None:
     """An error for what is in this format and is no autoencoder we can compute, or not rightly."""
     path, architecture = folder / CONFIG, config["architecture"]
-    if "transcoder" in architecture:
-        raise transcoder_refusal(folder)
     if architecture not in _TENSORS:
-        raise unknown(f"architecture in {path}", architecture, _TENSORS)
-    if config.get("activation_fn", "relu") not in ("relu", "topk"):
-        raise UserError(f"{path} has activation_fn {config['activation_fn']!r}: allowed are relu and topk")
+        raise refusal(folder, architecture) or unknown(f"architecture in {path}", architecture, _TENSORS)
+    if (activation := config.get("activation_fn", "relu")) not in ("relu", "topk"):
+        raise refusal(folder, activation) or UserError(
+            f"{path} has activation_fn {activation!r}: allowed are relu and topk"
+        )
     if config["metadata"].get("hook_head_index") is not None:
         raise UserError(f"{path} is for a single attention head, which is no site: allowed are whole sublayers")
     norm = config["normalize_activations"]
@@ -168,6 +206,8 @@ def _tensors(state: dict[str, Tensor], config: Mapping[str, Any], folder: Path) 
     if "log_threshold" in state:
         state["threshold"] = state.pop("log_threshold").float().exp()
     per_feature = state.pop("scaling_factor", None)
+    if per_feature is not None:
+        check_tensors({"scaling_factor": per_feature}, {"scaling_factor": TensorSpec((len(state["W_dec"]),))}, path)
     tensors = pick(state, _TENSORS[architecture], source=path, what=f"a {architecture} autoencoder")
     tensors["W_enc"] = tensors["W_enc"].T
     if "magnitude" in tensors:
@@ -189,7 +229,9 @@ def write(sae: SparseAutoencoder, folder: Path) -> None:
     names = {"relu": "standard", "topk": "topk", "jumprelu": "jumprelu", "gated": "gated"}
     if sae.nonlinearity.name not in names:
         raise unsupported(sae, NAME)
-    architecture = names[sae.nonlinearity.name]
+    norm = next((theirs for theirs, ours in _TOKEN_NORMS.items() if ours == sae.config.input_norm), "none")
+    sae = sae.inner if isinstance(sae, NormalisedAutoencoder) else sae
+    architecture, extra = names[sae.nonlinearity.name], sae.config.extra
     tensors = plain_tensors(sae, subtract_b_dec=sae.config.subtract_b_dec)
     if architecture == "gated":
         tensors["magnitude"] = tensors["magnitude"].log()
@@ -202,16 +244,16 @@ def write(sae: SparseAutoencoder, folder: Path) -> None:
         "dtype": "float32",
         "device": "cpu",
         "apply_b_dec_to_input": sae.config.subtract_b_dec,
-        "normalize_activations": "none",
+        "normalize_activations": norm,
         "reshape_activations": "none",
         "metadata": {
             "model_name": sae.config.model,
             "hook_name": transformer_lens_hook(sae.config.site),
             "sae_lens_version": WRITTEN_VERSION,
+            **{theirs: extra[ours] for ours, theirs in _CONTEXT.items() if extra.get(ours) is not None},
         },
     }
     if architecture == "topk":
         config |= {"k": sae.config.k, "rescale_acts_by_decoder_norm": False}
-    with atomic_write(folder / WEIGHTS) as temporary:
-        save_file(state, temporary)
+    write_tensors(folder / WEIGHTS, state)
     write_json(folder / CONFIG, config)

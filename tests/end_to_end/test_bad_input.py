@@ -79,8 +79,16 @@ def test_damaged_autoencoders(discover, run_folder, tmp_path):
     tensors["W_enc"][0, 0] = float("nan")
     save_file(tensors, weights)
     said = sentence(discover(saes=tmp_path / "saes"))
-    assert "'mlp_0'" in said and "not finite in W_enc" in said
-    for text, reason in (("[]", "no JSON object"), ('{"schema_version": 1}', "d_model"), (known[:-20], "malformed")):
+    assert str(weights) in said and "'W_enc' holds numbers that are not finite" in said
+    save_file(tensors | {"W_enc": tensors["W_enc"][0]}, weights)
+    assert "'W_enc' has shape [32], expected [48, 32]" in sentence(discover(saes=tmp_path / "saes"))
+    weights.write_bytes(whole)
+    for text, reason in (
+        ("[]", "expected an object"),
+        (known.replace("48", '"48"'), "key 'n_features' is \"48\""),
+        ('{"schema_version": 1}', "d_model"),
+        (known[:-20], "malformed"),
+    ):
         config.write_text(text)
         said = sentence(discover(saes=tmp_path / "saes"))
         assert str(config) in said and reason in said

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sae.autoencoder import SparseAutoencoder
-from sae.formats import load_sae
+from sae.formats import load_sae, save_sae
 from sae.model import LanguageModel
 from tests.sae.test_evaluation import random_sae
 
@@ -76,6 +76,56 @@ def test_one_run_is_compared_from_layer_to_layer(sfc, runs):
 def test_what_cannot_be_matched_is_one_sentence(sfc, runs, options, message):
     done = sfc("match", "--saes", runs[0], *options)
     assert done.status == 2 and done.out == "" and message in done.err
+
+
+def test_a_site_is_given_where_the_files_name_none(sfc, runs, tmp_path):
+    save_sae(load_sae(runs[0], site="resid_1"), tmp_path / "named", file_format="saelens")
+    config = json.loads((tmp_path / "named" / "cfg.json").read_text())
+    config["metadata"] |= {"hook_name": ""}
+    (tmp_path / "named" / "cfg.json").write_text(json.dumps(config))
+    words = ("convert", "--saes", tmp_path / "named", "--format", "ours", "--out", tmp_path / "new")
+    assert "nothing at" in sfc(*words).err
+    assert sfc(*words, "--site", "resid_1").status == 0
+    assert load_sae(tmp_path / "new").config.site == "resid_1"
+    config["metadata"] |= {"hook_name": "blocks.1.hook_out"}  # as TransformerLens 3 calls it
+    (tmp_path / "named" / "cfg.json").write_text(json.dumps(config))
+    assert "resid_1" in sfc(*words, "--overwrite").out and sfc(*words, "--overwrite", "--site", "resid_1").status == 0
+    assert "belongs to site resid_1, not to mlp_1" in sfc(*words, "--overwrite", "--site", "mlp_1").err
+
+
+def test_token_normalised_autoencoders_are_kept_or_refused(sfc, tmp_path, model_folder, text_file, prompts_file):
+    sae = random_sae("resid_1", D, seed=0)
+    save_sae(sae, tmp_path / "norm", file_format="saelens")
+    path = tmp_path / "norm" / "cfg.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"normalize_activations": "layer_norm"}))
+    for file_format in ("ours", "dictionary_learning"):
+        done = sfc("convert", "--saes", tmp_path / "norm", "--format", file_format, "--out", tmp_path / file_format)
+        assert done.status == 2 and "normalises each token (layer_norm)" in done.err
+        assert not list((tmp_path / file_format).iterdir())
+    done = sfc("convert", "--saes", tmp_path / "norm", "--format", "saelens", "--out", tmp_path / "again")
+    assert done.status == 0
+    x = torch.randn(5, D) + 2
+    torch.testing.assert_close(load_sae(tmp_path / "again")(x), load_sae(tmp_path / "norm")(x), atol=1e-5, rtol=1e-5)
+    common = ("--model", model_folder, "--saes", tmp_path / "norm", "--out", tmp_path / "run")
+    done = sfc("finetune", *common, "--text", text_file, "--tokens", "500")
+    assert done.status == 2 and "normalises each token" in done.err and "fine-tuning has no such step" in done.err
+    done = sfc("discover", *common, "--prompts", prompts_file)
+    assert done.status == 2 and "--edge-nodes 0" in done.err and "estimated" not in done.err
+    assert sfc("discover", *common, "--prompts", prompts_file, "--edge-nodes", "0").status == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        ("gpt2-small-res-jb", "give jbloom/GPT2-Small-SAEs-Reformatted and the folder"),
+        ("gemma-scope-2b-pt-res-canonical/layer_12/width_16k/canonical", "google/gemma-scope-2b-pt-res/layer_12/width"),
+        ("llama_scope_lxr_8x", "fnlp/Llama3_1-8B-Base-LXR-8x"),
+        ("./nowhere", "there is no such path"),
+    ],
+)
+def test_a_name_of_saelens_is_answered_before_the_model_is_loaded(sfc, name, answer, text_file):
+    done = sfc("evaluate", "--model", "no/such-model", "--saes", name, "--text", text_file)
+    assert done.status == 2 and answer in done.err
 
 
 @pytest.mark.parametrize("file_format", ["saelens", "dictionary_learning", "ours"])

@@ -15,7 +15,8 @@ from huggingface_hub.errors import (
 from sae.errors import UserError
 from sae.formats import hub, load_any, load_sae
 from sae.formats.hub import choose, locate
-from sae.formats.places import dictionary_learning_name, site_named, transformer_lens_hook
+from sae.formats.places import dictionary_learning_name, hook_site, site_named, transformer_lens_hook
+from sae.formats.releases import released, repository_of
 from sae.sites import Site
 from tests.sae.formats.test_recorded import RECORDED
 
@@ -155,6 +156,12 @@ def test_choose():
         ("blocks.3.hook_resid_post", "resid_3"),
         ("blocks.3.hook_resid_pre", "resid_2"),
         ("blocks.0.hook_resid_pre", "embed"),
+        ("blocks.3.hook_out", "resid_3"),
+        ("blocks.3.hook_in", "resid_2"),
+        ("blocks.3.mlp.hook_out", "mlp_3"),
+        ("blocks.3.attn.hook_out", "attn_3"),
+        ("blocks.3.attn.q.hook_out", ""),
+        ("embed.hook_out", "embed"),
         ("blocks.11.hook_mlp_out", "mlp_11"),
         ("blocks.11.hook_attn_out", "attn_11"),
         ("blocks.11.attn.hook_z", ""),
@@ -180,6 +187,28 @@ def test_choose():
 def test_sites_from_the_names_others_use(name, site):
     assert site_named(name) == site
     assert site_named((Path("/data/run") / name).as_posix()) == site
+
+
+@pytest.mark.parametrize(
+    ("hook", "model", "site"),
+    [
+        ("hook_embed", "gpt2-small", ""),  # wte alone, without the positions that are part of our embed
+        ("hook_embed", "EleutherAI/pythia-70m-deduped", "embed"),
+        ("blocks.0.hook_resid_pre", "gpt2", "embed"),
+        ("blocks.3.mlp.hook_out", "google/gemma-2-2b", ""),  # before the norm behind the MLP
+        ("blocks.3.ln2_post.hook_out", "google/gemma-2-2b", "mlp_3"),
+        ("blocks.3.mlp.hook_out", "gpt2", "mlp_3"),
+    ],
+)
+def test_hooks_that_depend_on_the_model(hook, model, site):
+    assert hook_site(hook, model) == site
+
+
+def test_what_a_release_of_saelens_is_called_on_the_hub():
+    assert repository_of("gpt2-small-mlp-out-v5-128k") == "jbloom/GPT2-Small-OAI-v5-128k-mlp-out-SAEs"
+    assert repository_of("gemma-scope-2b-pt-res-canonical") == "google/gemma-scope-2b-pt-res"
+    assert repository_of("llama_scope_lxm_32x") == "fnlp/Llama3_1-8B-Base-LXM-32x"
+    assert repository_of("runs") == "" and released("google/gemma-scope-2b-pt-res/layer_12") is None
 
 
 @pytest.mark.parametrize("site", ["embed", "resid_0", "mlp_11", "attn_3", ""])

@@ -168,9 +168,12 @@ def test_log_threshold_of_training_files(tmp_path):
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"architecture": "temporal"}, "unknown architecture .* 'temporal'"),
+        ({"architecture": "temporal"}, "holds a temporal autoencoder, whose features depend on earlier tokens"),
+        ({"architecture": "matching_pursuit"}, "holds a matching pursuit autoencoder"),
+        ({"architecture": "abstopk"}, "holds an AbsTopK autoencoder"),
+        ({"architecture": "jumprelv"}, "unknown architecture .*did you mean 'jumprelu'"),
         ({"architecture": "skip_transcoder"}, "holds a transcoder"),
-        ({"activation_fn": "tanh-relu"}, "activation_fn 'tanh-relu'"),
+        ({"activation_fn": "tanh-relu"}, "autoencoder with tanh-relu"),
         ({"normalize_activations": "covariance_whitening"}, "unknown normalize_activations"),
         ({"normalize_activations": "expected_average_only_in"}, "activation_scaler.json"),
         ({"normalize_activations": True}, "activation_scaler.json"),  # as before version 6
@@ -239,12 +242,16 @@ def test_sparsify_decoder_is_not_transposed_when_square(tmp_path, random):
     with pytest.raises(UserError, match=r"says 99 latents"):
         load_sae(tmp_path)
     (tmp_path / "layers.0" / "cfg.json").write_text(json.dumps({"d_in": D, "num_latents": D, "activation": "groupmax"}))
-    with pytest.raises(UserError, match=r"activation 'groupmax'"):
+    with pytest.raises(UserError, match=r"autoencoder with groupmax"):
         load_sae(tmp_path)
-    for entry in ("skip_connection", "transcode"):
+    for entry, message in (("skip_connection", "with a skip connection"), ("transcode", "holds a transcoder")):
         (tmp_path / "layers.0" / "cfg.json").write_text(json.dumps({"d_in": D, "num_latents": D, "k": K, entry: True}))
-        with pytest.raises(UserError, match=r"holds a transcoder"):
+        with pytest.raises(UserError, match=message):
             load_sae(tmp_path)
+    (tmp_path / "layers.0" / "cfg.json").write_text(json.dumps({"d_in": D, "num_latents": D, "k": K}))
+    (tmp_path / "config.json").write_text(json.dumps({"transcode": True}))  # where it stood before February 2025
+    with pytest.raises(UserError, match=r"holds a transcoder"):
+        load_sae(tmp_path)
 
 
 # Sites and sources

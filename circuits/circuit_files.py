@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import FiniteFloat
+from pydantic import AfterValidator, FiniteFloat
 from typing_extensions import NotRequired, TypedDict
 
 from circuits.attribution.effects import SiteEffects
@@ -27,6 +27,17 @@ ENTRIES = ("example", "position", "feature", "value")
 NODES = ("feature", "position", "effect")
 
 
+def _site(name: str) -> str:
+    try:
+        Site.parse(name)
+    except UserError:
+        raise ValueError("a site: embed, attn_N, mlp_N or resid_N with N a layer") from None
+    return name
+
+
+SiteName = Annotated[str, AfterValidator(_site)]
+
+
 class OptionsFile(TypedDict):
     """What is read of the options a circuit was found with."""
 
@@ -39,7 +50,7 @@ class CircuitMetadata(TypedDict):
     """Metadata without which there is no circuit."""
 
     options: OptionsFile
-    sites: list[str]
+    sites: list[SiteName]
     n_examples: Count
     n_positions: Count
     total_effect: FiniteFloat | None
@@ -140,10 +151,7 @@ def read_effects(
     path: Path, metadata: Mapping[str, Any]
 ) -> tuple[dict[Site, SiteEffects], dict[str, torch.Tensor], list[Site]]:
     """(effects per site, all tensors by name, the sites with edge nodes) of a circuit with these checked metadata."""
-    try:
-        sites = [Site.parse(name) for name in metadata["sites"]]
-    except UserError as error:
-        raise UserError(f"{path.with_name('circuit.json')}: metadata: {error}") from None
+    sites = [Site.parse(name) for name in metadata["sites"]]
     tensors = read_tensors(path)
     effects = {site: _site_effects(tensors, site, metadata, path) for site in sites}
     with_edges = [site for site in sites if f"edge_nodes/{site.name}/feature" in tensors]

@@ -8,15 +8,20 @@ that a case that is reversed never makes up for one that is untouched.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sae.errors import UserError
-from sae.files import without_nan, write_json
+from sae.errors import UserError, unknown
+from sae.files import check_type, read_json, without_nan, write_json
 from sae.tables import aligned
 
 SCHEMA_VERSION = 1
+ACTIONS = {
+    "zero": "set to zero", "mean": "set to their mean", "set": "set to {}", "scale": "multiplied by {}",
+    "steer": "steered by {}",
+}  # fmt: skip
+"""Operation -> what was done to the features, in words."""
 TINY = 0.01
 """Share of the mean size below which a case shows nothing of the behaviour before the edit, so that nothing is left."""
 REVERSED = -0.05
@@ -53,12 +58,6 @@ class Behaviour:
         """Mean over cases of |metric|, each case weighing alike; the metric itself where there are no cases."""
         scores = self.by_case.values()
         return sum(abs(score.metric) for score in scores) / len(scores) if scores else self.overall.metric
-
-    @staticmethod
-    def from_dict(data: Mapping[str, Any]) -> Behaviour:
-        """From its plain JSON form."""
-        by_case = {case: Score(**score) for case, score in data["by_case"].items()}
-        return Behaviour(Score(**data["overall"]), by_case, data["ce"])
 
 
 @dataclass(frozen=True)
@@ -161,21 +160,24 @@ class EditReport:
         return Path(path)
 
     @staticmethod
-    def from_dict(data: Mapping[str, Any]) -> EditReport:
-        """The report that `to_dict` wrote; `UserError` where it is of another kind or version."""
+    def from_dict(data: Mapping[str, Any], where: str | Path = "edit") -> EditReport:
+        """The report that `to_dict` wrote; `UserError`, naming `where`, for anything else."""
         if data.get("kind") != "edit" or data.get("schema_version") != SCHEMA_VERSION:
             found = f"{data.get('kind')!r}, version {data.get('schema_version')!r}"
-            raise UserError(f"not an edit of schema_version {SCHEMA_VERSION}: found {found}")
-        own = {name: data[name] for name in (f.name for f in fields(EditReport)) if name in data}
-        return EditReport(
-            **own
-            | {
-                "before": Behaviour.from_dict(data["before"]),
-                "after": Behaviour.from_dict(data["after"]),
-                "random": [Behaviour.from_dict(draw) for draw in data["random"]],
-                "continuations": [Continuation(**sample) for sample in data["continuations"]],
-            }
-        )
+            raise UserError(f"{where}: not an edit of schema_version {SCHEMA_VERSION}: found {found}")
+        report = check_type(dict(data), EditReport, where)
+        if report.operation not in ACTIONS:
+            raise UserError(f"{where}: {unknown('operation', report.operation, ACTIONS)}")
+        first = report.before
+        for run in report.runs:
+            if list(run.by_case) != list(first.by_case) or (run.ce is None) != (first.ce is None):
+                raise UserError(f"{where}: the edit was not measured on the same cases and texts as the model before")
+        return report
+
+    @staticmethod
+    def load(path: str | Path) -> EditReport:
+        """The report that `save` wrote."""
+        return EditReport.from_dict(read_json(path), path)
 
     @property
     def runs(self) -> list[Behaviour]:
@@ -185,13 +187,7 @@ class EditReport:
     @property
     def action(self) -> str:
         """What was done to the features, in words: `set to zero`."""
-        return {
-            "zero": "set to zero",
-            "mean": "set to their mean",
-            "set": f"set to {self.value}",
-            "scale": f"multiplied by {self.value}",
-            "steer": f"steered by {self.value}",
-        }[self.operation]
+        return ACTIONS[self.operation].format(self.value)
 
     def title(self) -> str:
         """`10 features set to zero on 192 prompts`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any
 
 from circuits.edit_report import Continuation, EditReport
 from circuits.report.markup import Html, missing, number, section, share, signed, text
@@ -11,10 +10,11 @@ from circuits.report.markup import Html, missing, number, section, share, signed
 FEATURES_SHOWN = 20
 
 
-def headline_edit(edits: dict[str, dict[str, Any]]) -> tuple[str, str, str]:
+def headline_edit(edits: dict[str, EditReport]) -> tuple[str, str, str]:
     """What the edit that leaves least of the behaviour leaves of it, for the head of the page."""
-    reports = [EditReport.from_dict(data) for data in edits.values()]
-    edit = min(reports, key=lambda report: abs(report.remaining) if report.remaining is not None else float("inf"))
+    edit = min(
+        edits.values(), key=lambda report: abs(report.remaining) if report.remaining is not None else float("inf")
+    )
     drawn = [left for left in edit.random_remaining if left is not None]
     beside = f"; random features leave {share(sum(drawn) / len(drawn))}" if drawn else ""
     n = len(edit.features)
@@ -29,7 +29,7 @@ def headline_edit(edits: dict[str, dict[str, Any]]) -> tuple[str, str, str]:
     )
 
 
-def edits_section(edits: dict[str, dict[str, Any]]) -> Html:
+def edits_section(edits: dict[str, EditReport]) -> Html:
     """A block for each edit."""
     if not edits:
         command = "sfc ablate --circuit RUN --top 10 --prompts P.jsonl"
@@ -40,9 +40,8 @@ def edits_section(edits: dict[str, dict[str, Any]]) -> Html:
         "features does neither. What is left is told by case; over cases it is the mean size, so that a reversed case "
         "does not make up for another. ○ before, ● after, the line is the range over the draws of random features."
     )
-    reports = {name: EditReport.from_dict(data) for name, data in edits.items()}
-    in_order = sorted(reports, key=lambda name: (len(reports[name].features), name))
-    blocks = "".join(_block(name, reports[name]) for name in in_order)
+    in_order = sorted(edits, key=lambda name: (len(edits[name].features), name))
+    blocks = "".join(_block(name, edits[name]) for name in in_order)
     return section("edits", "Edits", f'<p class="lead">{lead}</p>{blocks}')
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, FiniteFloat
 from typing_extensions import NotRequired, TypedDict
 
+from circuits.circuit_files import SiteName
 from graphs.schema import Count, Index
 
 Share = FiniteFloat | None
@@ -90,7 +91,7 @@ MaskCurves = Annotated[MaskFile, AfterValidator(_same_sizes)]
 class SaeFile(TypedDict):
     """config.json of an autoencoder."""
 
-    site: str
+    site: SiteName
     architecture: NotRequired[str]
     n_features: NotRequired[Index]
     k: NotRequired[FiniteFloat | None]

@@ -16,6 +16,7 @@ from typing import Any
 
 from circuits.attribution import METHOD_NAMES
 from circuits.circuit_files import check_metadata
+from circuits.edit_report import EditReport
 from circuits.report.curves import faithfulness_section
 from circuits.report.edits import edits_section, headline_edit
 from circuits.report.features import features_section
@@ -48,7 +49,7 @@ class RunFiles:
     """Curves over numbers of edges."""
     mask: dict[str, Any] | None
     """Curves of a learned mask beside those of the effects."""
-    edits: dict[str, dict[str, Any]]
+    edits: dict[str, EditReport]
     """Edits by the name of their file."""
     saes: list[dict[str, Any]]
     """Configs of the autoencoders."""
@@ -71,7 +72,7 @@ def read_run(run_folder: str | Path) -> RunFiles:
         faithfulness=known("faithfulness.json", Curves),
         edge_faithfulness=known("edge_faithfulness.json", EdgeCurve),
         mask=known("mask.json", MaskCurves),
-        edits={path.stem: read_json(path) for path in sorted((folder / "edits").glob("*.json"))},
+        edits={path.stem: EditReport.load(path) for path in sorted((folder / "edits").glob("*.json"))},
         saes=[read_json(path / CONFIG_FILE, SaeFile) for path in sae_folders(folder)] if folder.is_dir() else [],
     )
     if run.graph is None and run.faithfulness is None and not run.edits and not run.saes:
@@ -161,7 +162,7 @@ def _key_figures(run: RunFiles) -> str:
     if run.edits:
         figures.append(headline_edit(run.edits))
     return "".join(
-        f'<div class="figure"><b>{value}</b><span>{label}</span><small>{note}</small></div>'
+        f'<div class="figure"><b>{text(value)}</b><span>{text(label)}</span><small>{text(note)}</small></div>'
         for value, label, note in figures
     )
 
@@ -171,7 +172,7 @@ def _faithfulness_figure(data: dict[str, Any]) -> tuple[str, str, str]:
     rows = [(size, f) for size, f in zip(data["sizes"], data["faithfulness"], strict=True) if f is not None]
     reached = [row for row in rows if row[1] >= 0.8]
     size, f = reached[0] if reached else max(rows, key=lambda row: row[1], default=(data["sizes"][-1], None))
-    return number(f), "faithfulness", f"with {text(size)} nodes from {text(data.get('start_site', 'the start'))} on"
+    return number(f), "faithfulness", f"with {size} nodes from {data.get('start_site', 'the start')} on"
 
 
 # ------------------------------------------------------------------------------------------ sections

@@ -123,7 +123,7 @@ def test_tensors_that_do_not_fit_are_named(folder, changes, said):
         (lambda m: m.update(n_examples=True), "'n_examples' is true"),
         (lambda m: m.update(n_positions=10**30), "'n_positions' is"),
         (lambda m: m.update(total_effect="1"), 'total_effect\' is "1"'),
-        (lambda m: m.update(sites=["rsid_0"]), "unknown site 'rsid_0'"),
+        (lambda m: m.update(sites=["rsid_0"]), "'sites[0]' is \"rsid_0\": expected a site: embed"),
         (lambda m: m.update(sites=[3]), "'sites[0]' is 3"),
         (lambda m: m.update(verification={"nodes": {"embed/1": {"exact_effect": "<b>"}}}), 'exact_effect\' is "<b>"'),
         (lambda m: m.update(model=["x"]), "'model' is [\"x\"]"),

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 
 from circuits.edit_report import Behaviour, Continuation, EditReport, Score
 from circuits.report import write_report
+from circuits.report.page import read_run
+from graphs.dot import render
+from graphs.errors import GraphError
+from graphs.explorer import explorer_html
 from graphs.feature_graph import FeatureGraph, error_node, feature_node, metric_node
 from sae.errors import UserError
 from sae.files import write_json
@@ -227,3 +233,62 @@ def test_edit_reports_read_what_they_wrote():
     assert EditReport.from_dict(report.to_dict()) == report
     with pytest.raises(UserError, match="not an edit"):
         EditReport.from_dict({"kind": "steering", "schema_version": 1})
+
+
+SCRIPT = "<img src=x onerror=alert(1)>"
+
+
+def leaves(value, path=()):
+    """Where in a JSON value its strings and numbers are."""
+    if isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(item, (*path, key))
+    elif value is not None:
+        yield path
+
+
+def with_scripts(value, paths):
+    """A copy of the value with a script in place of what is at these paths."""
+    value = json.loads(json.dumps(value))
+    for *parents, last in paths:
+        inner = value
+        for key in parents:
+            inner = inner[key]
+        inner[last] = SCRIPT
+    return value
+
+
+def test_no_field_of_any_file_reaches_a_page_as_html(tmp_path):
+    """Each string and number alone is replaced by a script: refused, or shown as text on the pages."""
+    facts = {"ablation": "mean", "start_site": "mlp_0", "n_nodes": 300, "n_prompts": 90}
+    curves = {"sizes": [5], "faithfulness": [0.6], "completeness": [0.2], "random": [[0.1]], "cpr": 0.5, "cmd": 0.5,
+              "intervals": {"faithfulness": [[0.1, 0.2]], "completeness": [[0.1, 0.2]]}, **facts}  # fmt: skip
+    graph = example_graph().to_json()
+    graph["nodes"][0]["attributes"] |= {"exact_effect": 0.3, "disagrees": "size", "interval": [0.1, 0.2], "extra": 1}
+    files = {
+        "circuit/circuit.json": graph,
+        "circuit/faithfulness.json": curves,
+        "circuit/edge_faithfulness.json": curves | {"n_edges": 9, "all_joined": 0.8, "intervals": [[0.1, 0.2]]},
+        "circuit/mask.json": {"held_out": True, "mask": curves, "effects": curves},
+        "edits/x.json": replace(example_edit(), operation="set", value=2.0).to_dict(),
+        "saes/mlp_0/config.json": {"site": "mlp_0", "architecture": "topk", "n_features": 8, "k": 2},
+    }
+    for name, data in files.items():
+        write_json(tmp_path / name, data)
+    (tmp_path / "saes" / "mlp_0" / "sae.safetensors").touch()
+    write_report(tmp_path)
+    for name, data in files.items():
+        taken = []
+        for path in leaves(data):
+            (tmp_path / name).write_text(json.dumps(with_scripts(data, [path])))
+            try:
+                read_run(tmp_path)
+                taken.append(path)
+            except (UserError, GraphError) as error:
+                assert str(tmp_path / name) in str(error)
+        write_json(tmp_path / name, with_scripts(data, taken))
+    pages = [write_report(tmp_path).read_text()]
+    graph = FeatureGraph.load(tmp_path / "circuit" / "circuit.json")
+    pages += [explorer_html(graph), render(graph, tmp_path / "circuit.svg").read_text()]
+    assert all("<img" not in page for page in pages)
+    assert "&lt;img" in pages[0] and "\\u003cimg" in pages[1] and "&lt;img" in pages[2]

@@ -276,7 +276,9 @@ class CachedActivations:
         self.folder, self.device = Path(folder), torch.device(device)
         self.manifest = manifest = read_manifest(self.folder)
         if model is not None:
-            self._check("model", model.name, model.fingerprint, manifest.model, manifest.model_fingerprint)
+            made_for = manifest.model_fingerprint
+            same = isinstance(model, LanguageModel) and model.is_model(made_for)
+            self._check("model", model.name, made_for if same else model.fingerprint, manifest.model, made_for)
         if text is not None:
             source = TextSource.of(text)
             self._check("text", source.name, source.fingerprint, manifest.text, manifest.text_fingerprint)
@@ -329,7 +331,7 @@ class CachedActivations:
     def _check_places(self, model: LanguageModel) -> None:
         for site in self.widths:
             made_at, here = self.manifest.site_paths.get(site.name, ""), model.moved_sites.get(site, "")
-            if made_at != here:
+            if not model.reads_at(site, made_at):
                 raise UserError(
                     f"the cache in {str(self.folder)!r} has site {site} from {made_at or 'its usual place'}, the model "
                     f"was loaded with it at {here or 'its usual place'}"

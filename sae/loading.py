@@ -3,21 +3,22 @@
 1. Find the device and the number type.
 2. Load, or take what was given; put it in evaluation mode and freeze all parameters.
 3. Load the tokenizer beside it, unless one was given.
-4. `fingerprint` says whether two models are the same, in any number type.
+4. `fingerprints` say whether two models are the same. They are taken of the weights as they are stored, so that a model
+   has the same ones in whatever number type it is loaded.
 """
 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from sae.errors import UserError, near_paths, unknown
-from sae.hub import hub_reachable
+from sae.errors import UserError, unknown
+from sae.pretrained import pretrained_model, pretrained_tokenizer
 from sae.sites import model_type
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -40,9 +41,23 @@ def auto_device() -> torch.device:
     return torch.device("cpu")
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready for analysis."""
+
+    hf: nn.Module
+    """In evaluation mode, with frozen parameters."""
+    tokenizer: Any
+    """Its tokenizer or None."""
+    name: str
+    """The folder, the hub name or the class."""
+    fingerprints: tuple[str, str]
+    """Of its weights as they are stored; see `fingerprints`."""
+
+
 def load_hf(
     model: str | Path | nn.Module, *, tokenizer: Any, device: str | torch.device, dtype: str | torch.dtype
-) -> tuple[nn.Module, Any, str]:
+) -> Loaded:
     """The model in evaluation mode with frozen parameters, its tokenizer or None, and a name for both.
 
     An object keeps its device and number type where these are "auto". A loaded model goes to `auto_device()`; its
@@ -51,39 +66,59 @@ def load_hf(
     wanted = _dtype(dtype)
     if isinstance(model, nn.Module):
         hf, name = model, getattr(getattr(model, "config", None), "_name_or_path", "")
+        marks = fingerprints(hf)
         if device != "auto":
             hf.to(_device(device))
         if wanted is not None:
             hf.to(wanted)
     else:
         name, place = str(model), resolve_device(device)
-        hf = _load_model(name, wanted)  # asked for when loading, for a later cast would round rotary frequencies too
+        hf = pretrained_model(name, None)
+        marks = fingerprints(hf)
         n_parameters = sum(parameter.numel() for parameter in hf.parameters())
         if wanted is None and (place.type != "cuda" or n_parameters < FULL_PRECISION_PARAMETERS):
-            hf.to(torch.float32)
+            wanted = torch.float32
+        if wanted in (torch.float32, torch.float64):
+            hf.to(wanted)
+        elif wanted is not None and any(parameter.dtype != wanted for parameter in hf.parameters()):
+            del hf  # loaded again, for a cast would round rotary frequencies too
+            hf = pretrained_model(name, wanted)
         hf.to(place)
     hf.eval().requires_grad_(False)
     if tokenizer is None and name:
-        tokenizer = _load_tokenizer(name, required=not isinstance(model, nn.Module))
-    return hf, tokenizer, name or type(hf).__name__
+        tokenizer = pretrained_tokenizer(name, required=not isinstance(model, nn.Module))
+    return Loaded(hf, tokenizer, name or type(hf).__name__, marks)
 
 
 def weights_fingerprint(name: str) -> str:
     """The fingerprint of a model by hub name or folder, whose weights are read once and dropped again."""
-    return fingerprint(_load_model(name, None))
+    return fingerprints(pretrained_model(name, None))[0]
 
 
-def fingerprint(hf: nn.Module) -> str:
-    """A short hash of the architecture, all shapes and a sample of all weights; the same in every number type."""
-    digest = hashlib.sha256(model_type(hf).encode())
+def fingerprints(hf: nn.Module) -> tuple[str, str]:
+    """Short hashes of the architecture, all shapes and a sample of all weights: as they are, which is the model's
+    fingerprint, and as they are after a stay in float16, which records of such a model may hold.
+
+    Both round to bfloat16, so that the number type does not show where it is at least as wide as the stored one.
+    """
+    direct, by_half = hashlib.sha256(model_type(hf).encode()), hashlib.sha256(model_type(hf).encode())
     for parameter in hf.parameters():
-        digest.update(repr(tuple(parameter.shape)).encode())
+        shape = repr(tuple(parameter.shape)).encode()
+        direct.update(shape)
+        by_half.update(shape)
         if parameter.device.type == "meta" or not parameter.numel():
             continue
         flat = parameter.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // SAMPLED_VALUES)][:SAMPLED_VALUES]
-        digest.update(sample.cpu().to(torch.bfloat16).view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
+        sample = flat[:: max(1, flat.numel() // SAMPLED_VALUES)][:SAMPLED_VALUES].cpu()
+        direct.update(sample.to(torch.bfloat16).view(torch.int16).numpy().tobytes())
+        by_half.update(sample.to(torch.float16).to(torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return direct.hexdigest()[:16], by_half.hexdigest()[:16]
+
+
+def stored_fingerprints(name: str, marks: tuple[str, ...]) -> tuple[str, ...]:
+    """For a float16 model that was given as an object: the fingerprints of the folder it came from, if it did."""
+    stored = fingerprints(pretrained_model(name, None)) if Path(name).is_dir() else ()
+    return stored if set(stored) & set(marks) else ()
 
 
 def max_positions(hf: nn.Module) -> int | None:
@@ -115,36 +150,3 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     if dtype != "auto" and dtype not in DTYPES:
         raise unknown("dtype", dtype, ["auto", *DTYPES])
     return DTYPES.get(dtype)
-
-
-def _load_model(name: str, dtype: torch.dtype | None) -> nn.Module:
-    if Path(name).is_file():
-        raise UserError(f"model {name!r} is a file: give the folder that holds config.json and the weights")
-    local = Path(name).is_dir() or not hub_reachable()
-    try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", local_files_only=local)
-    except (OSError, ValueError) as error:
-        raise _not_loaded("model", name, "config.json and the weights", error) from error
-
-
-def _load_tokenizer(name: str, *, required: bool) -> Any:
-    folder = Path(name)
-    try:
-        return AutoTokenizer.from_pretrained(name, local_files_only=folder.is_dir() or not hub_reachable())
-    except Exception as error:  # the many ways a folder's files can be odd; a bare tokenizer.json still serves
-        if (folder / "tokenizer.json").is_file():
-            return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
-        if not required:
-            return None
-        raise _not_loaded("tokenizer of model", name, "tokenizer.json", error) from error
-
-
-def _not_loaded(what: str, name: str, contents: str, error: Exception) -> UserError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if Path(name).is_dir():
-        return UserError(f"{what} {name!r} cannot be loaded: the folder needs {contents} ({reason})")
-    return UserError(
-        f"unknown {what} {name!r}: there is no such folder, and the Hugging Face hub did not give it (not connected, "
-        f"or a wrong or private name); give a local folder that holds {contents}, or a name on the hub"
-        f"{near_paths(name, folders=True)}"
-    )

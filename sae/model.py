@@ -13,7 +13,6 @@ Examples do not interact, so a batch may hold n copies of the same prompts with 
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -28,14 +27,14 @@ from nnsight.intervention.interleaver import OutOfOrderError
 from torch import Tensor, nn
 
 from sae.errors import UserError, unknown
+from sae.forward import cannot_run, config_constants, forward_inputs, probe_tokens, run_by_length
 from sae.generation import generate
-from sae.loading import fingerprint, load_hf, max_positions
-from sae.places import Edit, Place, edited, tuple_length
-from sae.selfcheck import check_model
-from sae.sites import ARCHITECTURES, Site, SitePath, model_type, own_sites, site_table
+from sae.loading import fingerprints, load_hf, max_positions, stored_fingerprints
+from sae.model_sites import base_path, containment, default_paths, input_embeddings, make_place
+from sae.places import Edit, Place, edited, empty_outputs
+from sae.selfcheck import check_model, fit_scales
+from sae.sites import Site, SitePath, site_table
 from sae.tokens import TextCoder, Tokens
-
-PROBE_ROWS, PROBE_POSITIONS = 3, 5
 
 
 @dataclass(frozen=True)
@@ -59,20 +58,26 @@ class LanguageModel:
         name: str,
         site_paths: Mapping[str, str | SitePath] | None = None,
         check: bool = True,
+        stored_as: tuple[str, ...] | None = None,
     ) -> None:
         self.hf: Any = hf
         self.name = name
-        self.fingerprint = fingerprint(hf)
-        self.site_paths = site_table(hf, site_paths)
+        self.fingerprints: tuple[str, ...] = stored_as or fingerprints(hf)
+        self.default_paths = default_paths(hf, name)
+        self.site_paths = site_table(hf, site_paths, self.default_paths)
         self.sites: tuple[Site, ...] = tuple(self.site_paths)
         self.n_layers = 1 + max((site.layer for site in self.sites if site.layer is not None), default=-1)
         self._coder = None if tokenizer is None else TextCoder(tokenizer)
+        if self._coder is not None and self._coder.pad_id >= hf.get_input_embeddings().weight.shape[0]:
+            self._coder.pad_id = 0  # added to the tokenizer and not to the model: any id serves under the mask
         self._lock = threading.RLock()
         self._root = NNsight(hf)
-        self._base = self._root.get(base) if (base := _base_path(hf, self.site_paths)) else self._root
-        self._contains = _containment(self.site_paths)
-        self._places = {site: self._place(site, path) for site, path in self.site_paths.items()}
-        self._leaf = self._places.get(Site("embed")) or self._input_embeddings()
+        self._base = self._root.get(base) if (base := base_path(hf, self.site_paths)) else self._root
+        self._contains = containment(self.site_paths)
+        self._places = {site: make_place(self._root, site, path) for site, path in self.site_paths.items()}
+        self._leaf = self._places.get(Site("embed")) or input_embeddings(self._root)
+        self.padding_shows = False
+        """Whether padding before a text changes what the model makes of it, as in recurrent models."""
         self._probe()
         if check:
             check_model(self)
@@ -93,14 +98,28 @@ class LanguageModel:
         `site_paths` says where sites are in an architecture that is not known, or elsewhere than it says:
         `{"attn": "model.layers.{layer}.self_attn.o_proj:input"}`. `check` runs the self-check of `sae.selfcheck`.
         """
-        hf, tokenizer, name = load_hf(model, tokenizer=tokenizer, device=device, dtype=dtype)
-        return cls(hf, tokenizer, name=name, site_paths=site_paths, check=check)
+        it = load_hf(model, tokenizer=tokenizer, device=device, dtype=dtype)
+        return cls(it.hf, it.tokenizer, name=it.name, site_paths=site_paths, check=check, stored_as=it.fingerprints)
+
+    @property
+    def fingerprint(self) -> str:
+        """A short hash of the model, the same in every number type it is loaded in."""
+        return self.fingerprints[0]
+
+    def is_model(self, fingerprint: str) -> bool:
+        """Whether a fingerprint in the records of a run is this model's, in float16 or in any other number type."""
+        if fingerprint not in self.fingerprints and self.dtype == torch.float16:
+            self.fingerprints = (*self.fingerprints, *stored_fingerprints(self.name, self.fingerprints))
+        return fingerprint in self.fingerprints
 
     @property
     def moved_sites(self) -> dict[Site, str]:
         """Sites that are not where the architecture has them, by the path that was given for them."""
-        own = own_sites(self.hf, self.site_paths)
-        return {site: str(path) for site, path in self.site_paths.items() if site not in own}
+        return {site: str(path) for site, path in self.site_paths.items() if path != self.default_paths.get(site)}
+
+    def reads_at(self, site: Site, path: str) -> bool:
+        """Whether it reads a site where an earlier run did, by the path in its records; empty where it was usual."""
+        return path in (self.moved_sites.get(site, ""), str(self.site_paths[site]))
 
     @property
     def tokenizer(self) -> Any:
@@ -134,7 +153,13 @@ class LanguageModel:
 
     def tokenize(self, texts: Sequence[str], *, max_length: int | None = None) -> Tokens:
         """A left-padded batch on the model's device, with the special tokens the tokenizer itself adds."""
-        return self._text.encode(texts, max_length=max_length).to(self.device)
+        tokens = self._text.encode(texts, max_length=max_length)
+        n_known = self.hf.get_input_embeddings().weight.shape[0]
+        if (largest := int(tokens.input_ids.max())) >= n_known:
+            raise UserError(
+                f"the tokenizer gives token {largest}, model {self.name!r} knows {n_known}: they do not belong together"
+            )
+        return tokens.to(self.device)
 
     def tokenize_prompts(self, texts: Sequence[str]) -> Tokens:
         """A left-padded batch of prompts, with special tokens in front alone: the last token is the prompt's own."""
@@ -169,10 +194,24 @@ class LanguageModel:
         requires a gradient already; else nothing is recorded. `last_only` unembeds the last position alone, and runs
         the last block's MLP there alone where nothing else of it is asked for; without `need_logits` neither the head
         runs nor the blocks after the last site that was asked for.
+
+        The model is put into evaluation mode whenever it is found in another. Where padding shows (a recurrent state
+        that runs over it) rows of equal length run together; with edits, skips or gradients they must be equal.
         """
+        self._evaluation_mode()
         edits, skip, wanted = dict(edits or {}), dict(skip or {}), set(capture)
         hidden = self._hidden_by(skip)
         self._check_requested(edits, wanted, skip, hidden)
+        if self.padding_shows and not bool(tokens.attention_mask.all()):
+            if edits or skip or grad:
+                raise UserError(
+                    f"model {self.name!r} has a state that runs over padding: give prompts of equal length in tokens "
+                    f"(these have {', '.join(map(str, sorted(set(tokens.lengths.tolist()))))})"
+                )
+            activations, logits = run_by_length(
+                tokens, lambda rows: self.run(rows, capture=wanted, last_only=last_only, need_logits=need_logits)
+            )
+            return Run(activations, logits)
         values = self._fitted({site: x for site, x in skip.items() if site not in hidden}, rows=len(tokens))
         leaf = self._leaf if grad and not any(x.requires_grad for x in values.values()) else None
         places = [self._places[site] for site in self.sites if site in wanted or site in edits or site in values]
@@ -183,12 +222,12 @@ class LanguageModel:
 
         def visit(place: Place) -> None:
             site = place.site
-            before = values[site] if site in values else place.read()
+            before = values[site] if site in values else place.read(len(tokens))
             x = before.detach().requires_grad_(True) if place is leaf else before
             x = edited(x, edits[site], site) if site in edits else x
             if site in values:
                 place.skip(x)
-            elif x is not before:
+            elif x is not before or (place.detour and (grad or place.in_place)):
                 place.write(x)
             if site in wanted:
                 found[site] = x
@@ -197,6 +236,10 @@ class LanguageModel:
         visits += self._left_out(places, {*wanted, *edits, *skip}, last_only=last_only, need_logits=need_logits)
         logits = self._trace(tokens, visits, grad=grad, last_only=last_only, need_logits=need_logits)
         return Run(found, logits)
+
+    def _evaluation_mode(self) -> None:
+        if any(module.training for module in self.hf.modules()):
+            self.hf.eval()
 
     def resume_from(self, site: Site, cache: Mapping[Site, Tensor]) -> dict[Site, Tensor]:
         """The `skip` mapping with which a run starts at `site`: what comes before it is taken from `cache`.
@@ -233,6 +276,7 @@ class LanguageModel:
         later = edits if later_edits is None else dict(later_edits)
         self._check_requested({**edits, **later}, set(), {}, set())
         pad_id = self._coder.pad_id if self._coder else 0
+        self._evaluation_mode()
         with self._lock:
             return generate(
                 self, prompts.to(self.device), max_new_tokens=max_new_tokens, pad_id=pad_id, edits=edits,
@@ -241,7 +285,7 @@ class LanguageModel:
 
     def hooked(self, site: Site, edit: Edit, *, rows: int) -> AbstractContextManager[None]:
         """Apply the edit at every call of the site's module while the context lasts, outside of `run`."""
-        return self._places[site].hooked(edit)
+        return self._places[site].hooked(edit, rows=rows)
 
     def _trace(
         self,
@@ -254,9 +298,9 @@ class LanguageModel:
     ) -> Tensor:
         """The one nnsight trace: make the visits, which are in forward order, and return the logits."""
         root = self._root if need_logits else self._base
-        inputs = self._inputs(tokens, root, last_only=last_only)
+        inputs = forward_inputs(root._module, tokens.to(self.device), last_only=last_only)
         outputs: list[Any] = []
-        with self._lock, torch.set_grad_enabled(grad), root.trace(**inputs):
+        with self._lock, torch.inference_mode(False), torch.set_grad_enabled(grad), root.trace(**inputs):
             for visit in visits:
                 visit()
             if need_logits:
@@ -265,17 +309,12 @@ class LanguageModel:
             return torch.empty(0, device=tokens.input_ids.device)
         logits = getattr(outputs[0], "logits", outputs[0])
         logits = logits[0] if isinstance(logits, tuple) else logits
+        if grad and not logits.requires_grad:
+            raise UserError(
+                f"no gradient reaches the logits of model {self.name!r}: one of its modules has no backward pass, as "
+                "quantised ones may have; load it in float32 or bfloat16"
+            )
         return logits[:, -1:] if last_only else logits
-
-    def _inputs(self, tokens: Tokens, root: Any, *, last_only: bool) -> dict[str, Any]:
-        """What the forward pass is called with; an optional argument is left out where the model does not take it."""
-        tokens = tokens.to(self.device)
-        accepts = inspect.signature(type(root._module).forward).parameters
-        optional = {"position_ids": tokens.position_ids, "use_cache": False}
-        if last_only:
-            optional["logits_to_keep"] = 1
-        inputs = {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
-        return inputs | {name: value for name, value in optional.items() if name in accepts}
 
     def _left_out(
         self, places: Sequence[Place], requested: set[Site], *, last_only: bool, need_logits: bool
@@ -297,7 +336,7 @@ class LanguageModel:
         """The last block's MLP, if it takes each token alone and nobody asked for it or for what it is added to."""
         place = self._places.get(Site("mlp", self.n_layers - 1))
         after = {site for site in requested if place and site >= place.site}
-        return place if place and place.token_wise and not place.n_outputs and not after else None
+        return place if place and place.token_wise and place.outputs is None and not after else None
 
     def _hidden_by(self, skip: Iterable[Site]) -> set[Site]:
         """Sites that are never reached, because they are inside a skipped module."""
@@ -333,33 +372,20 @@ class LanguageModel:
             raise UserError(f"model {self.name!r} came without a tokenizer: give one with tokenizer=")
         return self._coder
 
-    def _place(self, site: Site, path: SitePath) -> Place:
-        """The place of a site; its body, and what it computes, are known where the path is the architecture's own."""
-        architecture = ARCHITECTURES.get(model_type(self.hf))
-        body, known = None, False
-        if architecture is not None and path == SitePath.parse(architecture.defaults()[site.kind]).at(site.layer):
-            sublayer = {"attn": architecture.attn_body, "mlp": architecture.mlp_body}.get(site.kind)
-            body = sublayer and self._root.get(SitePath(f"{architecture.block}.{sublayer}").at(site.layer).module)
-            known = True
-        module = self._root.get(path.module)
-        return Place(site, path, module, body, token_wise=known and site.kind == "mlp")
-
-    def _input_embeddings(self) -> Place:
-        """Where gradients start in a model whose table has no embed site."""
-        module = self.hf.get_input_embeddings()
-        path = SitePath(next(name for name, other in self.hf.named_modules() if other is module))
-        return Place(Site("embed"), path, self._root.get(path.module))
-
     def _probe(self) -> None:
         """One run on a few random tokens: widths, the structure modules return, the size of the vocabulary."""
         tokens = self.probe_tokens()
-        widths: dict[Site, int] = {}
+        seen: dict[Site, Tensor] = {}
+        raw: dict[Site, tuple[Tensor, int]] = {}
 
         def visit(place: Place) -> None:
-            n_body = tuple_length(place.body.output) if place.body is not None else 0
-            n_outputs = tuple_length(place.envoy.output) if place.path.side == "output" else 0
-            self._places[place.site] = replace(place, n_outputs=n_outputs, n_body_outputs=n_body)
-            widths[place.site] = place.read().shape[-1]
+            body = place.body.output if place.body is not None else None
+            outputs = empty_outputs(place.envoy.output) if place.path.side == "output" else None
+            x = replace(place, flat=False).read(len(tokens))
+            raw[place.site] = x, x._version
+            place = replace(place, outputs=outputs, body_outputs=empty_outputs(body), flat=x.ndim == 2)
+            self._places[place.site] = place
+            seen[place.site] = place.read(len(tokens)).detach().clone()
 
         try:
             logits = self._trace(tokens, [partial(visit, place) for place in self._places.values()])
@@ -368,15 +394,21 @@ class LanguageModel:
                 f"the sites {', '.join(map(str, self.sites))} are not reached in this order in every run, each once: "
                 f"give other site_paths ({str(error).strip().splitlines()[0]})"
             ) from None
+        except Exception as error:
+            raise cannot_run(self.name, error) from error
+        scales = fit_scales(seen, config_constants(self.hf))
+        for site, (x, version) in raw.items():
+            changed = x._version != version
+            self._places[site] = replace(self._places[site], in_place=changed, scale=scales.get(site, 1.0))
         self._leaf = self._places.get(Site("embed"), self._leaf)
-        self.widths: dict[Site, int] = widths
+        self.widths: dict[Site, int] = {site: x.shape[-1] for site, x in seen.items()}
         self.vocab_size: int = logits.shape[-1]
-        self.d_model: int = getattr(getattr(self.hf, "config", None), "hidden_size", None) or max(widths.values())
-        self.parallel_blocks = self._is_parallel(tokens)
+        self.d_model: int = getattr(getattr(self.hf, "config", None), "hidden_size", None) or max(self.widths.values())
+        self.parallel_blocks = all(self._is_parallel(tokens, layer) for layer in {0, self.n_layers - 1})
 
-    def _is_parallel(self, tokens: Tokens) -> bool:
-        """Whether the MLP does not read the attention of its own block, tried on the first block."""
-        attn, mlp = Site("attn", 0), Site("mlp", 0)
+    def _is_parallel(self, tokens: Tokens, layer: int) -> bool:
+        """Whether the MLP does not read the attention of its own block."""
+        attn, mlp = Site("attn", layer), Site("mlp", layer)
         if attn not in self.widths or mlp not in self.widths:
             return False
         runs = [
@@ -387,22 +419,4 @@ class LanguageModel:
 
     def probe_tokens(self) -> Tokens:
         """A few random tokens, the same every time."""
-        n_tokens = self.hf.get_input_embeddings().weight.shape[0]
-        ids = torch.randint(n_tokens, (PROBE_ROWS, PROBE_POSITIONS), generator=torch.Generator().manual_seed(0))
-        return Tokens(ids, torch.ones_like(ids)).to(self.device)
-
-
-def _base_path(hf: Any, table: Mapping[Site, SitePath]) -> str:
-    """Path of the model without its head, if all sites are in it; else empty."""
-    base = getattr(hf, "base_model_prefix", "")
-    inside = isinstance(getattr(hf, base or " ", None), nn.Module)
-    return base if inside and all(path.module.startswith(f"{base}.") for path in table.values()) else ""
-
-
-def _containment(table: Mapping[Site, SitePath]) -> dict[Site, tuple[Site, ...]]:
-    """For each site at a module's output, the sites inside the module."""
-    return {
-        site: tuple(inner for inner, other in table.items() if other.module.startswith(f"{path.module}."))
-        for site, path in table.items()
-        if path.side == "output"
-    }
+        return probe_tokens(self.hf).to(self.device)

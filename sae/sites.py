@@ -152,54 +152,61 @@ def model_type(hf_model: nn.Module) -> str:
     return getattr(getattr(hf_model, "config", None), "model_type", "") or ""
 
 
-def site_table(hf_model: nn.Module, overrides: Mapping[str, str | SitePath] | None = None) -> dict[Site, SitePath]:
+def usual_sites(hf_model: nn.Module) -> dict[Site, SitePath]:
+    """The sites of a model's family, in the order of the forward pass; none where the family is not known or the model
+    lacks one of its modules.
+    """
+    architecture = ARCHITECTURES.get(model_type(hf_model))
+    modules = {name for name, _ in hf_model.named_modules() if name}
+    table: dict[Site, SitePath] = {}
+    for kind, text in (architecture.defaults() if architecture else {}).items():
+        table |= _sites_of_kind(kind, SitePath.parse(text), modules)
+    return dict(sorted(table.items())) if all(path.module in modules for path in table.values()) else {}
+
+
+def site_table(
+    hf_model: nn.Module,
+    overrides: Mapping[str, str | SitePath] | None = None,
+    defaults: Mapping[Site, SitePath] | None = None,
+) -> dict[Site, SitePath]:
     """Every site of the model with its path, in the order of the forward pass.
 
     `overrides` maps a kind of site ("attn") to a path with `{layer}` in it, or one site ("attn_3") to a path; they
-    replace the architecture's own paths. A model of an unknown architecture has the sites the overrides name.
+    replace `defaults`, which are those of the model's family where none are given.
     """
     paths = {kind: SitePath.parse(path) for kind, path in (overrides or {}).items()}
-    architecture = ARCHITECTURES.get(model_type(hf_model))
-    if architecture is None and not paths:
+    defaults = usual_sites(hf_model) if defaults is None else defaults
+    if not defaults and not paths:
         raise UserError(
-            f"unknown architecture {model_type(hf_model)!r}: known are {', '.join(ARCHITECTURES)}; for any other "
-            "decoder give site_paths, such as {'resid': 'model.layers.{layer}', 'attn': 'model.layers.{layer}.attn'}"
+            f"unknown architecture {model_type(hf_model)!r}: known are {', '.join(ARCHITECTURES)}; in this model no "
+            "list of blocks was found either, modules that are called one after the other, each on the output of the "
+            "one before it [rows, positions, width]: give site_paths, such as {'resid': 'model.layers.{layer}', "
+            "'attn': 'model.layers.{layer}.attn'}"
         )
-    kinds = {kind: SitePath.parse(path) for kind, path in (architecture.defaults() if architecture else {}).items()}
-    kinds |= {kind: path for kind, path in paths.items() if kind in KIND_ORDER}
-    single = {Site.parse(name): path for name, path in paths.items() if name not in KIND_ORDER}
-
     modules = [name for name, _ in hf_model.named_modules() if name]
     known = set(modules)
-    table: dict[Site, SitePath] = {}
-    for kind, pattern in kinds.items():
-        table |= _sites_of_kind(kind, pattern, known)
-    table |= single
+    table = {site: path for site, path in defaults.items() if site.kind not in paths}
+    for kind, path in paths.items():
+        table |= _sites_of_kind(kind, path, known) if kind in KIND_ORDER else {Site.parse(kind): path}
+    table |= {Site.parse(name): path for name, path in paths.items() if name not in KIND_ORDER}
     for site, path in table.items():
         if path.module not in known:
             raise _no_module(site.name, path.module, modules)
     return dict(sorted(table.items()))
 
 
-def own_sites(hf_model: nn.Module, table: Mapping[Site, SitePath]) -> set[Site]:
-    """The sites of a table that are where the model's architecture has them; none where it is not known."""
-    architecture = ARCHITECTURES.get(model_type(hf_model))
-    if architecture is None:
-        return set()
-    defaults = {kind: SitePath.parse(path) for kind, path in architecture.defaults().items()}
-    return {site for site, path in table.items() if path == defaults[site.kind].at(site.layer)}
-
-
 def _sites_of_kind(kind: str, pattern: SitePath, known: set[str]) -> dict[Site, SitePath]:
-    """The sites of one kind: layers are counted from 0 while the path exists."""
+    """The sites of one kind: the layers in which the path exists."""
     if kind == "embed":
         return {Site("embed"): pattern}
-    if "{layer}" not in pattern.module:
+    before, layer, after = pattern.module.partition("{layer}")
+    if not layer:
         raise UserError(f"path {pattern.module!r} for {kind!r} needs {{layer}} where the block's index stands")
-    found: dict[Site, SitePath] = {}
-    while (path := pattern.at(len(found))).module in known:
-        found[Site(kind, len(found))] = path
-    return found or {Site(kind, 0): pattern.at(0)}  # the missing module is reported by the caller
+    indices = (name[len(before) : len(name) - len(after)] for name in known if name.startswith(before))
+    layers = sorted({int(index) for index in indices if index.isascii() and index.isdigit()})
+    paths = {Site(kind, layer): pattern.at(layer) for layer in layers}
+    existing = {site: path for site, path in paths.items() if path.module in known}
+    return existing or {Site(kind, 0): pattern.at(0)}  # the missing module is reported by the caller
 
 
 def _no_module(name: str, module: str, modules: Sequence[str]) -> UserError:

@@ -96,7 +96,7 @@ def check_saes(model: LanguageModel, saes: Mapping[Site, SparseAutoencoder], tok
 def _check_made_for(model: LanguageModel, site: Site, config: SAEConfig) -> None:
     if site not in model.widths:
         raise unknown("site", str(site), [known.name for known in model.sites])
-    if config.model_fingerprint and config.model_fingerprint != model.fingerprint:
+    if config.model_fingerprint and not model.is_model(config.model_fingerprint):
         raise UserError(
             f"the autoencoder of site {str(site)!r} was made for another model: its model is {config.model!r} "
             f"({config.model_fingerprint}), this one is {model.name!r} ({model.fingerprint})"
@@ -104,7 +104,7 @@ def _check_made_for(model: LanguageModel, site: Site, config: SAEConfig) -> None
     if config.site and Site.parse(config.site) != site:
         raise UserError(f"the autoencoder given for site {str(site)!r} was made for site {config.site!r}")
     made_at, here = config.extra.get(SITE_PATH), model.moved_sites.get(site, "")
-    if made_at is not None and made_at != here:
+    if made_at is not None and not model.reads_at(site, made_at):
         raise UserError(
             f"the autoencoder of site {str(site)!r} reads {made_at or 'where the architecture has that site'}, which "
             f"this model was loaded with at {here or 'its usual place'}: "

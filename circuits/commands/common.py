@@ -162,7 +162,7 @@ class Loaded:
         place_of_saes = saes or circuit.metadata["saes"]
         language_model = load_model(model or circuit.metadata["model"], options, saes=place_of_saes, **found_in)
         known = circuit.metadata.get("model_fingerprint")
-        if known and known != language_model.fingerprint:
+        if known and not language_model.is_model(known):
             raise UserError(
                 f"the circuit in {str(path)!r} was found in another model than {language_model.name!r} "
                 f"(fingerprint {known}, not {language_model.fingerprint}): give --model"

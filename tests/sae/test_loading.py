@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sae.errors import UserError
-from sae.loading import auto_device, fingerprint
+from sae.loading import auto_device, fingerprints
 from sae.model import LanguageModel
 from sae.places import Place
 from sae.sites import Site
@@ -84,9 +84,9 @@ def test_sites_out_of_order_fail_at_load() -> None:
 
 @pytest.mark.parametrize("name", ["no/such-model-anywhere", "/nonexistent/model", "."])
 def test_unknown_model_is_one_sentence(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from sae import loading
+    from sae import pretrained
 
-    monkeypatch.setattr(loading, "hub_reachable", lambda: False)
+    monkeypatch.setattr(pretrained, "hub_reachable", lambda: False)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"config\.json and the weights"):
         LanguageModel.load(name)
@@ -126,8 +126,8 @@ def test_site_at_the_input_of_a_module() -> None:
     assert torch.equal(ours, normal.generate(tokens, max_new_tokens=4, edits={ATTN_0: torch.zeros_like}))
 
 
-def test_any_other_decoder_by_a_table_of_paths() -> None:
-    """Phi has parallel blocks and is not in the table; no embed site is named, gradients start at the embedding."""
+def test_any_other_decoder_with_or_without_paths() -> None:
+    """Phi has parallel blocks and is not in the table; paths that are given are those that are found."""
     from transformers import PhiConfig, PhiForCausalLM
 
     config = PhiConfig(
@@ -135,12 +135,11 @@ def test_any_other_decoder_by_a_table_of_paths() -> None:
         initializer_range=0.1, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     hf = PhiForCausalLM(config)
-    with pytest.raises(UserError, match="unknown architecture 'phi'"):
-        LanguageModel.load(hf)
     blocks = "model.layers.{layer}"
     paths = {"attn": f"{blocks}.self_attn", "mlp": f"{blocks}.mlp", "resid": blocks}
     model = LanguageModel.load(hf, tokenizer=word_tokenizer(), site_paths=paths)
-    assert [site.name for site in model.sites] == ["attn_0", "mlp_0", "resid_0", "attn_1", "mlp_1", "resid_1"]
+    assert model.site_paths == LanguageModel.load(hf).site_paths and not model.moved_sites
+    assert [site.name for site in model.sites] == ["embed", "attn_0", "mlp_0", "resid_0", "attn_1", "mlp_1", "resid_1"]
     assert model.parallel_blocks
     tokens = model.tokenize(TEXTS)
     run = model.run(tokens, capture=model.sites, grad=True)
@@ -195,7 +194,7 @@ def test_fingerprint_does_not_depend_on_the_process() -> None:
     for index, parameter in enumerate(hf.parameters()):
         values = torch.arange(parameter.numel()) % 7 - 3 + index
         parameter.data.copy_(values.view_as(parameter))
-    assert fingerprint(hf) == fingerprint(hf.double()) == "2bc4d7c41e296318"
+    assert fingerprints(hf)[0] == fingerprints(hf.double())[0] == "2bc4d7c41e296318"
 
 
 def test_fingerprints_tell_models_apart(make_tiny_model: Callable[..., LanguageModel]) -> None:

@@ -1,0 +1,52 @@
+"""Tiny random models of every decoder that transformers knows: width 32, two layers, a vocabulary of 63.
+
+`tiny_config` sets the sizes that a family's config has, whatever it calls them; `SPECIAL_SIZES` holds what single
+families need beyond that.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+VOCABULARY = 63
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32, "d_model": 32, "n_embd": 32, "dim": 32, "emb_dim": 32,
+    "num_hidden_layers": 2, "n_layer": 2, "n_layers": 2, "num_layers": 2, "decoder_layers": 2,
+    "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_heads": 4, "decoder_attention_heads": 4,
+    "num_key_value_heads": 2, "num_kv_heads": 2, "head_dim": 8,
+    "intermediate_size": 64, "ffn_dim": 64, "n_inner": 64, "decoder_ffn_dim": 64, "ffn_hidden_size": 64,
+    "shared_expert_intermediate_size": 32, "moe_intermediate_size": 32, "intermediate_size_mlp": 64,
+    "num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_num_experts": 4,
+    "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "moe_topk": 2,
+    "max_position_embeddings": 64, "n_positions": 64, "n_ctx": 64, "max_seq_len": 64,
+    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
+    "sliding_window": 4, "query_pre_attn_scalar": 8, "attention_window_size": 4,
+    "state_size": 4, "mamba_d_state": 4, "mamba_d_conv": 4, "mamba_expand": 2, "expand": 2, "lru_width": 32,
+    "rotary_dim": 8, "initializer_range": 0.1, "init_std": 0.1,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+SPECIAL_SIZES: dict[str, dict[str, Any]] = {}
+
+
+def tiny_config(model_type: str) -> Any:
+    """The family's config with every size small."""
+    config_class = type(AutoConfig.for_model(model_type))
+    fields = set(inspect.signature(config_class.__init__).parameters) | set(dir(config_class))
+    fields |= set(getattr(config_class, "attribute_map", {}))
+    sizes = {name: value for name, value in SIZES.items() if name in fields}
+    sizes |= SPECIAL_SIZES.get(model_type, {})
+    return AutoConfig.for_model(model_type, **{name: value for name, value in sizes.items() if value != "default"})
+
+
+def tiny_model(model_type: str, *, seed: int = 0) -> PreTrainedModel:
+    """A random model whose parameters all differ from their constants."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(tiny_config(model_type))
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return model.float().eval()

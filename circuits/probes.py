@@ -11,7 +11,8 @@ and the forward pass ends at the probe's site.
 3. `fit_probe` learns one from labelled texts by logistic regression, and tells how often it is right on held-out ones.
 
 A file is .safetensors with `weight` [d] or [C, d] and `bias` [] or [C]; its metadata has `site`, `position` (`last` or
-the name of a span) and `classes` (comma-separated names of the C rows).
+the name of a span) and `classes` (comma-separated names of the C rows). A probe of `sfc probe` has `model` (fingerprint)
+and `site_path` (where the site is, if not where the architecture has it) as well: it reads no other model or place.
 
 Shapes: B prompts, S positions, d model width, C classes.
 """
@@ -52,6 +53,10 @@ class Probe:
     """What it is called in drawings and reports."""
     margin: bool = False
     """m = -(w . x + b) times its sign on the clean prompt, which `PromptSet.reference` [B, 1] holds."""
+    made_in: str = ""
+    """Fingerprint of the model it was made in; empty where that is not known."""
+    site_path: str = ""
+    """Where its site was read, if not where the architecture has it."""
 
     def __call__(self, outputs: Tensor, prompts: PromptSet) -> Tensor:
         """m [B] from the outputs at all positions [B, S] (or more padding) of a model read by the probe."""
@@ -115,14 +120,20 @@ class Probe:
             weight, bias, name = weight[number], bias[number : number + 1], f"{name}, {names[number]}"
         elif row is not None:
             raise UserError(f"{path} has one output: leave out {row!r}")
-        return Probe(weight, bias.squeeze(), Site.parse(about["site"]), about.get("position", LAST), name)
+        return Probe(
+            weight, bias.squeeze(), Site.parse(about["site"]), about.get("position", LAST), name,
+            made_in=about.get("model", ""), site_path=about.get("site_path", ""),
+        )  # fmt: skip
 
 
 def save_probe(
-    path: str | Path, weight: Tensor, bias: Tensor, *, site: Site, position: str = LAST, classes: Sequence[str] = ()
-) -> Path:
-    """Write weight [d] or [C, d] and bias as `Probe.load` reads them."""
+    path: str | Path, weight: Tensor, bias: Tensor, *, site: Site, position: str = LAST, classes: Sequence[str] = (),
+    model: LanguageModel | None = None,
+) -> Path:  # fmt: skip
+    """Write weight [d] or [C, d] and bias as `Probe.load` reads them; model: the one it is for, and no other."""
     about = {"site": site.name, "position": position, "classes": ",".join(classes)}
+    if model is not None:
+        about |= {"model": model.fingerprint, "site_path": model.moved_sites.get(site, "")}
     path = Path(path)
     with atomic_write(path) as temporary:
         save_file({"weight": weight.contiguous(), "bias": bias.contiguous()}, temporary, metadata=about)
@@ -167,6 +178,17 @@ def read_by(model: LanguageModel, metric: object) -> LanguageModel:
     if len(metric.weight) != model.widths[metric.site]:
         raise UserError(
             f"the probe has width {len(metric.weight)}, {metric.site} of {model.name!r} {model.widths[metric.site]}"
+        )
+    if metric.made_in and metric.made_in != model.fingerprint:
+        raise UserError(
+            f"the {metric.name} was made in another model than {model.name!r} (fingerprint {metric.made_in}, not "
+            f"{model.fingerprint}): make one with sfc probe --model {model.name}"
+        )
+    here = model.moved_sites.get(metric.site, "")
+    if metric.made_in and metric.site_path != here:
+        raise UserError(
+            f"the {metric.name} reads {metric.site} at {metric.site_path or 'its usual place'}, which is now at "
+            f"{here or 'its usual place'}: give the site-paths it was made with, or make another one"
         )
     return ReadModel(model, metric)
 

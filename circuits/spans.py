@@ -127,37 +127,65 @@ def has_fields(template: str) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def template_fields(template: str) -> tuple[tuple[str, ...], re.Pattern[str], re.Pattern[str]]:
-    """Names of the fields, and two patterns for the prompts that fit: short fields first, and long ones first."""
+def template_fields(template: str) -> tuple[tuple[bool, str], ...]:
+    """The parts of a template in order: whether each is a field, and its text or name."""
     try:
-        parts = list(string.Formatter().parse(template))
+        parsed = list(string.Formatter().parse(template))
     except ValueError as error:
         raise UserError(f"span template {template!r} is malformed: {error}") from None
-    names = tuple(name for _, name, _, _ in parts if name is not None)
+    names = [name for _, name, _, _ in parsed if name is not None]
     if not names or not all(names):
         raise UserError(f"span template {template!r} names no span: write The {{subject}} near the {{attractor}}")
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice or OTHER in names:
         why = f"names {twice!r} twice" if twice else f"uses the name {OTHER!r} of tokens outside all spans"
         raise UserError(f"span template {template!r} {why}: give the field another name")
-
-    def pattern(repeat: str) -> re.Pattern[str]:
-        field = rf"(\S(?:.{repeat}\S)??)" if repeat == "*?" else r"(\S(?:.*\S)?)"
-        body = "".join(re.escape(text) + (field if name is not None else "") for text, name, _, _ in parts)
-        return re.compile(body, re.DOTALL)
-
-    return names, pattern("*?"), pattern("*")
+    parts = [part for text, name, _, _ in parsed for part in ((False, text), (True, name or ""))]
+    return tuple((is_field, part) for is_field, part in parts if part)
 
 
 def spans_of_template(template: str, text: str) -> dict[str, Span]:
-    """The text of every field of the template in a prompt that fits it in one way."""
-    names, short, long = template_fields(template)
-    first, last = short.fullmatch(text), long.fullmatch(text)
-    if first is None or last is None:
+    """The text of every field of the template in a prompt that fits it in one way.
+
+    A field is text that neither begins nor ends with white space. In how many ways the rest of the template fits from
+    each character on is counted from its last part to its first, in time parts x characters.
+    """
+    parts = template_fields(template)
+    ways = [[0] * len(text) + [1]]  # ways[0] is of the rest from the present part on; 2 stands for several
+    for is_field, part in reversed(parts):
+        ways.insert(0, _ways_of_field(ways[0], text) if is_field else _ways_of_literal(part, ways[0], text))
+    if ways[0][0] == 0:
         raise SpanProblem("does not fit the span template")
-    if first.regs != last.regs:  # the shortest and the longest first fields: all ways lie between
+    if ways[0][0] > 1:
         raise SpanProblem("fits the span template in more than one way")
-    return {name: Span(chars=first.span(number)) for number, name in enumerate(names, start=1)}
+    spans, start = {}, 0
+    for (is_field, part), behind in zip(parts, ways[1:], strict=True):
+        end = start + len(part)
+        if is_field:
+            end = next(at for at in range(start + 1, len(text) + 1) if behind[at] and not text[at - 1].isspace())
+            spans[part] = Span(chars=(start, end))
+        start = end
+    return spans
+
+
+def _ways_of_field(behind: Sequence[int], text: str) -> list[int]:
+    """In how many ways a field from each character on fits, with what is behind it."""
+    ways, several = [0] * (len(text) + 1), 0
+    for start in range(len(text) - 1, -1, -1):
+        if not text[start].isspace():
+            several = min(2, several + behind[start + 1])  # a field may end with this character
+            ways[start] = several
+    return ways
+
+
+def _ways_of_literal(part: str, behind: Sequence[int], text: str) -> list[int]:
+    """In how many ways the text of a template from each character on fits, with what is behind it."""
+    ways = [0] * (len(text) + 1)
+    start = text.find(part)
+    while start >= 0:
+        ways[start] = behind[start + len(part)]
+        start = text.find(part, start + 1)
+    return ways
 
 
 # ------------------------------------------------------------------------------------------ tokens

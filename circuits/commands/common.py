@@ -13,6 +13,7 @@ import importlib.metadata
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,7 +21,8 @@ import tyro
 
 from circuits.behaviour import Metric
 from circuits.circuit import Circuit
-from circuits.prompts import PromptSet, load_prompts
+from circuits.prompt_formats import read_examples
+from circuits.prompts import PromptSet, make_prompts
 from sae.autoencoder import SparseAutoencoder, fingerprint
 from sae.errors import UserError
 from sae.files import read_json, without_nan, write_json
@@ -192,12 +194,22 @@ class Loaded:
         needed, found by its template if it has one.
         """
         metadata = self.circuit.metadata
+        source = metadata["prompts"] if path is None else path
+        examples = read_examples(source)
+        made = partial(
+            make_prompts, examples, self.model, span_template=metadata.get("span_template"), name=str(source)
+        )
+        by_span = metadata.get("need_spans", False)
+        if str(source) == metadata["prompts"] and "prompts_fingerprint" in metadata:
+            found_on = made(limit=metadata["examples"], need_spans=by_span)
+            if found_on.fingerprint != metadata["prompts_fingerprint"]:
+                raise UserError(
+                    f"the prompts in {str(source)!r} are not those the circuit was found on (fingerprint "
+                    f"{found_on.fingerprint}, not {metadata['prompts_fingerprint']}): put them back, or discover again"
+                )
         if path is None:
-            path, found_on = metadata["prompts"], metadata["examples"]
-            limit = found_on if limit is None else min(limit, found_on)
-        need_spans = need_spans or metadata.get("need_spans", False)
-        template = metadata.get("span_template")
-        return load_prompts(path, self.model, limit=limit, span_template=template, need_spans=need_spans)
+            limit = metadata["examples"] if limit is None else min(limit, metadata["examples"])
+        return made(limit=limit, need_spans=need_spans or by_span)
 
 
 def place(name: str | Path) -> str:

@@ -6,15 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
 
 from circuits.commands.common import Output, Overwrite, UsesSaes, load_checked_saes, load_model, record
 from circuits.comparison import compare_methods
 from circuits.comparison_options import CompareOptions
 from circuits.comparison_view import plot, tables
+from circuits.held_out import hold_out_half
 from circuits.prompts import PromptSet, load_prompts
-from sae.errors import UserError
 from sae.files import prepare_folder, write_json
 
 COMPARISON_FILE = "comparison.json"
@@ -33,11 +32,12 @@ class CompareMethods(UsesSaes):
     prompts: str
     """Prompts on which circuits are found."""
     test: str | None = None
-    """Held-out prompts on which circuits are scored; by default every second one of the prompts is held out."""
+    """Held-out prompts on which circuits are scored; by default half of the prompts is held out, of each case and
+    template, and never one whose mirror image (clean and patch swapped) circuits are found on."""
     out: Path
     """Run folder that receives comparison/."""
     examples: int = 100
-    """Prompts used of each file, the first ones."""
+    """Prompts used of each file: the first ones, or some of each case and template where these miss one."""
     overwrite: Overwrite = False
     options: Annotated[CompareOptions, tyro.conf.arg(name="")] = field(default_factory=CompareOptions)
 
@@ -59,7 +59,4 @@ class CompareMethods(UsesSaes):
         prompts = load_prompts(self.prompts, model, limit=self.examples)
         if self.test is not None:
             return prompts, load_prompts(self.test, model, limit=self.examples)
-        if len(prompts) < 2:
-            raise UserError(f"{self.prompts!r} has {len(prompts)} usable prompts: holding out every second needs 2")
-        held_out = torch.arange(len(prompts)) % 2 == 1
-        return prompts[~held_out], prompts[held_out]
+        return hold_out_half(prompts)

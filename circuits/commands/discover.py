@@ -67,7 +67,7 @@ class Discover(UsesSaes):
     out: Path
     """Run folder that receives circuit/."""
     examples: int = 100
-    """Prompts used, the first of the file."""
+    """Prompts used: the first of the file, or some of each case and template where these miss one."""
     span_template: str | None = None
     """Template that finds the token spans of all prompts, such as "The {subject} near the {attractor}"; otherwise the
     prompts' own "spans" or templates do.
@@ -127,7 +127,7 @@ class Discover(UsesSaes):
     def _discovered(self, model, saes, prompts: PromptSet, options: DiscoverOptions, folder: Path) -> Circuit:
         """The circuit, with its intervals and the strongest nodes verified."""
         circuit = discover(
-            model, saes, prompts, options, provenance=self._provenance(model, saes), progress=not self.quiet,
+            model, saes, prompts, options, provenance=self._provenance(model, saes, prompts), progress=not self.quiet,
             partial=folder / FOLDER, resume=self.resume,
         )  # fmt: skip
         if self.resamples:
@@ -181,7 +181,9 @@ class Discover(UsesSaes):
         position = getattr(get_metric(self.options.metric), "position", LAST)
         return self.options.aggregation == "spans" or position != LAST
 
-    def _provenance(self, model: LanguageModel, saes: Mapping[Site, SparseAutoencoder]) -> dict[str, Any]:
+    def _provenance(
+        self, model: LanguageModel, saes: Mapping[Site, SparseAutoencoder], prompts: PromptSet
+    ) -> dict[str, Any]:
         return {
             "model": place(self.model),
             "model_fingerprint": model.fingerprint,
@@ -190,6 +192,7 @@ class Discover(UsesSaes):
             "saes": place(self.saes),
             "saes_fingerprint": fingerprint(saes),
             "prompts": place(self.prompts),
+            "prompts_fingerprint": prompts.fingerprint,
             "examples": self.examples,
             "span_template": self.span_template,
             "need_spans": self._needs_spans(),

@@ -67,7 +67,9 @@ class Probe(Common):
         fitted = fit_probe(
             x, [labels[row] for row in kept], held_out=self.held_out, penalty=self.penalty, seed=self.seed
         )
-        save_probe(self.out, fitted.weight, fitted.bias, site=site, position=self.position, classes=fitted.classes)
+        save_probe(
+            self.out, fitted.weight, fitted.bias, site=site, position=self.position, classes=fitted.classes, model=model
+        )
         data = {
             "out": str(self.out), "site": site.name, "position": self.position, "classes": fitted.classes,
             "accuracy": fitted.accuracy, "chance": fitted.chance, "n_train": fitted.n_train, "n_test": fitted.n_test,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from circuits.behaviour import last_logits, logit_difference
+from circuits.faithfulness import aligned
 from circuits.prompt_formats import Example, read_examples
 from circuits.prompts import PromptSet, load_prompts, make_prompts
+from circuits.spans import parse_spans
 from sae.errors import UserError
 from sae.model import LanguageModel, Tokens
 from tests.conftest import tiny_hf
@@ -434,3 +437,36 @@ def test_tables_as_other_programs_write_them(tmp_path):
         table.write_text(text)
         with pytest.raises(UserError, match=message):
             read_examples(table)
+
+
+def test_the_fingerprint_is_of_texts_answers_and_spans(tiny_model):
+    example = Example("the man near", (" the",), "the men near", (" a",), "one", "x")
+    same = make_prompts([replace(example, case="two", template="y")], tiny_model).fingerprint
+    assert make_prompts([example], tiny_model).fingerprint == same
+    spans = parse_spans({"who": ["man", "men"]}, "here")
+    changes = ({"clean": "the dog near"}, {"patch": "the dogs near"}, {"clean_answers": (" with",)}, {"spans": spans})
+    others = [make_prompts([replace(example, **change)], tiny_model).fingerprint for change in changes]
+    others += [make_prompts([example, example], tiny_model).fingerprint]
+    assert len({same, *others}) == 6
+
+
+def test_prompts_with_and_without_a_template_field_align_by_length(tiny_model):
+    with_field = [
+        Example(f"the {noun} near", (" the",), f"the {noun}s near", (" a",), "", "x") for noun in ("dog", "cat")
+    ]
+    without = [Example(f"the {noun} near", (" the",), f"the {noun}s near", (" a",)) for noun in ("boy", "king")]
+    train, test = make_prompts(with_field, tiny_model), make_prompts(without, tiny_model)
+    assert train.template_rule == "field"
+    for one, other in ((train, test), (test, train)):
+        for ablation in ("mean", "optimal", "resample"):
+            reference, measured, left_out = aligned(one, other, ablation)
+            assert left_out == 0 and set(measured.templates) <= set(reference.templates)
+
+
+def test_prompts_are_aligned_by_the_rule_that_covers_most(tiny_model):
+    """Two of five prompts have a template of the reference, and one a length of it that others have."""
+    train = make_prompts([Example("the man near", (" the",), template="x")] * 2, tiny_model)
+    texts = ["the dog near"] * 2 + ["the old tall dog near"] * 3
+    test = make_prompts([Example(text, (" the",), template="x") for text in texts], tiny_model)
+    _, measured, left_out = aligned(train, test, "mean")
+    assert len(measured) == 2 and left_out == 3 and measured.template_rule == "field"

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+import string
+import time
+from itertools import product
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from circuits.prompt_formats import Example
 from circuits.prompts import load_prompts, make_prompts
@@ -104,6 +110,48 @@ def test_templates():
     ):
         with pytest.raises(UserError, match=why):
             spans_of_template(wrong, "The king")
+
+
+def by_regular_expression(template: str, text: str) -> dict[str, Span] | str:
+    """Every way a template fits, tried one by one."""
+    parts = list(string.Formatter().parse(template))
+    names = [name for _, name, _, _ in parts if name]
+    found = set()
+    for lengths in product(range(1, len(text) + 1), repeat=len(names)):
+        fields = iter(lengths)
+        pattern = "".join(
+            re.escape(literal) + (rf"((?!\s).{{{next(fields)}}}(?<!\s))" if name else "")
+            for literal, name, _, _ in parts
+        )
+        if match := re.fullmatch(pattern, text, re.DOTALL):
+            found.add(match.regs[1:])
+    if len(found) != 1:
+        return "more than one way" if found else "does not fit"
+    return {name: Span(chars=chars) for name, chars in zip(names, found.pop(), strict=True)}
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(["{a}", "{a} {b}", "a{a}b{b}", "{a}b {b}", "a {a} b", "{a}{b}", "{a} b {b}b"]),
+    st.text(alphabet="ab \n", max_size=7),
+)
+def test_templates_fit_as_trying_every_way_does(template: str, text: str) -> None:
+    expected = by_regular_expression(template, text)
+    if isinstance(expected, str):
+        with pytest.raises(SpanProblem, match=expected):
+            spans_of_template(template, text)
+    else:
+        assert spans_of_template(template, text) == expected
+
+
+@pytest.mark.parametrize("n_fields", [8, 40])
+def test_a_template_that_does_not_fit_is_told_at_once(n_fields: int) -> None:
+    template = " ".join(f"{{f{number}}}" for number in range(n_fields)) + " z"
+    started = time.process_time()
+    for _ in range(8):
+        with pytest.raises(SpanProblem, match="does not fit"):
+            spans_of_template(template, " ".join(["word"] * 60))
+    assert time.process_time() - started < 1
 
 
 def test_a_space_that_is_a_token_belongs_to_the_word_behind_it():

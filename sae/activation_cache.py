@@ -195,7 +195,7 @@ def _write_shards(
             ids = torch.empty(size, dtype=torch.int64)
             n = activations.fill(buffer, ids, one_epoch=True)
             if n:
-                tensors = {site.name: x[:n].to("cpu", DTYPES[manifest.dtype]) for site, x in buffer.items()}
+                tensors = {site.name: _stored(x[:n], site, manifest.dtype) for site, x in buffer.items()}
                 tensors["input_ids"] = ids[:n].to(torch.int32)
                 write_tensors(shard_path(out, len(manifest.shards)), tensors)
             read = activations.text_read()
@@ -204,6 +204,17 @@ def _write_shards(
             _note(out, manifest, activations.position())
             bar.update(n)
     return manifest
+
+
+def _stored(x: Tensor, site: Site, dtype: str) -> Tensor:
+    """x on the CPU in the cache's number type; `UserError` where that cannot hold it."""
+    stored = x.to("cpu", DTYPES[dtype])
+    if not stored.isfinite().all():
+        raise UserError(
+            f"activations of site {site} reach {float(x.abs().max()):.3g}, and {dtype} holds no more than "
+            f"{torch.finfo(stored.dtype).max:.3g}: write the cache in bfloat16 or float32, or without that site"
+        )
+    return stored
 
 
 def _note(out: Path, manifest: Manifest, position: StreamState) -> None:
@@ -292,6 +303,7 @@ class CachedActivations:
         if isinstance(model, LanguageModel):
             self._check_places(model)
         self._state = StreamState()
+        self.rows_at_once = 1
 
     @property
     def model(self) -> CachedModel:
@@ -369,6 +381,8 @@ class CachedActivations:
             with safe_open(path, framework="pt") as tensors:
                 for site, x in into.items():
                     x.copy_(tensors.get_slice(site.name)[offset : offset + rows])
+                    if not x.isfinite().all():
+                        raise UserError(f"site {site} holds numbers that are not finite")
         except Exception as error:  # safetensors raises its own kind, OSError, or torch's for a wrong shape
             raise UserError(f"{str(path)!r} is missing or damaged: write the cache again ({error})") from error
 

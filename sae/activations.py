@@ -84,12 +84,14 @@ class ContextStream:
         self.state = StreamState()
         self.length: int | None = None  # documents of the whole text, once its end was seen
         self._documents: Iterator[str] | None = None
+        self._read_from_start, self._has_tokens = True, False  # of this epoch
         first = model.tokenizer("a")["input_ids"][:1]
         self._prefix = tuple(first) if first and first[0] in model.special_ids else ()
 
     def seek(self, state: StreamState) -> None:
         """Goes on from a position."""
         self.state, self._documents = state, None
+        self._read_from_start, self._has_tokens = state.documents == 0, False
 
     def peek(self) -> list[tuple[int, ...]]:
         """The contexts of the next forward pass, which stay where they are."""
@@ -115,6 +117,12 @@ class ContextStream:
             raise UserError(f"the text {self.source.name!r} is empty: give one with at least one document")
         if not texts:
             self.length = self.state.documents
+            if self._read_from_start and not self._has_tokens:
+                raise UserError(
+                    f"the text {self.source.name!r} has no tokens: the tokenizer of {self.model.name} makes none of "
+                    f"any of its {self.length:,} documents"
+                )
+            self._read_from_start, self._has_tokens = True, False
             self.state = replace(self.state, epoch=self.state.epoch + 1, documents=0)
             self._documents = None
             log.info("the text was read %d times; it is read again from the beginning", self.state.epoch)
@@ -127,6 +135,7 @@ class ContextStream:
     def _cut(self, texts: Sequence[str]) -> tuple[list[tuple[int, ...]], tuple[int, ...]]:
         """Contexts of some documents, and what is left for the next when packed."""
         rows = [tuple(row) for row in self.model.tokenizer(list(texts), verbose=False)["input_ids"]]
+        self._has_tokens = self._has_tokens or any(len(row) > len(self._prefix) for row in rows)
         body = self.context_length - len(self._prefix)
         if self.packed:
             stream = self.state.rest + tuple(token for row in rows for token in row)
@@ -144,6 +153,9 @@ class ActivationSource(Protocol):
 
     widths: dict[Site, int]
     """Width of each site."""
+
+    rows_at_once: int
+    """Rows that one reading gives at most: a buffer must hold as many."""
 
     def position(self) -> StreamState:
         """Where the next fill begins."""
@@ -166,6 +178,7 @@ class ModelActivations:
     ):
         self.model, self.stream, self.sites = model, stream, tuple(sites)
         self.widths = {site: model.widths[site] for site in sites}
+        self.rows_at_once = max(stream.forward_tokens, stream.context_length)
         excluded = sorted(model.special_ids) if exclude_special else []
         self._excluded = torch.tensor(excluded, dtype=torch.int64, device=model.device)
 

@@ -37,6 +37,7 @@ from sae import checkpoint as checkpoints
 from sae.activations import ContextStream
 from sae.autoencoder import SparseAutoencoder
 from sae.checkpoint import Checkpoint
+from sae.divergence import all_finite, diverged, warn_of_useless
 from sae.errors import UserError, unknown
 from sae.evaluation import counted_tokens
 from sae.model import LanguageModel
@@ -260,6 +261,7 @@ class Finetuner:
         names = ("prediction", *(f"{kind}/{site}" for site in tunables for kind in ("unexplained", "active")))
         self.sums = {name: zero.clone() for name in names}  # since the last line of the log
         self.logged_tokens = 0
+        self.explained: dict[str, float] = {}  # by site, since the last line of the log
 
     def run(self) -> None:
         """Fine-tunes to the end, from the last checkpoint if there is one."""
@@ -278,9 +280,18 @@ class Finetuner:
                     if self._checkpoints_at(before) < self._checkpoints_at(self.tokens):
                         lines.flush()
                         self._save()
+            self._check_weights()
+            warn_of_useless(self.explained)
         except KeyboardInterrupt:
             log.warning("interrupted after %d of %d tokens; the last checkpoint stands", self.tokens, total)
             raise
+
+    def _check_weights(self) -> None:
+        """`UserError` where a weight is not finite: such an autoencoder is neither saved nor exported."""
+        for site, tunable in self.tunables.items():
+            tensors = (*tunable.weights.values(), *tunable.state.values())
+            if not all_finite(tensor.detach() for tensor in tensors):
+                raise diverged(site.name, self.step, self.checkpoint_folder)
 
     def _checkpoints_at(self, tokens: int) -> int:
         """How many checkpoints are due once so many tokens are read."""
@@ -290,6 +301,9 @@ class Finetuner:
         tokens = self.stream.take().to(self.model.device)
         counted = counted_tokens(self.model, tokens, special_tokens=not self.config.exclude_special)
         losses = spliced_loss(self.model, self.tunables, tokens, counted, self.config)
+        if not losses.loss.isfinite():
+            sites = [site.name for site, value in losses.unexplained.items() if not value.isfinite()]
+            raise diverged(sites[0] if sites else "all sites together", self.step, self.checkpoint_folder)
         losses.loss.backward()
         n_tokens = int(counted.sum())
         self.tokens, self.step = self.tokens + n_tokens, self.step + 1
@@ -313,6 +327,7 @@ class Finetuner:
             line = {"step": self.step, "tokens": self.tokens, "site": site.name, self.config.loss: means["prediction"]}
             line |= {"explained_variance": 1 - means[f"unexplained/{site}"], "l0": means[f"active/{site}"]}
             lines.write(json.dumps(line | {"learning_rate": group["lr"]}) + "\n")
+        self.explained = {site.name: 1 - means[f"unexplained/{site}"] for site in self.tunables}
         for total in self.sums.values():
             total.zero_()
         self.logged_tokens = self.tokens
@@ -328,6 +343,7 @@ class Finetuner:
         return tensors
 
     def _save(self) -> None:
+        self._check_weights()
         done = {"done": torch.tensor([self.tokens, self.logged_tokens])}
         size = self.log_path.stat().st_size
         state = Checkpoint(self.step, 0, 0, self.stream.state, size, self._tensors() | done)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -21,6 +22,8 @@ from sae.hub import hub_data_set
 
 FIELDS = ("text", "content", "document", "story", "sentence")
 """Fields looked at, in this order, when none is given."""
+LONGEST_LINE = 2**24
+"""Characters of a line; a packed file of a few kilobytes may hold a line of gigabytes."""
 SAMPLES, SAMPLE_BYTES = 64, 2**16
 """Of a file, for its fingerprint: all of it up to four megabytes."""
 
@@ -91,7 +94,12 @@ class TextSource:
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{where}: malformed JSON: {error.msg} at column {error.colno}") from None
-        return self._document(record, where)
+        except (RecursionError, ValueError) as error:  # nested too deeply, or an integer of too many digits
+            raise UserError(f"{where}: malformed JSON: {error}") from None
+        document = self._document(record, where)
+        if not document.isascii() and any("\ud800" <= char <= "\udfff" for char in document):
+            raise UserError(f"{where}: the text holds half of a surrogate pair, which is no character")
+        return document
 
     def _document(self, record: Any, where: str) -> str:
         """The document of a record: itself, or the text field."""
@@ -123,8 +131,17 @@ def _lines(path: Path) -> Iterator[str]:
     opener = gzip.open if path.suffix == ".gz" else Path.open
     try:
         with opener(path, "rt", encoding="utf-8") as lines:
-            yield from lines
+            number = 0
+            while line := lines.readline(LONGEST_LINE + 1):
+                number += 1
+                if len(line) > LONGEST_LINE:
+                    raise UserError(
+                        f"{path}, line {number} has more than {LONGEST_LINE:,} characters: give a document a line"
+                    )
+                yield line
+    except PermissionError as error:
+        raise UserError(f"cannot read {str(path)!r}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise UserError(f"{path} is not a whole gzip file: {error}") from None

@@ -31,8 +31,9 @@ from sae.activations import ActivationSource, ContextStream, ModelActivations, S
 from sae.autoencoder import SparseAutoencoder
 from sae.checkpoint import Checkpoint
 from sae.config import TrainConfig
+from sae.divergence import all_finite, diverged, warn_of_useless
 from sae.errors import UserError
-from sae.learner import Learner
+from sae.learner import DEAD_LOOKS, Learner
 from sae.memory import keep_freed_memory
 from sae.model import LanguageModel
 from sae.products import Scratch
@@ -44,7 +45,7 @@ log = logging.getLogger(__name__)
 
 BUFFER_BYTES = 2 * 2**30
 MIN_BUFFER_TOKENS = 8192
-"""More than one forward pass gives, so that every fill makes progress."""
+"""However many sites there are, and never less than one forward pass gives: every fill makes progress."""
 BETAS = (0.9, 0.99)
 
 
@@ -121,14 +122,16 @@ class Trainer:
         checkpoint_folder: Path,
         progress: bool,
     ):
-        self.learners, self.activations, self.config = list(learners), activations, config
+        self.learners = [learner for learner in learners if learner.recipe.trained]
+        self.activations, self.config = activations, config
         self.log_path, self.checkpoint_folder, self.progress = log_path, checkpoint_folder, progress
         scratch = Scratch()
-        for learner in learners:
+        for learner in self.learners:
             learner.scratch = scratch
         self.device = learners[0].device
+        groups = [{"learner": learner, **group} for learner in self.learners for group in learner.groups()]
         self.optimizer = torch.optim.Adam(
-            [{"learner": learner, **group} for learner in learners for group in learner.groups()],
+            groups or [{"params": []}],
             betas=BETAS,
             fused=self.device.type in ("cpu", "cuda"),
         )
@@ -137,6 +140,7 @@ class Trainer:
         self.buffer: dict[Site, Tensor] = {}
         self.orders: dict[int, Tensor] = {}  # by seed, so that each learner reads what it would read alone
         self.filled = 0
+        self.explained: dict[str, float] = {}  # by name, since the last line of the log
 
     def run(self) -> None:
         """Trains to the end, from the last checkpoint if there is one."""
@@ -148,7 +152,7 @@ class Trainer:
         if not restored:
             for learner in self.learners:
                 learner.prepare(self.buffer[learner.site][: self.filled])
-        if not any(learner.recipe.trained for learner in self.learners):
+        if not self.learners:
             return
         saves = self._checkpoint_steps()
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
@@ -167,6 +171,8 @@ class Trainer:
                     if self.step in saves:
                         lines.flush()
                         self._save()
+            self._check_weights()
+            warn_of_useless(self.explained)
         except KeyboardInterrupt:
             log.warning("interrupted after %d of %d steps; the last checkpoint stands", self.step, self.config.steps)
             raise
@@ -175,7 +181,7 @@ class Trainer:
         """The buffers of all sites, in float32, within the memory allowed."""
         bytes_per_token = 4 * sum(self.activations.widths.values())
         wanted = min(self.config.buffer_tokens, self.config.tokens, BUFFER_BYTES // bytes_per_token)
-        size = max(wanted, MIN_BUFFER_TOKENS, self.config.batch)
+        size = max(wanted, MIN_BUFFER_TOKENS, self.config.batch, self.activations.rows_at_once)
         self.buffer = {
             site: torch.empty(size, width, device=self.device) for site, width in self.activations.widths.items()
         }
@@ -208,6 +214,8 @@ class Trainer:
                 if self.step in learner.resample_steps:
                     learner.resample(x, self.optimizer.state, self.step)
                 learner.step(x, self.step)
+        if self.device.type == "cpu" or self.step % DEAD_LOOKS == 0:  # a look at a number waits for the device
+            self._check_losses()
         for group in self.optimizer.param_groups:
             learner = group["learner"]
             group["lr"] = group["factor"] * learner.config.learning_rate_at(self.step, learner.width)
@@ -217,6 +225,20 @@ class Trainer:
             learner.constrain()
         self.step += 1
 
+    def _check_losses(self) -> None:
+        """`UserError` where a loss since the last line of the log is not finite."""
+        losses = torch.stack([learner.state["loss"] for learner in self.learners])
+        if not losses.isfinite().all():
+            worst = int((~losses.isfinite()).nonzero()[0])
+            raise diverged(self.learners[worst].name, self.step, self.checkpoint_folder)
+
+    def _check_weights(self) -> None:
+        """`UserError` where a loss or weight is not finite: such an autoencoder is neither saved nor exported."""
+        self._check_losses()
+        for learner in self.learners:
+            if not all_finite(weight.detach() for weight in learner.weights.values()):
+                raise diverged(learner.name, self.step, self.checkpoint_folder)
+
     @property
     def _casts(self) -> bool:
         return self.config.autocast and self.device.type == "cuda"
@@ -224,6 +246,7 @@ class Trainer:
     def _log(self, lines: Any, speed: float) -> str:
         """Writes a line a learner and returns the means for the bar."""
         reports = {learner: learner.report() for learner in self.learners}
+        self.explained = {learner.name: report["explained_variance"] for learner, report in reports.items()}
         epoch = self.activations.position().epoch
         for learner, report in reports.items():
             rate = learner.config.learning_rate_at(self.step - 1, learner.width)
@@ -247,6 +270,7 @@ class Trainer:
         return tensors
 
     def _save(self) -> None:
+        self._check_weights()
         size = self.log_path.stat().st_size
         state = Checkpoint(self.step, self.fill, self.dealt, self.position, size, self._tensors())
         checkpoints.save(self.checkpoint_folder, state)

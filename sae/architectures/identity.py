@@ -19,7 +19,7 @@ class Identity(Architecture):
     trained = False
 
     def select(self, encoder: Encoder, w: Weights, hyper: Hyper) -> SparseCode:
-        z = torch.cat([z for _, z in encoder.chunks()])
+        z = torch.cat([z.clone() for _, z in encoder.chunks()])  # each chunk is written over by the next
         every = torch.arange(z.shape[1], device=z.device).expand_as(z)
         return SparseCode.fixed(every, z, z.shape[1])
 

@@ -10,7 +10,7 @@ and the edges among the `edge_nodes`. `Circuit.graph` cuts a `FeatureGraph` out 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,8 @@ class Circuit:
     """Bootstrap interval of every edge weight, [D, U, 2] like `edges`; empty where not computed."""
     edge_samples: Edges = field(default_factory=dict)
     """Edge weights of every example, [N, D, U], as far as discovery kept them; not saved."""
+    groups: torch.Tensor | None = None
+    """[B] the number of the template each example is drawn with for intervals; None for each by itself."""
     metric: Metric | None = field(default=None, repr=False, compare=False)
     """The metric it explains, where it was discovered in this process; of a file, see `get_metric`."""
 
@@ -140,17 +142,19 @@ class Circuit:
     def _distinguishable(self, kept: Nodes) -> Nodes:
         """Those of the strongest nodes whose interval leaves out zero; a site's strongest stand in front."""
         if not self.intervals:
-            raise UserError("this circuit has no intervals: discover again with resamples above 0")
+            reason = self.metadata.get("uncertainty", {}).get("too_few")
+            why = f": {reason}" if reason else ": discover again with resamples above 0"
+            raise UserError(f"this circuit has no intervals{why}")
         return distinguishable(kept, {site: self.intervals[site][: len(nodes)] for site, nodes in kept.items()})
 
     def _bounds(self, kept: Nodes) -> dict[str, dict[str, list[float]]]:
-        """Node name -> {"interval": [low, high]} for the kept nodes, where intervals are known."""
+        """Node name -> {"interval": [low, high]} for the kept nodes, where there are intervals (not NaN)."""
         wanted = {name for site, nodes in kept.items() for name in nodes.ids(site)}
         return {
             name: {"interval": interval}
             for site, intervals in self.intervals.items()
             for name, interval in zip(self.nodes[site].ids(site), intervals.tolist(), strict=True)
-            if name in wanted
+            if name in wanted and interval[0] == interval[0]
         }
 
     def _add_edges(self, graph: FeatureGraph, *, significant: bool) -> None:
@@ -169,6 +173,7 @@ class Circuit:
             for row, column in wanted.nonzero().tolist():
                 if names[up][column] in graph and targets[row] in graph:
                     interval = None if bounds is None else tuple(bounds[row, column].tolist())
+                    interval = interval if interval and interval[0] == interval[0] else None  # too few to tell
                     graph.add_edge(names[up][column], targets[row], float(weights[row, column]), interval=interval)
 
     # --- files --------------------------------------------------------------------------------------------------
@@ -191,6 +196,8 @@ class Circuit:
         for site, nodes in self.edge_nodes.items():
             for name in NODES:
                 tensors[f"edge_nodes/{site.name}/{name}"] = getattr(nodes, name)
+        if self.groups is not None:
+            tensors["groups"] = self.groups
         for site, interval in self.intervals.items():
             tensors[f"intervals/{site.name}"] = interval
         for kind, values in (("edges", self.edges), ("edge_intervals", self.edge_intervals)):
@@ -220,9 +227,12 @@ class Circuit:
                 edges[kind][pair] = weights.float()
         intervals = {site: tensors[f"intervals/{site.name}"] for site in effects if f"intervals/{site.name}" in tensors}
         circuit = Circuit(effects, nodes, edges["edges"], metadata, intervals, edges["edge_intervals"])
-        expected = {f"intervals/{site.name}": TensorSpec((len(circuit.nodes[site]), 2)) for site in intervals}
+        expected = {
+            f"intervals/{site.name}": TensorSpec((len(circuit.nodes[site]), 2), finite=False) for site in intervals
+        }
+        expected["groups"] = TensorSpec((metadata["n_examples"],), "int", optional=True)
         check_tensors(tensors, expected, folder / EFFECTS_FILE)
-        return circuit
+        return replace(circuit, groups=tensors["groups"].long() if "groups" in tensors else None)
 
 
 def circuit_folder(path: str | Path) -> Path:

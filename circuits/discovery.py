@@ -32,6 +32,7 @@ from circuits.behaviour import (
     prepare,
     warn_if_cancelling,
 )
+from circuits.bootstrap import prompt_groups
 from circuits.circuit import Circuit
 from circuits.edges import ACTIVE, check_edges
 from circuits.metric_identity import names_code
@@ -159,7 +160,8 @@ def discover(
         **_of_prompts(plain, prompts, options.aggregation),
         **_of_metric(batches, effects, len(prompts)),
     }
-    return Circuit(effects, chosen if options.edge_nodes else {}, edges, metadata, edge_samples=edge_samples, metric=m)
+    return Circuit(effects, chosen if options.edge_nodes else {}, edges, metadata, edge_samples=edge_samples,
+                   groups=prompt_groups(prompts), metric=m)  # fmt: skip
 
 
 def _spans(prompts: PromptSet, aggregation: str) -> tuple[str, ...]:

@@ -34,15 +34,15 @@ from tqdm import tqdm
 
 from circuits.ablation import AblationValues, NodeTable, SiteValues, Values
 from circuits.behaviour import Metric, prepare
+from circuits.bootstrap import Bootstrap, prompt_groups, too_few
 from circuits.circuit import Circuit
 from circuits.constants import ablation_values
 from circuits.edges import Edges
-from circuits.faithfulness import FaithfulnessOptions, aligned, from_start_site, shares, sizes_within
+from circuits.faithfulness import FaithfulnessOptions, aligned, from_start_site, share_intervals, shares, sizes_within
 from circuits.faithfulness_report import EdgeFaithfulness
 from circuits.nodes import Nodes, count
 from circuits.probes import read_by
 from circuits.prompts import PromptSet
-from circuits.uncertainty import Bootstrap
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError
 from sae.model import LanguageModel
@@ -99,20 +99,19 @@ def measure_edge_faithfulness(
     )  # fmt: skip
     runner = _Runner(model, saes, nodes, values.table, m, max_rows)
     m_all = _metrics(runner, values, sets, prompts, options.batch_size, progress)
-    return _record(m_all, sizes, nodes, options, n_edges=n_edges)
+    return _record(m_all, sizes, nodes, options, n_edges=n_edges, groups=prompt_groups(prompts))
 
 
 def _record(
-    m_all: Tensor, sizes: list[int], nodes: Nodes, options: FaithfulnessOptions, *, n_edges: int
+    m_all: Tensor, sizes: list[int], nodes: Nodes, options: FaithfulnessOptions, *, n_edges: int, groups: Tensor
 ) -> EdgeFaithfulness:
     """From m_all [3 + sets, B]: the whole model, no edge, all nodes joined, the strongest edges, the random draws."""
     f = shares(m_all.mean(1)).tolist()
     n = len(sizes)
     intervals = []
-    if options.resamples:
+    if options.resamples and not too_few(groups):
         bootstrap = Bootstrap(resamples=options.resamples, seed=options.seed)
-        resampled = shares(bootstrap.weights(m_all.shape[1]).to(m_all) @ m_all[: 3 + n].T)
-        intervals = bootstrap.interval(resampled[:, 1:]).tolist()
+        intervals = share_intervals(m_all[: 3 + n], groups, bootstrap)[1:].tolist()
     return EdgeFaithfulness(
         sizes=sizes,
         faithfulness=f[1 : 1 + n],

@@ -27,13 +27,13 @@ from tqdm import tqdm
 
 from circuits.ablation import AblationValues, ablation_edits
 from circuits.behaviour import Metric, get_metric, prepare
+from circuits.bootstrap import Bootstrap, group_sums, prompt_groups, too_few, what_is_drawn
 from circuits.cells import Cells
-from circuits.constants import ablation_values, gain
-from circuits.faithfulness_report import Faithfulness, Intervals, cmd, cpr
+from circuits.constants import Gain, ablation_values, gain
+from circuits.faithfulness_report import Faithfulness, Intervals, area
 from circuits.nodes import Nodes, SiteNodes, count, select_nodes
 from circuits.probes import read_by
 from circuits.prompts import PromptSet
-from circuits.uncertainty import Bootstrap
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError, unknown
 from sae.model import LanguageModel
@@ -64,7 +64,9 @@ class FaithfulnessOptions:
     batch_size: int = 64
     """Prompts that go through the model at once."""
     resamples: int = 1000
-    """Times the prompts are drawn anew for 95 % intervals; 0 leaves them out."""
+    """Times the prompts, or their templates where they share them, are drawn anew for 95 % intervals (none for fewer
+    than 5 of them); 0 leaves intervals out.
+    """
 
     def __post_init__(self) -> None:
         if self.errors not in ERRORS:
@@ -83,7 +85,7 @@ def measure_faithfulness(
     metric: str | Metric = "logit_difference",
     progress: bool = True,
 ) -> Faithfulness:
-    """Faithfulness and completeness of the strongest of `nodes` over sizes.
+    """Faithfulness and completeness of the strongest of `nodes` over sizes, and with all of them.
 
     nodes: all nodes with their effects, as `Circuit.nodes`; sizes: numbers of nodes; reference: prompts whose means
     or values ablated nodes take, the measured prompts themselves by default.
@@ -96,7 +98,7 @@ def measure_faithfulness(
     n_nodes = count(nodes)
     if n_nodes == 0:
         raise UserError(f"no node has an effect from {options.start_site or 'the first site'} on: start earlier")
-    sizes = sizes_within(sizes, n_nodes, of="nodes")
+    sizes = sorted({*sizes_within(sizes, n_nodes, of="nodes"), n_nodes})
     strongest = [select_nodes(nodes, top=size) for size in sizes]
     generator = torch.Generator().manual_seed(options.seed)
     drawn = [random_nodes(nodes, size, generator=generator) for _ in range(options.random) for size in sizes]
@@ -111,11 +113,19 @@ def measure_faithfulness(
     )  # fmt: skip
     m_all = _metrics(values, runs, prompts, m, options.batch_size, progress=progress)
     gained = gain(values, curve, prompts, batch_size=options.batch_size) if options.ablation == "optimal" else None
-    return _record(m_all, sizes, nodes, options, n_uncovered=uncovered, gained=gained)
+    groups = prompt_groups(prompts)
+    return _record(m_all, sizes, nodes, options, groups=groups, n_uncovered=uncovered, gained=gained)
 
 
 def _record(
-    m_all: torch.Tensor, sizes: list[int], nodes: Nodes, options: FaithfulnessOptions, *, n_uncovered: int, gained
+    m_all: torch.Tensor,
+    sizes: list[int],
+    nodes: Nodes,
+    options: FaithfulnessOptions,
+    *,
+    groups: torch.Tensor,
+    n_uncovered: int,
+    gained: Gain | None,
 ) -> Faithfulness:
     """From m_all [2 + sets, B]: the whole model, no node, the strongest, the random draws, all but the strongest."""
     m_model, m_empty = m_all[:2].mean(1).tolist()
@@ -136,7 +146,8 @@ def _record(
         n_prompts=m_all.shape[1],
         n_uncovered=n_uncovered,
         errors=options.errors,
-        intervals=_intervals(m_all, sizes, n_nodes, options) if options.resamples else None,
+        intervals=_intervals(m_all, sizes, n_nodes, groups, options),
+        drawn=what_is_drawn(groups),
         gain=gained,
     )
 
@@ -147,14 +158,32 @@ def shares(m: torch.Tensor) -> torch.Tensor:
     return (m[..., 2:] - empty) / (whole - empty)
 
 
-def _intervals(m_all: torch.Tensor, sizes: Sequence[int], n_nodes: int, options: FaithfulnessOptions) -> Intervals:
-    """Percentiles over resampled prompts; m_all [2 + sets, B]."""
+def share_intervals(m_all: torch.Tensor, groups: torch.Tensor, bootstrap: Bootstrap) -> torch.Tensor:
+    """Intervals of (m(C) - m(0)) / (m(M) - m(0)) [sets, 2]; m_all [2 + sets, B] begins with m(M) and m(0)."""
+    gained = group_sums((m_all - m_all[1]).T, groups)  # [G, 2 + sets]
+    return bootstrap.intervals(gained[:, 2:], gained[:, 0])
+
+
+def _intervals(
+    m_all: torch.Tensor, sizes: Sequence[int], n_nodes: int, groups: torch.Tensor, options: FaithfulnessOptions
+) -> Intervals | None:
+    """Intervals of every size and of the areas, from m_all [2 + sets, B]; None where the prompts are too few.
+
+    An area is a weighted sum of f, or of 1 - f with the sign it has at each size, so that it is a ratio as f is.
+    """
+    if not options.resamples or too_few(groups):
+        return None
+    n, (m_model, m_empty) = len(sizes), m_all[:2]
+    faithful, without = m_all[2 : 2 + n], m_all[-n:]
+    weights = [area([0.0] * k + [1.0] + [0.0] * (n - k), [0, *sizes], n_nodes, lambda f: f) for k in range(n + 1)]
+    inside = torch.tensor(weights, dtype=m_all.dtype)  # [1 + n] of no node, and of each size
+    side = torch.where(shares(m_all.mean(1))[:n] <= 1, 1.0, -1.0).to(m_all)  # [n] sign of 1 - f
+    gained, whole = faithful - m_empty, m_model - m_empty
+    areas = torch.stack([inside[1:] @ gained, inside[0] * whole + (inside[1:] * side) @ (whole - gained)])
     bootstrap = Bootstrap(resamples=options.resamples, seed=options.seed)
-    f = shares(bootstrap.weights(m_all.shape[1]).to(m_all) @ m_all.T)  # [R, sets]
-    n = len(sizes)
-    areas = torch.tensor([[area(row, sizes, n_nodes) for area in (cpr, cmd)] for row in f[:, :n].tolist()])
-    bounds = bootstrap.interval(torch.cat([f[:, :n], f[:, -n:], areas.to(f)], dim=1)).tolist()
-    return Intervals(bounds[:n], bounds[n:-2], bounds[-2], bounds[-1])
+    bounds = share_intervals(torch.cat([m_all[:2], faithful, without, areas + m_empty]), groups, bootstrap).tolist()
+    lowest, highest = bounds[-1]
+    return Intervals(bounds[:n], bounds[n:-2], bounds[-2], [max(lowest, 0.0), highest])  # an area of distances
 
 
 def _with_errors(sets: Sequence[tuple[Nodes, bool]], nodes: Nodes, errors: str):

@@ -1,7 +1,8 @@
 """What measurements of faithfulness found, as records: for JSON, for the terminal and as pictures.
 
 CPR and CMD (Mueller et al. 2025, MIB) are the areas under faithfulness f and under |1 - f| over the share of nodes
-kept, by the trapezoid rule.
+kept, by the trapezoid rule through the values measured, that with all nodes among them. f of no node is 0 by
+definition.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from circuits.bootstrap import COVERAGE
 from circuits.constants import Gain
 from circuits.curve_plot import Curve, plot_curves
 from sae.tables import aligned
@@ -19,7 +21,7 @@ from sae.tables import aligned
 
 @dataclass(frozen=True)
 class Intervals:
-    """95 % bootstrap intervals over the prompts, each [low, high]."""
+    """95 % intervals over the prompts, each [low, high] (`circuits.bootstrap`)."""
 
     faithfulness: list[list[float]]
     """One a size."""
@@ -36,7 +38,7 @@ class Faithfulness:
     """Curves over circuit sizes; `random` holds one curve a draw."""
 
     sizes: list[int]
-    """Nodes kept."""
+    """Nodes kept; the last is all of them."""
     faithfulness: list[float]
     """(m(C) - m(0)) / (m(M) - m(0)) for the strongest nodes of each size."""
     completeness: list[float]
@@ -60,7 +62,9 @@ class Faithfulness:
     errors: str = "nodes"
     """What was done with the errors."""
     intervals: Intervals | None = None
-    """How far the curves depend on the prompts; None where not computed."""
+    """How far the curves depend on the prompts; None where not computed, or where prompts are too few."""
+    drawn: str = ""
+    """What the intervals draw anew, `100 prompts drawn by their 17 templates`."""
     gain: Gain | None = None
     """What optimal constants gain over means on these prompts; None for other ablations."""
 
@@ -96,6 +100,12 @@ class Faithfulness:
             f"area under faithfulness (CPR) {self.cpr:.3f}{spans[0]}, "
             f"under its distance from 1 (CMD) {self.cmd:.3f}{spans[1]}"
         )
+
+    def evidence(self) -> str:
+        """What the intervals are, or why there are none, in a line."""
+        if self.intervals is None:
+            return f"no intervals over {self.drawn}: none were asked for, or there are too few to tell"
+        return f"95 % bootstrap intervals over {self.drawn}; {COVERAGE}"
 
     def plot(self, path: str | Path) -> Path:
         """Faithfulness, completeness and random circuits over size, as .svg, .png or .pdf."""
@@ -172,11 +182,12 @@ class EdgeFaithfulness:
 
 
 def area(values: Sequence[float], sizes: Sequence[int], n_nodes: int, height) -> float:
-    """Trapezoid area over size / n_nodes; the last value holds from the largest size measured to all nodes, where f
-    = 1.
+    """Trapezoid area under height(value) over size / n_nodes, from the first size to the last, which must be all nodes:
+    what was not measured has no value.
     """
-    points = [(size / n_nodes, height(value)) for size, value in zip(sizes, values, strict=True) if size < n_nodes]
-    points.append((1.0, height(1.0)))
+    if sizes[-1] != n_nodes:
+        raise ValueError(f"the largest size is {sizes[-1]}: the area needs the value measured with all {n_nodes} nodes")
+    points = [(size / n_nodes, height(value)) for size, value in zip(sizes, values, strict=True)]
     return sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in pairwise(points))
 
 

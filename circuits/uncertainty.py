@@ -1,12 +1,10 @@
 """Error bars: how much of a circuit is due to the prompts that happened to be drawn.
 
-1. Bootstrap: prompts are drawn with replacement R times; a resample is a row of weights (how often each prompt was
-   drawn, over B), so the resampled means of all nodes are one matrix product. Intervals are the percentiles of these
-   means (Efron 1979); likewise of edge weights. A node whose interval leaves out zero is distinguishable from zero;
-   with thousands of nodes some are by chance, a share of 1 - level of those without effect at most.
-2. Ratios (faithfulness, completeness, areas) are computed anew from each resample's means: the prompts in numerator
-   and denominator are the same ones.
-3. Split-half stability: the prompts are cut into random halves, the n strongest nodes of both are compared. Where half
+1. Intervals of the mean effects of all nodes and edges (`circuits.bootstrap`): templates are drawn anew where prompts
+   share them, else prompts. A node whose interval leaves out zero is distinguishable from zero; with thousands of nodes
+   some are by chance, a share of 1 - level of those without effect at most. Where too few prompts or templates, or too
+   few in which a node is active, could say so, there is no interval: too few to tell.
+2. Split-half stability: the prompts are cut into random halves, the n strongest nodes of both are compared. Where half
    of the prompts name other nodes than the other half, the node set is not to be read node by node.
 
 Per-example effects are sparse; they become dense for a chunk of nodes at a time, of CHUNK_BYTES at most.
@@ -24,46 +22,15 @@ import torch
 from torch import Tensor
 
 from circuits.attribution.effects import SiteEffects
+from circuits.bootstrap import COVERAGE, MIN_ACTIVE, Bootstrap, group_sums, too_few, what_is_drawn
 from circuits.circuit import Circuit
 from circuits.edges import Edges
 from circuits.nodes import Nodes, SiteNodes, count, distinguishable, select_nodes
-from sae.errors import UserError
 from sae.sites import Site
 
 CHUNK_BYTES = 64 * 2**20
 CANDIDATES = 20_000
 """Split halves are compared among this many strongest nodes of the whole."""
-
-
-@dataclass(frozen=True)
-class Bootstrap:
-    """How intervals are made."""
-
-    resamples: int = 1000
-    """Times the prompts are drawn anew."""
-    level: float = 0.95
-    """Share of the resamples inside an interval."""
-    seed: int = 0
-    """Seed of the draws."""
-
-    def __post_init__(self) -> None:
-        if self.resamples < 1:
-            raise UserError(f"resamples is {self.resamples}: intervals need at least 1")
-        if not 0 < self.level < 1:
-            raise UserError(f"level is {self.level}: it must be between 0 and 1")
-
-    def weights(self, n_examples: int) -> Tensor:
-        """[R, B] share of each prompt in each resample; rows add up to 1."""
-        generator = torch.Generator().manual_seed(self.seed)
-        drawn = torch.randint(n_examples, (self.resamples, n_examples), generator=generator)
-        counts = torch.zeros(self.resamples, n_examples)
-        counts.scatter_add_(1, drawn, torch.ones_like(counts))
-        return counts / n_examples
-
-    def interval(self, statistics: Tensor) -> Tensor:
-        """[R, n] -> [n, 2], the percentiles of each column."""
-        tail = (1 - self.level) / 2
-        return torch.quantile(statistics, torch.tensor([tail, 1 - tail], dtype=statistics.dtype), dim=0).T
 
 
 @dataclass(frozen=True)
@@ -87,32 +54,44 @@ class Stability:
 
 
 def node_intervals(
-    effects: Mapping[Site, SiteEffects], nodes: Nodes, *, n_examples: int, bootstrap: Bootstrap | None = None
+    effects: Mapping[Site, SiteEffects],
+    nodes: Nodes,
+    *,
+    n_examples: int,
+    groups: Tensor | None = None,
+    bootstrap: Bootstrap | None = None,
 ) -> dict[Site, Tensor]:
-    """Bootstrap intervals of the mean effects of `nodes`, [n, 2] per site in the order of the nodes."""
+    """Intervals of the mean effects of `nodes`, [n, 2] per site in the order of the nodes, NaN where there is none.
+
+    groups: [B], what each prompt is drawn with; each by itself by default.
+    """
     bootstrap = bootstrap or Bootstrap()
-    weights = bootstrap.weights(n_examples)
+    groups = torch.arange(n_examples) if groups is None else groups
+    sizes = group_sums(torch.ones(n_examples), groups)
+    rows = max(bootstrap.resamples, n_examples)
     found = {}
     for site, site_nodes in nodes.items():
         parts = [
-            bootstrap.interval(weights @ values)
-            for values in example_values(effects[site], site_nodes, n_examples, rows=max(weights.shape))
+            bootstrap.intervals(group_sums(values, groups), sizes, min_active=MIN_ACTIVE)
+            for values in example_values(effects[site], site_nodes, n_examples, rows=rows)
         ]
         found[site] = torch.cat(parts) if parts else torch.zeros(0, 2)
     return found
 
 
-def edge_intervals(samples: Edges, *, bootstrap: Bootstrap | None = None) -> Edges:
-    """Bootstrap intervals of mean edge weights, [D, U, 2], from those of every example, [N, D, U]."""
+def edge_intervals(samples: Edges, *, groups: Tensor | None = None, bootstrap: Bootstrap | None = None) -> Edges:
+    """Intervals of mean edge weights, [D, U, 2], from those of every example, [N, D, U]; NaN where there is none."""
     bootstrap = bootstrap or Bootstrap()
     found: Edges = {}
     for pair, values in samples.items():
         flat = values.flatten(1)
         live = (flat != 0).any(0).nonzero()[:, 0]
         bounds = torch.zeros(flat.shape[1], 2)
-        weights = bootstrap.weights(len(values))
-        for part in live.split(max(1, CHUNK_BYTES // (4 * len(weights)))) if len(live) else ():
-            bounds[part] = bootstrap.interval(weights @ flat[:, part].float())
+        drawn = torch.arange(len(flat)) if groups is None else groups
+        sizes = group_sums(torch.ones(len(flat)), drawn)
+        for part in live.split(max(1, CHUNK_BYTES // (4 * bootstrap.resamples))) if len(live) else ():
+            sums = group_sums(flat[:, part].float(), drawn)
+            bounds[part] = bootstrap.intervals(sums, sizes, min_active=MIN_ACTIVE)
         found[pair] = bounds.unflatten(0, values.shape[1:])
     return found
 
@@ -177,15 +156,23 @@ def split_half(
 
 def with_uncertainty(circuit: Circuit, bootstrap: Bootstrap | None = None) -> Circuit:
     """The circuit with an interval for every node, and for every edge where discovery kept the weights of single
-    examples; in its metadata what is distinguishable and how stable it is.
+    examples; in its metadata what is distinguishable and how stable it is. Without intervals where prompts, or their
+    templates, are too few.
     """
     bootstrap = bootstrap or Bootstrap()
     n_examples = circuit.metadata["n_examples"]
-    intervals = node_intervals(circuit.effects, circuit.nodes, n_examples=n_examples, bootstrap=bootstrap)
-    of_edges = edge_intervals(circuit.edge_samples, bootstrap=bootstrap)
+    groups = torch.arange(n_examples) if circuit.groups is None else circuit.groups
+    if reason := too_few(groups):
+        return replace(circuit, metadata={**circuit.metadata, "uncertainty": {"too_few": reason}})
+    intervals = node_intervals(
+        circuit.effects, circuit.nodes, n_examples=n_examples, groups=groups, bootstrap=bootstrap
+    )
+    of_edges = edge_intervals(circuit.edge_samples, groups=groups, bootstrap=bootstrap)
     stability = split_half(circuit.effects, circuit.nodes, n_examples=n_examples, seed=bootstrap.seed)
     uncertainty = {
         **asdict(bootstrap),
+        "drawn": what_is_drawn(groups),
+        "n_too_few": sum(int(bounds.isnan().any(-1).sum()) for bounds in intervals.values()),
         "n_distinguishable": count(distinguishable(circuit.nodes, intervals)),
         "n_edges": sum(int(weights.count_nonzero()) for weights in circuit.edges.values()),
         "n_distinguishable_edges": sum(int((bounds.prod(-1) > 0).sum()) for bounds in of_edges.values())
@@ -200,12 +187,15 @@ def with_uncertainty(circuit: Circuit, bootstrap: Bootstrap | None = None) -> Ci
 def uncertainty_line(circuit: Circuit) -> str:
     """Two lines for the terminal about a circuit with uncertainty."""
     known = circuit.metadata["uncertainty"]
+    if "too_few" in known:
+        return f"no intervals: {known['too_few']}"
     edges = ""
     if known.get("n_distinguishable_edges") is not None:
         edges = f" and {known['n_distinguishable_edges']} of {known['n_edges']} edges"
     text = (
-        f"{known['n_distinguishable']} of {count(circuit.nodes)} nodes{edges} are distinguishable from zero "
-        f"({known['level']:.0%} bootstrap intervals over {circuit.metadata['n_examples']} prompts)"
+        f"{known['n_distinguishable']} of {count(circuit.nodes)} nodes{edges} are distinguishable from zero, "
+        f"{known['n_too_few']} nodes have an effect on too few prompts to tell\n"
+        f"({known['level']:.0%} bootstrap intervals over {known['drawn']}; {COVERAGE})"
     )
     if not known["split_half"]:
         return text

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import tyro
 
 from circuits.behaviour import absolute, get_metric
+from circuits.bootstrap import Bootstrap
 from circuits.circuit import GRAPH_FILE, Circuit
 from circuits.commands.common import (
     Output,
@@ -30,7 +31,7 @@ from circuits.partial import FOLDER, interrupted, remove_partial
 from circuits.probes import visible_sites
 from circuits.prompts import PromptSet, load_prompts
 from circuits.spans import LAST
-from circuits.uncertainty import Bootstrap, uncertainty_line, with_uncertainty
+from circuits.uncertainty import uncertainty_line, with_uncertainty
 from circuits.verification import verified, verify
 from graphs.feature_graph import FeatureGraph
 from sae.autoencoder import SparseAutoencoder, fingerprint
@@ -83,7 +84,9 @@ class Discover(UsesSaes):
     significant: bool = False
     """Of these nodes and edges keep only those whose bootstrap interval leaves out zero."""
     resamples: int = 1000
-    """Times the prompts are drawn anew for the intervals of effects; 0 leaves intervals out."""
+    """Times the prompts, or their templates where they share them, are drawn anew for the intervals of effects (none
+    for fewer than 5 of them); 0 leaves intervals out.
+    """
     verify: int = 0
     """Patch this many of the strongest nodes exactly and mark those whose estimate differs in sign or size."""
     text: str | None = None
@@ -254,7 +257,7 @@ def _summary(circuit: Circuit, prompts: PromptSet, folder: Path, kept: dict[str,
         errors_line(meta["errors"]),
         f"{count(circuit.nodes)} nodes have an effect; kept {kept['nodes']} and {kept['edges']} edges; the strongest:",
         *strongest_lines(circuit, 10),
-        *([uncertainty_line(circuit)] if circuit.intervals else []),
+        *([uncertainty_line(circuit)] if "uncertainty" in meta else []),
         *([meta["verification"]["summary"]] if "verification" in meta else []),
         f"wrote {folder}",
     ]

@@ -78,6 +78,7 @@ class Faithfulness(UsesSaes):
                 f"m: {result.m_model:+.3f} whole model, {result.m_empty:+.3f} with every node ablated",
                 result.table(),
                 result.areas(),
+                result.evidence(),
                 *([f"optimal constants: {result.gain}"] if result.gain else []),
                 f"wrote {folder / FAITHFULNESS_FILE} and {plot}",
             ]

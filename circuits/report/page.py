@@ -170,6 +170,7 @@ def _key_figures(run: RunFiles) -> str:
 def _faithfulness_figure(data: dict[str, Any]) -> tuple[str, str, str]:
     """The smallest circuit that explains 80 %, or the best one measured."""
     rows = [(size, f) for size, f in zip(data["sizes"], data["faithfulness"], strict=True) if f is not None]
+    rows = [row for row in rows if row[0] != data.get("n_nodes")] or rows  # all nodes are no circuit
     reached = [row for row in rows if row[1] >= 0.8]
     size, f = reached[0] if reached else max(rows, key=lambda row: row[1], default=(data["sizes"][-1], None))
     return number(f), "faithfulness", f"with {size} nodes from {data.get('start_site', 'the start')} on"

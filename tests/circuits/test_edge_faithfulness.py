@@ -93,8 +93,7 @@ def test_node_by_node(make_tiny_model, make_saes, tiny_prompts, architecture, ag
             m = by_hand(model, saes, circuit, prompts, strongest_edges(edges, size), values)
             expected = (m - result.m_empty) / (result.m_model - result.m_empty)
             assert found[row] == pytest.approx(expected, abs=2e-3)
-    for bounds, f in zip(result.intervals, result.faithfulness, strict=True):
-        assert bounds[0] - 1e-6 <= f <= bounds[1] + 1e-6
+    assert result.intervals == []  # four prompts are too few
 
 
 @pytest.mark.parametrize("ablation", ["mean", "counterfactual", "zero"])

@@ -11,10 +11,11 @@ from circuits.ablation import AblationValues, NodeTable, SiteValues, ablation_ed
 from circuits.behaviour import logit_difference
 from circuits.discovery import DiscoverOptions, discover
 from circuits.faithfulness import FaithfulnessOptions, from_start_site, measure_faithfulness, random_nodes
-from circuits.faithfulness_report import area
+from circuits.faithfulness_report import area, cmd, cpr
 from circuits.nodes import SiteNodes, count, select_nodes
 from sae.errors import UserError
 from sae.sites import Site
+from tests.circuits.test_uncertainty import interval_by_hand
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +120,7 @@ def test_start_site_leaves_earlier_sites_alone(tiny_model, tiny_saes, tiny_promp
         sizes=[5, 10], progress=False,
     )  # fmt: skip
     assert result.start_site == "attn_1" and result.n_nodes == count(later)
-    assert len(result.random) == 2 and all(len(curve) == 2 for curve in result.random)
+    assert len(result.random) == 2 and all(len(curve) == 3 for curve in result.random)
     with pytest.raises(UserError, match="attn_1"):
         from_start_site(nodes, "attn_9")
     silent = {site: site_nodes[:0] for site, site_nodes in nodes.items()}
@@ -170,9 +171,29 @@ def test_prompts_unlike_the_reference(tiny_model, tiny_saes, tiny_prompts, nodes
 
 def test_areas():
     """CPR and CMD of a straight line from 0 to 1: a half each; of a perfect circuit from the first node on: 1 and 0."""
-    assert area([0, 0.5], [0, 50], 100, lambda f: f) == pytest.approx(0.5)
-    assert area([0, 0.5], [0, 50], 100, lambda f: abs(1 - f)) == pytest.approx(0.5)
-    assert area([1, 1], [0, 50], 100, lambda f: abs(1 - f)) == 0
+    assert cpr([0.5, 1], [50, 100], 100) == pytest.approx(0.5)
+    assert cmd([0.5, 1], [50, 100], 100) == pytest.approx(0.5)
+    assert area([1, 1], [0, 100], 100, lambda f: abs(1 - f)) == 0
+    assert cpr([0.3], [10], 10) == pytest.approx(0.15)
+    with pytest.raises(ValueError, match="all 20 nodes"):
+        cpr([0.3], [10], 20)
+
+
+@pytest.mark.parametrize("errors", ["nodes", "ablate"])
+def test_areas_are_those_under_the_points_measured(tiny_model, tiny_saes, tiny_prompts, nodes, errors):
+    """Held-out prompts, where all nodes do not give the whole model back."""
+    result = measure_faithfulness(
+        tiny_model, tiny_saes, nodes, tiny_prompts[::2], FaithfulnessOptions(random=0, ablation="zero", errors=errors),
+        sizes=[5, 20], progress=False,
+    )  # fmt: skip
+    assert result.sizes == [5, 20, result.n_nodes]
+    if errors == "ablate":
+        assert abs(result.faithfulness[-1] - 1) > 0.05
+    rows = [line.split() for line in result.table().splitlines()[1:]]
+    printed = [(0, 0.0), *((int(row[0]), float(row[1])) for row in rows)]
+    x, f = np.array(printed).T
+    assert result.cpr == pytest.approx(trapezoid(f, x / result.n_nodes), abs=1e-3)
+    assert result.cmd == pytest.approx(trapezoid(np.abs(1 - f), x / result.n_nodes), abs=1e-3)
 
 
 @pytest.mark.parametrize("errors", ["keep", "ablate"])
@@ -219,7 +240,7 @@ def test_errors_by_their_definition(tiny_model, tiny_saes, tiny_prompts, aggrega
 
 
 def test_intervals_against_loops(tiny_model, tiny_saes, tiny_prompts, nodes):
-    """Ratios of resampled means, from the metric of every prompt measured alone."""
+    """Ratios of resampled sums, from the metric of every prompt measured alone."""
     options = FaithfulnessOptions(random=0, resamples=50, seed=5)
     sizes = [10, 40]
 
@@ -231,28 +252,25 @@ def test_intervals_against_loops(tiny_model, tiny_saes, tiny_prompts, nodes):
     alone = [measure(tiny_prompts[[row]]) for row in range(8)]
     result = measure(tiny_prompts)
     draws = torch.randint(8, (50, 8), generator=torch.Generator().manual_seed(5)).tolist()
-    faithful, complete, cprs, cmds = [], [], [], []
-    for draw in draws:
-        whole, empty = (sum(getattr(alone[b], name) for b in draw) / 8 for name in ("m_model", "m_empty"))
-        curves = []
-        for name in ("faithfulness", "completeness"):
-            curve = []
-            for size in range(2):
-                m = [a.m_empty + getattr(a, name)[size] * (a.m_model - a.m_empty) for a in (alone[b] for b in draw)]
-                curve.append((sum(m) / 8 - empty) / (whole - empty))
-            curves.append(curve)
-        faithful.append(curves[0])
-        complete.append(curves[1])
-        points = zip([0, 10, 40], [0.0, *curves[0]], strict=True)
-        xs, ys = zip(*[(x / result.n_nodes, y) for x, y in points], (1.0, 1.0), strict=True)
-        cprs.append(trapezoid(ys, xs))
-        cmds.append(trapezoid(np.abs(1 - np.array(ys)), xs))
+    whole = [one.m_model - one.m_empty for one in alone]
+    curves = {name: [[getattr(one, name)[k] * y for one, y in zip(alone, whole, strict=True)] for k in range(3)]
+              for name in ("faithfulness", "completeness")}  # fmt: skip
+    share = np.array([0, *result.sizes]) / result.n_nodes
+    areas = [(share[k + 1] - share[k - 1]) / 2 for k in (1, 2)] + [(1 - share[2]) / 2]
+    x = np.array(curves["faithfulness"])  # [sizes, B]
+    below = np.sign(1 - np.array(result.faithfulness) + 1e-12)[:, None] * (np.array(whole) - x)
+    expected = {
+        "cpr": [np.array(areas) @ x],
+        "cmd": [np.array(areas) @ below + share[1] / 2 * np.array(whole)],
+    } | curves
+    for name, rows in expected.items():
+        known = getattr(result.intervals, name)
+        for bounds, row in zip([known] if name in ("cpr", "cmd") else known, rows, strict=True):
+            if np.ptp(np.array(row) / np.array(whole)) > 1e-6:
+                low, high = interval_by_hand(list(row), whole, draws, 0.95)
+                low = max(low, 0.0) if name == "cmd" else low
+                assert bounds == pytest.approx((low, high), rel=2e-2, abs=5e-3)
     known = result.intervals
-    for found, values in (
-        (known.faithfulness, faithful), (known.completeness, complete), ([known.cpr], cprs), ([known.cmd], cmds)
-    ):  # fmt: skip
-        expected = np.quantile(np.array(values).reshape(50, -1), [0.025, 0.975], axis=0).T
-        assert np.allclose(found, expected, rtol=2e-3, atol=2e-3)
     for bounds, f in zip(known.faithfulness, result.faithfulness, strict=True):
         assert bounds[0] <= f <= bounds[1]
     assert f"[{known.cpr[0]:.3f}, {known.cpr[1]:.3f}]" in result.areas()
@@ -263,8 +281,8 @@ def test_plot_and_table(tiny_model, tiny_saes, tiny_prompts, nodes, tmp_path):
         tiny_model, tiny_saes, nodes, tiny_prompts, FaithfulnessOptions(random=1), sizes=[5, 10], progress=False
     )
     assert result.plot(tmp_path / "f.svg").read_text().lstrip().startswith("<?xml")
-    assert len(result.table().splitlines()) == 3
-    assert result.to_dict()["sizes"] == [5, 10]
+    assert len(result.table().splitlines()) == 4
+    assert result.to_dict()["sizes"] == [5, 10, result.n_nodes]
     assert Site.parse(result.start_site) == Site("embed")
 
 

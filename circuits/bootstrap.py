@@ -32,7 +32,7 @@ from sae.errors import UserError
 
 MIN_GROUPS = 5
 """Fewest groups (prompts, or templates of prompts) for an interval."""
-COVERAGE = "in simulations .93 to .99 of them hold the truth, .88 for few prompts with very skewed effects"
+COVERAGE = "in simulations .95 to .99 of them hold the truth, .90 for under 30 prompts with very skewed effects"
 """What `tests.benchmarks.bench_coverage` measures."""
 MIN_ACTIVE = 5
 """Fewest groups in which a node must have an effect for an interval."""

@@ -59,7 +59,7 @@ def test_rows_are_the_circuits_that_discovery_finds(comparison, tiny_model, tiny
             tiny_model, few, circuit.nodes, tiny_prompts, FaithfulnessOptions(random=0, resamples=0), sizes=(5, 20),
             progress=False,
         )  # fmt: skip
-        at = [row.curve.sizes.index(size) for size in (5, 20)]
+        at = [row.curve.sizes.index(size) for size in curve.sizes]
         assert [row.curve.faithfulness[i] for i in at] == pytest.approx(curve.faithfulness, abs=1e-5)
         assert [row.curve.completeness[i] for i in at] == pytest.approx(curve.completeness, abs=1e-5)
         assert row.curve.sizes[-1] == row.curve.n_nodes
@@ -77,7 +77,7 @@ def test_the_row_of_masks_is_what_masks_score(comparison, tiny_model, tiny_saes,
         progress=False,
     )  # fmt: skip
     row = rows["mask"]
-    at = [row.curve.sizes.index(size) for size in (5, 20)]
+    at = [row.curve.sizes.index(size) for size in curve.sizes]
     assert [row.curve.faithfulness[i] for i in at] == pytest.approx(curve.faithfulness, abs=1e-5)
     assert row.residual is None and row.agreement == {} and row.estimates is None
     assert row.seconds > rows["attrib"].seconds and row.peak_bytes >= rows["attrib"].peak_bytes

@@ -11,8 +11,8 @@ and the forward pass ends at the probe's site.
 3. `fit_probe` learns one from labelled texts by logistic regression, and tells how often it is right on held-out ones.
 
 A file is .safetensors with `weight` [d] or [C, d] and `bias` [] or [C]; its metadata has `site`, `position` (`last` or
-the name of a span) and `classes` (comma-separated names of the C rows). A probe of `sfc probe` has `model` (fingerprint)
-and `site_path` (where the site is, if not where the architecture has it) as well: it reads no other model or place.
+the name of a span) and `classes` (comma-separated names of the C rows). A probe of `sfc probe` also has `model` (its
+fingerprint) and `site_path` (where the site is, if not where the architecture has it): it reads no other model or path.
 
 Shapes: B prompts, S positions, d model width, C classes.
 """

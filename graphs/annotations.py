@@ -2,7 +2,9 @@
 
     {"Component": "resid", "Layer": 5, "Feature": 3036, "Name": "resid_5/3036", "Annotation": "plural nouns"}
 
-`Name` suffices; without it, `Component`, `Layer` (absent for the embedding) and `Feature` spell it.
+`Name` suffices; without it, `Component`, `Layer` (absent for the embedding) and `Feature` spell it. Errors and spans
+have names as well: `resid_5/error`, `resid_5/3036@subject`. The paper's files have rows without an annotation and,
+inside, a row of headings (`"Name": "Name"`): these are skipped and counted.
 """
 
 from __future__ import annotations
@@ -10,41 +12,57 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from graphs.errors import GraphError
 from graphs.feature_graph import FeatureGraph
-from graphs.files import write_text
+from graphs.files import parse_json, read_text, write_text
 
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"\w+/\w+(@.+)?", re.DOTALL)
 
 
-def read_annotations(path: str | Path) -> dict[str, str]:
-    """Feature name -> annotation, the last line of a name counting; lines with an empty annotation are skipped.
+class _Line(TypedDict, total=False):
+    """What is read of a line."""
 
-    A malformed line raises GraphError with the file and the line number.
+    Component: str | None
+    Layer: int | str | None
+    Feature: int | str | None
+    Name: str | None
+    Annotation: str | None
+
+
+def read_annotations(path: str | Path) -> dict[str, str]:
+    """Feature name -> annotation, the last line of a name counting; what is skipped is counted in one warning.
+
+    A malformed line raises GraphError with the file and the line number, as does a file without any annotation.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
-        raise GraphError(f"{path}: no such file") from None
-    except UnicodeDecodeError:
-        raise GraphError(f"{path}: not a text file in UTF-8") from None
-    labels = {}
-    for number, line in enumerate(lines, start=1):
+    labels: dict[str, str] = {}
+    skipped: Counter[str] = Counter()
+    for number, line in enumerate(read_text(path).removeprefix("\ufeff").split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise GraphError(f"{path}, line {number}: not valid JSON ({error.msg})") from None
-        name, annotation = _entry(entry, f"{path}, line {number}")
+        where = f"{path}, line {number}"
+        entry = parse_json(line, where, _Line)
+        if _is_heading(entry):
+            skipped["with headings"] += 1
+            continue
+        name, annotation = _name(entry, where), (entry.get("Annotation") or "").strip()
         if annotation:
             labels[name] = annotation
+        else:
+            skipped["without an annotation"] += 1
+    if skipped and not labels:
+        raise GraphError(f'{path}: no line has an annotation: write {{"Name": "resid_3/120", "Annotation": "..."}}')
+    if skipped:
+        counts = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
+        logger.warning("%s: %d annotations; skipped lines: %s", path, len(labels), counts)
     return labels
 
 
@@ -67,27 +85,25 @@ def unmatched(graph: FeatureGraph, labels: Mapping[str, str]) -> list[str]:
     return [name for name in labels if name not in known]
 
 
-def _entry(entry: Any, where: str) -> tuple[str, str]:
-    """Name and annotation of one line."""
-    if not isinstance(entry, dict):
-        raise GraphError(f"{where}: expected an object with Name and Annotation, found {entry!r:.60}")
+def _is_heading(entry: Mapping[str, Any]) -> bool:
+    """Whether the line repeats the names of the columns."""
+    values = {key.lower(): str(value or "").lower() for key, value in entry.items()}
+    return any(values.values()) and all(value in (key, "") for key, value in values.items())
+
+
+def _name(entry: Mapping[str, Any], where: str) -> str:
+    """`resid_5/3036` as given, or from Component, Layer and Feature."""
     name = entry.get("Name") or _spelt(entry)
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise GraphError(f"{where}: Name is {name!r}, expected something like 'resid_5/3036'")
-    if "Annotation" not in entry:
-        raise GraphError(f"{where}: key 'Annotation' is missing")
-    annotation = entry["Annotation"]
-    if annotation is not None and not isinstance(annotation, str):
-        raise GraphError(f"{where}: Annotation is {annotation!r:.60}, expected text")
-    return name, (annotation or "").strip()
+    if name is None or not _NAME.fullmatch(name):
+        raise GraphError(f"{where}: Name is {name!r:.80}, expected something like 'resid_5/3036'")
+    return name
 
 
 def _spelt(entry: Mapping[str, Any]) -> str | None:
-    """`resid_5/3036` from Component, Layer and Feature."""
     component, layer, feature = (entry.get(key) for key in ("Component", "Layer", "Feature"))
-    if not isinstance(component, str) or isinstance(feature, bool) or not isinstance(feature, int):
+    if not component or feature in (None, "") or not re.fullmatch(r"[0-9]+|error", str(feature)):
         return None
-    return f"{component}/{feature}" if layer is None or component == "embed" else f"{component}_{layer}/{feature}"
+    return f"{component}/{feature}" if layer in (None, "") or component == "embed" else f"{component}_{layer}/{feature}"
 
 
 def _line(name: str, text: str) -> dict[str, Any]:

@@ -108,7 +108,8 @@ def parse_json(text: str, where: str | Path, schema: Any) -> Any:
     try:
         value = json.loads(text, parse_constant=lambda _: None, parse_float=_finite)
     except json.JSONDecodeError as error:
-        raise GraphError(f"{where}, line {error.lineno}: not valid JSON ({error.msg})") from None
+        line = f", line {error.lineno}" if "\n" in text.strip() else ""
+        raise GraphError(f"{where}{line}: not valid JSON ({error.msg} at column {error.colno})") from None
     except RecursionError:
         raise GraphError(f"{where}: JSON nested too deeply to be read") from None
     except ValueError as error:  # an integer of more digits than Python converts

@@ -30,7 +30,7 @@ def default_paths(hf: Any, name: str) -> dict[Site, SitePath]:
     if search.incomplete:
         layer, tried = next(iter(search.incomplete.items()))
         logger.warning(
-            "model %s: no attn and mlp sites were found in %d of %d blocks (block %d: %s): give site_paths to have them",
+            "model %s: no attn and mlp sites were found in %d of %d blocks (block %d: %s): give site_paths for them",
             name, len(search.incomplete), len(search.blocks), layer, tried,
         )  # fmt: skip
     return search.paths

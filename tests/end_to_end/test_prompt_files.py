@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from circuits.circuit import Circuit
 from tests.conftest import tiny_hf, word_tokenizer
 
 
@@ -53,3 +54,19 @@ def test_compare_methods_holds_out_prompts_of_each_case_and_leaves_neurons_out(
     assert said.status == 0
     found = json.loads(said.out)
     assert (found["n_train"], found["n_test"]) == (4, 4) and len(found["rows"]) == 1
+
+
+def test_annotations_as_the_paper_has_them_label_a_drawing(sfc, run_folder, tmp_path):
+    circuit = Circuit.load(run_folder)
+    name = next(node.name for node in circuit.graph(nodes=5).nodes() if "/" in node.name and "error" not in node.name)
+    site, feature = name.split("/")
+    component, _, layer = site.partition("_")
+    annotated = {"Component": component, "Layer": layer, "Feature": feature, "Name": name, "Annotation": "plural nouns"}
+    rows = [{"Component": "embed", "Feature": "9", "Name": "embed/9"}, {key: key for key in annotated}, annotated]
+    path, out = tmp_path / "labels.jsonl", tmp_path / "circuit.dot"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert sfc("render", "--circuit", run_folder, "--annotations", path, "--out", out).status == 0
+    assert "plural nouns" in out.read_text()
+    path.write_text('{"Name": "resid_0/1", "Annotation": 5}\n')
+    refused = sfc("render", "--circuit", run_folder, "--annotations", path, "--out", out)
+    assert refused.status == 2 and "labels.jsonl, line 1: key 'Annotation' is 5" in refused.err

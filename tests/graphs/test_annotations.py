@@ -45,8 +45,10 @@ def test_lines_of_the_papers_files_become_labels(tmp_path):
     [
         ("{oops", "not valid JSON"),
         ([1, 2], r"\[1, 2\]"),
-        ({"Name": "resid_5/1"}, "'Annotation' is missing"),
-        ({"Name": "resid_5/1", "Annotation": 3}, "Annotation is 3"),
+        ({"Name": "resid_5/1", "Annotation": 3}, "key 'Annotation' is 3"),
+        ({"Name": ["resid_5/1"], "Annotation": "x"}, "key 'Name' is "),
+        ({"Name": "resid_5/1", "Layer": 5.5, "Annotation": "x"}, "key 'Layer' is 5.5"),
+        ("[" * 100_000, "nested too deeply"),
         ({"Annotation": "x"}, "Name is None"),
         ({"Name": "resid_5", "Annotation": "x"}, "'resid_5'"),
         ({"Component": "resid", "Layer": 5, "Feature": "many", "Annotation": "x"}, "Name is None"),
@@ -55,6 +57,33 @@ def test_lines_of_the_papers_files_become_labels(tmp_path):
 def test_a_malformed_line_is_named(tmp_path, line, message):
     path = write_lines(tmp_path / "a.jsonl", {"Name": "resid_0/1", "Annotation": "fine"}, line)
     with pytest.raises(GraphError, match=rf"a\.jsonl, line 2: .*{message}"):
+        read_annotations(path)
+
+
+def test_headings_and_lines_without_annotation_are_skipped_and_counted(tmp_path, caplog):
+    """As in the paper's two files, where layers and features are text."""
+    path = write_lines(
+        tmp_path / "a.jsonl",
+        {"Component": "embed", "Feature": "1425", "Name": "embed/1425"},
+        {"Component": "resid", "Layer": "5", "Feature": "3036", "Name": "resid_5/3036", "Annotation": "verbs"},
+        {"Component": "Component", "Layer": "", "Name": "Name", "Annotation": "Annotation", "notes": "Notes"},
+        {"Component": "embed", "Layer": "", "Feature": "293", "Annotation": "plural", "Notes": ""},
+        {"Component": "mlp", "Layer": "2", "Feature": "error", "Annotation": "missed"},
+        {"Name": "resid_5/3036@subject", "Annotation": "at the subject"},
+        {"Name": "resid_5/1", "Annotation": None},
+    )  # fmt: skip
+    with caplog.at_level("WARNING", logger="graphs"):
+        labels = read_annotations(path)
+    names = ("resid_5/3036", "embed/293", "mlp_2/error", "resid_5/3036@subject")
+    assert labels == dict(zip(names, ("verbs", "plural", "missed", "at the subject"), strict=True))
+    assert [record.message for record in caplog.records] == [
+        f"{path}: 4 annotations; skipped lines: 2 without an annotation, 1 with headings"
+    ]
+
+
+def test_a_file_without_any_annotation_is_refused(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", {"Name": "resid_5/1", "annotation": "x"})
+    with pytest.raises(GraphError, match=r"a\.jsonl: no line has an annotation"):
         read_annotations(path)
 
 

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 from circuits.prompts import PromptSet
 from circuits.templates import words_of
@@ -24,10 +24,10 @@ def hold_out_half(prompts: PromptSet) -> tuple[PromptSet, PromptSet]:
             f"{len(prompts)} usable prompts with {len(units)} different pairs cannot be divided into prompts that "
             "circuits are found on and prompts they are scored on: give more, or a --test file"
         )
-    strata: dict[Hashable, list[list[int]]] = {}
+    strata: dict[tuple[frozenset[str], str], list[list[int]]] = {}
     for rows in units:
         strata.setdefault((_cases(prompts, rows), prompts.templates[rows[0]]), []).append(rows)
-    thin: dict[Hashable, list[list[int]]] = {}
+    thin: dict[frozenset[str], list[list[int]]] = {}
     for cases, template in [key for key, members in strata.items() if len(members) == 1]:
         thin.setdefault(cases, []).extend(strata.pop((cases, template)))
     held_out = [row for members in strata.values() for rows in members[1::2] for row in rows]

@@ -1,17 +1,21 @@
 # make demo   set up a virtual environment and run the main job on the bundled model
 # make test   set up the same environment and run the tests
+# make test-anywhere   run them four times, with kernels and threads of other machines; a line a run
 # make lint   ruff and mypy
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-anywhere lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/sfc demo --out runs/demo --overwrite
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+test-anywhere: $(VENV)/.installed
+	$(BIN)/python -m tests.anywhere
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -45,6 +45,12 @@ def _reproducible() -> None:
     torch.manual_seed(0)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "shared_dir" in getattr(item, "fixturenames", ()):
+            item.add_marker("needs_shared")
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Fork while no test has run, and so no thread of torch."""
     if any("forked_sfc" in getattr(item, "fixturenames", ()) for item in session.items):

@@ -9,21 +9,35 @@ nodes by themselves; a `circuit` is the whole, from tokens to edges, where the n
 Integrated gradients come with their quadrature error: the relative error (L2, mean over sites) of all effects against
 Gauss-Legendre with 12 nodes, and the completeness residual, a share of the total effect, in which errors cancel.
 
-The paper's code on the same shapes and two CPU cores (recorded once, quiet machine): attribution patching 1.65 s,
-integrated gradients 84.1 s, edges 28.9 s, circuit 113 s.
+    python -m tests.benchmarks.bench_circuit --peer feature_circuits=PYTHON,CHECKOUT
+
+times the paper's code beside: github.com/saprmarks/feature-circuits in CHECKOUT, run by the PYTHON of an environment
+that has what it needs (nnsight 0.3.7, transformers 4.49, dictionary-learning 0.1.0, graphviz), in a process of its
+own, with the same model, SAEs, prompts and number of threads (`paper_steps`). Its steps run in the same rounds, and
+only then is there a speed-up: the ratio of medians of this run. That both compute the same is shown first, by the
+relative difference (L2) of all effects under its rule. Its circuit always stands on integrated gradients by the left
+Riemann sum with 10 nodes: that time is compared with every circuit of ours.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import re
 import resource
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from circuits.attribution import Attribution, States, attribute, capture_states
@@ -37,9 +51,15 @@ from circuits.prompts import PromptSet
 from sae.autoencoder import SAEConfig, SparseAutoencoder
 from sae.model import LanguageModel, Tokens
 from sae.sites import Site
+from tests.benchmarks import paper_steps
 
 PAPERS_RULE = "IG, left Riemann 10"
-PAPER = {"attribution patching": 1.65, PAPERS_RULE: 84.1, "edges": 28.9, "circuit": 113.0}
+BARE = "bare forward + backward"
+PAPERS_STEPS = {
+    "attribution patching": "attribution patching", "integrated gradients": PAPERS_RULE, "edges": "edges",
+    "circuit": "circuit",
+}  # fmt: skip
+"""What the paper's code takes seconds for, and what that is called here."""
 RULES = {
     PAPERS_RULE: ("left-riemann", 10),
     "IG, midpoint 10": ("midpoint", 10),
@@ -181,7 +201,84 @@ def peak_mb(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**20
 
 
-def main() -> None:
+class PapersCode:
+    """The paper's code in a process of its own, on the files of a folder."""
+
+    def __init__(self, python: str, checkout: str, bench: Bench, folder: Path) -> None:
+        self.folder = folder
+        write_inputs(bench, folder)
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        environment |= {"OMP_NUM_THREADS": str(torch.get_num_threads()), "OMP_WAIT_POLICY": "PASSIVE"}
+        self.process = subprocess.Popen(
+            [python, str(Path(paper_steps.__file__).resolve())], cwd=checkout, env=environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        self.ask({"folder": str(folder), "threads": torch.get_num_threads(), "nodes": bench.top})
+
+    def ask(self, request: Any) -> dict[str, Any]:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        return json.loads(line) if line else sys.exit(f"the paper's code failed at {request}; what it said is above")
+
+    def times(self) -> dict[str, float]:
+        """Seconds of its steps, once, by our names."""
+        taken = self.ask("attribution patching") | self.ask("circuit")
+        return {PAPERS_STEPS[name]: value for name, value in taken.items()}
+
+    def difference(self, bench: Bench) -> float:
+        """The relative difference (L2) of all effects by integrated gradients, ours and its, at the worst site."""
+        self.ask("effects")
+        theirs = load_file(self.folder / paper_steps.NODE_EFFECTS)
+        rule, steps = RULES[PAPERS_RULE]
+        ours = bench.attribute(bench.states, method="ig", rule=rule, steps=steps).effects
+        worst = 0.0
+        for site, effects in ours.items():
+            dense = torch.zeros_like(theirs[site.name])
+            dense[effects.example.long(), effects.position.long(), effects.feature.long()] = effects.value.cpu()
+            worst = max(worst, ((dense - theirs[site.name]).norm() / theirs[site.name].norm()).item())
+        return worst
+
+
+def write_inputs(bench: Bench, folder: Path) -> None:
+    """The model, SAEs and prompts of a benchmark, as `paper_steps` reads them."""
+    config = bench.model.hf.config
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+             "max_position_embeddings", "layer_norm_eps", "use_parallel_residual")  # fmt: skip
+    facts = {name: getattr(config, name) for name in names}
+    (folder / "facts.json").write_text(json.dumps({"model": facts}))
+    weights = {
+        name.replace("lm_head.", "embed_out."): x.contiguous() for name, x in bench.model.hf.state_dict().items()
+    }
+    save_file(weights, folder / "model.safetensors")
+    tensors = {f"{site}.{name}": x.clone() for site, sae in bench.saes.items() for name, x in sae.named_buffers()}
+    save_file(tensors, folder / "saes.safetensors")
+    prompts = bench.prompts
+    answers = torch.stack([prompts.clean_answers, prompts.patch_answers], 1)
+    save_file(
+        {"clean": prompts.clean.input_ids, "patch": prompts.patch.input_ids, "answers": answers},
+        folder / "prompts.safetensors",
+    )
+
+
+def print_times(
+    median: dict[str, float], papers: dict[str, float], errors: dict[str, tuple[float, float]], circuits: set[str]
+) -> None:
+    """One line a step; the paper's seconds and the speed-up only where both were measured."""
+    header = f"{'':36} {'seconds':>9} {'x bare':>8}"
+    header += f" {'paper s':>8} {'speed-up':>9}" if papers else ""
+    print(f"{header} {'error':>8} {'residual':>9}")
+    for name, value in median.items():
+        line = f"{name:36} {value:9.3f} {value / median[BARE]:8.1f}"
+        paper = papers.get("circuit" if name in circuits else name)
+        if papers:
+            line += f" {paper:8.2f} {paper / value:8.1f}x" if paper else " " * 19
+        found = errors.get(name.removeprefix("circuit, "))
+        print(line + (f" {found[0]:8.4f} {found[1]:9.5f}" if found else ""))
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, value in {"layers": 6, "width": 512, "features": 4096, "prompts": 32, "length": 8, "vocab": 5000}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
@@ -189,14 +286,22 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--memory", type=float, default=2.0, help="budget in GiB, as sfc discover --memory")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--peer", metavar="feature_circuits=PYTHON,CHECKOUT", help="time the paper's code beside")
     args = parser.parse_args()
+    if args.peer is not None and not re.fullmatch(r"feature_circuits=[^,]+,[^,]+", args.peer):
+        parser.error(f"--peer is {args.peer!r}, wanted is feature_circuits=PYTHON,CHECKOUT")
+    return args
+
+
+def main() -> None:
+    args = arguments()
     bench = Bench(args)
     before = peak_mb(args.device)
     rules = {name: {"method": "ig", "rule": rule, "steps": steps} for name, (rule, steps) in RULES.items()}
     rules |= {f"IG, adaptive to {residual}": {"method": "ig-adaptive", "residual": residual} for residual in ADAPTIVE}
     single = {"attribution patching": {"method": "attrib"}, "RelP": {"method": "relp"}}
     steps: dict[str, Callable] = {
-        "bare forward + backward": bench.bare,
+        BARE: bench.bare,
         "attribution patching": partial(bench.node_pass, **single["attribution patching"]),
         PAPERS_RULE: partial(bench.node_pass, **rules[PAPERS_RULE]),
         "edges": bench.edges,
@@ -204,20 +309,21 @@ def main() -> None:
     circuits = {f"circuit, {name}": options for name, options in (rules | single).items()}
     steps |= {name: partial(bench.circuit, **options) for name, options in circuits.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(args.repeats):
-        for name, function in steps.items():
-            times[name].append(seconds(function, args.device))
-    median = {name: statistics.median(values) for name, values in times.items()}
+    papers: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        peer = PapersCode(*args.peer.partition("=")[2].split(","), bench, Path(folder)) if args.peer else None
+        if peer is not None:
+            print(f"effects differ from the paper's code by {peer.difference(bench):.1e} (L2, worst site)", flush=True)
+        for _ in range(args.repeats):
+            for name, function in steps.items():
+                times[name].append(seconds(function, args.device))
+            for name, value in (peer.times() if peer is not None else {}).items():
+                papers.setdefault(name, []).append(value)
+    median, of_paper = ({k: statistics.median(v) for k, v in taken.items()} for taken in (times, papers))
     peak = peak_mb(args.device) - before
     fine = bench.attribute(bench.states, method="ig", rule="gauss-legendre", steps=FINE).gradients
     errors = {name: bench.errors(fine, **options) for name, options in rules.items()}
-    print(f"{'':36} {'seconds':>9} {'x bare':>8} {'paper s':>8} {'speed-up':>9} {'error':>8} {'residual':>9}")
-    for name, value in median.items():
-        paper = PAPER.get(name, PAPER["circuit"] if name in circuits else None)
-        line = f"{name:36} {value:9.3f} {value / median['bare forward + backward']:8.1f}"
-        line += f" {paper:8.2f} {paper / value:8.1f}x" if paper else ""
-        found = errors.get(name.removeprefix("circuit, "))
-        print(line + (f" {found[0]:8.4f} {found[1]:9.5f}" if found and paper else ""))
+    print_times(median, of_paper, errors, set(circuits))
     print(f"peak memory over model and SAEs: {peak:.0f} MB")
 
 

@@ -57,10 +57,16 @@ def trained(model, out, **options):
     return train(model, TEXT, sites="resid_0", config=small(**options), out=out, progress=False)[SITE]
 
 
-def assert_same(a, b):
-    others = dict(b.named_buffers())
+def assert_learned_the_same(a, b, start):
+    """The changes since the start are the same as a whole, to a fiftieth (a step left out is a tenth).
+
+    Element by element they need not be: Adam divides by the size of the gradient, so where that is all rounding, its
+    sign decides about a whole learning rate; and a token may have two features that are nearly the k-th.
+    """
+    others, before = dict(b.named_buffers()), dict(start.named_buffers())
     for name, x in a.named_buffers():
-        torch.testing.assert_close(x.cpu(), others[name].cpu(), atol=1e-4, rtol=1e-4, msg=name)
+        change = (others[name] - before[name]).norm()
+        assert (x.cpu() - others[name]).norm() <= 0.02 * change + 1e-6 * others[name].norm(), name
 
 
 def test_the_device_refuses_what_a_real_one_refuses(device):
@@ -106,8 +112,10 @@ def test_rows_by_index_are_embedding_bags():
 def test_training_gives_what_it_gives_on_the_cpu(model, tiny_model, tmp_path, options):
     there = trained(model, tmp_path / "there", **options)
     assert there.device == model.device
-    assert_same(there, trained(tiny_model, tmp_path / "here", **options))
-    assert_same(there, load_saes(tmp_path / "there", device=model.device)[SITE])
+    start = trained(tiny_model, tmp_path / "start", learning_rate=1e-12, **options)
+    assert_learned_the_same(there, trained(tiny_model, tmp_path / "here", **options), start)
+    loaded = load_saes(tmp_path / "there", device=model.device)[SITE]
+    assert all(torch.equal(x.cpu(), loaded.get_buffer(name).cpu()) for name, x in there.named_buffers())
 
 
 def test_training_in_bfloat16_from_a_cache_and_fine_tuning(model, tmp_path):

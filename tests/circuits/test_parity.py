@@ -1,4 +1,4 @@
-"""Against recorded outputs of the paper's own code, on the same weights, SAEs and prompts (`shared/parity/tiny`).
+"""Against recorded outputs of the paper's own code, on the same weights, SAEs and prompts (recorded/feature_circuits).
 
 Where that code does not do what it means to, the recorded values are the intended ones, or the deviation is put into
 the test:
@@ -11,6 +11,7 @@ the test:
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,33 +28,30 @@ from sae.autoencoder import SAEConfig, SparseAutoencoder
 from sae.model import LanguageModel, Tokens
 from sae.sites import Site
 
+RECORDED = Path(__file__).parent / "recorded" / "feature_circuits"
 TOLERANCE = 1e-4  # relative L2 error; the arithmetic is float32 on both sides
 
 
 @pytest.fixture(scope="module")
-def recorded(shared_dir):
-    folder = shared_dir / "parity" / "tiny"
-    files = {path.stem: load_file(path) for path in folder.glob("*.safetensors")}
-    return files | {"config": json.loads((folder / "config.json").read_text())}, json.loads(
-        (folder / "meta.json").read_text()
-    )
+def recorded():
+    """The recorded files by name."""
+    files = {path.stem: load_file(path) for path in RECORDED.glob("*.safetensors")}
+    return files | {"config": json.loads((RECORDED / "config.json").read_text())}
 
 
 @pytest.fixture(scope="module")
 def model(recorded):
-    config = GPTNeoXConfig(
-        **{key: value for key, value in recorded[0]["config"].items() if key != "transformers_version"}
-    )
+    config = GPTNeoXConfig(**{key: value for key, value in recorded["config"].items() if key != "transformers_version"})
     hf = GPTNeoXForCausalLM(config)
     head = next(name for name in hf.state_dict() if name in ("embed_out.weight", "lm_head.weight"))
-    weights = {head if name == "embed_out.weight" else name: value for name, value in recorded[0]["model"].items()}
+    weights = {head if name == "embed_out.weight" else name: value for name, value in recorded["model"].items()}
     hf.load_state_dict(weights)
     return LanguageModel.load(hf.eval(), device="cpu")
 
 
 @pytest.fixture(scope="module")
 def saes(recorded, model):
-    tensors = recorded[0]["saes"]
+    tensors = recorded["saes"]
     return {
         site: SparseAutoencoder(
             SAEConfig(architecture="relu", d_model=32, n_features=64, site=site.name),
@@ -70,7 +68,7 @@ def saes(recorded, model):
 
 @pytest.fixture(scope="module")
 def prompts(recorded):
-    inputs = recorded[0]["inputs"]
+    inputs = recorded["inputs"]
     n = len(inputs["clean"])
     ones = torch.ones_like(inputs["clean"])
     return PromptSet(
@@ -112,7 +110,7 @@ def test_integrated_gradients(recorded, model, saes, prompts):
     )
     for site in model.sites:
         ours = dense(result.effects[site], prompts.clean.input_ids.shape)
-        assert relative_error(ours, recorded_nodes(recorded[0]["nodes_ig"], site)) < TOLERANCE, site
+        assert relative_error(ours, recorded_nodes(recorded["nodes_ig"], site)) < TOLERANCE, site
 
 
 def test_attribution_patching_with_the_recorded_mlp_gradient(recorded, model, saes, prompts):
@@ -137,7 +135,7 @@ def test_attribution_patching_with_the_recorded_mlp_gradient(recorded, model, sa
     for site, gradient in zip(model.sites, gradients, strict=True):
         effects = contract_gradient(saes[site], states.clean[site], states.patch[site], gradient, mask=states.mask)
         ours = dense(effects, prompts.clean.input_ids.shape)
-        assert relative_error(ours, recorded_nodes(recorded[0]["nodes_attrib"], site)) < TOLERANCE, site
+        assert relative_error(ours, recorded_nodes(recorded["nodes_attrib"], site)) < TOLERANCE, site
 
 
 def test_attribution_patching_agrees_where_nothing_deviates(recorded, model, saes, prompts):
@@ -149,7 +147,7 @@ def test_attribution_patching_agrees_where_nothing_deviates(recorded, model, sae
             saes[site], states.clean[site], states.patch[site], gradients[site], mask=states.mask
         )
         ours = dense(effects, prompts.clean.input_ids.shape)
-        assert relative_error(ours, recorded_nodes(recorded[0]["nodes_attrib"], site)) < TOLERANCE, site
+        assert relative_error(ours, recorded_nodes(recorded["nodes_attrib"], site)) < TOLERANCE, site
 
 
 def all_nodes(sae, n_positions: int) -> SiteNodes:
@@ -161,7 +159,7 @@ def all_nodes(sae, n_positions: int) -> SiteNodes:
 
 def test_edges(recorded, model, saes, prompts):
     """Every recorded edge (example, position, node) -> (example, position, node), computed one example at a time."""
-    tensors, _ = recorded
+    tensors = recorded
     shape = prompts.clean.input_ids.shape
     width = 65
     pairs = {name.removesuffix(".idx") for name in tensors["edges"] if name.endswith(".idx")} - {"resid_1|y"}

@@ -9,6 +9,8 @@ and the edges among the `edge_nodes`. `Circuit.graph` cuts a `FeatureGraph` out 
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -25,11 +27,13 @@ from circuits.nodes import Nodes, SiteNodes, aggregate, distinguishable, select_
 from graphs.feature_graph import FeatureGraph, Position, error_node, feature_node, metric_node
 from graphs.pruning import by_edge_threshold, by_top_edges
 from sae.errors import UserError
-from sae.files import TensorSpec, check_tensors, write_tensors
+from sae.files import TensorSpec, check_tensors, digest_tensors, read_header, write_tensors
 from sae.sites import Site
 
 GRAPH_FILE = "circuit.json"
 EFFECTS_FILE = "effects.safetensors"
+PARTIAL_FOLDER = "partial"
+"""Holds what of a discovery is finished, until it ends."""
 
 
 @dataclass(frozen=True)
@@ -179,13 +183,23 @@ class Circuit:
     # --- files --------------------------------------------------------------------------------------------------
 
     def save(self, folder: str | Path, *, graph: FeatureGraph) -> Path:
-        """Write `effects.safetensors`, then `circuit.json` (the pruned `graph`), each in one step."""
-        folder = Path(folder)
-        write_tensors(folder / EFFECTS_FILE, self._tensors())
+        """Write `effects.safetensors`, then `circuit.json` (the pruned `graph`), each in one step.
+
+        Both say which circuit they are of (`digest`), so that a new one is never read with half of an old one.
+        """
+        folder, tensors = Path(folder), self._tensors()
+        self.metadata["digest"] = self._digest(tensors)
+        write_tensors(folder / EFFECTS_FILE, tensors, metadata={"circuit": self.metadata["digest"]})
         portable = graph.subgraph(graph.graph)
-        portable.metadata = relative_to_run(graph.metadata, folder.parent)
+        portable.metadata = relative_to_run({**graph.metadata, "digest": self.metadata["digest"]}, folder.parent)
         portable.save(folder / GRAPH_FILE)
         return folder
+
+    def _digest(self, tensors: Mapping[str, torch.Tensor]) -> str:
+        """A short hash of everything that was found and what it was made with."""
+        made_with = {key: value for key, value in self.metadata.items() if key != "digest"}
+        text = json.dumps(made_with, sort_keys=True, default=str) + digest_tensors(tensors)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         tensors: dict[str, torch.Tensor] = {}
@@ -210,6 +224,10 @@ class Circuit:
         """Read a run folder or the `circuit` folder inside it; `UserError` or `GraphError` for what is no circuit."""
         folder = circuit_folder(path)
         metadata = FeatureGraph.load(folder / GRAPH_FILE).metadata
+        if (noted := read_header(folder / EFFECTS_FILE).get("circuit")) and noted != metadata.get("digest"):
+            raise UserError(
+                f"{GRAPH_FILE} and {EFFECTS_FILE} in {str(folder)!r} are of two circuits: discover with --overwrite"
+            )
         check_metadata(metadata, folder / GRAPH_FILE, circuit=True)
         metadata = absolute_in_run(metadata, folder.parent)
         effects, tensors, with_edges = read_effects(folder / EFFECTS_FILE, metadata)
@@ -235,11 +253,22 @@ class Circuit:
         return replace(circuit, groups=tensors["groups"].long() if "groups" in tensors else None)
 
 
+def circuit_digest(folder: Path) -> str | None:
+    """Which circuit is in a folder; None for one of an earlier version."""
+    return read_header(folder / EFFECTS_FILE).get("circuit")
+
+
 def circuit_folder(path: str | Path) -> Path:
     """The folder with `circuit.json` and `effects.safetensors`: the path itself or `circuit` inside it."""
     for folder in (Path(path), Path(path) / "circuit"):
         if (folder / GRAPH_FILE).is_file() and (folder / EFFECTS_FILE).is_file():
             return folder
+    for folder in (Path(path), Path(path) / "circuit"):
+        if (folder / PARTIAL_FOLDER).is_dir():
+            raise UserError(
+                f"the discovery in {str(folder)!r} has not ended (it was interrupted, or still runs): go on with sfc "
+                "discover --resume and the same options, or start again with --overwrite"
+            )
     raise UserError(
         f"no circuit in {str(path)!r}: looked for {GRAPH_FILE} and {EFFECTS_FILE} there and in circuit/; "
         "make one with sfc discover"

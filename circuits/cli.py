@@ -15,8 +15,15 @@ from typing import Any
 
 import tyro
 
+from circuits.streams import prepare_streams, say, say_error
 from graphs.errors import GraphError
 from sae.errors import UserError
+from sae.stopping import terminated_as_interrupted
+
+RESUMABLE = ("train", "finetune", "sweep", "cache", "discover")
+"""Commands that go on with `--resume`."""
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc")
+"""What torch's errors say where there is no more memory."""
 
 
 def _commands() -> dict[str, Any]:
@@ -70,26 +77,59 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+    prepare_streams()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    words = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        command = tyro.extras.subcommand_cli_from_dict(
-            _commands(),
-            prog="sfc",
-            description="Find, draw and edit sparse feature circuits in language models.",
-            args=arguments,
-            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
-        )
-        output = command.run()
+        _check_words(words)
+        with terminated_as_interrupted():
+            command = tyro.extras.subcommand_cli_from_dict(
+                _commands(),
+                prog="sfc",
+                description="Find, draw and edit sparse feature circuits in language models.",
+                args=words,
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+            )
+            output = command.run()
+            say((json.dumps(output.data) if command.json else output.text) + "\n")
     except (UserError, GraphError) as error:
         _leave(f"sfc: {error}", 2)
     except KeyboardInterrupt:
-        _leave("sfc: interrupted; what was finished is on disk", 130)
+        _leave(f"sfc: interrupted; what was finished is on disk{_way_on(words)}", 130)
     except OSError as error:
         _leave(f"sfc: {error}", 1)
-    sys.stdout.write((json.dumps(output.data) if command.json else output.text) + "\n")
+    except (MemoryError, RuntimeError, ImportError) as error:
+        if (message := _of_the_machine(error)) is None:
+            raise
+        _leave(f"sfc: {message}", 1)
     sys.exit(0)
 
 
+def _check_words(words: Sequence[str]) -> None:
+    """Paths whose bytes are no text cannot be written down in a run's files."""
+    for word in words:
+        if any("\ud800" <= character <= "\udfff" for character in word):
+            shown = word.encode(errors="surrogateescape").decode(errors="backslashreplace")
+            raise UserError(f"the argument '{shown}' is not UTF-8 text: give files and folders names that are")
+
+
+def _way_on(words: Sequence[str]) -> str:
+    return ": go on with --resume and the same options" if words and words[0] in RESUMABLE else ""
+
+
+def _of_the_machine(error: Exception) -> str | None:
+    """What to say where memory ran out or a library cannot be loaded; None for any other error."""
+    text = str(error).strip().partition("\n")[0]
+    if isinstance(error, ImportError):
+        return f"a library cannot be loaded: {text}"
+    if isinstance(error, MemoryError) or any(part in str(error).lower() for part in OUT_OF_MEMORY):
+        return (
+            f"memory ran out ({text or 'no more can be had'}): give a smaller --memory, batch or number of features, "
+            "or free some; what was finished is on disk"
+        )
+    return None
+
+
 def _leave(message: str, status: int) -> None:
-    sys.stderr.write(message + "\n")
+    say_error(message + "\n")
     sys.exit(status)

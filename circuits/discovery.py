@@ -37,7 +37,7 @@ from circuits.circuit import Circuit
 from circuits.edges import ACTIVE, check_edges
 from circuits.metric_identity import names_code
 from circuits.nodes import AGGREGATIONS, aggregate, count, select_nodes
-from circuits.partial import PartialFiles, interrupted, work_of
+from circuits.partial import PartialFiles, alone_in_partial, interrupted, work_of
 from circuits.passes import BatchNodes, Work, edge_pass, node_pass
 from circuits.probes import Probe, read_by, visible_sites
 from circuits.prompts import PromptSet
@@ -101,6 +101,7 @@ class DiscoverOptions:
             raise UserError(f"memory is {self.memory} GiB: it must be positive")
 
 
+@alone_in_partial
 def discover(
     model: LanguageModel,
     saes: Mapping[Site, SparseAutoencoder],

@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch.nn.functional import pad
 from tqdm import tqdm
 
@@ -44,7 +43,7 @@ from circuits.probes import read_by
 from circuits.prompts import PromptSet
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError, unknown
-from sae.files import atomic_write
+from sae.files import write_tensors
 from sae.model import LanguageModel
 from sae.sites import Site
 
@@ -127,8 +126,7 @@ class Mask:
             named = {"feature": nodes.feature, "position": nodes.position, "effect": nodes.effect}
             tensors |= {f"{site.name}/{name}": tensor for name, tensor in named.items()}
             tensors[f"{site.name}/score"] = self.scores[site]
-        with atomic_write(path) as temporary:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+        write_tensors(path, tensors)
         return path
 
 

@@ -26,13 +26,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from circuits.prompts import PromptSet
 from circuits.spans import LAST
 from sae.errors import UserError, unknown
-from sae.files import atomic_write
+from sae.files import write_tensors
 from sae.model import LanguageModel, Run, Tokens
 from sae.sites import Site
 
@@ -135,8 +134,7 @@ def save_probe(
     if model is not None:
         about |= {"model": model.fingerprint, "site_path": model.moved_sites.get(site, "")}
     path = Path(path)
-    with atomic_write(path) as temporary:
-        save_file({"weight": weight.contiguous(), "bias": bias.contiguous()}, temporary, metadata=about)
+    write_tensors(path, {"weight": weight, "bias": bias}, metadata=about)
     return path
 
 

@@ -4,8 +4,8 @@ A cache is a folder of shards `shard_00000.safetensors`, each with a tensor [n, 
 [n], and `manifest.json`: model, its revision and fingerprint, sites and widths, text and its fingerprint, context
 length, number type, rows of each shard.
 
-1. `write_cache` runs the model over the text once and writes shard after shard; `unfinished.json` says after each what
-   is written and where in the text the next begins. A run that was interrupted goes on there with `resume=True`.
+1. `sae.cache_writer.write_cache` runs the model over the text once and writes shard after shard; `unfinished.json` says
+   after each what is written and where in the text the next begins. An interrupted run goes on there.
 2. The manifest is written last; a folder without one is refused.
 3. `CachedActivations` reads rows in the order of the text, from the beginning again after the last, and knows what a
    trainer must know of the model (`CachedModel`), which is not loaded.
@@ -17,30 +17,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from tqdm import tqdm
 
-from sae.activations import ContextStream, ModelActivations, StreamState, TextRead
+from sae.activations import StreamState, TextRead
 from sae.config import TrainConfig
 from sae.errors import UserError
-from sae.files import prepare_folder, read_json, remove_temporary, write_json, write_tensors, write_text
+from sae.files import (
+    CHECKSUM,
+    check_digest,
+    read_header,
+    read_json,
+)
 from sae.model import LanguageModel
 from sae.sites import Site, select_sites
 from sae.text import TextSource
 
 MANIFEST, UNFINISHED = "manifest.json", "unfinished.json"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
-SHARD_TOKENS = 2**16
-SHARD_BYTES = 2**30
-"""Most memory for the rows of one shard, in float32."""
-ID_BYTES = 4
 SCHEMA_VERSION = 1
 
 
@@ -88,6 +87,16 @@ class Manifest:
 
 
 @dataclass(frozen=True)
+class Unfinished:
+    """How far a cache is written."""
+
+    manifest: Manifest
+    """What is on disk."""
+    position: StreamState
+    """Where in the text the next shard begins."""
+
+
+@dataclass(frozen=True)
 class CachedModel:
     """What a trainer must know of a model it never runs."""
 
@@ -108,146 +117,14 @@ class CachedModel:
         return tuple(self.widths)
 
 
-def cache_bytes(widths: Iterable[int], tokens: int, dtype: str) -> int:
-    """Size on disk of `tokens` tokens: activations of all sites and a 4-byte token id."""
-    return tokens * (sum(widths) * DTYPES[dtype].itemsize + ID_BYTES)
+def bytes_text(n_bytes: int) -> str:
+    """A number of bytes for a person.
 
-
-def write_cache(
-    model: LanguageModel,
-    texts: str | Path | Iterable[str] | TextSource,
-    *,
-    sites: str | Sequence[str | Site] = "all",
-    tokens: int,
-    out: str | Path,
-    context_length: int | None = None,
-    packed: bool = False,
-    exclude_special: bool = True,
-    dtype: str = "bfloat16",
-    shard_tokens: int = SHARD_TOKENS,
-    resume: bool = False,
-    overwrite: bool = False,
-    progress: bool = True,
-) -> Manifest:
-    """Runs the model once over the text and writes the activations of the sites to `out`.
-
-    At least `tokens` tokens, up to one forward pass more; fewer where the text ends before, for a cache holds no
-    text twice.
+    >>> bytes_text(1_234), bytes_text(123_400_000)
+    ('1.23 kB', '123.40 MB')
     """
-    if dtype not in DTYPES:
-        raise UserError(f"the cache's number type is {dtype!r}, allowed are {', '.join(DTYPES)}")
-    if tokens < 1 or shard_tokens < 1:
-        raise UserError(f"tokens is {tokens} and shard_tokens {shard_tokens}: both must be at least 1")
-    names = sites if isinstance(sites, str) else [str(site) for site in sites]
-    chosen, source, out = select_sites(names, model.sites), TextSource.of(texts), Path(out)
-    stream = ContextStream(model, source, context_length=context_length, packed=packed)
-    activations = ModelActivations(model, stream, chosen, exclude_special=exclude_special)
-    begun = Manifest(
-        SCHEMA_VERSION, model.name, model.fingerprint, model.revision, source.name, source.fingerprint,
-        {site.name: width for site, width in activations.widths.items()}, stream.context_length, packed,
-        exclude_special, dtype, tokens, [], 0, False,
-        {site.name: path for site, path in model.moved_sites.items() if site in chosen},
-    )  # fmt: skip
-    if resume and (out / MANIFEST).is_file():
-        whole = _same(begun, read_manifest(out), out)
-        _clean(whole, out)
-        return whole
-    if resume and (out / UNFINISHED).is_file():
-        begun, position = _unfinished(begun, out)
-        stream.seek(position)
-    stream.peek()  # text that cannot be read is told before anything is written
-    _check_space(out, cache_bytes(activations.widths.values(), tokens - begun.rows, dtype))
-    prepare_folder(out, overwrite=overwrite or resume)
-    if not begun.shards:
-        (out / MANIFEST).unlink(missing_ok=True)
-        _note(out, begun, stream.state)
-    manifest = _write_shards(activations, begun, out, shard_tokens, progress)
-    _finish(manifest, out)
-    return manifest
-
-
-def _finish(manifest: Manifest, out: Path) -> None:
-    """The cache is whole: say so, and remove what an earlier one or a killed process left."""
-    write_json(out / MANIFEST, asdict(manifest))
-    _clean(manifest, out)
-
-
-def _clean(manifest: Manifest, out: Path) -> None:
-    """Removes all that is not part of a whole cache."""
-    remove_temporary(out)
-    (out / UNFINISHED).unlink(missing_ok=True)
-    for surplus in set(out.glob("shard_*.safetensors")) - {shard_path(out, i) for i in range(len(manifest.shards))}:
-        surplus.unlink()
-
-
-def _write_shards(
-    activations: ModelActivations, manifest: Manifest, out: Path, shard_tokens: int, progress: bool
-) -> Manifest:
-    """Shards until there are tokens enough or the text ends."""
-    bytes_per_row = 4 * sum(activations.widths.values())
-    most = min(shard_tokens, SHARD_BYTES // bytes_per_row)
-    device = activations.model.device
-    with tqdm(total=manifest.tokens, initial=manifest.rows, unit="token", disable=not progress) as bar:
-        while manifest.rows < manifest.tokens and not manifest.whole_text:
-            one_pass = sum(map(len, activations.stream.peek()))
-            size = max(min(most, manifest.tokens - manifest.rows), one_pass)
-            buffer = {site: torch.empty(size, width, device=device) for site, width in activations.widths.items()}
-            ids = torch.empty(size, dtype=torch.int64)
-            n = activations.fill(buffer, ids, one_epoch=True)
-            if n:
-                tensors = {site.name: _stored(x[:n], site, manifest.dtype) for site, x in buffer.items()}
-                tensors["input_ids"] = ids[:n].to(torch.int32)
-                write_tensors(shard_path(out, len(manifest.shards)), tensors)
-            read = activations.text_read()
-            shards = [*manifest.shards, n] if n else manifest.shards
-            manifest = replace(manifest, shards=shards, documents=read.documents, whole_text=read.whole)
-            _note(out, manifest, activations.position())
-            bar.update(n)
-    return manifest
-
-
-def _stored(x: Tensor, site: Site, dtype: str) -> Tensor:
-    """x on the CPU in the cache's number type; `UserError` where that cannot hold it."""
-    stored = x.to("cpu", DTYPES[dtype])
-    if not stored.isfinite().all():
-        raise UserError(
-            f"activations of site {site} reach {float(x.abs().max()):.3g}, and {dtype} holds no more than "
-            f"{torch.finfo(stored.dtype).max:.3g}: write the cache in bfloat16 or float32, or without that site"
-        )
-    return stored
-
-
-def _note(out: Path, manifest: Manifest, position: StreamState) -> None:
-    """Write down what is on disk and where in the text the next shard begins."""
-    write_text(out / UNFINISHED, json.dumps({"manifest": asdict(manifest), "position": asdict(position)}))
-
-
-def _unfinished(begun: Manifest, out: Path) -> tuple[Manifest, StreamState]:
-    """How far an interrupted run came."""
-    noted = read_json(out / UNFINISHED)
-    return _same(begun, Manifest(**noted["manifest"]), out), StreamState.from_json(noted["position"])
-
-
-def _same(wanted: Manifest, found: Manifest, out: Path) -> Manifest:
-    """What was found, after a check that it was begun with the same options."""
-    progress = ("shards", "documents", "whole_text", "model", "text", "revision")
-    for key, value in asdict(wanted).items():
-        if key not in progress and value != getattr(found, key):
-            raise UserError(
-                f"the cache in {str(out)!r} was begun with {key} {getattr(found, key)!r} and cannot go on with "
-                f"{value!r}: give the same options, another folder or allow overwriting"
-            )
-    return found
-
-
-def _check_space(out: Path, needed: int) -> None:
-    """Refuse what the disk cannot hold."""
-    folder = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.is_dir())
-    if needed > (free := shutil.disk_usage(folder).free):
-        raise UserError(
-            f"the cache needs {needed / 1e9:.2f} GB and the disk of {str(out)!r} has {free / 1e9:.2f} GB free: "
-            "give fewer tokens or sites, bfloat16, or another folder"
-        )
+    size = next((size for size in (1e9, 1e6, 1e3) if n_bytes >= size), 1)
+    return f"{n_bytes / size:.2f} { {1e9: 'GB', 1e6: 'MB', 1e3: 'kB', 1: 'bytes'}[size] }"
 
 
 def shard_path(folder: Path, index: int) -> Path:
@@ -260,13 +137,17 @@ def read_manifest(folder: str | Path) -> Manifest:
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
         if (folder / UNFINISHED).is_file():
-            rows = Manifest(**read_json(folder / UNFINISHED)["manifest"]).rows
-            raise UserError(f"the cache in {str(folder)!r} is not finished ({rows:,} tokens): resume writing it first")
+            rows = read_json(folder / UNFINISHED, Unfinished).manifest.rows
+            raise UserError(
+                f"the cache in {str(folder)!r} is not finished ({rows:,} tokens): go on with sfc cache --resume"
+            )
         raise UserError(f"no activation cache in {str(folder)!r}: looked for {MANIFEST}, which is written last")
-    entries = read_json(folder / MANIFEST)
-    if entries.get("schema_version") != SCHEMA_VERSION:
-        raise UserError(f"{folder / MANIFEST} has schema_version {entries.get('schema_version')!r}, allowed is 1")
-    return Manifest(**entries)
+    manifest = read_json(folder / MANIFEST, Manifest)
+    if manifest.schema_version != SCHEMA_VERSION:
+        raise UserError(f"{folder / MANIFEST} has schema_version {manifest.schema_version!r}, allowed is 1")
+    if not manifest.sites or min(manifest.shards, default=0) < 1:
+        raise UserError(f"{folder / MANIFEST} names no sites, no shards or a shard without rows: it is damaged")
+    return manifest
 
 
 class CachedActivations:
@@ -304,6 +185,7 @@ class CachedActivations:
             self._check_places(model)
         self._state = StreamState()
         self.rows_at_once = 1
+        self._checked: set[Path] = set()
 
     @property
     def model(self) -> CachedModel:
@@ -378,6 +260,7 @@ class CachedActivations:
     def _read(self, shard: int, offset: int, rows: int, into: Mapping[Site, Tensor]) -> None:
         path = shard_path(self.folder, shard)
         try:
+            self._check_once(path)
             with safe_open(path, framework="pt") as tensors:
                 for site, x in into.items():
                     x.copy_(tensors.get_slice(site.name)[offset : offset + rows])
@@ -385,6 +268,12 @@ class CachedActivations:
                         raise UserError(f"site {site} holds numbers that are not finite")
         except Exception as error:  # safetensors raises its own kind, OSError, or torch's for a wrong shape
             raise UserError(f"{str(path)!r} is missing or damaged: write the cache again ({error})") from error
+
+    def _check_once(self, path: Path) -> None:
+        """Hold a shard against its checksum when it is read for the first time."""
+        if path not in self._checked and CHECKSUM in read_header(path):
+            check_digest(path)
+        self._checked.add(path)
 
     def _locate(self, row: int) -> tuple[int, int]:
         """The shard that holds a row, and the row in it."""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from sae.architectures import nonlinearity
+from sae.contents import check_complete
 from sae.errors import UserError
 from sae.files import TensorSpec, check_type, read_json, read_tensors, write_json, write_tensors
 from sae.nonlinearities import CORE, TOPK, Nonlinearity, top_features
@@ -297,6 +298,7 @@ def load_saes(
 
 def find_saes(path: str | Path, *, sites: Iterable[Site | str] | None = None) -> dict[Site, Path]:
     """The folder of each site's autoencoder, in forward order, where `load_saes` would read it."""
+    check_complete(path)
     folders = sae_folders(path)
     if not folders:
         raise UserError(

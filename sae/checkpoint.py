@@ -1,23 +1,41 @@
 """Checkpoints of a training run: a folder with every tensor and one JSON file, complete or absent.
 
 `checkpoints/step_00001200/{state.safetensors, state.json}` is written under a temporary name and renamed; the last two
-are kept. Everything that training reads is in it or follows from it: weights, Adam's moments and step counts, the
-learners' counters, the step, and the position in the text at which the present fill of the buffer began.
+are kept, and where the last one is damaged the one before serves. Everything that training reads is in it or follows
+from it: weights, Adam's moments and step counts, the learners' counters, the step, and the position in the text at
+which the present fill of the buffer began.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from sae.activations import StreamState
-from sae.files import read_json, read_tensors, temporary_name, write_tensors
+from sae.contents import CHECKPOINTS, check_contents
+from sae.contents import remove as remove_contents
+from sae.errors import UserError
+from sae.files import (
+    digest_tensors,
+    make_folder,
+    read_json,
+    read_tensors,
+    sync,
+    temporary_name,
+    write_json,
+    write_tensors,
+)
+
+log = logging.getLogger(__name__)
 
 KEPT = 2
 
@@ -40,9 +58,23 @@ class Checkpoint:
     """Weights, optimizer moments and counters by name."""
 
 
+@dataclass(frozen=True)
+class _Entries:
+    """What `state.json` says."""
+
+    schema_version: int
+    step: int
+    fill: int
+    dealt: int
+    position: StreamState
+    log_bytes: int
+    checksum: str | None = None
+    """Digest of the tensors and of the other entries; checkpoints of earlier versions have none."""
+
+
 def save(folder: Path, checkpoint: Checkpoint) -> Path:
     """Writes a checkpoint and removes all but the last two."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     final = folder / f"step_{checkpoint.step:08d}"
     temporary = temporary_name(final)
     temporary.mkdir()
@@ -50,9 +82,11 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         write_tensors(temporary / "state.safetensors", checkpoint.tensors)
         entries = {key: value for key, value in vars(checkpoint).items() if key not in ("tensors", "position")}
         entries = {"schema_version": 1, **entries, "position": asdict(checkpoint.position)}
-        (temporary / "state.json").write_text(json.dumps(entries), encoding="utf-8")
-        shutil.rmtree(final, ignore_errors=True)
+        write_json(temporary / "state.json", {**entries, "checksum": _checksum(entries, checkpoint.tensors)})
+        if final.exists():  # damaged, so that training went on from an earlier one
+            shutil.rmtree(final.rename(temporary_name(final)), ignore_errors=True)
         temporary.rename(final)
+        sync(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     for old in _folders(folder)[:-KEPT]:
@@ -61,20 +95,22 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
 
 
 def latest(folder: Path) -> Checkpoint | None:
-    """The last checkpoint of a run, or None."""
+    """The last checkpoint of a run that is not damaged, or None where there is none at all."""
     folders = _folders(folder)
-    if not folders:
-        return None
-    entries = read_json(folders[-1] / "state.json")
-    del entries["schema_version"]
-    state = StreamState.from_json(entries.pop("position"))
-    return Checkpoint(**entries, position=state, tensors=read_tensors(folders[-1] / "state.safetensors"))
+    for path in reversed(folders):
+        try:
+            return _read(path)
+        except UserError as error:
+            log.warning("a damaged checkpoint is left out: %s", error)
+            reason = error
+    if folders:
+        raise UserError(f"no checkpoint in {str(folder)!r} can be read ({reason}): start again with --overwrite")
+    return None
 
 
 def remove(folder: Path) -> None:
-    """Removes all checkpoints: first from sight, so that half of one is never found."""
-    if folder.is_dir():
-        shutil.rmtree(folder.rename(temporary_name(folder)), ignore_errors=True)
+    """Removes all checkpoints, and the folder unless it holds anything else."""
+    remove_contents(folder, CHECKPOINTS)
 
 
 def tensors_of(
@@ -96,5 +132,42 @@ def make_moments(name: str, weights: Mapping[str, Tensor], optimizer: Optimizer,
         optimizer.state[weight] = {moment: tensor.to(weight.device) for moment, tensor in moments.items()}
 
 
+def put_in_force(tensors: Mapping[str, Tensor], checkpoint: Checkpoint, folder: Path) -> None:
+    """Copies the tensors of a checkpoint into those of a run; UserError for any that is missing or of another shape."""
+    for name, tensor in tensors.items():
+        saved = checkpoint.tensors.get(name)
+        if saved is None or saved.shape != tensor.shape:
+            raise UserError(
+                f"the checkpoint in {str(folder)!r} has nothing that fits {name.partition('/state/')[0]}: "
+                "finish what was interrupted with the same options first"
+            )
+        tensor.copy_(saved)
+
+
+def cut_log(path: Path, n_bytes: int) -> None:
+    """Takes from a training log what was written after a checkpoint; a log that lost lines stays as it is."""
+    if not path.is_file() or path.stat().st_size < n_bytes:
+        log.warning("%s lost lines that were written before the checkpoint", path)
+        return
+    with path.open("r+b") as lines:
+        lines.truncate(n_bytes)
+
+
+def _read(path: Path) -> Checkpoint:
+    check_contents(path, CHECKPOINTS.of(path) or CHECKPOINTS)
+    tensors = read_tensors(path / "state.safetensors")
+    noted = read_json(path / "state.json", _Entries)
+    entries = {key: value for key, value in asdict(noted).items() if key != "checksum"}
+    if noted.checksum is not None and noted.checksum != _checksum(entries, tensors):
+        raise UserError(f"{path} is damaged: its checksum is not that of its contents")
+    return Checkpoint(noted.step, noted.fill, noted.dealt, noted.position, noted.log_bytes, tensors)
+
+
+def _checksum(entries: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    text = json.dumps(entries, sort_keys=True) + digest_tensors(tensors)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
 def _folders(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step_*")) if folder.is_dir() else []
+    """Checkpoints by step: folders of that name with a `state.json` in them."""
+    return [path for path in sorted(folder.glob("step_*")) if CHECKPOINTS.lists(path)] if folder.is_dir() else []

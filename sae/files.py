@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -25,7 +26,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import TypeAdapter, ValidationError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -33,6 +34,8 @@ from sae.errors import UserError
 
 MAX_TEXT_BYTES = 2**30
 """No file that is read at once as text is larger."""
+CHECKSUM = "checksum"
+"""Where the header of a safetensors file has the digest of its tensors."""
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp(\..+)?")
 
 
@@ -47,12 +50,13 @@ def is_temporary(path: Path) -> bool:
 
 
 def remove_temporary(folder: Path) -> None:
-    """Removes what a killed process was writing, in the folder and all inside it."""
-    for path in [path for path in folder.rglob(".*") if is_temporary(path)]:
-        if path.is_dir():
+    """Removes what a killed process was writing in a folder, not in those inside it."""
+    for path in [path for path in folder.iterdir() if is_temporary(path)] if folder.is_dir() else ():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # a folder that can only be read
+                path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -100,12 +104,53 @@ def without_nan(value: Any) -> Any:
 
 
 def write_tensors(
-    path: str | Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    metadata: Mapping[str, str] | None = None,
+    checksum: bool = False,
 ) -> None:
-    """Write tensors as safetensors, atomically; `metadata` goes into its header."""
+    """Write tensors as safetensors, atomically; `metadata` goes into its header, with `checksum` a digest as well.
+
+    The library makes a temporary file of its own beside the one it writes: it gets a folder for it.
+    """
+    path = Path(path)
+    copies = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    header = dict(metadata or {}) | ({CHECKSUM: digest_tensors(copies)} if checksum else {})
     with atomic_write(path) as temporary:
-        header = None if metadata is None else dict(metadata)
-        save_file({name: x.cpu().contiguous() for name, x in tensors.items()}, temporary, header)
+        folder = temporary_name(path.with_suffix(""))
+        folder.mkdir()
+        try:
+            save_file(copies, folder / path.name, header or None)
+            (folder / path.name).replace(temporary)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of all bits of some tensors, their names, shapes and number types."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:32]
+
+
+def read_header(path: str | Path) -> dict[str, str]:
+    """What the header of a safetensors file says beside its tensors; nothing where there is no such file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except FileNotFoundError:
+        return {}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is not a safetensors file, or not all of one: {error}") from None
+
+
+def check_digest(path: str | Path) -> None:
+    """Raises UserError for a safetensors file whose bits are not those that `write_tensors` took a checksum of."""
+    if read_header(path).get(CHECKSUM) != digest_tensors(read_tensors(path)):
+        raise UserError(f"{path} is damaged: its checksum is not that of its contents")
 
 
 @dataclass(frozen=True)

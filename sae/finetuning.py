@@ -35,17 +35,19 @@ from tqdm import tqdm
 
 from sae import checkpoint as checkpoints
 from sae.activations import ContextStream
-from sae.autoencoder import SparseAutoencoder
+from sae.autoencoder import SparseAutoencoder, fingerprint
 from sae.checkpoint import Checkpoint
 from sae.divergence import all_finite, diverged, warn_of_useless
 from sae.errors import UserError, unknown
 from sae.evaluation import counted_tokens
+from sae.locks import lock
 from sae.model import LanguageModel
 from sae.places import Edit
 from sae.run_folder import RunFolder, run_settings
 from sae.selfcheck import check_finite
 from sae.sites import Site
 from sae.splice import check_saes
+from sae.stopping import stopping
 from sae.text import TextSource
 from sae.tokens import Tokens
 from sae.training import BETAS
@@ -187,33 +189,34 @@ def finetune(
     saes = dict(sorted(saes.items()))
     for sae in saes.values():
         check_tunable(sae)
-    options = {"config": {"saes": origin, **asdict(config)}}
+    options = {"config": {"saes": origin, **asdict(config)}, "saes_fingerprint": fingerprint(saes)}
     run = RunFolder(out, "finetune", run_settings(model, source, list(saes), {}) | options)
     folders = {site: out / "saes" / site.name for site in saes}
-    if resume and run.finished():
-        log.info("the run in %s is complete; nothing to resume", out)
-        return {site: SparseAutoencoder.load(folders[site], device=model.device) for site in saes}
-    stream = ContextStream(
-        model, source, context_length=config.context_length, packed=config.packed, forward_tokens=config.batch
-    )
-    tunables = make_tunable(model, saes, stream, config)
-    run.start(resume=resume, overwrite=overwrite)
-    log_path = out / "saes" / "finetuning.jsonl"
-    Finetuner(
-        model, tunables, stream, config, log_path=log_path, checkpoint_folder=run.checkpoints, progress=progress
-    ).run()
-    tuned = {}
-    for site, tunable in tunables.items():
-        tuned[site] = tunable.export()
-        tuned[site].config = replace(
-            tunable.config,
-            site=site.name,
-            model=model.name,
-            model_fingerprint=model.fingerprint,
-            extra={**tunable.config.extra, "finetuning": asdict(config)},
+    with lock(out):
+        if resume and run.finished():
+            log.info("the run in %s is complete; nothing to resume", out)
+            return {site: SparseAutoencoder.load(folders[site], device=model.device) for site in saes}
+        stream = ContextStream(
+            model, source, context_length=config.context_length, packed=config.packed, forward_tokens=config.batch
         )
-        tuned[site].save(folders[site])
-    run.finish()
+        tunables = make_tunable(model, saes, stream, config)
+        run.start(resume=resume, overwrite=overwrite)
+        log_path = out / "saes" / "finetuning.jsonl"
+        Finetuner(
+            model, tunables, stream, config, log_path=log_path, checkpoint_folder=run.checkpoints, progress=progress
+        ).run()
+        tuned = {}
+        for site, tunable in tunables.items():
+            tuned[site] = tunable.export()
+            tuned[site].config = replace(
+                tunable.config,
+                site=site.name,
+                model=model.name,
+                model_fingerprint=model.fingerprint,
+                extra={**tunable.config.extra, "finetuning": asdict(config)},
+            )
+            tuned[site].save(folders[site])
+        run.finish()
     return tuned
 
 
@@ -270,16 +273,18 @@ class Finetuner:
         config, total = self.config, self.config.tokens
         bar = tqdm(total=total, initial=self.tokens, unit="token", desc="fine-tune", disable=not self.progress)
         try:
-            with bar, self.log_path.open("a", encoding="utf-8") as lines:
+            with bar, self.log_path.open("a", encoding="utf-8") as lines, stopping() as stop:
                 while self.tokens < total:
                     before = self.tokens
                     self._one_step()
                     bar.update(min(self.tokens, total) - before)
                     if self.step % config.log_steps == 0 or self.tokens >= total:
                         bar.set_postfix_str(self._log(lines))
-                    if self._checkpoints_at(before) < self._checkpoints_at(self.tokens):
+                    if stop or self._checkpoints_at(before) < self._checkpoints_at(self.tokens):
                         lines.flush()
                         self._save()
+                    if stop and self.tokens < total:
+                        raise KeyboardInterrupt
             self._check_weights()
             warn_of_useless(self.explained)
         except KeyboardInterrupt:
@@ -361,8 +366,6 @@ class Finetuner:
         for site, tunable in self.tunables.items():
             checkpoints.make_moments(site.name, tunable.weights, self.optimizer, found.tensors)
         with torch.no_grad():
-            for name, tensor in self._tensors().items():
-                tensor.copy_(found.tensors[name])
-        with self.log_path.open("r+b") as lines:
-            lines.truncate(found.log_bytes)
+            checkpoints.put_in_force(self._tensors(), found, self.checkpoint_folder)
+        checkpoints.cut_log(self.log_path, found.log_bytes)
         log.info("resumed after %d of %d tokens", self.tokens, self.config.tokens)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from sae.autoencoder import SAEConfig, SparseAutoencoder, find_saes, read_config, sae_folders
+from sae.contents import check_complete
 from sae.errors import UserError
 from sae.formats import load_any, read_folder, site_of
 from sae.formats.hub import folders_in
@@ -149,6 +150,7 @@ def open_saes(
     wanted = None if sites is None else [Site.parse(str(site)) for site in sites]
     device = torch.device(device)
     root = Path(path).expanduser()
+    check_complete(root)
     if budget is None:
         free = free_memory(device)
         budget = None if free is None else int(SHARE_OF_FREE * free)

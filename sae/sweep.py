@@ -21,11 +21,13 @@ from sae.activation_cache import CachedActivations, CachedModel
 from sae.activations import TextRead
 from sae.architectures import architecture
 from sae.config import TrainConfig
+from sae.contents import CONFIG_FILE
 from sae.errors import UserError
 from sae.files import atomic_write, read_json
 from sae.learner import Learner
+from sae.locks import lock
 from sae.model import LanguageModel
-from sae.run_folder import CONFIG_FILE, RunFolder, run_settings
+from sae.run_folder import RunFolder, read_log, run_settings
 from sae.sites import Site, select_sites
 from sae.text import TextSource
 from sae.training import Trainer, open_activations
@@ -117,37 +119,39 @@ def sweep(
         name: RunFolder(out / name, "train", run_settings(model, source, chosen, config, cache=identity))
         for name, config in configs.items()
     }
-    waiting = [name for name, run in runs.items() if not (resume and run.finished())]
-    if waiting:
-        rows = open_activations(model, source, chosen, first, cache=activations)
-        whole.start(resume=resume, overwrite=overwrite)
-        for name in waiting:
-            runs[name].start(resume=resume, overwrite=overwrite)
-        learners = [
-            Learner(f"{name}/{site}", site, model.widths[site], configs[name], model.device)
-            for name in waiting
-            for site in chosen
-        ]
-        log_path = out / "training.jsonl"
-        checkpoints = whole.checkpoints
-        Trainer(learners, rows, first, log_path=log_path, checkpoint_folder=checkpoints, progress=progress).run()
-        for learner in learners:
-            folder = out / learner.name.removesuffix(f"/{learner.site}") / "saes" / learner.site.name
-            where = model.moved_sites.get(learner.site, "")
-            learner.export(model=model.name, fingerprint=model.fingerprint, site_path=where).save(folder)
-        _split_log(log_path, {name: runs[name].path for name in waiting})
-        for name in waiting:
-            runs[name].finish(read=asdict(rows.text_read()))
-    whole.finish()
-    (out / "training.jsonl").unlink(missing_ok=True)
+    with lock(out):
+        if resume and whole.is_replacing():
+            whole.start(resume=True, overwrite=False)
+        waiting = [name for name, run in runs.items() if not (resume and run.finished())]
+        if waiting:
+            rows = open_activations(model, source, chosen, first, cache=activations)
+            whole.start(resume=resume, overwrite=overwrite)
+            for name in waiting:
+                runs[name].start(resume=resume, overwrite=overwrite)
+            learners = [
+                Learner(f"{name}/{site}", site, model.widths[site], configs[name], model.device)
+                for name in waiting
+                for site in chosen
+            ]
+            log_path = out / "training.jsonl"
+            checkpoints = whole.checkpoints
+            Trainer(learners, rows, first, log_path=log_path, checkpoint_folder=checkpoints, progress=progress).run()
+            for learner in learners:
+                folder = out / learner.name.removesuffix(f"/{learner.site}") / "saes" / learner.site.name
+                where = model.moved_sites.get(learner.site, "")
+                learner.export(model=model.name, fingerprint=model.fingerprint, site_path=where).save(folder)
+            _split_log(log_path, {name: runs[name].path for name in waiting})
+            for name in waiting:
+                runs[name].finish(read=asdict(rows.text_read()))
+        whole.finish()
+        (out / "training.jsonl").unlink(missing_ok=True)
     return Sweep.load(out)
 
 
 def _split_log(log: Path, runs: Mapping[str, Path]) -> None:
     """Gives each run folder its lines of the common log, as `train` leaves them."""
     lines: dict[str, list[str]] = {name: [] for name in runs}
-    for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
-        entry = json.loads(line)
+    for entry in read_log(log):
         name, _, site = entry["site"].rpartition("/")
         if name in lines:
             lines[name].append(json.dumps({**entry, "site": site}) + "\n")

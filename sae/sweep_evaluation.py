@@ -28,9 +28,10 @@ from tqdm import tqdm
 
 from sae.architectures import architecture
 from sae.autoencoder import CONFIG_FILE, WEIGHTS_FILE, load_saes
+from sae.contents import clean, sweep_layout
 from sae.evaluation import Measurement, token_batches
 from sae.evaluation_results import EVALUATION_FILE
-from sae.files import read_json, remove_temporary, write_json, write_tensors
+from sae.files import read_json, write_json, write_tensors
 from sae.model import LanguageModel
 from sae.sweep import Sweep
 from sae.sweep_results import SweepResults, SweepRow
@@ -82,7 +83,7 @@ def evaluate_sweep(
     progress: bool = False,
 ) -> SweepResults:
     """Measures every config that was not measured on this text before; goes on where a measurement was interrupted."""
-    remove_temporary(sweep.out)
+    clean(sweep.out, sweep_layout([*sweep.configs]))
     measured_on = evaluation_settings(model, held_out.source, tokens=tokens, context=context, start=held_out.start)
     waiting = [name for name in sweep.configs if not same_measurement(_found(sweep, name), measured_on)]
     begun = [name for name in _Unfinished.names_in(sweep) if name in waiting]

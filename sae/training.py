@@ -34,11 +34,13 @@ from sae.config import TrainConfig
 from sae.divergence import all_finite, diverged, warn_of_useless
 from sae.errors import UserError
 from sae.learner import DEAD_LOOKS, Learner
+from sae.locks import lock
 from sae.memory import keep_freed_memory
 from sae.model import LanguageModel
 from sae.products import Scratch
 from sae.run_folder import RunFolder, run_settings
 from sae.sites import Site, select_sites
+from sae.stopping import stopping
 from sae.text import TextSource
 
 log = logging.getLogger(__name__)
@@ -74,20 +76,21 @@ def train(
     identity = None if activations is None else activations.identity
     run = RunFolder(out, "train", run_settings(model, source, chosen, config, cache=identity))
     folders = {site: out / "saes" / site.name for site in chosen}
-    if resume and run.finished():
-        log.info("the run in %s is complete; nothing to resume", out)
-        return {site: SparseAutoencoder.load(folders[site], device=model.device) for site in chosen}
-    rows = open_activations(model, source, chosen, config, cache=activations)
-    run.start(resume=resume, overwrite=overwrite)
-    learners = [Learner(site.name, site, model.widths[site], config, model.device) for site in chosen]
-    log_path = out / "saes" / "training.jsonl"
-    Trainer(learners, rows, config, log_path=log_path, checkpoint_folder=run.checkpoints, progress=progress).run()
-    saes = {}
-    for learner in learners:
-        where = model.moved_sites.get(learner.site, "")
-        saes[learner.site] = learner.export(model=model.name, fingerprint=model.fingerprint, site_path=where)
-        saes[learner.site].save(folders[learner.site])
-    run.finish(read=asdict(rows.text_read()))
+    with lock(out):
+        if resume and run.finished():
+            log.info("the run in %s is complete; nothing to resume", out)
+            return {site: SparseAutoencoder.load(folders[site], device=model.device) for site in chosen}
+        rows = open_activations(model, source, chosen, config, cache=activations)
+        run.start(resume=resume, overwrite=overwrite)
+        learners = [Learner(site.name, site, model.widths[site], config, model.device) for site in chosen]
+        log_path = out / "saes" / "training.jsonl"
+        Trainer(learners, rows, config, log_path=log_path, checkpoint_folder=run.checkpoints, progress=progress).run()
+        saes = {}
+        for learner in learners:
+            where = model.moved_sites.get(learner.site, "")
+            saes[learner.site] = learner.export(model=model.name, fingerprint=model.fingerprint, site_path=where)
+            saes[learner.site].save(folders[learner.site])
+        run.finish(read=asdict(rows.text_read()))
     return saes
 
 
@@ -159,7 +162,7 @@ class Trainer:
         bar = tqdm(total=self.config.steps, initial=self.step, unit="step", disable=not self.progress)
         logged_at, logged_step = time.monotonic(), self.step
         try:
-            with bar, self.log_path.open("a", encoding="utf-8") as lines:
+            with bar, self.log_path.open("a", encoding="utf-8") as lines, stopping() as stop:
                 while self.step < self.config.steps:
                     self._one_step()
                     bar.update()
@@ -168,9 +171,11 @@ class Trainer:
                         speed = (self.step - logged_step) * self.config.batch / max(seconds, 1e-9)
                         bar.set_postfix_str(self._log(lines, speed))
                         logged_at, logged_step = time.monotonic(), self.step
-                    if self.step in saves:
+                    if self.step in saves or stop:
                         lines.flush()
                         self._save()
+                    if stop and self.step < self.config.steps:
+                        raise KeyboardInterrupt
             self._check_weights()
             warn_of_useless(self.explained)
         except KeyboardInterrupt:
@@ -284,16 +289,8 @@ class Trainer:
         self.step, self.fill, self.dealt, self.position = found.step, found.fill, found.dealt, found.position
         for learner in self.learners:
             checkpoints.make_moments(learner.name, learner.weights, self.optimizer, found.tensors)
-        tensors = self._tensors()
-        if missing := next((name for name in tensors if name not in found.tensors), None):
-            raise UserError(
-                f"the checkpoint in {str(self.checkpoint_folder)!r} has nothing of {missing.partition('/state/')[0]}: "
-                "finish what was interrupted with the same options first"
-            )
         with torch.no_grad():
-            for name, tensor in tensors.items():
-                tensor.copy_(found.tensors[name])
-        with self.log_path.open("r+b") as lines:
-            lines.truncate(found.log_bytes)
+            checkpoints.put_in_force(self._tensors(), found, self.checkpoint_folder)
+        checkpoints.cut_log(self.log_path, found.log_bytes)
         log.info("resumed after step %d of %d", self.step, self.config.steps)
         return True

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from circuits.commands.common import Common, Output, Overwrite, at_least, load_model
-from sae.activation_cache import CachedActivations, CachedModel, cache_bytes, write_cache
+from sae.activation_cache import CachedActivations, CachedModel, bytes_text
+from sae.cache_writer import cache_bytes, write_cache
 from sae.errors import UserError
 from sae.loading import resolve_device, weights_fingerprint
 from sae.sites import select_sites
@@ -44,7 +45,7 @@ class Cache(Common):
         sites = select_sites(self.sites, model.sites)
         size = cache_bytes((model.widths[site] for site in sites), self.tokens, self.stored_dtype)
         if not self.quiet:
-            sys.stderr.write(f"{self.tokens:,} tokens at {len(sites)} sites: {_size(size)} on disk\n")
+            sys.stderr.write(f"{self.tokens:,} tokens at {len(sites)} sites: {bytes_text(size)} on disk\n")
         manifest = write_cache(
             model,
             self.text,
@@ -62,7 +63,7 @@ class Cache(Common):
         short = f"; the text has no more than {manifest.rows:,} tokens" if manifest.rows < self.tokens else ""
         text = (
             f"wrote {self.out}: {manifest.rows:,} tokens of {manifest.documents:,} documents at "
-            f"{len(manifest.sites)} sites, {_size(written)} in {len(manifest.shards)} shards{short}"
+            f"{len(manifest.sites)} sites, {bytes_text(written)} in {len(manifest.shards)} shards{short}"
         )
         data = {"out": str(self.out), "tokens": manifest.rows, "documents": manifest.documents, "bytes": written}
         return Output(text, {**data, "sites": list(manifest.sites)})
@@ -83,7 +84,3 @@ def need(value: str | None, option: str) -> str:
     if value is None:
         raise UserError(f"--{option} is missing: give it, or --cache with a folder that `sfc cache` wrote")
     return value
-
-
-def _size(n_bytes: int) -> str:
-    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.1f} MB"

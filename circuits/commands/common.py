@@ -24,8 +24,9 @@ from circuits.circuit import Circuit
 from circuits.prompt_formats import read_examples
 from circuits.prompts import PromptSet, make_prompts
 from sae.autoencoder import SparseAutoencoder, fingerprint
+from sae.contents import check_run_config, read_run_config
 from sae.errors import UserError
-from sae.files import read_json, without_nan, write_json
+from sae.files import without_nan, write_json
 from sae.formats import load_any
 from sae.formats.hub import check_source
 from sae.model import LanguageModel
@@ -221,8 +222,9 @@ def place(name: str | Path) -> str:
 def record(run: Path, command: str, options: Any) -> None:
     """Add the command with its options and the versions of what it ran on to the run's `config.json`."""
     path = run / "config.json"
-    known = read_json(path) if path.is_file() else {"schema_version": 1}
-    known[command] = {field.name: _plain(getattr(options, field.name)) for field in fields(options)}
+    check_run_config(run)
+    known = read_run_config(run) or {"schema_version": 1}
+    known[command] = {field.name: plain(getattr(options, field.name)) for field in fields(options)}
     known["versions"] = {"python": platform.python_version()} | {
         name: importlib.metadata.version(name) for name in PACKAGES if _installed(name)
     }
@@ -237,9 +239,10 @@ def _installed(name: str) -> bool:
     return True
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A value as JSON has it."""
     if isinstance(value, Path):
         return str(value)
     if hasattr(value, "__dataclass_fields__"):
-        return {key: _plain(entry) for key, entry in asdict(value).items()}
+        return {key: plain(entry) for key, entry in asdict(value).items()}
     return list(value) if isinstance(value, tuple) else value

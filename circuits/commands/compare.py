@@ -14,7 +14,9 @@ from circuits.comparison_options import CompareOptions
 from circuits.comparison_view import plot, tables
 from circuits.held_out import hold_out_half
 from circuits.prompts import PromptSet, load_prompts
-from sae.files import prepare_folder, write_json
+from sae.contents import COMPARISON, check_contents, check_no_link, check_run_config, remove
+from sae.files import prepare_folder, write_json, write_text
+from sae.locks import lock
 
 COMPARISON_FILE = "comparison.json"
 
@@ -42,15 +44,26 @@ class CompareMethods(UsesSaes):
     options: Annotated[CompareOptions, tyro.conf.arg(name="")] = field(default_factory=CompareOptions)
 
     def run(self) -> Output:
-        folder = prepare_folder(self.out / "comparison", overwrite=self.overwrite)
+        with lock(self.out):
+            return self._run(self._folder())
+
+    def _folder(self) -> Path:
+        folder = self.out / "comparison"
+        check_run_config(self.out)
+        check_no_link(folder)
+        check_contents(folder, COMPARISON)
+        return prepare_folder(folder, overwrite=self.overwrite)
+
+    def _run(self, folder: Path) -> Output:
         model = load_model(self.model, self, saes=self.saes)
         saes = load_checked_saes(model, self.saes, options=self)
         train, test = self._prompts(model)
         comparison = compare_methods(model, saes, train, test, self.options, progress=not self.quiet)
         data = comparison.to_dict()
+        remove(folder, COMPARISON)  # drawing and table of an earlier one
         write_json(folder / COMPARISON_FILE, data)
         text = tables(comparison)
-        (folder / "comparison.txt").write_text(text + "\n")
+        write_text(folder / "comparison.txt", text + "\n")
         drawing = plot(comparison, folder / "comparison.svg")
         record(self.out, "compare-methods", self)
         return Output(f"{text}\nwrote {folder / COMPARISON_FILE} and {drawing}", {**data, "comparison": str(folder)})

@@ -4,11 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from circuits.commands.common import Output, Overwrite
-from sae.files import prepare_folder
+from sae.contents import (
+    CONFIG_FILE,
+    EVALUATION,
+    Layout,
+    check_contents,
+    check_run_config,
+    read_run_config,
+    remove,
+    visible,
+)
+from sae.errors import UserError
+from sae.files import prepare_folder, write_json
 from sae.formats import load_any, save_saes
+from sae.locks import lock
+
+CONVERTED_SAE = Layout((r"(config|cfg)\.json", r"(sae|sae_weights)\.safetensors", r"ae\.pt", EVALUATION))
+"""The folder of a site, in any format that can be written."""
+CONVERTED = Layout((r"config\.json", EVALUATION))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +44,46 @@ class Convert:
     """Print one JSON object instead of text."""
 
     def run(self) -> Output:
+        with lock(self.out):
+            return self._run()
+
+    def _run(self) -> Output:
+        self._check()
         saes = load_any(self.saes, sites=None if self.site is None else [self.site])
-        prepare_folder(self.out, overwrite=self.overwrite)
-        save_saes({self.out / site.name: sae for site, sae in saes.items()}, file_format=self.format)
         names = [site.name for site in saes]
+        self._remove_earlier()
+        entry = {"saes": self.saes, "format": self.format, "sites": names}
+        self._note({**entry, "complete": False})
+        save_saes({self.out / site.name: sae for site, sae in saes.items()}, file_format=self.format)
+        self._note({**entry, "complete": True})
         text = f"wrote {', '.join(names)} to {self.out} as {self.format}"
         return Output(text, {"out": str(self.out), "format": self.format, "sites": names})
+
+    def _check(self) -> None:
+        """Refuse a folder that holds anything but autoencoders that this command wrote."""
+        check_run_config(self.out)
+        if read_run_config(self.out) and self._before() is None:
+            raise UserError(f"{str(self.out)!r} holds a run of another command: give another folder")
+        check_contents(self.out, Layout(CONVERTED.files, dict.fromkeys(self._sites(), CONVERTED_SAE)))
+        prepare_folder(self.out, overwrite=self.overwrite)
+
+    def _remove_earlier(self) -> None:
+        """Take away what an earlier conversion wrote, of whatever format; it is not complete from then on."""
+        before = self._before()
+        if before is not None:
+            self._note({**before, "complete": False})
+            for name in self._sites():
+                remove(self.out / name, CONVERTED_SAE)
+            for path in visible(self.out):
+                if path.name != CONFIG_FILE and CONVERTED.lists(path):
+                    path.unlink()
+
+    def _before(self) -> dict[str, Any] | None:
+        return read_run_config(self.out).get("convert")
+
+    def _sites(self) -> list[str]:
+        """Sites that an earlier conversion wrote."""
+        return [str(name) for name in (self._before() or {}).get("sites", [])]
+
+    def _note(self, entry: dict[str, Any]) -> None:
+        write_json(self.out / CONFIG_FILE, {"schema_version": 1, "convert": entry})

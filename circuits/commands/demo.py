@@ -18,8 +18,10 @@ from circuits.commands.render import Explore, Render
 from circuits.commands.report import Report
 from circuits.commands.train import Train
 from circuits.faithfulness import FaithfulnessOptions
+from circuits.streams import say
 from sae.errors import UserError, unknown
-from sae.files import prepare_folder
+from sae.locks import lock
+from sae.run_folder import check_run_folder
 from sae.training import TrainConfig
 
 BEHAVIOURS = {
@@ -51,8 +53,10 @@ class Demo(Common):
     def run(self) -> Output:
         if self.behaviour not in BEHAVIOURS:
             raise unknown("behaviour", self.behaviour, BEHAVIOURS)
-        story = _Story(self)
-        story.tell()
+        with lock(self.out):
+            check_run_folder(self.out, "train", resume=False, overwrite=self.overwrite)
+            story = _Story(self)
+            story.tell()
         return Output(story.summary(), story.data)
 
 
@@ -69,7 +73,7 @@ class _Story:
 
     def __init__(self, options: Demo) -> None:
         self.options = options
-        self.out = prepare_folder(options.out, overwrite=options.overwrite)
+        self.out = options.out
         self.model = bundled("model")
         self.train_prompts = bundled("prompts", options.behaviour, "train.jsonl")
         self.test_prompts = bundled("prompts", options.behaviour, "test.jsonl")
@@ -124,14 +128,12 @@ class _Story:
 
     def _chapter(self, name: str, title: str, *commands: Any) -> None:
         if not self.options.json:
-            sys.stdout.write(f"\n\033[1m{title}\033[0m\n" if sys.stdout.isatty() else f"\n{title}\n")
-            sys.stdout.flush()
+            say(f"\n\033[1m{title}\033[0m\n" if sys.stdout.isatty() else f"\n{title}\n")
         for command in commands:
             output = command.run()
             self.data.setdefault(name, {}).update(output.data)
             if not self.options.json:
-                sys.stdout.write(output.text + "\n")
-                sys.stdout.flush()
+                say(output.text + "\n")
 
     def summary(self) -> str:
         """What was found, in five lines."""

@@ -12,7 +12,7 @@ import tyro
 
 from circuits.behaviour import absolute, get_metric
 from circuits.bootstrap import Bootstrap
-from circuits.circuit import GRAPH_FILE, Circuit
+from circuits.circuit import EFFECTS_FILE, GRAPH_FILE, PARTIAL_FOLDER, Circuit
 from circuits.commands.common import (
     Output,
     Overwrite,
@@ -27,7 +27,7 @@ from circuits.discovery import DiscoverOptions, discover
 from circuits.edges import check_edges
 from circuits.estimate import estimate_discovery
 from circuits.nodes import count
-from circuits.partial import FOLDER, interrupted, remove_partial
+from circuits.partial import interrupted, remove_partial
 from circuits.probes import visible_sites
 from circuits.prompts import PromptSet, load_prompts
 from circuits.spans import LAST
@@ -35,20 +35,17 @@ from circuits.uncertainty import uncertainty_line, with_uncertainty
 from circuits.verification import verified, verify
 from graphs.feature_graph import FeatureGraph
 from sae.autoencoder import SparseAutoencoder, fingerprint
+from sae.contents import CIRCUIT, MEASURED, check_contents, check_no_link, check_run_config, remove, visible
 from sae.errors import UserError
 from sae.features import top_contexts
-from sae.files import prepare_folder, write_json
+from sae.files import prepare_folder, read_json, write_json
+from sae.locks import lock
 from sae.model import LanguageModel
 from sae.sites import Site, select_sites
 from sae.streaming import subset
 from sae.text import TextSource
 
 FEATURES_FILE = "features.json"
-MEASURED_FILES = (
-    "faithfulness.json", "faithfulness.svg", "edge_faithfulness.json", "edge_faithfulness.svg", "mask.json",
-    "mask.safetensors",
-)  # fmt: skip
-"""What other commands measure of a circuit and leave beside it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +101,12 @@ class Discover(UsesSaes):
 
     def run(self) -> Output:
         self._check()
-        folder = self.out / "circuit" if self.estimate else self._folder()
+        if self.estimate:
+            return self._run(self.out / "circuit")
+        with lock(self.out):
+            return self._run(self._folder())
+
+    def _run(self, folder: Path) -> Output:
         model = load_model(self.model, self, saes=self.saes)
         saes = load_checked_saes(model, self.saes, options=self)
         check_edges(saes, select_sites(self.options.sites, list(saes)), edge_nodes=self.options.edge_nodes)
@@ -131,7 +133,7 @@ class Discover(UsesSaes):
         """The circuit, with its intervals and the strongest nodes verified."""
         circuit = discover(
             model, saes, prompts, options, provenance=self._provenance(model, saes, prompts), progress=not self.quiet,
-            partial=folder / FOLDER, resume=self.resume,
+            partial=folder / PARTIAL_FOLDER, resume=self.resume,
         )  # fmt: skip
         if self.resamples:
             circuit = with_uncertainty(circuit, Bootstrap(resamples=self.resamples))
@@ -151,24 +153,33 @@ class Discover(UsesSaes):
             significant=self.significant,
             attributes=features,
         )
-        circuit.save(folder, graph=graph)
-        for outdated in MEASURED_FILES:
+        for outdated in (
+            GRAPH_FILE,
+            EFFECTS_FILE,
+        ):  # from here on there is no circuit until all of the new one is there
             (folder / outdated).unlink(missing_ok=True)
+        remove(folder, MEASURED)
         set_edits_aside(self.out)
         write_json(folder / FEATURES_FILE, {"schema_version": 1, "features": features})
         record(self.out, "discover", self)
-        remove_partial(folder / FOLDER)
+        circuit.save(folder, graph=graph)
+        remove_partial(folder / PARTIAL_FOLDER)
         return graph
 
     def _folder(self) -> Path:
         """The folder of the circuit; one with a circuit or an interrupted discovery only where that was asked for."""
         folder = self.out / "circuit"
-        if interrupted(folder / FOLDER) and not self.resume and not self.overwrite:
+        check_run_config(self.out)
+        check_no_link(folder)
+        check_contents(folder, CIRCUIT)
+        if interrupted(folder / PARTIAL_FOLDER) and not self.resume and not self.overwrite:
             raise UserError(
                 f"{str(folder)!r} holds an interrupted discovery: go on with --resume, or start again with --overwrite"
             )
-        if self.resume and (folder / GRAPH_FILE).is_file() and not interrupted(folder / FOLDER):
-            raise UserError(f"nothing to resume in {str(folder)!r}: its circuit is finished; --overwrite begins again")
+        if self.resume and not interrupted(folder / PARTIAL_FOLDER) and visible(folder):
+            finished = (folder / GRAPH_FILE).is_file()
+            why = "its circuit is finished" if finished else "no discovery was begun there"
+            raise UserError(f"nothing to resume in {str(folder)!r}: {why}; --overwrite begins again")
         return prepare_folder(folder, overwrite=self.overwrite or self.resume)
 
     def _check(self) -> None:
@@ -230,6 +241,8 @@ def set_edits_aside(run: Path) -> None:
     present circuit alone.
     """
     for path in sorted((run / "edits").glob("*.json")):
+        if read_json(path, Any).get("kind") != "edit":
+            continue
         aside = run / "edits" / "earlier" / path.name
         aside.parent.mkdir(exist_ok=True)
         number = 2

@@ -5,18 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from circuits.circuit import circuit_folder
+from circuits.circuit import circuit_digest, circuit_folder
 from circuits.commands.common import Loaded, Output, UsesSaes, at_least, record
+from circuits.commands.results import MADE_WITH, Named, different_options, digest_of, made_with, read_result
 from circuits.edit_places import needs_spans
 from circuits.editing import ablate
+from sae.contents import check_no_link
 from sae.errors import UserError
+from sae.files import write_json
+from sae.locks import lock
 from sae.text import TextSource
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Edit(UsesSaes):
+class _Edit(UsesSaes, Named):
     """Which features are edited, and what is measured."""
 
     circuit: Path
@@ -43,8 +47,6 @@ class _Edit(UsesSaes):
     """Draw random features from all sites together instead of as many per site as are edited."""
     seed: int = 0
     """Seed of the random draws."""
-    name: str | None = None
-    """Name of edits/NAME.json in the run folder; made from the edit by default."""
     model: str | None = None
     """Another place of the model the circuit was found in."""
     saes: str | None = None
@@ -56,6 +58,11 @@ class _Edit(UsesSaes):
         at_least(self, top=1, examples=1, texts=1, generate=0, new_tokens=1, random=0)
         if (self.top is None) == (self.features is None):
             raise UserError("say which features to edit: either --top N or --features resid_3/120,mlp_2/7")
+        with lock(circuit_folder(self.circuit).parent, shared=True):
+            return self._edit(operation, value)
+
+    def _edit(self, operation, value: float | None) -> Output:
+        path, options = self._file(operation, value)
         loaded = Loaded.of(self.circuit, self, model=self.model, saes=self.saes, metric=self.metric)
         names = self.features or loaded.circuit.strongest_features(self.top or 0)
         report = ablate(
@@ -73,12 +80,33 @@ class _Edit(UsesSaes):
             seed=self.seed,
             metric=loaded.metric,
         )
-        run = circuit_folder(self.circuit).parent
-        what = f"top{self.top}" if self.top is not None else f"{len(report.features)}features"
+        data = {**report.to_dict(), MADE_WITH: options}
+        write_json(path, data)
+        record(circuit_folder(self.circuit).parent, f"edit {path.stem}", self)
+        return Output(f"{report.table()}\nwrote {path}", data)
+
+    def _file(self, operation: str, value: float | None) -> tuple[Path, dict[str, Any]]:
+        """edits/NAME.json and what it is made with; without a name, one made from the edit, with a digest where there
+        is another edit of that name.
+        """
+        self.check_name()
+        circuit = circuit_folder(self.circuit)
+        folder = circuit.parent / "edits"
+        options = made_with(self, circuit=circuit_digest(circuit), operation=operation, value=value)
+        what = f"top{self.top}" if self.top is not None else f"{self._n_features()}features"
         name = self.name or f"{operation}{'' if value is None else f'_{value:g}'}_{what}"
-        path = report.save(run / "edits" / f"{name}.json")
-        record(run, f"edit {name}", self)
-        return Output(f"{report.table()}\nwrote {path}", report.to_dict())
+        path = folder / f"{name}.json"
+        check_no_link(folder)
+        if path.is_file() and (differing := different_options(read_result(path), options)) and not self.overwrite:
+            if self.name is not None:
+                raise UserError(
+                    f"{str(path)!r} holds another edit ({differing}): --overwrite replaces it, or give another --name"
+                )
+            path = folder / f"{name}_{digest_of(options)}.json"
+        return path, options
+
+    def _n_features(self) -> int:
+        return len({part.strip() for part in (self.features or "").split(",")})
 
 
 @dataclass(frozen=True, kw_only=True)

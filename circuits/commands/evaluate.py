@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 from circuits.commands.common import Common, Output, at_least, load_checked_saes, load_model
+from circuits.commands.results import Named, ResultFiles, made_with
+from sae.autoencoder import fingerprint, sae_folders
+from sae.contents import check_complete
+from sae.errors import UserError
 from sae.evaluation import evaluate
 from sae.evaluation_plots import plot_evaluation
-from sae.evaluation_results import EVALUATION_FILE
-from sae.files import write_json, write_text
+from sae.files import write_text
+from sae.locks import lock
 from sae.sweep_evaluation import evaluation_settings
 from sae.text import TextSource
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(Common):
+class Evaluate(Common, Named):
     """Measure the autoencoders of a run on text: each alone in the model, and all of them spliced in together."""
 
     model: str
@@ -39,8 +44,19 @@ class Evaluate(Common):
 
     def run(self) -> Output:
         at_least(self, tokens=1, context_length=2, batch_size=1)
+        folder = self.out or _folder_of(self.saes)
+        with nullcontext() if folder is None else lock(folder, shared=True):
+            return self._run(folder)
+
+    def _run(self, folder: Path | None) -> Output:
         model = load_model(self.model, self, saes=self.saes)
         saes, source = load_checked_saes(model, self.saes), TextSource.of(self.text)
+        facts = {"model_fingerprint": model.fingerprint, "saes_fingerprint": fingerprint(saes)}
+        files = ResultFiles(
+            folder or Path(), "evaluation", self, made_with(self, **facts), suffixes=(".json", ".txt", ".svg")
+        )
+        if folder is not None:
+            files.check()
         with tqdm(total=self.tokens, desc="evaluate", unit="token", disable=self.quiet) as bar:
             result = evaluate(
                 model,
@@ -55,17 +71,24 @@ class Evaluate(Common):
         settings = evaluation_settings(model, source, tokens=self.tokens, context=self.context_length)
         data = {**result.to_dict(), "measured_on": settings}
         text = result.table()
-        folder = self.out or _folder_of(self.saes)
         if folder is not None:
-            write_json(folder / EVALUATION_FILE, data)
-            write_text(folder / "evaluation.txt", text + "\n")
-            picture = plot_evaluation(result, folder / "evaluation.svg")
-            text += f"\nwrote {folder / EVALUATION_FILE}, evaluation.txt and {picture.name}"
+            data = files.write(data)
+            write_text(files.path(".txt"), text + "\n")
+            picture = plot_evaluation(result, files.path(".svg"))
+            text += f"\nwrote {files.path('.json')}, {files.path('.txt').name} and {picture.name}"
         return Output(text, data)
 
 
 def _folder_of(saes: str) -> Path | None:
-    """The folder the autoencoders are in, None where they are the hub's."""
+    """The folder of a run that the autoencoders are in, None where they are the hub's; UserError for another
+    project's.
+    """
     folder = Path(saes)
-    folder = folder / "saes" if (folder / "saes").is_dir() else folder
-    return folder if folder.is_dir() else None
+    if not folder.is_dir():
+        return None
+    if not sae_folders(folder):
+        check_complete(folder)
+        raise UserError(
+            f"{saes!r} is no run folder of sfc, so that nothing is written there: give --out for the results"
+        )
+    return folder / "saes" if (folder / "saes").is_dir() else folder

@@ -8,22 +8,21 @@ from typing import Annotated
 
 import tyro
 
-from circuits.circuit import circuit_folder
+from circuits.circuit import circuit_digest, circuit_folder
 from circuits.commands.common import Loaded, Output, UsesSaes, at_least, record
+from circuits.commands.results import Named, ResultFiles, made_with
 from circuits.edge_faithfulness import measure_edge_faithfulness
 from circuits.faithfulness import FaithfulnessOptions, measure_faithfulness
 from circuits.faithfulness_report import EdgeFaithfulness
 from circuits.prompts import PromptSet
 from sae.errors import UserError
-from sae.files import write_json
+from sae.locks import lock
 
-FAITHFULNESS_FILE = "faithfulness.json"
-EDGES_FILE = "edge_faithfulness.json"
 ERRORS_TEXT = {"nodes": "", "keep": ", all errors left in", "ablate": ", all errors ablated"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Faithfulness(UsesSaes):
+class Faithfulness(UsesSaes, Named):
     """Measure how much of the behaviour the strongest nodes explain when all others are ablated, and how much is
     left without them.
     """
@@ -52,6 +51,16 @@ class Faithfulness(UsesSaes):
 
     def run(self) -> Output:
         at_least(self, examples=1)
+        with lock(circuit_folder(self.circuit).parent, shared=True):
+            return self._run()
+
+    def _run(self) -> Output:
+        folder = circuit_folder(self.circuit)
+        options = made_with(self, circuit=circuit_digest(folder))
+        files = ResultFiles(folder, "faithfulness", self, options)
+        of_edges = ResultFiles(folder, "edge_faithfulness", self, options)
+        for to_write in (files, of_edges) if self.edges else (files,):
+            to_write.check()
         loaded = Loaded.of(self.circuit, self, model=self.model, saes=self.saes, metric=self.metric)
         reference = loaded.prompts(self.reference)
         prompts = loaded.prompts(self.prompts, limit=self.examples)
@@ -66,9 +75,8 @@ class Faithfulness(UsesSaes):
             metric=loaded.metric,
             progress=not self.quiet,
         )
-        folder = circuit_folder(self.circuit)
-        write_json(folder / FAITHFULNESS_FILE, result.to_dict())
-        plot = result.plot(folder / "faithfulness.svg")
+        data = files.write(result.to_dict())
+        plot = result.plot(files.path(".svg"))
         record(folder.parent, "faithfulness", self)
         left_out = f" ({result.n_uncovered} without a reference prompt of their template left out)"
         text = "\n".join(
@@ -80,18 +88,20 @@ class Faithfulness(UsesSaes):
                 result.areas(),
                 result.evidence(),
                 *([f"optimal constants: {result.gain}"] if result.gain else []),
-                f"wrote {folder / FAITHFULNESS_FILE} and {plot}",
+                f"wrote {files.path('.json')} and {plot}",
             ]
         )
         if not self.edges:
-            return Output(text, result.to_dict())
-        of_edges = self._edges(loaded, prompts, reference)
-        edge_text = f"edges among the {of_edges.n_nodes} strongest nodes, all other inputs ablated\n{of_edges.table()}"
-        return Output(f"{text}\n{edge_text}", result.to_dict() | {"edges": of_edges.to_dict()})
+            return Output(text, data)
+        curve = self._edges(loaded, prompts, reference)
+        of_edges_data = of_edges.write(curve.to_dict())
+        curve.plot(of_edges.path(".svg"))
+        edge_text = f"edges among the {curve.n_nodes} strongest nodes, all other inputs ablated\n{curve.table()}"
+        return Output(f"{text}\n{edge_text}", data | {"edges": of_edges_data})
 
     def _edges(self, loaded: Loaded, prompts: PromptSet, reference: PromptSet) -> EdgeFaithfulness:
-        """The curve over edges, written beside that over nodes."""
-        result = measure_edge_faithfulness(
+        """The curve over edges."""
+        return measure_edge_faithfulness(
             loaded.model,
             loaded.saes,
             loaded.circuit,
@@ -101,10 +111,6 @@ class Faithfulness(UsesSaes):
             reference=reference,
             progress=not self.quiet,
         )
-        folder = circuit_folder(self.circuit)
-        write_json(folder / EDGES_FILE, result.to_dict())
-        result.plot(folder / "edge_faithfulness.svg")
-        return result
 
 
 def parse_sizes(text: str) -> tuple[int, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +11,7 @@ import tyro
 from circuits.commands.common import Common, Output, Overwrite, load_checked_saes, load_model, place
 from sae.errors import UserError
 from sae.finetuning import FinetuneConfig, finetune
+from sae.run_folder import read_log
 from sae.sites import select_sites
 
 
@@ -58,7 +58,9 @@ class Finetune(Common):
 
 def progress_of(run: Path) -> dict[str, list[dict]]:
     """The first and the last lines of a fine-tuning log, one a site."""
-    lines = [json.loads(line) for line in (run / "saes" / "finetuning.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = read_log(run / "saes" / "finetuning.jsonl")
+    if not lines:
+        return {"first": [], "last": []}
     return {
         name: [line for line in lines if line["step"] == lines[at]["step"]] for name, at in (("first", 0), ("last", -1))
     }
@@ -72,6 +74,8 @@ def finetuned_lines(run: Path) -> list[str]:
         f"{after['explained_variance']:.3f}  L0 {before['l0']:.1f} -> {after['l0']:.1f}"
         for before, after in zip(ends["first"], ends["last"], strict=True)
     ]
+    if not ends["last"]:
+        return [f"wrote {run / 'saes'}"]
     name = "kl" if "kl" in ends["last"][0] else "ce"
     before, after = (ends[end][0][name] for end in ("first", "last"))
     return [*rows, f"all sites spliced: {name} {before:.3f} -> {after:.3f} nats", f"wrote {run / 'saes'}"]

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from circuits.circuit import circuit_folder
+from circuits.circuit import circuit_digest, circuit_folder
 from circuits.commands.common import Common, Loaded, Output, at_least, record
 from circuits.commands.faithfulness import ERRORS_TEXT, parse_sizes
+from circuits.commands.results import Named, ResultFiles, made_with
 from circuits.faithfulness import FaithfulnessOptions, measure_faithfulness
 from circuits.faithfulness_report import Faithfulness
 from circuits.masks import MaskOptions, learn_mask
 from circuits.nodes import Nodes
-from sae.files import write_json
-
-MASK_FILE = "mask.json"
-SCORES_FILE = "mask.safetensors"
+from sae.locks import lock
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mask(Common):
+class Mask(Common, Named):
     """Learn a ranking of the nodes by which of them to keep, all nodes together, and measure it on held-out prompts
     beside the ranking by effects.
     """
@@ -48,6 +46,15 @@ class Mask(Common):
 
     def run(self) -> Output:
         at_least(self, examples=1, learn_examples=1)
+        with lock(circuit_folder(self.circuit).parent, shared=True):
+            return self._run()
+
+    def _run(self) -> Output:
+        folder = circuit_folder(self.circuit)
+        files = ResultFiles(
+            folder, "mask", self, made_with(self, circuit=circuit_digest(folder)), suffixes=(".json", ".safetensors")
+        )
+        files.check()
         sizes = parse_sizes(self.sizes)
         loaded = Loaded.of(self.circuit, self, model=self.model, saes=self.saes, metric=self.metric)
         learned_on = loaded.prompts(loaded.circuit.metadata["prompts"], limit=self.learn_examples)
@@ -59,8 +66,8 @@ class Mask(Common):
             progress=not self.quiet,
         )  # fmt: skip
         seconds = time.perf_counter() - begin
-        folder = circuit_folder(self.circuit)
-        mask.save(folder / SCORES_FILE)  # learned scores outlive a measurement that is interrupted
+        files.path(".json").unlink(missing_ok=True)  # of the mask before
+        mask.save(files.path(".safetensors"))  # learned scores outlive a measurement that is interrupted
         options = FaithfulnessOptions(
             ablation=self.options.ablation, start_site=self.options.start_site, errors=self.options.errors,
             random=0, seed=self.options.seed, batch_size=self.options.batch_size,
@@ -83,14 +90,14 @@ class Mask(Common):
             "mask": of_mask.to_dict(),
             "effects": of_effects.to_dict(),
         }
-        write_json(folder / MASK_FILE, data)
+        data = replace(files, suffixes=(".json",)).write(data)
         record(folder.parent, "mask", self)
         text = (
             f"{of_mask.n_prompts} {'held-out prompts' if self.prompts else 'prompts, those learned on'}; "
             f"nodes from {of_mask.start_site} on, others ablated by {of_mask.ablation}{ERRORS_TEXT[of_mask.errors]}\n"
             f"learned on {len(learned_on)} prompts in {seconds:.0f} s\n"
             f"{table(of_mask, of_effects)}\n"
-            f"wrote {folder / MASK_FILE} and {folder / SCORES_FILE}"
+            f"wrote {files.path('.json')} and {files.path('.safetensors')}"
         )
         return Output(text, data)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +16,9 @@ from graphs.dot import render
 from graphs.explorer import write_explorer
 from graphs.feature_graph import FeatureGraph
 from graphs.pruning import reachable
+from sae.contents import check_no_link
 from sae.files import read_json
+from sae.locks import lock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,9 +74,9 @@ class Render(_Cut):
     """Edges drawn at most, the strongest."""
 
     def run(self) -> Output:
-        graph = self.cut(nodes=self.nodes, edges=self.edges)
-        out = self.out or circuit_folder(self.circuit).parent / "graph" / "circuit.svg"
-        render(graph, out)
+        with drawing_file(self.circuit, self.out, "circuit.svg") as out:
+            graph = self.cut(nodes=self.nodes, edges=self.edges)
+            render(graph, out)
         return _wrote(graph, out)
 
 
@@ -88,10 +92,20 @@ class Explore(_Cut):
     """Edges on the page at most, the strongest."""
 
     def run(self) -> Output:
-        graph = self.cut(nodes=self.nodes, edges=self.edges)
-        out = self.out or circuit_folder(self.circuit).parent / "graph" / "circuit.html"
-        write_explorer(graph, out)
+        with drawing_file(self.circuit, self.out, "circuit.html") as out:
+            graph = self.cut(nodes=self.nodes, edges=self.edges)
+            write_explorer(graph, out)
         return _wrote(graph, out)
+
+
+@contextmanager
+def drawing_file(circuit: Path, out: Path | None, name: str) -> Iterator[Path]:
+    """The file to write, `graph/NAME` in the run folder where none is given; the folder is locked meanwhile."""
+    run = circuit_folder(circuit).parent
+    if out is None:
+        check_no_link(run / "graph")
+    with lock(run if out is None else out.parent, shared=True):
+        yield out or run / "graph" / name
 
 
 def _wrote(graph: FeatureGraph, out: Path) -> Output:

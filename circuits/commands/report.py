@@ -7,6 +7,7 @@ from pathlib import Path
 
 from circuits.commands.common import Output
 from circuits.report import write_report
+from sae.locks import lock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,5 +20,6 @@ class Report:
     """Print one JSON object instead of text."""
 
     def run(self) -> Output:
-        path = write_report(self.circuit)
+        with lock(self.circuit, shared=True):
+            path = write_report(self.circuit)
         return Output(f"wrote {path}", {"out": str(path)})

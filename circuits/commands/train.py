@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,8 +12,9 @@ from circuits.commands.cache import need, open_cache
 from circuits.commands.common import Common, Output, Overwrite, at_least, load_checked_saes, load_model
 from circuits.commands.finetune import finetuned_lines, progress_of
 from sae.errors import UserError
-from sae.files import prepare_folder
 from sae.finetuning import FinetuneConfig, finetune
+from sae.locks import lock
+from sae.run_folder import check_run_folder, discard_run, is_discarding, read_log
 from sae.training import TrainConfig, train
 
 TRAINED = "trained"
@@ -57,9 +57,12 @@ class Train(Common):
         at_least(self, finetune_tokens=1)
         need(self.model, "model")
         text = need(self.text, "text")
-        prepare_folder(self.out, overwrite=self.overwrite or self.resume)
-        trained = self._train(self.out / TRAINED)
-        return self._finetune(trained, text)
+        with lock(self.out):
+            check_run_folder(self.out, "finetune", resume=self.resume, overwrite=self.overwrite)
+            if is_discarding(self.out) or not self.resume:
+                discard_run(self.out)
+            trained = self._train(self.out / TRAINED)
+            return self._finetune(trained, text)
 
     def _train(self, out: Path) -> Output:
         options: dict[str, Any] = {
@@ -78,8 +81,8 @@ class Train(Common):
             train(load_model(name, self), text, **options)
         last = last_lines(out / "saes" / "training.jsonl")
         rows = [
-            f"  {line['site']:<9} explained variance {line['explained_variance']:.3f}  L0 {line['l0']:6.1f}  "
-            f"dead {line['dead']:.2f}"
+            f"  {line['site']:<9} explained variance {_shown(line, 'explained_variance', '.3f')}  "
+            f"L0 {_shown(line, 'l0', '6.1f')}  dead {_shown(line, 'dead', '.2f')}"
             for line in last
         ]
         return Output("\n".join([*rows, f"wrote {out / 'saes'}"]), {"out": str(out), "sites": last})
@@ -102,7 +105,7 @@ class Train(Common):
             out=self.out,
             origin=TRAINED,
             resume=self.resume,
-            overwrite=True,
+            overwrite=self.overwrite or not self.resume,
             progress=not self.quiet,
         )
         rows = "\n".join([trained.text, *finetuned_lines(self.out)])
@@ -111,7 +114,10 @@ class Train(Common):
 
 def last_lines(log: Path) -> list[dict]:
     """The last line of each site in a training log."""
-    if not log.is_file():
-        return []
-    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    return list({line["site"]: line for line in lines}.values())
+    return list({line["site"]: line for line in read_log(log)}.values())
+
+
+def _shown(line: dict[str, Any], key: str, digits: str) -> str:
+    """A number of a log line, "-" where it is undefined."""
+    value = line.get(key)
+    return format(value, digits) if isinstance(value, int | float) else "-"

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import datetime
+import logging
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from string import Template
 from typing import Any
 
 from circuits.attribution import METHOD_NAMES
+from circuits.circuit import PARTIAL_FOLDER, circuit_folder
 from circuits.circuit_files import check_metadata
 from circuits.edit_report import EditReport
 from circuits.report.curves import faithfulness_section
@@ -28,8 +30,10 @@ from graphs.pruning import by_top_nodes
 from graphs.sharing import shared
 from sae.autoencoder import CONFIG_FILE, sae_folders
 from sae.errors import UserError
-from sae.files import atomic_write, read_json
+from sae.files import atomic_write, check_type, read_json
 from sae.sites import Site
+
+log = logging.getLogger(__name__)
 
 DRAWN_NODES = 120
 """Nodes beyond which only the strongest are drawn; the circuit itself may hold more."""
@@ -62,17 +66,26 @@ def read_run(run_folder: str | Path) -> RunFiles:
         folder = folder.parent
     circuit = folder / "circuit" / "circuit.json"
 
+    if not circuit.is_file() and (circuit.parent / PARTIAL_FOLDER).is_dir():
+        circuit_folder(folder)  # says how an interrupted discovery goes on
+    graph = _graph(circuit) if circuit.is_file() else None
+
     def known(name: str, schema: Any) -> dict[str, Any] | None:
         path = folder / "circuit" / name
-        return read_json(path, schema) if path.is_file() else None
+        data = read_json(path) if path.is_file() else None
+        return check_type(data, schema, path) if data is not None and _is_of(graph, data, path) else None
 
     run = RunFiles(
         folder=folder,
-        graph=_graph(circuit) if circuit.is_file() else None,
+        graph=graph,
         faithfulness=known("faithfulness.json", Curves),
         edge_faithfulness=known("edge_faithfulness.json", EdgeCurve),
         mask=known("mask.json", MaskCurves),
-        edits={path.stem: EditReport.load(path) for path in sorted((folder / "edits").glob("*.json"))},
+        edits={
+            path.stem: EditReport.load(path)
+            for path in sorted((folder / "edits").glob("*.json"))
+            if _is_of(graph, read_json(path), path)
+        },
         saes=[read_json(path / CONFIG_FILE, SaeFile) for path in sae_folders(folder)] if folder.is_dir() else [],
     )
     if run.graph is None and run.faithfulness is None and not run.edits and not run.saes:
@@ -86,6 +99,16 @@ def _graph(path: Path) -> FeatureGraph:
     check_metadata(graph.metadata, path, circuit=False)
     graph.metadata = shared(graph.metadata)
     return graph
+
+
+def _is_of(graph: FeatureGraph | None, data: dict[str, Any], path: Path) -> bool:
+    """Whether a result is of the circuit that is here now; a warning names one that says it is of another."""
+    made_with = data.get("made_with")
+    circuit = made_with.get("circuit") if isinstance(made_with, dict) else None
+    if graph is None or circuit in (None, graph.metadata.get("digest")):
+        return True
+    log.warning("%s is of another circuit than the one that is here now, and is left out", path)
+    return False
 
 
 def write_report(

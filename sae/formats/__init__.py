@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from sae.autoencoder import SparseAutoencoder, is_sae_folder, load_saes, sae_folders
+from sae.contents import check_complete
 from sae.errors import UserError, unknown
 from sae.formats import circuit_tracer, dictionary_learning, gemma_scope, llama_scope, openai, saelens, sparsify
 from sae.formats.hub import folders_in, locate
@@ -62,6 +63,7 @@ def load_sae(
     `site` picks one where there are several, and says where it belongs if its files do not.
     """
     name = "" if site is None else Site.parse(site).name
+    check_complete(source)
     return read_folder(locate(source, site=name), name).to(device)
 
 
@@ -74,6 +76,7 @@ def load_any(
     """
     wanted = None if sites is None else {Site.parse(site) for site in sites}
     root = Path(source).expanduser()
+    check_complete(root)
     if root.is_dir() and sae_folders(root):
         return load_saes(root, sites=wanted, device=device)
     if not root.is_dir() or not (folders := folders_in(root)):

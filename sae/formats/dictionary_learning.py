@@ -190,8 +190,8 @@ def write(sae: SparseAutoencoder, folder: Path) -> None:
     if dict_class == "AutoEncoderTopK":
         assert sae.config.k is not None
         state |= {"k": torch.tensor(sae.config.k, dtype=torch.int), "threshold": torch.tensor(-1.0)}
-    with atomic_write(folder / WEIGHTS) as temporary:
-        torch.save(state, temporary)
+    with atomic_write(folder / WEIGHTS) as temporary, temporary.open("wb") as file:
+        torch.save(state, file)
     write_json(folder / CONFIG, {"trainer": _trainer_config(sae, dict_class), "buffer": {}})
 
 

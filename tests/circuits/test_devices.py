@@ -13,9 +13,10 @@ from circuits.editing import ablate
 from circuits.faithfulness import FaithfulnessOptions, measure_faithfulness
 from circuits.masks import MaskOptions, learn_mask
 from circuits.verification import verify
-from sae.activation_cache import CachedActivations, write_cache
+from sae.activation_cache import CachedActivations
 from sae.autoencoder import load_saes
 from sae.bags import group_offsets, rows_added, rows_multiplied
+from sae.cache_writer import write_cache
 from sae.config import TrainConfig
 from sae.evaluation import evaluate
 from sae.features import top_contexts

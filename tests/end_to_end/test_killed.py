@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import sae.activation_cache
+import sae.cache_writer
 import sae.files
 from sae.activation_cache import MANIFEST, CachedActivations
 from sae.autoencoder import load_saes
@@ -38,7 +38,7 @@ def write_slowly() -> None:
     for module in list(sys.modules.values()):
         if getattr(module, "atomic_write", None) is atomic_write:
             module.atomic_write = slowly
-    sae.activation_cache.write_cache.__kwdefaults__["shard_tokens"] = 2500
+    sae.cache_writer.write_cache.__kwdefaults__["shard_tokens"] = 2500
 
 
 @pytest.fixture

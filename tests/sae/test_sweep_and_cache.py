@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sae import activation_cache
-from sae.activation_cache import CachedActivations, write_cache
+from sae import cache_writer
+from sae.activation_cache import CachedActivations
 from sae.activations import ContextStream, ModelActivations
 from sae.autoencoder import SparseAutoencoder, load_saes
+from sae.cache_writer import write_cache
 from sae.config import TrainConfig
 from sae.errors import UserError
 from sae.model import LanguageModel
@@ -161,19 +162,19 @@ def test_an_interrupted_cache_goes_on_to_the_same_files(tiny_model, tmp_path, mo
     """Also with documents packed, where tokens wait for the next context."""
     options = {"sites": "resid_0", "tokens": 900, "shard_tokens": 350, "progress": False, "packed": True}
     write_cache(tiny_model, TEXTS, out=tmp_path / "whole", **options)
-    write = activation_cache.write_tensors
+    write = cache_writer.write_tensors
 
-    def full(path, tensors):
+    def full(path, tensors, **options):
         if path.name == "shard_00001.safetensors":
             raise UserError("no space left on the device")
-        write(path, tensors)
+        write(path, tensors, **options)
 
     out = tmp_path / "cache"
-    monkeypatch.setattr(activation_cache, "write_tensors", full)
+    monkeypatch.setattr(cache_writer, "write_tensors", full)
     with pytest.raises(UserError, match="no space"):
         write_cache(tiny_model, TEXTS, out=out, **options)
-    monkeypatch.setattr(activation_cache, "write_tensors", write)
-    with pytest.raises(UserError, match=r"is not finished \(\d+ tokens\): resume"):
+    monkeypatch.setattr(cache_writer, "write_tensors", write)
+    with pytest.raises(UserError, match=r"is not finished \(\d+ tokens\): go on"):
         CachedActivations(out)
     with pytest.raises(UserError, match="not empty"):
         write_cache(tiny_model, TEXTS, out=out, **options)
@@ -207,7 +208,7 @@ def test_what_a_shard_and_the_manifest_hold(make_tiny_model, tmp_path, dtype, ex
 def test_a_cache_goes_on_with_nothing_but_what_it_was_begun_with(tiny_model, make_tiny_model, tmp_path, monkeypatch):
     options = {"sites": "resid_0", "tokens": 900, "shard_tokens": 350, "progress": False, "resume": True}
     with monkeypatch.context() as patch:
-        patch.setattr(activation_cache, "_finish", lambda *_: None)
+        patch.setattr(cache_writer, "_finish", lambda *_: None)
         write_cache(tiny_model, TEXTS, out=tmp_path, **options)
     other = make_tiny_model("gpt_neox", seed=3)
     for model, texts, change in (

@@ -1,0 +1,50 @@
+"""Standard output and error that are closed, full, a broken pipe or not UTF-8 never end a command in a traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+
+def prepare_streams() -> None:
+    """Make standard output and error something that can be written to: nowhere if closed, characters that an encoding
+    lacks as escapes.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def say(text: str) -> None:
+    """Write to standard output at once; where its reader has gone, what is said from now on goes nowhere.
+
+    Raises OSError where it cannot be written otherwise, such as on a full disk.
+    """
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _to_nowhere()
+    except OSError:
+        _to_nowhere()
+        raise
+
+
+def say_error(text: str) -> None:
+    """Write to standard error, if it can be written to."""
+    with suppress(OSError, ValueError):
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+
+def _to_nowhere() -> None:
+    """Python flushes again when it ends: by then there must be nothing to complain about."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    with suppress(OSError, ValueError):
+        os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)

@@ -73,6 +73,8 @@ class TextSource:
         path = Path(self.name)
         if path.is_file():
             return islice(self._read_file(path), start, None)
+        if path.exists() and not path.is_dir():
+            raise UserError(f"text {self.name!r} is a pipe or device, and text is read more than once: make it a file")
         if path.is_dir() or path.suffix in (".txt", ".jsonl", ".gz", ".json"):
             raise UserError(
                 f"no text file {self.name!r}: allowed are a .txt or .jsonl file (or .gz of it) or a hub data set"

@@ -51,6 +51,8 @@ class Faithfulness(UsesSaes, Named):
 
     def run(self) -> Output:
         at_least(self, examples=1)
+        parse_sizes(self.sizes)
+        parse_sizes(self.edge_sizes)
         with lock(circuit_folder(self.circuit).parent, shared=True):
             return self._run()
 

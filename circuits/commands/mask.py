@@ -46,6 +46,7 @@ class Mask(Common, Named):
 
     def run(self) -> Output:
         at_least(self, examples=1, learn_examples=1)
+        parse_sizes(self.sizes)
         with lock(circuit_folder(self.circuit).parent, shared=True):
             return self._run()
 

@@ -276,7 +276,7 @@ def test_autoencoders_that_were_trained_again(sfc, run_folder, tmp_path):
     path = tmp_path / "saes" / "resid_0" / "sae.safetensors"
     tensors = load_file(path)
     save_file({name: x.flip(0) if x.ndim == 2 else x for name, x in tensors.items()}, path)
-    said = sentence(sfc("faithfulness", "--circuit", run_folder, "--saes", tmp_path / "saes"))
+    said = sentence(sfc("faithfulness", "--circuit", run_folder, "--saes", tmp_path / "saes", "--overwrite"))
     assert "other autoencoders" in said and str(tmp_path / "saes") in said
 
 

@@ -29,7 +29,9 @@ def test_a_run_leaves_the_files_it_should(run_folder):
 
 
 def test_evaluate(sfc, run_folder, model_folder, text_file):
-    result = sfc("evaluate", "--model", model_folder, "--saes", run_folder, "--text", text_file, "--tokens", 500)
+    result = sfc(
+        "evaluate", "--model", model_folder, "--saes", run_folder, "--text", text_file, "--tokens", 500, "--overwrite"
+    )
     assert result.status == 0 and "resid_1" in result.out
     data = json.loads((run_folder / "saes" / "evaluation.json").read_text())
     assert data["sites"]["embed"]["l0"] <= 6 and data["sites"]["embed"]["ce_error_kept"] > 0
@@ -38,12 +40,17 @@ def test_evaluate(sfc, run_folder, model_folder, text_file):
 
 
 def test_faithfulness_reads_model_and_saes_from_the_circuit(sfc, run_folder, prompts_file):
-    result = sfc("faithfulness", "--circuit", run_folder, "--sizes", "5,20", "--start-site", "attn_1", "--json")
+    result = sfc(
+        "faithfulness", "--circuit", run_folder, "--sizes", "5,20", "--start-site", "attn_1", "--json", "--overwrite"
+    )
     data = json.loads(result.out)
     assert result.status == 0 and data["sizes"] == [5, 20] and data["start_site"] == "attn_1"
     assert json.loads((run_folder / "circuit" / "faithfulness.json").read_text()) == data
     assert (run_folder / "circuit" / "faithfulness.svg").is_file()
-    others = sfc("faithfulness", "--circuit", run_folder / "circuit", "--prompts", prompts_file, "--ablation", "zero")
+    words = ["faithfulness", "--circuit", run_folder / "circuit", "--prompts", prompts_file, "--ablation", "zero"]
+    refused = sfc(*words)
+    assert refused.status == 2 and "ablation 'mean', not 'zero'" in refused.err and "--name" in refused.err
+    others = sfc(*words, "--name", "zero")
     assert others.status == 0 and "completeness" in others.out
 
 
@@ -178,7 +185,7 @@ def test_a_circuit_by_span_from_a_template(sfc, run_folder, model_folder, prompt
     assert found.status == 0 and "@subject" in found.out
     measured = sfc("faithfulness", "--circuit", tmp_path, "--sizes", "5,20", "--edges", "--edge-sizes", "20", "--json")
     assert measured.status == 0 and json.loads(measured.out)["n_uncovered"] == 0
-    pooled = sfc("faithfulness", "--circuit", tmp_path, "--sizes", 5, "--ablation", "mean-pooled")
+    pooled = sfc("faithfulness", "--circuit", tmp_path, "--sizes", 5, "--ablation", "mean-pooled", "--overwrite")
     assert pooled.status == 0 and "mean-pooled" in pooled.out
     masked = sfc("mask", "--circuit", tmp_path, "--steps", 2, "--smallest", 3, "--sizes", "5")
     assert masked.status == 0

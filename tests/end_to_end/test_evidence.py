@@ -49,7 +49,7 @@ def test_without_intervals_nothing_is_significant(sfc, verified_run, tmp_path):
 
 @pytest.mark.parametrize("errors", ["nodes", "keep", "ablate"])
 def test_faithfulness_says_what_happens_to_errors(sfc, run_folder, errors):
-    result = sfc("faithfulness", "--circuit", run_folder, "--sizes", "10", "--errors", errors)
+    result = sfc("faithfulness", "--circuit", run_folder, "--sizes", "10", "--errors", errors, "--overwrite")
     assert result.status == 0 and "[" in result.out
     said = {"nodes": "", "keep": "all errors left in", "ablate": "all errors ablated"}[errors]
     assert said in result.out
@@ -58,7 +58,18 @@ def test_faithfulness_says_what_happens_to_errors(sfc, run_folder, errors):
 
 
 def test_faithfulness_of_edges(sfc, run_folder):
-    options = ["--circuit", run_folder, "--sizes", "10", "--random", 1, "--edges", "--edge-sizes", "20,50"]
+    options = [
+        "--circuit",
+        run_folder,
+        "--sizes",
+        "10",
+        "--random",
+        1,
+        "--edges",
+        "--edge-sizes",
+        "20,50",
+        "--overwrite",
+    ]
     result = sfc("faithfulness", *options)
     assert result.status == 0 and "edges have a weight" in result.out
     data = json.loads((run_folder / "circuit" / "edge_faithfulness.json").read_text())

@@ -10,7 +10,7 @@ from sae.errors import UserError
 
 
 def test_mask_is_learned_and_measured_beside_the_effects(sfc, run_folder, prompts_file):
-    options = ("--sizes", "5,20", "--start-site", "attn_1", "--steps", 3, "--batch-size", 4)
+    options = ("--sizes", "5,20", "--start-site", "attn_1", "--steps", 3, "--batch-size", 4, "--overwrite")
     result = sfc("mask", "--circuit", run_folder, "--prompts", prompts_file, *options, "--json")
     data = json.loads(result.out)
     assert result.status == 0 and data["held_out"] and len(data["losses"]) == 3
@@ -33,6 +33,6 @@ def test_learned_scores_outlive_an_interrupted_measurement(sfc, run_folder, prom
         raise UserError("interrupted")
 
     monkeypatch.setattr("circuits.commands.mask.measure_faithfulness", interrupted)
-    options = ["--steps", 2, "--smallest", 3, "--sizes", "5"]
+    options = ["--steps", 2, "--smallest", 3, "--sizes", "5", "--overwrite"]
     assert sfc("mask", "--circuit", run_folder, "--prompts", prompts_file, *options).status == 2
     assert load_file(scores)

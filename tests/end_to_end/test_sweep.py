@@ -42,8 +42,10 @@ def test_a_sweep_is_trained_measured_drawn_and_usable(sfc, model_folder, halves,
     for row in data["rows"]:
         assert row["l0"] == pytest.approx(row["k"], abs=0.5) and row["explained_variance"] > 0
     run = out / NAMES[1]
-    alone = sfc("evaluate", "--model", model_folder, "--saes", run, "--text", halves[1], "--tokens", 100, "--json")
-    assert alone.status == 0
+    words_alone = ["--model", model_folder, "--saes", run, "--text", halves[1], "--tokens", 100]
+    refused = sfc("evaluate", *words_alone)
+    assert refused.status == 2 and "--overwrite" in refused.err
+    assert sfc("evaluate", *words_alone, "--overwrite").status == 0
 
     trained, measured = times(out, "sae.safetensors"), times(out, "evaluation.json")
     assert sfc(*words, "--resume").status == 0

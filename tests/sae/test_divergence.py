@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sae import products, text
-from sae.activation_cache import CachedActivations, write_cache
+from sae.activation_cache import CachedActivations
 from sae.activations import ContextStream, ModelActivations
 from sae.architectures import architecture
 from sae.architectures.base import Encoder
 from sae.autoencoder import load_saes
+from sae.cache_writer import write_cache
 from sae.config import TrainConfig
 from sae.errors import UserError
 from sae.finetuning import FinetuneConfig, finetune

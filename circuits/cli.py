@@ -24,11 +24,13 @@ RESUMABLE = ("train", "finetune", "sweep", "cache", "discover")
 """Commands that go on with `--resume`."""
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc")
 """What torch's errors say where there is no more memory."""
+from sae.options import check_ranges
 
 
 def _commands() -> dict[str, Any]:
     """Subcommands by name."""
     from circuits.commands.cache import Cache
+    from circuits.commands.common import show_ranges
     from circuits.commands.compare import CompareMethods
     from circuits.commands.convert import Convert
     from circuits.commands.demo import Demo
@@ -46,7 +48,7 @@ def _commands() -> dict[str, Any]:
     from circuits.commands.sweep import Sweep
     from circuits.commands.train import Train
 
-    return {
+    commands: dict[str, Any] = {
         "train": Train,
         "finetune": Finetune,
         "sweep": Sweep,
@@ -67,6 +69,9 @@ def _commands() -> dict[str, Any]:
         "report": Report,
         "demo": Demo,
     }
+    for command in commands.values():
+        show_ranges(command)
+    return commands
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -90,6 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 args=words,
                 config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
             )
+            check_ranges(command)
             output = command.run()
             say((json.dumps(output.data) if command.json else output.text) + "\n")
     except (UserError, GraphError) as error:

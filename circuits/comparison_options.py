@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from circuits.attribution import METHODS
 from circuits.attribution.gradients import RULES
 from sae.errors import UserError, unknown
+from sae.options import Count, DescentSteps, Gibibytes, Range, Resamples, Seed, Steps, check_ranges
 
 MASK = "mask"
 RANKINGS = (*METHODS, MASK)
@@ -23,17 +25,17 @@ class CompareOptions:
     """Methods that are also run on neurons; an empty text for none."""
     sizes: str = "10,20,50,100,200,500"
     """Circuit sizes of the table; the curve is measured in between and up to all nodes."""
-    sample: int = 1000
+    sample: Count = 1000
     """Features of each dictionary patched exactly, drawn at random from those that differ; 0 for no correlations."""
     rule: str = "midpoint"
     """Quadrature of ig and ig-inputs: midpoint, gauss-legendre or left-riemann (the paper's code)."""
-    steps: int = 10
+    steps: Steps = 10
     """Quadrature nodes of ig and ig-inputs."""
-    residual: float = 0.003
+    residual: Annotated[float, Range(0, 1, above=True)] = 0.003
     """Completeness error ig-adaptive goes down to, as a share of the total effect."""
     mask_start: str = "ig"
     """Method whose ranking learned masks start from; its time is counted with theirs."""
-    mask_steps: int = 150
+    mask_steps: DescentSteps = 150
     """Steps of gradient descent of learned masks."""
     metric: str = "logit_difference"
     """What is explained: any metric of `sfc discover`."""
@@ -45,11 +47,11 @@ class CompareOptions:
     """What ablated nodes become: mean, optimal, counterfactual, resample, zero or mean-pooled."""
     errors: str = "nodes"
     """Errors of the autoencoders: nodes (ranked among the features), keep (all left in) or ablate (all ablated)."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the sample and of random circuits."""
-    resamples: int = 1000
+    resamples: Resamples = 1000
     """Times the held-out prompts are drawn anew for 95 % intervals of CPR and CMD; 0 leaves them out."""
-    memory: float = 2.0
+    memory: Gibibytes = 2.0
     """Budget in GiB for what the model keeps during a forward and backward pass; prompts are batched to it."""
 
     def __post_init__(self) -> None:
@@ -62,9 +64,7 @@ class CompareOptions:
             raise UserError(f"methods is empty: give some of {', '.join(RANKINGS)}")
         if self.rule not in RULES:
             raise unknown("rule", self.rule, RULES)
-        for name, least in (("sample", 0), ("resamples", 0), ("steps", 1), ("mask_steps", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name.replace('_', '-')} is {getattr(self, name)}: it must be at least {least}")
+        check_ranges(self)
         self.circuit_sizes  # noqa: B018
 
     @property

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
@@ -45,6 +45,7 @@ from circuits.spans import LAST, OTHER
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError, unknown
 from sae.model import LanguageModel
+from sae.options import Count, Gibibytes, Range, Steps, check_ranges
 from sae.sites import Site, select_sites
 
 LOGIT_DIFFERENCE = "logit(patch answer) - logit(clean answer)"
@@ -60,9 +61,9 @@ class DiscoverOptions:
     """
     rule: str = "midpoint"
     """Quadrature of ig and ig-inputs: midpoint, gauss-legendre or left-riemann (the paper's code)."""
-    steps: int = 10
+    steps: Steps = 10
     """Quadrature nodes of ig and ig-inputs."""
-    residual: float = 0.003
+    residual: Annotated[float, Range(0, 1, above=True)] = 0.003
     """Completeness error ig-adaptive goes down to, as a share of the total effect."""
     aggregation: str = "sum"
     """sum over positions; position for prompts of equal length; spans for prompts with named token spans."""
@@ -73,13 +74,13 @@ class DiscoverOptions:
     """
     sites: str = "all"
     """Sites of the circuit, such as all, resid or resid,mlp_3; each needs an autoencoder."""
-    edge_nodes: int = 300
+    edge_nodes: Count = 300
     """Edges are computed among this many strongest nodes; 0 leaves edges out."""
     edge_active: str = "either"
     """Where a downstream feature passes edges on: where it is active on the clean or the patch prompt (either), or on
     the clean prompt alone (clean, as in the paper's code).
     """
-    memory: float = 2.0
+    memory: Gibibytes = 2.0
     """Budget in GiB for what the model keeps during a forward and backward pass; prompts are batched to it."""
 
     def __post_init__(self) -> None:
@@ -91,14 +92,7 @@ class DiscoverOptions:
         ):
             if getattr(self, name) not in allowed:
                 raise unknown(name.replace("_", "-"), getattr(self, name), allowed)
-        if self.steps < 1:
-            raise UserError(f"steps is {self.steps}: integrated gradients need at least 1 quadrature node")
-        if not 0 < self.residual < 1:
-            raise UserError(f"residual is {self.residual}: it must be between 0 and 1")
-        if self.edge_nodes < 0:
-            raise UserError(f"edge-nodes is {self.edge_nodes}: it must be 0 or more")
-        if self.memory <= 0:
-            raise UserError(f"memory is {self.memory} GiB: it must be positive")
+        check_ranges(self)
 
 
 @alone_in_partial

@@ -37,6 +37,7 @@ from circuits.prompts import PromptSet
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError, unknown
 from sae.model import LanguageModel
+from sae.options import BatchSize, Repeats, Resamples, Seed, check_ranges
 from sae.sites import Site
 
 ERRORS = ("nodes", "keep", "ablate")
@@ -57,13 +58,13 @@ class FaithfulnessOptions:
     """First site that is ablated; everything before is given for free. All sites by default."""
     errors: str = "nodes"
     """Errors of the autoencoders: nodes (ranked among the features), keep (all left in) or ablate (all ablated)."""
-    random: int = 3
+    random: Repeats = 3
     """Random circuits of each size to compare with."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the random circuits and of resampling."""
-    batch_size: int = 64
+    batch_size: BatchSize = 64
     """Prompts that go through the model at once."""
-    resamples: int = 1000
+    resamples: Resamples = 1000
     """Times the prompts, or their templates where they share them, are drawn anew for 95 % intervals (none for fewer
     than 5 of them); 0 leaves intervals out.
     """
@@ -71,6 +72,7 @@ class FaithfulnessOptions:
     def __post_init__(self) -> None:
         if self.errors not in ERRORS:
             raise unknown("errors", self.errors, ERRORS)
+        check_ranges(self)
 
 
 def measure_faithfulness(

@@ -45,6 +45,7 @@ from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError, unknown
 from sae.files import write_tensors
 from sae.model import LanguageModel
+from sae.options import BatchSize, DescentSteps, LearningRate, Positive, Seed, check_ranges
 from sae.sites import Site
 
 STARTS = ("effects", "equal")
@@ -59,7 +60,7 @@ COLDEST, SLOWEST = 0.02, 0.1
 class MaskOptions:
     """How a mask is learned."""
 
-    steps: int = 150
+    steps: DescentSteps = 150
     """Steps of gradient descent."""
     start_site: str | None = None
     """First site that is masked; everything before is given for free. All sites by default."""
@@ -75,32 +76,26 @@ class MaskOptions:
     """
     start: str = "effects"
     """Where scores start: effects (the ranking of the given nodes) or equal."""
-    smallest: int | None = None
+    smallest: Positive | None = None
     """Smallest number of nodes a prompt is given; a fiftieth of all by default."""
-    largest: int | None = None
+    largest: Positive | None = None
     """Largest number of nodes a prompt is given; a third of all by default."""
-    batch_size: int = 64
+    batch_size: BatchSize = 64
     """Prompts a step."""
-    learning_rate: float = 0.2
+    learning_rate: LearningRate = 0.2
     """Learning rate of Adam, falling to a tenth over the steps."""
-    temperature: float = 1.0
+    temperature: LearningRate = 1.0
     """Width of the gate's gradient in units of the score, falling to a fiftieth over the steps."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of prompts and budgets."""
 
     def __post_init__(self) -> None:
         for name, allowed in (("errors", ERRORS), ("start", STARTS), ("match", MATCHES)):
             if getattr(self, name) not in allowed:
                 raise unknown(name, getattr(self, name), allowed)
-        for name in ("steps", "smallest", "largest", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name.replace('_', '-')} is {value}: it must be 1 or more")
+        check_ranges(self)
         if self.smallest is not None and self.largest is not None and self.largest < self.smallest:
             raise UserError(f"largest is {self.largest}: it must be at least smallest, {self.smallest}")
-        for name in ("learning_rate", "temperature"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name.replace('_', '-')} is {getattr(self, name)}: it must be positive")
 
 
 @dataclass(frozen=True)

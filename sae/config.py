@@ -39,6 +39,19 @@ from dataclasses import dataclass
 
 from sae.architectures import architecture
 from sae.errors import UserError
+from sae.options import (
+    BatchSize,
+    ContextLength,
+    FeatureCount,
+    LearningRate,
+    Positive,
+    Repeats,
+    Seed,
+    Share,
+    TokenCount,
+    Weight,
+    check_ranges,
+)
 
 CENTRES = ("mean", "geometric_median", "zero")
 REVIVALS = ("auto", "auxk", "resample", "none")
@@ -55,76 +68,65 @@ class TrainConfig:
 
     architecture: str = "topk"
     """Architecture: topk, relu, batchtopk, jumprelu, gated, multi_topk, matryoshka, relu_unit, p_anneal or identity."""
-    features: int = 1024
+    features: FeatureCount = 1024
     """Features of each autoencoder."""
-    k: int = 32
+    k: FeatureCount = 32
     """Active features a token: exact for the TopK family, the mean that a sparsity penalty is steered to for others."""
-    tokens: int = 2_000_000
+    tokens: TokenCount = 2_000_000
     """Tokens to train on, special ones not counted; text shorter than that is read several times."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of initial weights and of the order of activations."""
-    batch_size: int | None = None
+    batch_size: BatchSize | None = None
     """Tokens a step; by default as many as leave a thousand steps, between 512 and 4096."""
-    learning_rate: float | None = None
+    learning_rate: LearningRate | None = None
     """Peak learning rate of Adam; by default 0.048 / sqrt(width), or 0.064 / sqrt(width) where a penalty makes features
     sparse, times sqrt(1000 / steps), which is at most 2."""
-    warmup: float = 0.05
+    warmup: Share = 0.05
     """Share of the steps over which learning rate and sparsity penalty rise linearly."""
-    decay: float | None = None
+    decay: Share | None = None
     """Share of the steps, at the end, over which the learning rate falls linearly to zero; 0.6 by default, or 0.3 where
     a penalty makes features sparse."""
-    context_length: int | None = None
+    context_length: ContextLength | None = None
     """Longest context, in tokens, that the model reads text in; 128, or less if the model takes less, by default."""
     packed: bool = False
     """Pack documents end to end into full contexts instead of one context a document."""
     exclude_special: bool = True
     """Leave out activations at special tokens, such as BOS; --no-exclude-special keeps them."""
-    buffer_tokens: int = 2**16
+    buffer_tokens: TokenCount = 2**16
     """Activations shuffled together; fewer where all sites would need more than 2 GB."""
     centre: str = "mean"
     """Start of the decoder bias: mean or geometric_median of activations, or zero."""
-    sparsity: float | None = None
+    sparsity: Weight | None = None
     """Fixed weight of the sparsity penalty; by default it is steered so that k features are active (1 if l0_loss is
     target)."""
-    bandwidth: float | None = None
+    bandwidth: LearningRate | None = None
     """Width of JumpReLU's straight-through kernel at inputs of unit mean squared norm; 0.8 / sqrt(width) by default."""
     l0_loss: str = "steered"
     """JumpReLU's penalty: steered, L0 with a weight that brings it to k, or target, (L0 / k - 1)^2 of each token."""
-    p_end: float = 0.2
+    p_end: Share = 0.2
     """Exponent at which p-annealing ends; a fixed weight of the penalty is rescaled as the exponent falls."""
-    k_start: int | None = None
+    k_start: FeatureCount | None = None
     """Active features a token at the first step, falling linearly to k over the warm-up; k throughout by default."""
     revival: str = "auto"
     """What brings dead features back: auxk, resample, none, or auto, the architecture's own choice."""
-    aux_alpha: float = 1 / 32
+    aux_alpha: Weight = 1 / 32
     """Weight of the AuxK loss."""
-    aux_k: int | None = None
+    aux_k: FeatureCount | None = None
     """Dead features a token in the AuxK loss; an eighth of k, rounded up, by default."""
-    dead_tokens: int | None = None
+    dead_tokens: TokenCount | None = None
     """Silent tokens after which a feature counts as dead; a hundredth of `tokens`, at most ten million, by default."""
     autocast: bool = True
     """Run matrix products on CUDA in bfloat16; --no-autocast keeps the precision of the weights."""
-    log_steps: int = 100
+    log_steps: Positive = 100
     """Steps between lines of the training log."""
-    checkpoints: int = 10
+    checkpoints: Repeats = 10
     """Checkpoints over the run; the last two are kept until it ends. 0 for none."""
 
     def __post_init__(self) -> None:
         recipe = architecture(self.architecture)
-        for name, low, high in (
-            ("features", 1, math.inf), ("k", 1, math.inf), ("tokens", 1, math.inf), ("warmup", 0, 1), ("decay", 0, 1),
-            ("batch_size", 1, math.inf), ("log_steps", 1, math.inf), ("checkpoints", 0, math.inf), ("p_end", 0, 1),
-            ("aux_k", 1, math.inf), ("buffer_tokens", 1, math.inf), ("dead_tokens", 1, math.inf),
-            ("k_start", self.k, math.inf), ("context_length", 2, math.inf),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                allowed = f"at least {low}" if high == math.inf else f"{low} to {high}"
-                raise UserError(f"{name} is {value}, allowed is {allowed}")
-        for name in ("learning_rate", "bandwidth"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UserError(f"{name} is {value}, allowed is any positive number")
+        check_ranges(self)
+        if self.k_start is not None and self.k_start < self.k:
+            raise UserError(f"k-start is {self.k_start} and k is {self.k}: k falls to k, so it starts there or above")
         if recipe.trained and self.features < self.k:
             raise UserError(f"features is {self.features} and k is {self.k}: k is at most the number of features")
         for name, options in (("centre", CENTRES), ("revival", REVIVALS), ("l0_loss", L0_LOSSES)):

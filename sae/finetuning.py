@@ -26,7 +26,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import Annotated, NamedTuple, TextIO
 
 import torch
 from torch import Tensor
@@ -42,6 +42,7 @@ from sae.errors import UserError, unknown
 from sae.evaluation import counted_tokens
 from sae.locks import lock
 from sae.model import LanguageModel
+from sae.options import ContextLength, LearningRate, Positive, Range, Repeats, Share, TokenCount, Weight, check_ranges
 from sae.places import Edit
 from sae.run_folder import RunFolder, run_settings
 from sae.selfcheck import check_finite
@@ -76,40 +77,31 @@ class FinetuneConfig:
 
     loss: str = "kl"
     """What spliced predictions are judged by: kl (divergence from the model's own) or ce (loss on the text)."""
-    tokens: int = 400_000
+    tokens: TokenCount = 400_000
     """Tokens to fine-tune on; text shorter than that is read several times."""
-    reconstruction: float = 4.0
+    reconstruction: Weight = 4.0
     """Weight of the reconstruction error at each site, relative to that of the predictions."""
-    batch_size: int | None = None
+    batch_size: Annotated[int, Range(2, 10**6)] | None = None
     """Tokens a step, padding counted; by default as many as leave 200 steps, between 512 and 4096."""
-    learning_rate: float | None = None
+    learning_rate: LearningRate | None = None
     """Peak learning rate of Adam; 0.008 / sqrt(width) by default."""
-    warmup: float = 0.05
+    warmup: Share = 0.05
     """Share of the steps over which the learning rate rises; afterwards it falls linearly to zero."""
-    context_length: int | None = None
+    context_length: ContextLength | None = None
     """Longest context, in tokens; 128, or less if the model takes less, by default."""
     packed: bool = False
     """Pack documents end to end into full contexts instead of one context a document."""
     exclude_special: bool = True
     """Special tokens, such as BOS, keep their activations; with --no-exclude-special they are reconstructed as well."""
-    log_steps: int = 20
+    log_steps: Positive = 20
     """Steps between lines of the log."""
-    checkpoints: int = 5
+    checkpoints: Repeats = 5
     """Checkpoints over the run; the last two are kept until it ends. 0 for none."""
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
             raise unknown("loss", self.loss, LOSSES)
-        for name, low, high in (
-            ("tokens", 1, math.inf), ("reconstruction", 0, math.inf), ("batch_size", 2, math.inf),
-            ("warmup", 0, 1), ("log_steps", 1, math.inf), ("checkpoints", 0, math.inf),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                allowed = f"at least {low}" if high == math.inf else f"{low} to {high}"
-                raise UserError(f"{name} is {value}, allowed is {allowed}")
-        if self.learning_rate is not None and not self.learning_rate > 0:
-            raise UserError(f"learning_rate is {self.learning_rate}, allowed is any positive number")
+        check_ranges(self)
 
     @property
     def batch(self) -> int:

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from circuits.commands.common import Common, Output, Overwrite, at_least, load_model
+from circuits.commands.common import Common, Output, Overwrite, load_model
 from sae.activation_cache import CachedActivations, CachedModel, bytes_text
 from sae.cache_writer import cache_bytes, write_cache
 from sae.errors import UserError
 from sae.loading import resolve_device, weights_fingerprint
+from sae.options import ContextLength, TokenCount
 from sae.sites import select_sites
 
 
@@ -27,11 +28,11 @@ class Cache(Common):
     """Folder of the cache."""
     sites: str = "all"
     """Sites, such as all, resid or resid_3,mlp_2."""
-    tokens: int = 2_000_000
+    tokens: TokenCount = 2_000_000
     """Tokens written, special ones not counted; fewer where the text ends before."""
     stored_dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
     """Number type on disk."""
-    context_length: int | None = None
+    context_length: ContextLength | None = None
     """Longest context, in tokens, that the model reads text in; 128, or less if the model takes less, by default."""
     packed: bool = False
     """Pack documents end to end into full contexts instead of one context a document."""
@@ -40,7 +41,6 @@ class Cache(Common):
     overwrite: Overwrite = False
 
     def run(self) -> Output:
-        at_least(self, tokens=1, context_length=2)
         model = load_model(self.model, self)
         sites = select_sites(self.sites, model.sites)
         size = cache_bytes((model.widths[site] for site in sites), self.tokens, self.stored_dtype)

@@ -10,12 +10,13 @@
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import platform
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from functools import cache, partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import tyro
 
@@ -31,6 +32,7 @@ from sae.formats import load_any
 from sae.formats.hub import check_source
 from sae.model import LanguageModel
 from sae.neurons import NEURONS, neuron_dictionaries
+from sae.options import Range, ranges
 from sae.sites import Site
 from sae.splice import check_saes
 from sae.streaming import GIB, config_of, open_saes
@@ -78,7 +80,7 @@ class Common:
 class UsesSaes(Common):
     """Options of commands that can take autoencoders one by one."""
 
-    sae_memory: float | None = None
+    sae_memory: Annotated[float, Range(0, 10**6)] | None = None
     """Memory for autoencoders in GiB: where they do not fit they are read from disk whenever their site is at work.
     Half of what is free by default.
     """
@@ -89,12 +91,22 @@ Overwrite = Annotated[
 ]
 
 
-def at_least(options: Any, **lowest: float) -> None:
-    """`UserError` for an option that is smaller than allowed; None is no limit."""
-    for name, low in lowest.items():
-        value = getattr(options, name)
-        if value is not None and not value >= low:
-            raise UserError(f"{name.replace('_', '-')} is {value}: it must be at least {low:g}")
+def _hint(allowed: Range) -> Callable[[str], str]:
+    return lambda default: f"({allowed}; default: {default})"
+
+
+@cache
+def show_ranges(options: type) -> None:
+    """Have `--help` tell the range of every option of a command beside its default."""
+    hints = get_type_hints(options, include_extras=True)
+    for name, allowed in ranges(options).items():
+        owner = next(base for base in options.__mro__ if name in inspect.get_annotations(base))
+        words = tyro.conf.arg(help_behavior_hint=_hint(allowed))
+        owner.__annotations__[name] = Annotated[hints[name], words]
+    for hint in hints.values():
+        for part in (hint, *get_args(hint)):
+            if isinstance(part, type) and is_dataclass(part):
+                show_ranges(part)
 
 
 def load_model(

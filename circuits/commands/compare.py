@@ -17,6 +17,7 @@ from circuits.prompts import PromptSet, load_prompts
 from sae.contents import COMPARISON, check_contents, check_no_link, check_run_config, remove
 from sae.files import prepare_folder, write_json, write_text
 from sae.locks import lock
+from sae.options import Positive
 
 COMPARISON_FILE = "comparison.json"
 
@@ -38,7 +39,7 @@ class CompareMethods(UsesSaes):
     template, and never one whose mirror image (clean and patch swapped) circuits are found on."""
     out: Path
     """Run folder that receives comparison/."""
-    examples: int = 100
+    examples: Positive = 100
     """Prompts used of each file: the first ones, or some of each case and template where these miss one."""
     overwrite: Overwrite = False
     options: Annotated[CompareOptions, tyro.conf.arg(name="")] = field(default_factory=CompareOptions)

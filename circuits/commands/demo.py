@@ -21,6 +21,7 @@ from circuits.faithfulness import FaithfulnessOptions
 from circuits.streams import say
 from sae.errors import UserError, unknown
 from sae.locks import lock
+from sae.options import FeatureCount, TokenCount
 from sae.run_folder import check_run_folder
 from sae.training import TrainConfig
 
@@ -42,11 +43,11 @@ class Demo(Common):
     """Run folder that receives everything."""
     behaviour: str = "nounpp"
     """Agreement across what: simple (nothing), nounpp (a prepositional phrase), rc and within_rc (relative clauses)."""
-    tokens: int = 400_000
+    tokens: TokenCount = 400_000
     """Tokens the autoencoders are trained on."""
-    features: int = 256
+    features: FeatureCount = 256
     """Features of each autoencoder."""
-    k: int = 8
+    k: FeatureCount = 8
     """Active features a token."""
     overwrite: Overwrite = False
 

@@ -17,7 +17,6 @@ from circuits.commands.common import (
     Output,
     Overwrite,
     UsesSaes,
-    at_least,
     load_checked_saes,
     load_model,
     place,
@@ -41,6 +40,7 @@ from sae.features import top_contexts
 from sae.files import prepare_folder, read_json, write_json
 from sae.locks import lock
 from sae.model import LanguageModel
+from sae.options import Count, Magnitude, Positive, Resamples
 from sae.sites import Site, select_sites
 from sae.streaming import subset
 from sae.text import TextSource
@@ -64,27 +64,27 @@ class Discover(UsesSaes):
     """
     out: Path
     """Run folder that receives circuit/."""
-    examples: int = 100
+    examples: Positive = 100
     """Prompts used: the first of the file, or some of each case and template where these miss one."""
     span_template: str | None = None
     """Template that finds the token spans of all prompts, such as "The {subject} near the {attractor}"; otherwise the
     prompts' own "spans" or templates do.
     """
-    nodes: int = 100
+    nodes: Positive = 100
     """Nodes kept in circuit.json, the strongest; every node's effect stays in effects.safetensors."""
-    node_threshold: float | None = None
+    node_threshold: Magnitude | None = None
     """Keep nodes with a larger |effect| than this instead."""
-    edges: int | None = 1000
+    edges: Count | None = 1000
     """Edges kept in circuit.json, the strongest."""
-    edge_threshold: float | None = None
+    edge_threshold: Magnitude | None = None
     """Keep edges with a larger |weight| than this instead."""
     significant: bool = False
     """Of these nodes and edges keep only those whose bootstrap interval leaves out zero."""
-    resamples: int = 1000
+    resamples: Resamples = 1000
     """Times the prompts, or their templates where they share them, are drawn anew for the intervals of effects (none
     for fewer than 5 of them); 0 leaves intervals out.
     """
-    verify: int = 0
+    verify: Count = 0
     """Patch this many of the strongest nodes exactly and mark those whose estimate differs in sign or size."""
     text: str | None = None
     """Text on which the features of the circuit are described (their top tokens and contexts); the prompts by
@@ -183,7 +183,6 @@ class Discover(UsesSaes):
         return prepare_folder(folder, overwrite=self.overwrite or self.resume)
 
     def _check(self) -> None:
-        at_least(self, examples=1, nodes=1, edges=0, node_threshold=0, edge_threshold=0, resamples=0, verify=0)
         if self.node_threshold is None and 0 < self.options.edge_nodes < self.nodes:
             raise UserError(
                 f"nodes is {self.nodes}, but edges are computed among {self.options.edge_nodes} nodes alone: "

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from circuits.circuit import circuit_digest, circuit_folder
-from circuits.commands.common import Loaded, Output, UsesSaes, at_least, record
+from circuits.commands.common import Loaded, Output, UsesSaes, record
 from circuits.commands.results import MADE_WITH, Named, different_options, digest_of, made_with, read_result
 from circuits.edit_places import needs_spans
 from circuits.editing import ablate
@@ -16,6 +16,7 @@ from sae.contents import check_no_link
 from sae.errors import UserError
 from sae.files import write_json
 from sae.locks import lock
+from sae.options import Activation, Count, Positive, Range, Repeats, Seed
 from sae.text import TextSource
 
 
@@ -25,27 +26,27 @@ class _Edit(UsesSaes, Named):
 
     circuit: Path
     """Run folder with a circuit (`sfc discover`)."""
-    top: int | None = None
+    top: Positive | None = None
     """Edit the n strongest features of the circuit."""
     features: str | None = None
     """Edit these features, such as resid_3/120,mlp_2/7; at a span of the prompts alone, such as resid_3/120@subject."""
     prompts: str | None = None
     """Prompts of the behaviour; those the circuit was found on by default."""
-    examples: int | None = None
+    examples: Positive | None = None
     """At most this many of the prompts; all by default."""
     text: str | None = None
     """Other text on which the cross-entropy is measured, .txt or .jsonl."""
-    texts: int = 200
+    texts: Positive = 200
     """Texts read of --text."""
-    generate: int = 0
+    generate: Count = 0
     """Prompts that are continued before and after."""
-    new_tokens: int = 30
+    new_tokens: Annotated[int, Range(1, 10**6)] = 30
     """Length of a continuation."""
-    random: int = 5
+    random: Repeats = 5
     """Draws of equally many random active features, edited likewise, to compare with."""
     random_anywhere: bool = False
     """Draw random features from all sites together instead of as many per site as are edited."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the random draws."""
     model: str | None = None
     """Another place of the model the circuit was found in."""
@@ -55,7 +56,6 @@ class _Edit(UsesSaes, Named):
     """The circuit's metric again, where it is Python code (file.py:function): no code runs because a run names it."""
 
     def edit(self, operation, value: float | None) -> Output:
-        at_least(self, top=1, examples=1, texts=1, generate=0, new_tokens=1, random=0)
         if (self.top is None) == (self.features is None):
             raise UserError("say which features to edit: either --top N or --features resid_3/120,mlp_2/7")
         with lock(circuit_folder(self.circuit).parent, shared=True):
@@ -117,7 +117,7 @@ class Ablate(_Edit):
 
     operation: Literal["zero", "mean", "set"] = "zero"
     """What the features become: zero, their mean (over --text, else over the prompts), or --value."""
-    value: float | None = None
+    value: Activation | None = None
     """Activation for the operation set."""
 
     def run(self) -> Output:
@@ -128,7 +128,7 @@ class Ablate(_Edit):
 class Steer(_Edit):
     """Push the model along features: add --value times the decoder row everywhere, or scale the activation."""
 
-    value: float
+    value: Activation
     """Strength: what is added, in units of activation, or the factor of --operation scale."""
     operation: Literal["steer", "scale"] = "steer"
     """steer adds the feature's direction at every token; scale multiplies its activation where it is active."""

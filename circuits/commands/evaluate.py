@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from circuits.commands.common import Common, Output, at_least, load_checked_saes, load_model
+from circuits.commands.common import Common, Output, load_checked_saes, load_model
 from circuits.commands.results import Named, ResultFiles, made_with
 from sae.autoencoder import fingerprint, sae_folders
 from sae.contents import check_complete
@@ -17,6 +17,7 @@ from sae.evaluation import evaluate
 from sae.evaluation_plots import plot_evaluation
 from sae.files import write_text
 from sae.locks import lock
+from sae.options import BatchSize, ContextLength, TokenCount
 from sae.sweep_evaluation import evaluation_settings
 from sae.text import TextSource
 
@@ -31,11 +32,11 @@ class Evaluate(Common, Named):
     """Run folder with autoencoders (`sfc train`), or the folder inside it."""
     text: str
     """Text: a .txt file (a document a line), a .jsonl file (field text), .gz of either, or a hub data set."""
-    tokens: int = 50_000
+    tokens: TokenCount = 50_000
     """Tokens measured."""
-    context_length: int = 128
+    context_length: ContextLength = 128
     """Longest context, in tokens; what comes after it in a text is not read."""
-    batch_size: int = 16
+    batch_size: BatchSize = 16
     """Texts that go through the model at once."""
     skip_errors: bool = False
     """Leave out what each site's error matters while all others are dropped, one forward pass a site and batch."""
@@ -43,7 +44,6 @@ class Evaluate(Common, Named):
     """Folder for evaluation.json, .txt and .svg; that of the autoencoders by default."""
 
     def run(self) -> Output:
-        at_least(self, tokens=1, context_length=2, batch_size=1)
         folder = self.out or _folder_of(self.saes)
         with nullcontext() if folder is None else lock(folder, shared=True):
             return self._run(folder)

@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from circuits.circuit import circuit_digest, circuit_folder
-from circuits.commands.common import Loaded, Output, UsesSaes, at_least, record
+from circuits.commands.common import Loaded, Output, UsesSaes, record
 from circuits.commands.results import Named, ResultFiles, made_with
 from circuits.edge_faithfulness import measure_edge_faithfulness
 from circuits.faithfulness import FaithfulnessOptions, measure_faithfulness
@@ -17,6 +17,7 @@ from circuits.faithfulness_report import EdgeFaithfulness
 from circuits.prompts import PromptSet
 from sae.errors import UserError
 from sae.locks import lock
+from sae.options import Positive
 
 ERRORS_TEXT = {"nodes": "", "keep": ", all errors left in", "ablate": ", all errors ablated"}
 
@@ -31,7 +32,7 @@ class Faithfulness(UsesSaes, Named):
     """Run folder with a circuit (`sfc discover`)."""
     prompts: str | None = None
     """Prompts to measure on; those the circuit was found on by default."""
-    examples: int | None = None
+    examples: Positive | None = None
     """At most this many of the prompts; all by default."""
     reference: str | None = None
     """Prompts whose means or values ablated nodes take; those the circuit was found on by default."""
@@ -50,7 +51,6 @@ class Faithfulness(UsesSaes, Named):
     options: Annotated[FaithfulnessOptions, tyro.conf.arg(name="")] = field(default_factory=FaithfulnessOptions)
 
     def run(self) -> Output:
-        at_least(self, examples=1)
         parse_sizes(self.sizes)
         parse_sizes(self.edge_sizes)
         with lock(circuit_folder(self.circuit).parent, shared=True):

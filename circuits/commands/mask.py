@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from circuits.circuit import circuit_digest, circuit_folder
-from circuits.commands.common import Common, Loaded, Output, at_least, record
+from circuits.commands.common import Common, Loaded, Output, record
 from circuits.commands.faithfulness import ERRORS_TEXT, parse_sizes
 from circuits.commands.results import Named, ResultFiles, made_with
 from circuits.faithfulness import FaithfulnessOptions, measure_faithfulness
@@ -18,6 +18,7 @@ from circuits.faithfulness_report import Faithfulness
 from circuits.masks import MaskOptions, learn_mask
 from circuits.nodes import Nodes
 from sae.locks import lock
+from sae.options import Positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,11 +29,11 @@ class Mask(Common, Named):
 
     circuit: Path
     """Run folder with a circuit (`sfc discover`); the mask is learned on the prompts of its file."""
-    learn_examples: int | None = None
+    learn_examples: Positive | None = None
     """At most this many of the prompts learned on, the first ones; all by default, however many effects are from."""
     prompts: str | None = None
     """Held-out prompts to measure on; those the mask is learned on by default."""
-    examples: int | None = None
+    examples: Positive | None = None
     """At most this many of the prompts measured on; all by default."""
     sizes: str = "10,20,50,100,200,500,1000"
     """Numbers of nodes, comma-separated."""
@@ -45,7 +46,6 @@ class Mask(Common, Named):
     options: Annotated[MaskOptions, tyro.conf.arg(name="")] = field(default_factory=MaskOptions)
 
     def run(self) -> Output:
-        at_least(self, examples=1, learn_examples=1)
         parse_sizes(self.sizes)
         with lock(circuit_folder(self.circuit).parent, shared=True):
             return self._run()

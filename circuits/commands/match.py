@@ -6,15 +6,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from circuits.commands.common import Common, Output, at_least, load_checked_saes, load_model
+from circuits.commands.common import Common, Output, load_checked_saes, load_model
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError
 from sae.files import write_json
 from sae.formats import load_any
 from sae.loading import resolve_device
 from sae.model import LanguageModel
+from sae.options import Range, TokenCount
 from sae.similarity import Match as Matched
 from sae.similarity import match_by_activation, match_features, persistent_features, split_features
 from sae.sites import Site, select_sites
@@ -45,9 +46,9 @@ class Match(Common):
     """Hugging Face model: hub name or folder."""
     text: str | None = None
     """Text: a .txt file (a document a line), a .jsonl file (field text), .gz of either, or a hub data set."""
-    tokens: int = 50_000
+    tokens: TokenCount = 50_000
     """Tokens that activations are compared on."""
-    threshold: float = 0.7
+    threshold: Annotated[float, Range(-1, 1)] = 0.7
     """Similarity from which on two features are one: mutual partners (same); a feature that two or more of the other
     dictionary are nearest to, by decoder, is split.
     """
@@ -55,7 +56,6 @@ class Match(Common):
     """JSON file for the partner of every feature; none by default."""
 
     def run(self) -> Output:
-        at_least(self, tokens=1, threshold=-1)
         model = self._model()
         mine = self._load(self.saes, model)
         theirs = None if self.other is None else self._load(self.other, model)

@@ -5,16 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Annotated
 
 import torch
 
-from circuits.commands.common import Common, Output, at_least, load_model
+from circuits.commands.common import Common, Output, load_model
 from circuits.probes import fit_probe, read_site, save_probe
 from circuits.prompt_formats import Example, read_rows
 from circuits.prompt_reader import find_roles
 from circuits.spans import LAST
 from sae.errors import UserError, unknown
 from sae.model import Tokens
+from sae.options import MANY, LearningRate, Range, Seed
 from sae.sites import Site
 
 TEXT_KEYS = ("text", "clean_prefix", "clean", "prompt")
@@ -40,19 +42,16 @@ class Probe(Common):
     """Token that is read: last, or the name of a span, over which activations are averaged."""
     span_template: str | None = None
     """Template that finds the spans, such as "The {subject} near the {attractor}"; otherwise the prompts' own."""
-    examples: int | None = None
+    examples: Annotated[int, Range(2, MANY)] | None = None
     """At most this many of the prompts; all by default."""
-    held_out: float = 0.25
+    held_out: Annotated[float, Range(0, 0.99, above=True)] = 0.25
     """Share of the prompts on which the probe is scored and not learned."""
-    penalty: float = 1.0
+    penalty: LearningRate = 1.0
     """Inverse strength of the L2 penalty."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the division."""
 
     def run(self) -> Output:
-        at_least(self, examples=2)
-        if not 0 < self.held_out < 1 or self.penalty <= 0:
-            raise UserError("held-out must lie between 0 and 1, and penalty must be positive")
         texts, labels = self._labelled()
         model = load_model(self.model, self)
         names = {site.name: site for site in model.sites}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from circuits.circuit import Circuit, circuit_folder
 from circuits.circuit_files import FeaturesFile
-from circuits.commands.common import Output, at_least
+from circuits.commands.common import Output
 from circuits.commands.discover import FEATURES_FILE
 from graphs.annotations import apply, read_annotations
 from graphs.dot import render
@@ -19,6 +19,7 @@ from graphs.pruning import reachable
 from sae.contents import check_no_link
 from sae.files import read_json
 from sae.locks import lock
+from sae.options import Count, Magnitude, Positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +28,9 @@ class _Cut:
 
     circuit: Path
     """Run folder with a circuit (`sfc discover`)."""
-    node_threshold: float | None = None
+    node_threshold: Magnitude | None = None
     """Only nodes with a larger |effect|."""
-    edge_threshold: float | None = None
+    edge_threshold: Magnitude | None = None
     """Only edges with a larger |weight|."""
     significant: bool = False
     """Only nodes whose bootstrap interval leaves out zero."""
@@ -44,7 +45,6 @@ class _Cut:
 
     def cut(self, *, nodes: int | None, edges: int | None) -> FeatureGraph:
         """The graph to show, of at most the nodes that have edges; re-thresholding never runs the model."""
-        at_least(self, nodes=1, edges=0, node_threshold=0, edge_threshold=0)
         circuit = Circuit.load(self.circuit)
         with_edges = sum(len(site_nodes) for site_nodes in circuit.edge_nodes.values())
         nodes = min(with_edges if nodes is None else nodes, with_edges) if with_edges else nodes
@@ -68,9 +68,9 @@ class Render(_Cut):
 
     out: Path | None = None
     """Drawing to write: .svg, .png, .pdf or .dot; graph/circuit.svg in the run folder by default."""
-    nodes: int | None = 40
+    nodes: Positive | None = 40
     """Nodes drawn at most, the strongest."""
-    edges: int | None = 150
+    edges: Count | None = 150
     """Edges drawn at most, the strongest."""
 
     def run(self) -> Output:
@@ -86,9 +86,9 @@ class Explore(_Cut):
 
     out: Path | None = None
     """Page to write; graph/circuit.html in the run folder by default."""
-    nodes: int | None = 300
+    nodes: Positive | None = 300
     """Nodes on the page at most, the strongest; sliders show fewer."""
-    edges: int | None = 3000
+    edges: Count | None = 3000
     """Edges on the page at most, the strongest."""
 
     def run(self) -> Output:

@@ -11,11 +11,12 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from circuits.commands.cache import need, open_cache
-from circuits.commands.common import Common, Output, Overwrite, at_least, load_model
+from circuits.commands.common import Common, Output, Overwrite, load_model
 from sae.architectures import ARCHITECTURES
 from sae.config import TrainConfig
 from sae.errors import UserError, unknown
 from sae.files import write_json, write_text
+from sae.options import ContextLength, TokenCount
 from sae.sites import select_sites
 from sae.sweep import Sweep as Trained
 from sae.sweep import grid, sweep, training_bytes
@@ -67,9 +68,9 @@ class Sweep(Common):
     """Seeds, such as 0,1."""
     eval_text: str | None = None
     """Held-out text to measure on; by default what comes in the text after the documents trained on."""
-    eval_tokens: int = 50_000
+    eval_tokens: TokenCount = 50_000
     """Tokens measured."""
-    eval_context_length: int = 128
+    eval_context_length: ContextLength = 128
     """Longest context measured, in tokens; what comes after it in a text is not read."""
     resume: bool = False
     """Go on with an interrupted sweep, or add to a finished one; nothing is trained or measured twice."""
@@ -77,7 +78,6 @@ class Sweep(Common):
     config: Annotated[SharedConfig, tyro.conf.arg(name="")] = field(default_factory=SharedConfig)
 
     def run(self) -> Output:
-        at_least(self, eval_tokens=1, eval_context_length=2)
         trained, source, name = self._train()
         model = load_model(name, self)
         text = None if self.eval_text is None else TextSource.of(self.eval_text)

@@ -9,11 +9,12 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from circuits.commands.cache import need, open_cache
-from circuits.commands.common import Common, Output, Overwrite, at_least, load_checked_saes, load_model
+from circuits.commands.common import Common, Output, Overwrite, load_checked_saes, load_model
 from circuits.commands.finetune import finetuned_lines, progress_of
 from sae.errors import UserError
 from sae.finetuning import FinetuneConfig, finetune
 from sae.locks import lock
+from sae.options import TokenCount
 from sae.run_folder import check_run_folder, discard_run, is_discarding, read_log
 from sae.training import TrainConfig, train
 
@@ -44,7 +45,7 @@ class Train(Common):
     overwrite: Overwrite = False
     finetune: Literal["none", "kl", "ce"] = "none"
     """Fine-tune afterwards with all autoencoders spliced in, for the model's predictions (kl) or the text (ce)."""
-    finetune_tokens: int | None = None
+    finetune_tokens: TokenCount | None = None
     """Tokens to fine-tune on, beside those of training; a fifth of these by default. `sfc finetune` has more options.
     """
     config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
@@ -54,7 +55,6 @@ class Train(Common):
             if self.finetune_tokens is not None:
                 raise UserError(f"finetune-tokens is {self.finetune_tokens}: there is none without --finetune kl")
             return self._train(self.out)
-        at_least(self, finetune_tokens=1)
         need(self.model, "model")
         text = need(self.text, "text")
         with lock(self.out):

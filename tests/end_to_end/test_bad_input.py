@@ -250,7 +250,7 @@ def test_options_that_contradict_each_other(sfc, model_folder, text_file, tmp_pa
     arguments = ["--model", model_folder, "--text", text_file, "--out", tmp_path / "run"]
     assert "k is 64" in sentence(sfc("train", *arguments, "--features", 32, "--k", 64))
     assert "'topk'" in sentence(sfc("train", *arguments, "--architecture", "topkk"))
-    assert "context_length is 0" in sentence(sfc("train", *arguments, "--context-length", 0))
+    assert "context-length is 0" in sentence(sfc("train", *arguments, "--context-length", 0))
 
 
 def test_pairs_that_do_not_differ(discover, prompts_file, tmp_path):

@@ -18,13 +18,13 @@ import tyro
 from circuits.streams import prepare_streams, say, say_error
 from graphs.errors import GraphError
 from sae.errors import UserError
+from sae.options import check_ranges
 from sae.stopping import terminated_as_interrupted
 
 RESUMABLE = ("train", "finetune", "sweep", "cache", "discover")
 """Commands that go on with `--resume`."""
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc")
 """What torch's errors say where there is no more memory."""
-from sae.options import check_ranges
 
 
 def _commands() -> dict[str, Any]:

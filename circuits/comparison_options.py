@@ -8,7 +8,7 @@ from typing import Annotated
 from circuits.attribution import METHODS
 from circuits.attribution.gradients import RULES
 from sae.errors import UserError, unknown
-from sae.options import Count, DescentSteps, Gibibytes, Range, Resamples, Seed, Steps, check_ranges
+from sae.options import Count, DescentSteps, Gibibytes, Range, Resamples, Seed, Steps, check_ranges, parse_sizes
 
 MASK = "mask"
 RANKINGS = (*METHODS, MASK)
@@ -70,10 +70,7 @@ class CompareOptions:
     @property
     def circuit_sizes(self) -> list[int]:
         """Sizes of the table."""
-        words = split(self.sizes)
-        if not words or not all(word.isdigit() and int(word) for word in words):
-            raise UserError(f"sizes {self.sizes!r}: expected positive whole numbers separated by commas, such as 10,20")
-        return sorted({int(word) for word in words})
+        return sorted(set(parse_sizes(self.sizes)))
 
 
 def split(text: str) -> list[str]:

@@ -87,3 +87,12 @@ def check_ranges(options: Any) -> None:
     for field in fields(options):
         if is_dataclass(value := getattr(options, field.name)):
             check_ranges(value)
+
+
+def parse_sizes(text: str, option: str = "sizes") -> tuple[int, ...]:
+    """`"10,20,50"` -> (10, 20, 50); `UserError` for anything that is not a positive whole number."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    wrong = [part for part in parts if not (part.isascii() and part.isdigit() and len(part) < 10 and int(part))]
+    if wrong or not parts:
+        raise UserError(f"{option} {text!r}: expected positive whole numbers separated by commas, such as 10,20,50")
+    return tuple(int(part) for part in parts)

@@ -15,9 +15,8 @@ from circuits.edge_faithfulness import measure_edge_faithfulness
 from circuits.faithfulness import FaithfulnessOptions, measure_faithfulness
 from circuits.faithfulness_report import EdgeFaithfulness
 from circuits.prompts import PromptSet
-from sae.errors import UserError
 from sae.locks import lock
-from sae.options import Positive
+from sae.options import Positive, parse_sizes
 
 ERRORS_TEXT = {"nodes": "", "keep": ", all errors left in", "ablate": ", all errors ablated"}
 
@@ -52,7 +51,7 @@ class Faithfulness(UsesSaes, Named):
 
     def run(self) -> Output:
         parse_sizes(self.sizes)
-        parse_sizes(self.edge_sizes)
+        parse_sizes(self.edge_sizes, "edge-sizes")
         with lock(circuit_folder(self.circuit).parent, shared=True):
             return self._run()
 
@@ -109,16 +108,7 @@ class Faithfulness(UsesSaes, Named):
             loaded.circuit,
             prompts,
             self.options,
-            sizes=parse_sizes(self.edge_sizes),
+            sizes=parse_sizes(self.edge_sizes, "edge-sizes"),
             reference=reference,
             progress=not self.quiet,
         )
-
-
-def parse_sizes(text: str) -> tuple[int, ...]:
-    """`"10,20,50"` -> (10, 20, 50); `UserError` for anything that is not a positive whole number."""
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    wrong = [part for part in parts if not part.isdigit() or int(part) == 0]
-    if wrong or not parts:
-        raise UserError(f"sizes {text!r}: expected positive whole numbers separated by commas, such as 10,20,50")
-    return tuple(int(part) for part in parts)

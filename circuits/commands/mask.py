@@ -11,14 +11,14 @@ import tyro
 
 from circuits.circuit import circuit_digest, circuit_folder
 from circuits.commands.common import Common, Loaded, Output, record
-from circuits.commands.faithfulness import ERRORS_TEXT, parse_sizes
+from circuits.commands.faithfulness import ERRORS_TEXT
 from circuits.commands.results import Named, ResultFiles, made_with
 from circuits.faithfulness import FaithfulnessOptions, measure_faithfulness
 from circuits.faithfulness_report import Faithfulness
 from circuits.masks import MaskOptions, learn_mask
 from circuits.nodes import Nodes
 from sae.locks import lock
-from sae.options import Positive
+from sae.options import Positive, parse_sizes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -229,14 +229,15 @@ def try_metric(model: LanguageModel, prompts: PromptSet, metric: Metric, *, diff
 
 def warn_if_cancelling(metric: Metric, delta: Tensor) -> None:
     """Warn where delta = m(patch) - m(clean), [B], has opposite signs on the prompts, so that |mean| is less than
-    `CANCELS` of mean |delta|: effects cancel in the mean over prompts as it does.
+    `CANCELS` of mean |delta|: effects cancel in the mean over prompts as it does. Of a probe without patch prompts,
+    delta is what there is to lose, -m(clean).
     """
     mean, size = delta.mean().item(), delta.abs().mean().item()
     if abs(mean) >= CANCELS * size:
         return
     log.warning(
-        "m changes by %.2g from clean to patch in the mean over prompts, but by %.2g on a prompt: prompts of opposite "
-        "classes cancel, and so do effects; %s",
+        "m changes by %.2g in the mean over prompts, but by %.2g on a prompt: prompts of opposite classes cancel, and "
+        "so do effects; %s",
         mean,
         size,
         "use probe-margin:FILE in place of probe:FILE"

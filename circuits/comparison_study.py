@@ -132,11 +132,12 @@ class Study:
         return self.prompts[: min(MEMORY_PROMPTS, self.rows)]
 
     def attribute(self, states: States, method: str):
-        """The method's effects of one batch, without measuring totals."""
+        """The method's effects of one batch, by the passes it uses itself."""
         options = self.options
         return attribute(
             self.model, self.saes, states, self.metric, sites=list(self.saes), method=method, rule=options.rule,
             steps=options.steps, residual=options.residual, max_rows=self.rows, seed=options.seed, totals=False,
+            gradients=False,
         )  # fmt: skip
 
     def aggregated(self, parts: Mapping[Site, Sequence[SiteEffects]]) -> Nodes:

@@ -137,6 +137,7 @@ class Descent:
         self.optimiser.step()
 
 
+@torch.enable_grad()
 def fit_constants(
     values: AblationValues,
     circuits: Sequence[Circuit],

@@ -11,6 +11,7 @@ Finished batches can be kept in a folder (`circuits.partial`), from which an int
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -48,6 +49,12 @@ from sae.model import LanguageModel
 from sae.options import Count, Gibibytes, Range, Steps, check_ranges
 from sae.sites import Site, select_sites
 
+log = logging.getLogger(__name__)
+
+ADDS_UP = ("ig", "ig-adaptive")
+"""Methods whose effects of a site add up to patching it, but for the quadrature error."""
+MEAN_RESIDUAL, WORST_RESIDUAL = 0.03, 0.1
+"""Shares of the total effect beyond which such effects are not to be trusted."""
 LOGIT_DIFFERENCE = "logit(patch answer) - logit(clean answer)"
 
 
@@ -144,6 +151,9 @@ def discover(
         raise UserError("no node has an effect on the metric: do the prompts differ where the sites can see it?")
     chosen = select_nodes(nodes, top=options.edge_nodes)
     edges, edge_samples = edge_pass(work, batches, chosen) if options.edge_nodes else ({}, {})
+    measured = _of_metric(batches, effects, len(prompts))
+    if options.method in ADDS_UP:
+        _warn_if_not_adding_up(measured["completeness"])
     metadata = {
         "metric": LOGIT_DIFFERENCE if m is logit_difference else metric_title(m, prompts),
         **(provenance or {}),
@@ -153,7 +163,7 @@ def discover(
         "n_nodes": count(nodes),
         "accuracy": accurate,
         **_of_prompts(plain, prompts, options.aggregation),
-        **_of_metric(batches, effects, len(prompts)),
+        **measured,
     }
     return Circuit(effects, chosen if options.edge_nodes else {}, edges, metadata, edge_samples=edge_samples,
                    groups=prompt_groups(prompts), metric=m)  # fmt: skip
@@ -211,6 +221,21 @@ def _warn_if_cancelling(metric: Metric, batches: Sequence[BatchNodes]) -> None:
     deltas = [batch.m_patch - batch.m_clean for batch in batches if batch.m_patch is not None]
     if deltas:
         warn_if_cancelling(metric, torch.cat(deltas))
+    elif isinstance(metric, Probe) and not metric.margin:
+        warn_if_cancelling(metric, -torch.cat([batch.m_clean for batch in batches]))
+
+
+def _warn_if_not_adding_up(completeness: Mapping[str, Any]) -> None:
+    """Warn where the effects of integrated gradients do not add up to what was measured."""
+    mean, worst = completeness["mean_residual"], completeness["worst_residual"]
+    if mean > MEAN_RESIDUAL or worst > WORST_RESIDUAL:
+        log.warning(
+            "the effects of a site add up to that of patching it only within %.1f %% of the total on average, %.1f %% "
+            "at %s: take more steps, or look for a module of the model through which no gradient flows",
+            100 * mean,
+            100 * worst,
+            completeness["worst_site"],
+        )
 
 
 def _metric_ends(batches: Sequence[BatchNodes], n_examples: int) -> dict[str, Any]:

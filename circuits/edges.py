@@ -176,7 +176,7 @@ def select_ends(
     batches: Sequence[tuple[States, Mapping[Site, torch.Tensor], Mapping[Site, SiteEnds]]],
     nodes: Nodes,
     *,
-    active: str = "clean",
+    active: str = "either",
 ) -> list[dict[Site, SelectedEnds]]:
     """What the selected nodes of every site bring to the product, for several batches of (states, gradients, ends).
 
@@ -200,6 +200,7 @@ def check_edges(saes: Mapping[Site, SparseAutoencoder], sites: Iterable[Site], *
             raise edge_refusal(site.name)
 
 
+@torch.enable_grad()
 def edge_effects(
     model: LanguageModel,
     saes: Mapping[Site, SparseAutoencoder],
@@ -208,7 +209,7 @@ def edge_effects(
     gradients: Mapping[Site, torch.Tensor],
     nodes: Nodes,
     *,
-    active: str = "clean",
+    active: str = "either",
     ends: Mapping[Site, SiteEnds] | None = None,
     selected: Mapping[Site, SelectedEnds] | None = None,
     max_rows: int = 64,

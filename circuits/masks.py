@@ -313,6 +313,7 @@ def whole_and_empty(
     return target, scale, {site: torch.cat([part[site] for part in padded]) for site in needed}
 
 
+@torch.enable_grad()
 def _descend(
     gates, scores, prompts, values: AblationValues, target, before, metric, scale, options: MaskOptions, *, progress
 ) -> list[float]:

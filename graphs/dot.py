@@ -34,6 +34,7 @@ from graphs.style import (
     count,
     describe,
     diverging_colour,
+    effect_number,
     effect_words,
     fit,
     ink_on,
@@ -147,7 +148,7 @@ def _add_node(dot: graphviz.Digraph, scene: Scene, node: Node) -> None:
     if node.kind == "error":
         box = Box(box.x, box.y, min(box.width, box.height * 1.9), box.height)
         small = scene.density.small
-        words = (" ", *(("error",) if scene.density.lines > 1 else ()), number(node.effect))
+        words = (" ", *(("error",) if scene.density.lines > 1 else ()), effect_number(node))
         text = "<BR/>".join(_text(word, small * 0.85, ink) for word in words)  # the blank line moves the others down
         shape = {"shape": "triangle"}
     else:
@@ -170,8 +171,9 @@ def _feature_text(scene: Scene, node: Node, box: Box, ink: str) -> str:
     density = scene.density
     room = box.width - 6
     label = describe(node) if node.id in scene.labelled else ""
-    name, effect = node.name, number(node.effect)
-    fits = text_width(f"{name}  {effect}", density.small) <= room
+    name, shown = node.name, (effect_number(node), number(node.effect))
+    fitting = [words for words in shown if text_width(f"{name}  {words}", density.small) <= room]
+    fits, effect = bool(fitting), fitting[0] if fitting else shown[0]
     if fits:
         name += f"  {effect}"
     small = [_spaced(_text(fit(name, density.small, room), density.small, ink), density.small)]
@@ -291,6 +293,8 @@ def _add_legend(dot: graphviz.Digraph, scene: Scene) -> None:
     lines = _text("━", 11, NEGATIVE_EDGE) + _text("━", 11, POSITIVE_EDGE)
     widest = f"edge, widest {number(scene.weight).lstrip('+')}"
     cells += f"<TD>     {lines} {_text(widest, 8.5, INK)}</TD>" if scene.weight else ""
+    if any("exact_effect" in node.attributes for node in scene.graph.nodes()):
+        cells += f"<TD>     {_text('✓', 8.5, PALE_INK)} {_text('measured by patching it alone', 8.5, INK)}</TD>"
     table = f'<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="1"><TR>{cells}</TR></TABLE>'
     _add_text(dot, scene, "legend", table, (scene.layout.width / 2 - GUTTER / 2, 26 - scene.below))
 

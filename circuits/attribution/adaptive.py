@@ -59,6 +59,7 @@ def path_scale(states: States, totals: Mapping[Site, torch.Tensor]) -> float:
     return max(abs(total.mean().item()) for total in totals.values())
 
 
+@torch.enable_grad()
 def adaptive_gradient(
     model: LanguageModel,
     states: States,
@@ -102,7 +103,7 @@ def adaptive_gradient(
     weight = torch.zeros_like(nodes.alpha)
     for at, share in ((left, 1), (middle, 4), (right, 1)):
         weight.index_add_(0, at, share * width / 6)
-    total = torch.zeros_like(states.clean[site])
+    total = torch.zeros_like(states.clean[site], dtype=torch.float32)
     total.index_add_(0, nodes.example, weight.to(total)[:, None, None] * nodes.gradient)
     return total, len(nodes.alpha) / n - 1
 

@@ -47,6 +47,8 @@ METHOD_NAMES = {
 
 METHODS = tuple(METHOD_NAMES)
 
+WITHOUT_GRADIENT = ("exact", "activation-difference", "random")
+"""Methods that take no gradient for their effects."""
 GRADIENT_AT_CLEAN = tuple(name for name in METHODS if name not in ("ig", "ig-inputs", "relp"))
 """Methods that take dm/dx at the clean run, for their effects or for the edges after them."""
 
@@ -108,6 +110,7 @@ def attribute(
     *,
     sites: Sequence[Site],
     totals: bool = True,
+    gradients: bool = True,
     ends: str | None = None,
     **options: Any,
 ) -> Attribution:
@@ -115,7 +118,9 @@ def attribute(
     `AttributionOptions`.
     """
     wanted = AttributionOptions(**options)
-    return attribute_batches(model, saes, [states], metric, wanted, sites=sites, totals=totals, ends=ends)[0]
+    return attribute_batches(
+        model, saes, [states], metric, wanted, sites=sites, totals=totals, gradients=gradients, ends=ends
+    )[0]
 
 
 def attribute_batches(
@@ -127,28 +132,31 @@ def attribute_batches(
     *,
     sites: Sequence[Site],
     totals: bool = True,
+    gradients: bool = True,
     ends: str | None = None,
     progress: Callable[[Site], None] = lambda site: None,
 ) -> list[Attribution]:
     """Node effects of every feature and error at `sites`, batch by batch.
 
-    totals: whether site totals are measured; ends: keep what edges need, with features active where this says (see
+    totals: whether site totals are measured; gradients: whether dm/dx is taken for edges where the method does not use
+    it; ends: keep what edges need, with features active where this says (see
     `contract`), if the method contracts a gradient; progress: called after each site of a batch. An autoencoder is
     asked for at its site's turn, for all batches one after the other (`graddrop` asks for all once a layer and batch).
     """
     found: list[Attribution] = []
     for states in batches:
-        gradients, effects = _all_sites(model, saes, states, metric, sites, options)
+        idle = options.method in WITHOUT_GRADIENT and not gradients
+        slopes, effects = ({}, {}) if idle else _all_sites(model, saes, states, metric, sites, options)
         measured: dict[Site, torch.Tensor] = {}
         path_nodes: dict[Site, float] = {}
         if totals or (options.method == "ig-adaptive" and states.m_patch is None):
             measured = {site: site_total_effect(model, states, metric, site=site) for site in sites}
         for site in sites if options.along_path else ():
-            gradients[site], path_nodes[site] = _along_path(
-                model, states, metric, site, options, at_clean=gradients, measured=measured
+            slopes[site], path_nodes[site] = _along_path(
+                model, states, metric, site, options, at_clean=slopes, measured=measured
             )
             progress(site)
-        found.append(Attribution(effects, gradients, measured, path_nodes))
+        found.append(Attribution(effects, slopes, measured, path_nodes))
     for site in sites:
         for states, batch in zip(batches, found, strict=True):
             _effects_of_site(model, saes, states, metric, site, options, batch, ends=ends)
@@ -170,7 +178,7 @@ def _effects_of_site(
 ) -> None:
     """Put the effects of one site, and what edges need of it, into what was found of a batch."""
     method, places = options.method, states.places(options.aggregation)
-    if method in ("exact", "activation-difference", "random"):
+    if method in WITHOUT_GRADIENT:
         batch.effects[site] = _without_gradient(model, saes[site], states, metric, site, options, places)
     elif site not in batch.effects:
         batch.effects[site], known = contract(saes[site], states, batch.gradients[site], site=site, ends=ends)

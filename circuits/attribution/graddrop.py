@@ -28,6 +28,7 @@ from sae.model import LanguageModel
 from sae.sites import Site
 
 
+@torch.enable_grad()
 def gradients_with_layer_blocked(
     model: LanguageModel, states: States, metric: Metric, *, sites: Sequence[Site]
 ) -> Iterator[tuple[int, dict[Site, torch.Tensor]]]:

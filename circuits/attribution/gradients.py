@@ -15,6 +15,10 @@ Integrated gradients (Sundararajan et al. 2017; Marks et al. 2024, eq. 4), one s
   2. Everything before the site is skipped: the forward pass resumes from the cached clean activations.
   3. g = sum_k w_k dm/dx at x_k. Then sum over nodes of the effects = m(site patched) - m(clean), up to the
      quadrature error.
+  What a node gets is its share in moving the *whole site*: the effect it has on the way, when part of the others have
+  moved, as the mean over random orders has it (Shapley values; Aumann & Shapley 1974 for the straight path). Patched
+  alone, from either end, it may do far less: where several features stand for the same word, each alone moves the model
+  too little to change its mind, and so m(clean) and m(patch) are both flat in it.
 """
 
 from __future__ import annotations
@@ -48,6 +52,7 @@ def quadrature(rule: str, steps: int) -> tuple[list[float], list[float]]:
     raise unknown("quadrature rule", rule, RULES)
 
 
+@torch.enable_grad()
 def attribution_patching(
     model: LanguageModel, states: States, metric: Metric, *, sites: Sequence[Site]
 ) -> dict[Site, torch.Tensor]:
@@ -70,6 +75,7 @@ def metric_at(
     return torch.stack([metric(rows, states.prompts) for rows in logits])
 
 
+@torch.enable_grad()
 def integrated_gradients(
     model: LanguageModel,
     states: States,
@@ -80,31 +86,32 @@ def integrated_gradients(
     steps: int = 10,
     max_rows: int = 512,
 ) -> torch.Tensor:
-    """Weighted mean of dm/dx along the straight path from the clean to the patch activation of one site, [B, S, d].
+    """Weighted mean of dm/dx along the straight path from the clean to the patch activation of one site, [B, S, d],
+    added up in float32 whatever the model computes in.
 
     At most `max_rows` prompts go through the model at once (at least one quadrature node of the whole batch does).
     """
-    total = torch.zeros_like(states.clean[site])
+    total = torch.zeros_like(states.clean[site], dtype=torch.float32)
     for weight, leaf in path_chunks(states.clean[site], states.patch[site], rule, steps, max_rows):
         m = metric_at(model, states, metric, site=site, value=leaf, copies=len(weight), grad=True)
         (gradient,) = torch.autograd.grad(m.sum(), leaf)
-        total += torch.einsum("k,kbsd->bsd", weight, gradient.unflatten(0, (len(weight), -1)))
+        total += torch.einsum("k,kbsd->bsd", weight, gradient.unflatten(0, (len(weight), -1)).float())
     return total
 
 
 def path_chunks(
     clean: torch.Tensor, patch: torch.Tensor, rule: str, steps: int, max_rows: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The quadrature nodes of the path from `clean` to `patch` [B, S, d], in chunks of K: weights [K] and a leaf
-    [K * B, S, d], at most `max_rows` rows or one node of the whole batch.
+    """The quadrature nodes of the path from `clean` to `patch` [B, S, d], in chunks of K: weights [K] in float32 and a
+    leaf [K * B, S, d], at most `max_rows` rows or one node of the whole batch.
     """
     nodes, weights = quadrature(rule, steps)
     per_pass = max(1, max_rows // len(clean))
     for start in range(0, steps, per_pass):
-        alpha = torch.tensor(nodes[start : start + per_pass], device=clean.device, dtype=clean.dtype)
-        weight = torch.tensor(weights[start : start + per_pass], device=clean.device, dtype=clean.dtype)
-        path = torch.lerp(clean, patch, alpha[:, None, None, None])  # [K, B, S, d]
-        yield weight, path.flatten(0, 1).requires_grad_()
+        alpha = torch.tensor(nodes[start : start + per_pass], device=clean.device)
+        weight = torch.tensor(weights[start : start + per_pass], device=clean.device)
+        path = torch.lerp(clean.float(), patch.float(), alpha[:, None, None, None])  # [K, B, S, d]
+        yield weight, path.to(clean.dtype).flatten(0, 1).requires_grad_()
 
 
 @torch.no_grad()

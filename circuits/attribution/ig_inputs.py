@@ -26,6 +26,7 @@ from sae.sites import Site
 EMBED = Site("embed")
 
 
+@torch.enable_grad()
 def integrated_gradients_of_inputs(
     model: LanguageModel,
     states: States,
@@ -38,7 +39,7 @@ def integrated_gradients_of_inputs(
 ) -> dict[Site, torch.Tensor]:
     """Weighted mean of dm/dx along the embedding path, [B, S, d] per site."""
     clean, patch = _ends(model, states)
-    total = {site: torch.zeros_like(states.clean[site]) for site in sites}
+    total = {site: torch.zeros_like(states.clean[site], dtype=torch.float32) for site in sites}
     for weight, leaf in path_chunks(clean, patch, rule, steps, max_rows):
         tokens = states.tokens.repeat(len(weight))
         run = model.run(tokens, skip={EMBED: leaf}, capture=sites, grad=True, last_only=True)
@@ -46,7 +47,7 @@ def integrated_gradients_of_inputs(
         m = torch.stack([metric(rows, states.prompts) for rows in logits])  # [K, B]
         gradients = torch.autograd.grad(m.sum(), [run.activations[site] for site in sites])
         for site, gradient in zip(sites, gradients, strict=True):
-            total[site] += torch.einsum("k,kbsd->bsd", weight, gradient.unflatten(0, (len(weight), -1)))
+            total[site] += torch.einsum("k,kbsd->bsd", weight, gradient.unflatten(0, (len(weight), -1)).float())
     return total
 
 

@@ -119,7 +119,8 @@ def capture_states(
         return States(prompts, clean, patch, True, m_clean, None, model.n_layers - 1, gradients)
     other = model.run(prompts.patch, capture=sites, last_only=True)
     check_finite(other)
-    m_patch = metric(other.logits[:, -1], prompts)
+    with torch.no_grad():
+        m_patch = metric(other.logits[:, -1], prompts)
     return States(prompts, clean, other.activations, False, m_clean, m_patch, model.n_layers - 1, gradients)
 
 
@@ -127,7 +128,8 @@ def _clean_run(model: LanguageModel, prompts: PromptSet, metric: Metric, sites: 
     """x at every site [B, S, d], m [B], and dm/dx per site if it was asked for."""
     run = model.run(prompts.clean, capture=sites, last_only=True, grad=gradient)
     check_finite(run)
-    m = metric(run.logits[:, -1], prompts)
+    with torch.set_grad_enabled(gradient):
+        m = metric(run.logits[:, -1], prompts)
     if not gradient:
         return run.activations, m, None
     found = torch.autograd.grad(m.sum(), [run.activations[site] for site in sites])

@@ -31,6 +31,8 @@ BEHAVIOURS = {
     "rc": "Subject-verb agreement across a relative clause",
     "within_rc": "Subject-verb agreement within a relative clause",
 }
+VERIFIED = 20
+"""Nodes that are patched exactly."""
 START_SITE = "attn_1"
 """Faithfulness is measured from here on: what happens in block 0 is given, as the paper gives its first layers."""
 
@@ -104,6 +106,7 @@ class _Story:
             f"Which features make the verb agree with its subject ({self.options.behaviour})",
             Discover(
                 model=self.model, saes=str(out), prompts=self.train_prompts, out=out, text=self.valid, overwrite=True,
+                verify=VERIFIED,
                 title=BEHAVIOURS[self.options.behaviour], **self.common,
             ),
         )  # fmt: skip

@@ -237,6 +237,9 @@ function drawLegend() {
     html("span", { class: "scale" }, ...swatches),
     html("span", {}, `${number(largestEffect)} raises it`),
     html("span", {}, html("b", { class: "triangle" }, "▲"), " SAE error"),
+    ...(nodes.some((node) => typeof node.attributes?.exact_effect === "number")
+      ? [html("span", {}, "✓ measured by patching it alone")]
+      : []),
     html(
       "span",
       {},

@@ -293,7 +293,8 @@ function drawNode(node, box, density, labelled) {
 
 function nodeText(node, box, density, labelled, ink) {
   const room = box.width - 10;
-  const effect = number(node.effect);
+  const exact = node.attributes?.exact_effect;
+  const effect = number(node.effect) + (typeof exact === "number" ? ` ✓${number(exact)}` : "");
   if (node.kind === "error") {
     return [
       textElement("error", box.x, box.y + box.height * 0.2, density.small - 1, ink),
@@ -304,7 +305,11 @@ function nodeText(node, box, density, labelled, ink) {
   const bold = metric || Boolean(labelOf(node));
   const lines =
     metric || labelled ? wrapText(describe(node), density.label, room, metric ? 2 : density.lines, bold) : [];
-  const joined = metric ? effectWords(node) : `${node.name}  ${effect}`;
+  const joined = metric
+    ? effectWords(node)
+    : [effect, number(node.effect)]
+        .map((words) => `${node.name}  ${words}`)
+        .find((words, last) => last || textWidth(words, density.small, false) <= room);
   const fits = textWidth(joined, density.small, false) <= room;
   const small = fits ? [joined] : [fitText(node.name, density.small, room, false), ...(lines.length ? [] : [effect])];
   const height = lines.length * density.label * 1.18 + small.length * density.small * 1.25;

@@ -171,7 +171,7 @@ def test_edges(recorded, model, saes, prompts):
             for site in model.sites
         }
         nodes = {site: all_nodes(saes[site], shape[1]) for site in model.sites}
-        edges = edge_effects(model, saes, states, logit_difference, gradients, nodes)
+        edges = edge_effects(model, saes, states, logit_difference, gradients, nodes, active="clean")
         for pair in ours:
             up, down = pair.split("|")
             ours[pair][b] = edges[Site.parse(up), Site.parse(down)]
@@ -198,8 +198,8 @@ def test_edges_summed_over_positions_are_the_sum(recorded, model, saes, prompts)
         site: SiteNodes(width - 1, torch.arange(width), torch.full((width,), -1), torch.zeros(width))
         for site in model.sites
     }
-    one = edge_effects(model, saes, states, logit_difference, gradients, by_position)
-    both = edge_effects(model, saes, states, logit_difference, gradients, summed)
+    one = edge_effects(model, saes, states, logit_difference, gradients, by_position, active="clean")
+    both = edge_effects(model, saes, states, logit_difference, gradients, summed, active="clean")
     assert one.keys() == both.keys()
     for pair, weights in one.items():
         rows = 1 if pair[1] is None else states.mask.shape[1]
@@ -217,7 +217,7 @@ def test_error_columns_follow_the_formula(model, saes, prompts):
         site: SiteNodes(width - 1, torch.arange(width), torch.full((width,), -1), torch.zeros(width))
         for site in model.sites
     }
-    edges = edge_effects(model, saes, states, logit_difference, gradients, nodes)[up, down]
+    edges = edge_effects(model, saes, states, logit_difference, gradients, nodes, active="clean")[up, down]
     graph = cut_forward(model, states, logit_difference, sites=model.sites)
     y = graph.outputs[down]
     f = saes[down].encode(y)

@@ -126,12 +126,12 @@ def capture_states(
 
 def _clean_run(model: LanguageModel, prompts: PromptSet, metric: Metric, sites: Sequence[Site], gradient: bool):
     """x at every site [B, S, d], m [B], and dm/dx per site if it was asked for."""
-    run = model.run(prompts.clean, capture=sites, last_only=True, grad=gradient)
-    check_finite(run)
     with torch.set_grad_enabled(gradient):
+        run = model.run(prompts.clean, capture=sites, last_only=True, grad=gradient)
+        check_finite(run)
         m = metric(run.logits[:, -1], prompts)
-    if not gradient:
-        return run.activations, m, None
-    found = torch.autograd.grad(m.sum(), [run.activations[site] for site in sites])
+        if not gradient:
+            return run.activations, m, None
+        found = torch.autograd.grad(m.sum(), [run.activations[site] for site in sites])
     activations = {site: x.detach() for site, x in run.activations.items()}
     return activations, m.detach(), dict(zip(sites, found, strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 
 import pytest
 import torch
@@ -71,9 +72,7 @@ def test_many_steps_in_bfloat16_add_up_as_few_do(make_tiny_model, make_saes, tin
 
     def gradient(model: LanguageModel, steps: int) -> torch.Tensor:
         states = capture_states(model, make_saes(model), tiny_prompts[:2], logit_difference, sites=[site])
-        return integrated_gradients(
-            model, states, logit_difference, site=site, steps=steps, max_rows=2
-        )
+        return integrated_gradients(model, states, logit_difference, site=site, steps=steps, max_rows=2)
 
     truth, few, many = gradient(exact, 8), gradient(rounded, 8), gradient(rounded, 256)
     assert many.dtype == torch.float32
@@ -84,7 +83,8 @@ def test_many_steps_in_bfloat16_add_up_as_few_do(make_tiny_model, make_saes, tin
 def test_methods_without_a_gradient_can_do_without_one(tiny_model, tiny_saes, tiny_prompts, method, monkeypatch):
     sites = [Site("resid", 1)]
     states = capture_states(tiny_model, tiny_saes, tiny_prompts[:2], logit_difference, sites=sites)
-    monkeypatch.setattr("circuits.attribution.attribute.attribution_patching", lambda *_, **__: pytest.fail("a pass"))
+    module = sys.modules["circuits.attribution.attribute"]
+    monkeypatch.setattr(module, "attribution_patching", lambda *_, **__: pytest.fail("a pass"))
     found = attribute(
         tiny_model, tiny_saes, states, logit_difference, sites=sites, method=method, totals=False, gradients=False
     )

@@ -5,19 +5,15 @@ Shapes: B prompts, S positions, V tokens of the vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
-
-import torch
 
 from circuits import behaviour
 from circuits.edit_report import Behaviour, Continuation, Score
 from circuits.probes import Probe
 from circuits.prompts import PromptSet
-from sae.errors import UserError
 
 if TYPE_CHECKING:
-    from sae.model import LanguageModel, Tokens
+    from sae.model import LanguageModel
 
 
 def measure(
@@ -50,22 +46,6 @@ def measure(
         overall=score(list(range(len(prompts)))),
         by_case={case: score(rows) for case, rows in by_case.items()} if len(by_case) > 1 else {},
     )
-
-
-@torch.no_grad()
-def cross_entropy(model: LanguageModel, batches: Sequence[Tokens], *, edits=None) -> float:
-    """Mean of -log p(next token) in nats over all next tokens of the batches that are not special."""
-    special = torch.tensor(sorted(model.special_ids), dtype=torch.int64, device=model.device)
-    total, count = 0.0, 0
-    for tokens in batches:
-        logits = model.run(tokens, edits=edits).logits[:, :-1]  # [B, S - 1, V]
-        target, real = tokens.input_ids[:, 1:], tokens.attention_mask[:, :-1].bool()
-        real = real & ~torch.isin(target, special)
-        total -= logits[real].float().log_softmax(-1).gather(1, target[real][:, None]).sum().item()
-        count += int(real.sum())
-    if count == 0:
-        raise UserError("the text for the cross-entropy holds no next token to predict")
-    return total / count
 
 
 def continuations(

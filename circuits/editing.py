@@ -26,7 +26,7 @@ Shapes: B prompts, S positions, d model width, F features of a site, n edited fe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from circuits import behaviour
-from circuits.edit_measures import continuations, cross_entropy, measure
+from circuits.edit_measures import continuations, measure
 from circuits.edit_places import (
     EVERYWHERE,
     Features,
@@ -47,6 +47,7 @@ from circuits.edit_places import (
 from circuits.edit_report import Behaviour, EditReport
 from circuits.prompts import PromptSet
 from sae.autoencoder import SparseAutoencoder
+from sae.batches import counted_tokens, cross_entropy, token_batches
 from sae.errors import UserError, unknown
 from sae.sites import Site
 from sae.streaming import device_of
@@ -211,8 +212,7 @@ def _real_activations(
     model: LanguageModel, tokens: Tokens, sites: Mapping[Site, object], where: Tensor | None = None
 ) -> dict[Site, Tensor]:
     """x [N, d] by site at the tokens (of `where` [B, S]) that are neither padding nor special."""
-    special = torch.tensor(sorted(model.special_ids), dtype=torch.int64, device=tokens.input_ids.device)
-    real = tokens.attention_mask.bool() & ~torch.isin(tokens.input_ids, special)  # [B, S]
+    real = counted_tokens(model, tokens)  # [B, S]
     real = real if where is None else real & where
     with torch.no_grad():
         run = model.run(tokens, capture=list(sites), need_logits=False)
@@ -238,7 +238,7 @@ def ablate(
     seed: int = 0,
     metric: str | behaviour.Metric | None = None,
     batch_size: int = 64,
-    max_length: int = 256,
+    max_length: int | None = None,
 ) -> EditReport:
     """Edit the features and report what that does to the behaviour, to other text and to continuations.
 
@@ -251,7 +251,8 @@ def ablate(
     chosen = {place: parse_features(names, saes) for place, names in split_by_place(features).items()}
     if texts and set(chosen) != {EVERYWHERE}:
         raise UserError("other text has no spans of the prompts: leave it out, or edit features everywhere")
-    other = list(_text_batches(model, texts or [], max_length=max_length))
+    in_order = sorted(texts or [], key=len)
+    other = list(token_batches(model, in_order, max_tokens=None, batch_size=16, context=max_length))
     m = behaviour.get_metric(metric or behaviour.logit_difference)
     prompts = behaviour.prepare(prompts, model, m)
     trial = _Trial(model, saes, prompts, other, operation, value, m, batch_size)
@@ -341,11 +342,3 @@ def _count(features: PlacedFeatures) -> int:
 
 def _placed_names(features: PlacedFeatures) -> list[str]:
     return [f"{name}@{place}" if place else name for place, at in features.items() for name in feature_names(at)]
-
-
-def _text_batches(
-    model: LanguageModel, texts: Sequence[str], *, max_length: int, batch_size: int = 16
-) -> Iterator[Tokens]:
-    texts = sorted((text for text in texts if text.strip()), key=len)
-    for start in range(0, len(texts), batch_size):
-        yield model.tokenize(texts[start : start + batch_size], max_length=max_length)

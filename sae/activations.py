@@ -18,9 +18,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
+from sae.batches import CONTEXT_LENGTH, counted_tokens
 from sae.errors import UserError
 from sae.model import LanguageModel
 from sae.selfcheck import check_finite
@@ -32,8 +32,6 @@ log = logging.getLogger(__name__)
 
 GROUP_DOCUMENTS = 64
 """Documents tokenized and sorted by length together."""
-CONTEXT_LENGTH = 128
-"""Longest context where none is asked for: long enough for most features, and attention is still cheap."""
 FORWARD_TOKENS = 4096
 """Tokens, padding counted, in one forward pass."""
 
@@ -75,7 +73,7 @@ class ContextStream:
         self, model: LanguageModel, source: TextSource, *, context_length: int | None = None, packed: bool = False,
         forward_tokens: int = FORWARD_TOKENS,
     ):  # fmt: skip
-        longest = getattr(model.hf.config, "max_position_embeddings", None) or context_length or CONTEXT_LENGTH
+        longest = model.max_positions or context_length or CONTEXT_LENGTH
         context_length = min(CONTEXT_LENGTH, longest) if context_length is None else context_length
         if not 2 <= context_length <= longest:
             raise UserError(f"context length is {context_length}, allowed are 2 to {longest} for {model.name}")
@@ -179,8 +177,7 @@ class ModelActivations:
         self.model, self.stream, self.sites = model, stream, tuple(sites)
         self.widths = {site: model.widths[site] for site in sites}
         self.rows_at_once = max(stream.forward_tokens, stream.context_length)
-        excluded = sorted(model.special_ids) if exclude_special else []
-        self._excluded = torch.tensor(excluded, dtype=torch.int64, device=model.device)
+        self.exclude_special = exclude_special
 
     def position(self) -> StreamState:
         return self.stream.state
@@ -201,7 +198,7 @@ class ModelActivations:
         n = barren = 0
         while sum(map(len, self.stream.peek())) <= capacity - n and not (one_epoch and self.stream.state.epoch):
             tokens = self.stream.take().to(self.model.device)
-            keep = tokens.attention_mask.bool() & ~torch.isin(tokens.input_ids, self._excluded)  # [B, S]
+            keep = counted_tokens(self.model, tokens, special_tokens=not self.exclude_special)  # [B, S]
             run = self.model.run(tokens, capture=self.sites, need_logits=False)
             check_finite(run)
             rows = int(keep.sum())

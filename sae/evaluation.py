@@ -12,24 +12,23 @@ For each batch of text
 Any number of runs, each with an autoencoder a site, share steps 1 and 2 (`Measurement`). All that is kept between
 batches are sums, which can be written to disk and taken up again.
 
-Padding and special tokens are left out of step 3 and keep their x in all others: autoencoders are not trained on
-them, and a first token with a norm a hundred times the others' would decide every number.
+Padding and special tokens are left out of step 3 and keep their x in all others, and predictions of them are left out
+everywhere (`sae.batches`).
 
 Shapes: B texts, S positions, N = the tokens of a batch that count, d model width, F features, V vocabulary.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 from torch import Tensor
 
 from sae.autoencoder import SparseAutoencoder, SparseFeatures
 from sae.bags import group_offsets
+from sae.batches import bounded, counted_predictions, counted_tokens, token_batches
 from sae.errors import UserError
 from sae.evaluation_results import Evaluation, Predictions, SiteMetrics
 from sae.metrics import (
@@ -49,34 +48,6 @@ from sae.sites import Site
 from sae.splice import check_saes
 
 Saes = Mapping[Site, SparseAutoencoder]
-
-
-def token_batches(
-    model: LanguageModel, texts: Iterable[str], *, max_tokens: int | None, batch_size: int, context: int
-) -> Iterator[Tokens]:
-    """Texts in batches of `batch_size`, each cut after `context` tokens, until `max_tokens` tokens have been given.
-
-    The last batch is cut to the texts that still fit, but is never empty; blank texts are skipped.
-    """
-    remaining = math.inf if max_tokens is None else max_tokens
-    lines = iter(text for text in texts if text.strip())
-    while remaining > 0 and (chunk := list(islice(lines, batch_size))):
-        tokens = model.tokenize(chunk, max_length=context)
-        fitting = int((tokens.lengths.cumsum(0) <= remaining).sum())
-        if fitting < len(tokens):
-            tokens = tokens[: max(fitting, 1)]
-            remaining = 0
-        remaining -= int(tokens.lengths.sum())
-        yield tokens
-
-
-def counted_tokens(model: LanguageModel, tokens: Tokens, *, special_tokens: bool) -> Tensor:
-    """[B, S] bool: the tokens that count, that is no padding and, unless `special_tokens`, no special ones."""
-    counted = tokens.attention_mask.bool()
-    if not special_tokens and model.special_ids:
-        special = torch.tensor(sorted(model.special_ids), device=tokens.input_ids.device)
-        counted = counted & ~torch.isin(tokens.input_ids, special)
-    return counted
 
 
 def decode_sparse(sae: SparseAutoencoder, features: SparseFeatures, n_tokens: int) -> Tensor:
@@ -148,7 +119,7 @@ def evaluate(
     *,
     max_tokens: int | None = 50_000,
     batch_size: int = 16,
-    context: int = 128,
+    context: int | None = None,
     special_tokens: bool = False,
     errors: bool = False,
     progress: Callable[[int], None] | None = None,
@@ -156,8 +127,9 @@ def evaluate(
     """Metrics of each autoencoder alone and of all of them together, pooled over the text.
 
     Each batch costs two forward passes a site (from that site on) and four to ten more. Texts are cut after `context`
-    tokens. `special_tokens` counts BOS and the like as any other token. `errors` measures what each site's error
-    matters among the others, at one more pass a site. `progress` is called after each batch with its number of tokens.
+    tokens (`context_of`). `special_tokens` counts BOS and the like as any other token. `errors` measures what each
+    site's error matters among the others, at one more pass a site. `progress` is called after each batch with its
+    number of tokens.
     """
     measurement = Measurement(model, {"": saes}, special_tokens=special_tokens, errors=errors)
     for tokens in token_batches(model, texts, max_tokens=max_tokens, batch_size=batch_size, context=context):
@@ -175,7 +147,7 @@ class _Batch:
     counted: Tensor
     """[B, S] whether a token counts."""
     scored: Tensor
-    """[B, S - 1] whether a token's next one is there."""
+    """[B, S - 1] whether the prediction of the next token counts."""
     activations: Mapping[Site, Tensor]
     """x [B, S, d] by site."""
     predictions: ModelPredictions
@@ -199,8 +171,12 @@ class Measurement:
 
     @torch.no_grad()
     def update(self, tokens: Tokens) -> None:
-        """Add one batch."""
-        batch = self._clean(tokens.to(self.model.device))
+        """Add one batch, in parts whose logits are not too large."""
+        for part in bounded(self.model, tokens.to(self.model.device)):
+            self._update(self._clean(part))
+        self.n_batches += 1
+
+    def _update(self, batch: _Batch) -> None:
         for group, totals in self.zero.items():
             zero = _zero(batch.counted)
             if len(group) == 1:
@@ -211,18 +187,17 @@ class Measurement:
                 totals.update(self._logits(batch, edits=dict.fromkeys(group, zero)), batch.predictions)
         for run in self.runs.values():
             self._add(run, batch)
-        self.n_batches += 1
         self.n_tokens += int(batch.counted.sum())
 
     def _clean(self, tokens: Tokens) -> _Batch:
         """The pass that everything is compared with."""
-        mask = tokens.attention_mask.bool()
-        scored = mask[:, :-1] & mask[:, 1:]
+        scored = counted_predictions(self.model, tokens, special_tokens=self.special_tokens)
         residuals = [site for site in self.model.sites if site.kind in ("embed", "resid")]
         sites = {site for run in self.runs.values() for site in run.saes}
         base = self.model.run(tokens, capture={*sites, *residuals})
-        predictions = ModelPredictions(base.logits[:, :-1][scored], tokens.input_ids[:, 1:][scored])
-        self.model_totals.update(base.logits[:, :-1][scored], predictions)
+        logits = base.logits[:, :-1][scored]
+        predictions = ModelPredictions(logits, tokens.input_ids[:, 1:][scored])
+        self.model_totals.update(logits, predictions)
         counted = counted_tokens(self.model, tokens, special_tokens=self.special_tokens)
         return _Batch(tokens, counted, scored, base.activations, predictions)
 
@@ -300,6 +275,30 @@ class Measurement:
         for name, run in self.runs.items():
             for own, run_totals in run.totals():
                 yield f"run {name}/{own}", run_totals
+
+
+@torch.no_grad()
+def spliced_predictions(
+    model: LanguageModel,
+    saes: Saes,
+    texts: Iterable[str],
+    *,
+    max_tokens: int,
+    batch_size: int = 16,
+    context: int | None = None,
+) -> dict[str, float]:
+    """Cross-entropy `ce` and divergence `kl` with all sites spliced together, in nats, as `evaluate` measures them."""
+    totals, n_tokens = PredictionTotals(), 0
+    for batch in token_batches(model, texts, max_tokens=max_tokens, batch_size=batch_size, context=context):
+        for tokens in bounded(model, batch.to(model.device)):
+            counted, scored = counted_tokens(model, tokens), counted_predictions(model, tokens)
+            base = ModelPredictions(model.run(tokens).logits[:, :-1][scored], tokens.input_ids[:, 1:][scored])
+            edits = {site: splice(sae, counted) for site, sae in saes.items()}
+            totals.update(model.run(tokens, edits=edits).logits[:, :-1][scored], base)
+            n_tokens += int(counted.sum())
+    if not n_tokens or not totals.n_predictions:
+        raise UserError("no tokens to measure predictions on: the text is empty, or each line of it is a single token")
+    return {"ce": totals.cross_entropy, "kl": totals.kl, "tokens": n_tokens}
 
 
 class _Run:

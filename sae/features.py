@@ -26,8 +26,8 @@ from torch import Tensor
 
 from sae.autoencoder import SparseAutoencoder, SparseFeatures
 from sae.bags import group_sizes
+from sae.batches import counted_tokens, token_batches
 from sae.errors import UserError, unknown
-from sae.evaluation import counted_tokens, token_batches
 from sae.model import LanguageModel, Tokens
 from sae.similarity import nearest_features
 from sae.sites import Site
@@ -97,7 +97,7 @@ def top_contexts(
     n_neighbours: int = 5,
     max_tokens: int | None = 200_000,
     batch_size: int = 32,
-    context: int = 128,
+    context: int | None = None,
     special_tokens: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> dict[tuple[Site, int], FeatureSummary]:

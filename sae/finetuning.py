@@ -25,6 +25,7 @@ import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, NamedTuple, TextIO
 
@@ -36,10 +37,11 @@ from tqdm import tqdm
 from sae import checkpoint as checkpoints
 from sae.activations import ContextStream
 from sae.autoencoder import SparseAutoencoder, fingerprint
+from sae.batches import counted_tokens
 from sae.checkpoint import Checkpoint
 from sae.divergence import all_finite, diverged, warn_of_useless
 from sae.errors import UserError, unknown
-from sae.evaluation import counted_tokens
+from sae.evaluation import spliced_predictions
 from sae.locks import lock
 from sae.model import LanguageModel
 from sae.options import ContextLength, LearningRate, Positive, Range, Repeats, Share, TokenCount, Weight, check_ranges
@@ -59,6 +61,9 @@ log = logging.getLogger(__name__)
 LOSSES = ("kl", "ce")
 MEASURED_BATCHES = 32
 """Batches on which scale and L0 are measured beforehand; documents come sorted by length, so a few would not do."""
+
+PREDICTED_TOKENS = 10_000
+"""Tokens, the first of the text, on which predictions are measured before and after."""
 
 
 @dataclass(frozen=True)
@@ -192,6 +197,8 @@ def finetune(
             model, source, context_length=config.context_length, packed=config.packed, forward_tokens=config.batch
         )
         tunables = make_tunable(model, saes, stream, config)
+        measured = partial(_predictions, model, source, config)
+        before = measured(saes)
         run.start(resume=resume, overwrite=overwrite)
         log_path = out / "saes" / "finetuning.jsonl"
         Finetuner(
@@ -208,8 +215,16 @@ def finetune(
                 extra={**tunable.config.extra, "finetuning": asdict(config)},
             )
             tuned[site].save(folders[site])
-        run.finish()
+        run.finish(before=before, after=measured(tuned))
     return tuned
+
+
+def _predictions(
+    model: LanguageModel, source: TextSource, config: FinetuneConfig, saes: Mapping[Site, SparseAutoencoder]
+) -> dict[str, float]:
+    """What `spliced_predictions` says of the beginning of the text."""
+    tokens = min(config.tokens, PREDICTED_TOKENS)
+    return spliced_predictions(model, saes, source.read(), max_tokens=tokens, context=config.context_length)
 
 
 def make_tunable(

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+CHUNK_BYTES = 64 * 2**20
+"""Largest [rows, V] intermediate of predictions."""
 DENSE_DENSITY = 0.1
 """A feature that is active on more than this share of the tokens is called dense."""
 
@@ -218,12 +220,18 @@ class FeatureTotals(Totals):
         return DensityHistogram(edges.tolist(), counts.tolist(), int((self.count == 0).sum()))
 
 
+def prediction_chunks(n: int, vocabulary: int) -> list[slice]:
+    """Slices of n predictions, each of whose [rows, V] in float32 takes `CHUNK_BYTES` at most."""
+    rows = max(1, CHUNK_BYTES // (4 * vocabulary))
+    return [slice(start, start + rows) for start in range(0, n, rows)]
+
+
 class ModelPredictions:
     """What the untouched model predicts for some next tokens; what everything compared with it needs, made once."""
 
-    def __init__(self, logits: Tensor, targets: Tensor, *, chunk: int = 1024) -> None:
+    def __init__(self, logits: Tensor, targets: Tensor) -> None:
         self.targets = targets  # [N] token ids
-        self.parts = [slice(start, start + chunk) for start in range(0, len(targets), chunk)]  # bounds [rows, V]
+        self.parts = prediction_chunks(len(targets), logits.shape[-1])
         self.log_p = torch.empty(logits.shape, device=logits.device)  # [N, V]
         for part in self.parts:
             self.log_p[part] = logits[part].float().log_softmax(-1)

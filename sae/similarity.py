@@ -24,8 +24,8 @@ from torch.nn.functional import normalize
 
 from sae.autoencoder import SparseAutoencoder, SparseFeatures
 from sae.bags import group_offsets
+from sae.batches import counted_tokens, token_batches
 from sae.errors import UserError
-from sae.evaluation import counted_tokens, token_batches
 from sae.model import LanguageModel
 from sae.rows import bag_sum
 from sae.sites import Site
@@ -172,7 +172,7 @@ def match_by_activation(
     *,
     max_tokens: int | None = 50_000,
     batch_size: int = 32,
-    context: int = 128,
+    context: int | None = None,
     special_tokens: bool = False,
 ) -> Match:
     """For each feature of a its best partner in b by correlation over the text. a, b: (site, autoencoder).

@@ -28,8 +28,9 @@ from tqdm import tqdm
 
 from sae.architectures import architecture
 from sae.autoencoder import CONFIG_FILE, WEIGHTS_FILE, load_saes
+from sae.batches import context_of, token_batches
 from sae.contents import clean, sweep_layout
-from sae.evaluation import Measurement, token_batches
+from sae.evaluation import Measurement
 from sae.evaluation_results import EVALUATION_FILE
 from sae.files import read_json, write_json, write_tensors
 from sae.model import LanguageModel
@@ -78,11 +79,12 @@ def evaluate_sweep(
     held_out: HeldOut,
     *,
     tokens: int = 50_000,
-    context: int = 128,
+    context: int | None = None,
     batch_size: int = 16,
     progress: bool = False,
 ) -> SweepResults:
     """Measures every config that was not measured on this text before; goes on where a measurement was interrupted."""
+    context = context_of(model, context)
     clean(sweep.out, sweep_layout([*sweep.configs]))
     measured_on = evaluation_settings(model, held_out.source, tokens=tokens, context=context, start=held_out.start)
     waiting = [name for name in sweep.configs if not same_measurement(_found(sweep, name), measured_on)]

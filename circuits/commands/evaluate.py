@@ -11,6 +11,7 @@ from tqdm import tqdm
 from circuits.commands.common import Common, Output, load_checked_saes, load_model
 from circuits.commands.results import Named, ResultFiles, made_with
 from sae.autoencoder import fingerprint, sae_folders
+from sae.batches import CONTEXT_LENGTH, context_of
 from sae.contents import check_complete
 from sae.errors import UserError
 from sae.evaluation import evaluate
@@ -34,8 +35,8 @@ class Evaluate(Common, Named):
     """Text: a .txt file (a document a line), a .jsonl file (field text), .gz of either, or a hub data set."""
     tokens: TokenCount = 50_000
     """Tokens measured."""
-    context_length: ContextLength = 128
-    """Longest context, in tokens; what comes after it in a text is not read."""
+    context_length: ContextLength = CONTEXT_LENGTH
+    """Longest context, in tokens, or less if the model takes less; what comes after it in a text is not read."""
     batch_size: BatchSize = 16
     """Texts that go through the model at once."""
     skip_errors: bool = False
@@ -57,18 +58,19 @@ class Evaluate(Common, Named):
         )
         if folder is not None:
             files.check()
+        context = context_of(model, self.context_length)
         with tqdm(total=self.tokens, desc="evaluate", unit="token", disable=self.quiet) as bar:
             result = evaluate(
                 model,
                 saes,
                 source.read(),
                 max_tokens=self.tokens,
-                context=self.context_length,
+                context=context,
                 batch_size=self.batch_size,
                 errors=not self.skip_errors,
                 progress=bar.update,
             )
-        settings = evaluation_settings(model, source, tokens=self.tokens, context=self.context_length)
+        settings = evaluation_settings(model, source, tokens=self.tokens, context=context)
         data = {**result.to_dict(), "measured_on": settings}
         text = result.table()
         if folder is not None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
+from typing_extensions import TypedDict
 
 from circuits.commands.common import Common, Output, Overwrite, load_checked_saes, load_model, place
 from sae.errors import UserError
+from sae.files import read_json
 from sae.finetuning import FinetuneConfig, finetune
-from sae.run_folder import read_log
+from sae.run_folder import CONFIG_FILE, read_log
 from sae.sites import select_sites
 
 
@@ -56,12 +58,34 @@ class Finetune(Common):
         return Output("\n".join(finetuned_lines(self.out)), {"out": str(self.out), **progress_of(self.out)})
 
 
-def progress_of(run: Path) -> dict[str, list[dict]]:
-    """The first and the last lines of a fine-tuning log, one a site."""
+class _Predictions(TypedDict):
+    """How well the model predicts with all autoencoders spliced in."""
+
+    ce: float | None
+    kl: float | None
+    tokens: int
+
+
+class _Finetuned(TypedDict, total=False):
+    """What a finished fine-tuning notes of itself; nothing in runs of before that."""
+
+    before: _Predictions
+    after: _Predictions
+
+
+class _Recorded(TypedDict):
+    """The entry of a run's `config.json` that is read."""
+
+    finetune: _Finetuned
+
+
+def progress_of(run: Path) -> dict[str, Any]:
+    """The first and the last lines of a fine-tuning log, one a site, and the predictions before and after."""
     lines = read_log(run / "saes" / "finetuning.jsonl")
+    measured = dict(read_json(run / CONFIG_FILE, _Recorded)["finetune"])
     if not lines:
-        return {"first": [], "last": []}
-    return {
+        return measured | {"first": [], "last": []}
+    return measured | {
         name: [line for line in lines if line["step"] == lines[at]["step"]] for name, at in (("first", 0), ("last", -1))
     }
 
@@ -77,5 +101,7 @@ def finetuned_lines(run: Path) -> list[str]:
     if not ends["last"]:
         return [f"wrote {run / 'saes'}"]
     name = "kl" if "kl" in ends["last"][0] else "ce"
-    before, after = (ends[end][0][name] for end in ("first", "last"))
-    return [*rows, f"all sites spliced: {name} {before:.3f} -> {after:.3f} nats", f"wrote {run / 'saes'}"]
+    before, after = (ends.get(end, {}).get(name) for end in ("before", "after"))
+    if before is not None and after is not None:
+        rows.append(f"all sites spliced: {name} {before:.3f} -> {after:.3f} nats")
+    return [*rows, f"wrote {run / 'saes'}"]

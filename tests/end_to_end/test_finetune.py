@@ -19,6 +19,12 @@ def test_finetune_makes_a_run_of_its_own(sfc, run_folder, model_folder, text_fil
     before = load_saes(run_folder)
     result = sfc(*words, "--out", tmp_path / "tuned")
     assert result.status == 0 and "all sites spliced: kl" in result.out
+    for run, end in ((run_folder, "before"), (tmp_path / "tuned", "after")):
+        words_of = ["evaluate", "--model", model_folder, "--saes", run, "--text", text_file, "--tokens", 1500]
+        measured = json.loads(sfc(*words_of, "--out", tmp_path / end, "--skip-errors", "--json").out)["spliced"]["all"]
+        told = json.loads((tmp_path / "tuned" / "config.json").read_text())["finetune"][end]
+        assert (told["kl"], told["ce"]) == pytest.approx((measured["kl"], measured["ce"]), rel=1e-4)
+        assert f"{told['kl']:.3f}" in result.out
     after = load_saes(tmp_path / "tuned")
     assert list(after) == list(before)
     for site, sae in load_saes(run_folder).items():

@@ -9,8 +9,10 @@ from safetensors.torch import load, save
 from torch.nn.functional import cross_entropy, normalize
 
 from sae.autoencoder import SAEConfig, SparseAutoencoder
+from sae.batches import cross_entropy as text_cross_entropy
+from sae.batches import token_batches
 from sae.errors import UserError
-from sae.evaluation import Measurement, decode_sparse, evaluate, token_batches
+from sae.evaluation import Measurement, decode_sparse, evaluate, spliced_predictions
 from sae.evaluation_plots import evaluation_figure, plot_evaluation
 from sae.sites import Site, site_table
 
@@ -89,16 +91,18 @@ def test_evaluation_equals_one_text_at_a_time(tiny_model, saes, special_tokens):
         counted = torch.tensor([special_tokens or int(i) not in tiny_model.special_ids for i in ids])[:, None]
         logits, seen = hooked_logits(tiny_model, ids, {})
         log_p = logits.log_softmax(-1)[:-1]
-        ce_model += float(cross_entropy(logits[:-1], ids[1:], reduction="sum"))
-        n += len(ids) - 1
+        scored = counted[1:, 0]  # predictions of special tokens do not count either
+        log_p = log_p[scored]
+        ce_model += float(cross_entropy(logits[:-1][scored], ids[1:][scored], reduction="sum"))
+        n += int(scored.sum())
         for site in saes:
             inputs[site].append(seen[site][counted[:, 0]])
         for name, group in groups.items():
             edits = {s: lambda x, s=s, counted=counted: torch.where(counted, saes[s](x), x) for s in group}
             zeros = {s: lambda x, counted=counted: torch.where(counted, 0.0, x) for s in group}
             for kind, edit in (("sae", edits), ("zero", zeros)):
-                log_q = hooked_logits(tiny_model, ids, edit)[0].log_softmax(-1)[:-1]
-                sums[name][kind] -= float(log_q.gather(1, ids[1:, None]).sum())
+                log_q = hooked_logits(tiny_model, ids, edit)[0].log_softmax(-1)[:-1][scored]
+                sums[name][kind] -= float(log_q.gather(1, ids[1:, None][scored]).sum())
                 sums[name]["kl" if kind == "sae" else "kl_zero"] += float((log_p.exp() * (log_p - log_q)).sum())
                 sums[name]["same"] += int((log_q.argmax(-1) == log_p.argmax(-1)).sum()) if kind == "sae" else 0
 
@@ -223,6 +227,38 @@ def test_batches_stop_at_max_tokens_and_cut_texts(tiny_model):
         assert given == flat[: len(given)]
         assert sum(given) <= limit or len(given) == 1
         assert len(given) == len(flat) or sum(flat[: len(given) + 1]) > limit
+
+
+@pytest.mark.parametrize("limit", [1, 13, 24, 40])
+def test_the_tokens_read_do_not_depend_on_the_size_of_batches(tiny_model, limit):
+    def rows(batch_size):
+        batches = token_batches(tiny_model, TEXTS, max_tokens=limit, batch_size=batch_size)
+        return [
+            row[mask.bool()].tolist()
+            for batch in batches
+            for row, mask in zip(batch.input_ids, batch.attention_mask, strict=True)
+        ]
+
+    assert rows(1) == rows(3) == rows(64) != []
+
+
+def test_one_cross_entropy(tiny_model, saes, monkeypatch):
+    """That of `evaluate`, of `ablate` and of fine-tuning, also where logits are made a text at a time."""
+    texts = [*TEXTS, "the old <eos> cat <bos> sings", "the king " * 60]
+    batches = list(token_batches(tiny_model, texts, max_tokens=None, batch_size=3))
+    assert max(batch.n_positions for batch in batches) == 64 == tiny_model.max_positions  # 120 words in the last text
+    result = evaluate(tiny_model, saes, texts, batch_size=2)
+    assert result.ce_model == pytest.approx(text_cross_entropy(tiny_model, batches), rel=1e-6)
+    assert result.ce_model != pytest.approx(evaluate(tiny_model, saes, texts, special_tokens=True).ce_model, rel=1e-4)
+    together, spliced = spliced_predictions(tiny_model, saes, texts, max_tokens=10_000), result.spliced["all"]
+    assert (together["ce"], together["kl"]) == pytest.approx((spliced.ce, spliced.kl), rel=1e-5)
+    monkeypatch.setattr("sae.batches.LOGIT_BYTES", 1)
+    monkeypatch.setattr("sae.metrics.CHUNK_BYTES", 4 * tiny_model.vocab_size)
+    again, shapes, run = evaluate(tiny_model, saes, texts), [], tiny_model.run
+    assert again.ce_model == pytest.approx(result.ce_model, rel=1e-6) and again.n_tokens == result.n_tokens
+    assert again.spliced["all"].kl == pytest.approx(spliced.kl, rel=1e-4)
+    monkeypatch.setattr(tiny_model, "run", lambda tokens, **o: shapes.append(len(tokens)) or run(tokens, **o))
+    assert text_cross_entropy(tiny_model, batches) == pytest.approx(result.ce_model, rel=1e-6) and set(shapes) == {1}
 
 
 def test_nothing_to_evaluate_is_refused(tiny_model, saes):

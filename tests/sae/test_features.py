@@ -7,8 +7,8 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from sae import features as features_module
+from sae.batches import token_batches
 from sae.errors import UserError
-from sae.evaluation import token_batches
 from sae.features import top_contexts
 from sae.sites import Site
 from tests.sae.test_evaluation import random_sae

@@ -10,9 +10,10 @@ from torch.nn.functional import softmax
 from sae.activations import ContextStream
 from sae.architectures import ARCHITECTURES
 from sae.autoencoder import SparseAutoencoder, load_saes
+from sae.batches import counted_tokens
 from sae.config import TrainConfig
 from sae.errors import UserError
-from sae.evaluation import counted_tokens, evaluate
+from sae.evaluation import evaluate
 from sae.finetuning import FinetuneConfig, Finetuner, finetune, make_tunable, prediction_loss, spliced_loss
 from sae.formats import load_sae, save_sae
 from sae.sites import Site

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # these before torch is imported
@@ -52,7 +53,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Fork while no test has run, and so no thread of torch."""
+    """Set what is imported aside, and fork while no test has run, and so no thread of torch.
+
+    The collector would else look through a million objects of torch and transformers again and again, at a second each.
+    """
+    gc.collect()
+    gc.freeze()
     if any("forked_sfc" in getattr(item, "fixturenames", ()) for item in session.items):
         session.config.stash[FORKED] = ForkedCommands(THREADS)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -34,11 +35,13 @@ def test_total_effect_and_completeness(circuit, tiny_model, tiny_prompts):
     assert meta["completeness"]["mean_residual"] < 0.02
 
 
-def test_batches_change_nothing(circuit, tiny_model, tiny_saes, tiny_prompts):
+def test_batches_change_nothing(tiny_model, tiny_saes, tiny_prompts):
     """A budget for one prompt at a time gives the same effects and edges; prompts keep their numbers."""
+    options = DiscoverOptions(edge_nodes=40, steps=2)
+    circuit = discover(tiny_model, tiny_saes, tiny_prompts, options, progress=False)
     memory = 1.5 * 2 / max_rows(tiny_model, tiny_prompts.clean.n_positions, memory=2.0)
     assert max_rows(tiny_model, tiny_prompts.clean.n_positions, memory=memory) == 1
-    small = discover(tiny_model, tiny_saes, tiny_prompts, DiscoverOptions(edge_nodes=40, memory=memory), progress=False)
+    small = discover(tiny_model, tiny_saes, tiny_prompts, replace(options, memory=memory), progress=False)
     for site, nodes in circuit.nodes.items():
         assert torch.allclose(nodes.effect, small.nodes[site].effect, atol=1e-5), site
         of_prompts = circuit.effects[site].per_example(8)

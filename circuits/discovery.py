@@ -48,6 +48,7 @@ from sae.errors import UserError, unknown
 from sae.model import LanguageModel
 from sae.options import Count, Gibibytes, Range, Steps, check_ranges
 from sae.sites import Site, select_sites
+from sae.splice import ensure_checked
 
 log = logging.getLogger(__name__)
 
@@ -126,6 +127,7 @@ def discover(
     options = replace(options, metric=metric_name(metric or options.metric))
     prompts = prepare(prompts, model, m, differentiable=True)
     sites = visible_sites(m, model, select_sites(options.sites, list(saes)))
+    ensure_checked(model, saes, sites)
     check_edges(saes, sites, edge_nodes=options.edge_nodes)
     accurate = None if isinstance(m, Probe) else mean_accuracy(model, prompts)
     plain, model = model, read_by(model, m)

@@ -47,6 +47,7 @@ from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError
 from sae.model import LanguageModel
 from sae.sites import Site
+from sae.splice import ensure_checked
 from sae.streaming import subset
 
 Kept = dict[tuple[Site, Site | None], Tensor]
@@ -76,6 +77,7 @@ def measure_edge_faithfulness(
     if options.errors != "nodes":
         raise UserError(f"errors is {options.errors!r}: edges are measured with errors as nodes")
     m = circuit.get_metric(metric)
+    ensure_checked(model, saes, circuit.nodes)
     prompts = prepare(prompts, model, m)
     model = read_by(model, m)
     saes = subset(saes, circuit.effects)

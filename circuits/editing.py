@@ -50,6 +50,7 @@ from sae.autoencoder import SparseAutoencoder
 from sae.batches import counted_tokens, cross_entropy, token_batches
 from sae.errors import UserError, unknown
 from sae.sites import Site
+from sae.splice import ensure_checked
 from sae.streaming import device_of
 
 if TYPE_CHECKING:
@@ -251,6 +252,7 @@ def ablate(
     chosen = {place: parse_features(names, saes) for place, names in split_by_place(features).items()}
     if texts and set(chosen) != {EVERYWHERE}:
         raise UserError("other text has no spans of the prompts: leave it out, or edit features everywhere")
+    ensure_checked(model, saes, {site for at in chosen.values() for site in at})
     in_order = sorted(texts or [], key=len)
     other = list(token_batches(model, in_order, max_tokens=None, batch_size=16, context=max_length))
     m = behaviour.get_metric(metric or behaviour.logit_difference)

@@ -39,6 +39,7 @@ from sae.errors import UserError, unknown
 from sae.model import LanguageModel
 from sae.options import BatchSize, Repeats, Resamples, Seed, check_ranges
 from sae.sites import Site
+from sae.splice import ensure_checked
 
 ERRORS = ("nodes", "keep", "ablate")
 COVERED = 0.8
@@ -94,6 +95,7 @@ def measure_faithfulness(
     """
     options = options or FaithfulnessOptions()
     m = get_metric(metric)
+    ensure_checked(model, saes, nodes)
     prompts = prepare(prompts, model, m)
     model = read_by(model, m)
     nodes = from_start_site(nodes, options.start_site, errors=options.errors)

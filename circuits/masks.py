@@ -47,6 +47,7 @@ from sae.files import write_tensors
 from sae.model import LanguageModel
 from sae.options import BatchSize, DescentSteps, LearningRate, Positive, Seed, check_ranges
 from sae.sites import Site
+from sae.splice import ensure_checked
 
 STARTS = ("effects", "equal")
 MATCHES = ("cases", "prompts")
@@ -244,6 +245,7 @@ def learn_mask(
     """
     options = options or MaskOptions()
     m = get_metric(metric)
+    ensure_checked(model, saes, nodes)
     prompts = prepare(prompts, model, m)
     model = read_by(model, m)
     nodes = from_start_site(nodes, options.start_site, errors=options.errors)

@@ -32,6 +32,7 @@ from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError
 from sae.model import LanguageModel
 from sae.sites import Site
+from sae.splice import ensure_checked
 
 FACTOR = 2.0
 """Estimates further than this factor from the exact effect disagree in size."""
@@ -120,6 +121,7 @@ def verify(
     if nodes < 1:
         raise UserError(f"verify is {nodes}: at least 1 node can be verified")
     m = circuit.get_metric(metric)
+    ensure_checked(model, saes, circuit.nodes)
     prompts = prepare(prompts, model, m)
     model = read_by(model, m)
     aggregation = circuit.metadata["options"]["aggregation"]

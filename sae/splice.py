@@ -6,30 +6,34 @@ At a site x = x̂ + e, with x̂ what the autoencoder makes of x and e its error.
 2. `identity_splice`: x becomes x̂ + e, which must leave the logits as they are.
 
 `check_saes` tries the second at every site whenever autoencoders are attached to a model, so that a dictionary made for
-another model, width or site fails there, with a sentence that names the site.
+another model, width or site fails there, with a sentence that names the site. What only looks wrong is warned of: files
+that name another model, and an x̂ that is further from x than zero is.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
 
 from sae.autoencoder import SITE_PATH, SAEConfig, SparseAutoencoder
 from sae.errors import UserError, unknown
+from sae.formats.places import EMBED_HOOKS
 from sae.model import LanguageModel
 from sae.places import Edit
 from sae.selfcheck import relative_difference
 from sae.sites import Site
-from sae.streaming import config_of
+from sae.streaming import StreamedSaes, config_of, subset
 from sae.tokens import Tokens
 
 logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-5  # of the largest logit, in float32 and float64
 TOLERANCE_16_BIT = 1e-2
+EMBEDDING_TOLERANCE = 1e-2
 
 
 def replace_with_reconstruction(sae: SparseAutoencoder) -> Edit:
@@ -54,18 +58,22 @@ def identity_splice(sae: SparseAutoencoder) -> Edit:
 def check_saes(model: LanguageModel, saes: Mapping[Site, SparseAutoencoder], tokens: Tokens | None = None) -> None:
     """Raise UserError where an autoencoder does not fit the model; the sentence names the site.
 
-    Tried on `tokens`, or on a few random ones. With tokens given, a reconstruction that is further from x than zero is
-    logged as a warning: such an autoencoder was probably made for another place.
+    Tried on `tokens`, or on a few random ones. A reconstruction that is further from x than zero is logged as a
+    warning: such an autoencoder was probably made for another place. So are files that name another model.
     """
     if not saes:
         raise UserError("no autoencoders given: at least one site is needed")
-    for site in saes:
-        _check_made_for(model, site, config_of(saes, site))
+    _check_configs(model, saes)
     batch = model.probe_tokens() if tokens is None else tokens
     plain = model.run(batch, capture=saes)
-    if tokens is not None:
-        for site, sae in saes.items():
-            _warn_if_useless(site, sae, plain.activations[site][batch.attention_mask.to(model.device).bool()])
+    real = batch.attention_mask.to(model.device).bool()
+    for site in saes:
+        x = plain.activations[site][real]
+        if config_of(saes, site).extra.get("hook") in EMBED_HOOKS:
+            _check_embedding(model, x, batch.input_ids.to(model.device)[real])
+        _warn_if_useless(site, saes[site], x)
+    if not isinstance(saes, StreamedSaes):
+        _checked.setdefault(model, WeakSet()).update(saes.values())
 
     def spliced(
         site: Site,
@@ -90,6 +98,53 @@ def check_saes(model: LanguageModel, saes: Mapping[Site, SparseAutoencoder], tok
             raise UserError(
                 f"the autoencoder of site {str(site)!r} does not belong there: putting x̂ + (x − x̂) in place of x "
                 f"changes the logits by {change:.1e} of their size, allowed is {allowed:.0e}"
+            )
+
+
+def ensure_checked(model: LanguageModel, saes: Mapping[Site, SparseAutoencoder], sites: Iterable[Site]) -> None:
+    """`check_saes` for those of some sites that have not been checked with this model before.
+
+    Of streamed autoencoders no more than the configs are looked at: each would be read from disk once more.
+    """
+    some = subset(saes, sites)
+    if isinstance(some, StreamedSaes):
+        _check_configs(model, some)
+    elif not set(some.values()) <= set(_checked.get(model, ())):
+        check_saes(model, some)
+
+
+_checked: WeakKeyDictionary[LanguageModel, WeakSet[SparseAutoencoder]] = WeakKeyDictionary()
+"""Autoencoders that were found to fit, by model."""
+
+
+def _check_configs(model: LanguageModel, saes: Mapping[Site, SparseAutoencoder]) -> None:
+    configs = {site: config_of(saes, site) for site in saes}
+    for site, config in configs.items():
+        _check_made_for(model, site, config)
+    named = {config.model: site for site, config in configs.items() if config.model and not config.model_fingerprint}
+    for name, site in named.items():
+        made_for, here = (_short(path) for path in (name, model.name))
+        if not (made_for.startswith(here) or here.startswith(made_for)):
+            logger.warning(
+                "site %s: the files of its autoencoder name the model %s, this one is %s: features of another model "
+                "mean nothing here", site, name, model.name,
+            )  # fmt: skip
+
+
+def _short(model: str) -> str:
+    """The name of a model without owner, folders and size words that packages write differently."""
+    return model.rstrip("/").rpartition("/")[2].lower().removesuffix("-small")
+
+
+def _check_embedding(model: LanguageModel, x: Tensor, ids: Tensor) -> None:
+    """TransformerLens' `hook_embed` is the token embedding alone, up to a factor. x: [N, d]; ids: [N]."""
+    rows, x = model.hf.get_input_embeddings().weight.detach()[ids].to(x.device).float(), x.float()
+    if rows.shape == x.shape:
+        factor = (x * rows).sum() / rows.square().sum()
+        if (x - factor * rows).norm() > EMBEDDING_TOLERANCE * x.norm():
+            raise UserError(
+                "the autoencoder of site 'embed' was made for hook_embed, the embeddings of tokens alone, and what the "
+                "first block of this model reads holds their positions as well: take one of blocks.0.hook_resid_pre"
             )
 
 

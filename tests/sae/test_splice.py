@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from sae.autoencoder import SAEConfig, SparseAutoencoder
 from sae.errors import UserError
 from sae.model import LanguageModel
 from sae.sites import Site
-from sae.splice import check_saes, identity_splice, replace_with_reconstruction
+from sae.splice import check_saes, ensure_checked, identity_splice, replace_with_reconstruction
 
 TEXTS = ["the man near the old dogs runs", "she sees", "they"]
 RESID_1 = Site("resid", 1)
@@ -97,6 +98,35 @@ def test_a_useless_reconstruction_is_logged(tiny_model: LanguageModel, caplog: p
         assert not caplog.text  # as far as zero is
         check_saes(tiny_model, {RESID_1: random_sae(tiny_model, RESID_1, scale=3.0)}, tokens)
     assert "site resid_1: the reconstruction is further from x than zero" in caplog.text
+
+
+def test_files_that_name_another_model_are_warned_of(tiny_model, caplog: pytest.LogCaptureFixture) -> None:
+    sae = random_sae(tiny_model, RESID_1)
+    for name, warned in ((tiny_model.name, False), ("owner/" + tiny_model.name, False), ("gpt2-small", True)):
+        sae.config = replace(sae.config, model=name, model_fingerprint="")
+        with caplog.at_level(logging.WARNING, logger="sae.splice"):
+            check_saes(tiny_model, {RESID_1: sae})
+        assert ("site resid_1: the files of its autoencoder name the model gpt2-small" in caplog.text) == warned
+
+
+def test_an_autoencoder_is_checked_once_with_a_model(tiny_model, make_tiny_model, monkeypatch) -> None:
+    saes = {RESID_1: random_sae(tiny_model, RESID_1)}
+    passes, run = [], LanguageModel.run
+    monkeypatch.setattr(LanguageModel, "run", lambda *a, **options: passes.append(1) or run(*a, **options))
+    for expected in (2, 2):  # the plain pass and the spliced one
+        ensure_checked(tiny_model, saes, saes)
+        assert len(passes) == expected
+    with pytest.raises(UserError, match=r"was made for another model"):
+        ensure_checked(make_tiny_model("gpt_neox", width=16), saes, saes)
+
+
+@pytest.mark.parametrize(("architecture", "fits"), [("gpt2", False), ("llama", True), ("gemma2", True)])
+def test_hook_embed_is_embed_where_positions_are_not_added(make_tiny_model, architecture, fits) -> None:
+    model, embed = make_tiny_model(architecture), Site("embed")
+    sae = random_sae(model, embed)
+    sae.config = replace(sae.config, extra={"hook": "hook_embed"})
+    with nullcontext() if fits else pytest.raises(UserError, match=r"take one of blocks.0.hook_resid_pre"):
+        check_saes(model, {embed: sae})
 
 
 def zeroed(sae: SparseAutoencoder) -> SparseAutoencoder:

@@ -59,7 +59,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """
     gc.collect()
     gc.freeze()
-    if any("forked_sfc" in getattr(item, "fixturenames", ()) for item in session.items):
+    if any("forked" in getattr(item, "fixturenames", ()) for item in session.items):
         session.config.stash[FORKED] = ForkedCommands(THREADS)
 
 
@@ -69,12 +69,18 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 @pytest.fixture
-def forked_sfc(request: pytest.FixtureRequest) -> Callable[..., Any]:
+def forked(request: pytest.FixtureRequest) -> ForkedCommands:
+    """Processes that have imported everything and started no thread: `run` a command, or `call` a function."""
+    return request.config.stash[FORKED]
+
+
+@pytest.fixture
+def forked_sfc(forked: ForkedCommands) -> Callable[..., Any]:
     """forked_sfc("train", ..., kill_at=moment) -> status and outputs of `sfc` in a process of its own, which is cheap.
 
     See `tests.forked.ForkedCommands.run`. Standard output is not a terminal, and there is no GPU.
     """
-    return request.config.stash[FORKED].run
+    return forked.run
 
 
 def word_tokenizer(**special: str) -> PreTrainedTokenizerFast:

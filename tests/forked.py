@@ -40,7 +40,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Request:
-    words: list[str]
+    words: list[str] | None  # no command, `before` alone
     environment: dict[str, str]
     output: str  # the folder of its files `out` and `err`
     before: Callable[[], None] | None
@@ -72,8 +72,22 @@ class ForkedCommands:
             before: called in the new process before the command; a function of a module, since only its name is sent.
             environment: variables to add to those of the test.
         """
+        return self._request([str(word) for word in words], kill_at, signum, before, environment)
+
+    def call(self, function: Callable[[], None], *, environment: Mapping[str, str] | None = None) -> Result:
+        """Call a function of a module in a process of its own."""
+        return self._request(None, None, 0, function, environment)
+
+    def _request(
+        self,
+        words: list[str] | None,
+        kill_at: Moment | None,
+        signum: int,
+        before: Callable[[], None] | None,
+        environment: Mapping[str, str] | None,
+    ) -> Result:
         with tempfile.TemporaryDirectory() as output:
-            request = Request([str(word) for word in words], dict(environment or {}), output, before)
+            request = Request(words, dict(environment or {}), output, before)
             _send(self.pipe, pickle.dumps((request, str(Path.cwd()), dict(os.environ))))
             pid = pickle.loads(_receive(self.pipe))
             while kill_at is not None and not self._answered():
@@ -139,14 +153,17 @@ def _run(request: Request) -> None:
         sys.stderr = os.fdopen(2, "w", encoding="utf-8", closefd=False, buffering=1)
         if request.before is not None:
             request.before()
-        from circuits.cli import main
+        status = 0
+        if request.words is not None:
+            from circuits.cli import main
 
-        main(request.words)
+            main(request.words)
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         if isinstance(stop.code, str):
             sys.stderr.write(stop.code + "\n")
     except BaseException:
+        status = 1
         traceback.print_exc()
     finally:
         try:

@@ -1,7 +1,7 @@
 """Triton's kernels against their twins in torch: on a GPU where there is one, else on a CPU in Triton's interpreter."""
 
 import os
-import subprocess
+import runpy
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,7 +17,6 @@ from sae.learner import Learner
 from sae.selection import above
 from sae.sites import Site
 
-REPOSITORY = Path(__file__).parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTHS = {
     "mixed": [3, 0, 1, 7, 2],
@@ -252,18 +251,16 @@ def test_a_step_on_a_gpu_waits_for_sizes_of_a_selection_only(name, monkeypatch):
     assert learner.weights["W_enc"].grad.shape == (512, 32)
 
 
-def test_kernels_compile_for_hopper(tmp_path):
+def compile_kernels():
+    """In a process that has imported Triton as its interpreter, of which the compiled part alone may stay."""
+    for name in [name for name in sys.modules if name.startswith("triton") and not name.startswith("triton._C")]:
+        del sys.modules[name]
+    runpy.run_path(str(Path(__file__).with_name("compile_kernels.py")), run_name="__main__")
+
+
+def test_kernels_compile_for_hopper(forked, tmp_path):
     pytest.importorskip("triton", reason="Triton is not installed")
-    environment = os.environ | {
-        "TRITON_INTERPRET": "0",
-        "TRITON_CACHE_DIR": str(tmp_path),
-        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, sys.path)]),
-    }
-    run = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("compile_kernels.py"))],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == ["_bag_sum", "_bag_sum", "_add_parts", "_project", "_normalise"]
+    environment = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    run = forked.call(compile_kernels, environment=environment)
+    assert run.status == 0, run.err
+    assert run.out.split() == ["_bag_sum", "_bag_sum", "_add_parts", "_project", "_normalise"]

@@ -253,9 +253,9 @@ def test_a_steered_penalty_brings_l0_to_k():
     directions = torch.nn.functional.normalize(torch.randn(48, 16), dim=1)
     x = ((torch.rand(20_000, 48) < 0.1) * torch.rand(20_000, 48)) @ directions
     for architecture in ("relu", "jumprelu", "gated"):
-        one = learner(architecture=architecture, tokens=500 * 128, batch_size=128)
+        one = learner(architecture=architecture, tokens=300 * 128, batch_size=128)
         one.prepare(x)
-        optimise(one, x, 500)
+        optimise(one, x, 300)
         assert one.state["l0"].item() == pytest.approx(4, rel=0.5), architecture
 
 

@@ -210,6 +210,12 @@ class AblationValues:
             return self._of(_padded_to(self.reference.clean[rows], prompts.clean.n_positions))
         return self.at_cells(prompts, self.tables)
 
+    def draw_state(self, state: torch.Tensor | None = None) -> torch.Tensor:
+        """Where the random draws stand; given an earlier state they go back there, and are the same again."""
+        if state is not None:
+            self._generator.set_state(state)
+        return self._generator.get_state()
+
     def _draw(self, template: str) -> int:
         rows = self._rows[template]
         return rows[int(torch.randint(len(rows), (), generator=self._generator))]

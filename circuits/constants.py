@@ -43,6 +43,10 @@ Circuit = tuple[Nodes, bool]
 """Nodes, and whether they are kept (all others ablated) or removed."""
 
 
+STEP_PROMPTS = 64
+"""Prompts of a step."""
+
+
 @dataclass(frozen=True)
 class FitOptions:
     """How constants are fitted."""
@@ -50,7 +54,7 @@ class FitOptions:
     steps: int = 150
     """Steps of gradient descent."""
     batch_size: int = 64
-    """Prompts a step."""
+    """Prompts that go through the model at once; what is fitted does not depend on it."""
     learning_rate: float = 0.0015
     """Of Adam, in units of a cell's mean activation (root mean square), falling to a tenth over the steps."""
     seed: int = 0
@@ -128,11 +132,15 @@ class Descent:
     def __call__(self, prompts: PromptSet) -> Values:
         return self.constants(prompts)
 
-    def step(self, loss: torch.Tensor, done: float) -> None:
-        """One step down `loss`; done: the share of all steps that went before."""
-        gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+    def gradients(self, loss: torch.Tensor) -> list[torch.Tensor]:
+        """Of a loss in the parameters."""
+        found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        return [torch.zeros_like(x) if g is None else g for x, g in zip(self.parameters, found, strict=True)]
+
+    def step(self, gradients: Sequence[torch.Tensor], done: float) -> None:
+        """One step down the gradients; done: the share of all steps that went before."""
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad = torch.zeros_like(parameter) if gradient is None else gradient
+            parameter.grad = gradient
         self.optimiser.param_groups[0]["lr"] = self.learning_rate * 0.1**done
         self.optimiser.step()
 
@@ -152,14 +160,20 @@ def fit_constants(
     descent = Descent(Constants(values), learning_rate=options.learning_rate)
     generator = torch.Generator().manual_seed(options.seed)
     draw = dealer(len(circuits), generator)
-    deal = dealer(len(prompts), generator, size=options.batch_size)
+    deal = dealer(len(prompts), generator, size=STEP_PROMPTS)
     bar = tqdm(range(options.steps), desc="optimal constants", unit="step", disable=not progress)
     for step in bar:
         nodes, keep = circuits[int(draw())]
-        batch = prompts[deal()]
-        loss = divergence(values, descent(batch), batch, nodes, keep=keep, grad=True).mean()
-        descent.step(loss, step / options.steps)
-        bar.set_postfix(kl=f"{loss.item():.3f}", refresh=False)
+        dealt, loss = deal(), 0.0
+        total: list[torch.Tensor] = []
+        for index in dealt.split(options.batch_size):
+            batch = prompts[index]
+            part = divergence(values, descent(batch), batch, nodes, keep=keep, grad=True).sum() / len(dealt)
+            found = descent.gradients(part)
+            total = [a + b for a, b in zip(total, found, strict=True)] if total else found
+            loss += part.item()
+        descent.step(total, step / options.steps)
+        bar.set_postfix(kl=f"{loss:.3f}", refresh=False)
     return descent.constants.fixed()
 
 

@@ -25,7 +25,7 @@ Legend: B prompts, S positions, d model width, N nodes, n chosen features of a s
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,12 @@ import torch
 from torch.nn.functional import pad
 from tqdm import tqdm
 
-from circuits.ablation import AblationValues, Edit, NodeTable, SiteValues
+from circuits.ablation import AblationValues
 from circuits.behaviour import Metric, get_metric, kl, prepare
 from circuits.constants import Constants, Descent, dealer
 from circuits.faithfulness import ERRORS, aligned, from_start_site
-from circuits.nodes import Nodes, count, places
+from circuits.mask_gates import Gates, budget_gates, mask_loss, masked_logits
+from circuits.nodes import Nodes
 from circuits.probes import read_by
 from circuits.prompts import PromptSet
 from sae.autoencoder import SparseAutoencoder
@@ -51,8 +52,8 @@ from sae.splice import ensure_checked
 
 STARTS = ("effects", "equal")
 MATCHES = ("cases", "prompts")
-GROUP = 16
-"""Prompts whose mean metric is matched."""
+STEP_PROMPTS = 64
+"""Prompts of a step."""
 COLDEST, SLOWEST = 0.02, 0.1
 """What is left of temperature and learning rate at the end."""
 
@@ -82,7 +83,7 @@ class MaskOptions:
     largest: Positive | None = None
     """Largest number of nodes a prompt is given; a third of all by default."""
     batch_size: BatchSize = 64
-    """Prompts a step."""
+    """Prompts that go through the model at once; what is learned does not depend on it."""
     learning_rate: LearningRate = 0.2
     """Learning rate of Adam, falling to a tenth over the steps."""
     temperature: LearningRate = 1.0
@@ -124,107 +125,6 @@ class Mask:
             tensors[f"{site.name}/score"] = self.scores[site]
         write_tensors(path, tensors)
         return path
-
-
-class Gates:
-    """Where every node's gate goes: nodes of all sites in one vector [N] -> per site [B, 1 or S, n] and error gates
-    [B, 1 or S, 1], the same at all tokens of a node's position or span.
-    """
-
-    def __init__(
-        self,
-        saes: Mapping[Site, SparseAutoencoder],
-        nodes: Nodes,
-        *,
-        errors: str = "nodes",
-    ) -> None:
-        self.saes, self.nodes, self.errors = saes, nodes, errors
-        self.table = NodeTable(saes, [nodes], sites=list(nodes))
-        self.n = count(nodes)
-        self._members: dict[Site, tuple[torch.Tensor, torch.Tensor, int]] = {}
-        first = 0
-        for site, here in nodes.items():
-            index = self.table.index[site]
-            width = len(index) + 1  # the error's gate is the last column
-            feature = here.feature.to(index.device)
-            column = torch.searchsorted(index, feature)  # an error's F comes behind every feature
-            cell = here.position.to(index.device).clamp(min=0) * width + column
-            self._members[site] = (torch.arange(first, first + len(here), device=index.device), cell, width)
-            first += len(here)
-
-    def of(self, site: Site, gates: torch.Tensor, prompts: PromptSet) -> tuple[torch.Tensor, torch.Tensor]:
-        """gates [B or 1, N] -> (features [B or 1, 1 or S, n], error [B or 1, 1 or S, 1])."""
-        members, cell, width = self._members[site]
-        here = self.nodes[site]
-        at = torch.zeros(1, 1, dtype=torch.long) if here.summed else places(prompts, here.spans)  # [B or 1, S]
-        rows = 1 if here.summed else (len(here.spans) or at.shape[1]) + 1  # the last, of padding, stays closed
-        grid = gates.new_zeros(len(gates), rows * width).index_copy(1, cell, gates[:, members])
-        grid = grid.view(len(gates), rows, width).expand(max(len(gates), len(at)), -1, -1)
-        grid = grid[torch.arange(len(grid))[:, None], at]
-        error = grid[..., -1:]
-        if self.errors != "nodes":
-            error = torch.full_like(error, float(self.errors == "keep"))
-        return grid[..., :-1], error
-
-    def edits(self, gates: torch.Tensor, values: Mapping[Site, SiteValues], prompts: PromptSet) -> dict[Site, Edit]:
-        """Edits for `LanguageModel.run` under the gates [B or 1, N] of every prompt."""
-
-        def edit_of(site: Site) -> Edit:
-            sae, index, at = self.saes[site], self.table.index[site], values[site]
-            features, error = self.of(site, gates, prompts)
-            with_error = self.errors == "keep" or bool(self.nodes[site].is_error.any())
-
-            def edit(x: torch.Tensor) -> torch.Tensor:
-                f = sae.encode(x) if with_error else None
-                chosen = sae.encode_some(x, index) if f is None else f[..., index]
-                change = ((chosen - at.features) * features) @ sae.W_dec[index]
-                if f is not None:
-                    change = change + (x - sae.decode(f) - at.error) * error
-                return (at.x + change).to(x.dtype)
-
-            return edit
-
-        return {site: edit_of(site) for site in self.table.sites}
-
-
-def budget_gates(scores: torch.Tensor, budgets: torch.Tensor, *, temperature: float) -> torch.Tensor:
-    """Gates [B, N] of the scores [N] for a budget of budgets[b] nodes each; the threshold carries no gradient."""
-    ordered = scores.detach().sort(descending=True).values
-    ordered = torch.cat([ordered, ordered[-1:] - 20 * temperature])  # a budget of all N opens every gate
-    threshold = (ordered[budgets - 1] + ordered[budgets]) / 2  # [B]
-    return ((scores - threshold[:, None]) / temperature).sigmoid()
-
-
-def masked_logits(
-    model: LanguageModel,
-    gates: Gates,
-    at: torch.Tensor,
-    prompts: PromptSet,
-    values: Mapping[Site, SiteValues],
-    *,
-    skip: Mapping[Site, torch.Tensor] | None = None,
-) -> torch.Tensor:
-    """Logits after every prompt [B, V] under the gates at [B or 1, N]; skip: what comes before the first masked site,
-    from the clean run.
-    """
-    planted = {site: x.detach().requires_grad_(True) for site, x in (skip or {}).items()}
-    edits = gates.edits(at, values, prompts)
-    return model.run(prompts.clean, edits=edits, skip=planted, grad=True, last_only=True).logits[:, -1]
-
-
-def mask_loss(off: torch.Tensor, budgets: torch.Tensor, cases: Sequence[str], *, match: str) -> torch.Tensor:
-    """Mean over prompts of off^2, off = (m(C) - m(M)) / scale [B]; to match cases, off is first averaged over at most
-    `GROUP` prompts of a case, neighbours by budget [B].
-    """
-    if match == "prompts":
-        return off.square().mean()
-    total = off.new_zeros(())
-    for case in dict.fromkeys(cases):
-        members = torch.tensor([own == case for own in cases], device=off.device).nonzero()[:, 0]
-        ordered = members[budgets[members].argsort(stable=True)]
-        groups = ordered.tensor_split(-(-len(ordered) // GROUP))
-        total = total + sum(off[group].mean().square() * len(group) for group in groups)
-    return total / len(off)
 
 
 def learn_mask(
@@ -320,32 +220,91 @@ def _descend(
     gates, scores, prompts, values: AblationValues, target, before, metric, scale, options: MaskOptions, *, progress
 ) -> list[float]:
     """Adam on the scores, in place; the loss of every step."""
-    model, first = values.model, gates.table.sites[0]
     generator = torch.Generator().manual_seed(options.seed)
     optimiser = torch.optim.Adam([scores], lr=options.learning_rate, betas=(0.9, 0.95))
     constants = Descent(Constants(values)) if options.ablation == "optimal" else None
     smallest, largest = budget_range(gates.n, options)
-    losses, deal = [], dealer(len(prompts), generator, size=options.batch_size)
+    losses, deal = [], dealer(len(prompts), generator, size=STEP_PROMPTS)
     bar = tqdm(range(options.steps), desc="mask", unit="step", disable=not progress)
     for step in bar:
         done = step / options.steps
         optimiser.param_groups[0]["lr"] = options.learning_rate * SLOWEST**done
         index = deal()
-        batch = prompts[index]
-        budgets = draw_budgets(len(batch), smallest=smallest, largest=largest, generator=generator).to(scores.device)
-        at = budget_gates(scores, budgets, temperature=options.temperature * COLDEST**done)
-        rows, width = index.to(target.device), batch.clean.n_positions
-        skip = model.resume_from(first, {site: x[rows, -width:] for site, x in before.items()})
-        logits = masked_logits(model, gates, at, batch, (constants or values)(batch), skip=skip)
-        off = (metric(logits, batch) - target[rows]) / scale
-        loss = mask_loss(off, budgets, batch.cases, match=options.match)
-        (scores.grad,) = torch.autograd.grad(loss, scores, retain_graph=constants is not None)
+        budgets = draw_budgets(len(index), smallest=smallest, largest=largest, generator=generator).to(scores.device)
+        temperature = options.temperature * COLDEST**done
+        parts = _Parts(gates, scores, prompts, index, budgets, temperature, values, target, before, metric, scale)
+        loss, gradients = parts.loss_and_gradients(options, constants)
+        scores.grad = gradients[0]
         optimiser.step()
         if constants:
-            constants.step(kl(logits, batch).mean(), done)
-        losses.append(loss.item())
+            constants.step(gradients[1:], done)
+        losses.append(loss)
         bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
     return losses
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The prompts of a step, which go through the model in parts of a batch."""
+
+    gates: Gates
+    scores: torch.Tensor
+    prompts: PromptSet
+    index: torch.Tensor
+    """[B] the prompts of the step."""
+    budgets: torch.Tensor
+    """[B] how many nodes each is given."""
+    temperature: float
+    values: AblationValues
+    target: torch.Tensor
+    before: Mapping[Site, torch.Tensor]
+    metric: Metric
+    scale: float
+
+    def loss_and_gradients(self, options: MaskOptions, constants: Descent | None) -> tuple[float, list[torch.Tensor]]:
+        """The loss of all prompts of the step; its gradient in the scores, then that of the mean divergence in the
+        constants.
+
+        Prompts are averaged before they are squared, so where there are several parts a run without gradients says
+        first how much each prompt weighs. Random ablation values are the same in both.
+        """
+        parts = list(torch.arange(len(self.index)).split(options.batch_size))
+        drawn = self.values.draw_state()
+        if len(parts) == 1:
+            off, divergence = self._run(parts[0], constants)
+            loss = self._loss(off, options)
+            gradients = torch.autograd.grad(loss, self.scores, retain_graph=constants is not None)
+            return loss.item(), [*gradients, *(constants.gradients(divergence.mean()) if constants else ())]
+        with torch.no_grad():
+            off = torch.cat([self._run(rows, constants)[0] for rows in parts])
+        with torch.enable_grad():
+            off = off.requires_grad_(True)
+            loss = self._loss(off, options)
+            (weight,) = torch.autograd.grad(loss, off)  # [B]
+        self.values.draw_state(drawn)
+        total: list[torch.Tensor] = []
+        for rows in parts:
+            part, divergence = self._run(rows, constants)
+            keep = constants is not None
+            found = [*torch.autograd.grad((part * weight[rows]).sum(), self.scores, retain_graph=keep)]
+            found += constants.gradients(divergence.sum() / len(self.index)) if constants else []
+            total = [a + b for a, b in zip(total, found, strict=True)] if total else found
+        return loss.item(), total
+
+    def _loss(self, off: torch.Tensor, options: MaskOptions) -> torch.Tensor:
+        cases = [self.prompts.cases[row] for row in self.index.tolist()]
+        return mask_loss(off, self.budgets, cases, match=options.match)
+
+    def _run(self, rows: torch.Tensor, constants: Descent | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(m(C) - m(M)) / scale of the prompts `rows` of the step, and their divergence where constants are learned."""
+        model, first, index = self.values.model, self.gates.table.sites[0], self.index[rows]
+        batch = self.prompts[index]
+        at = budget_gates(self.scores, self.budgets[rows.to(self.budgets.device)], temperature=self.temperature)
+        chosen, width = index.to(self.target.device), batch.clean.n_positions
+        skip = model.resume_from(first, {site: x[chosen, -width:] for site, x in self.before.items()})
+        logits = masked_logits(model, self.gates, at, batch, (constants or self.values)(batch), skip=skip)
+        off = (self.metric(logits, batch) - self.target[chosen]) / self.scale
+        return off, kl(logits, batch) if constants else off.detach()
 
 
 def _ranked(nodes: Nodes, scores: torch.Tensor, losses: list[float], options: MaskOptions) -> Mask:

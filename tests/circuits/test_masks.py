@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -223,12 +225,26 @@ def test_the_ranking_is_a_permutation_of_the_nodes_and_repeats_by_seed(tiny_mode
         for options in (QUICK, QUICK, MaskOptions(steps=4, batch_size=4, smallest=5, seed=1))
     )
     assert first.losses == again.losses != other.losses
+    assert len(first.losses) == 4
     for site, here in first.nodes.items():
         assert torch.equal(here.feature, again.nodes[site].feature)
         assert here.feature.sort().values.tolist() == nodes[site].feature.sort().values.tolist()
         assert (here.effect.diff() < 0).all() and (first.scores[site].diff() <= 0).all()
     effects = torch.cat([here.effect for here in first.nodes.values()])
     assert effects.unique().numel() == count(nodes) and effects.max() == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [MaskOptions(steps=3), MaskOptions(steps=3, ablation="resample"), MaskOptions(steps=3, ablation="optimal"),
+     MaskOptions(steps=3, match="prompts")],
+)  # fmt: skip
+def test_a_mask_does_not_depend_on_how_many_prompts_run_at_once(tiny_model, tiny_saes, tiny_prompts, nodes, options):
+    few, all_of_them = (
+        learn_mask(tiny_model, tiny_saes, nodes, tiny_prompts, replace(options, batch_size=size), progress=False)
+        for size in (3, 64)
+    )
+    assert few.losses == pytest.approx(all_of_them.losses, rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -184,7 +184,7 @@ class RunFolder:
 
     def recorded(self) -> RunEntry | None:
         """The settings in the folder, None where there are none of this command."""
-        return _entry(self.path, self.command)
+        return read_entry(self.path, self.command)
 
     def _replaced(self, before: RunEntry | None, *, resume: bool) -> list[str]:
         """Names of what the run in the folder wrote, or was writing, and this one does not go on with."""
@@ -238,10 +238,10 @@ def check_run_folder(folder: Path, command: str, *, resume: bool, overwrite: boo
     """Make a run's folder; UserError where it holds anything but a run that is to be replaced or resumed."""
     check_run_config(folder)
     check_contents(folder, layout)
-    recorded = any(_entry(folder, name) for name in MAKERS)
+    recorded = any(read_entry(folder, name) for name in MAKERS)
     ignored = {"trained", CONFIG_FILE} if command == "finetune" else set()
     there = [path.name for path in visible(folder) if path.name not in ignored]
-    if resume and not overwrite and there and _entry(folder, command) is None:
+    if resume and not overwrite and there and read_entry(folder, command) is None:
         raise UserError(
             f"no run of sfc {command} was begun in {str(folder)!r}, which holds {', '.join(there[:3])}: nothing can be "
             "resumed; give the folder of the run, or a new one"
@@ -272,7 +272,7 @@ def discard_run(folder: Path) -> None:
 
 def is_discarding(folder: Path) -> bool:
     """Whether `discard_run`, or the beginning of a run that replaces another one, was interrupted."""
-    return any(_replaced(_entry(folder, command)) for command in ("train", "finetune"))
+    return any(_replaced(read_entry(folder, command)) for command in ("train", "finetune"))
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -292,7 +292,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 def _recorded_sites(folder: Path) -> list[str]:
     """Sites of the autoencoders that the run in a folder wrote, or was writing."""
-    entries = [_entry(folder, command) for command in ("train", "finetune")]
+    entries = [read_entry(folder, command) for command in ("train", "finetune")]
     return sorted({site for entry in entries if entry for site in (*entry.sites, *_replaced(entry))})
 
 
@@ -300,8 +300,8 @@ def _replaced(entry: RunEntry | None) -> list[str]:
     return (entry.replaced if entry else None) or []
 
 
-def _entry(folder: Path, command: str) -> RunEntry | None:
-    """What the `config.json` of a run folder says of a command."""
+def read_entry(folder: Path, command: str) -> RunEntry | None:
+    """What the `config.json` of a run folder says of a command; None where it says nothing."""
     entry = read_run_config(folder).get(command)
     return None if entry is None else check_type(entry, RunEntry, f"{folder / CONFIG_FILE}, {command}")
 

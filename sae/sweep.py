@@ -23,11 +23,11 @@ from sae.architectures import architecture
 from sae.config import TrainConfig
 from sae.contents import CONFIG_FILE
 from sae.errors import UserError
-from sae.files import atomic_write, read_json
+from sae.files import atomic_write, check_type
 from sae.learner import Learner
 from sae.locks import lock
 from sae.model import LanguageModel
-from sae.run_folder import RunFolder, read_log, run_settings
+from sae.run_folder import RunFolder, read_entry, read_log, run_settings
 from sae.sites import Site, select_sites
 from sae.text import TextSource
 from sae.training import Trainer, open_activations
@@ -57,13 +57,17 @@ class Sweep:
     def load(cls, out: str | Path) -> Sweep:
         """The sweep in a folder."""
         out = Path(out)
-        entry = read_json(out / CONFIG_FILE).get("sweep") or {}
-        if not entry.get("complete"):
+        entry = read_entry(out, "sweep")
+        if entry is None or not entry.complete:
             raise UserError(f"no complete sweep in {str(out)!r}: run it again with --resume")
-        configs = {name: TrainConfig(**options) for name, options in entry["config"].items()}
-        reads = [TextRead(**read_json(out / name / CONFIG_FILE)["train"]["read"]) for name in configs]
+        where = f"{out / CONFIG_FILE}, sweep"
+        configs = {name: check_type(options, TrainConfig, where) for name, options in entry.config.items()}
+        runs = {name: read_entry(out / name, "train") for name in configs}
+        if missing := [name for name, run in runs.items() if run is None or not run.complete]:
+            raise UserError(f"{str(out / missing[0])!r} holds no complete run: run the sweep again with --resume")
+        reads = [check_type(run.read, TextRead, out / name / CONFIG_FILE) for name, run in runs.items() if run]
         read = max(reads, key=lambda read: (read.whole, read.documents))
-        return cls(out, configs, tuple(map(Site.parse, entry["sites"])), read)
+        return cls(out, configs, tuple(map(Site.parse, entry.sites)), read)
 
     def run(self, name: str) -> Path:
         """The run folder of a config."""

@@ -22,17 +22,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import load_file
 from tqdm import tqdm
 
 from sae.architectures import architecture
 from sae.autoencoder import CONFIG_FILE, WEIGHTS_FILE, load_saes
 from sae.batches import context_of, token_batches
 from sae.contents import clean, sweep_layout
+from sae.errors import UserError
 from sae.evaluation import Measurement
 from sae.evaluation_results import EVALUATION_FILE
-from sae.files import read_json, write_json, write_tensors
+from sae.files import check_digest, parse_json, read_header, read_json, read_tensors, write_json, write_tensors
 from sae.model import LanguageModel
 from sae.sweep import Sweep
 from sae.sweep_results import SweepResults, SweepRow
@@ -135,7 +134,8 @@ def _path(sweep: Sweep, name: str) -> Path:
 def _found(sweep: Sweep, name: str) -> dict[str, Any] | None:
     """What a config was measured on, None if it was not."""
     path = _path(sweep, name)
-    return read_json(path).get("measured_on") if path.is_file() else None
+    measured_on = read_json(path).get("measured_on") if path.is_file() else None
+    return measured_on if isinstance(measured_on, dict) else None
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,8 @@ class _Unfinished:
     def names_in(cls, sweep: Sweep) -> list[str]:
         """The configs whose measurement was interrupted."""
         metadata = _metadata(sweep.out / UNFINISHED)
-        return json.loads(metadata.get("names", "[]"))
+        names = parse_json(metadata.get("names", "[]"), UNFINISHED)
+        return names if isinstance(names, list) else []
 
     @cached_property
     def digest(self) -> str:
@@ -173,22 +174,28 @@ class _Unfinished:
 
     def restore(self, measurement: Measurement) -> None:
         """Takes over the sums, if they belong to this measurement."""
-        if _metadata(self.path).get("digest") == self.digest:
-            measurement.restore(load_file(self.path))
-            log.info("measuring goes on after %d batches", measurement.n_batches)
+        if _metadata(self.path).get("digest") != self.digest:
+            return
+        try:
+            check_digest(self.path)
+        except UserError as error:
+            log.warning("measuring starts again: %s", error)
+            return
+        measurement.restore(read_tensors(self.path))
+        log.info("measuring goes on after %d batches", measurement.n_batches)
 
     def save(self, measurement: Measurement) -> None:
         """Puts the sums in the place of those before."""
         metadata = {"names": json.dumps(self.names), "digest": self.digest}
-        write_tensors(self.path, measurement.state(), metadata=metadata)
+        write_tensors(self.path, measurement.state(), metadata=metadata, checksum=True)
 
 
 def _metadata(path: Path) -> dict[str, str]:
-    """What a safetensors file says of itself; nothing where there is none."""
-    if not path.is_file():
+    """What a safetensors file says of itself; nothing where there is none, or a damaged one."""
+    try:
+        return read_header(path)
+    except UserError:
         return {}
-    with safe_open(path, framework="pt") as tensors:
-        return tensors.metadata() or {}
 
 
 def evaluation_settings(

@@ -121,10 +121,10 @@ def bytes_text(n_bytes: int) -> str:
     """A number of bytes for a person.
 
     >>> bytes_text(1_234), bytes_text(123_400_000)
-    ('1.23 kB', '123.40 MB')
+    ('1.2 kB', '123.4 MB')
     """
     size = next((size for size in (1e9, 1e6, 1e3) if n_bytes >= size), 1)
-    return f"{n_bytes / size:.2f} { {1e9: 'GB', 1e6: 'MB', 1e3: 'kB', 1: 'bytes'}[size] }"
+    return f"{n_bytes / size:.{2 if size == 1e9 else 1}f} { {1e9: 'GB', 1e6: 'MB', 1e3: 'kB', 1: 'bytes'}[size] }"
 
 
 def shard_path(folder: Path, index: int) -> Path:

@@ -3,7 +3,8 @@
 1. Prompts that share their texts are one unit: a pair and its mirror image (clean and patch swapped), or the same pair
    twice. A unit is never on both sides.
 2. Within each stratum (the cases of a unit, and the template of its first prompt) units go to the two sides in turn, so
-   that both have every case and template; the first goes to where circuits are found.
+   that both have every case and template; the first goes to the side that has fewer, of equals to where circuits are
+   found.
 3. Strata of one unit are too thin to divide: they go in turn by case alone.
 """
 
@@ -30,9 +31,13 @@ def hold_out_half(prompts: PromptSet) -> tuple[PromptSet, PromptSet]:
     thin: dict[frozenset[str], list[list[int]]] = {}
     for cases, template in [key for key, members in strata.items() if len(members) == 1]:
         thin.setdefault(cases, []).extend(strata.pop((cases, template)))
-    held_out = [row for members in strata.values() for rows in members[1::2] for row in rows]
+    held_out: list[int] = []
+    n_divided = 0
     lone = [rows for members in thin.values() for rows in members]
-    held_out += [row for rows in lone[1::2] for row in rows]
+    for members in [*strata.values(), lone]:
+        first = 1 if 2 * len(held_out) >= n_divided else 0
+        held_out += [row for rows in members[first::2] for row in rows]
+        n_divided += sum(map(len, members))
     found_on = sorted(set(range(len(prompts))) - set(held_out))
     return prompts[found_on], prompts[sorted(held_out)]
 

@@ -2,7 +2,7 @@
 
 1. The kind of an example is its case and its sentence frame: the `template` field where every example has one, else the
    words that clean and patch prompt share ("* was sad because"), where such frames hold at least four examples on
-   average and each kind can be taken, else none.
+   average and two of each kind can be taken, else none.
 2. The first n usable examples are taken. Where a kind of the file is not among them, examples are taken by kind
    instead: each in proportion to its share of the file and at least once, in the order of the file within a kind.
 3. Examples are examined (tokenised) in batches until n are usable, so that a long file costs little.
@@ -69,8 +69,14 @@ def kinds_of(examples: Sequence[Example], limit: int) -> list[tuple[str, str]]:
         return list(zip(cases, frames, strict=True))
     frames = [_shared_words(example) for example in examples]
     kinds = list(zip(cases, frames, strict=True))
-    telling = len(frames) >= MIN_EXAMPLES_A_FRAME * len(set(frames)) and len(set(kinds)) <= limit
+    telling = len(frames) >= MIN_EXAMPLES_A_FRAME * len(set(frames)) and 2 * len(set(kinds)) <= limit
     return kinds if telling else [(case, "") for case in cases]
+
+
+def first_rows(kinds: Sequence[Hashable], n: int) -> list[int]:
+    """The first n rows, or where these miss a kind, n rows by kind in their order."""
+    whole = set(kinds[:n]) == set(kinds)
+    return list(range(len(kinds)))[:n] if whole else sorted(by_kind(kinds)[:n])
 
 
 def by_kind(kinds: Sequence[Hashable]) -> list[int]:

@@ -275,7 +275,7 @@ def parse_json(text: str, where: str | Path, schema: Any = Any) -> Any:
     value and what is allowed.
     """
     try:
-        value = json.loads(text, parse_constant=lambda _: None, parse_float=_finite)  # an undefined number is null
+        value = _DECODER.decode(text)
     except json.JSONDecodeError as error:
         line = f", line {error.lineno}" if "\n" in text.strip() else ""
         raise UserError(f"{where}{line}: malformed JSON: {error.msg} at column {error.colno}") from None
@@ -291,14 +291,15 @@ def _finite(text: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
+_DECODER = json.JSONDecoder(parse_constant=lambda _: None, parse_float=_finite)  # an undefined number is null
+
+
 def check_type(value: Any, schema: Any, where: str | Path) -> Any:
     """A JSON value as a value of the type `schema`, as in `parse_json`; what is no Unicode becomes U+FFFD."""
     try:
-        text = (
-            json.dumps(value, ensure_ascii=False, default=str)
-            .encode("utf-16", "surrogatepass")
-            .decode("utf-16", "replace")
-        )
+        text = json.dumps(value, ensure_ascii=False, default=str)
+        if not text.isascii():
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return _adapter(schema).validate_json(text, strict=True)
     except RecursionError:
         raise UserError(f"{where}: JSON nested too deeply to be read") from None

@@ -107,6 +107,8 @@ class TextCoder:
         """
         if not self.tokenizer.is_fast:
             raise UserError("this tokenizer does not know where in the text its tokens are: use a fast one for spans")
+        if not texts:
+            return []
         found = self._call(texts, add_special_tokens=False, return_offsets_mapping=True)
         first, blank = list(self.prefix), [(0, 0)] * len(self.prefix)
         return [

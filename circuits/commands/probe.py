@@ -13,6 +13,7 @@ from circuits.commands.common import Common, Output, load_model
 from circuits.probes import fit_probe, read_site, save_probe
 from circuits.prompt_formats import Example, read_rows
 from circuits.prompt_reader import find_roles
+from circuits.prompt_selection import first_rows
 from circuits.spans import LAST
 from sae.errors import UserError, unknown
 from sae.model import Tokens
@@ -43,7 +44,7 @@ class Probe(Common):
     span_template: str | None = None
     """Template that finds the spans, such as "The {subject} near the {attractor}"; otherwise the prompts' own."""
     examples: Annotated[int, Range(2, MANY)] | None = None
-    """At most this many of the prompts; all by default."""
+    """At most this many of the prompts: the first, or some of each label where these miss one; all by default."""
     held_out: Annotated[float, Range(0, 0.99, above=True)] = 0.25
     """Share of the prompts on which the probe is scored and not learned."""
     penalty: LearningRate = 1.0
@@ -94,7 +95,8 @@ class Probe(Common):
                 label = "positive" if fnmatch(label, self.positive) else "negative"
             texts.append(example)
             labels.append(label)
-        return texts[: self.examples], labels[: self.examples]
+        rows = first_rows(labels, len(labels) if self.examples is None else self.examples)
+        return [texts[row] for row in rows], [labels[row] for row in rows]
 
     def _inside(self, texts: list[Example], model, tokens: Tokens):
         """[B, S] bool, the tokens of the span; and the prompts that have it."""

@@ -30,7 +30,10 @@ def test_prompts_that_are_no_longer_those_of_the_circuit_are_refused(
 
 def test_a_probe_reads_no_other_model_and_no_other_place(sfc, model_folder, run_folder, prompts_file, tmp_path):
     probe = tmp_path / "probe.safetensors"
-    labelled = ["probe", "--prompts", prompts_file, "--site", "resid_0", "--out", probe]
+    rows = [json.loads(line) for line in prompts_file.read_text().splitlines()]
+    by_case = tmp_path / "by_case.jsonl"  # the first six have one label alone
+    by_case.write_text("\n".join(json.dumps(row) for row in sorted(rows * 2, key=lambda row: row["case"])))
+    labelled = ["probe", "--prompts", by_case, "--site", "resid_0", "--out", probe, "--examples", 6]
     assert sfc(*labelled, "--model", model_folder).status == 0
     discover = ["discover", "--saes", "neurons", "--prompts", prompts_file, "--metric", f"probe:{probe}"]
     discover += ["--edge-nodes", 5, "--nodes", 5, "--model", model_folder]

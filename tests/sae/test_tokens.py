@@ -65,6 +65,7 @@ def test_texts_without_tokens() -> None:
         coder.encode(["he", ""])
     with pytest.raises(UserError, match="no texts"):
         coder.encode([])
+    assert coder.prompt_ids([]) == coder.prompt_offsets([]) == []
 
 
 @pytest.mark.parametrize("tokenizer", [word_tokenizer(), byte_tokenizer(), sentencepiece_tokenizer()])

@@ -20,12 +20,14 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from sae.activations import StreamState, TextRead
+from sae.autoencoder import CONTEXT_LENGTH, EXCLUDE_SPECIAL
 from sae.config import TrainConfig
 from sae.errors import UserError
 from sae.files import (
@@ -185,6 +187,10 @@ class CachedActivations:
             self._check_places(model)
         self._state = StreamState()
         self.rows_at_once = 1
+        self.reading: dict[str, Any] = {
+            CONTEXT_LENGTH: manifest.context_length,
+            EXCLUDE_SPECIAL: manifest.exclude_special,
+        }
         self._checked: set[Path] = set()
 
     @property

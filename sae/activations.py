@@ -20,6 +20,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from sae.autoencoder import CONTEXT_LENGTH as CONTEXT_LENGTH_ENTRY
+from sae.autoencoder import EXCLUDE_SPECIAL, PREPEND_BOS
 from sae.batches import CONTEXT_LENGTH, counted_tokens
 from sae.errors import UserError
 from sae.model import LanguageModel
@@ -85,6 +87,7 @@ class ContextStream:
         self._read_from_start, self._has_tokens = True, False  # of this epoch
         first = model.tokenizer("a")["input_ids"][:1]
         self._prefix = tuple(first) if first and first[0] in model.special_ids else ()
+        self.prepends_bos = bool(self._prefix)
 
     def seek(self, state: StreamState) -> None:
         """Goes on from a position."""
@@ -154,6 +157,8 @@ class ActivationSource(Protocol):
 
     rows_at_once: int
     """Rows that one reading gives at most: a buffer must hold as many."""
+    reading: dict[str, Any]
+    """How text is read, by the entries of `SAEConfig.extra`."""
 
     def position(self) -> StreamState:
         """Where the next fill begins."""
@@ -178,6 +183,11 @@ class ModelActivations:
         self.widths = {site: model.widths[site] for site in sites}
         self.rows_at_once = max(stream.forward_tokens, stream.context_length)
         self.exclude_special = exclude_special
+        self.reading: dict[str, Any] = {
+            CONTEXT_LENGTH_ENTRY: stream.context_length,
+            PREPEND_BOS: stream.prepends_bos,
+            EXCLUDE_SPECIAL: exclude_special,
+        }
 
     def position(self) -> StreamState:
         return self.stream.state

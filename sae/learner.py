@@ -248,10 +248,12 @@ class Learner:
             del report["sparsity"]
         return report
 
-    def export(self, *, model: str = "", fingerprint: str = "", site_path: str = "") -> SparseAutoencoder:
+    def export(
+        self, *, model: str = "", fingerprint: str = "", site_path: str = "", reading: Mapping[str, Any] | None = None
+    ) -> SparseAutoencoder:
         """The autoencoder on raw activations: scale, centre and decoder norms folded in.
 
-        `site_path` says where the site is, if not where the model's architecture has it.
+        `site_path` says where the site is, if not where the model's architecture has it; `reading` how text was read.
         """
         recipe, scale = self.recipe, self.state["scale"].item()
         own = {key.removeprefix("own."): tensor for key, tensor in self.state.items() if key.startswith("own.")}
@@ -271,7 +273,7 @@ class Learner:
             model_fingerprint=fingerprint,
             subtract_b_dec=recipe.subtract_b_dec,
             k=self.config.k if recipe.fixed_k and recipe.trained else None,
-            extra={"training": asdict(self.config), SITE_PATH: site_path},
+            extra={"training": asdict(self.config), SITE_PATH: site_path, **(reading or {})},
         )
         return SparseAutoencoder(config, tensors)
 

@@ -143,7 +143,9 @@ def sweep(
             for learner in learners:
                 folder = out / learner.name.removesuffix(f"/{learner.site}") / "saes" / learner.site.name
                 where = model.moved_sites.get(learner.site, "")
-                learner.export(model=model.name, fingerprint=model.fingerprint, site_path=where).save(folder)
+                learner.export(
+                    model=model.name, fingerprint=model.fingerprint, site_path=where, reading=rows.reading
+                ).save(folder)
             _split_log(log_path, {name: runs[name].path for name in waiting})
             for name in waiting:
                 runs[name].finish(read=asdict(rows.text_read()))

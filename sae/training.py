@@ -88,7 +88,9 @@ def train(
         saes = {}
         for learner in learners:
             where = model.moved_sites.get(learner.site, "")
-            saes[learner.site] = learner.export(model=model.name, fingerprint=model.fingerprint, site_path=where)
+            saes[learner.site] = learner.export(
+                model=model.name, fingerprint=model.fingerprint, site_path=where, reading=rows.reading
+            )
             saes[learner.site].save(folders[learner.site])
         run.finish(read=asdict(rows.text_read()))
     return saes

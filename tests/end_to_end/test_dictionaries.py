@@ -114,6 +114,16 @@ def test_token_normalised_autoencoders_are_kept_or_refused(sfc, tmp_path, model_
     assert sfc("discover", *common, "--prompts", prompts_file, "--edge-nodes", "0").status == 0
 
 
+def test_converted_files_say_how_text_was_read(sfc, run_folder, tmp_path):
+    """What SAELens asks for before it makes activations, and what our embed is called there."""
+    assert sfc("convert", "--saes", run_folder, "--format", "saelens", "--out", tmp_path / "theirs").status == 0
+    metadata = json.loads((tmp_path / "theirs" / "embed" / "cfg.json").read_text())["metadata"]
+    assert metadata["hook_name"] == "blocks.0.hook_resid_pre"
+    assert (metadata["context_size"], metadata["prepend_bos"], metadata["exclude_special_tokens"]) == (16, False, True)
+    assert sfc("convert", "--saes", tmp_path / "theirs", "--format", "ours", "--out", tmp_path / "back").status == 0
+    assert load_sae(tmp_path / "back" / "embed").config.extra["context_length"] == 16
+
+
 @pytest.mark.parametrize(
     ("name", "answer"),
     [

@@ -21,9 +21,12 @@ Riemann sum with 10 nodes: that time is compared with every circuit of ours.
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as `sfc` does, before torch is imported
+
 import argparse
 import json
-import os
 import re
 import resource
 import statistics
@@ -286,6 +289,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--memory", type=float, default=2.0, help="budget in GiB, as sfc discover --memory")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of both sides")
     parser.add_argument("--peer", metavar="feature_circuits=PYTHON,CHECKOUT", help="time the paper's code beside")
     args = parser.parse_args()
     if args.peer is not None and not re.fullmatch(r"feature_circuits=[^,]+,[^,]+", args.peer):
@@ -295,6 +299,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
+    torch.set_num_threads(args.threads)
     bench = Bench(args)
     before = peak_mb(args.device)
     rules = {name: {"method": "ig", "rule": rule, "steps": steps} for name, (rule, steps) in RULES.items()}

@@ -8,7 +8,7 @@ imports torch, that code and what that code imports, nothing of ours; nothing of
 - "circuit": `circuit.get_circuit`, with the node threshold that keeps as many nodes as are asked for. The seconds that
   its call of `patching_effect` takes are those of integrated gradients, the rest are those of the edges.
 
-The metric reads the logits from `embed_out`, where the interpolated runs of that code's integrated gradients reach it;
+The metric reads the logits from the unembedding, where the interpolated runs of that code's integrated gradients reach it;
 so both sides compute the same numbers, which are written to a file for comparison.
 """
 
@@ -37,7 +37,7 @@ class PaperCode:
 
         facts = json.loads((folder / "facts.json").read_text())
         self.attribution, self.circuit_module, self.n_nodes = attribution, circuit, nodes
-        self.model = load_model(facts["model"], load_file(folder / "model.safetensors"))
+        self.model, self.head = load_model(facts["model"], load_file(folder / "model.safetensors"))
         prompts = load_file(folder / "prompts.safetensors")
         self.clean, self.patch, self.answers = prompts["clean"], prompts["patch"], prompts["answers"]
         tensors, self.dictionaries = load_file(folder / "saes.safetensors"), {}
@@ -55,7 +55,7 @@ class PaperCode:
 
     def metric(self, model: Any) -> torch.Tensor:
         """logit(patch answer) - logit(clean answer) at the last position, [B]."""
-        logits = model.embed_out.output[:, -1]
+        logits = getattr(model, self.head).output[:, -1]
         values = torch.gather(logits, 1, self.answers)  # [B, 2]
         return values[:, 1] - values[:, 0]
 
@@ -110,16 +110,18 @@ class PaperCode:
         return {}
 
 
-def load_model(facts: dict[str, Any], weights: dict[str, torch.Tensor]) -> Any:
-    """A GPT-NeoX in nnsight's wrapper, with a tokenizer that only has to pad rows that are equally long."""
+def load_model(facts: dict[str, Any], weights: dict[str, torch.Tensor]) -> tuple[Any, str]:
+    """A GPT-NeoX in nnsight's wrapper, with a tokenizer that only has to pad rows that are equally long; and what its
+    unembedding is called there (`lm_head` in later transformers)."""
     from nnsight import LanguageModel
     from tokenizers import Tokenizer, models
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
     hf = GPTNeoXForCausalLM(GPTNeoXConfig(**facts)).eval()
-    hf.load_state_dict(weights)
+    head = "embed_out" if hasattr(hf, "embed_out") else "lm_head"
+    hf.load_state_dict({name.replace("embed_out.", f"{head}."): tensor for name, tensor in weights.items()})
     words = Tokenizer(models.WordLevel({str(i): i for i in range(facts["vocab_size"])}, unk_token="0"))
-    return LanguageModel(hf, tokenizer=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0"))
+    return LanguageModel(hf, tokenizer=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0")), head
 
 
 def load_dictionary(tensors: dict[str, torch.Tensor], name: str) -> Any:

@@ -1,7 +1,7 @@
 """What each test costs in CPU seconds, of the suite and of each file: `python -m pytest -p tests.cpu_times`.
 
 Wall time says little where several programs share the cores. Fixtures count for the test that asks for them first;
-commands in forks count where they end. Without xdist one process is measured, with it all of them are added.
+what runs in forks (`tests.forked`) does not count here. Without xdist one process is measured, with it all are added.
 """
 
 from __future__ import annotations

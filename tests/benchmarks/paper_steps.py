@@ -8,8 +8,8 @@ imports torch, that code and what that code imports, nothing of ours; nothing of
 - "circuit": `circuit.get_circuit`, with the node threshold that keeps as many nodes as are asked for. The seconds that
   its call of `patching_effect` takes are those of integrated gradients, the rest are those of the edges.
 
-The metric reads the logits from the unembedding, where the interpolated runs of that code's integrated gradients reach it;
-so both sides compute the same numbers, which are written to a file for comparison.
+The metric reads the logits from the unembedding, where the interpolated runs of that code's integrated gradients reach
+it; so both sides compute the same numbers, which are written to a file for comparison.
 """
 
 from __future__ import annotations

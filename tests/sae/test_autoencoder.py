@@ -9,6 +9,7 @@ from sae.autoencoder import SAEConfig, SparseAutoencoder, load_saes
 from sae.errors import UserError
 from sae.nonlinearities import fold_norms, fold_scale
 from sae.sites import Site
+from tests.near import assert_near
 
 D, F, N, K = 6, 20, 17, 4
 ARCHITECTURES = ["relu", "topk", "jumprelu", "batchtopk", "gated"]
@@ -63,9 +64,9 @@ def test_encode_decode_match_the_formulas(architecture, subtract_b_dec):
     x = torch.randn(N, D)
     f = torch.stack([loop_encode(sae, row) for row in x])
     assert (f > 0).any()
-    torch.testing.assert_close(sae.encode(x), f, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(sae(x), f @ sae.W_dec + sae.b_dec, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(sae.encode(x.reshape(1, N, D))[0], f, atol=1e-5, rtol=1e-5)
+    assert_near(sae.encode(x), f)
+    assert_near(sae(x), f @ sae.W_dec + sae.b_dec)
+    assert_near(sae.encode(x.reshape(1, N, D))[0], f)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -77,7 +78,7 @@ def test_encode_sparse_lists_the_nonzeros_of_encode(architecture, chunk_rows):
     token, feature = sae.encode(x).nonzero(as_tuple=True)
     assert torch.equal(sparse.token, token)
     assert torch.equal(sparse.feature, feature)
-    torch.testing.assert_close(sparse.value, sae.encode(x)[token, feature])
+    assert_near(sparse.value, sae.encode(x)[token, feature])
 
 
 def test_encode_sparse_of_no_tokens_is_empty():
@@ -92,9 +93,9 @@ def test_some_features_and_the_reconstruction_chunk_by_chunk(architecture, chunk
     sae, x = make_sae(architecture), torch.randn(3, 5, D)
     for index in (torch.tensor([7, 2, 11]), torch.tensor([], dtype=torch.long)):
         f, x_hat = sae.encode_and_reconstruct(x, index)
-        torch.testing.assert_close(f, sae.encode(x)[..., index])
-        torch.testing.assert_close(x_hat, sae(x))
-        torch.testing.assert_close(sae.encode_some(x, index), f)
+        assert_near(f, sae.encode(x)[..., index])
+        assert_near(x_hat, sae(x))
+        assert_near(sae.encode_some(x, index), f)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -125,8 +126,8 @@ def test_folding_a_scale_is_exact(architecture):
     config = SAEConfig(architecture, D, F, k=K)
     scale, x = 3.7, 5 * torch.randn(N, D)
     plain, folded = SparseAutoencoder(config, tensors), SparseAutoencoder(config, fold_scale(tensors, scale))
-    torch.testing.assert_close(folded.encode(x), scale * plain.encode(x / scale), atol=1e-4, rtol=1e-5)
-    torch.testing.assert_close(folded(x), scale * plain(x / scale), atol=1e-4, rtol=1e-5)
+    assert_near(folded.encode(x), scale * plain.encode(x / scale))
+    assert_near(folded(x), scale * plain(x / scale))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -137,7 +138,7 @@ def test_folding_norms_keeps_reconstructions_and_makes_unit_rows(architecture):
     x = torch.randn(N, D)
     plain = SparseAutoencoder(config, tensors)
     folded = SparseAutoencoder(config, fold_norms(tensors, ranked=architecture == "topk"))
-    torch.testing.assert_close(folded(x), plain(x), atol=1e-5, rtol=1e-5)
+    assert_near(folded(x), plain(x))
     norms = folded.W_dec.norm(dim=1)
     assert norms[3] == 0
     torch.testing.assert_close(norms[norms > 0], torch.ones(F - 1))

@@ -6,6 +6,7 @@ mistake of the user's ends with exit status 2 and one sentence, a failure with 1
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -15,7 +16,7 @@ from typing import Any
 
 import tyro
 
-from circuits.streams import prepare_streams, say, say_error
+from circuits.streams import Printable, prepare_streams, printable, say, say_error
 from graphs.errors import GraphError
 from sae.errors import UserError
 from sae.options import check_ranges
@@ -83,7 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     prepare_streams()
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Printable("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     words = sys.argv[1:] if arguments is None else list(arguments)
     try:
         _check_words(words)
@@ -97,12 +100,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
             check_ranges(command)
             output = command.run()
-            say((json.dumps(output.data) if command.json else output.text) + "\n")
+            say((json.dumps(output.data) if command.json else printable(output.text)) + "\n")
     except (UserError, GraphError) as error:
         _leave(f"sfc: {error}", 2)
     except KeyboardInterrupt:
         _leave(f"sfc: interrupted; what was finished is on disk{_way_on(words)}", 130)
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            _leave(f"sfc: {str(error.filename)[:40]!r}... is too long for the name of a file or folder", 2)
         _leave(f"sfc: {error}", 1)
     except (MemoryError, RuntimeError, ImportError) as error:
         if (message := _of_the_machine(error)) is None:
@@ -137,5 +142,5 @@ def _of_the_machine(error: Exception) -> str | None:
 
 
 def _leave(message: str, status: int) -> None:
-    say_error(message + "\n")
+    say_error(printable(message) + "\n")
     sys.exit(status)

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from contextlib import suppress
 from pathlib import Path
+from unicodedata import category
+
+_TURNS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+"""Characters that turn the order of those that follow."""
+
+
+class Printable(logging.Formatter):
+    """Messages of the log as `printable` text."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def prepare_streams() -> None:
@@ -18,6 +30,16 @@ def prepare_streams() -> None:
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+
+
+def printable(text: str) -> str:
+    """The text with escapes in place of control characters, but for line breaks and tabs: nothing that a prompt, a
+    label or a file's name holds moves the cursor, changes colours or the order of letters, or retitles the window.
+    """
+    return "".join(
+        f"\\x{ord(c):02x}" if category(c) == "Cc" and c not in "\n\t" else f"\\u{ord(c):04x}" if c in _TURNS else c
+        for c in text
+    )
 
 
 def say(text: str) -> None:

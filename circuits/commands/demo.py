@@ -18,7 +18,7 @@ from circuits.commands.render import Explore, Render
 from circuits.commands.report import Report
 from circuits.commands.train import Train
 from circuits.faithfulness import FaithfulnessOptions
-from circuits.streams import say
+from circuits.streams import printable, say
 from sae.errors import UserError, unknown
 from sae.locks import lock
 from sae.options import FeatureCount, TokenCount
@@ -137,7 +137,7 @@ class _Story:
             output = command.run()
             self.data.setdefault(name, {}).update(output.data)
             if not self.options.json:
-                say(output.text + "\n")
+                say(printable(output.text) + "\n")
 
     def summary(self) -> str:
         """What was found, in five lines."""

@@ -59,6 +59,8 @@ def locate(source: str | Path, *, site: str = "") -> Path:
     path = Path(source).expanduser()
     if path.is_file():
         return path.parent if path.name in MARKERS else path
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{str(path)!r} is neither a file nor a folder: give one with autoencoders")
     if path.is_dir():
         ours = [folder.relative_to(path).as_posix() for folder in sae_folders(path)]
         return path / choose(ours or folders_in(path), source=str(source), site=site)

@@ -14,6 +14,7 @@ would else compute again: on the CPU, or on disk where there are files.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,7 @@ from circuits.behaviour import Metric
 from circuits.edges import Edges, edge_effects, select_ends
 from circuits.nodes import Nodes, count
 from circuits.partial import PartialFiles
+from circuits.probes import ReadModel
 from circuits.prompts import PromptSet
 from sae.autoencoder import SparseAutoencoder
 from sae.model import LanguageModel
@@ -45,6 +47,8 @@ if TYPE_CHECKING:
     from circuits.discovery import DiscoverOptions
 
 GIB = 2**30
+LOGIT_COPIES = 4
+"""Logits, their gradient, and two tensors of their size that a metric makes of them."""
 MOST_ROWS = 64
 """Prompts of a batch at most."""
 LANE_TOKENS = 256
@@ -94,14 +98,25 @@ def backward_bytes(model: LanguageModel, n_positions: int) -> int:
     """What a prompt keeps for its backward pass.
 
     Per token and layer: about 16 d of residual stream, norms, queries, keys and values, 3 d_ff of the MLP, and the
-    attention probabilities, H S; all in the model's dtype.
+    attention probabilities, H S; all in the model's dtype. And the logits where they are read, their gradient, and what
+    a metric makes of them, which outweigh all else in a small model of a large vocabulary.
     """
     config = model.hf.config
     width = model.d_model
     inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * width
     heads = getattr(config, "num_attention_heads", 1)
     per_token = model.n_layers * (16 * width + 3 * inner + heads * n_positions)
-    return per_token * n_positions * model.dtype.itemsize
+    return per_token * n_positions * model.dtype.itemsize + logit_bytes(model, n_positions)
+
+
+def logit_bytes(model: LanguageModel, n_positions: int) -> int:
+    """What the logits of a prompt take, in float32 and `LOGIT_COPIES` times: at the last position, or at all of them in
+    a model that cannot leave the others out; nothing where a probe is read.
+    """
+    if isinstance(model, ReadModel):
+        return 0
+    last_only = "logits_to_keep" in inspect.signature(type(model.hf).forward).parameters
+    return LOGIT_COPIES * 4 * model.vocab_size * (1 if last_only else n_positions)
 
 
 def state_bytes(model: LanguageModel, sites: Sequence[Site], n_positions: int) -> int:

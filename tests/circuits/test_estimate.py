@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from circuits import passes
 from circuits.attribution import attribute, capture_states
 from circuits.attribution.gradients import attribution_patching
 from circuits.behaviour import logit_difference
@@ -142,3 +143,12 @@ def test_text_and_advice(tiny_model, tiny_saes, tiny_prompts, monkeypatch):
     monkeypatch.setattr("circuits.estimate.free_memory", lambda device: 2**20)
     short = estimate_discovery(tiny_model, tiny_saes, tiny_prompts, replace(options, memory=1.0))
     assert "--memory below 1" in short.text()
+
+
+def test_logits_of_a_large_vocabulary_count(tiny_model, monkeypatch):
+    """Fewer prompts run at once where logits take most of what a pass keeps."""
+    few = passes.backward_bytes(tiny_model, 7)
+    monkeypatch.setattr(tiny_model, "vocab_size", 256_000)
+    many = passes.backward_bytes(tiny_model, 7)
+    assert many - few == pytest.approx(passes.LOGIT_COPIES * 4 * 256_000, rel=0.01)
+    assert passes.max_rows(tiny_model, 7, memory=0.1) == int(0.1 * 2**30 / many) < 30

@@ -39,8 +39,9 @@ def recorded(out: Path, command: str) -> dict:
 
 
 @pytest.mark.parametrize(("name", "rate"), [("topk", 1e30), ("relu", 1e308), ("gated", 1e30)])
-def test_training_that_diverges_is_no_success(tiny_model, tmp_path, name, rate):
-    config = TrainConfig(**vars(CONFIG) | {"architecture": name, "learning_rate": rate})
+def test_training_that_diverges_is_no_success(tiny_model, tmp_path, monkeypatch, name, rate):
+    monkeypatch.setattr(TrainConfig, "learning_rate_at", lambda self, step, width: rate)  # more than options allow
+    config = TrainConfig(**vars(CONFIG) | {"architecture": name})
     with pytest.raises(UserError, match=r"the training of resid_0 diverged: at step \d+ .* lower learning rate"):
         run(tiny_model, tmp_path / "out", config)
     assert not recorded(tmp_path / "out", "train")["complete"]
@@ -62,20 +63,22 @@ def test_the_last_good_checkpoint_stays(tiny_model, tmp_path, monkeypatch):
     assert all(tensor.isfinite().all() for tensor in state.values())
 
 
-def test_fine_tuning_that_diverges_is_no_success(tiny_model, tmp_path):
+def test_fine_tuning_that_diverges_is_no_success(tiny_model, tmp_path, monkeypatch):
     saes = run(tiny_model, tmp_path / "trained")
+    monkeypatch.setattr(FinetuneConfig, "learning_rate_at", lambda self, done, width: 1e308)
     with pytest.raises(UserError, match=r"the training of .* diverged"):
-        config = FinetuneConfig(tokens=4000, batch_size=256, learning_rate=1e308)
+        config = FinetuneConfig(tokens=4000, batch_size=256)
         finetune(tiny_model, saes, TEXTS, out=tmp_path / "tuned", config=config, progress=False)
     assert not recorded(tmp_path / "tuned", "finetune")["complete"]
     assert not list((tmp_path / "tuned" / "saes").glob("*/sae.safetensors"))
 
 
-def test_an_autoencoder_worse_than_the_mean_is_warned_of(tiny_model, tmp_path, caplog):
+def test_an_autoencoder_worse_than_the_mean_is_warned_of(tiny_model, tmp_path, caplog, monkeypatch):
     run(tiny_model, tmp_path / "well")
     assert "below zero" not in caplog.text
+    monkeypatch.setattr(TrainConfig, "learning_rate_at", lambda self, step, width: 1e4)
     with caplog.at_level(logging.WARNING):
-        run(tiny_model, tmp_path / "badly", TrainConfig(**vars(CONFIG) | {"learning_rate": 1e4}))
+        run(tiny_model, tmp_path / "badly")
     assert "resid_0: explained variance is -" in caplog.text
 
 

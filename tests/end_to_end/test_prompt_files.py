@@ -23,7 +23,7 @@ def test_prompts_that_are_no_longer_those_of_the_circuit_are_refused(
     assert refused.status == 2 and "are not those the circuit was found on" in refused.err
     prompts.write_text("\n".join(map(json.dumps, rows)))
     assert sfc(*measure).status == 0
-    elsewhere = ["--prompts", prompts_file, "--reference", prompts_file]
+    elsewhere = ["--prompts", prompts_file, "--reference", prompts_file, "--overwrite"]
     prompts.unlink()
     assert sfc(*measure, *elsewhere).status == 0
 

@@ -147,8 +147,8 @@ def read_manifest(folder: str | Path) -> Manifest:
     manifest = read_json(folder / MANIFEST, Manifest)
     if manifest.schema_version != SCHEMA_VERSION:
         raise UserError(f"{folder / MANIFEST} has schema_version {manifest.schema_version!r}, allowed is 1")
-    if not manifest.sites or min(manifest.shards, default=0) < 1:
-        raise UserError(f"{folder / MANIFEST} names no sites, no shards or a shard without rows: it is damaged")
+    if min(manifest.sites.values(), default=0) < 1 or min(manifest.shards, default=0) < 1:
+        raise UserError(f"{folder / MANIFEST} names no sites or shards, or one without width or rows: it is damaged")
     return manifest
 
 

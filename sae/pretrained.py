@@ -13,6 +13,7 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -42,17 +43,26 @@ def pretrained_model(name: str, dtype: torch.dtype | None) -> nn.Module:
 
     def load() -> tuple[nn.Module, dict[str, Any]]:
         return AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype or "auto", local_files_only=local, trust_remote_code=False, output_loading_info=True
-        )
+            name, dtype=dtype or "auto", local_files_only=local, trust_remote_code=False, output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
 
     model, info = _in_one_sentence(load, "model", name, "config.json and the weights")
     for what, key in (("has no weights for", "missing_keys"), ("has weights of another shape for", "mismatched_keys")):
-        if names := sorted(str(entry) for entry in info.get(key) or ()):
+        if names := sorted(_named(entry) for entry in info.get(key) or ()):
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise UserError(
                 f"model {name!r} {what} {names[0]}{more}: they would be random; download it again, or mend config.json"
             )
     return model
+
+
+def _named(entry: Any) -> str:
+    """A weight, with its shape in the files and the one that config.json asks for where these differ."""
+    if isinstance(entry, str):
+        return entry
+    name, *shapes = entry
+    return f"{name} ({' and not '.join(str(list(shape)) for shape in shapes)})"
 
 
 def pretrained_tokenizer(name: str, *, required: bool) -> Any:
@@ -91,6 +101,10 @@ def _in_one_sentence(load: Callable[[], Any], what: str, name: str, contents: st
 
 def _not_loaded(what: str, name: str, contents: str, error: Exception) -> UserError:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, UnpicklingError):
+        lines = ["a .bin file holds more than tensors, and is not opened: it could run code"]
+    if "custom code" in str(error):
+        lines = ["its config.json names code of its own (auto_map), which is never run"]
     reason = shorten(" ".join([type(error).__name__, *lines[:2]]) if lines else type(error).__name__, 300)
     if Path(name).is_dir():
         return UserError(

@@ -19,7 +19,7 @@ from circuits.attribution.gradients import attribution_patching
 from circuits.attribution.states import States
 from circuits.behaviour import Metric
 from sae.model import LanguageModel
-from sae.relevance import relevance_rules
+from sae.relevance import check_conserved, relevance_rules
 from sae.sites import Site
 
 
@@ -27,5 +27,6 @@ def relevance_patching(
     model: LanguageModel, states: States, metric: Metric, *, sites: Sequence[Site]
 ) -> dict[Site, torch.Tensor]:
     """The propagation coefficient that takes the place of dm/dx at the clean run, [B, S, d] per site."""
+    check_conserved(model)
     with relevance_rules(model.hf):
         return attribution_patching(model, states, metric, sites=sites)

@@ -34,6 +34,7 @@ from circuits.nodes import count
 from circuits.probes import read_by, visible_sites
 from circuits.prompts import PromptSet
 from sae.autoencoder import SparseAutoencoder
+from sae.forward import with_gradients
 from sae.model import LanguageModel
 from sae.neurons import NEURONS, neuron_dictionaries
 from sae.sites import Site, select_sites
@@ -114,6 +115,7 @@ class Comparison:
         }
 
 
+@with_gradients
 def compare_methods(
     model: LanguageModel,
     saes: Mapping[Site, SparseAutoencoder],

@@ -36,6 +36,7 @@ from circuits.behaviour import kl, last_logits
 from circuits.nodes import Nodes
 from circuits.prompts import PromptSet
 from sae.autoencoder import SparseAutoencoder
+from sae.forward import with_gradients
 from sae.model import LanguageModel, Tokens
 from sae.sites import Site
 
@@ -145,7 +146,7 @@ class Descent:
         self.optimiser.step()
 
 
-@torch.enable_grad()
+@with_gradients
 def fit_constants(
     values: AblationValues,
     circuits: Sequence[Circuit],

@@ -45,6 +45,7 @@ from circuits.prompts import PromptSet
 from circuits.spans import LAST, OTHER
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError, unknown
+from sae.forward import with_gradients
 from sae.model import LanguageModel
 from sae.options import Count, Gibibytes, Range, Steps, check_ranges
 from sae.sites import Site, select_sites
@@ -104,6 +105,7 @@ class DiscoverOptions:
 
 
 @alone_in_partial
+@with_gradients
 def discover(
     model: LanguageModel,
     saes: Mapping[Site, SparseAutoencoder],

@@ -38,6 +38,7 @@ from circuits.nodes import Nodes, SiteNodes
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import unknown
 from sae.formats.normalised import edge_refusal
+from sae.forward import with_gradients
 from sae.model import LanguageModel
 from sae.sites import Site
 from sae.streaming import config_of
@@ -200,7 +201,7 @@ def check_edges(saes: Mapping[Site, SparseAutoencoder], sites: Iterable[Site], *
             raise edge_refusal(site.name)
 
 
-@torch.enable_grad()
+@with_gradients
 def edge_effects(
     model: LanguageModel,
     saes: Mapping[Site, SparseAutoencoder],

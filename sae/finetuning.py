@@ -41,7 +41,8 @@ from sae.batches import counted_tokens
 from sae.checkpoint import Checkpoint
 from sae.divergence import all_finite, diverged, warn_of_useless
 from sae.errors import UserError, unknown
-from sae.evaluation import spliced_predictions
+from sae.evaluation import counted_tokens, spliced_predictions
+from sae.forward import with_gradients
 from sae.locks import lock
 from sae.model import LanguageModel
 from sae.options import ContextLength, LearningRate, Positive, Range, Repeats, Share, TokenCount, Weight, check_ranges
@@ -165,6 +166,7 @@ def _splice(tunable: Tunable, counted: Tensor) -> Edit:
     return lambda x: x.masked_scatter(counted[..., None], tunable(x[counted]).x_hat.to(x.dtype))
 
 
+@with_gradients
 def finetune(
     model: LanguageModel,
     saes: Mapping[Site, SparseAutoencoder],

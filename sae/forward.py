@@ -1,10 +1,11 @@
-"""What a Hugging Face model's forward pass is called with, and the random tokens that checks are made on."""
+"""What a Hugging Face model's forward pass is called with, whatever state its caller left, and the tokens of checks."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from sae.tokens import Tokens
 if TYPE_CHECKING:
     from sae.model import Run
     from sae.sites import Site
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 PROBE_ROWS, PROBE_POSITIONS = 3, 5
 RESERVED = ("_token_id", "_token_index")  # how a config calls tokens that stand for an image, a pause, ...
@@ -64,6 +67,17 @@ def reserved_ids(config: Any) -> set[int]:
     values = vars(config) if config is not None else {}
     ids = (value for name, value in values.items() if name.endswith(RESERVED))
     return {value for value in ids if isinstance(value, int)}
+
+
+def with_gradients(function: F) -> F:
+    """The function can take gradients, whatever its caller switched off."""
+
+    @functools.wraps(function)
+    def inner(*args: Any, **options: Any) -> Any:
+        with torch.inference_mode(False), torch.enable_grad():
+            return function(*args, **options)
+
+    return cast(F, inner)
 
 
 def cannot_run(name: str, error: Exception) -> UserError:

@@ -76,6 +76,8 @@ class LanguageModel:
         self._contains = containment(self.site_paths)
         self._places = {site: make_place(self._root, site, path) for site, path in self.site_paths.items()}
         self._leaf = self._places.get(Site("embed")) or input_embeddings(self._root)
+        self.has_gradients = True
+        """Whether gradients reach the logits from the first site: not where modules have no backward pass."""
         self.padding_shows = False
         """Whether padding before a text changes what the model makes of it, as in recurrent models."""
         self._probe()
@@ -199,6 +201,11 @@ class LanguageModel:
         that runs over it) rows of equal length run together; with edits, skips or gradients they must be equal.
         """
         self._evaluation_mode()
+        if grad and not self.has_gradients:
+            raise UserError(
+                f"no gradient reaches the logits of model {self.name!r}: modules have no backward pass, as quantised "
+                "ones may have; load it in float32 or bfloat16, or use the method exact"
+            )
         edits, skip, wanted = dict(edits or {}), dict(skip or {}), set(capture)
         hidden = self._hidden_by(skip)
         self._check_requested(edits, wanted, skip, hidden)
@@ -309,11 +316,6 @@ class LanguageModel:
             return torch.empty(0, device=tokens.input_ids.device)
         logits = getattr(outputs[0], "logits", outputs[0])
         logits = logits[0] if isinstance(logits, tuple) else logits
-        if grad and not logits.requires_grad:
-            raise UserError(
-                f"no gradient reaches the logits of model {self.name!r}: one of its modules has no backward pass, as "
-                "quantised ones may have; load it in float32 or bfloat16"
-            )
         return logits[:, -1:] if last_only else logits
 
     def _left_out(

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2CLS
 
 from sae.errors import UserError
+from sae.forward import with_gradients
 
 if TYPE_CHECKING:
     from sae.model import LanguageModel
@@ -174,7 +175,7 @@ def _constant_part(hf: nn.Module, name: str, module: nn.Module) -> Callable[...,
         return lambda module, args, out: out.detach()
     if part in ("c_attn", "Wqkv"):
         return _first_of_three(groups=1)
-    config = getattr(hf.get_submodule(parent_name), "config", None) or getattr(hf, "config", None)
+    config: Any = getattr(hf.get_submodule(parent_name), "config", None) or getattr(hf, "config", None)
     if part == "query_key_value":
         return _first_of_three(groups=config.num_attention_heads)
     if part == "qkv_proj" and getattr(config, "num_key_value_heads", None):
@@ -242,6 +243,7 @@ CONSERVED_WITHIN, CONSERVED_WITHIN_16_BIT = 1e-3, 5e-2
 _CONSERVED: WeakSet[nn.Module] = WeakSet()
 
 
+@with_gradients
 def check_conserved(model: LanguageModel) -> None:
     """`UserError` unless, on a few random tokens, the relevance of all inputs and biases adds up to what it is of: the
     squared length of what the head reads. Tried once for each model.

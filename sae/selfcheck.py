@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sae.errors import UserError
-from sae.forward import padding_tokens
+from sae.forward import padding_tokens, with_gradients
 from sae.site_search import SMALLEST_SCALE, fit_factors
 from sae.sites import Site
 
@@ -35,6 +35,7 @@ STEPS = 1e-3, 1e-2, 1e-4  # of x: one may cross a routing decision or vanish in 
 STEP_TOLERANCE = 2e-2  # of the change of the logits
 
 
+@with_gradients
 def check_model(model: LanguageModel) -> None:
     """Raise UserError naming the site where something does not hold."""
     tokens = model.probe_tokens()
@@ -183,14 +184,18 @@ def _check_connected(model: LanguageModel, tokens: Tokens, sites: list[Site]) ->
 def _check_gradient(model: LanguageModel, tokens: Tokens) -> None:
     """Warn where a module between the first site and the logits has no backward pass (int8 kernels)."""
     site = model.sites[0]
-    try:
-        run = model.run(tokens, capture=[site], grad=True)
-    except UserError as error:
-        logger.warning("%s", error)
-        return
+    run = model.run(tokens, capture=[site], grad=True)
     x = run.activations[site]
     weights = torch.randn(run.logits.shape, generator=torch.Generator().manual_seed(0)).to(run.logits)
-    (gradient,) = torch.autograd.grad((run.logits * weights).sum(), x)
+    m = (run.logits * weights).sum()
+    (gradient,) = torch.autograd.grad(m, x, allow_unused=True) if m.requires_grad else (None,)
+    if gradient is None:
+        model.has_gradients = False
+        logger.warning(
+            "model %s: no gradient reaches its logits from %s: modules have no backward pass, as quantised ones may "
+            "have; what needs gradients will be refused", model.name, site,
+        )  # fmt: skip
+        return
 
     def difference(step: float) -> float:
         direction = step * x.detach().abs().max() * gradient / gradient.norm().clamp_min(1e-30)

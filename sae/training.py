@@ -33,6 +33,7 @@ from sae.checkpoint import Checkpoint
 from sae.config import TrainConfig
 from sae.divergence import all_finite, diverged, warn_of_useless
 from sae.errors import UserError
+from sae.forward import with_gradients
 from sae.learner import DEAD_LOOKS, Learner
 from sae.locks import lock
 from sae.memory import keep_freed_memory
@@ -51,6 +52,7 @@ MIN_BUFFER_TOKENS = 8192
 BETAS = (0.9, 0.99)
 
 
+@with_gradients
 def train(
     model: LanguageModel | CachedModel,
     texts: str | Path | Iterable[str] | TextSource,

@@ -29,6 +29,7 @@ from circuits.attribution.states import States
 from circuits.behaviour import Metric
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import unknown
+from sae.forward import with_gradients
 from sae.model import LanguageModel
 from sae.sites import Site
 
@@ -102,6 +103,7 @@ class AttributionOptions:
         return self.method in ("ig", "ig-adaptive")
 
 
+@with_gradients
 def attribute(
     model: LanguageModel,
     saes: Mapping[Site, SparseAutoencoder],

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
@@ -88,15 +87,10 @@ def pretrained_tokenizer(name: str, *, required: bool) -> Any:
 
 def _in_one_sentence(load: Callable[[], Any], what: str, name: str, contents: str) -> Any:
     """What `load` gives; `UserError` whatever it raises."""
-    logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # its table of weights that are missing: the sentence says it
     try:
         return load()
     except Exception as error:
         raise _not_loaded(what, name, contents, error) from error
-    finally:
-        logger.setLevel(level)
 
 
 def _not_loaded(what: str, name: str, contents: str, error: Exception) -> UserError:

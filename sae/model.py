@@ -14,6 +14,7 @@ Examples do not interact, so a batch may hold n copies of the same prompts with 
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -30,7 +31,7 @@ from sae.errors import UserError, unknown
 from sae.forward import cannot_run, config_constants, forward_inputs, probe_tokens, run_by_length
 from sae.generation import generate
 from sae.loading import fingerprints, load_hf, max_positions, stored_fingerprints
-from sae.model_sites import base_path, containment, default_paths, input_embeddings, make_place
+from sae.model_sites import base_path, containment, default_paths, envoy_of, input_embeddings, make_place
 from sae.places import Edit, Place, edited, empty_outputs
 from sae.selfcheck import check_model, fit_scales
 from sae.sites import Site, SitePath, site_table
@@ -71,8 +72,10 @@ class LanguageModel:
         if self._coder is not None and self._coder.pad_id >= hf.get_input_embeddings().weight.shape[0]:
             self._coder.pad_id = 0  # added to the tokenizer and not to the model: any id serves under the mask
         self._lock = threading.RLock()
-        self._root = NNsight(hf)
-        self._base = self._root.get(base) if (base := base_path(hf, self.site_paths)) else self._root
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a module is called `output`: `envoy_of` knows
+            self._root = NNsight(hf)
+        self._base = envoy_of(self._root, base) if (base := base_path(hf, self.site_paths)) else self._root
         self._contains = containment(self.site_paths)
         self._places = {site: make_place(self._root, site, path) for site, path in self.site_paths.items()}
         self._leaf = self._places.get(Site("embed")) or input_embeddings(self._root)

@@ -42,9 +42,15 @@ def make_place(root: Any, site: Site, path: SitePath) -> Place:
     body, known = None, False
     if architecture is not None and path == SitePath.parse(architecture.defaults()[site.kind]).at(site.layer):
         sublayer = {"attn": architecture.attn_body, "mlp": architecture.mlp_body}.get(site.kind)
-        body = sublayer and root.get(SitePath(f"{architecture.block}.{sublayer}").at(site.layer).module)
+        body = sublayer and envoy_of(root, SitePath(f"{architecture.block}.{sublayer}").at(site.layer).module)
         known = True
-    return Place(site, path, root.get(path.module), body, token_wise=known and site.kind == "mlp")
+    return Place(site, path, envoy_of(root, path.module), body, token_wise=known and site.kind == "mlp")
+
+
+def envoy_of(root: Any, module: str) -> Any:
+    """nnsight's handle of a module, whose own name for it differs where the module is called `output` or the like."""
+    wanted = root._module.get_submodule(module)
+    return next(envoy for _, envoy in root.named_modules() if envoy._module is wanted)
 
 
 def input_embeddings(root: Any) -> Place:
@@ -52,7 +58,7 @@ def input_embeddings(root: Any) -> Place:
     hf = root._module
     module = hf.get_input_embeddings()
     path = SitePath(next(name for name, other in hf.named_modules() if other is module))
-    return Place(Site("embed"), path, root.get(path.module))
+    return Place(Site("embed"), path, envoy_of(root, path.module))
 
 
 def base_path(hf: Any, table: Mapping[Site, SitePath]) -> str:

@@ -263,11 +263,12 @@ def check_conserved(model: LanguageModel) -> None:
         m = (heard[0] * heard[0].detach()).sum()
         gradients = torch.autograd.grad(m, [x, *biases], allow_unused=True)
     pairs = zip([x, *biases], gradients, strict=True)
-    relevance = sum(float((part.double() * g.double()).sum()) for part, g in pairs if g is not None)
+    relevance = sum(float((part.detach().double() * g.double()).sum()) for part, g in pairs if g is not None)
+    share = relevance / float(m.detach())
     exact = model.dtype in (torch.float32, torch.float64)
-    if not abs(relevance / float(m) - 1) <= (CONSERVED_WITHIN if exact else CONSERVED_WITHIN_16_BIT):
+    if not abs(share - 1) <= (CONSERVED_WITHIN if exact else CONSERVED_WITHIN_16_BIT):
         raise UserError(
-            f"relp does not cover all parts of model {model.name!r}: the relevance of its inputs adds up to "
-            f"{relevance / float(m):.3f} times what it is of, and 1 is right: use ig or attrib"
+            f"relp does not cover all parts of model {model.name!r}: the relevance of its inputs adds up to {share:.3f} "
+            "times what it is of, and 1 is right: use ig or attrib"
         )
     _CONSERVED.add(model.hf)

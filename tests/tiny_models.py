@@ -30,7 +30,33 @@ SIZES: dict[str, Any] = {
     "rotary_dim": 8, "initializer_range": 0.1, "init_std": 0.1,
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
-SPECIAL_SIZES: dict[str, dict[str, Any]] = {}
+SPECIAL_SIZES: dict[str, dict[str, Any]] = {
+    "granite": {"residual_multiplier": 0.22, "embedding_multiplier": 3.0},
+    "granitemoe": {"residual_multiplier": 0.22},
+    "falcon": {"head_dim": None, "new_decoder_architecture": False, "parallel_attn": True},
+    "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": 4},
+    "deepseek_v3": {"first_k_dense_replace": 1},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
+    "llama4_text": {"interleave_moe_layer_step": 2},
+    "gemma3": {
+        "text_config": {
+            "vocab_size": 63, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 64, "max_position_embeddings": 64,
+            "query_pre_attn_scalar": 8, "initializer_range": 0.1,
+        },
+        "vision_config": {
+            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "image_size": 28, "patch_size": 14,
+        },
+        "initializer_range": "default", "image_token_index": 60, "boi_token_index": 61, "eoi_token_index": 62,
+    },
+    "jamba": {"num_hidden_layers": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
+}  # fmt: skip
+FAMILIES = (
+    "bloom", "cohere", "deepseek_v3", "falcon", "gemma3", "glm4", "gpt_neo", "gpt_oss", "granite", "jamba",
+    "llama4_text", "mamba", "mixtral", "mpt", "olmo2", "opt", "phi3", "qwen3_moe",
+)  # fmt: skip
+"""Families that are tried in every run of the tests; `tests.benchmarks.architectures` tries all that can be built."""
 
 
 def tiny_config(model_type: str) -> Any:
@@ -39,8 +65,10 @@ def tiny_config(model_type: str) -> Any:
     fields = set(inspect.signature(config_class.__init__).parameters) | set(dir(config_class))
     fields |= set(getattr(config_class, "attribute_map", {}))
     sizes = {name: value for name, value in SIZES.items() if name in fields}
+    if "kv_lora_rank" in sizes:  # latent attention has no groups of heads
+        sizes |= {"num_key_value_heads": 4, "head_dim": None}
     sizes |= SPECIAL_SIZES.get(model_type, {})
-    return AutoConfig.for_model(model_type, **{name: value for name, value in sizes.items() if value != "default"})
+    return AutoConfig.for_model(model_type, **{name: x for name, x in sizes.items() if x not in (None, "default")})
 
 
 def tiny_model(model_type: str, *, seed: int = 0) -> PreTrainedModel:

@@ -41,7 +41,7 @@ from sae.batches import counted_tokens
 from sae.checkpoint import Checkpoint
 from sae.divergence import all_finite, diverged, warn_of_useless
 from sae.errors import UserError, unknown
-from sae.evaluation import counted_tokens, spliced_predictions
+from sae.evaluation import spliced_predictions
 from sae.forward import with_gradients
 from sae.locks import lock
 from sae.model import LanguageModel

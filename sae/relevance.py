@@ -268,7 +268,7 @@ def check_conserved(model: LanguageModel) -> None:
     exact = model.dtype in (torch.float32, torch.float64)
     if not abs(share - 1) <= (CONSERVED_WITHIN if exact else CONSERVED_WITHIN_16_BIT):
         raise UserError(
-            f"relp does not cover all parts of model {model.name!r}: the relevance of its inputs adds up to {share:.3f} "
-            "times what it is of, and 1 is right: use ig or attrib"
+            f"relp does not cover all parts of model {model.name!r}: the relevance of its inputs adds up to "
+            f"{share:.3f} times what it is of, and 1 is right: use ig or attrib"
         )
     _CONSERVED.add(model.hf)

@@ -56,7 +56,14 @@ FAMILIES = (
     "bloom", "cohere", "deepseek_v3", "falcon", "gemma3", "glm4", "gpt_neo", "gpt_oss", "granite", "jamba",
     "llama4_text", "mamba", "mixtral", "mpt", "olmo2", "opt", "phi3", "qwen3_moe",
 )  # fmt: skip
-"""Families that are tried in every run of the tests; `tests.benchmarks.architectures` tries all that can be built."""
+"""Families that are tried in every run of the tests."""
+MORE_FAMILIES = (
+    "apertus", "codegen", "cohere2", "deepseek_v2", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4_moe",
+    "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "granitemoe", "llama", "mistral", "nemotron", "olmo", "olmo3", "olmoe",
+    "openai-gpt", "persimmon", "phi", "phimoe", "qwen2", "qwen2_moe", "qwen3", "recurrent_gemma", "rwkv", "seed_oss",
+    "smollm3", "stablelm", "starcoder2", "xglm",
+)  # fmt: skip
+"""Families that `tests.benchmarks.architectures` tries beside them."""
 
 
 def tiny_config(model_type: str) -> Any:

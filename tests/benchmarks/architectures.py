@@ -6,7 +6,7 @@
 1. Sites: `all` where every block has attn and mlp (or its one sublayer) and they add up to the residual stream; else
    `embed, resid` or the sentence with which the model is refused.
 2. Padding: `none shows`, or `equal lengths` where a recurrent state runs over it.
-3. IG: the largest completeness error of integrated gradients (50 midpoints) over the sites, of the largest total effect.
+3. IG: the largest completeness error of integrated gradients (50 midpoints) over the sites, by the largest effect.
 4. relp: `conserved` where the relevance of inputs and biases adds up, else `refused`. GradDrop: `runs` or `refused`.
 5. Generation: `greedy, edited` where an edit of every site's output agrees with the same edit step by step.
 """

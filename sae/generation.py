@@ -40,8 +40,27 @@ def generate(
 ) -> Tensor:
     """[B, S + new] token ids. `edits` see the prompts' positions, `later_edits` the tokens generated after them."""
     _check_options(model, prompts, max_new_tokens, sampling)
-    step = _Step(prompts.n_positions)
     options = {"max_new_tokens": max_new_tokens, "pad_token_id": pad_id, **sampling}
+    cause: Exception | None = None
+    for cache in ({}, {"use_cache": False}):  # some families cannot continue from their own cache
+        try:
+            return _generated(model, prompts, edits, later_edits, {**cache, **options})
+        except UserError:
+            raise
+        except Exception as error:
+            cause = error
+    reason = " ".join(str(cause).split()[:30])
+    raise UserError(f"model {model.name!r} cannot generate ({type(cause).__name__}: {reason})") from cause
+
+
+def _generated(
+    model: LanguageModel,
+    prompts: Tokens,
+    edits: Mapping[Site, Edit],
+    later_edits: Mapping[Site, Edit],
+    options: Mapping[str, Any],
+) -> Tensor:
+    step = _Step(prompts.n_positions)
     with torch.no_grad(), _greedy(model.hf), ExitStack() as hooks:
         hooks.callback(model.hf.register_forward_pre_hook(step.count).remove)
         for site in {**edits, **later_edits}:

@@ -73,7 +73,7 @@ class Bootstrap:
         ratio = x.sum(0) / total  # [n]
         apart = x - ratio * y[:, None]  # [G, n], adds up to 0
         correction = n_groups / (n_groups - 1)
-        error = (correction * apart.square().sum(0)).sqrt() / total  # [n] standard error
+        error = (correction * apart.square().sum(0)).sqrt() / total.abs()  # [n] standard error
         drawn = counts @ y  # [R]
         shift = (counts @ apart) / drawn[:, None]  # [R, n] r* - r
         square = counts @ apart.square() - 2 * shift * (counts @ (apart * y[:, None]))

@@ -152,8 +152,8 @@ class _Story:
             f"  {half[0]} nodes from {curve['start_site']} on explain {half[1]:.0%} of the behaviour by themselves."
             if half
             else "  No size that was measured explains half of the behaviour by itself.",
-            f"  Without its ten strongest features {_left(edit)} and accuracy goes from {before['accuracy']:.0%} to "
-            f"{after['accuracy']:.0%};",
+            f"  Without its ten strongest features {_left(edit)}",
+            f"  and accuracy goes from {before['accuracy']:.0%} to {after['accuracy']:.0%};",
             f"  without ten random features of the same sites {sum(drawn) / len(drawn):.0%} is left.",
             f"  Open {self.out / 'report.html'} and {self.out / 'graph' / 'circuit.html'}.",
         ]
@@ -162,6 +162,6 @@ class _Story:
 
 def _left(edit: dict[str, Any]) -> str:
     """What an edit leaves of the logit difference, by case."""
-    by_case = ", ".join(f"{case} {left:.0%}" for case, left in edit["remaining_by_case"].items() if left is not None)
+    by_case = ", ".join(f"{left:.0%} ({case})" for case, left in edit["remaining_by_case"].items() if left is not None)
     turned = f" (reversed in {', '.join(edit['reversed_cases'])})" if edit["reversed_cases"] else ""
-    return f"the logit difference is at {by_case or format(edit['remaining'], '.0%')} of what it was{turned}"
+    return f"the logit difference is {by_case or format(edit['remaining'], '.0%')} of what it was{turned}"

@@ -96,6 +96,16 @@ def test_intervals_of_normal_effects_have_the_textbook_width():
     assert torch.allclose(intervals[SITE].mean(1), nodes.effect, atol=0.02)
 
 
+def test_a_metric_that_is_negative_turns_no_interval_around():
+    """Faithfulness is a ratio of two negative sums wherever the behaviour is there."""
+    generator = torch.Generator().manual_seed(0)
+    y = 5 + torch.randn(40, generator=generator)
+    x = 0.5 * y[:, None] + torch.randn(40, 3, generator=generator)
+    bounds = Bootstrap().intervals(-x, -y)
+    assert (bounds[:, 0] < bounds[:, 1]).all()
+    torch.testing.assert_close(bounds, Bootstrap().intervals(x, y))
+
+
 def test_intervals_cover_the_truth_as_often_as_they_say():
     """400 features without effect: at most about a twentieth of the 95 % intervals leave out zero."""
     effects = effects_of(torch.randn(80, 400))

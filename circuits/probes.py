@@ -19,19 +19,19 @@ Shapes: B prompts, S positions, d model width, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from circuits.prompts import PromptSet
 from circuits.spans import LAST
 from sae.errors import UserError, unknown
-from sae.files import write_tensors
+from sae.files import TensorSpec, check_tensors, read_tensors, write_tensors
 from sae.model import LanguageModel, Run, Tokens
 from sae.sites import Site
 
@@ -96,16 +96,9 @@ class Probe:
         path = Path(path)
         if not path.is_file():
             raise UserError(f"no probe {str(path)!r}: make one with sfc probe, or give a .safetensors file")
-        try:
-            with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-                about = file.metadata() or {}
-        except SafetensorError as error:
-            raise UserError(f"{path} is not a safetensors file: {error}") from None
-        if not {"weight", "bias"} <= set(tensors) or "site" not in about:
-            raise UserError(f"{path} is no probe: expected weight, bias and a site, found {sorted([*tensors, *about])}")
+        tensors, about = _read(path)
         weight, bias = tensors["weight"], tensors["bias"].flatten()
-        classes = about["classes"].split(",") if about.get("classes") else []
+        classes = _classes(about)
         name = f"logit of probe {path.stem}"
         if weight.dim() == 2 and len(weight) == 1:
             weight = weight[0]
@@ -123,6 +116,26 @@ class Probe:
             weight, bias.squeeze(), Site.parse(about["site"]), about.get("position", LAST), name,
             made_in=about.get("model", ""), site_path=about.get("site_path", ""),
         )  # fmt: skip
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors in float32 and metadata of a probe's file, which fit each other."""
+    tensors = read_tensors(path)
+    with safe_open(path, "pt") as file:
+        about = dict(file.metadata() or {})
+    if not {"weight", "bias"} <= set(tensors) or "site" not in about:
+        raise UserError(f"{path} is no probe: expected weight, bias and a site, found {sorted([*tensors, *about])}")
+    outputs = len(tensors["weight"]) if tensors["weight"].dim() == 2 else 1
+    weight = ("width",) if tensors["weight"].dim() == 1 else (outputs, "width")
+    bias = () if tensors["bias"].dim() == 0 and outputs == 1 else (outputs,)
+    check_tensors(tensors, {"weight": TensorSpec(weight), "bias": TensorSpec(bias)}, path)
+    if not tensors["weight"].numel() or (outputs > 1 and len(_classes(about)) not in (0, outputs)):
+        raise UserError(f"{path} has {outputs} outputs of {tensors['weight'].numel()} weights for {_classes(about)}")
+    return {name: tensor.float() for name, tensor in tensors.items()}, about
+
+
+def _classes(about: Mapping[str, str]) -> list[str]:
+    return about["classes"].split(",") if about.get("classes") else []
 
 
 def save_probe(

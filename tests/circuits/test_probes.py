@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from circuits.attribution import METHODS
 from circuits.behaviour import absolute, get_metric
@@ -197,3 +198,24 @@ def test_reading_a_site(tiny_model, tiny_prompts):
     inside = tiny_prompts.clean.attention_mask.bool()
     means = torch.stack([row[at].mean(0) for row, at in zip(x, inside, strict=True)])
     assert torch.allclose(read_site(tiny_model, tiny_prompts.clean, SITE, inside), means, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"weight": torch.tensor(1.0)}, "'weight' has shape"),
+        ({"weight": torch.zeros(0)}, "0 weights"),
+        ({"weight": torch.ones(4, dtype=torch.complex64)}, "expected float numbers"),
+        ({"weight": torch.full((4,), float("nan"))}, "not finite"),
+        ({"weight": torch.ones(3, 4)}, "'bias' has shape"),
+        ({"weight": torch.ones(3, 4), "bias": torch.ones(3)}, "3 outputs"),
+        ({"bias": torch.ones(2)}, "'bias' has shape"),
+    ],
+)
+def test_files_that_do_not_fit_are_named(tmp_path, changes, said):
+    tensors = {"weight": torch.ones(4), "bias": torch.tensor(0.5)} | changes
+    about = {"site": "resid_0", "position": "last", "classes": "a,b"}
+    save_file(tensors, tmp_path / "p.safetensors", about)
+    with pytest.raises(UserError) as caught:
+        Probe.load(tmp_path / "p.safetensors")
+    assert said in str(caught.value) and "p.safetensors" in str(caught.value)

@@ -227,14 +227,14 @@ def try_metric(model: LanguageModel, prompts: PromptSet, metric: Metric, *, diff
 # ------------------------------------------------------------------------------------------ running it
 
 
-def warn_if_cancelling(metric: Metric, delta: Tensor) -> None:
+def warn_if_cancelling(metric: Metric, delta: Tensor) -> bool:
     """Warn where delta = m(patch) - m(clean), [B], has opposite signs on the prompts, so that |mean| is less than
     `CANCELS` of mean |delta|: effects cancel in the mean over prompts as it does. Of a probe without patch prompts,
-    delta is what there is to lose, -m(clean).
+    delta is what there is to lose, -m(clean). Says whether it warned.
     """
     mean, size = delta.mean().item(), delta.abs().mean().item()
     if abs(mean) >= CANCELS * size:
-        return
+        return False
     log.warning(
         "m changes by %.2g in the mean over prompts, but by %.2g on a prompt: prompts of opposite classes cancel, and "
         "so do effects; %s",
@@ -244,6 +244,7 @@ def warn_if_cancelling(metric: Metric, delta: Tensor) -> None:
         if isinstance(metric, Probe)
         else "m should rise on every prompt as the behaviour breaks",
     )
+    return True
 
 
 def prepare(

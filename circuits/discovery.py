@@ -146,7 +146,7 @@ def discover(
         files = PartialFiles(partial, named, resume=resume)
     work = Work(model, saes, prompts, m, options, sites, files, progress)
     batches = node_pass(work)
-    _warn_if_cancelling(m, batches)
+    cancels = _warn_if_cancelling(m, batches)
     effects = {site: SiteEffects.concatenate(batch.effects[site] for batch in batches) for site in sites}
     nodes = aggregate(
         effects, n_examples=len(prompts), n_positions=n_positions, aggregation=options.aggregation, spans=spans
@@ -156,7 +156,7 @@ def discover(
     chosen = select_nodes(nodes, top=options.edge_nodes)
     edges, edge_samples = edge_pass(work, batches, chosen) if options.edge_nodes else ({}, {})
     measured = _of_metric(batches, effects, len(prompts))
-    if options.method in ADDS_UP:
+    if options.method in ADDS_UP and not cancels:  # a total of next to nothing is no measure
         _warn_if_not_adding_up(measured["completeness"])
     metadata = {
         "metric": LOGIT_DIFFERENCE if m is logit_difference else metric_title(m, prompts),
@@ -221,12 +221,13 @@ def _error_shares(effects: Mapping[Site, SiteEffects], n_examples: int, scale: f
     }
 
 
-def _warn_if_cancelling(metric: Metric, batches: Sequence[BatchNodes]) -> None:
+def _warn_if_cancelling(metric: Metric, batches: Sequence[BatchNodes]) -> bool:
     deltas = [batch.m_patch - batch.m_clean for batch in batches if batch.m_patch is not None]
     if deltas:
-        warn_if_cancelling(metric, torch.cat(deltas))
-    elif isinstance(metric, Probe) and not metric.margin:
-        warn_if_cancelling(metric, -torch.cat([batch.m_clean for batch in batches]))
+        return warn_if_cancelling(metric, torch.cat(deltas))
+    if isinstance(metric, Probe) and not metric.margin:
+        return warn_if_cancelling(metric, -torch.cat([batch.m_clean for batch in batches]))
+    return False
 
 
 def _warn_if_not_adding_up(completeness: Mapping[str, Any]) -> None:

@@ -115,5 +115,6 @@ def negative_log_likelihood(logits: Tensor, targets: Tensor) -> float:
     """Σ −log p(target) of logits [N, V] and token ids [N], in nats."""
     parts = prediction_chunks(len(targets), logits.shape[-1])
     return -sum(
-        float(logits[part].float().log_softmax(-1).gather(-1, targets[part, None]).double().sum()) for part in parts
+        float(logits[part].float().log_softmax(-1).gather(-1, targets[part, None]).cpu().double().sum())
+        for part in parts
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
@@ -69,12 +70,17 @@ def reserved_ids(config: Any) -> set[int]:
     return {value for value in ids if isinstance(value, int)}
 
 
+def outside_inference_mode() -> AbstractContextManager[Any]:
+    """Leaves inference mode where it is on; to leave it anyway would switch autograd's threads on as well."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+
+
 def with_gradients(function: F) -> F:
     """The function can take gradients, whatever its caller switched off."""
 
     @functools.wraps(function)
     def inner(*args: Any, **options: Any) -> Any:
-        with torch.inference_mode(False), torch.enable_grad():
+        with outside_inference_mode(), torch.enable_grad():
             return function(*args, **options)
 
     return cast(F, inner)

@@ -28,7 +28,14 @@ from nnsight.intervention.interleaver import OutOfOrderError
 from torch import Tensor, nn
 
 from sae.errors import UserError, unknown
-from sae.forward import cannot_run, config_constants, forward_inputs, probe_tokens, run_by_length
+from sae.forward import (
+    cannot_run,
+    config_constants,
+    forward_inputs,
+    outside_inference_mode,
+    probe_tokens,
+    run_by_length,
+)
 from sae.generation import generate
 from sae.loading import fingerprints, load_hf, max_positions, stored_fingerprints
 from sae.model_sites import base_path, containment, default_paths, envoy_of, input_embeddings, make_place
@@ -310,7 +317,7 @@ class LanguageModel:
         root = self._root if need_logits else self._base
         inputs = forward_inputs(root._module, tokens.to(self.device), last_only=last_only)
         outputs: list[Any] = []
-        with self._lock, torch.inference_mode(False), torch.set_grad_enabled(grad), root.trace(**inputs):
+        with self._lock, outside_inference_mode(), torch.set_grad_enabled(grad), root.trace(**inputs):
             for visit in visits:
                 visit()
             if need_logits:

@@ -27,7 +27,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -36,9 +36,7 @@ from transformers.activations import ACT2CLS
 
 from sae.errors import UserError
 from sae.forward import with_gradients
-
-if TYPE_CHECKING:
-    from sae.model import LanguageModel
+from sae.model import LanguageModel
 
 Linear = Callable[[Tensor, Tensor], Tensor]  # (x, y = module(x)) -> a tensor linear in x, with constants read off both
 
@@ -259,11 +257,13 @@ def check_conserved(model: LanguageModel) -> None:
         for x in biases:
             x.requires_grad_(True)
             stack.callback(x.requires_grad_, False)
-        x = model.run(model.probe_tokens(), capture=[first], grad=True).activations[first]
+        x = LanguageModel.run(model, model.probe_tokens(), capture=[first], grad=True).activations[first]
         m = (heard[0] * heard[0].detach()).sum()
         gradients = torch.autograd.grad(m, [x, *biases], allow_unused=True)
     pairs = zip([x, *biases], gradients, strict=True)
-    relevance = sum(float((part.detach().double() * g.double()).sum()) for part, g in pairs if g is not None)
+    relevance = sum(
+        float((part.detach().cpu().double() * g.cpu().double()).sum()) for part, g in pairs if g is not None
+    )
     share = relevance / float(m.detach())
     exact = model.dtype in (torch.float32, torch.float64)
     if not abs(share - 1) <= (CONSERVED_WITHIN if exact else CONSERVED_WITHIN_16_BIT):

@@ -104,10 +104,10 @@ def fit_scales(activations: Mapping[Site, Tensor], constants: Sequence[float]) -
     """
     scales: dict[Site, float] = {}
     for before, added, after in block_sums(list(activations)):
-        parts = [activations[site].double() for site in added]
+        parts = [_exactly(activations[site]) for site in added]
         if len({activations[site].shape for site in (before, *added, after)}) > 1:
             continue
-        change = activations[after].double() - activations[before].double()
+        change = _exactly(activations[after]) - _exactly(activations[before])
         allowed = _allowed(activations[after], change)
         if float((change - torch.stack(parts).sum(0)).abs().max()) <= allowed:
             continue
@@ -116,6 +116,11 @@ def fit_scales(activations: Mapping[Site, Tensor], constants: Sequence[float]) -
         if min(factors) >= SMALLEST_SCALE and float((change - explained).abs().max()) <= allowed:
             scales |= dict(zip(added, factors, strict=True))
     return scales
+
+
+def _exactly(x: Tensor) -> Tensor:
+    """In float64, on the CPU: Apple's GPUs have none."""
+    return x.detach().cpu().double()
 
 
 def _allowed(after: Tensor, change: Tensor) -> float:
@@ -199,12 +204,12 @@ def _check_gradient(model: LanguageModel, tokens: Tokens) -> None:
 
     def difference(step: float) -> float:
         direction = step * x.detach().abs().max() * gradient / gradient.norm().clamp_min(1e-30)
-        values = [(run_at(sign * direction) * weights).sum() for sign in (1, -1)]
-        slope, measured = float((gradient.double() * direction).sum()), float(values[0] - values[1]) / 2
+        values = [(run_at(sign * direction) * _exactly(weights)).sum() for sign in (1, -1)]
+        slope, measured = float((_exactly(gradient) * _exactly(direction)).sum()), float(values[0] - values[1]) / 2
         return abs(slope - measured) / max(abs(slope), abs(measured), 1e-30)
 
     def run_at(change: Tensor) -> Tensor:
-        return model.run(tokens, edits={site: lambda x: x + change}).logits.double()
+        return _exactly(model.run(tokens, edits={site: lambda x: x + change}).logits)
 
     if _exact(model.dtype) and (worst := _smallest(difference)) > STEP_TOLERANCE:
         logger.warning(

@@ -238,7 +238,7 @@ class _Contributions:
 
 
 def _flat(x: Tensor) -> Tensor:
-    return x.detach().double().flatten(0, -2).clone()
+    return x.detach().cpu().double().flatten(0, -2).clone()
 
 
 def _allowed(y: Tensor, before: Tensor) -> float:

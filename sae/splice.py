@@ -68,17 +68,21 @@ def check_saes(model: LanguageModel, saes: Mapping[Site, SparseAutoencoder], tok
     plain = model.run(batch, capture=saes)
     real = batch.attention_mask.to(model.device).bool()
     for site in saes:
-        x = plain.activations[site][real]
         if config_of(saes, site).extra.get("hook") in EMBED_HOOKS:
-            _check_embedding(model, x, batch.input_ids.to(model.device)[real])
-        _warn_if_useless(site, saes[site], x)
+            _check_embedding(model, plain.activations[site][real], batch.input_ids.to(model.device)[real])
     if not isinstance(saes, StreamedSaes):
         _checked.setdefault(model, WeakSet()).update(saes.values())
+    looked_at: set[Site] = set()
 
-    def spliced(
-        site: Site,
-    ) -> Edit:  # asks for the autoencoder when the forward pass is there: streamed ones take turns
-        return lambda x: identity_splice(saes[site])(x)
+    def spliced(site: Site) -> Edit:
+        def edit(x: Tensor) -> Tensor:
+            sae = saes[site]  # asked for when the forward pass is there: streamed ones take turns
+            if site not in looked_at:
+                looked_at.add(site)
+                _warn_if_useless(site, sae, plain.activations[site][real])
+            return identity_splice(sae)(x)
+
+        return edit
 
     def difference(sites: Iterable[Site]) -> float:
         edits = {site: spliced(site) for site in sites}

@@ -51,10 +51,16 @@ class Convert:
         self._check()
         saes = load_any(self.saes, sites=None if self.site is None else [self.site])
         names = [site.name for site in saes]
+        new = not self.out.exists() or not any(self.out.iterdir())
         self._remove_earlier()
         entry = {"saes": self.saes, "format": self.format, "sites": names}
         self._note({**entry, "complete": False})
-        save_saes({self.out / site.name: sae for site, sae in saes.items()}, file_format=self.format)
+        try:
+            save_saes({self.out / site.name: sae for site, sae in saes.items()}, file_format=self.format)
+        except UserError:
+            if new:
+                (self.out / CONFIG_FILE).unlink()
+            raise
         self._note({**entry, "complete": True})
         text = f"wrote {', '.join(names)} to {self.out} as {self.format}"
         return Output(text, {"out": str(self.out), "format": self.format, "sites": names})

@@ -128,7 +128,7 @@ def test_exact_method_and_no_edges(tiny_model, tiny_saes, tiny_prompts):
         ("method", "igg", "'ig'"),
         ("rule", "mid", "midpoint"),
         ("aggregation", "none", "sum"),
-        ("steps", 0, "at least 1"),
+        ("steps", 0, "steps is 0: it must be 1 to 1000"),
     ],
 )
 def test_options_are_checked(option, value, hint):

@@ -17,6 +17,7 @@ from circuits.edges import cut_forward
 from circuits.estimate import count_passes, cut_share, estimate_discovery, memory_parts, resumed_share
 from circuits.memory import peak_memory
 from circuits.passes import backward_bytes, state_bytes
+from sae.relevance import check_conserved
 from sae.sites import Site, select_sites
 from tests.circuits.test_partial import streamed
 
@@ -59,6 +60,8 @@ def test_passes_of_the_node_methods(make_tiny_model, make_saes, tiny_prompts, me
     if method == "ig-inputs" and Site("embed") not in sites:
         sites = [Site("embed"), *sites]
         states_of["sites"] = sites
+    if method == "relp":
+        check_conserved(model)  # once for each model
     counted = Counted(model, architecture)
     states = capture_states(model, saes, prompts, logit_difference, **states_of)
     attribute(model, saes, states, logit_difference, sites=sites, method=method, steps=3)

@@ -101,7 +101,7 @@ def test_token_normalised_autoencoders_are_kept_or_refused(sfc, tmp_path, model_
     for file_format in ("ours", "dictionary_learning"):
         done = sfc("convert", "--saes", tmp_path / "norm", "--format", file_format, "--out", tmp_path / file_format)
         assert done.status == 2 and "normalises each token (layer_norm)" in done.err
-        assert not list((tmp_path / file_format).iterdir())
+        assert not list((tmp_path / file_format).glob("*"))
     done = sfc("convert", "--saes", tmp_path / "norm", "--format", "saelens", "--out", tmp_path / "again")
     assert done.status == 0
     x = torch.randn(5, D) + 2

@@ -61,6 +61,8 @@ def base(tmp_path_factory, run_folder, model_folder, prompts_file, text_file):
         ["convert", "--format", "saelens", "--out", str(folder / "saelens"), "--saes", str(run)],
     ):
         place = [] if words[0] == "convert" else ["--circuit", str(run)]
+        if words[0] in ("faithfulness", "mask", "ablate"):  # other tests may have written theirs into the run
+            place.append("--overwrite")
         with pytest.raises(SystemExit) as stop:
             main([words[0], *place, *words[1:]])
         assert not stop.value.code, words

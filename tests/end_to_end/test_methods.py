@@ -50,5 +50,5 @@ def test_neurons_take_the_place_of_autoencoders(sfc, place, tmp_path):
     assert data["completeness"]["worst_residual"] <= 0.0101
     assert not any(nodes.is_error.any() for nodes in Circuit.load(run).nodes.values())
     scored = sfc("faithfulness", "--circuit", run, "--sizes", "10,40", "--json")
-    assert scored.status == 0 and len(json.loads(scored.out)["faithfulness"]) == 2
+    assert scored.status == 0 and len(json.loads(scored.out)["faithfulness"]) == 3  # the last is all nodes
     assert sfc("ablate", "--circuit", run, "--top", 3).status == 0

@@ -239,7 +239,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tiny_model, trained, tmp_pa
         ({"loss": "mse"}, "unknown loss 'mse'"),
         ({"tokens": 0}, "tokens is 0"),
         ({"reconstruction": -1}, "reconstruction is -1"),
-        ({"learning_rate": 0.0}, "learning_rate is 0.0"),
+        ({"learning_rate": 0.0}, "learning-rate is 0.0"),
     ],
 )
 def test_options_out_of_range_are_told(options, sentence):

@@ -129,13 +129,14 @@ def test_splitting_changes_nothing(seed, cut, scale):
 
 
 @pytest.mark.parametrize("chunk", [1, 8, 1000])
-def test_prediction_metrics_equal_a_loop_over_tokens(chunk):
+def test_prediction_metrics_equal_a_loop_over_tokens(monkeypatch, chunk):
+    monkeypatch.setattr("sae.metrics.CHUNK_BYTES", 4 * V * chunk)
     generator = torch.Generator().manual_seed(2)
     logits, model_logits = torch.randn(N, V, generator=generator), torch.randn(N, V, generator=generator)
     targets = torch.randint(V, (N,), generator=generator)
     totals = PredictionTotals()
     for part in (slice(0, 20), slice(20, N)):
-        totals.update(logits[part], ModelPredictions(model_logits[part], targets[part], chunk=chunk))
+        totals.update(logits[part], ModelPredictions(model_logits[part], targets[part]))
     ce, kl, same = 0.0, 0.0, 0
     for t in range(N):
         q, p = torch.softmax(logits[t].double(), -1), torch.softmax(model_logits[t].double(), -1)

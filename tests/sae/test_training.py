@@ -372,7 +372,7 @@ def test_schedules():
         ({"k": 0}, "k is 0"),
         ({"tokens": 0}, "tokens is 0"),
         ({"architecture": "topkk"}, "did you mean 'topk'"),
-        ({"learning_rate": -1.0}, "learning_rate is -1.0"),
+        ({"learning_rate": -1.0}, "learning-rate is -1.0"),
         ({"centre": "median"}, "allowed are mean"),
     ],
 )

@@ -19,16 +19,16 @@ from typing import Any
 
 import torch
 
+from circuits.attribution.edges import Edges
 from circuits.attribution.effects import SiteEffects
-from circuits.behaviour import Metric, circuit_metric
+from circuits.attribution.nodes import Nodes, SiteNodes, aggregate, distinguishable, select_nodes
 from circuits.circuit_files import ENTRIES, NODES, absolute_in_run, check_metadata, read_effects, relative_to_run
-from circuits.edges import Edges
-from circuits.nodes import Nodes, SiteNodes, aggregate, distinguishable, select_nodes
+from circuits.metrics.metrics import Metric, circuit_metric
 from graphs.feature_graph import FeatureGraph, Position, error_node, feature_node, metric_node
 from graphs.pruning import by_edge_threshold, by_top_edges
+from sae._files import TensorSpec, check_tensors, digest_tensors, read_header, write_tensors
 from sae.errors import UserError
-from sae.files import TensorSpec, check_tensors, digest_tensors, read_header, write_tensors
-from sae.sites import Site
+from sae.model.sites import Site
 
 GRAPH_FILE = "circuit.json"
 EFFECTS_FILE = "effects.safetensors"

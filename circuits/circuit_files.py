@@ -17,9 +17,9 @@ from typing_extensions import NotRequired, TypedDict
 
 from circuits.attribution.effects import SiteEffects
 from graphs.schema import LARGEST, AttributesFile, Count, Index
+from sae._files import TensorSpec, check_tensors, check_type, read_tensors
 from sae.errors import UserError
-from sae.files import TensorSpec, check_tensors, check_type, read_tensors
-from sae.sites import Site
+from sae.model.sites import Site
 
 PATHS = ("model", "saes", "prompts")
 """Metadata that may be paths."""

@@ -19,9 +19,9 @@ from typing import Any
 
 from typing_extensions import TypedDict
 
+from graphs._files import parse_json, read_text, write_text
 from graphs.errors import GraphError
 from graphs.feature_graph import FeatureGraph
-from graphs.files import parse_json, read_text, write_text
 
 logger = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ from typing import Any, Literal, NamedTuple
 
 import networkx as nx
 
+from graphs._files import check_type, read_json, write_json
 from graphs.errors import GraphError, unknown
-from graphs.files import check_type, read_json, write_json
 from graphs.schema import SCHEMA_VERSION, GraphFile
 
 METRIC = "metric"

@@ -1,4 +1,4 @@
-"""What a graph is on disk, as types that `graphs.files` checks files against.
+"""What a graph is on disk, as types that `graphs._files` checks files against.
 
 A file may have more keys than these: only what some code relies on is named. Numbers are finite.
 """

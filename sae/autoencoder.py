@@ -1,7 +1,7 @@
 """The sparse autoencoder as everyone but its trainer sees it.
 
 1. z = W_enc (x − b_dec) + b_enc, or without the subtraction (`SAEConfig.subtract_b_dec`);
-2. f = nonlinearity(z), chosen by `SAEConfig.architecture` (see `sae.nonlinearities`);
+2. f = nonlinearity(z), chosen by `SAEConfig.architecture` (see `sae.activation_functions`);
 3. x̂ = f W_dec + b_dec, with unit decoder rows, so that f_i is the length of what feature i writes.
 
 It works on raw activations: whatever scaling training used is folded into the tensors. On disk it is a folder with
@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sae._files import TensorSpec, check_type, read_json, read_tensors, write_json, write_tensors
+from sae._run.contents import check_complete
+from sae.activation_functions import CORE, TOPK, Nonlinearity, top_features
 from sae.architectures import nonlinearity
-from sae.contents import check_complete
 from sae.errors import UserError
-from sae.files import TensorSpec, check_type, read_json, read_tensors, write_json, write_tensors
-from sae.nonlinearities import CORE, TOPK, Nonlinearity, top_features
-from sae.sites import Site
+from sae.model.sites import Site
 
 SCHEMA_VERSION = 1
 CHUNK_BYTES = 64 * 2**20
@@ -32,7 +32,7 @@ CHUNK_BYTES = 64 * 2**20
 SITE_PATH = "site_path"
 """Entry of `SAEConfig.extra`: the module its activations come from; "" is where the architecture has the site."""
 INPUT_NORM = "input_norm"
-"""Entry of `SAEConfig.extra`: how each token is normalised before it is encoded, see `sae.formats.normalised`."""
+"""Entry of `SAEConfig.extra`: how each token is normalised before it is encoded, see `sae.formats.token_normalised`."""
 CONTEXT_LENGTH, PREPEND_BOS, EXCLUDE_SPECIAL = "context_length", "prepend_bos", "exclude_special"
 """Entries of `SAEConfig.extra`: how text was read in training, the longest context in tokens and two yes or no."""
 CONFIG_FILE = "config.json"

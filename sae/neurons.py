@@ -11,8 +11,8 @@ from collections.abc import Iterable
 import torch
 
 from sae.autoencoder import SAEConfig, SparseAutoencoder
-from sae.model import LanguageModel
-from sae.sites import Site
+from sae.model.language_model import LanguageModel
+from sae.model.sites import Site
 
 NEURONS = "neurons"
 """What `--saes` takes in place of a folder."""

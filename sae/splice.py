@@ -21,13 +21,13 @@ from torch import Tensor
 
 from sae.autoencoder import SITE_PATH, SAEConfig, SparseAutoencoder
 from sae.errors import UserError, unknown
-from sae.formats.places import EMBED_HOOKS
-from sae.model import LanguageModel
-from sae.places import Edit
-from sae.selfcheck import relative_difference
-from sae.sites import Site
-from sae.streaming import StreamedSaes, config_of, subset
-from sae.tokens import Tokens
+from sae.formats.site_names import EMBED_HOOKS
+from sae.model.checks import relative_difference
+from sae.model.hook_points import Edit
+from sae.model.language_model import LanguageModel
+from sae.model.sites import Site
+from sae.model.tokens import Tokens
+from sae.saes import StreamedSaes, config_of, subset
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from sae.model import LanguageModel
+from sae.model.language_model import LanguageModel
 from tests.forked import ForkedCommands
 
 ARCHITECTURES = ("gpt2", "gpt_neox", "llama", "mistral", "qwen3", "gemma2", "gemma3_text")

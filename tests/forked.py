@@ -115,13 +115,13 @@ def _fork() -> int:
 def _serve(pipe: socket.socket, threads: int) -> None:
     """Forks a process for each request, until the test process is gone."""
     try:
-        import circuits.cli
+        import circuits.cli.main
 
         torch.cuda.is_available = lambda: False  # CUDA does not survive a fork
         torch.set_num_threads(threads)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         while message := _receive(pipe):
-            circuits.cli._commands()  # imports what is missing, once
+            circuits.cli.main._commands()  # imports what is missing, once
             request, folder, environment = pickle.loads(message)
             child = _fork()
             if child == 0:
@@ -155,7 +155,7 @@ def _run(request: Request) -> None:
             request.before()
         status = 0
         if request.words is not None:
-            from circuits.cli import main
+            from circuits.cli.main import main
 
             main(request.words)
     except SystemExit as stop:

@@ -4,7 +4,10 @@
 methods also return the gradient in model space that edges need.
 """
 
-from circuits.attribution.attribute import (
+from circuits.attribution.activations import States, capture_states
+from circuits.attribution.effects import SiteEffects
+from circuits.attribution.feature_effects import SiteEnds, contract_gradient
+from circuits.attribution.node_effects import (
     GRADIENT_AT_CLEAN,
     METHOD_NAMES,
     METHODS,
@@ -13,6 +16,3 @@ from circuits.attribution.attribute import (
     attribute,
     attribute_batches,
 )
-from circuits.attribution.contraction import SiteEnds, contract_gradient
-from circuits.attribution.effects import SiteEffects
-from circuits.attribution.states import States, capture_states

@@ -12,10 +12,10 @@ import zlib
 
 import torch
 
+from circuits.attribution.activations import States
 from circuits.attribution.effects import SiteEffects, sparse_effects
-from circuits.attribution.states import States
 from sae.autoencoder import SparseAutoencoder
-from sae.sites import Site
+from sae.model.sites import Site
 
 
 @torch.no_grad()

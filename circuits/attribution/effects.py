@@ -3,7 +3,7 @@
 Legend: B examples, S positions, N = B * S tokens, d model width, F features; index F stands for the error node.
 
 Only features active in the clean or the patch run can have an effect; they are found chunk of tokens by chunk
-(`circuits.attribution.contraction`, and `sparse_effects` here for formulas of the changes alone).
+(`circuits.attribution.feature_effects`, and `sparse_effects` here for formulas of the changes alone).
 """
 
 from __future__ import annotations

@@ -20,12 +20,12 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from circuits.attribution.activations import States
 from circuits.attribution.effects import SiteEffects
-from circuits.attribution.states import States
-from circuits.behaviour import Metric
+from circuits.metrics.metrics import Metric
 from sae.errors import UserError
-from sae.model import LanguageModel
-from sae.sites import Site
+from sae.model.language_model import LanguageModel
+from sae.model.sites import Site
 
 
 @torch.enable_grad()

@@ -16,12 +16,12 @@ from collections.abc import Sequence
 
 import torch
 
-from circuits.attribution.gradients import path_chunks
-from circuits.attribution.states import States
-from circuits.behaviour import Metric
+from circuits.attribution.activations import States
+from circuits.attribution.integrated_gradients import path_chunks
+from circuits.metrics.metrics import Metric
 from sae.errors import UserError
-from sae.model import LanguageModel
-from sae.sites import Site
+from sae.model.language_model import LanguageModel
+from sae.model.sites import Site
 
 EMBED = Site("embed")
 

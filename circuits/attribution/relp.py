@@ -1,7 +1,7 @@
 """RelP: attribution patching with relevance propagation in place of the gradient.
 
 Jafari et al. 2025 (arXiv 2508.21258). The gradient at the clean run sees only the slope of every nonlinearity; the
-rules of `sae.relevance` replace it by what a linear model with the same values would have:
+rules of `sae.model.lrp` replace it by what a linear model with the same values would have:
 
 1. One forward and one backward pass of the clean prompts under these rules: g at all sites at once.
 2. effect = (f_patch - f_clean)_i * (W_dec[i] . g), as in attribution patching, at the same cost.
@@ -15,12 +15,12 @@ from collections.abc import Sequence
 
 import torch
 
-from circuits.attribution.gradients import attribution_patching
-from circuits.attribution.states import States
-from circuits.behaviour import Metric
-from sae.model import LanguageModel
-from sae.relevance import check_conserved, relevance_rules
-from sae.sites import Site
+from circuits.attribution.activations import States
+from circuits.attribution.integrated_gradients import attribution_patching
+from circuits.metrics.metrics import Metric
+from sae.model.language_model import LanguageModel
+from sae.model.lrp import check_conserved, relevance_rules
+from sae.model.sites import Site
 
 
 def relevance_patching(

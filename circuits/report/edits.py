@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 
-from circuits.edit_report import Continuation, EditReport
+from circuits.editing.results import Continuation, EditReport
 from circuits.report.markup import Html, missing, number, section, share, signed, text
 
 FEATURES_SHOWN = 20

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from circuits.report.markup import Html, missing, section, signed, text
+from graphs.drawing.style import describe, position_name, visible
 from graphs.feature_graph import FeatureGraph, Node
-from graphs.style import describe, position_name, visible
 
 CONTEXTS_SHOWN = 3
 """Contexts that stand open; the others unfold."""

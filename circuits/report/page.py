@@ -18,20 +18,20 @@ from typing import Any
 from circuits.attribution import METHOD_NAMES
 from circuits.circuit import PARTIAL_FOLDER, circuit_folder
 from circuits.circuit_files import check_metadata
-from circuits.edit_report import EditReport
+from circuits.editing.results import EditReport
 from circuits.report.curves import faithfulness_section
 from circuits.report.edits import edits_section, headline_edit
 from circuits.report.features import features_section
 from circuits.report.files import Curves, EdgeCurve, MaskCurves, SaeFile
 from circuits.report.markup import Html, missing, number, section, share, signed, text
-from graphs.dot import render
+from graphs.drawing.dot import render
 from graphs.feature_graph import FeatureGraph
 from graphs.pruning import by_top_nodes
 from graphs.sharing import shared
+from sae._files import atomic_write, check_type, read_json
 from sae.autoencoder import CONFIG_FILE, sae_folders
 from sae.errors import UserError
-from sae.files import atomic_write, check_type, read_json
-from sae.sites import Site
+from sae.model.sites import Site
 
 log = logging.getLogger(__name__)
 

@@ -2,8 +2,8 @@
 
 1. The graph is embedded as JSON, escaped so that no text in it can end the script element.
 2. `template.html`, `explorer.css` and the scripts beside this file are put together; the scripts run in the order of
-   `SCRIPTS`: the data and its filters, the layered layout of `graphs/layout.py`, the drawing, highlighting and zoom,
-   the panel, the controls.
+   `SCRIPTS`: the data and its filters, the layered layout of `graphs/drawing/layout.py`, the drawing, highlighting and
+   zoom, the panel, the controls.
 3. Labels that a reader edits live in the browser's local storage and can be downloaded as an annotations file.
 """
 
@@ -18,11 +18,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from graphs._files import write_text
+from graphs.drawing.style import DIVERGING, NEGATIVE_EDGE, POSITIVE_EDGE, position_name
 from graphs.errors import GraphError
 from graphs.feature_graph import FeatureGraph
-from graphs.files import write_text
 from graphs.sharing import shared
-from graphs.style import DIVERGING, NEGATIVE_EDGE, POSITIVE_EDGE, position_name
 
 SCRIPTS = ("model.js", "layout.js", "drawing.js", "view.js", "panel.js", "controls.js")
 

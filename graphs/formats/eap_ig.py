@@ -27,9 +27,9 @@ from typing import Annotated, Any
 from pydantic import Field, FiniteFloat
 from typing_extensions import NotRequired, TypedDict
 
+from graphs._files import check_type, read_json, write_json
 from graphs.errors import GraphError
 from graphs.feature_graph import METRIC, FeatureGraph, Node, feature_node, metric_node
-from graphs.files import check_type, read_json, write_json
 from graphs.sharing import shared
 
 EXTRA = "sparse_feature_circuit"

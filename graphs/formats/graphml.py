@@ -13,11 +13,11 @@ from typing import Any
 
 import networkx as nx
 
+from graphs._files import atomic_write, parse_json, read_text
+from graphs.drawing.style import describe, visible
 from graphs.errors import GraphError
 from graphs.feature_graph import NODE_KEYS, SCHEMA_VERSION, FeatureGraph
-from graphs.files import atomic_write, parse_json, read_text
 from graphs.sharing import shared
-from graphs.style import describe, visible
 
 
 def write_graphml(graph: FeatureGraph, path: str | Path) -> None:

@@ -23,6 +23,8 @@ from typing import Any
 from pydantic import FiniteFloat
 from typing_extensions import NotRequired, TypedDict
 
+from graphs._files import check_type, read_json, write_json
+from graphs.drawing.style import describe, effect_words, number, position_name
 from graphs.errors import GraphError
 from graphs.feature_graph import (
     METRIC,
@@ -35,10 +37,8 @@ from graphs.feature_graph import (
     feature_node,
     metric_node,
 )
-from graphs.files import check_type, read_json, write_json
 from graphs.schema import GraphHead, Index, Interval, NodeFile, Place
 from graphs.sharing import shared
-from graphs.style import describe, effect_words, number, position_name
 
 EXTRA = "sparse_feature_circuit"
 KINDS = ("attn", "mlp", "resid")

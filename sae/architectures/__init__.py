@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sae.activation_functions import Nonlinearity
 from sae.architectures.base import Architecture
 from sae.architectures.batchtopk import BatchTopK
 from sae.architectures.gated import Gated
@@ -13,7 +14,6 @@ from sae.architectures.p_anneal import PAnneal
 from sae.architectures.relu import ReLU, ReLUUnit
 from sae.architectures.topk import TopK
 from sae.errors import unknown
-from sae.nonlinearities import Nonlinearity
 
 ARCHITECTURES: dict[str, Architecture] = {
     recipe.name: recipe()

@@ -2,7 +2,7 @@
 
 1. x_c = x − b_dec (or x), and chunk by chunk of rows the encoder's GEMM z = W_enc x_c + bias;
 2. `Architecture.select` keeps the entries of z that can be active: a `SparseCode`. Where that would be a large part of
-   all (a ReLU early in training), the rest is done with whole products, by `Penalised.dense` and `sae.dense`;
+   all (a ReLU early in training), the rest is done with whole products, by `Penalised.dense` and `sae.sparse.dense`;
 3. `Architecture.loss` is the paper's loss of these entries, in plain autograd;
 4. AuxK (Gao et al. 2024, section 2.4 and appendix A.2): the k_aux largest pre-activations of dead features reconstruct
    the error e = x − x̂; its loss ‖e − ê‖² is normalised by the variance of e and added with weight alpha. It is
@@ -24,11 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sae.codes import SparseCode
-from sae.dense import DenseChunk, DenseParts
-from sae.nonlinearities import Nonlinearity
-from sae.products import Scratch, linear, row_chunks
-from sae.selection import Entries, above, concatenate, top_k
+from sae.activation_functions import Nonlinearity
+from sae.sparse.activations import SparseCode
+from sae.sparse.dense import DenseChunk, DenseParts
+from sae.sparse.selection import Entries, above, concatenate, top_k
+from sae.sparse.workspace import Scratch, linear, row_chunks
 
 AUX_TOKENS = 512
 """Tokens of a batch on which dead features reconstruct the error."""
@@ -150,7 +150,7 @@ class Architecture(ABC):
     rates: ClassVar[Mapping[str, float]] = {}
     """Factors on the learning rate, by the tensor they are for."""
     damping: ClassVar[float] = 1.0
-    """How much a falling L0 takes from a steered weight of the penalty (`sae.learner`)."""
+    """How much a falling L0 takes from a steered weight of the penalty (`sae.training.training_sae`)."""
     weak: ClassVar[float] = 1.0
     """Activation whose penalty stays the same when the exponent falls and the weight is steered."""
     revival: ClassVar[str] = "auxk"
@@ -250,7 +250,7 @@ class Penalised(Architecture):
 
     @abstractmethod
     def dense(self, z: Tensor, chunk: DenseChunk, w: Weights, hyper: Hyper) -> DenseParts:
-        """The gradient of the loss where most of z [n, F] is active, in place; see `sae.dense`."""
+        """The gradient of the loss where most of z [n, F] is active, in place; see `sae.sparse.dense`."""
 
     @torch.no_grad()
     def dense_step(self, x: Tensor, x_c: Tensor, w: Weights, hyper: Hyper, scratch: Scratch) -> StepStats:

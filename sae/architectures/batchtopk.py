@@ -11,10 +11,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from sae.activation_functions import JUMPRELU
 from sae.architectures.base import Architecture, Encoder, Hyper, Losses, Weights, sparse_code, squared_error
-from sae.codes import SparseCode
-from sae.nonlinearities import JUMPRELU
-from sae.selection import BatchSelector, concatenate, largest
+from sae.sparse.activations import SparseCode
+from sae.sparse.selection import BatchSelector, concatenate, largest
 
 MEMORY = 0.99
 """Decay of the running threshold a step."""

@@ -14,10 +14,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from sae.activation_functions import GATED
 from sae.architectures.base import Hyper, Losses, Penalised, Weights, squared_error
-from sae.codes import SparseCode
-from sae.dense import DenseChunk, DenseParts, mask_, positive
-from sae.nonlinearities import GATED
+from sae.sparse.activations import SparseCode
+from sae.sparse.dense import DenseChunk, DenseParts, mask_, positive
 
 
 class Gated(Penalised):

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sae.activation_functions import IDENTITY
 from sae.architectures.base import Architecture, Encoder, Hyper, Losses, Weights, squared_error
-from sae.codes import SparseCode
-from sae.nonlinearities import IDENTITY
+from sae.sparse.activations import SparseCode
 
 
 class Identity(Architecture):

@@ -17,10 +17,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from sae.activation_functions import JUMPRELU
 from sae.architectures.base import Hyper, Losses, Penalised, Weights, squared_error
-from sae.codes import SparseCode
-from sae.dense import DenseChunk, DenseParts, mask_
-from sae.nonlinearities import JUMPRELU
+from sae.sparse.activations import SparseCode
+from sae.sparse.dense import DenseChunk, DenseParts, mask_
 
 INITIAL_THRESHOLD = 0.001
 THRESHOLD_RATE = 0.3

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sae.architectures.base import Encoder, Hyper, Losses, Weights
 from sae.architectures.batchtopk import BatchTopK
-from sae.codes import SparseCode
+from sae.sparse.activations import SparseCode
 
 FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
 """Ends of the prefixes before the last, as shares of the features."""

@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sae.activation_functions import TOPK
 from sae.architectures.base import Architecture, Encoder, Hyper, Losses, Weights, squared_error
-from sae.codes import SparseCode
-from sae.nonlinearities import TOPK
-from sae.selection import top_k
+from sae.sparse.activations import SparseCode
+from sae.sparse.selection import top_k
 
 WIDER = 4
 WIDER_WEIGHT = 1 / 8

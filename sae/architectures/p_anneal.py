@@ -11,12 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sae.activation_functions import RELU
 from sae.architectures.base import Hyper, Losses, Penalised, Weights, squared_error
-from sae.codes import SparseCode
-from sae.dense import DenseChunk, DenseParts, mask_, positive
-from sae.nonlinearities import RELU
-from sae.products import linear
-from sae.selection import above
+from sae.sparse.activations import SparseCode
+from sae.sparse.dense import DenseChunk, DenseParts, mask_, positive
+from sae.sparse.selection import above
+from sae.sparse.workspace import linear
 
 SMALLEST = 1e-3
 """Activations below this are penalised as if they had this size: the slope of f^p is not bounded at zero."""

@@ -11,10 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sae.activation_functions import RELU
 from sae.architectures.base import Hyper, Losses, Penalised, Weights, squared_error
-from sae.codes import SparseCode
-from sae.dense import DenseChunk, DenseParts, mask_, positive
-from sae.nonlinearities import RELU
+from sae.sparse.activations import SparseCode
+from sae.sparse.dense import DenseChunk, DenseParts, mask_, positive
 
 
 class ReLU(Penalised):

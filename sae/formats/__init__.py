@@ -14,14 +14,14 @@ from pathlib import Path
 
 import torch
 
+from sae._run.contents import check_complete
 from sae.autoencoder import SparseAutoencoder, is_sae_folder, load_saes, sae_folders
-from sae.contents import check_complete
 from sae.errors import UserError, unknown
 from sae.formats import circuit_tracer, dictionary_learning, gemma_scope, llama_scope, openai, saelens, sparsify
-from sae.formats.hub import folders_in, locate
-from sae.formats.places import EMBED_HOOKS
+from sae.formats.locate import folders_in, locate
+from sae.formats.site_names import EMBED_HOOKS
 from sae.formats.writing import check_same, staged
-from sae.sites import Site
+from sae.model.sites import Site
 
 
 @dataclass(frozen=True)

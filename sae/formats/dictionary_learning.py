@@ -27,13 +27,13 @@ import torch
 from torch import Tensor
 from typing_extensions import TypedDict
 
+from sae._files import atomic_write, write_json
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError, unknown
-from sae.files import atomic_write, write_json
-from sae.formats.normalised import norm_refusal
-from sae.formats.places import dictionary_learning_name, site_named
 from sae.formats.reading import build, pick, read_config, read_pickle, whole_number
 from sae.formats.refusals import refusal
+from sae.formats.site_names import dictionary_learning_name, site_named
+from sae.formats.token_normalised import norm_refusal
 from sae.formats.writing import plain_tensors, unsupported
 
 logger = logging.getLogger(__name__)

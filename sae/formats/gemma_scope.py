@@ -16,13 +16,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+from sae._files import read_tensors
+from sae.activation_functions import fold_scale
 from sae.autoencoder import SITE_PATH, SparseAutoencoder
-from sae.files import read_tensors
-from sae.formats.places import site_named
 from sae.formats.reading import build, pick, read_npz
 from sae.formats.refusals import transcoder_refusal
-from sae.nonlinearities import fold_scale
-from sae.sites import Site, SitePath
+from sae.formats.site_names import site_named
+from sae.model.sites import Site, SitePath
 
 NAME = "gemma_scope"
 WEIGHTS, WEIGHTS_2 = "params.npz", "params.safetensors"

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 from typing_extensions import TypedDict
 
+from sae._files import read_tensors
+from sae.activation_functions import fold_norms
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError
-from sae.files import read_tensors
-from sae.formats.places import site_named
 from sae.formats.reading import build, entry, pick, positive, read_config
 from sae.formats.refusals import refusal, transcoder_refusal
-from sae.nonlinearities import fold_norms
+from sae.formats.site_names import site_named
 
 NAME = "llama_scope"
 CONFIG = "hyperparams.json"

@@ -2,8 +2,8 @@
 
 Tensors: pre_bias [d], encoder.weight [F, d], latent_bias [F], decoder.weight [d, F], statistics, and `activation`, the
 name of the nonlinearity. f = activation(W (x − pre_bias) + latent_bias), x̂ = D f + pre_bias. TopK files read each token
-normalised to mean 0 and standard deviation 1, and undo it afterwards (`sae.formats.normalised`); ReLU files do not.
-`resid_delta_mlp` and `resid_delta_attn` are what the sublayers write; `resid_post_mlp` is a block's output. The
+normalised to mean 0 and standard deviation 1, and undo it afterwards (`sae.formats.token_normalised`); ReLU files do
+not. `resid_delta_mlp` and `resid_delta_attn` are what the sublayers write; `resid_post_mlp` is a block's output. The
 residual stream between attention and MLP (`resid_post_attn`) and MLP neurons (`mlp_post_act`) are no sites of ours.
 """
 
@@ -13,10 +13,10 @@ from pathlib import Path
 
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError, unknown
-from sae.formats.normalised import NormalisedAutoencoder
-from sae.formats.places import site_named
 from sae.formats.reading import build, entry, pick, read_pickle, whole_number
 from sae.formats.refusals import refusal
+from sae.formats.site_names import site_named
+from sae.formats.token_normalised import NormalisedAutoencoder
 
 NAME = "openai"
 _TENSORS = {

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sae._files import TensorSpec, check_tensors, missing_file, read_json
+from sae.activation_functions import fold_norms
 from sae.autoencoder import SAEConfig, SparseAutoencoder
 from sae.errors import UserError
-from sae.files import TensorSpec, check_tensors, missing_file, read_json
-from sae.nonlinearities import fold_norms
 
 MOST_UNPACKED = 16
 """Weights hardly compress: a file that unpacks to more than this many times its size holds something else, ..."""

@@ -12,7 +12,7 @@ W_enc is [d, F], W_dec [F, d]; x is centred by b_dec where `apply_b_dec_to_input
 Files before version 6 differ in names and defaults, see `_upgraded`. Inputs that were scaled in training:
 `expected_average_only_in` is folded by SAELens when training ends and its field set to none; where it still stands, the
 factor is in `activation_scaler.json` or lost, and then the file is refused rather than read wrongly. `layer_norm` and
-`constant_norm_rescale` work token by token and are kept (`sae.formats.normalised`), in writing too.
+`constant_norm_rescale` work token by token and are kept (`sae.formats.token_normalised`), in writing too.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ import torch
 from torch import Tensor
 from typing_extensions import TypedDict
 
+from sae._files import TensorSpec, check_tensors, read_tensors, write_json, write_tensors
+from sae.activation_functions import fold_norms, fold_scale
 from sae.autoencoder import CONTEXT_LENGTH, EXCLUDE_SPECIAL, PREPEND_BOS, SITE_PATH, SparseAutoencoder
 from sae.errors import UserError, unknown
-from sae.files import TensorSpec, check_tensors, read_tensors, write_json, write_tensors
-from sae.formats.normalised import NormalisedAutoencoder
-from sae.formats.places import hook_site, transformer_lens_hook
 from sae.formats.reading import build, entry, pick, positive, read_config, whole_number
 from sae.formats.refusals import refusal
+from sae.formats.site_names import hook_site, transformer_lens_hook
+from sae.formats.token_normalised import NormalisedAutoencoder
 from sae.formats.writing import plain_tensors, unsupported
-from sae.nonlinearities import fold_norms, fold_scale
-from sae.sites import SitePath
+from sae.model.sites import SitePath
 
 logger = logging.getLogger(__name__)
 

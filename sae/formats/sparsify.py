@@ -12,12 +12,12 @@ from pathlib import Path
 
 from typing_extensions import TypedDict
 
+from sae._files import read_json, read_tensors
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError
-from sae.files import read_json, read_tensors
-from sae.formats.places import site_named
 from sae.formats.reading import build, entry, pick, read_config
 from sae.formats.refusals import refusal, transcoder_refusal
+from sae.formats.site_names import site_named
 
 NAME = "sparsify"
 WEIGHTS, CONFIG = "sae.safetensors", "cfg.json"

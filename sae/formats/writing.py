@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sae._files import make_folder, temporary_name
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError
-from sae.files import make_folder, temporary_name
 
 TRIED_ROWS = 64
 TOLERANCE = 1e-4

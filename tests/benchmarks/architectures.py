@@ -21,15 +21,15 @@ from collections.abc import Callable
 import torch
 from transformers import AutoModelForCausalLM
 
-from circuits.attribution.attribute import METHODS
-from circuits.discovery import DiscoverOptions, discover
-from circuits.prompt_formats import Example
-from circuits.prompts import PromptSet, make_prompts
+from circuits.attribution.node_effects import METHODS
+from circuits.discovery.discover import DiscoverOptions, discover
+from circuits.prompts.dataset import PromptSet, make_prompts
+from circuits.prompts.formats import Example
 from sae.errors import UserError
-from sae.model import LanguageModel
+from sae.model.language_model import LanguageModel
+from sae.model.lrp import check_conserved
+from sae.model.tokens import Tokens
 from sae.neurons import neuron_dictionaries
-from sae.relevance import check_conserved
-from sae.tokens import Tokens
 from tests.conftest import word_tokenizer
 from tests.tiny_models import FAMILIES, MORE_FAMILIES, tiny_config, tiny_model
 

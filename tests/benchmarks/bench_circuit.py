@@ -44,16 +44,16 @@ from safetensors.torch import load_file, save_file
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from circuits.attribution import Attribution, States, attribute, capture_states
-from circuits.attribution.contraction import contract
-from circuits.attribution.gradients import site_total_effect
-from circuits.behaviour import logit_difference
-from circuits.edges import edge_effects
-from circuits.nodes import Nodes, aggregate, select_nodes
-from circuits.passes import lanes_rows, max_rows
-from circuits.prompts import PromptSet
+from circuits.attribution.edges import edge_effects
+from circuits.attribution.feature_effects import contract
+from circuits.attribution.integrated_gradients import site_total_effect
+from circuits.attribution.nodes import Nodes, aggregate, select_nodes
+from circuits.discovery.passes import lanes_rows, max_rows
+from circuits.metrics.metrics import logit_difference
+from circuits.prompts.dataset import PromptSet
 from sae.autoencoder import SAEConfig, SparseAutoencoder
-from sae.model import LanguageModel, Tokens
-from sae.sites import Site
+from sae.model.language_model import LanguageModel, Tokens
+from sae.model.sites import Site
 from tests.benchmarks import paper_steps
 
 PAPERS_RULE = "IG, left Riemann 10"

@@ -27,11 +27,11 @@ import torch
 from matplotlib.figure import Figure
 
 from circuits.attribution import attribute, capture_states
-from circuits.attribution.gradients import site_total_effect
-from circuits.behaviour import logit_difference
-from circuits.edges import edge_effects
-from circuits.nodes import aggregate, select_nodes
-from circuits.passes import lanes_rows, max_rows
+from circuits.attribution.edges import edge_effects
+from circuits.attribution.integrated_gradients import site_total_effect
+from circuits.attribution.nodes import aggregate, select_nodes
+from circuits.discovery.passes import lanes_rows, max_rows
+from circuits.metrics.metrics import logit_difference
 from tests.benchmarks.bench_circuit import make_model, make_prompts, make_saes
 
 VOCAB, LENGTH, STEPS = 1024, 8, 3

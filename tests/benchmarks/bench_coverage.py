@@ -1,4 +1,5 @@
-"""How often 95 % intervals of a mean effect hold the truth: those of `circuits.bootstrap`, and percentiles as before.
+"""How often 95 % intervals of a mean effect hold the truth: those of `circuits.uncertainty.bootstrap`, and percentiles
+as before.
 
     python -m tests.benchmarks.bench_coverage [--draws 3000]
 
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from circuits.bootstrap import MIN_ACTIVE, Bootstrap, group_sums
+from circuits.uncertainty.bootstrap import MIN_ACTIVE, Bootstrap, group_sums
 
 SIZES = (1, 3, 5, 8, 10, 30, 100)
 PER_TEMPLATE = 20

@@ -13,9 +13,9 @@ import argparse
 import torch
 
 from circuits.attribution import METHODS
-from circuits.discovery import DiscoverOptions, discover
+from circuits.discovery.discover import DiscoverOptions, discover
+from tests.circuits.attribution.test_ground_truth import edge_scores, node_scores
 from tests.circuits.ground_truth import GroundTruth, Recovery, agreement, induction, recovery
-from tests.circuits.test_ground_truth import edge_scores, node_scores
 
 TASKS = {"induction": (induction, "sum"), "agreement": (agreement, "position")}
 

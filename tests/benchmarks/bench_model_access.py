@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from sae.model import LanguageModel, Tokens
+from sae.model.language_model import LanguageModel, Tokens
 
 TARGET = 1.05
 

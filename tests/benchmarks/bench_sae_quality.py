@@ -33,14 +33,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sae.activations import StreamState
+from sae._files import read_json, write_json
 from sae.autoencoder import SparseAutoencoder
-from sae.config import TrainConfig
-from sae.files import read_json, write_json
+from sae.data.activations import StreamState
 from sae.formats import load_sae
-from sae.learner import Learner
-from sae.sites import Site
-from sae.training import Trainer
+from sae.model.sites import Site
+from sae.training.config import TrainConfig
+from sae.training.trainer import Trainer
+from sae.training.training_sae import Learner
 from tests.benchmarks.quality_data import DIRECTIONS, Data, Real, Score, Synthetic, load_rows, rows_file
 
 ARCHITECTURES = ("topk", "batchtopk", "jumprelu", "relu", "gated", "matryoshka")

@@ -19,8 +19,8 @@ On CUDA every step is timed a second time with torch in place of the Triton kern
 itself on both sides (`kernel_times`), beside the encoder's product as a share of the step.
 
 Memory is the peak of the process while steps run over what it took before there was an autoencoder, and must be
-within `TOLERANCE` (and `SLACK`) of `sae.memory`'s formula. Exit status 1 if a step is slower than a peer's or memory is
-off.
+within `TOLERANCE` (and `SLACK`) of `sae.training.memory`'s formula. Exit status 1 if a step is slower than a peer's or
+memory is off.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ from typing import Any
 import torch
 
 from sae.architectures import ARCHITECTURES
-from sae.config import TrainConfig
-from sae.learner import Learner
-from sae.memory import training_memory
-from sae.rows import using
-from sae.sites import Site
-from sae.training import BETAS
+from sae.model.sites import Site
+from sae.sparse.rows import using
+from sae.training.config import TrainConfig
+from sae.training.memory import training_memory
+from sae.training.trainer import BETAS
+from sae.training.training_sae import Learner
 from tests.benchmarks import peer_steps
 from tests.benchmarks.kernel_times import kernel_times
 from tests.benchmarks.peer_steps import PACKAGES, Sizes, Step

@@ -5,7 +5,7 @@ model) and random autoencoders of `--features` features at attention, MLP and re
 `discover` with each method in a process of its own. Printed per job: seconds of the processor (wall clock on a GPU),
 peak memory (of the process over Python and torch, and of the GPU), what was estimated of both before, bytes of stored
 effects, readings of autoencoders; then what that gives for 26 layers: memory in proportion, time by the passes that
-`circuits.estimate` counts.
+`circuits.discovery.cost` counts.
 
 On a GPU: `python -m tests.benchmarks.bench_scale --device cuda --layers 26 --prompts 100 --vocab 256000 --memory 8
 --sae-memory 30 --steps 10`. The autoencoders (0.3 GB each) stay in `--folder`.
@@ -27,11 +27,11 @@ from unittest.mock import patch
 
 import torch
 
-from circuits.discovery import DiscoverOptions, discover
-from circuits.estimate import count_passes, estimate_discovery
-from circuits.partial import remove_partial
-from sae.sites import Site
-from sae.streaming import GIB, StreamedSaes, open_saes
+from circuits.discovery.cost import count_passes, estimate_discovery
+from circuits.discovery.discover import DiscoverOptions, discover
+from circuits.discovery.resume import remove_partial
+from sae.model.sites import Site
+from sae.saes import GIB, StreamedSaes, open_saes
 from tests.benchmarks.gemma_shape import circuit_sites, make_model, make_prompts, write_saes
 
 WHOLE = 26
@@ -63,7 +63,7 @@ def run(job: str, args: argparse.Namespace) -> dict[str, Any]:
     options = options_of(job, args)
     cuda = model.device.type == "cuda"
     started = time.perf_counter() if cuda else time.process_time()
-    with patch("circuits.estimate.time.perf_counter", time.perf_counter if cuda else time.process_time):
+    with patch("circuits.discovery.cost.time.perf_counter", time.perf_counter if cuda else time.process_time):
         estimate = estimate_discovery(model, saes, prompts, options)  # in the seconds it is held against
     estimated_in = (time.perf_counter() if cuda else time.process_time()) - started
     if cuda:

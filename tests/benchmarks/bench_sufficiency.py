@@ -23,19 +23,19 @@ from pathlib import Path
 
 import torch
 
-from circuits.ablation import ABLATIONS
-from circuits.comparison import LEVELS, nodes_for
-from circuits.discovery import DiscoverOptions, discover
-from circuits.faithfulness import ERRORS, FaithfulnessOptions, measure_faithfulness
-from circuits.faithfulness_report import Faithfulness
-from circuits.masks import MaskOptions, learn_mask
-from circuits.nodes import Nodes
-from circuits.prompts import PromptSet, load_prompts
+from circuits.attribution.nodes import Nodes
+from circuits.comparison.compare import LEVELS, nodes_for
+from circuits.discovery.discover import DiscoverOptions, discover
+from circuits.faithfulness.ablation import ABLATIONS
+from circuits.faithfulness.learned_mask import MaskOptions, learn_mask
+from circuits.faithfulness.nodes import ERRORS, FaithfulnessOptions, measure_faithfulness
+from circuits.faithfulness.results import Faithfulness
+from circuits.prompts.dataset import PromptSet, load_prompts
 from sae.autoencoder import SparseAutoencoder, load_saes
-from sae.model import LanguageModel
+from sae.model.language_model import LanguageModel
+from sae.model.sites import Site
 from sae.neurons import NEURONS, neuron_dictionaries
-from sae.sites import Site
-from sae.training import TrainConfig, train
+from sae.training.trainer import TrainConfig, train
 
 SIZES = (10, 20, 50, 75, 100, 130, 180, 240, 320, 450, 600, 750, 900, 1200, 1500)
 SHOWN = {"all sites": (100, 180, 450, 900, 1500), "attn_2": (50, 100, 180, 450)}

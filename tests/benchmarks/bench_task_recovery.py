@@ -6,7 +6,7 @@
    exact effect is the mean of noising and denoising. True nodes are those whose exact effect is at least `--share` of
    the behaviour, |m(patch) - m(clean)|.
 2. Every edge among the strongest `--nodes` nodes of (1) and to the metric is patched by itself in both directions
-   (`circuits.path_patching`); true edges likewise.
+   (`circuits.attribution.path_patching`); true edges likewise.
 3. Each method's |effects| and |edge weights| are scored against that: AUROC, precision of as many of the strongest as
    are true, and Pearson correlation with the exact effects. Edges take the method's own gradient where it has one, and
    that at the clean prompt otherwise.
@@ -26,17 +26,17 @@ from tqdm import tqdm
 
 from circuits.attribution import METHODS, States, attribute, capture_states
 from circuits.attribution.baselines import activation_difference
-from circuits.behaviour import logit_difference
-from circuits.correlation import pearson
-from circuits.edges import Edges, edge_effects
-from circuits.nodes import Nodes, SiteNodes, aggregate, select_nodes
-from circuits.path_patching import path_effects
-from circuits.prompts import load_prompts
+from circuits.attribution.edges import Edges, edge_effects
+from circuits.attribution.nodes import Nodes, SiteNodes, aggregate, select_nodes
+from circuits.attribution.path_patching import path_effects
+from circuits.comparison.correlation import pearson
+from circuits.metrics.metrics import logit_difference
+from circuits.prompts.dataset import load_prompts
 from examples import agreement
 from sae.autoencoder import SparseAutoencoder, load_saes
-from sae.model import LanguageModel
-from sae.sites import Site
-from sae.training import TrainConfig, train
+from sae.model.language_model import LanguageModel
+from sae.model.sites import Site
+from sae.training.trainer import TrainConfig, train
 from tests.circuits.ground_truth import recovery
 
 MAX_ROWS = 512

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from circuits.prompts import PromptSet
+from circuits.prompts.dataset import PromptSet
 from sae.autoencoder import SAEConfig, SparseAutoencoder
-from sae.model import LanguageModel, Tokens
-from sae.sites import Site
+from sae.model.language_model import LanguageModel, Tokens
+from sae.model.sites import Site
 
 
 def make_model(*, layers: int, width: int, vocab: int, device: str, dtype: str) -> LanguageModel:

@@ -1,7 +1,7 @@
 """Times each operation on rows of a TopK step, in torch and by Triton's kernels, for `bench_sae_step --device cuda`.
 
-Bytes are those that `sae.kernels` states. Entries are k random features a token, some of them active on every token, as
-in trained dictionaries.
+Bytes are those that `sae.sparse.triton_kernels` states. Entries are k random features a token, some of them active on
+every token, as in trained dictionaries.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from sae import rows
-from sae.codes import SparseCode
+from sae.sparse import rows
+from sae.sparse.activations import SparseCode
 from tests.benchmarks.peer_steps import Sizes, Step, seconds
 
 ROUNDS = 7

@@ -1,7 +1,8 @@
 """The activations that all trainers of the quality benchmark learn from and are scored on.
 
 - `real`: activations of `models/tinystories-260k` at a site on the training stories, each row once, in one random
-  order; scored on the held-out stories by `sae.evaluation`: explained variance, L0, CE recovered, dead features.
+  order; scored on the held-out stories by `sae.evaluation.evaluate`: explained variance, L0, CE recovered, dead
+  features.
 - `synthetic`: x = Σ_i a_i g_i + noise over known unit directions g_i [512, d] of width 128. Feature i is active
   independently of the others with a probability that falls from .067 to .006 with its rank (8 active on average),
   with a magnitude |1 + n/4|; noise has standard deviation .05. Scored on fresh rows, and by how well the decoder holds
@@ -19,15 +20,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from sae.activations import FORWARD_TOKENS, ContextStream, ModelActivations
+from sae._files import atomic_write
 from sae.autoencoder import SparseAutoencoder
-from sae.evaluation import decode_sparse, evaluate
-from sae.files import atomic_write
-from sae.metrics import FeatureTotals, ReconstructionTotals
-from sae.model import LanguageModel
-from sae.similarity import match_features
-from sae.sites import Site
-from sae.text import TextSource
+from sae.data.activations import FORWARD_TOKENS, ContextStream, ModelActivations
+from sae.data.text import TextSource
+from sae.evaluation.evaluate import decode_sparse, evaluate
+from sae.evaluation.metrics import FeatureTotals, ReconstructionTotals
+from sae.features.matching import match_features
+from sae.model.language_model import LanguageModel
+from sae.model.sites import Site
 
 SHARED = Path(__file__).parents[3] / "shared"
 MODEL, TEXT = SHARED / "models/tinystories-260k", SHARED / "data/tinystories"

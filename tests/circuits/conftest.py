@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from circuits.attribution import SiteEffects, capture_states
-from circuits.behaviour import logit_difference
-from circuits.prompts import PromptSet
-from circuits.templates import span_keys
+from circuits.metrics.metrics import logit_difference
+from circuits.prompts.alignment import span_keys
+from circuits.prompts.dataset import PromptSet
 from sae.autoencoder import SAEConfig, SparseAutoencoder
-from sae.model import Tokens
+from sae.model.language_model import Tokens
 
 
 def random_sae(site, width: int, *, architecture: str = "topk", n_features: int = 48, k: int = 6, seed: int = 0):

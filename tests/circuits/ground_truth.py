@@ -24,10 +24,10 @@ from sklearn.metrics import average_precision_score, precision_recall_curve, roc
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from circuits.prompts import PromptSet
+from circuits.prompts.dataset import PromptSet
 from sae.autoencoder import SAEConfig, SparseAutoencoder
-from sae.model import LanguageModel, Tokens
-from sae.sites import Site
+from sae.model.language_model import LanguageModel, Tokens
+from sae.model.sites import Site
 
 WIDTH, HEADS, NEURONS = 128, 4, 64
 BULK = 30.0

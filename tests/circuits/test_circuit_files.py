@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from circuits.attribution import SiteEffects
+from circuits.attribution.nodes import SiteNodes
 from circuits.circuit import Circuit
-from circuits.nodes import SiteNodes
-from graphs.dot import render
+from graphs.drawing.dot import render
+from graphs.drawing.style import tooltip
 from graphs.errors import GraphError
-from graphs.style import tooltip
 from sae.errors import UserError
-from sae.sites import Site
+from sae.model.sites import Site
 
 EMBED, RESID = Site("embed"), Site("resid", 0)
 

@@ -7,24 +7,24 @@ from __future__ import annotations
 import pytest
 import torch
 
-from circuits.discovery import DiscoverOptions, discover
-from circuits.edge_faithfulness import measure_edge_faithfulness
-from circuits.editing import ablate
-from circuits.faithfulness import FaithfulnessOptions, measure_faithfulness
-from circuits.masks import MaskOptions, learn_mask
-from circuits.verification import verify
-from sae.activation_cache import CachedActivations
+from circuits.discovery.discover import DiscoverOptions, discover
+from circuits.editing.edit import ablate
+from circuits.faithfulness.edges import measure_edge_faithfulness
+from circuits.faithfulness.learned_mask import MaskOptions, learn_mask
+from circuits.faithfulness.nodes import FaithfulnessOptions, measure_faithfulness
+from circuits.uncertainty.verification import verify
 from sae.autoencoder import load_saes
-from sae.bags import group_offsets, rows_added, rows_multiplied
-from sae.cache_writer import write_cache
-from sae.config import TrainConfig
-from sae.evaluation import evaluate
-from sae.features import top_contexts
-from sae.finetuning import FinetuneConfig, finetune
-from sae.rows import bag_dots, bag_sum, using
-from sae.similarity import match_by_activation
-from sae.sites import Site
-from sae.training import train
+from sae.data.cache import CachedActivations
+from sae.data.cache_writer import write_cache
+from sae.evaluation.evaluate import evaluate
+from sae.features.contexts import top_contexts
+from sae.features.matching import match_by_activation
+from sae.model.sites import Site
+from sae.sparse.bags import group_offsets, rows_added, rows_multiplied
+from sae.sparse.rows import bag_dots, bag_sum, using
+from sae.training.config import TrainConfig
+from sae.training.finetuning import FinetuneConfig, finetune
+from sae.training.trainer import train
 from tests.conftest import WORDS
 from tests.simulated_device import simulated_device
 

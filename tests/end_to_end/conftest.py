@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from circuits.cli import main
+from circuits.cli.main import main
 from tests.conftest import tiny_hf, word_tokenizer
 from tests.forked import Result
 

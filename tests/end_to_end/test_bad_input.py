@@ -9,7 +9,7 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from sae.training import Trainer
+from sae.training.trainer import Trainer
 from tests.conftest import tiny_hf, word_tokenizer
 
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from circuits.attribution.nodes import select_nodes
 from circuits.circuit import Circuit
-from circuits.commands.common import Loaded
-from circuits.commands.edit import Ablate
-from circuits.nodes import select_nodes
+from circuits.cli.common import Loaded
+from circuits.cli.edit import Ablate
 from graphs.feature_graph import FeatureGraph
 from sae.autoencoder import load_saes
 

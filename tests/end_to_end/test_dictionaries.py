@@ -9,8 +9,8 @@ import torch
 
 from sae.autoencoder import SparseAutoencoder
 from sae.formats import load_sae, save_sae
-from sae.model import LanguageModel
-from tests.sae.test_evaluation import random_sae
+from sae.model.language_model import LanguageModel
+from tests.sae.evaluation.test_evaluate import random_sae
 
 D, F = 32, 24
 ORDER = torch.randperm(F, generator=torch.Generator().manual_seed(1))

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from sae.autoencoder import load_saes
-from sae.finetuning import Finetuner
-from sae.sites import Site
+from sae.model.sites import Site
+from sae.training.finetuning import Finetuner
 
 SMALL = ["--tokens", 1500, "--batch-size", 256, "--context-length", 16]
 

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from circuits.cli import main
-from circuits.prompts import load_prompts
+from circuits.cli.main import main
+from circuits.prompts.dataset import load_prompts
 from circuits.report.edits import edits_section
 from circuits.report.page import read_run
 from graphs.errors import GraphError

@@ -14,19 +14,19 @@ from pathlib import Path
 import pytest
 import torch
 
-import sae.cache_writer
-import sae.files
-from sae.activation_cache import MANIFEST, CachedActivations
+import sae._files
+import sae.data.cache_writer
+from sae._files import is_temporary
 from sae.autoencoder import load_saes
+from sae.data.cache import MANIFEST, CachedActivations
 from sae.errors import UserError
-from sae.files import is_temporary
-from sae.sweep_evaluation import UNFINISHED
+from sae.evaluation.sweep import UNFINISHED
 from tests.forked import Moment
 
 
 def write_slowly() -> None:
     """Files take a while to write, half of them first; caches have short shards."""
-    atomic_write = sae.files.atomic_write
+    atomic_write = sae._files.atomic_write
 
     @contextmanager
     def slowly(path: Path) -> Iterator[Path]:
@@ -38,7 +38,7 @@ def write_slowly() -> None:
     for module in list(sys.modules.values()):
         if getattr(module, "atomic_write", None) is atomic_write:
             module.atomic_write = slowly
-    sae.cache_writer.write_cache.__kwdefaults__["shard_tokens"] = 2500
+    sae.data.cache_writer.write_cache.__kwdefaults__["shard_tokens"] = 2500
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ from typing import get_args, get_type_hints
 import pytest
 import tyro
 
-from circuits import cli
-from circuits.discovery import DiscoverOptions
-from sae.config import TrainConfig
+from circuits.cli import main as cli
+from circuits.discovery.discover import DiscoverOptions
+from sae._options import ranges
 from sae.errors import UserError
-from sae.options import ranges
+from sae.training.config import TrainConfig
 
 COMMANDS = cli._commands()
 

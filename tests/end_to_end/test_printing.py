@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 
-from circuits.streams import Printable, printable
+from circuits.cli.streams import Printable, printable
 
 
 def test_control_characters_are_shown():

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from circuits.cli import main
+from circuits.cli.main import main
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from circuits.circuit import Circuit
-from tests.circuits.test_partial import same_bits
+from tests.circuits.discovery.test_resume import same_bits
 
 ONE_PROMPT = 2e-4  # GiB: of the tiny model, one prompt a batch
 

@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from sae.evaluation import Measurement
-from sae.sweep_evaluation import UNFINISHED
-from sae.sweep_plots import METRICS, plot_site, plot_sites
-from sae.sweep_results import SweepResults, SweepRow
+from sae.evaluation.evaluate import Measurement
+from sae.evaluation.sweep import UNFINISHED
+from sae.evaluation.sweep_plots import METRICS, plot_site, plot_sites
+from sae.evaluation.sweep_results import SweepResults, SweepRow
 from tests.end_to_end.test_bad_input import sentence
 
 GRID = ["--features", "16,24", "--k", "2,4", "--tokens", 3000, "--context-length", 16, "--eval-tokens", 300]
@@ -93,7 +93,7 @@ def test_a_begun_measurement_is_finished_before_a_larger_grid(sfc, model_folder,
         update(self, tokens)
 
     monkeypatch.setattr(Measurement, "update", interrupted)
-    monkeypatch.setattr("sae.sweep_evaluation.SAVING", float("inf"))
+    monkeypatch.setattr("sae.evaluation.sweep.SAVING", float("inf"))
     assert sfc(*words).status == 130
     more = sfc(*words, "--seeds", "0,1", "--resume")
     assert more.status == 0 and len(json.loads(more.out)["rows"]) == 2 * len(NAMES)

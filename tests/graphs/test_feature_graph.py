@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from graphs._files import atomic_write
 from graphs.errors import GraphError
 from graphs.feature_graph import FeatureGraph, Node, error_node, feature_node, metric_node
-from graphs.files import atomic_write
 
 
 def small_graph() -> FeatureGraph:

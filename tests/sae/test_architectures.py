@@ -9,10 +9,10 @@ from sae.architectures import ARCHITECTURES, architecture
 from sae.architectures.base import Hyper
 from sae.architectures.matryoshka import prefix_ends
 from sae.autoencoder import SAEConfig, SparseAutoencoder
-from sae.codes import SparseCode, stable_order
 from sae.errors import UserError
-from sae.products import Scratch, row_chunks
-from sae.selection import BatchSelector, above, concatenate, largest, top_k
+from sae.sparse.activations import SparseCode, stable_order
+from sae.sparse.selection import BatchSelector, above, concatenate, largest, top_k
+from sae.sparse.workspace import Scratch, row_chunks
 from tests.near import assert_near
 
 N, D, F, K = 37, 12, 48, 5
@@ -97,8 +97,8 @@ def twin_loss(name, x, w, hyper):
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Several row chunks even in these small batches."""
-    monkeypatch.setattr("sae.products.CPU_CHUNK_BYTES", 4 * F * 10)
-    monkeypatch.setattr("sae.products.MIN_CHUNK_ROWS", 1)
+    monkeypatch.setattr("sae.sparse.workspace.CPU_CHUNK_BYTES", 4 * F * 10)
+    monkeypatch.setattr("sae.sparse.workspace.MIN_CHUNK_ROWS", 1)
 
 
 def own_step(name, *, dense=False, dead=None, hyper=HYPER, x=None, scratch=None):
@@ -214,7 +214,7 @@ def test_steps_that_share_buffers_do_not_see_each_other():
 
 
 def test_chunks_are_equally_long_and_within_their_budget(monkeypatch):
-    monkeypatch.setattr("sae.products.CPU_CHUNK_BYTES", 4 * F * 16)
+    monkeypatch.setattr("sae.sparse.workspace.CPU_CHUNK_BYTES", 4 * F * 16)
     chunks = list(row_chunks(N, F, torch.device("cpu")))
     assert [(c.start, c.stop) for c in chunks] == [(0, 13), (13, 26), (26, 37)]
 

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
+from sae.activation_functions import fold_norms, fold_scale
 from sae.autoencoder import SAEConfig, SparseAutoencoder, load_saes
 from sae.errors import UserError
-from sae.nonlinearities import fold_norms, fold_scale
-from sae.sites import Site
+from sae.model.sites import Site
 from tests.near import assert_near
 
 D, F, N, K = 6, 20, 17, 4

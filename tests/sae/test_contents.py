@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from sae.contents import CHECKPOINTS, RUN, SAES, check_complete, check_contents, clean, remove
+from sae._files import temporary_name, write_json
+from sae._run.contents import CHECKPOINTS, RUN, SAES, check_complete, check_contents, clean, remove
+from sae._run.locks import LOCK_FILE, lock
 from sae.errors import UserError
-from sae.files import temporary_name, write_json
-from sae.locks import LOCK_FILE, lock
-from sae.run_folder import RunFolder
+from sae.training.run_folder import RunFolder
 
 SETTINGS = {"model": "m", "model_fingerprint": "1", "text": "t", "text_fingerprint": "2", "config": {"k": 4}}
 
@@ -150,7 +150,7 @@ def test_two_processes_do_not_write_to_one_folder(tmp_path):
 
 
 def test_without_flock_a_file_says_who_writes(tmp_path, monkeypatch):
-    monkeypatch.setattr("sae.locks.fcntl", None)
+    monkeypatch.setattr("sae._run.locks.fcntl", None)
     with lock(tmp_path):
         assert (tmp_path / LOCK_FILE).exists()
     assert not list(tmp_path.iterdir())

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from sae.cache_writer import write_cache
+from sae._files import check_digest, write_tensors
+from sae.data.cache_writer import write_cache
 from sae.errors import UserError
-from sae.files import check_digest, write_tensors
-from sae.run_folder import read_log
-from sae.training import Trainer
-from tests.sae.test_training import run, small, stories
+from sae.training.run_folder import read_log
+from sae.training.trainer import Trainer
+from tests.sae.training.test_trainer import run, small, stories
 
 
 def flip(path: Path, byte: int = -3) -> None:

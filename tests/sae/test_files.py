@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from sae.errors import UserError, nearest, unknown
-from sae.files import (
+from sae._files import (
     TensorSpec,
     atomic_write,
     parse_json,
@@ -24,6 +23,7 @@ from sae.files import (
     write_json,
     write_tensors,
 )
+from sae.errors import UserError, nearest, unknown
 
 
 def test_crash_while_writing_keeps_the_old_file_and_leaves_nothing_else(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import pytest
 
+from sae._options import LearningRate, Range, Seed, check_ranges, parse_sizes
 from sae.errors import UserError
-from sae.options import LearningRate, Range, Seed, check_ranges, parse_sizes
 
 
 @dataclass(frozen=True)

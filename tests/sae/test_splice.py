@@ -12,8 +12,8 @@ import torch
 
 from sae.autoencoder import SAEConfig, SparseAutoencoder
 from sae.errors import UserError
-from sae.model import LanguageModel
-from sae.sites import Site
+from sae.model.language_model import LanguageModel
+from sae.model.sites import Site
 from sae.splice import check_saes, ensure_checked, identity_splice, replace_with_reconstruction
 
 TEXTS = ["the man near the old dogs runs", "she sees", "they"]

@@ -13,11 +13,12 @@ from huggingface_hub.errors import (
 )
 
 from sae.errors import UserError
-from sae.formats import hub, load_any, load_sae
-from sae.formats.hub import choose, locate
-from sae.formats.places import dictionary_learning_name, hook_site, site_named, transformer_lens_hook
+from sae.formats import load_any, load_sae
+from sae.formats import locate as hub
+from sae.formats.locate import choose, locate
 from sae.formats.releases import released, repository_of
-from sae.sites import Site
+from sae.formats.site_names import dictionary_learning_name, hook_site, site_named, transformer_lens_hook
+from sae.model.sites import Site
 from tests.sae.formats.test_recorded import RECORDED
 
 

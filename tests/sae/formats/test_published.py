@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import save_file
 
 from sae.errors import UserError
-from sae.evaluation import evaluate
-from sae.features import top_contexts
+from sae.evaluation.evaluate import evaluate
+from sae.features.contexts import top_contexts
 from sae.formats import load_sae
-from sae.formats.normalised import NormalisedAutoencoder
-from sae.sites import Site
-from tests.sae.test_evaluation import random_sae
+from sae.formats.token_normalised import NormalisedAutoencoder
+from sae.model.sites import Site
+from tests.sae.evaluation.test_evaluate import random_sae
 
 D, F, K, N = 16, 48, 5, 24
 

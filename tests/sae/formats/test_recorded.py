@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from sae.errors import UserError
 from sae.formats import load_any, load_sae, save_sae
-from sae.sites import Site
+from sae.model.sites import Site
 
 RECORDED = Path(__file__).resolve().parents[1] / "recorded"
 DICTIONARY_LEARNING = {
@@ -89,7 +89,11 @@ def test_transcoders_are_refused(folder):
 
 def test_what_the_files_say_is_kept():
     sae = load_sae(RECORDED / "dictionary_learning/AutoEncoderTopK")
-    assert (sae.config.site, sae.config.model, sae.config.k) == ("resid_3", "EleutherAI/pythia-70m-deduped", 5)
+    assert (sae.config.site, sae.config.model, sae.config.k) == (
+        "resid_3",
+        "EleutherAI/pythia-70m-deduped",
+        5,
+    )
     assert sae.config.extra["dict_class"] == "AutoEncoderTopK"
     assert load_sae(RECORDED / "saelens/standard").config.site == "resid_3"
     assert load_sae(RECORDED / "saelens/standard_old").config.site == "resid_2"  # hook_resid_pre of block 3

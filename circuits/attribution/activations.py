@@ -1,0 +1,137 @@
+"""The two ends of an attribution: activations of every site on the clean and on the patch prompts.
+
+Legend: B examples, S positions (left-padded), d model width.
+
+1. One forward pass over the clean prompts and one over the patch prompts capture x at every site, and the metric m
+   of both.
+2. Without patch prompts the patch end of a site is `f = 0, e = 0`, that is `x = b_dec` (the reading of Marks et al.
+   2024, section 3.1, for behaviours without counterfactual prompts).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from circuits.metrics.metrics import Metric
+from circuits.prompts.dataset import PromptSet
+from sae.autoencoder import SparseAutoencoder
+from sae.errors import UserError
+from sae.model.checks import check_finite
+from sae.model.language_model import LanguageModel, Tokens
+from sae.model.sites import Site
+from sae.saes import decoder_bias
+
+
+@dataclass(frozen=True)
+class States:
+    """Clean and patch activations of one batch of prompts at the circuit's sites."""
+
+    prompts: PromptSet
+    """The batch."""
+    clean: dict[Site, torch.Tensor]
+    """x on the clean prompts, [B, S, d] per site."""
+    patch: dict[Site, torch.Tensor]
+    """x on the patch prompts, [B, S, d]; `b_dec` everywhere where there are no patch prompts."""
+    zero_patch: bool
+    """True where there are no patch prompts: the features of the patch end are then 0 by definition."""
+    m_clean: torch.Tensor
+    """The metric on the clean prompts, [B]."""
+    m_patch: torch.Tensor | None
+    """The metric on the patch prompts with the clean prompts' answers, [B]; None without patch prompts."""
+    last_layer: int | None = None
+    """Number of the model's last block, of which the metric reads the last position alone."""
+    gradients: dict[Site, torch.Tensor] | None = None
+    """dm/dx at the clean run, [B, S, d] per site, where it was asked for."""
+
+    @property
+    def tokens(self) -> Tokens:
+        return self.prompts.clean
+
+    def reversed(self) -> States:
+        """The same batch from patch to clean, with the answers where they were: patching a node now restores its clean
+        value in the patch run (denoising).
+        """
+        if self.prompts.patch is None or self.m_patch is None:
+            raise UserError("denoising starts from the patch prompts: these prompts have no patch side")
+        prompts = replace(self.prompts, clean=self.prompts.patch, patch=self.prompts.clean)
+        return States(prompts, self.patch, self.clean, False, self.m_patch, self.m_clean, self.last_layer)
+
+    def places(self, aggregation: str) -> torch.Tensor | None:
+        """[B, S] int64: tokens of a prompt with equal number are one node of a feature; None where all of them are.
+
+        Token positions, or the numbers of the spans; what stands at padding means nothing.
+        """
+        if aggregation == "sum":
+            return None
+        if aggregation == "position":
+            return self.prompts.clean.position_ids
+        return self.prompts.span_numbers(self.prompts.spans)
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """[B, S] bool: real tokens, not padding."""
+        return self.prompts.clean.attention_mask.bool()
+
+    def resume(self, model: LanguageModel, site: Site, rows: torch.Tensor) -> dict[Site, torch.Tensor]:
+        """The `skip` mapping with which examples `rows` [R] resume at a site from the clean run."""
+        gathered: dict[int, torch.Tensor] = {}
+        skip = model.resume_from(site, self.clean)
+        for x in skip.values():
+            if id(x) not in gathered:
+                gathered[id(x)] = x[rows]
+        return {other: gathered[id(x)] for other, x in skip.items()}
+
+    def live(self, site: Site, gradient: torch.Tensor) -> torch.Tensor:
+        """[B, S] bool: tokens through which edges of the site can run, given dm/dx there, [B, S, d].
+
+        Tokens before the first that differs between the prompts are the same in both runs. In the last block, those
+        without a gradient are not read by anything; elsewhere a gradient may be zero because paths cancel.
+        """
+        live = self.mask
+        if self.prompts.patch is not None:
+            clean, patch = self.prompts.clean, self.prompts.patch
+            differ = (clean.input_ids != patch.input_ids) | (clean.attention_mask != patch.attention_mask)
+            live = live & (differ.cumsum(1) > 0)
+        if site.layer is not None and site.layer == self.last_layer:
+            live = live & (gradient != 0).any(-1)
+        return live
+
+
+def capture_states(
+    model: LanguageModel,
+    saes: Mapping[Site, SparseAutoencoder],
+    prompts: PromptSet,
+    metric: Metric,
+    *,
+    sites: Sequence[Site],
+    gradient: bool = False,
+) -> States:
+    """Run clean and patch prompts once and keep every site's activations; with `gradient` also dm/dx at the clean run.
+
+    Raises `UserError` naming a site with NaN.
+    """
+    clean, m_clean, gradients = _clean_run(model, prompts, metric, sites, gradient)
+    if prompts.patch is None:
+        patch = {site: decoder_bias(saes, site).to(x).expand_as(x) for site, x in clean.items()}
+        return States(prompts, clean, patch, True, m_clean, None, model.n_layers - 1, gradients)
+    other = model.run(prompts.patch, capture=sites, last_only=True)
+    check_finite(other)
+    with torch.no_grad():
+        m_patch = metric(other.logits[:, -1], prompts)
+    return States(prompts, clean, other.activations, False, m_clean, m_patch, model.n_layers - 1, gradients)
+
+
+def _clean_run(model: LanguageModel, prompts: PromptSet, metric: Metric, sites: Sequence[Site], gradient: bool):
+    """x at every site [B, S, d], m [B], and dm/dx per site if it was asked for."""
+    with torch.set_grad_enabled(gradient):
+        run = model.run(prompts.clean, capture=sites, last_only=True, grad=gradient)
+        check_finite(run)
+        m = metric(run.logits[:, -1], prompts)
+        if not gradient:
+            return run.activations, m, None
+        found = torch.autograd.grad(m.sum(), [run.activations[site] for site in sites])
+    activations = {site: x.detach() for site, x in run.activations.items()}
+    return activations, m.detach(), dict(zip(sites, found, strict=True))

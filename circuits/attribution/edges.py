@@ -1,0 +1,285 @@
+"""Edge effects of a feature circuit by the cut graph.
+
+Legend: B examples, S positions, d model width, R lanes (downstream nodes handled by one backward pass), U upstream
+and D downstream nodes.
+
+The effect of the edge u -> d (Marks et al. 2024, eq. 5, direct paths only) is
+
+    [dm/da_d, as the node method averages it] * [da_d/da_u, direct paths only] * [a_u,patch - a_u,clean].
+
+1. One forward pass of the clean prompts in which every site's output is cut: what the model computes there is kept,
+   and a detached leaf goes on in its place. Every path between two leaves that remains is direct, whatever the
+   architecture (parallel or sequential blocks, post-norms, missing sites): autograd finds the parents.
+2. A downstream feature's cotangent at its site is its gradient (W_dec[d] . g) times its encoder row where it is
+   active: in the clean run (`clean`, the derivative there, as in the paper's code), or in the clean or the patch run
+   (`either`). A feature that only the patch wakes has no derivative on the clean prompts; `clean` gives it no edges
+   and its share to the error. That of the error node e = y - y_hat(y) is g - sum_active (W_dec[i] . g) W_enc[i]. One
+   vector-Jacobian product gives the edges from all parents at once, for all examples, since examples do not interact,
+   and for all positions where positions are summed.
+3. R downstream nodes share a backward pass: the forward pass runs R copies of the batch, one lane each.
+4. The gradient at a parent's leaf, [R, B, S, d], is contracted with the upstream decoder rows and deltas before it
+   is stored: [D, U].
+5. The metric is a downstream node as well: its edges are the direct effects of the sites that reach the logits. For
+   the last site every path is direct, so there the edges are the node effects themselves, with the node method's own
+   gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from circuits.attribution.activations import States
+from circuits.attribution.feature_effects import SiteEnds, site_ends
+from circuits.attribution.nodes import Nodes, SiteNodes
+from circuits.metrics.metrics import Metric
+from sae.autoencoder import SparseAutoencoder
+from sae.errors import unknown
+from sae.formats.token_normalised import edge_refusal
+from sae.model.forward import with_gradients
+from sae.model.language_model import LanguageModel
+from sae.model.sites import Site
+from sae.saes import config_of
+
+ACTIVE = ("either", "clean")
+
+Edges = dict[tuple[Site, Site | None], torch.Tensor]
+"""(upstream, downstream) -> weights [D, U] over the two sites' selected nodes; downstream None is the metric, [1,
+U].
+"""
+
+
+@dataclass(frozen=True)
+class CutGraph:
+    """One forward pass in which every site's output is replaced by a leaf."""
+
+    outputs: dict[Site, torch.Tensor]
+    """What the model computed at each site from the leaves before it, [R * B, S, d], with its graph."""
+    leaves: dict[Site, torch.Tensor]
+    """What went on in its place, [R * B, S, d]."""
+    m: torch.Tensor
+    """The metric, [R * B], a function of the leaves that reach the logits directly."""
+
+
+def cut_forward(
+    model: LanguageModel, states: States, metric: Metric, *, sites: Sequence[Site], copies: int = 1
+) -> CutGraph:
+    """Run `copies` of the clean prompts with every site of `sites` cut."""
+    outputs: dict[Site, torch.Tensor] = {}
+    leaves: dict[Site, torch.Tensor] = {}
+
+    def cut(site: Site) -> Callable[[torch.Tensor], torch.Tensor]:
+        def replace(x: torch.Tensor) -> torch.Tensor:
+            outputs[site] = x
+            leaves[site] = x.detach().clone().requires_grad_()
+            return leaves[site]
+
+        return replace
+
+    run = model.run(states.tokens.repeat(copies), edits={site: cut(site) for site in sites}, grad=True, last_only=True)
+    logits = run.logits[:, -1].unflatten(0, (copies, len(states.tokens)))
+    return CutGraph(outputs, leaves, torch.cat([metric(rows, states.prompts) for rows in logits]))
+
+
+@dataclass(frozen=True)
+class SelectedEnds:
+    """What a site's selected nodes bring to the product, as upstream and as downstream ends. n nodes."""
+
+    decoder: torch.Tensor
+    """[n, d] decoder rows; zero for the error node."""
+    delta: torch.Tensor
+    """[B, S, n] f_patch - f_clean where the node is; zero for the error node."""
+    gain: torch.Tensor
+    """[B, S, n] (W_dec . g) where the feature counts as active, else 0; zero for the error node."""
+    encoder: torch.Tensor
+    """[n, d] encoder rows; zero for the error node."""
+    error_at: torch.Tensor
+    """[B or 1, S, n] 1 where an error node is, else 0."""
+    error_delta: torch.Tensor | None
+    """[B, S, d] e_patch - e_clean; None where no error node is selected."""
+    error_cotangent: torch.Tensor | None
+    """[B, S, d] g - sum_active (W_dec[i] . g) W_enc[i]; None where no error node is selected."""
+
+    def cotangents(self, nodes: slice) -> torch.Tensor:
+        """[R, B, S, d] for a slice of R nodes."""
+        cotangent = torch.einsum("bsr,rd->rbsd", self.gain[..., nodes], self.encoder[nodes])
+        if self.error_cotangent is not None:
+            at = self.error_at[..., nodes]  # [B or 1, S, R]
+            cotangent += at.movedim(-1, 0)[..., None] * self.error_cotangent
+        return cotangent
+
+    def contract(self, gradient: torch.Tensor, *, per_example: bool = False) -> torch.Tensor:
+        """Edge weights from the gradient at this site's leaf, [R, B, S, d]: summed over examples, [R, n], or of each,
+        [B, R, n].
+        """
+        out = "brn" if per_example else "rn"
+        gradient = gradient.to(self.decoder)
+        weight = torch.einsum(f"rbsn,bsn->{out}", gradient @ self.decoder.T, self.delta)
+        if self.error_delta is not None:
+            along = torch.einsum("rbsd,bsd->rbs", gradient, self.error_delta)
+            weight += torch.einsum(f"rbs,bsn->{out}", along, self.error_at.expand(len(self.error_delta), -1, -1))
+        return weight
+
+
+@torch.no_grad()
+def _site_ends(
+    sae: SparseAutoencoder,
+    states: States,
+    gradient: torch.Tensor,
+    nodes: SiteNodes,
+    site: Site,
+    *,
+    active: str,
+    known: SiteEnds | None,
+) -> SelectedEnds:
+    """What the selected nodes need; the whole encoder runs only where nothing is known of it and the error node is
+    among them, or features compete.
+    """
+    device = sae.W_dec.device
+    is_error, feature = nodes.is_error.to(device), nodes.feature.to(device).clamp(max=nodes.n_features - 1)
+    if known is None and (is_error.any() or sae.nonlinearity.needs_k):
+        known = site_ends(sae, states, gradient, site=site, ends=active)
+    else:
+        known = known and known.to(device)
+    f_clean, delta = _codes(sae, states, feature, site, known)
+    awake = (f_clean != 0) | (delta != 0) if active == "either" else f_clean != 0
+    decoder = sae.W_dec[feature] * ~is_error[:, None]
+    at = nodes.where(states.prompts).to(device, sae.W_dec.dtype)  # [B or 1, S, n]
+    real = states.mask.to(device)[:, :, None].to(sae.W_dec.dtype)
+    return SelectedEnds(
+        decoder=decoder,
+        delta=delta * real * at * ~is_error,
+        gain=(gradient.to(decoder) @ decoder.T) * awake * real * at,
+        encoder=sae.encoder_rows(feature) * ~is_error[:, None],
+        error_at=at * is_error,
+        error_delta=known.error_delta if known and is_error.any() else None,
+        error_cotangent=known.error_cotangent if known and is_error.any() else None,
+    )
+
+
+def _codes(
+    sae: SparseAutoencoder, states: States, feature: torch.Tensor, site: Site, known: SiteEnds | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """f_clean and f_patch - f_clean of the features [n], two [B, S, n]."""
+    if known and known.codes:
+        shape = states.mask.shape
+        found = known.codes.of(feature, n_features=len(sae.W_dec), n_tokens=shape.numel())
+        return found[0].unflatten(0, shape), found[1].unflatten(0, shape)
+    clean, patch = states.clean[site].to(sae.W_dec), states.patch[site].to(sae.W_dec)
+    f_clean = sae.encode_some(clean, feature)
+    return f_clean, -f_clean if states.zero_patch else sae.encode_some(patch, feature) - f_clean
+
+
+def select_ends(
+    saes: Mapping[Site, SparseAutoencoder],
+    batches: Sequence[tuple[States, Mapping[Site, torch.Tensor], Mapping[Site, SiteEnds]]],
+    nodes: Nodes,
+    *,
+    active: str = "either",
+) -> list[dict[Site, SelectedEnds]]:
+    """What the selected nodes of every site bring to the product, for several batches of (states, gradients, ends).
+
+    An autoencoder is asked for at its site's turn, for all batches one after the other; see `edge_effects`.
+    """
+    if active not in ACTIVE:
+        raise unknown("edge-active", active, ACTIVE)
+    selected: list[dict[Site, SelectedEnds]] = [{} for _ in batches]
+    for site, site_nodes in nodes.items():
+        for found, (states, gradients, ends) in zip(selected, batches, strict=True):
+            if len(site_nodes):
+                known, gradient = ends.get(site), gradients[site]
+                found[site] = _site_ends(saes[site], states, gradient, site_nodes, site, active=active, known=known)
+    return selected
+
+
+def check_edges(saes: Mapping[Site, SparseAutoencoder], sites: Iterable[Site], *, edge_nodes: int) -> None:
+    """`UserError` where edges are wanted and the features of a site have none; nothing is computed for it."""
+    for site in sites if edge_nodes else ():
+        if config_of(saes, site).input_norm:
+            raise edge_refusal(site.name)
+
+
+@with_gradients
+def edge_effects(
+    model: LanguageModel,
+    saes: Mapping[Site, SparseAutoencoder],
+    states: States,
+    metric: Metric,
+    gradients: Mapping[Site, torch.Tensor],
+    nodes: Nodes,
+    *,
+    active: str = "either",
+    ends: Mapping[Site, SiteEnds] | None = None,
+    selected: Mapping[Site, SelectedEnds] | None = None,
+    max_rows: int = 64,
+    per_example: bool = False,
+) -> Edges:
+    """Edge weights between all selected nodes of one batch, and from them to the metric, summed over the batch's
+    examples, or with `per_example` those of each example, [B, D, U].
+
+    gradients: dm/dx per site as the node method averages it, [B, S, d]; active: where a downstream feature has a
+    derivative, `clean` or `either`; ends: what `contract` kept of each site for this `active`, which is else computed
+    again; selected: what `select_ends` gave for this batch, in place of both; max_rows: prompts in the cut forward pass
+    at once, which sets the number of lanes. Only pairs of sites with a direct path are in the result. With positions
+    (`nodes.position >= 0`) the prompts must be equally long, or have the spans that positions number.
+    """
+    sites = list(nodes)
+    if selected is None:
+        (selected,) = select_ends(saes, [(states, gradients, ends or {})], nodes, active=active)
+    most = max((len(site_nodes) for site_nodes in nodes.values()), default=1)
+    lanes = max(1, min(max_rows // len(states.tokens), most))
+    graph = cut_forward(model, states, metric, sites=sites, copies=lanes)
+
+    edges: Edges = {}
+    for index, down in enumerate(sites):
+        upstream = [site for site in sites[:index] if site in selected]
+        if down not in selected or not upstream or not graph.outputs[down].requires_grad:
+            continue
+        parts: dict[Site, list[torch.Tensor]] = {}
+        for start in range(0, len(nodes[down]), lanes):
+            cotangent = selected[down].cotangents(slice(start, start + lanes))
+            for up, gradient in _pull_back(graph, graph.outputs[down], cotangent, lanes, upstream).items():
+                parts.setdefault(up, []).append(selected[up].contract(gradient, per_example=per_example).cpu())
+        edges |= {(up, down): torch.cat(weights, dim=-2) for up, weights in parts.items()}
+    for site, gradient in _metric_gradients(graph, lanes, selected, gradients).items():
+        edges[site, None] = selected[site].contract(gradient, per_example=per_example).cpu().contiguous()
+    return edges
+
+
+def _metric_gradients(
+    graph: CutGraph, lanes: int, ends: Mapping[Site, SelectedEnds], gradients: Mapping[Site, torch.Tensor]
+) -> dict[Site, torch.Tensor]:
+    """The metric's gradient [1, B, S, d] along direct paths to every site that reaches the logits directly."""
+    first_lane = torch.zeros_like(graph.m).unflatten(0, (lanes, -1))
+    first_lane[0] = 1
+    direct = _vjp(graph.m, [graph.leaves[site] for site in ends], first_lane.flatten())
+    last = list(graph.leaves)[-1]
+    return {
+        site: gradients[site][None] if site == last else gradient.unflatten(0, (lanes, -1))[:1]
+        for site, gradient in zip(ends, direct, strict=True)
+        if gradient is not None
+    }
+
+
+def _pull_back(
+    graph: CutGraph, output: torch.Tensor, cotangent: torch.Tensor, lanes: int, upstream: Sequence[Site]
+) -> dict[Site, torch.Tensor]:
+    """The gradient [R, B, S, d] at each direct parent's leaf for R <= lanes cotangents [R, B, S, d] at one site's
+    output.
+    """
+    used = len(cotangent)
+    full = cotangent.new_zeros(lanes, *cotangent.shape[1:])
+    full[:used] = cotangent
+    leaves = [graph.leaves[site] for site in upstream]
+    gradients = _vjp(output, leaves, full.flatten(0, 1).to(output.dtype))
+    return {
+        site: gradient.unflatten(0, (lanes, -1))[:used]
+        for site, gradient in zip(upstream, gradients, strict=True)
+        if gradient is not None
+    }
+
+
+def _vjp(output: torch.Tensor, leaves: Sequence[torch.Tensor], cotangent: torch.Tensor):
+    return torch.autograd.grad(output, leaves, cotangent, retain_graph=True, allow_unused=True)

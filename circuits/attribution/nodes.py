@@ -1,0 +1,146 @@
+"""From per-example effects to the nodes of a circuit.
+
+Legend: B examples, S positions, F features; feature F is the error node.
+
+1. Aggregate: `sum` adds an example's positions up and averages over examples, one number a (site, feature);
+   `position` averages over equally long prompts, one number a (site, position, feature) (Marks et al. 2024, section
+   3.2); `spans` adds up the tokens of each named span and averages over examples, one number a (site, span, feature).
+2. Rank all nodes of all sites, errors included, by |effect|, and keep those above a threshold or the n strongest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from circuits.attribution.effects import SiteEffects
+from circuits.prompts.dataset import PromptSet
+from sae.errors import UserError, unknown
+from sae.model.sites import Site
+
+AGGREGATIONS = ("sum", "position", "spans")
+
+
+@dataclass(frozen=True)
+class SiteNodes:
+    """Nodes of one site with their aggregated effects, strongest first."""
+
+    n_features: int
+    """F; `feature == F` is the error node."""
+    feature: torch.Tensor
+    """[n] int64."""
+    position: torch.Tensor
+    """[n] int64 token position, or number of the span; -1 where positions are summed."""
+    effect: torch.Tensor
+    """[n] float32."""
+    spans: tuple[str, ...] = ()
+    """Names of the spans that `position` numbers; empty where it is a token position or summed."""
+
+    def __len__(self) -> int:
+        return len(self.feature)
+
+    def __getitem__(self, index: torch.Tensor | slice) -> SiteNodes:
+        return SiteNodes(self.n_features, self.feature[index], self.position[index], self.effect[index], self.spans)
+
+    @property
+    def is_error(self) -> torch.Tensor:
+        """[n] bool."""
+        return self.feature == self.n_features
+
+    def ids(self, site: Site) -> list[str]:
+        """Node names: `resid_3/120`, `resid_3/error`, with a position `resid_3/120@5` or span `resid_3/120@verb`."""
+        names = []
+        for feature, position in zip(self.feature.tolist(), self.position.tolist(), strict=True):
+            name = f"{site.name}/{'error' if feature == self.n_features else feature}"
+            place = self.spans[position] if self.spans and position >= 0 else position
+            names.append(name if position < 0 else f"{name}@{place}")
+        return names
+
+    @property
+    def summed(self) -> bool:
+        """Whether every node is at all positions."""
+        return bool((self.position < 0).all())
+
+    def where(self, prompts: PromptSet) -> torch.Tensor:
+        """[B or 1, S, n] bool: the tokens at which each node is."""
+        position = self.position.to(prompts.clean.input_ids.device)
+        if self.summed:
+            return (position < 0).expand(1, prompts.clean.n_positions, -1)
+        return (position < 0) | (places(prompts, self.spans)[..., None] == position)
+
+
+Nodes = dict[Site, SiteNodes]
+
+
+def places(prompts: PromptSet, spans: Sequence[str]) -> torch.Tensor:
+    """[B or 1, S] int64: the number of each token's span, -1 at padding; without `spans` the token position.
+
+    Positions need prompts of equal length, spans need prompts that have no others than these: `UserError`.
+    """
+    if spans:
+        return prompts.span_numbers(spans)
+    if int(prompts.clean.lengths.min()) != prompts.clean.n_positions:
+        raise UserError("a circuit by position needs prompts of the length it was found on")
+    return torch.arange(prompts.clean.n_positions, device=prompts.clean.input_ids.device)[None]
+
+
+def aggregate_site(
+    effects: SiteEffects, *, n_examples: int, n_positions: int, aggregation: str, spans: Sequence[str] = ()
+) -> SiteNodes:
+    """All nodes of a site whose aggregated effect is not zero, strongest first; `spans`: names, for aggregation spans,
+    where `effects.position` is the number of the span.
+    """
+    if aggregation not in AGGREGATIONS:
+        raise unknown("aggregation", aggregation, AGGREGATIONS)
+    if aggregation == "sum":
+        feature, effect = effects.by_feature(n_examples)
+        feature, effect = feature[effect != 0], effect[effect != 0]
+        position = torch.full_like(feature, -1)
+    else:
+        table = effects.by_position(n_examples, len(spans) if aggregation == "spans" else n_positions)
+        kept = table.values() != 0
+        (position, feature), effect = table.indices()[:, kept], table.values()[kept]
+    order = effect.abs().argsort(descending=True, stable=True)
+    names = tuple(spans) if aggregation == "spans" else ()
+    return SiteNodes(effects.n_features, feature[order], position[order], effect[order], names)
+
+
+def aggregate(
+    effects: Mapping[Site, SiteEffects],
+    *,
+    n_examples: int,
+    n_positions: int,
+    aggregation: str = "sum",
+    spans: Sequence[str] = (),
+) -> Nodes:
+    """`aggregate_site` for every site."""
+    return {
+        site: aggregate_site(
+            of_site, n_examples=n_examples, n_positions=n_positions, aggregation=aggregation, spans=spans
+        )
+        for site, of_site in effects.items()
+    }
+
+
+def select_nodes(nodes: Mapping[Site, SiteNodes], *, top: int | None = None, threshold: float | None = None) -> Nodes:
+    """The `top` strongest nodes over all sites, or those with |effect| > `threshold`; both given: both must hold."""
+    magnitudes = torch.cat([site_nodes.effect.abs() for site_nodes in nodes.values()])
+    bound = -1.0 if threshold is None else threshold
+    keep = magnitudes > bound
+    if top is not None and top < len(magnitudes):
+        strongest = magnitudes.argsort(descending=True, stable=True)[:top]
+        keep &= torch.zeros_like(keep).index_fill_(0, strongest, True)
+    parts = keep.split([len(site_nodes) for site_nodes in nodes.values()])
+    return {site: site_nodes[part] for (site, site_nodes), part in zip(nodes.items(), parts, strict=True)}
+
+
+def distinguishable(nodes: Nodes, intervals: Mapping[Site, torch.Tensor]) -> Nodes:
+    """The nodes whose interval ([n, 2] per site, in their order) leaves out zero."""
+    return {site: site_nodes[intervals[site].prod(-1) > 0] for site, site_nodes in nodes.items()}
+
+
+def count(nodes: Mapping[Site, SiteNodes]) -> int:
+    """Number of nodes over all sites."""
+    return sum(len(site_nodes) for site_nodes in nodes.values())

@@ -1,0 +1,155 @@
+"""Exact edge effects by path patching: what edge weights estimate, one forward pass a node and one an edge.
+
+The exact effect of the edge u -> d (Goldowsky-Dill et al. 2023, direct path only, over features and error nodes):
+
+1. One forward pass of the clean prompts in which every site gives on its clean value, except u's, which gives on
+   x + (f_patch - f_clean)_u W_dec[u] (for the error node: x + e_patch - e_clean). What every later site d computes
+   there differs from the clean run by what u does to it directly.
+2. That changes the node d by delta_d = f_d(what was computed) - f_d(clean), or the error in the same way.
+3. A second run: the clean prompts with x + delta_d W_dec[d] at d's site and everything after it as it follows.
+
+    effect(u -> d) = m(second run) - m(clean)
+
+The metric is a downstream node too: there the metric of the first run is the second run's. Positions: as in
+`circuits.attribution.edges`, a node of position -1 is changed at all positions at once, any other at its own or its
+span's.
+
+This is noising: from clean to patch. `States.reversed()` gives denoising, whose effects have the opposite sign; edge
+weights with the gradient of integrated gradients estimate the mean of both.
+
+Legend: B prompts, S positions, d model width, n nodes of a site, U upstream and D downstream nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from circuits.attribution.activations import States
+from circuits.attribution.edges import Edges
+from circuits.attribution.nodes import Nodes, SiteNodes
+from circuits.metrics.metrics import Metric
+from sae.autoencoder import SparseAutoencoder
+from sae.model.language_model import LanguageModel
+from sae.model.sites import Site
+
+
+@torch.no_grad()
+def path_effects(
+    model: LanguageModel,
+    saes: Mapping[Site, SparseAutoencoder],
+    states: States,
+    metric: Metric,
+    nodes: Nodes,
+    *,
+    max_rows: int = 512,
+) -> Edges:
+    """Exact effects of all edges among `nodes` and to the metric, summed over the batch's examples.
+
+    `nodes` names every site that counts as a node's site, also those without a node: what is between two of them is
+    direct. Pairs of sites without a direct path are in the result as zeros.
+    """
+    sites = list(nodes)
+    batch = len(states.tokens)
+    copies = max(1, max_rows // batch)
+    ends = {site: _Node(saes[site], states, site, here) for site, here in nodes.items() if len(here)}
+    edges: Edges = {}
+    for up in ends:
+        later = [site for site in sites if site > up]
+        targets = [site for site in later if site in ends]
+        for down in [*targets, None]:
+            n_down = 1 if down is None else len(nodes[down])
+            edges[up, down] = torch.zeros(n_down, len(nodes[up]), dtype=torch.float64)
+        for first in range(0, len(nodes[up]), copies):
+            columns = range(first, min(first + copies, len(nodes[up])))
+            x = torch.cat([states.clean[up] + ends[up].change(column) for column in columns])
+            outputs, m = _pinned_run(model, states, metric, up, x, later, copies=len(columns))
+            for place, column in enumerate(columns):
+                rows = slice(place * batch, (place + 1) * batch)
+                edges[up, None][0, column] = (m[rows] - states.m_clean).double().sum().item()
+                for down in targets:
+                    changes = ends[down].changes(outputs[down][rows])
+                    edges[up, down][:, column] = _effects(model, states, metric, down, changes, max_rows)
+    return {pair: weights.float() for pair, weights in edges.items()}
+
+
+class _Node:
+    """The nodes of one site, as what is changed and as what is read."""
+
+    def __init__(self, sae: SparseAutoencoder, states: States, site: Site, nodes: SiteNodes) -> None:
+        self.sae, self.n_features = sae, nodes.n_features
+        self.clean = states.clean[site]
+        self.feature = nodes.feature.to(sae.W_dec.device)
+        self.f_clean, self.e_clean = self._read(self.clean)
+        if states.zero_patch:
+            f_patch, e_patch = torch.zeros_like(self.f_clean), torch.zeros_like(self.e_clean)
+        else:
+            f_patch, e_patch = self._read(states.patch[site])
+        at = nodes.where(states.prompts).to(self.feature.device)  # [B or 1, S, n]
+        self.at = (at & states.mask.to(at.device)[..., None]).movedim(-1, 0)[..., None]  # [n, B, S, 1]
+        self.f_delta, self.e_delta = f_patch - self.f_clean, e_patch - self.e_clean
+
+    def _read(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(f [B, S, n] of this site's features, e [B, S, d]) of x [B, S, d]."""
+        features = self.feature.clamp(max=self.n_features - 1)
+        f, x_hat = self.sae.encode_and_reconstruct(x, features)
+        return f, x.to(x_hat) - x_hat
+
+    def change(self, node: int) -> torch.Tensor:
+        """What the node's going from clean to patch adds to x, [B, S, d]."""
+        return self._written(node, self.f_delta, self.e_delta)
+
+    def changes(self, y: torch.Tensor) -> list[torch.Tensor]:
+        """What each node adds to x when the site computes y [B, S, d] in place of the clean x; [B, S, d] each."""
+        f, e = self._read(y)
+        return [self._written(node, f - self.f_clean, e - self.e_clean) for node in range(len(self.feature))]
+
+    def _written(self, node: int, f_delta: torch.Tensor, e_delta: torch.Tensor) -> torch.Tensor:
+        feature = int(self.feature[node])
+        if feature == self.n_features:
+            return e_delta * self.at[node]
+        return f_delta[..., node, None] * self.sae.W_dec[feature] * self.at[node]
+
+
+def _pinned_run(
+    model: LanguageModel, states: States, metric: Metric, up: Site, x: torch.Tensor, later: Sequence[Site], *,
+    copies: int,
+) -> tuple[dict[Site, torch.Tensor], torch.Tensor]:  # fmt: skip
+    """What every later site computes, [copies * B, S, d], and the metric [copies * B], when `up` gives on x
+    [copies * B, S, d] and all other sites their clean values.
+    """
+    outputs: dict[Site, torch.Tensor] = {}
+
+    def pinned(site: Site):
+        def edit(y: torch.Tensor) -> torch.Tensor:
+            outputs[site] = y
+            return states.clean[site].repeat(copies, 1, 1)
+
+        return edit
+
+    skip = model.resume_from(up, {site: states.clean[site].repeat(copies, 1, 1) for site in states.clean if site < up})
+    edits = {site: pinned(site) for site in later}
+    run = model.run(states.tokens.repeat(copies), skip=skip | {up: x}, edits=edits, last_only=True)
+    logits = run.logits[:, -1].unflatten(0, (copies, -1))
+    return outputs, torch.cat([metric(rows, states.prompts) for rows in logits])
+
+
+def _effects(
+    model: LanguageModel, states: States, metric: Metric, site: Site, changes: Sequence[torch.Tensor], max_rows: int
+) -> torch.Tensor:
+    """Sum over prompts of m(x + change) - m(clean) for each change [B, S, d] at a site; prompts whose change is lost
+    in the rounding of x are not run. [n]
+    """
+    total = torch.zeros(len(changes), dtype=torch.float64)
+    stacked = torch.stack(list(changes))  # [n, B, S, d]
+    rounding = 4 * torch.finfo(stacked.dtype).eps * states.clean[site].abs().amax((1, 2))  # [B]
+    node, owner = (stacked.abs().amax((2, 3)) > rounding).nonzero(as_tuple=True)
+    for part in range(0, len(node), max_rows):
+        here, row = node[part : part + max_rows], owner[part : part + max_rows]
+        x = states.clean[site][row]
+        x = x + stacked[here, row].to(x.dtype)
+        run = model.run(states.tokens[row], skip=states.resume(model, site, row) | {site: x}, last_only=True)
+        effect = metric(run.logits[:, -1], states.prompts[row]) - states.m_clean[row]
+        total.index_add_(0, here.cpu(), effect.double().cpu())
+    return total

@@ -1,0 +1,1 @@
+"""The command line: `main` chooses a command, every other file here is one."""

@@ -1,0 +1,86 @@
+"""`sfc cache`: activations of a model on disk, for several trainings; and how other commands read them."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from circuits.cli.common import Common, Output, Overwrite, load_model
+from sae._options import ContextLength, TokenCount
+from sae.data.cache import CachedActivations, CachedModel, bytes_text
+from sae.data.cache_writer import cache_bytes, write_cache
+from sae.errors import UserError
+from sae.model.huggingface import resolve_device, weights_fingerprint
+from sae.model.sites import select_sites
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cache(Common):
+    """Write the activations of a model to disk once, for `sfc train --cache` and `sfc sweep --cache`."""
+
+    model: str
+    """Hugging Face model: hub name or folder."""
+    text: str
+    """Text: a .txt file (a document a line), a .jsonl file (field text), .gz of either, or a hub data set."""
+    out: Path
+    """Folder of the cache."""
+    sites: str = "all"
+    """Sites, such as all, resid or resid_3,mlp_2."""
+    tokens: TokenCount = 2_000_000
+    """Tokens written, special ones not counted; fewer where the text ends before."""
+    stored_dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
+    """Number type on disk."""
+    context_length: ContextLength | None = None
+    """Longest context, in tokens, that the model reads text in; 128, or less if the model takes less, by default."""
+    packed: bool = False
+    """Pack documents end to end into full contexts instead of one context a document."""
+    resume: bool = False
+    """Go on after the last whole shard of an interrupted run with the same options."""
+    overwrite: Overwrite = False
+
+    def run(self) -> Output:
+        model = load_model(self.model, self)
+        sites = select_sites(self.sites, model.sites)
+        size = cache_bytes((model.widths[site] for site in sites), self.tokens, self.stored_dtype)
+        if not self.quiet:
+            sys.stderr.write(f"{self.tokens:,} tokens at {len(sites)} sites: {bytes_text(size)} on disk\n")
+        manifest = write_cache(
+            model,
+            self.text,
+            sites=self.sites,
+            tokens=self.tokens,
+            out=self.out,
+            context_length=self.context_length,
+            packed=self.packed,
+            dtype=self.stored_dtype,
+            resume=self.resume,
+            overwrite=self.overwrite,
+            progress=not self.quiet,
+        )
+        written = sum(path.stat().st_size for path in self.out.glob("shard_*"))
+        short = f"; the text has no more than {manifest.rows:,} tokens" if manifest.rows < self.tokens else ""
+        text = (
+            f"wrote {self.out}: {manifest.rows:,} tokens of {manifest.documents:,} documents at "
+            f"{len(manifest.sites)} sites, {bytes_text(written)} in {len(manifest.shards)} shards{short}"
+        )
+        data = {"out": str(self.out), "tokens": manifest.rows, "documents": manifest.documents, "bytes": written}
+        return Output(text, {**data, "sites": list(manifest.sites)})
+
+
+def open_cache(folder: Path, *, model: str | None, text: str | None, sites: str, device: str) -> CachedActivations:
+    """The cache of a training; a model or text that is given as well must be the one it was made for.
+
+    Of the model, no more than the weights' fingerprint is looked at.
+    """
+    place = resolve_device(device)
+    facts = None if model is None else CachedModel(model, weights_fingerprint(model), {}, place)
+    return CachedActivations(folder, model=facts, text=text, sites=sites, device=place)
+
+
+def need(value: str | None, option: str) -> str:
+    """An option that only a cache makes superfluous."""
+    if value is None:
+        raise UserError(f"--{option} is missing: give it, or --cache with a folder that `sfc cache` wrote")
+    return value

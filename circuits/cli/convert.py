@@ -1,0 +1,95 @@
+"""`sfc convert`: autoencoders of any known format in our own, SAELens' or dictionary_learning's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from circuits.cli.common import Output, Overwrite
+from sae._files import prepare_folder, write_json
+from sae._run.contents import (
+    CONFIG_FILE,
+    EVALUATION,
+    Layout,
+    check_contents,
+    check_run_config,
+    read_run_config,
+    remove,
+    visible,
+)
+from sae._run.locks import lock
+from sae.errors import UserError
+from sae.formats import load_any, save_saes
+
+CONVERTED_SAE = Layout((r"(config|cfg)\.json", r"(sae|sae_weights)\.safetensors", r"ae\.pt", EVALUATION))
+"""The folder of a site, in any format that can be written."""
+CONVERTED = Layout((r"config\.json", EVALUATION))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convert:
+    """Write autoencoders in another format, with the same reconstructions: a folder a site."""
+
+    saes: str
+    """Autoencoders: a run folder, a folder or file of any known format, or owner/repository/folder on the hub."""
+    out: Path
+    """Folder; an autoencoder goes to SITE inside."""
+    format: Literal["ours", "saelens", "dictionary_learning"]
+    """Format to write."""
+    site: str | None = None
+    """Site of a single autoencoder whose files do not say it."""
+    overwrite: Overwrite = False
+    json: bool = False
+    """Print one JSON object instead of text."""
+
+    def run(self) -> Output:
+        with lock(self.out):
+            return self._run()
+
+    def _run(self) -> Output:
+        self._check()
+        saes = load_any(self.saes, sites=None if self.site is None else [self.site])
+        names = [site.name for site in saes]
+        new = not self.out.exists() or not any(self.out.iterdir())
+        self._remove_earlier()
+        entry = {"saes": self.saes, "format": self.format, "sites": names}
+        self._note({**entry, "complete": False})
+        try:
+            save_saes({self.out / site.name: sae for site, sae in saes.items()}, file_format=self.format)
+        except UserError:
+            if new:
+                (self.out / CONFIG_FILE).unlink()
+            raise
+        self._note({**entry, "complete": True})
+        text = f"wrote {', '.join(names)} to {self.out} as {self.format}"
+        return Output(text, {"out": str(self.out), "format": self.format, "sites": names})
+
+    def _check(self) -> None:
+        """Refuse a folder that holds anything but autoencoders that this command wrote."""
+        check_run_config(self.out)
+        if read_run_config(self.out) and self._before() is None:
+            raise UserError(f"{str(self.out)!r} holds a run of another command: give another folder")
+        check_contents(self.out, Layout(CONVERTED.files, dict.fromkeys(self._sites(), CONVERTED_SAE)))
+        prepare_folder(self.out, overwrite=self.overwrite)
+
+    def _remove_earlier(self) -> None:
+        """Take away what an earlier conversion wrote, of whatever format; it is not complete from then on."""
+        before = self._before()
+        if before is not None:
+            self._note({**before, "complete": False})
+            for name in self._sites():
+                remove(self.out / name, CONVERTED_SAE)
+            for path in visible(self.out):
+                if path.name != CONFIG_FILE and CONVERTED.lists(path):
+                    path.unlink()
+
+    def _before(self) -> dict[str, Any] | None:
+        return read_run_config(self.out).get("convert")
+
+    def _sites(self) -> list[str]:
+        """Sites that an earlier conversion wrote."""
+        return [str(name) for name in (self._before() or {}).get("sites", [])]
+
+    def _note(self, entry: dict[str, Any]) -> None:
+        write_json(self.out / CONFIG_FILE, {"schema_version": 1, "convert": entry})

@@ -1,0 +1,167 @@
+"""`sfc demo`: the whole story on the bundled model, from training to an edited model, in a few minutes on two cores."""
+
+from __future__ import annotations
+
+import importlib.resources
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from circuits.cli.common import Common, Output, Overwrite
+from circuits.cli.discover import Discover
+from circuits.cli.edit import Ablate
+from circuits.cli.evaluate import Evaluate
+from circuits.cli.faithfulness import Faithfulness
+from circuits.cli.render import Explore, Render
+from circuits.cli.report import Report
+from circuits.cli.streams import printable, say
+from circuits.cli.train import Train
+from circuits.faithfulness.nodes import FaithfulnessOptions
+from sae._options import FeatureCount, TokenCount
+from sae._run.locks import lock
+from sae.errors import UserError, unknown
+from sae.training.run_folder import check_run_folder
+from sae.training.trainer import TrainConfig
+
+BEHAVIOURS = {
+    "simple": "Subject-verb agreement",
+    "nounpp": "Subject-verb agreement across a prepositional phrase",
+    "rc": "Subject-verb agreement across a relative clause",
+    "within_rc": "Subject-verb agreement within a relative clause",
+}
+VERIFIED = 20
+"""Nodes that are patched exactly."""
+START_SITE = "attn_1"
+"""Faithfulness is measured from here on: what happens in block 0 is given, as the paper gives its first layers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo(Common):
+    """Find, test, draw and edit a circuit for subject-verb agreement in the bundled model."""
+
+    out: Path = Path("runs/demo")
+    """Run folder that receives everything."""
+    behaviour: str = "nounpp"
+    """Agreement across what: simple (nothing), nounpp (a prepositional phrase), rc and within_rc (relative clauses)."""
+    tokens: TokenCount = 400_000
+    """Tokens the autoencoders are trained on."""
+    features: FeatureCount = 256
+    """Features of each autoencoder."""
+    k: FeatureCount = 8
+    """Active features a token."""
+    overwrite: Overwrite = False
+
+    def run(self) -> Output:
+        if self.behaviour not in BEHAVIOURS:
+            raise unknown("behaviour", self.behaviour, BEHAVIOURS)
+        with lock(self.out):
+            check_run_folder(self.out, "train", resume=False, overwrite=self.overwrite)
+            story = _Story(self)
+            story.tell()
+        return Output(story.summary(), story.data)
+
+
+def bundled(*parts: str) -> str:
+    """Path of a file of the agreement example, in a clone or an installed package."""
+    path = Path(str(importlib.resources.files("examples"))).joinpath("agreement", *parts)
+    if not path.exists():
+        raise UserError(f"the bundled example lacks {path}: install the package again")
+    return str(path)
+
+
+class _Story:
+    """The demo's chapters, each a command that anyone could type."""
+
+    def __init__(self, options: Demo) -> None:
+        self.options = options
+        self.out = options.out
+        self.model = bundled("model")
+        self.train_prompts = bundled("prompts", options.behaviour, "train.jsonl")
+        self.test_prompts = bundled("prompts", options.behaviour, "test.jsonl")
+        self.valid = bundled("text", "valid.txt")
+        self.common: dict[str, Any] = {"device": options.device, "dtype": options.dtype, "json": options.json}
+        self.data: dict[str, Any] = {}
+        self.started = time.monotonic()
+
+    def tell(self) -> None:
+        """Run every chapter; what each finds goes to `data`."""
+        out = self.out
+        circuit: dict[str, Any] = {"circuit": out, **self.common}
+        config = TrainConfig(features=self.options.features, k=self.options.k, tokens=self.options.tokens)
+        text = bundled("text", "train.txt")
+        self._chapter(
+            "train",
+            f"An autoencoder of {self.options.features} features at every site of the bundled model",
+            Train(model=self.model, text=text, out=out, config=config, overwrite=True, **self.common),
+        )
+        self._chapter(
+            "evaluate",
+            "How well they reconstruct the model, on text they have not seen",
+            Evaluate(model=self.model, saes=str(out), text=self.valid, tokens=8_000, **self.common),
+        )
+        self._chapter(
+            "discover",
+            f"Which features make the verb agree with its subject ({self.options.behaviour})",
+            Discover(
+                model=self.model, saes=str(out), prompts=self.train_prompts, out=out, text=self.valid, overwrite=True,
+                verify=VERIFIED,
+                title=BEHAVIOURS[self.options.behaviour], **self.common,
+            ),
+        )  # fmt: skip
+        self._chapter(
+            "faithfulness",
+            f"How much of the behaviour it explains from {START_SITE} on, tested with other nouns and verbs",
+            Faithfulness(prompts=self.test_prompts, options=FaithfulnessOptions(start_site=START_SITE), **circuit),
+        )
+        self._chapter(
+            "ablate",
+            "What becomes of the model without the ten strongest features",
+            Ablate(prompts=self.test_prompts, top=10, text=self.valid, generate=2, new_tokens=8, **circuit),
+        )
+        drawing: dict[str, Any] = {"circuit": out, "json": self.options.json}
+        self._chapter(
+            "draw",
+            "The circuit as a drawing, as a page to explore, and the report",
+            Render(**drawing),
+            Render(out=out / "graph" / "circuit.png", **drawing),
+            Explore(**drawing),
+            Report(**drawing),
+        )
+
+    def _chapter(self, name: str, title: str, *commands: Any) -> None:
+        if not self.options.json:
+            say(f"\n\033[1m{title}\033[0m\n" if sys.stdout.isatty() else f"\n{title}\n")
+        for command in commands:
+            output = command.run()
+            self.data.setdefault(name, {}).update(output.data)
+            if not self.options.json:
+                say(printable(output.text) + "\n")
+
+    def summary(self) -> str:
+        """What was found, in five lines."""
+        found, curve, edit = (self.data[name] for name in ("discover", "faithfulness", "ablate"))
+        half = next(((n, f) for n, f in zip(curve["sizes"], curve["faithfulness"], strict=True) if f >= 0.5), None)
+        before, after = edit["before"]["overall"], edit["after"]["overall"]
+        drawn = edit["random_remaining"]
+        minutes = (time.monotonic() - self.started) / 60
+        lines = [
+            f"\nIn {minutes:.1f} minutes: a circuit of {found['kept']['nodes']} nodes and "
+            f"{found['kept']['edges']} edges, out of {found['n_nodes']} nodes with any effect.",
+            f"  {half[0]} nodes from {curve['start_site']} on explain {half[1]:.0%} of the behaviour by themselves."
+            if half
+            else "  No size that was measured explains half of the behaviour by itself.",
+            f"  Without its ten strongest features {_left(edit)}",
+            f"  and accuracy goes from {before['accuracy']:.0%} to {after['accuracy']:.0%};",
+            f"  without ten random features of the same sites {sum(drawn) / len(drawn):.0%} is left.",
+            f"  Open {self.out / 'report.html'} and {self.out / 'graph' / 'circuit.html'}.",
+        ]
+        return "\n".join(lines)
+
+
+def _left(edit: dict[str, Any]) -> str:
+    """What an edit leaves of the logit difference, by case."""
+    by_case = ", ".join(f"{left:.0%} ({case})" for case, left in edit["remaining_by_case"].items() if left is not None)
+    turned = f" (reversed in {', '.join(edit['reversed_cases'])})" if edit["reversed_cases"] else ""
+    return f"the logit difference is {by_case or format(edit['remaining'], '.0%')} of what it was{turned}"

@@ -1,0 +1,286 @@
+"""`sfc discover`: find the circuit behind a set of prompts."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from circuits.attribution.edges import check_edges
+from circuits.attribution.nodes import count
+from circuits.circuit import EFFECTS_FILE, GRAPH_FILE, PARTIAL_FOLDER, Circuit
+from circuits.cli.common import Output, Overwrite, UsesSaes, load_checked_saes, load_model, place, record
+from circuits.discovery.cost import estimate_discovery
+from circuits.discovery.discover import DiscoverOptions, discover
+from circuits.discovery.resume import interrupted, remove_partial
+from circuits.metrics.metrics import absolute, get_metric
+from circuits.metrics.probe import visible_sites
+from circuits.prompts.dataset import PromptSet, load_prompts
+from circuits.prompts.spans import LAST
+from circuits.uncertainty.bootstrap import Bootstrap
+from circuits.uncertainty.intervals import uncertainty_line, with_uncertainty
+from circuits.uncertainty.verification import verified, verify
+from graphs.feature_graph import FeatureGraph
+from sae._files import prepare_folder, read_json, write_json
+from sae._options import Count, Magnitude, Positive, Resamples
+from sae._run.contents import CIRCUIT, MEASURED, check_contents, check_no_link, check_run_config, remove, visible
+from sae._run.locks import lock
+from sae.autoencoder import SparseAutoencoder, fingerprint
+from sae.data.text import TextSource
+from sae.errors import UserError
+from sae.features.contexts import top_contexts
+from sae.model.language_model import LanguageModel
+from sae.model.sites import Site, select_sites
+from sae.saes import subset
+
+FEATURES_FILE = "features.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Discover(UsesSaes):
+    """Find the circuit behind a set of prompts: effects of all features and errors, edges among the strongest."""
+
+    model: str
+    """Hugging Face model: hub name or folder."""
+    saes: str
+    """Run folder with autoencoders (`sfc train`), or the folder inside it; dictionaries of another project in a folder,
+    or one on the hub as owner/repository/folder; or neurons.
+    """
+    prompts: str
+    """Prompts: JSON lines with clean_prefix, patch_prefix, clean_answer, patch_answer; or EAP-IG's CSV, AutoCircuit's
+    JSON, a hub data set.
+    """
+    out: Path
+    """Run folder that receives circuit/."""
+    examples: Positive = 100
+    """Prompts used: the first of the file, or some of each case and template where these miss one."""
+    span_template: str | None = None
+    """Template that finds the token spans of all prompts, such as "The {subject} near the {attractor}"; otherwise the
+    prompts' own "spans" or templates do.
+    """
+    nodes: Positive = 100
+    """Nodes kept in circuit.json, the strongest; every node's effect stays in effects.safetensors."""
+    node_threshold: Magnitude | None = None
+    """Keep nodes with a larger |effect| than this instead."""
+    edges: Count | None = 1000
+    """Edges kept in circuit.json, the strongest."""
+    edge_threshold: Magnitude | None = None
+    """Keep edges with a larger |weight| than this instead."""
+    significant: bool = False
+    """Of these nodes and edges keep only those whose bootstrap interval leaves out zero."""
+    resamples: Resamples = 1000
+    """Times the prompts, or their templates where they share them, are drawn anew for the intervals of effects (none
+    for fewer than 5 of them); 0 leaves intervals out.
+    """
+    verify: Count = 0
+    """Patch this many of the strongest nodes exactly and mark those whose estimate differs in sign or size."""
+    text: str | None = None
+    """Text on which the features of the circuit are described (their top tokens and contexts); the prompts by
+    default.
+    """
+    title: str | None = None
+    """What drawings and the report are headed; made from prompts and model by default."""
+    estimate: bool = False
+    """Say what memory and time the discovery will take, and stop there."""
+    resume: bool = False
+    """Go on with an interrupted discovery of the same model, autoencoders, prompts and options."""
+    overwrite: Overwrite = False
+    options: Annotated[DiscoverOptions, tyro.conf.arg(name="")] = field(default_factory=DiscoverOptions)
+
+    def run(self) -> Output:
+        self._check()
+        if self.estimate:
+            return self._run(self.out / "circuit")
+        with lock(self.out):
+            return self._run(self._folder())
+
+    def _run(self, folder: Path) -> Output:
+        model = load_model(self.model, self, saes=self.saes)
+        saes = load_checked_saes(model, self.saes, options=self)
+        check_edges(saes, select_sites(self.options.sites, list(saes)), edge_nodes=self.options.edge_nodes)
+        metric = get_metric(self.options.metric)
+        saes = subset(saes, visible_sites(metric, model, select_sites(self.options.sites, list(saes))))
+        options = replace(self.options, metric=absolute(self.options.metric))
+        prompts = load_prompts(
+            self.prompts, model, limit=self.examples, span_template=self.span_template, need_spans=self._needs_spans()
+        )
+        estimate = estimate_discovery(model, saes, prompts, self.options)
+        if self.estimate:
+            return Output(estimate.text(), {"estimate": estimate.to_dict()})
+        if not self.quiet:
+            sys.stderr.write(estimate.text() + "\n")
+        circuit = self._discovered(model, saes, prompts, options, folder)
+        texts = TextSource.of(self.text).read() if self.text else None
+        features = describe_features(model, saes, circuit, prompts, texts=texts)
+        graph = self._write(circuit, features, folder)
+        kept = {"nodes": len(graph) - 1, "edges": graph.graph.number_of_edges()}
+        data = {**circuit.metadata, "kept": kept, "circuit": str(folder), "estimate": estimate.to_dict()}
+        return Output(_summary(circuit, prompts, folder, kept), data)
+
+    def _discovered(self, model, saes, prompts: PromptSet, options: DiscoverOptions, folder: Path) -> Circuit:
+        """The circuit, with its intervals and the strongest nodes verified."""
+        circuit = discover(
+            model, saes, prompts, options, provenance=self._provenance(model, saes, prompts), progress=not self.quiet,
+            partial=folder / PARTIAL_FOLDER, resume=self.resume,
+        )  # fmt: skip
+        if self.resamples:
+            circuit = with_uncertainty(circuit, Bootstrap(resamples=self.resamples))
+        if not self.verify:
+            return circuit
+        found = verify(model, saes, circuit, prompts, nodes=self.verify, progress=not self.quiet)
+        return verified(circuit, found)
+
+    def _write(self, circuit: Circuit, features: Mapping[str, Any], folder: Path) -> FeatureGraph:
+        """Write the circuit, pruned as the options say, and take away what was of the circuit before it."""
+        by_threshold = self.node_threshold is not None
+        graph = circuit.graph(
+            nodes=self.options.edge_nodes or None if by_threshold else self.nodes,
+            node_threshold=self.node_threshold,
+            edges=self.edges if self.edge_threshold is None else None,
+            edge_threshold=self.edge_threshold,
+            significant=self.significant,
+            attributes=features,
+        )
+        for outdated in (
+            GRAPH_FILE,
+            EFFECTS_FILE,
+        ):  # from here on there is no circuit until all of the new one is there
+            (folder / outdated).unlink(missing_ok=True)
+        remove(folder, MEASURED)
+        set_edits_aside(self.out)
+        write_json(folder / FEATURES_FILE, {"schema_version": 1, "features": features})
+        record(self.out, "discover", self)
+        circuit.save(folder, graph=graph)
+        remove_partial(folder / PARTIAL_FOLDER)
+        return graph
+
+    def _folder(self) -> Path:
+        """The folder of the circuit; one with a circuit or an interrupted discovery only where that was asked for."""
+        folder = self.out / "circuit"
+        check_run_config(self.out)
+        check_no_link(folder)
+        check_contents(folder, CIRCUIT)
+        if interrupted(folder / PARTIAL_FOLDER) and not self.resume and not self.overwrite:
+            raise UserError(
+                f"{str(folder)!r} holds an interrupted discovery: go on with --resume, or start again with --overwrite"
+            )
+        if self.resume and not interrupted(folder / PARTIAL_FOLDER) and visible(folder):
+            finished = (folder / GRAPH_FILE).is_file()
+            why = "its circuit is finished" if finished else "no discovery was begun there"
+            raise UserError(f"nothing to resume in {str(folder)!r}: {why}; --overwrite begins again")
+        return prepare_folder(folder, overwrite=self.overwrite or self.resume)
+
+    def _check(self) -> None:
+        if self.node_threshold is None and 0 < self.options.edge_nodes < self.nodes:
+            raise UserError(
+                f"nodes is {self.nodes}, but edges are computed among {self.options.edge_nodes} nodes alone: "
+                f"give --edge-nodes {self.nodes} as well"
+            )
+
+    def _needs_spans(self) -> bool:
+        """Whether nodes live in spans, or the metric reads one."""
+        position = getattr(get_metric(self.options.metric), "position", LAST)
+        return self.options.aggregation == "spans" or position != LAST
+
+    def _provenance(
+        self, model: LanguageModel, saes: Mapping[Site, SparseAutoencoder], prompts: PromptSet
+    ) -> dict[str, Any]:
+        return {
+            "model": place(self.model),
+            "model_fingerprint": model.fingerprint,
+            "site_paths": self.site_paths,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "saes": place(self.saes),
+            "saes_fingerprint": fingerprint(saes),
+            "prompts": place(self.prompts),
+            "prompts_fingerprint": prompts.fingerprint,
+            "examples": self.examples,
+            "span_template": self.span_template,
+            "need_spans": self._needs_spans(),
+            "title": self.title or f"{Path(self.prompts).stem} in {Path(self.model).name}",
+        }
+
+
+def describe_features(
+    model: LanguageModel,
+    saes: Mapping[Site, SparseAutoencoder],
+    circuit: Circuit,
+    prompts: PromptSet,
+    *,
+    texts: Iterable[str] | None,
+) -> dict[str, dict[str, Any]]:
+    """What the features with edges do on some text (the prompts by default): `resid_3/120` -> its summary as plain
+    JSON.
+    """
+    chosen = circuit.edge_nodes or circuit.strongest(100)
+    wanted = {
+        site: sorted(set(nodes.feature[~nodes.is_error].tolist())) for site, nodes in chosen.items() if len(nodes)
+    }
+    found = top_contexts(model, saes, texts or prompts.texts, {site: index for site, index in wanted.items() if index})
+    return {
+        f"{site.name}/{feature}": {k: v for k, v in summary.to_dict().items() if k not in ("site", "index")}
+        for (site, feature), summary in found.items()
+    }
+
+
+def set_edits_aside(run: Path) -> None:
+    """Move `edits/NAME.json`, made through the circuit that was here, to `edits/earlier`: reports show those of the
+    present circuit alone.
+    """
+    for path in sorted((run / "edits").glob("*.json")):
+        if read_json(path, Any).get("kind") != "edit":
+            continue
+        aside = run / "edits" / "earlier" / path.name
+        aside.parent.mkdir(exist_ok=True)
+        number = 2
+        while aside.exists():
+            aside = aside.with_name(f"{path.stem}_{number}.json")
+            number += 1
+        path.rename(aside)
+
+
+def _summary(circuit: Circuit, prompts: PromptSet, folder: Path, kept: dict[str, int]) -> str:
+    meta = circuit.metadata
+    completeness = meta["completeness"]
+    right = "" if meta["accuracy"] is None else f"; the model is right on {meta['accuracy']:.1%}"
+    lines = [
+        f"{prompts.summary()}{right}",
+        f"metric m: {meta['m_clean']:+.3f} on clean prompts"
+        + (
+            f", {meta['m_patch']:+.3f} on patch prompts; total effect {meta['total_effect']:+.3f}"
+            if meta["total_effect"] is not None
+            else ""
+        ),
+        "completeness: the effects of a site add up to that of patching it within "
+        f"{completeness['mean_residual']:.2%} of the total on average, "
+        f"{completeness['worst_residual']:.2%} at worst ({completeness['worst_site']})",
+        errors_line(meta["errors"]),
+        f"{count(circuit.nodes)} nodes have an effect; kept {kept['nodes']} and {kept['edges']} edges; the strongest:",
+        *strongest_lines(circuit, 10),
+        *([uncertainty_line(circuit)] if "uncertainty" in meta else []),
+        *([meta["verification"]["summary"]] if "verification" in meta else []),
+        f"wrote {folder}",
+    ]
+    return "\n".join(lines)
+
+
+def errors_line(errors: Mapping[str, Any]) -> str:
+    """How much of the effect the autoencoders miss."""
+    return (
+        f"through error nodes: {errors['mean_share']:.0%} of the total effect on average over sites, "
+        f"{errors['largest_share']:.0%} at {errors['largest_site']}"
+    )
+
+
+def strongest_lines(circuit: Circuit, n: int) -> list[str]:
+    """The n strongest nodes, one line each."""
+    rows = [
+        (abs(effect), name, effect)
+        for site, nodes in circuit.strongest(n).items()
+        for name, effect in zip(nodes.ids(site), nodes.effect.tolist(), strict=True)
+    ]
+    return [f"  {name:<18} {effect:+.4f}" for _, name, effect in sorted(rows, reverse=True)]

@@ -1,0 +1,137 @@
+"""`sfc ablate` and `sfc steer`: edit the model through features and see what becomes of the behaviour."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from circuits.circuit import circuit_digest, circuit_folder
+from circuits.cli.common import Loaded, Output, UsesSaes, record
+from circuits.cli.results import MADE_WITH, Named, different_options, digest_of, made_with, read_result
+from circuits.editing.edit import ablate
+from circuits.editing.targets import needs_spans
+from sae._files import write_json
+from sae._options import Activation, Count, Positive, Range, Repeats, Seed
+from sae._run.contents import check_no_link
+from sae._run.locks import lock
+from sae.data.text import TextSource
+from sae.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Edit(UsesSaes, Named):
+    """Which features are edited, and what is measured."""
+
+    circuit: Path
+    """Run folder with a circuit (`sfc discover`)."""
+    top: Positive | None = None
+    """Edit the n strongest features of the circuit."""
+    features: str | None = None
+    """Edit these features, such as resid_3/120,mlp_2/7; at a span of the prompts alone, such as resid_3/120@subject."""
+    prompts: str | None = None
+    """Prompts of the behaviour; those the circuit was found on by default."""
+    examples: Positive | None = None
+    """At most this many of the prompts; all by default."""
+    text: str | None = None
+    """Other text on which the cross-entropy is measured, .txt or .jsonl."""
+    texts: Positive = 200
+    """Texts read of --text."""
+    generate: Count = 0
+    """Prompts that are continued before and after."""
+    new_tokens: Annotated[int, Range(1, 10**6)] = 30
+    """Length of a continuation."""
+    random: Repeats = 5
+    """Draws of equally many random active features, edited likewise, to compare with."""
+    random_anywhere: bool = False
+    """Draw random features from all sites together instead of as many per site as are edited."""
+    seed: Seed = 0
+    """Seed of the random draws."""
+    model: str | None = None
+    """Another place of the model the circuit was found in."""
+    saes: str | None = None
+    """Another place of the autoencoders the circuit was found with."""
+    metric: str | None = None
+    """The circuit's metric again, where it is Python code (file.py:function): no code runs because a run names it."""
+
+    def edit(self, operation, value: float | None) -> Output:
+        if (self.top is None) == (self.features is None):
+            raise UserError("say which features to edit: either --top N or --features resid_3/120,mlp_2/7")
+        with lock(circuit_folder(self.circuit).parent, shared=True):
+            return self._edit(operation, value)
+
+    def _edit(self, operation, value: float | None) -> Output:
+        path, options = self._file(operation, value)
+        loaded = Loaded.of(self.circuit, self, model=self.model, saes=self.saes, metric=self.metric)
+        names = self.features or loaded.circuit.strongest_features(self.top or 0)
+        report = ablate(
+            loaded.model,
+            loaded.saes,
+            names,
+            loaded.prompts(self.prompts, limit=self.examples, need_spans=needs_spans(names)),
+            operation=operation,
+            value=value,
+            texts=list(islice(TextSource.of(self.text).read(), self.texts)) if self.text else None,
+            generate=self.generate,
+            new_tokens=self.new_tokens,
+            n_random=self.random,
+            same_sites=not self.random_anywhere,
+            seed=self.seed,
+            metric=loaded.metric,
+        )
+        data = {**report.to_dict(), MADE_WITH: options}
+        write_json(path, data)
+        record(circuit_folder(self.circuit).parent, f"edit {path.stem}", self)
+        return Output(f"{report.table()}\nwrote {path}", data)
+
+    def _file(self, operation: str, value: float | None) -> tuple[Path, dict[str, Any]]:
+        """edits/NAME.json and what it is made with; without a name, one made from the edit, with a digest where there
+        is another edit of that name.
+        """
+        self.check_name()
+        circuit = circuit_folder(self.circuit)
+        folder = circuit.parent / "edits"
+        options = made_with(self, circuit=circuit_digest(circuit), operation=operation, value=value)
+        what = f"top{self.top}" if self.top is not None else f"{self._n_features()}features"
+        name = self.name or f"{operation}{'' if value is None else f'_{value:g}'}_{what}"
+        path = folder / f"{name}.json"
+        check_no_link(folder)
+        if path.is_file() and (differing := different_options(read_result(path), options)) and not self.overwrite:
+            if self.name is not None:
+                raise UserError(
+                    f"{str(path)!r} holds another edit ({differing}): --overwrite replaces it, or give another --name"
+                )
+            path = folder / f"{name}_{digest_of(options)}.json"
+        return path, options
+
+    def _n_features(self) -> int:
+        return len({part.strip() for part in (self.features or "").split(",")})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ablate(_Edit):
+    """Take features out of the model (or fix their value) and measure the behaviour, other text and generation
+    before and after.
+    """
+
+    operation: Literal["zero", "mean", "set"] = "zero"
+    """What the features become: zero, their mean (over --text, else over the prompts), or --value."""
+    value: Activation | None = None
+    """Activation for the operation set."""
+
+    def run(self) -> Output:
+        return self.edit(self.operation, self.value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steer(_Edit):
+    """Push the model along features: add --value times the decoder row everywhere, or scale the activation."""
+
+    value: Activation
+    """Strength: what is added, in units of activation, or the factor of --operation scale."""
+    operation: Literal["steer", "scale"] = "steer"
+    """steer adds the feature's direction at every token; scale multiplies its activation where it is active."""
+
+    def run(self) -> Output:
+        return self.edit(self.operation, self.value)

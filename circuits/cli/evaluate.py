@@ -1,0 +1,96 @@
+"""`sfc evaluate`: how good the autoencoders of a run are, each alone and all of them together in the model."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from circuits.cli.common import Common, Output, load_checked_saes, load_model
+from circuits.cli.results import Named, ResultFiles, made_with
+from sae._files import write_text
+from sae._options import BatchSize, ContextLength, TokenCount
+from sae._run.contents import check_complete
+from sae._run.locks import lock
+from sae.autoencoder import fingerprint, sae_folders
+from sae.data.batches import CONTEXT_LENGTH, context_of
+from sae.data.text import TextSource
+from sae.errors import UserError
+from sae.evaluation.evaluate import evaluate
+from sae.evaluation.plots import plot_evaluation
+from sae.evaluation.sweep import evaluation_settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Common, Named):
+    """Measure the autoencoders of a run on text: each alone in the model, and all of them spliced in together."""
+
+    model: str
+    """Hugging Face model: hub name or folder."""
+    saes: str
+    """Run folder with autoencoders (`sfc train`), or the folder inside it."""
+    text: str
+    """Text: a .txt file (a document a line), a .jsonl file (field text), .gz of either, or a hub data set."""
+    tokens: TokenCount = 50_000
+    """Tokens measured."""
+    context_length: ContextLength = CONTEXT_LENGTH
+    """Longest context, in tokens, or less if the model takes less; what comes after it in a text is not read."""
+    batch_size: BatchSize = 16
+    """Texts that go through the model at once."""
+    skip_errors: bool = False
+    """Leave out what each site's error matters while all others are dropped, one forward pass a site and batch."""
+    out: Path | None = None
+    """Folder for evaluation.json, .txt and .svg; that of the autoencoders by default."""
+
+    def run(self) -> Output:
+        folder = self.out or _folder_of(self.saes)
+        with nullcontext() if folder is None else lock(folder, shared=True):
+            return self._run(folder)
+
+    def _run(self, folder: Path | None) -> Output:
+        model = load_model(self.model, self, saes=self.saes)
+        saes, source = load_checked_saes(model, self.saes), TextSource.of(self.text)
+        facts = {"model_fingerprint": model.fingerprint, "saes_fingerprint": fingerprint(saes)}
+        files = ResultFiles(
+            folder or Path(), "evaluation", self, made_with(self, **facts), suffixes=(".json", ".txt", ".svg")
+        )
+        if folder is not None:
+            files.check()
+        context = context_of(model, self.context_length)
+        with tqdm(total=self.tokens, desc="evaluate", unit="token", disable=self.quiet) as bar:
+            result = evaluate(
+                model,
+                saes,
+                source.read(),
+                max_tokens=self.tokens,
+                context=context,
+                batch_size=self.batch_size,
+                errors=not self.skip_errors,
+                progress=bar.update,
+            )
+        settings = evaluation_settings(model, source, tokens=self.tokens, context=context)
+        data = {**result.to_dict(), "measured_on": settings}
+        text = result.table()
+        if folder is not None:
+            data = files.write(data)
+            write_text(files.path(".txt"), text + "\n")
+            picture = plot_evaluation(result, files.path(".svg"))
+            text += f"\nwrote {files.path('.json')}, {files.path('.txt').name} and {picture.name}"
+        return Output(text, data)
+
+
+def _folder_of(saes: str) -> Path | None:
+    """The folder of a run that the autoencoders are in, None where they are the hub's; UserError for another
+    project's.
+    """
+    folder = Path(saes)
+    if not folder.is_dir():
+        return None
+    if not sae_folders(folder):
+        check_complete(folder)
+        raise UserError(
+            f"{saes!r} is no run folder of sfc, so that nothing is written there: give --out for the results"
+        )
+    return folder / "saes" if (folder / "saes").is_dir() else folder

@@ -1,0 +1,114 @@
+"""`sfc faithfulness`: how much of the behaviour the circuit explains by itself, over sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from circuits.circuit import circuit_digest, circuit_folder
+from circuits.cli.common import Loaded, Output, UsesSaes, record
+from circuits.cli.results import Named, ResultFiles, made_with
+from circuits.faithfulness.edges import measure_edge_faithfulness
+from circuits.faithfulness.nodes import FaithfulnessOptions, measure_faithfulness
+from circuits.faithfulness.results import EdgeFaithfulness
+from circuits.prompts.dataset import PromptSet
+from sae._options import Positive, parse_sizes
+from sae._run.locks import lock
+
+ERRORS_TEXT = {"nodes": "", "keep": ", all errors left in", "ablate": ", all errors ablated"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Faithfulness(UsesSaes, Named):
+    """Measure how much of the behaviour the strongest nodes explain when all others are ablated, and how much is
+    left without them.
+    """
+
+    circuit: Path
+    """Run folder with a circuit (`sfc discover`)."""
+    prompts: str | None = None
+    """Prompts to measure on; those the circuit was found on by default."""
+    examples: Positive | None = None
+    """At most this many of the prompts; all by default."""
+    reference: str | None = None
+    """Prompts whose means or values ablated nodes take; those the circuit was found on by default."""
+    sizes: str = "10,20,50,100,200,500,1000"
+    """Numbers of nodes, comma-separated."""
+    edges: bool = False
+    """Measure the edges as well: each node recomputed from only those nodes whose edge to it is kept."""
+    edge_sizes: str = "100,200,500,1000,2000,5000"
+    """Numbers of edges, comma-separated."""
+    model: str | None = None
+    """Another place of the model the circuit was found in."""
+    saes: str | None = None
+    """Another place of the autoencoders the circuit was found with."""
+    metric: str | None = None
+    """The circuit's metric again, where it is Python code (file.py:function): no code runs because a run names it."""
+    options: Annotated[FaithfulnessOptions, tyro.conf.arg(name="")] = field(default_factory=FaithfulnessOptions)
+
+    def run(self) -> Output:
+        parse_sizes(self.sizes)
+        parse_sizes(self.edge_sizes, "edge-sizes")
+        with lock(circuit_folder(self.circuit).parent, shared=True):
+            return self._run()
+
+    def _run(self) -> Output:
+        folder = circuit_folder(self.circuit)
+        options = made_with(self, circuit=circuit_digest(folder))
+        files = ResultFiles(folder, "faithfulness", self, options)
+        of_edges = ResultFiles(folder, "edge_faithfulness", self, options)
+        for to_write in (files, of_edges) if self.edges else (files,):
+            to_write.check()
+        loaded = Loaded.of(self.circuit, self, model=self.model, saes=self.saes, metric=self.metric)
+        reference = loaded.prompts(self.reference)
+        prompts = loaded.prompts(self.prompts, limit=self.examples)
+        result = measure_faithfulness(
+            loaded.model,
+            loaded.saes,
+            loaded.circuit.nodes,
+            prompts,
+            self.options,
+            sizes=parse_sizes(self.sizes),
+            reference=reference,
+            metric=loaded.metric,
+            progress=not self.quiet,
+        )
+        data = files.write(result.to_dict())
+        plot = result.plot(files.path(".svg"))
+        record(folder.parent, "faithfulness", self)
+        left_out = f" ({result.n_uncovered} without a reference prompt of their template left out)"
+        text = "\n".join(
+            [
+                f"{result.n_prompts} prompts{left_out if result.n_uncovered else ''}; "
+                f"nodes from {result.start_site} on, others ablated by {result.ablation}{ERRORS_TEXT[result.errors]}",
+                f"m: {result.m_model:+.3f} whole model, {result.m_empty:+.3f} with every node ablated",
+                result.table(),
+                result.areas(),
+                result.evidence(),
+                *([f"optimal constants: {result.gain}"] if result.gain else []),
+                f"wrote {files.path('.json')} and {plot}",
+            ]
+        )
+        if not self.edges:
+            return Output(text, data)
+        curve = self._edges(loaded, prompts, reference)
+        of_edges_data = of_edges.write(curve.to_dict())
+        curve.plot(of_edges.path(".svg"))
+        edge_text = f"edges among the {curve.n_nodes} strongest nodes, all other inputs ablated\n{curve.table()}"
+        return Output(f"{text}\n{edge_text}", data | {"edges": of_edges_data})
+
+    def _edges(self, loaded: Loaded, prompts: PromptSet, reference: PromptSet) -> EdgeFaithfulness:
+        """The curve over edges."""
+        return measure_edge_faithfulness(
+            loaded.model,
+            loaded.saes,
+            loaded.circuit,
+            prompts,
+            self.options,
+            sizes=parse_sizes(self.edge_sizes, "edge-sizes"),
+            reference=reference,
+            progress=not self.quiet,
+        )

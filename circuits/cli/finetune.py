@@ -1,0 +1,107 @@
+"""`sfc finetune`: autoencoders that exist already, tuned together while all of them stand in the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from typing_extensions import TypedDict
+
+from circuits.cli.common import Common, Output, Overwrite, load_checked_saes, load_model, place
+from sae._files import read_json
+from sae.errors import UserError
+from sae.model.sites import select_sites
+from sae.training.finetuning import FinetuneConfig, finetune
+from sae.training.run_folder import CONFIG_FILE, read_log
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune(Common):
+    """Fine-tune autoencoders while all of them are spliced into the model, so that it predicts well with them."""
+
+    model: str
+    """Hugging Face model: hub name or folder."""
+    saes: str
+    """Autoencoders to begin with: a run folder, or any other that can be read; they stay as they are."""
+    text: str
+    """Text: a .txt file (a document a line), a .jsonl file (field text), .gz of either, or a hub data set."""
+    out: Path
+    """New run folder; autoencoders go to saes/SITE."""
+    sites: str = "all"
+    """Sites, such as all (that have an autoencoder), resid or resid_3,mlp_2."""
+    resume: bool = False
+    """Go on from the last checkpoint of an interrupted run with the same options."""
+    overwrite: Overwrite = False
+    config: Annotated[FinetuneConfig, tyro.conf.arg(name="")] = field(default_factory=FinetuneConfig)
+
+    def run(self) -> Output:
+        source = Path(self.saes)
+        run = source.parent if source.name == "saes" else source
+        if source.exists() and self.out.resolve() == run.resolve():
+            raise UserError(f"out and saes are the same folder, {str(self.out)!r}: give another one, the trained stay")
+        model = load_model(self.model, self, saes=self.saes)
+        sites = None if self.sites == "all" else list(select_sites(self.sites, model.sites))
+        saes = load_checked_saes(model, self.saes, sites=sites)
+        finetune(
+            model,
+            saes,
+            self.text,
+            config=self.config,
+            out=self.out,
+            origin=place(self.saes),
+            resume=self.resume,
+            overwrite=self.overwrite,
+            progress=not self.quiet,
+        )
+        return Output("\n".join(finetuned_lines(self.out)), {"out": str(self.out), **progress_of(self.out)})
+
+
+class _Predictions(TypedDict):
+    """How well the model predicts with all autoencoders spliced in."""
+
+    ce: float | None
+    kl: float | None
+    tokens: int
+
+
+class _Finetuned(TypedDict, total=False):
+    """What a finished fine-tuning notes of itself; nothing in runs of before that."""
+
+    before: _Predictions
+    after: _Predictions
+
+
+class _Recorded(TypedDict):
+    """The entry of a run's `config.json` that is read."""
+
+    finetune: _Finetuned
+
+
+def progress_of(run: Path) -> dict[str, Any]:
+    """The first and the last lines of a fine-tuning log, one a site, and the predictions before and after."""
+    lines = read_log(run / "saes" / "finetuning.jsonl")
+    measured = dict(read_json(run / CONFIG_FILE, _Recorded)["finetune"])
+    if not lines:
+        return measured | {"first": [], "last": []}
+    return measured | {
+        name: [line for line in lines if line["step"] == lines[at]["step"]] for name, at in (("first", 0), ("last", -1))
+    }
+
+
+def finetuned_lines(run: Path) -> list[str]:
+    """What became of each site, and of the predictions, from the first line of the log to the last."""
+    ends = progress_of(run)
+    rows = [
+        f"  {before['site']:<9} explained variance {before['explained_variance']:.3f} -> "
+        f"{after['explained_variance']:.3f}  L0 {before['l0']:.1f} -> {after['l0']:.1f}"
+        for before, after in zip(ends["first"], ends["last"], strict=True)
+    ]
+    if not ends["last"]:
+        return [f"wrote {run / 'saes'}"]
+    name = "kl" if "kl" in ends["last"][0] else "ce"
+    before, after = (ends.get(end, {}).get(name) for end in ("before", "after"))
+    if before is not None and after is not None:
+        rows.append(f"all sites spliced: {name} {before:.3f} -> {after:.3f} nats")
+    return [*rows, f"wrote {run / 'saes'}"]

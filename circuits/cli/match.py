@@ -1,0 +1,135 @@
+"""`sfc match`: which features are in two dictionaries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from circuits.cli.common import Common, Output, load_checked_saes, load_model
+from sae._files import write_json
+from sae._options import Range, TokenCount
+from sae._tables import aligned, number
+from sae.autoencoder import SparseAutoencoder
+from sae.data.text import TextSource
+from sae.errors import UserError
+from sae.features.matching import Match as Matched
+from sae.features.matching import match_by_activation, match_features, persistent_features, split_features
+from sae.formats import load_any
+from sae.model.huggingface import resolve_device
+from sae.model.language_model import LanguageModel
+from sae.model.sites import Site, select_sites
+
+Dictionaries = Mapping[Site, SparseAutoencoder]
+HEAD = ["feature of", "partner in", "features", "partners", "similarity", "mutual", "same", "split"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Match(Common):
+    """Find the same features in two dictionaries: site by site in two runs (other widths, seeds or architectures), or
+    from each layer to the next in one run.
+    """
+
+    saes: str
+    """Autoencoders whose features are looked for: a run folder, or any that can be loaded."""
+    other: str | None = None
+    """Autoencoders they are looked for in, at the same sites; the next layer's of --saes by default."""
+    sites: str = "all"
+    """Sites, such as all, resid or resid_3,mlp_2."""
+    by: Literal["decoder", "activation"] = "decoder"
+    """What makes features alike: decoder, the cosine of what they write; activation, the correlation of their
+    activations over a text, which needs --model and --text.
+    """
+    model: str | None = None
+    """Hugging Face model: hub name or folder."""
+    text: str | None = None
+    """Text: a .txt file (a document a line), a .jsonl file (field text), .gz of either, or a hub data set."""
+    tokens: TokenCount = 50_000
+    """Tokens that activations are compared on."""
+    threshold: Annotated[float, Range(-1, 1)] = 0.7
+    """Similarity from which on two features are one: mutual partners (same); a feature that two or more of the other
+    dictionary are nearest to, by decoder, is split.
+    """
+    out: Path | None = None
+    """JSON file for the partner of every feature; none by default."""
+
+    def run(self) -> Output:
+        model = self._model()
+        mine = self._load(self.saes, model)
+        theirs = None if self.other is None else self._load(self.other, model)
+        rows, found = [HEAD], []
+        for (site_a, a), (site_b, b) in pairs(mine, theirs, self.sites):
+            match = self._match(model, (site_a, a), (site_b, b))
+            entry = self._entry(match, a, b)
+            found.append({"feature_of": site_a.name, "partner_in": site_b.name, **entry, **_partners(match)})
+            split = "-" if entry["split"] is None else str(len(entry["split"]))
+            rows.append([
+                site_a.name, site_b.name, str(entry["features"]), str(entry["partners"]), number(entry["similarity"]),
+                number(entry["mutual"]), str(entry["same"]), split,
+            ])  # fmt: skip
+        text = aligned(rows, text_columns=2)
+        data: dict[str, Any] = {"schema_version": 1, "by": self.by, "threshold": self.threshold, "pairs": found}
+        if self.out is not None:
+            write_json(self.out, data)
+            text += f"\nwrote {self.out}"
+        return Output(text, data)
+
+    def _model(self) -> LanguageModel | None:
+        if self.by == "decoder":
+            return None
+        if self.model is None or self.text is None:
+            raise UserError("matching by activation needs a model and a text: give --model and --text, or --by decoder")
+        return load_model(self.model, self)
+
+    def _load(self, path: str, model: LanguageModel | None) -> Dictionaries:
+        if model is None:
+            return load_any(path, device=resolve_device(self.device))
+        return load_checked_saes(model, path)
+
+    def _match(
+        self, model: LanguageModel | None, a: tuple[Site, SparseAutoencoder], b: tuple[Site, SparseAutoencoder]
+    ) -> Matched:
+        if model is None:
+            return match_features(a[1].W_dec, b[1].W_dec)
+        assert self.text is not None
+        return match_by_activation(model, a, b, TextSource.of(self.text).read(), max_tokens=self.tokens)
+
+    def _entry(self, match: Matched, a: SparseAutoencoder, b: SparseAutoencoder) -> dict[str, Any]:
+        comparable = self.by == "decoder"
+        split = split_features(a.W_dec, b.W_dec, threshold=self.threshold) if comparable else None
+        return {
+            "features": a.config.n_features,
+            "partners": b.config.n_features,
+            "similarity": match.mean,
+            "mutual": float(match.mutual.double().mean()),
+            "same": len(persistent_features(match, threshold=self.threshold)),
+            "split": None if split is None else {str(whole): parts for whole, parts in split.items()},
+        }
+
+
+def _partners(match: Matched) -> dict[str, list]:
+    return {
+        "partner": match.partner.tolist(),
+        "partner_similarity": match.similarity.tolist(),
+        "partner_mutual": match.mutual.tolist(),
+    }
+
+
+def pairs(
+    mine: Dictionaries, theirs: Dictionaries | None, sites: str
+) -> Iterator[tuple[tuple[Site, SparseAutoencoder], tuple[Site, SparseAutoencoder]]]:
+    """What is compared with what: the same site of two runs, or each site with the next of its kind."""
+    chosen = select_sites(sites, list(mine))
+    if theirs is None:
+        kinds = {site.kind: [other for other in chosen if other.kind == site.kind] for site in chosen}
+        places = [pair for members in kinds.values() for pair in pairwise(members)]
+        why = "one run is compared from layer to layer, and no kind of site is there twice: give --other"
+    else:
+        places = [(site, site) for site in chosen if site in theirs]
+        why = f"none of {', '.join(map(str, chosen))} is among the other autoencoders: {', '.join(map(str, theirs))}"
+    if not places:
+        raise UserError(f"no autoencoders to compare: {why}")
+    for a, b in places:
+        yield (a, mine[a]), (b, (mine if theirs is None else theirs)[b])

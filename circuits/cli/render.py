@@ -1,0 +1,113 @@
+"""`sfc render` and `sfc explore`: a picture of the circuit, and a page to explore it in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from circuits.circuit import Circuit, circuit_folder
+from circuits.circuit_files import FeaturesFile
+from circuits.cli.common import Output
+from circuits.cli.discover import FEATURES_FILE
+from graphs.annotations import apply, read_annotations
+from graphs.drawing.dot import render
+from graphs.explorer import write_explorer
+from graphs.feature_graph import FeatureGraph
+from graphs.pruning import reachable
+from sae._files import read_json
+from sae._options import Count, Magnitude, Positive
+from sae._run.contents import check_no_link
+from sae._run.locks import lock
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Cut:
+    """How much of the circuit is shown."""
+
+    circuit: Path
+    """Run folder with a circuit (`sfc discover`)."""
+    node_threshold: Magnitude | None = None
+    """Only nodes with a larger |effect|."""
+    edge_threshold: Magnitude | None = None
+    """Only edges with a larger |weight|."""
+    significant: bool = False
+    """Only nodes whose bootstrap interval leaves out zero."""
+    reachable: bool = False
+    """Only nodes with a path to the metric."""
+    annotations: Path | None = None
+    """JSON lines {"Name": "resid_3/120", "Annotation": "plural nouns"} that label features; their top tokens do
+    otherwise.
+    """
+    json: bool = False
+    """Print one JSON object instead of text."""
+
+    def cut(self, *, nodes: int | None, edges: int | None) -> FeatureGraph:
+        """The graph to show, of at most the nodes that have edges; re-thresholding never runs the model."""
+        circuit = Circuit.load(self.circuit)
+        with_edges = sum(len(site_nodes) for site_nodes in circuit.edge_nodes.values())
+        nodes = min(with_edges if nodes is None else nodes, with_edges) if with_edges else nodes
+        described = circuit_folder(self.circuit) / FEATURES_FILE
+        graph = circuit.graph(
+            nodes=nodes,
+            node_threshold=self.node_threshold,
+            edges=edges,
+            edge_threshold=self.edge_threshold,
+            significant=self.significant,
+            attributes=read_json(described, FeaturesFile)["features"] if described.is_file() else None,
+        )
+        if self.reachable:
+            graph = reachable(graph)
+        return graph if self.annotations is None else apply(graph, read_annotations(self.annotations))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Render(_Cut):
+    """Draw the circuit: one row a site, features coloured by effect, errors as triangles, edges by weight."""
+
+    out: Path | None = None
+    """Drawing to write: .svg, .png, .pdf or .dot; graph/circuit.svg in the run folder by default."""
+    nodes: Positive | None = 40
+    """Nodes drawn at most, the strongest."""
+    edges: Count | None = 150
+    """Edges drawn at most, the strongest."""
+
+    def run(self) -> Output:
+        with drawing_file(self.circuit, self.out, "circuit.svg") as out:
+            graph = self.cut(nodes=self.nodes, edges=self.edges)
+            render(graph, out)
+        return _wrote(graph, out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explore(_Cut):
+    """Write the circuit as one interactive page that needs no server and no network."""
+
+    out: Path | None = None
+    """Page to write; graph/circuit.html in the run folder by default."""
+    nodes: Positive | None = 300
+    """Nodes on the page at most, the strongest; sliders show fewer."""
+    edges: Count | None = 3000
+    """Edges on the page at most, the strongest."""
+
+    def run(self) -> Output:
+        with drawing_file(self.circuit, self.out, "circuit.html") as out:
+            graph = self.cut(nodes=self.nodes, edges=self.edges)
+            write_explorer(graph, out)
+        return _wrote(graph, out)
+
+
+@contextmanager
+def drawing_file(circuit: Path, out: Path | None, name: str) -> Iterator[Path]:
+    """The file to write, `graph/NAME` in the run folder where none is given; the folder is locked meanwhile."""
+    run = circuit_folder(circuit).parent
+    if out is None:
+        check_no_link(run / "graph")
+    with lock(run if out is None else out.parent, shared=True):
+        yield out or run / "graph" / name
+
+
+def _wrote(graph: FeatureGraph, out: Path) -> Output:
+    nodes, edges = len(graph) - 1, graph.graph.number_of_edges()
+    return Output(f"wrote {out} ({nodes} nodes, {edges} edges)", {"out": str(out), "nodes": nodes, "edges": edges})

@@ -1,0 +1,138 @@
+"""Files of a measurement, and what an earlier one left under the same names.
+
+1. A result says what it was made with: the circuit's digest, the options, and of files their names and a digest.
+2. The same options replace a result; with others it is only replaced by `--overwrite`, or stays where `--name` gives
+   the new one files of its own. Nothing that another program wrote is replaced at all.
+3. A drawing or table beside a result is removed before the result is replaced, so that it is never of an older one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from circuits.cli.common import Overwrite, plain
+from sae._files import parse_json, read_text, write_json
+from sae._run.contents import check_no_link
+from sae.data.text import TextSource
+from sae.errors import UserError
+
+UNIMPORTANT = ("circuit", "device", "json", "model", "name", "out", "overwrite", "sae_memory", "saes")
+"""Options that do not decide what is measured, or are compared by fingerprints."""
+MADE_WITH = "made_with"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Named:
+    """Options of commands that add a result to a run."""
+
+    name: str | None = None
+    """Name of the result, which becomes part of its files' names; results of other options stay beside it."""
+    overwrite: Overwrite = False
+
+    def check_name(self) -> None:
+        """Raises UserError for a name that is no part of a file's name."""
+        if self.name is not None and not re.fullmatch(r"\w[\w.+=@-]{0,79}", self.name):
+            raise UserError(
+                f"name is {self.name[:100]!r}: allowed are up to 80 letters, digits and _ . + = @ -, beginning with a "
+                "letter or digit; it becomes part of file names"
+            )
+
+
+def made_with(options: Any, **more: Any) -> dict[str, Any]:
+    """What a result depends on: the options of a command and `more`; a file is told by its name and a digest."""
+    chosen = {field.name: getattr(options, field.name) for field in fields(options) if field.name not in UNIMPORTANT}
+    return json.loads(json.dumps({name: _told(value) for name, value in {**chosen, **more}.items()}))
+
+
+def _told(value: Any) -> Any:
+    if isinstance(value, str | Path) and Path(value).is_file():
+        return f"{Path(value).name} ({TextSource(str(value)).fingerprint})"
+    return plain(value)
+
+
+@dataclass(frozen=True)
+class ResultFiles:
+    """The files of one measurement: `faithfulness.json` and `.svg`, or `faithfulness_NAME.json` and `.svg`."""
+
+    folder: Path
+    """Where they are."""
+    stem: str
+    """What the measurement is called: faithfulness, mask, evaluation, ..."""
+    options: Named
+    """The command's options."""
+    made_with: Mapping[str, Any]
+    """What decides the result."""
+    suffixes: tuple[str, ...] = (".json", ".svg")
+    """Endings of the files, first of all .json."""
+
+    def path(self, suffix: str) -> Path:
+        """One of the files."""
+        name = self.stem if self.options.name is None else f"{self.stem}_{self.options.name}"
+        return self.folder / f"{name}{suffix}"
+
+    def check(self) -> None:
+        """Raises UserError, before anything is measured, where a result of other options would be replaced."""
+        self.options.check_name()
+        check_no_link(self.folder)
+        path = self.path(".json")
+        if not path.is_file():
+            strangers = [self.path(suffix) for suffix in self.suffixes if self.path(suffix).exists()]
+            if strangers and not self.options.overwrite:
+                raise UserError(f"{str(strangers[0])!r} is there without its {path.name}: move it away, or give --name")
+            return
+        before = read_result(path)
+        differing = different_options(before, self.made_with)
+        if differing and not self.options.overwrite:
+            raise UserError(
+                f"{str(path)!r} holds a result of other options ({differing}): --overwrite replaces it, --name gives "
+                "this one files of its own"
+            )
+
+    def write(self, data: dict[str, Any]) -> dict[str, Any]:
+        """Write the result as JSON, with what it was made with; files beside an older one go first."""
+        data = {**data, MADE_WITH: dict(self.made_with)}
+        for suffix in self.suffixes[1:]:
+            self.path(suffix).unlink(missing_ok=True)
+        write_json(self.path(".json"), data)
+        return data
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """A result's JSON; UserError for a file that another program wrote."""
+    try:
+        data = parse_json(read_text(path), path, dict[str, Any])
+    except UserError as error:
+        raise UserError(f"{error}; it is not replaced: move it away, or give --name") from None
+    if "schema_version" not in data:
+        raise UserError(
+            f"{str(path)!r} was not written by this program and is not replaced: move it away, or give --name"
+        )
+    return data
+
+
+def different_options(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What a result was made with where that differs, as `steps 10, not 20`; empty where nothing does."""
+    then = before.get(MADE_WITH)
+    if not isinstance(then, dict):
+        return "it does not say which"
+    return ", ".join(_differences(then, now))
+
+
+def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterable[str]:
+    for name in sorted({*then, *now}):
+        old, new = then.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _differences(old, new)
+        elif old != new:
+            yield f"{name.replace('_', '-')} {old!r}, not {new!r}"
+
+
+def digest_of(values: Mapping[str, Any]) -> str:
+    """Six characters that tell sets of options apart."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:6]

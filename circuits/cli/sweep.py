@@ -1,0 +1,162 @@
+"""`sfc sweep`: a grid of dictionaries from one pass over the text, and what each is worth on held-out text."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+
+from circuits.cli.cache import need, open_cache
+from circuits.cli.common import Common, Output, Overwrite, load_model
+from sae._files import write_json, write_text
+from sae._options import ContextLength, TokenCount
+from sae.architectures import ARCHITECTURES
+from sae.data.text import TextSource
+from sae.errors import UserError, unknown
+from sae.evaluation.sweep import HeldOut, evaluate_sweep
+from sae.evaluation.sweep_plots import METRICS, plot_site, plot_sites
+from sae.evaluation.sweep_results import SweepResults
+from sae.model.sites import select_sites
+from sae.training.config import TrainConfig
+from sae.training.sweep import Sweep as Trained
+from sae.training.sweep import grid, sweep, training_bytes
+
+RESULTS_FILE = "sweep.json"
+TABLE_FILE = "sweep.txt"
+Entry = TypeVar("Entry")
+
+
+@dataclass(frozen=True)
+class SharedConfig(TrainConfig):
+    """Training options that all dictionaries of a sweep have in common; the rest is the grid."""
+
+    architecture: tyro.conf.Suppress[tyro.conf.Fixed[str]] = "topk"
+    features: tyro.conf.Suppress[tyro.conf.Fixed[int]] = 1024
+    k: tyro.conf.Suppress[tyro.conf.Fixed[int]] = 1
+    seed: tyro.conf.Suppress[tyro.conf.Fixed[int]] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep(Common):
+    """Train a grid of autoencoders at every chosen site, all from one forward pass of the model over the text, and plot
+    how fidelity depends on sparsity on held-out text.
+    """
+
+    model: str | None = None
+    """Hugging Face model: hub name or folder. With --cache, by default the one the cache was made with."""
+    text: str | None = None
+    """Text: a .txt file (a document a line), a .jsonl file (field text), .gz of either, or a hub data set. With
+    --cache, by default what the cache was made from.
+    """
+    cache: Path | None = None
+    """Folder of `sfc cache` to read activations from; the model is loaded after training then, to measure."""
+    out: Path
+    """Folder; a dictionary goes to NAME/saes/SITE, and NAME is what other commands take as --saes."""
+    sites: str = "all"
+    """Sites, such as all, resid or resid_3,mlp_2."""
+    architectures: str = "topk"
+    """Architectures, such as topk,batchtopk,jumprelu."""
+    features: str = "1024"
+    """Numbers of features, such as 512,1024."""
+    k: str = "32"
+    """Active features a token, such as 8,16,32."""
+    seeds: str = "0"
+    """Seeds, such as 0,1."""
+    eval_text: str | None = None
+    """Held-out text to measure on; by default what comes in the text after the documents trained on."""
+    eval_tokens: TokenCount = 50_000
+    """Tokens measured."""
+    eval_context_length: ContextLength = 128
+    """Longest context measured, in tokens; what comes after it in a text is not read."""
+    resume: bool = False
+    """Go on with an interrupted sweep, or add to a finished one; nothing is trained or measured twice."""
+    overwrite: Overwrite = False
+    config: Annotated[SharedConfig, tyro.conf.arg(name="")] = field(default_factory=SharedConfig)
+
+    def run(self) -> Output:
+        trained, source, name = self._train()
+        model = load_model(name, self)
+        text = None if self.eval_text is None else TextSource.of(self.eval_text)
+        results = evaluate_sweep(
+            model,
+            trained,
+            HeldOut.of(trained, source, text),
+            tokens=self.eval_tokens,
+            context=self.eval_context_length,
+            progress=not self.quiet,
+        )
+        drawn = self._draw(results)
+        write_json(self.out / RESULTS_FILE, results.to_dict())
+        write_text(self.out / TABLE_FILE, f"{results.summary()}\n\n{results.table()}\n")
+        files = f"{self.out / RESULTS_FILE}, {self.out / TABLE_FILE} and {drawn}"
+        wrote = f"wrote {files}; a dictionary is --saes {self.out / next(iter(trained.configs))}, and so on"
+        return Output(f"{results.summary()}\n{wrote}", {**results.to_dict(), "out": str(self.out)})
+
+    def _train(self) -> tuple[Trained, TextSource, str]:
+        """The dictionaries, the text they learned from, and the name of the model."""
+        configs = grid(
+            TrainConfig(**{key: value for key, value in asdict(self.config).items() if key not in GRID}),
+            architectures=[_architecture(name) for name in _entries("architectures", self.architectures, str)],
+            features=_entries("features", self.features, int),
+            k=_entries("k", self.k, int),
+            seeds=_entries("seeds", self.seeds, int),
+        )
+        options: dict[str, Any] = {
+            "sites": self.sites,
+            "out": self.out,
+            "resume": self.resume,
+            "overwrite": self.overwrite,
+            "progress": not self.quiet,
+        }
+        if self.cache is not None:
+            cache = open_cache(self.cache, model=self.model, text=self.text, sites=self.sites, device=self.device)
+            self._estimate(configs, list(cache.widths.values()))
+            trained = sweep(cache.model, cache.text, configs, activations=cache, **options)
+            return trained, cache.text, self.model or cache.manifest.model
+        name, source = need(self.model, "model"), TextSource.of(need(self.text, "text"))
+        model = load_model(name, self)
+        self._estimate(configs, [model.widths[site] for site in select_sites(self.sites, model.sites)])
+        return sweep(model, source, configs, **options), source, name
+
+    def _estimate(self, configs: dict[str, TrainConfig], widths: list[int]) -> None:
+        """Say how much is trained, before the work."""
+        if not self.quiet:
+            size = training_bytes(configs.values(), widths) / 1e9
+            sys.stderr.write(
+                f"{len(configs)} dictionaries at {len(widths)} sites: {size:.2f} GB of weights, gradients and moments\n"
+            )
+
+    def _draw(self, results: SweepResults) -> Path:
+        """Both measures over all sites, and a plot a site."""
+        folder = self.out / "plots"
+        for metric in METRICS:
+            plot_sites(results, metric, folder / f"{metric}.svg")
+        for site in results.sites:
+            plot_site(results, site, folder / f"{site}.svg")
+        return folder
+
+
+GRID = ("architecture", "features", "k", "seed")
+
+
+def _entries(option: str, text: str, kind: Callable[[str], Entry]) -> list[Entry]:
+    """`"8,16"` -> [8, 16], without repetitions."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    try:
+        entries = list(dict.fromkeys(kind(part) for part in parts))
+    except ValueError:
+        entries = []
+    if not entries:
+        example = {"architectures": "topk,batchtopk", "features": "512,1024", "k": "8,16,32", "seeds": "0,1"}[option]
+        raise UserError(f"{option} is {text!r}: expected values separated by commas, such as {example}")
+    return entries
+
+
+def _architecture(name: str) -> str:
+    if name not in ARCHITECTURES:
+        raise unknown("architecture", name, ARCHITECTURES)
+    return name

@@ -1,0 +1,123 @@
+"""`sfc train`: autoencoders at the sites of a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from circuits.cli.cache import need, open_cache
+from circuits.cli.common import Common, Output, Overwrite, load_checked_saes, load_model
+from circuits.cli.finetune import finetuned_lines, progress_of
+from sae._options import TokenCount
+from sae._run.locks import lock
+from sae.errors import UserError
+from sae.training.finetuning import FinetuneConfig, finetune
+from sae.training.run_folder import check_run_folder, discard_run, is_discarding, read_log
+from sae.training.trainer import TrainConfig, train
+
+TRAINED = "trained"
+"""Folder inside the run that keeps the autoencoders as they were before fine-tuning."""
+FINETUNED = 5
+"""Tokens of training to one of fine-tuning, where it is not said."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Common):
+    """Train a sparse autoencoder at every chosen site, all from one forward pass of the model over the text."""
+
+    model: str | None = None
+    """Hugging Face model: hub name or folder. With --cache it is only compared with the cache's."""
+    text: str | None = None
+    """Text: a .txt file (a document a line), a .jsonl file (field text), .gz of either, or a hub data set. With --cache
+    it is only compared with the cache's.
+    """
+    cache: Path | None = None
+    """Folder of `sfc cache` to read activations from; the model is not run then."""
+    out: Path
+    """Run folder; autoencoders go to saes/SITE."""
+    sites: str = "all"
+    """Sites, such as all, resid or resid_3,mlp_2."""
+    resume: bool = False
+    """Go on from the last checkpoint of an interrupted run with the same options."""
+    overwrite: Overwrite = False
+    finetune: Literal["none", "kl", "ce"] = "none"
+    """Fine-tune afterwards with all autoencoders spliced in, for the model's predictions (kl) or the text (ce)."""
+    finetune_tokens: TokenCount | None = None
+    """Tokens to fine-tune on, beside those of training; a fifth of these by default. `sfc finetune` has more options.
+    """
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
+
+    def run(self) -> Output:
+        if self.finetune == "none":
+            if self.finetune_tokens is not None:
+                raise UserError(f"finetune-tokens is {self.finetune_tokens}: there is none without --finetune kl")
+            return self._train(self.out)
+        need(self.model, "model")
+        text = need(self.text, "text")
+        with lock(self.out):
+            check_run_folder(self.out, "finetune", resume=self.resume, overwrite=self.overwrite)
+            if is_discarding(self.out) or not self.resume:
+                discard_run(self.out)
+            trained = self._train(self.out / TRAINED)
+            return self._finetune(trained, text)
+
+    def _train(self, out: Path) -> Output:
+        options: dict[str, Any] = {
+            "sites": self.sites,
+            "config": self.config,
+            "out": out,
+            "resume": self.resume,
+            "overwrite": self.overwrite,
+            "progress": not self.quiet,
+        }
+        if self.cache is not None:
+            cache = open_cache(self.cache, model=self.model, text=self.text, sites=self.sites, device=self.device)
+            train(cache.model, cache.text, activations=cache, **options)
+        else:
+            name, text = need(self.model, "model"), need(self.text, "text")
+            train(load_model(name, self), text, **options)
+        last = last_lines(out / "saes" / "training.jsonl")
+        rows = [
+            f"  {line['site']:<9} explained variance {_shown(line, 'explained_variance', '.3f')}  "
+            f"L0 {_shown(line, 'l0', '6.1f')}  dead {_shown(line, 'dead', '.2f')}"
+            for line in last
+        ]
+        return Output("\n".join([*rows, f"wrote {out / 'saes'}"]), {"out": str(out), "sites": last})
+
+    def _finetune(self, trained: Output, text: str) -> Output:
+        known = self.config
+        config = FinetuneConfig(
+            loss=self.finetune,
+            tokens=self.finetune_tokens or max(1, known.tokens // FINETUNED),
+            context_length=known.context_length,
+            packed=known.packed,
+            exclude_special=known.exclude_special,
+        )
+        model = load_model(need(self.model, "model"), self)
+        finetune(
+            model,
+            load_checked_saes(model, self.out / TRAINED),
+            text,
+            config=config,
+            out=self.out,
+            origin=TRAINED,
+            resume=self.resume,
+            overwrite=self.overwrite or not self.resume,
+            progress=not self.quiet,
+        )
+        rows = "\n".join([trained.text, *finetuned_lines(self.out)])
+        return Output(rows, trained.data | {"out": str(self.out), "finetuning": progress_of(self.out)})
+
+
+def last_lines(log: Path) -> list[dict]:
+    """The last line of each site in a training log."""
+    return list({line["site"]: line for line in read_log(log)}.values())
+
+
+def _shown(line: dict[str, Any], key: str, digits: str) -> str:
+    """A number of a log line, "-" where it is undefined."""
+    value = line.get(key)
+    return format(value, digits) if isinstance(value, int | float) else "-"

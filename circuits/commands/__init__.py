@@ -1,1 +1,0 @@
-"""The subcommands of `sfc`: one module each, with its options as a dataclass whose `run` does the work."""

@@ -1,0 +1,1 @@
+"""Methods compared on one prompt set: against exact patching, and by how faithful their circuits are."""

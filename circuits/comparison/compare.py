@@ -1,0 +1,197 @@
+"""Node methods side by side: how good the circuits they rank are on held-out prompts, and what they cost.
+
+For every method, on the autoencoders' features and, for some, on neurons:
+
+1. Effects on the training prompts, or the ranking of a learned mask, timed; the tensors alive at once are counted on
+   one batch (`circuits.comparison.study`).
+2. Faithfulness and completeness of the strongest nodes over circuit sizes on the held-out prompts, ablation values from
+   the training prompts; the areas CPR and CMD (Mueller et al. 2025); the sizes at which faithfulness first reaches .8
+   and .95, between measured sizes by interpolation in log size.
+3. Pearson and Spearman correlation with exact patching, on a random sample of the features that differ between clean
+   and patch; Pearson on the error nodes by themselves, few and large as they are. Two exact quantities: *noising* sets
+   one node to its patch value in the clean run, *denoising* restores its clean value in the patch run (with the sign
+   turned). `ESTIMATES` says which of them a method estimates.
+4. The completeness residual: |sum of a site's effects - m(the site alone patched) + m(clean)| / |total effect|, mean
+   over sites, with effects averaged over examples first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from tqdm import tqdm
+
+from circuits.attribution.nodes import count
+from circuits.comparison.options import MASK, CompareOptions, split
+from circuits.comparison.study import MEAN, NOISING, Agreement, Study, Truth, agreement
+from circuits.faithfulness.nodes import FaithfulnessOptions, measure_faithfulness
+from circuits.faithfulness.results import Faithfulness
+from circuits.metrics.metrics import get_metric, prepare
+from circuits.metrics.probe import read_by, visible_sites
+from circuits.prompts.dataset import PromptSet
+from sae.autoencoder import SparseAutoencoder
+from sae.model.forward import with_gradients
+from sae.model.language_model import LanguageModel
+from sae.model.sites import Site, select_sites
+from sae.neurons import NEURONS, neuron_dictionaries
+from sae.saes import subset
+
+ESTIMATES = {
+    "ig": MEAN, "ig-adaptive": MEAN, "ig-inputs": MEAN,
+    "attrib": NOISING, "relp": NOISING, "graddrop": NOISING, "exact": NOISING,
+}  # fmt: skip
+"""Exact quantity each method estimates: noising, or the mean of noising and denoising. Baselines estimate none."""
+UNSIGNED = ("activation-difference",)
+"""Methods whose effects have no sign: compared with the magnitude of the exact effect."""
+LEVELS = (0.8, 0.95)
+GRID = 1.6
+"""Largest ratio between neighbouring circuit sizes."""
+SAES = "saes"
+
+
+@dataclass(frozen=True)
+class MethodScore:
+    """One row of the comparison."""
+
+    method: str
+    """Node method."""
+    dictionary: str
+    """saes or neurons."""
+    estimates: str | None
+    """Exact quantity the method estimates: noising, mean (of noising and denoising) or None."""
+    agreement: dict[str, Agreement]
+    """Correlations by exact quantity; empty where nothing was sampled."""
+    residual: float | None
+    """Completeness residual, mean over sites; None for learned masks."""
+    path_nodes: float | None
+    """Gradient evaluations per prompt and site where the method goes site by site."""
+    nodes_for: dict[str, float | None]
+    """Nodes needed for faithfulness .8 and .95; None where it is not reached."""
+    seconds: float
+    """Time for the effects on all training prompts; for learned masks also for those they start from."""
+    peak_bytes: int
+    """Tensors alive at once on a batch of `MEMORY_PROMPTS` prompts."""
+    curve: Faithfulness
+    """Faithfulness and completeness on the held-out prompts."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        curve = self.curve.to_dict()
+        kept = ("sizes", "faithfulness", "completeness", "n_nodes", "cpr", "cmd", "m_model", "m_empty")
+        row = asdict(self)
+        known = self.curve.intervals
+        row["intervals"] = None if known is None else {"cpr": known.cpr, "cmd": known.cmd}
+        return {**{name: row[name] for name in row if name != "curve"}, **{name: curve[name] for name in kept}}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All methods beside each other."""
+
+    rows: list[MethodScore]
+    """One a method and dictionary."""
+    options: CompareOptions
+    """How it was made."""
+    n_train: int
+    """Prompts the circuits were found on."""
+    n_test: int
+    """Held-out prompts they were scored on."""
+    sampled: dict[str, int] = field(default_factory=dict)
+    """Features patched exactly, by dictionary."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return {
+            "schema_version": 1,
+            "options": asdict(self.options),
+            "n_train": self.n_train,
+            "n_test": self.n_test,
+            "sampled": self.sampled,
+            "rows": [row.to_dict() for row in self.rows],
+        }
+
+
+@with_gradients
+def compare_methods(
+    model: LanguageModel,
+    saes: Mapping[Site, SparseAutoencoder],
+    train: PromptSet,
+    test: PromptSet,
+    options: CompareOptions | None = None,
+    *,
+    progress: bool = True,
+) -> Comparison:
+    """Every method of the options, found on `train` and scored on `test`."""
+    options = options or CompareOptions()
+    m = get_metric(options.metric)
+    train, test = prepare(train, model, m), prepare(test, model, m)
+    sites = visible_sites(m, model, select_sites(options.sites, list(saes)))
+    model = read_by(model, m)
+    plan: list[tuple[str, Mapping[Site, SparseAutoencoder], list[str]]] = []
+    if methods := split(options.methods):
+        plan.append((SAES, subset(saes, sites), methods))
+    if methods := split(options.neurons):
+        plan.append((NEURONS, neuron_dictionaries(model, sites=sites), methods))
+    rows, sampled = [], {}
+    with tqdm(total=sum(len(methods) for *_, methods in plan), desc="methods", disable=not progress) as bar:
+        for name, dictionary, methods in plan:
+            study = Study(model, dictionary, train, m, options)
+            truth = study.truth()
+            sampled[name] = sum(int((~nodes.is_error).sum()) for nodes in truth.sample.values())
+            for method in methods:
+                bar.set_postfix_str(f"{method} on {name}")
+                rows.append(_score(study, truth, test, method, name))
+                bar.update()
+    return Comparison(rows, options, len(train), rows[0].curve.n_prompts, sampled)
+
+
+def _score(study: Study, truth: Truth, test: PromptSet, method: str, dictionary: str) -> MethodScore:
+    """One row: effects on the training prompts, scored on the test prompts."""
+    ranking, options = study.ranking(method), study.options
+    nodes = ranking.nodes
+    scoring = FaithfulnessOptions(
+        ablation=options.ablation, start_site=options.start_site, errors=options.errors, random=0, seed=options.seed,
+        resamples=options.resamples,
+    )  # fmt: skip
+    curve = measure_faithfulness(
+        study.model, study.saes, nodes, test, scoring, sizes=size_grid(options.circuit_sizes, count(nodes)),
+        reference=study.prompts, metric=study.metric, progress=False,
+    )  # fmt: skip
+    learned = method == MASK  # ranks, not effects
+    gaps = [abs(nodes[site].effect.double().sum().item() - truth.totals[site]) for site in nodes]
+    return MethodScore(
+        method=method,
+        dictionary=dictionary,
+        estimates=ESTIMATES.get(method),
+        agreement={} if learned else agreement(nodes, truth, unsigned=method in UNSIGNED),
+        residual=None if learned else sum(gaps) / len(gaps) / truth.scale,
+        path_nodes=ranking.path_nodes,
+        nodes_for={str(level): nodes_for(curve.sizes, curve.faithfulness, level) for level in LEVELS},
+        seconds=ranking.seconds,
+        peak_bytes=ranking.peak_bytes,
+        curve=curve,
+    )
+
+
+def size_grid(sizes: Sequence[int], n_nodes: int) -> list[int]:
+    """The sizes up to n_nodes, with others between and beyond so that neighbours are at most `GRID` apart."""
+    ends = [size for size in sizes if size < n_nodes] + [n_nodes]
+    grid = {ends[0]}
+    for low, high in pairwise(ends):
+        steps = math.ceil(math.log(high / low) / math.log(GRID))
+        grid |= {round(low * (high / low) ** (step / steps)) for step in range(1, steps + 1)}
+    return sorted(grid)
+
+
+def nodes_for(sizes: Sequence[int], faithfulness: Sequence[float], level: float) -> float | None:
+    """Size at which faithfulness first reaches the level, log-linear between sizes; None where it does not."""
+    if faithfulness[0] >= level:
+        return float(sizes[0])
+    for (n0, f0), (n1, f1) in pairwise(zip(sizes, faithfulness, strict=True)):
+        if f1 >= level:
+            return n0 * (n1 / n0) ** ((level - f0) / (f1 - f0))
+    return None

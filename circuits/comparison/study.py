@@ -1,0 +1,217 @@
+"""One dictionary on the training prompts of a comparison: what every method makes of them, and what is exact.
+
+1. `Study.ranking`: the nodes by a method's effects, or by a learned mask, with the time and memory they took.
+2. `Study.truth`: effects of sites patched whole, and of a sample of nodes patched one by one.
+3. `agreement`: how a ranking correlates with the exact effects of the sample.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from circuits.attribution import SiteEffects, States, attribute, capture_states
+from circuits.attribution.activation_patching import exact_effects
+from circuits.attribution.baselines import activation_difference
+from circuits.attribution.integrated_gradients import site_total_effect
+from circuits.attribution.nodes import Nodes, SiteNodes, aggregate, count
+from circuits.comparison.correlation import pearson, spearman
+from circuits.comparison.options import MASK, CompareOptions
+from circuits.comparison.peak_memory import peak_memory
+from circuits.discovery.passes import max_rows
+from circuits.faithfulness.learned_mask import MaskOptions, learn_mask
+from circuits.faithfulness.nodes import random_nodes
+from circuits.metrics.metrics import Metric, warn_if_cancelling
+from circuits.prompts.dataset import PromptSet
+from sae.model.sites import Site
+
+NOISING, MEAN = "noising", "mean"
+MEMORY_PROMPTS = 16
+"""Prompts in the batch on which memory is counted."""
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Nodes as a method ranks them, and what that took."""
+
+    nodes: Nodes
+    """With the method's effects; of a mask with what falls with the rank."""
+    seconds: float
+    """Time on all training prompts."""
+    peak_bytes: int
+    """Tensors alive at once on a batch of `MEMORY_PROMPTS` prompts."""
+    path_nodes: float | None
+    """Gradient evaluations per prompt and site where the method goes site by site."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Correlation with one exact quantity."""
+
+    pearson: float
+    """Linear correlation over the sampled features."""
+    spearman: float
+    """Correlation of their ranks."""
+    errors: float | None
+    """Linear correlation over the error nodes; None where there are fewer than three."""
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What was measured once for a dictionary."""
+
+    totals: dict[Site, float]  # m(the site alone patched) - m(clean), mean over prompts
+    scale: float  # |total effect|
+    sample: Nodes  # nodes patched exactly: some features and all errors
+    exact: dict[str, torch.Tensor]  # by quantity: effects of the sampled nodes [n]
+
+
+class Study:
+    """One dictionary on the training prompts."""
+
+    def __init__(self, model, saes, prompts: PromptSet, metric: Metric, options: CompareOptions) -> None:
+        self.model, self.saes, self.prompts, self.metric, self.options = model, saes, prompts, metric, options
+        self.rows = max_rows(model, prompts.clean.n_positions, memory=options.memory)
+        self._rankings: dict[str, Ranking] = {}
+
+    def batches(self) -> Iterator[tuple[torch.Tensor, States]]:
+        """Index [B] and both ends of every batch, prompts of like length together."""
+        order = self.prompts.clean.lengths.argsort(stable=True).cpu()
+        for index in order.split(max(1, min(self.rows, 64))):
+            batch = self.prompts[index]
+            yield index, capture_states(self.model, self.saes, batch, self.metric, sites=list(self.saes))
+
+    def ranking(self, method: str) -> Ranking:
+        """What the method makes of all training prompts; worked out once."""
+        if method not in self._rankings:
+            self._rankings[method] = self._mask() if method == MASK else self._effects(method)
+        return self._rankings[method]
+
+    def _effects(self, method: str) -> Ranking:
+        parts: dict[Site, list[SiteEffects]] = {site: [] for site in self.saes}
+        path_nodes: list[float] = []
+        start = time.perf_counter()
+        for index, states in self.batches():
+            result = self.attribute(states, method)
+            for site, effects in result.effects.items():
+                parts[site].append(effects.relabel_examples(index))
+            if result.path_nodes:
+                path_nodes.append(sum(result.path_nodes.values()) / len(result.path_nodes) * len(index))
+        seconds = time.perf_counter() - start
+        states = capture_states(self.model, self.saes, self._few, self.metric, sites=list(self.saes))
+        peak = peak_memory(lambda: self.attribute(states, method), self.model.device)
+        known = sum(path_nodes) / len(self.prompts) if path_nodes else None
+        return Ranking(self.aggregated(parts), seconds, peak, known)
+
+    def _mask(self) -> Ranking:
+        options, start = self.options, self.ranking(self.options.mask_start)
+        learning = MaskOptions(
+            steps=options.mask_steps, start_site=options.start_site, errors=options.errors,
+            ablation=options.ablation, batch_size=min(MaskOptions.batch_size, self.rows), seed=options.seed,
+        )  # fmt: skip
+
+        def learn(prompts: PromptSet, learning: MaskOptions) -> Nodes:
+            return learn_mask(
+                self.model, self.saes, start.nodes, prompts, learning, reference=self.prompts, metric=self.metric,
+                progress=False,
+            ).nodes  # fmt: skip
+
+        begin = time.perf_counter()
+        nodes = learn(self.prompts, learning)
+        seconds = time.perf_counter() - begin + start.seconds
+        short = replace(learning, steps=1, batch_size=len(self._few))
+        peak = peak_memory(lambda: learn(self._few, short), self.model.device)
+        return Ranking(nodes, seconds, max(peak, start.peak_bytes), None)
+
+    @property
+    def _few(self) -> PromptSet:
+        """The batch on which memory is counted."""
+        return self.prompts[: min(MEMORY_PROMPTS, self.rows)]
+
+    def attribute(self, states: States, method: str):
+        """The method's effects of one batch, by the passes it uses itself."""
+        options = self.options
+        return attribute(
+            self.model, self.saes, states, self.metric, sites=list(self.saes), method=method, rule=options.rule,
+            steps=options.steps, residual=options.residual, max_rows=self.rows, seed=options.seed, totals=False,
+            gradients=False,
+        )  # fmt: skip
+
+    def aggregated(self, parts: Mapping[Site, Sequence[SiteEffects]]) -> Nodes:
+        """Nodes from the effects of all batches."""
+        effects = {site: SiteEffects.concatenate(of_site) for site, of_site in parts.items()}
+        return aggregate(effects, n_examples=len(self.prompts), n_positions=self.prompts.clean.n_positions)
+
+    def truth(self) -> Truth:
+        """Site totals, and exact effects of a sample of nodes."""
+        model, metric, sites = self.model, self.metric, list(self.saes)
+        n = len(self.prompts)
+        totals, deltas = dict.fromkeys(sites, 0.0), []
+        live: dict[Site, list[SiteEffects]] = {site: [] for site in sites}
+        for _, states in self.batches():
+            for site in sites:
+                totals[site] += site_total_effect(model, states, metric, site=site).sum().item() / n
+                live[site].append(activation_difference(self.saes[site], states, site=site))
+            if states.m_patch is not None:
+                deltas.append(states.m_patch - states.m_clean)
+        if deltas:
+            warn_if_cancelling(metric, torch.cat(deltas))
+        scale = abs(sum(delta.sum().item() / n for delta in deltas)) or max(abs(value) for value in totals.values())
+        generator = torch.Generator().manual_seed(self.options.seed)
+        nodes = self.aggregated(live)
+        features = {site: of_site[~of_site.is_error] for site, of_site in nodes.items()}
+        drawn = random_nodes(features, min(self.options.sample, count(features)), generator=generator)
+        if not self.options.sample:
+            return Truth(totals, scale, drawn, {})
+        errors = {site: of_site[of_site.is_error] for site, of_site in nodes.items()}
+        sample = {site: joined(drawn[site], errors[site]) for site in sites}
+        return Truth(totals, scale, sample, self._exact(sample))
+
+    def _exact(self, sample: Nodes) -> dict[str, torch.Tensor]:
+        """Exact effects of the sampled nodes, mean over prompts: noising, and where there are pairs the mean of
+        noising and denoising.
+        """
+        paired = self.prompts.patch is not None
+        sums = {
+            site: torch.zeros(1 + paired, nodes.n_features + 1, dtype=torch.float64) for site, nodes in sample.items()
+        }
+        for _, states in self.batches():
+            ends = [(states, 1), (states.reversed(), -1)] if paired else [(states, 1)]
+            for site, nodes in sample.items():
+                for row, (start, sign) in enumerate(ends):
+                    effects = exact_effects(
+                        self.model, self.saes[site], start, self.metric, site=site, places=None,
+                        features=nodes.feature, max_rows=self.rows,
+                    )  # fmt: skip
+                    sums[site][row] += sign * effects.summed(1).double()
+        found = torch.cat([sums[site][:, nodes.feature] for site, nodes in sample.items()], 1) / len(self.prompts)
+        return {NOISING: found[0], **({MEAN: found.mean(0)} if paired else {})}
+
+
+def agreement(nodes: Nodes, truth: Truth, *, unsigned: bool) -> dict[str, Agreement]:
+    """Correlation of the method's effects with each exact quantity over the sampled nodes."""
+    if not truth.exact:
+        return {}
+    is_error = torch.cat([sample.is_error for sample in truth.sample.values()])
+    estimated = []
+    for site, sample in truth.sample.items():
+        effect = torch.zeros(sample.n_features + 1, dtype=torch.float64)
+        effect[nodes[site].feature] = nodes[site].effect.double()
+        estimated.append(effect[sample.feature])
+    x = torch.cat(estimated)
+    found = {}
+    for quantity, exact in truth.exact.items():
+        y = exact.abs() if unsigned else exact
+        (f, g), (e, h) = ((x[part], y[part]) for part in (~is_error, is_error))
+        of_errors = pearson(e, h) if len(e) > 2 else None
+        found[quantity] = Agreement(pearson(f, g), spearman(f, g), of_errors)
+    return found
+
+
+def joined(a: SiteNodes, b: SiteNodes) -> SiteNodes:
+    """The nodes of a site in a, then those in b."""
+    columns = (torch.cat([getattr(a, name), getattr(b, name)]) for name in ("feature", "position", "effect"))
+    return SiteNodes(a.n_features, *columns)

@@ -1,0 +1,309 @@
+"""From prompts to a circuit (Marks et al. 2024, sections 3 and 4).
+
+1. Node pass (`circuits.discovery.passes`): for every batch of prompts, clean and patch activations, then node effects
+   of all features and errors (`circuits.attribution`), held against the measured effect of patching each site alone.
+2. Aggregate over positions and examples; choose the strongest nodes.
+3. Edge pass: for every batch, edges among those nodes and to the metric by the cut graph
+   (`circuits.attribution.edges`). Where they fit, the weights of every example are kept for intervals
+   (`circuits.uncertainty.intervals`).
+
+Finished batches can be kept in a folder (`circuits.discovery.resume`), from which an interrupted discovery goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+
+from circuits.attribution import METHODS, SiteEffects
+from circuits.attribution.edges import ACTIVE, check_edges
+from circuits.attribution.integrated_gradients import RULES
+from circuits.attribution.nodes import AGGREGATIONS, aggregate, count, select_nodes
+from circuits.circuit import Circuit
+from circuits.discovery.passes import BatchNodes, Work, edge_pass, node_pass
+from circuits.discovery.resume import PartialFiles, alone_in_partial, interrupted, work_of
+from circuits.metrics.identity import names_code
+from circuits.metrics.metrics import (
+    Metric,
+    get_metric,
+    logit_difference,
+    mean_accuracy,
+    metric_fingerprint,
+    metric_name,
+    metric_title,
+    prepare,
+    warn_if_cancelling,
+)
+from circuits.metrics.probe import Probe, read_by, visible_sites
+from circuits.prompts.dataset import PromptSet
+from circuits.prompts.spans import LAST, OTHER
+from circuits.uncertainty.bootstrap import prompt_groups
+from sae._options import Count, Gibibytes, Range, Steps, check_ranges
+from sae.autoencoder import SparseAutoencoder
+from sae.errors import UserError, unknown
+from sae.model.forward import with_gradients
+from sae.model.language_model import LanguageModel
+from sae.model.sites import Site, select_sites
+from sae.splice import ensure_checked
+
+log = logging.getLogger(__name__)
+
+ADDS_UP = ("ig", "ig-adaptive")
+"""Methods whose effects of a site add up to patching it, but for the quadrature error."""
+MEAN_RESIDUAL, WORST_RESIDUAL = 0.03, 0.1
+"""Shares of the total effect beyond which such effects are not to be trusted."""
+LOGIT_DIFFERENCE = "logit(patch answer) - logit(clean answer)"
+
+
+@dataclass(frozen=True)
+class DiscoverOptions:
+    """How a circuit is computed."""
+
+    method: str = "ig"
+    """Node method: ig (integrated gradients), ig-adaptive, ig-inputs, attrib (attribution patching), relp, graddrop,
+    exact (patch every node), or the baselines activation-difference and random.
+    """
+    rule: str = "midpoint"
+    """Quadrature of ig and ig-inputs: midpoint, gauss-legendre or left-riemann (the paper's code)."""
+    steps: Steps = 10
+    """Quadrature nodes of ig and ig-inputs."""
+    residual: Annotated[float, Range(0, 1, above=True)] = 0.003
+    """Completeness error ig-adaptive goes down to, as a share of the total effect."""
+    aggregation: str = "sum"
+    """sum over positions; position for prompts of equal length; spans for prompts with named token spans."""
+    metric: str = "logit_difference"
+    """What is explained: logit_difference, log_probability, kl, probe:FILE.safetensors (a linear probe's logit; sites
+    after it are left out), probe-margin:FILE.safetensors (the same, turned so that prompts of opposite classes do not
+    cancel), package.module:function or file.py:function.
+    """
+    sites: str = "all"
+    """Sites of the circuit, such as all, resid or resid,mlp_3; each needs an autoencoder."""
+    edge_nodes: Count = 300
+    """Edges are computed among this many strongest nodes; 0 leaves edges out."""
+    edge_active: str = "either"
+    """Where a downstream feature passes edges on: where it is active on the clean or the patch prompt (either), or on
+    the clean prompt alone (clean, as in the paper's code).
+    """
+    memory: Gibibytes = 2.0
+    """Budget in GiB for what the model keeps during a forward and backward pass; prompts are batched to it."""
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("method", METHODS),
+            ("rule", RULES),
+            ("aggregation", AGGREGATIONS),
+            ("edge_active", ACTIVE),
+        ):
+            if getattr(self, name) not in allowed:
+                raise unknown(name.replace("_", "-"), getattr(self, name), allowed)
+        check_ranges(self)
+
+
+@alone_in_partial
+@with_gradients
+def discover(
+    model: LanguageModel,
+    saes: Mapping[Site, SparseAutoencoder],
+    prompts: PromptSet,
+    options: DiscoverOptions | None = None,
+    *,
+    metric: Metric | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    progress: bool = True,
+    partial: str | Path | None = None,
+    resume: bool = False,
+) -> Circuit:
+    """The circuit behind `prompts`, over the features and errors of `saes`.
+
+    metric: overrides `options.metric` by a callable; provenance: names of model, SAEs and prompts, stored in the
+    metadata; partial: folder that receives every finished batch, and whose files are the caller's to remove once the
+    circuit is saved; resume: go on with the batches that are finished there.
+    """
+    options = options or DiscoverOptions()
+    m = metric or get_metric(options.metric)
+    options = replace(options, metric=metric_name(metric or options.metric))
+    prompts = prepare(prompts, model, m, differentiable=True)
+    sites = visible_sites(m, model, select_sites(options.sites, list(saes)))
+    ensure_checked(model, saes, sites)
+    check_edges(saes, sites, edge_nodes=options.edge_nodes)
+    accurate = None if isinstance(m, Probe) else mean_accuracy(model, prompts)
+    plain, model = model, read_by(model, m)
+    n_positions, spans = prompts.clean.n_positions, _spans(prompts, options.aggregation)
+    files = None
+    if partial is not None:
+        unlike = resume and names_code(options.metric) and metric_fingerprint(m) is None
+        if unlike and interrupted(partial):
+            raise UserError(
+                f"the metric {options.metric!r} cannot be compared with that of the interrupted discovery (it is no "
+                "plain Python function): start again with --overwrite"
+            )
+        named = work_of(model, saes, prompts, asdict(options) | {"metric_fingerprint": metric_fingerprint(m)})
+        files = PartialFiles(partial, named, resume=resume)
+    work = Work(model, saes, prompts, m, options, sites, files, progress)
+    batches = node_pass(work)
+    cancels = _warn_if_cancelling(m, batches)
+    effects = {site: SiteEffects.concatenate(batch.effects[site] for batch in batches) for site in sites}
+    nodes = aggregate(
+        effects, n_examples=len(prompts), n_positions=n_positions, aggregation=options.aggregation, spans=spans
+    )
+    if not count(nodes):
+        raise UserError("no node has an effect on the metric: do the prompts differ where the sites can see it?")
+    chosen = select_nodes(nodes, top=options.edge_nodes)
+    edges, edge_samples = edge_pass(work, batches, chosen) if options.edge_nodes else ({}, {})
+    measured = _of_metric(batches, effects, len(prompts))
+    if options.method in ADDS_UP and not cancels:  # a total of next to nothing is no measure
+        _warn_if_not_adding_up(measured["completeness"])
+    metadata = {
+        "metric": LOGIT_DIFFERENCE if m is logit_difference else metric_title(m, prompts),
+        **(provenance or {}),
+        "options": asdict(options),
+        "metric_fingerprint": metric_fingerprint(m),
+        "sites": [site.name for site in sites],
+        "n_nodes": count(nodes),
+        "accuracy": accurate,
+        **_of_prompts(plain, prompts, options.aggregation),
+        **measured,
+    }
+    return Circuit(effects, chosen if options.edge_nodes else {}, edges, metadata, edge_samples=edge_samples,
+                   groups=prompt_groups(prompts), metric=m)  # fmt: skip
+
+
+def _spans(prompts: PromptSet, aggregation: str) -> tuple[str, ...]:
+    """The names of the spans nodes are aggregated by; `UserError` where the prompts cannot be aggregated so."""
+    if aggregation == "position" and int(prompts.clean.lengths.min()) != prompts.clean.n_positions:
+        lengths = sorted(set(prompts.clean.lengths.tolist()))
+        raise UserError(f"aggregation 'position' needs prompts of equal length, found lengths {lengths}: use sum")
+    if aggregation == "spans" and prompts.roles is None:
+        raise UserError("aggregation 'spans' needs prompts with spans: name them in the file, or give a span template")
+    return prompts.spans if aggregation == "spans" else ()
+
+
+def _of_prompts(model: LanguageModel, prompts: PromptSet, aggregation: str) -> dict[str, Any]:
+    """What the metadata say of the prompts."""
+    by_span = aggregation == "spans"
+    return {
+        "n_examples": len(prompts),
+        "n_positions": prompts.clean.n_positions,
+        "rejected": prompts.rejected,
+        "tokens": _position_tokens(model, prompts) if aggregation == "position" else [],
+        "positions": list(prompts.spans) if by_span else [],
+        "span_words": _span_words(model, prompts) if by_span else {},
+        "templates": sorted(set(prompts.templates)),
+    }
+
+
+def _of_metric(batches: Sequence[BatchNodes], effects: Mapping[Site, SiteEffects], n_examples: int) -> dict[str, Any]:
+    """What the metadata say of the metric: its ends, and how nearly the effects add up to what was measured."""
+    ends = _metric_ends(batches, n_examples)
+    totals = {site: torch.cat([batch.totals[site] for batch in batches]) for site in effects}
+    scale = abs(ends["total_effect"] or 0.0) or max(abs(total.double().mean().item()) for total in totals.values())
+    return ends | {
+        "completeness": _completeness(effects, totals, n_examples, scale),
+        "errors": _error_shares(effects, n_examples, scale),
+    }
+
+
+def _error_shares(effects: Mapping[Site, SiteEffects], n_examples: int, scale: float) -> dict[str, Any]:
+    """What goes through the error node of each site, in units of `scale`."""
+    sums = {site: found.value[found.feature == found.n_features].double().sum() for site, found in effects.items()}
+    shares = {site: total.item() / n_examples / (scale or 1.0) for site, total in sums.items()}
+    largest = max(shares, key=lambda site: abs(shares[site]))
+    return {
+        "mean_share": sum(shares.values()) / len(shares),
+        "largest_share": shares[largest],
+        "largest_site": largest.name,
+        "sites": {site.name: share for site, share in shares.items()},
+    }
+
+
+def _warn_if_cancelling(metric: Metric, batches: Sequence[BatchNodes]) -> bool:
+    deltas = [batch.m_patch - batch.m_clean for batch in batches if batch.m_patch is not None]
+    if deltas:
+        return warn_if_cancelling(metric, torch.cat(deltas))
+    if isinstance(metric, Probe) and not metric.margin:
+        return warn_if_cancelling(metric, -torch.cat([batch.m_clean for batch in batches]))
+    return False
+
+
+def _warn_if_not_adding_up(completeness: Mapping[str, Any]) -> None:
+    """Warn where the effects of integrated gradients do not add up to what was measured."""
+    mean, worst = completeness["mean_residual"], completeness["worst_residual"]
+    if mean > MEAN_RESIDUAL or worst > WORST_RESIDUAL:
+        log.warning(
+            "the effects of a site add up to that of patching it only within %.1f %% of the total on average, %.1f %% "
+            "at %s: take more steps, or look for a module of the model through which no gradient flows",
+            100 * mean,
+            100 * worst,
+            completeness["worst_site"],
+        )
+
+
+def _metric_ends(batches: Sequence[BatchNodes], n_examples: int) -> dict[str, Any]:
+    """Mean of the metric on clean and patch prompts, and the points of the path a prompt took per site."""
+    m_clean = torch.cat([batch.m_clean for batch in batches]).mean().item()
+    patch = [batch.m_patch for batch in batches if batch.m_patch is not None]
+    m_patch = torch.cat(patch).mean().item() if patch else None
+    ends: dict[str, Any] = {
+        "m_clean": m_clean,
+        "m_patch": m_patch,
+        "total_effect": None if m_patch is None else m_patch - m_clean,
+    }
+    path_nodes: dict[str, float] = {}
+    for batch in batches:
+        for site, n in batch.path_nodes.items():
+            path_nodes[site.name] = path_nodes.get(site.name, 0.0) + n * len(batch.m_clean) / n_examples
+    return ends | ({"path_nodes": path_nodes} if path_nodes else {})
+
+
+def _completeness(
+    effects: Mapping[Site, SiteEffects],
+    totals: Mapping[Site, torch.Tensor],
+    n_examples: int,
+    scale: float,
+) -> dict[str, Any]:
+    """Sum of a site's effects against m(the site alone patched) - m(clean), both averaged over examples.
+
+    residual = |sum of effects - measured| / scale; scale: |m(patch) - m(clean)|, or without patch prompts the largest
+    measured effect of a site. For integrated gradients it is the quadrature error.
+    """
+    summed = {site: effects[site].value.double().sum().item() / n_examples for site in effects}
+    measured = {site: totals[site].double().mean().item() for site in effects}
+    residual = {site: abs(summed[site] - measured[site]) / (scale or 1.0) for site in effects}
+    worst = max(residual, key=residual.__getitem__)
+    return {
+        "mean_residual": sum(residual.values()) / len(residual),
+        "worst_residual": residual[worst],
+        "worst_site": worst.name,
+        "sites": {
+            site.name: {"sum_of_effects": summed[site], "measured": measured[site], "residual": residual[site]}
+            for site in effects
+        },
+    }
+
+
+def _span_words(model: LanguageModel, prompts: PromptSet, *, most: int = 3) -> dict[str, list[str]]:
+    """The commonest words of every named span, for the header of a graph by span."""
+    assert prompts.roles is not None
+    found: dict[str, list[str]] = {}
+    for number, name in enumerate(prompts.spans):
+        rows = zip(prompts.clean.input_ids, prompts.roles == number, strict=True)
+        words = Counter("".join(model.token_strings(ids[inside].tolist())).strip() for ids, inside in rows)
+        found[name] = [word for word, _ in words.most_common(most) if word] if name not in (OTHER, LAST) else []
+    return found
+
+
+def _position_tokens(model: LanguageModel, prompts: PromptSet) -> list[str]:
+    """The header of a graph by position: the token where all prompts share it, else the first prompt's with an
+    ellipsis.
+    """
+    ids = prompts.clean.input_ids
+    shared = (ids == ids[:1]).all(0).tolist()
+    return [
+        token if same else f"{token}…" for token, same in zip(model.token_strings(ids[0].tolist()), shared, strict=True)
+    ]

@@ -1,0 +1,164 @@
+"""What of a discovery is finished, so that an interrupted one goes on after its last finished batch.
+
+1. `partial.json` says what the work is: model, autoencoders, prompts, options. The files of other work are refused
+   with a sentence that says what differs.
+2. Every finished batch of a pass is a safetensors file, `nodes-0003` or `edges-0003`, which appears under its name
+   only once it is whole; a kill at any moment costs the batch that was running. A damaged one is computed again.
+3. Tensors are read back by memory-mapping: what a pass leaves on disk takes memory only where it is used.
+4. When the circuit is written, `remove_partial` takes the files away.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import fields
+from functools import wraps
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+from torch import Tensor
+
+from circuits.prompts.dataset import PromptSet
+from sae._files import (
+    check_digest,
+    prepare_folder,
+    read_json,
+    read_tensors,
+    remove_temporary,
+    write_json,
+    write_tensors,
+)
+from sae._run.contents import PARTIAL, Layout, check_contents, check_no_link, remove, visible
+from sae._run.locks import lock
+from sae.autoencoder import SparseAutoencoder, fingerprint
+from sae.errors import UserError
+from sae.model.language_model import LanguageModel, Tokens
+from sae.model.sites import Site
+
+log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+WORK_FILE = "partial.json"
+SCHEMA_VERSION = 1
+
+
+def alone_in_partial(function: Callable[P, R]) -> Callable[P, R]:
+    """Lock the folder `partial`, where one is given, while a function runs: two discoveries never mix their batches."""
+
+    @wraps(function)
+    def locked(*args: P.args, **kwargs: P.kwargs) -> R:
+        folder = kwargs.get("partial")
+        with nullcontext() if folder is None else lock(Path(str(folder))):
+            return function(*args, **kwargs)
+
+    return locked
+
+
+class PartialFiles:
+    """The finished batches of one discovery in a folder of their own."""
+
+    def __init__(self, folder: str | Path, work: Mapping[str, Any], *, resume: bool) -> None:
+        """work: what `work_of` says; resume: go on with the files of the same work instead of starting anew.
+
+        Raises UserError for a folder that holds anything but the files of an interrupted discovery.
+        """
+        self.folder = Path(folder)
+        check_no_link(self.folder)
+        check_contents(self.folder, PARTIAL)
+        if visible(self.folder) and not interrupted(self.folder):
+            raise UserError(
+                f"{str(self.folder)!r} is not the folder of an interrupted discovery ({WORK_FILE} is missing): give "
+                "another one, nothing of it is deleted"
+            )
+        self._unchecked = {path.name for path in visible(self.folder)} if resume else set()
+        noted = self.folder / WORK_FILE
+        if resume and noted.is_file():
+            self._check(read_json(noted), dict(work))
+            remove_temporary(self.folder)
+            return
+        remove(self.folder, Layout(PARTIAL.files[1:]), with_folder=False)
+        prepare_folder(self.folder, overwrite=True)
+        write_json(noted, {"schema_version": SCHEMA_VERSION, **work})
+
+    def _check(self, known: dict[str, Any], work: dict[str, Any]) -> None:
+        if known.pop("schema_version", None) != SCHEMA_VERSION:
+            raise UserError(f"{self.folder / WORK_FILE} is of another version: start again with --overwrite")
+        before, now = _flat(known), _flat(work)
+        for name in sorted(before.keys() | now.keys()):
+            if before.get(name) != now.get(name):
+                raise UserError(
+                    f"the interrupted discovery in {str(self.folder)!r} had {name} {before.get(name)!r}, not "
+                    f"{now.get(name)!r}: resume with the same, or start again with --overwrite"
+                )
+
+    def get(self, name: str) -> dict[str, Tensor] | None:
+        """The tensors of a finished batch; None where it is not finished, or damaged."""
+        path = self.folder / f"{name}.safetensors"
+        if not path.is_file():
+            return None
+        try:
+            if path.name in self._unchecked:
+                check_digest(path)
+                self._unchecked.discard(path.name)
+            return read_tensors(path)
+        except UserError as error:
+            log.warning("a finished batch is computed again: %s", error)
+            return None
+
+    def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep the tensors of a finished batch."""
+        copies = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+        write_tensors(self.folder / f"{name}.safetensors", copies, checksum=True)
+        self._unchecked.discard(f"{name}.safetensors")
+
+
+def remove_partial(folder: str | Path) -> None:
+    """Take the files away, once what they hold is saved; last the one that says what they are."""
+    remove(Path(folder), Layout(PARTIAL.files[1:]))
+    remove(Path(folder), PARTIAL)
+
+
+def interrupted(folder: str | Path) -> bool:
+    """Whether a folder holds the files of a discovery that did not end."""
+    return (Path(folder) / WORK_FILE).is_file()
+
+
+def work_of(
+    model: LanguageModel,
+    saes: Mapping[Site, SparseAutoencoder],
+    prompts: PromptSet,
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What decides every bit of the result: the model and its number type, the autoencoders, prompts and options."""
+    return {
+        "model": model.fingerprint,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "autoencoders": fingerprint(saes),
+        "prompts": _digest(prompts),
+        "options": dict(options),
+    }
+
+
+def _digest(prompts: PromptSet) -> str:
+    """A short hash of all tensors of the prompts."""
+    digest = hashlib.sha256()
+    for part in fields(prompts):
+        value = getattr(prompts, part.name)
+        tensors = [value.input_ids, value.attention_mask] if isinstance(value, Tokens) else [value]
+        for tensor in tensors:
+            if isinstance(tensor, Tensor):
+                digest.update(f"{part.name} {tuple(tensor.shape)}".encode() + tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _flat(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """`{"options": {"steps": 3}}` -> `{"steps": 3}`."""
+    flat: dict[str, Any] = {}
+    for name, value in entries.items():
+        flat |= _flat(value) if isinstance(value, Mapping) else {name: value}
+    return flat

@@ -1,0 +1,1 @@
+"""Ablating and steering features, and measuring what changes."""

@@ -1,0 +1,135 @@
+"""Which features are edited, and where: `resid_3/120` everywhere, `resid_3/120@subject` at a named span of the prompts
+alone, `resid_3/120@5` at a token position.
+
+x' = x + sum over places of where * (edit(x) - x): what is edited at one place does not see what is at another. Places
+belong to the prompts: in generation they are the prompt's tokens, never later ones, and other text has none.
+
+Shapes: B prompts, S positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from circuits.prompts.dataset import PromptSet
+from sae.autoencoder import SparseAutoencoder
+from sae.errors import UserError, unknown
+from sae.model.sites import Site
+from sae.saes import config_of
+
+Edit = Callable[[Tensor], Tensor]
+EVERYWHERE = ""
+Features = Mapping[Site, Tensor]
+"""Chosen features: site -> their indices [n] int64."""
+
+
+def parse_features(names: str | Sequence[str], saes: Mapping[Site, SparseAutoencoder]) -> dict[Site, Tensor]:
+    """`"resid_3/120,mlp_2/7"` or a list of such names -> indices by site, in forward order, each once."""
+    parts = names.split(",") if isinstance(names, str) else list(names)
+    chosen: dict[Site, list[int]] = {}
+    for name in (part.strip() for part in parts):
+        site, feature = _parse_feature(name, saes)
+        chosen.setdefault(site, []).append(feature)
+    if not chosen:
+        raise UserError("no features to edit: name some, such as resid_3/120, or take the strongest of a circuit")
+    return {site: torch.tensor(sorted(set(chosen[site]))) for site in saes if site in chosen}
+
+
+def _parse_feature(name: str, saes: Mapping[Site, SparseAutoencoder]) -> tuple[Site, int]:
+    site_name, slash, index = name.partition("/")
+    by_name = {str(site): site for site in saes}
+    if not slash:
+        raise UserError(f"{name!r} is not a feature: write site/index, such as {next(iter(by_name), 'resid_3')}/120")
+    site_name = site_name.replace(".", "_")
+    if site_name not in by_name:
+        raise unknown("site", site_name, by_name)
+    site = by_name[site_name]
+    if index == "error":
+        raise UserError(f"{name!r} is the error of its site, not a feature: only features can be edited")
+    n_features = config_of(saes, site).n_features
+    if not index.isdecimal() or int(index) >= n_features:
+        hint = f"; did you mean '{site}/{n_features - 1}'?" if index.isdecimal() else ""
+        raise UserError(f"unknown feature {name!r}: {site} has features 0 to {n_features - 1}{hint}")
+    return site, int(index)
+
+
+def feature_names(features: Features) -> list[str]:
+    """Indices by site -> `["mlp_2/7", "resid_3/120"]`."""
+    return [f"{site}/{index}" for site, indices in features.items() for index in indices.tolist()]
+
+
+def split_by_place(names: str | Sequence[str]) -> dict[str, list[str]]:
+    """Feature names without their place, by place: `["a/1", "b/2@verb"]` -> {"": ["a/1"], "verb": ["b/2"]}."""
+    found: dict[str, list[str]] = {}
+    for name in names.split(",") if isinstance(names, str) else names:
+        feature, at, place = name.strip().partition("@")
+        if at and not place:
+            raise UserError(f"{name!r} names no place after the @: write a span, such as {feature}@subject")
+        found.setdefault(place, []).append(feature)
+    return found
+
+
+def needs_spans(names: str | Sequence[str]) -> bool:
+    """Whether one of the names has a span as its place."""
+    return any(place and not place.isdecimal() for place in split_by_place(names))
+
+
+def tokens_at(prompts: PromptSet, place: str) -> Tensor:
+    """[B, S] bool: the tokens of a place, real ones everywhere for the empty place."""
+    real = prompts.clean.attention_mask.bool()
+    if place == EVERYWHERE:
+        return real
+    if place.isdecimal() and place not in prompts.spans:
+        inside = (prompts.clean.position_ids == int(place)) & real
+        if not inside.any(1).all():
+            raise UserError(f"position {place} is behind the end of some prompts")
+        return inside
+    if prompts.roles is None:
+        raise UserError(f"there is no span {place!r}: these prompts have no spans")
+    if place not in prompts.spans:
+        raise unknown("span", place, prompts.spans)
+    return prompts.roles == prompts.spans.index(place)
+
+
+class PlacedEdits:
+    """Edits by place and site; called with prompts they are the edits of a run of these."""
+
+    def __init__(self, edits: Mapping[str, Mapping[Site, Edit]]) -> None:
+        self.edits = edits
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether no edit has a place."""
+        return set(self.edits) <= {EVERYWHERE}
+
+    @property
+    def later(self) -> dict[Site, Edit]:
+        """The edits of tokens that are generated after the prompts: those without a place."""
+        return dict(self.edits.get(EVERYWHERE, {}))
+
+    def __call__(self, prompts: PromptSet) -> dict[Site, Edit]:
+        """Edits for `LanguageModel.run` and `generate` of the clean prompts."""
+        if self.everywhere:
+            return dict(self.edits.get(EVERYWHERE, {}))
+        where = {place: tokens_at(prompts, place)[..., None] for place in self.edits if place != EVERYWHERE}
+        sites = {site for edits in self.edits.values() for site in edits}
+
+        def edit_of(site: Site) -> Edit:
+            def edit(x: Tensor) -> Tensor:
+                result = x
+                for place, edits in self.edits.items():
+                    if site not in edits:
+                        continue
+                    change = edits[site](x) - x
+                    if place == EVERYWHERE:
+                        result = result + change
+                    else:
+                        result = torch.where(where[place], result + change, result)
+                return result
+
+            return edit
+
+        return {site: edit_of(site) for site in sites}

@@ -1,0 +1,246 @@
+"""What a node becomes when it is taken out of the model, and how to run the model with only some nodes left in.
+
+Legend: B prompts, S positions, d model width, n chosen features of a site.
+
+At a site x = f W_dec + b_dec + e. With the ablation values f0, e0 and x0 = f0 W_dec + b_dec + e0, decoding being
+affine,
+
+    only the nodes C kept:  x' = x0 + sum_{i in C} (f_i - f0_i) W_dec[i]  (+ e - e0 if the error is in C)
+    the nodes C removed:    x' = x  - sum_{i in C} (f_i - f0_i) W_dec[i]  (- e + e0 if the error is in C)
+
+where f and e are recomputed from the x that arrives, so what was ablated before has its effect. Ablation values:
+
+- `mean`: mean over the reference prompts (clean and patch), cell by cell (circuits.prompts.cells): the same template
+  and position, or span and place in it.
+- `optimal`: the constants with which the model does best without what is ablated
+  (circuits.faithfulness.optimal_ablation), from the means.
+- `mean-pooled`: one mean over all templates and positions. It destroys what all prompts share and tells little.
+- `counterfactual`: the values of the pair's other prompt.
+- `resample`: the values of a random reference prompt with the same template.
+- `zero`: f0 = 0 and e0 = 0, so x0 = b_dec.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass
+
+import torch
+
+from circuits.attribution.nodes import Nodes, SiteNodes, places
+from circuits.metrics.probe import ReadModel
+from circuits.prompts.cells import Cells
+from circuits.prompts.dataset import PromptSet
+from sae.autoencoder import SparseAutoencoder
+from sae.errors import UserError, unknown
+from sae.model.language_model import LanguageModel, Tokens
+from sae.model.sites import Site
+from sae.saes import decoder_bias, device_of
+
+ABLATIONS = ("mean", "optimal", "counterfactual", "resample", "zero", "mean-pooled")
+"""What `AblationValues` knows; `optimal` are means there until circuits.faithfulness.optimal_ablation fits them."""
+
+
+@dataclass(frozen=True)
+class SiteValues:
+    """Values of one site for a batch: x and e [B, S, d], and the chosen features f [B, S, n]."""
+
+    x: torch.Tensor
+    error: torch.Tensor
+    features: torch.Tensor
+
+    @staticmethod
+    def of(sae: SparseAutoencoder, x: torch.Tensor, index: torch.Tensor) -> SiteValues:
+        """Encode x [B, S, d] and keep the features `index` [n]."""
+        f, x_hat = sae.encode_and_reconstruct(x, index)
+        x = x.to(x_hat)  # sums over prompts need more than 16 bits
+        return SiteValues(x, x - x_hat, f)
+
+
+Values = dict[Site, SiteValues]
+
+
+class NodeTable:
+    """The features that any of several node sets names, so that they are gathered once: site -> sorted index [n]."""
+
+    def __init__(self, saes: Mapping[Site, SparseAutoencoder], sets: Sequence[Nodes], *, sites: Sequence[Site]) -> None:
+        self.sites = list(sites)
+        self.index: dict[Site, torch.Tensor] = {}
+        device = device_of(saes)
+        for site in self.sites:
+            named = [nodes[site].feature[~nodes[site].is_error] for nodes in sets if site in nodes]
+            union = torch.cat(named).unique() if named else torch.empty(0, dtype=torch.long)
+            self.index[site] = union.to(device)
+
+    def masks(self, site: Site, nodes: SiteNodes | None, prompts: PromptSet):
+        """([B or 1, S or 1, n], [B or 1, S or 1, 1]) floats: 1 where a feature, and the error, belongs to the set."""
+        index = self.index[site]
+        if nodes is None or len(nodes) == 0:
+            return index.new_zeros(1, 1, len(index), dtype=torch.float), index.new_zeros(1, 1, 1, dtype=torch.float)
+        feature, position = nodes.feature.to(index.device), nodes.position.to(index.device)
+        width = len(index) + 1  # the error is the last column
+        column = torch.searchsorted(index, feature)  # an error's F comes behind every feature
+        anywhere = position < 0
+        if nodes.summed:
+            table, row = torch.zeros(1, width, device=index.device), torch.zeros(1, 1, dtype=torch.long)
+        else:
+            row = places(prompts, nodes.spans)
+            table = torch.zeros((len(nodes.spans) or row.shape[1]) + 1, width, device=index.device)
+        table[position[~anywhere], column[~anywhere]] = 1
+        table[:, column[anywhere]] = 1
+        chosen = table[row]  # padding takes the last row, where no node is by its position
+        return chosen[..., :-1], chosen[..., -1:]
+
+
+Edit = Callable[[torch.Tensor], torch.Tensor]
+
+
+def ablation_edits(
+    saes: Mapping[Site, SparseAutoencoder],
+    table: NodeTable,
+    nodes: Nodes,
+    values: Values,
+    prompts: PromptSet,
+    *,
+    keep: bool,
+) -> dict[Site, Edit]:
+    """Edits for `LanguageModel.run` that keep only `nodes` (or, with `keep` false, remove them) at the table's
+    sites.
+    """
+
+    def edit_of(site: Site) -> Edit:
+        index, at = table.index[site], values[site]
+        features, error = table.masks(site, nodes.get(site), prompts)
+        with_error = bool(error.any())
+
+        def edit(x: torch.Tensor) -> torch.Tensor:
+            if not keep and not len(index) and not with_error:
+                return x
+            sae = saes[site]
+            if with_error:
+                f, x_hat = sae.encode_and_reconstruct(x, index)
+                change = ((f - at.features) * features) @ sae.W_dec[index] + (x - x_hat - at.error) * error
+            else:
+                change = ((sae.encode_some(x, index) - at.features) * features) @ sae.W_dec[index]
+            return (at.x + change if keep else x - change).to(x.dtype)
+
+        return edit
+
+    return {site: edit_of(site) for site in table.sites}
+
+
+class AblationValues:
+    """Ablation values for any batch of prompts, of one of the kinds in `ABLATIONS`."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        saes: Mapping[Site, SparseAutoencoder],
+        table: NodeTable,
+        kind: str,
+        *,
+        reference: PromptSet | None = None,
+        seed: int = 0,
+        batch_size: int = 64,
+    ) -> None:
+        if kind not in ABLATIONS:
+            raise unknown("ablation", kind, ABLATIONS)
+        if kind == "optimal" and isinstance(model, ReadModel):
+            raise UserError("ablation 'optimal' fits constants to the logits, and the metric is a probe: use mean")
+        self.model, self.saes, self.table, self.kind = model, saes, table, kind
+        self.reference = reference
+        self.means: Values = {}
+        self.tables: Values = {}
+        self._rows: dict[str, list[int]] = defaultdict(list)
+        self._generator = torch.Generator().manual_seed(seed)
+        if kind not in ("counterfactual", "zero"):
+            if reference is None:
+                raise UserError(f"ablation {kind!r} needs reference prompts")
+            for row, template in enumerate(reference.templates):
+                self._rows[template].append(row)
+            self.cells = Cells(reference, pooled=kind == "mean-pooled")
+        if kind in ("mean", "optimal", "mean-pooled"):
+            self._collect_means(batch_size)
+
+    @torch.no_grad()
+    def _collect_means(self, batch_size: int) -> None:
+        """Per site x and e [cells, d] and the chosen features [cells, n]: means over the tokens of every cell."""
+        assert self.reference is not None
+        total: dict[Site, list[torch.Tensor]] = {}
+        counts = torch.zeros(len(self.cells), 1, device=self.model.device)
+        for batch in self.reference.batches(batch_size):
+            real = batch.clean.attention_mask.bool()
+            cell = self.cells.of(batch)[real]
+            for tokens in [batch.clean] if batch.patch is None else [batch.clean, batch.patch]:
+                counts.index_add_(0, cell, torch.ones(len(cell), 1, device=counts.device))
+                for site, at in self._of(tokens).items():
+                    parts = [part[real] for part in (at.x, at.error, at.features)]
+                    sums = total.setdefault(site, [x.new_zeros(len(self.cells), x.shape[-1]) for x in parts])
+                    for known, x in zip(sums, parts, strict=True):
+                        known.index_add_(0, cell, x)
+        self.means = {site: SiteValues(*(x / counts for x in sums)) for site, sums in total.items()}
+        self.tables = self.means
+
+    @torch.no_grad()
+    def _of(self, tokens: Tokens) -> Values:
+        run = self.model.run(tokens, capture=self.table.sites, need_logits=False)
+        return {site: SiteValues.of(self.saes[site], x, self.table.index[site]) for site, x in run.activations.items()}
+
+    @torch.no_grad()
+    def __call__(self, prompts: PromptSet) -> Values:
+        """Values for a batch: every template of it must be covered."""
+        if self.kind == "zero":
+            batch, n_positions = len(prompts), prompts.clean.n_positions
+            values = {}
+            for site in self.table.sites:
+                bias = decoder_bias(self.saes, site)
+                n = len(self.table.index[site])
+                values[site] = SiteValues(
+                    bias.expand(batch, n_positions, -1), torch.zeros_like(bias), bias.new_zeros(1, 1, n)
+                )
+            return values
+        if self.kind == "counterfactual":
+            if prompts.patch is None:
+                raise UserError("ablation 'counterfactual' needs pairs: these prompts have no patch side")
+            return self._of(prompts.patch)
+        if self.kind == "resample":
+            assert self.reference is not None
+            rows = [self._draw(template) for template in prompts.templates]
+            return self._of(_padded_to(self.reference.clean[rows], prompts.clean.n_positions))
+        return self.at_cells(prompts, self.tables)
+
+    def draw_state(self, state: torch.Tensor | None = None) -> torch.Tensor:
+        """Where the random draws stand; given an earlier state they go back there, and are the same again."""
+        if state is not None:
+            self._generator.set_state(state)
+        return self._generator.get_state()
+
+    def _draw(self, template: str) -> int:
+        rows = self._rows[template]
+        return rows[int(torch.randint(len(rows), (), generator=self._generator))]
+
+    def at_cells(self, prompts: PromptSet, tables: Values) -> Values:
+        """Values for a batch from tables of x and e [cells, d] and the chosen features [cells, n]; 0 at padding."""
+        cell = self.cells.of(prompts)
+        known = (cell >= 0)[..., None]
+        return {
+            site: SiteValues(*(table[cell] * known for table in (at.x, at.error, at.features)))
+            for site, at in tables.items()
+        }
+
+    def with_tables(self, tables: Values) -> AblationValues:
+        """The same with other tables."""
+        other = copy(self)
+        other.tables = tables
+        return other
+
+
+def _padded_to(tokens: Tokens, n_positions: int) -> Tokens:
+    """Left-padded tokens cut or padded to S columns; every row has at most S tokens."""
+    missing = n_positions - tokens.n_positions
+    if missing <= 0:
+        return Tokens(tokens.input_ids[:, -n_positions:], tokens.attention_mask[:, -n_positions:])
+    filler = tokens.input_ids.new_zeros(len(tokens), missing)
+    return Tokens(torch.cat([filler, tokens.input_ids], 1), torch.cat([filler, tokens.attention_mask], 1))

@@ -1,0 +1,287 @@
+"""Do the edges carry what they are drawn to carry? Faithfulness of a set of edges, by intervention.
+
+A node's weight says that the node matters; which nodes it acts through is a second claim, and this refutes or backs it.
+Every downstream node is recomputed from only those upstream nodes whose edge to it is kept; all its other inputs take
+their ablation value. With C the nodes between which edges were computed, E the kept edges, and for every site
+
+    x_p(d) = x0_p + sum_{u in C at p, (u -> d) in E} (a_u - a0_u) W_dec[u]   (+ e_u - e0_u for an error node u)
+
+what node d sees of its direct parent p:
+
+1. In forward order, a_d is read off the site's output computed from x_p(d) at all direct parents p. Nodes that see the
+   same inputs are computed together; nodes without a path of kept edges to the metric are not computed.
+2. A site without parents in the circuit (the first one) has its clean values; so have the sites before `start_site`.
+3. The metric is computed like any other node: m(E). Then
+
+    faithfulness(E) = (m(E) - m(0)) / (m(M) - m(0)),
+
+with m(0) no edge kept and M the whole model. With all nodes of C joined it equals the faithfulness of C. That is
+more than all edges with a weight: a feature that is silent on the clean prompts has none, though it can be woken.
+Beside the strongest edges stand random ones, drawn among all edges with a weight.
+
+Legend: B prompts, S positions, d model width, G groups of nodes with equal inputs, U upstream and D downstream nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from circuits.attribution.edges import Edges
+from circuits.attribution.nodes import Nodes, count
+from circuits.circuit import Circuit
+from circuits.faithfulness.ablation import AblationValues, NodeTable, SiteValues, Values
+from circuits.faithfulness.nodes import (
+    FaithfulnessOptions,
+    aligned,
+    from_start_site,
+    share_intervals,
+    shares,
+    sizes_within,
+)
+from circuits.faithfulness.optimal_ablation import ablation_values
+from circuits.faithfulness.results import EdgeFaithfulness
+from circuits.metrics.metrics import Metric, prepare
+from circuits.metrics.probe import read_by
+from circuits.prompts.dataset import PromptSet
+from circuits.uncertainty.bootstrap import Bootstrap, prompt_groups, too_few
+from sae.autoencoder import SparseAutoencoder
+from sae.errors import UserError
+from sae.model.language_model import LanguageModel
+from sae.model.sites import Site
+from sae.saes import subset
+from sae.splice import ensure_checked
+
+Kept = dict[tuple[Site, Site | None], Tensor]
+"""(upstream, downstream or None for the metric) -> [D, U] float, 1 where the edge is kept."""
+
+
+def measure_edge_faithfulness(
+    model: LanguageModel,
+    saes: Mapping[Site, SparseAutoencoder],
+    circuit: Circuit,
+    prompts: PromptSet,
+    options: FaithfulnessOptions | None = None,
+    *,
+    sizes: Sequence[int] = (100, 200, 500, 1000, 2000, 5000),
+    reference: PromptSet | None = None,
+    metric: str | Metric | None = None,
+    max_rows: int = 512,
+    progress: bool = True,
+) -> EdgeFaithfulness:
+    """Faithfulness of the circuit's strongest edges over sizes.
+
+    sizes: numbers of edges; reference: prompts whose means or values ablated inputs take, the measured prompts by
+    default; metric: the circuit's own, given again where it is Python code and the circuit is from a file; max_rows:
+    prompts that go through the model at once. Errors without an edge are ablated like any node.
+    """
+    options = options or FaithfulnessOptions()
+    if options.errors != "nodes":
+        raise UserError(f"errors is {options.errors!r}: edges are measured with errors as nodes")
+    m = circuit.get_metric(metric)
+    ensure_checked(model, saes, circuit.nodes)
+    prompts = prepare(prompts, model, m)
+    model = read_by(model, m)
+    saes = subset(saes, circuit.effects)
+    nodes = from_start_site(
+        {site: circuit.edge_nodes.get(site, n[:0]) for site, n in circuit.nodes.items()}, options.start_site
+    )
+    edges = {pair: weights for pair, weights in circuit.edges.items() if pair[0] in nodes}
+    n_edges = sum(int(weights.count_nonzero()) for weights in edges.values())
+    if not n_edges:
+        raise UserError("the circuit has no edges here: discover it with edge nodes, or start at an earlier site")
+    sizes = sizes_within(sizes, n_edges, of="edges")
+    sets = [strongest_edges(edges, 0), _joined(edges), *(strongest_edges(edges, size) for size in sizes)]
+    generator = torch.Generator().manual_seed(options.seed)
+    for _ in range(options.random):
+        rank = {pair: torch.rand(w.shape, generator=generator) * (w != 0) for pair, w in edges.items()}
+        sets += [strongest_edges(rank, size) for size in sizes]
+    reference, prompts, _ = aligned(reference or prompts, prompts, options.ablation)
+    values = ablation_values(
+        model, saes, options.ablation, [({}, True), (nodes, True)], nodes=nodes, reference=reference,
+        seed=options.seed, batch_size=options.batch_size, progress=progress,
+    )  # fmt: skip
+    runner = _Runner(model, saes, nodes, values.table, m, max_rows)
+    m_all = _metrics(runner, values, sets, prompts, options.batch_size, progress)
+    return _record(m_all, sizes, nodes, options, n_edges=n_edges, groups=prompt_groups(prompts))
+
+
+def _record(
+    m_all: Tensor, sizes: list[int], nodes: Nodes, options: FaithfulnessOptions, *, n_edges: int, groups: Tensor
+) -> EdgeFaithfulness:
+    """From m_all [3 + sets, B]: the whole model, no edge, all nodes joined, the strongest edges, the random draws."""
+    f = shares(m_all.mean(1)).tolist()
+    n = len(sizes)
+    intervals = []
+    if options.resamples and not too_few(groups):
+        bootstrap = Bootstrap(resamples=options.resamples, seed=options.seed)
+        intervals = share_intervals(m_all[: 3 + n], groups, bootstrap)[1:].tolist()
+    return EdgeFaithfulness(
+        sizes=sizes,
+        faithfulness=f[1 : 1 + n],
+        random=[f[start : start + n] for start in range(1 + n, len(f), n)],
+        all_joined=f[0],
+        n_edges=n_edges,
+        n_nodes=count(nodes),
+        m_model=m_all[0].mean().item(),
+        m_empty=m_all[1].mean().item(),
+        ablation=options.ablation,
+        start_site=next(iter(nodes)).name,
+        n_prompts=m_all.shape[1],
+        intervals=intervals,
+    )
+
+
+def _joined(edges: Edges) -> Kept:
+    return {pair: torch.ones_like(weights) for pair, weights in edges.items()}
+
+
+def strongest_edges(edges: Edges, n: int) -> Kept:
+    """1 for the n edges of largest |weight| (edges to the metric among them), 0 for all others."""
+    magnitudes = torch.cat([weights.abs().flatten() for weights in edges.values()])
+    keep = torch.zeros_like(magnitudes)
+    keep[magnitudes.argsort(descending=True, stable=True)[:n]] = 1
+    parts = keep.split([weights.numel() for weights in edges.values()])
+    return {pair: part.view_as(edges[pair]) for pair, part in zip(edges, parts, strict=True)}
+
+
+@torch.no_grad()
+def _metrics(runner: _Runner, values: AblationValues, sets: Sequence[Kept], prompts, batch_size, progress) -> Tensor:
+    """Metric of the plain model and of every set of edges on every prompt, [1 + sets, B] float64."""
+    columns = []
+    n_batches = -(-len(prompts) // batch_size)
+    with tqdm(total=n_batches * len(sets), desc="edge faithfulness", unit="set", disable=not progress) as bar:
+        for batch in prompts.batches(batch_size):
+            plain = runner.model.run(batch.clean, capture=list(runner.saes), last_only=True)
+            column = [runner.metric(plain.logits[:, -1], batch)]
+            at = values(batch)
+            for kept in sets:
+                column.append(runner(kept, batch, plain.activations, at))
+                bar.update()
+            columns.append(torch.stack(column).cpu().double())  # MPS has no float64
+    return torch.cat(columns, dim=1)
+
+
+@dataclass(frozen=True)
+class _Moved:
+    """How far a site's nodes are from their ablation values, and where that leaves the site."""
+
+    rest: Tensor
+    """x0, [B, S, d]."""
+    delta: Tensor
+    """a - a0 of every node where it is, [B, S, U]; 0 for error nodes."""
+    decoder: Tensor
+    """[U, d]."""
+    error: Tensor
+    """e - e0, [B, S, d]; 0 without error nodes."""
+    error_at: Tensor
+    """[B or 1, S, U] 1 where an error node is."""
+
+    def seen(self, mask: Tensor) -> Tensor:
+        """x with only the nodes of mask [G, U] away from their ablation value, [G, B, S, d]."""
+        x = self.rest + (self.delta * mask[:, None, None, :]) @ self.decoder
+        if self.error_at.any():
+            x = x + torch.einsum("gu,bsu->gbs", mask, self.error_at)[..., None] * self.error
+        return x
+
+
+@dataclass(frozen=True)
+class _Runner:
+    """Computes the metric with only some edges kept."""
+
+    model: LanguageModel
+    saes: Mapping[Site, SparseAutoencoder]
+    nodes: Nodes
+    table: NodeTable
+    metric: Metric
+    max_rows: int
+
+    def __call__(self, kept: Kept, prompts: PromptSet, clean: Mapping[Site, Tensor], values: Values) -> Tensor:
+        """m with the kept edges, [B]."""
+        alive = _reaching(kept, self.nodes)
+        moved: dict[Site, _Moved] = {}
+        for site in self.nodes:
+            moved[site] = self._site(site, alive[site], kept, prompts, clean, values[site], moved)
+        beyond = Site("resid", self.model.n_layers)
+        masks = {up: mask for (up, down), mask in kept.items() if down is None}
+        skip = self._inputs(beyond, masks, moved, clean, groups=1)
+        run = self.model.run(prompts.clean, skip=skip, last_only=True)
+        return self.metric(run.logits[:, -1], prompts)
+
+    def _inputs(self, site: Site, masks: Mapping[Site, Tensor], moved: Mapping[Site, _Moved], clean, *, groups: int):
+        """The skip mapping with what every direct parent of a site shows to G groups of nodes, [G * B, S, d] each."""
+        known = [other for other in self.saes if other < site]
+        places = self.model.resume_from(site, {other: other for other in known})  # type: ignore[misc]
+        shown: dict[Any, Tensor] = {}
+        for parent in set(places.values()):
+            if parent in moved:
+                at = moved[parent]  # type: ignore[index]
+                mask = masks.get(parent, at.rest.new_zeros(groups, at.delta.shape[-1]))  # type: ignore[call-overload]
+                shown[parent] = at.seen(mask.to(at.rest)).flatten(0, 1)
+            else:
+                shown[parent] = clean[parent].repeat(groups, 1, 1)
+        return {place: shown[parent] for place, parent in places.items()}
+
+    def _site(self, site, alive: Tensor, kept: Kept, prompts, clean, at: SiteValues, moved) -> _Moved:
+        """Every living node of a site from its own inputs."""
+        sae, chosen = self.saes[site], self.nodes[site]
+        place = chosen.where(prompts).to(at.x)  # [B or 1, S, U]
+        is_error = chosen.is_error.to(place.device)
+        feature = chosen.feature.to(place.device).clamp(max=chosen.n_features - 1)
+        column = torch.searchsorted(self.table.index[site], feature).clamp(max=max(len(self.table.index[site]) - 1, 0))
+        batch, n_positions = prompts.clean.input_ids.shape
+        delta = at.x.new_zeros(batch, n_positions, len(chosen))
+        error = at.x.new_zeros(batch, n_positions, at.x.shape[-1])
+        for members, y in self._outputs(site, alive, kept, prompts, clean, moved):
+            errors = chosen.is_error[members]
+            here = members[~errors]
+            if len(here):
+                f = sae.encode_some(y, feature[here]) - at.features[..., column[here]]
+                delta[..., here] = f.to(delta) * place[..., here]
+            for number in members[errors].tolist():
+                off = y - sae.decode(sae.encode(y)).to(y) - at.error
+                error += off * place[..., number, None]
+        decoder = sae.W_dec[feature].to(delta) * ~is_error[:, None]
+        rest = at.x.expand(batch, n_positions, -1)
+        return _Moved(rest, delta, decoder, error, place * is_error)
+
+    def _outputs(self, site: Site, alive: Tensor, kept: Kept, prompts: PromptSet, clean, moved):
+        """(numbers of the nodes that see the same inputs, the site's output for them [B, S, d])."""
+        living = alive.nonzero()[:, 0]
+        parents = set(self.model.resume_from(site, {p: p for p in self.saes if p < site}).values())  # type: ignore[misc]
+        if not len(living):
+            return
+        if not any(parent in moved for parent in parents):
+            yield living, clean[site]
+            return
+        incoming = {up: mask[living] for (up, down), mask in kept.items() if down == site}
+        widths = [mask.shape[1] for mask in incoming.values()]
+        joined = torch.cat([living.new_zeros(len(living), 0).float(), *incoming.values()], dim=1)
+        rows, group = joined[:1], torch.zeros_like(living)  # without any edge all see the same
+        if widths:
+            rows, group = joined.unique(dim=0, return_inverse=True)  # [G, all U]
+        per_pass = max(1, self.max_rows // len(prompts))
+        for start in range(0, len(rows), per_pass):
+            part = rows[start : start + per_pass]
+            masks = dict(zip(incoming, part.split(widths, dim=1), strict=True))
+            skip = self._inputs(site, masks, moved, clean, groups=len(part))
+            run = self.model.run(prompts.clean.repeat(len(part)), capture=[site], skip=skip, need_logits=False)
+            outputs = run.activations[site].unflatten(0, (len(part), -1))
+            for number, y in enumerate(outputs, start=start):
+                yield living[group == number], y
+
+
+def _reaching(kept: Kept, nodes: Nodes) -> dict[Site, Tensor]:
+    """Nodes with a path of kept edges to the metric, [n] bool per site."""
+    alive = {site: torch.zeros(len(site_nodes), dtype=torch.bool) for site, site_nodes in nodes.items()}
+    for site in reversed(list(nodes)):
+        for (up, down), mask in kept.items():
+            if up == site:
+                ends = mask if down is None else mask[alive[down]]
+                alive[site] |= ends.any(0)
+    return alive

@@ -1,0 +1,118 @@
+"""The gates of a mask under training, the model run with them, and the loss: steps 1, 2 and 4 of `learned_mask`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from circuits.attribution.nodes import Nodes, count, places
+from circuits.faithfulness.ablation import Edit, NodeTable, SiteValues
+from circuits.prompts.dataset import PromptSet
+from sae.autoencoder import SparseAutoencoder
+from sae.model.language_model import LanguageModel
+from sae.model.sites import Site
+
+GROUP = 16
+"""Prompts whose mean metric is matched."""
+
+
+class Gates:
+    """Where every node's gate goes: nodes of all sites in one vector [N] -> per site [B, 1 or S, n] and error gates
+    [B, 1 or S, 1], the same at all tokens of a node's position or span.
+    """
+
+    def __init__(
+        self,
+        saes: Mapping[Site, SparseAutoencoder],
+        nodes: Nodes,
+        *,
+        errors: str = "nodes",
+    ) -> None:
+        self.saes, self.nodes, self.errors = saes, nodes, errors
+        self.table = NodeTable(saes, [nodes], sites=list(nodes))
+        self.n = count(nodes)
+        self._members: dict[Site, tuple[torch.Tensor, torch.Tensor, int]] = {}
+        first = 0
+        for site, here in nodes.items():
+            index = self.table.index[site]
+            width = len(index) + 1  # the error's gate is the last column
+            feature = here.feature.to(index.device)
+            column = torch.searchsorted(index, feature)  # an error's F comes behind every feature
+            cell = here.position.to(index.device).clamp(min=0) * width + column
+            self._members[site] = (torch.arange(first, first + len(here), device=index.device), cell, width)
+            first += len(here)
+
+    def of(self, site: Site, gates: torch.Tensor, prompts: PromptSet) -> tuple[torch.Tensor, torch.Tensor]:
+        """gates [B or 1, N] -> (features [B or 1, 1 or S, n], error [B or 1, 1 or S, 1])."""
+        members, cell, width = self._members[site]
+        here = self.nodes[site]
+        at = torch.zeros(1, 1, dtype=torch.long) if here.summed else places(prompts, here.spans)  # [B or 1, S]
+        rows = 1 if here.summed else (len(here.spans) or at.shape[1]) + 1  # the last, of padding, stays closed
+        grid = gates.new_zeros(len(gates), rows * width).index_copy(1, cell, gates[:, members])
+        grid = grid.view(len(gates), rows, width).expand(max(len(gates), len(at)), -1, -1)
+        grid = grid[torch.arange(len(grid))[:, None], at]
+        error = grid[..., -1:]
+        if self.errors != "nodes":
+            error = torch.full_like(error, float(self.errors == "keep"))
+        return grid[..., :-1], error
+
+    def edits(self, gates: torch.Tensor, values: Mapping[Site, SiteValues], prompts: PromptSet) -> dict[Site, Edit]:
+        """Edits for `LanguageModel.run` under the gates [B or 1, N] of every prompt."""
+
+        def edit_of(site: Site) -> Edit:
+            sae, index, at = self.saes[site], self.table.index[site], values[site]
+            features, error = self.of(site, gates, prompts)
+            with_error = self.errors == "keep" or bool(self.nodes[site].is_error.any())
+
+            def edit(x: torch.Tensor) -> torch.Tensor:
+                f = sae.encode(x) if with_error else None
+                chosen = sae.encode_some(x, index) if f is None else f[..., index]
+                change = ((chosen - at.features) * features) @ sae.W_dec[index]
+                if f is not None:
+                    change = change + (x - sae.decode(f) - at.error) * error
+                return (at.x + change).to(x.dtype)
+
+            return edit
+
+        return {site: edit_of(site) for site in self.table.sites}
+
+
+def budget_gates(scores: torch.Tensor, budgets: torch.Tensor, *, temperature: float) -> torch.Tensor:
+    """Gates [B, N] of the scores [N] for a budget of budgets[b] nodes each; the threshold carries no gradient."""
+    ordered = scores.detach().sort(descending=True).values
+    ordered = torch.cat([ordered, ordered[-1:] - 20 * temperature])  # a budget of all N opens every gate
+    threshold = (ordered[budgets - 1] + ordered[budgets]) / 2  # [B]
+    return ((scores - threshold[:, None]) / temperature).sigmoid()
+
+
+def masked_logits(
+    model: LanguageModel,
+    gates: Gates,
+    at: torch.Tensor,
+    prompts: PromptSet,
+    values: Mapping[Site, SiteValues],
+    *,
+    skip: Mapping[Site, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Logits after every prompt [B, V] under the gates at [B or 1, N]; skip: what comes before the first masked site,
+    from the clean run.
+    """
+    planted = {site: x.detach().requires_grad_(True) for site, x in (skip or {}).items()}
+    edits = gates.edits(at, values, prompts)
+    return model.run(prompts.clean, edits=edits, skip=planted, grad=True, last_only=True).logits[:, -1]
+
+
+def mask_loss(off: torch.Tensor, budgets: torch.Tensor, cases: Sequence[str], *, match: str) -> torch.Tensor:
+    """Mean over prompts of off^2, off = (m(C) - m(M)) / scale [B]; to match cases, off is first averaged over at most
+    `GROUP` prompts of a case, neighbours by budget [B].
+    """
+    if match == "prompts":
+        return off.square().mean()
+    total = off.new_zeros(())
+    for case in dict.fromkeys(cases):
+        members = torch.tensor([own == case for own in cases], device=off.device).nonzero()[:, 0]
+        ordered = members[budgets[members].argsort(stable=True)]
+        groups = ordered.tensor_split(-(-len(ordered) // GROUP))
+        total = total + sum(off[group].mean().square() * len(group) for group in groups)
+    return total / len(off)

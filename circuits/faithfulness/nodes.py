@@ -1,0 +1,281 @@
+"""How much of a behaviour a circuit explains by itself, and how much is left without it.
+
+With m(X) the mean metric over prompts when only the nodes X are left as they are and all other features and errors
+are ablated (Marks et al. 2024, section 4; circuits.faithfulness.ablation says by what):
+
+    faithfulness(C) = (m(C) - m(0)) / (m(M) - m(0)),    completeness(C) = (m(M without C) - m(0)) / (m(M) - m(0)),
+
+M all nodes, 0 none. A ratio of means, never a mean of ratios. A good circuit has faithfulness near 1 and
+completeness near 0 at few nodes. Beside every circuit stand random circuits of the same size, drawn from the nodes
+with an effect.
+
+1. Node sets: the n strongest nodes for each size, from `start_site` on; sites before it are given for free and never
+   ablated.
+2. Errors are nodes like features, or all left in, or all ablated, in every one of these sets; the whole model M has
+   them always.
+3. Ablation values from the reference prompts (by default those the circuit was found on).
+4. One forward pass per batch of prompts and node set; the metric of every prompt is kept for bootstrap intervals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from circuits.attribution.nodes import Nodes, SiteNodes, count, select_nodes
+from circuits.faithfulness.ablation import AblationValues, ablation_edits
+from circuits.faithfulness.optimal_ablation import Gain, ablation_values, gain
+from circuits.faithfulness.results import Faithfulness, Intervals, area
+from circuits.metrics.metrics import Metric, get_metric, prepare
+from circuits.metrics.probe import read_by
+from circuits.prompts.cells import Cells
+from circuits.prompts.dataset import PromptSet
+from circuits.uncertainty.bootstrap import Bootstrap, group_sums, prompt_groups, too_few, what_is_drawn
+from sae._options import BatchSize, Repeats, Resamples, Seed, check_ranges
+from sae.autoencoder import SparseAutoencoder
+from sae.errors import UserError, unknown
+from sae.model.language_model import LanguageModel
+from sae.model.sites import Site
+from sae.splice import ensure_checked
+
+ERRORS = ("nodes", "keep", "ablate")
+COVERED = 0.8
+"""Share of the prompts whose template must occur among the reference prompts; below it templates are lengths alone."""
+
+
+@dataclass(frozen=True)
+class FaithfulnessOptions:
+    """How faithfulness is measured."""
+
+    ablation: str = "mean"
+    """What ablated nodes become: mean (per template and position), optimal (fitted from there so that the model does
+    best with the circuits kept), counterfactual, resample, zero, or mean-pooled (over all templates and positions; it
+    destroys what all prompts share, so that faithfulness says little).
+    """
+    start_site: str | None = None
+    """First site that is ablated; everything before is given for free. All sites by default."""
+    errors: str = "nodes"
+    """Errors of the autoencoders: nodes (ranked among the features), keep (all left in) or ablate (all ablated)."""
+    random: Repeats = 3
+    """Random circuits of each size to compare with."""
+    seed: Seed = 0
+    """Seed of the random circuits and of resampling."""
+    batch_size: BatchSize = 64
+    """Prompts that go through the model at once."""
+    resamples: Resamples = 1000
+    """Times the prompts, or their templates where they share them, are drawn anew for 95 % intervals (none for fewer
+    than 5 of them); 0 leaves intervals out.
+    """
+
+    def __post_init__(self) -> None:
+        if self.errors not in ERRORS:
+            raise unknown("errors", self.errors, ERRORS)
+        check_ranges(self)
+
+
+def measure_faithfulness(
+    model: LanguageModel,
+    saes: Mapping[Site, SparseAutoencoder],
+    nodes: Nodes,
+    prompts: PromptSet,
+    options: FaithfulnessOptions | None = None,
+    *,
+    sizes: Sequence[int] = (10, 20, 50, 100, 200, 500, 1000),
+    reference: PromptSet | None = None,
+    metric: str | Metric = "logit_difference",
+    progress: bool = True,
+) -> Faithfulness:
+    """Faithfulness and completeness of the strongest of `nodes` over sizes, and with all of them.
+
+    nodes: all nodes with their effects, as `Circuit.nodes`; sizes: numbers of nodes; reference: prompts whose means
+    or values ablated nodes take, the measured prompts themselves by default.
+    """
+    options = options or FaithfulnessOptions()
+    m = get_metric(metric)
+    ensure_checked(model, saes, nodes)
+    prompts = prepare(prompts, model, m)
+    model = read_by(model, m)
+    nodes = from_start_site(nodes, options.start_site, errors=options.errors)
+    n_nodes = count(nodes)
+    if n_nodes == 0:
+        raise UserError(f"no node has an effect from {options.start_site or 'the first site'} on: start earlier")
+    sizes = sorted({*sizes_within(sizes, n_nodes, of="nodes"), n_nodes})
+    strongest = [select_nodes(nodes, top=size) for size in sizes]
+    generator = torch.Generator().manual_seed(options.seed)
+    drawn = [random_nodes(nodes, size, generator=generator) for _ in range(options.random) for size in sizes]
+    sets = [*strongest, *drawn]
+    reference, prompts, uncovered = aligned(reference or prompts, prompts, options.ablation)
+    runs = _with_errors([(one, True) for one in ({}, *sets)] + [(one, False) for one in strongest],
+                        nodes, options.errors)  # fmt: skip
+    curve = runs[: 1 + len(sizes)]  # the empty circuit and the strongest nodes
+    values = ablation_values(
+        model, saes, options.ablation, curve, nodes=nodes, named=sets, reference=reference, seed=options.seed,
+        batch_size=options.batch_size, progress=progress,
+    )  # fmt: skip
+    m_all = _metrics(values, runs, prompts, m, options.batch_size, progress=progress)
+    gained = gain(values, curve, prompts, batch_size=options.batch_size) if options.ablation == "optimal" else None
+    groups = prompt_groups(prompts)
+    return _record(m_all, sizes, nodes, options, groups=groups, n_uncovered=uncovered, gained=gained)
+
+
+def _record(
+    m_all: torch.Tensor,
+    sizes: list[int],
+    nodes: Nodes,
+    options: FaithfulnessOptions,
+    *,
+    groups: torch.Tensor,
+    n_uncovered: int,
+    gained: Gain | None,
+) -> Faithfulness:
+    """From m_all [2 + sets, B]: the whole model, no node, the strongest, the random draws, all but the strongest."""
+    m_model, m_empty = m_all[:2].mean(1).tolist()
+    if abs(m_model - m_empty) < 1e-9:
+        raise UserError(f"ablating every node leaves the metric at {m_empty:.4f}: there is nothing to explain")
+    f = shares(m_all.mean(1)).tolist()
+    n, n_nodes = len(sizes), count(nodes)
+    return Faithfulness(
+        sizes=sizes,
+        faithfulness=f[:n],
+        completeness=f[-n:],
+        random=[f[start : start + n] for start in range(n, len(f) - n, n)],
+        m_model=m_model,
+        m_empty=m_empty,
+        ablation=options.ablation,
+        start_site=next(iter(nodes)).name,
+        n_nodes=n_nodes,
+        n_prompts=m_all.shape[1],
+        n_uncovered=n_uncovered,
+        errors=options.errors,
+        intervals=_intervals(m_all, sizes, n_nodes, groups, options),
+        drawn=what_is_drawn(groups),
+        gain=gained,
+    )
+
+
+def shares(m: torch.Tensor) -> torch.Tensor:
+    """(m(C) - m(0)) / (m(M) - m(0)) for every set C; m [..., 2 + sets] begins with m(M) and m(0)."""
+    whole, empty = m[..., :1], m[..., 1:2]
+    return (m[..., 2:] - empty) / (whole - empty)
+
+
+def share_intervals(m_all: torch.Tensor, groups: torch.Tensor, bootstrap: Bootstrap) -> torch.Tensor:
+    """Intervals of (m(C) - m(0)) / (m(M) - m(0)) [sets, 2]; m_all [2 + sets, B] begins with m(M) and m(0)."""
+    gained = group_sums((m_all - m_all[1]).T, groups)  # [G, 2 + sets]
+    return bootstrap.intervals(gained[:, 2:], gained[:, 0])
+
+
+def _intervals(
+    m_all: torch.Tensor, sizes: Sequence[int], n_nodes: int, groups: torch.Tensor, options: FaithfulnessOptions
+) -> Intervals | None:
+    """Intervals of every size and of the areas, from m_all [2 + sets, B]; None where the prompts are too few.
+
+    An area is a weighted sum of f, or of 1 - f with the sign it has at each size, so that it is a ratio as f is.
+    """
+    if not options.resamples or too_few(groups):
+        return None
+    n, (m_model, m_empty) = len(sizes), m_all[:2]
+    faithful, without = m_all[2 : 2 + n], m_all[-n:]
+    weights = [area([0.0] * k + [1.0] + [0.0] * (n - k), [0, *sizes], n_nodes, lambda f: f) for k in range(n + 1)]
+    inside = torch.tensor(weights, dtype=m_all.dtype)  # [1 + n] of no node, and of each size
+    side = torch.where(shares(m_all.mean(1))[:n] <= 1, 1.0, -1.0).to(m_all)  # [n] sign of 1 - f
+    gained, whole = faithful - m_empty, m_model - m_empty
+    areas = torch.stack([inside[1:] @ gained, inside[0] * whole + (inside[1:] * side) @ (whole - gained)])
+    bootstrap = Bootstrap(resamples=options.resamples, seed=options.seed)
+    bounds = share_intervals(torch.cat([m_all[:2], faithful, without, areas + m_empty]), groups, bootstrap).tolist()
+    lowest, highest = bounds[-1]
+    return Intervals(bounds[:n], bounds[n:-2], bounds[-2], [max(lowest, 0.0), highest])  # an area of distances
+
+
+def _with_errors(sets: Sequence[tuple[Nodes, bool]], nodes: Nodes, errors: str):
+    """The sets (nodes, keep) with every error kept, or every error removed, where errors are no nodes."""
+    if errors == "nodes":
+        return list(sets)
+
+    def add(chosen: Nodes) -> Nodes:
+        full = {}
+        for site, site_nodes in nodes.items():
+            known = chosen.get(site, site_nodes[:0])
+            full[site] = SiteNodes(
+                known.n_features,
+                torch.cat([known.feature, torch.tensor([known.n_features])]),
+                torch.cat([known.position, torch.tensor([-1])]),
+                torch.cat([known.effect, torch.zeros(1)]),
+                known.spans,
+            )
+        return full
+
+    return [(add(chosen) if keep == (errors == "keep") else chosen, keep) for chosen, keep in sets]
+
+
+@torch.no_grad()
+def _metrics(values: AblationValues, sets, prompts, metric, batch_size, *, progress) -> torch.Tensor:
+    """Metric of the plain model and of every (nodes, keep) on every prompt, [1 + sets, B] float64."""
+    columns, model = [], values.model
+    n_batches = -(-len(prompts) // batch_size)
+    with tqdm(total=n_batches * len(sets), desc="faithfulness", unit="run", disable=not progress) as bar:
+        for batch in prompts.batches(batch_size):
+            plain = model.run(batch.clean, last_only=True)
+            column = [metric(plain.logits[:, -1], batch)]
+            at = values(batch)
+            for nodes, keep in sets:
+                edits = ablation_edits(values.saes, values.table, nodes, at, batch, keep=keep)
+                run = model.run(batch.clean, edits=edits, last_only=True)
+                column.append(metric(run.logits[:, -1], batch))
+                bar.update()
+            columns.append(torch.stack(column).cpu().double())  # MPS has no float64
+    return torch.cat(columns, dim=1)
+
+
+def sizes_within(sizes: Sequence[int], n: int, *, of: str) -> list[int]:
+    """The positive sizes in order, those above n as n; of: what they count."""
+    within = sorted({min(size, n) for size in sizes if size > 0})
+    if not within:
+        raise UserError(f"sizes hold no positive number of {of}")
+    return within
+
+
+def from_start_site(nodes: Nodes, start_site: str | None, *, errors: str = "nodes") -> Nodes:
+    """The nodes at `start_site` and later, without the errors unless these are nodes."""
+    if start_site is not None:
+        names = [site.name for site in nodes]
+        if start_site not in names:
+            raise unknown("start site", start_site, names)
+        nodes = {site: here for site, here in nodes.items() if site >= Site.parse(start_site)}
+    return nodes if errors == "nodes" else {site: here[~here.is_error] for site, here in nodes.items()}
+
+
+def random_nodes(nodes: Nodes, size: int, *, generator: torch.Generator) -> Nodes:
+    """`size` nodes drawn uniformly from all nodes with an effect."""
+    chosen = torch.zeros(count(nodes), dtype=torch.bool)
+    chosen[torch.randperm(len(chosen), generator=generator)[:size]] = True
+    parts = chosen.split([len(site_nodes) for site_nodes in nodes.values()])
+    return {site: site_nodes[part] for (site, site_nodes), part in zip(nodes.items(), parts, strict=True)}
+
+
+def aligned(reference: PromptSet, prompts: PromptSet, ablation: str) -> tuple[PromptSet, PromptSet, int]:
+    """Reference and measured prompts keyed by the same template rule; measured prompts without reference left out."""
+    if ablation in ("counterfactual", "zero", "mean-pooled"):
+        return reference, prompts, 0
+    by_cell = ablation in ("mean", "optimal")
+    tried = []
+    for measured, known in (
+        (prompts.aligned_to(reference), reference),
+        (prompts.with_templates("length"), reference.with_templates("length")),
+    ):
+        templates = set(known.templates)
+        in_templates = torch.tensor([template in templates for template in measured.templates])
+        covered = Cells(known).covers(measured) if by_cell else in_templates
+        tried.append((known, measured, covered))
+        if covered.float().mean() >= COVERED:
+            break
+    known, measured, covered = max(tried, key=lambda found: int(found[2].sum()))  # the first of equals
+    if not covered.any():
+        raise UserError(
+            f"none of the {len(prompts)} prompts has the template or length of a reference prompt: "
+            "give reference prompts like them, or ablate by zero or counterfactual"
+        )
+    return known, measured[covered], int((~covered).sum())

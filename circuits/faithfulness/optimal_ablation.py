@@ -1,0 +1,246 @@
+"""Optimal ablation: the constants with which the ablated model does best (Li & Janson 2024, arXiv 2409.09951).
+
+A mean is a poor stand-in where the model is not linear: what follows may never see an input like it, and the damage is
+then charged to what was ablated. The optimal constant takes the information away and does no other harm.
+
+Legend: d model width, n chosen features of a site, V vocabulary.
+
+1. Every node has one constant in every cell (circuits.prompts.cells: template and position): a number f0_i for a
+   feature, a vector e0 [d] for an error. x0 = f0 W_dec + b_dec + e0 follows from them, so that a model that keeps
+   every node is the model itself. What is no node keeps its mean.
+2. With M(x) the model's distribution after the prompt x and M_C(x; c) that of the model that keeps the circuit C and
+   sets all other nodes to the constants c, c minimises the paper's loss
+
+       L(c) = E_x E_C KL(M(x) || M_C(x; c))
+
+   over the reference prompts x, clean and patch alike (were the clean prompts all of one kind, a constant could give
+   the answer away), by Adam from the means, the learning rate falling to a tenth.
+3. The paper has constants for one circuit. Here one set serves a curve over sizes: C is drawn uniformly from the
+   curve's circuits *and the empty one*, so that m(C) at every size and m(empty) are measured with the same constants,
+   and f = 0 means that nothing is kept. Random circuits and complements borrow these constants, optimal for neither.
+
+With no node kept the model says the same after every prompt of a template; the best it can say is the mean of
+M(x), and L is then the mean divergence from that mean: this is what the tests check.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from tqdm import tqdm
+
+from circuits.attribution.nodes import Nodes
+from circuits.faithfulness.ablation import AblationValues, NodeTable, SiteValues, Values, ablation_edits
+from circuits.metrics.metrics import kl, last_logits
+from circuits.prompts.dataset import PromptSet
+from sae.autoencoder import SparseAutoencoder
+from sae.model.forward import with_gradients
+from sae.model.language_model import LanguageModel, Tokens
+from sae.model.sites import Site
+
+Circuit = tuple[Nodes, bool]
+"""Nodes, and whether they are kept (all others ablated) or removed."""
+
+
+STEP_PROMPTS = 64
+"""Prompts of a step."""
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """How constants are fitted."""
+
+    steps: int = 150
+    """Steps of gradient descent."""
+    batch_size: int = 64
+    """Prompts that go through the model at once; what is fitted does not depend on it."""
+    learning_rate: float = 0.0015
+    """Of Adam, in units of a cell's mean activation (root mean square), falling to a tenth over the steps."""
+    seed: int = 0
+    """Seed of prompts and circuits."""
+
+
+class Constants:
+    """Constants under training: what is added to the means, in units of the cell's mean activation."""
+
+    def __init__(self, values: AblationValues) -> None:
+        self.values = values
+        self.unit = {site: mean.x.square().mean(-1, keepdim=True).sqrt() for site, mean in values.tables.items()}
+        self.shift = {
+            site: (torch.zeros_like(mean.features), torch.zeros_like(mean.error))
+            for site, mean in values.tables.items()
+        }  # features [cells, n], error [cells, d]
+
+    @property
+    def parameters(self) -> list[torch.Tensor]:
+        """What gradient descent moves; asks for gradients."""
+        return [tensor.requires_grad_(True) for pair in self.shift.values() for tensor in pair]
+
+    def tables(self) -> Values:
+        """x0 and e0 [cells, d] and f0 [cells, n] of every site."""
+        tables = {}
+        for site, mean in self.values.tables.items():
+            features, error = (shift * self.unit[site] for shift in self.shift[site])
+            decoder = self.values.saes[site].W_dec[self.values.table.index[site]]
+            tables[site] = SiteValues(mean.x + features @ decoder + error, mean.error + error, mean.features + features)
+        return tables
+
+    def __call__(self, prompts: PromptSet) -> Values:
+        """Values for a batch, through which gradients flow to the parameters."""
+        return self.values.at_cells(prompts, self.tables())
+
+    @torch.no_grad()
+    def fixed(self) -> AblationValues:
+        """Ablation values with these constants."""
+        return self.values.with_tables(self.tables())
+
+
+def ablation_values(
+    model: LanguageModel,
+    saes: Mapping[Site, SparseAutoencoder],
+    kind: str,
+    circuits: Sequence[Circuit],
+    *,
+    nodes: Nodes,
+    named: Sequence[Nodes] = (),
+    reference: PromptSet,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> AblationValues:
+    """Ablation values of a kind, for the circuits that are going to be measured (see 3.); `named`: further sets of
+    nodes that are measured with them.
+    """
+    sets = [nodes] if kind == "optimal" else [*(one for one, _ in circuits), *named]
+    table = NodeTable(saes, sets, sites=list(nodes))
+    values = AblationValues(model, saes, table, kind, reference=reference, seed=seed, batch_size=batch_size)
+    if kind == "optimal":
+        options = FitOptions(seed=seed, batch_size=batch_size)
+        return fit_constants(values, circuits, reference, options, progress=progress)
+    return values
+
+
+class Descent:
+    """Adam on constants: `step` per loss, with the values of the moment for any batch."""
+
+    def __init__(self, constants: Constants, *, learning_rate: float = FitOptions.learning_rate) -> None:
+        self.constants, self.learning_rate = constants, learning_rate
+        self.parameters = constants.parameters
+        self.optimiser = torch.optim.Adam(self.parameters, lr=learning_rate, betas=(0.9, 0.95))
+
+    def __call__(self, prompts: PromptSet) -> Values:
+        return self.constants(prompts)
+
+    def gradients(self, loss: torch.Tensor) -> list[torch.Tensor]:
+        """Of a loss in the parameters."""
+        found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        return [torch.zeros_like(x) if g is None else g for x, g in zip(self.parameters, found, strict=True)]
+
+    def step(self, gradients: Sequence[torch.Tensor], done: float) -> None:
+        """One step down the gradients; done: the share of all steps that went before."""
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        self.optimiser.param_groups[0]["lr"] = self.learning_rate * 0.1**done
+        self.optimiser.step()
+
+
+@with_gradients
+def fit_constants(
+    values: AblationValues,
+    circuits: Sequence[Circuit],
+    reference: PromptSet,
+    options: FitOptions | None = None,
+    *,
+    progress: bool = True,
+) -> AblationValues:
+    """The ablation values that minimise L over the reference prompts and circuits (2.), from those given."""
+    options = options or FitOptions()
+    prompts = both_ends(reference, values.model, batch_size=options.batch_size)
+    descent = Descent(Constants(values), learning_rate=options.learning_rate)
+    generator = torch.Generator().manual_seed(options.seed)
+    draw = dealer(len(circuits), generator)
+    deal = dealer(len(prompts), generator, size=STEP_PROMPTS)
+    bar = tqdm(range(options.steps), desc="optimal constants", unit="step", disable=not progress)
+    for step in bar:
+        nodes, keep = circuits[int(draw())]
+        dealt, loss = deal(), 0.0
+        total: list[torch.Tensor] = []
+        for index in dealt.split(options.batch_size):
+            batch = prompts[index]
+            part = divergence(values, descent(batch), batch, nodes, keep=keep, grad=True).sum() / len(dealt)
+            found = descent.gradients(part)
+            total = [a + b for a, b in zip(total, found, strict=True)] if total else found
+            loss += part.item()
+        descent.step(total, step / options.steps)
+        bar.set_postfix(kl=f"{loss:.3f}", refresh=False)
+    return descent.constants.fixed()
+
+
+def divergence(
+    values: AblationValues, at: Values, prompts: PromptSet, nodes: Nodes, *, keep: bool = True, grad: bool = False
+) -> torch.Tensor:
+    """KL(M(x) || M_C(x)) of every prompt, [B], with the ablation values `at` of the batch."""
+    edits = ablation_edits(values.saes, values.table, nodes, at, prompts, keep=keep)
+    run = values.model.run(prompts.clean, edits=edits, grad=grad, last_only=True)
+    return kl(run.logits[:, -1], prompts)
+
+
+@torch.no_grad()
+def mean_divergence(
+    values: AblationValues, circuits: Sequence[Circuit], prompts: PromptSet, *, batch_size: int = 64
+) -> float:
+    """L of the ablation values on some prompts, in nats."""
+    prompts = both_ends(prompts, values.model, batch_size=batch_size)
+    total = 0.0
+    for batch in prompts.batches(batch_size):
+        at = values(batch)
+        total += sum(divergence(values, at, batch, nodes, keep=keep).sum().item() for nodes, keep in circuits)
+    return total / len(prompts) / len(circuits)
+
+
+@dataclass(frozen=True)
+class Gain:
+    """KL(M(x) || M_C(x)) in nats, mean over prompts and over the circuits of a curve, the empty one among them."""
+
+    means: float
+    """With the means the constants started from."""
+    optimal: float
+    """With the constants fitted."""
+
+    def __str__(self) -> str:
+        return f"KL to the whole model over these circuits {self.optimal:.3f} nats, {self.means:.3f} with means"
+
+
+def gain(values: AblationValues, circuits: Sequence[Circuit], prompts: PromptSet, *, batch_size: int = 64) -> Gain:
+    """What fitted constants are worth on prompts they were not fitted on (their clean ends)."""
+    clean = replace(prompts, patch=None, patch_answers=None)
+    at_first = values.with_tables(values.means)
+    return Gain(*(mean_divergence(one, circuits, clean, batch_size=batch_size) for one in (at_first, values)))
+
+
+def both_ends(prompts: PromptSet, model: LanguageModel, *, batch_size: int) -> PromptSet:
+    """Clean prompts, then patch prompts, each with the model's own distribution after it as the reference of `kl`."""
+    ends = replace(prompts, patch=None, patch_answers=None)
+    if prompts.patch is not None:
+        clean, patch = prompts.clean, prompts.patch
+        tokens = Tokens(
+            torch.cat([clean.input_ids, patch.input_ids]), torch.cat([clean.attention_mask, patch.attention_mask])
+        )
+        ends = replace(ends[[*range(len(prompts))] * 2], clean=tokens)
+    return replace(ends, reference=last_logits(model, ends, batch_size=batch_size).log_softmax(-1))
+
+
+def dealer(n: int, generator: torch.Generator, *, size: int = 1) -> Callable[[], torch.Tensor]:
+    """A function that deals `size` of n numbers at a time, shuffling anew when none is left."""
+    left = torch.empty(0, dtype=torch.long)
+
+    def deal() -> torch.Tensor:
+        nonlocal left
+        if not len(left):
+            left = torch.randperm(n, generator=generator)
+        dealt, left = left[:size], left[size:]
+        return dealt
+
+    return deal

@@ -1,0 +1,1 @@
+"""Metrics: one number per example, from logits or from a probe."""

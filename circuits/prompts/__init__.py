@@ -1,0 +1,1 @@
+"""Prompt files of every format to tokens, answers, spans and templates."""

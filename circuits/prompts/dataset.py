@@ -1,0 +1,296 @@
+"""Prompts with the answers that make them a behaviour, as one batch of tokens.
+
+1. Read the examples of any known format (`circuits.prompts.formats`).
+2. Keep those whose answers are exactly one token and whose clean and patch prompts have equal token length; count the
+   others by reason.
+3. Pad them on the left, so that the last column is always the position where the answer is read.
+4. Give every example a template key: **prompts with equal key have equal length and align position by position**, which
+   is what a mean over reference prompts at one position needs to mean anything.
+
+Where examples have token spans (`circuits.prompts.spans`), every token gets the number of its span.
+
+The template key follows one of four rules (`PromptSet.template_rule`):
+
+- `spans`: the `template` field of the file, if any, and the spans with their lengths, where every example has spans;
+- `field`: the `template` field of the file and the token length, where every example has one;
+- `mask`: the clean tokens with every position masked at which clean and patch differ ("* was sad because"), which
+  recovers the templates of minimal pairs. A prompt takes the commonest such pattern that its tokens fit, so that names
+  which share a letter do not make a template of their own. Taken when such keys hold at least four prompts on average;
+- `length`: the token length alone.
+
+Shapes: B prompts, S positions, V vocabulary, n answers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from circuits.prompts.alignment import commonest_fits, length_keys, mask_keys, span_keys, words_of
+from circuits.prompts.answers import check_ids
+from circuits.prompts.formats import Example, read_examples
+from circuits.prompts.reader import Reader, Row
+from circuits.prompts.selection import choose
+from circuits.prompts.spans import has_fields, number_roles
+from sae.errors import UserError, unknown
+from sae.model.language_model import Tokens
+
+if TYPE_CHECKING:
+    from sae.model.language_model import LanguageModel
+
+TemplateRule = Literal["spans", "field", "mask", "length"]
+
+MIN_PROMPTS_A_TEMPLATE = 4
+"""Average group size below which masked templates are too thin to average over."""
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """B prompts (or minimal pairs) with their answers; slices of it are prompt sets again."""
+
+    clean: Tokens
+    """The prompts in which the behaviour shows, [B, S], padded on the left."""
+    patch: Tokens | None
+    """The contrasting prompts, [B, S], row by row as long as `clean`; None without pairs."""
+    clean_answers: Tensor
+    """Token after the clean prompt, [B] int64; [B, n] padded with -1 where prompts have several."""
+    patch_answers: Tensor | None
+    """Token after the patch prompt, shaped like `clean_answers`; None where the file names none."""
+    cases: list[str]
+    """Which kind of example each is, such as `plural_singular`."""
+    templates: list[str]
+    """One key per example: prompts with equal key have equal length and align position by position."""
+    texts: list[str]
+    """The clean prompts as text."""
+    rejected: dict[str, int] = field(default_factory=dict)
+    """How many examples of the file were left out, by reason."""
+    template_rule: TemplateRule = "length"
+    """How `templates` were made."""
+    reference: Tensor | None = None
+    """What the metric compares with: log-probabilities after the clean prompts [B, V], or a probe's sign [B, 1]."""
+    spans: tuple[str, ...] = ()
+    """Names of the token spans, in the order of the sentence; empty where the prompts have none."""
+    roles: Tensor | None = None
+    """Number of the span of every token, [B, S] int64, the same in clean and patch prompt; -1 at padding."""
+
+    def __len__(self) -> int:
+        return len(self.cases)
+
+    @property
+    def paired(self) -> bool:
+        """Whether there are contrasting prompts."""
+        return self.patch is not None
+
+    def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> PromptSet:
+        """The chosen prompts, padded to the longest of them."""
+        if isinstance(index, int):
+            rows = [range(len(self))[index]]
+        elif isinstance(index, slice):
+            rows = list(range(len(self)))[index]
+        elif isinstance(index, Tensor) and index.dtype == torch.bool:
+            rows = index.nonzero().flatten().tolist()
+        else:
+            rows = [int(row) for row in index]
+        chosen = torch.tensor(rows, dtype=torch.long, device=self.clean.input_ids.device)
+        clean = _trim(self.clean[chosen])
+        start = self.clean.n_positions - clean.n_positions
+        return replace(
+            self,
+            clean=clean,
+            patch=None if self.patch is None else _trim(self.patch[chosen]),
+            clean_answers=self.clean_answers[chosen],
+            patch_answers=None if self.patch_answers is None else self.patch_answers[chosen],
+            cases=[self.cases[row] for row in rows],
+            templates=[self.templates[row] for row in rows],
+            texts=[self.texts[row] for row in rows],
+            reference=None if self.reference is None else self.reference[chosen],
+            roles=None if self.roles is None else self.roles[chosen, start:],
+        )
+
+    def batches(self, size: int) -> Iterator[PromptSet]:
+        """Consecutive slices of at most `size` prompts, in order, each padded to its own longest prompt."""
+        for start in range(0, len(self), size):
+            yield self[start : start + size]
+
+    def to(self, device: torch.device | str) -> PromptSet:
+        """The same prompts with their tensors on `device`."""
+        return replace(
+            self,
+            clean=self.clean.to(device),
+            patch=None if self.patch is None else self.patch.to(device),
+            clean_answers=self.clean_answers.to(device),
+            patch_answers=None if self.patch_answers is None else self.patch_answers.to(device),
+            reference=None if self.reference is None else self.reference.to(device),
+            roles=None if self.roles is None else self.roles.to(device),
+        )
+
+    def span_numbers(self, spans: Sequence[str]) -> Tensor:
+        """[B, S] int64: every token's span by its place among the names `spans`, -1 at padding."""
+        if self.roles is None:
+            raise UserError(f"the circuit is by span ({', '.join(spans)}) and these prompts have no spans")
+        strange = [name for name in self.spans if name not in spans]
+        if strange:
+            raise UserError(f"the prompts have the span {strange[0]!r}, the circuit has {', '.join(spans)} alone")
+        number = torch.tensor([*(list(spans).index(name) for name in self.spans), -1], device=self.roles.device)
+        return number[self.roles]  # -1 takes the last
+
+    def with_templates(self, rule: TemplateRule) -> PromptSet:
+        """The same prompts keyed by another rule."""
+        if rule in ("spans", "field") and rule == self.template_rule:
+            return self
+        if rule == "length":
+            keys = length_keys(self.clean)
+        elif rule == "mask" and self.patch is not None:
+            keys = mask_keys(self.clean, self.patch)
+        elif rule == "spans" and self.roles is not None:
+            keys = span_keys([""] * len(self), self.roles, self.spans)
+        elif rule in get_args(TemplateRule):
+            lacking = {"mask": "patch prompts", "spans": "prompts with spans"}.get(rule, "a template field")
+            raise UserError(f"templates by {rule!r} need {lacking}")
+        else:
+            raise unknown("template rule", rule, get_args(TemplateRule))
+        return replace(self, templates=keys, template_rule=rule)
+
+    def aligned_to(self, reference: PromptSet) -> PromptSet:
+        """The same prompts under the template keys of another set (train and test), where they have one there; by
+        length where they lack the spans or the template field that the other set is keyed by.
+        """
+        lacking = {"spans": self.roles is None, "field": self.template_rule != "field"}
+        if lacking.get(reference.template_rule, False):
+            return self.with_templates("length")
+        if reference.template_rule != "mask":
+            return self.with_templates(reference.template_rule)
+        patterns = Counter(reference.templates)
+        own = self.with_templates("mask").templates if self.patch is not None else length_keys(self.clean)
+        found = commonest_fits(words_of(self.clean), patterns)
+        keys = [fit or key for fit, key in zip(found, own, strict=True)]
+        return replace(self, templates=keys, template_rule="mask")
+
+    @property
+    def fingerprint(self) -> str:
+        """A short hash of texts, tokens, answers and spans, in their order; cases and templates are not part of it."""
+        columns: list[Any] = [self.texts, words_of(self.clean), self.clean_answers.tolist()]
+        columns.append(None if self.patch is None else words_of(self.patch))
+        columns.append(None if self.patch_answers is None else self.patch_answers.tolist())
+        columns.append(None if self.roles is None else span_keys(self.texts, self.roles, self.spans))
+        return hashlib.sha256(json.dumps(columns).encode()).hexdigest()[:16]
+
+    def summary(self) -> str:
+        """One line: how many prompts, of which cases, what was rejected."""
+        cases = ", ".join(f"{name or 'uncased'} {count}" for name, count in Counter(self.cases).items())
+        text = f"{len(self)} {'pairs' if self.paired else 'prompts'} ({cases})"
+        if self.rejected:
+            text += "; skipped " + ", ".join(f"{count} ({reason})" for reason, count in self.rejected.items())
+        return text
+
+
+def load_prompts(
+    source: str | Path,
+    model: LanguageModel,
+    *,
+    limit: int | None = None,
+    span_template: str | None = None,
+    need_spans: bool = False,
+) -> PromptSet:
+    """The usable prompts of a file or hub data set, at most `limit` of them, tokenised for `model`.
+
+    limit: the first ones, or where these miss a case or template of the file, some of each (`prompt_selection`).
+    span_template: finds the spans of all prompts, whatever the file says of them; need_spans: prompts whose spans
+    cannot be found are left out and counted. Otherwise prompts have spans where all of them do.
+    """
+    return make_prompts(
+        read_examples(source), model, limit=limit, span_template=span_template, need_spans=need_spans, name=str(source)
+    )
+
+
+def make_prompts(
+    examples: Sequence[Example],
+    model: LanguageModel,
+    *,
+    limit: int | None = None,
+    span_template: str | None = None,
+    need_spans: bool = False,
+    name: str = "the examples",
+) -> PromptSet:
+    """Tokenise examples; those that cannot be used are counted in `rejected`, and `UserError` if none is left."""
+    check_ids(examples, min(model.vocab_size, len(model.tokenizer)), name)
+    need_spans = need_spans or span_template is not None
+    with_spans = span_template is not None or any(x.spans or has_fields(x.template) for x in examples)
+    if need_spans and not with_spans:
+        raise UserError(f'{name} says nothing of spans: give "spans" in the file, or a span template')
+    reader = Reader(
+        model,
+        paired=any(example.patch is not None for example in examples),
+        contrasted=any(example.patch_answers for example in examples),
+        with_spans=with_spans and (need_spans or model.tokenizer.is_fast),
+        need_spans=need_spans,
+        span_template=span_template,
+    )
+    rows, rejected = choose(examples, lambda numbers: reader.read([examples[number] for number in numbers]), limit)
+    if not rows:
+        raise _none_left(name, rejected)
+    return _prompt_set(rows, rejected, reader).to(model.device)
+
+
+def _prompt_set(rows: Sequence[Row], rejected: Counter[str], reader: Reader) -> PromptSet:
+    """The rows as one batch, with spans where all of them have some."""
+    pad = reader.model.text_coder.pad_id
+    width = max(len(answers) for row in rows for answers in (row.clean_answers, row.patch_answers))
+    prompts = PromptSet(
+        clean=Tokens.from_rows([row.clean for row in rows], pad_id=pad),
+        patch=Tokens.from_rows([row.patch for row in rows], pad_id=pad) if reader.paired else None,
+        clean_answers=_answer_tensor([row.clean_answers for row in rows], width),
+        patch_answers=_answer_tensor([row.patch_answers for row in rows], width) if reader.contrasted else None,
+        cases=[row.example.case for row in rows],
+        templates=[row.example.template for row in rows],
+        texts=[row.example.clean for row in rows],
+        rejected=dict(rejected.most_common()),
+    )
+    roles = [row.roles for row in rows if not isinstance(row.roles, str)]
+    if len(roles) == len(rows):
+        names, numbers = number_roles(roles, prompts.clean.n_positions)
+        prompts = replace(prompts, spans=names, roles=numbers)
+    return _choose_templates(prompts)
+
+
+def _none_left(name: str, rejected: Counter[str]) -> UserError:
+    reasons = ", ".join(f"{count} x {reason}" for reason, count in rejected.most_common())
+    return UserError(f"no usable prompt in {name}: {reasons or 'it is empty'}")
+
+
+def _answer_tensor(answers: list[list[int]], width: int) -> Tensor:
+    """[B] when every prompt has one answer, else [B, width] padded with -1."""
+    padded = torch.tensor([ids + [-1] * (width - len(ids)) for ids in answers])  # [B, n]
+    return padded[:, 0] if width == 1 else padded
+
+
+# ------------------------------------------------------------------------------------------ aligning
+
+
+def _trim(tokens: Tokens) -> Tokens:
+    """Without the columns in which every row is padding."""
+    longest = int(tokens.lengths.max()) if len(tokens) else 0
+    start = tokens.input_ids.shape[1] - longest
+    return Tokens(tokens.input_ids[:, start:], tokens.attention_mask[:, start:])
+
+
+def _choose_templates(prompts: PromptSet) -> PromptSet:
+    if prompts.roles is not None:
+        keys = span_keys(prompts.templates, prompts.roles, prompts.spans)
+        return replace(prompts, templates=keys, template_rule="spans")
+    if all(prompts.templates):
+        keys = [f"{name}/{length}" for name, length in zip(prompts.templates, length_keys(prompts.clean), strict=True)]
+        return replace(prompts, templates=keys, template_rule="field")
+    if prompts.patch is not None:
+        keys = mask_keys(prompts.clean, prompts.patch)
+        if len(keys) >= MIN_PROMPTS_A_TEMPLATE * len(set(keys)):
+            return replace(prompts, templates=keys, template_rule="mask")
+    return replace(prompts, templates=length_keys(prompts.clean), template_rule="length")

@@ -1,0 +1,1 @@
+"""Intervals over prompts, and estimates held against exact patching."""

@@ -1,0 +1,1 @@
+"""A graph as Graphviz draws it: layout, style, DOT, SVG, PNG, PDF."""

@@ -1,0 +1,330 @@
+"""Draw a feature graph with Graphviz: DOT, SVG, PNG and PDF.
+
+1. `layered_layout` places nodes and routes edges; the positions are written into the DOT text, whose `layout=nop2`
+   tells every Graphviz program to keep them (`dot -Tsvg circuit.dot` gives the same picture).
+2. Sites are clusters, bottom to top in model order. Features are rounded boxes, coloured by the sign and size of their
+   effect; SAE errors are triangles; the metric is on top. Edge width and opacity grow with the weight.
+3. The more nodes, the smaller the boxes and the shorter their labels; in large graphs only the strongest keep a label,
+   the others their id. Everything is in the tooltips of the SVG.
+
+Rendering goes through pygraphviz, whose wheels carry Graphviz: no system package is needed.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from html import escape
+from pathlib import Path
+
+import graphviz
+
+from graphs._files import atomic_write, write_text
+from graphs.drawing.graphviz import Detail, draw
+from graphs.drawing.layout import Box, Point
+from graphs.drawing.scene import GUTTER, MARGIN, Scene, make_scene
+from graphs.drawing.style import (
+    DIVERGING,
+    INK,
+    NEGATIVE_EDGE,
+    PALE_INK,
+    POSITIVE_EDGE,
+    count,
+    describe,
+    diverging_colour,
+    effect_number,
+    effect_words,
+    fit,
+    ink_on,
+    number,
+    position_name,
+    signed_root,
+    span_words,
+    text_width,
+    tooltip,
+    visible,
+    wrap,
+)
+from graphs.errors import GraphError
+from graphs.feature_graph import Edge, FeatureGraph, Node
+
+FORMATS = (".dot", ".svg", ".png", ".pdf")
+FONT = "DejaVu Sans"
+
+
+def to_dot(graph: FeatureGraph, *, title: str | None = None, link: str = "#node-{id}") -> str:
+    """The graph as DOT with positions.
+
+    `title` stands above the drawing (default: `metadata["title"]`). `link` is the template of the nodes' hyperlinks
+    in SVG, with `{id}` and `{name}`; the SVG element of a node has the id `drawn-{id}`, that of an edge
+    `drawn-{source}--{target}`.
+    """
+    return _source(make_scene(graph, link), title)
+
+
+def _source(scene: Scene, title: str | None) -> str:
+    graph = scene.graph
+    dot = graphviz.Digraph("circuit")
+    width, height = scene.size
+    dot.attr("graph", layout="nop2", outputorder="edgesfirst", bgcolor="white", bb=f"0,0,{width:.1f},{height:.1f}")
+    dot.attr("graph", fontname=FONT, pad="0.15", tooltip=" ")
+    dot.attr("node", fontname=FONT, fixedsize="shape", margin="0", penwidth="0.8")
+    dot.attr("edge", fontname=FONT)
+    _add_bands(dot, scene)
+    for node in graph.nodes():
+        if node.kind == "metric":
+            _add_metric(dot, scene, node)
+    _add_columns(dot, scene)
+    for edge in sorted(graph.edges(), key=lambda edge: abs(edge.weight)):
+        _add_edge(dot, scene, edge)
+    _add_title(dot, scene, title)
+    _add_legend(dot, scene)
+    return dot.source
+
+
+def render(graph: FeatureGraph, path: str | Path, *, title: str | None = None, link: str = "#node-{id}") -> Path:
+    """Draw the graph into a .dot, .svg, .png or .pdf file; the extension decides. Returns the path."""
+    path = Path(path)
+    kind = path.suffix.lower()
+    if kind not in FORMATS:
+        raise GraphError(f"cannot draw into {path.name!r}: its extension must be one of {', '.join(FORMATS)}")
+    scene = make_scene(graph, link)
+    source = _source(scene, title)
+    if kind == ".dot":
+        write_text(path, source)
+        return path
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(draw(source, kind[1:], details=_details(scene)))
+    return path
+
+
+def _details(scene: Scene) -> dict[str, Detail]:
+    """Descriptions of nodes and edges for the SVG, and the centres of all lines of text."""
+    graph, layout = scene.graph, scene.layout
+    details = {_edge_id(edge): Detail(_edge_tooltip(edge)) for edge in graph.edges()}
+    for node in graph.nodes():
+        centre = scene.point(layout.boxes[node.id].x, 0)[0]
+        details[visible(f"drawn-{node.id}")] = Detail(tooltip(graph, node), centre)
+    for band in layout.bands:
+        details[f"site-{band.site}"] = Detail(band.site, MARGIN + GUTTER / 2)
+    for place, column in enumerate(layout.columns):
+        centre = scene.point((column.left + column.right) / 2, 0)[0]
+        for side in ("above", "below", "words"):
+            details[f"column-{place}-{side}"] = Detail(position_name(graph, column.position), centre)
+    for name in ("title", "facts"):
+        details[name] = Detail("", scene.size[0] / 2)
+    return details
+
+
+# --- nodes ------------------------------------------------------------------------------------------------------------
+
+
+def _add_bands(dot: graphviz.Digraph, scene: Scene) -> None:
+    """A cluster for each site, with its nodes."""
+    members: dict[str, list[Node]] = {}
+    for node in scene.graph.nodes():
+        members.setdefault(node.site, []).append(node)
+    width = scene.size[0]
+    for band in scene.layout.bands:
+        (_, bottom), (_, top) = scene.point(0, band.bottom), scene.point(0, band.top)
+        with dot.subgraph(name=f"cluster_{band.site}") as cluster:
+            cluster.attr(
+                label=f"<{_text(band.site, 9.5, PALE_INK, bold=True)}>",
+                bb=f"{MARGIN:.1f},{bottom:.1f},{width - MARGIN:.1f},{top:.1f}",
+                lp=f"{MARGIN + GUTTER / 2:.1f},{(bottom + top) / 2:.1f}",
+                bgcolor="#f5f6f8",
+                pencolor="#f5f6f8",
+                id=f"site-{band.site}",
+                tooltip=band.site,
+            )
+            for node in sorted(members[band.site], key=lambda node: scene.layout.boxes[node.id].x):
+                _add_node(cluster, scene, node)
+
+
+def _add_node(dot: graphviz.Digraph, scene: Scene, node: Node) -> None:
+    box = scene.layout.boxes[node.id]
+    fill = diverging_colour(node.effect, scene.effect)
+    ink = ink_on(fill)
+    if node.kind == "error":
+        box = Box(box.x, box.y, min(box.width, box.height * 1.9), box.height)
+        small = scene.density.small
+        words = (" ", *(("error",) if scene.density.lines > 1 else ()), effect_number(node))
+        text = "<BR/>".join(_text(word, small * 0.85, ink) for word in words)  # the blank line moves the others down
+        shape = {"shape": "triangle"}
+    else:
+        text = _feature_text(scene, node, box, ink)
+        shape = {"shape": "box", "style": "rounded,filled"}
+    edge = max(4 * abs(node.effect), 0.1 * scene.effect)
+    border = diverging_colour(math.copysign(edge, node.effect), scene.effect)
+    dot.node(
+        _name(node.id),
+        f"<{text}>",
+        **{"style": "filled", **shape},
+        fillcolor=fill,
+        color=border,
+        **_common(scene, node, box),
+    )
+
+
+def _feature_text(scene: Scene, node: Node, box: Box, ink: str) -> str:
+    """The label on one or two lines, then id and effect in small type."""
+    density = scene.density
+    room = box.width - 6
+    label = describe(node) if node.id in scene.labelled else ""
+    name, shown = node.name, (effect_number(node), number(node.effect))
+    fitting = [words for words in shown if text_width(f"{name}  {words}", density.small) <= room]
+    fits, effect = bool(fitting), fitting[0] if fitting else shown[0]
+    if fits:
+        name += f"  {effect}"
+    small = [_spaced(_text(fit(name, density.small, room), density.small, ink), density.small)]
+    if not fits and not label:
+        small.append(_text(effect, density.small, ink))
+    lines = wrap(label, density.label, room, lines=density.lines, bold=bool(node.label))
+    return "<BR/>".join([*(_text(line, density.label, ink, bold=bool(node.label)) for line in lines), *small])
+
+
+def _add_metric(dot: graphviz.Digraph, scene: Scene, node: Node) -> None:
+    box = scene.layout.boxes[node.id]
+    density = scene.density
+    label = node.label or str(scene.graph.metadata.get("metric") or "metric")
+    lines = wrap(visible(label), density.label, box.width - 10, lines=2, bold=True)
+    text = [_text(line, density.label, "#ffffff", bold=True) for line in lines]
+    for words in effect_words(scene.graph, node):
+        text.append(_spaced(_text(words, density.small, "#d5dae1"), density.small))
+    style = {"shape": "box", "style": "rounded,filled", "fillcolor": INK, "color": INK}
+    dot.node(_name(node.id), f"<{'<BR/>'.join(text)}>", **style, **_common(scene, node, box))
+
+
+def _common(scene: Scene, node: Node, box: Box) -> dict[str, str]:
+    x, y = scene.point(box.x, box.y)
+    return {
+        "pos": f"{x:.1f},{y:.1f}",
+        "width": f"{box.width / 72:.3f}",
+        "height": f"{box.height / 72:.3f}",
+        "id": _quoted(f"drawn-{node.id}"),
+        "URL": _quoted(scene.link.replace("{id}", node.id).replace("{name}", node.name)),
+        "tooltip": _quoted(node.id),
+    }
+
+
+# --- edges ------------------------------------------------------------------------------------------------------------
+
+
+def _add_edge(dot: graphviz.Digraph, scene: Scene, edge: Edge) -> None:
+    strength = abs(signed_root(edge.weight, scene.weight))
+    crowd = min(1.0, (160 / max(1, scene.graph.graph.number_of_edges())) ** 0.5)
+    opacity = max(0.06, (0.12 + 0.8 * strength**1.5) * (crowd + (1 - crowd) * strength))
+    colour = (POSITIVE_EDGE if edge.weight > 0 else NEGATIVE_EDGE) + f"{round(255 * min(opacity, 0.92)):02x}"
+    points = [scene.point(*point) for point in scene.layout.routes[edge.source, edge.target]]
+    head = 3.0 + 4.0 * strength
+    x, y = points[-1]
+    points[-1] = (x, y - head)  # the arrow covers the rest
+    spline = " ".join(f"{px:.1f},{py:.1f}" for px, py in points)
+    dot.edge(
+        _name(edge.source),
+        _name(edge.target),
+        pos=f"e,{x:.1f},{y:.1f} {spline}",
+        color=colour,
+        penwidth=f"{0.5 + 3.2 * strength**2:.2f}",
+        arrowsize=f"{head / 10:.2f}",
+        id=_quoted(_edge_id(edge)),
+        tooltip=_quoted(_edge_tooltip(edge)),
+    )
+
+
+def _edge_id(edge: Edge) -> str:
+    return visible(f"drawn-{edge.source}--{edge.target}")
+
+
+def _edge_tooltip(edge: Edge) -> str:
+    text = f"{visible(edge.source)} → {visible(edge.target)}\nweight {number(edge.weight)}"
+    if edge.interval is None:
+        return text
+    return f"{text}\ninterval {number(edge.interval[0])} to {number(edge.interval[1])}"
+
+
+# --- what stands around the graph -------------------------------------------------------------------------------------
+
+
+def _add_columns(dot: graphviz.Digraph, scene: Scene) -> None:
+    """The tokens above and below their columns, and a thin line between columns."""
+    if not scene.layout.columns:
+        return
+    bottom = scene.layout.bands[0].bottom if scene.layout.bands else 0.0
+    top = scene.layout.bands[-1].top if scene.layout.bands else 0.0
+    for place, column in enumerate(scene.layout.columns):
+        name = fit(position_name(scene.graph, column.position), 11, column.right - column.left - 6, bold=True)
+        middle = (column.left + column.right) / 2
+        _add_text(dot, scene, f"column-{place}-below", _text(name, 11, INK, bold=True), (middle, bottom - 14))
+        above = scene.size[1] - scene.below - 56
+        _add_text(dot, scene, f"column-{place}-above", _text(name, 11, INK, bold=True), (middle, above))
+        words = fit(span_words(scene.graph, column.position), 8.5, column.right - column.left - 6)
+        if words:
+            _add_text(dot, scene, f"column-{place}-words", _text(words, 8.5, PALE_INK), (middle, above - 14))
+        if place:
+            x, y = scene.point(column.left, (bottom + top) / 2)
+            size = {"width": "0.004", "height": f"{(top - bottom) / 72:.3f}", "label": "", "tooltip": " "}
+            dot.node(f"rule-{place}", pos=f"{x:.1f},{y:.1f}", shape="box", color="#dfe3e9", penwidth="0.5", **size)
+
+
+def _add_title(dot: graphviz.Digraph, scene: Scene, title: str | None) -> None:
+    width, height = scene.size
+    metadata = scene.graph.metadata
+    title = visible(str(title if title is not None else metadata.get("title") or ""))
+    features = sum(node.kind == "feature" for node in scene.graph.nodes())
+    errors = sum(node.kind == "error" for node in scene.graph.nodes())
+    counted = ((features, "feature"), (errors, "error"), (len(scene.graph.edges()), "edge"))
+    facts = " · ".join(count(n, thing) for n, thing in counted)
+    if isinstance(metadata.get("method"), str):
+        facts += f" · {visible(metadata['method'])}"
+    middle = scene.layout.width / 2 - GUTTER / 2
+    heading = _text(fit(title, 14, width - 40, bold=True), 14, INK, bold=True) if title else ""
+    _add_text(dot, scene, "title", heading, (middle, height - scene.below - 18))
+    _add_text(dot, scene, "facts", _text(fit(facts, 9, width - 40), 9, PALE_INK), (middle, height - scene.below - 36))
+
+
+def _add_legend(dot: graphviz.Digraph, scene: Scene) -> None:
+    """Colour scale with its ends in numbers, the triangle, and edge signs."""
+    swatches = "".join(f'<TD BGCOLOR="{colour}" WIDTH="18" HEIGHT="9" FIXEDSIZE="TRUE"></TD>' for colour in DIVERGING)
+    ends = [_text(words, 8.5, INK) for words in ("lowers the metric", "raises the metric")]
+    values = [_text(number(value), 8.5, PALE_INK) for value in (-scene.effect, scene.effect)]
+    cells = f"<TD>{ends[0]}  {values[0]} </TD>{swatches}<TD> {values[1]}  {ends[1]}</TD>"
+    cells += f"<TD>     {_text('▲', 9, PALE_INK)} {_text('SAE error', 8.5, INK)}</TD>"
+    lines = _text("━", 11, NEGATIVE_EDGE) + _text("━", 11, POSITIVE_EDGE)
+    widest = f"edge, widest {number(scene.weight).lstrip('+')}"
+    cells += f"<TD>     {lines} {_text(widest, 8.5, INK)}</TD>" if scene.weight else ""
+    if any("exact_effect" in node.attributes for node in scene.graph.nodes()):
+        cells += f"<TD>     {_text('✓', 8.5, PALE_INK)} {_text('measured by patching it alone', 8.5, INK)}</TD>"
+    table = f'<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="1"><TR>{cells}</TR></TABLE>'
+    _add_text(dot, scene, "legend", table, (scene.layout.width / 2 - GUTTER / 2, 26 - scene.below))
+
+
+def _add_text(dot: graphviz.Digraph, scene: Scene, name: str, html: str, at: Point) -> None:
+    x, y = scene.point(*at)
+    label = f"<{html}>" if html else ""
+    dot.node(name, label, id=name, shape="plaintext", fixedsize="false", pos=f"{x:.1f},{y:.1f}", tooltip=" ")
+
+
+def _text(text: str, size: float, colour: str, *, bold: bool = False) -> str:
+    """A run of text in Graphviz's HTML-like labels."""
+    # Graphviz would replace \\N by the node's name, \\G by the graph's and so on: part the two characters invisibly.
+    text = re.sub(r"\\(?=[NGETHL])", "\\\\\u200b", text)
+    words = escape(text, quote=False) or " "
+    words = f"<B>{words}</B>" if bold else words
+    return f'<FONT POINT-SIZE="{size:g}" COLOR="{colour}">{words}</FONT>'
+
+
+def _spaced(html: str, size: float) -> str:
+    """A line with more room above it: Graphviz makes a line as high as its largest character."""
+    space = f'<FONT POINT-SIZE="{size * 1.35:g}">&#160;</FONT>'
+    return space + html + space
+
+
+def _quoted(text: str) -> str:
+    """Text that DOT must take literally: backslashes doubled, control characters shown, never read as HTML."""
+    return graphviz.nohtml(graphviz.escape(visible(text)))
+
+
+def _name(id: str) -> str:
+    """A node's name in DOT, where a colon would begin a port."""
+    return _quoted(id.replace(":", "∶"))

@@ -1,0 +1,34 @@
+"""What all plots share: colours that tell apart in print and to the colour-blind, quiet axes, files written whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from sae._files import atomic_write
+from sae.errors import UserError
+
+COLOURS = ("#1b6ca8", "#c1440e", "#2e8b57", "#8e44ad", "#b8860b", "#008b8b", "#a0522d", "#c2185b", "#556b2f")
+PALE = "#8a8a8a"
+RULE = "0.85"
+SUFFIXES = (".png", ".svg", ".pdf")
+
+
+def save_figure(figure: Figure, path: str | Path, *, dpi: int = 160) -> Path:
+    """Write a figure as .png, .svg or .pdf, the same bytes for the same figure."""
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"unknown picture format {path.suffix[1:]!r}: allowed are png, svg and pdf")
+    undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix)
+    with atomic_write(path) as temporary, rc_context({"svg.hashsalt": path.name}):
+        figure.savefig(temporary, format=path.suffix[1:], dpi=dpi, metadata=undated)
+    return path
+
+
+def quiet(axes: Axes, *, size: float = 8) -> None:
+    """No frame above and to the right, small labels."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=size)

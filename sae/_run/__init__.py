@@ -1,0 +1,1 @@
+"""What a run folder may hold, and who may write to it."""

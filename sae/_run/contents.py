@@ -1,0 +1,183 @@
+"""What the program writes in a folder, so that nothing else is ever deleted or overwritten.
+
+1. `Layout` lists the names of files and folders. `RUN` is a run folder, `SAES` its autoencoders, and so on.
+2. `check_contents` refuses a folder that holds anything else, links that lead elsewhere included.
+3. `remove` deletes what a layout lists, and a folder only once it is empty.
+4. `check_complete` refuses the autoencoders of a run that has not ended.
+
+Hidden files are nobody's business: they are neither looked at nor removed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sae._files import is_temporary, read_json, remove_temporary
+from sae.errors import UserError
+
+CONFIG_FILE = "config.json"
+NAMED = r"(_[^/]+)?"
+MAKERS = ("train", "finetune", "sweep", "convert")
+"""Commands that make autoencoders; their entry in `config.json` says whether they ended."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names, as regular expressions, of what a folder may hold."""
+
+    files: tuple[str, ...] = ()
+    """Its files."""
+    folders: Mapping[str, Layout | None] = field(default_factory=dict)
+    """Its folders and what they may hold; None for anything."""
+
+    def of(self, path: Path) -> Layout | None:
+        """The layout of a folder in it; KeyError for one that is not listed."""
+        return next(layout for name, layout in self.folders.items() if re.fullmatch(name, path.name))
+
+    def lists(self, path: Path) -> bool:
+        """Whether it names a file or folder; a link to a folder is neither."""
+        if path.is_dir():
+            return not path.is_symlink() and any(re.fullmatch(name, path.name) for name in self.folders)
+        return any(re.fullmatch(name, path.name) for name in self.files)
+
+
+SITE = r"embed|(resid|attn|mlp)_\d+"
+EVALUATION = rf"evaluation{NAMED}\.(json|txt|svg)"
+SAE = Layout((r"config\.json", r"sae\.safetensors", EVALUATION))
+SAES = Layout((r"(training|finetuning)\.jsonl", EVALUATION), {SITE: SAE})
+CHECKPOINTS = Layout(folders={r"step_\d{8}": Layout((r"state\.json", r"state\.safetensors"))})
+PARTIAL = Layout((r"partial\.json", r"(nodes|edges)-\d{4,}\.safetensors"))
+MEASURED = Layout((
+    rf"(edge_)?faithfulness{NAMED}\.(json|svg)", rf"mask{NAMED}\.(json|safetensors)",
+))  # fmt: skip
+"""What is measured of a circuit and stands beside it."""
+CIRCUIT = Layout((r"circuit\.json", r"effects\.safetensors", r"features\.json", *MEASURED.files), {"partial": PARTIAL})
+COMPARISON = Layout((r"comparison\.(json|txt|svg)",))
+CACHE = Layout((r"manifest\.json", r"unfinished\.json", r"shard_\d{5,}\.safetensors"))
+TRAINED = Layout((r"config\.json",), {"saes": SAES, "checkpoints": CHECKPOINTS})
+RUN = Layout(
+    (r"config\.json", r"report\.html"),
+    {
+        "saes": SAES, "checkpoints": CHECKPOINTS, "circuit": CIRCUIT, "comparison": COMPARISON, "trained": TRAINED,
+        "edits": None, "graph": None, "features": None,
+    },
+)  # fmt: skip
+SWEEP_FILES = (r"config\.json", r"training\.jsonl", r"sweep\.(json|txt)", r"unfinished_evaluation\.safetensors")
+PLOTS = Layout((r"[\w-]+\.svg",))
+
+
+def sweep_layout(runs: Iterator[str] | list[str]) -> Layout:
+    """The folder of a sweep of these runs."""
+    folders: dict[str, Layout | None] = {re.escape(name): RUN for name in runs}
+    return Layout(SWEEP_FILES, {"checkpoints": CHECKPOINTS, "plots": PLOTS, **folders})
+
+
+def visible(folder: Path) -> list[Path]:
+    """What a folder holds, hidden files left out; nothing where there is no folder."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
+
+
+def strangers(folder: Path, layout: Layout) -> Iterator[Path]:
+    """What a folder holds that its layout does not list."""
+    for path in visible(folder):
+        if not layout.lists(path):
+            yield path
+        elif path.is_dir() and (inner := layout.of(path)) is not None:
+            yield from strangers(path, inner)
+
+
+def check_contents(folder: str | Path, layout: Layout) -> None:
+    """Raises UserError for a folder that holds anything its layout does not list."""
+    folder = Path(folder)
+    names = [str(path.relative_to(folder)) for path in strangers(folder, layout)]
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise UserError(
+            f"{str(folder)!r} holds {', '.join(map(repr, names[:3]))}{more}, not written by this program or not for "
+            "this folder: give another one, nothing of it is deleted or overwritten"
+        )
+
+
+def check_no_link(folder: Path) -> None:
+    """Raises UserError for a folder inside a run that is a link: what is written there would land elsewhere."""
+    if folder.is_symlink():
+        raise UserError(f"{str(folder)!r} is a link, through which nothing is written: make it a folder, or remove it")
+
+
+def remove(folder: Path, layout: Layout, *, with_folder: bool = True) -> None:
+    """Deletes the files that a layout lists, and the folder if it is empty then; a link is never followed."""
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        if is_temporary(path) and path.is_file():
+            path.unlink(missing_ok=True)
+        elif not layout.lists(path):
+            continue
+        elif not path.is_dir():
+            path.unlink(missing_ok=True)
+        elif (inner := layout.of(path)) is not None:
+            remove(path, inner)
+    if with_folder:
+        with suppress(OSError):  # it holds something else
+            folder.rmdir()
+
+
+def clean(folder: Path, layout: Layout | None = None) -> None:
+    """Removes what killed processes were writing in a run folder and the folders its layout lists."""
+    layout = Layout(folders={**RUN.folders, **SAES.folders}) if layout is None else layout
+    remove_temporary(folder)
+    for path in folder.iterdir():
+        if path.is_dir() and layout.lists(path):
+            clean(path, layout.of(path) or Layout())
+            if path.name in ("partial", "checkpoints"):
+                with suppress(OSError):  # it holds something
+                    path.rmdir()
+
+
+def read_run_config(folder: Path) -> dict[str, Any]:
+    """The `config.json` of a run folder; empty where there is none or the file is of another kind."""
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        return {}
+    entries = read_json(path)
+    return entries if is_run_config(entries) else {}
+
+
+def is_run_config(entries: Mapping[str, Any]) -> bool:
+    """Whether a `config.json` is one of a run folder: a version, and an object for each command."""
+    return "schema_version" in entries and all(
+        isinstance(value, dict) for key, value in entries.items() if key != "schema_version"
+    )
+
+
+def check_run_config(folder: Path) -> None:
+    """Raises UserError for a folder whose `config.json` is not that of a run: it must not be overwritten."""
+    path = folder / CONFIG_FILE
+    if path.is_file() and not read_run_config(folder):
+        raise UserError(
+            f"{str(path)!r} is not the config of a run (but of a model?) and is not overwritten: give another folder"
+        )
+
+
+def check_complete(path: str | Path) -> None:
+    """Raises UserError for the autoencoders, one or all, of a run that was interrupted or still runs."""
+    path = Path(path)
+    if not path.exists() and path.name != "saes":  # a name on the hub
+        return
+    runs = {path: MAKERS, path.parent: ("convert",)}
+    if "saes" in (path.name, path.parent.name):
+        runs[path.parent if path.name == "saes" else path.parent.parent] = MAKERS
+    for run, commands in runs.items():
+        entries = read_run_config(run)
+        for command in commands:
+            if entries.get(command, {}).get("complete") is False:
+                again = "start again with --overwrite"
+                way = again if command == "convert" else f"go on with --resume and the same options, or {again}"
+                raise UserError(
+                    f"the run in {str(run)!r} has not ended (sfc {command} was stopped, or still runs): {way}"
+                )

@@ -1,0 +1,1 @@
+"""From text to batches of tokens, and from tokens to activations, in memory or on disk."""

@@ -1,0 +1,1 @@
+"""What dictionaries are worth: metrics, evaluation of sites and of sweeps, plots."""

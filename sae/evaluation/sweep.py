@@ -1,0 +1,245 @@
+"""What each dictionary of a sweep is worth on text it was not trained on: sparsity against fidelity.
+
+1. All configs of a sweep are measured together (`sae.evaluation.evaluate.Measurement`): a batch of text goes through
+   the model once as it is and once with zeros at each site, whatever the number of configs, then once for each
+   dictionary.
+2. The sums go to `OUT/unfinished_evaluation.safetensors` between batches, so that a run that was interrupted goes on
+   there and ends in the same bits. The file says what it belongs to: model, text, and a digest of the dictionaries.
+3. Results go to NAME/saes/evaluation.json with what they were measured on. What is there is not measured again.
+4. Held out is the text that is given, else what comes in the training text after the documents that were read.
+5. `SweepResults` has a row a config and site, as JSON and as tables; `sae.evaluation.sweep_plots` draws it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from sae._files import check_digest, parse_json, read_header, read_json, read_tensors, write_json, write_tensors
+from sae._run.contents import clean, sweep_layout
+from sae.architectures import architecture
+from sae.autoencoder import CONFIG_FILE, WEIGHTS_FILE, load_saes
+from sae.data.batches import context_of, token_batches
+from sae.data.text import TextSource
+from sae.errors import UserError
+from sae.evaluation.evaluate import Measurement
+from sae.evaluation.results import EVALUATION_FILE
+from sae.evaluation.sweep_results import SweepResults, SweepRow
+from sae.model.language_model import LanguageModel
+from sae.model.tokens import Tokens
+from sae.training.sweep import Sweep
+
+log = logging.getLogger(__name__)
+
+UNFINISHED = "unfinished_evaluation.safetensors"
+SAVING = 0.05
+"""Largest share of the time that writing sums to disk may take."""
+SPLICED = ("ce", "ce_recovered", "kl")
+"""What the results keep of all sites spliced."""
+NAMES = ("model", "text")
+"""Settings that other names of the same thing may differ in."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Text to measure on."""
+
+    source: TextSource
+    """The text."""
+    start: int
+    """Its first document that is read."""
+    seen: bool
+    """Whether the dictionaries were trained on it, because nothing was left."""
+
+    @classmethod
+    def of(cls, sweep: Sweep, trained_on: TextSource, text: TextSource | None = None) -> HeldOut:
+        """The given text, else the rest of the training text, else that from its beginning."""
+        if text is not None:
+            return cls(text, 0, text.fingerprint == trained_on.fingerprint)
+        start = sweep.read.documents
+        if not sweep.read.whole and next(trained_on.read(start), None) is not None:
+            return cls(trained_on, start, False)
+        log.warning("the whole text was trained on: nothing of it is held out; give another text to measure on")
+        return cls(trained_on, 0, True)
+
+
+def evaluate_sweep(
+    model: LanguageModel,
+    sweep: Sweep,
+    held_out: HeldOut,
+    *,
+    tokens: int = 50_000,
+    context: int | None = None,
+    batch_size: int = 16,
+    progress: bool = False,
+) -> SweepResults:
+    """Measures every config that was not measured on this text before; goes on where a measurement was interrupted."""
+    context = context_of(model, context)
+    clean(sweep.out, sweep_layout([*sweep.configs]))
+    measured_on = evaluation_settings(model, held_out.source, tokens=tokens, context=context, start=held_out.start)
+    waiting = [name for name in sweep.configs if not same_measurement(_found(sweep, name), measured_on)]
+    begun = [name for name in _Unfinished.names_in(sweep) if name in waiting]
+    for names in (begun, [name for name in waiting if name not in begun]):
+        if not names:
+            continue
+        runs = {name: load_saes(sweep.run(name), sites=sweep.sites, device=model.device) for name in names}
+        measurement = Measurement(model, runs)
+        unfinished = _Unfinished(sweep, tuple(names), {**measured_on, "batch_size": batch_size})
+        unfinished.restore(measurement)
+        texts = held_out.source.read(held_out.start)
+        batches = token_batches(model, texts, max_tokens=tokens, batch_size=batch_size, context=context)
+        with tqdm(total=tokens, desc=f"measure {len(names)} configs", unit="token", disable=not progress) as bar:
+            _measure(measurement, batches, unfinished, bar.update)
+        for name, result in measurement.results().items():
+            write_json(_path(sweep, name), {**result.to_dict(), "measured_on": measured_on})
+    (sweep.out / UNFINISHED).unlink(missing_ok=True)
+    data = {name: read_json(_path(sweep, name)) for name in sweep.configs}
+    any_one = next(iter(data.values()))
+    return SweepResults(
+        tuple(row for name, found in data.items() for row in _rows(sweep, name, found)),
+        {name: {key: _number(found["spliced"]["all"][key]) for key in SPLICED} for name, found in data.items()},
+        any_one["ce_model"], any_one["n_tokens"], held_out.source.name, held_out.start, held_out.seen,
+    )  # fmt: skip
+
+
+def _measure(
+    measurement: Measurement, batches: Iterable[Tokens], unfinished: _Unfinished, advance: Callable[[int], object]
+) -> None:
+    """Adds the batches that are not in the sums yet, and writes the sums down as often as that costs little."""
+    saved_at, took = -math.inf, 0.0
+    for i, batch in enumerate(batches):
+        if i >= measurement.n_batches:
+            measurement.update(batch)
+            if (now := time.monotonic()) - saved_at >= took / SAVING:
+                unfinished.save(measurement)
+                saved_at = time.monotonic()
+                took = saved_at - now
+        advance(int(batch.lengths.sum()))
+
+
+def _path(sweep: Sweep, name: str) -> Path:
+    """The file of a config's results."""
+    return sweep.run(name) / "saes" / EVALUATION_FILE
+
+
+def _found(sweep: Sweep, name: str) -> dict[str, Any] | None:
+    """What a config was measured on, None if it was not."""
+    path = _path(sweep, name)
+    measured_on = read_json(path).get("measured_on") if path.is_file() else None
+    return measured_on if isinstance(measured_on, dict) else None
+
+
+@dataclass(frozen=True)
+class _Unfinished:
+    """A measurement that is under way, on disk between two batches."""
+
+    sweep: Sweep
+    """The sweep."""
+    names: tuple[str, ...]
+    """The configs that are measured together."""
+    measured_on: Mapping[str, Any]
+    """Everything else that the sums depend on."""
+
+    @classmethod
+    def names_in(cls, sweep: Sweep) -> list[str]:
+        """The configs whose measurement was interrupted."""
+        metadata = _metadata(sweep.out / UNFINISHED)
+        names = parse_json(metadata.get("names", "[]"), UNFINISHED)
+        return names if isinstance(names, list) else []
+
+    @cached_property
+    def digest(self) -> str:
+        """The same for the same dictionaries, measured on the same text with the same model."""
+        settings = {key: value for key, value in self.measured_on.items() if key not in NAMES}
+        digest = hashlib.sha256(json.dumps([self.names, settings]).encode())
+        for name in self.names:
+            for site in self.sweep.sites:
+                folder = self.sweep.run(name) / "saes" / site.name
+                for path in (folder / CONFIG_FILE, folder / WEIGHTS_FILE):
+                    digest.update(hashlib.sha256(path.read_bytes()).digest())
+        return digest.hexdigest()
+
+    @property
+    def path(self) -> Path:
+        return self.sweep.out / UNFINISHED
+
+    def restore(self, measurement: Measurement) -> None:
+        """Takes over the sums, if they belong to this measurement."""
+        if _metadata(self.path).get("digest") != self.digest:
+            return
+        try:
+            check_digest(self.path)
+        except UserError as error:
+            log.warning("measuring starts again: %s", error)
+            return
+        measurement.restore(read_tensors(self.path))
+        log.info("measuring goes on after %d batches", measurement.n_batches)
+
+    def save(self, measurement: Measurement) -> None:
+        """Puts the sums in the place of those before."""
+        metadata = {"names": json.dumps(self.names), "digest": self.digest}
+        write_tensors(self.path, measurement.state(), metadata=metadata, checksum=True)
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself; nothing where there is none, or a damaged one."""
+    try:
+        return read_header(path)
+    except UserError:
+        return {}
+
+
+def evaluation_settings(
+    model: LanguageModel, source: TextSource, *, tokens: int, context: int, start: int = 0
+) -> dict[str, Any]:
+    """What a measurement depends on beside the autoencoders."""
+    return {
+        "model": model.name,
+        "model_fingerprint": model.fingerprint,
+        "text": source.name,
+        "text_fingerprint": source.fingerprint,
+        "start": start,
+        "tokens": tokens,
+        "context": context,
+    }
+
+
+def same_measurement(one: dict[str, Any] | None, other: dict[str, Any]) -> bool:
+    """Whether two measurements were made on the same text with the same model, under whatever names."""
+    return one is not None and all(one.get(key) == other[key] for key in other if key not in NAMES)
+
+
+def _rows(sweep: Sweep, name: str, data: dict[str, Any]) -> list[SweepRow]:
+    """The rows of a config, from its evaluation.json."""
+    config = sweep.configs[name]
+    return [
+        SweepRow(
+            name=name,
+            architecture=config.architecture,
+            features=found["n_features"],
+            k=config.k if architecture(config.architecture).trained else found["n_features"],
+            seed=config.seed,
+            site=site,
+            l0=_number(found["l0"]),
+            explained_variance=_number(found["explained_variance"]),
+            ce_recovered=_number(found["predictions"]["ce_recovered"]),
+            kl=_number(found["predictions"]["kl"]),
+            dead_fraction=_number(found["dead_fraction"]),
+        )
+        for site, found in data["sites"].items()
+    ]
+
+
+def _number(value: float | None) -> float:
+    """JSON's null is undefined."""
+    return math.nan if value is None else value

@@ -1,0 +1,142 @@
+"""A sweep as pictures: fidelity against sparsity, one line an architecture and width.
+
+1. `plot_site`: explained variance and CE recovered against L0 at one site, beside each other.
+2. `plot_sites`: one of the two at all sites, a row a kind of site and a column a layer.
+
+Colour is the architecture; darker lines with fuller markers are wider dictionaries. Small points are single seeds,
+lines go through their means. Points of one line are in the order of the k they were trained for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+from sae._plotting import COLOURS, PALE, RULE, quiet, save_figure
+from sae.architectures import architecture
+from sae.evaluation.sweep_results import SweepResults, mean
+from sae.model.sites import Site
+
+METRICS = {"explained_variance": "explained variance", "ce_recovered": "CE recovered"}
+MARKERS = ("o", "s", "^", "D", "v", "P")
+COLUMNS = 6
+"""Most panels in a row."""
+FILLED = 0.7
+"""Share of the panels that must not be blank for rows of one kind."""
+LightLine = tuple[str, int]
+
+
+def plot_site(results: SweepResults, site: str, path: str | Path) -> Path:
+    """Both measures at one site, as .svg, .png or .pdf."""
+    figure = Figure(figsize=(9.5, 3.6), layout="constrained")
+    styles = _styles(results)
+    for axes, metric in zip(figure.subplots(1, 2), METRICS, strict=True):
+        _panel(axes, results, site, metric, styles, seeds=True)
+        axes.set_xlabel("L0: active features a token", fontsize=9)
+        axes.set_ylabel(METRICS[metric], fontsize=9)
+    figure.suptitle(site, fontsize=11, fontweight="bold")
+    figure.legend(handles=_handles(styles), loc="outside right center", frameon=False, fontsize=8)
+    return save_figure(figure, path)
+
+
+def plot_sites(results: SweepResults, metric: str, path: str | Path) -> Path:
+    """One measure at all sites, as .svg, .png or .pdf."""
+    rows = _rows_of_sites(results.sites)
+    n_columns = max(map(len, rows))
+    by_kind = all(len({Site.parse(site).kind for site in row} - {"embed"}) <= 1 for row in rows)
+    figure = Figure(figsize=(1.9 * n_columns + 1.8, 1.7 * len(rows) + 0.7), layout="constrained")
+    styles = _styles(results)
+    grid = figure.subplots(len(rows), n_columns, squeeze=False, sharey="row" if by_kind else False)
+    for panels, sites in zip(grid, rows, strict=True):
+        for axes, site in zip(panels, sites, strict=False):
+            _panel(axes, results, site, metric, styles, seeds=False)
+            axes.set_title(site, fontsize=9)
+        for axes in panels[len(sites) :]:
+            axes.set_axis_off()
+    figure.supxlabel("L0: active features a token", fontsize=10)
+    figure.supylabel(METRICS[metric], fontsize=10)
+    figure.legend(handles=_handles(styles), loc="outside right center", frameon=False, fontsize=8)
+    return save_figure(figure, path)
+
+
+def _rows_of_sites(sites: Sequence[str]) -> list[list[str]]:
+    """Rows of at most `COLUMNS` sites: a kind each, the embedding before the residual stream; mixed where that is
+    mostly blank.
+    """
+    kinds: dict[str, list[str]] = {}
+    for site in sites:
+        kind = Site.parse(site).kind
+        kinds.setdefault("resid" if kind == "embed" else kind, []).append(site)
+    rows = [row for members in kinds.values() for row in _even_rows(members, COLUMNS)]
+    if len(sites) < FILLED * len(rows) * max(map(len, rows)):
+        rows = _even_rows(sites, min(COLUMNS, math.ceil(math.sqrt(2 * len(sites)))))
+    return rows
+
+
+def _even_rows(sites: Sequence[str], most: int) -> list[list[str]]:
+    """As few rows of at most `most` sites as possible, of nearly equal length."""
+    length = math.ceil(len(sites) / math.ceil(len(sites) / most))
+    return [list(sites[i : i + length]) for i in range(0, len(sites), length)]
+
+
+def _styles(results: SweepResults) -> dict[LightLine, dict[str, object]]:
+    """How each line is drawn: colour by architecture, lightness and marker by width."""
+    lines = list(results.lines())
+    architectures = [name for name in dict.fromkeys(name for name, _ in lines) if architecture(name).trained]
+    widths = sorted({width for name, width in lines if name in architectures})
+    styles: dict[LightLine, dict[str, object]] = {}
+    for name, width in lines:
+        if name not in architectures:
+            styles[name, width] = {"color": PALE, "marker": "x"}
+            continue
+        rank = widths.index(width)
+        lightness = 0.55 * (len(widths) - 1 - rank) / max(1, len(widths) - 1)
+        colour = COLOURS[architectures.index(name) % len(COLOURS)]
+        mixed = tuple(channel + lightness * (1 - channel) for channel in to_rgb(colour))
+        styles[name, width] = {"color": mixed, "marker": MARKERS[rank % len(MARKERS)]}
+    return styles
+
+
+def _handles(styles: dict[LightLine, dict[str, object]]) -> list[Line2D]:
+    return [
+        Line2D([], [], label=f"{name} {width:,}", lw=1.6, ms=4.5, **style)  # type: ignore[arg-type]
+        for (name, width), style in styles.items()
+    ]
+
+
+def _panel(
+    axes: Axes,
+    results: SweepResults,
+    site: str,
+    metric: str,
+    styles: dict[LightLine, dict[str, object]],
+    *,
+    seeds: bool,
+) -> None:
+    """All lines of a site."""
+    asked: set[int] = set()
+    for line, by_k in results.lines(site).items():
+        groups = [by_k[k] for k in sorted(by_k)]
+        asked.update(by_k)
+        x = [mean(row.l0 for row in rows) for rows in groups]
+        y = [mean(getattr(row, metric) for row in rows) for rows in groups]
+        axes.plot(x, y, lw=1.4, ms=4, **styles[line])  # type: ignore[arg-type]
+        if seeds:
+            points = [row for rows in groups if len(rows) > 1 for row in rows]
+            heights = [getattr(row, metric) for row in points]
+            axes.scatter([row.l0 for row in points], heights, s=5, color=styles[line]["color"], lw=0)  # type: ignore[arg-type]
+    low, high = axes.get_ylim()
+    if high > 0.97 and math.isfinite(low):
+        axes.axhline(1, color=RULE, lw=1, zorder=0)
+    axes.set_xscale("log")
+    axes.set_xticks(sorted(asked))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    quiet(axes)

@@ -1,0 +1,1 @@
+"""What features stand for: their strongest contexts, and their matches in other dictionaries."""

@@ -1,0 +1,300 @@
+"""What a feature is: where in the text it fires, on which tokens, and which next tokens it speaks for.
+
+1. Run the model over the text once; at each site encode the activations and keep the features asked about.
+2. Of each text keep the position where a feature is strongest, with a window around it; of all texts keep the n
+   strongest windows that read differently. One text gives one window, so ten windows are ten texts.
+3. Count how often the feature fires, and on which tokens its activation falls.
+4. The logit effect of feature i is W_U W_dec[i]: what one unit of it adds to the logits through the unembedding, the
+   final norm left out (logit lens, nostalgebraist 2020). It means little at early sites.
+
+Activations are dense only for the features asked about, in chunks of `CHUNK_BYTES`: memory does not grow with the text
+but for the list of (feature, token) pairs that occurred.
+
+Shapes: B texts, S positions, N = tokens of a batch, F features, n the features asked about at a site ("slots"),
+P windows in the pool, W positions in a window, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae.autoencoder import SparseAutoencoder, SparseFeatures
+from sae.data.batches import counted_tokens, token_batches
+from sae.errors import UserError, unknown
+from sae.features.matching import nearest_features
+from sae.model.language_model import LanguageModel, Tokens
+from sae.model.sites import Site
+from sae.saes import config_of
+from sae.sparse.bags import group_sizes
+from sae.splice import check_saes
+
+CHUNK_BYTES = 64 * 2**20
+POOL_FACTOR = 4
+"""Windows kept for each one shown, so that windows with the same words can be dropped."""
+PENDING_PAIRS = 2**20
+NO_TOKEN = -1
+
+
+@dataclass(frozen=True)
+class Context:
+    """A stretch of text on which a feature fires."""
+
+    tokens: list[str]
+    """The tokens of the window, readable."""
+    activations: list[float]
+    """The feature's activation on each of them."""
+    peak: int
+    """Index in the window of the strongest activation in the text."""
+
+
+@dataclass(frozen=True)
+class FeatureSummary:
+    """What one feature does on a text."""
+
+    site: str
+    """Site of the feature."""
+    index: int
+    """Its index in the dictionary."""
+    density: float
+    """Share of the tokens on which it is active."""
+    max_activation: float
+    """Its largest activation."""
+    mean_activation: float
+    """Its mean activation where it is active; 0 if it never is."""
+    contexts: list[Context]
+    """Windows around its strongest activations, strongest first, one a text."""
+    top_tokens: list[str]
+    """Tokens that get most of its activation (summed over the text), most first."""
+    top_logits: list[tuple[str, float]]
+    """Tokens whose logits one unit of it raises most, with the logit."""
+    bottom_logits: list[tuple[str, float]]
+    """Tokens whose logits it lowers most."""
+    neighbours: list[tuple[int, float]]
+    """Features of the same dictionary with the largest decoder cosine."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON-ready values."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def top_contexts(
+    model: LanguageModel,
+    saes: Mapping[Site, SparseAutoencoder],
+    texts: Iterable[str],
+    features: Mapping[Site, Sequence[int]],
+    *,
+    n: int = 10,
+    before: int = 14,
+    after: int = 5,
+    n_tokens: int = 10,
+    n_neighbours: int = 5,
+    max_tokens: int | None = 200_000,
+    batch_size: int = 32,
+    context: int | None = None,
+    special_tokens: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> dict[tuple[Site, int], FeatureSummary]:
+    """A summary of each feature asked about, from one pass over the text.
+
+    A window reaches `before` tokens left and `after` tokens right of the peak. Texts are cut after `context` tokens.
+    `n_tokens` is the number of top tokens and of top and bottom logits.
+    """
+    _check(saes, features)
+    check_saes(model, saes)
+    watched = {
+        site: _Watch(saes, site, sorted(set(indices)), n=n, before=before, after=after, vocab_size=model.vocab_size)
+        for site, indices in sorted(features.items())
+        if len(indices)
+    }
+    for tokens in token_batches(model, texts, max_tokens=max_tokens, batch_size=batch_size, context=context):
+        tokens = tokens.to(model.device)
+        counted = counted_tokens(model, tokens, special_tokens=special_tokens)
+        run = model.run(tokens, capture=watched, need_logits=False)
+        for site, watch in watched.items():
+            watch.update(run.activations[site], tokens, counted)
+        if progress is not None:
+            progress(int(tokens.lengths.sum()))
+    summaries = {}
+    for site, watch in watched.items():
+        for summary in watch.summaries(model, n_tokens=n_tokens, n_neighbours=n_neighbours):
+            summaries[site, summary.index] = summary
+    return summaries
+
+
+def _check(saes: Mapping[Site, SparseAutoencoder], features: Mapping[Site, Sequence[int]]) -> None:
+    for site, indices in features.items():
+        if site not in saes:
+            raise unknown("site", str(site), [str(known) for known in saes])
+        n_features = config_of(saes, site).n_features
+        wrong = next((i for i in indices if not 0 <= i < n_features), None)
+        if wrong is not None:
+            raise UserError(f"unknown feature '{site}/{wrong}': allowed are 0 to {n_features - 1}")
+
+
+def logit_effect(model: LanguageModel, W_dec: Tensor, *, k: int) -> tuple[list[list[tuple[str, float]]], ...]:
+    """Tokens whose logits decoder rows [n, d] raise most and lower most: two lists [n][k] of (token, logit)."""
+    unembedding = model.hf.get_output_embeddings()
+    if unembedding is None or unembedding.weight.shape[-1] != W_dec.shape[-1]:
+        empty: list[list[tuple[str, float]]] = [[] for _ in W_dec]
+        return empty, empty
+    weight = unembedding.weight.float()  # [V, d]
+    k = min(k, len(weight))
+    top: list[list[tuple[str, float]]] = []
+    bottom: list[list[tuple[str, float]]] = []
+    for rows in W_dec.to(weight).split(max(1, CHUNK_BYTES // (4 * len(weight)))):
+        logits = rows @ weight.T  # [block, V]
+        for found, largest in ((top, True), (bottom, False)):
+            values, ids = logits.topk(k, dim=-1, largest=largest)
+            for row_values, row_ids in zip(values.tolist(), ids, strict=True):
+                found.append(list(zip(model.token_strings(row_ids), row_values, strict=True)))
+    return top, bottom
+
+
+class _Watch:
+    """The running state for the features asked about at one site."""
+
+    def __init__(
+        self, saes: Mapping[Site, SparseAutoencoder], site: Site, indices: list[int],
+        *, n: int, before: int, after: int, vocab_size: int,
+    ) -> None:  # fmt: skip
+        self.saes, self.site, self.indices, self.n, self.before = saes, site, indices, n, before
+        slots, pool, width = len(indices), POOL_FACTOR * n, before + 1 + after
+        sae = saes[site]
+        competing = sae.nonlinearity.needs_k
+        self.alone = None if competing else sae.restrict(torch.tensor(indices))
+        n_encoded = sae.config.n_features if competing else slots
+        self.slot_of = torch.full((n_encoded,), -1, dtype=torch.int64, device=sae.device)
+        self.slot_of[torch.tensor(indices if competing else range(slots))] = torch.arange(slots, device=sae.device)
+        self.n_tokens = 0
+        self.count = torch.zeros(slots, dtype=torch.int64)
+        self.total = torch.zeros(slots, dtype=torch.float64)
+        self.peak = torch.zeros(slots, pool)  # [n, P] activation at the peak, 0 for an empty place
+        self.window_ids = torch.full((slots, pool, width), NO_TOKEN, dtype=torch.int32)
+        self.window_values = torch.zeros(slots, pool, width)
+        self.pairs = _PairSums(vocab_size)
+
+    def update(self, x: Tensor, tokens: Tokens, counted: Tensor) -> None:
+        """Add a batch. x: [B, S, d]; counted: [B, S] bool, the tokens that count."""
+        row, position = counted.nonzero(as_tuple=True)  # [N] each
+        encoder = self.saes[self.site] if self.alone is None else self.alone
+        found = self._watched(encoder.encode_sparse(x[row, position]))
+        row, position = row[found.token], position[found.token]
+        self.n_tokens += int(counted.sum())
+        self.count += group_sizes(found.feature, len(self.indices)).cpu()
+        self.total.index_add_(0, found.feature.cpu(), found.value.cpu().double())
+        self.pairs.add(found.feature, tokens.input_ids[row, position], found.value)
+
+        ids = torch.where(tokens.attention_mask.bool(), tokens.input_ids, NO_TOKEN).int().cpu()
+        step = max(1, CHUNK_BYTES // (4 * counted.numel()))
+        for start in range(0, len(self.indices), step):
+            chosen = (found.feature >= start) & (found.feature < start + step)
+            size = min(step, len(self.indices) - start)
+            f = torch.zeros(size, *counted.shape, device=x.device)  # [n, B, S]
+            f[found.feature[chosen] - start, row[chosen], position[chosen]] = found.value[chosen].float()
+            self._merge(slice(start, start + size), f.cpu(), ids)
+
+    def _watched(self, features: SparseFeatures) -> SparseFeatures:
+        """Only the features asked about, by slot instead of index."""
+        slot = self.slot_of[features.feature]
+        kept = slot >= 0
+        return SparseFeatures(features.token[kept], slot[kept], features.value[kept])
+
+    def _merge(self, slots: slice, f: Tensor, ids: Tensor) -> None:
+        """Keep the strongest windows of the pool and of this batch. f: [n, B, S]; ids: [B, S]."""
+        pool = self.peak.shape[1]
+        strongest, position = f.max(-1)  # [n, B] each: the one window of each text
+        peak, choice = torch.cat([self.peak[slots], strongest], 1).sort(dim=1, descending=True, stable=True)
+        peak, choice = peak[:, :pool], choice[:, :pool]  # [n, P] of P + B; of equal windows the first one read
+        slot, place = (choice >= pool).logical_and(peak > 0).nonzero(as_tuple=True)  # places taken by new windows
+        text = choice[slot, place] - pool
+        old = choice.clamp(max=pool - 1)[..., None].expand(-1, -1, self.window_ids.shape[-1])
+        window_ids, window_values = self.window_ids[slots].gather(1, old), self.window_values[slots].gather(1, old)
+
+        offset = torch.arange(self.window_ids.shape[-1]) - self.before
+        at = position[slot, text][:, None] + offset  # [new, W]
+        inside = (at >= 0) & (at < f.shape[-1])
+        at = at.clamp(0, f.shape[-1] - 1)
+        window_ids[slot, place] = torch.where(inside, ids[text[:, None], at], NO_TOKEN)
+        window_values[slot, place] = torch.where(inside, f[slot[:, None], text[:, None], at], 0.0)
+        self.peak[slots], self.window_ids[slots], self.window_values[slots] = peak, window_ids, window_values
+
+    def summaries(self, model: LanguageModel, *, n_tokens: int, n_neighbours: int) -> list[FeatureSummary]:
+        """What was seen, one summary a feature."""
+        W_dec = self.saes[self.site].W_dec
+        index = torch.tensor(self.indices, device=W_dec.device)
+        top, bottom = logit_effect(model, W_dec[index], k=n_tokens)
+        cosine, neighbour = nearest_features(W_dec, index, k=n_neighbours)
+        top_ids = self.pairs.top(len(self.indices), n_tokens)
+        return [
+            FeatureSummary(
+                site=self.site.name,
+                index=feature,
+                density=int(self.count[slot]) / max(self.n_tokens, 1),
+                max_activation=float(self.peak[slot].max()),
+                mean_activation=float(self.total[slot]) / max(int(self.count[slot]), 1),
+                contexts=self._contexts(model, slot),
+                top_tokens=model.token_strings(top_ids[slot]),
+                top_logits=top[slot],
+                bottom_logits=bottom[slot],
+                neighbours=list(zip(neighbour[slot].tolist(), cosine[slot].tolist(), strict=True)),
+            )
+            for slot, feature in enumerate(self.indices)
+        ]
+
+    def _contexts(self, model: LanguageModel, slot: int) -> list[Context]:
+        """The n strongest windows of a slot that read differently."""
+        contexts: list[Context] = []
+        seen: set[tuple[int, ...]] = set()
+        for place in range(self.peak.shape[1]):
+            ids, values = self.window_ids[slot, place], self.window_values[slot, place]
+            real = ids != NO_TOKEN
+            key = tuple(ids[real].tolist())
+            if len(contexts) == self.n or not self.peak[slot, place] > 0:
+                break
+            if key not in seen:
+                seen.add(key)
+                peak = int(real[: self.before].sum())
+                contexts.append(Context(model.token_strings(ids[real]), values[real].tolist(), peak))
+        return contexts
+
+
+class _PairSums:
+    """Σ of activation by (slot, token id), for the pairs that occurred."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self._keys: list[Tensor] = []
+        self._values: list[Tensor] = []
+
+    def add(self, slot: Tensor, token_id: Tensor, value: Tensor) -> None:
+        """slot, token_id, value: [n] each."""
+        self._keys.append((slot * self.vocab_size + token_id).cpu())
+        self._values.append(value.cpu().double())
+        if sum(len(keys) for keys in self._keys[1:]) > PENDING_PAIRS:
+            self._compact()
+
+    def _compact(self) -> tuple[Tensor, Tensor]:
+        keys, inverse = torch.cat(self._keys).unique(return_inverse=True)
+        values = torch.zeros(len(keys), dtype=torch.float64).index_add_(0, inverse, torch.cat(self._values))
+        self._keys, self._values = [keys], [values]
+        return keys, values
+
+    def top(self, n_slots: int, k: int) -> list[list[int]]:
+        """For each slot the up to k token ids with the largest sums, largest first."""
+        if not self._keys:
+            return [[] for _ in range(n_slots)]
+        keys, values = self._compact()
+        order = values.argsort(descending=True, stable=True)
+        order = order[torch.div(keys[order], self.vocab_size, rounding_mode="floor").argsort(stable=True)]
+        slots = torch.div(keys[order], self.vocab_size, rounding_mode="floor")
+        starts = torch.searchsorted(slots, torch.arange(n_slots + 1)).tolist()
+        return [
+            (keys[order[start : min(end, start + k)]] % self.vocab_size).tolist() for start, end in pairwise(starts)
+        ]

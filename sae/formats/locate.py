@@ -1,0 +1,166 @@
+"""From what a user names to one folder or file on this disk.
+
+1. A path that exists is taken as it is. Else `owner/repository` or `owner/repository/folder/inside` is the hub's.
+2. The files that autoencoders are known by are listed, on disk or in the repository, without downloading anything.
+3. One autoencoder is taken; of several, the one at the site asked for; of several `average_l0_N` in one folder (Gemma
+   Scope), the one closest to 100. Anything else is an error that lists them.
+4. Only the chosen folder is downloaded: repositories of autoencoders hold terabytes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
+
+from huggingface_hub import list_repo_files, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+from sae._hub import hub_reachable
+from sae.autoencoder import sae_folders
+from sae.errors import UserError, near_paths, nearest
+from sae.formats.releases import released
+from sae.formats.site_names import site_named
+
+logger = logging.getLogger(__name__)
+
+MARKERS = (
+    "sae.safetensors",
+    "sae_weights.safetensors",
+    "ae.pt",
+    "params.npz",
+    "params.safetensors",
+    "hyperparams.json",
+)
+"""Files an autoencoder's folder is known by."""
+PREFERRED_L0 = 100
+MAX_DEPTH = 6
+SHOWN = 8
+_HUB_NAME = re.compile(
+    r"(?:hf://)?(?P<repository>[\w.-]+/[\w.-]+)(?:/(?P<inside>[^@]+?))?/?(?:@(?P<revision>[\w./-]+))?"
+)
+
+
+def check_source(source: str | Path) -> None:
+    """`UserError` for what is neither a path on this disk nor the name of something on the hub; nothing is read."""
+    path = Path(source).expanduser()
+    if path.exists():
+        return
+    if release := released(str(source)):
+        raise release
+    if str(source).startswith((".", "/", "~")) or _HUB_NAME.fullmatch(str(source)) is None:
+        raise _no_such_path(path)
+
+
+def locate(source: str | Path, *, site: str = "") -> Path:
+    """The folder or file of one autoencoder, downloaded if it is the hub's."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path.parent if path.name in MARKERS else path
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{str(path)!r} is neither a file nor a folder: give one with autoencoders")
+    if path.is_dir():
+        ours = [folder.relative_to(path).as_posix() for folder in sae_folders(path)]
+        return path / choose(ours or folders_in(path), source=str(source), site=site)
+    check_source(source)
+    match = _HUB_NAME.fullmatch(str(source))
+    assert match is not None
+    return _download(match["repository"], match["inside"] or "", match["revision"], site)
+
+
+def folders_in(root: Path) -> list[str]:
+    """Folders below `root` that hold an autoencoder, relative to it; "." is itself."""
+    found = []
+    for folder, inner, files in os.walk(root):
+        relative = Path(folder).relative_to(root)
+        inner[:] = sorted(name for name in inner if not name.startswith("."))
+        if len(relative.parts) >= MAX_DEPTH:
+            inner.clear()
+        if _has_marker(files):
+            found.append(relative.as_posix())
+    return sorted(found)
+
+
+def _has_marker(names: Iterable[str]) -> bool:
+    return any(name in MARKERS for name in names)
+
+
+def choose(folders: Sequence[str], *, source: str, site: str = "") -> str:
+    """One of the folders that hold an autoencoder; "." where none is known, for the readers to name what they miss."""
+    if len(folders) > 1 and site:
+        at_site = [folder for folder in folders if site_named(f"{source}/{folder}") == site]
+        if not at_site:
+            known = sorted({name for folder in folders if (name := site_named(f"{source}/{folder}"))})
+            raise UserError(f"{source!r} has no autoencoder for {site}: it has {', '.join(known) or _listed(folders)}")
+        folders = at_site
+    if len(folders) > 1 and (closest := _closest_l0(folders)):
+        logger.info("%s: taking %s, the L0 closest to %d of %d", source, closest, PREFERRED_L0, len(folders))
+        return closest
+    if len(folders) > 1:
+        raise UserError(f"{source!r} holds {len(folders)} autoencoders, name one: {_listed(folders)}")
+    return folders[0] if folders else "."
+
+
+def _closest_l0(folders: Sequence[str]) -> str:
+    """Of sibling folders `average_l0_N`, the one with N closest to 100; "" if they are anything else."""
+    paths = [PurePosixPath(folder) for folder in folders]
+    matches = [re.fullmatch(r"average_l0_(\d+)", path.name) for path in paths]
+    if len({path.parent for path in paths}) > 1 or not all(matches):
+        return ""
+    return min(folders, key=lambda folder: abs(int(folder.rpartition("_")[2]) - PREFERRED_L0))
+
+
+def _listed(folders: Sequence[str]) -> str:
+    more = len(folders) - SHOWN
+    return ", ".join(folders[:SHOWN]) + (f", ... ({more} more)" if more > 0 else "")
+
+
+_UNREACHABLE = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError)
+
+
+def _download(repository: str, inside: str, revision: str | None, site: str) -> Path:
+    """The chosen folder of a repository, from the hub, or from its cache on this disk where the hub is out of reach."""
+    try:
+        if not hub_reachable():
+            raise OfflineModeIsEnabled("the hub does not answer")
+        files = list_repo_files(repository, revision=revision)
+    except Exception as error:  # the hub's own kinds, and those of the library that makes its requests
+        try:
+            cached = Path(snapshot_download(repository, revision=revision, local_files_only=True))
+        except _UNREACHABLE:
+            raise _unreachable(repository, error) from None
+        return cached / inside / choose(folders_in(cached / inside), source=repository, site=site)
+    chosen = _folder_inside(repository, files, inside, site)
+    patterns = None if chosen == "." else [chosen, f"{chosen}/*"]
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns)) / chosen
+    except _UNREACHABLE as error:
+        raise _unreachable(repository, error) from None
+
+
+def _folder_inside(repository: str, files: Sequence[str], inside: str, site: str) -> str:
+    """The folder of a repository's files that is meant."""
+    below = [file for file in files if not inside or file == inside or file.startswith(f"{inside}/")]
+    if not below:
+        folders = sorted({_folder_of(file) for file in files} - {"."})
+        close = nearest(inside, folders) or folders[:SHOWN]
+        raise UserError(f"{repository} has no {inside!r}: nearest are {', '.join(close) or 'none'}")
+    marked = sorted({_folder_of(file) for file in below if PurePosixPath(file).name in MARKERS})
+    return choose(marked, source=repository, site=site) if marked else inside or "."
+
+
+def _unreachable(repository: str, error: Exception) -> UserError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return UserError(
+        f"{repository!r} is neither a path on this disk nor a hub repository that can be reached: {reason}"
+    )
+
+
+def _folder_of(file: str) -> str:
+    return PurePosixPath(file).parent.as_posix()
+
+
+def _no_such_path(path: Path) -> UserError:
+    return UserError(f"no autoencoder at {str(path)!r}: there is no such path{near_paths(path)}")

@@ -1,0 +1,1 @@
+"""A Hugging Face model whose sites can be read and changed."""

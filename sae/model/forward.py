@@ -1,0 +1,143 @@
+"""What a Hugging Face model's forward pass is called with, whatever state its caller left, and the tokens of checks."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from sae.errors import UserError
+from sae.model.tokens import Tokens
+
+if TYPE_CHECKING:
+    from sae.model.language_model import Run
+    from sae.model.sites import Site
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+PROBE_ROWS, PROBE_POSITIONS = 3, 5
+RESERVED = ("_token_id", "_token_index")  # how a config calls tokens that stand for an image, a pause, ...
+
+
+def forward_inputs(module: nn.Module, tokens: Tokens, *, last_only: bool = False) -> dict[str, Any]:
+    """Arguments of the forward pass; an optional one is left out where the model does not take it."""
+    accepts = inspect.signature(type(module).forward).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepts.values())
+    optional: dict[str, Any] = {"position_ids": tokens.position_ids, "use_cache": False}
+    if last_only:
+        optional["logits_to_keep"] = 1
+    inputs: dict[str, Any] = {"input_ids": tokens.input_ids}
+    if takes_any or "attention_mask" in accepts:
+        inputs["attention_mask"] = tokens.attention_mask
+    return inputs | {name: value for name, value in optional.items() if name in accepts}
+
+
+def probe_tokens(hf: Any) -> Tokens:
+    """A few random tokens, the same every time; none that the config reserves."""
+    n_tokens = hf.get_input_embeddings().weight.shape[0]
+    reserved = reserved_ids(getattr(hf, "config", None))
+    allowed = torch.tensor([index for index in range(n_tokens) if index not in reserved] or [0])
+    draw = torch.randint(len(allowed), (PROBE_ROWS, PROBE_POSITIONS), generator=torch.Generator().manual_seed(0))
+    return every_token(allowed[draw])
+
+
+def padding_tokens(probe: Tokens) -> Tokens:
+    """Three rows of the first of the probe's: as it is, with another last token, and its beginning behind padding."""
+    row = probe.input_ids[0].cpu()
+    n = len(row) // 2  # of padding
+    other = probe.input_ids[1].cpu()
+    rows = [row, torch.cat([row[:-1], other[-1:] if other[-1] != row[-1] else other[:1]])]
+    rows.append(torch.cat([other[:n], row[: len(row) - n]]))
+    mask = torch.ones(len(rows), len(row), dtype=torch.int64)
+    mask[-1, :n] = 0
+    return Tokens(torch.stack(rows), mask)
+
+
+def every_token(ids: Tensor) -> Tokens:
+    """A batch without padding."""
+    return Tokens(ids, torch.ones_like(ids))
+
+
+def reserved_ids(config: Any) -> set[int]:
+    """Ids that a config gives a meaning beyond text, such as the token that stands for an image."""
+    values = vars(config) if config is not None else {}
+    ids = (value for name, value in values.items() if name.endswith(RESERVED))
+    return {value for value in ids if isinstance(value, int)}
+
+
+def outside_inference_mode() -> AbstractContextManager[Any]:
+    """Leaves inference mode where it is on; to leave it anyway would switch autograd's threads on as well."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+
+
+def with_gradients(function: F) -> F:
+    """The function can take gradients, whatever its caller switched off."""
+
+    @functools.wraps(function)
+    def inner(*args: Any, **options: Any) -> Any:
+        with outside_inference_mode(), torch.enable_grad():
+            return function(*args, **options)
+
+    return cast(F, inner)
+
+
+def cannot_run(name: str, error: Exception) -> UserError:
+    """The sentence for a model whose forward pass fails."""
+    if isinstance(error, UserError):
+        return error
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = f"{type(error).__name__}: {lines[-1] if lines else ''}"
+    return UserError(
+        f"model {name!r} cannot run on a few random tokens ({reason}): its config.json and its weights must belong "
+        "together, and it must be a decoder that needs no more than text"
+    )
+
+
+def config_constants(hf: Any) -> list[float]:
+    """The numbers with a fraction in a model's config, such as the factor of what is added to the residual stream."""
+    config = getattr(hf, "config", None)
+    parts = [vars(part) for part in (config, getattr(config, "text_config", None)) if part is not None]
+    return [value for part in parts for value in part.values() if isinstance(value, float)]
+
+
+def equal_lengths(tokens: Tokens) -> list[Tensor]:
+    """The rows of a batch, grouped by their number of tokens."""
+    lengths = tokens.lengths
+    return [(lengths == n).nonzero().flatten() for n in sorted(set(lengths.tolist()))]
+
+
+def without_padding(tokens: Tokens, rows: Tensor) -> Tokens:
+    """Rows of equal length without the columns before them."""
+    n = int(tokens.lengths[rows[0]])
+    return Tokens(tokens.input_ids[rows, -n:], tokens.attention_mask[rows, -n:])
+
+
+def run_by_length(tokens: Tokens, run: Callable[[Tokens], Run]) -> tuple[dict[Site, Tensor], Tensor]:
+    """Activations [B, S, d] and logits of rows of equal length run together without padding, where both are zero."""
+    groups = equal_lengths(tokens)
+    runs = [run(without_padding(tokens, rows)) for rows in groups]
+
+    def together(values: list[Tensor], n_positions: int) -> Tensor:
+        return scattered(list(zip(groups, values, strict=True)), n_rows=len(tokens), n_positions=n_positions)
+
+    activations = {
+        site: together([part.activations[site] for part in runs], tokens.n_positions) for site in runs[0].activations
+    }
+    logits = [part.logits for part in runs]
+    if logits[0].ndim < 3:  # none were asked for
+        return activations, logits[0]
+    last_only = all(part.shape[1] == 1 for part in logits)
+    return activations, together(logits, 1 if last_only else tokens.n_positions)
+
+
+def scattered(parts: Sequence[tuple[Tensor, Tensor]], *, n_rows: int, n_positions: int) -> Tensor:
+    """[B, S, d] of parts (rows [n], values [n, s, d]) that end at the last position; zero before them."""
+    whole = parts[0][1].new_zeros(n_rows, n_positions, parts[0][1].shape[-1])
+    for rows, values in parts:
+        whole[rows, n_positions - values.shape[1] :] = values
+    return whole

@@ -1,0 +1,159 @@
+"""A site inside one wrapped model: how its tensor is read, written, skipped and hooked, whatever its module returns.
+
+Modules return a tensor, or a tuple or list whose first entry is the tensor (attention returns its weights too). Writing
+a bare tensor where a tuple is expected can run silently and be wrong (a batch of two is unpacked as the pair), so all
+access goes through `Place`. It also undoes what stands between a module and the residual stream:
+
+1. A module that works on tokens without rows returns [B * S, d]; the site's x is [B, S, d].
+2. A module whose output is multiplied before it is added: the site's x is what is added, `scale` times the output.
+3. An output that is changed in place later: x is not the tensor that the model goes on with, but what it copies.
+
+In these three cases the model must go on with what was read, or no gradient would reach x: see `detour`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae.errors import UserError
+from sae.model.sites import Site, SitePath
+
+Edit = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a site is in one wrapped model."""
+
+    site: Site
+    """The site."""
+    path: SitePath
+    """Its module and side."""
+    envoy: Any
+    """nnsight's handle of the module; read and written inside a trace only."""
+    body: Any = None
+    """Handle of the sublayer that this module alone reads (Gemma's attention before its norm): skipped with it."""
+    outputs: Any = None
+    """The tuple or list that the module returns, with None for its entries; None for a plain tensor."""
+    body_outputs: Any = None
+    """The same for the body."""
+    token_wise: bool = False
+    """Whether the module, with its body, takes each token alone: an MLP where its architecture has it."""
+    flat: bool = False
+    """Whether the module's tensor is [B * S, d]."""
+    scale: float = 1.0
+    """What the tensor is multiplied by before it is added to the residual stream."""
+    in_place: bool = False
+    """Whether the model changes the tensor after the module has returned it."""
+
+    @property
+    def detour(self) -> bool:
+        """Whether x is another tensor than the module's: it must be written where its gradient is wanted."""
+        return self.flat or self.scale != 1.0 or self.in_place
+
+    def read(self, rows: int) -> Tensor:
+        """The site's x [B, S, d] in a batch of `rows`."""
+        return self._outward(first(self.envoy.input if self.path.side == "input" else self.envoy.output), rows)
+
+    def write(self, x: Tensor) -> None:
+        """Replace the tensor and keep whatever else the module returns."""
+        if self.path.side == "input":
+            self.envoy.input = self._inward(x)
+        else:
+            self.envoy.output = _replaced(self.envoy.output, self._inward(x))
+
+    def skip(self, x: Tensor) -> None:
+        """Do not run the module and its body: its output is x, with None for attention weights and the like.
+
+        A site at a module's input has nothing to skip: the input is replaced.
+        """
+        if self.path.side == "input":
+            self.write(x)
+            return
+        if self.body is not None:
+            self.body.skip(_packed(torch.zeros_like(x), self.body_outputs))
+        self.envoy.skip(_packed(self._inward(x), self.outputs))
+
+    def pass_through(self) -> None:
+        """Do not run the block: its output is its input."""
+        self.envoy.skip(_packed(self.envoy.input, self.outputs))
+
+    def at_last_position(self) -> None:
+        """Run a module that takes each token alone at the last position; its output is zero elsewhere."""
+        module = self.body or self.envoy
+        x = first(module.input)
+        module.input = x[:, -1:]
+        module.output = torch.nn.functional.pad(module.output, (0, 0, x.shape[1] - 1, 0))
+
+    @contextmanager
+    def hooked(self, edit: Edit, *, rows: int) -> Iterator[None]:
+        """Apply the edit at every call of the module with a torch hook, outside of any trace."""
+        module = self.envoy._module
+
+        def changed(value: Tensor) -> Tensor:
+            return self._inward(edited(self._outward(value, rows), edit, self.site))
+
+        def before(module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
+            if inputs:
+                return (changed(inputs[0]), *inputs[1:]), named
+            name = next(iter(named))
+            return inputs, named | {name: changed(named[name])}
+
+        def after(module: Any, inputs: tuple[Any, ...], output: Any) -> Any:
+            return _replaced(output, changed(first(output)))
+
+        if self.path.side == "input":
+            handle = module.register_forward_pre_hook(before, with_kwargs=True)
+        else:
+            handle = module.register_forward_hook(after)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _outward(self, value: Tensor, rows: int) -> Tensor:
+        """What the module has -> x [B, S, d]."""
+        x = value.unflatten(0, (rows, -1)) if self.flat else value
+        return x if self.scale == 1.0 else x * self.scale
+
+    def _inward(self, x: Tensor) -> Tensor:
+        """x [B, S, d] -> what the module has."""
+        value = x if self.scale == 1.0 else x / self.scale
+        value = value.flatten(0, 1) if self.flat else value
+        return value.clone() if self.in_place else value
+
+
+def edited(x: Tensor, edit: Edit, site: Site) -> Tensor:
+    """edit(x) in the number type of x; a result of another shape is the caller's mistake."""
+    new = edit(x)
+    if new.shape != x.shape:
+        raise UserError(f"edit at site {str(site)!r} gave shape {list(new.shape)}: allowed is {list(x.shape)}")
+    return new.to(x.dtype)
+
+
+def first(value: Any) -> Any:
+    """The tensor itself, or the first entry of a tuple or list."""
+    return value[0] if isinstance(value, (tuple, list)) and len(value) else value
+
+
+def empty_outputs(value: Any) -> Any:
+    """A tuple or list with None for its entries; None for anything else."""
+    return _like(value, [None] * len(value)) if isinstance(value, (tuple, list)) and len(value) else None
+
+
+def _replaced(value: Any, x: Tensor) -> Any:
+    return _like(value, [x, *value[1:]]) if isinstance(value, (tuple, list)) and len(value) else x
+
+
+def _packed(x: Tensor, outputs: Any) -> Any:
+    return x if outputs is None else _like(outputs, [x, *outputs[1:]])
+
+
+def _like(value: Any, entries: list[Any]) -> Any:
+    return entries if isinstance(value, list) else tuple(entries)

@@ -1,0 +1,434 @@
+"""The way to the model: read, replace and skip its sites, in one forward pass or in generation. Alone imports nnsight.
+
+1. `LanguageModel.load` takes a hub name, a folder or a Hugging Face object and finds its sites.
+2. `run` makes one forward pass under one nnsight trace. At each site, in the order of the forward pass, the site's
+   module is skipped or its tensor x [B, S, d] is read, edited and written back, and kept if it was asked for.
+3. Gradients need no backward inside the trace: a leaf planted at the embedding makes the graph, which outlives the
+   trace, and the caller differentiates with `torch.autograd.grad`.
+4. `resume_from` gives the tensors that let a run start at a site, from activations that were kept before.
+5. `generate` applies edits at every step with forward hooks, which cost less per token than a trace.
+
+Examples do not interact, so a batch may hold n copies of the same prompts with different edits.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from nnsight import NNsight
+from nnsight.intervention.interleaver import OutOfOrderError
+from torch import Tensor, nn
+
+from sae.errors import UserError, unknown
+from sae.model.checks import check_model, fit_scales
+from sae.model.forward import (
+    cannot_run,
+    config_constants,
+    forward_inputs,
+    outside_inference_mode,
+    probe_tokens,
+    run_by_length,
+)
+from sae.model.generation import generate
+from sae.model.hook_points import Edit, Place, edited, empty_outputs
+from sae.model.huggingface import fingerprints, load_hf, max_positions, stored_fingerprints
+from sae.model.site_handles import base_path, containment, default_paths, envoy_of, input_embeddings, make_place
+from sae.model.sites import Site, SitePath, site_table
+from sae.model.tokens import TextCoder, Tokens
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one forward pass gave."""
+
+    activations: dict[Site, Tensor]
+    """The captured sites in forward order, each [B, S, d], after the edit at the site if there was one."""
+    logits: Tensor
+    """[B, S, V]; [B, 1, V] where only the last position was asked for, empty [0] where none was."""
+
+
+class LanguageModel:
+    """A decoder whose sites can be read, replaced and skipped; parameters are frozen and never change."""
+
+    def __init__(
+        self,
+        hf: Any,
+        tokenizer: Any,
+        *,
+        name: str,
+        site_paths: Mapping[str, str | SitePath] | None = None,
+        check: bool = True,
+        stored_as: tuple[str, ...] | None = None,
+    ) -> None:
+        self.hf: Any = hf
+        self.name = name
+        self.fingerprints: tuple[str, ...] = stored_as or fingerprints(hf)
+        self.default_paths = default_paths(hf, name)
+        self.site_paths = site_table(hf, site_paths, self.default_paths)
+        self.sites: tuple[Site, ...] = tuple(self.site_paths)
+        self.n_layers = 1 + max((site.layer for site in self.sites if site.layer is not None), default=-1)
+        self._coder = None if tokenizer is None else TextCoder(tokenizer)
+        if self._coder is not None and self._coder.pad_id >= hf.get_input_embeddings().weight.shape[0]:
+            self._coder.pad_id = 0  # added to the tokenizer and not to the model: any id serves under the mask
+        self._lock = threading.RLock()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a module is called `output`: `envoy_of` knows
+            self._root = NNsight(hf)
+        self._base = envoy_of(self._root, base) if (base := base_path(hf, self.site_paths)) else self._root
+        self._contains = containment(self.site_paths)
+        self._places = {site: make_place(self._root, site, path) for site, path in self.site_paths.items()}
+        self._leaf = self._places.get(Site("embed")) or input_embeddings(self._root)
+        self.has_gradients = True
+        """Whether gradients reach the logits from the first site: not where modules have no backward pass."""
+        self.padding_shows = False
+        """Whether padding before a text changes what the model makes of it, as in recurrent models."""
+        self._probe()
+        if check:
+            check_model(self)
+
+    @classmethod
+    def load(
+        cls,
+        model: str | Path | nn.Module,
+        *,
+        tokenizer: Any = None,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        site_paths: Mapping[str, str | SitePath] | None = None,
+        check: bool = True,
+    ) -> LanguageModel:
+        """Load a hub name or a folder, or take a Hugging Face model (put in evaluation mode and frozen in place).
+
+        `site_paths` says where sites are in an architecture that is not known, or elsewhere than it says:
+        `{"attn": "model.layers.{layer}.self_attn.o_proj:input"}`. `check` runs the self-check of `sae.model.checks`.
+        """
+        it = load_hf(model, tokenizer=tokenizer, device=device, dtype=dtype)
+        return cls(it.hf, it.tokenizer, name=it.name, site_paths=site_paths, check=check, stored_as=it.fingerprints)
+
+    @property
+    def fingerprint(self) -> str:
+        """A short hash of the model, the same in every number type it is loaded in."""
+        return self.fingerprints[0]
+
+    def is_model(self, fingerprint: str) -> bool:
+        """Whether a fingerprint in the records of a run is this model's, in float16 or in any other number type."""
+        if fingerprint not in self.fingerprints and self.dtype == torch.float16:
+            self.fingerprints = (*self.fingerprints, *stored_fingerprints(self.name, self.fingerprints))
+        return fingerprint in self.fingerprints
+
+    @property
+    def moved_sites(self) -> dict[Site, str]:
+        """Sites that are not where the architecture has them, by the path that was given for them."""
+        return {site: str(path) for site, path in self.site_paths.items() if path != self.default_paths.get(site)}
+
+    def reads_at(self, site: Site, path: str) -> bool:
+        """Whether it reads a site where an earlier run did, by the path in its records; empty where it was usual."""
+        return path in (self.moved_sites.get(site, ""), str(self.site_paths[site]))
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's own copy of the tokenizer."""
+        return self._text.tokenizer
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of the tokenizer's special tokens."""
+        return self._text.special_ids
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go: the device of the first parameter."""
+        return next(self.hf.parameters()).device
+
+    @property
+    def revision(self) -> str | None:
+        """Commit of the hub's repository that it was loaded from; None for a folder or an object."""
+        return getattr(getattr(self.hf, "config", None), "_commit_hash", None)
+
+    @property
+    def max_positions(self) -> int | None:
+        """Most tokens of one text; None where nothing in the model's config bounds it."""
+        return max_positions(self.hf)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number type of the activations."""
+        return next(self.hf.parameters()).dtype
+
+    def tokenize(self, texts: Sequence[str], *, max_length: int | None = None) -> Tokens:
+        """A left-padded batch on the model's device, with the special tokens the tokenizer itself adds."""
+        tokens = self._text.encode(texts, max_length=max_length)
+        n_known = self.hf.get_input_embeddings().weight.shape[0]
+        if (largest := int(tokens.input_ids.max())) >= n_known:
+            raise UserError(
+                f"the tokenizer gives token {largest}, model {self.name!r} knows {n_known}: they do not belong together"
+            )
+        return tokens.to(self.device)
+
+    def tokenize_prompts(self, texts: Sequence[str]) -> Tokens:
+        """A left-padded batch of prompts, with special tokens in front alone: the last token is the prompt's own."""
+        return Tokens.from_rows(self._text.prompt_ids(texts), pad_id=self._text.pad_id).to(self.device)
+
+    @property
+    def text_coder(self) -> TextCoder:
+        """Texts and prompts to token ids; UserError for a model without a tokenizer."""
+        return self._text
+
+    def token_strings(self, ids: Iterable[int] | Tensor) -> list[str]:
+        """The text each token adds to a sentence: " he", not "Ġhe"."""
+        return self._text.strings(ids)
+
+    def run(
+        self,
+        tokens: Tokens,
+        *,
+        capture: Iterable[Site] = (),
+        edits: Mapping[Site, Edit] | None = None,
+        skip: Mapping[Site, Tensor] | None = None,
+        grad: bool = False,
+        last_only: bool = False,
+        need_logits: bool = True,
+    ) -> Run:
+        """One forward pass of the batch.
+
+        `edits` map a site's x [B, S, d] to its replacement; `capture` gives tensors after the edit. `skip` gives the
+        output of a site's module, which then does not run: skipping `resid_l` skips block l whole, and sites inside it
+        can be neither captured nor edited. A skip tensor of fewer rows is repeated to the batch, copies in order.
+        With `grad` the graph outlives the run and starts at a leaf planted at the embedding, unless a skip tensor
+        requires a gradient already; else nothing is recorded. `last_only` unembeds the last position alone, and runs
+        the last block's MLP there alone where nothing else of it is asked for; without `need_logits` neither the head
+        runs nor the blocks after the last site that was asked for.
+
+        The model is put into evaluation mode whenever it is found in another. Where padding shows (a recurrent state
+        that runs over it) rows of equal length run together; with edits, skips or gradients they must be equal.
+        """
+        self._evaluation_mode()
+        if grad and not self.has_gradients:
+            raise UserError(
+                f"no gradient reaches the logits of model {self.name!r}: modules have no backward pass, as quantised "
+                "ones may have; load it in float32 or bfloat16, or use the method exact"
+            )
+        edits, skip, wanted = dict(edits or {}), dict(skip or {}), set(capture)
+        hidden = self._hidden_by(skip)
+        self._check_requested(edits, wanted, skip, hidden)
+        if self.padding_shows and not bool(tokens.attention_mask.all()):
+            if edits or skip or grad:
+                raise UserError(
+                    f"model {self.name!r} has a state that runs over padding: give prompts of equal length in tokens "
+                    f"(these have {', '.join(map(str, sorted(set(tokens.lengths.tolist()))))})"
+                )
+            activations, logits = run_by_length(
+                tokens, lambda rows: self.run(rows, capture=wanted, last_only=last_only, need_logits=need_logits)
+            )
+            return Run(activations, logits)
+        values = self._fitted({site: x for site, x in skip.items() if site not in hidden}, rows=len(tokens))
+        leaf = self._leaf if grad and not any(x.requires_grad for x in values.values()) else None
+        places = [self._places[site] for site in self.sites if site in wanted or site in edits or site in values]
+        if leaf is not None and leaf not in places:
+            places.insert(0, leaf)
+
+        found: dict[Site, Tensor] = {}
+
+        def visit(place: Place) -> None:
+            site = place.site
+            before = values[site] if site in values else place.read(len(tokens))
+            x = before.detach().requires_grad_(True) if place is leaf else before
+            x = edited(x, edits[site], site) if site in edits else x
+            if site in values:
+                place.skip(x)
+            elif x is not before or (place.detour and (grad or place.in_place)):
+                place.write(x)
+            if site in wanted:
+                found[site] = x
+
+        visits: list[Callable[[], None]] = [partial(visit, place) for place in places]
+        visits += self._left_out(places, {*wanted, *edits, *skip}, last_only=last_only, need_logits=need_logits)
+        logits = self._trace(tokens, visits, grad=grad, last_only=last_only, need_logits=need_logits)
+        return Run(found, logits)
+
+    def _evaluation_mode(self) -> None:
+        if any(module.training for module in self.hf.modules()):
+            self.hf.eval()
+
+    def resume_from(self, site: Site, cache: Mapping[Site, Tensor]) -> dict[Site, Tensor]:
+        """The `skip` mapping with which a run starts at `site`: what comes before it is taken from `cache`.
+
+        Blocks before the site's layer are skipped whole, the earlier sublayers of its own block one by one, and for
+        attention the MLP that runs beside it. Only the last block skipped is read by what follows. What the cache lacks
+        is computed again.
+        """
+        earlier = [other for other in self.sites if other < site and other in cache]
+        if self.parallel_blocks and site.kind == "attn" and Site("mlp", site.layer) in cache:
+            earlier.append(Site("mlp", site.layer))
+        blocks = [other for other in earlier if other.kind == "resid"]
+        if not blocks:
+            return {other: cache[other] for other in earlier}
+        skip = {other: cache[blocks[-1]] for other in self.sites if other.kind == "resid" and other <= blocks[-1]}
+        return skip | {other: cache[other] for other in earlier if other > blocks[-1]}
+
+    def generate(
+        self,
+        prompts: Tokens,
+        *,
+        max_new_tokens: int,
+        edits: Mapping[Site, Edit] | None = None,
+        later_edits: Mapping[Site, Edit] | None = None,
+        **sampling: Any,
+    ) -> Tensor:
+        """[B, S + new] token ids; greedy, whatever the checkpoint's generation settings, unless `sampling` (arguments
+        of Hugging Face's generate) says otherwise.
+
+        Edits apply at every step: `edits` see x [B, S, d] of the prompts' positions alone, `later_edits` (the same
+        unless given; an empty mapping for none) x [B, 1, d] of each later token.
+        """
+        edits = dict(edits or {})
+        later = edits if later_edits is None else dict(later_edits)
+        self._check_requested({**edits, **later}, set(), {}, set())
+        pad_id = self._coder.pad_id if self._coder else 0
+        self._evaluation_mode()
+        with self._lock:
+            return generate(
+                self, prompts.to(self.device), max_new_tokens=max_new_tokens, pad_id=pad_id, edits=edits,
+                later_edits=later, sampling=sampling,
+            )  # fmt: skip
+
+    def hooked(self, site: Site, edit: Edit, *, rows: int) -> AbstractContextManager[None]:
+        """Apply the edit at every call of the site's module while the context lasts, outside of `run`."""
+        return self._places[site].hooked(edit, rows=rows)
+
+    def _trace(
+        self,
+        tokens: Tokens,
+        visits: Iterable[Callable[[], None]],
+        *,
+        grad: bool = False,
+        last_only: bool = False,
+        need_logits: bool = True,
+    ) -> Tensor:
+        """The one nnsight trace: make the visits, which are in forward order, and return the logits."""
+        root = self._root if need_logits else self._base
+        inputs = forward_inputs(root._module, tokens.to(self.device), last_only=last_only)
+        outputs: list[Any] = []
+        with self._lock, outside_inference_mode(), torch.set_grad_enabled(grad), root.trace(**inputs):
+            for visit in visits:
+                visit()
+            if need_logits:
+                outputs.append(root.output)
+        if not need_logits:
+            return torch.empty(0, device=tokens.input_ids.device)
+        logits = getattr(outputs[0], "logits", outputs[0])
+        logits = logits[0] if isinstance(logits, tuple) else logits
+        return logits[:, -1:] if last_only else logits
+
+    def _left_out(
+        self, places: Sequence[Place], requested: set[Site], *, last_only: bool, need_logits: bool
+    ) -> list[Callable[[], None]]:
+        """The visits, after all others, that keep from running what nobody reads."""
+        if not need_logits:
+            return [place.pass_through for place in self._blocks_after(places)]
+        mlp = self._unread_mlp(requested) if last_only else None
+        return [] if mlp is None else [mlp.at_last_position]
+
+    def _blocks_after(self, places: Sequence[Place]) -> list[Place]:
+        """The blocks behind the last of the places; they need not run where no logits are needed."""
+        last = max((place.site for place in places), default=Site("embed"))
+        reached = -1 if last.layer is None else last.layer
+        blocks = [site for site in self.sites if site.kind == "resid" and self._contains.get(site)]
+        return [self._places[site] for site in blocks if site.layer is not None and site.layer > reached]
+
+    def _unread_mlp(self, requested: set[Site]) -> Place | None:
+        """The last block's MLP, if it takes each token alone and nobody asked for it or for what it is added to."""
+        place = self._places.get(Site("mlp", self.n_layers - 1))
+        after = {site for site in requested if place and site >= place.site}
+        return place if place and place.token_wise and place.outputs is None and not after else None
+
+    def _hidden_by(self, skip: Iterable[Site]) -> set[Site]:
+        """Sites that are never reached, because they are inside a skipped module."""
+        return {inner for site in skip for inner in self._contains.get(site, ())}
+
+    def _check_requested(
+        self, edits: Mapping[Site, Edit], wanted: set[Site], skip: Mapping[Site, Tensor], hidden: set[Site]
+    ) -> None:
+        for site in [*wanted, *edits, *skip]:
+            if site not in self._places:
+                raise unknown("site", str(site), [site.name for site in self.sites])
+        unreachable = sorted(hidden & (wanted | set(edits)))
+        if unreachable:
+            raise UserError(f"site {str(unreachable[0])!r} is inside a skipped block: it cannot be captured or edited")
+
+    def _fitted(self, skip: Mapping[Site, Tensor], *, rows: int) -> dict[Site, Tensor]:
+        """Skip tensors in the model's number type, repeated to the rows of the batch; one copy for a shared tensor."""
+        fitted: dict[int, Tensor] = {}
+        for site, x in skip.items():
+            if x.ndim != 3 or x.shape[-1] != self.widths[site] or rows % x.shape[0]:
+                raise UserError(
+                    f"skip tensor of site {str(site)!r} has shape {list(x.shape)}: allowed is [rows, positions, "
+                    f"{self.widths[site]}] with rows dividing {rows}"
+                )
+            if id(x) not in fitted:
+                copies = rows // x.shape[0]
+                fitted[id(x)] = (x if copies == 1 else x.repeat(copies, 1, 1)).to(self.dtype)
+        return {site: fitted[id(x)] for site, x in skip.items()}
+
+    @property
+    def _text(self) -> TextCoder:
+        if self._coder is None:
+            raise UserError(f"model {self.name!r} came without a tokenizer: give one with tokenizer=")
+        return self._coder
+
+    def _probe(self) -> None:
+        """One run on a few random tokens: widths, the structure modules return, the size of the vocabulary."""
+        tokens = self.probe_tokens()
+        seen: dict[Site, Tensor] = {}
+        raw: dict[Site, tuple[Tensor, int]] = {}
+
+        def visit(place: Place) -> None:
+            body = place.body.output if place.body is not None else None
+            outputs = empty_outputs(place.envoy.output) if place.path.side == "output" else None
+            x = replace(place, flat=False).read(len(tokens))
+            raw[place.site] = x, x._version
+            place = replace(place, outputs=outputs, body_outputs=empty_outputs(body), flat=x.ndim == 2)
+            self._places[place.site] = place
+            seen[place.site] = place.read(len(tokens)).detach().clone()
+
+        try:
+            logits = self._trace(tokens, [partial(visit, place) for place in self._places.values()])
+        except OutOfOrderError as error:
+            raise UserError(
+                f"the sites {', '.join(map(str, self.sites))} are not reached in this order in every run, each once: "
+                f"give other site_paths ({str(error).strip().splitlines()[0]})"
+            ) from None
+        except Exception as error:
+            raise cannot_run(self.name, error) from error
+        scales = fit_scales(seen, config_constants(self.hf))
+        for site, (x, version) in raw.items():
+            changed = x._version != version
+            self._places[site] = replace(self._places[site], in_place=changed, scale=scales.get(site, 1.0))
+        self._leaf = self._places.get(Site("embed"), self._leaf)
+        self.widths: dict[Site, int] = {site: x.shape[-1] for site, x in seen.items()}
+        self.vocab_size: int = logits.shape[-1]
+        self.d_model: int = getattr(getattr(self.hf, "config", None), "hidden_size", None) or max(self.widths.values())
+        self.parallel_blocks = all(self._is_parallel(tokens, layer) for layer in {0, self.n_layers - 1})
+
+    def _is_parallel(self, tokens: Tokens, layer: int) -> bool:
+        """Whether the MLP does not read the attention of its own block."""
+        attn, mlp = Site("attn", layer), Site("mlp", layer)
+        if attn not in self.widths or mlp not in self.widths:
+            return False
+        runs = [
+            self.run(tokens, capture=[mlp], edits=edits, need_logits=False).activations[mlp]
+            for edits in ({}, {attn: torch.zeros_like})
+        ]
+        return torch.equal(*runs)
+
+    def probe_tokens(self) -> Tokens:
+        """A few random tokens, the same every time."""
+        return probe_tokens(self.hf).to(self.device)

@@ -1,0 +1,274 @@
+"""Relevance propagation: a backward pass made linear while a context manager lasts, and an unchanged forward pass.
+
+Layer-wise relevance propagation asks what each input contributed, not what a small change of it would do. Four rules
+(Achtibat et al. 2024, AttnLRP; Jafari et al. 2025, arXiv 2508.21258) replace every nonlinear step y(x) by a
+map that is linear in x and has the same value at x:
+
+1. LN rule: a norm's scale is a constant. LayerNorm y = gain (x - mean x) / sigma + bias with sigma fixed, RMSNorm
+   y = gain x / rms with rms fixed.
+2. Identity rule: an activation function is a constant factor, y = x (f(x) / x); f'(0) stands for 0 / 0.
+3. AH rule: attention probabilities are constants; relevance goes through the values alone.
+4. Half rule: in a gated MLP the product of gate and value gives each factor half of the gradient.
+
+In layers of experts the routing weights are constants. The logits are then multilinear in the inputs and biases, so
+that input x gradient, summed over all inputs and biases, is conserved from layer to layer: `check_conserved` tries
+that, and refuses a model with parts that no rule covers. What comes after the last norm is left alone (a final soft cap
+keeps its gradient).
+
+Torch hooks on the model's own modules do it, so no model is forked or wrapped: a module that a rule concerns computes
+its output from a detached input, and the linear map is added as a zero that only the backward pass sees. They do
+nothing where gradients are not recorded. Because what is added bypasses the module, runs in this context may read
+sites but not edit or skip them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2CLS
+
+from sae.errors import UserError
+from sae.model.forward import with_gradients
+from sae.model.language_model import LanguageModel
+
+Linear = Callable[[Tensor, Tensor], Tensor]  # (x, y = module(x)) -> a tensor linear in x, with constants read off both
+
+
+@contextmanager
+def relevance_rules(hf: nn.Module) -> Iterator[None]:
+    """Gradients taken of runs of `hf` in this context follow the four rules. `UserError` where a model's parts are
+    not recognised.
+    """
+    with ExitStack() as stack:
+        found = {"norm": 0, "activation": 0, "attention": 0}
+        for name, module in hf.named_modules():
+            if rule := _norm_rule(module):
+                found["norm"] += 1
+                _linearise(stack, module, rule(module))
+            elif _is_activation(module):
+                found["activation"] += 1
+                _linearise(stack, module, constant_factor)
+            elif constant := _constant_part(hf, name, module):
+                found["attention"] += 1
+                stack.callback(module.register_forward_hook(constant).remove)
+            if _is_gated_mlp(module):
+                stack.callback(module.down_proj.register_forward_pre_hook(_halve_gradient).remove)
+            elif isinstance(getattr(module, "gate_up_proj", None), nn.Parameter):  # all experts in one tensor
+                stack.callback(module.register_forward_pre_hook(_halve_gradient).remove)
+            if _has_experts(module):
+                for router in (child for part, child in module.named_children() if part.endswith(("gate", "router"))):
+                    stack.callback(router.register_forward_hook(_constant_outputs).remove)
+        if missing := [kind for kind, n in found.items() if not n]:
+            raise UserError(
+                f"relp does not know the {' and '.join(missing)} modules of {type(hf).__name__}: use ig or attrib"
+            )
+        yield
+
+
+def _linearise(stack: ExitStack, module: nn.Module, linear: Linear) -> None:
+    """y keeps its value; its gradient goes to x through `linear` alone."""
+    inputs: list[Tensor] = []
+
+    def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        x = args[0]
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return None
+        inputs.append(x)
+        return (x.detach().requires_grad_(), *args[1:])
+
+    def after(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
+        if not inputs:
+            return y
+        line = linear(inputs.pop(), y.detach())
+        return y + (line - line.detach()).to(y.dtype)
+
+    stack.callback(module.register_forward_pre_hook(before).remove)
+    stack.callback(module.register_forward_hook(after).remove)
+
+
+# ---- LN rule
+
+
+def _norm_rule(module: nn.Module) -> Callable[[nn.Module], Linear] | None:
+    """The rule of a norm of the last dimension, by its class; None for anything else."""
+    if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
+        return None
+    if isinstance(module, nn.LayerNorm) or "RMSNorm" in type(module).__name__:
+        return _norm
+    if type(module).__name__.endswith("LayerNorm") and not list(module.children()):
+        return _norm
+    return None
+
+
+def _norm(module: nn.Module) -> Linear:
+    """Whether it takes the mean away, its gain and its bias are what the norm itself makes of three known vectors: some
+    families store the gain minus one, some have none.
+    """
+    eps = next((getattr(module, name) for name in ("variance_epsilon", "eps") if getattr(module, name, None)), 0.0)
+
+    def linear(x: Tensor, y: Tensor) -> Tensor:
+        with torch.no_grad():
+            of_norm = partial(type(module).forward, module)
+            ones = x.new_ones(x.shape[-1])
+            bias = of_norm(torch.zeros_like(ones))
+            centred = bool(((of_norm(ones) - bias).abs() < 1e-2 * of_norm(_spread(ones)).abs().max()).all())
+            probe = _spread(ones) if centred else ones
+            gain = (of_norm(probe) - bias) / probe * (1 + eps) ** 0.5
+            wide = x.float()
+            square = wide.var(-1, keepdim=True, unbiased=False) if centred else wide.square().mean(-1, keepdim=True)
+            scale = torch.rsqrt(square + eps) * gain
+        return (x - x.mean(-1, keepdim=True) if centred else x) * scale
+
+    return linear
+
+
+def _spread(ones: Tensor) -> Tensor:
+    """A vector of mean 0 and variance 1 without a zero."""
+    x = torch.arange(len(ones), device=ones.device, dtype=torch.float64).sqrt()
+    return ((x - x.mean()) / x.std(unbiased=False)).to(ones.dtype)
+
+
+# ---- identity rule
+
+ACTIVATIONS: tuple[type[nn.Module], ...] = tuple(
+    {entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()}
+    | {nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.LeakyReLU}
+)
+"""Classes of activation functions that Hugging Face models are built from."""
+ACTIVATION_NAME = re.compile(r"gelu|silu|relu|swish", re.IGNORECASE)
+
+
+def _is_activation(module: nn.Module) -> bool:
+    """By class, or by the name of a class of its own without parameters."""
+    if isinstance(module, ACTIVATIONS):
+        return True
+    own_class = ACTIVATION_NAME.search(type(module).__name__) and not list(module.children())
+    return bool(own_class) and not list(module.parameters())
+
+
+def constant_factor(x: Tensor, y: Tensor) -> Tensor:
+    """x (y / x) with the ratio held constant; where |x| is below the number type's resolution the ratio is 1/2, the
+    slope at 0 of GELU and SiLU.
+    """
+    with torch.no_grad():
+        near_zero = x.abs() < torch.finfo(x.dtype).eps
+        ratio = torch.where(near_zero, 0.5, y / x.masked_fill(near_zero, 1.0))
+    return x * ratio
+
+
+# ---- AH rule
+
+
+def _constant_part(hf: nn.Module, name: str, module: nn.Module) -> Callable[..., Tensor] | None:
+    """A hook under which queries and keys are constants, for the module that computes them; None for others."""
+    parent_name, _, part = name.rpartition(".")
+    if part in ("q_proj", "k_proj"):
+        return lambda module, args, out: out.detach()
+    if part in ("c_attn", "Wqkv"):
+        return _first_of_three(groups=1)
+    config: Any = getattr(hf.get_submodule(parent_name), "config", None) or getattr(hf, "config", None)
+    if part == "query_key_value":
+        return _first_of_three(groups=config.num_attention_heads)
+    if part == "qkv_proj" and getattr(config, "num_key_value_heads", None):
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return _last_columns(config.num_key_value_heads * head)
+    return None
+
+
+def _last_columns(n: int) -> Callable[..., Tensor]:
+    """For outputs [..., (queries, keys, values)]: the last n, the values, as they are, the rest constant."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        return torch.cat([out[..., :-n].detach(), out[..., -n:]], -1)
+
+    return hook
+
+
+def _first_of_three(*, groups: int) -> Callable[..., Tensor]:
+    """For outputs [..., groups * (q, k, v)]: q and k constant, v as it is."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        q, k, v = out.unflatten(-1, (groups, -1)).chunk(3, dim=-1)
+        return torch.cat([q.detach(), k.detach(), v], -1).flatten(-2)
+
+    return hook
+
+
+# ---- half rule
+
+
+def _is_gated_mlp(module: nn.Module) -> bool:
+    parts = {name for name in ("gate_proj", "up_proj", "gate_up_proj", "down_proj") if _has(module, name)}
+    return parts in ({"gate_proj", "up_proj", "down_proj"}, {"gate_up_proj", "down_proj"})
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    return isinstance(getattr(module, name, None), nn.Module)
+
+
+def _halve_gradient(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Half the gradient for the product is half the gradient for each of its factors; at the input of a gated MLP
+    without biases, whose output is quadratic in it, it is the same.
+    """
+    h = args[0]
+    return (h.detach() + 0.5 * (h - h.detach()), *args[1:])
+
+
+# ---- experts
+
+
+def _has_experts(module: nn.Module) -> bool:
+    return _has(module, "experts")
+
+
+def _constant_outputs(module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+    """Routing weights are constants."""
+    if isinstance(out, tuple):
+        return tuple(part.detach() if isinstance(part, Tensor) else part for part in out)
+    return out.detach()
+
+
+# ---- conservation
+
+CONSERVED_WITHIN, CONSERVED_WITHIN_16_BIT = 1e-3, 5e-2
+_CONSERVED: WeakSet[nn.Module] = WeakSet()
+
+
+@with_gradients
+def check_conserved(model: LanguageModel) -> None:
+    """`UserError` unless, on a few random tokens, the relevance of all inputs and biases adds up to what it is of: the
+    squared length of what the head reads. Tried once for each model.
+    """
+    if model.hf in _CONSERVED:
+        return
+    head, heard = model.hf.get_output_embeddings(), []
+    biases = [x for name, x in model.hf.named_parameters() if name.endswith("bias") and x.is_floating_point()]
+    first = model.sites[0]
+    with ExitStack() as stack:
+        stack.enter_context(relevance_rules(model.hf))
+        stack.callback(head.register_forward_pre_hook(lambda module, args: heard.append(args[0])).remove)
+        for x in biases:
+            x.requires_grad_(True)
+            stack.callback(x.requires_grad_, False)
+        x = LanguageModel.run(model, model.probe_tokens(), capture=[first], grad=True).activations[first]
+        m = (heard[0] * heard[0].detach()).sum()
+        gradients = torch.autograd.grad(m, [x, *biases], allow_unused=True)
+    pairs = zip([x, *biases], gradients, strict=True)
+    relevance = sum(
+        float((part.detach().cpu().double() * g.cpu().double()).sum()) for part, g in pairs if g is not None
+    )
+    share = relevance / float(m.detach())
+    exact = model.dtype in (torch.float32, torch.float64)
+    if not abs(share - 1) <= (CONSERVED_WITHIN if exact else CONSERVED_WITHIN_16_BIT):
+        raise UserError(
+            f"relp does not cover all parts of model {model.name!r}: the relevance of its inputs adds up to "
+            f"{share:.3f} times what it is of, and 1 is right: use ig or attrib"
+        )
+    _CONSERVED.add(model.hf)

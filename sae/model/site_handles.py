@@ -1,0 +1,77 @@
+"""From a model's module tree to its sites: their default paths, and the handles they are read and written by."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from sae.model.forward import cannot_run, forward_inputs, probe_tokens
+from sae.model.hook_points import Place
+from sae.model.site_search import search_sites
+from sae.model.sites import ARCHITECTURES, Site, SitePath, model_type, usual_sites
+
+logger = logging.getLogger(__name__)
+
+
+def default_paths(hf: Any, name: str) -> dict[Site, SitePath]:
+    """The sites of the model's family, else those found by measurement, with a word where some could not be."""
+    if usual := usual_sites(hf):
+        return usual
+    probe = probe_tokens(hf).to(next(hf.parameters()).device)
+    rows, positions = probe.input_ids.shape
+    hf.eval()
+    try:
+        search = search_sites(hf, lambda: hf(**forward_inputs(hf, probe)), rows=rows, positions=positions)
+    except Exception as error:
+        raise cannot_run(name, error) from error
+    if search.incomplete:
+        layer, tried = next(iter(search.incomplete.items()))
+        logger.warning(
+            "model %s: no attn and mlp sites were found in %d of %d blocks (block %d: %s): give site_paths for them",
+            name, len(search.incomplete), len(search.blocks), layer, tried,
+        )  # fmt: skip
+    return search.paths
+
+
+def make_place(root: Any, site: Site, path: SitePath) -> Place:
+    """The place of a site; its body, and what it computes, are known where the path is the architecture's own."""
+    architecture = ARCHITECTURES.get(model_type(root._module))
+    body, known = None, False
+    if architecture is not None and path == SitePath.parse(architecture.defaults()[site.kind]).at(site.layer):
+        sublayer = {"attn": architecture.attn_body, "mlp": architecture.mlp_body}.get(site.kind)
+        body = sublayer and envoy_of(root, SitePath(f"{architecture.block}.{sublayer}").at(site.layer).module)
+        known = True
+    return Place(site, path, envoy_of(root, path.module), body, token_wise=known and site.kind == "mlp")
+
+
+def envoy_of(root: Any, module: str) -> Any:
+    """nnsight's handle of a module, whose own name for it differs where the module is called `output` or the like."""
+    wanted = root._module.get_submodule(module)
+    return next(envoy for _, envoy in root.named_modules() if envoy._module is wanted)
+
+
+def input_embeddings(root: Any) -> Place:
+    """Where gradients start in a model whose table has no embed site."""
+    hf = root._module
+    module = hf.get_input_embeddings()
+    path = SitePath(next(name for name, other in hf.named_modules() if other is module))
+    return Place(Site("embed"), path, envoy_of(root, path.module))
+
+
+def base_path(hf: Any, table: Mapping[Site, SitePath]) -> str:
+    """Path of the model without its head, if all sites are in it; else empty."""
+    base = getattr(hf, "base_model_prefix", "")
+    inside = isinstance(getattr(hf, base or " ", None), nn.Module)
+    return base if inside and all(path.module.startswith(f"{base}.") for path in table.values()) else ""
+
+
+def containment(table: Mapping[Site, SitePath]) -> dict[Site, tuple[Site, ...]]:
+    """For each site at a module's output, the sites inside the module."""
+    return {
+        site: tuple(inner for inner, other in table.items() if other.module.startswith(f"{path.module}."))
+        for site, path in table.items()
+        if path.side == "output"
+    }

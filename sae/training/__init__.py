@@ -1,0 +1,1 @@
+"""Training, fine-tuning and sweeps of autoencoders, with checkpoints and run folders."""

@@ -1,0 +1,173 @@
+"""Checkpoints of a training run: a folder with every tensor and one JSON file, complete or absent.
+
+`checkpoints/step_00001200/{state.safetensors, state.json}` is written under a temporary name and renamed; the last two
+are kept, and where the last one is damaged the one before serves. Everything that training reads is in it or follows
+from it: weights, Adam's moments and step counts, the learners' counters, the step, and the position in the text at
+which the present fill of the buffer began.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from sae._files import (
+    digest_tensors,
+    make_folder,
+    read_json,
+    read_tensors,
+    sync,
+    temporary_name,
+    write_json,
+    write_tensors,
+)
+from sae._run.contents import CHECKPOINTS, check_contents
+from sae._run.contents import remove as remove_contents
+from sae.data.activations import StreamState
+from sae.errors import UserError
+
+log = logging.getLogger(__name__)
+
+KEPT = 2
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A training run between two steps."""
+
+    step: int
+    """Steps done."""
+    fill: int
+    """Number of the present fill of the buffer."""
+    dealt: int
+    """Batches already taken from it."""
+    position: StreamState
+    """Where in the text that fill began."""
+    log_bytes: int
+    """Size of the training log."""
+    tensors: Mapping[str, Tensor]
+    """Weights, optimizer moments and counters by name."""
+
+
+@dataclass(frozen=True)
+class _Entries:
+    """What `state.json` says."""
+
+    schema_version: int
+    step: int
+    fill: int
+    dealt: int
+    position: StreamState
+    log_bytes: int
+    checksum: str | None = None
+    """Digest of the tensors and of the other entries; checkpoints of earlier versions have none."""
+
+
+def save(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Writes a checkpoint and removes all but the last two."""
+    make_folder(folder)
+    final = folder / f"step_{checkpoint.step:08d}"
+    temporary = temporary_name(final)
+    temporary.mkdir()
+    try:
+        write_tensors(temporary / "state.safetensors", checkpoint.tensors)
+        entries = {key: value for key, value in vars(checkpoint).items() if key not in ("tensors", "position")}
+        entries = {"schema_version": 1, **entries, "position": asdict(checkpoint.position)}
+        write_json(temporary / "state.json", {**entries, "checksum": _checksum(entries, checkpoint.tensors)})
+        if final.exists():  # damaged, so that training went on from an earlier one
+            shutil.rmtree(final.rename(temporary_name(final)), ignore_errors=True)
+        temporary.rename(final)
+        sync(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for old in _folders(folder)[:-KEPT]:
+        shutil.rmtree(old.rename(temporary_name(old)), ignore_errors=True)
+    return final
+
+
+def latest(folder: Path) -> Checkpoint | None:
+    """The last checkpoint of a run that is not damaged, or None where there is none at all."""
+    folders = _folders(folder)
+    for path in reversed(folders):
+        try:
+            return _read(path)
+        except UserError as error:
+            log.warning("a damaged checkpoint is left out: %s", error)
+            reason = error
+    if folders:
+        raise UserError(f"no checkpoint in {str(folder)!r} can be read ({reason}): start again with --overwrite")
+    return None
+
+
+def remove(folder: Path) -> None:
+    """Removes all checkpoints, and the folder unless it holds anything else."""
+    remove_contents(folder, CHECKPOINTS)
+
+
+def tensors_of(
+    name: str, weights: Mapping[str, Tensor], state: Mapping[str, Tensor], optimizer: Optimizer
+) -> dict[str, Tensor]:
+    """State, weights and optimizer moments of one autoencoder, by name; the tensors themselves, not copies."""
+    tensors = {f"{name}/state/{key}": tensor for key, tensor in state.items()}
+    for key, weight in weights.items():
+        tensors[f"{name}/weights/{key}"] = weight.detach()
+        tensors |= {f"{name}/adam/{key}/{moment}": t for moment, t in optimizer.state.get(weight, {}).items()}
+    return tensors
+
+
+def make_moments(name: str, weights: Mapping[str, Tensor], optimizer: Optimizer, found: Mapping[str, Tensor]) -> None:
+    """Gives the optimizer the moments of one autoencoder that `found` has under the names of `tensors_of`."""
+    for key, weight in weights.items():
+        prefix = f"{name}/adam/{key}/"
+        moments = {n.removeprefix(prefix): t for n, t in found.items() if n.startswith(prefix)}
+        optimizer.state[weight] = {moment: tensor.to(weight.device) for moment, tensor in moments.items()}
+
+
+def put_in_force(tensors: Mapping[str, Tensor], checkpoint: Checkpoint, folder: Path) -> None:
+    """Copies the tensors of a checkpoint into those of a run; UserError for any that is missing or of another shape."""
+    for name, tensor in tensors.items():
+        saved = checkpoint.tensors.get(name)
+        if saved is None or saved.shape != tensor.shape:
+            raise UserError(
+                f"the checkpoint in {str(folder)!r} has nothing that fits {name.partition('/state/')[0]}: "
+                "finish what was interrupted with the same options first"
+            )
+        tensor.copy_(saved)
+
+
+def cut_log(path: Path, n_bytes: int) -> None:
+    """Takes from a training log what was written after a checkpoint; a log that lost lines stays as it is."""
+    if not path.is_file() or path.stat().st_size < n_bytes:
+        log.warning("%s lost lines that were written before the checkpoint", path)
+        return
+    with path.open("r+b") as lines:
+        lines.truncate(n_bytes)
+
+
+def _read(path: Path) -> Checkpoint:
+    check_contents(path, CHECKPOINTS.of(path) or CHECKPOINTS)
+    tensors = read_tensors(path / "state.safetensors")
+    noted = read_json(path / "state.json", _Entries)
+    entries = {key: value for key, value in asdict(noted).items() if key != "checksum"}
+    if noted.checksum is not None and noted.checksum != _checksum(entries, tensors):
+        raise UserError(f"{path} is damaged: its checksum is not that of its contents")
+    return Checkpoint(noted.step, noted.fill, noted.dealt, noted.position, noted.log_bytes, tensors)
+
+
+def _checksum(entries: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    text = json.dumps(entries, sort_keys=True) + digest_tensors(tensors)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _folders(folder: Path) -> list[Path]:
+    """Checkpoints by step: folders of that name with a `state.json` in them."""
+    return [path for path in sorted(folder.glob("step_*")) if CHECKPOINTS.lists(path)] if folder.is_dir() else []

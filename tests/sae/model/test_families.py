@@ -1,0 +1,222 @@
+"""Decoders of every make: sites are found and add up, gradients reach them, padding and training mode do nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sae.errors import UserError
+from sae.model.language_model import LanguageModel
+from sae.model.lrp import check_conserved
+from sae.model.pretrained import pretrained_model, pretrained_tokenizer
+from sae.model.sites import Site
+from sae.model.tokens import Tokens
+from tests.conftest import tiny_hf, word_tokenizer
+from tests.tiny_models import FAMILIES, tiny_model
+
+TEXTS = ["the man near the old dogs runs", "she sees"]
+ATTN_0, MLP_0, RESID_0 = Site("attn", 0), Site("mlp", 0), Site("resid", 0)
+
+
+def load(family: str, **options: Any) -> LanguageModel:
+    return LanguageModel.load(tiny_model(family), tokenizer=word_tokenizer(), device="cpu", **options)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sites_are_found_and_add_up(family: str) -> None:
+    model = load(family, check=False)
+    tokens = model.tokenize(TEXTS)
+    run = model.run(tokens, capture=model.sites, grad=True)
+    for layer in range(model.n_layers):
+        before = Site("resid", layer - 1) if layer else Site("embed")
+        added = [site for site in model.sites if site.layer == layer and site.kind != "resid"]
+        assert added, f"no contributions in block {layer}"
+        total = sum(run.activations[site] for site in (before, *added))
+        assert torch.allclose(total, run.activations[Site("resid", layer)], atol=1e-4), layer
+    gradients = torch.autograd.grad(run.logits.square().sum(), list(run.activations.values()))
+    assert all(gradient.abs().max() > 0 for gradient in gradients)
+    assert torch.allclose(run.logits[1, -1], model.run(tokens[1]).logits[0, -1], atol=1e-4)
+    first = model.sites[1]
+    skip = {first: torch.zeros_like(run.activations[first])}
+    assert torch.allclose(
+        model.run(tokens, edits={first: torch.zeros_like}).logits, model.run(tokens, skip=skip).logits, atol=1e-4
+    )
+
+
+def test_what_is_added_is_not_what_the_module_returns() -> None:
+    """Granite multiplies by .22, Falcon adds the attention to the MLP's output in place, OPT's MLP has no rows."""
+    places = {family: load(family)._places for family in ("granite", "falcon", "opt")}
+    assert places["granite"][ATTN_0].scale == places["granite"][MLP_0].scale == 0.22
+    assert [site.kind for site, place in places["falcon"].items() if place.in_place] == ["mlp", "mlp"]
+    assert [site.kind for site, place in places["opt"].items() if place.flat] == ["mlp", "mlp"]
+
+
+def test_paths_that_are_no_contributions_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    load("phi3", site_paths={"mlp": "model.layers.{layer}.mlp.gate_up_proj:input"})
+    assert "not what sublayers add to the residual stream in 2 blocks: embed + attn_0 + mlp_0" in caplog.text
+    caplog.clear()
+    blocks = "model.layers.{layer}"
+    given = {"attn": f"{blocks}.self_attn", "mlp": f"{blocks}.mlp", "resid": blocks}
+    assert load("granite", site_paths=given)._places[ATTN_0].scale == 0.22
+    assert not caplog.text
+
+
+def test_blocks_that_do_not_add_up_keep_the_stream(caplog: pytest.LogCaptureFixture) -> None:
+    model = load("openai-gpt")  # a norm after each sum
+    assert [site.name for site in model.sites] == ["embed", "resid_0", "resid_1"]
+    assert "no attn and mlp sites" in caplog.text and "give site_paths" in caplog.text
+
+
+def test_an_encoder_is_refused() -> None:
+    with pytest.raises(UserError, match="is not a decoder: its logits at a token depend on the tokens after it"):
+        load("bert")
+
+
+def test_padding_of_a_recurrent_state_is_left_out() -> None:
+    model = load("rwkv")
+    assert model.padding_shows
+    rows = [[1, 45, 30, 17], [1, 50, 60, 17, 20, 9, 10, 33]]
+    both, alone = Tokens.from_rows(rows), Tokens.from_rows(rows[:1])
+    together, single = (model.run(tokens, capture=[RESID_0]) for tokens in (both, alone))
+    assert torch.allclose(together.logits[0, 4:], single.logits[0], atol=1e-5)
+    assert torch.allclose(together.activations[RESID_0][0, 4:], single.activations[RESID_0][0], atol=1e-5)
+    assert not together.activations[RESID_0][0, :4].any()
+    with pytest.raises(UserError, match="state that runs over padding: give prompts of equal length in tokens"):
+        model.run(both, grad=True, capture=[RESID_0])
+
+
+def test_the_callers_state_does_not_show(tiny_model: LanguageModel) -> None:
+    tokens = tiny_model.tokenize(TEXTS)
+    expected = tiny_model.run(tokens).logits
+    tiny_model.hf.train()
+    assert torch.equal(tiny_model.run(tokens).logits, expected) and not tiny_model.hf.training
+    with torch.no_grad():
+        assert tiny_model.run(tokens, capture=[RESID_0], grad=True).activations[RESID_0].requires_grad
+
+
+class NoBackward(torch.nn.Module):
+    """A module without a backward pass."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return self.inner(x)
+
+
+def test_modules_without_a_backward_pass_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    hf = tiny_hf("llama")
+    for block in hf.model.layers:
+        block.mlp.down_proj = NoBackward(block.mlp.down_proj)
+    LanguageModel.load(hf)
+    assert "no backward pass" in caplog.text
+
+
+# ---- relp
+
+
+@pytest.mark.parametrize("family", ["glm4", "mixtral", "qwen3_moe", "qwen2_moe", "nemotron", "bloom", "phi3"])
+def test_relevance_is_conserved(family: str) -> None:
+    check_conserved(load(family, check=False))
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "mamba", "falcon"])
+def test_relevance_that_is_lost_is_refused(family: str) -> None:
+    with pytest.raises(UserError, match=r"relp does not (know|cover).*use ig or attrib"):
+        check_conserved(load(family, check=False))
+
+
+# ---- files
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved model with its tokenizer."""
+    path = tmp_path_factory.mktemp("model") / "m"
+    tiny_hf("llama").save_pretrained(path)
+    word_tokenizer().save_pretrained(path)
+    return path
+
+
+def _config(**values: Any) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(config | values))
+
+    return change
+
+
+def _drop_weight(path: Path) -> None:
+    tensors = load_file(path / "model.safetensors")
+    del tensors["model.layers.0.mlp.down_proj.weight"]
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def _half(path: Path) -> None:
+    whole = (path / "model.safetensors").read_bytes()
+    (path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+
+
+def _pointer(path: Path) -> None:
+    (path / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_drop_weight, r"no weights for model.layers.0.mlp.down_proj.weight: they would be random"),
+        (_config(num_hidden_layers=3), "no weights for model.layers.2.input_layernorm.weight and 8 more"),
+        (_config(hidden_size=64, head_dim=16), r"another shape for .*\(\[.*\] and not \[.*\]\) and"),
+        (_config(num_hidden_layers=1e30), "num_hidden_layers is 1e.30: at most 10000"),
+        (_config(vocab_size=10**14), "vocab_size is 100000000000000: at most"),
+        (_config(vocab_size="3"), "vocab_size"),
+        (_config(model_type="new", auto_map={"AutoConfig": "new.NewConfig"}), "code of its own"),
+        (_half, r"model.safetensors ends \d+ bytes early"),
+        (_pointer, "model.safetensors is a pointer of Git LFS"),
+    ],
+)
+def test_damaged_models_are_one_sentence(
+    damage: Callable[[Path], None], message: str, folder: Path, tmp_path: Path
+) -> None:
+    path = Path(shutil.copytree(folder, tmp_path / "m"))
+    damage(path)
+    with pytest.raises(UserError, match=message):
+        pretrained_model(str(path), None)
+
+
+def test_damaged_tokenizers_are_one_sentence(folder: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(folder, tmp_path / "m"))
+    (path / "tokenizer.json").write_text((path / "tokenizer.json").read_text()[:300])
+    with pytest.raises(UserError, match=r"tokenizer of model .* cannot be loaded"):
+        pretrained_tokenizer(str(path), required=True)
+
+
+@pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
+def test_one_model_in_every_number_type(stored: str, tmp_path: Path) -> None:
+    tiny_hf("llama").to(getattr(torch, stored)).save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
+    models = [
+        LanguageModel.load(tmp_path, dtype=dtype, device="cpu", check=False)
+        for dtype in ("float32", "float64", "bfloat16", "float16")
+    ]
+    assert len({model.fingerprint for model in models}) == 1
+    half = LanguageModel.load(models[-1].hf, check=False)  # an object, which has lost what float16 does not hold
+    assert all(model.is_model(half.fingerprint) for model in models) and half.is_model(models[0].fingerprint)
+
+
+def test_a_pad_token_that_the_model_does_not_know() -> None:
+    tokenizer = word_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    model = LanguageModel.load(tiny_hf("llama"), tokenizer=tokenizer, check=False)
+    assert tokenizer.pad_token_id >= model.vocab_size
+    padded = model.run(model.tokenize(TEXTS)).logits[1, -1]
+    assert torch.allclose(padded, model.run(model.tokenize(TEXTS[1:])).logits[0, -1], atol=1e-5)

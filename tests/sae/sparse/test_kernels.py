@@ -1,0 +1,266 @@
+"""Triton's kernels against their twins in torch: on a GPU where there is one, else on a CPU in Triton's interpreter."""
+
+import os
+import runpy
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+
+from sae.errors import UserError
+from sae.model.sites import Site
+from sae.sparse import rows
+from sae.sparse.activations import SparseCode
+from sae.sparse.selection import above
+from sae.training.config import TrainConfig
+from sae.training.training_sae import Learner
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LENGTHS = {
+    "mixed": [3, 0, 1, 7, 2],
+    "empty": [0, 0, 0],
+    "one": [5],
+    "exact": [8, 8, 16, 8],
+    "long": [30, 0, 2, 8, 9, 50, 1, 1, 17, 0],
+}
+"""Entries of each bag; windows have eight."""
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """`sae.sparse.triton_kernels` with windows of eight entries, at work wherever `sae.sparse.rows` is asked."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("there is no GPU, and TRITON_INTERPRET is not 1")
+    from sae.sparse import triton_kernels as kernels
+
+    monkeypatch.setattr(kernels, "WINDOW", 8)
+    with rows.using("triton"):
+        yield kernels
+
+
+def make_bags(lengths, d, dtype=torch.float32):
+    """source, index, offsets, weight, rows, and the bag of each entry."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor(lengths)
+    n = int(lengths.sum())
+    tensors = {
+        "source": torch.randn(20, d, generator=generator).to(dtype),
+        "index": torch.randint(20, (n,), generator=generator),
+        "offsets": torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
+        "weight": torch.randn(n, generator=generator).to(dtype),
+        "rows": torch.randn(len(lengths), d, generator=generator).to(dtype),
+        "bag": torch.arange(len(lengths)).repeat_interleave(lengths),
+    }
+    return {name: tensor.to(DEVICE) for name, tensor in tensors.items()}
+
+
+def assert_bags_agree(kernels, bags):
+    source, index, offsets, weight = (bags[name] for name in ("source", "index", "offsets", "weight"))
+    out, dots = kernels.bag_sum_and_dots(source, index, offsets, weight, bags["rows"])
+    alone = kernels.bag_sum(source, index, offsets, weight)
+    x = source[index].double()
+    expected = torch.zeros(len(offsets) - 1, source.shape[1], dtype=torch.float64, device=DEVICE)
+    expected.index_add_(0, bags["bag"], weight.double()[:, None] * x)
+    tolerance = TOLERANCE[source.dtype]
+    assert out.dtype == dots.dtype == source.dtype
+    assert torch.equal(out, alone)  # the same order of additions
+    torch.testing.assert_close(out.double(), expected, atol=tolerance * 10, rtol=tolerance)
+    expected_dots = (x * bags["rows"].double()[bags["bag"]]).sum(1)
+    torch.testing.assert_close(dots.double(), expected_dots, atol=tolerance * 10, rtol=tolerance)
+    with rows.using("torch"):
+        twin = rows.bag_sum(source, index, offsets, weight)
+    assert twin.dtype == out.dtype
+    torch.testing.assert_close(out, twin, atol=tolerance * 10, rtol=tolerance)
+
+
+@pytest.mark.parametrize(("lengths", "d"), [*((name, 7) for name in LENGTHS), ("long", 1), ("long", 64), ("mixed", 96)])
+def test_bags_are_summed_as_in_torch(kernels, lengths, d):
+    assert_bags_agree(kernels, make_bags(LENGTHS[lengths], d))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rows_of_half_precision_are_summed_in_single(kernels, dtype):
+    assert_bags_agree(kernels, make_bags(LENGTHS["long"], 40, dtype))
+
+
+def test_rows_may_lie_apart_or_on_top_of_each_other(kernels):
+    bags = make_bags([12, 0, 3], 12)
+    for source in (
+        bags["source"].T.contiguous().T,
+        bags["source"].repeat(1, 2)[:, :12],
+        bags["source"][:1].expand(20, 12),
+    ):
+        assert_bags_agree(kernels, bags | {"source": source, "rows": bags["rows"].T.contiguous().T})
+
+
+def test_the_same_bags_give_the_same_bits(kernels):
+    bags = make_bags([200, 3, 40], 16)
+    arguments = [bags[name] for name in ("source", "index", "offsets", "weight")]
+    assert torch.equal(kernels.bag_sum(*arguments), kernels.bag_sum(*arguments))
+
+
+@pytest.mark.parametrize(("d", "width"), [(2304, 2304), (3584, 4096), (512, 512), (768, 768), (1, 1)])
+def test_tiles_hold_a_whole_row(d, width):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from sae.sparse.triton_kernels import Shape
+
+    shape = Shape.of(d)
+    assert shape.left + shape.right == width
+    assert all(size & (size - 1) == 0 for size in (shape.height, shape.left, shape.right, shape.warps))
+
+
+@pytest.mark.parametrize("d", [1, 33, 64])
+def test_projection_and_normalisation_are_those_of_torch(kernels, d):
+    generator = torch.Generator().manual_seed(0)
+    unit, gradient = (torch.randn(9, d, generator=generator).to(DEVICE) for _ in range(2))
+    unit[4] = 0
+    twin, twin_gradient = unit.clone(), gradient.clone()
+    rows.normalise_(unit)
+    rows.project_(gradient, unit)
+    with rows.using("torch"):
+        rows.normalise_(twin)
+        rows.project_(twin_gradient, twin)
+    torch.testing.assert_close(unit, twin)
+    torch.testing.assert_close(gradient, twin_gradient, atol=1e-5, rtol=1e-5)
+
+
+def test_a_code_without_entries_has_zero_sums_and_gradients(kernels):
+    index = torch.empty(0, dtype=torch.int64, device=DEVICE)
+    code = SparseCode(index, index, torch.empty(0, device=DEVICE), n_tokens=3, n_features=6)
+    weights = [torch.randn(6, 5, device=DEVICE, requires_grad=True) for _ in range(2)]
+    out = code.decode(code.encode(weights[0], None, None, torch.randn(3, 5, device=DEVICE)), weights[1])
+    assert torch.equal(out, torch.zeros(3, 5, device=DEVICE))
+    out.square().sum().backward()
+    assert all(torch.equal(w.grad, torch.zeros_like(w)) for w in weights)
+
+
+@pytest.mark.parametrize("levels", [1, 3])
+@pytest.mark.parametrize("frozen", ["nothing", "values", "rows"])
+def test_gradients_of_a_code_are_those_of_the_matrix(kernels, levels, frozen):
+    z = torch.randn(11, 14, device=DEVICE)
+    z[:, 3] = z[:, 3].abs() + 1  # a feature of every token: a long bag
+    code = SparseCode(*above(z, 0.4), n_tokens=11, n_features=14)
+    code = code if levels == 1 else code.at_levels(code.feature % levels, levels)
+    value = code.z.clone().requires_grad_(frozen != "values")
+    W_dec = torch.randn(14, 10, device=DEVICE, requires_grad=frozen != "rows")
+    g = torch.randn(levels, 11, 10, device=DEVICE)
+    f = torch.zeros(levels, 11, 14, device=DEVICE)
+    place = (torch.zeros_like(code.token) if code.level is None else code.level), code.token, code.feature
+    expected = f.index_put(place, value) @ W_dec
+    out = code.decode(value, W_dec).view(levels, 11, 10)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    for leaf in (value, W_dec):
+        if leaf.requires_grad:
+            (mine,) = torch.autograd.grad(out, leaf, g, retain_graph=True)
+            (its,) = torch.autograd.grad(expected, leaf, g, retain_graph=True)
+            torch.testing.assert_close(mine, its, atol=1e-5, rtol=1e-5)
+
+
+def one_step(name, *, cast, dead, mode):
+    """Weights with gradients, and state, after a step in the middle of training and the constraints after it."""
+    torch.manual_seed(0)
+    config = TrainConfig(architecture=name, features=20, k=3, batch_size=12, tokens=12_000, sparsity=0.01, aux_k=4)
+    learner = Learner("site", Site.parse("resid_0"), 8, config, torch.device(DEVICE))
+    x = torch.randn(12, 8, device=DEVICE) + torch.randn(8, device=DEVICE)
+    learner.prepare(x)
+    learner.state["l0"].fill_(1)  # the sparse step of architectures that have two
+    if dead:
+        learner.state["silent"][::2] = 10**9
+    with rows.using(mode), torch.autocast(DEVICE, torch.bfloat16) if cast else nullcontext():
+        learner.step(x, 480)
+        gradients = {key: weight.grad.clone() for key, weight in learner.weights.items()}
+        with torch.no_grad():
+            learner.weights["W_dec"].mul_(1.5)
+        learner.constrain()
+    return gradients | {f"weight {key}": weight.detach() for key, weight in learner.weights.items()} | learner.state
+
+
+@pytest.mark.parametrize(
+    "name", ["topk", "topk+auxk", "topk in autocast", "batchtopk", "matryoshka", "jumprelu", "gated"]
+)
+def test_a_step_is_the_same_with_and_without_kernels(kernels, name):
+    cast, dead, name = name.endswith("autocast"), name.endswith("auxk"), name.split("+")[0].split()[0]
+    mine, twin = (one_step(name, cast=cast, dead=dead, mode=mode) for mode in ("triton", "torch"))
+    assert twin["W_dec"].abs().max() > 0
+    for key, expected in twin.items():
+        assert mine[key].dtype == expected.dtype
+        torch.testing.assert_close(
+            mine[key], expected, atol=2e-5, rtol=2e-5, msg=lambda text, key=key: f"{key}: {text}"
+        )
+
+
+def test_every_use_of_rows_asks_for_the_kernels(kernels, monkeypatch):
+    used = set()
+    for function in ("bag_sum", "bag_sum_and_dots", "project_", "normalise_"):
+        original = getattr(kernels, function)
+        monkeypatch.setattr(kernels, function, lambda *a, f=original: (used.add(f.__name__), f(*a))[1])
+    one_step("topk", cast=False, dead=False, mode="triton")
+    assert used == {"bag_sum", "bag_sum_and_dots", "project_", "normalise_"}
+    used.clear()
+    one_step("topk", cast=False, dead=False, mode="torch")
+    if DEVICE == "cpu":
+        one_step("topk", cast=False, dead=False, mode="auto")
+    assert not used
+
+
+def test_kernels_that_are_wrong_are_found(kernels, monkeypatch):
+    rows.check(kernels, DEVICE)
+    monkeypatch.setattr(
+        kernels,
+        "_owners",
+        lambda offsets, n, n_windows: torch.zeros(2 * n_windows, dtype=torch.int64, device=offsets.device),
+    )
+    with pytest.raises(AssertionError):
+        rows.check(kernels, DEVICE)
+
+
+def test_an_unknown_choice_of_kernels_is_told():
+    with rows.using("cuda"), pytest.raises(UserError, match="SFC_KERNELS is 'cuda', allowed are auto, torch, triton"):
+        rows.kernels_for(torch.zeros(1))
+
+
+def test_kernels_that_nothing_can_run_are_told(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with rows.using("triton"), pytest.raises(UserError, match="Triton has no code for 'cpu'"):
+        rows.kernels_for(torch.zeros(1))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setitem(sys.modules, "sae.sparse.triton_kernels", None)  # as where Triton is not installed
+    with rows.using("triton"), pytest.raises(UserError, match="Triton cannot be imported"):
+        rows.kernels_for(torch.zeros(1))
+
+
+def test_numbers_of_double_precision_stay_with_torch(kernels):
+    assert rows.kernels_for(torch.zeros(2, 2, dtype=torch.float64)) is None
+
+
+@pytest.mark.parametrize("name", ["topk", "batchtopk"])
+def test_a_step_on_a_gpu_waits_for_sizes_of_a_selection_only(name, monkeypatch):
+    """On the meta device nothing has a value, so whatever the host asks for raises; nonzero is let through."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+    monkeypatch.setattr(torch, "autocast", lambda *a, **k: nullcontext())
+    if name != "topk":
+        monkeypatch.setattr("torch.fx.experimental._config.meta_nonzero_assume_all_nonzero", True)
+    config = TrainConfig(architecture=name, features=512, k=16, batch_size=64, tokens=64_000)
+    learner = Learner("site", Site.parse("resid_0"), 32, config, torch.device("meta"))
+    learner.step(torch.randn(64, 32, device="meta"), 1)
+    learner.constrain()
+    assert learner.weights["W_enc"].grad.shape == (512, 32)
+
+
+def compile_kernels():
+    """In a process that has imported Triton as its interpreter, of which the compiled part alone may stay."""
+    for name in [name for name in sys.modules if name.startswith("triton") and not name.startswith("triton._C")]:
+        del sys.modules[name]
+    runpy.run_path(str(Path(__file__).with_name("compile_kernels.py")), run_name="__main__")
+
+
+def test_kernels_compile_for_hopper(forked, tmp_path):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    environment = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    run = forked.call(compile_kernels, environment=environment)
+    assert run.status == 0, run.err
+    assert run.out.split() == ["_bag_sum", "_bag_sum", "_add_parts", "_project", "_normalise"]

@@ -16,7 +16,7 @@ LARGEST = 2**31 - 1
 
 Index = Annotated[int, Field(ge=0, le=LARGEST)]
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
-Place = Annotated[int, Field(ge=0, le=2**20)]
+TokenPosition = Annotated[int, Field(ge=0, le=2**20)]
 """A token's position; every position up to the last is listed somewhere."""
 Interval = tuple[FiniteFloat, FiniteFloat]
 Scored = list[str | tuple[str, FiniteFloat]]
@@ -64,7 +64,7 @@ class NodeFile(TypedDict):
     site: str
     feature: Index | None
     kind: Literal["feature", "error", "metric"]
-    position: Place | str | None
+    position: TokenPosition | str | None
     effect: FiniteFloat
     label: str | None
     attributes: AttributesFile

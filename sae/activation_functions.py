@@ -30,7 +30,7 @@ _SCALED_WITH_FEATURE = ("W_enc", "b_enc", "threshold", "gate_bias")
 
 
 @dataclass(frozen=True)
-class Nonlinearity:
+class ActivationFunction:
     """From z = x W_encᵀ to features."""
 
     name: str
@@ -70,11 +70,11 @@ def _gated(z: Tensor, tensors: Mapping[str, Tensor], k: int | None) -> Tensor:
     return magnitude.relu() * (z + tensors["gate_bias"] > 0)
 
 
-RELU = Nonlinearity("relu", _relu)
-IDENTITY = Nonlinearity("identity", _identity)
-TOPK = Nonlinearity("topk", _topk, optional=("rank_scale",), needs_k=True)
-JUMPRELU = Nonlinearity("jumprelu", _jumprelu, extra=("threshold",))
-GATED = Nonlinearity("gated", _gated, extra=("gate_bias", "magnitude"))
+RELU = ActivationFunction("relu", _relu)
+IDENTITY = ActivationFunction("identity", _identity)
+TOPK = ActivationFunction("topk", _topk, optional=("rank_scale",), needs_k=True)
+JUMPRELU = ActivationFunction("jumprelu", _jumprelu, extra=("threshold",))
+GATED = ActivationFunction("gated", _gated, extra=("gate_bias", "magnitude"))
 
 
 def top_features(z: Tensor, k: int, rank_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from sae._files import TensorSpec, check_type, read_json, read_tensors, write_json, write_tensors
 from sae._run.contents import check_complete
-from sae.activation_functions import CORE, TOPK, Nonlinearity, top_features
+from sae.activation_functions import CORE, TOPK, ActivationFunction, top_features
 from sae.architectures import nonlinearity
 from sae.errors import UserError
 from sae.model.sites import Site
@@ -248,7 +248,7 @@ def read_config(folder: str | Path) -> SAEConfig:
     return check_type(entries, SAEConfig, folder / CONFIG_FILE)
 
 
-def tensor_specs(kind: Nonlinearity) -> dict[str, TensorSpec]:
+def tensor_specs(kind: ActivationFunction) -> dict[str, TensorSpec]:
     """The tensors of an autoencoder with F features of width d."""
     matrix, vector = TensorSpec(("F", "d")), TensorSpec(("F",))
     specs = {"W_enc": matrix, "b_enc": vector, "W_dec": matrix, "b_dec": TensorSpec(("d",))}

@@ -2,7 +2,7 @@
 
 1. The folder is searched; configs say how large the autoencoders are. Formats of other projects are read once for it.
 2. What fits in the budget as a whole is loaded at once, as a plain dictionary.
-3. Else a `StreamedSaes` takes its place: asked for a site, it reads that autoencoder (safetensors are memory-mapped)
+3. Else a `SAEs` takes its place: asked for a site, it reads that autoencoder (safetensors are memory-mapped)
    and moves it to the device. Room for two is set aside, the one in use and the next; the rest of the budget keeps
    those read first. Work goes over the sites in the same order again and again: throwing out the least recently used
    would then read every one of them every time.
@@ -42,7 +42,7 @@ class Source:
     """What it is."""
 
 
-class StreamedSaes(Mapping[Site, SparseAutoencoder]):
+class SAEs(Mapping[Site, SparseAutoencoder]):
     """Autoencoders by site of which at most `budget` bytes are in memory, those still in use by the caller included.
 
     A caller that keeps more than one of them keeps them in memory: ask again instead.
@@ -109,31 +109,31 @@ class StreamedSaes(Mapping[Site, SparseAutoencoder]):
             self[site]
         return self._biases[site]
 
-    def only(self, sites: Iterable[Site]) -> StreamedSaes:
+    def only(self, sites: Iterable[Site]) -> SAEs:
         """Those of some sites, with the same budget."""
-        return StreamedSaes({site: self._sources[site] for site in sites}, device=self.device, budget=self.budget)
+        return SAEs({site: self._sources[site] for site in sites}, device=self.device, budget=self.budget)
 
 
 def subset(saes: Mapping[Site, SparseAutoencoder], sites: Iterable[Site]) -> Mapping[Site, SparseAutoencoder]:
     """The autoencoders of some sites; streamed ones stay so."""
-    if isinstance(saes, StreamedSaes):
+    if isinstance(saes, SAEs):
         return saes.only(sites)
     return {site: saes[site] for site in sites}
 
 
 def config_of(saes: Mapping[Site, SparseAutoencoder], site: Site) -> SAEConfig:
     """What the autoencoder of a site is, without reading it."""
-    return saes.config(site) if isinstance(saes, StreamedSaes) else saes[site].config
+    return saes.config(site) if isinstance(saes, SAEs) else saes[site].config
 
 
 def decoder_bias(saes: Mapping[Site, SparseAutoencoder], site: Site) -> Tensor:
     """b_dec [d] of a site, read from disk at most once."""
-    return saes.bias(site) if isinstance(saes, StreamedSaes) else saes[site].b_dec
+    return saes.bias(site) if isinstance(saes, SAEs) else saes[site].b_dec
 
 
 def device_of(saes: Mapping[Site, SparseAutoencoder]) -> torch.device:
     """Where the tensors of some autoencoders are."""
-    return saes.device if isinstance(saes, StreamedSaes) else next(iter(saes.values())).device
+    return saes.device if isinstance(saes, SAEs) else next(iter(saes.values())).device
 
 
 def open_saes(
@@ -159,7 +159,7 @@ def open_saes(
     sources = _sources(root, wanted)
     if sum(source.config.n_bytes for source in sources.values()) <= budget:
         return load_any(path, sites=wanted, device=device)
-    return StreamedSaes(sources, device=device, budget=budget)
+    return SAEs(sources, device=device, budget=budget)
 
 
 def _at_most(root: Path) -> int:

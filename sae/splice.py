@@ -23,11 +23,11 @@ from sae.autoencoder import SITE_PATH, SAEConfig, SparseAutoencoder
 from sae.errors import UserError, unknown
 from sae.formats.site_names import EMBED_HOOKS
 from sae.model.checks import relative_difference
-from sae.model.hook_points import Edit
+from sae.model.hook_points import SiteEdit
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
 from sae.model.tokens import Tokens
-from sae.saes import StreamedSaes, config_of, subset
+from sae.saes import SAEs, config_of, subset
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ TOLERANCE_16_BIT = 1e-2
 EMBEDDING_TOLERANCE = 1e-2
 
 
-def replace_with_reconstruction(sae: SparseAutoencoder) -> Edit:
+def replace_with_reconstruction(sae: SparseAutoencoder) -> SiteEdit:
     """The edit x -> x̂."""
 
     def edit(x: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ def replace_with_reconstruction(sae: SparseAutoencoder) -> Edit:
     return edit
 
 
-def identity_splice(sae: SparseAutoencoder) -> Edit:
+def identity_splice(sae: SparseAutoencoder) -> SiteEdit:
     """The edit x -> x̂ + (x − x̂)."""
 
     def edit(x: Tensor) -> Tensor:
@@ -70,11 +70,11 @@ def check_saes(model: LanguageModel, saes: Mapping[Site, SparseAutoencoder], tok
     for site in saes:
         if config_of(saes, site).extra.get("hook") in EMBED_HOOKS:
             _check_embedding(model, plain.activations[site][real], batch.input_ids.to(model.device)[real])
-    if not isinstance(saes, StreamedSaes):
+    if not isinstance(saes, SAEs):
         _checked.setdefault(model, WeakSet()).update(saes.values())
     looked_at: set[Site] = set()
 
-    def spliced(site: Site) -> Edit:
+    def spliced(site: Site) -> SiteEdit:
         def edit(x: Tensor) -> Tensor:
             sae = saes[site]  # asked for when the forward pass is there: streamed ones take turns
             if site not in looked_at:
@@ -111,7 +111,7 @@ def ensure_checked(model: LanguageModel, saes: Mapping[Site, SparseAutoencoder],
     Of streamed autoencoders no more than the configs are looked at: each would be read from disk once more.
     """
     some = subset(saes, sites)
-    if isinstance(some, StreamedSaes):
+    if isinstance(some, SAEs):
         _check_configs(model, some)
     elif not set(some.values()) <= set(_checked.get(model, ())):
         check_saes(model, some)

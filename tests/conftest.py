@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from sae.model.language_model import LanguageModel
 from tests.forked import ForkedCommands
 
-ARCHITECTURES = ("gpt2", "gpt_neox", "llama", "mistral", "qwen3", "gemma2", "gemma3_text")
+MODEL_FAMILIES = ("gpt2", "gpt_neox", "llama", "mistral", "qwen3", "gemma2", "gemma3_text")
 TEXT = """
 the a this that man men woman women boy boys girl girls king kings queen queens dog dogs cat cats teacher teachers
 he she they him her his it is are was were runs run sees see likes like knows know walks walk sings sing

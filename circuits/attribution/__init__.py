@@ -4,9 +4,9 @@
 methods also return the gradient in model space that edges need.
 """
 
-from circuits.attribution.activations import States, capture_states
+from circuits.attribution.activations import ActivationPair, capture_activations
 from circuits.attribution.effects import SiteEffects
-from circuits.attribution.feature_effects import SiteEnds, contract_gradient
+from circuits.attribution.feature_effects import EdgeInputs, contract_gradient
 from circuits.attribution.node_effects import (
     GRADIENT_AT_CLEAN,
     METHOD_NAMES,

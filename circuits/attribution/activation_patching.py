@@ -19,7 +19,7 @@ from itertools import pairwise
 
 import torch
 
-from circuits.attribution.activations import States
+from circuits.attribution.activations import ActivationPair
 from circuits.attribution.effects import SiteEffects, feature_deltas, token_chunks
 from circuits.metrics.metrics import Metric
 from sae.autoencoder import SparseAutoencoder
@@ -27,14 +27,14 @@ from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
 
 
-def _reaching(states: States, site: Site) -> torch.Tensor:
+def _reaching(states: ActivationPair, site: Site) -> torch.Tensor:
     """[B, S] bool: real tokens, in the last block those that the metric reads, as far as the gradient is known."""
     return states.mask if states.gradients is None else states.live(site, states.gradients[site])
 
 
 @torch.no_grad()
 def _differing_nodes(
-    sae: SparseAutoencoder, states: States, site: Site
+    sae: SparseAutoencoder, states: ActivationPair, site: Site
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(token, feature, f_patch - f_clean) of all features that differ, tokens numbered over [B * S]; padding left
     out.
@@ -52,7 +52,7 @@ def _differing_nodes(
     return torch.cat(tokens), torch.cat(features), torch.cat(values)
 
 
-def _error_delta(sae: SparseAutoencoder, states: States, site: Site, token, feature, value) -> torch.Tensor:
+def _error_delta(sae: SparseAutoencoder, states: ActivationPair, site: Site, token, feature, value) -> torch.Tensor:
     """e_patch - e_clean = (x_patch - x_clean) - sum_i (f_patch - f_clean)_i W_dec[i], [B * S, d]."""
     delta = (states.patch[site] - states.clean[site]).flatten(0, 1).float() * _reaching(states, site).flatten()[:, None]
     for start in range(0, len(token), 2**16):
@@ -71,7 +71,7 @@ class _Entries:
     error: torch.Tensor  # [B * S, d] e_patch - e_clean
 
     @staticmethod
-    def of(sae: SparseAutoencoder, states: States, site: Site, features: torch.Tensor | None) -> _Entries:
+    def of(sae: SparseAutoencoder, states: ActivationPair, site: Site, features: torch.Tensor | None) -> _Entries:
         """All nodes of a site that differ between the runs, or those of `features` only."""
         n_features = sae.W_dec.shape[0]
         token, feature, value = _differing_nodes(sae, states, site)
@@ -96,7 +96,7 @@ class _Entries:
 def exact_effects(
     model: LanguageModel,
     sae: SparseAutoencoder,
-    states: States,
+    states: ActivationPair,
     metric: Metric,
     *,
     site: Site,
@@ -104,8 +104,8 @@ def exact_effects(
     features: torch.Tensor | None = None,
     max_rows: int = 512,
 ) -> SiteEffects:
-    """Exact effects of one site's nodes. `places` [B, S] (see `States.places`): tokens of equal number are patched at
-    once, None for all; `features` ([n] int64, F for the error) restricts the work to some nodes.
+    """Exact effects of one site's nodes. `places` [B, S] (see `ActivationPair.places`): tokens of equal number are
+    patched at once, None for all; `features` ([n] int64, F for the error) restricts the work to some nodes.
     """
     n_positions, n_nodes = states.mask.shape[1], sae.W_dec.shape[0] + 1
     entries = _Entries.of(sae, states, site, features)
@@ -136,7 +136,7 @@ def exact_effects(
 
 
 def _metric_of_rows(
-    model: LanguageModel, states: States, metric: Metric, *, site: Site, x: torch.Tensor, owner: torch.Tensor
+    model: LanguageModel, states: ActivationPair, metric: Metric, *, site: Site, x: torch.Tensor, owner: torch.Tensor
 ) -> torch.Tensor:
     """m(row) - m(clean) for rows x [R, S, d] at `site`, row r belonging to example `owner[r]`. [R]"""
     run = model.run(states.tokens[owner], skip=states.resume(model, site, owner) | {site: x}, last_only=True)

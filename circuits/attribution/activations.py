@@ -26,7 +26,7 @@ from sae.saes import decoder_bias
 
 
 @dataclass(frozen=True)
-class States:
+class ActivationPair:
     """Clean and patch activations of one batch of prompts at the circuit's sites."""
 
     prompts: PromptSet
@@ -50,14 +50,14 @@ class States:
     def tokens(self) -> Tokens:
         return self.prompts.clean
 
-    def reversed(self) -> States:
+    def reversed(self) -> ActivationPair:
         """The same batch from patch to clean, with the answers where they were: patching a node now restores its clean
         value in the patch run (denoising).
         """
         if self.prompts.patch is None or self.m_patch is None:
             raise UserError("denoising starts from the patch prompts: these prompts have no patch side")
         prompts = replace(self.prompts, clean=self.prompts.patch, patch=self.prompts.clean)
-        return States(prompts, self.patch, self.clean, False, self.m_patch, self.m_clean, self.last_layer)
+        return ActivationPair(prompts, self.patch, self.clean, False, self.m_patch, self.m_clean, self.last_layer)
 
     def places(self, aggregation: str) -> torch.Tensor | None:
         """[B, S] int64: tokens of a prompt with equal number are one node of a feature; None where all of them are.
@@ -100,7 +100,7 @@ class States:
         return live
 
 
-def capture_states(
+def capture_activations(
     model: LanguageModel,
     saes: Mapping[Site, SparseAutoencoder],
     prompts: PromptSet,
@@ -108,7 +108,7 @@ def capture_states(
     *,
     sites: Sequence[Site],
     gradient: bool = False,
-) -> States:
+) -> ActivationPair:
     """Run clean and patch prompts once and keep every site's activations; with `gradient` also dm/dx at the clean run.
 
     Raises `UserError` naming a site with NaN.
@@ -116,12 +116,12 @@ def capture_states(
     clean, m_clean, gradients = _clean_run(model, prompts, metric, sites, gradient)
     if prompts.patch is None:
         patch = {site: decoder_bias(saes, site).to(x).expand_as(x) for site, x in clean.items()}
-        return States(prompts, clean, patch, True, m_clean, None, model.n_layers - 1, gradients)
+        return ActivationPair(prompts, clean, patch, True, m_clean, None, model.n_layers - 1, gradients)
     other = model.run(prompts.patch, capture=sites, last_only=True)
     check_finite(other)
     with torch.no_grad():
         m_patch = metric(other.logits[:, -1], prompts)
-    return States(prompts, clean, other.activations, False, m_clean, m_patch, model.n_layers - 1, gradients)
+    return ActivationPair(prompts, clean, other.activations, False, m_clean, m_patch, model.n_layers - 1, gradients)
 
 
 def _clean_run(model: LanguageModel, prompts: PromptSet, metric: Metric, sites: Sequence[Site], gradient: bool):

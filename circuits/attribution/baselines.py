@@ -12,14 +12,14 @@ import zlib
 
 import torch
 
-from circuits.attribution.activations import States
+from circuits.attribution.activations import ActivationPair
 from circuits.attribution.effects import SiteEffects, sparse_effects
 from sae.autoencoder import SparseAutoencoder
 from sae.model.sites import Site
 
 
 @torch.no_grad()
-def activation_difference(sae: SparseAutoencoder, states: States, *, site: Site) -> SiteEffects:
+def activation_difference(sae: SparseAutoencoder, states: ActivationPair, *, site: Site) -> SiteEffects:
     """How far each feature and the error move between clean and patch, at every position."""
 
     def values(delta: torch.Tensor, dx: torch.Tensor):
@@ -32,7 +32,7 @@ def activation_difference(sae: SparseAutoencoder, states: States, *, site: Site)
 
 
 def random_effects(
-    sae: SparseAutoencoder, states: States, *, site: Site, places: torch.Tensor | None, seed: int = 0
+    sae: SparseAutoencoder, states: ActivationPair, *, site: Site, places: torch.Tensor | None, seed: int = 0
 ) -> SiteEffects:
     """A random effect for every node that differs; tokens with equal `places` [B, S] are one node, None: all are."""
     live = activation_difference(sae, states, site=site)

@@ -31,8 +31,8 @@ from dataclasses import dataclass
 
 import torch
 
-from circuits.attribution.activations import States
-from circuits.attribution.feature_effects import SiteEnds, site_ends
+from circuits.attribution.activations import ActivationPair
+from circuits.attribution.feature_effects import EdgeInputs, site_ends
 from circuits.attribution.nodes import Nodes, SiteNodes
 from circuits.metrics.metrics import Metric
 from sae.autoencoder import SparseAutoencoder
@@ -64,7 +64,7 @@ class CutGraph:
 
 
 def cut_forward(
-    model: LanguageModel, states: States, metric: Metric, *, sites: Sequence[Site], copies: int = 1
+    model: LanguageModel, states: ActivationPair, metric: Metric, *, sites: Sequence[Site], copies: int = 1
 ) -> CutGraph:
     """Run `copies` of the clean prompts with every site of `sites` cut."""
     outputs: dict[Site, torch.Tensor] = {}
@@ -126,13 +126,13 @@ class SelectedEnds:
 @torch.no_grad()
 def _site_ends(
     sae: SparseAutoencoder,
-    states: States,
+    states: ActivationPair,
     gradient: torch.Tensor,
     nodes: SiteNodes,
     site: Site,
     *,
     active: str,
-    known: SiteEnds | None,
+    known: EdgeInputs | None,
 ) -> SelectedEnds:
     """What the selected nodes need; the whole encoder runs only where nothing is known of it and the error node is
     among them, or features compete.
@@ -160,7 +160,7 @@ def _site_ends(
 
 
 def _codes(
-    sae: SparseAutoencoder, states: States, feature: torch.Tensor, site: Site, known: SiteEnds | None
+    sae: SparseAutoencoder, states: ActivationPair, feature: torch.Tensor, site: Site, known: EdgeInputs | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """f_clean and f_patch - f_clean of the features [n], two [B, S, n]."""
     if known and known.codes:
@@ -174,7 +174,7 @@ def _codes(
 
 def select_ends(
     saes: Mapping[Site, SparseAutoencoder],
-    batches: Sequence[tuple[States, Mapping[Site, torch.Tensor], Mapping[Site, SiteEnds]]],
+    batches: Sequence[tuple[ActivationPair, Mapping[Site, torch.Tensor], Mapping[Site, EdgeInputs]]],
     nodes: Nodes,
     *,
     active: str = "either",
@@ -205,13 +205,13 @@ def check_edges(saes: Mapping[Site, SparseAutoencoder], sites: Iterable[Site], *
 def edge_effects(
     model: LanguageModel,
     saes: Mapping[Site, SparseAutoencoder],
-    states: States,
+    states: ActivationPair,
     metric: Metric,
     gradients: Mapping[Site, torch.Tensor],
     nodes: Nodes,
     *,
     active: str = "either",
-    ends: Mapping[Site, SiteEnds] | None = None,
+    ends: Mapping[Site, EdgeInputs] | None = None,
     selected: Mapping[Site, SelectedEnds] | None = None,
     max_rows: int = 64,
     per_example: bool = False,

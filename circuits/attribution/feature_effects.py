@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import torch
 
-from circuits.attribution.activations import States
+from circuits.attribution.activations import ActivationPair
 from circuits.attribution.effects import SiteEffects, sparse_entries, token_chunks
 from sae.autoencoder import SparseAutoencoder
 from sae.model.sites import Site
@@ -32,7 +32,7 @@ SPARSE = 0.5
 """Columns are left out where at most this share of the features is active in a chunk."""
 
 
-class Codes(NamedTuple):
+class PairActs(NamedTuple):
     """Features of N tokens, those active in the clean or the patch run."""
 
     token: torch.Tensor  # [n] int64, over B * S
@@ -53,20 +53,20 @@ class Codes(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SiteEnds:
+class EdgeInputs:
     """What the edges of a site need that takes the whole dictionary to compute."""
 
     error_delta: torch.Tensor
     """[B, S, d] e_patch - e_clean."""
     error_cotangent: torch.Tensor
     """[B, S, d] g - sum_active (W_dec[i] . g) W_enc[i]."""
-    codes: Codes | None
+    codes: PairActs | None
     """The features themselves where they compete (top k); elsewhere a few of them are soon encoded again."""
 
-    def to(self, device: torch.device | str) -> SiteEnds:
+    def to(self, device: torch.device | str) -> EdgeInputs:
         """The same on another device."""
-        codes = None if self.codes is None else Codes(*(x.to(device) for x in self.codes))
-        return SiteEnds(self.error_delta.to(device), self.error_cotangent.to(device), codes)
+        codes = None if self.codes is None else PairActs(*(x.to(device) for x in self.codes))
+        return EdgeInputs(self.error_delta.to(device), self.error_cotangent.to(device), codes)
 
     @property
     def n_bytes(self) -> int:
@@ -83,7 +83,7 @@ class _Part(NamedTuple):
     error: torch.Tensor  # [n]
     error_delta: torch.Tensor | None
     error_cotangent: torch.Tensor | None
-    codes: Codes | None
+    codes: PairActs | None
 
 
 def _contract_chunk(
@@ -115,10 +115,10 @@ def _contract_chunk(
     return _Part(token, column[feature] if narrow else feature, value, error, error_delta, cotangent, codes)
 
 
-def _codes(awake: torch.Tensor, f_clean: torch.Tensor, delta: torch.Tensor, column: torch.Tensor | None) -> Codes:
+def _codes(awake: torch.Tensor, f_clean: torch.Tensor, delta: torch.Tensor, column: torch.Tensor | None) -> PairActs:
     token, place = awake.nonzero(as_tuple=True)
     feature = place if column is None else column[place]
-    return Codes(token, feature, f_clean[token, place], delta[token, place])
+    return PairActs(token, feature, f_clean[token, place], delta[token, place])
 
 
 @torch.no_grad()
@@ -155,8 +155,8 @@ def contract_gradient(
 
 
 def contract(
-    sae: SparseAutoencoder, states: States, gradient: torch.Tensor, *, site: Site, ends: str | None = None
-) -> tuple[SiteEffects, SiteEnds | None]:
+    sae: SparseAutoencoder, states: ActivationPair, gradient: torch.Tensor, *, site: Site, ends: str | None = None
+) -> tuple[SiteEffects, EdgeInputs | None]:
     """Effects at a site from the gradient [B, S, d] there, and with `ends` (`clean` or `either`: where a downstream
     feature is active) what edges need.
     """
@@ -169,8 +169,8 @@ def contract(
 
 
 def site_ends(
-    sae: SparseAutoencoder, states: States, gradient: torch.Tensor, *, site: Site, ends: str
-) -> SiteEnds | None:
+    sae: SparseAutoencoder, states: ActivationPair, gradient: torch.Tensor, *, site: Site, ends: str
+) -> EdgeInputs | None:
     """What edges need of a site, without the effects; None for neurons."""
     if sae.config.architecture == "identity":
         return None
@@ -179,13 +179,13 @@ def site_ends(
     return _site_ends(sae, list(_contract(sae, clean, patch, gradient, at, **options)), at)
 
 
-def _site_ends(sae: SparseAutoencoder, parts: list[tuple[int, _Part]], at: torch.Tensor) -> SiteEnds:
+def _site_ends(sae: SparseAutoencoder, parts: list[tuple[int, _Part]], at: torch.Tensor) -> EdgeInputs:
     place = at.flatten().nonzero()[:, 0].to(sae.device)  # [n] over B * S
-    codes = [Codes(part.codes.token + start, *part.codes[1:]) for start, part in parts if part.codes is not None]
-    whole = Codes(*(torch.cat(column) for column in zip(*codes, strict=True))) if codes else None
+    codes = [PairActs(part.codes.token + start, *part.codes[1:]) for start, part in parts if part.codes is not None]
+    whole = PairActs(*(torch.cat(column) for column in zip(*codes, strict=True))) if codes else None
     dense = []
     for name in ("error_delta", "error_cotangent"):
         x = sae.W_dec.new_zeros(at.numel(), sae.W_dec.shape[1])
         x[place] = torch.cat([x[:0], *(getattr(part, name) for _, part in parts)])
         dense.append(x.unflatten(0, at.shape))
-    return SiteEnds(dense[0], dense[1], whole and whole._replace(token=place[whole.token]))
+    return EdgeInputs(dense[0], dense[1], whole and whole._replace(token=place[whole.token]))

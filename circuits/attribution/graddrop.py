@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from circuits.attribution.activations import States
+from circuits.attribution.activations import ActivationPair
 from circuits.attribution.effects import SiteEffects
 from circuits.metrics.metrics import Metric
 from sae.errors import UserError
@@ -30,7 +30,7 @@ from sae.model.sites import Site
 
 @torch.enable_grad()
 def gradients_with_layer_blocked(
-    model: LanguageModel, states: States, metric: Metric, *, sites: Sequence[Site]
+    model: LanguageModel, states: ActivationPair, metric: Metric, *, sites: Sequence[Site]
 ) -> Iterator[tuple[int, dict[Site, torch.Tensor]]]:
     """For each layer l: dm/dx at the clean run without what goes through layer l's contribution, [B, S, d] per site
     outside that layer's sublayers.

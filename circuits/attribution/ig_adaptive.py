@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 import torch
 
-from circuits.attribution.activations import States
+from circuits.attribution.activations import ActivationPair
 from circuits.metrics.metrics import Metric
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
@@ -50,7 +50,7 @@ class _Nodes:
         return _Nodes(*(torch.cat([getattr(self, name), getattr(other, name)]) for name in names))
 
 
-def path_scale(states: States, totals: Mapping[Site, torch.Tensor]) -> float:
+def path_scale(states: ActivationPair, totals: Mapping[Site, torch.Tensor]) -> float:
     """What residuals are measured by: |mean of m(patch) - m(clean)|, or without patch prompts the largest mean total
     of a site.
     """
@@ -62,7 +62,7 @@ def path_scale(states: States, totals: Mapping[Site, torch.Tensor]) -> float:
 @torch.enable_grad()
 def adaptive_gradient(
     model: LanguageModel,
-    states: States,
+    states: ActivationPair,
     metric: Metric,
     *,
     site: Site,
@@ -108,7 +108,7 @@ def adaptive_gradient(
     return total, len(nodes.alpha) / n - 1
 
 
-def _at_clean(states: States, site: Site, gradient: torch.Tensor) -> _Nodes:
+def _at_clean(states: ActivationPair, site: Site, gradient: torch.Tensor) -> _Nodes:
     """The node 0 of every example."""
     slope = ((states.patch[site] - states.clean[site]) * gradient).float().sum((1, 2))
     m = states.m_clean.float()
@@ -117,7 +117,7 @@ def _at_clean(states: States, site: Site, gradient: torch.Tensor) -> _Nodes:
 
 def _evaluate(
     model: LanguageModel,
-    states: States,
+    states: ActivationPair,
     metric: Metric,
     site: Site,
     example: torch.Tensor,

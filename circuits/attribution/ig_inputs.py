@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import torch
 
-from circuits.attribution.activations import States
+from circuits.attribution.activations import ActivationPair
 from circuits.attribution.integrated_gradients import path_chunks
 from circuits.metrics.metrics import Metric
 from sae.errors import UserError
@@ -29,7 +29,7 @@ EMBED = Site("embed")
 @torch.enable_grad()
 def integrated_gradients_of_inputs(
     model: LanguageModel,
-    states: States,
+    states: ActivationPair,
     metric: Metric,
     *,
     sites: Sequence[Site],
@@ -51,7 +51,7 @@ def integrated_gradients_of_inputs(
     return total
 
 
-def _ends(model: LanguageModel, states: States) -> tuple[torch.Tensor, torch.Tensor]:
+def _ends(model: LanguageModel, states: ActivationPair) -> tuple[torch.Tensor, torch.Tensor]:
     """Embeddings of the clean and the patch prompts, [B, S, d]; zero for the latter where there are none."""
     if EMBED in states.clean:
         return states.clean[EMBED], states.patch[EMBED]

@@ -28,7 +28,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from circuits.attribution.activations import States
+from circuits.attribution.activations import ActivationPair
 from circuits.metrics.metrics import Metric
 from sae.errors import unknown
 from sae.model.language_model import LanguageModel
@@ -54,7 +54,7 @@ def quadrature(rule: str, steps: int) -> tuple[list[float], list[float]]:
 
 @torch.enable_grad()
 def attribution_patching(
-    model: LanguageModel, states: States, metric: Metric, *, sites: Sequence[Site]
+    model: LanguageModel, states: ActivationPair, metric: Metric, *, sites: Sequence[Site]
 ) -> dict[Site, torch.Tensor]:
     """dm/dx at the clean run, [B, S, d] per site: one forward and one backward pass for all sites."""
     run = model.run(states.tokens, capture=sites, grad=True, last_only=True)
@@ -64,7 +64,14 @@ def attribution_patching(
 
 
 def metric_at(
-    model: LanguageModel, states: States, metric: Metric, *, site: Site, value: torch.Tensor, copies: int, grad: bool
+    model: LanguageModel,
+    states: ActivationPair,
+    metric: Metric,
+    *,
+    site: Site,
+    value: torch.Tensor,
+    copies: int,
+    grad: bool,
 ) -> torch.Tensor:
     """m with the site's output replaced by `value` [copies * B, S, d], everything before it taken from the clean
     run. [copies, B]
@@ -78,7 +85,7 @@ def metric_at(
 @torch.enable_grad()
 def integrated_gradients(
     model: LanguageModel,
-    states: States,
+    states: ActivationPair,
     metric: Metric,
     *,
     site: Site,
@@ -115,7 +122,7 @@ def path_chunks(
 
 
 @torch.no_grad()
-def site_total_effect(model: LanguageModel, states: States, metric: Metric, *, site: Site) -> torch.Tensor:
+def site_total_effect(model: LanguageModel, states: ActivationPair, metric: Metric, *, site: Site) -> torch.Tensor:
     """m(the site alone patched) - m(clean), [B]: what the effects of a site must add up to."""
     patched = metric_at(model, states, metric, site=site, value=states.patch[site], copies=1, grad=False)
     return patched[0] - states.m_clean

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from circuits.attribution.activation_patching import exact_effects
-from circuits.attribution.activations import States
+from circuits.attribution.activations import ActivationPair
 from circuits.attribution.baselines import activation_difference, random_effects
 from circuits.attribution.effects import SiteEffects
-from circuits.attribution.feature_effects import SiteEnds, contract
+from circuits.attribution.feature_effects import EdgeInputs, contract
 from circuits.attribution.graddrop import gradients_with_layer_blocked, mean_magnitude
 from circuits.attribution.ig_adaptive import adaptive_gradient, path_scale
 from circuits.attribution.ig_inputs import integrated_gradients_of_inputs
@@ -68,7 +68,7 @@ class Attribution:
     """Points of the path at which a prompt's gradient was taken, per site, mean over prompts; for `ig` and
     `ig-adaptive` (there without the clean end, which all sites share).
     """
-    ends: dict[Site, SiteEnds] = field(default_factory=dict)
+    ends: dict[Site, EdgeInputs] = field(default_factory=dict)
     """What edges need of each site beside its gradient, where it was asked for and the effects were contracted."""
 
 
@@ -85,8 +85,8 @@ class AttributionOptions:
     residual: float = 0.003
     """Completeness error `ig-adaptive` goes down to."""
     aggregation: str = "sum"
-    """Which tokens are one node of a feature (see `States.places`); with `spans` an effect's position is the number of
-    its span.
+    """Which tokens are one node of a feature (see `ActivationPair.places`); with `spans` an effect's position is the
+    number of its span.
     """
     max_rows: int = 512
     """Prompts that go through the model at once."""
@@ -107,7 +107,7 @@ class AttributionOptions:
 def attribute(
     model: LanguageModel,
     saes: Mapping[Site, SparseAutoencoder],
-    states: States,
+    states: ActivationPair,
     metric: Metric,
     *,
     sites: Sequence[Site],
@@ -128,7 +128,7 @@ def attribute(
 def attribute_batches(
     model: LanguageModel,
     saes: Mapping[Site, SparseAutoencoder],
-    batches: Sequence[States],
+    batches: Sequence[ActivationPair],
     metric: Metric,
     options: AttributionOptions,
     *,
@@ -170,7 +170,7 @@ def attribute_batches(
 def _effects_of_site(
     model: LanguageModel,
     saes: Mapping[Site, SparseAutoencoder],
-    states: States,
+    states: ActivationPair,
     metric: Metric,
     site: Site,
     options: AttributionOptions,
@@ -192,7 +192,7 @@ def _effects_of_site(
 
 def _along_path(
     model: LanguageModel,
-    states: States,
+    states: ActivationPair,
     metric: Metric,
     site: Site,
     options: AttributionOptions,
@@ -215,7 +215,7 @@ def _along_path(
 def _without_gradient(
     model: LanguageModel,
     sae: SparseAutoencoder,
-    states: States,
+    states: ActivationPair,
     metric: Metric,
     site: Site,
     options: AttributionOptions,
@@ -232,7 +232,7 @@ def _without_gradient(
 def _all_sites(
     model: LanguageModel,
     saes: Mapping[Site, SparseAutoencoder],
-    states: States,
+    states: ActivationPair,
     metric: Metric,
     sites: Sequence[Site],
     options: AttributionOptions,

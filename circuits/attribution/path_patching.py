@@ -14,8 +14,8 @@ The metric is a downstream node too: there the metric of the first run is the se
 `circuits.attribution.edges`, a node of position -1 is changed at all positions at once, any other at its own or its
 span's.
 
-This is noising: from clean to patch. `States.reversed()` gives denoising, whose effects have the opposite sign; edge
-weights with the gradient of integrated gradients estimate the mean of both.
+This is noising: from clean to patch. `ActivationPair.reversed()` gives denoising, whose effects have the opposite
+sign; edge weights with the gradient of integrated gradients estimate the mean of both.
 
 Legend: B prompts, S positions, d model width, n nodes of a site, U upstream and D downstream nodes.
 """
@@ -26,7 +26,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from circuits.attribution.activations import States
+from circuits.attribution.activations import ActivationPair
 from circuits.attribution.edges import Edges
 from circuits.attribution.nodes import Nodes, SiteNodes
 from circuits.metrics.metrics import Metric
@@ -39,7 +39,7 @@ from sae.model.sites import Site
 def path_effects(
     model: LanguageModel,
     saes: Mapping[Site, SparseAutoencoder],
-    states: States,
+    states: ActivationPair,
     metric: Metric,
     nodes: Nodes,
     *,
@@ -77,7 +77,7 @@ def path_effects(
 class _Node:
     """The nodes of one site, as what is changed and as what is read."""
 
-    def __init__(self, sae: SparseAutoencoder, states: States, site: Site, nodes: SiteNodes) -> None:
+    def __init__(self, sae: SparseAutoencoder, states: ActivationPair, site: Site, nodes: SiteNodes) -> None:
         self.sae, self.n_features = sae, nodes.n_features
         self.clean = states.clean[site]
         self.feature = nodes.feature.to(sae.W_dec.device)
@@ -113,7 +113,7 @@ class _Node:
 
 
 def _pinned_run(
-    model: LanguageModel, states: States, metric: Metric, up: Site, x: torch.Tensor, later: Sequence[Site], *,
+    model: LanguageModel, states: ActivationPair, metric: Metric, up: Site, x: torch.Tensor, later: Sequence[Site], *,
     copies: int,
 ) -> tuple[dict[Site, torch.Tensor], torch.Tensor]:  # fmt: skip
     """What every later site computes, [copies * B, S, d], and the metric [copies * B], when `up` gives on x
@@ -136,7 +136,12 @@ def _pinned_run(
 
 
 def _effects(
-    model: LanguageModel, states: States, metric: Metric, site: Site, changes: Sequence[torch.Tensor], max_rows: int
+    model: LanguageModel,
+    states: ActivationPair,
+    metric: Metric,
+    site: Site,
+    changes: Sequence[torch.Tensor],
+    max_rows: int,
 ) -> torch.Tensor:
     """Sum over prompts of m(x + change) - m(clean) for each change [B, S, d] at a site; prompts whose change is lost
     in the rounding of x are not run. [n]

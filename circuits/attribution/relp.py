@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import torch
 
-from circuits.attribution.activations import States
+from circuits.attribution.activations import ActivationPair
 from circuits.attribution.integrated_gradients import attribution_patching
 from circuits.metrics.metrics import Metric
 from sae.model.language_model import LanguageModel
@@ -24,7 +24,7 @@ from sae.model.sites import Site
 
 
 def relevance_patching(
-    model: LanguageModel, states: States, metric: Metric, *, sites: Sequence[Site]
+    model: LanguageModel, states: ActivationPair, metric: Metric, *, sites: Sequence[Site]
 ) -> dict[Site, torch.Tensor]:
     """The propagation coefficient that takes the place of dm/dx at the clean run, [B, S, d] per site."""
     check_conserved(model)

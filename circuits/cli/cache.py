@@ -17,7 +17,7 @@ from sae.model.sites import select_sites
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cache(Common):
+class CacheCommand(Common):
     """Write the activations of a model to disk once, for `sfc train --cache` and `sfc sweep --cache`."""
 
     model: str

@@ -23,7 +23,7 @@ COMPARISON_FILE = "comparison.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareMethods(UsesSaes):
+class CompareMethodsCommand(UsesSaes):
     """Compare node methods on one behaviour: how good their circuits are on held-out prompts, how well they agree with
     exact patching, and what they cost.
     """

@@ -28,7 +28,7 @@ CONVERTED = Layout((r"config\.json", EVALUATION))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Convert:
+class ConvertCommand:
     """Write autoencoders in another format, with the same reconstructions: a folder a site."""
 
     saes: str

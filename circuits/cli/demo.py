@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from circuits.cli.common import Common, Output, Overwrite
-from circuits.cli.discover import Discover
-from circuits.cli.edit import Ablate
-from circuits.cli.evaluate import Evaluate
-from circuits.cli.faithfulness import Faithfulness
-from circuits.cli.render import Explore, Render
-from circuits.cli.report import Report
+from circuits.cli.discover import DiscoverCommand
+from circuits.cli.edit import AblateCommand
+from circuits.cli.evaluate import EvaluateCommand
+from circuits.cli.faithfulness import FaithfulnessCommand
+from circuits.cli.render import ExploreCommand, RenderCommand
+from circuits.cli.report import ReportCommand
 from circuits.cli.streams import printable, say
-from circuits.cli.train import Train
+from circuits.cli.train import TrainCommand
 from circuits.faithfulness.nodes import FaithfulnessOptions
 from sae._options import FeatureCount, TokenCount
 from sae._run.locks import lock
@@ -38,7 +38,7 @@ START_SITE = "attn_1"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Demo(Common):
+class DemoCommand(Common):
     """Find, test, draw and edit a circuit for subject-verb agreement in the bundled model."""
 
     out: Path = Path("runs/demo")
@@ -74,7 +74,7 @@ def bundled(*parts: str) -> str:
 class _Story:
     """The demo's chapters, each a command that anyone could type."""
 
-    def __init__(self, options: Demo) -> None:
+    def __init__(self, options: DemoCommand) -> None:
         self.options = options
         self.out = options.out
         self.model = bundled("model")
@@ -94,17 +94,17 @@ class _Story:
         self._chapter(
             "train",
             f"An autoencoder of {self.options.features} features at every site of the bundled model",
-            Train(model=self.model, text=text, out=out, config=config, overwrite=True, **self.common),
+            TrainCommand(model=self.model, text=text, out=out, config=config, overwrite=True, **self.common),
         )
         self._chapter(
             "evaluate",
             "How well they reconstruct the model, on text they have not seen",
-            Evaluate(model=self.model, saes=str(out), text=self.valid, tokens=8_000, **self.common),
+            EvaluateCommand(model=self.model, saes=str(out), text=self.valid, tokens=8_000, **self.common),
         )
         self._chapter(
             "discover",
             f"Which features make the verb agree with its subject ({self.options.behaviour})",
-            Discover(
+            DiscoverCommand(
                 model=self.model, saes=str(out), prompts=self.train_prompts, out=out, text=self.valid, overwrite=True,
                 verify=VERIFIED,
                 title=BEHAVIOURS[self.options.behaviour], **self.common,
@@ -113,21 +113,23 @@ class _Story:
         self._chapter(
             "faithfulness",
             f"How much of the behaviour it explains from {START_SITE} on, tested with other nouns and verbs",
-            Faithfulness(prompts=self.test_prompts, options=FaithfulnessOptions(start_site=START_SITE), **circuit),
+            FaithfulnessCommand(
+                prompts=self.test_prompts, options=FaithfulnessOptions(start_site=START_SITE), **circuit
+            ),
         )
         self._chapter(
             "ablate",
             "What becomes of the model without the ten strongest features",
-            Ablate(prompts=self.test_prompts, top=10, text=self.valid, generate=2, new_tokens=8, **circuit),
+            AblateCommand(prompts=self.test_prompts, top=10, text=self.valid, generate=2, new_tokens=8, **circuit),
         )
         drawing: dict[str, Any] = {"circuit": out, "json": self.options.json}
         self._chapter(
             "draw",
             "The circuit as a drawing, as a page to explore, and the report",
-            Render(**drawing),
-            Render(out=out / "graph" / "circuit.png", **drawing),
-            Explore(**drawing),
-            Report(**drawing),
+            RenderCommand(**drawing),
+            RenderCommand(out=out / "graph" / "circuit.png", **drawing),
+            ExploreCommand(**drawing),
+            ReportCommand(**drawing),
         )
 
     def _chapter(self, name: str, title: str, *commands: Any) -> None:

@@ -41,7 +41,7 @@ FEATURES_FILE = "features.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Discover(UsesSaes):
+class DiscoverCommand(UsesSaes):
     """Find the circuit behind a set of prompts: effects of all features and errors, edges among the strongest."""
 
     model: str

@@ -110,7 +110,7 @@ class _Edit(UsesSaes, Named):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ablate(_Edit):
+class AblateCommand(_Edit):
     """Take features out of the model (or fix their value) and measure the behaviour, other text and generation
     before and after.
     """
@@ -125,7 +125,7 @@ class Ablate(_Edit):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Steer(_Edit):
+class SteerCommand(_Edit):
     """Push the model along features: add --value times the decoder row everywhere, or scale the activation."""
 
     value: Activation

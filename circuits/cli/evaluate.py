@@ -24,7 +24,7 @@ from sae.evaluation.sweep import evaluation_settings
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(Common, Named):
+class EvaluateCommand(Common, Named):
     """Measure the autoencoders of a run on text: each alone in the model, and all of them spliced in together."""
 
     model: str

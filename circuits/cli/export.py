@@ -19,7 +19,7 @@ SUFFIXES = {"eap-ig": "eap_ig.json", "neuronpedia": "neuronpedia.json", "graphml
 
 
 @dataclass(frozen=True, kw_only=True)
-class Export(Common):
+class ExportCommand(Common):
     """Write the circuit for other programs: EAP-IG and MIB, the viewers of circuit-tracer and Neuronpedia, GraphML."""
 
     circuit: Path

@@ -22,7 +22,7 @@ ERRORS_TEXT = {"nodes": "", "keep": ", all errors left in", "ablate": ", all err
 
 
 @dataclass(frozen=True, kw_only=True)
-class Faithfulness(UsesSaes, Named):
+class FaithfulnessCommand(UsesSaes, Named):
     """Measure how much of the behaviour the strongest nodes explain when all others are ablated, and how much is
     left without them.
     """

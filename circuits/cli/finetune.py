@@ -18,7 +18,7 @@ from sae.training.run_folder import CONFIG_FILE, read_log
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finetune(Common):
+class FinetuneCommand(Common):
     """Fine-tune autoencoders while all of them are spliced into the model, so that it predicts well with them."""
 
     model: str

@@ -30,45 +30,45 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memo
 
 def _commands() -> dict[str, Any]:
     """Subcommands by name."""
-    from circuits.cli.cache import Cache
+    from circuits.cli.cache import CacheCommand
     from circuits.cli.common import show_ranges
-    from circuits.cli.compare import CompareMethods
-    from circuits.cli.convert import Convert
-    from circuits.cli.demo import Demo
-    from circuits.cli.discover import Discover
-    from circuits.cli.edit import Ablate, Steer
-    from circuits.cli.evaluate import Evaluate
-    from circuits.cli.export import Export
-    from circuits.cli.faithfulness import Faithfulness
-    from circuits.cli.finetune import Finetune
-    from circuits.cli.mask import Mask
-    from circuits.cli.match import Match
-    from circuits.cli.probe import Probe
-    from circuits.cli.render import Explore, Render
-    from circuits.cli.report import Report
-    from circuits.cli.sweep import Sweep
-    from circuits.cli.train import Train
+    from circuits.cli.compare import CompareMethodsCommand
+    from circuits.cli.convert import ConvertCommand
+    from circuits.cli.demo import DemoCommand
+    from circuits.cli.discover import DiscoverCommand
+    from circuits.cli.edit import AblateCommand, SteerCommand
+    from circuits.cli.evaluate import EvaluateCommand
+    from circuits.cli.export import ExportCommand
+    from circuits.cli.faithfulness import FaithfulnessCommand
+    from circuits.cli.finetune import FinetuneCommand
+    from circuits.cli.mask import MaskCommand
+    from circuits.cli.match import MatchCommand
+    from circuits.cli.probe import ProbeCommand
+    from circuits.cli.render import ExploreCommand, RenderCommand
+    from circuits.cli.report import ReportCommand
+    from circuits.cli.sweep import SweepCommand
+    from circuits.cli.train import TrainCommand
 
     commands: dict[str, Any] = {
-        "train": Train,
-        "finetune": Finetune,
-        "sweep": Sweep,
-        "cache": Cache,
-        "evaluate": Evaluate,
-        "match": Match,
-        "convert": Convert,
-        "discover": Discover,
-        "faithfulness": Faithfulness,
-        "mask": Mask,
-        "probe": Probe,
-        "compare-methods": CompareMethods,
-        "render": Render,
-        "explore": Explore,
-        "export": Export,
-        "ablate": Ablate,
-        "steer": Steer,
-        "report": Report,
-        "demo": Demo,
+        "train": TrainCommand,
+        "finetune": FinetuneCommand,
+        "sweep": SweepCommand,
+        "cache": CacheCommand,
+        "evaluate": EvaluateCommand,
+        "match": MatchCommand,
+        "convert": ConvertCommand,
+        "discover": DiscoverCommand,
+        "faithfulness": FaithfulnessCommand,
+        "mask": MaskCommand,
+        "probe": ProbeCommand,
+        "compare-methods": CompareMethodsCommand,
+        "render": RenderCommand,
+        "explore": ExploreCommand,
+        "export": ExportCommand,
+        "ablate": AblateCommand,
+        "steer": SteerCommand,
+        "report": ReportCommand,
+        "demo": DemoCommand,
     }
     for command in commands.values():
         show_ranges(command)

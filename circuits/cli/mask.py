@@ -22,7 +22,7 @@ from sae._run.locks import lock
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mask(Common, Named):
+class MaskCommand(Common, Named):
     """Learn a ranking of the nodes by which of them to keep, all nodes together, and measure it on held-out prompts
     beside the ranking by effects.
     """

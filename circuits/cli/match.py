@@ -15,8 +15,7 @@ from sae._tables import aligned, number
 from sae.autoencoder import SparseAutoencoder
 from sae.data.text import TextSource
 from sae.errors import UserError
-from sae.features.matching import Match as Matched
-from sae.features.matching import match_by_activation, match_features, persistent_features, split_features
+from sae.features.matching import Match, match_by_activation, match_features, persistent_features, split_features
 from sae.formats import load_any
 from sae.model.huggingface import resolve_device
 from sae.model.language_model import LanguageModel
@@ -27,7 +26,7 @@ HEAD = ["feature of", "partner in", "features", "partners", "similarity", "mutua
 
 
 @dataclass(frozen=True, kw_only=True)
-class Match(Common):
+class MatchCommand(Common):
     """Find the same features in two dictionaries: site by site in two runs (other widths, seeds or architectures), or
     from each layer to the next in one run.
     """
@@ -90,13 +89,13 @@ class Match(Common):
 
     def _match(
         self, model: LanguageModel | None, a: tuple[Site, SparseAutoencoder], b: tuple[Site, SparseAutoencoder]
-    ) -> Matched:
+    ) -> Match:
         if model is None:
             return match_features(a[1].W_dec, b[1].W_dec)
         assert self.text is not None
         return match_by_activation(model, a, b, TextSource.of(self.text).read(), max_tokens=self.tokens)
 
-    def _entry(self, match: Matched, a: SparseAutoencoder, b: SparseAutoencoder) -> dict[str, Any]:
+    def _entry(self, match: Match, a: SparseAutoencoder, b: SparseAutoencoder) -> dict[str, Any]:
         comparable = self.by == "decoder"
         split = split_features(a.W_dec, b.W_dec, threshold=self.threshold) if comparable else None
         return {
@@ -109,7 +108,7 @@ class Match(Common):
         }
 
 
-def _partners(match: Matched) -> dict[str, list]:
+def _partners(match: Match) -> dict[str, list]:
     return {
         "partner": match.partner.tolist(),
         "partner_similarity": match.similarity.tolist(),

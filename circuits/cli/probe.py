@@ -24,7 +24,7 @@ TEXT_KEYS = ("text", "clean_prefix", "clean", "prompt")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Probe(Common):
+class ProbeCommand(Common):
     """Learn a linear probe at a site from labelled prompts. Its logit is a metric: sfc discover --metric probe:FILE."""
 
     model: str

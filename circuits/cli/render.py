@@ -63,7 +63,7 @@ class _Cut:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Render(_Cut):
+class RenderCommand(_Cut):
     """Draw the circuit: one row a site, features coloured by effect, errors as triangles, edges by weight."""
 
     out: Path | None = None
@@ -81,7 +81,7 @@ class Render(_Cut):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Explore(_Cut):
+class ExploreCommand(_Cut):
     """Write the circuit as one interactive page that needs no server and no network."""
 
     out: Path | None = None

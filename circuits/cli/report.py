@@ -11,7 +11,7 @@ from sae._run.locks import lock
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class ReportCommand:
     """Write report.html: the circuit, what it explains, its features in their contexts, and what editing them did."""
 
     circuit: Path

@@ -22,8 +22,7 @@ from sae.evaluation.sweep_plots import METRICS, plot_site, plot_sites
 from sae.evaluation.sweep_results import SweepResults
 from sae.model.sites import select_sites
 from sae.training.config import TrainConfig
-from sae.training.sweep import Sweep as Trained
-from sae.training.sweep import grid, sweep, training_bytes
+from sae.training.sweep import Sweep, grid, sweep, training_bytes
 
 RESULTS_FILE = "sweep.json"
 TABLE_FILE = "sweep.txt"
@@ -41,7 +40,7 @@ class SharedConfig(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sweep(Common):
+class SweepCommand(Common):
     """Train a grid of autoencoders at every chosen site, all from one forward pass of the model over the text, and plot
     how fidelity depends on sparsity on held-out text.
     """
@@ -96,7 +95,7 @@ class Sweep(Common):
         wrote = f"wrote {files}; a dictionary is --saes {self.out / next(iter(trained.configs))}, and so on"
         return Output(f"{results.summary()}\n{wrote}", {**results.to_dict(), "out": str(self.out)})
 
-    def _train(self) -> tuple[Trained, TextSource, str]:
+    def _train(self) -> tuple[Sweep, TextSource, str]:
         """The dictionaries, the text they learned from, and the name of the model."""
         configs = grid(
             TrainConfig(**{key: value for key, value in asdict(self.config).items() if key not in GRID}),

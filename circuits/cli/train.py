@@ -25,7 +25,7 @@ FINETUNED = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train(Common):
+class TrainCommand(Common):
     """Train a sparse autoencoder at every chosen site, all from one forward pass of the model over the text."""
 
     model: str | None = None

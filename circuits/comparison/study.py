@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from circuits.attribution import SiteEffects, States, attribute, capture_states
+from circuits.attribution import ActivationPair, SiteEffects, attribute, capture_activations
 from circuits.attribution.activation_patching import exact_effects
 from circuits.attribution.baselines import activation_difference
 from circuits.attribution.integrated_gradients import site_total_effect
@@ -77,12 +77,12 @@ class Study:
         self.rows = max_rows(model, prompts.clean.n_positions, memory=options.memory)
         self._rankings: dict[str, Ranking] = {}
 
-    def batches(self) -> Iterator[tuple[torch.Tensor, States]]:
+    def batches(self) -> Iterator[tuple[torch.Tensor, ActivationPair]]:
         """Index [B] and both ends of every batch, prompts of like length together."""
         order = self.prompts.clean.lengths.argsort(stable=True).cpu()
         for index in order.split(max(1, min(self.rows, 64))):
             batch = self.prompts[index]
-            yield index, capture_states(self.model, self.saes, batch, self.metric, sites=list(self.saes))
+            yield index, capture_activations(self.model, self.saes, batch, self.metric, sites=list(self.saes))
 
     def ranking(self, method: str) -> Ranking:
         """What the method makes of all training prompts; worked out once."""
@@ -101,7 +101,7 @@ class Study:
             if result.path_nodes:
                 path_nodes.append(sum(result.path_nodes.values()) / len(result.path_nodes) * len(index))
         seconds = time.perf_counter() - start
-        states = capture_states(self.model, self.saes, self._few, self.metric, sites=list(self.saes))
+        states = capture_activations(self.model, self.saes, self._few, self.metric, sites=list(self.saes))
         peak = peak_memory(lambda: self.attribute(states, method), self.model.device)
         known = sum(path_nodes) / len(self.prompts) if path_nodes else None
         return Ranking(self.aggregated(parts), seconds, peak, known)
@@ -131,7 +131,7 @@ class Study:
         """The batch on which memory is counted."""
         return self.prompts[: min(MEMORY_PROMPTS, self.rows)]
 
-    def attribute(self, states: States, method: str):
+    def attribute(self, states: ActivationPair, method: str):
         """The method's effects of one batch, by the passes it uses itself."""
         options = self.options
         return attribute(

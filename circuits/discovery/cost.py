@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from circuits.attribution import GRADIENT_AT_CLEAN, capture_states
+from circuits.attribution import GRADIENT_AT_CLEAN, capture_activations
 from circuits.attribution.effects import CHUNK_BYTES, SiteEffects
 from circuits.attribution.feature_effects import contract
 from circuits.attribution.integrated_gradients import attribution_patching
@@ -41,7 +41,7 @@ from circuits.prompts.dataset import PromptSet
 from sae.autoencoder import SparseAutoencoder
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site, select_sites
-from sae.saes import StreamedSaes, config_of, free_memory
+from sae.saes import SAEs, config_of, free_memory
 
 T = TypeVar("T")
 
@@ -233,7 +233,7 @@ def _last_block(sites: Sequence[Site], site: Site, *, inclusive: bool) -> int:
 
 def _reads(saes, sites: Sequence[Site], options: DiscoverOptions, *, rounds: int, n_batches: int, layers: int) -> int:
     """Readings of streamed autoencoders: those that stay are read once, the others once a round of each pass."""
-    if not isinstance(saes, StreamedSaes):
+    if not isinstance(saes, SAEs):
         return 0
     passes = (1 if options.edge_nodes else 0) * rounds + rounds
     if options.method == "graddrop":
@@ -290,7 +290,7 @@ def _rows_at_once(model: LanguageModel, options: DiscoverOptions, *, n_positions
 def saes_bytes(saes: Mapping[Site, SparseAutoencoder], sites: Sequence[Site]) -> int:
     """What is held of the autoencoders at once."""
     whole = sum(config_of(saes, site).n_bytes for site in sites)
-    return min(whole, saes.budget) if isinstance(saes, StreamedSaes) else whole
+    return min(whole, saes.budget) if isinstance(saes, SAEs) else whole
 
 
 def _advice(memory: Mapping[str, int], needed: int, free: int | None, options: DiscoverOptions, saes) -> list[str]:
@@ -341,7 +341,7 @@ class _Timed:
         metric = get_metric(options.metric)
         few = prepare(prompts[longest], model, metric)
         n, site = len(few), sites[len(sites) // 2]
-        states = capture_states(model, saes, few, metric, sites=sites)  # warms up, too
+        states = capture_activations(model, saes, few, metric, sites=sites)  # warms up, too
         forward, _ = _seconds(lambda: model.run(few.clean, capture=sites, last_only=True), model.device)
         both, gradients = _seconds(lambda: attribution_patching(model, states, metric, sites=sites), model.device)
         read, sae = _seconds(lambda: saes[site], model.device)

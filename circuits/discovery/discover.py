@@ -26,8 +26,8 @@ from circuits.attribution.edges import ACTIVE, check_edges
 from circuits.attribution.integrated_gradients import RULES
 from circuits.attribution.nodes import AGGREGATIONS, aggregate, count, select_nodes
 from circuits.circuit import Circuit
-from circuits.discovery.passes import BatchNodes, Work, edge_pass, node_pass
-from circuits.discovery.resume import PartialFiles, alone_in_partial, interrupted, work_of
+from circuits.discovery.passes import DiscoveryRun, NodePassResult, edge_pass, node_pass
+from circuits.discovery.resume import ResumeFolder, alone_in_partial, interrupted, work_of
 from circuits.metrics.identity import names_code
 from circuits.metrics.metrics import (
     Metric,
@@ -144,8 +144,8 @@ def discover(
                 "plain Python function): start again with --overwrite"
             )
         named = work_of(model, saes, prompts, asdict(options) | {"metric_fingerprint": metric_fingerprint(m)})
-        files = PartialFiles(partial, named, resume=resume)
-    work = Work(model, saes, prompts, m, options, sites, files, progress)
+        files = ResumeFolder(partial, named, resume=resume)
+    work = DiscoveryRun(model, saes, prompts, m, options, sites, files, progress)
     batches = node_pass(work)
     cancels = _warn_if_cancelling(m, batches)
     effects = {site: SiteEffects.concatenate(batch.effects[site] for batch in batches) for site in sites}
@@ -198,7 +198,9 @@ def _of_prompts(model: LanguageModel, prompts: PromptSet, aggregation: str) -> d
     }
 
 
-def _of_metric(batches: Sequence[BatchNodes], effects: Mapping[Site, SiteEffects], n_examples: int) -> dict[str, Any]:
+def _of_metric(
+    batches: Sequence[NodePassResult], effects: Mapping[Site, SiteEffects], n_examples: int
+) -> dict[str, Any]:
     """What the metadata say of the metric: its ends, and how nearly the effects add up to what was measured."""
     ends = _metric_ends(batches, n_examples)
     totals = {site: torch.cat([batch.totals[site] for batch in batches]) for site in effects}
@@ -222,7 +224,7 @@ def _error_shares(effects: Mapping[Site, SiteEffects], n_examples: int, scale: f
     }
 
 
-def _warn_if_cancelling(metric: Metric, batches: Sequence[BatchNodes]) -> bool:
+def _warn_if_cancelling(metric: Metric, batches: Sequence[NodePassResult]) -> bool:
     deltas = [batch.m_patch - batch.m_clean for batch in batches if batch.m_patch is not None]
     if deltas:
         return warn_if_cancelling(metric, torch.cat(deltas))
@@ -244,7 +246,7 @@ def _warn_if_not_adding_up(completeness: Mapping[str, Any]) -> None:
         )
 
 
-def _metric_ends(batches: Sequence[BatchNodes], n_examples: int) -> dict[str, Any]:
+def _metric_ends(batches: Sequence[NodePassResult], n_examples: int) -> dict[str, Any]:
     """Mean of the metric on clean and patch prompts, and the points of the path a prompt took per site."""
     m_clean = torch.cat([batch.m_clean for batch in batches]).mean().item()
     patch = [batch.m_patch for batch in batches if batch.m_patch is not None]

@@ -5,7 +5,7 @@
    by site the effects of all its batches, so that an autoencoder is read once a round where they are streamed
    (`sae.saes`). A round is one batch where nothing is streamed.
 3. Edge pass: likewise what edges need of every site, then the cut graph of each batch.
-4. What was found of a batch goes to the `PartialFiles`, if there are any, and is taken from there where an interrupted
+4. What was found of a batch goes to the `ResumeFolder`, if there are any, and is taken from there where an interrupted
    discovery goes on. Everything the edges need of the node pass is among it, so that they come out the same to the bit.
 
 Between the passes lie the sparse effects, one gradient [B, S, d] per site, and within the memory budget what the edges
@@ -24,24 +24,24 @@ from tqdm import tqdm
 
 from circuits.attribution import (
     GRADIENT_AT_CLEAN,
+    ActivationPair,
     AttributionOptions,
+    EdgeInputs,
     SiteEffects,
-    SiteEnds,
-    States,
     attribute_batches,
-    capture_states,
+    capture_activations,
 )
 from circuits.attribution.edges import Edges, edge_effects, select_ends
-from circuits.attribution.feature_effects import Codes
+from circuits.attribution.feature_effects import PairActs
 from circuits.attribution.nodes import Nodes, count
-from circuits.discovery.resume import PartialFiles
+from circuits.discovery.resume import ResumeFolder
 from circuits.metrics.metrics import Metric
 from circuits.metrics.probe import ReadModel
 from circuits.prompts.dataset import PromptSet
 from sae.autoencoder import SparseAutoencoder
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
-from sae.saes import StreamedSaes
+from sae.saes import SAEs
 
 if TYPE_CHECKING:
     from circuits.discovery.discover import DiscoverOptions
@@ -59,7 +59,7 @@ FIELDS = ("example", "position", "feature", "value")
 
 
 @dataclass(frozen=True)
-class Work:
+class DiscoveryRun:
     """What both passes work on."""
 
     model: LanguageModel
@@ -68,7 +68,7 @@ class Work:
     metric: Metric
     options: DiscoverOptions
     sites: Sequence[Site]
-    files: PartialFiles | None = None
+    files: ResumeFolder | None = None
     """Where finished batches go; None keeps them in memory alone."""
     progress: bool = True
 
@@ -134,7 +134,7 @@ def batches_per_round(
     memory: float,
 ) -> int:
     """Batches whose clean and patch activations and gradients fit in `memory` GiB; one where nothing is streamed."""
-    if not isinstance(saes, StreamedSaes):
+    if not isinstance(saes, SAEs):
         return 1
     size = 3 * min(rows, MOST_ROWS, len(prompts)) * state_bytes(model, sites, prompts.clean.n_positions)
     return max(1, int(memory * GIB / size))
@@ -151,19 +151,19 @@ def lanes_rows(rows: int, n_positions: int, device: torch.device) -> int:
 
 
 @dataclass(frozen=True)
-class Kept:
+class EdgeCache:
     """What the edges would else compute again, on the CPU."""
 
-    states: States  # clean and patch activations only of sites whose features are not in `ends`
-    ends: dict[Site, SiteEnds]
+    states: ActivationPair  # clean and patch activations only of sites whose features are not in `ends`
+    ends: dict[Site, EdgeInputs]
 
     @staticmethod
-    def of(states: States, ends: Mapping[Site, SiteEnds]) -> Kept:
+    def of(states: ActivationPair, ends: Mapping[Site, EdgeInputs]) -> EdgeCache:
         def needed(activations: Mapping[Site, torch.Tensor]) -> dict[Site, torch.Tensor]:
             return {site: x.cpu() for site, x in activations.items() if site not in ends or not ends[site].codes}
 
         states = replace(states, clean=needed(states.clean), patch=needed(states.patch), gradients=None)
-        return Kept(states, {site: found.to("cpu") for site, found in ends.items()})
+        return EdgeCache(states, {site: found.to("cpu") for site, found in ends.items()})
 
     @property
     def n_bytes(self) -> int:
@@ -173,7 +173,7 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class BatchNodes:
+class NodePassResult:
     """What the node pass found of one batch, on the CPU."""
 
     effects: dict[Site, SiteEffects]
@@ -188,7 +188,7 @@ class BatchNodes:
     """[B]."""
     m_patch: torch.Tensor | None
     """[B]."""
-    kept: Kept | None
+    kept: EdgeCache | None
     """As far as the memory budget goes."""
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -212,12 +212,12 @@ class BatchNodes:
                 }
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
-    def copied(self, prompts: PromptSet) -> BatchNodes:
+    def copied(self, prompts: PromptSet) -> NodePassResult:
         """The same in memory of its own."""
-        return BatchNodes.of({name: x.clone() for name, x in self.tensors().items()}, prompts)
+        return NodePassResult.of({name: x.clone() for name, x in self.tensors().items()}, prompts)
 
     @staticmethod
-    def of(named: Mapping[str, torch.Tensor], prompts: PromptSet) -> BatchNodes:
+    def of(named: Mapping[str, torch.Tensor], prompts: PromptSet) -> NodePassResult:
         """What `tensors` gave, for the prompts of the batch."""
 
         def by_site(name: str) -> dict[Site, torch.Tensor]:
@@ -230,25 +230,27 @@ class BatchNodes:
         }
         ends = {}
         for site, delta in by_site("error_delta").items():
-            codes = [named.get(f"codes/{site}/{name}") for name in Codes._fields]
-            whole = Codes(*(x for x in codes if x is not None)) if codes[0] is not None else None
-            ends[site] = SiteEnds(delta, named[f"error_cotangent/{site}"], whole)
+            codes = [named.get(f"codes/{site}/{name}") for name in PairActs._fields]
+            whole = PairActs(*(x for x in codes if x is not None)) if codes[0] is not None else None
+            ends[site] = EdgeInputs(delta, named[f"error_cotangent/{site}"], whole)
         m_clean, m_patch = named["m_clean"], named.get("m_patch")
         last = int(named["last_layer"]) if "last_layer" in named else None
-        states = States(prompts, by_site("kept/clean"), by_site("kept/patch"), m_patch is None, m_clean, m_patch, last)
-        return BatchNodes(
+        states = ActivationPair(
+            prompts, by_site("kept/clean"), by_site("kept/patch"), m_patch is None, m_clean, m_patch, last
+        )
+        return NodePassResult(
             effects, by_site("gradients"), by_site("totals"), {s: float(n) for s, n in by_site("path_nodes").items()},
-            m_clean, m_patch, Kept(states, ends) if ends else None,
+            m_clean, m_patch, EdgeCache(states, ends) if ends else None,
         )  # fmt: skip
 
 
-def node_pass(work: Work) -> list[BatchNodes]:
-    """What there is of every batch, in the order of `Work.batches`."""
+def node_pass(work: DiscoveryRun) -> list[NodePassResult]:
+    """What there is of every batch, in the order of `DiscoveryRun.batches`."""
     indices = work.batches()
-    found: dict[int, BatchNodes] = {}
+    found: dict[int, NodePassResult] = {}
     for number, index in enumerate(indices):
         if work.files is not None and (known := work.files.get(f"nodes-{number:04}")) is not None:
-            found[number] = BatchNodes.of(known, work.prompts[index])
+            found[number] = NodePassResult.of(known, work.prompts[index])
     budget = work.options.memory * GIB - sum(batch.kept.n_bytes for batch in found.values() if batch.kept)
     if any(batch.kept is None for batch in found.values()):
         budget = -1.0  # it was used up before
@@ -264,16 +266,16 @@ def node_pass(work: Work) -> list[BatchNodes]:
                 if work.files is not None:
                     name = f"nodes-{number:04}"
                     work.files.put(name, batch.tensors())
-                    batch = BatchNodes.of(work.files.get(name) or {}, work.prompts[indices[number]])
+                    batch = NodePassResult.of(work.files.get(name) or {}, work.prompts[indices[number]])
                 found[number] = batch
     return [found[number] for number in range(len(indices))]
 
 
-def _round(work: Work, indices: Sequence[torch.Tensor], bar: tqdm) -> list[BatchNodes]:
+def _round(work: DiscoveryRun, indices: Sequence[torch.Tensor], bar: tqdm) -> list[NodePassResult]:
     """The node effects of the batches of one round."""
     options = work.options
     batches = [
-        capture_states(
+        capture_activations(
             work.model, work.saes, work.prompts[index], work.metric, sites=work.sites,
             gradient=options.method in GRADIENT_AT_CLEAN,
         )
@@ -288,14 +290,14 @@ def _round(work: Work, indices: Sequence[torch.Tensor], bar: tqdm) -> list[Batch
         ends=options.edge_active if options.edge_nodes else None, progress=lambda site: bar.update(),
     )  # fmt: skip
     return [
-        BatchNodes(
+        NodePassResult(
             effects={site: result.effects[site].relabel_examples(index) for site in work.sites},
             gradients={site: g.detach().cpu() for site, g in result.gradients.items()},
             totals={site: total.cpu() for site, total in result.site_totals.items()},
             path_nodes=result.path_nodes,
             m_clean=states.m_clean.cpu(),
             m_patch=None if states.m_patch is None else states.m_patch.cpu(),
-            kept=Kept.of(states, result.ends) if result.ends else None,
+            kept=EdgeCache.of(states, result.ends) if result.ends else None,
         )
         for index, states, result in zip(indices, batches, results, strict=True)
     ]
@@ -304,7 +306,7 @@ def _round(work: Work, indices: Sequence[torch.Tensor], bar: tqdm) -> list[Batch
 # ------------------------------------------------------------------------------------------ edges
 
 
-def edge_pass(work: Work, batches: Sequence[BatchNodes], nodes: Nodes) -> tuple[Edges, Edges]:
+def edge_pass(work: DiscoveryRun, batches: Sequence[NodePassResult], nodes: Nodes) -> tuple[Edges, Edges]:
     """Mean edge weights over all examples, [D, U], and those of each example, [N, D, U], where they fit into
     SAMPLE_BYTES (else none).
     """
@@ -331,7 +333,11 @@ def keeps_examples(n_nodes: int, n_examples: int) -> bool:
 
 
 def _round_edges(
-    work: Work, numbers: Sequence[int], indices: Sequence[torch.Tensor], batches: Sequence[BatchNodes], nodes: Nodes
+    work: DiscoveryRun,
+    numbers: Sequence[int],
+    indices: Sequence[torch.Tensor],
+    batches: Sequence[NodePassResult],
+    nodes: Nodes,
 ) -> Iterator[Edges]:
     """The edges of the batches of one round, in order; those that are finished from their files."""
     known = {n: work.files.get(f"edges-{n:04}") for n in numbers} if work.files is not None else {}
@@ -365,9 +371,11 @@ def _round_edges(
         yield edges
 
 
-def _captured(work: Work, index: torch.Tensor, nodes: Nodes) -> Kept:
+def _captured(work: DiscoveryRun, index: torch.Tensor, nodes: Nodes) -> EdgeCache:
     """The activations of a batch of which nothing was kept."""
-    return Kept(capture_states(work.model, work.saes, work.prompts[index], work.metric, sites=list(nodes)), {})
+    return EdgeCache(
+        capture_activations(work.model, work.saes, work.prompts[index], work.metric, sites=list(nodes)), {}
+    )
 
 
 def _edges_of(named: Mapping[str, torch.Tensor]) -> Edges:

@@ -58,7 +58,7 @@ def alone_in_partial(function: Callable[P, R]) -> Callable[P, R]:
     return locked
 
 
-class PartialFiles:
+class ResumeFolder:
     """The finished batches of one discovery in a folder of their own."""
 
     def __init__(self, folder: str | Path, work: Mapping[str, Any], *, resume: bool) -> None:

@@ -111,7 +111,7 @@ def _draw(pool: Tensor, n: int, generator: torch.Generator) -> Tensor:
 # ------------------------------------------------------------------------------------------ the edit itself
 
 
-class SiteEdit:
+class FeatureEdit:
     """x -> x' = x + sum_i (f_i' - f_i) W_dec[i] for the features `index` [n] of one site."""
 
     def __init__(self, sae: SparseAutoencoder, index: Tensor, operation: Operation, value: Tensor | None = None):
@@ -170,7 +170,7 @@ def make_edits(
             target: Tensor | None = means[site]
         else:
             target = None if value is None else torch.tensor(float(value))
-        edits[site] = SiteEdit(saes[site], index, operation, target)
+        edits[site] = FeatureEdit(saes[site], index, operation, target)
     return edits
 
 
@@ -198,7 +198,7 @@ def feature_means(
     """Mean of each chosen feature over all tokens (special tokens aside) of the batches, or those of `where` ([B, S]
     bool each): [n] by site.
     """
-    readers = {site: SiteEdit(saes[site], index, "zero") for site, index in features.items()}
+    readers = {site: FeatureEdit(saes[site], index, "zero") for site, index in features.items()}
     sums = {site: torch.zeros(len(index), device=device_of(saes)) for site, index in features.items()}
     n_tokens = 0
     for tokens, at in zip(batches, where or [None] * len(batches), strict=True):

@@ -9,7 +9,7 @@ Shapes: B prompts, S positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,10 +17,10 @@ from torch import Tensor
 from circuits.prompts.dataset import PromptSet
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError, unknown
+from sae.model.hook_points import SiteEdit
 from sae.model.sites import Site
 from sae.saes import config_of
 
-Edit = Callable[[Tensor], Tensor]
 EVERYWHERE = ""
 Features = Mapping[Site, Tensor]
 """Chosen features: site -> their indices [n] int64."""
@@ -97,7 +97,7 @@ def tokens_at(prompts: PromptSet, place: str) -> Tensor:
 class PlacedEdits:
     """Edits by place and site; called with prompts they are the edits of a run of these."""
 
-    def __init__(self, edits: Mapping[str, Mapping[Site, Edit]]) -> None:
+    def __init__(self, edits: Mapping[str, Mapping[Site, SiteEdit]]) -> None:
         self.edits = edits
 
     @property
@@ -106,18 +106,18 @@ class PlacedEdits:
         return set(self.edits) <= {EVERYWHERE}
 
     @property
-    def later(self) -> dict[Site, Edit]:
+    def later(self) -> dict[Site, SiteEdit]:
         """The edits of tokens that are generated after the prompts: those without a place."""
         return dict(self.edits.get(EVERYWHERE, {}))
 
-    def __call__(self, prompts: PromptSet) -> dict[Site, Edit]:
+    def __call__(self, prompts: PromptSet) -> dict[Site, SiteEdit]:
         """Edits for `LanguageModel.run` and `generate` of the clean prompts."""
         if self.everywhere:
             return dict(self.edits.get(EVERYWHERE, {}))
         where = {place: tokens_at(prompts, place)[..., None] for place in self.edits if place != EVERYWHERE}
         sites = {site for edits in self.edits.values() for site in edits}
 
-        def edit_of(site: Site) -> Edit:
+        def edit_of(site: Site) -> SiteEdit:
             def edit(x: Tensor) -> Tensor:
                 result = x
                 for place, edits in self.edits.items():

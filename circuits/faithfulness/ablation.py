@@ -23,7 +23,7 @@ where f and e are recomputed from the x that arrives, so what was ablated before
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 
@@ -31,10 +31,11 @@ import torch
 
 from circuits.attribution.nodes import Nodes, SiteNodes, places
 from circuits.metrics.probe import ReadModel
-from circuits.prompts.cells import Cells
+from circuits.prompts.cells import PositionGroups
 from circuits.prompts.dataset import PromptSet
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError, unknown
+from sae.model.hook_points import SiteEdit
 from sae.model.language_model import LanguageModel, Tokens
 from sae.model.sites import Site
 from sae.saes import decoder_bias, device_of
@@ -94,9 +95,6 @@ class NodeTable:
         return chosen[..., :-1], chosen[..., -1:]
 
 
-Edit = Callable[[torch.Tensor], torch.Tensor]
-
-
 def ablation_edits(
     saes: Mapping[Site, SparseAutoencoder],
     table: NodeTable,
@@ -105,12 +103,12 @@ def ablation_edits(
     prompts: PromptSet,
     *,
     keep: bool,
-) -> dict[Site, Edit]:
+) -> dict[Site, SiteEdit]:
     """Edits for `LanguageModel.run` that keep only `nodes` (or, with `keep` false, remove them) at the table's
     sites.
     """
 
-    def edit_of(site: Site) -> Edit:
+    def edit_of(site: Site) -> SiteEdit:
         index, at = table.index[site], values[site]
         features, error = table.masks(site, nodes.get(site), prompts)
         with_error = bool(error.any())
@@ -160,7 +158,7 @@ class AblationValues:
                 raise UserError(f"ablation {kind!r} needs reference prompts")
             for row, template in enumerate(reference.templates):
                 self._rows[template].append(row)
-            self.cells = Cells(reference, pooled=kind == "mean-pooled")
+            self.cells = PositionGroups(reference, pooled=kind == "mean-pooled")
         if kind in ("mean", "optimal", "mean-pooled"):
             self._collect_means(batch_size)
 

@@ -57,7 +57,7 @@ from sae.model.sites import Site
 from sae.saes import subset
 from sae.splice import ensure_checked
 
-Kept = dict[tuple[Site, Site | None], Tensor]
+CircuitEdges = dict[tuple[Site, Site | None], Tensor]
 """(upstream, downstream or None for the metric) -> [D, U] float, 1 where the edge is kept."""
 
 
@@ -137,11 +137,11 @@ def _record(
     )
 
 
-def _joined(edges: Edges) -> Kept:
+def _joined(edges: Edges) -> CircuitEdges:
     return {pair: torch.ones_like(weights) for pair, weights in edges.items()}
 
 
-def strongest_edges(edges: Edges, n: int) -> Kept:
+def strongest_edges(edges: Edges, n: int) -> CircuitEdges:
     """1 for the n edges of largest |weight| (edges to the metric among them), 0 for all others."""
     magnitudes = torch.cat([weights.abs().flatten() for weights in edges.values()])
     keep = torch.zeros_like(magnitudes)
@@ -151,7 +151,9 @@ def strongest_edges(edges: Edges, n: int) -> Kept:
 
 
 @torch.no_grad()
-def _metrics(runner: _Runner, values: AblationValues, sets: Sequence[Kept], prompts, batch_size, progress) -> Tensor:
+def _metrics(
+    runner: _Runner, values: AblationValues, sets: Sequence[CircuitEdges], prompts, batch_size, progress
+) -> Tensor:
     """Metric of the plain model and of every set of edges on every prompt, [1 + sets, B] float64."""
     columns = []
     n_batches = -(-len(prompts) // batch_size)
@@ -201,7 +203,7 @@ class _Runner:
     metric: Metric
     max_rows: int
 
-    def __call__(self, kept: Kept, prompts: PromptSet, clean: Mapping[Site, Tensor], values: Values) -> Tensor:
+    def __call__(self, kept: CircuitEdges, prompts: PromptSet, clean: Mapping[Site, Tensor], values: Values) -> Tensor:
         """m with the kept edges, [B]."""
         alive = _reaching(kept, self.nodes)
         moved: dict[Site, _Moved] = {}
@@ -227,7 +229,7 @@ class _Runner:
                 shown[parent] = clean[parent].repeat(groups, 1, 1)
         return {place: shown[parent] for place, parent in places.items()}
 
-    def _site(self, site, alive: Tensor, kept: Kept, prompts, clean, at: SiteValues, moved) -> _Moved:
+    def _site(self, site, alive: Tensor, kept: CircuitEdges, prompts, clean, at: SiteValues, moved) -> _Moved:
         """Every living node of a site from its own inputs."""
         sae, chosen = self.saes[site], self.nodes[site]
         place = chosen.where(prompts).to(at.x)  # [B or 1, S, U]
@@ -250,7 +252,7 @@ class _Runner:
         rest = at.x.expand(batch, n_positions, -1)
         return _Moved(rest, delta, decoder, error, place * is_error)
 
-    def _outputs(self, site: Site, alive: Tensor, kept: Kept, prompts: PromptSet, clean, moved):
+    def _outputs(self, site: Site, alive: Tensor, kept: CircuitEdges, prompts: PromptSet, clean, moved):
         """(numbers of the nodes that see the same inputs, the site's output for them [B, S, d])."""
         living = alive.nonzero()[:, 0]
         parents = set(self.model.resume_from(site, {p: p for p in self.saes if p < site}).values())  # type: ignore[misc]
@@ -276,7 +278,7 @@ class _Runner:
                 yield living[group == number], y
 
 
-def _reaching(kept: Kept, nodes: Nodes) -> dict[Site, Tensor]:
+def _reaching(kept: CircuitEdges, nodes: Nodes) -> dict[Site, Tensor]:
     """Nodes with a path of kept edges to the metric, [n] bool per site."""
     alive = {site: torch.zeros(len(site_nodes), dtype=torch.bool) for site, site_nodes in nodes.items()}
     for site in reversed(list(nodes)):

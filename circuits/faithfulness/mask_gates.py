@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from circuits.attribution.nodes import Nodes, count, places
-from circuits.faithfulness.ablation import Edit, NodeTable, SiteValues
+from circuits.faithfulness.ablation import NodeTable, SiteEdit, SiteValues
 from circuits.prompts.dataset import PromptSet
 from sae.autoencoder import SparseAutoencoder
 from sae.model.language_model import LanguageModel
@@ -57,10 +57,10 @@ class Gates:
             error = torch.full_like(error, float(self.errors == "keep"))
         return grid[..., :-1], error
 
-    def edits(self, gates: torch.Tensor, values: Mapping[Site, SiteValues], prompts: PromptSet) -> dict[Site, Edit]:
+    def edits(self, gates: torch.Tensor, values: Mapping[Site, SiteValues], prompts: PromptSet) -> dict[Site, SiteEdit]:
         """Edits for `LanguageModel.run` under the gates [B or 1, N] of every prompt."""
 
-        def edit_of(site: Site) -> Edit:
+        def edit_of(site: Site) -> SiteEdit:
             sae, index, at = self.saes[site], self.table.index[site], values[site]
             features, error = self.of(site, gates, prompts)
             with_error = self.errors == "keep" or bool(self.nodes[site].is_error.any())

@@ -31,7 +31,7 @@ from circuits.faithfulness.optimal_ablation import Gain, ablation_values, gain
 from circuits.faithfulness.results import Faithfulness, Intervals, area
 from circuits.metrics.metrics import Metric, get_metric, prepare
 from circuits.metrics.probe import read_by
-from circuits.prompts.cells import Cells
+from circuits.prompts.cells import PositionGroups
 from circuits.prompts.dataset import PromptSet
 from circuits.uncertainty.bootstrap import Bootstrap, group_sums, prompt_groups, too_few, what_is_drawn
 from sae._options import BatchSize, Repeats, Resamples, Seed, check_ranges
@@ -268,7 +268,7 @@ def aligned(reference: PromptSet, prompts: PromptSet, ablation: str) -> tuple[Pr
     ):
         templates = set(known.templates)
         in_templates = torch.tensor([template in templates for template in measured.templates])
-        covered = Cells(known).covers(measured) if by_cell else in_templates
+        covered = PositionGroups(known).covers(measured) if by_cell else in_templates
         tried.append((known, measured, covered))
         if covered.float().mean() >= COVERED:
             break

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 
 from circuits.prompts.formats import Example
 from sae.errors import UserError
-from sae.model.tokens import TextCoder
+from sae.model.tokens import TokenizerWrapper
 
 ENDING = 3
 """Words and tokens of a prompt that decide how an answer behind it is tokenised."""
@@ -32,7 +32,7 @@ DIFFERS = "answer is another token after the patch prompt"
 class AnswerTokens:
     """The tokens of answers behind prompts, each kind of ending tokenised once."""
 
-    def __init__(self, coder: TextCoder) -> None:
+    def __init__(self, coder: TokenizerWrapper) -> None:
         self._coder = coder
         self._added: dict[tuple[object, str], list[int] | None] = {}
 

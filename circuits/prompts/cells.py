@@ -29,7 +29,7 @@ Cell = tuple[Any, ...]
 """(template, position); by span (frame, span, span before, place); pooled ()."""
 
 
-class Cells:
+class PositionGroups:
     """The cells of some reference prompts, numbered from 0."""
 
     def __init__(self, reference: PromptSet, *, pooled: bool = False) -> None:

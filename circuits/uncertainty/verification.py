@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from circuits.attribution import SiteEffects, capture_states
+from circuits.attribution import SiteEffects, capture_activations
 from circuits.attribution.activation_patching import exact_effects
 from circuits.attribution.nodes import SiteNodes
 from circuits.circuit import Circuit
@@ -131,7 +131,7 @@ def verify(
     n_batches = -(-len(prompts) // batch_size)
     with tqdm(total=n_batches * len(chosen), desc="verify", unit="site", disable=not progress) as bar:
         for batch in prompts.batches(batch_size):
-            states = capture_states(model, saes, batch, m, sites=list(circuit.effects))
+            states = capture_activations(model, saes, batch, m, sites=list(circuit.effects))
             for site, site_nodes in chosen.items():
                 effects = exact_effects(
                     model, saes[site], states, m, site=site, places=states.places(aggregation),

@@ -36,7 +36,7 @@ EXTRA = "sparse_feature_circuit"
 INPUT, LOGITS = "input", "logits"
 NAME = re.compile(r"input|logits|m(?P<mlp>\d+)|a(?P<attn>\d+)\.h(?P<head>\d+)")
 Weights = dict[tuple[str, str], float]
-Place = tuple[str, int]
+FeatureKey = tuple[str, int]
 """(site, feature)"""
 
 
@@ -186,20 +186,20 @@ def from_eap_ig(data: Any, *, source: str | Path = "circuit") -> FeatureGraph:
 
 
 def _foreign(data: dict[str, Any]) -> FeatureGraph:
-    weights: dict[tuple[Place, Place], float] = defaultdict(float)
+    weights: dict[tuple[FeatureKey, FeatureKey], float] = defaultdict(float)
     for name, edge in data["edges"].items():
         tail, arrow, head = name.partition("->")
         if not arrow:
             raise GraphError(f"edge {name!r} is not of the form parent->child")
         if edge["in_graph"]:
             weights[_place(tail), _place(head.partition("<")[0])] += float(edge["score"])
-    leaving: dict[Place, float] = defaultdict(float)
+    leaving: dict[FeatureKey, float] = defaultdict(float)
     for (start, _), weight in weights.items():
         leaving[start] += weight
-    kept: dict[Place, dict[str, Any]] = {
+    kept: dict[FeatureKey, dict[str, Any]] = {
         _place(name): node for name, node in data["nodes"].items() if node["in_graph"] and name != LOGITS
     }
-    ends: set[Place] = {end for pair in weights for end in pair} - {(METRIC, 0)}
+    ends: set[FeatureKey] = {end for pair in weights for end in pair} - {(METRIC, 0)}
     sites = ["embed", *(f"{kind}_{layer}" for layer in range(int(data["cfg"]["n_layers"])) for kind in ("attn", "mlp"))]
     graph = FeatureGraph(sites, metadata={"cfg": data["cfg"], "title": "component circuit"})
     for site, index in sorted({*kept, *ends}, key=lambda place: (sites.index(place[0]), place[1])):
@@ -213,7 +213,7 @@ def _foreign(data: dict[str, Any]) -> FeatureGraph:
     return graph
 
 
-def _place(name: str) -> Place:
+def _place(name: str) -> FeatureKey:
     """(site, feature) of a component's name."""
     match = NAME.fullmatch(name)
     if match is None:
@@ -225,5 +225,5 @@ def _place(name: str) -> Place:
     return f"attn_{int(match['attn'])}", int(match["head"])
 
 
-def _id(place: Place) -> str:
+def _id(place: FeatureKey) -> str:
     return METRIC if place[0] == METRIC else f"{place[0]}/{place[1]}"

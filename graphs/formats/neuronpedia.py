@@ -37,7 +37,7 @@ from graphs.feature_graph import (
     feature_node,
     metric_node,
 )
-from graphs.schema import GraphHead, Index, Interval, NodeFile, Place
+from graphs.schema import GraphHead, Index, Interval, NodeFile, TokenPosition
 from graphs.sharing import shared
 
 EXTRA = "sparse_feature_circuit"
@@ -189,7 +189,7 @@ class _ForeignNode(TypedDict):
     node_id: str
     layer: str | Index
     feature_type: str
-    ctx_idx: Place
+    ctx_idx: TokenPosition
     influence: NotRequired[FiniteFloat | None]
     token_prob: NotRequired[FiniteFloat | None]
     activation: NotRequired[FiniteFloat | None]

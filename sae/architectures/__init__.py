@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sae.activation_functions import Nonlinearity
+from sae.activation_functions import ActivationFunction
 from sae.architectures.base import Architecture
 from sae.architectures.batchtopk import BatchTopK
 from sae.architectures.gated import Gated
@@ -28,6 +28,6 @@ def architecture(name: str) -> Architecture:
     return ARCHITECTURES[name]
 
 
-def nonlinearity(name: str) -> Nonlinearity:
+def nonlinearity(name: str) -> ActivationFunction:
     """What encoding does at inference in the architecture of this name."""
     return architecture(name).nonlinearity

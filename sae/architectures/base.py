@@ -1,7 +1,7 @@
 """What all architectures share: one training step from a batch to gradients, with the loss left to the paper.
 
 1. x_c = x − b_dec (or x), and chunk by chunk of rows the encoder's GEMM z = W_enc x_c + bias;
-2. `Architecture.select` keeps the entries of z that can be active: a `SparseCode`. Where that would be a large part of
+2. `Architecture.select` keeps the entries of z that can be active: a `SparseActs`. Where that would be a large part of
    all (a ReLU early in training), the rest is done with whole products, by `Penalised.dense` and `sae.sparse.dense`;
 3. `Architecture.loss` is the paper's loss of these entries, in plain autograd;
 4. AuxK (Gao et al. 2024, section 2.4 and appendix A.2): the k_aux largest pre-activations of dead features reconstruct
@@ -24,11 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sae.activation_functions import Nonlinearity
-from sae.sparse.activations import SparseCode
+from sae.activation_functions import ActivationFunction
+from sae.sparse.activations import SparseActs
 from sae.sparse.dense import DenseChunk, DenseParts
 from sae.sparse.selection import Entries, above, concatenate, top_k
-from sae.sparse.workspace import Scratch, linear, row_chunks
+from sae.sparse.workspace import Workspace, linear, row_chunks
 
 AUX_TOKENS = 512
 """Tokens of a batch on which dead features reconstruct the error."""
@@ -78,9 +78,9 @@ class Encoder:
 
     def __init__(
         self, x_c: Tensor, W_enc: Tensor, bias: Tensor | None, *, dead: Tensor | None = None, k_aux: int = 0,
-        scratch: Scratch | None = None,
+        scratch: Workspace | None = None,
     ):  # fmt: skip
-        self.scratch = scratch or Scratch()
+        self.scratch = scratch or Workspace()
         self.x_c, self.W_enc, self.bias = x_c, W_enc.detach(), None if bias is None else bias.detach()
         self.dead = dead  # [n_dead] indices, sorted
         self.k_aux = 0 if dead is None else min(k_aux, len(dead))
@@ -89,7 +89,7 @@ class Encoder:
     def chunks(self, lowest: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
         """(first row, z [rows, F]) over the batch; z − lowest if it is given, at no cost. A z lasts until the next.
 
-        Under autocast z has its dtype; `SparseCode.encode` gives what was selected the weights' dtype again.
+        Under autocast z has its dtype; `SparseActs.encode` gives what was selected the weights' dtype again.
         """
         self._aux = []
         bias = self.bias
@@ -108,12 +108,12 @@ class Encoder:
                 self._aux.append((value, self.dead[index]))
             yield rows.start, z
 
-    def aux_code(self) -> SparseCode | None:
+    def aux_code(self) -> SparseActs | None:
         """The AuxK entries of the last pass."""
         if not self._aux:
             return None
         value, feature = (torch.cat(column) for column in zip(*self._aux, strict=True))
-        return SparseCode.fixed(feature, value, len(self.W_enc))
+        return SparseActs.fixed(feature, value, len(self.W_enc))
 
 
 class Architecture(ABC):
@@ -121,7 +121,7 @@ class Architecture(ABC):
 
     name: ClassVar[str]
     """Name in configs and files."""
-    nonlinearity: ClassVar[Nonlinearity]
+    nonlinearity: ClassVar[ActivationFunction]
     """What encoding does once training is over."""
     unit_decoder: ClassVar[bool] = True
     """Whether decoder rows are held at unit norm during training."""
@@ -165,11 +165,11 @@ class Architecture(ABC):
         return {}
 
     @abstractmethod
-    def select(self, encoder: Encoder, w: Weights, hyper: Hyper) -> SparseCode:
+    def select(self, encoder: Encoder, w: Weights, hyper: Hyper) -> SparseActs:
         """The entries that can be active."""
 
     @abstractmethod
-    def loss(self, z: Tensor, code: SparseCode, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
+    def loss(self, z: Tensor, code: SparseActs, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
         """The paper's loss, summed over the tokens of x [N, d], from z at the entries of the code."""
 
     def observe(self, f: Tensor, state: Mapping[str, Tensor]) -> None:  # noqa: B027
@@ -192,11 +192,11 @@ class Architecture(ABC):
 
     def step(
         self, x: Tensor, w: Weights, hyper: Hyper, state: Mapping[str, Tensor], *,
-        dead: Tensor | None = None, dense: bool = False, scratch: Scratch | None = None,
+        dead: Tensor | None = None, dense: bool = False, scratch: Workspace | None = None,
     ) -> StepStats:  # fmt: skip
         """Gradients of the mean loss over x [N, d] into `.grad` of the weights; `dead` [n] are features for AuxK."""
         x_c = x - w["b_dec"].detach() if self.subtract_b_dec else x
-        scratch = scratch or Scratch()
+        scratch = scratch or Workspace()
         if dense:
             return self.dense_step(x, x_c, w, hyper, scratch)
         encoder = Encoder(x_c, w["W_enc"], self.bias(w), dead=dead, k_aux=hyper.k_aux, scratch=scratch)
@@ -204,12 +204,12 @@ class Architecture(ABC):
             sparse = self.select(encoder, w, hyper)
         return self._backward(sparse, encoder.aux_code(), x, x_c, w, hyper, state, n_tokens=len(x))
 
-    def dense_step(self, x: Tensor, x_c: Tensor, w: Weights, hyper: Hyper, scratch: Scratch) -> StepStats:
+    def dense_step(self, x: Tensor, x_c: Tensor, w: Weights, hyper: Hyper, scratch: Workspace) -> StepStats:
         """The same by whole products, where `may_be_dense`."""
         raise NotImplementedError(f"{self.name} has no dense step")
 
     def _backward(
-        self, code: SparseCode, aux: SparseCode | None, x: Tensor, x_c: Tensor, w: Weights, hyper: Hyper,
+        self, code: SparseActs, aux: SparseActs | None, x: Tensor, x_c: Tensor, w: Weights, hyper: Hyper,
         state: Mapping[str, Tensor], *, n_tokens: int,
     ) -> StepStats:  # fmt: skip
         z = self._encode(code, x_c, w)
@@ -224,7 +224,7 @@ class Architecture(ABC):
             fired = code.sum_tokens((f > 0).to(f.dtype))
         return StepStats(loss.detach(), error.square().sum(), fired)
 
-    def _encode(self, code: SparseCode, x_c: Tensor, w: Weights) -> Tensor:
+    def _encode(self, code: SparseActs, x_c: Tensor, w: Weights) -> Tensor:
         b_dec = w["b_dec"] if self.subtract_b_dec else None
         return code.encode(w["W_enc"], self.bias(w), b_dec, x_c)
 
@@ -241,7 +241,7 @@ class Penalised(Architecture):
         """The z [F] above which an entry matters to the loss; None for zero."""
         return None
 
-    def select(self, encoder: Encoder, w: Weights, hyper: Hyper) -> SparseCode:
+    def select(self, encoder: Encoder, w: Weights, hyper: Hyper) -> SparseActs:
         lowest = self.lowest(w, hyper)
         starts, parts = zip(*((start, above(z)) for start, z in encoder.chunks(lowest)), strict=True)
         entries = concatenate(list(parts), list(starts))
@@ -253,7 +253,7 @@ class Penalised(Architecture):
         """The gradient of the loss where most of z [n, F] is active, in place; see `sae.sparse.dense`."""
 
     @torch.no_grad()
-    def dense_step(self, x: Tensor, x_c: Tensor, w: Weights, hyper: Hyper, scratch: Scratch) -> StepStats:
+    def dense_step(self, x: Tensor, x_c: Tensor, w: Weights, hyper: Hyper, scratch: Workspace) -> StepStats:
         weights, w = w, {name: tensor.detach() for name, tensor in w.items()}
         gradients: dict[str, Tensor] = {}
         stats = []
@@ -273,9 +273,9 @@ class Penalised(Architecture):
         return StepStats(*(torch.stack(column).sum(0) for column in zip(*stats, strict=True)))
 
 
-def sparse_code(entries: Entries, encoder: Encoder) -> SparseCode:
+def sparse_code(entries: Entries, encoder: Encoder) -> SparseActs:
     """Entries of a whole batch as a code."""
-    return SparseCode(*entries, n_tokens=len(encoder.x_c), n_features=len(encoder.W_enc))
+    return SparseActs(*entries, n_tokens=len(encoder.x_c), n_features=len(encoder.W_enc))
 
 
 def squared_error(x: Tensor, x_hat: Tensor) -> Tensor:
@@ -283,7 +283,7 @@ def squared_error(x: Tensor, x_hat: Tensor) -> Tensor:
     return (x - x_hat).square().sum()
 
 
-def aux_loss(z: Tensor, code: SparseCode, error: Tensor, W_dec: Tensor) -> Tensor:
+def aux_loss(z: Tensor, code: SparseActs, error: Tensor, W_dec: Tensor) -> Tensor:
     """Σ‖e − ê‖² / Σ‖e − ē‖² with ê = Σ max(z, 0) W_dec over the dead features' entries; e [N, d] is a constant."""
     variance = (error - error.mean(0)).square().sum()
     return squared_error(error, code.decode(z.relu(), W_dec)) / variance.clamp(min=1e-12)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sae.activation_functions import JUMPRELU
 from sae.architectures.base import Architecture, Encoder, Hyper, Losses, Weights, sparse_code, squared_error
-from sae.sparse.activations import SparseCode
+from sae.sparse.activations import SparseActs
 from sae.sparse.selection import BatchSelector, concatenate, largest
 
 MEMORY = 0.99
@@ -27,7 +27,7 @@ class BatchTopK(Architecture):
     def own_state(self) -> dict[str, Tensor]:
         return {"threshold": torch.tensor(0.0), "n_thresholds": torch.tensor(0.0)}
 
-    def select(self, encoder: Encoder, w: Weights, hyper: Hyper) -> SparseCode:
+    def select(self, encoder: Encoder, w: Weights, hyper: Hyper) -> SparseActs:
         n_tokens = len(encoder.x_c)
         selector = BatchSelector(hyper.k, n_tokens)
         while True:
@@ -36,7 +36,7 @@ class BatchTopK(Architecture):
             if selector.enough(entries):
                 return sparse_code(largest(entries, hyper.k * n_tokens), encoder)
 
-    def loss(self, z: Tensor, code: SparseCode, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
+    def loss(self, z: Tensor, code: SparseActs, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
         f = z.relu()
         x_hat = code.decode(f, w["W_dec"]) + w["b_dec"]
         return Losses(squared_error(x, x_hat), x_hat, f)

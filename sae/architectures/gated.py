@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sae.activation_functions import GATED
 from sae.architectures.base import Hyper, Losses, Penalised, Weights, squared_error
-from sae.sparse.activations import SparseCode
+from sae.sparse.activations import SparseActs
 from sae.sparse.dense import DenseChunk, DenseParts, mask_, positive
 
 
@@ -33,7 +33,7 @@ class Gated(Penalised):
     def lowest(self, w: Weights, hyper: Hyper) -> Tensor:
         return -w["gate_bias"].detach()
 
-    def loss(self, z: Tensor, code: SparseCode, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
+    def loss(self, z: Tensor, code: SparseActs, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
         gate = (z + code.expand(w["gate_bias"])).relu()
         magnitude = (code.expand(w["r"].exp()) * z + code.expand(w["b_enc"])).relu()
         f = magnitude * (gate > 0)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sae.activation_functions import JUMPRELU
 from sae.architectures.base import Hyper, Losses, Penalised, Weights, squared_error
-from sae.sparse.activations import SparseCode
+from sae.sparse.activations import SparseActs
 from sae.sparse.dense import DenseChunk, DenseParts, mask_
 
 INITIAL_THRESHOLD = 0.001
@@ -42,7 +42,7 @@ class JumpReLU(Penalised):
     def lowest(self, w: Weights, hyper: Hyper) -> Tensor:
         return w["threshold"].detach() - hyper.bandwidth / 2
 
-    def loss(self, z: Tensor, code: SparseCode, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
+    def loss(self, z: Tensor, code: SparseActs, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
         threshold = code.expand(w["threshold"])
         f = _Jump.apply(z, threshold, hyper.bandwidth)
         x_hat = code.decode(f, w["W_dec"]) + w["b_dec"]

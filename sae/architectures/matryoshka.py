@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sae.architectures.base import Encoder, Hyper, Losses, Weights
 from sae.architectures.batchtopk import BatchTopK
-from sae.sparse.activations import SparseCode
+from sae.sparse.activations import SparseActs
 
 FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
 """Ends of the prefixes before the last, as shares of the features."""
@@ -29,12 +29,12 @@ class Matryoshka(BatchTopK):
     name = "matryoshka"
     n_levels = len(FRACTIONS) + 1
 
-    def select(self, encoder: Encoder, w: Weights, hyper: Hyper) -> SparseCode:
+    def select(self, encoder: Encoder, w: Weights, hyper: Hyper) -> SparseActs:
         code = super().select(encoder, w, hyper)
         ends = torch.tensor(prefix_ends(len(encoder.W_enc)), device=code.feature.device)
         return code.at_levels(torch.bucketize(code.feature, ends, right=True), n_levels=len(ends) + 1)
 
-    def loss(self, z: Tensor, code: SparseCode, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
+    def loss(self, z: Tensor, code: SparseActs, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
         f = z.relu()
         loss, x_hat = _NestedError.apply(code.decode(f, w["W_dec"]), w["b_dec"], x)
         return Losses(loss, x_hat, f)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sae.activation_functions import TOPK
 from sae.architectures.base import Architecture, Encoder, Hyper, Losses, Weights, squared_error
-from sae.sparse.activations import SparseCode
+from sae.sparse.activations import SparseActs
 from sae.sparse.selection import top_k
 
 WIDER = 4
@@ -23,7 +23,7 @@ class MultiTopK(Architecture):
     n_levels = 2
     widest = WIDER
 
-    def select(self, encoder: Encoder, w: Weights, hyper: Hyper) -> SparseCode:
+    def select(self, encoder: Encoder, w: Weights, hyper: Hyper) -> SparseActs:
         n_features = len(encoder.W_enc)
         wide = min(WIDER * hyper.k, n_features)
         parts = [top_k(z, wide) for _, z in encoder.chunks()]
@@ -31,10 +31,10 @@ class MultiTopK(Architecture):
         value, order = value.sort(dim=-1, descending=True)
         feature = feature.gather(-1, order)
         level = (torch.arange(wide, device=value.device) >= hyper.k).long().expand_as(feature)
-        return SparseCode.fixed(feature, value, n_features).at_levels(level.flatten(), n_levels=2)
+        return SparseActs.fixed(feature, value, n_features).at_levels(level.flatten(), n_levels=2)
 
-    def loss(self, z: Tensor, code: SparseCode, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
-        assert isinstance(code, SparseCode) and code.level is not None
+    def loss(self, z: Tensor, code: SparseActs, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
+        assert isinstance(code, SparseActs) and code.level is not None
         f = z.relu()
         x_hat, x_hat_wide = code.decode(f, w["W_dec"]).cumsum(0) + w["b_dec"]
         loss = squared_error(x, x_hat) + WIDER_WEIGHT * squared_error(x, x_hat_wide)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sae.activation_functions import RELU
 from sae.architectures.base import Hyper, Losses, Penalised, Weights, squared_error
-from sae.sparse.activations import SparseCode
+from sae.sparse.activations import SparseActs
 from sae.sparse.dense import DenseChunk, DenseParts, mask_, positive
 from sae.sparse.selection import above
 from sae.sparse.workspace import linear
@@ -30,7 +30,7 @@ class PAnneal(Penalised):
     n_buffers = 3
     weak = 0.05
 
-    def loss(self, z: Tensor, code: SparseCode, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
+    def loss(self, z: Tensor, code: SparseActs, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
         f = z.relu()
         x_hat = code.decode(f, w["W_dec"]) + w["b_dec"]
         # f^p with a slope that is bounded, so that small activations still feel a pull

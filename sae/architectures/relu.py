@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sae.activation_functions import RELU
 from sae.architectures.base import Hyper, Losses, Penalised, Weights, squared_error
-from sae.sparse.activations import SparseCode
+from sae.sparse.activations import SparseActs
 from sae.sparse.dense import DenseChunk, DenseParts, mask_, positive
 
 
@@ -24,7 +24,7 @@ class ReLU(Penalised):
     subtract_b_dec = False
     decoder_norm = 0.1
 
-    def loss(self, z: Tensor, code: SparseCode, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
+    def loss(self, z: Tensor, code: SparseActs, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
         f = z.relu()
         x_hat = code.decode(f, w["W_dec"]) + w["b_dec"]
         penalty = (code.sum_tokens(f) * w["W_dec"].norm(dim=1)).sum()
@@ -45,7 +45,7 @@ class ReLUUnit(Penalised):
     name = "relu_unit"
     nonlinearity = RELU
 
-    def loss(self, z: Tensor, code: SparseCode, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
+    def loss(self, z: Tensor, code: SparseActs, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
         f = z.relu()
         x_hat = code.decode(f, w["W_dec"]) + w["b_dec"]
         return Losses(squared_error(x, x_hat) + hyper.sparsity * f.sum(), x_hat, f)

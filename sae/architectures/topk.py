@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sae.activation_functions import TOPK
 from sae.architectures.base import Architecture, Encoder, Hyper, Losses, Weights, squared_error
-from sae.sparse.activations import SparseCode
+from sae.sparse.activations import SparseActs
 from sae.sparse.selection import top_k
 
 
@@ -19,12 +19,12 @@ class TopK(Architecture):
     name = "topk"
     nonlinearity = TOPK
 
-    def select(self, encoder: Encoder, w: Weights, hyper: Hyper) -> SparseCode:
+    def select(self, encoder: Encoder, w: Weights, hyper: Hyper) -> SparseActs:
         parts = [top_k(z, hyper.k) for _, z in encoder.chunks()]
         value, feature = (torch.cat(column) for column in zip(*parts, strict=True))  # [N, k]
-        return SparseCode.fixed(feature, value, len(encoder.W_enc))
+        return SparseActs.fixed(feature, value, len(encoder.W_enc))
 
-    def loss(self, z: Tensor, code: SparseCode, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
+    def loss(self, z: Tensor, code: SparseActs, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
         f = z.relu()
         x_hat = code.decode(f, w["W_dec"]) + w["b_dec"]
         return Losses(squared_error(x, x_hat), x_hat, f)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from sae.errors import UserError
 from sae.evaluation.metrics import prediction_chunks
-from sae.model.hook_points import Edit
+from sae.model.hook_points import SiteEdit
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
 from sae.model.tokens import Tokens
@@ -96,7 +96,7 @@ def bounded(model: LanguageModel, tokens: Tokens) -> Iterator[Tokens]:
 
 @torch.no_grad()
 def cross_entropy(
-    model: LanguageModel, batches: Iterable[Tokens], *, edits: Mapping[Site, Edit] | None = None
+    model: LanguageModel, batches: Iterable[Tokens], *, edits: Mapping[Site, SiteEdit] | None = None
 ) -> float:
     """Mean of −log p(next token) in nats over the predictions that count; `edits` as in `LanguageModel.run`."""
     total, n_predictions = 0.0, 0

@@ -9,7 +9,7 @@ For each batch of text
 6. once with x̂ + e of step 3 everywhere, the errors kept: this must give back the model's own cross-entropy;
 7. if asked, all sites spliced with the error of one kept, for each in turn: how much each error matters downstream.
 
-Any number of runs, each with an autoencoder a site, share steps 1 and 2 (`Measurement`). All that is kept between
+Any number of runs, each with an autoencoder a site, share steps 1 and 2 (`Evaluator`). All that is kept between
 batches are sums, which can be written to disk and taken up again.
 
 Padding and special tokens are left out of step 3 and keep their x in all others, and predictions of them are left out
@@ -40,11 +40,11 @@ from sae.evaluation.metrics import (
     kl_recovered,
 )
 from sae.evaluation.results import Evaluation, Predictions, SiteMetrics
-from sae.model.hook_points import Edit
+from sae.model.hook_points import SiteEdit
 from sae.model.language_model import LanguageModel, Tokens
 from sae.model.sites import Site
 from sae.sparse.bags import group_offsets
-from sae.sparse.rows import bag_sum
+from sae.sparse.rows import weighted_segment_sum
 from sae.splice import check_saes
 
 Saes = Mapping[Site, SparseAutoencoder]
@@ -53,7 +53,7 @@ Saes = Mapping[Site, SparseAutoencoder]
 def decode_sparse(sae: SparseAutoencoder, features: SparseFeatures, n_tokens: int) -> Tensor:
     """x̂ [N, d] from nonzero features sorted by token: the same as `sae.decode` without the [N, F] in between."""
     offsets = group_offsets(features.token, n_tokens)  # [N + 1] where each token's features begin
-    return sae.b_dec + bag_sum(sae.W_dec, features.feature, offsets, features.value.to(sae.W_dec.dtype))
+    return sae.b_dec + weighted_segment_sum(sae.W_dec, features.feature, offsets, features.value.to(sae.W_dec.dtype))
 
 
 def reconstruct(sae: SparseAutoencoder, x: Tensor) -> Tensor:
@@ -98,16 +98,16 @@ class _SiteTotals:
         )
 
 
-def splice(sae: SparseAutoencoder, counted: Tensor) -> Edit:
+def splice(sae: SparseAutoencoder, counted: Tensor) -> SiteEdit:
     """An edit x [B, S, d] -> x̂ at the counted tokens, x elsewhere. counted: [B, S]."""
     return lambda x: x.masked_scatter(counted[..., None], reconstruct(sae, x[counted]))
 
 
-def _zero(counted: Tensor) -> Edit:
+def _zero(counted: Tensor) -> SiteEdit:
     return lambda x: x.masked_fill(counted[..., None], 0.0)
 
 
-def _constant(value: Tensor) -> Edit:
+def _constant(value: Tensor) -> SiteEdit:
     return lambda x: value
 
 
@@ -131,7 +131,7 @@ def evaluate(
     site's error matters among the others, at one more pass a site. `progress` is called after each batch with its
     number of tokens.
     """
-    measurement = Measurement(model, {"": saes}, special_tokens=special_tokens, errors=errors)
+    measurement = Evaluator(model, {"": saes}, special_tokens=special_tokens, errors=errors)
     for tokens in token_batches(model, texts, max_tokens=max_tokens, batch_size=batch_size, context=context):
         measurement.update(tokens)
         if progress is not None:
@@ -154,7 +154,7 @@ class _Batch:
     """The model's own."""
 
 
-class Measurement:
+class Evaluator:
     """Sums over batches for several runs of autoencoders by site; passes without autoencoders are made once for all."""
 
     def __init__(
@@ -203,7 +203,7 @@ class Measurement:
 
     def _add(self, run: _Run, batch: _Batch) -> None:
         """The passes of one run."""
-        counted, kept = batch.counted, dict[Site, Edit]()
+        counted, kept = batch.counted, dict[Site, SiteEdit]()
         for site, totals in run.sites.items():
             x = batch.activations[site]
             x_hat = x.masked_scatter(counted[..., None], totals.update(x[counted]))
@@ -220,7 +220,7 @@ class Measurement:
             error_kept.update(self._logits(batch, edits=others), batch.predictions)
 
     def _logits(
-        self, batch: _Batch, *, edits: Mapping[Site, Edit] | None = None, skip: Mapping[Site, Tensor] | None = None
+        self, batch: _Batch, *, edits: Mapping[Site, SiteEdit] | None = None, skip: Mapping[Site, Tensor] | None = None
     ) -> Tensor:
         """[N, V] of the scored predictions in a changed run."""
         return self.model.run(batch.tokens, edits=edits, skip=skip).logits[:, :-1][batch.scored]

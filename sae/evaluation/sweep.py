@@ -1,6 +1,6 @@
 """What each dictionary of a sweep is worth on text it was not trained on: sparsity against fidelity.
 
-1. All configs of a sweep are measured together (`sae.evaluation.evaluate.Measurement`): a batch of text goes through
+1. All configs of a sweep are measured together (`sae.evaluation.evaluate.Evaluator`): a batch of text goes through
    the model once as it is and once with zeros at each site, whatever the number of configs, then once for each
    dictionary.
 2. The sums go to `OUT/unfinished_evaluation.safetensors` between batches, so that a run that was interrupted goes on
@@ -32,7 +32,7 @@ from sae.autoencoder import CONFIG_FILE, WEIGHTS_FILE, load_saes
 from sae.data.batches import context_of, token_batches
 from sae.data.text import TextSource
 from sae.errors import UserError
-from sae.evaluation.evaluate import Measurement
+from sae.evaluation.evaluate import Evaluator
 from sae.evaluation.results import EVALUATION_FILE
 from sae.evaluation.sweep_results import SweepResults, SweepRow
 from sae.model.language_model import LanguageModel
@@ -93,7 +93,7 @@ def evaluate_sweep(
         if not names:
             continue
         runs = {name: load_saes(sweep.run(name), sites=sweep.sites, device=model.device) for name in names}
-        measurement = Measurement(model, runs)
+        measurement = Evaluator(model, runs)
         unfinished = _Unfinished(sweep, tuple(names), {**measured_on, "batch_size": batch_size})
         unfinished.restore(measurement)
         texts = held_out.source.read(held_out.start)
@@ -113,7 +113,7 @@ def evaluate_sweep(
 
 
 def _measure(
-    measurement: Measurement, batches: Iterable[Tokens], unfinished: _Unfinished, advance: Callable[[int], object]
+    measurement: Evaluator, batches: Iterable[Tokens], unfinished: _Unfinished, advance: Callable[[int], object]
 ) -> None:
     """Adds the batches that are not in the sums yet, and writes the sums down as often as that costs little."""
     saved_at, took = -math.inf, 0.0
@@ -173,7 +173,7 @@ class _Unfinished:
     def path(self) -> Path:
         return self.sweep.out / UNFINISHED
 
-    def restore(self, measurement: Measurement) -> None:
+    def restore(self, measurement: Evaluator) -> None:
         """Takes over the sums, if they belong to this measurement."""
         if _metadata(self.path).get("digest") != self.digest:
             return
@@ -185,7 +185,7 @@ class _Unfinished:
         measurement.restore(read_tensors(self.path))
         log.info("measuring goes on after %d batches", measurement.n_batches)
 
-    def save(self, measurement: Measurement) -> None:
+    def save(self, measurement: Evaluator) -> None:
         """Puts the sums in the place of those before."""
         metadata = {"names": json.dumps(self.names), "digest": self.digest}
         write_tensors(self.path, measurement.state(), metadata=metadata, checksum=True)

@@ -28,7 +28,7 @@ from sae.errors import UserError
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
 from sae.sparse.bags import group_offsets
-from sae.sparse.rows import bag_sum
+from sae.sparse.rows import weighted_segment_sum
 
 CHUNK_BYTES = 64 * 2**20
 
@@ -131,7 +131,7 @@ class ActivationCorrelation:
             dense[g.token[inside] - start, g.feature[inside]] = g.value[inside].float()
             chosen = by_feature[(f.token[by_feature] >= start) & (f.token[by_feature] < start + step)]
             offsets = group_offsets(f.feature[chosen], n_a)
-            self.products += bag_sum(dense, f.token[chosen] - start, offsets, f.value[chosen].float())
+            self.products += weighted_segment_sum(dense, f.token[chosen] - start, offsets, f.value[chosen].float())
 
     def rows(self, part: slice) -> Tensor:
         """Correlations of the features of a in the slice with all of b, [block, F_b] float32."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from sae.errors import UserError
-from sae.model.hook_points import Edit
+from sae.model.hook_points import SiteEdit
 from sae.model.sites import Site
 from sae.model.tokens import Tokens
 
@@ -34,8 +34,8 @@ def generate(
     *,
     max_new_tokens: int,
     pad_id: int,
-    edits: Mapping[Site, Edit],
-    later_edits: Mapping[Site, Edit],
+    edits: Mapping[Site, SiteEdit],
+    later_edits: Mapping[Site, SiteEdit],
     sampling: Mapping[str, Any],
 ) -> Tensor:
     """[B, S + new] token ids. `edits` see the prompts' positions, `later_edits` the tokens generated after them."""
@@ -56,8 +56,8 @@ def generate(
 def _generated(
     model: LanguageModel,
     prompts: Tokens,
-    edits: Mapping[Site, Edit],
-    later_edits: Mapping[Site, Edit],
+    edits: Mapping[Site, SiteEdit],
+    later_edits: Mapping[Site, SiteEdit],
     options: Mapping[str, Any],
 ) -> Tensor:
     step = _Step(prompts.n_positions)
@@ -97,10 +97,10 @@ class _Step:
         """The model begins a forward pass."""
         self.passes += 1
 
-    def split(self, edit: Edit | None, later: Edit | None) -> Edit:
+    def split(self, edit: SiteEdit | None, later: SiteEdit | None) -> SiteEdit:
         """The edit of any pass: `edit` sees the prompt's positions, `later` those after them."""
 
-        def part(edit: Edit | None, x: Tensor) -> Tensor:
+        def part(edit: SiteEdit | None, x: Tensor) -> Tensor:
             return x if edit is None or not x.shape[1] else edit(x)
 
         def apply(x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 Modules return a tensor, or a tuple or list whose first entry is the tensor (attention returns its weights too). Writing
 a bare tensor where a tuple is expected can run silently and be wrong (a batch of two is unpacked as the pair), so all
-access goes through `Place`. It also undoes what stands between a module and the residual stream:
+access goes through `HookPoint`. It also undoes what stands between a module and the residual stream:
 
 1. A module that works on tokens without rows returns [B * S, d]; the site's x is [B, S, d].
 2. A module whose output is multiplied before it is added: the site's x is what is added, `scale` times the output.
@@ -24,11 +24,11 @@ from torch import Tensor
 from sae.errors import UserError
 from sae.model.sites import Site, SitePath
 
-Edit = Callable[[Tensor], Tensor]
+SiteEdit = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Place:
+class HookPoint:
     """Where a site is in one wrapped model."""
 
     site: Site
@@ -92,7 +92,7 @@ class Place:
         module.output = torch.nn.functional.pad(module.output, (0, 0, x.shape[1] - 1, 0))
 
     @contextmanager
-    def hooked(self, edit: Edit, *, rows: int) -> Iterator[None]:
+    def hooked(self, edit: SiteEdit, *, rows: int) -> Iterator[None]:
         """Apply the edit at every call of the module with a torch hook, outside of any trace."""
         module = self.envoy._module
 
@@ -129,7 +129,7 @@ class Place:
         return value.clone() if self.in_place else value
 
 
-def edited(x: Tensor, edit: Edit, site: Site) -> Tensor:
+def edited(x: Tensor, edit: SiteEdit, site: Site) -> Tensor:
     """edit(x) in the number type of x; a result of another shape is the caller's mistake."""
     new = edit(x)
     if new.shape != x.shape:

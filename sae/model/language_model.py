@@ -38,11 +38,11 @@ from sae.model.forward import (
     run_by_length,
 )
 from sae.model.generation import generate
-from sae.model.hook_points import Edit, Place, edited, empty_outputs
+from sae.model.hook_points import HookPoint, SiteEdit, edited, empty_outputs
 from sae.model.huggingface import fingerprints, load_hf, max_positions, stored_fingerprints
 from sae.model.site_handles import base_path, containment, default_paths, envoy_of, input_embeddings, make_place
 from sae.model.sites import Site, SitePath, site_table
-from sae.model.tokens import TextCoder, Tokens
+from sae.model.tokens import TokenizerWrapper, Tokens
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class LanguageModel:
         self.site_paths = site_table(hf, site_paths, self.default_paths)
         self.sites: tuple[Site, ...] = tuple(self.site_paths)
         self.n_layers = 1 + max((site.layer for site in self.sites if site.layer is not None), default=-1)
-        self._coder = None if tokenizer is None else TextCoder(tokenizer)
+        self._coder = None if tokenizer is None else TokenizerWrapper(tokenizer)
         if self._coder is not None and self._coder.pad_id >= hf.get_input_embeddings().weight.shape[0]:
             self._coder.pad_id = 0  # added to the tokenizer and not to the model: any id serves under the mask
         self._lock = threading.RLock()
@@ -178,7 +178,7 @@ class LanguageModel:
         return Tokens.from_rows(self._text.prompt_ids(texts), pad_id=self._text.pad_id).to(self.device)
 
     @property
-    def text_coder(self) -> TextCoder:
+    def text_coder(self) -> TokenizerWrapper:
         """Texts and prompts to token ids; UserError for a model without a tokenizer."""
         return self._text
 
@@ -191,7 +191,7 @@ class LanguageModel:
         tokens: Tokens,
         *,
         capture: Iterable[Site] = (),
-        edits: Mapping[Site, Edit] | None = None,
+        edits: Mapping[Site, SiteEdit] | None = None,
         skip: Mapping[Site, Tensor] | None = None,
         grad: bool = False,
         last_only: bool = False,
@@ -237,7 +237,7 @@ class LanguageModel:
 
         found: dict[Site, Tensor] = {}
 
-        def visit(place: Place) -> None:
+        def visit(place: HookPoint) -> None:
             site = place.site
             before = values[site] if site in values else place.read(len(tokens))
             x = before.detach().requires_grad_(True) if place is leaf else before
@@ -279,8 +279,8 @@ class LanguageModel:
         prompts: Tokens,
         *,
         max_new_tokens: int,
-        edits: Mapping[Site, Edit] | None = None,
-        later_edits: Mapping[Site, Edit] | None = None,
+        edits: Mapping[Site, SiteEdit] | None = None,
+        later_edits: Mapping[Site, SiteEdit] | None = None,
         **sampling: Any,
     ) -> Tensor:
         """[B, S + new] token ids; greedy, whatever the checkpoint's generation settings, unless `sampling` (arguments
@@ -300,7 +300,7 @@ class LanguageModel:
                 later_edits=later, sampling=sampling,
             )  # fmt: skip
 
-    def hooked(self, site: Site, edit: Edit, *, rows: int) -> AbstractContextManager[None]:
+    def hooked(self, site: Site, edit: SiteEdit, *, rows: int) -> AbstractContextManager[None]:
         """Apply the edit at every call of the site's module while the context lasts, outside of `run`."""
         return self._places[site].hooked(edit, rows=rows)
 
@@ -329,7 +329,7 @@ class LanguageModel:
         return logits[:, -1:] if last_only else logits
 
     def _left_out(
-        self, places: Sequence[Place], requested: set[Site], *, last_only: bool, need_logits: bool
+        self, places: Sequence[HookPoint], requested: set[Site], *, last_only: bool, need_logits: bool
     ) -> list[Callable[[], None]]:
         """The visits, after all others, that keep from running what nobody reads."""
         if not need_logits:
@@ -337,14 +337,14 @@ class LanguageModel:
         mlp = self._unread_mlp(requested) if last_only else None
         return [] if mlp is None else [mlp.at_last_position]
 
-    def _blocks_after(self, places: Sequence[Place]) -> list[Place]:
+    def _blocks_after(self, places: Sequence[HookPoint]) -> list[HookPoint]:
         """The blocks behind the last of the places; they need not run where no logits are needed."""
         last = max((place.site for place in places), default=Site("embed"))
         reached = -1 if last.layer is None else last.layer
         blocks = [site for site in self.sites if site.kind == "resid" and self._contains.get(site)]
         return [self._places[site] for site in blocks if site.layer is not None and site.layer > reached]
 
-    def _unread_mlp(self, requested: set[Site]) -> Place | None:
+    def _unread_mlp(self, requested: set[Site]) -> HookPoint | None:
         """The last block's MLP, if it takes each token alone and nobody asked for it or for what it is added to."""
         place = self._places.get(Site("mlp", self.n_layers - 1))
         after = {site for site in requested if place and site >= place.site}
@@ -355,7 +355,7 @@ class LanguageModel:
         return {inner for site in skip for inner in self._contains.get(site, ())}
 
     def _check_requested(
-        self, edits: Mapping[Site, Edit], wanted: set[Site], skip: Mapping[Site, Tensor], hidden: set[Site]
+        self, edits: Mapping[Site, SiteEdit], wanted: set[Site], skip: Mapping[Site, Tensor], hidden: set[Site]
     ) -> None:
         for site in [*wanted, *edits, *skip]:
             if site not in self._places:
@@ -379,7 +379,7 @@ class LanguageModel:
         return {site: fitted[id(x)] for site, x in skip.items()}
 
     @property
-    def _text(self) -> TextCoder:
+    def _text(self) -> TokenizerWrapper:
         if self._coder is None:
             raise UserError(f"model {self.name!r} came without a tokenizer: give one with tokenizer=")
         return self._coder
@@ -390,7 +390,7 @@ class LanguageModel:
         seen: dict[Site, Tensor] = {}
         raw: dict[Site, tuple[Tensor, int]] = {}
 
-        def visit(place: Place) -> None:
+        def visit(place: HookPoint) -> None:
             body = place.body.output if place.body is not None else None
             outputs = empty_outputs(place.envoy.output) if place.path.side == "output" else None
             x = replace(place, flat=False).read(len(tokens))

@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 
 from sae.model.forward import cannot_run, forward_inputs, probe_tokens
-from sae.model.hook_points import Place
+from sae.model.hook_points import HookPoint
 from sae.model.site_search import search_sites
-from sae.model.sites import ARCHITECTURES, Site, SitePath, model_type, usual_sites
+from sae.model.sites import MODEL_FAMILIES, Site, SitePath, model_type, usual_sites
 
 logger = logging.getLogger(__name__)
 
@@ -36,15 +36,15 @@ def default_paths(hf: Any, name: str) -> dict[Site, SitePath]:
     return search.paths
 
 
-def make_place(root: Any, site: Site, path: SitePath) -> Place:
+def make_place(root: Any, site: Site, path: SitePath) -> HookPoint:
     """The place of a site; its body, and what it computes, are known where the path is the architecture's own."""
-    architecture = ARCHITECTURES.get(model_type(root._module))
+    architecture = MODEL_FAMILIES.get(model_type(root._module))
     body, known = None, False
     if architecture is not None and path == SitePath.parse(architecture.defaults()[site.kind]).at(site.layer):
         sublayer = {"attn": architecture.attn_body, "mlp": architecture.mlp_body}.get(site.kind)
         body = sublayer and envoy_of(root, SitePath(f"{architecture.block}.{sublayer}").at(site.layer).module)
         known = True
-    return Place(site, path, envoy_of(root, path.module), body, token_wise=known and site.kind == "mlp")
+    return HookPoint(site, path, envoy_of(root, path.module), body, token_wise=known and site.kind == "mlp")
 
 
 def envoy_of(root: Any, module: str) -> Any:
@@ -53,12 +53,12 @@ def envoy_of(root: Any, module: str) -> Any:
     return next(envoy for _, envoy in root.named_modules() if envoy._module is wanted)
 
 
-def input_embeddings(root: Any) -> Place:
+def input_embeddings(root: Any) -> HookPoint:
     """Where gradients start in a model whose table has no embed site."""
     hf = root._module
     module = hf.get_input_embeddings()
     path = SitePath(next(name for name, other in hf.named_modules() if other is module))
-    return Place(Site("embed"), path, envoy_of(root, path.module))
+    return HookPoint(Site("embed"), path, envoy_of(root, path.module))
 
 
 def base_path(hf: Any, table: Mapping[Site, SitePath]) -> str:

@@ -2,7 +2,7 @@
 
 1. A `Site` is a name, `embed`, `attn_3`, `mlp_3` or `resid_3`. `attn_l` and `mlp_l` are what the sublayer adds to the
    residual stream (after post-norms where the architecture has them), `resid_l` is the output of block l.
-2. An `Architecture` says under which module paths a family of models keeps them.
+2. A `ModelFamily` says under which module paths a family of models keeps them.
 3. `site_table` turns both, and a user's own paths, into one path per site, in the order of the forward pass.
 4. `select_sites` reads what a user asks for: "all", "resid,mlp", "resid_3,mlp_2".
 
@@ -100,7 +100,7 @@ class SitePath:
 
 
 @dataclass(frozen=True)
-class Architecture:
+class ModelFamily:
     """Where a family of models keeps its sites; attn, mlp and the two sublayers are relative to the block."""
 
     embed: str
@@ -126,8 +126,8 @@ class Architecture:
         }
 
 
-_LLAMA = Architecture("model.embed_tokens", "model.layers.{layer}", "self_attn", "mlp")
-_GEMMA = Architecture(
+_LLAMA = ModelFamily("model.embed_tokens", "model.layers.{layer}", "self_attn", "mlp")
+_GEMMA = ModelFamily(
     "model.embed_tokens",
     "model.layers.{layer}",
     "post_attention_layernorm",
@@ -135,9 +135,9 @@ _GEMMA = Architecture(
     attn_body="self_attn",
     mlp_body="mlp",
 )
-ARCHITECTURES: dict[str, Architecture] = {
-    "gpt2": Architecture("transformer.drop", "transformer.h.{layer}", "attn", "mlp"),
-    "gpt_neox": Architecture("gpt_neox.emb_dropout", "gpt_neox.layers.{layer}", "attention", "mlp"),
+MODEL_FAMILIES: dict[str, ModelFamily] = {
+    "gpt2": ModelFamily("transformer.drop", "transformer.h.{layer}", "attn", "mlp"),
+    "gpt_neox": ModelFamily("gpt_neox.emb_dropout", "gpt_neox.layers.{layer}", "attention", "mlp"),
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
@@ -156,7 +156,7 @@ def usual_sites(hf_model: nn.Module) -> dict[Site, SitePath]:
     """The sites of a model's family, in the order of the forward pass; none where the family is not known or the model
     lacks one of its modules.
     """
-    architecture = ARCHITECTURES.get(model_type(hf_model))
+    architecture = MODEL_FAMILIES.get(model_type(hf_model))
     modules = {name for name, _ in hf_model.named_modules() if name}
     table: dict[Site, SitePath] = {}
     for kind, text in (architecture.defaults() if architecture else {}).items():
@@ -178,7 +178,7 @@ def site_table(
     defaults = usual_sites(hf_model) if defaults is None else defaults
     if not defaults and not paths:
         raise UserError(
-            f"unknown architecture {model_type(hf_model)!r}: known are {', '.join(ARCHITECTURES)}; in this model no "
+            f"unknown architecture {model_type(hf_model)!r}: known are {', '.join(MODEL_FAMILIES)}; in this model no "
             "list of blocks was found either, modules that are called one after the other, each on the output of the "
             "one before it [rows, positions, width]: give site_paths, such as {'resid': 'model.layers.{layer}', "
             "'attn': 'model.layers.{layer}.attn'}"

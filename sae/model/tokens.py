@@ -1,8 +1,8 @@
 """Text to token ids and back, with the padding on the left and the caller's tokenizer left as it is.
 
 1. `Tokens` is a batch: ids and mask, so that the last column is the last token of every row.
-2. `TextCoder` wraps a copy of a Hugging Face tokenizer: a batch from texts, the tokens with which a text goes on, and
-   the text a token adds when it continues a sentence, whatever marks the tokenizer writes for a space.
+2. `TokenizerWrapper` wraps a copy of a Hugging Face tokenizer: a batch from texts, the tokens with which a text goes
+   on, and the text a token adds when it continues a sentence, whatever marks the tokenizer writes for a space.
 3. Texts have all special tokens that the tokenizer adds by itself, as the model saw them. Prompts go on: they have
    those in front, once, and none behind.
 """
@@ -74,7 +74,7 @@ class Tokens:
         return cls(ids, mask)
 
 
-class TextCoder:
+class TokenizerWrapper:
     """Texts to `Tokens`, ids to readable strings; works on a copy of the tokenizer."""
 
     def __init__(self, tokenizer: Any) -> None:

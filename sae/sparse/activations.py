@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from sae.sparse.bags import group_offsets, group_sums
-from sae.sparse.rows import bag_dots, bag_sum, kernels_for
+from sae.sparse.rows import kernels_for, segment_dot, weighted_segment_sum
 
 
 def stable_order(index: Tensor, n: int) -> Tensor:
@@ -38,7 +38,7 @@ def stable_order(index: Tensor, n: int) -> Tensor:
     return index.sort(stable=True).indices
 
 
-class SparseCode:
+class SparseActs:
     """n entries (token, feature) of a batch, sorted by level and token."""
 
     def __init__(
@@ -53,7 +53,7 @@ class SparseCode:
         self.n_levels = n_levels
 
     @classmethod
-    def fixed(cls, feature: Tensor, z: Tensor, n_features: int) -> SparseCode:
+    def fixed(cls, feature: Tensor, z: Tensor, n_features: int) -> SparseActs:
         """From [N, k] features and pre-activations: k entries for every token."""
         n_tokens, k = feature.shape
         token = torch.arange(n_tokens, device=feature.device).repeat_interleave(k)
@@ -61,11 +61,11 @@ class SparseCode:
         code.bag_offsets = torch.arange(0, n_tokens * k + 1, k, device=feature.device)
         return code
 
-    def at_levels(self, level: Tensor, n_levels: int) -> SparseCode:
+    def at_levels(self, level: Tensor, n_levels: int) -> SparseActs:
         """The same entries, each in its level [n]."""
         order = stable_order(level, n_levels)
         sizes = {"n_tokens": self.n_tokens, "n_features": self.n_features, "n_levels": n_levels}
-        return SparseCode(self.token[order], self.feature[order], self.z[order], level=level[order], **sizes)
+        return SparseActs(self.token[order], self.feature[order], self.z[order], level=level[order], **sizes)
 
     @cached_property
     def bag(self) -> Tensor:
@@ -105,7 +105,7 @@ class SparseCode:
 
 class _Expand(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, parameter: Tensor, code: SparseCode) -> Tensor:
+    def forward(ctx: Any, parameter: Tensor, code: SparseActs) -> Tensor:
         ctx.code = code
         return parameter[code.feature]
 
@@ -129,7 +129,7 @@ def _bias_gradients(ctx: Any, dz_sum: Tensor, W_enc: Tensor) -> tuple[Tensor | N
 class _SparseEncode(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, W_enc: Tensor, bias: Tensor | None, b_dec: Tensor | None, x_c: Tensor, code: SparseCode
+        ctx: Any, W_enc: Tensor, bias: Tensor | None, b_dec: Tensor | None, x_c: Tensor, code: SparseActs
     ) -> Tensor:
         ctx.save_for_backward(W_enc, x_c)
         ctx.code = code
@@ -139,28 +139,30 @@ class _SparseEncode(torch.autograd.Function):
     def backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         W_enc, x_c = ctx.saved_tensors
         order, offsets = ctx.code.by_feature
-        dW_enc = bag_sum(x_c, ctx.code.token[order], offsets, dz[order])
-        dx_c = bag_sum(W_enc, ctx.code.feature, ctx.code.bag_offsets, dz) if ctx.needs_input_grad[3] else None
+        dW_enc = weighted_segment_sum(x_c, ctx.code.token[order], offsets, dz[order])
+        dx_c = (
+            weighted_segment_sum(W_enc, ctx.code.feature, ctx.code.bag_offsets, dz) if ctx.needs_input_grad[3] else None
+        )
         return dW_enc, *_bias_gradients(ctx, ctx.code.sum_tokens(dz), W_enc), dx_c, None
 
 
 class _SparseDecode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value: Tensor, W_dec: Tensor, code: SparseCode) -> Tensor:
+    def forward(ctx: Any, value: Tensor, W_dec: Tensor, code: SparseActs) -> Tensor:
         ctx.save_for_backward(value, W_dec)
         ctx.code = code
-        return bag_sum(W_dec, code.feature, code.bag_offsets, value)
+        return weighted_segment_sum(W_dec, code.feature, code.bag_offsets, value)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         (value, W_dec), code = ctx.saved_tensors, ctx.code
         wants_value, wants_rows, _ = ctx.needs_input_grad
         if not wants_rows:
-            return bag_dots(g, code.bag, W_dec, code.feature, code.bag_offsets), None, None
+            return segment_dot(g, code.bag, W_dec, code.feature, code.bag_offsets), None, None
         order, offsets = code.by_feature
         entries = g, code.bag[order], offsets, value[order]
         if wants_value and (kernels := kernels_for(g, value, W_dec)):
             dW_dec, dots = kernels.bag_sum_and_dots(*entries, W_dec)
             return torch.empty_like(value).scatter_(0, order, dots), dW_dec, None
-        dvalue = bag_dots(g, code.bag, W_dec, code.feature, code.bag_offsets) if wants_value else None
-        return dvalue, bag_sum(*entries), None
+        dvalue = segment_dot(g, code.bag, W_dec, code.feature, code.bag_offsets) if wants_value else None
+        return dvalue, weighted_segment_sum(*entries), None

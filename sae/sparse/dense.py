@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sae.sparse.workspace import Scratch, add_product, linear
+from sae.sparse.workspace import Workspace, add_product, linear
 
 
 class DenseParts(NamedTuple):
@@ -35,7 +35,7 @@ class DenseChunk:
     """Some rows of a batch: inputs, weights, buffers, and gradients that add up over the chunks."""
 
     def __init__(
-        self, x: Tensor, w: dict[str, Tensor], gradients: dict[str, Tensor], scratch: Scratch, *, n_tokens: int
+        self, x: Tensor, w: dict[str, Tensor], gradients: dict[str, Tensor], scratch: Workspace, *, n_tokens: int
     ):
         self.x, self.w, self.gradients, self.scratch = x, w, gradients, scratch
         self.n_tokens = n_tokens  # N

@@ -103,45 +103,45 @@ def check(kernels: ModuleType, device: torch.device | str) -> None:
     source, rows, weight = normal(50, 96), normal(len(lengths), 96), normal(len(bag))
     out, dots = kernels.bag_sum_and_dots(source, index, offsets, weight, rows)
     unit, projected = rows.clone(), out.clone()
-    kernels.normalise_(unit, SMALLEST_NORM)
-    kernels.project_(projected, unit)
+    kernels.normalize_rows_(unit, SMALLEST_NORM)
+    kernels.remove_parallel_(projected, unit)
     with using("torch"):
-        twin, twin_out = rows.clone(), bag_sum(source, index, offsets, weight)
-        normalise_(twin)
+        twin, twin_out = rows.clone(), weighted_segment_sum(source, index, offsets, weight)
+        normalize_rows_(twin)
         twin_projected = twin_out.clone()
-        project_(twin_projected, twin)
+        remove_parallel_(twin_projected, twin)
     expected = (twin_out, (source[index] * rows[bag]).sum(1), twin, twin_projected)
     for mine, its in zip((out, dots, unit, projected), expected, strict=True):
         torch.testing.assert_close(mine, its, atol=1e-4, rtol=1e-4)
 
 
-def bag_sum(source: Tensor, index: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
+def weighted_segment_sum(source: Tensor, index: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
     """out[b] = Σ_{j in offsets[b]:offsets[b+1]} weight[j] · source[index[j]]: [bags, d]."""
     if kernels := kernels_for(source, weight):
-        return kernels.bag_sum(source, index, offsets, weight)
+        return kernels.weighted_segment_sum(source, index, offsets, weight)
     if source.device.type == "mps":
         return rows_added(source, index, offsets, weight)
     return F.embedding_bag(index, source, offsets, mode="sum", per_sample_weights=weight, include_last_offset=True)
 
 
-def bag_dots(g: Tensor, bag: Tensor, rows: Tensor, index: Tensor, offsets: Tensor) -> Tensor:
-    """g[bag[j]] · rows[index[j]] for every entry [n]: the gradient of `bag_sum`'s weights for ∂L/∂out = g."""
+def segment_dot(g: Tensor, bag: Tensor, rows: Tensor, index: Tensor, offsets: Tensor) -> Tensor:
+    """g[bag[j]] · rows[index[j]] for entry j [n]: the gradient of `weighted_segment_sum`'s weights, g = ∂L/∂out."""
     if g.device.type == "mps":
         return rows_multiplied(g, bag, rows, index)
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(g, rows, index, offsets, bag, 0)
 
 
-def project_(gradient: Tensor, rows: Tensor) -> None:
+def remove_parallel_(gradient: Tensor, rows: Tensor) -> None:
     """Takes the part of gradient [n, d] along rows of unit norm away, in place."""
     if (kernels := kernels_for(gradient, rows)) and gradient.stride(1) == rows.stride(1) == 1:
-        kernels.project_(gradient, rows)
+        kernels.remove_parallel_(gradient, rows)
     else:
         gradient.addcmul_(rows, -(gradient * rows).sum(1, keepdim=True))  # vecdot would be cast by autocast
 
 
-def normalise_(rows: Tensor) -> None:
+def normalize_rows_(rows: Tensor) -> None:
     """Rows [n, d] of unit norm, in place; those of zeros stay."""
     if (kernels := kernels_for(rows)) and rows.stride(1) == 1:
-        kernels.normalise_(rows, SMALLEST_NORM)
+        kernels.normalize_rows_(rows, SMALLEST_NORM)
     else:
         rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp(min=SMALLEST_NORM))

@@ -3,11 +3,12 @@ chooses.
 
 The n entries of a batch lie in bags: those of a token for decoding, those of a feature for gradients of weights.
 
-1. `bag_sum`: out[b] = Σ_{j in b} weight[j] · source[index[j]], one program a bag with a whole row of d columns in
-   registers, added up in float32 whatever the rows are stored in.
+1. `weighted_segment_sum`: out[b] = Σ_{j in b} weight[j] · source[index[j]], one program a bag with a whole row of d
+   columns in registers, added up in float32 whatever the rows are stored in.
 2. `bag_sum_and_dots`: the same and dots[j] = source[index[j]] · rows[b]. With the entries of a feature as a bag,
    g = ∂L/∂x̂ as source and W_dec as rows these are ∂L/∂W_dec and ∂L/∂f, for one reading of g and of W_dec.
-3. `project_` and `normalise_`: a gradient without its part along the rows it is for, and rows of unit norm.
+3. `remove_parallel_` and `normalize_rows_`: a gradient without its part along the rows it is for, and rows of unit
+   norm.
 
 **Long bags.** A feature that is active on every token has a bag of N entries, and one program would work on it long
 after all others have ended. So a bag of more than `WINDOW` entries is left to windows: window q is entries q·WINDOW to
@@ -169,7 +170,7 @@ def warps_of(numbers: int) -> int:
     return max(1, min(16, numbers // 1024))
 
 
-def bag_sum(source: Tensor, index: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
+def weighted_segment_sum(source: Tensor, index: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
     """out[b] = Σ_{j in offsets[b]:offsets[b+1]} weight[j] · source[index[j]]: [bags, d]."""
     return _launch(source, index, offsets, weight, None)[0]
 
@@ -216,7 +217,7 @@ def _owners(offsets: Tensor, n: int, n_windows: int) -> Tensor:
     return torch.searchsorted(offsets, ends, right=True) - 1
 
 
-def project_(gradient: Tensor, rows: Tensor) -> None:
+def remove_parallel_(gradient: Tensor, rows: Tensor) -> None:
     """gradient[i] −= (gradient[i] · rows[i]) rows[i], in place; rows of unit norm."""
     block = triton.next_power_of_2(rows.shape[1])
     with torch.cuda.device_of(rows):
@@ -225,7 +226,7 @@ def project_(gradient: Tensor, rows: Tensor) -> None:
         )
 
 
-def normalise_(rows: Tensor, smallest: float) -> None:
+def normalize_rows_(rows: Tensor, smallest: float) -> None:
     """rows[i] /= max(‖rows[i]‖, smallest), in place."""
     block = triton.next_power_of_2(rows.shape[1])
     with torch.cuda.device_of(rows):

@@ -1,7 +1,7 @@
 """Matrix products of a training step, into memory that is used again.
 
 A fresh [rows, F] tensor costs a CPU more than the arithmetic on it: the C library hands large blocks out as new pages
-and the system clears them first. So intermediates of that size live in a `Scratch`, which one trainer's autoencoders
+and the system clears them first. So intermediates of that size live in a `Workspace`, which one trainer's autoencoders
 share, and the batch is cut into as few chunks of rows as its budget allows: each product reads the whole weight
 matrix, so short chunks are slow. Under autocast products are made in its dtype and results are float32.
 """
@@ -20,7 +20,7 @@ GPU_CHUNK_BYTES = 2 * 2**30
 MIN_CHUNK_ROWS = 256
 
 
-class Scratch:
+class Workspace:
     """Buffers by number, made when first asked for and used again from then on."""
 
     def __init__(self) -> None:

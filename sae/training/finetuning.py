@@ -44,7 +44,7 @@ from sae.errors import UserError, unknown
 from sae.evaluation.evaluate import spliced_predictions
 from sae.model.checks import check_finite
 from sae.model.forward import with_gradients
-from sae.model.hook_points import Edit
+from sae.model.hook_points import SiteEdit
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
 from sae.model.tokens import Tokens
@@ -52,7 +52,7 @@ from sae.splice import check_saes
 from sae.training import checkpoint as checkpoints
 from sae.training.checkpoint import Checkpoint
 from sae.training.divergence import all_finite, diverged, warn_of_useless
-from sae.training.finetuning_sae import Reconstruction, Tunable, check_tunable
+from sae.training.finetuning_sae import FinetuningSAE, Reconstruction, check_tunable
 from sae.training.run_folder import RunFolder, run_settings
 from sae.training.stopping import stopping
 from sae.training.trainer import BETAS
@@ -133,7 +133,11 @@ class SplicedLoss(NamedTuple):
 
 
 def spliced_loss(
-    model: LanguageModel, tunables: Mapping[Site, Tunable], tokens: Tokens, counted: Tensor, config: FinetuneConfig
+    model: LanguageModel,
+    tunables: Mapping[Site, FinetuningSAE],
+    tokens: Tokens,
+    counted: Tensor,
+    config: FinetuneConfig,
 ) -> SplicedLoss:
     """The loss of a batch with x replaced at the counted tokens [B, S]; see the head of this file."""
     clean = model.run(tokens, capture=tunables)
@@ -162,7 +166,7 @@ def prediction_loss(kind: str, logits: Tensor, model_logits: Tensor, tokens: Tok
     return cross_entropy(logits[:, :-1][scored], tokens.input_ids[:, 1:][scored])
 
 
-def _splice(tunable: Tunable, counted: Tensor) -> Edit:
+def _splice(tunable: FinetuningSAE, counted: Tensor) -> SiteEdit:
     return lambda x: x.masked_scatter(counted[..., None], tunable(x[counted]).x_hat.to(x.dtype))
 
 
@@ -231,7 +235,7 @@ def _predictions(
 
 def make_tunable(
     model: LanguageModel, saes: Mapping[Site, SparseAutoencoder], stream: ContextStream, config: FinetuneConfig
-) -> dict[Site, Tunable]:
+) -> dict[Site, FinetuningSAE]:
     """Trainable autoencoders with scale and L0 measured on the first batches; the text is then where it was."""
     start, n = stream.state, 0
     sums = {site: [torch.zeros((), device=model.device) for _ in range(3)] for site in saes}
@@ -250,7 +254,7 @@ def make_tunable(
     for site, sae in saes.items():
         total, squares, n_active = sums[site]
         variance = (squares - total.square().sum() / n) / n
-        tunables[site] = Tunable(sae, scale=variance.clamp(min=1e-12).sqrt().item(), l0=n_active.item() / n)
+        tunables[site] = FinetuningSAE(sae, scale=variance.clamp(min=1e-12).sqrt().item(), l0=n_active.item() / n)
     return tunables
 
 
@@ -258,8 +262,8 @@ class Finetuner:
     """Tunable autoencoders, the text they read, the optimizer that moves them, and where they are in the run."""
 
     def __init__(
-        self, model: LanguageModel, tunables: Mapping[Site, Tunable], stream: ContextStream, config: FinetuneConfig, *,
-        log_path: Path, checkpoint_folder: Path, progress: bool,
+        self, model: LanguageModel, tunables: Mapping[Site, FinetuningSAE], stream: ContextStream,
+        config: FinetuneConfig, *, log_path: Path, checkpoint_folder: Path, progress: bool,
     ):  # fmt: skip
         self.model, self.tunables, self.stream, self.config = model, dict(tunables), stream, config
         self.log_path, self.checkpoint_folder, self.progress = log_path, checkpoint_folder, progress

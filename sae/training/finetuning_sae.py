@@ -30,8 +30,8 @@ from sae.activation_functions import CORE, GATED, IDENTITY, JUMPRELU, RELU, TOPK
 from sae.architectures.base import Encoder
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError
-from sae.sparse.activations import SparseCode
-from sae.sparse.rows import normalise_, project_
+from sae.sparse.activations import SparseActs
+from sae.sparse.rows import normalize_rows_, remove_parallel_
 from sae.sparse.selection import above, concatenate, top_k
 
 STEERING = 0.1
@@ -45,7 +45,7 @@ class Reconstruction(NamedTuple):
     """What an autoencoder makes of N tokens."""
 
     x_hat: Tensor  # [N, d]
-    code: SparseCode  # the active entries; with top k some may be zero
+    code: SparseActs  # the active entries; with top k some may be zero
     n_active: Tensor  # scalar, the number of features that are not zero
 
 
@@ -61,7 +61,7 @@ def check_tunable(sae: SparseAutoencoder) -> None:
         )
 
 
-class Tunable:
+class FinetuningSAE:
     """An autoencoder whose weights can be moved; `state` are the tensors that move without a gradient."""
 
     def __init__(self, sae: SparseAutoencoder, *, scale: float, l0: float):
@@ -92,7 +92,7 @@ class Tunable:
         return x - self.weights["b_dec"] if self.config.subtract_b_dec else x
 
     @torch.no_grad()
-    def _active(self, x_c: Tensor) -> SparseCode:
+    def _active(self, x_c: Tensor) -> SparseActs:
         """The active entries of centred and scaled x_c [N, d], with their π."""
         w = self.weights
         encoder = Encoder(x_c.detach(), w["W_enc"], None)
@@ -100,12 +100,12 @@ class Tunable:
             assert self.config.k is not None
             parts = [self._largest(pi, self.config.k) for _, pi in encoder.chunks()]
             value, feature = (torch.cat(column) for column in zip(*parts, strict=True))  # [N, k]
-            return SparseCode.fixed(feature, value, len(w["W_enc"]))
+            return SparseActs.fixed(feature, value, len(w["W_enc"]))
         cut = self._cut()
         starts, found = zip(*((start, above(margin)) for start, margin in encoder.chunks(cut)), strict=True)
         entries = concatenate(list(found), list(starts))
         pi = entries.z + cut[entries.feature]
-        return SparseCode(entries.token, entries.feature, pi, n_tokens=len(x_c), n_features=len(cut))
+        return SparseActs(entries.token, entries.feature, pi, n_tokens=len(x_c), n_features=len(cut))
 
     def _largest(self, pi: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """π and features [n, k] of the k largest π + b of each token, times `rank_scale` where there is one."""
@@ -124,7 +124,7 @@ class Tunable:
         return torch.maximum(-self.state["gate_bias"], -b / self.weights["magnitude"])
 
     @torch.no_grad()
-    def steer(self, code: SparseCode) -> None:
+    def steer(self, code: SparseActs) -> None:
         """Moves all cuts towards the wanted L0, judged by the code of some tokens; top k needs nothing."""
         if self.nonlinearity.name == TOPK.name or not len(code.z):
             return
@@ -143,12 +143,12 @@ class Tunable:
         """Takes the part of the decoder's gradient along its rows away."""
         rows = self.weights["W_dec"]
         if rows.grad is not None:
-            project_(rows.grad, rows)
+            remove_parallel_(rows.grad, rows)
 
     @torch.no_grad()
     def constrain(self) -> None:
         """Unit decoder rows, where they are not zero, and gains that stay positive."""
-        normalise_(self.weights["W_dec"])
+        normalize_rows_(self.weights["W_dec"])
         if self.nonlinearity.name == GATED.name:
             self.weights["magnitude"].clamp_(min=SMALLEST_GAIN)
 

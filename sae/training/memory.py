@@ -4,7 +4,7 @@ With P = 2 F d + d + F (1 + s) parameters of an autoencoder (s: its architecture
 
 1. weights 4 P, gradients 4 P, Adam's two moments 8 P: once for every autoencoder that is trained;
 2. intermediates: once for all of them, since they take their steps one after another
-   - one to three [rows, F] buffers (`Architecture.n_buffers`, `sae.sparse.workspace.Scratch`); in a sparse step with
+   - one to three [rows, F] buffers (`Architecture.n_buffers`, `sae.sparse.workspace.Workspace`); in a sparse step with
      autocast one of half the size, and W_enc at that size, as far as they exceed the gradients, before which they are
      gone;
    - F d numbers where decoder rows are held at unit norm: their products with the gradient's rows;

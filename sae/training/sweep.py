@@ -30,7 +30,7 @@ from sae.model.sites import Site, select_sites
 from sae.training.config import TrainConfig
 from sae.training.run_folder import RunFolder, read_entry, read_log, run_settings
 from sae.training.trainer import Trainer, open_activations
-from sae.training.training_sae import Learner
+from sae.training.training_sae import TrainingSAE
 
 SHARED = (
     "tokens", "batch_size", "context_length", "packed", "exclude_special", "buffer_tokens", "log_steps", "checkpoints",
@@ -133,7 +133,7 @@ def sweep(
             for name in waiting:
                 runs[name].start(resume=resume, overwrite=overwrite)
             learners = [
-                Learner(f"{name}/{site}", site, model.widths[site], configs[name], model.device)
+                TrainingSAE(f"{name}/{site}", site, model.widths[site], configs[name], model.device)
                 for name in waiting
                 for site in chosen
             ]

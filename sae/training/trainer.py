@@ -34,7 +34,7 @@ from sae.errors import UserError
 from sae.model.forward import with_gradients
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site, select_sites
-from sae.sparse.workspace import Scratch
+from sae.sparse.workspace import Workspace
 from sae.training import checkpoint as checkpoints
 from sae.training.checkpoint import Checkpoint
 from sae.training.config import TrainConfig
@@ -42,7 +42,7 @@ from sae.training.divergence import all_finite, diverged, warn_of_useless
 from sae.training.memory import keep_freed_memory
 from sae.training.run_folder import RunFolder, run_settings
 from sae.training.stopping import stopping
-from sae.training.training_sae import DEAD_LOOKS, Learner
+from sae.training.training_sae import DEAD_LOOKS, TrainingSAE
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ def train(
             return {site: SparseAutoencoder.load(folders[site], device=model.device) for site in chosen}
         rows = open_activations(model, source, chosen, config, cache=activations)
         run.start(resume=resume, overwrite=overwrite)
-        learners = [Learner(site.name, site, model.widths[site], config, model.device) for site in chosen]
+        learners = [TrainingSAE(site.name, site, model.widths[site], config, model.device) for site in chosen]
         log_path = out / "saes" / "training.jsonl"
         Trainer(learners, rows, config, log_path=log_path, checkpoint_folder=run.checkpoints, progress=progress).run()
         saes = {}
@@ -121,7 +121,7 @@ class Trainer:
 
     def __init__(
         self,
-        learners: Sequence[Learner],
+        learners: Sequence[TrainingSAE],
         activations: ActivationSource,
         config: TrainConfig,
         *,
@@ -132,7 +132,7 @@ class Trainer:
         self.learners = [learner for learner in learners if learner.recipe.trained]
         self.activations, self.config = activations, config
         self.log_path, self.checkpoint_folder, self.progress = log_path, checkpoint_folder, progress
-        scratch = Scratch()
+        scratch = Workspace()
         for learner in self.learners:
             learner.scratch = scratch
         self.device = learners[0].device

@@ -26,8 +26,8 @@ from sae.architectures import architecture
 from sae.architectures.base import Hyper
 from sae.autoencoder import SITE_PATH, SAEConfig, SparseAutoencoder
 from sae.model.sites import Site
-from sae.sparse.rows import normalise_, project_
-from sae.sparse.workspace import Scratch
+from sae.sparse.rows import normalize_rows_, remove_parallel_
+from sae.sparse.workspace import Workspace
 from sae.training.config import TrainConfig
 from sae.training.dead_features import resample
 
@@ -57,7 +57,7 @@ MEDIAN_STEPS = 30
 """Weiszfeld iterations of the geometric median."""
 
 
-class Learner:
+class TrainingSAE:
     """The training state of one autoencoder at one site."""
 
     def __init__(self, name: str, site: Site, width: int, config: TrainConfig, device: torch.device):
@@ -85,7 +85,7 @@ class Learner:
         self.state |= {f"own.{key}": tensor for key, tensor in self.recipe.own_state().items()}
         self.state = {key: tensor.to(device) for key, tensor in self.state.items()}
         self.dead: Tensor | None = None
-        self.scratch = Scratch()
+        self.scratch = Workspace()
 
     def _first_sparsity(self) -> float:
         if self.config.sparsity is not None:
@@ -188,7 +188,7 @@ class Learner:
         """Takes the part of the decoder's gradient along its rows away: it would only change their norm."""
         rows = self.weights["W_dec"]
         if self.recipe.unit_decoder and rows.grad is not None:
-            project_(rows.grad, rows)
+            remove_parallel_(rows.grad, rows)
 
     @torch.no_grad()
     def _wake(self, rate: float) -> None:
@@ -216,7 +216,7 @@ class Learner:
         """What must hold after each optimizer step."""
         rows = self.weights["W_dec"]
         if self.recipe.unit_decoder:
-            normalise_(rows)
+            normalize_rows_(rows)
         self.recipe.constrain(self.weights)
 
     @torch.no_grad()

@@ -43,7 +43,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from circuits.attribution import Attribution, States, attribute, capture_states
+from circuits.attribution import ActivationPair, Attribution, attribute, capture_activations
 from circuits.attribution.edges import edge_effects
 from circuits.attribution.feature_effects import contract
 from circuits.attribution.integrated_gradients import site_total_effect
@@ -127,10 +127,12 @@ class Bench:
         self.found = self.attribute(self.states, method="attrib")
         self.nodes = self.select(self.found)
 
-    def capture(self) -> States:
-        return capture_states(self.model, self.saes, self.prompts, logit_difference, sites=self.sites, gradient=True)
+    def capture(self) -> ActivationPair:
+        return capture_activations(
+            self.model, self.saes, self.prompts, logit_difference, sites=self.sites, gradient=True
+        )
 
-    def attribute(self, states: States, *, ends: str | None = None, **options) -> Attribution:
+    def attribute(self, states: ActivationPair, *, ends: str | None = None, **options) -> Attribution:
         return attribute(
             self.model, self.saes, states, logit_difference, sites=self.sites, max_rows=self.rows, totals=False,
             ends=ends, **options,
@@ -140,7 +142,7 @@ class Bench:
         n, n_positions = len(self.prompts), self.prompts.clean.n_positions
         return select_nodes(aggregate(found.effects, n_examples=n, n_positions=n_positions), top=self.top)
 
-    def edges_from(self, states: States, found: Attribution, nodes: Nodes) -> None:
+    def edges_from(self, states: ActivationPair, found: Attribution, nodes: Nodes) -> None:
         rows = lanes_rows(self.rows, states.mask.shape[1], self.model.device)
         edge_effects(
             self.model, self.saes, states, logit_difference, found.gradients, nodes, ends=found.ends, max_rows=rows

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from circuits.attribution import attribute, capture_states
+from circuits.attribution import attribute, capture_activations
 from circuits.attribution.edges import edge_effects
 from circuits.attribution.integrated_gradients import site_total_effect
 from circuits.attribution.nodes import aggregate, select_nodes
@@ -79,7 +79,7 @@ class Case:
         self.prompts = make_prompts(sizes.prompts, LENGTH, VOCAB, device)
         self.rows = max_rows(self.model, LENGTH, memory=1.0)
         self.sites = self.model.sites
-        self.states = capture_states(self.model, self.saes, self.prompts, logit_difference, sites=self.sites)
+        self.states = capture_activations(self.model, self.saes, self.prompts, logit_difference, sites=self.sites)
         found = attribute(
             self.model, self.saes, self.states, logit_difference, sites=self.sites, method="attrib", totals=False
         )
@@ -89,7 +89,7 @@ class Case:
     def node_effects(self, method: str) -> None:
         """Activations, gradients and effects of all sites, without the totals they are held against."""
         at_clean = method == "attrib"
-        states = capture_states(
+        states = capture_activations(
             self.model, self.saes, self.prompts, logit_difference, sites=self.sites, gradient=at_clean
         )
         attribute(

@@ -40,7 +40,7 @@ from sae.formats import load_sae
 from sae.model.sites import Site
 from sae.training.config import TrainConfig
 from sae.training.trainer import Trainer
-from sae.training.training_sae import Learner
+from sae.training.training_sae import TrainingSAE
 from tests.benchmarks.quality_data import DIRECTIONS, Data, Real, Score, Synthetic, load_rows, rows_file
 
 ARCHITECTURES = ("topk", "batchtopk", "jumprelu", "relu", "gated", "matryoshka")
@@ -121,7 +121,7 @@ class Rows:
 
 def train_ours(site: Site, x: Tensor, config: TrainConfig, out: Path) -> SparseAutoencoder:
     """Our own autoencoder on rows x [N, d]."""
-    learner = Learner(site.name, site, x.shape[1], config, torch.device("cpu"))
+    learner = TrainingSAE(site.name, site, x.shape[1], config, torch.device("cpu"))
     places = {"log_path": out / "training.jsonl", "checkpoint_folder": out / "checkpoints"}
     Trainer([learner], Rows(site, x), config, progress=False, **places).run()
     sae = learner.export()

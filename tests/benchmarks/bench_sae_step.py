@@ -47,7 +47,7 @@ from sae.sparse.rows import using
 from sae.training.config import TrainConfig
 from sae.training.memory import training_memory
 from sae.training.trainer import BETAS
-from sae.training.training_sae import Learner
+from sae.training.training_sae import TrainingSAE
 from tests.benchmarks import peer_steps
 from tests.benchmarks.kernel_times import kernel_times
 from tests.benchmarks.peer_steps import PACKAGES, Sizes, Step
@@ -116,7 +116,7 @@ def training_step(state: str, sizes: Sizes, config: TrainConfig, batch: Callable
     mode, state = "torch" if state.endswith(IN_TORCH) else "auto", state.removesuffix(IN_TORCH)
     name, dense, dead = state.split("+")[0].split()[0], state.endswith(" dense"), state.endswith("+auxk")
     config = replace(config, architecture=name, sparsity=None if dense else 1e-4)
-    learner = Learner("bench", Site.parse("resid_0"), sizes.width, config, torch.device(sizes.device))
+    learner = TrainingSAE("bench", Site.parse("resid_0"), sizes.width, config, torch.device(sizes.device))
     optimizer = torch.optim.Adam(learner.weights.values(), lr=1e-6, betas=BETAS, fused=True)
     learner.prepare(batch())
     if learner.recipe.may_be_dense and not dense:
@@ -136,7 +136,7 @@ def training_step(state: str, sizes: Sizes, config: TrainConfig, batch: Callable
 
 
 @torch.no_grad()
-def _make_sparse(learner: Learner, x: torch.Tensor, k: int) -> None:
+def _make_sparse(learner: TrainingSAE, x: torch.Tensor, k: int) -> None:
     """Biases with which about k features a token are active, as late in training."""
     x = (x[:256] - learner.state["centre"]) / learner.state["scale"]
     z = (x @ learner.weights["W_enc"].T).flatten()

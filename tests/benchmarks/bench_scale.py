@@ -31,7 +31,7 @@ from circuits.discovery.cost import count_passes, estimate_discovery
 from circuits.discovery.discover import DiscoverOptions, discover
 from circuits.discovery.resume import remove_partial
 from sae.model.sites import Site
-from sae.saes import GIB, StreamedSaes, open_saes
+from sae.saes import GIB, SAEs, open_saes
 from tests.benchmarks.gemma_shape import circuit_sites, make_model, make_prompts, write_saes
 
 WHOLE = 26
@@ -90,7 +90,7 @@ def run(job: str, args: argparse.Namespace) -> dict[str, Any]:
         "effects": sum(x.numel() * x.element_size() for x in stored),
         "entries": sum(len(effects.value) for effects in circuit.effects.values()),
         "disk": on_disk,
-        "reads": saes.n_reads if isinstance(saes, StreamedSaes) else 0,
+        "reads": saes.n_reads if isinstance(saes, SAEs) else 0,
         "n_sites": len(wanted),
     }
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from circuits.attribution import METHODS, States, attribute, capture_states
+from circuits.attribution import METHODS, ActivationPair, attribute, capture_activations
 from circuits.attribution.baselines import activation_difference
 from circuits.attribution.edges import Edges, edge_effects
 from circuits.attribution.nodes import Nodes, SiteNodes, aggregate, select_nodes
@@ -66,7 +66,7 @@ class Task:
     """The exact effects of one prompt set, found once, and what a method says beside them."""
 
     def __init__(
-        self, model: LanguageModel, saes: Mapping[Site, SparseAutoencoder], states: States, *, n_edge_nodes: int
+        self, model: LanguageModel, saes: Mapping[Site, SparseAutoencoder], states: ActivationPair, *, n_edge_nodes: int
     ) -> None:
         self.model, self.saes, self.states = model, saes, states
         self.n = len(states.tokens)
@@ -83,7 +83,7 @@ class Task:
         )
         self.exact_edges = {pair: (there[pair] - back[pair]) / 2 / self.n for pair in there}
 
-    def _nodes(self, method: str, states: States) -> Nodes:
+    def _nodes(self, method: str, states: ActivationPair) -> Nodes:
         found = attribute(
             self.model, self.saes, states, logit_difference, sites=list(self.saes), method=method, max_rows=MAX_ROWS,
             totals=False,
@@ -140,7 +140,7 @@ def main() -> None:
         saes = load_saes(Path(args.saes or folder), device=model.device)
     for name in tqdm(args.tasks, desc="tasks"):
         prompts = load_prompts(agreement.prompts(name, "train"), model, limit=args.pairs)
-        states = capture_states(model, saes, prompts, logit_difference, sites=list(saes))
+        states = capture_activations(model, saes, prompts, logit_difference, sites=list(saes))
         task = Task(model, saes, states, n_edge_nodes=args.nodes)
         bound = args.share * abs(task.total)
         n_nodes, n_edges = (sum(abs(v) >= bound for v in x.values()) for x in (task.exact, task.exact_edges))

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from sae.sparse import rows
-from sae.sparse.activations import SparseCode
+from sae.sparse.activations import SparseActs
 from tests.benchmarks.peer_steps import Sizes, Step, seconds
 
 ROUNDS = 7
@@ -35,24 +35,26 @@ def operations(sizes: Sizes) -> list[Operation]:
     dense, n = min(DENSE, sizes.k), n_tokens * sizes.k
     feature = torch.randint(n_features, (n_tokens, sizes.k), device=device)
     feature[:, :dense] = torch.arange(dense, device=device)
-    code = SparseCode.fixed(feature, torch.rand(n_tokens, sizes.k, device=device), n_features)
+    code = SparseActs.fixed(feature, torch.rand(n_tokens, sizes.k, device=device), n_features)
     W_dec, gradient = (torch.randn(n_features, d, device=device) for _ in range(2))
     x = torch.randn(n_tokens, d, device=device)
-    rows.normalise_(W_dec)
+    rows.normalize_rows_(W_dec)
     value, W = code.z.clone().requires_grad_(), W_dec.clone().requires_grad_()
     out = code.decode(value, W)
     order, offsets = code.by_feature
     entries = x, code.token[order], offsets, code.z[order]
     read, rows_of_both = n + n_tokens, n_features + n_tokens
     return [
-        Operation("decoding", lambda: rows.bag_sum(W_dec, code.feature, code.bag_offsets, code.z), read, read),
+        Operation(
+            "decoding", lambda: rows.weighted_segment_sum(W_dec, code.feature, code.bag_offsets, code.z), read, read
+        ),
         Operation(
             "its gradients", lambda: torch.autograd.grad(out, (value, W), x, retain_graph=True),
             n_features + rows_of_both, read + rows_of_both,
         ),
-        Operation("gradient of W_enc", lambda: rows.bag_sum(*entries), rows_of_both, rows_of_both),
-        Operation("projection", lambda: rows.project_(gradient, W_dec), 3 * n_features, 7 * n_features),
-        Operation("normalisation", lambda: rows.normalise_(W_dec), 2 * n_features, 3 * n_features),
+        Operation("gradient of W_enc", lambda: rows.weighted_segment_sum(*entries), rows_of_both, rows_of_both),
+        Operation("projection", lambda: rows.remove_parallel_(gradient, W_dec), 3 * n_features, 7 * n_features),
+        Operation("normalisation", lambda: rows.normalize_rows_(W_dec), 2 * n_features, 3 * n_features),
     ]  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from sae.features.contexts import top_contexts
 from sae.features.matching import match_by_activation
 from sae.model.sites import Site
 from sae.sparse.bags import group_offsets, rows_added, rows_multiplied
-from sae.sparse.rows import bag_dots, bag_sum, using
+from sae.sparse.rows import segment_dot, using, weighted_segment_sum
 from sae.training.config import TrainConfig
 from sae.training.finetuning import FinetuneConfig, finetune
 from sae.training.trainer import train
@@ -102,7 +102,7 @@ def test_rows_by_index_are_embedding_bags():
     index, weight, source, g = torch.randint(9, (200,)), torch.randn(200), torch.randn(9, 5), torch.randn(31, 5)
     bag = torch.randint(30, (200,)).sort().values
     offsets = group_offsets(bag, 31)  # the last is empty
-    expected = bag_sum(source, index, offsets, weight), bag_dots(g, bag, source, index, offsets)
+    expected = weighted_segment_sum(source, index, offsets, weight), segment_dot(g, bag, source, index, offsets)
     found = rows_added(source, index, offsets, weight), rows_multiplied(g, bag, source, index)
     torch.testing.assert_close(found, expected)
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from sae.evaluation.evaluate import Measurement
+from sae.evaluation.evaluate import Evaluator
 from sae.evaluation.sweep import UNFINISHED
 from sae.evaluation.sweep_plots import METRICS, plot_site, plot_sites
 from sae.evaluation.sweep_results import SweepResults, SweepRow
@@ -58,7 +58,7 @@ def test_interrupted_measuring_goes_on(sfc, model_folder, halves, tmp_path, monk
     """No batch is measured twice, and what is measured is the same to the last bit."""
     words = ["sweep", "--model", model_folder, "--text", halves[0], "--eval-text", halves[1], "--out", tmp_path / "s"]
     words += ["--sites", "resid_0", *GRID, "--json"]
-    update, measured = Measurement.update, []
+    update, measured = Evaluator.update, []
 
     def interrupted(self, tokens):
         measured.append(len(self.runs))
@@ -66,7 +66,7 @@ def test_interrupted_measuring_goes_on(sfc, model_folder, halves, tmp_path, monk
             raise KeyboardInterrupt
         update(self, tokens)
 
-    monkeypatch.setattr(Measurement, "update", interrupted)
+    monkeypatch.setattr(Evaluator, "update", interrupted)
     assert sfc(*words).status == 130
     before = times(tmp_path, "sae.safetensors")
     result = sfc(*words, "--resume")
@@ -84,7 +84,7 @@ def test_interrupted_measuring_goes_on(sfc, model_folder, halves, tmp_path, monk
 def test_a_begun_measurement_is_finished_before_a_larger_grid(sfc, model_folder, halves, tmp_path, monkeypatch):
     words = ["sweep", "--model", model_folder, "--text", halves[0], "--eval-text", halves[1], "--out", tmp_path / "s"]
     words += ["--sites", "resid_0", *GRID, "--json"]
-    update, measured = Measurement.update, []
+    update, measured = Evaluator.update, []
 
     def interrupted(self, tokens):
         measured.append(len(self.runs))
@@ -92,7 +92,7 @@ def test_a_begun_measurement_is_finished_before_a_larger_grid(sfc, model_folder,
             raise KeyboardInterrupt
         update(self, tokens)
 
-    monkeypatch.setattr(Measurement, "update", interrupted)
+    monkeypatch.setattr(Evaluator, "update", interrupted)
     monkeypatch.setattr("sae.evaluation.sweep.SAVING", float("inf"))
     assert sfc(*words).status == 130
     more = sfc(*words, "--seeds", "0,1", "--resume")

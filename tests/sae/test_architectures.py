@@ -10,9 +10,9 @@ from sae.architectures.base import Hyper
 from sae.architectures.matryoshka import prefix_ends
 from sae.autoencoder import SAEConfig, SparseAutoencoder
 from sae.errors import UserError
-from sae.sparse.activations import SparseCode, stable_order
+from sae.sparse.activations import SparseActs, stable_order
 from sae.sparse.selection import BatchSelector, above, concatenate, largest, top_k
-from sae.sparse.workspace import Scratch, row_chunks
+from sae.sparse.workspace import Workspace, row_chunks
 from tests.near import assert_near
 
 N, D, F, K = 37, 12, 48, 5
@@ -202,7 +202,7 @@ def test_jumprelu_with_a_target_has_the_gradients_of_the_quadratic_penalty(dense
 
 
 def test_steps_that_share_buffers_do_not_see_each_other():
-    scratch = Scratch()
+    scratch = Workspace()
     for name in TRAINED:
         for dense in (False, True) if name in PENALISED else (False,):
             alone, stats, _ = own_step(name, dense=dense)
@@ -343,7 +343,7 @@ def test_top_k_keeps_the_largest(n_features):
 
 def test_an_empty_code_decodes_to_zero_and_has_zero_gradients():
     index = torch.empty(0, dtype=torch.int64)
-    code = SparseCode(index, index, torch.empty(0), n_tokens=3, n_features=F)
+    code = SparseActs(index, index, torch.empty(0), n_tokens=3, n_features=F)
     W_enc, b_enc = torch.randn(F, D, requires_grad=True), torch.zeros(F, requires_grad=True)
     W_dec = torch.randn(F, D, requires_grad=True)
     z = code.encode(W_enc, b_enc, None, torch.randn(3, D))
@@ -356,7 +356,7 @@ def test_an_empty_code_decodes_to_zero_and_has_zero_gradients():
 def test_a_sparse_code_of_everything_sums_expands_and_decodes_like_the_matrix():
     z = torch.randn(N, F)
     token, feature, value = above(z, -100.0)
-    code = SparseCode(token, feature, value, n_tokens=N, n_features=F)
+    code = SparseActs(token, feature, value, n_tokens=N, n_features=F)
     parameter, W_dec = torch.randn(F), torch.randn(F, D)
     torch.testing.assert_close(code.sum_tokens(value), z.sum(0))
     torch.testing.assert_close(code.decode(value, W_dec), z @ W_dec, atol=1e-5, rtol=1e-5)

@@ -13,7 +13,7 @@ from sae.autoencoder import SAEConfig, SparseAutoencoder, fingerprint, load_saes
 from sae.errors import UserError
 from sae.formats import save_sae
 from sae.model.sites import Site
-from sae.saes import Source, StreamedSaes, config_of, decoder_bias, device_of, free_memory, open_saes, subset
+from sae.saes import SAEs, Source, config_of, decoder_bias, device_of, free_memory, open_saes, subset
 from sae.splice import check_saes
 
 D, F, N = 16, 64, 6
@@ -49,11 +49,11 @@ def test_the_size_is_that_of_the_tensors(folder):
 def test_what_fits_is_loaded_at_once(folder):
     assert isinstance(open_saes(folder), dict)
     assert isinstance(open_saes(folder, budget=N * ONE), dict)
-    assert isinstance(open_saes(folder, budget=N * ONE - 1), StreamedSaes)
+    assert isinstance(open_saes(folder, budget=N * ONE - 1), SAEs)
 
 
 def test_half_of_what_is_free_is_used(folder, monkeypatch):
-    for free, kind in ((2 * N * ONE, dict), (2 * N * ONE - 2, StreamedSaes), (None, dict)):
+    for free, kind in ((2 * N * ONE, dict), (2 * N * ONE - 2, SAEs), (None, dict)):
         monkeypatch.setattr(streaming, "free_memory", lambda device, free=free: free)
         assert isinstance(open_saes(folder), kind)
 
@@ -79,7 +79,7 @@ def test_streamed_are_the_same_and_in_order(folder):
 def test_memory_and_reads_over_several_rounds(folder, room):
     """At most `room` live, with the one a caller's loop still holds while the next is read; all but two stay."""
     streamed = open_saes(folder, budget=room * ONE)
-    assert isinstance(streamed, StreamedSaes)
+    assert isinstance(streamed, SAEs)
     alive: list[weakref.ref] = []
     most, sae = 0, None
     for _ in range(3):
@@ -104,7 +104,7 @@ def test_the_last_one_is_let_go_before_the_next_is_read():
         refs.append(weakref.ref(sae))
         return sae
 
-    streamed = StreamedSaes({site: Source(read, config) for site in sites(0, 1, 2)}, device="cpu", budget=2 * ONE)
+    streamed = SAEs({site: Source(read, config) for site in sites(0, 1, 2)}, device="cpu", budget=2 * ONE)
     for site in streamed:
         assert streamed[site].config == config
     assert alive == [0, 0, 0]
@@ -112,7 +112,7 @@ def test_the_last_one_is_let_go_before_the_next_is_read():
 
 def test_biases_are_read_once(folder):
     streamed = open_saes(folder, budget=2 * ONE)
-    assert isinstance(streamed, StreamedSaes)
+    assert isinstance(streamed, SAEs)
     for _ in range(3):
         assert [float(decoder_bias(streamed, site)[0]) for site in streamed] == list(range(N))
     assert streamed.n_reads == N
@@ -120,7 +120,7 @@ def test_biases_are_read_once(folder):
 
 def test_some_of_them(folder):
     streamed = subset(open_saes(folder, budget=3 * ONE), sites(4, 1))
-    assert isinstance(streamed, StreamedSaes) and list(streamed) == sites(1, 4)
+    assert isinstance(streamed, SAEs) and list(streamed) == sites(1, 4)
     assert list(subset(load_saes(folder), sites(1, 4))) == sites(1, 4)
     assert list(open_saes(folder, sites=["resid_2", "resid_0", "resid_3"], budget=2 * ONE)) == sites(0, 2, 3)
 
@@ -136,7 +136,7 @@ def test_other_formats_are_streamed(folder, tmp_path):
     for site, sae in loaded.items():
         save_sae(sae, other / site.name, file_format="saelens")
     streamed = open_saes(other, budget=2 * ONE)
-    assert isinstance(streamed, StreamedSaes) and list(streamed) == list(loaded)
+    assert isinstance(streamed, SAEs) and list(streamed) == list(loaded)
     x = torch.randn(3, D)
     for site, sae in streamed.items():
         assert torch.allclose(sae(x), loaded[site](x), atol=1e-5)
@@ -150,7 +150,7 @@ def test_the_check_at_attachment_takes_them_one_by_one(tiny_model, tmp_path):
         tensors = {"W_enc": W_dec.clone(), "b_enc": torch.zeros(48), "W_dec": W_dec, "b_dec": torch.zeros(width)}
         SparseAutoencoder(SAEConfig("relu", width, 48, site.name), tensors).save(tmp_path / site.name)
     streamed = open_saes(tmp_path, budget=2 * SAEConfig("relu", width, 48).n_bytes)
-    assert isinstance(streamed, StreamedSaes)
+    assert isinstance(streamed, SAEs)
     check_saes(tiny_model, streamed)
     assert streamed.n_reads == len(tiny_model.sites)
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from circuits.attribution import attribute, capture_states, contract_gradient
+from circuits.attribution import attribute, capture_activations, contract_gradient
 from circuits.attribution.activation_patching import exact_effects
 from circuits.attribution.effects import SiteEffects
 from circuits.attribution.integrated_gradients import (
@@ -23,7 +23,7 @@ from sae.errors import UserError
 from sae.model.sites import Site
 from tests.circuits.conftest import dense
 
-ARCHITECTURES = ("gpt2", "gpt_neox", "llama", "gemma2")
+MODEL_FAMILIES = ("gpt2", "gpt_neox", "llama", "gemma2")
 
 
 def left_aligned(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -64,12 +64,12 @@ def test_attribution_patching_is_the_gradient_of_spliced_leaves(tiny_model, tiny
         assert torch.allclose(dense(result.effects[site], states.mask.shape), expected, atol=1e-5), site
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", MODEL_FAMILIES)
 def test_integrated_gradients_are_complete(make_tiny_model, make_saes, tiny_prompts, architecture):
     """The effects of a site add up to the measured effect of patching it, example by example, as nodes are added."""
     model = make_tiny_model(architecture)
     saes = make_saes(model)
-    states = capture_states(model, saes, tiny_prompts, logit_difference, sites=model.sites)
+    states = capture_activations(model, saes, tiny_prompts, logit_difference, sites=model.sites)
     for site in model.sites:
         measured = site_total_effect(model, states, logit_difference, site=site)
         gap = {}
@@ -143,7 +143,9 @@ def test_exact_patching_of_chosen_nodes(tiny_model, tiny_saes, states):
 def test_exact_patching_leaves_out_what_nothing_reads(tiny_model, tiny_saes, tiny_prompts, states, name):
     """In the last block the metric sees the last position alone: fewer rows, the same effects."""
     site = Site.parse(name)
-    known = capture_states(tiny_model, tiny_saes, tiny_prompts, logit_difference, sites=tiny_model.sites, gradient=True)
+    known = capture_activations(
+        tiny_model, tiny_saes, tiny_prompts, logit_difference, sites=tiny_model.sites, gradient=True
+    )
     for places in (None, states.places("position")):
         whole, fewer = (
             exact_effects(tiny_model, tiny_saes[site], of, logit_difference, site=site, places=places)
@@ -169,7 +171,7 @@ def test_without_patch_prompts_the_patch_state_is_zero(tiny_model, tiny_saes, ti
     site = Site.parse("resid_0")
     sae = copy.deepcopy(tiny_saes[site])
     sae.b_dec *= 50  # a layer norm is too curved near 0 for few quadrature nodes
-    states = capture_states(tiny_model, {site: sae}, prompts, logit_difference, sites=[site])
+    states = capture_activations(tiny_model, {site: sae}, prompts, logit_difference, sites=[site])
     gradient = integrated_gradients(tiny_model, states, logit_difference, site=site, steps=50)
     effects = contract_gradient(
         sae, states.clean[site], states.patch[site], gradient, mask=states.mask, zero_patch=states.zero_patch
@@ -212,7 +214,7 @@ def test_aggregation_and_selection():
 
 def test_the_gradient_of_the_capturing_run_is_that_of_attribution_patching(tiny_model, tiny_saes, tiny_prompts, states):
     sites = tiny_model.sites
-    both = capture_states(tiny_model, tiny_saes, tiny_prompts, logit_difference, sites=sites, gradient=True)
+    both = capture_activations(tiny_model, tiny_saes, tiny_prompts, logit_difference, sites=sites, gradient=True)
     gradients = attribution_patching(tiny_model, states, logit_difference, sites=sites)
     for site in sites:
         assert torch.equal(both.clean[site], states.clean[site]) and not both.clean[site].requires_grad
@@ -228,4 +230,4 @@ def test_nan_in_activations_names_the_site(make_tiny_model, make_saes, tiny_prom
     model = make_tiny_model("gpt_neox")
     model.hf.gpt_neox.layers[1].mlp.dense_4h_to_h.bias.data[0] = float("nan")
     with pytest.raises(UserError, match="mlp_1"):
-        capture_states(model, make_saes(model), tiny_prompts, logit_difference, sites=model.sites)
+        capture_activations(model, make_saes(model), tiny_prompts, logit_difference, sites=model.sites)

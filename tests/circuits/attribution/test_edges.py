@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from circuits.attribution import capture_states, contract_gradient
+from circuits.attribution import capture_activations, contract_gradient
 from circuits.attribution.edges import cut_forward, edge_effects
 from circuits.attribution.feature_effects import contract
 from circuits.attribution.integrated_gradients import attribution_patching
@@ -15,7 +15,7 @@ from circuits.attribution.nodes import SiteNodes
 from circuits.metrics.metrics import logit_difference
 from sae.model.sites import Site
 
-ARCHITECTURES = ("gpt2", "gpt_neox", "llama", "gemma2", "gemma3_text")
+MODEL_FAMILIES = ("gpt2", "gpt_neox", "llama", "gemma2", "gemma3_text")
 
 
 def some_nodes(sae, *, n: int = 6, seed: int = 0, position: int = -1) -> SiteNodes:
@@ -28,7 +28,7 @@ def some_nodes(sae, *, n: int = 6, seed: int = 0, position: int = -1) -> SiteNod
 
 def setting(model, make_saes, prompts, **options):
     saes = make_saes(model, architecture="relu", **options)
-    states = capture_states(model, saes, prompts, logit_difference, sites=model.sites)
+    states = capture_activations(model, saes, prompts, logit_difference, sites=model.sites)
     gradients = attribution_patching(model, states, logit_difference, sites=model.sites)
     return saes, states, gradients
 
@@ -57,7 +57,7 @@ def downstream_value(model, saes, states, gradients, changed: Site, x, down: Sit
 
 
 @pytest.mark.parametrize(
-    ("architecture", "active"), [*((architecture, "clean") for architecture in ARCHITECTURES), ("llama", "either")]
+    ("architecture", "active"), [*((architecture, "clean") for architecture in MODEL_FAMILIES), ("llama", "either")]
 )
 def test_edges_are_finite_differences_of_the_cut_model(make_tiny_model, make_saes, tiny_prompts, architecture, active):
     """Move one upstream node a little along its delta with every other site held at its clean value."""
@@ -114,7 +114,9 @@ def test_lanes_change_nothing(tiny_model, make_saes, tiny_prompts):
 def test_what_the_node_pass_keeps_changes_nothing(tiny_model, make_saes, tiny_prompts, architecture, active):
     """Edges from the node pass's codes and errors, without activations where the codes hold all, or from scratch."""
     saes = make_saes(tiny_model, architecture=architecture)
-    states = capture_states(tiny_model, saes, tiny_prompts, logit_difference, sites=tiny_model.sites, gradient=True)
+    states = capture_activations(
+        tiny_model, saes, tiny_prompts, logit_difference, sites=tiny_model.sites, gradient=True
+    )
     nodes = {site: some_nodes(saes[site], seed=i) for i, site in enumerate(tiny_model.sites)}
     ends = {
         site: contract(sae, states, states.gradients[site], site=site, ends=active)[1] for site, sae in saes.items()
@@ -134,7 +136,9 @@ def test_what_the_node_pass_keeps_changes_nothing(tiny_model, make_saes, tiny_pr
 def test_the_errors_part_is_the_formula(tiny_model, make_saes, tiny_prompts, architecture, active, monkeypatch):
     """e_patch - e_clean and g - sum_active (W_dec[i] . g) W_enc[i] over all tokens, whatever is left out on the way."""
     saes = make_saes(tiny_model, architecture=architecture)
-    states = capture_states(tiny_model, saes, tiny_prompts, logit_difference, sites=tiny_model.sites, gradient=True)
+    states = capture_activations(
+        tiny_model, saes, tiny_prompts, logit_difference, sites=tiny_model.sites, gradient=True
+    )
     for site in (Site.parse("mlp_0"), tiny_model.sites[-1]):
         sae, g = saes[site], states.gradients[site]
         f_clean, f_patch = sae.encode(states.clean[site]), sae.encode(states.patch[site])
@@ -159,7 +163,7 @@ def test_edges_of_a_batch_are_the_sum_over_its_examples(tiny_model, make_saes, t
     batch = edge_effects(tiny_model, saes, states, logit_difference, gradients, nodes)
     total = {pair: torch.zeros_like(weights) for pair, weights in batch.items()}
     for row in range(len(tiny_prompts)):
-        alone = capture_states(tiny_model, saes, tiny_prompts[[row]], logit_difference, sites=tiny_model.sites)
+        alone = capture_activations(tiny_model, saes, tiny_prompts[[row]], logit_difference, sites=tiny_model.sites)
         g = attribution_patching(tiny_model, alone, logit_difference, sites=tiny_model.sites)
         for pair, weights in edge_effects(tiny_model, saes, alone, logit_difference, g, nodes).items():
             total[pair] += weights
@@ -182,7 +186,7 @@ def test_without_residual_sites_every_site_reaches_the_metric(tiny_model, make_s
     """Missing sites: the residual stream then carries every path between the sites that are there."""
     sites = [Site.parse(name) for name in ("mlp_0", "attn_1", "mlp_1")]
     saes = {site: sae for site, sae in make_saes(tiny_model, architecture="relu").items() if site in sites}
-    states = capture_states(tiny_model, saes, tiny_prompts, logit_difference, sites=sites)
+    states = capture_activations(tiny_model, saes, tiny_prompts, logit_difference, sites=sites)
     gradients = attribution_patching(tiny_model, states, logit_difference, sites=sites)
     nodes = {site: some_nodes(saes[site], seed=i) for i, site in enumerate(sites)}
     edges = edge_effects(tiny_model, saes, states, logit_difference, gradients, nodes)
@@ -192,7 +196,7 @@ def test_without_residual_sites_every_site_reaches_the_metric(tiny_model, make_s
 
 def test_the_cut_model_computes_the_same(tiny_model, tiny_saes, tiny_prompts):
     """Cutting changes no value: outputs are the clean activations, the metric is the clean metric."""
-    states = capture_states(tiny_model, tiny_saes, tiny_prompts, logit_difference, sites=tiny_model.sites)
+    states = capture_activations(tiny_model, tiny_saes, tiny_prompts, logit_difference, sites=tiny_model.sites)
     graph = cut_forward(tiny_model, states, logit_difference, sites=tiny_model.sites, copies=2)
     for site, x in states.clean.items():
         assert torch.allclose(graph.outputs[site], x.repeat(2, 1, 1), atol=1e-5)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from circuits.attribution import attribute, capture_states
+from circuits.attribution import attribute, capture_activations
 from circuits.attribution.integrated_gradients import integrated_gradients
 from circuits.discovery.discover import DiscoverOptions, discover
 from circuits.faithfulness.learned_mask import MaskOptions, learn_mask
@@ -72,7 +72,7 @@ def test_many_steps_in_bfloat16_add_up_as_few_do(make_tiny_model, make_saes, tin
     site = Site("resid", 0)
 
     def gradient(model: LanguageModel, steps: int) -> torch.Tensor:
-        states = capture_states(model, make_saes(model), tiny_prompts[:2], logit_difference, sites=[site])
+        states = capture_activations(model, make_saes(model), tiny_prompts[:2], logit_difference, sites=[site])
         return integrated_gradients(model, states, logit_difference, site=site, steps=steps, max_rows=2)
 
     truth, few, many = gradient(exact, 8), gradient(rounded, 8), gradient(rounded, 256)
@@ -83,7 +83,7 @@ def test_many_steps_in_bfloat16_add_up_as_few_do(make_tiny_model, make_saes, tin
 @pytest.mark.parametrize("method", ["exact", "random", "activation-difference"])
 def test_methods_without_a_gradient_can_do_without_one(tiny_model, tiny_saes, tiny_prompts, method, monkeypatch):
     sites = [Site("resid", 1)]
-    states = capture_states(tiny_model, tiny_saes, tiny_prompts[:2], logit_difference, sites=sites)
+    states = capture_activations(tiny_model, tiny_saes, tiny_prompts[:2], logit_difference, sites=sites)
     module = sys.modules["circuits.attribution.node_effects"]
     monkeypatch.setattr(module, "attribution_patching", lambda *_, **__: pytest.fail("a pass"))
     found = attribute(

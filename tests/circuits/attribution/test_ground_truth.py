@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 import torch
 
-from circuits.attribution import capture_states
+from circuits.attribution import capture_activations
 from circuits.attribution.nodes import count
 from circuits.circuit import Circuit
 from circuits.discovery.discover import DiscoverOptions, discover
@@ -117,7 +117,7 @@ def test_the_distractors_distract(task):
     """How much features change does not tell which of them matter."""
     truth = setting(task)
     sites = list(truth.saes)
-    states = capture_states(truth.model, truth.saes, truth.prompts, logit_difference, sites=sites)
+    states = capture_activations(truth.model, truth.saes, truth.prompts, logit_difference, sites=sites)
     change = {}
     for site, sae in truth.saes.items():
         delta = (sae.encode(states.patch[site]) - sae.encode(states.clean[site])).abs().mean(0)  # [S, F]

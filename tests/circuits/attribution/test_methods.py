@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from circuits.attribution import METHODS, attribute, capture_states
+from circuits.attribution import METHODS, attribute, capture_activations
 from circuits.attribution.effects import SiteEffects
 from circuits.attribution.graddrop import gradients_with_layer_blocked, mean_magnitude
 from circuits.attribution.ig_adaptive import adaptive_gradient, path_scale
@@ -19,7 +19,7 @@ from sae.errors import UserError
 from sae.model.sites import Site
 from sae.neurons import neuron_dictionaries
 from tests.circuits.conftest import dense
-from tests.conftest import ARCHITECTURES
+from tests.conftest import MODEL_FAMILIES
 
 EMBED = Site("embed")
 
@@ -31,10 +31,10 @@ def as_set(effects: SiteEffects) -> set[tuple[int, int, int]]:
 # ---- ig-inputs
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", MODEL_FAMILIES)
 def test_inputs_variant_is_a_loop_over_the_embedding_path(architecture, make_tiny_model, make_saes, tiny_prompts):
     model = make_tiny_model(architecture)
-    states = capture_states(model, make_saes(model), tiny_prompts, logit_difference, sites=model.sites)
+    states = capture_activations(model, make_saes(model), tiny_prompts, logit_difference, sites=model.sites)
     found = integrated_gradients_of_inputs(
         model, states, logit_difference, sites=model.sites, steps=3, rule="left-riemann", max_rows=9
     )
@@ -58,7 +58,7 @@ def test_inputs_variant_is_integrated_gradients_at_the_embedding(tiny_model, sta
 
 def test_inputs_variant_finds_the_embedding_of_circuits_without_it(tiny_model, tiny_saes, tiny_prompts, states):
     site = Site.parse("resid_0")
-    few = capture_states(tiny_model, {site: tiny_saes[site]}, tiny_prompts, logit_difference, sites=[site])
+    few = capture_activations(tiny_model, {site: tiny_saes[site]}, tiny_prompts, logit_difference, sites=[site])
     found, expected = (
         integrated_gradients_of_inputs(tiny_model, s, logit_difference, sites=[site], steps=4)[site]
         for s in (few, states)
@@ -72,7 +72,7 @@ def test_inputs_variant_finds_the_embedding_of_circuits_without_it(tiny_model, t
 @pytest.mark.parametrize("architecture", ["gpt_neox", "llama"])
 def test_adaptive_reaches_the_residual_with_fewer_nodes(architecture, make_tiny_model, make_saes, tiny_prompts):
     model = make_tiny_model(architecture)
-    states = capture_states(model, make_saes(model), tiny_prompts, logit_difference, sites=model.sites)
+    states = capture_activations(model, make_saes(model), tiny_prompts, logit_difference, sites=model.sites)
     at_clean = attribution_patching(model, states, logit_difference, sites=model.sites)
     scale = path_scale(states, {})
     used = {}
@@ -116,7 +116,7 @@ def test_adaptive_without_patch_prompts(tiny_model, tiny_saes, tiny_prompts):
     prompts = replace(tiny_prompts, patch=None, patch_answers=None)
     sites = [Site.parse("mlp_1"), Site.parse("resid_1")]
     saes = {site: tiny_saes[site] for site in sites}
-    states = capture_states(tiny_model, saes, prompts, logit_difference, sites=sites)
+    states = capture_activations(tiny_model, saes, prompts, logit_difference, sites=sites)
     result = attribute(tiny_model, saes, states, logit_difference, sites=sites, method="ig-adaptive", residual=0.02)
     scale = max(abs(total.mean().item()) for total in result.site_totals.values())
     for site in sites:
@@ -140,12 +140,12 @@ def test_adaptive_ends_where_no_residual_is_small_enough(tiny_model, states):
 # ---- graddrop
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", MODEL_FAMILIES)
 def test_blocked_gradients_are_those_of_a_model_with_detached_sublayers(
     architecture, make_tiny_model, make_saes, tiny_prompts
 ):
     model = make_tiny_model(architecture, layers=3)
-    states = capture_states(model, make_saes(model), tiny_prompts, logit_difference, sites=model.sites)
+    states = capture_activations(model, make_saes(model), tiny_prompts, logit_difference, sites=model.sites)
     for layer, found in gradients_with_layer_blocked(model, states, logit_difference, sites=model.sites):
         inner = {Site("attn", layer), Site("mlp", layer)}
         rest = [site for site in model.sites if site not in inner]
@@ -160,7 +160,7 @@ def test_blocked_gradients_are_those_of_a_model_with_detached_sublayers(
 def test_graddrop_is_the_mean_magnitude_over_open_layers(make_tiny_model, make_saes, tiny_prompts):
     model = make_tiny_model("llama", layers=3)
     saes = make_saes(model)
-    states = capture_states(model, saes, tiny_prompts, logit_difference, sites=model.sites)
+    states = capture_activations(model, saes, tiny_prompts, logit_difference, sites=model.sites)
     found = attribute(model, saes, states, logit_difference, sites=model.sites, method="graddrop").effects
     site, sae = Site.parse("attn_1"), saes[Site.parse("attn_1")]
     runs = dict(gradients_with_layer_blocked(model, states, logit_difference, sites=[site, Site.parse("resid_2")]))
@@ -189,7 +189,7 @@ def test_mean_magnitude_by_hand():
 
 def test_methods_that_need_the_stream_say_so(tiny_model, tiny_saes, tiny_prompts, monkeypatch):
     site = Site.parse("mlp_1")
-    states = capture_states(tiny_model, tiny_saes, tiny_prompts, logit_difference, sites=[site])
+    states = capture_activations(tiny_model, tiny_saes, tiny_prompts, logit_difference, sites=[site])
     monkeypatch.setattr(tiny_model, "sites", (site, Site.parse("resid_1")))
     for method, other in (("ig-inputs", "use ig"), ("graddrop", "use attrib")):
         with pytest.raises(UserError, match=f"'embed'.*{other}"):
@@ -205,7 +205,7 @@ def test_relevance_patching_is_not_the_gradient_but_agrees_behind_the_last_norm(
 ):
     """Relevance of the whole stream is the same at every depth where a model has no biases."""
     model = make_tiny_model(architecture)
-    states = capture_states(model, make_saes(model), tiny_prompts, logit_difference, sites=model.sites)
+    states = capture_activations(model, make_saes(model), tiny_prompts, logit_difference, sites=model.sites)
     relevance = relevance_patching(model, states, logit_difference, sites=model.sites)
     gradient = attribution_patching(model, states, logit_difference, sites=model.sites)
     assert not torch.allclose(relevance[EMBED], gradient[EMBED], rtol=0.1)
@@ -261,7 +261,7 @@ def test_every_method_runs_on_neurons(method, make_tiny_model, tiny_prompts):
     model = make_tiny_model("llama", layers=3)
     neurons = neuron_dictionaries(model)
     prompts = tiny_prompts[:3]
-    states = capture_states(model, neurons, prompts, logit_difference, sites=model.sites)
+    states = capture_activations(model, neurons, prompts, logit_difference, sites=model.sites)
     result = attribute(model, neurons, states, logit_difference, sites=model.sites, method=method, max_rows=128)
     for site, effects in result.effects.items():
         assert effects.n_features == 32

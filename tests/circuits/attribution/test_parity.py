@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from circuits.attribution import attribute, capture_states, contract_gradient
+from circuits.attribution import attribute, capture_activations, contract_gradient
 from circuits.attribution.edges import cut_forward, edge_effects
 from circuits.attribution.integrated_gradients import attribution_patching, integrated_gradients
 from circuits.attribution.nodes import SiteNodes
@@ -101,7 +101,7 @@ def test_integrated_gradients(recorded, model, saes, prompts):
     result = attribute(
         model,
         saes,
-        capture_states(model, saes, prompts, logit_difference, sites=model.sites),
+        capture_activations(model, saes, prompts, logit_difference, sites=model.sites),
         logit_difference,
         sites=model.sites,
         method="ig",
@@ -131,7 +131,7 @@ def test_attribution_patching_with_the_recorded_mlp_gradient(recorded, model, sa
     )
     m = logit_difference(run.logits[:, -1], prompts)
     gradients = torch.autograd.grad(m.sum(), [run.activations[site] for site in model.sites])
-    states = capture_states(model, saes, prompts, logit_difference, sites=model.sites)
+    states = capture_activations(model, saes, prompts, logit_difference, sites=model.sites)
     for site, gradient in zip(model.sites, gradients, strict=True):
         effects = contract_gradient(saes[site], states.clean[site], states.patch[site], gradient, mask=states.mask)
         ours = dense(effects, prompts.clean.input_ids.shape)
@@ -140,7 +140,7 @@ def test_attribution_patching_with_the_recorded_mlp_gradient(recorded, model, sa
 
 def test_attribution_patching_agrees_where_nothing_deviates(recorded, model, saes, prompts):
     """No SAE lies between the last layer's sites and the metric, so there the plain method must agree."""
-    states = capture_states(model, saes, prompts, logit_difference, sites=model.sites)
+    states = capture_activations(model, saes, prompts, logit_difference, sites=model.sites)
     gradients = attribution_patching(model, states, logit_difference, sites=model.sites)
     for site in model.sites[-3:]:
         effects = contract_gradient(
@@ -165,7 +165,7 @@ def test_edges(recorded, model, saes, prompts):
     pairs = {name.removesuffix(".idx") for name in tensors["edges"] if name.endswith(".idx")} - {"resid_1|y"}
     ours = {pair: torch.zeros(shape[0], shape[1] * width, shape[1] * width) for pair in pairs if "agg." not in pair}
     for b in range(len(prompts)):
-        states = capture_states(model, saes, prompts[[b]], logit_difference, sites=model.sites)
+        states = capture_activations(model, saes, prompts[[b]], logit_difference, sites=model.sites)
         gradients = {
             site: integrated_gradients(model, states, logit_difference, site=site, rule="left-riemann", steps=10)
             for site in model.sites
@@ -190,7 +190,7 @@ def test_edges(recorded, model, saes, prompts):
 
 def test_edges_summed_over_positions_are_the_sum(recorded, model, saes, prompts):
     """One product for all positions and examples gives the sum of the single ones."""
-    states = capture_states(model, saes, prompts, logit_difference, sites=model.sites)
+    states = capture_activations(model, saes, prompts, logit_difference, sites=model.sites)
     gradients = attribution_patching(model, states, logit_difference, sites=model.sites)
     width = 65
     by_position = {site: all_nodes(saes[site], states.mask.shape[1]) for site in model.sites}
@@ -209,7 +209,7 @@ def test_edges_summed_over_positions_are_the_sum(recorded, model, saes, prompts)
 
 def test_error_columns_follow_the_formula(model, saes, prompts):
     """Edges out of an error node: [left * dd/de_u] . (e_patch - e_clean), by one plain backward pass."""
-    states = capture_states(model, saes, prompts, logit_difference, sites=model.sites)
+    states = capture_activations(model, saes, prompts, logit_difference, sites=model.sites)
     gradients = attribution_patching(model, states, logit_difference, sites=model.sites)
     up, down = Site.parse("resid_0"), Site.parse("mlp_1")
     width = 65

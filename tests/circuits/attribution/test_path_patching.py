@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from circuits.attribution import capture_states
+from circuits.attribution import capture_activations
 from circuits.attribution.edges import edge_effects
 from circuits.attribution.integrated_gradients import attribution_patching
 from circuits.attribution.nodes import SiteNodes
@@ -44,7 +44,7 @@ def test_every_edge_is_two_plain_runs(make_tiny_model, make_saes, tiny_prompts, 
     model = make_tiny_model(architecture)
     saes = make_saes(model, architecture="relu")
     prompts = tiny_prompts[1::2]
-    states = capture_states(model, saes, prompts, logit_difference, sites=model.sites)
+    states = capture_activations(model, saes, prompts, logit_difference, sites=model.sites)
     nodes = some_nodes(saes, position=position)
     edges = path_effects(model, saes, states, logit_difference, nodes, max_rows=7)
     at = states.mask[..., None].clone()
@@ -80,7 +80,7 @@ def test_small_steps_give_the_edge_weights(make_tiny_model, make_saes, tiny_prom
     saes = make_saes(model, architecture="relu")
     for sae in saes.values():
         sae.double()
-    states = capture_states(model, saes, tiny_prompts[1::2], logit_difference, sites=model.sites)
+    states = capture_activations(model, saes, tiny_prompts[1::2], logit_difference, sites=model.sites)
     h = 1e-4
     near = {site: clean + h * (states.patch[site] - clean) for site, clean in states.clean.items()}
     states = replace(states, patch=near)
@@ -96,7 +96,7 @@ def test_small_steps_give_the_edge_weights(make_tiny_model, make_saes, tiny_prom
 
 def test_without_a_patch_prompt_features_go_to_zero(tiny_model, tiny_saes, tiny_prompts):
     prompts = replace(tiny_prompts[1::2], patch=None)
-    states = capture_states(tiny_model, tiny_saes, prompts, logit_difference, sites=tiny_model.sites)
+    states = capture_activations(tiny_model, tiny_saes, prompts, logit_difference, sites=tiny_model.sites)
     site, down = Site.parse("resid_0"), Site.parse("resid_1")
     sae = tiny_saes[site]
     f = sae.encode(states.clean[site])
@@ -118,7 +118,7 @@ def test_exact_edges_recover_a_circuit_known_by_construction(task):
     """Between the true nodes and twice as many others."""
     truth, circuit = setting(task), found(task)
     nodes = circuit.strongest(3 * len(truth.nodes))
-    states = capture_states(truth.model, truth.saes, truth.prompts, logit_difference, sites=list(nodes))
+    states = capture_activations(truth.model, truth.saes, truth.prompts, logit_difference, sites=list(nodes))
     edges = path_effects(truth.model, truth.saes, states, logit_difference, nodes)
     scores = edge_scores(replace(circuit, edge_nodes=nodes, edges=edges))
     between = [edge for edge in scores if not any("error" in end for end in edge)]

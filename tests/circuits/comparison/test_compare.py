@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy.stats import pearsonr, spearmanr
 
-from circuits.attribution import capture_states
+from circuits.attribution import capture_activations
 from circuits.attribution.activation_patching import exact_effects
 from circuits.comparison.compare import compare_methods, nodes_for, size_grid
 from circuits.comparison.correlation import pearson, spearman
@@ -99,7 +99,7 @@ def test_exact_patching_agrees_with_itself(comparison):
 def test_denoising_restores_one_node_in_the_patch_run(tiny_model, tiny_saes, tiny_prompts):
     site = Site.parse("attn_1")
     sae = tiny_saes[site]
-    states = capture_states(tiny_model, tiny_saes, tiny_prompts, logit_difference, sites=tiny_model.sites)
+    states = capture_activations(tiny_model, tiny_saes, tiny_prompts, logit_difference, sites=tiny_model.sites)
     back = exact_effects(tiny_model, sae, states.reversed(), logit_difference, site=site, places=None)
     delta = sae.encode(states.clean[site]) - sae.encode(states.patch[site])
     rows = list(zip(back.example.tolist(), back.feature.tolist(), back.value.tolist(), strict=True))
@@ -122,7 +122,7 @@ def test_one_way_prompts_have_no_denoising(tiny_model, tiny_saes, tiny_prompts):
         CompareOptions(methods="attrib", neurons="", sizes="3", sample=10, ablation="zero"), progress=False,
     )  # fmt: skip
     assert set(found.rows[0].agreement) == {NOISING}
-    states = capture_states(tiny_model, saes, prompts, logit_difference, sites=list(saes))
+    states = capture_activations(tiny_model, saes, prompts, logit_difference, sites=list(saes))
     with pytest.raises(UserError, match="patch"):
         states.reversed()
 

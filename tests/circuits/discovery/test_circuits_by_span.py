@@ -15,7 +15,7 @@ from circuits.faithfulness.edges import measure_edge_faithfulness
 from circuits.faithfulness.learned_mask import MaskOptions, learn_mask
 from circuits.faithfulness.nodes import FaithfulnessOptions, measure_faithfulness
 from circuits.metrics.metrics import logit_difference
-from circuits.prompts.cells import Cells
+from circuits.prompts.cells import PositionGroups
 from circuits.uncertainty.verification import verify
 from graphs.drawing.dot import render
 from sae.errors import UserError
@@ -173,7 +173,7 @@ def test_kept_nodes_and_their_means_by_definition(tiny_model, tiny_saes, mixed):
 
 def test_prompts_of_new_lengths_share_the_means_of_their_spans(mixed):
     """A span longer than any in the reference takes the farthest place it has; an unknown span is not covered."""
-    cells = Cells(mixed)
+    cells = PositionGroups(mixed)
     longer = with_spans(mixed[1::2], {7: ["a", "b", "c", "c", "c", "c", "end"]})
     assert cells.covers(longer).all()
     here, there = cells.of(longer)[0].tolist(), cells.of(mixed)[1].tolist()

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from circuits.attribution import attribute, capture_states
+from circuits.attribution import attribute, capture_activations
 from circuits.attribution.edges import cut_forward
 from circuits.attribution.integrated_gradients import attribution_patching
 from circuits.comparison.peak_memory import peak_memory
@@ -63,7 +63,7 @@ def test_passes_of_the_node_methods(make_tiny_model, make_saes, tiny_prompts, me
     if method == "relp":
         check_conserved(model)  # once for each model
     counted = Counted(model, architecture)
-    states = capture_states(model, saes, prompts, logit_difference, **states_of)
+    states = capture_activations(model, saes, prompts, logit_difference, **states_of)
     attribute(model, saes, states, logit_difference, sites=sites, method=method, steps=3)
     forward, backward = counted.passes(len(prompts))
     expected = count_passes(model, sites, options)
@@ -78,7 +78,7 @@ def test_segments_of_the_cut_graph(make_tiny_model, tiny_prompts):
     model = make_tiny_model("gemma2", layers=3)
     for chosen in ("all", "resid", "mlp", "resid_0,attn_2,resid_2"):
         sites = select_sites(chosen, list(model.sites))
-        states = capture_states(model, {}, tiny_prompts[:2], logit_difference, sites=sites)
+        states = capture_activations(model, {}, tiny_prompts[:2], logit_difference, sites=sites)
         graph = cut_forward(model, states, logit_difference, sites=sites)
         for site in sites[1:]:
             seen, stack, products = set(), [graph.outputs[site].grad_fn], 0
@@ -104,7 +104,7 @@ def test_memory_of_the_parts(make_tiny_model, make_saes, tiny_prompts, architect
     model = make_tiny_model(architecture, layers=4, width=128)
     saes = make_saes(model, n_features=256)
     sites, n, length = list(model.sites), len(tiny_prompts), tiny_prompts.clean.n_positions
-    states = capture_states(model, saes, tiny_prompts, logit_difference, sites=sites)
+    states = capture_activations(model, saes, tiny_prompts, logit_difference, sites=sites)
     held = sum(x.numel() * x.element_size() for x in states.clean.values())
     assert held == n * state_bytes(model, sites, length)
 

@@ -6,10 +6,10 @@ import pytest
 
 from circuits.discovery.discover import DiscoverOptions, discover
 from circuits.discovery.passes import GIB, backward_bytes
-from circuits.discovery.resume import PartialFiles, interrupted, remove_partial
+from circuits.discovery.resume import ResumeFolder, interrupted, remove_partial
 from sae._files import digest_tensors
 from sae.errors import UserError
-from sae.saes import Source, StreamedSaes
+from sae.saes import SAEs, Source
 
 
 def small(model, prompts, **options) -> DiscoverOptions:
@@ -18,10 +18,10 @@ def small(model, prompts, **options) -> DiscoverOptions:
     return DiscoverOptions(**{"edge_nodes": 40, "memory": memory, "method": "attrib", **options})
 
 
-def streamed(saes) -> StreamedSaes:
+def streamed(saes) -> SAEs:
     """The same autoencoders, of which two are in memory at once."""
     sources = {site: Source(lambda sae=sae: sae, sae.config) for site, sae in saes.items()}
-    return StreamedSaes(sources, device="cpu", budget=2 * max(sae.config.n_bytes for sae in saes.values()))
+    return SAEs(sources, device="cpu", budget=2 * max(sae.config.n_bytes for sae in saes.values()))
 
 
 def same_bits(one, other) -> bool:
@@ -35,7 +35,7 @@ class Stopped(Exception):
 
 def stop_after(monkeypatch, n: int) -> list[str]:
     """Let n batches be finished, then fail; the names of those finished."""
-    put, names = PartialFiles.put, []
+    put, names = ResumeFolder.put, []
 
     def limited(self, name, tensors):
         if len(names) == n:
@@ -43,7 +43,7 @@ def stop_after(monkeypatch, n: int) -> list[str]:
         names.append(name)
         put(self, name, tensors)
 
-    monkeypatch.setattr(PartialFiles, "put", limited)
+    monkeypatch.setattr(ResumeFolder, "put", limited)
     return names
 
 

@@ -11,7 +11,7 @@ from circuits.prompts.dataset import PromptSet, load_prompts, make_prompts
 from circuits.prompts.formats import Example
 from sae.errors import UserError
 from sae.model.language_model import LanguageModel
-from sae.model.tokens import TextCoder
+from sae.model.tokens import TokenizerWrapper
 from tests.conftest import tiny_hf
 from tests.tokenizer_families import FAMILIES, family
 
@@ -26,7 +26,7 @@ ANSWERS = ("s", " s", "he", " he", "has", " has", "52", "5", "00", "!", '"', " b
 def test_the_answer_is_what_it_adds_to_the_tokens_of_the_prompt(name: str) -> None:
     """Against plain Hugging Face: tokens(prompt + answer) minus tokens(prompt)."""
     tokenizer = family(name, "<s> $A </s>")
-    coder = TextCoder(tokenizer)
+    coder = TokenizerWrapper(tokenizer)
     pairs = list(product(PROMPTS, ANSWERS))
     found = AnswerTokens(coder).of(
         [Example(prompt, (answer,)) for prompt, answer in pairs], coder.prompt_ids([p for p, _ in pairs]), None

@@ -12,7 +12,7 @@ from sae.autoencoder import SAEConfig, SparseAutoencoder
 from sae.data.batches import cross_entropy as text_cross_entropy
 from sae.data.batches import token_batches
 from sae.errors import UserError
-from sae.evaluation.evaluate import Measurement, decode_sparse, evaluate, spliced_predictions
+from sae.evaluation.evaluate import Evaluator, decode_sparse, evaluate, spliced_predictions
 from sae.evaluation.plots import evaluation_figure, plot_evaluation
 from sae.model.sites import Site, site_table
 
@@ -155,9 +155,9 @@ def test_runs_measured_together_are_measured_as_alone(tiny_model, saes, monkeypa
     runs = {"one": saes, "fewer": fewer, "again": saes}
     alone = {name: evaluate(tiny_model, saes, TEXTS, batch_size=3).to_dict() for name, saes in runs.items()}
     first, *others = token_batches(tiny_model, TEXTS, max_tokens=None, batch_size=3, context=128)
-    begun = Measurement(tiny_model, runs)
+    begun = Evaluator(tiny_model, runs)
     begun.update(first)
-    resumed = Measurement(tiny_model, runs)
+    resumed = Evaluator(tiny_model, runs)
     resumed.restore(load(save(begun.state())))
     passes, run = [], tiny_model.run
     monkeypatch.setattr(tiny_model, "run", lambda *a, **options: passes.append(1) or run(*a, **options))

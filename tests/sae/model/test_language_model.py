@@ -14,7 +14,7 @@ from torch import Tensor
 from sae.errors import UserError
 from sae.model.language_model import LanguageModel, Tokens
 from sae.model.sites import Site
-from tests.conftest import ARCHITECTURES, tiny_hf, word_tokenizer
+from tests.conftest import MODEL_FAMILIES, tiny_hf, word_tokenizer
 from tests.near import assert_near
 
 TEXTS = ["the man near the old dogs runs", "she sees", "they", "a boy who likes cats sings ."]  # lengths 7, 2, 1, 7
@@ -22,7 +22,7 @@ EMBED, ATTN_0, MLP_0, RESID_0 = Site("embed"), Site("attn", 0), Site("mlp", 0), 
 MODELS: dict[str, LanguageModel] = {}
 
 
-@pytest.fixture(params=ARCHITECTURES)
+@pytest.fixture(params=MODEL_FAMILIES)
 def model(request: pytest.FixtureRequest, make_tiny_model: Callable[..., LanguageModel]) -> LanguageModel:
     """A model of each architecture in turn, built once."""
     if request.param not in MODELS:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from sae.errors import UserError
-from sae.model.hook_points import Place
+from sae.model.hook_points import HookPoint
 from sae.model.huggingface import auto_device, fingerprints
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
-from tests.conftest import ARCHITECTURES, tiny_hf, word_tokenizer
+from tests.conftest import MODEL_FAMILIES, tiny_hf, word_tokenizer
 
 TEXTS = ["the man near the old dogs runs", "she sees", "they", "a boy who likes cats sings ."]  # lengths 7, 2, 1, 7
 ATTN_0, RESID_0 = Site("attn", 0), Site("resid", 0)
@@ -43,16 +43,16 @@ def test_sixteen_bits_leave_rotary_frequencies_alone(tmp_path: Path) -> None:
 def test_wrong_table_fails_at_load_and_names_the_sites(monkeypatch: pytest.MonkeyPatch) -> None:
     from sae.model import sites
 
-    monkeypatch.setitem(sites.ARCHITECTURES, "gemma2", sites.ARCHITECTURES["llama"])  # before the post-norms
+    monkeypatch.setitem(sites.MODEL_FAMILIES, "gemma2", sites.MODEL_FAMILIES["llama"])  # before the post-norms
     with pytest.raises(UserError, match=r"embed \+ attn_0 \+ mlp_0 differs from resid_0"):
         LanguageModel.load(tiny_hf("gemma2"))
     assert LanguageModel.load(tiny_hf("gemma2"), check=False).n_layers == 2
 
 
 def test_a_write_that_changes_something_fails_at_load(monkeypatch: pytest.MonkeyPatch) -> None:
-    write = Place.write
+    write = HookPoint.write
     monkeypatch.setattr(
-        Place, "write", lambda self, x: write(self, 1.5 * x if self.site == Site("mlp", 1) else x), raising=True
+        HookPoint, "write", lambda self, x: write(self, 1.5 * x if self.site == Site("mlp", 1) else x), raising=True
     )
     with pytest.raises(UserError, match=r"replacing the tensor at site 'mlp_1' \('gpt_neox.layers.1.mlp'\) by a copy"):
         LanguageModel.load(tiny_hf("gpt_neox"))
@@ -151,7 +151,7 @@ def test_any_other_decoder_with_or_without_paths() -> None:
         assert torch.allclose(model.run(model.tokenize([text])).logits[0, -1], run.logits[row, -1], atol=2e-6)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", MODEL_FAMILIES)
 def test_parallel_blocks_are_noticed(architecture: str, make_tiny_model: Callable[..., LanguageModel]) -> None:
     assert make_tiny_model(architecture).parallel_blocks == (architecture == "gpt_neox")
 

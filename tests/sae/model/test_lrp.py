@@ -12,13 +12,13 @@ from sae.errors import UserError
 from sae.model.language_model import LanguageModel
 from sae.model.lrp import relevance_rules
 from sae.model.sites import Site
-from tests.conftest import ARCHITECTURES, tiny_hf, word_tokenizer
+from tests.conftest import MODEL_FAMILIES, tiny_hf, word_tokenizer
 
 TEXTS = ["the man near the old dogs runs", "she sees", "a boy who likes cats sings ."]
 MODELS: dict[str, LanguageModel] = {}
 
 
-@pytest.fixture(params=[*ARCHITECTURES, "qwen2"])
+@pytest.fixture(params=[*MODEL_FAMILIES, "qwen2"])
 def model(request, make_tiny_model) -> LanguageModel:
     if request.param not in MODELS:
         MODELS[request.param] = make_tiny_model(request.param) if request.param != "qwen2" else qwen2()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from sae.errors import UserError
 from sae.model.sites import Site, SitePath, select_sites, site_table
-from tests.conftest import ARCHITECTURES, tiny_hf
+from tests.conftest import MODEL_FAMILIES, tiny_hf
 
 NAMES = ["embed", "attn_0", "mlp_0", "resid_0", "attn_1", "mlp_1", "resid_1"]
 SITES = [Site.parse(name) for name in NAMES]
@@ -47,7 +47,7 @@ def test_sites_sort_in_forward_order() -> None:
     assert Site("resid", 2) < Site("attn", 10) and Site("mlp", 3) >= Site("attn", 3)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", MODEL_FAMILIES)
 def test_table_lists_every_site_in_the_order_of_the_forward_pass(architecture: str) -> None:
     hf = tiny_hf(architecture)
     table = site_table(hf)

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sae.errors import UserError
-from sae.model.tokens import TextCoder, Tokens
+from sae.model.tokens import TokenizerWrapper, Tokens
 from tests.conftest import word_tokenizer
 
 
@@ -39,7 +39,7 @@ def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
 
 def test_padding_is_on_the_left_and_the_tokenizer_stays_as_it_was() -> None:
     tokenizer = word_tokenizer(unk_token="<unk>", eos_token="<eos>")
-    coder = TextCoder(tokenizer)
+    coder = TokenizerWrapper(tokenizer)
     tokens = coder.encode(["the man runs", "she"])
     assert tokens.attention_mask.tolist() == [[1, 1, 1], [0, 0, 1]]
     assert tokens.lengths.tolist() == [3, 1] and tokens.n_positions == 3 and len(tokens) == 2
@@ -60,7 +60,7 @@ def test_rows_and_copies() -> None:
 
 
 def test_texts_without_tokens() -> None:
-    coder = TextCoder(word_tokenizer())
+    coder = TokenizerWrapper(word_tokenizer())
     with pytest.raises(UserError, match="text 1 has no tokens"):
         coder.encode(["he", ""])
     with pytest.raises(UserError, match="no texts"):
@@ -70,7 +70,7 @@ def test_texts_without_tokens() -> None:
 
 @pytest.mark.parametrize("tokenizer", [word_tokenizer(), byte_tokenizer(), sentencepiece_tokenizer()])
 def test_a_continuation_is_one_token_and_reads_with_its_space(tokenizer: PreTrainedTokenizerFast) -> None:
-    coder = TextCoder(tokenizer)
+    coder = TokenizerWrapper(tokenizer)
     (added,) = coder.continuations(["a he"], [" she"])
     assert added is not None and len(added) == 1
     assert coder.strings(added) == [" she"]
@@ -79,14 +79,14 @@ def test_a_continuation_is_one_token_and_reads_with_its_space(tokenizer: PreTrai
 
 
 def test_bytes_of_a_split_character_stay_readable() -> None:
-    coder = TextCoder(byte_tokenizer())
+    coder = TokenizerWrapper(byte_tokenizer())
     ids = coder.encode(["☃"]).input_ids[0]
     assert len(ids) == 3 and "\ufffd" not in "".join(coder.strings(ids))
     assert coder.strings(torch.tensor([0])) == ["<|endoftext|>"]
 
 
 def test_sentencepiece_tokenizer_of_a_trained_model(shared_dir: Path) -> None:
-    coder = TextCoder(AutoTokenizer.from_pretrained(shared_dir / "models" / "tinystories-260k"))
+    coder = TokenizerWrapper(AutoTokenizer.from_pretrained(shared_dir / "models" / "tinystories-260k"))
     tokens = coder.encode(["Once upon a time she", "he"])
     assert coder.strings(tokens.input_ids[0]) == ["<s>", " Once", " upon", " a", " time", " she"]
     she, he = coder.continuations(["a", "a"], [" she", " he"])
@@ -94,7 +94,7 @@ def test_sentencepiece_tokenizer_of_a_trained_model(shared_dir: Path) -> None:
 
 
 def test_text_that_is_no_unicode_is_told_in_a_sentence() -> None:
-    coder = TextCoder(word_tokenizer())
+    coder = TokenizerWrapper(word_tokenizer())
     for read in (coder.encode, coder.prompt_ids, coder.prompt_offsets):
         with pytest.raises(UserError, match="text 1 is no text"):
             read(["he", "a\ud800b"])

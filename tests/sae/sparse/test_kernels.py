@@ -12,10 +12,10 @@ import torch
 from sae.errors import UserError
 from sae.model.sites import Site
 from sae.sparse import rows
-from sae.sparse.activations import SparseCode
+from sae.sparse.activations import SparseActs
 from sae.sparse.selection import above
 from sae.training.config import TrainConfig
-from sae.training.training_sae import Learner
+from sae.training.training_sae import TrainingSAE
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTHS = {
@@ -61,7 +61,7 @@ def make_bags(lengths, d, dtype=torch.float32):
 def assert_bags_agree(kernels, bags):
     source, index, offsets, weight = (bags[name] for name in ("source", "index", "offsets", "weight"))
     out, dots = kernels.bag_sum_and_dots(source, index, offsets, weight, bags["rows"])
-    alone = kernels.bag_sum(source, index, offsets, weight)
+    alone = kernels.weighted_segment_sum(source, index, offsets, weight)
     x = source[index].double()
     expected = torch.zeros(len(offsets) - 1, source.shape[1], dtype=torch.float64, device=DEVICE)
     expected.index_add_(0, bags["bag"], weight.double()[:, None] * x)
@@ -72,7 +72,7 @@ def assert_bags_agree(kernels, bags):
     expected_dots = (x * bags["rows"].double()[bags["bag"]]).sum(1)
     torch.testing.assert_close(dots.double(), expected_dots, atol=tolerance * 10, rtol=tolerance)
     with rows.using("torch"):
-        twin = rows.bag_sum(source, index, offsets, weight)
+        twin = rows.weighted_segment_sum(source, index, offsets, weight)
     assert twin.dtype == out.dtype
     torch.testing.assert_close(out, twin, atol=tolerance * 10, rtol=tolerance)
 
@@ -100,7 +100,7 @@ def test_rows_may_lie_apart_or_on_top_of_each_other(kernels):
 def test_the_same_bags_give_the_same_bits(kernels):
     bags = make_bags([200, 3, 40], 16)
     arguments = [bags[name] for name in ("source", "index", "offsets", "weight")]
-    assert torch.equal(kernels.bag_sum(*arguments), kernels.bag_sum(*arguments))
+    assert torch.equal(kernels.weighted_segment_sum(*arguments), kernels.weighted_segment_sum(*arguments))
 
 
 @pytest.mark.parametrize(("d", "width"), [(2304, 2304), (3584, 4096), (512, 512), (768, 768), (1, 1)])
@@ -119,18 +119,18 @@ def test_projection_and_normalisation_are_those_of_torch(kernels, d):
     unit, gradient = (torch.randn(9, d, generator=generator).to(DEVICE) for _ in range(2))
     unit[4] = 0
     twin, twin_gradient = unit.clone(), gradient.clone()
-    rows.normalise_(unit)
-    rows.project_(gradient, unit)
+    rows.normalize_rows_(unit)
+    rows.remove_parallel_(gradient, unit)
     with rows.using("torch"):
-        rows.normalise_(twin)
-        rows.project_(twin_gradient, twin)
+        rows.normalize_rows_(twin)
+        rows.remove_parallel_(twin_gradient, twin)
     torch.testing.assert_close(unit, twin)
     torch.testing.assert_close(gradient, twin_gradient, atol=1e-5, rtol=1e-5)
 
 
 def test_a_code_without_entries_has_zero_sums_and_gradients(kernels):
     index = torch.empty(0, dtype=torch.int64, device=DEVICE)
-    code = SparseCode(index, index, torch.empty(0, device=DEVICE), n_tokens=3, n_features=6)
+    code = SparseActs(index, index, torch.empty(0, device=DEVICE), n_tokens=3, n_features=6)
     weights = [torch.randn(6, 5, device=DEVICE, requires_grad=True) for _ in range(2)]
     out = code.decode(code.encode(weights[0], None, None, torch.randn(3, 5, device=DEVICE)), weights[1])
     assert torch.equal(out, torch.zeros(3, 5, device=DEVICE))
@@ -143,7 +143,7 @@ def test_a_code_without_entries_has_zero_sums_and_gradients(kernels):
 def test_gradients_of_a_code_are_those_of_the_matrix(kernels, levels, frozen):
     z = torch.randn(11, 14, device=DEVICE)
     z[:, 3] = z[:, 3].abs() + 1  # a feature of every token: a long bag
-    code = SparseCode(*above(z, 0.4), n_tokens=11, n_features=14)
+    code = SparseActs(*above(z, 0.4), n_tokens=11, n_features=14)
     code = code if levels == 1 else code.at_levels(code.feature % levels, levels)
     value = code.z.clone().requires_grad_(frozen != "values")
     W_dec = torch.randn(14, 10, device=DEVICE, requires_grad=frozen != "rows")
@@ -164,7 +164,7 @@ def one_step(name, *, cast, dead, mode):
     """Weights with gradients, and state, after a step in the middle of training and the constraints after it."""
     torch.manual_seed(0)
     config = TrainConfig(architecture=name, features=20, k=3, batch_size=12, tokens=12_000, sparsity=0.01, aux_k=4)
-    learner = Learner("site", Site.parse("resid_0"), 8, config, torch.device(DEVICE))
+    learner = TrainingSAE("site", Site.parse("resid_0"), 8, config, torch.device(DEVICE))
     x = torch.randn(12, 8, device=DEVICE) + torch.randn(8, device=DEVICE)
     learner.prepare(x)
     learner.state["l0"].fill_(1)  # the sparse step of architectures that have two
@@ -245,7 +245,7 @@ def test_a_step_on_a_gpu_waits_for_sizes_of_a_selection_only(name, monkeypatch):
     if name != "topk":
         monkeypatch.setattr("torch.fx.experimental._config.meta_nonzero_assume_all_nonzero", True)
     config = TrainConfig(architecture=name, features=512, k=16, batch_size=64, tokens=64_000)
-    learner = Learner("site", Site.parse("resid_0"), 32, config, torch.device("meta"))
+    learner = TrainingSAE("site", Site.parse("resid_0"), 32, config, torch.device("meta"))
     learner.step(torch.randn(64, 32, device="meta"), 1)
     learner.constrain()
     assert learner.weights["W_enc"].grad.shape == (512, 32)

@@ -24,7 +24,7 @@ from sae.training.config import TrainConfig
 from sae.training.finetuning import FinetuneConfig, finetune
 from sae.training.sweep import grid, sweep
 from sae.training.trainer import Trainer, train
-from sae.training.training_sae import Learner
+from sae.training.training_sae import TrainingSAE
 
 TEXTS = ["the man sees the dog", "she walks near the old cat .", "kings know queens"] * 60
 SITE = Site.parse("resid_0")
@@ -84,8 +84,8 @@ def test_an_autoencoder_worse_than_the_mean_is_warned_of(tiny_model, tmp_path, c
 
 
 def test_identity_is_never_trained(tiny_model, tmp_path, monkeypatch):
-    stepped, step = set(), Learner.step
-    monkeypatch.setattr(Learner, "step", lambda self, x, n: (stepped.add(self.name), step(self, x, n))[1])
+    stepped, step = set(), TrainingSAE.step
+    monkeypatch.setattr(TrainingSAE, "step", lambda self, x, n: (stepped.add(self.name), step(self, x, n))[1])
     configs = grid(CONFIG, architectures=("topk", "identity"), features=(24,), k=(3,))
     done = sweep(tiny_model, TEXTS, configs, sites="resid_0", out=tmp_path, progress=False)
     assert stepped == {"topk-24-k3-seed0/resid_0"}
@@ -96,7 +96,7 @@ def test_identity_is_never_trained(tiny_model, tmp_path, monkeypatch):
 def test_identity_in_several_chunks_is_still_exact(monkeypatch):
     monkeypatch.setattr(products, "MIN_CHUNK_ROWS", 4)
     monkeypatch.setattr(products, "CPU_CHUNK_BYTES", 1)
-    x, learner = torch.randn(10, 8), Learner("", SITE, 8, TrainConfig(architecture="identity"), torch.device("cpu"))
+    x, learner = torch.randn(10, 8), TrainingSAE("", SITE, 8, TrainConfig(architecture="identity"), torch.device("cpu"))
     encoder = Encoder(x, learner.weights["W_enc"].detach(), None, scratch=learner.scratch)
     code = architecture("identity").select(encoder, learner.weights, learner.hyper(0))
     assert torch.equal(code.z.reshape(10, 8), x)

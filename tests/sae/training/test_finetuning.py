@@ -18,7 +18,7 @@ from sae.formats import load_sae, save_sae
 from sae.model.sites import Site
 from sae.training.config import TrainConfig
 from sae.training.finetuning import FinetuneConfig, Finetuner, finetune, make_tunable, prediction_loss, spliced_loss
-from sae.training.finetuning_sae import Tunable
+from sae.training.finetuning_sae import FinetuningSAE
 from sae.training.trainer import train
 from tests.sae.training.test_trainer import stories
 
@@ -56,7 +56,7 @@ def tunables_of(model, saes, config):
 @pytest.mark.parametrize("architecture", ["topk", "relu", "jumprelu", "batchtopk", "gated"])
 def test_a_tunable_computes_what_its_autoencoder_does(tiny_model, trained, architecture):
     sae = trained(architecture)[Site.parse("resid_0")]
-    tunable = Tunable(sae, scale=2.5, l0=4.0)
+    tunable = FinetuningSAE(sae, scale=2.5, l0=4.0)
     x = 3 * torch.randn(50, sae.config.d_model)
     x_hat, _, n_active = tunable(x)
     torch.testing.assert_close(x_hat, sae(x), atol=1e-5, rtol=1e-5)
@@ -68,7 +68,7 @@ def test_a_tunable_computes_what_its_autoencoder_does(tiny_model, trained, archi
 def test_gradients_of_a_tunable_are_those_of_plain_autograd(trained, architecture):
     """The sparse backward pass, in the weights and in x, against dense autograd through `SparseAutoencoder`."""
     sae = trained(architecture)[Site.parse("resid_0")]
-    tunable = Tunable(sae, scale=1.0, l0=4.0)
+    tunable = FinetuningSAE(sae, scale=1.0, l0=4.0)
     x, g = torch.randn(2, 30, sae.config.d_model)
     x_sparse, x_dense = x.clone().requires_grad_(), x.clone().requires_grad_()
     dense = {name: tensor.detach().clone() for name, tensor in sae.named_buffers()}
@@ -119,7 +119,7 @@ def test_steering_brings_l0_where_it_was_asked_to(trained, architecture, factor)
     sae = trained(architecture)[Site.parse("resid_0")]
     x = torch.randn(400, sae.config.d_model)
     before = sae.encode_sparse(x)
-    tunable = Tunable(sae, scale=1.7, l0=factor * len(before.value) / len(x))
+    tunable = FinetuningSAE(sae, scale=1.7, l0=factor * len(before.value) / len(x))
     for _ in range(60):
         tunable.steer(tunable(x).code)
     after = tunable.export()
@@ -132,7 +132,7 @@ def test_cuts_stay_where_values_are_positive(trained, architecture):
     """More features than have a positive value cannot be had: steering stops there, and finds back at once."""
     sae = trained(architecture)[Site.parse("resid_0")]
     x = torch.randn(400, sae.config.d_model)
-    tunable = Tunable(sae, scale=1.0, l0=48.0)
+    tunable = FinetuningSAE(sae, scale=1.0, l0=48.0)
     for _ in range(100):
         tunable.steer(tunable(x).code)
     most = len(tunable.export().encode_sparse(x).value) / len(x)

@@ -13,7 +13,7 @@ from sae.model.sites import Site
 from sae.training.config import TrainConfig
 from sae.training.memory import training_memory
 from sae.training.trainer import Trainer, train
-from sae.training.training_sae import Learner, geometric_median
+from sae.training.training_sae import TrainingSAE, geometric_median
 
 SITE = Site.parse("resid_0")
 WORDS = [
@@ -165,7 +165,7 @@ def test_interrupting_leaves_the_last_checkpoint(tiny_model, tmp_path, monkeypat
 
 def learner(width=16, **options):
     config = TrainConfig(**{"features": 64, "k": 4, "tokens": 100_000, "batch_size": 64, **options})
-    return Learner("one", SITE, width, config, torch.device("cpu"))
+    return TrainingSAE("one", SITE, width, config, torch.device("cpu"))
 
 
 def optimise(one, x, steps):

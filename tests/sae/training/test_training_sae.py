@@ -13,7 +13,7 @@ from sae.training.checkpoint import Checkpoint
 from sae.training.config import TrainConfig
 from sae.training.dead_features import resample
 from sae.training.trainer import BETAS, Trainer
-from sae.training.training_sae import Learner
+from sae.training.training_sae import TrainingSAE
 from tests.sae.training.test_trainer import learner, optimise
 
 
@@ -77,7 +77,7 @@ def test_tokens_are_resampled_by_the_square_of_their_loss():
 
 def test_seeds_and_sites_start_differently():
     def start(site, **options):
-        return Learner("a", Site.parse(site), 16, TrainConfig(features=64, k=4, **options), torch.device("cpu"))
+        return TrainingSAE("a", Site.parse(site), 16, TrainConfig(features=64, k=4, **options), torch.device("cpu"))
 
     rows = [start(site, seed=seed).weights["W_dec"] for site, seed in (("mlp_1", 0), ("mlp_1", 1), ("mlp_2", 0))]
     assert torch.equal(rows[0], start("mlp_1", seed=0).weights["W_dec"])
@@ -98,7 +98,7 @@ def sparse_rows(n, *, directions=128, width=32):
 @pytest.mark.parametrize("architecture", PENALISED)
 def test_many_features_do_not_start_by_reconstructing_too_much(architecture):
     config = TrainConfig(architecture=architecture, features=1024, k=8, tokens=40_000)
-    one, x = Learner("l", Site.parse("resid_0"), 32, config, torch.device("cpu")), sparse_rows(2000)
+    one, x = TrainingSAE("l", Site.parse("resid_0"), 32, config, torch.device("cpu")), sparse_rows(2000)
     one.prepare(x)
     centred, x_hat = x - one.state["centre"], one.export()(x) - one.state["centre"]
     assert (centred * x_hat).sum() < 1.2 * centred.square().sum()
@@ -108,7 +108,7 @@ def test_many_features_do_not_start_by_reconstructing_too_much(architecture):
 @pytest.mark.parametrize("architecture", PENALISED)
 def test_a_short_run_arrives_at_its_sparsity(architecture, steps):
     config = TrainConfig(architecture=architecture, features=256, k=8, tokens=256 * steps, batch_size=256)
-    one, x = Learner("l", Site.parse("resid_0"), 32, config, torch.device("cpu")), sparse_rows(256 * 80)
+    one, x = TrainingSAE("l", Site.parse("resid_0"), 32, config, torch.device("cpu")), sparse_rows(256 * 80)
     one.prepare(x)
     optimizer = torch.optim.Adam(one.groups(), betas=BETAS)
     found = []

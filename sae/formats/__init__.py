@@ -18,7 +18,7 @@ from sae._run.contents import check_complete
 from sae.autoencoder import SparseAutoencoder, is_sae_folder, load_saes, sae_folders
 from sae.errors import UserError, unknown
 from sae.formats import circuit_tracer, dictionary_learning, gemma_scope, llama_scope, openai, saelens, sparsify
-from sae.formats.locate import folders_in, locate
+from sae.formats.locate import folders_in, local_path
 from sae.formats.site_names import EMBED_HOOKS
 from sae.formats.writing import check_same, staged
 from sae.model.sites import Site
@@ -64,7 +64,7 @@ def load_sae(
     """
     name = "" if site is None else Site.parse(site).name
     check_complete(source)
-    return read_folder(locate(source, site=name), name).to(device)
+    return read_folder(local_path(source, site=name), name).to(device)
 
 
 def load_any(

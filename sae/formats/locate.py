@@ -54,7 +54,7 @@ def check_source(source: str | Path) -> None:
         raise _no_such_path(path)
 
 
-def locate(source: str | Path, *, site: str = "") -> Path:
+def local_path(source: str | Path, *, site: str = "") -> Path:
     """The folder or file of one autoencoder, downloaded if it is the hub's."""
     path = Path(source).expanduser()
     if path.is_file():

@@ -15,7 +15,7 @@ from huggingface_hub.errors import (
 from sae.errors import UserError
 from sae.formats import load_any, load_sae
 from sae.formats import locate as hub
-from sae.formats.locate import choose, locate
+from sae.formats.locate import choose, local_path
 from sae.formats.releases import released, repository_of
 from sae.formats.site_names import dictionary_learning_name, hook_site, site_named, transformer_lens_hook
 from sae.model.sites import Site
@@ -140,7 +140,7 @@ def test_a_path_that_does_not_exist_is_not_looked_up_on_the_hub(source, monkeypa
 
     monkeypatch.setattr(hub, "list_repo_files", reached)
     with pytest.raises(UserError, match=r"there is no such path"):
-        locate(source)
+        local_path(source)
 
 
 def test_choose():

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,11 +23,15 @@ from circuits.attribution.edges import Edges
 from circuits.attribution.effects import SiteEffects
 from circuits.attribution.nodes import Nodes, SiteNodes, aggregate, distinguishable, select_nodes
 from circuits.circuit_files import ENTRIES, NODES, absolute_in_run, check_metadata, read_effects, relative_to_run
+from circuits.circuit_source import CircuitSource, check_widths
 from circuits.metrics.metrics import Metric, circuit_metric
+from circuits.prompts.dataset import PromptSet
 from graphs.feature_graph import FeatureGraph, Position, error_node, feature_node, metric_node
 from graphs.pruning import by_edge_threshold, by_top_edges
 from sae._files import TensorSpec, check_tensors, digest_tensors, read_header, write_tensors
+from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError
+from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
 
 GRAPH_FILE = "circuit.json"
@@ -58,8 +62,38 @@ class Circuit:
     """Edge weights of every example, [N, D, U], as far as discovery kept them; not saved."""
     groups: torch.Tensor | None = None
     """[B] the number of the template each example is drawn with for intervals; None for each by itself."""
-    metric: Metric | None = field(default=None, repr=False, compare=False)
-    """The metric it explains, where it was discovered in this process; of a file, see `get_metric`."""
+    source: CircuitSource = field(default_factory=CircuitSource, repr=False, compare=False)
+    """The model, SAEs, metric and prompts it was found with, or where they are loaded from."""
+
+    @property
+    def model(self) -> LanguageModel:
+        """The model it was found in; of a circuit from disk, loaded the first time."""
+        return self.source.get_model(self.metadata)
+
+    @property
+    def saes(self) -> Mapping[Site, SparseAutoencoder]:
+        """The SAEs whose features are its nodes; of a circuit from disk, loaded the first time."""
+        saes = self.source.get_saes(self.metadata)
+        check_widths({site: effects.n_features for site, effects in self.effects.items()}, saes, self.source.path)
+        return saes
+
+    @property
+    def metric(self) -> Metric:
+        """The metric it explains. Raises UserError for a circuit from disk whose metric is Python code: give it to
+        `Circuit.load`.
+        """
+        return self.source.get_metric(self.metadata)
+
+    @property
+    def prompts(self) -> PromptSet:
+        """The prompts it was found on; of a circuit from disk, read and tokenised the first time."""
+        return self.source.get_prompts(self.metadata)
+
+    def read_prompts(
+        self, path: str | Path | None = None, *, limit: int | None = None, need_spans: bool = False
+    ) -> PromptSet:
+        """At most `limit` prompts of a file, or of those it was found on; see `CircuitSource.read_prompts`."""
+        return self.source.read_prompts(self.metadata, path, limit=limit, need_spans=need_spans)
 
     @property
     def spans(self) -> tuple[str, ...]:
@@ -71,9 +105,7 @@ class Circuit:
 
         Raises UserError where it is not given, or where another one is given.
         """
-        if given is None and self.metric is not None:
-            return self.metric
-        return circuit_metric(self.metadata, given=given)
+        return self.metric if given is None else circuit_metric(self.metadata, given=given)
 
     @cached_property
     def nodes(self) -> Nodes:
@@ -90,9 +122,15 @@ class Circuit:
         """The n nodes of largest |effect| over all sites."""
         return select_nodes(self.nodes, top=n)
 
-    def strongest_features(self, n: int) -> list[str]:
-        """Names of the n features of largest |effect|, each with its position or span where the circuit keeps these
-        apart (`resid_3/120@subject`); errors are left out.
+    def strongest_features(self, n: int) -> FeatureNames:
+        """The n features of largest |effect|, errors left out.
+
+        Args:
+            n: how many.
+
+        Returns:
+            Their names, each with its position or span where the circuit keeps these apart (`resid_3/120@subject`),
+            together with the circuit, so that `ablate` and `steer` need nothing else.
         """
         features = {site: nodes[~nodes.is_error] for site, nodes in self.nodes.items()}
         strongest = select_nodes(features, top=n)
@@ -101,7 +139,7 @@ class Circuit:
             for site, nodes in strongest.items()
             for name, effect in zip(nodes.ids(site), nodes.effect.tolist(), strict=True)
         ]
-        return [name for _, name in sorted(rows, key=lambda row: row[0])]
+        return FeatureNames([name for _, name in sorted(rows, key=lambda row: row[0])], self)
 
     def graph(
         self,
@@ -220,9 +258,28 @@ class Circuit:
         return {name: tensor.clone() for name, tensor in tensors.items()}
 
     @staticmethod
-    def load(path: str | Path) -> Circuit:
-        """Read a run folder or the `circuit` folder inside it; `UserError` or `GraphError` for what is no circuit."""
+    def load(
+        path: str | Path,
+        *,
+        model: LanguageModel | str | None = None,
+        saes: Mapping[Site, SparseAutoencoder] | str | Path | None = None,
+        metric: str | Metric | None = None,
+        **options: Any,
+    ) -> Circuit:
+        """Read a circuit from disk. Its model and SAEs are loaded when they are first asked for.
+
+        Args:
+            path: a run folder, or the `circuit` folder inside it.
+            model: the model or its name, in place of the one the circuit names.
+            saes: the SAEs or their folder, in place of those the circuit names.
+            metric: the metric, where it is Python code: none runs because a file names it.
+            options: device, dtype, site_paths, sae_memory and stream of `CircuitSource`.
+
+        Raises:
+            UserError, GraphError: for a folder without a circuit, or a damaged one.
+        """
         folder = circuit_folder(path)
+        source = CircuitSource(model=model, saes=saes, metric=metric, path=path, **options)
         metadata = FeatureGraph.load(folder / GRAPH_FILE).metadata
         if (noted := read_header(folder / EFFECTS_FILE).get("circuit")) and noted != metadata.get("digest"):
             raise UserError(
@@ -244,13 +301,21 @@ class Circuit:
                 pair = Site.parse(between[0]), None if between[1] == "metric" else Site.parse(between[1])
                 edges[kind][pair] = weights.float()
         intervals = {site: tensors[f"intervals/{site.name}"] for site in effects if f"intervals/{site.name}" in tensors}
-        circuit = Circuit(effects, nodes, edges["edges"], metadata, intervals, edges["edge_intervals"])
+        circuit = Circuit(effects, nodes, edges["edges"], metadata, intervals, edges["edge_intervals"], source=source)
         expected = {
             f"intervals/{site.name}": TensorSpec((len(circuit.nodes[site]), 2), finite=False) for site in intervals
         }
         expected["groups"] = TensorSpec((metadata["n_examples"],), "int", optional=True)
         check_tensors(tensors, expected, folder / EFFECTS_FILE)
         return replace(circuit, groups=tensors["groups"].long() if "groups" in tensors else None)
+
+
+class FeatureNames(list[str]):
+    """Names of features (`resid_3/120`), strongest first, with the circuit they are of."""
+
+    def __init__(self, names: Iterable[str], circuit: Circuit) -> None:
+        super().__init__(names)
+        self.circuit = circuit
 
 
 def circuit_digest(folder: Path) -> str | None:

@@ -13,29 +13,26 @@ import importlib.metadata
 import inspect
 import platform
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
-from functools import cache, partial
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import tyro
 
+from circuits import circuit_source
 from circuits.circuit import Circuit
+from circuits.circuit_source import parse_site_paths
 from circuits.metrics.metrics import Metric
-from circuits.prompts.dataset import PromptSet, make_prompts
-from circuits.prompts.formats import read_examples
+from circuits.prompts.dataset import PromptSet
 from sae._files import without_nan, write_json
 from sae._options import Range, ranges
 from sae._run.contents import check_run_config, read_run_config
-from sae.autoencoder import SparseAutoencoder, fingerprint
-from sae.errors import UserError
-from sae.formats import load_any
+from sae.autoencoder import SparseAutoencoder
 from sae.formats.locate import check_source
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
-from sae.neurons import NEURONS, neuron_dictionaries
-from sae.saes import GIB, config_of, open_saes
-from sae.splice import check_saes
+from sae.neurons import NEURONS
 
 PACKAGES = ("sparse-feature-circuits", "torch", "transformers", "nnsight", "numpy")
 
@@ -126,34 +123,17 @@ def load_model(
     return LanguageModel.load(name, device=options.device, dtype=options.dtype or dtype or "float32", site_paths=paths)
 
 
-def parse_site_paths(text: str | None) -> dict[str, str] | None:
-    """`"resid=model.layers.{layer},attn_0=model.first"` -> {"resid": "model.layers.{layer}", "attn_0": ...}."""
-    if text is None:
-        return None
-    pairs = [part.partition("=") for part in text.split(",")]
-    wrong = next(("".join(pair) for pair in pairs if not (pair[0].strip() and pair[2].strip())), None)
-    if wrong is not None:
-        raise UserError(f"site-paths has {wrong!r}: write SITE=MODULE pairs, such as resid=model.layers.{{layer}}")
-    return {kind.strip(): path.strip() for kind, _, path in pairs}
-
-
 def load_checked_saes(
     model: LanguageModel, path: str | Path, *, sites: list[Site] | None = None, options: Common | None = None
 ) -> Mapping[Site, SparseAutoencoder]:
-    """The autoencoders of a run, checked against the model they are attached to; its neurons for `neurons`.
+    """The SAEs of a run, checked against the model they are attached to; its neurons for `neurons`.
 
     Where the command can take them one by one (`UsesSaes`), those that do not fit in its `sae_memory` are streamed.
     """
-    saes: Mapping[Site, SparseAutoencoder]
-    if str(path) == NEURONS:
-        return neuron_dictionaries(model, sites=sites)
-    if isinstance(options, UsesSaes):
-        budget = None if options.sae_memory is None else int(options.sae_memory * GIB)
-        saes = open_saes(path, device=model.device, sites=sites, budget=budget)
-    else:
-        saes = load_any(path, device=model.device, sites=sites)
-    check_saes(model, saes)
-    return saes
+    memory = options.sae_memory if isinstance(options, UsesSaes) else None
+    return circuit_source.load_checked_saes(
+        model, path, sites=sites, sae_memory=memory, stream=isinstance(options, UsesSaes)
+    )
 
 
 @dataclass(frozen=True)
@@ -161,8 +141,6 @@ class Loaded:
     """A circuit with the model and autoencoders it was found with."""
 
     circuit: Circuit
-    model: LanguageModel
-    saes: Mapping[Site, SparseAutoencoder]
 
     @staticmethod
     def of(
@@ -171,58 +149,38 @@ class Loaded:
         """Read the circuit of a run; model and autoencoders are those it names unless others are given. metric: as in
         `Circuit.get_metric`.
         """
-        circuit = Circuit.load(path)
-        explained = circuit.get_metric(metric)
-        found_in = {name: circuit.metadata.get(name) for name in ("site_paths", "dtype")}
-        place_of_saes = saes or circuit.metadata["saes"]
-        language_model = load_model(model or circuit.metadata["model"], options, saes=place_of_saes, **found_in)
-        known = circuit.metadata.get("model_fingerprint")
-        if known and not language_model.is_model(known):
-            raise UserError(
-                f"the circuit in {str(path)!r} was found in another model than {language_model.name!r} "
-                f"(fingerprint {known}, not {language_model.fingerprint}): give --model"
-            )
-        sites = [Site.parse(name) for name in circuit.metadata["sites"]]
-        dictionaries = load_checked_saes(language_model, place_of_saes, sites=sites, options=options)
-        known = circuit.metadata.get("saes_fingerprint")
-        if known and known != fingerprint(dictionaries):
-            raise UserError(
-                f"the circuit in {str(path)!r} was found with other autoencoders than those that are now in "
-                f"{place_of_saes!r}: give --saes, or discover it again"
-            )
-        for site, of_site in circuit.effects.items():
-            if of_site.n_features != (width := config_of(dictionaries, site).n_features):
-                raise UserError(
-                    f"the circuit in {str(path)!r} has {of_site.n_features} features at {site}, the autoencoder {width}"
-                )
-        return Loaded(replace(circuit, metric=explained), language_model, dictionaries)
+        circuit = Circuit.load(
+            path,
+            model=model,
+            saes=saes,
+            metric=metric,
+            device=options.device,
+            dtype=options.dtype,
+            site_paths=parse_site_paths(options.site_paths),
+            sae_memory=options.sae_memory if isinstance(options, UsesSaes) else None,
+            stream=isinstance(options, UsesSaes),
+        )
+        circuit.metric, circuit.model, circuit.saes  # noqa: B018  # wrong names are told before anything is computed
+        return Loaded(circuit)
+
+    @property
+    def model(self) -> LanguageModel:
+        """The model the circuit was found in."""
+        return self.circuit.model
+
+    @property
+    def saes(self) -> Mapping[Site, SparseAutoencoder]:
+        """The SAEs it was found with."""
+        return self.circuit.saes
 
     @property
     def metric(self) -> Metric:
         """The metric the circuit explains."""
-        return self.circuit.get_metric()
+        return self.circuit.metric
 
     def prompts(self, path: str | Path | None, *, limit: int | None = None, need_spans: bool = False) -> PromptSet:
-        """Prompts of a file, or those the circuit was found on; with spans where the circuit is by span or they are
-        needed, found by its template if it has one.
-        """
-        metadata = self.circuit.metadata
-        source = metadata["prompts"] if path is None else path
-        examples = read_examples(source)
-        made = partial(
-            make_prompts, examples, self.model, span_template=metadata.get("span_template"), name=str(source)
-        )
-        by_span = metadata.get("need_spans", False)
-        if str(source) == metadata["prompts"] and "prompts_fingerprint" in metadata:
-            found_on = made(limit=metadata["examples"], need_spans=by_span)
-            if found_on.fingerprint != metadata["prompts_fingerprint"]:
-                raise UserError(
-                    f"the prompts in {str(source)!r} are not those the circuit was found on (fingerprint "
-                    f"{found_on.fingerprint}, not {metadata['prompts_fingerprint']}): put them back, or discover again"
-                )
-        if path is None:
-            limit = metadata["examples"] if limit is None else min(limit, metadata["examples"])
-        return made(limit=limit, need_spans=need_spans or by_span)
+        """Prompts of a file, or those the circuit was found on."""
+        return self.circuit.read_prompts(path, limit=limit, need_spans=need_spans)
 
 
 def place(name: str | Path) -> str:

@@ -26,6 +26,7 @@ from circuits.attribution.edges import ACTIVE, check_edges
 from circuits.attribution.integrated_gradients import RULES
 from circuits.attribution.nodes import AGGREGATIONS, aggregate, count, select_nodes
 from circuits.circuit import Circuit
+from circuits.circuit_source import CircuitSource
 from circuits.discovery.passes import DiscoveryRun, NodePassResult, edge_pass, node_pass
 from circuits.discovery.resume import ResumeFolder, alone_in_partial, interrupted, work_of
 from circuits.metrics.identity import names_code
@@ -50,6 +51,7 @@ from sae.errors import UserError, unknown
 from sae.model.forward import with_gradients
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site, select_sites
+from sae.saes import subset
 from sae.splice import ensure_checked
 
 log = logging.getLogger(__name__)
@@ -171,7 +173,8 @@ def discover(
         **measured,
     }
     return Circuit(effects, chosen if options.edge_nodes else {}, edges, metadata, edge_samples=edge_samples,
-                   groups=prompt_groups(prompts), metric=m)  # fmt: skip
+                   groups=prompt_groups(prompts),
+                   source=CircuitSource(model=plain, saes=subset(saes, sites), metric=m, prompts=prompts))  # fmt: skip
 
 
 def _spans(prompts: PromptSet, aggregation: str) -> tuple[str, ...]:

@@ -14,16 +14,19 @@ The graph itself is a `networkx.DiGraph` at `.graph`: every networkx algorithm a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import networkx as nx
 
 from graphs._files import check_type, read_json, write_json
 from graphs.errors import GraphError, unknown
 from graphs.schema import SCHEMA_VERSION, GraphFile
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 METRIC = "metric"
 KINDS = ("feature", "error", "metric")
@@ -113,6 +116,10 @@ class Edge(NamedTuple):
         return ends if self.interval is None else {**ends, "interval": list(self.interval)}
 
 
+def _bounds(interval: Sequence[float] | None) -> dict[str, float]:
+    return {} if interval is None else {"low": interval[0], "high": interval[1]}
+
+
 class FeatureGraph:
     """Nodes, weighted edges, the sites in model order, and free metadata.
 
@@ -189,6 +196,33 @@ class FeatureGraph:
         given = list(self.metadata.get("positions", ()))
         order = {name: place for place, name in enumerate([*given, *(p for p in found if p not in given)])}
         return sorted(found, key=lambda p: (0, p, "") if isinstance(p, int) else (1, order[p], p))
+
+    def nodes_frame(self) -> pd.DataFrame:
+        """One row a node: id, site, feature, kind, position, effect, label, and every attribute that is one value or an
+        interval.
+        """
+        import pandas as pd
+
+        rows = []
+        for node in self.nodes():
+            row = {key: getattr(node, key) for key in NODE_KEYS if key != "attributes"}
+            plain = {key: value for key, value in node.attributes.items() if isinstance(value, int | float | str)}
+            rows.append({**row, **plain, **_bounds(node.attributes.get("interval"))})
+        return pd.DataFrame(rows).astype({"feature": "Int64"}) if rows else pd.DataFrame(columns=NODE_KEYS[:-1])
+
+    def edges_frame(self) -> pd.DataFrame:
+        """One row an edge: source, target, weight, and the bounds `low` and `high` where they are known."""
+        import pandas as pd
+
+        rows = [{**edge._asdict(), **_bounds(edge.interval)} for edge in self.edges()]
+        bounds = ["low", "high"] if any("low" in row for row in rows) else []
+        return pd.DataFrame(rows, columns=["source", "target", "weight", *bounds])
+
+    def _repr_html_(self) -> str:
+        """A drawing of the strongest nodes, for notebooks."""
+        import graphs  # the front door: what draws a graph is built on this module
+
+        return graphs.to_svg(self, nodes=40, edges=150)
 
     # --- new graphs from this one -------------------------------------------------------------------------------
 

@@ -12,8 +12,8 @@ from circuits.circuit_files import FeaturesFile
 from circuits.cli.common import Output
 from circuits.cli.discover import FEATURES_FILE
 from graphs.annotations import apply, read_annotations
-from graphs.drawing.dot import render
-from graphs.explorer import write_explorer
+from graphs.drawing.dot import draw
+from graphs.explorer import explore
 from graphs.feature_graph import FeatureGraph
 from graphs.pruning import reachable
 from sae._files import read_json
@@ -76,7 +76,7 @@ class RenderCommand(_Cut):
     def run(self) -> Output:
         with drawing_file(self.circuit, self.out, "circuit.svg") as out:
             graph = self.cut(nodes=self.nodes, edges=self.edges)
-            render(graph, out)
+            draw(graph, out)
         return _wrote(graph, out)
 
 
@@ -94,7 +94,7 @@ class ExploreCommand(_Cut):
     def run(self) -> Output:
         with drawing_file(self.circuit, self.out, "circuit.html") as out:
             graph = self.cut(nodes=self.nodes, edges=self.edges)
-            write_explorer(graph, out)
+            explore(graph, out)
         return _wrote(graph, out)
 
 

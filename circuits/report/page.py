@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import datetime
 import logging
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
@@ -24,7 +23,7 @@ from circuits.report.edits import edits_section, headline_edit
 from circuits.report.features import features_section
 from circuits.report.files import Curves, EdgeCurve, MaskCurves, SaeFile
 from circuits.report.markup import Html, missing, number, section, share, signed, text
-from graphs.drawing.dot import render
+from graphs.drawing.dot import to_svg
 from graphs.feature_graph import FeatureGraph
 from graphs.pruning import by_top_nodes
 from graphs.sharing import shared
@@ -227,9 +226,7 @@ def drawing(graph: FeatureGraph) -> str:
         for key, value in graph.metadata.items()
         if key in ("tokens", "positions", "span_words", "metric", "total_effect")
     }
-    with tempfile.TemporaryDirectory() as folder:
-        svg = render(plain, Path(folder) / "circuit.svg", title="").read_text(encoding="utf-8")
-    return svg[svg.index("<svg") :]
+    return to_svg(plain, nodes=DRAWN_NODES)
 
 
 def _check_section(graph: FeatureGraph | None) -> Html:

@@ -7,7 +7,7 @@
 3. The more nodes, the smaller the boxes and the shorter their labels; in large graphs only the strongest keep a label,
    the others their id. Everything is in the tooltips of the SVG.
 
-Rendering goes through pygraphviz, whose wheels carry Graphviz: no system package is needed.
+Graphviz comes with the wheels of pygraphviz: no system package is needed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 import graphviz
 
 from graphs._files import atomic_write, write_text
-from graphs.drawing.graphviz import Detail, draw
+from graphs.drawing.graphviz import Detail, run_graphviz
 from graphs.drawing.layout import Box, Point
 from graphs.drawing.scene import GUTTER, MARGIN, Scene, make_scene
 from graphs.drawing.style import (
@@ -47,6 +47,7 @@ from graphs.drawing.style import (
 )
 from graphs.errors import GraphError
 from graphs.feature_graph import Edge, FeatureGraph, Node
+from graphs.pruning import by_top_edges, by_top_nodes
 
 FORMATS = (".dot", ".svg", ".png", ".pdf")
 FONT = "DejaVu Sans"
@@ -82,20 +83,44 @@ def _source(scene: Scene, title: str | None) -> str:
     return dot.source
 
 
-def render(graph: FeatureGraph, path: str | Path, *, title: str | None = None, link: str = "#node-{id}") -> Path:
-    """Draw the graph into a .dot, .svg, .png or .pdf file; the extension decides. Returns the path."""
+def draw(graph: FeatureGraph, path: str | Path, *, title: str | None = None, link: str = "#node-{id}") -> Path:
+    """Draw the graph into a file.
+
+    Args:
+        graph: The graph, with at least one node.
+        path: A .dot, .svg, .png or .pdf file; the extension decides.
+        title: Heading of the drawing, `graph.metadata["title"]` by default.
+        link: Template of the nodes' hyperlinks in SVG, with `{id}` and `{name}`.
+
+    Returns:
+        The path.
+
+    Raises:
+        GraphError: For another extension, a graph without nodes, or a file that cannot be written.
+    """
     path = Path(path)
     kind = path.suffix.lower()
     if kind not in FORMATS:
         raise GraphError(f"cannot draw into {path.name!r}: its extension must be one of {', '.join(FORMATS)}")
-    scene = make_scene(graph, link)
-    source = _source(scene, title)
     if kind == ".dot":
-        write_text(path, source)
+        write_text(path, to_dot(graph, title=title, link=link))
         return path
     with atomic_write(path) as temporary:
-        temporary.write_bytes(draw(source, kind[1:], details=_details(scene)))
+        temporary.write_bytes(_drawing(graph, kind[1:], title=title, link=link))
     return path
+
+
+def to_svg(graph: FeatureGraph, *, nodes: int, edges: int | None = None, title: str = "") -> str:
+    """The drawing of the strongest `nodes` and `edges` as an `<svg>` element that can stand inside a page."""
+    strongest = by_top_nodes(graph, nodes)
+    strongest = strongest if edges is None else by_top_edges(strongest, edges)
+    svg = _drawing(strongest, "svg", title=title).decode()
+    return svg[svg.index("<svg") :]
+
+
+def _drawing(graph: FeatureGraph, kind: str, *, title: str | None, link: str = "#node-{id}") -> bytes:
+    scene = make_scene(graph, link)
+    return run_graphviz(_source(scene, title), kind, size=max(scene.size), details=_details(scene))
 
 
 def _details(scene: Scene) -> dict[str, Detail]:

@@ -1,22 +1,28 @@
 """DOT text to SVG, PNG or PDF bytes through pygraphviz, the same on every machine.
 
-Graphviz looks for fonts through fontconfig, and a bare machine has none: text would become empty boxes. matplotlib
-ships DejaVu Sans, so its folder is added to the system's.
+1. Graphviz runs in a Python process of its own: fontconfig takes its settings from the environment, and the C libraries
+   write remarks to standard error, neither of which a library may touch in the process that uses it.
+2. Graphviz looks for fonts through fontconfig, and a bare machine has none: text would become empty boxes. matplotlib
+   ships DejaVu Sans, so its folder is added to the system's.
+3. SVGs are finished here: full descriptions, and lines centred for whatever font the viewer has.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import logging
 import os
 import re
+import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from xml.etree import ElementTree
+
+from graphs.errors import GraphError
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +37,16 @@ SVG, XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
 
 _FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "/Library/Fonts", "/System/Library/Fonts")
 
+_PROGRAM = """
+import sys
+kind, resolution, *sys.path = sys.argv[1:]
+from pygraphviz import AGraph
+graph = AGraph(string=sys.stdin.buffer.read().decode())
+graph.graph_attr["dpi"] = resolution
+sys.stdout.buffer.write(graph.draw(format=kind, prog="nop2"))
+"""
+"""What the other process runs: DOT in, a drawing out. It is given the paths, so that it skips looking for them."""
+
 
 @dataclass(frozen=True)
 class Detail:
@@ -42,24 +58,40 @@ class Detail:
     """Where its lines of text are centred; Graphviz places them by the widths of its own font."""
 
 
-def draw(source: str, kind: str, *, details: Mapping[str, Detail] | None = None) -> bytes:
+def run_graphviz(source: str, kind: str, *, size: float, details: Mapping[str, Detail]) -> bytes:
     """Render DOT text that carries positions (`layout=nop2`) as `kind`: svg, png or pdf.
 
-    `details` are those of SVG elements, by their id.
+    size: the longer side in points, which bounds the resolution of a png; details: those of SVG elements, by their id.
     """
-    with _fonts(), _logged_stderr():
-        import pygraphviz  # first: fontconfig reads its settings when Graphviz is first used
+    resolution = max(36, min(RESOLUTION, int(MAX_PIXELS * 72 / size))) if kind == "png" else 72
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-I", "-S", "-c", _PROGRAM, kind, str(resolution), *sys.path]
+        environment = {**os.environ, **_fonts(Path(folder))}
+        done = subprocess.run(command, input=source.encode(), capture_output=True, env=environment, check=False)
+    lines = done.stderr.decode(errors="replace").splitlines()
+    remarks = [line for line in lines if line.strip() and not line.startswith("Fontconfig warning")]
+    if done.returncode:
+        raise GraphError(
+            f"Graphviz could not draw the graph: {remarks[-1] if remarks else f'status {done.returncode}'}"
+        )
+    if remarks:
+        logger.warning("Graphviz: %s%s", remarks[0], f" (and {len(remarks) - 1} more lines)" if remarks[1:] else "")
+    return _finished(done.stdout, details) if kind == "svg" else done.stdout
 
-        graph = pygraphviz.AGraph(string=source)
-        if kind == "png":
-            graph.graph_attr["dpi"] = str(_resolution(graph.graph_attr["bb"]))
-        data = graph.draw(format=kind, prog="nop2")
-    return _finished(data, details or {}) if kind == "svg" else data
 
-
-def _resolution(bounding_box: str) -> int:
-    x0, y0, x1, y1 = map(float, bounding_box.split(","))
-    return max(36, min(RESOLUTION, int(MAX_PIXELS * 72 / max(x1 - x0, y1 - y0, 1.0))))
+def _fonts(folder: Path) -> dict[str, str]:
+    """Environment that points fontconfig to the system's fonts and matplotlib's, unless the user has set it up."""
+    matplotlib = importlib.util.find_spec("matplotlib")
+    if "FONTCONFIG_FILE" in os.environ or matplotlib is None or matplotlib.origin is None:
+        return {}
+    fonts = [*_FONT_FOLDERS, str(Path(matplotlib.origin).parent / "mpl-data" / "fonts" / "ttf")]
+    listed = "".join(f"<dir>{escape(path)}</dir>" for path in fonts)
+    settings = folder / "fonts.conf"
+    settings.write_text(
+        '<?xml version="1.0"?><!DOCTYPE fontconfig SYSTEM "fonts.dtd"><fontconfig>'
+        f'{listed}<dir prefix="xdg">fonts</dir><cachedir prefix="xdg">fontconfig</cachedir></fontconfig>'
+    )
+    return {"FONTCONFIG_FILE": str(settings)}
 
 
 def _finished(svg: bytes, details: Mapping[str, Detail]) -> bytes:
@@ -93,43 +125,3 @@ def _shift(groups: list[tuple[ElementTree.Element, Detail]]) -> float:
             places = [float(x) for x in re.findall(r"(-?[\d.]+),-?[\d.]+", shape.get("d") or shape.get("points") or "")]
             return (min(places) + max(places)) / 2 - (detail.centre or 0.0)
     return 0.0
-
-
-@contextlib.contextmanager
-def _fonts() -> Iterator[None]:
-    """Point fontconfig to the system's fonts and matplotlib's, unless the user has set it up."""
-    found = importlib.util.find_spec("matplotlib")
-    if "FONTCONFIG_FILE" in os.environ or found is None or found.origin is None:
-        yield
-        return
-    folders = [*_FONT_FOLDERS, str(Path(found.origin).parent / "mpl-data" / "fonts" / "ttf")]
-    listed = "".join(f"<dir>{escape(folder)}</dir>" for folder in folders)
-    with tempfile.TemporaryDirectory() as folder:
-        settings = Path(folder) / "fonts.conf"
-        settings.write_text(
-            '<?xml version="1.0"?><!DOCTYPE fontconfig SYSTEM "fonts.dtd"><fontconfig>'
-            f'{listed}<dir prefix="xdg">fonts</dir><cachedir prefix="xdg">fontconfig</cachedir></fontconfig>'
-        )
-        os.environ["FONTCONFIG_FILE"] = str(settings)
-        try:
-            yield
-        finally:
-            del os.environ["FONTCONFIG_FILE"]
-
-
-@contextlib.contextmanager
-def _logged_stderr() -> Iterator[None]:
-    """Send what the C libraries write to standard error to the log, but for fontconfig's remarks on system files."""
-    with tempfile.TemporaryFile() as captured:
-        saved = os.dup(2)
-        os.dup2(captured.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)
-            captured.seek(0)
-            lines = captured.read().decode(errors="replace").splitlines()
-            said = [line for line in lines if line.strip() and not line.startswith("Fontconfig warning")]
-            if said:
-                logger.warning("Graphviz: %s%s", said[0], f" (and {len(said) - 1} more lines)" if said[1:] else "")

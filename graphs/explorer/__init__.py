@@ -1,7 +1,7 @@
 """One HTML file in which a circuit can be explored: no server, no network, no other file.
 
 1. The graph is embedded as JSON, escaped so that no text in it can end the script element.
-2. `template.html`, `explorer.css` and the scripts beside this file are put together; the scripts run in the order of
+2. `template.html.j2`, `explorer.css` and the scripts beside this file are put together; the scripts run in the order of
    `SCRIPTS`: the data and its filters, the layered layout of `graphs/drawing/layout.py`, the drawing, highlighting and
    zoom, the panel, the controls.
 3. Labels that a reader edits live in the browser's local storage and can be downloaded as an annotations file.
@@ -12,11 +12,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
-from html import escape
 from importlib import resources
 from pathlib import Path
 from typing import Any
+
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
 
 from graphs._files import write_text
 from graphs.drawing.style import DIVERGING, NEGATIVE_EDGE, POSITIVE_EDGE, position_name
@@ -27,8 +28,20 @@ from graphs.sharing import shared
 SCRIPTS = ("model.js", "layout.js", "drawing.js", "view.js", "panel.js", "controls.js")
 
 
-def write_explorer(graph: FeatureGraph, path: str | Path, *, title: str | None = None) -> Path:
-    """Write the explorer as one .html file; `title` defaults to `metadata["title"]`. Returns the path."""
+def explore(graph: FeatureGraph, path: str | Path, *, title: str | None = None) -> Path:
+    """Write a page in which the graph can be explored: filters, highlighting, feature contexts, labels.
+
+    Args:
+        graph: The graph, with at least one node.
+        path: An .html file, which needs no other file and no network.
+        title: Heading of the page, `graph.metadata["title"]` by default.
+
+    Returns:
+        The path.
+
+    Raises:
+        GraphError: For another extension, a graph without nodes, or a file that cannot be written.
+    """
     path = Path(path)
     if path.suffix.lower() not in (".html", ".htm"):
         raise GraphError(f"cannot write the explorer into {path.name!r}: its extension must be .html")
@@ -41,13 +54,13 @@ def explorer_html(graph: FeatureGraph, *, title: str | None = None) -> str:
     if len(graph) == 0:
         raise GraphError("the graph has no nodes: there is nothing to explore")
     title = str(title if title is not None else graph.metadata.get("title") or "Feature circuit")
-    parts = {
-        "title": escape(title),
-        "style": _asset("explorer.css"),
-        "data": embedded_json(_data(graph, title)),
-        "script": "\n".join(_asset(name) for name in SCRIPTS),
-    }
-    return re.sub(r"\{\{(title|style|data|script)\}\}", lambda match: parts[match.group(1)], _asset("template.html"))
+    page = Environment(loader=PackageLoader(__name__, ""), autoescape=True, keep_trailing_newline=True)
+    return page.get_template("template.html.j2").render(
+        title=title,
+        style=Markup(_asset("explorer.css")),
+        data=Markup(embedded_json(_data(graph, title))),
+        script=Markup("\n".join(_asset(name) for name in SCRIPTS)),
+    )
 
 
 def embedded_json(data: Any) -> str:

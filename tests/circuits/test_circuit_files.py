@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from circuits.attribution import SiteEffects
 from circuits.attribution.nodes import SiteNodes
 from circuits.circuit import Circuit
-from graphs.drawing.dot import render
+from graphs.drawing.dot import draw
 from graphs.drawing.style import tooltip
 from graphs.errors import GraphError
 from sae.errors import UserError
@@ -151,4 +151,4 @@ def test_circuits_without_a_patch_side_show_no_total_effect(tmp_path):
     without = replace(circuit, metadata={**circuit.metadata, "total_effect": None})
     for graph, shown in ((circuit.graph(), True), (without.graph(), False)):
         assert ("total effect" in tooltip(graph, graph.node("metric"))) == shown
-        assert ("total effect" in render(graph, tmp_path / "a.svg").read_text()) == shown
+        assert ("total effect" in draw(graph, tmp_path / "a.svg").read_text()) == shown

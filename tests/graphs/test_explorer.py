@@ -14,7 +14,7 @@ import pytest
 
 from graphs.annotations import read_annotations
 from graphs.errors import GraphError
-from graphs.explorer import embedded_json, explorer_html, write_explorer
+from graphs.explorer import embedded_json, explore, explorer_html
 from graphs.feature_graph import FeatureGraph, feature_node, metric_node
 
 HOSTILE = "</script><script>window.hacked = 1</script>{{script}} <!-- \u2028 &amp; \\ \" ' <img src=x onerror=alert(1)>"
@@ -75,7 +75,7 @@ def test_nothing_in_the_data_can_leave_its_script_element():
 
 
 def test_the_file_stands_alone(make_circuit, tmp_path):
-    path = write_explorer(make_circuit(), tmp_path / "circuit.html")
+    path = explore(make_circuit(), tmp_path / "circuit.html")
     text = path.read_text(encoding="utf-8")
     assert parsed(text).loads == []
     assert not re.search(r"@import|url\(|fetch\(|XMLHttpRequest|import\(", text)
@@ -94,7 +94,7 @@ def test_every_node_and_edge_is_in_the_data(make_circuit):
 
 def test_mistakes_are_refused(make_circuit, tmp_path):
     with pytest.raises(GraphError, match=r"'circuit\.pdf'.*\.html"):
-        write_explorer(make_circuit(), tmp_path / "circuit.pdf")
+        explore(make_circuit(), tmp_path / "circuit.pdf")
     with pytest.raises(GraphError, match="no nodes"):
         explorer_html(FeatureGraph(["a"]))
 
@@ -134,7 +134,7 @@ def open_page(browser, tmp_path):
     context = browser.new_context(viewport={"width": 1500, "height": 950}, offline=True, accept_downloads=True)
 
     def open_graph(graph: FeatureGraph, fragment: str = "") -> Any:
-        path = write_explorer(graph, tmp_path / "circuit.html")
+        path = explore(graph, tmp_path / "circuit.html")
         page = context.new_page()
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from graphs.explorer import write_explorer
+from graphs.explorer import explore
 from graphs.feature_graph import FeatureGraph, feature_node, metric_node
 from graphs.formats.eap_ig import write_eap_ig
 from graphs.formats.graphml import write_graphml
@@ -34,7 +34,7 @@ def test_exports_hold_no_absolute_paths(tmp_path, name):
     graph.add_node(metric_node(effect=1.0))
     shape = {"n_layers": 1, "n_heads": 1, "d_model": 4}
     writers = {
-        "graph.html": write_explorer,
+        "graph.html": explore,
         "graph.graphml": write_graphml,
         "neuronpedia.json": write_neuronpedia,
         "eap_ig.json": lambda graph, path: write_eap_ig(graph, path, **shape),

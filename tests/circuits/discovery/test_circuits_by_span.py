@@ -17,7 +17,7 @@ from circuits.faithfulness.nodes import FaithfulnessOptions, measure_faithfulnes
 from circuits.metrics.metrics import logit_difference
 from circuits.prompts.cells import PositionGroups
 from circuits.uncertainty.verification import verify
-from graphs.drawing.dot import render
+from graphs.drawing.dot import draw
 from sae.errors import UserError
 from sae.model.sites import Site
 from tests.circuits.conftest import MIXED, with_spans
@@ -225,7 +225,7 @@ def test_a_circuit_by_span_keeps_the_names(tiny_model, tiny_saes, mixed, tmp_pat
     words = graph.metadata["span_words"]
     assert list(words) == list(mixed.spans)
     assert all(len(shown) <= 3 and all(shown) for shown in words.values()) and len(words["c"][0].split()) in (2, 3)
-    drawn = render(graph, tmp_path / "c.svg").read_text()
+    drawn = draw(graph, tmp_path / "c.svg").read_text()
     assert ", ".join(words[graph.positions[0]]) in drawn
 
 

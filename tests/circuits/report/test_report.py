@@ -12,7 +12,7 @@ import pytest
 from circuits.editing.results import Behaviour, Continuation, EditReport, Score
 from circuits.report import write_report
 from circuits.report.page import read_run
-from graphs.drawing.dot import render
+from graphs.drawing.dot import draw
 from graphs.errors import GraphError
 from graphs.explorer import explorer_html
 from graphs.feature_graph import FeatureGraph, error_node, feature_node, metric_node
@@ -289,6 +289,6 @@ def test_no_field_of_any_file_reaches_a_page_as_html(tmp_path):
         write_json(tmp_path / name, with_scripts(data, taken))
     pages = [write_report(tmp_path).read_text()]
     graph = FeatureGraph.load(tmp_path / "circuit" / "circuit.json")
-    pages += [explorer_html(graph), render(graph, tmp_path / "circuit.svg").read_text()]
+    pages += [explorer_html(graph), draw(graph, tmp_path / "circuit.svg").read_text()]
     assert all("<img" not in page for page in pages)
     assert "&lt;img" in pages[0] and "\\u003cimg" in pages[1] and "&lt;img" in pages[2]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graphs.drawing import style
-from graphs.drawing.dot import render, to_dot
+from graphs.drawing.dot import draw, to_dot
 from graphs.errors import GraphError
 from graphs.feature_graph import FeatureGraph, error_node, feature_node, metric_node
 
@@ -32,7 +32,7 @@ def groups(svg, kind):
 @pytest.mark.parametrize("options", CIRCUITS)
 def test_svg_holds_every_node_and_edge_with_its_description(make_circuit, tmp_path, options):
     graph = make_circuit(**options)
-    svg = parse(render(graph, tmp_path / "circuit.svg"))
+    svg = parse(draw(graph, tmp_path / "circuit.svg"))
     nodes, edges = groups(svg, "node"), groups(svg, "edge")
     for node in graph.nodes():
         element = nodes[f"drawn-{node.id}"]
@@ -45,7 +45,7 @@ def test_svg_holds_every_node_and_edge_with_its_description(make_circuit, tmp_pa
 
 
 def test_text_stands_in_the_middle_of_its_box_whatever_the_viewers_font(make_circuit, tmp_path):
-    svg = parse(render(make_circuit(), tmp_path / "circuit.svg"))
+    svg = parse(draw(make_circuit(), tmp_path / "circuit.svg"))
     for group in groups(svg, "node").values():
         boxes = [e for e in group.iter() if e.tag in (f"{SVG}path", f"{SVG}polygon")]
         if boxes and group.get("id").startswith("drawn-"):
@@ -64,7 +64,7 @@ def test_colours_and_shapes_say_what_a_node_is(tmp_path):
     graph.add_node(metric_node())
     graph.add_edge("resid_0/1", "metric", 1.0)
     graph.add_edge("resid_0/2", "metric", -1.0)
-    svg = parse(render(graph, tmp_path / "g.svg"))
+    svg = parse(draw(graph, tmp_path / "g.svg"))
     nodes, edges = groups(svg, "node"), groups(svg, "edge")
 
     def fill(id):
@@ -79,18 +79,18 @@ def test_colours_and_shapes_say_what_a_node_is(tmp_path):
 
 @pytest.mark.parametrize(("suffix", "start"), [(".png", b"\x89PNG"), (".pdf", b"%PDF"), (".svg", b"<?xml")])
 def test_every_format_is_written(make_circuit, tmp_path, suffix, start):
-    path = render(make_circuit(), tmp_path / f"circuit{suffix}")
+    path = draw(make_circuit(), tmp_path / f"circuit{suffix}")
     assert path.read_bytes().startswith(start) and len(list(tmp_path.iterdir())) == 1
 
 
 def test_dot_is_written_as_text_with_positions(make_circuit, tmp_path):
-    text = render(make_circuit(positions=True), tmp_path / "circuit.dot").read_text()
+    text = draw(make_circuit(positions=True), tmp_path / "circuit.dot").read_text()
     assert "layout=nop2" in text and text.count("subgraph") > 3 and "girls" in text
 
 
 def test_unknown_extension_is_refused_before_anything_is_written(make_circuit, tmp_path):
     with pytest.raises(GraphError, match=r"'circuit\.gif'.*\.dot, \.svg, \.png, \.pdf"):
-        render(make_circuit(), tmp_path / "circuit.gif")
+        draw(make_circuit(), tmp_path / "circuit.gif")
     with pytest.raises(GraphError, match="no nodes"):
         to_dot(FeatureGraph(["a"]))
     assert not list(tmp_path.iterdir())
@@ -100,7 +100,7 @@ def test_labels_come_from_annotations_then_top_tokens(make_circuit, tmp_path):
     graph = FeatureGraph(["embed"])
     graph.add_node(feature_node("embed", 0, effect=1.0, top_tokens=[" girls", " boys"]))
     graph.add_node(replace(feature_node("embed", 1, effect=1.0, top_tokens=[" x"]), label="plural nouns"))
-    svg = render(graph, tmp_path / "g.svg").read_text()
+    svg = draw(graph, tmp_path / "g.svg").read_text()
     assert "girls · boys" in svg and "plural nouns" in svg and ">x<" not in svg
     assert "embed/0" in svg and "+1.00" in svg
 
@@ -123,7 +123,7 @@ def test_awkward_text_survives_as_itself(tmp_path, text):
     graph.add_node(replace(feature_node("embed", 0, effect=1.0, position=text), label=text))
     graph.add_node(metric_node(effect=1.0))
     graph.add_edge(f"embed/0@{text}", "metric", 1.0)
-    svg = parse(render(graph, tmp_path / "g.svg"))
+    svg = parse(draw(graph, tmp_path / "g.svg"))
     words = {"".join(element.itertext()).replace("\u200b", "") for element in svg.iter(f"{SVG}text")}
     assert style.visible(text) in words
     assert not [element for element in svg.iter() if element.tag.endswith("script")]
@@ -146,7 +146,7 @@ def test_edge_width_grows_with_weight(tmp_path):
             graph.add_node(feature_node(site, feature, effect=1.0))
     graph.add_edge("a/0", "b/0", 4.0)
     graph.add_edge("a/1", "b/1", -0.5)
-    edges = groups(parse(render(graph, tmp_path / "g.svg")), "edge")
+    edges = groups(parse(draw(graph, tmp_path / "g.svg")), "edge")
     paths = [edges[id].find(f".//{SVG}path") for id in ("drawn-a/0--b/0", "drawn-a/1--b/1")]
     assert float(paths[0].get("stroke-width", 1)) > float(paths[1].get("stroke-width", 1))
     assert float(paths[0].get("stroke-opacity", 1)) > float(paths[1].get("stroke-opacity", 1))

@@ -1,8 +1,8 @@
-"""Ranges of numeric options, stated where the option is: `steps: Annotated[int, Range(1, 1000)] = 10`.
+"""What an option may be, stated in its type: `steps: Annotated[int, Range(1, 1000)] = 10`, `rule: Literal["a", "b"]`.
 
-`check_ranges` looks at all fields of a dataclass of options; option classes call it when they are made, the command
-line before any work begins, and `--help` shows the ranges. The upper ends refuse what would run for days or what no
-machine holds.
+`check_options` looks at all fields of a dataclass of options; option classes call it when they are made, the command
+line before any work begins, and `--help` shows ranges and choices. The upper ends refuse what would run for days or
+what no machine holds.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from sae.errors import UserError
+from sae.errors import UserError, unknown
 
 
 @dataclass(frozen=True)
@@ -62,31 +62,58 @@ DescentSteps = Annotated[int, Range(1, 10**5)]
 
 
 @cache
-def ranges(options: Any) -> dict[str, Range]:
+def ranges(options: type) -> dict[str, Range]:
     """The ranges of a dataclass's fields, by name; those of inherited fields too."""
+    limits = {name: _range_in(hint) for name, hint in _hints(options).items()}
+    return {name: limit for name, limit in limits.items() if limit is not None}
+
+
+@cache
+def choices(options: type) -> dict[str, tuple[Any, ...]]:
+    """What the fields of `Literal` type of a dataclass may be, by name."""
+    return {name: allowed for name, hint in _hints(options).items() if (allowed := _choices_in(hint))}
+
+
+def _hints(options: Any) -> dict[str, Any]:
     hints = get_type_hints(options, include_extras=True)
-    found = {field.name: _range_in(hints[field.name]) for field in fields(options)}
-    return {name: allowed for name, allowed in found.items() if allowed is not None}
+    return {field.name: hints[field.name] for field in fields(options)}
+
+
+def _inside(hint: Any) -> tuple[Any, ...]:
+    """The members of a union, or a type and its annotations."""
+    return (*hint.__metadata__, hint.__origin__) if get_origin(hint) is Annotated else get_args(hint)
 
 
 def _range_in(hint: Any) -> Range | None:
     """The range in a type such as `Annotated[int, Range(1, 5)] | None`."""
     if isinstance(hint, Range):
         return hint
-    parts = (*hint.__metadata__, hint.__origin__) if get_origin(hint) is Annotated else get_args(hint)
-    return next((allowed for part in parts if (allowed := _range_in(part)) is not None), None)
+    if get_origin(hint) is Literal:
+        return None
+    return next((limit for inner in _inside(hint) if (limit := _range_in(inner)) is not None), None)
 
 
-def check_ranges(options: Any) -> None:
-    """`UserError` for an option beyond its range, in the options themselves or in options they hold."""
+def _choices_in(hint: Any) -> tuple[Any, ...]:
+    """The values of a type such as `Literal["kl", "ce"] | None`, but None; none for any other type."""
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    return next((allowed for inner in _inside(hint) if (allowed := _choices_in(inner))), ())
+
+
+def check_options(options: Any) -> None:
+    """Raise UserError for an option beyond its range or choices, in the options themselves or in options they hold."""
     kind: Any = type(options)
-    for name, allowed in ranges(kind).items():
+    for name, allowed in choices(kind).items():
         value = getattr(options, name)
-        if value is not None and (math.isnan(value) or value not in allowed):
-            raise UserError(f"{name.replace('_', '-')} is {value}: it must be {allowed}")
+        if value is not None and value not in allowed:
+            raise unknown(name.replace("_", "-"), str(value), allowed)
+    for name, limit in ranges(kind).items():
+        value = getattr(options, name)
+        if value is not None and (math.isnan(value) or value not in limit):
+            raise UserError(f"{name.replace('_', '-')} is {value}: it must be {limit}")
     for field in fields(options):
         if is_dataclass(value := getattr(options, field.name)):
-            check_ranges(value)
+            check_options(value)
 
 
 def parse_sizes(text: str, option: str = "sizes") -> tuple[int, ...]:

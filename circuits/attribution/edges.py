@@ -35,6 +35,7 @@ from circuits.attribution.activations import ActivationPair
 from circuits.attribution.feature_effects import EdgeInputs, site_ends
 from circuits.attribution.nodes import Nodes, SiteNodes
 from circuits.metrics.metrics import Metric
+from circuits.options import ACTIVE
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import unknown
 from sae.formats.token_normalised import edge_refusal
@@ -42,8 +43,6 @@ from sae.model.forward import with_gradients
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
 from sae.saes import config_of
-
-ACTIVE = ("either", "clean")
 
 Edges = dict[tuple[Site, Site | None], torch.Tensor]
 """(upstream, downstream) -> weights [D, U] over the two sites' selected nodes; downstream None is the metric, [1,

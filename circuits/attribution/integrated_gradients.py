@@ -30,11 +30,10 @@ import torch
 
 from circuits.attribution.activations import ActivationPair
 from circuits.metrics.metrics import Metric
+from circuits.options import RULES
 from sae.errors import unknown
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
-
-RULES = ("midpoint", "gauss-legendre", "left-riemann")
 
 
 def quadrature(rule: str, steps: int) -> tuple[list[float], list[float]]:

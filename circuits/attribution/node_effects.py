@@ -27,6 +27,7 @@ from circuits.attribution.ig_inputs import integrated_gradients_of_inputs
 from circuits.attribution.integrated_gradients import attribution_patching, integrated_gradients, site_total_effect
 from circuits.attribution.relp import relevance_patching
 from circuits.metrics.metrics import Metric
+from circuits.options import METHODS
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import unknown
 from sae.model.forward import with_gradients
@@ -45,8 +46,6 @@ METHOD_NAMES = {
     "random": "random",
 }
 """Every method with what it is called in words."""
-
-METHODS = tuple(METHOD_NAMES)
 
 WITHOUT_GRADIENT = ("exact", "activation-difference", "random")
 """Methods that take no gradient for their effects."""

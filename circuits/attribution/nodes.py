@@ -16,11 +16,10 @@ from dataclasses import dataclass
 import torch
 
 from circuits.attribution.effects import SiteEffects
+from circuits.options import AGGREGATIONS
 from circuits.prompts.dataset import PromptSet
 from sae.errors import UserError, unknown
 from sae.model.sites import Site
-
-AGGREGATIONS = ("sum", "position", "spans")
 
 
 @dataclass(frozen=True)

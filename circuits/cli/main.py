@@ -18,7 +18,7 @@ import tyro
 
 from circuits.cli.streams import Printable, prepare_streams, printable, say, say_error
 from graphs.errors import GraphError
-from sae._options import check_ranges
+from sae._options import check_options
 from sae.errors import UserError
 from sae.training.stopping import terminated_as_interrupted
 
@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 args=words,
                 config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
             )
-            check_ranges(command)
+            check_options(command)
             output = command.run()
             say((json.dumps(output.data) if command.json else printable(output.text)) + "\n")
     except (UserError, GraphError) as error:

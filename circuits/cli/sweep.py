@@ -14,14 +14,13 @@ from circuits.cli.cache import need, open_cache
 from circuits.cli.common import Common, Output, Overwrite, load_model
 from sae._files import write_json, write_text
 from sae._options import ContextLength, TokenCount
-from sae.architectures import ARCHITECTURES
 from sae.data.text import TextSource
 from sae.errors import UserError, unknown
 from sae.evaluation.sweep import HeldOut, evaluate_sweep
 from sae.evaluation.sweep_plots import METRICS, plot_site, plot_sites
 from sae.evaluation.sweep_results import SweepResults
 from sae.model.sites import select_sites
-from sae.training.config import TrainConfig
+from sae.training.config import ARCHITECTURE_NAMES, ArchitectureName, TrainConfig
 from sae.training.sweep import Sweep, grid, sweep, training_bytes
 
 RESULTS_FILE = "sweep.json"
@@ -33,7 +32,7 @@ Entry = TypeVar("Entry")
 class SharedConfig(TrainConfig):
     """Training options that all dictionaries of a sweep have in common; the rest is the grid."""
 
-    architecture: tyro.conf.Suppress[tyro.conf.Fixed[str]] = "topk"
+    architecture: tyro.conf.Suppress[tyro.conf.Fixed[ArchitectureName]] = "topk"
     features: tyro.conf.Suppress[tyro.conf.Fixed[int]] = 1024
     k: tyro.conf.Suppress[tyro.conf.Fixed[int]] = 1
     seed: tyro.conf.Suppress[tyro.conf.Fixed[int]] = 0
@@ -155,7 +154,8 @@ def _entries(option: str, text: str, kind: Callable[[str], Entry]) -> list[Entry
     return entries
 
 
-def _architecture(name: str) -> str:
-    if name not in ARCHITECTURES:
-        raise unknown("architecture", name, ARCHITECTURES)
-    return name
+def _architecture(name: str) -> ArchitectureName:
+    for architecture in ARCHITECTURE_NAMES:
+        if name == architecture:
+            return architecture
+    raise unknown("architecture", name, ARCHITECTURE_NAMES)

@@ -90,7 +90,7 @@ class TrainCommand(Common):
     def _finetune(self, trained: Output, text: str) -> Output:
         known = self.config
         config = FinetuneConfig(
-            loss=self.finetune,
+            loss="ce" if self.finetune == "ce" else "kl",
             tokens=self.finetune_tokens or max(1, known.tokens // FINETUNED),
             context_length=known.context_length,
             packed=known.packed,

@@ -25,7 +25,7 @@ from circuits.attribution import GRADIENT_AT_CLEAN, capture_activations
 from circuits.attribution.effects import CHUNK_BYTES, SiteEffects
 from circuits.attribution.feature_effects import contract
 from circuits.attribution.integrated_gradients import attribution_patching
-from circuits.discovery.discover import DiscoverOptions
+from circuits.discovery.options import DiscoverOptions
 from circuits.discovery.passes import (
     GIB,
     MOST_ROWS,

@@ -15,18 +15,18 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 
-from circuits.attribution import METHODS, SiteEffects
-from circuits.attribution.edges import ACTIVE, check_edges
-from circuits.attribution.integrated_gradients import RULES
-from circuits.attribution.nodes import AGGREGATIONS, aggregate, count, select_nodes
+from circuits.attribution import SiteEffects
+from circuits.attribution.edges import check_edges
+from circuits.attribution.nodes import aggregate, count, select_nodes
 from circuits.circuit import Circuit
 from circuits.circuit_source import CircuitSource
+from circuits.discovery.options import DiscoverOptions
 from circuits.discovery.passes import DiscoveryRun, NodePassResult, edge_pass, node_pass
 from circuits.discovery.resume import ResumeFolder, alone_in_partial, interrupted, work_of
 from circuits.metrics.identity import names_code
@@ -45,9 +45,8 @@ from circuits.metrics.probe import Probe, read_by, visible_sites
 from circuits.prompts.dataset import PromptSet
 from circuits.prompts.spans import LAST, OTHER
 from circuits.uncertainty.bootstrap import prompt_groups
-from sae._options import Count, Gibibytes, Range, Steps, check_ranges
 from sae.autoencoder import SparseAutoencoder
-from sae.errors import UserError, unknown
+from sae.errors import UserError
 from sae.model.forward import with_gradients
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site, select_sites
@@ -61,50 +60,6 @@ ADDS_UP = ("ig", "ig-adaptive")
 MEAN_RESIDUAL, WORST_RESIDUAL = 0.03, 0.1
 """Shares of the total effect beyond which such effects are not to be trusted."""
 LOGIT_DIFFERENCE = "logit(patch answer) - logit(clean answer)"
-
-
-@dataclass(frozen=True)
-class DiscoverOptions:
-    """How a circuit is computed."""
-
-    method: str = "ig"
-    """Node method: ig (integrated gradients), ig-adaptive, ig-inputs, attrib (attribution patching), relp, graddrop,
-    exact (patch every node), or the baselines activation-difference and random.
-    """
-    rule: str = "midpoint"
-    """Quadrature of ig and ig-inputs: midpoint, gauss-legendre or left-riemann (the paper's code)."""
-    steps: Steps = 10
-    """Quadrature nodes of ig and ig-inputs."""
-    residual: Annotated[float, Range(0, 1, above=True)] = 0.003
-    """Completeness error ig-adaptive goes down to, as a share of the total effect."""
-    aggregation: str = "sum"
-    """sum over positions; position for prompts of equal length; spans for prompts with named token spans."""
-    metric: str = "logit_difference"
-    """What is explained: logit_difference, log_probability, kl, probe:FILE.safetensors (a linear probe's logit; sites
-    after it are left out), probe-margin:FILE.safetensors (the same, turned so that prompts of opposite classes do not
-    cancel), package.module:function or file.py:function.
-    """
-    sites: str = "all"
-    """Sites of the circuit, such as all, resid or resid,mlp_3; each needs an autoencoder."""
-    edge_nodes: Count = 300
-    """Edges are computed among this many strongest nodes; 0 leaves edges out."""
-    edge_active: str = "either"
-    """Where a downstream feature passes edges on: where it is active on the clean or the patch prompt (either), or on
-    the clean prompt alone (clean, as in the paper's code).
-    """
-    memory: Gibibytes = 2.0
-    """Budget in GiB for what the model keeps during a forward and backward pass; prompts are batched to it."""
-
-    def __post_init__(self) -> None:
-        for name, allowed in (
-            ("method", METHODS),
-            ("rule", RULES),
-            ("aggregation", AGGREGATIONS),
-            ("edge_active", ACTIVE),
-        ):
-            if getattr(self, name) not in allowed:
-                raise unknown(name.replace("_", "-"), getattr(self, name), allowed)
-        check_ranges(self)
 
 
 @alone_in_partial

@@ -17,7 +17,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -34,6 +34,7 @@ from circuits.attribution import (
 from circuits.attribution.edges import Edges, edge_effects, select_ends
 from circuits.attribution.feature_effects import PairActs
 from circuits.attribution.nodes import Nodes, count
+from circuits.discovery.options import DiscoverOptions
 from circuits.discovery.resume import ResumeFolder
 from circuits.metrics.metrics import Metric
 from circuits.metrics.probe import ReadModel
@@ -42,9 +43,6 @@ from sae.autoencoder import SparseAutoencoder
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
 from sae.saes import SAEs
-
-if TYPE_CHECKING:
-    from circuits.discovery.discover import DiscoverOptions
 
 GIB = 2**30
 LOGIT_COPIES = 4

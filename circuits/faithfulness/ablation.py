@@ -31,6 +31,7 @@ import torch
 
 from circuits.attribution.nodes import Nodes, SiteNodes, places
 from circuits.metrics.probe import ReadModel
+from circuits.options import ABLATIONS
 from circuits.prompts.cells import PositionGroups
 from circuits.prompts.dataset import PromptSet
 from sae.autoencoder import SparseAutoencoder
@@ -40,7 +41,6 @@ from sae.model.language_model import LanguageModel, Tokens
 from sae.model.sites import Site
 from sae.saes import decoder_bias, device_of
 
-ABLATIONS = ("mean", "optimal", "counterfactual", "resample", "zero", "mean-pooled")
 """What `AblationValues` knows; `optimal` are means there until circuits.faithfulness.optimal_ablation fits them."""
 
 

@@ -38,67 +38,23 @@ from tqdm import tqdm
 from circuits.attribution.nodes import Nodes
 from circuits.faithfulness.ablation import AblationValues
 from circuits.faithfulness.mask_gates import Gates, budget_gates, mask_loss, masked_logits
-from circuits.faithfulness.nodes import ERRORS, aligned, from_start_site
+from circuits.faithfulness.nodes import aligned, from_start_site
 from circuits.faithfulness.optimal_ablation import Constants, Descent, dealer
+from circuits.faithfulness.options import MaskOptions
 from circuits.metrics.metrics import Metric, get_metric, kl, prepare
 from circuits.metrics.probe import read_by
 from circuits.prompts.dataset import PromptSet
 from sae._files import write_tensors
-from sae._options import BatchSize, DescentSteps, LearningRate, Positive, Seed, check_ranges
 from sae.autoencoder import SparseAutoencoder
-from sae.errors import UserError, unknown
+from sae.errors import UserError
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
 from sae.splice import ensure_checked
 
-STARTS = ("effects", "equal")
-MATCHES = ("cases", "prompts")
 STEP_PROMPTS = 64
 """Prompts of a step."""
 COLDEST, SLOWEST = 0.02, 0.1
 """What is left of temperature and learning rate at the end."""
-
-
-@dataclass(frozen=True)
-class MaskOptions:
-    """How a mask is learned."""
-
-    steps: DescentSteps = 150
-    """Steps of gradient descent."""
-    start_site: str | None = None
-    """First site that is masked; everything before is given for free. All sites by default."""
-    errors: str = "nodes"
-    """Errors of the autoencoders: nodes (masked like features), keep (all left in) or ablate (all ablated)."""
-    ablation: str = "mean"
-    """What masked nodes become: mean (per template and position), optimal (constants learned with the mask),
-    counterfactual, resample, zero or mean-pooled.
-    """
-    match: str = "cases"
-    """What has to reach the whole model's metric: cases (means over prompts of one case) or prompts (every single one,
-    which takes more nodes).
-    """
-    start: str = "effects"
-    """Where scores start: effects (the ranking of the given nodes) or equal."""
-    smallest: Positive | None = None
-    """Smallest number of nodes a prompt is given; a fiftieth of all by default."""
-    largest: Positive | None = None
-    """Largest number of nodes a prompt is given; a third of all by default."""
-    batch_size: BatchSize = 64
-    """Prompts that go through the model at once; what is learned does not depend on it."""
-    learning_rate: LearningRate = 0.2
-    """Learning rate of Adam, falling to a tenth over the steps."""
-    temperature: LearningRate = 1.0
-    """Width of the gate's gradient in units of the score, falling to a fiftieth over the steps."""
-    seed: Seed = 0
-    """Seed of prompts and budgets."""
-
-    def __post_init__(self) -> None:
-        for name, allowed in (("errors", ERRORS), ("start", STARTS), ("match", MATCHES)):
-            if getattr(self, name) not in allowed:
-                raise unknown(name, getattr(self, name), allowed)
-        check_ranges(self)
-        if self.smallest is not None and self.largest is not None and self.largest < self.smallest:
-            raise UserError(f"largest is {self.largest}: it must be at least smallest, {self.smallest}")
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ with an effect.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
@@ -28,52 +27,21 @@ from tqdm import tqdm
 from circuits.attribution.nodes import Nodes, SiteNodes, count, select_nodes
 from circuits.faithfulness.ablation import AblationValues, ablation_edits
 from circuits.faithfulness.optimal_ablation import Gain, ablation_values, gain
+from circuits.faithfulness.options import FaithfulnessOptions
 from circuits.faithfulness.results import Faithfulness, Intervals, area
 from circuits.metrics.metrics import Metric, get_metric, prepare
 from circuits.metrics.probe import read_by
 from circuits.prompts.cells import PositionGroups
 from circuits.prompts.dataset import PromptSet
 from circuits.uncertainty.bootstrap import Bootstrap, group_sums, prompt_groups, too_few, what_is_drawn
-from sae._options import BatchSize, Repeats, Resamples, Seed, check_ranges
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError, unknown
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
 from sae.splice import ensure_checked
 
-ERRORS = ("nodes", "keep", "ablate")
 COVERED = 0.8
 """Share of the prompts whose template must occur among the reference prompts; below it templates are lengths alone."""
-
-
-@dataclass(frozen=True)
-class FaithfulnessOptions:
-    """How faithfulness is measured."""
-
-    ablation: str = "mean"
-    """What ablated nodes become: mean (per template and position), optimal (fitted from there so that the model does
-    best with the circuits kept), counterfactual, resample, zero, or mean-pooled (over all templates and positions; it
-    destroys what all prompts share, so that faithfulness says little).
-    """
-    start_site: str | None = None
-    """First site that is ablated; everything before is given for free. All sites by default."""
-    errors: str = "nodes"
-    """Errors of the autoencoders: nodes (ranked among the features), keep (all left in) or ablate (all ablated)."""
-    random: Repeats = 3
-    """Random circuits of each size to compare with."""
-    seed: Seed = 0
-    """Seed of the random circuits and of resampling."""
-    batch_size: BatchSize = 64
-    """Prompts that go through the model at once."""
-    resamples: Resamples = 1000
-    """Times the prompts, or their templates where they share them, are drawn anew for 95 % intervals (none for fewer
-    than 5 of them); 0 leaves intervals out.
-    """
-
-    def __post_init__(self) -> None:
-        if self.errors not in ERRORS:
-            raise unknown("errors", self.errors, ERRORS)
-        check_ranges(self)
 
 
 def measure_faithfulness(

@@ -22,25 +22,23 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, NamedTuple, TextIO
+from typing import NamedTuple, TextIO
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 from tqdm import tqdm
 
-from sae._options import ContextLength, LearningRate, Positive, Range, Repeats, Share, TokenCount, Weight, check_ranges
 from sae._run.locks import lock
 from sae.autoencoder import SparseAutoencoder, fingerprint
 from sae.data.activations import ContextStream
 from sae.data.batches import counted_tokens
 from sae.data.text import TextSource
-from sae.errors import UserError, unknown
+from sae.errors import UserError
 from sae.evaluation.evaluate import spliced_predictions
 from sae.model.checks import check_finite
 from sae.model.forward import with_gradients
@@ -51,6 +49,7 @@ from sae.model.tokens import Tokens
 from sae.splice import check_saes
 from sae.training import checkpoint as checkpoints
 from sae.training.checkpoint import Checkpoint
+from sae.training.config import FinetuneConfig
 from sae.training.divergence import all_finite, diverged, warn_of_useless
 from sae.training.finetuning_sae import FinetuningSAE, Reconstruction, check_tunable
 from sae.training.run_folder import RunFolder, run_settings
@@ -59,68 +58,11 @@ from sae.training.trainer import BETAS
 
 log = logging.getLogger(__name__)
 
-LOSSES = ("kl", "ce")
 MEASURED_BATCHES = 32
 """Batches on which scale and L0 are measured beforehand; documents come sorted by length, so a few would not do."""
 
 PREDICTED_TOKENS = 10_000
 """Tokens, the first of the text, on which predictions are measured before and after."""
-
-
-@dataclass(frozen=True)
-class FinetuneConfig:
-    """How to fine-tune autoencoders while they are spliced into the model.
-
-    Defaults were chosen on the 16 sites of a small model (width 64, F = 512, k = 16), trained on 500k tokens and
-    fine-tuned on 100k more, by the cross-entropy on held-out text with all sites spliced (trained: +1.15 nats) and by
-    the sum of what each site costs alone (.76):
-
-    - `reconstruction`: weights of .25, 1 and 4 give +.67, +.61 and +.60 for all, 1.05, .88 and .77 for the sites alone;
-    - `learning_rate`: .04 / √width gives +.70, .02 / √width +.61, .008 / √width +.59, an eighth of what training uses;
-    - all sites at every step: a random choice of sites gives +.71, and .76 for the sites alone, which the larger
-      weight reaches as well.
-    """
-
-    loss: str = "kl"
-    """What spliced predictions are judged by: kl (divergence from the model's own) or ce (loss on the text)."""
-    tokens: TokenCount = 400_000
-    """Tokens to fine-tune on; text shorter than that is read several times."""
-    reconstruction: Weight = 4.0
-    """Weight of the reconstruction error at each site, relative to that of the predictions."""
-    batch_size: Annotated[int, Range(2, 10**6)] | None = None
-    """Tokens a step, padding counted; by default as many as leave 200 steps, between 512 and 4096."""
-    learning_rate: LearningRate | None = None
-    """Peak learning rate of Adam; 0.008 / sqrt(width) by default."""
-    warmup: Share = 0.05
-    """Share of the steps over which the learning rate rises; afterwards it falls linearly to zero."""
-    context_length: ContextLength | None = None
-    """Longest context, in tokens; 128, or less if the model takes less, by default."""
-    packed: bool = False
-    """Pack documents end to end into full contexts instead of one context a document."""
-    exclude_special: bool = True
-    """Special tokens, such as BOS, keep their activations; with --no-exclude-special they are reconstructed as well."""
-    log_steps: Positive = 20
-    """Steps between lines of the log."""
-    checkpoints: Repeats = 5
-    """Checkpoints over the run; the last two are kept until it ends. 0 for none."""
-
-    def __post_init__(self) -> None:
-        if self.loss not in LOSSES:
-            raise unknown("loss", self.loss, LOSSES)
-        check_ranges(self)
-
-    @property
-    def batch(self) -> int:
-        """Tokens a step, padding counted."""
-        if self.batch_size is not None:
-            return self.batch_size
-        return min(4096, max(512, 2 ** int(math.log2(max(1, self.tokens / 200)))))
-
-    def learning_rate_at(self, done: float, width: int) -> float:
-        """The learning rate when a share `done` of the tokens is read, for a site of the given width."""
-        peak = self.learning_rate or 0.008 / math.sqrt(width)
-        rise = min(1.0, done / self.warmup) if self.warmup else 1.0
-        return peak * rise * max(0.0, 1 - max(0.0, done - self.warmup) / max(1e-9, 1 - self.warmup))
 
 
 class SplicedLoss(NamedTuple):

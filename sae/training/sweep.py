@@ -27,7 +27,7 @@ from sae.data.text import TextSource
 from sae.errors import UserError
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site, select_sites
-from sae.training.config import TrainConfig
+from sae.training.config import ArchitectureName, TrainConfig
 from sae.training.run_folder import RunFolder, read_entry, read_log, run_settings
 from sae.training.trainer import Trainer, open_activations
 from sae.training.training_sae import TrainingSAE
@@ -77,7 +77,7 @@ class Sweep:
 def grid(
     base: TrainConfig | None = None,
     *,
-    architectures: Sequence[str] = ("topk",),
+    architectures: Sequence[ArchitectureName] = ("topk",),
     features: Sequence[int] = (1024,),
     k: Sequence[int] = (32,),
     seeds: Sequence[int] = (0,),

@@ -28,8 +28,9 @@ from circuits.comparison.compare import LEVELS, nodes_for
 from circuits.discovery.discover import DiscoverOptions, discover
 from circuits.faithfulness.ablation import ABLATIONS
 from circuits.faithfulness.learned_mask import MaskOptions, learn_mask
-from circuits.faithfulness.nodes import ERRORS, FaithfulnessOptions, measure_faithfulness
+from circuits.faithfulness.nodes import FaithfulnessOptions, measure_faithfulness
 from circuits.faithfulness.results import Faithfulness
+from circuits.options import ERRORS
 from circuits.prompts.dataset import PromptSet, load_prompts
 from sae.autoencoder import SparseAutoencoder, load_saes
 from sae.model.language_model import LanguageModel

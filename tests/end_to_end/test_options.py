@@ -8,11 +8,14 @@ from typing import get_args, get_type_hints
 import pytest
 import tyro
 
+from circuits.attribution.node_effects import METHOD_NAMES
 from circuits.cli import main as cli
-from circuits.discovery.discover import DiscoverOptions
+from circuits.discovery.options import DiscoverOptions
+from circuits.options import METHODS
 from sae._options import ranges
+from sae.architectures import ARCHITECTURES
 from sae.errors import UserError
-from sae.training.config import TrainConfig
+from sae.training.config import ARCHITECTURE_NAMES, TrainConfig
 
 COMMANDS = cli._commands()
 
@@ -98,3 +101,8 @@ def test_ranges_hold_in_python():
     for make in (lambda: DiscoverOptions(memory=float("nan")), lambda: TrainConfig(learning_rate=float("inf"))):
         with pytest.raises(UserError, match="it must be above 0"):
             make()
+
+
+def test_every_name_has_its_implementation():
+    assert tuple(ARCHITECTURES) == ARCHITECTURE_NAMES
+    assert tuple(METHOD_NAMES) == METHODS

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import pytest
 
-from sae._options import LearningRate, Range, Seed, check_ranges, parse_sizes
+from sae._options import LearningRate, Range, Seed, check_options, parse_sizes
 from sae.errors import UserError
 
 
@@ -39,12 +39,12 @@ class Outer:
 )
 def test_numbers_beyond_a_range_are_named(options, said):
     with pytest.raises(UserError) as caught:
-        check_ranges(options)
+        check_options(options)
     assert str(caught.value).startswith(said)
 
 
 def test_numbers_within_are_taken():
-    check_ranges(Outer(n_nodes=10**9, share=-1, inner=Inner(rate=1000, seed=2**32 - 1)))
+    check_options(Outer(n_nodes=10**9, share=-1, inner=Inner(rate=1000, seed=2**32 - 1)))
 
 
 @pytest.mark.parametrize("text", ["", "x", "0", "10,-1", "²", "9" * 5000, "1.5"])

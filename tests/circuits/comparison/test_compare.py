@@ -172,7 +172,7 @@ def test_tables_and_plot(comparison, tmp_path):
         ({"sizes": "10,x"}, "sizes"),
         ({"rule": "midpont"}, "midpoint"),
         ({"sample": -1}, "sample"),
-        ({"mask_start": "mask"}, "mask start"),
+        ({"mask_start": "mask"}, "mask-start"),
         ({"mask_steps": 0}, "mask-steps"),
     ],
 )

@@ -33,6 +33,7 @@ from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
+from sae.saes import SAEs
 
 GRAPH_FILE = "circuit.json"
 EFFECTS_FILE = "effects.safetensors"
@@ -71,7 +72,7 @@ class Circuit:
         return self.source.get_model(self.metadata)
 
     @property
-    def saes(self) -> Mapping[Site, SparseAutoencoder]:
+    def saes(self) -> SAEs:
         """The SAEs whose features are its nodes; of a circuit from disk, loaded the first time."""
         saes = self.source.get_saes(self.metadata)
         check_widths({site: effects.n_features for site, effects in self.effects.items()}, saes, self.source.path)

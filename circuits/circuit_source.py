@@ -14,14 +14,13 @@ from typing import Any
 from circuits.metrics.metrics import Metric, circuit_metric
 from circuits.prompts.dataset import PromptSet, make_prompts
 from circuits.prompts.formats import read_examples
-from sae.autoencoder import SparseAutoencoder, fingerprint
+from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError
-from sae.formats import load_any
 from sae.formats.locate import check_source
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
 from sae.neurons import NEURONS, neuron_dictionaries
-from sae.saes import GIB, config_of, open_saes
+from sae.saes import GIB, SAEs, as_saes, load_saes, saes_fingerprint
 from sae.splice import check_saes
 
 
@@ -70,7 +69,7 @@ class CircuitSource:
                 )
         return self.model
 
-    def get_saes(self, metadata: Mapping[str, Any]) -> Mapping[Site, SparseAutoencoder]:
+    def get_saes(self, metadata: Mapping[str, Any]) -> SAEs:
         """The SAEs, loaded the first time; `UserError` where they are others than the circuit was found with."""
         if self.saes is None or isinstance(self.saes, str | Path):
             path = self.saes or _named(metadata, "saes", self.path)
@@ -78,13 +77,13 @@ class CircuitSource:
             sites = [Site.parse(name) for name in metadata["sites"]]
             saes = load_checked_saes(model, path, sites=sites, sae_memory=self.sae_memory, stream=self.stream)
             noted = metadata.get("saes_fingerprint")
-            if noted and noted != fingerprint(saes):
+            if noted and noted != saes_fingerprint(saes):
                 raise UserError(
                     f"the circuit in {str(self.path)!r} was found with other autoencoders than those that are now in "
                     f"{str(path)!r}: give --saes, or discover it again"
                 )
             self.saes = saes
-        return self.saes
+        return as_saes(self.saes)
 
     def get_metric(self, metadata: Mapping[str, Any]) -> Metric:
         """The metric; `UserError` where it is code that was not given, or another metric than the circuit's."""
@@ -133,10 +132,10 @@ class CircuitSource:
         return make(limit, need_spans or by_span)
 
 
-def check_widths(n_features: Mapping[Site, int], saes: Mapping[Site, SparseAutoencoder], path: str | Path) -> None:
+def check_widths(n_features: Mapping[Site, int], saes: SAEs, path: str | Path) -> None:
     """`UserError` where a circuit has another number of features at a site than the SAE there."""
     for site, expected in n_features.items():
-        if expected != (width := config_of(saes, site).n_features):
+        if expected != (width := saes.config(site).n_features):
             raise UserError(f"the circuit in {str(path)!r} has {expected} features at {site}, the autoencoder {width}")
 
 
@@ -147,7 +146,7 @@ def load_checked_saes(
     sites: list[Site] | None = None,
     sae_memory: float | None = None,
     stream: bool = True,
-) -> Mapping[Site, SparseAutoencoder]:
+) -> SAEs:
     """The SAEs of a run, checked against the model they are attached to; the model's neurons for `neurons`.
 
     Args:
@@ -159,11 +158,8 @@ def load_checked_saes(
     """
     if str(path) == NEURONS:
         return neuron_dictionaries(model, sites=sites)
-    if stream:
-        budget = None if sae_memory is None else int(sae_memory * GIB)
-        saes = open_saes(path, device=model.device, sites=sites, budget=budget)
-    else:
-        saes = load_any(path, device=model.device, sites=sites)
+    budget = None if sae_memory is None else sae_memory * GIB
+    saes = load_saes(path, device=model.device, sites=sites, budget=budget if stream else float("inf"))
     check_saes(model, saes)
     return saes
 

@@ -10,8 +10,7 @@ It works on raw activations: whatever scaling training used is folded into the t
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,11 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from sae._files import TensorSpec, check_type, read_json, read_tensors, write_json, write_tensors
-from sae._run.contents import check_complete
 from sae.activation_functions import CORE, TOPK, ActivationFunction, top_features
 from sae.architectures import nonlinearity
 from sae.errors import UserError
-from sae.model.sites import Site
 
 SCHEMA_VERSION = 1
 CHUNK_BYTES = 64 * 2**20
@@ -37,7 +34,6 @@ CONTEXT_LENGTH, PREPEND_BOS, EXCLUDE_SPECIAL = "context_length", "prepend_bos", 
 """Entries of `SAEConfig.extra`: how text was read in training, the longest context in tokens and two yes or no."""
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "sae.safetensors"
-SAMPLED_VALUES = 64  # of each tensor, for the fingerprint
 
 
 @dataclass(frozen=True)
@@ -255,18 +251,6 @@ def tensor_specs(kind: ActivationFunction) -> dict[str, TensorSpec]:
     return specs | dict.fromkeys(kind.extra, vector) | dict.fromkeys(kind.optional, replace(vector, optional=True))
 
 
-def fingerprint(saes: Mapping[Site, SparseAutoencoder]) -> str:
-    """A short hash of a sample of all tensors of some autoencoders: a circuit means nothing with others."""
-    digest = hashlib.sha256()
-    for site in sorted(saes):
-        sae = saes[site]
-        digest.update(f"{site} {sae.config.architecture} {sae.config.k}".encode())
-        for name, tensor in sorted(sae.named_buffers()):
-            sample = tensor.flatten()[:: max(1, tensor.numel() // SAMPLED_VALUES)].float().cpu()
-            digest.update(f"{name} {tuple(tensor.shape)}".encode() + sample.numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def _chunks(x: Tensor, rows: int) -> Iterator[tuple[int, Tensor]]:
     for start in range(0, x.shape[0], rows):
         yield start, x[start : start + rows]
@@ -276,44 +260,3 @@ def is_sae_folder(folder: str | Path) -> bool:
     """Whether a folder holds an autoencoder written by `SparseAutoencoder.save`."""
     folder = Path(folder)
     return (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file()
-
-
-def sae_folders(path: str | Path) -> list[Path]:
-    """The autoencoder folders of a run folder, of its `saes` folder, or of one autoencoder's folder itself."""
-    path = Path(path)
-    if is_sae_folder(path):
-        return [path]
-    inside = path / "saes" if (path / "saes").is_dir() else path
-    return sorted(p for p in inside.iterdir() if is_sae_folder(p)) if inside.is_dir() else []
-
-
-def load_saes(
-    path: str | Path, *, device: str | torch.device = "cpu", sites: Iterable[Site | str] | None = None
-) -> dict[Site, SparseAutoencoder]:
-    """Autoencoders by site, in forward order, from a run folder, its `saes` folder or a single autoencoder's folder."""
-    return {
-        site: SparseAutoencoder.load(folder, device=device) for site, folder in find_saes(path, sites=sites).items()
-    }
-
-
-def find_saes(path: str | Path, *, sites: Iterable[Site | str] | None = None) -> dict[Site, Path]:
-    """The folder of each site's autoencoder, in forward order, where `load_saes` would read it."""
-    check_complete(path)
-    folders = sae_folders(path)
-    if not folders:
-        raise UserError(
-            f"no autoencoders in {str(path)!r}: looked for SITE/{CONFIG_FILE} and SITE/{WEIGHTS_FILE}, "
-            "there and in a saes folder inside"
-        )
-    found: dict[Site, Path] = {}
-    wanted = None if sites is None else {Site.parse(str(site)) for site in sites}
-    for folder in folders:
-        site = Site.parse(read_config(folder).site)
-        if site in found:
-            raise UserError(f"{str(path)!r} holds several autoencoders for site {site}; name one of their folders")
-        if wanted is None or site in wanted:
-            found[site] = folder
-    if wanted and (missing := sorted(wanted - set(found))):
-        names, has = ", ".join(map(str, missing)), ", ".join(folder.name for folder in folders)
-        raise UserError(f"{str(path)!r} has no autoencoder for {names}; it has {has}")
-    return dict(sorted(found.items()))

@@ -13,12 +13,13 @@ import torch
 from sae.autoencoder import SAEConfig, SparseAutoencoder
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
+from sae.saes import SAEs
 
 NEURONS = "neurons"
 """What `--saes` takes in place of a folder."""
 
 
-def neuron_dictionaries(model: LanguageModel, *, sites: Iterable[Site] | None = None) -> dict[Site, SparseAutoencoder]:
+def neuron_dictionaries(model: LanguageModel, *, sites: Iterable[Site] | None = None) -> SAEs:
     """The identity autoencoder at every site; sites of equal width share one matrix."""
     eye = {width: torch.eye(width, device=model.device) for width in set(model.widths.values())}
     saes = {}
@@ -34,4 +35,4 @@ def neuron_dictionaries(model: LanguageModel, *, sites: Iterable[Site] | None = 
             model_fingerprint=model.fingerprint,
         )
         saes[site] = SparseAutoencoder(config, {"W_enc": matrix, "b_enc": zero, "W_dec": matrix, "b_dec": zero})
-    return saes
+    return SAEs(saes)

@@ -27,7 +27,7 @@ from sae.model.hook_points import SiteEdit
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
 from sae.model.tokens import Tokens
-from sae.saes import SAEs, config_of, subset
+from sae.saes import SAEs, as_saes
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +61,7 @@ def check_saes(model: LanguageModel, saes: Mapping[Site, SparseAutoencoder], tok
     Tried on `tokens`, or on a few random ones. A reconstruction that is further from x than zero is logged as a
     warning: such an autoencoder was probably made for another place. So are files that name another model.
     """
+    saes = as_saes(saes)
     if not saes:
         raise UserError("no autoencoders given: at least one site is needed")
     _check_configs(model, saes)
@@ -68,9 +69,9 @@ def check_saes(model: LanguageModel, saes: Mapping[Site, SparseAutoencoder], tok
     plain = model.run(batch, capture=saes)
     real = batch.attention_mask.to(model.device).bool()
     for site in saes:
-        if config_of(saes, site).extra.get("hook") in EMBED_HOOKS:
+        if saes.config(site).extra.get("hook") in EMBED_HOOKS:
             _check_embedding(model, plain.activations[site][real], batch.input_ids.to(model.device)[real])
-    if not isinstance(saes, SAEs):
+    if not saes.is_lazy:
         _checked.setdefault(model, WeakSet()).update(saes.values())
     looked_at: set[Site] = set()
 
@@ -110,8 +111,8 @@ def ensure_checked(model: LanguageModel, saes: Mapping[Site, SparseAutoencoder],
 
     Of streamed autoencoders no more than the configs are looked at: each would be read from disk once more.
     """
-    some = subset(saes, sites)
-    if isinstance(some, SAEs):
+    some = as_saes(saes).subset(sites)
+    if some.is_lazy:
         _check_configs(model, some)
     elif not set(some.values()) <= set(_checked.get(model, ())):
         check_saes(model, some)
@@ -121,8 +122,8 @@ _checked: WeakKeyDictionary[LanguageModel, WeakSet[SparseAutoencoder]] = WeakKey
 """Autoencoders that were found to fit, by model."""
 
 
-def _check_configs(model: LanguageModel, saes: Mapping[Site, SparseAutoencoder]) -> None:
-    configs = {site: config_of(saes, site) for site in saes}
+def _check_configs(model: LanguageModel, saes: SAEs) -> None:
+    configs = {site: saes.config(site) for site in saes}
     for site, config in configs.items():
         _check_made_for(model, site, config)
     named = {config.model: site for site, config in configs.items() if config.model and not config.model_fingerprint}

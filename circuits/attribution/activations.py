@@ -22,7 +22,7 @@ from sae.errors import UserError
 from sae.model.checks import check_finite
 from sae.model.language_model import LanguageModel, Tokens
 from sae.model.sites import Site
-from sae.saes import decoder_bias
+from sae.saes import as_saes
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,8 @@ def capture_activations(
     """
     clean, m_clean, gradients = _clean_run(model, prompts, metric, sites, gradient)
     if prompts.patch is None:
-        patch = {site: decoder_bias(saes, site).to(x).expand_as(x) for site, x in clean.items()}
+        biases = as_saes(saes)
+        patch = {site: biases.bias(site).to(x).expand_as(x) for site, x in clean.items()}
         return ActivationPair(prompts, clean, patch, True, m_clean, None, model.n_layers - 1, gradients)
     other = model.run(prompts.patch, capture=sites, last_only=True)
     check_finite(other)

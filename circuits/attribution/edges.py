@@ -42,7 +42,7 @@ from sae.formats.token_normalised import edge_refusal
 from sae.model.forward import with_gradients
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
-from sae.saes import config_of
+from sae.saes import as_saes
 
 Edges = dict[tuple[Site, Site | None], torch.Tensor]
 """(upstream, downstream) -> weights [D, U] over the two sites' selected nodes; downstream None is the metric, [1,
@@ -195,8 +195,9 @@ def select_ends(
 
 def check_edges(saes: Mapping[Site, SparseAutoencoder], sites: Iterable[Site], *, edge_nodes: int) -> None:
     """`UserError` where edges are wanted and the features of a site have none; nothing is computed for it."""
+    saes = as_saes(saes)
     for site in sites if edge_nodes else ():
-        if config_of(saes, site).input_norm:
+        if saes.config(site).input_norm:
             raise edge_refusal(site.name)
 
 

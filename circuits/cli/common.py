@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -28,11 +28,11 @@ from circuits.prompts.dataset import PromptSet
 from sae._files import without_nan, write_json
 from sae._options import Range, ranges
 from sae._run.contents import check_run_config, read_run_config
-from sae.autoencoder import SparseAutoencoder
 from sae.formats.locate import check_source
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
 from sae.neurons import NEURONS
+from sae.saes import SAEs
 
 PACKAGES = ("sparse-feature-circuits", "torch", "transformers", "nnsight", "numpy")
 
@@ -125,7 +125,7 @@ def load_model(
 
 def load_checked_saes(
     model: LanguageModel, path: str | Path, *, sites: list[Site] | None = None, options: Common | None = None
-) -> Mapping[Site, SparseAutoencoder]:
+) -> SAEs:
     """The SAEs of a run, checked against the model they are attached to; its neurons for `neurons`.
 
     Where the command can take them one by one (`UsesSaes`), those that do not fit in its `sae_memory` are streamed.
@@ -169,7 +169,7 @@ class Loaded:
         return self.circuit.model
 
     @property
-    def saes(self) -> Mapping[Site, SparseAutoencoder]:
+    def saes(self) -> SAEs:
         """The SAEs it was found with."""
         return self.circuit.saes
 

@@ -20,7 +20,8 @@ from sae._run.contents import (
 )
 from sae._run.locks import lock
 from sae.errors import UserError
-from sae.formats import load_any, save_saes
+from sae.formats import save_saes
+from sae.saes import load_saes
 
 CONVERTED_SAE = Layout((r"(config|cfg)\.json", r"(sae|sae_weights)\.safetensors", r"ae\.pt", EVALUATION))
 """The folder of a site, in any format that can be written."""
@@ -49,7 +50,7 @@ class ConvertCommand:
 
     def _run(self) -> Output:
         self._check()
-        saes = load_any(self.saes, sites=None if self.site is None else [self.site])
+        saes = load_saes(self.saes, sites=None if self.site is None else [self.site])
         names = [site.name for site in saes]
         new = not self.out.exists() or not any(self.out.iterdir())
         self._remove_earlier()

@@ -29,13 +29,13 @@ from sae._files import prepare_folder, read_json, write_json
 from sae._options import Count, Magnitude, Positive, Resamples
 from sae._run.contents import CIRCUIT, MEASURED, check_contents, check_no_link, check_run_config, remove, visible
 from sae._run.locks import lock
-from sae.autoencoder import SparseAutoencoder, fingerprint
+from sae.autoencoder import SparseAutoencoder
 from sae.data.text import TextSource
 from sae.errors import UserError
 from sae.features.contexts import top_contexts
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site, select_sites
-from sae.saes import subset
+from sae.saes import saes_fingerprint
 
 FEATURES_FILE = "features.json"
 
@@ -103,7 +103,7 @@ class DiscoverCommand(UsesSaes):
         saes = load_checked_saes(model, self.saes, options=self)
         check_edges(saes, select_sites(self.options.sites, list(saes)), edge_nodes=self.options.edge_nodes)
         metric = get_metric(self.options.metric)
-        saes = subset(saes, visible_sites(metric, model, select_sites(self.options.sites, list(saes))))
+        saes = saes.subset(visible_sites(metric, model, select_sites(self.options.sites, list(saes))))
         options = replace(self.options, metric=absolute(self.options.metric))
         prompts = load_prompts(
             self.prompts, model, limit=self.examples, span_template=self.span_template, need_spans=self._needs_spans()
@@ -195,7 +195,7 @@ class DiscoverCommand(UsesSaes):
             "site_paths": self.site_paths,
             "dtype": str(model.dtype).removeprefix("torch."),
             "saes": place(self.saes),
-            "saes_fingerprint": fingerprint(saes),
+            "saes_fingerprint": saes_fingerprint(saes),
             "prompts": place(self.prompts),
             "prompts_fingerprint": prompts.fingerprint,
             "examples": self.examples,

@@ -14,13 +14,14 @@ from sae._files import write_text
 from sae._options import BatchSize, ContextLength, TokenCount
 from sae._run.contents import check_complete
 from sae._run.locks import lock
-from sae.autoencoder import fingerprint, sae_folders
 from sae.data.batches import CONTEXT_LENGTH, context_of
 from sae.data.text import TextSource
 from sae.errors import UserError
 from sae.evaluation.evaluate import evaluate
 from sae.evaluation.plots import plot_evaluation
 from sae.evaluation.sweep import evaluation_settings
+from sae.formats.locate import sae_folders
+from sae.saes import saes_fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,7 @@ class EvaluateCommand(Common, Named):
     def _run(self, folder: Path | None) -> Output:
         model = load_model(self.model, self, saes=self.saes)
         saes, source = load_checked_saes(model, self.saes), TextSource.of(self.text)
-        facts = {"model_fingerprint": model.fingerprint, "saes_fingerprint": fingerprint(saes)}
+        facts = {"model_fingerprint": model.fingerprint, "saes_fingerprint": saes_fingerprint(saes)}
         files = ResultFiles(
             folder or Path(), "evaluation", self, made_with(self, **facts), suffixes=(".json", ".txt", ".svg")
         )

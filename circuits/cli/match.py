@@ -16,10 +16,10 @@ from sae.autoencoder import SparseAutoencoder
 from sae.data.text import TextSource
 from sae.errors import UserError
 from sae.features.matching import Match, match_by_activation, match_features, persistent_features, split_features
-from sae.formats import load_any
 from sae.model.huggingface import resolve_device
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site, select_sites
+from sae.saes import load_saes
 
 Dictionaries = Mapping[Site, SparseAutoencoder]
 HEAD = ["feature of", "partner in", "features", "partners", "similarity", "mutual", "same", "split"]
@@ -84,7 +84,7 @@ class MatchCommand(Common):
 
     def _load(self, path: str, model: LanguageModel | None) -> Dictionaries:
         if model is None:
-            return load_any(path, device=resolve_device(self.device))
+            return load_saes(path, device=resolve_device(self.device))
         return load_checked_saes(model, path)
 
     def _match(

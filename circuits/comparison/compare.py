@@ -38,7 +38,7 @@ from sae.model.forward import with_gradients
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site, select_sites
 from sae.neurons import NEURONS, neuron_dictionaries
-from sae.saes import subset
+from sae.saes import as_saes
 
 ESTIMATES = {
     "ig": MEAN, "ig-adaptive": MEAN, "ig-inputs": MEAN,
@@ -133,7 +133,7 @@ def compare_methods(
     model = read_by(model, m)
     plan: list[tuple[str, Mapping[Site, SparseAutoencoder], list[str]]] = []
     if methods := split(options.methods):
-        plan.append((SAES, subset(saes, sites), methods))
+        plan.append((SAES, as_saes(saes).subset(sites), methods))
     if methods := split(options.neurons):
         plan.append((NEURONS, neuron_dictionaries(model, sites=sites), methods))
     rows, sampled = [], {}

@@ -41,7 +41,7 @@ from circuits.prompts.dataset import PromptSet
 from sae.autoencoder import SparseAutoencoder
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site, select_sites
-from sae.saes import SAEs, config_of, free_memory
+from sae.saes import SAEs, as_saes, free_memory
 
 T = TypeVar("T")
 
@@ -126,6 +126,7 @@ def estimate_discovery(
 ) -> Estimate:
     """Time a few prompts and count the rest; files: whether finished batches go to disk, as `sfc discover` has it."""
     m = get_metric(options.metric)
+    saes = as_saes(saes)
     sites, model = visible_sites(m, model, select_sites(options.sites, list(saes))), read_by(model, m)
     n_positions, n_prompts = prompts.clean.n_positions, len(prompts)
     rows = max_rows(model, n_positions, memory=options.memory)
@@ -231,14 +232,16 @@ def _last_block(sites: Sequence[Site], site: Site, *, inclusive: bool) -> int:
     return max((known.layer for known in blocks if known.layer is not None), default=-1)
 
 
-def _reads(saes, sites: Sequence[Site], options: DiscoverOptions, *, rounds: int, n_batches: int, layers: int) -> int:
+def _reads(
+    saes: SAEs, sites: Sequence[Site], options: DiscoverOptions, *, rounds: int, n_batches: int, layers: int
+) -> int:
     """Readings of streamed autoencoders: those that stay are read once, the others once a round of each pass."""
-    if not isinstance(saes, SAEs):
+    if not saes.is_lazy:
         return 0
     passes = (1 if options.edge_nodes else 0) * rounds + rounds
     if options.method == "graddrop":
         passes += layers * n_batches
-    chosen = saes.only(sites)
+    chosen = saes.subset(sites)
     return chosen.n_staying + passes * (len(chosen) - chosen.n_staying)
 
 
@@ -260,9 +263,10 @@ def memory_parts(
 
     batch: prompts whose activations are held at once; entries: effects of a prompt and site.
     """
+    saes = as_saes(saes)
     rows = _rows_at_once(model, options, n_positions=n_positions, n_prompts=n_prompts)
     activations = state_bytes(model, sites, n_positions)
-    wide = max(config_of(saes, site).d_model for site in sites)
+    wide = max(saes.config(site).d_model for site in sites)
     # error change and cotangent, float32
     ends = 2 * n_positions * sum(4 * model.widths[site] for site in sites) if options.edge_nodes else 0
     return {
@@ -287,10 +291,10 @@ def _rows_at_once(model: LanguageModel, options: DiscoverOptions, *, n_positions
     return max(rows, lanes * batch)
 
 
-def saes_bytes(saes: Mapping[Site, SparseAutoencoder], sites: Sequence[Site]) -> int:
+def saes_bytes(saes: SAEs, sites: Sequence[Site]) -> int:
     """What is held of the autoencoders at once."""
-    whole = sum(config_of(saes, site).n_bytes for site in sites)
-    return min(whole, saes.budget) if isinstance(saes, SAEs) else whole
+    total = sum(saes.config(site).n_bytes for site in sites)
+    return total if saes.budget is None else min(total, saes.budget)
 
 
 def _advice(memory: Mapping[str, int], needed: int, free: int | None, options: DiscoverOptions, saes) -> list[str]:

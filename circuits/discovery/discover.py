@@ -50,7 +50,7 @@ from sae.errors import UserError
 from sae.model.forward import with_gradients
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site, select_sites
-from sae.saes import subset
+from sae.saes import as_saes
 from sae.splice import ensure_checked
 
 log = logging.getLogger(__name__)
@@ -129,7 +129,7 @@ def discover(
     }
     return Circuit(effects, chosen if options.edge_nodes else {}, edges, metadata, edge_samples=edge_samples,
                    groups=prompt_groups(prompts),
-                   source=CircuitSource(model=plain, saes=subset(saes, sites), metric=m, prompts=prompts))  # fmt: skip
+                   source=CircuitSource(plain, as_saes(saes).subset(sites), m, prompts))  # fmt: skip
 
 
 def _spans(prompts: PromptSet, aggregation: str) -> tuple[str, ...]:

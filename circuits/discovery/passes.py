@@ -42,7 +42,7 @@ from circuits.prompts.dataset import PromptSet
 from sae.autoencoder import SparseAutoencoder
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
-from sae.saes import SAEs
+from sae.saes import as_saes
 
 GIB = 2**30
 LOGIT_COPIES = 4
@@ -132,7 +132,7 @@ def batches_per_round(
     memory: float,
 ) -> int:
     """Batches whose clean and patch activations and gradients fit in `memory` GiB; one where nothing is streamed."""
-    if not isinstance(saes, SAEs):
+    if not as_saes(saes).is_lazy:
         return 1
     size = 3 * min(rows, MOST_ROWS, len(prompts)) * state_bytes(model, sites, prompts.clean.n_positions)
     return max(1, int(memory * GIB / size))

@@ -33,10 +33,11 @@ from sae._files import (
 )
 from sae._run.contents import PARTIAL, Layout, check_contents, check_no_link, remove, visible
 from sae._run.locks import lock
-from sae.autoencoder import SparseAutoencoder, fingerprint
+from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError
 from sae.model.language_model import LanguageModel, Tokens
 from sae.model.sites import Site
+from sae.saes import saes_fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +139,7 @@ def work_of(
         "model": model.fingerprint,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
-        "autoencoders": fingerprint(saes),
+        "autoencoders": saes_fingerprint(saes),
         "prompts": _digest(prompts),
         "options": dict(options),
     }

@@ -50,7 +50,7 @@ from sae.autoencoder import SparseAutoencoder
 from sae.data.batches import counted_tokens, cross_entropy, token_batches
 from sae.errors import UserError, unknown
 from sae.model.sites import Site
-from sae.saes import device_of
+from sae.saes import as_saes
 from sae.splice import ensure_checked
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ def feature_means(
     bool each): [n] by site.
     """
     readers = {site: FeatureEdit(saes[site], index, "zero") for site, index in features.items()}
-    sums = {site: torch.zeros(len(index), device=device_of(saes)) for site, index in features.items()}
+    sums = {site: torch.zeros(len(index), device=as_saes(saes).device) for site, index in features.items()}
     n_tokens = 0
     for tokens, at in zip(batches, where or [None] * len(batches), strict=True):
         activations = _real_activations(model, tokens, features, at)

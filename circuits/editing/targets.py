@@ -19,7 +19,7 @@ from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError, unknown
 from sae.model.hook_points import SiteEdit
 from sae.model.sites import Site
-from sae.saes import config_of
+from sae.saes import as_saes
 
 EVERYWHERE = ""
 Features = Mapping[Site, Tensor]
@@ -49,7 +49,7 @@ def _parse_feature(name: str, saes: Mapping[Site, SparseAutoencoder]) -> tuple[S
     site = by_name[site_name]
     if index == "error":
         raise UserError(f"{name!r} is the error of its site, not a feature: only features can be edited")
-    n_features = config_of(saes, site).n_features
+    n_features = as_saes(saes).config(site).n_features
     if not index.isdecimal() or int(index) >= n_features:
         hint = f"; did you mean '{site}/{n_features - 1}'?" if index.isdecimal() else ""
         raise UserError(f"unknown feature {name!r}: {site} has features 0 to {n_features - 1}{hint}")

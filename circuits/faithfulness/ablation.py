@@ -39,7 +39,7 @@ from sae.errors import UserError, unknown
 from sae.model.hook_points import SiteEdit
 from sae.model.language_model import LanguageModel, Tokens
 from sae.model.sites import Site
-from sae.saes import decoder_bias, device_of
+from sae.saes import as_saes
 
 """What `AblationValues` knows; `optimal` are means there until circuits.faithfulness.optimal_ablation fits them."""
 
@@ -69,7 +69,7 @@ class NodeTable:
     def __init__(self, saes: Mapping[Site, SparseAutoencoder], sets: Sequence[Nodes], *, sites: Sequence[Site]) -> None:
         self.sites = list(sites)
         self.index: dict[Site, torch.Tensor] = {}
-        device = device_of(saes)
+        device = as_saes(saes).device
         for site in self.sites:
             named = [nodes[site].feature[~nodes[site].is_error] for nodes in sets if site in nodes]
             union = torch.cat(named).unique() if named else torch.empty(0, dtype=torch.long)
@@ -147,7 +147,7 @@ class AblationValues:
             raise unknown("ablation", kind, ABLATIONS)
         if kind == "optimal" and isinstance(model, ReadModel):
             raise UserError("ablation 'optimal' fits constants to the logits, and the metric is a probe: use mean")
-        self.model, self.saes, self.table, self.kind = model, saes, table, kind
+        self.model, self.saes, self.table, self.kind = model, as_saes(saes), table, kind
         self.reference = reference
         self.means: Values = {}
         self.tables: Values = {}
@@ -193,7 +193,7 @@ class AblationValues:
             batch, n_positions = len(prompts), prompts.clean.n_positions
             values = {}
             for site in self.table.sites:
-                bias = decoder_bias(self.saes, site)
+                bias = self.saes.bias(site)
                 n = len(self.table.index[site])
                 values[site] = SiteValues(
                     bias.expand(batch, n_positions, -1), torch.zeros_like(bias), bias.new_zeros(1, 1, n)

@@ -54,7 +54,7 @@ from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
-from sae.saes import subset
+from sae.saes import as_saes
 from sae.splice import ensure_checked
 
 CircuitEdges = dict[tuple[Site, Site | None], Tensor]
@@ -87,7 +87,7 @@ def measure_edge_faithfulness(
     ensure_checked(model, saes, circuit.nodes)
     prompts = prepare(prompts, model, m)
     model = read_by(model, m)
-    saes = subset(saes, circuit.effects)
+    saes = as_saes(saes).subset(circuit.effects)
     nodes = from_start_site(
         {site: circuit.edge_nodes.get(site, n[:0]) for site, n in circuit.nodes.items()}, options.start_site
     )

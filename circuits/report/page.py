@@ -28,8 +28,9 @@ from graphs.feature_graph import FeatureGraph
 from graphs.pruning import by_top_nodes
 from graphs.sharing import shared
 from sae._files import atomic_write, check_type, read_json
-from sae.autoencoder import CONFIG_FILE, sae_folders
+from sae.autoencoder import CONFIG_FILE
 from sae.errors import UserError
+from sae.formats.locate import sae_folders
 from sae.model.sites import Site
 
 log = logging.getLogger(__name__)

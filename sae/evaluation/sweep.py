@@ -28,7 +28,7 @@ from tqdm import tqdm
 from sae._files import check_digest, parse_json, read_header, read_json, read_tensors, write_json, write_tensors
 from sae._run.contents import clean, sweep_layout
 from sae.architectures import architecture
-from sae.autoencoder import CONFIG_FILE, WEIGHTS_FILE, load_saes
+from sae.autoencoder import CONFIG_FILE, WEIGHTS_FILE
 from sae.data.batches import context_of, token_batches
 from sae.data.text import TextSource
 from sae.errors import UserError
@@ -37,6 +37,7 @@ from sae.evaluation.results import EVALUATION_FILE
 from sae.evaluation.sweep_results import SweepResults, SweepRow
 from sae.model.language_model import LanguageModel
 from sae.model.tokens import Tokens
+from sae.saes import load_saes
 from sae.training.sweep import Sweep
 
 log = logging.getLogger(__name__)

@@ -30,7 +30,7 @@ from sae.errors import UserError, unknown
 from sae.features.matching import nearest_features
 from sae.model.language_model import LanguageModel, Tokens
 from sae.model.sites import Site
-from sae.saes import config_of
+from sae.saes import as_saes
 from sae.sparse.bags import group_sizes
 from sae.splice import check_saes
 
@@ -129,10 +129,11 @@ def top_contexts(
 
 
 def _check(saes: Mapping[Site, SparseAutoencoder], features: Mapping[Site, Sequence[int]]) -> None:
+    saes = as_saes(saes)
     for site, indices in features.items():
         if site not in saes:
             raise unknown("site", str(site), [str(known) for known in saes])
-        n_features = config_of(saes, site).n_features
+        n_features = saes.config(site).n_features
         wrong = next((i for i in indices if not 0 <= i < n_features), None)
         if wrong is not None:
             raise UserError(f"unknown feature '{site}/{wrong}': allowed are 0 to {n_features - 1}")

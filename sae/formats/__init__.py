@@ -7,7 +7,7 @@ the norm of their decoder row. What cannot be read rightly is refused with a sen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 from sae._run.contents import check_complete
-from sae.autoencoder import SparseAutoencoder, is_sae_folder, load_saes, sae_folders
+from sae.autoencoder import SparseAutoencoder, is_sae_folder
 from sae.errors import UserError, unknown
 from sae.formats import circuit_tracer, dictionary_learning, gemma_scope, llama_scope, openai, saelens, sparsify
-from sae.formats.locate import folders_in, local_path
+from sae.formats.locate import local_path
 from sae.formats.site_names import EMBED_HOOKS
 from sae.formats.writing import check_same, staged
 from sae.model.sites import Site
@@ -65,36 +65,6 @@ def load_sae(
     name = "" if site is None else Site.parse(site).name
     check_complete(source)
     return read_folder(local_path(source, site=name), name).to(device)
-
-
-def load_any(
-    source: str | Path, *, sites: Iterable[Site | str] | None = None, device: str | torch.device = "cpu"
-) -> dict[Site, SparseAutoencoder]:
-    """All autoencoders below a folder, by site and in forward order: a run folder of ours, or of any known format.
-
-    On the hub, or where several belong to one site, name the folder of one (`load_sae`).
-    """
-    wanted = None if sites is None else {Site.parse(site) for site in sites}
-    root = Path(source).expanduser()
-    check_complete(root)
-    if root.is_dir() and sae_folders(root):
-        return load_saes(root, sites=wanted, device=device)
-    if not root.is_dir() or not (folders := folders_in(root)):
-        only = next(iter(wanted)) if wanted is not None and len(wanted) == 1 else None
-        sae = load_sae(source, site=only, device=device)
-        return {site_of(sae, str(source)): sae}
-    found: dict[Site, SparseAutoencoder] = {}
-    given = next(iter(wanted)).name if wanted and len(wanted) == len(folders) == 1 else ""
-    for folder in folders:
-        sae = read_folder(root / folder, given)
-        site = site_of(sae, str(root / folder))
-        if site in found:
-            raise UserError(f"{str(source)!r} holds several autoencoders for site {site}: name the folder of one")
-        if wanted is None or site in wanted:
-            found[site] = sae.to(device)
-    if wanted is not None and (missing := sorted(wanted - set(found))):
-        raise UserError(f"{str(source)!r} has no autoencoder for {', '.join(map(str, missing))}")
-    return dict(sorted(found.items()))
 
 
 def save_sae(sae: SparseAutoencoder, folder: str | Path, *, file_format: str = "ours") -> Path:

@@ -19,7 +19,7 @@ from huggingface_hub import list_repo_files, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from sae._hub import hub_reachable
-from sae.autoencoder import sae_folders
+from sae.autoencoder import is_sae_folder
 from sae.errors import UserError, near_paths, nearest
 from sae.formats.releases import released
 from sae.formats.site_names import site_named
@@ -68,6 +68,15 @@ def local_path(source: str | Path, *, site: str = "") -> Path:
     match = _HUB_NAME.fullmatch(str(source))
     assert match is not None
     return _download(match["repository"], match["inside"] or "", match["revision"], site)
+
+
+def sae_folders(path: str | Path) -> list[Path]:
+    """The folders of our own autoencoders: those of a run folder or its `saes` folder, or one's folder itself."""
+    path = Path(path)
+    if is_sae_folder(path):
+        return [path]
+    inside = path / "saes" if (path / "saes").is_dir() else path
+    return sorted(p for p in inside.iterdir() if is_sae_folder(p)) if inside.is_dir() else []
 
 
 def folders_in(root: Path) -> list[str]:

@@ -34,7 +34,7 @@ from torch.nn.functional import cross_entropy, kl_div
 from tqdm import tqdm
 
 from sae._run.locks import lock
-from sae.autoencoder import SparseAutoencoder, fingerprint
+from sae.autoencoder import SparseAutoencoder
 from sae.data.activations import ContextStream
 from sae.data.batches import counted_tokens
 from sae.data.text import TextSource
@@ -46,6 +46,7 @@ from sae.model.hook_points import SiteEdit
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
 from sae.model.tokens import Tokens
+from sae.saes import saes_fingerprint
 from sae.splice import check_saes
 from sae.training import checkpoint as checkpoints
 from sae.training.checkpoint import Checkpoint
@@ -134,7 +135,7 @@ def finetune(
     saes = dict(sorted(saes.items()))
     for sae in saes.values():
         check_tunable(sae)
-    options = {"config": {"saes": origin, **asdict(config)}, "saes_fingerprint": fingerprint(saes)}
+    options = {"config": {"saes": origin, **asdict(config)}, "saes_fingerprint": saes_fingerprint(saes)}
     run = RunFolder(out, "finetune", run_settings(model, source, list(saes), {}) | options)
     folders = {site: out / "saes" / site.name for site in saes}
     with lock(out):

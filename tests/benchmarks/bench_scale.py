@@ -31,7 +31,7 @@ from circuits.discovery.cost import count_passes, estimate_discovery
 from circuits.discovery.discover import DiscoverOptions, discover
 from circuits.discovery.resume import remove_partial
 from sae.model.sites import Site
-from sae.saes import GIB, SAEs, open_saes
+from sae.saes import GIB, load_saes
 from tests.benchmarks.gemma_shape import circuit_sites, make_model, make_prompts, write_saes
 
 WHOLE = 26
@@ -59,7 +59,7 @@ def run(job: str, args: argparse.Namespace) -> dict[str, Any]:
     prompts = make_prompts(args.prompts, args.length, args.vocab, args.device)
     folder = write_saes(args.folder, model, args.features, l0=args.l0, tokens=prompts[:1].clean)
     wanted = [site.name for site in circuit_sites(model)]
-    saes = open_saes(folder, sites=wanted, device=model.device, budget=int(args.sae_memory * GIB))
+    saes = load_saes(folder, sites=wanted, device=model.device, budget=int(args.sae_memory * GIB))
     options = options_of(job, args)
     cuda = model.device.type == "cuda"
     started = time.perf_counter() if cuda else time.process_time()
@@ -90,7 +90,7 @@ def run(job: str, args: argparse.Namespace) -> dict[str, Any]:
         "effects": sum(x.numel() * x.element_size() for x in stored),
         "entries": sum(len(effects.value) for effects in circuit.effects.values()),
         "disk": on_disk,
-        "reads": saes.n_reads if isinstance(saes, SAEs) else 0,
+        "reads": saes.n_reads,
         "n_sites": len(wanted),
     }
 

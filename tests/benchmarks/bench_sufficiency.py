@@ -32,10 +32,11 @@ from circuits.faithfulness.nodes import FaithfulnessOptions, measure_faithfulnes
 from circuits.faithfulness.results import Faithfulness
 from circuits.options import ERRORS
 from circuits.prompts.dataset import PromptSet, load_prompts
-from sae.autoencoder import SparseAutoencoder, load_saes
+from sae.autoencoder import SparseAutoencoder
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
 from sae.neurons import NEURONS, neuron_dictionaries
+from sae.saes import load_saes
 from sae.training.trainer import TrainConfig, train
 
 SIZES = (10, 20, 50, 75, 100, 130, 180, 240, 320, 450, 600, 750, 900, 1200, 1500)

@@ -33,9 +33,10 @@ from circuits.comparison.correlation import pearson
 from circuits.metrics.metrics import logit_difference
 from circuits.prompts.dataset import load_prompts
 from examples import agreement
-from sae.autoencoder import SparseAutoencoder, load_saes
+from sae.autoencoder import SparseAutoencoder
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
+from sae.saes import load_saes
 from sae.training.trainer import TrainConfig, train
 from tests.circuits.ground_truth import recovery
 

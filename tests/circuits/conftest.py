@@ -13,6 +13,7 @@ from circuits.prompts.alignment import span_keys
 from circuits.prompts.dataset import PromptSet
 from sae.autoencoder import SAEConfig, SparseAutoencoder
 from sae.model.language_model import Tokens
+from sae.saes import SAEs
 
 
 def random_sae(site, width: int, *, architecture: str = "topk", n_features: int = 48, k: int = 6, seed: int = 0):
@@ -42,10 +43,8 @@ def make_saes():
     """Function: model -> {site: random autoencoder} for all its sites."""
 
     def make(model, **options):
-        return {
-            site: random_sae(site, width, seed=seed, **options)
-            for seed, (site, width) in enumerate(model.widths.items())
-        }
+        widths = enumerate(model.widths.items())
+        return SAEs({site: random_sae(site, width, seed=seed, **options) for seed, (site, width) in widths})
 
     return make
 

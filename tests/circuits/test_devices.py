@@ -13,13 +13,13 @@ from circuits.faithfulness.edges import measure_edge_faithfulness
 from circuits.faithfulness.learned_mask import MaskOptions, learn_mask
 from circuits.faithfulness.nodes import FaithfulnessOptions, measure_faithfulness
 from circuits.uncertainty.verification import verify
-from sae.autoencoder import load_saes
 from sae.data.cache import CachedActivations
 from sae.data.cache_writer import write_cache
 from sae.evaluation.evaluate import evaluate
 from sae.features.contexts import top_contexts
 from sae.features.matching import match_by_activation
 from sae.model.sites import Site
+from sae.saes import SAEs, load_saes
 from sae.sparse.bags import group_offsets, rows_added, rows_multiplied
 from sae.sparse.rows import segment_dot, using, weighted_segment_sum
 from sae.training.config import TrainConfig
@@ -52,7 +52,7 @@ def model(make_tiny_model, device):
 
 @pytest.fixture
 def saes(make_saes, small_model, device):
-    return {site: sae.to(device) for site, sae in make_saes(small_model, architecture="jumprelu").items()}
+    return SAEs({site: sae.to(device) for site, sae in make_saes(small_model, architecture="jumprelu").items()})
 
 
 def small(**options):

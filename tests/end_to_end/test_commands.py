@@ -13,7 +13,7 @@ from circuits.circuit import Circuit
 from circuits.cli.common import Loaded
 from circuits.cli.edit import AblateCommand
 from graphs.feature_graph import FeatureGraph
-from sae.autoencoder import load_saes
+from sae.saes import load_saes
 
 
 def test_a_run_leaves_the_files_it_should(run_folder):

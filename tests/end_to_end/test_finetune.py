@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
-from sae.autoencoder import load_saes
 from sae.model.sites import Site
+from sae.saes import load_saes
 from sae.training.finetuning import Finetuner
 
 SMALL = ["--tokens", 1500, "--batch-size", 256, "--context-length", 16]

@@ -17,10 +17,10 @@ import torch
 import sae._files
 import sae.data.cache_writer
 from sae._files import is_temporary
-from sae.autoencoder import load_saes
 from sae.data.cache import MANIFEST, CachedActivations
 from sae.errors import UserError
 from sae.evaluation.sweep import UNFINISHED
+from sae.saes import load_saes
 from tests.forked import Moment
 
 

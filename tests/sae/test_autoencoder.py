@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from sae.activation_functions import fold_norms, fold_scale
-from sae.autoencoder import SAEConfig, SparseAutoencoder, load_saes
+from sae.autoencoder import SAEConfig, SparseAutoencoder
 from sae.errors import UserError
 from sae.model.sites import Site
+from sae.saes import load_saes
 from tests.near import assert_near
 
 D, F, N, K = 6, 20, 17, 4
@@ -157,8 +158,10 @@ def test_load_saes_in_forward_order_from_run_folder_or_saes_folder(tmp_path):
 
 
 def test_user_mistakes_are_named(tmp_path):
-    with pytest.raises(UserError, match="looked for"):
+    with pytest.raises(UserError, match="no such path"):
         load_saes(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="looked for"):
+        load_saes(tmp_path)
     with pytest.raises(UserError, match="did you mean 'topk'"):
         SparseAutoencoder(SAEConfig("topkk", D, F), {})
     tensors = make_tensors("relu")

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from sae import saes as streaming
-from sae.autoencoder import SAEConfig, SparseAutoencoder, fingerprint, load_saes
+from sae.autoencoder import SAEConfig, SparseAutoencoder
 from sae.errors import UserError
 from sae.formats import save_sae
 from sae.model.sites import Site
-from sae.saes import SAEs, Source, config_of, decoder_bias, device_of, free_memory, open_saes, subset
+from sae.saes import SAEs, Source, free_memory, load_saes, saes_fingerprint
 from sae.splice import check_saes
 
 D, F, N = 16, 64, 6
@@ -47,39 +47,39 @@ def test_the_size_is_that_of_the_tensors(folder):
 
 
 def test_what_fits_is_loaded_at_once(folder):
-    assert isinstance(open_saes(folder), dict)
-    assert isinstance(open_saes(folder, budget=N * ONE), dict)
-    assert isinstance(open_saes(folder, budget=N * ONE - 1), SAEs)
+    assert not load_saes(folder).is_lazy
+    assert not load_saes(folder, budget=N * ONE).is_lazy
+    assert load_saes(folder, budget=N * ONE - 1).is_lazy
 
 
 def test_half_of_what_is_free_is_used(folder, monkeypatch):
-    for free, kind in ((2 * N * ONE, dict), (2 * N * ONE - 2, SAEs), (None, dict)):
+    for free, lazy in ((2 * N * ONE, False), (2 * N * ONE - 2, True), (None, False)):
         monkeypatch.setattr(streaming, "free_memory", lambda device, free=free: free)
-        assert isinstance(open_saes(folder), kind)
+        assert load_saes(folder).is_lazy == lazy
 
 
 def test_how_many_stay_is_told_beforehand(folder):
     for room, staying in ((2, 0), (3, 1), (5, 3)):
-        assert open_saes(folder, budget=room * ONE).n_staying == staying
-    assert open_saes(folder, budget=3 * ONE - 1).n_staying == 0
+        assert load_saes(folder, budget=room * ONE).n_staying == staying
+    assert load_saes(folder, budget=3 * ONE - 1).n_staying == 0
 
 
 def test_streamed_are_the_same_and_in_order(folder):
-    streamed, loaded = open_saes(folder, budget=2 * ONE), load_saes(folder)
+    streamed, loaded = load_saes(folder, budget=2 * ONE), load_saes(folder)
     assert list(streamed) == list(loaded) == sites(*range(N)) and len(streamed) == N
-    assert fingerprint(streamed) == fingerprint(loaded)
+    assert saes_fingerprint(streamed) == saes_fingerprint(loaded)
     for site, sae in streamed.items():
         assert torch.equal(sae.W_enc, loaded[site].W_enc)
-        assert config_of(streamed, site) == config_of(loaded, site)
-        assert torch.equal(decoder_bias(streamed, site), decoder_bias(loaded, site))
-    assert device_of(streamed) == device_of(loaded)
+        assert streamed.config(site) == loaded.config(site)
+        assert torch.equal(streamed.bias(site), loaded.bias(site))
+    assert streamed.device == loaded.device
 
 
 @pytest.mark.parametrize("room", [2, 3, 5])
 def test_memory_and_reads_over_several_rounds(folder, room):
     """At most `room` live, with the one a caller's loop still holds while the next is read; all but two stay."""
-    streamed = open_saes(folder, budget=room * ONE)
-    assert isinstance(streamed, SAEs)
+    streamed = load_saes(folder, budget=room * ONE)
+    assert streamed.is_lazy
     alive: list[weakref.ref] = []
     most, sae = 0, None
     for _ in range(3):
@@ -104,30 +104,30 @@ def test_the_last_one_is_let_go_before_the_next_is_read():
         refs.append(weakref.ref(sae))
         return sae
 
-    streamed = SAEs({site: Source(read, config) for site in sites(0, 1, 2)}, device="cpu", budget=2 * ONE)
+    streamed = SAEs.lazy({site: Source(read, config) for site in sites(0, 1, 2)}, device="cpu", budget=2 * ONE)
     for site in streamed:
         assert streamed[site].config == config
     assert alive == [0, 0, 0]
 
 
 def test_biases_are_read_once(folder):
-    streamed = open_saes(folder, budget=2 * ONE)
-    assert isinstance(streamed, SAEs)
+    streamed = load_saes(folder, budget=2 * ONE)
+    assert streamed.is_lazy
     for _ in range(3):
-        assert [float(decoder_bias(streamed, site)[0]) for site in streamed] == list(range(N))
+        assert [float(streamed.bias(site)[0]) for site in streamed] == list(range(N))
     assert streamed.n_reads == N
 
 
 def test_some_of_them(folder):
-    streamed = subset(open_saes(folder, budget=3 * ONE), sites(4, 1))
-    assert isinstance(streamed, SAEs) and list(streamed) == sites(1, 4)
-    assert list(subset(load_saes(folder), sites(1, 4))) == sites(1, 4)
-    assert list(open_saes(folder, sites=["resid_2", "resid_0", "resid_3"], budget=2 * ONE)) == sites(0, 2, 3)
+    streamed = load_saes(folder, budget=3 * ONE).subset(sites(4, 1))
+    assert streamed.is_lazy and list(streamed) == sites(1, 4)
+    assert list(load_saes(folder).subset(sites(4, 1))) == sites(1, 4)
+    assert list(load_saes(folder, sites=["resid_2", "resid_0", "resid_3"], budget=2 * ONE)) == sites(0, 2, 3)
 
 
 def test_too_little_memory_is_refused_with_what_is_needed(folder):
     with pytest.raises(UserError, match="must hold two autoencoders"):
-        open_saes(folder, budget=2 * ONE - 1)
+        load_saes(folder, budget=2 * ONE - 1)
 
 
 def test_other_formats_are_streamed(folder, tmp_path):
@@ -135,12 +135,12 @@ def test_other_formats_are_streamed(folder, tmp_path):
     other = tmp_path / "other"
     for site, sae in loaded.items():
         save_sae(sae, other / site.name, file_format="saelens")
-    streamed = open_saes(other, budget=2 * ONE)
-    assert isinstance(streamed, SAEs) and list(streamed) == list(loaded)
+    streamed = load_saes(other, budget=2 * ONE)
+    assert streamed.is_lazy and list(streamed) == list(loaded)
     x = torch.randn(3, D)
     for site, sae in streamed.items():
         assert torch.allclose(sae(x), loaded[site](x), atol=1e-5)
-    assert list(open_saes(other, sites=["resid_2", "resid_0", "resid_3"], budget=2 * ONE)) == sites(0, 2, 3)
+    assert list(load_saes(other, sites=["resid_2", "resid_0", "resid_3"], budget=2 * ONE)) == sites(0, 2, 3)
 
 
 def test_the_check_at_attachment_takes_them_one_by_one(tiny_model, tmp_path):
@@ -149,8 +149,8 @@ def test_the_check_at_attachment_takes_them_one_by_one(tiny_model, tmp_path):
         W_dec = torch.nn.functional.normalize(torch.randn(48, width), dim=-1)
         tensors = {"W_enc": W_dec.clone(), "b_enc": torch.zeros(48), "W_dec": W_dec, "b_dec": torch.zeros(width)}
         SparseAutoencoder(SAEConfig("relu", width, 48, site.name), tensors).save(tmp_path / site.name)
-    streamed = open_saes(tmp_path, budget=2 * SAEConfig("relu", width, 48).n_bytes)
-    assert isinstance(streamed, SAEs)
+    streamed = load_saes(tmp_path, budget=2 * SAEConfig("relu", width, 48).n_bytes)
+    assert streamed.is_lazy
     check_saes(tiny_model, streamed)
     assert streamed.n_reads == len(tiny_model.sites)
 

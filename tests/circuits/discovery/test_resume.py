@@ -21,7 +21,7 @@ def small(model, prompts, **options) -> DiscoverOptions:
 def streamed(saes) -> SAEs:
     """The same autoencoders, of which two are in memory at once."""
     sources = {site: Source(lambda sae=sae: sae, sae.config) for site, sae in saes.items()}
-    return SAEs(sources, device="cpu", budget=2 * max(sae.config.n_bytes for sae in saes.values()))
+    return SAEs.lazy(sources, device="cpu", budget=2 * max(sae.config.n_bytes for sae in saes.values()))
 
 
 def same_bits(one, other) -> bool:

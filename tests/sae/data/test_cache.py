@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sae.autoencoder import SparseAutoencoder, load_saes
+from sae.autoencoder import SparseAutoencoder
 from sae.data import cache_writer
 from sae.data.activations import ContextStream, ModelActivations
 from sae.data.cache import CachedActivations
@@ -17,6 +17,7 @@ from sae.data.text import TextSource
 from sae.errors import UserError
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
+from sae.saes import load_saes
 from sae.training.config import TrainConfig
 from sae.training.sweep import grid, sweep
 from sae.training.trainer import train

@@ -13,12 +13,13 @@ from huggingface_hub.errors import (
 )
 
 from sae.errors import UserError
-from sae.formats import load_any, load_sae
+from sae.formats import load_sae
 from sae.formats import locate as hub
 from sae.formats.locate import choose, local_path
 from sae.formats.releases import released, repository_of
 from sae.formats.site_names import dictionary_learning_name, hook_site, site_named, transformer_lens_hook
 from sae.model.sites import Site
+from sae.saes import load_saes
 from tests.sae.formats.test_recorded import RECORDED
 
 
@@ -73,7 +74,7 @@ def test_a_site_picks_the_folder_and_a_revision_is_passed_on(repository):
     _, _, calls = repository
     assert load_sae("hf://someone/saes@v1.0", site="resid_3").config.extra["module"] == "layers.3"
     assert calls == [("someone/saes", "v1.0", ["layers.3", "layers.3/*"])]
-    assert list(load_any("someone/saes", sites=["mlp_3"])) == [Site("mlp", 3)]
+    assert list(load_saes("someone/saes", sites=["mlp_3"])) == [Site("mlp", 3)]
 
 
 def test_several_autoencoders_are_listed_not_downloaded(repository):

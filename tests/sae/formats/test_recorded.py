@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from sae.errors import UserError
-from sae.formats import load_any, load_sae, save_sae
+from sae.formats import load_sae, save_sae
 from sae.model.sites import Site
+from sae.saes import load_saes
 
 RECORDED = Path(__file__).resolve().parents[1] / "recorded"
 DICTIONARY_LEARNING = {
@@ -115,12 +116,12 @@ def test_written_files_read_back_the_same(folder, file_format, tmp_path):
 def test_a_run_of_several_modules_loads_by_site(tmp_path):
     for name in SPARSIFY:
         shutil.copytree(RECORDED / "sparsify" / name, tmp_path / name)
-    assert list(load_any(RECORDED / "sparsify/layers.3")) == [Site("resid", 3)]
-    assert list(load_any(tmp_path)) == [Site("mlp", 3), Site("resid", 3)]
-    assert list(load_any(tmp_path, sites=["resid_3"])) == [Site("resid", 3)]
+    assert list(load_saes(RECORDED / "sparsify/layers.3")) == [Site("resid", 3)]
+    assert list(load_saes(tmp_path)) == [Site("mlp", 3), Site("resid", 3)]
+    assert list(load_saes(tmp_path, sites=["resid_3"])) == [Site("resid", 3)]
     assert load_sae(tmp_path, site="mlp_3").config.site == "mlp_3"
     with pytest.raises(UserError, match=r"no autoencoder for resid_4"):
-        load_any(tmp_path, sites=["resid_4"])
+        load_saes(tmp_path, sites=["resid_4"])
     with pytest.raises(UserError, match=r"holds 2 autoencoders, name one: layers.3, layers.3.mlp"):
         load_sae(tmp_path)
     with pytest.raises(UserError, match=r"no autoencoder for attn_1: it has mlp_3, resid_3"):
@@ -131,11 +132,11 @@ def test_a_run_of_ours_loads_whatever_else_lies_in_it(tmp_path):
     sae = load_sae(RECORDED / "sparsify/layers.3")
     sae.save(tmp_path / "run" / "saes" / "resid_3")
     sae.save(tmp_path / "run" / "checkpoints" / "resid_3")
-    assert list(load_any(tmp_path / "run")) == [Site("resid", 3)]
+    assert list(load_saes(tmp_path / "run")) == [Site("resid", 3)]
     assert load_sae(tmp_path / "run").config == sae.config
     assert load_sae(tmp_path / "run", site="resid_3").config == sae.config
     with pytest.raises(UserError, match=r"no autoencoder for mlp_3"):
-        load_any(tmp_path / "run", sites=["mlp_3"])
+        load_saes(tmp_path / "run", sites=["mlp_3"])
 
 
 def test_versions_are_recorded():

@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 
 from sae.architectures import architecture
 from sae.architectures.base import Encoder
-from sae.autoencoder import load_saes
 from sae.data import text
 from sae.data.activations import ContextStream, ModelActivations
 from sae.data.cache import CachedActivations
@@ -19,6 +18,7 @@ from sae.data.cache_writer import write_cache
 from sae.data.text import TextSource
 from sae.errors import UserError
 from sae.model.sites import Site
+from sae.saes import load_saes
 from sae.sparse import workspace as products
 from sae.training.config import TrainConfig
 from sae.training.finetuning import FinetuneConfig, finetune

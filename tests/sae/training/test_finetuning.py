@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import softmax
 
 from sae.architectures import ARCHITECTURES
-from sae.autoencoder import SparseAutoencoder, load_saes
+from sae.autoencoder import SparseAutoencoder
 from sae.data.activations import ContextStream
 from sae.data.batches import counted_tokens
 from sae.data.text import TextSource
@@ -16,6 +16,7 @@ from sae.errors import UserError
 from sae.evaluation.evaluate import evaluate
 from sae.formats import load_sae, save_sae
 from sae.model.sites import Site
+from sae.saes import load_saes
 from sae.training.config import TrainConfig
 from sae.training.finetuning import FinetuneConfig, Finetuner, finetune, make_tunable, prediction_loss, spliced_loss
 from sae.training.finetuning_sae import FinetuningSAE

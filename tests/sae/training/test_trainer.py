@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from sae.architectures import ARCHITECTURES
-from sae.autoencoder import SparseAutoencoder, load_saes
+from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
+from sae.saes import load_saes
 from sae.training.config import TrainConfig
 from sae.training.memory import training_memory
 from sae.training.trainer import Trainer, train

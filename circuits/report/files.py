@@ -1,17 +1,31 @@
-"""What the report reads of each file of a run, as types that the files are checked against. Numbers are finite; a share
-that was not defined is null.
+"""What the report reads of a run folder: `circuit/circuit.json` and the curves beside it, `edits/*.json`, `saes/`.
+
+Each file is checked against a type. Numbers are finite; a share that was not defined is null.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, FiniteFloat
 from typing_extensions import NotRequired, TypedDict
 
-from circuits.circuit_files import SiteName
+from circuits.circuit import PARTIAL_FOLDER, circuit_folder
+from circuits.circuit_files import SiteName, check_metadata
+from circuits.editing.results import EditReport
+from graphs.feature_graph import FeatureGraph
 from graphs.schema import Count, Index
+from graphs.sharing import shared
+from sae._files import check_type, read_json
+from sae.autoencoder import CONFIG_FILE
+from sae.errors import UserError
+from sae.formats.locate import sae_folders
+
+logger = logging.getLogger(__name__)
 
 Share = FiniteFloat | None
 Bounds = list[tuple[Share, Share]]
@@ -95,3 +109,74 @@ class SaeFile(TypedDict):
     architecture: NotRequired[str]
     n_features: NotRequired[Index]
     k: NotRequired[FiniteFloat | None]
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What a run folder holds."""
+
+    folder: Path
+    """The run folder."""
+    graph: FeatureGraph | None
+    """The pruned circuit."""
+    faithfulness: dict[str, Any] | None
+    """Curves over circuit sizes."""
+    edge_faithfulness: dict[str, Any] | None
+    """Curves over numbers of edges."""
+    mask: dict[str, Any] | None
+    """Curves of a learned mask beside those of the effects."""
+    edits: dict[str, EditReport]
+    """Edits by the name of their file."""
+    saes: list[dict[str, Any]]
+    """Configs of the autoencoders."""
+
+
+def read_run(run_folder: str | Path) -> RunFiles:
+    """Everything of a run that the report shows; `UserError` if there is nothing at all."""
+    folder = Path(run_folder)
+    if folder.name == "circuit" and (folder / "circuit.json").is_file():
+        folder = folder.parent
+    circuit = folder / "circuit" / "circuit.json"
+    if not circuit.is_file() and (circuit.parent / PARTIAL_FOLDER).is_dir():
+        circuit_folder(folder)  # says how an interrupted discovery goes on
+    graph = _graph(circuit) if circuit.is_file() else None
+
+    def result(name: str, schema: Any) -> dict[str, Any] | None:
+        path = folder / "circuit" / name
+        data = read_json(path) if path.is_file() else None
+        return check_type(data, schema, path) if data is not None and _is_of(graph, data, path) else None
+
+    run = RunFiles(
+        folder=folder,
+        graph=graph,
+        faithfulness=result("faithfulness.json", Curves),
+        edge_faithfulness=result("edge_faithfulness.json", EdgeCurve),
+        mask=result("mask.json", MaskCurves),
+        edits={
+            path.stem: EditReport.load(path)
+            for path in sorted((folder / "edits").glob("*.json"))
+            if _is_of(graph, read_json(path), path)
+        },
+        saes=[read_json(path / CONFIG_FILE, SaeFile) for path in sae_folders(folder)] if folder.is_dir() else [],
+    )
+    if run.graph is None and run.faithfulness is None and not run.edits and not run.saes:
+        raise UserError(f"nothing to report in {str(folder)!r}: give the folder of a run (sfc discover --out RUN)")
+    return run
+
+
+def _graph(path: Path) -> FeatureGraph:
+    """The pruned circuit, with metadata that can be shown and without the folders its paths are in."""
+    graph = FeatureGraph.load(path)
+    check_metadata(graph.metadata, path, circuit=False)
+    graph.metadata = shared(graph.metadata)
+    return graph
+
+
+def _is_of(graph: FeatureGraph | None, data: dict[str, Any], path: Path) -> bool:
+    """Whether a result is of the circuit that is here now; a warning names one that says it is of another."""
+    made_with = data.get("made_with")
+    circuit = made_with.get("circuit") if isinstance(made_with, dict) else None
+    if graph is None or circuit in (None, graph.metadata.get("digest")):
+        return True
+    logger.warning("%s is of another circuit than the one that is here now, and is left out", path)
+    return False

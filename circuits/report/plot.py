@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
@@ -21,7 +22,7 @@ FAR = 1e6
 ROLES = {"circuit": CIRCUIT, "complement": COMPLEMENT}
 
 
-class Curve(NamedTuple):
+class Line(NamedTuple):
     """A line of the plot."""
 
     values: Sequence[float | None]
@@ -34,16 +35,17 @@ class Curve(NamedTuple):
 
 def curves_plot(
     sizes: Sequence[int],
-    curves: Sequence[Curve],
+    curves: Sequence[Line],
     *,
     unit: str,
     random: Sequence[Sequence[float | None]] = (),
     level: float | None = None,
-) -> str:
-    """Curves over sizes of what `unit` counts, with the range of random sets and a dashed level; labels stand at the
-    lines. What is beyond `FAR` is drawn there.
+) -> Markup:
+    """An `<svg>` element: curves over sizes of what `unit` counts, with the range of random sets and a dashed level.
+
+    Labels stand at the lines. What is beyond `FAR` is drawn there.
     """
-    lines = [Curve(_drawn(curve.values), curve.label, curve.role) for curve in curves]
+    lines = [Line(_drawn(curve.values), curve.label, curve.role) for curve in curves]
     draws = [_drawn(values) for values in random]
     salt = "".join([unit, *(curve.label for curve in curves)])  # ids are unique on the page, and the same every time
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 10, "font.family": "sans-serif"}):
@@ -104,11 +106,11 @@ def _apart(wanted: list[float], step: float) -> list[float]:
     return [placed[index] for index in range(len(wanted))]
 
 
-def _inline(figure: Figure) -> str:
+def _inline(figure: Figure) -> Markup:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     svg = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", svg[svg.index("<svg") :])  # of groups; they would repeat on the page
     for colour, variable in COLOURS.items():
         svg = svg.replace(colour, f"var({variable})")
-    return f'<figure class="plot">{svg}</figure>'
+    return Markup(svg)

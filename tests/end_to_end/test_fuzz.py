@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from circuits.cli.main import main
 from circuits.prompts.dataset import load_prompts
-from circuits.report.edits import edits_section
-from circuits.report.page import read_run
+from circuits.report.files import read_run
+from circuits.report.sections import edit_block
 from graphs.errors import GraphError
 from graphs.formats.eap_ig import read_eap_ig
 from graphs.formats.graphml import read_graphml
@@ -108,7 +108,8 @@ def test_what_a_report_reads(base, tmp_path, seed):
     patterns = ["run/circuit/*.json", "run/edits/*.json"]
     _, path, what = damaged(base, tmp_path, ["run/circuit", "run/edits"], patterns, Random(seed))
     try:
-        assert edits_section(read_run(tmp_path / "copy" / "run").edits), what
+        for name, edit in read_run(tmp_path / "copy" / "run").edits.items():
+            assert edit_block(name, edit)["rows"], what
     except (UserError, GraphError) as error:
         assert str(path) in str(error)
 

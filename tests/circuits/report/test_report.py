@@ -11,7 +11,7 @@ import pytest
 
 from circuits.editing.results import Behaviour, Continuation, EditReport, Score
 from circuits.report import write_report
-from circuits.report.page import read_run
+from circuits.report.files import read_run
 from graphs.drawing.dot import draw
 from graphs.errors import GraphError
 from graphs.explorer import explorer_html
@@ -183,7 +183,9 @@ def test_what_the_run_found_is_on_the_page(html):
 
 
 def test_numbers_of_an_edit(html):
-    row = re.search(r'<tr class="strong"><td class="name">logit difference, mean size</td>.*?</tr>', html).group(0)
+    row = re.search(r'<tr class="strong"><td class="name">logit difference, mean size</td>.*?</tr>', html, re.S).group(
+        0
+    )
     cells = re.findall(r"<td>(.*?)</td>", row)
     assert cells == ["2.00", "<b>0.50</b>", "25 %", "1.98 <small>1.95 to 2.01</small>"]
     assert "<dd><em>he</em> loved <em>his</em> toys</dd>" in html

@@ -1,0 +1,342 @@
+"""What the sections of the report show, as plain values; the templates lay them out and escape every text.
+
+Each function takes what the run folder holds and returns what its template names: curves, features, edits, facts.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from markupsafe import Markup
+
+from circuits.editing.results import Continuation, EditReport
+from circuits.report.files import RunFiles
+from circuits.report.plot import Line, curves_plot
+from graphs.drawing.style import position_name, visible
+from graphs.feature_graph import FeatureGraph, Node
+from sae.model.sites import Site
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """`0.97`, `−0.04`, and never `−0.00`; a dash where there is none."""
+    if value is None:
+        return "–"
+    shown = f"{value:.{digits}f}"
+    return shown.replace("-", "" if float(shown) == 0 else "−")
+
+
+def signed(value: float, digits: int = 2) -> str:
+    """`+1.87`, `−0.04`, `0.00`."""
+    shown = number(value, digits)
+    return f"+{shown}" if float(f"{value:.{digits}f}") > 0 else shown
+
+
+def share(value: float, digits: int = 0) -> str:
+    """`97 %`."""
+    return f"{number(100 * value, digits)} %"
+
+
+# ------------------------------------------------------------------------------------------ key figures
+
+
+Figure = tuple[str, str, str]
+"""A number that a reader wants first, what it is, and on what or beside what."""
+
+
+def key_figures(run: RunFiles) -> list[Figure]:
+    """The behaviour, the accuracy, the faithfulness and the strongest edit, as far as they were measured."""
+    figures: list[Figure] = []
+    metadata = run.graph.metadata if run.graph else {}
+    if metadata.get("m_clean") is not None:
+        is_logit = (metadata.get("options") or {}).get("metric", "logit_difference") == "logit_difference"
+        sign, name = (-1, "logit difference") if is_logit else (1, "metric")
+        patch = metadata.get("m_patch")
+        note = f"to {signed(sign * patch)} on the patch prompts" if patch is not None else "on the clean prompts"
+        figures.append((signed(sign * metadata["m_clean"]), name, note))
+    if metadata.get("accuracy") is not None:
+        figures.append((share(metadata["accuracy"]), "accuracy", "of the model on the clean prompts"))
+    if run.faithfulness:
+        figures.append(_faithfulness_figure(run.faithfulness))
+    if run.edits:
+        figures.append(_edit_figure(run.edits))
+    return figures
+
+
+def _faithfulness_figure(data: dict[str, Any]) -> Figure:
+    """The smallest circuit that explains 80 %, or the best one measured."""
+    rows = [(size, f) for size, f in zip(data["sizes"], data["faithfulness"], strict=True) if f is not None]
+    rows = [row for row in rows if row[0] != data.get("n_nodes")] or rows  # all nodes are no circuit
+    reached = [row for row in rows if row[1] >= 0.8]
+    size, f = reached[0] if reached else max(rows, key=lambda row: row[1], default=(data["sizes"][-1], None))
+    return (number(f), "faithfulness", f"with {size} nodes from {data.get('start_site', 'the start')} on")
+
+
+def _edit_figure(edits: dict[str, EditReport]) -> Figure:
+    """What the edit that leaves least of the behaviour leaves of it."""
+    edit = min(edits.values(), key=lambda edit: float("inf") if edit.remaining is None else abs(edit.remaining))
+    left = [value for value in edit.random_remaining if value is not None]
+    beside = f"; random features leave {share(sum(left) / len(left))}" if left else ""
+    n = len(edit.features)
+    shares = [value for value in edit.remaining_by_case.values() if value is not None]
+    by_case = f"by case {share(min(shares))} to {share(max(shares))}; " if shares else ""
+    n_reversed, n_cases = len(edit.reversed_cases), len(edit.before.by_case)
+    turned = f"reversed in {n_reversed} of {n_cases} cases; " if n_reversed else ""
+    note = f"{by_case}{turned}{n} {'feature' if n == 1 else 'features'} {edit.action}{beside}"
+    return ("–" if edit.remaining is None else share(edit.remaining), "left after an edit", note)
+
+
+# ------------------------------------------------------------------------------------------ curves
+
+ABLATED = {
+    "mean": "their mean over the reference prompts of the same template",
+    "optimal": "constants fitted so that the model does best with the circuit alone",
+    "counterfactual": "the value they have on the patch prompt",
+    "mean-pooled": "one mean over all reference prompts and positions",
+    "zero": "the value zero",
+    "resample": "the value they have on another prompt of the same template",
+}
+
+
+INTERVALS = "Below each number its 95 % interval, by drawing the prompts anew."
+Cell = tuple[str, str]
+"""A number in a table, and its interval where it is known."""
+
+
+@dataclass(frozen=True)
+class CurveBlock:
+    """A plot of curves over sizes with what was measured beside it."""
+
+    lead: str
+    """What was measured."""
+    plot: Markup
+    """An `<svg>` element."""
+    columns: list[str]
+    """Headings of the table."""
+    rows: list[list[Cell]]
+    """One a size."""
+    captions: list[str]
+    """What stands below the table."""
+
+
+def curve_blocks(run: RunFiles) -> list[CurveBlock]:
+    """What `sfc faithfulness`, its `--edges`, and `sfc mask` left in the run folder."""
+    measured = ((run.faithfulness, _nodes), (run.edge_faithfulness, _edges), (run.mask, _mask))
+    return [make_block(data) for data, make_block in measured if data is not None]
+
+
+def _nodes(data: dict[str, Any]) -> CurveBlock:
+    lead = (
+        "How much of the behaviour is left when only the strongest nodes are kept, and when only they are removed. "
+        f"Measured on {data.get('n_prompts', '?')} prompts; removed nodes take {_ablation(data)}"
+    )
+    intervals = data.get("intervals") or {}
+    rows = [
+        [
+            (str(size), ""),
+            *(_with_interval(data[name], intervals.get(name), row) for name in ("faithfulness", "completeness")),
+            _random_range(data, row),
+        ]
+        for row, size in enumerate(data["sizes"])
+    ]
+    captions = [INTERVALS] if intervals else []
+    if "cpr" in data:
+        captions.append(
+            f"CPR {number(data['cpr'], 3)}, CMD {number(data.get('cmd'), 3)} (areas under faithfulness and its "
+            f"distance to 1 over the share of all {data['n_nodes']} nodes)."
+        )
+    lines = [
+        Line(data["faithfulness"], "only the circuit", "circuit"),
+        Line(data["completeness"], "all but the circuit", "complement"),
+    ]
+    plot = curves_plot(data["sizes"], lines, random=data.get("random") or [], unit="nodes")
+    return CurveBlock(lead, plot, ["nodes", "faithfulness", "completeness", "random"], rows, captions)
+
+
+def _edges(data: dict[str, Any]) -> CurveBlock:
+    lead = (
+        f"And the edges: every node is recomputed from only those of the {data['n_nodes']} nodes whose edge "
+        f"to it is kept, and all its other inputs take {_ablation(data)} With all nodes joined, "
+        f"{number(data['all_joined'])} of the behaviour is there; {data['n_edges']} edges have a weight."
+    )
+    rows = [
+        [(str(size), ""), _with_interval(data["faithfulness"], data.get("intervals"), row), _random_range(data, row)]
+        for row, size in enumerate(data["sizes"])
+    ]
+    lines = [Line(data["faithfulness"], "strongest edges", "circuit")]
+    plot = curves_plot(data["sizes"], lines, random=data.get("random") or [], unit="edges", level=data["all_joined"])
+    captions = [INTERVALS] if data.get("intervals") else []
+    return CurveBlock(lead, plot, ["edges", "faithfulness", "random"], rows, captions)
+
+
+def _mask(data: dict[str, Any]) -> CurveBlock:
+    mask, effects = data["mask"], data["effects"]
+    lead = (
+        "A mask learned for all nodes together: faithfulness of the nodes it keeps longest, beside that of the "
+        f"strongest by effect, on {mask.get('n_prompts', '?')} prompts "
+        f"({'held-out prompts' if data.get('held_out') else 'the prompts it was learned on'}); removed nodes take "
+        f"{_ablation(mask)}"
+    )
+    rows = [
+        [(str(size), ""), *((number(curve["faithfulness"][row], 3), "") for curve in (mask, effects))]
+        for row, size in enumerate(mask["sizes"])
+    ]
+    lines = [
+        Line(mask["faithfulness"], "learned mask", "circuit"),
+        Line(effects["faithfulness"], "ranked by effect", "complement"),
+    ]
+    plot = curves_plot(mask["sizes"], lines, unit="nodes")
+    return CurveBlock(lead, plot, ["nodes", "learned mask", "by effect"], rows, [])
+
+
+def _ablation(data: dict[str, Any]) -> str:
+    """What ablated nodes become, and which sites are given, to the end of the sentence."""
+    kind, start = data.get("ablation", "mean"), data.get("start_site", "embed")
+    given = "" if start == "embed" else f" Everything before {start} is given."
+    return f"{ABLATED.get(kind, kind)}.{given}"
+
+
+def _random_range(data: dict[str, Any], row: int) -> Cell:
+    """The range of random sets of the same size."""
+    drawn = [curve[row] for curve in data.get("random") or [] if curve[row] is not None]
+    return (f"{number(min(drawn))} to {number(max(drawn))}" if drawn else "", "")
+
+
+def _with_interval(values: list[float | None], intervals: list[list[float | None]] | None, row: int) -> Cell:
+    low, high = intervals[row] if intervals else (None, None)
+    return (number(values[row], 3), f"{number(low)} to {number(high)}" if intervals else "")
+
+
+# ------------------------------------------------------------------------------------------ features
+
+TOKENS_SHOWN = 8
+TOKEN_LISTS = {"fires on": "top_tokens", "raises": "top_logits", "lowers": "bottom_logits"}
+
+
+def card(graph: FeatureGraph, node: Node) -> dict[str, Any]:
+    """A node with what is known of it: numbers, the tokens it fires on, raises and lowers, and the text it fires on."""
+    is_feature = node.kind == "feature"
+    contexts = (node.attributes.get("contexts") or []) if is_feature else []
+    tokens = {}
+    for words, key in TOKEN_LISTS.items() if is_feature else ():
+        items = (node.attributes.get(key) or [])[:TOKENS_SHOWN]
+        tokens[words] = [visible(str(item[0] if isinstance(item, list | tuple) else item)) for item in items]
+    return {
+        "node": node,
+        "position": "" if node.position is None else position_name(graph, node.position),
+        "facts": _facts(node.attributes),
+        "tokens": {words: names for words, names in tokens.items() if names},
+        "contexts": [split_at_peak(context) for context in contexts],
+        "largest_activation": max((max(context["activations"], default=0.0) for context in contexts), default=0.0),
+    }
+
+
+def _facts(attributes: dict[str, Any]) -> list[str]:
+    facts = []
+    if isinstance(attributes.get("density"), int | float):
+        facts.append(f"active on {100 * attributes['density']:.2g} % of tokens")
+    if isinstance(attributes.get("max_activation"), int | float):
+        facts.append(f"peak {attributes['max_activation']:.3g}")
+    if isinstance(attributes.get("exact_effect"), int | float):
+        facts.append(f"exact effect {signed(attributes['exact_effect'], 3)}")
+    if "disagrees" in attributes:
+        facts.append(f"the estimate differs in {attributes['disagrees']}")
+    if "interval" in attributes:
+        low, high = attributes["interval"]
+        facts.append(f"interval {signed(low, 3)} to {signed(high, 3)}")
+    return facts
+
+
+def split_at_peak(context: dict[str, Any]) -> tuple[list[tuple[str, float]], list[tuple[str, float]]]:
+    """(token, activation) before the strongest one, and from there on; line breaks and tabs as signs."""
+    activations, peak = context["activations"], context.get("peak")
+    if peak is None:
+        peak = max(range(len(activations)), key=activations.__getitem__)
+    shown = ["".join(visible(c) if c in "\n\r\t" else c for c in token) for token in context["tokens"]]
+    tokens = list(zip(shown, activations, strict=True))
+    return tokens[:peak], tokens[peak:]
+
+
+# ------------------------------------------------------------------------------------------ edits
+
+
+class EditRow(NamedTuple):
+    """One quantity before and after an edit, beside the same edit of random features."""
+
+    name: str
+    """What is measured."""
+    values: list[float]
+    """Before, after, and of each random draw."""
+    kind: str
+    """`strong` or `case`, which sets how the row looks."""
+    left: float | None = None
+    """Share that the edit leaves, where that is defined."""
+    digits: int = 2
+    """Digits behind the point."""
+
+    def x(self, value: float, shift: float = 0.0) -> str:
+        """Where a value stands on a line of 180 points that has room for zero and all values."""
+        low, high = min(0.0, *self.values), max(0.0, *self.values)
+        return f"{6 + 168 * (value - low) / ((high - low) or 1.0) + shift:.1f}"
+
+
+def edit_block(name: str, edit: EditReport) -> dict[str, Any]:
+    """An edit, its table, and the continuations with the words that differ."""
+    cases = list(edit.before.by_case)
+    title = f"{edit.metric}, mean size" if cases else edit.metric
+    rows = [EditRow(title, [run.size for run in edit.runs], "strong", edit.remaining)]
+    for case in cases:
+        values = [run.by_case[case].metric for run in edit.runs]
+        rows.append(EditRow(case, values, "case", edit.left(edit.after, case)))
+    if edit.before.overall.accuracy is not None:
+        rows.append(EditRow("accuracy", [run.overall.accuracy or 0.0 for run in edit.runs], "strong"))
+        rows += [EditRow(case, [run.by_case[case].accuracy or 0.0 for run in edit.runs], "case") for case in cases]
+    if edit.before.ce is not None:
+        name_of_ce = f"cross-entropy, {edit.n_texts} other texts"
+        rows.append(EditRow(name_of_ce, [run.ce or 0.0 for run in edit.runs], "strong", digits=3))
+    return {"name": name, "edit": edit, "rows": rows, "samples": [_sample(sample) for sample in edit.continuations]}
+
+
+def _sample(sample: Continuation) -> dict[str, Any]:
+    """A prompt and both continuations as (words, whether the other has different ones in their place)."""
+    before, after = sample.before.split(), sample.after.split()
+    old, new = [], []
+    for kind, a, b, c, d in difflib.SequenceMatcher(a=before, b=after, autojunk=False).get_opcodes():
+        old += [(" ".join(before[a:b]), kind != "equal")] if b > a else []
+        new += [(" ".join(after[c:d]), kind != "equal")] if d > c else []
+    return {"prompt": sample.prompt, "before": old, "after": new}
+
+
+# ------------------------------------------------------------------------------------------ provenance
+
+NOT_FACTS = ("completeness", "sites", "tokens", "templates", "title", "schema_version", "span_words", "need_spans")
+FACT_NAMES = {
+    "n_examples": "prompts used",
+    "n_positions": "longest prompt, tokens",
+    "n_nodes": "nodes with an effect",
+    "m_clean": "metric, clean",
+    "m_patch": "metric, patch",
+    "rejected": "prompts skipped",
+    "positions": "spans",
+}
+
+
+def provenance(run: RunFiles) -> list[tuple[str, Any]]:
+    """What the circuit was made with: names and JSON values."""
+    metadata = run.graph.metadata if run.graph else {}
+    facts = [
+        (FACT_NAMES.get(key, key.replace("_", " ")), value)
+        for key, value in metadata.items()
+        if key not in NOT_FACTS and value not in ({}, [], None)
+    ]
+    if run.saes:
+        kinds = sorted({_sae_text(config) for config in run.saes})
+        sites = ", ".join(map(str, sorted(Site.parse(config["site"]) for config in run.saes)))
+        facts.append(("autoencoders", f"{len(run.saes)}: {'; '.join(kinds)} at {sites}"))
+    return facts
+
+
+def _sae_text(config: dict[str, Any]) -> str:
+    k = f", k = {config['k']}" if config.get("k") else ""
+    return f"{config.get('architecture')} with {config.get('n_features')} features{k}"

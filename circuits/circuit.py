@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from circuits.attribution.edges import Edges
 from circuits.attribution.effects import SiteEffects
@@ -55,13 +56,13 @@ class Circuit:
     """Plain JSON: `options`, `model`, `saes`, `prompts`, `n_examples`, `n_positions`, `total_effect`,
     `completeness`, `positions` (names of the spans, where aggregated by spans), ...
     """
-    intervals: dict[Site, torch.Tensor] = field(default_factory=dict)
+    intervals: dict[Site, Tensor] = field(default_factory=dict)
     """Bootstrap interval of every node of `nodes`, [n, 2] in their order; empty where not computed."""
     edge_intervals: Edges = field(default_factory=dict)
     """Bootstrap interval of every edge weight, [D, U, 2] like `edges`; empty where not computed."""
     edge_samples: Edges = field(default_factory=dict)
     """Edge weights of every example, [N, D, U], as far as discovery kept them; not saved."""
-    groups: torch.Tensor | None = None
+    groups: Tensor | None = None
     """[B] the number of the template each example is drawn with for intervals; None for each by itself."""
     source: CircuitSource = field(default_factory=CircuitSource, repr=False, compare=False)
     """The model, SAEs, metric and prompts it was found with, or where they are loaded from."""
@@ -234,14 +235,14 @@ class Circuit:
         portable.save(folder / GRAPH_FILE)
         return folder
 
-    def _digest(self, tensors: Mapping[str, torch.Tensor]) -> str:
+    def _digest(self, tensors: Mapping[str, Tensor]) -> str:
         """A short hash of everything that was found and what it was made with."""
         made_with = {key: value for key, value in self.metadata.items() if key != "digest"}
         text = json.dumps(made_with, sort_keys=True, default=str) + digest_tensors(tensors)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        tensors: dict[str, torch.Tensor] = {}
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
         for site, effects in self.effects.items():
             for name in ENTRIES:
                 tensors[f"effects/{site.name}/{name}"] = getattr(effects, name)

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import AfterValidator, FiniteFloat
+from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
 from circuits.attribution.effects import SiteEffects
@@ -149,7 +149,7 @@ def absolute_in_run(metadata: Mapping[str, Any], run: Path) -> dict[str, Any]:
 
 def read_effects(
     path: Path, metadata: Mapping[str, Any]
-) -> tuple[dict[Site, SiteEffects], dict[str, torch.Tensor], list[Site]]:
+) -> tuple[dict[Site, SiteEffects], dict[str, Tensor], list[Site]]:
     """(effects per site, all tensors by name, the sites with edge nodes) of a circuit with these checked metadata."""
     sites = [Site.parse(name) for name in metadata["sites"]]
     tensors = read_tensors(path)
@@ -163,9 +163,7 @@ def read_effects(
     return effects, tensors, with_edges
 
 
-def _site_effects(
-    tensors: Mapping[str, torch.Tensor], site: Site, metadata: Mapping[str, Any], path: Path
-) -> SiteEffects:
+def _site_effects(tensors: Mapping[str, Tensor], site: Site, metadata: Mapping[str, Any], path: Path) -> SiteEffects:
     names = {name: f"effects/{site.name}/{name}" for name in (*ENTRIES, "n_features")}
     expected = {names[name]: TensorSpec(("entries",), "int") for name in ENTRIES[:3]}
     expected |= {names["value"]: TensorSpec(("entries",)), names["n_features"]: TensorSpec((1,), "int")}
@@ -188,7 +186,7 @@ def _positions(metadata: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _check_edge_nodes(
-    tensors: Mapping[str, torch.Tensor], site: Site, n_features: int, metadata: Mapping[str, Any], path: Path
+    tensors: Mapping[str, Tensor], site: Site, n_features: int, metadata: Mapping[str, Any], path: Path
 ) -> None:
     names = {name: f"edge_nodes/{site.name}/{name}" for name in NODES}
     expected = {names[name]: TensorSpec(("nodes",), "float" if name == "effect" else "int") for name in NODES}
@@ -198,7 +196,7 @@ def _check_edge_nodes(
     _check_range(tensors, names["position"], lowest, 0 if lowest < 0 else beyond, path)
 
 
-def _check_edges(tensors: Mapping[str, torch.Tensor], name: str, sites: Sequence[str] | set[str], path: Path) -> None:
+def _check_edges(tensors: Mapping[str, Tensor], name: str, sites: Sequence[str] | set[str], path: Path) -> None:
     kind, *between = name.split("/")
     if len(between) != 2 or between[0] not in sites or between[1] not in {*sites, "metric"}:
         raise UserError(f"{path}: tensor {name!r} joins no two sites with nodes: expected {kind}/UPSTREAM/DOWNSTREAM")
@@ -211,7 +209,7 @@ def _check_edges(tensors: Mapping[str, torch.Tensor], name: str, sites: Sequence
         raise UserError(f"{path}: tensor {name!r} has no weights, edges/{up}/{down}")
 
 
-def _check_range(tensors: Mapping[str, torch.Tensor], name: str, lowest: int, beyond: int, path: Path) -> None:
+def _check_range(tensors: Mapping[str, Tensor], name: str, lowest: int, beyond: int, path: Path) -> None:
     tensor = tensors[name]
     if len(tensor) and not (lowest <= int(tensor.min()) and int(tensor.max()) < beyond):
         found = f"{int(tensor.min())} to {int(tensor.max())}"

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from circuits.metrics.metrics import Metric
 from circuits.prompts.dataset import PromptSet
@@ -31,19 +32,19 @@ class ActivationPair:
 
     prompts: PromptSet
     """The batch."""
-    clean: dict[Site, torch.Tensor]
+    clean: dict[Site, Tensor]
     """x on the clean prompts, [B, S, d] per site."""
-    patch: dict[Site, torch.Tensor]
+    patch: dict[Site, Tensor]
     """x on the patch prompts, [B, S, d]; `b_dec` everywhere where there are no patch prompts."""
     zero_patch: bool
     """True where there are no patch prompts: the features of the patch end are then 0 by definition."""
-    m_clean: torch.Tensor
+    m_clean: Tensor
     """The metric on the clean prompts, [B]."""
-    m_patch: torch.Tensor | None
+    m_patch: Tensor | None
     """The metric on the patch prompts with the clean prompts' answers, [B]; None without patch prompts."""
     last_layer: int | None = None
     """Number of the model's last block, of which the metric reads the last position alone."""
-    gradients: dict[Site, torch.Tensor] | None = None
+    gradients: dict[Site, Tensor] | None = None
     """dm/dx at the clean run, [B, S, d] per site, where it was asked for."""
 
     @property
@@ -59,32 +60,21 @@ class ActivationPair:
         prompts = replace(self.prompts, clean=self.prompts.patch, patch=self.prompts.clean)
         return ActivationPair(prompts, self.patch, self.clean, False, self.m_patch, self.m_clean, self.last_layer)
 
-    def places(self, aggregation: str) -> torch.Tensor | None:
-        """[B, S] int64: tokens of a prompt with equal number are one node of a feature; None where all of them are.
-
-        Token positions, or the numbers of the spans; what stands at padding means nothing.
-        """
-        if aggregation == "sum":
-            return None
-        if aggregation == "position":
-            return self.prompts.clean.position_ids
-        return self.prompts.span_numbers(self.prompts.spans)
-
     @property
-    def mask(self) -> torch.Tensor:
+    def mask(self) -> Tensor:
         """[B, S] bool: real tokens, not padding."""
         return self.prompts.clean.attention_mask.bool()
 
-    def resume(self, model: LanguageModel, site: Site, rows: torch.Tensor) -> dict[Site, torch.Tensor]:
+    def resume(self, model: LanguageModel, site: Site, rows: Tensor) -> dict[Site, Tensor]:
         """The `skip` mapping with which examples `rows` [R] resume at a site from the clean run."""
-        gathered: dict[int, torch.Tensor] = {}
+        gathered: dict[int, Tensor] = {}
         skip = model.resume_from(site, self.clean)
         for x in skip.values():
             if id(x) not in gathered:
                 gathered[id(x)] = x[rows]
         return {other: gathered[id(x)] for other, x in skip.items()}
 
-    def live(self, site: Site, gradient: torch.Tensor) -> torch.Tensor:
+    def live(self, site: Site, gradient: Tensor) -> Tensor:
         """[B, S] bool: tokens through which edges of the site can run, given dm/dx there, [B, S, d].
 
         Tokens before the first that differs between the prompts are the same in both runs. In the last block, those
@@ -136,3 +126,29 @@ def _clean_run(model: LanguageModel, prompts: PromptSet, metric: Metric, sites: 
         found = torch.autograd.grad(m.sum(), [run.activations[site] for site in sites])
     activations = {site: x.detach() for site, x in run.activations.items()}
     return activations, m.detach(), dict(zip(sites, found, strict=True))
+
+
+def metric_at(
+    model: LanguageModel,
+    states: ActivationPair,
+    metric: Metric,
+    *,
+    site: Site,
+    value: Tensor,
+    copies: int,
+    grad: bool,
+) -> Tensor:
+    """m with the site's output replaced by `value` [copies * B, S, d], everything before it taken from the clean
+    run. [copies, B]
+    """
+    skip = model.resume_from(site, states.clean) | {site: value}
+    run = model.run(states.tokens.repeat(copies), skip=skip, grad=grad, last_only=True)
+    logits = run.logits[:, -1].unflatten(0, (copies, len(states.tokens)))
+    return torch.stack([metric(rows, states.prompts) for rows in logits])
+
+
+@torch.no_grad()
+def site_total_effect(model: LanguageModel, states: ActivationPair, metric: Metric, *, site: Site) -> Tensor:
+    """m(the site alone patched) - m(clean), [B]: what the effects of a site must add up to."""
+    patched = metric_at(model, states, metric, site=site, value=states.patch[site], copies=1, grad=False)
+    return patched[0] - states.m_clean

@@ -11,6 +11,7 @@ from __future__ import annotations
 import zlib
 
 import torch
+from torch import Tensor
 
 from circuits.attribution.activations import ActivationPair
 from circuits.attribution.effects import SiteEffects, sparse_effects
@@ -22,7 +23,7 @@ from sae.model.sites import Site
 def activation_difference(sae: SparseAutoencoder, states: ActivationPair, *, site: Site) -> SiteEffects:
     """How far each feature and the error move between clean and patch, at every position."""
 
-    def values(delta: torch.Tensor, dx: torch.Tensor):
+    def values(delta: Tensor, dx: Tensor):
         error = (dx - delta @ sae.W_dec).norm(dim=-1)
         return delta.abs_(), error
 
@@ -32,18 +33,18 @@ def activation_difference(sae: SparseAutoencoder, states: ActivationPair, *, sit
 
 
 def random_effects(
-    sae: SparseAutoencoder, states: ActivationPair, *, site: Site, places: torch.Tensor | None, seed: int = 0
+    sae: SparseAutoencoder, states: ActivationPair, *, site: Site, positions: Tensor | None, seed: int = 0
 ) -> SiteEffects:
-    """A random effect for every node that differs; tokens with equal `places` [B, S] are one node, None: all are."""
+    """A random effect for every node that differs; tokens with equal `positions` [B, S] are one node, None: all are."""
     live = activation_difference(sae, states, site=site)
     n_nodes = live.n_features + 1
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {site.name}".encode()))
-    if places is None:
+    if positions is None:
         node, drawn = live.feature.long(), torch.randn(n_nodes, generator=generator)
     else:
-        live = live.at_places(places, states.tokens.lengths)
+        live = live.at_positions(positions, states.tokens.lengths)
         node = live.position.long() * n_nodes + live.feature.long()
-        n_places = max(len(states.prompts.spans), states.mask.shape[1])
-        drawn = torch.randn(n_places * n_nodes, generator=generator)
+        n_positions = max(len(states.prompts.spans), states.mask.shape[1])
+        drawn = torch.randn(n_positions * n_nodes, generator=generator)
     share = len(states.mask) / node.bincount(minlength=len(drawn))[node]
     return SiteEffects(live.n_features, live.example, live.position, live.feature, drawn[node] * share)

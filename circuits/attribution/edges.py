@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from circuits.attribution.activations import ActivationPair
 from circuits.attribution.feature_effects import EdgeInputs, site_ends
@@ -44,7 +45,7 @@ from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
 from sae.saes import as_saes
 
-Edges = dict[tuple[Site, Site | None], torch.Tensor]
+Edges = dict[tuple[Site, Site | None], Tensor]
 """(upstream, downstream) -> weights [D, U] over the two sites' selected nodes; downstream None is the metric, [1,
 U].
 """
@@ -54,11 +55,11 @@ U].
 class CutGraph:
     """One forward pass in which every site's output is replaced by a leaf."""
 
-    outputs: dict[Site, torch.Tensor]
+    outputs: dict[Site, Tensor]
     """What the model computed at each site from the leaves before it, [R * B, S, d], with its graph."""
-    leaves: dict[Site, torch.Tensor]
+    leaves: dict[Site, Tensor]
     """What went on in its place, [R * B, S, d]."""
-    m: torch.Tensor
+    m: Tensor
     """The metric, [R * B], a function of the leaves that reach the logits directly."""
 
 
@@ -66,11 +67,11 @@ def cut_forward(
     model: LanguageModel, states: ActivationPair, metric: Metric, *, sites: Sequence[Site], copies: int = 1
 ) -> CutGraph:
     """Run `copies` of the clean prompts with every site of `sites` cut."""
-    outputs: dict[Site, torch.Tensor] = {}
-    leaves: dict[Site, torch.Tensor] = {}
+    outputs: dict[Site, Tensor] = {}
+    leaves: dict[Site, Tensor] = {}
 
-    def cut(site: Site) -> Callable[[torch.Tensor], torch.Tensor]:
-        def replace(x: torch.Tensor) -> torch.Tensor:
+    def cut(site: Site) -> Callable[[Tensor], Tensor]:
+        def replace(x: Tensor) -> Tensor:
             outputs[site] = x
             leaves[site] = x.detach().clone().requires_grad_()
             return leaves[site]
@@ -86,22 +87,22 @@ def cut_forward(
 class SelectedEnds:
     """What a site's selected nodes bring to the product, as upstream and as downstream ends. n nodes."""
 
-    decoder: torch.Tensor
+    decoder: Tensor
     """[n, d] decoder rows; zero for the error node."""
-    delta: torch.Tensor
+    delta: Tensor
     """[B, S, n] f_patch - f_clean where the node is; zero for the error node."""
-    gain: torch.Tensor
+    gain: Tensor
     """[B, S, n] (W_dec . g) where the feature counts as active, else 0; zero for the error node."""
-    encoder: torch.Tensor
+    encoder: Tensor
     """[n, d] encoder rows; zero for the error node."""
-    error_at: torch.Tensor
+    error_at: Tensor
     """[B or 1, S, n] 1 where an error node is, else 0."""
-    error_delta: torch.Tensor | None
+    error_delta: Tensor | None
     """[B, S, d] e_patch - e_clean; None where no error node is selected."""
-    error_cotangent: torch.Tensor | None
+    error_cotangent: Tensor | None
     """[B, S, d] g - sum_active (W_dec[i] . g) W_enc[i]; None where no error node is selected."""
 
-    def cotangents(self, nodes: slice) -> torch.Tensor:
+    def cotangents(self, nodes: slice) -> Tensor:
         """[R, B, S, d] for a slice of R nodes."""
         cotangent = torch.einsum("bsr,rd->rbsd", self.gain[..., nodes], self.encoder[nodes])
         if self.error_cotangent is not None:
@@ -109,7 +110,7 @@ class SelectedEnds:
             cotangent += at.movedim(-1, 0)[..., None] * self.error_cotangent
         return cotangent
 
-    def contract(self, gradient: torch.Tensor, *, per_example: bool = False) -> torch.Tensor:
+    def contract(self, gradient: Tensor, *, per_example: bool = False) -> Tensor:
         """Edge weights from the gradient at this site's leaf, [R, B, S, d]: summed over examples, [R, n], or of each,
         [B, R, n].
         """
@@ -126,7 +127,7 @@ class SelectedEnds:
 def _site_ends(
     sae: SparseAutoencoder,
     states: ActivationPair,
-    gradient: torch.Tensor,
+    gradient: Tensor,
     nodes: SiteNodes,
     site: Site,
     *,
@@ -159,8 +160,8 @@ def _site_ends(
 
 
 def _codes(
-    sae: SparseAutoencoder, states: ActivationPair, feature: torch.Tensor, site: Site, known: EdgeInputs | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+    sae: SparseAutoencoder, states: ActivationPair, feature: Tensor, site: Site, known: EdgeInputs | None
+) -> tuple[Tensor, Tensor]:
     """f_clean and f_patch - f_clean of the features [n], two [B, S, n]."""
     if known and known.codes:
         shape = states.mask.shape
@@ -173,7 +174,7 @@ def _codes(
 
 def select_ends(
     saes: Mapping[Site, SparseAutoencoder],
-    batches: Sequence[tuple[ActivationPair, Mapping[Site, torch.Tensor], Mapping[Site, EdgeInputs]]],
+    batches: Sequence[tuple[ActivationPair, Mapping[Site, Tensor], Mapping[Site, EdgeInputs]]],
     nodes: Nodes,
     *,
     active: str = "either",
@@ -207,7 +208,7 @@ def edge_effects(
     saes: Mapping[Site, SparseAutoencoder],
     states: ActivationPair,
     metric: Metric,
-    gradients: Mapping[Site, torch.Tensor],
+    gradients: Mapping[Site, Tensor],
     nodes: Nodes,
     *,
     active: str = "either",
@@ -237,7 +238,7 @@ def edge_effects(
         upstream = [site for site in sites[:index] if site in selected]
         if down not in selected or not upstream or not graph.outputs[down].requires_grad:
             continue
-        parts: dict[Site, list[torch.Tensor]] = {}
+        parts: dict[Site, list[Tensor]] = {}
         for start in range(0, len(nodes[down]), lanes):
             cotangent = selected[down].cotangents(slice(start, start + lanes))
             for up, gradient in _pull_back(graph, graph.outputs[down], cotangent, lanes, upstream).items():
@@ -249,8 +250,8 @@ def edge_effects(
 
 
 def _metric_gradients(
-    graph: CutGraph, lanes: int, ends: Mapping[Site, SelectedEnds], gradients: Mapping[Site, torch.Tensor]
-) -> dict[Site, torch.Tensor]:
+    graph: CutGraph, lanes: int, ends: Mapping[Site, SelectedEnds], gradients: Mapping[Site, Tensor]
+) -> dict[Site, Tensor]:
     """The metric's gradient [1, B, S, d] along direct paths to every site that reaches the logits directly."""
     first_lane = torch.zeros_like(graph.m).unflatten(0, (lanes, -1))
     first_lane[0] = 1
@@ -264,8 +265,8 @@ def _metric_gradients(
 
 
 def _pull_back(
-    graph: CutGraph, output: torch.Tensor, cotangent: torch.Tensor, lanes: int, upstream: Sequence[Site]
-) -> dict[Site, torch.Tensor]:
+    graph: CutGraph, output: Tensor, cotangent: Tensor, lanes: int, upstream: Sequence[Site]
+) -> dict[Site, Tensor]:
     """The gradient [R, B, S, d] at each direct parent's leaf for R <= lanes cotangents [R, B, S, d] at one site's
     output.
     """
@@ -281,5 +282,5 @@ def _pull_back(
     }
 
 
-def _vjp(output: torch.Tensor, leaves: Sequence[torch.Tensor], cotangent: torch.Tensor):
+def _vjp(output: Tensor, leaves: Sequence[Tensor], cotangent: Tensor):
     return torch.autograd.grad(output, leaves, cotangent, retain_graph=True, allow_unused=True)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from sae.autoencoder import SparseAutoencoder
 
@@ -27,15 +28,15 @@ class SiteEffects:
 
     n_features: int
     """F; `feature == F` is the error node."""
-    example: torch.Tensor
+    example: Tensor
     """[n] int32."""
-    position: torch.Tensor
+    position: Tensor
     """[n] int32, counted from the prompt's first real token, or the number of the span (aggregation `spans`); -1 means
     all positions at once (exact patching, `sum`).
     """
-    feature: torch.Tensor
+    feature: Tensor
     """[n] int32."""
-    value: torch.Tensor
+    value: Tensor
     """[n] float32."""
 
     @staticmethod
@@ -46,36 +47,38 @@ class SiteEffects:
             parts[0].n_features, *(torch.cat([getattr(part, name) for part in parts]) for name in fields)
         )
 
-    def relabel_examples(self, numbers: torch.Tensor) -> SiteEffects:
+    def relabel_examples(self, numbers: Tensor) -> SiteEffects:
         """The same effects with example e called `numbers[e]`."""
         example = numbers.to(torch.int32)[self.example.long()]
         return SiteEffects(self.n_features, example, self.position, self.feature, self.value)
 
-    def at_places(self, places: torch.Tensor, lengths: torch.Tensor) -> SiteEffects:
-        """The same effects with each token's place [B, S] (left-padded, prompts of these lengths [B]) as position."""
+    def at_positions(self, positions: Tensor, lengths: Tensor) -> SiteEffects:
+        """The same effects with `positions` [B, S] (left-padded, prompts of these lengths [B]) in place of indices."""
         example = self.example.long()
-        column = self.position.long() + (places.shape[1] - lengths.cpu())[example]
-        return SiteEffects(self.n_features, self.example, places.cpu()[example, column].int(), self.feature, self.value)
+        column = self.position.long() + (positions.shape[1] - lengths.cpu())[example]
+        return SiteEffects(
+            self.n_features, self.example, positions.cpu()[example, column].int(), self.feature, self.value
+        )
 
-    def by_feature(self, n_examples: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def by_feature(self, n_examples: int) -> tuple[Tensor, Tensor]:
         """(features [k], rising, effects [k]): sum over positions, mean over examples (aggregation `sum`)."""
         feature, entry = self.feature.long().unique(return_inverse=True)
         total = torch.zeros(len(feature), dtype=torch.float64).index_add_(0, entry, self.value.double())
         return feature, (total / n_examples).float()
 
-    def summed(self, n_examples: int) -> torch.Tensor:
+    def summed(self, n_examples: int) -> Tensor:
         """`by_feature` for all features, [F + 1]."""
         feature, effect = self.by_feature(n_examples)
         return torch.zeros(self.n_features + 1).index_copy_(0, feature, effect)
 
-    def by_position(self, n_examples: int, n_positions: int) -> torch.Tensor:
+    def by_position(self, n_examples: int, n_positions: int) -> Tensor:
         """Sparse COO [S, F + 1]: mean over examples at each position or span (aggregation `position` or `spans`)."""
         index = torch.stack([self.position.long(), self.feature.long()])
         size = (n_positions, self.n_features + 1)
         mean = self.value.double() / n_examples
         return torch.sparse_coo_tensor(index, mean, size, check_invariants=True).coalesce().float()
 
-    def per_example(self, n_examples: int) -> torch.Tensor:
+    def per_example(self, n_examples: int) -> Tensor:
         """[B]: sum over all nodes and positions; for integrated gradients the completeness identity's left side."""
         return (
             torch.zeros(n_examples, dtype=torch.float64).index_add_(0, self.example.long(), self.value.double()).float()
@@ -89,21 +92,17 @@ def token_chunks(n_tokens: int, n_features: int) -> Iterator[slice]:
         yield slice(start, min(start + step, n_tokens))
 
 
-def feature_deltas(
-    sae: SparseAutoencoder, x_clean: torch.Tensor, x_patch: torch.Tensor, *, zero_patch: bool
-) -> torch.Tensor:
+def feature_deltas(sae: SparseAutoencoder, x_clean: Tensor, x_patch: Tensor, *, zero_patch: bool) -> Tensor:
     """f_patch - f_clean, [..., F]; with `zero_patch` the patch features are 0 whatever the encoder says of `b_dec`."""
     clean = sae.encode(x_clean)
     return clean.neg_() if zero_patch else sae.encode(x_patch).sub_(clean)
 
 
-Entries = tuple[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+Entries = tuple[int, Tensor, Tensor, Tensor, Tensor]
 """Of a chunk of tokens: its first token; token, feature and value of effects [k]; effects of the errors [n]."""
 
 
-def sparse_entries(
-    sae: SparseAutoencoder, parts: Iterable[Entries], at: torch.Tensor, mask: torch.Tensor
-) -> SiteEffects:
+def sparse_entries(sae: SparseAutoencoder, parts: Iterable[Entries], at: Tensor, mask: Tensor) -> SiteEffects:
     """Effects of chunks of the tokens `at` [B, S] as those of a site, zeros left out; positions count from the first
     token of `mask` [B, S]. A dictionary that reconstructs exactly has no errors.
     """
@@ -129,16 +128,16 @@ def sparse_entries(
     )
 
 
-Values = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+Values = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def sparse_effects(
     sae: SparseAutoencoder,
-    x_clean: torch.Tensor,
-    x_patch: torch.Tensor,
+    x_clean: Tensor,
+    x_patch: Tensor,
     values: Values,
     *,
-    mask: torch.Tensor,
+    mask: Tensor,
     zero_patch: bool = False,
 ) -> SiteEffects:
     """Effects by any formula of the changes, evaluated chunk of tokens by chunk.

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from circuits.attribution.activations import ActivationPair
 from circuits.attribution.effects import SiteEffects, sparse_entries, token_chunks
@@ -35,12 +36,12 @@ SPARSE = 0.5
 class PairActs(NamedTuple):
     """Features of N tokens, those active in the clean or the patch run."""
 
-    token: torch.Tensor  # [n] int64, over B * S
-    feature: torch.Tensor  # [n] int64
-    clean: torch.Tensor  # [n] f_clean
-    delta: torch.Tensor  # [n] f_patch - f_clean
+    token: Tensor  # [n] int64, over B * S
+    feature: Tensor  # [n] int64
+    clean: Tensor  # [n] f_clean
+    delta: Tensor  # [n] f_patch - f_clean
 
-    def of(self, feature: torch.Tensor, *, n_features: int, n_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def of(self, feature: Tensor, *, n_features: int, n_tokens: int) -> tuple[Tensor, Tensor]:
         """f_clean and f_patch - f_clean of the features [k], dense: two [N, k]."""
         wanted, place = feature.unique(return_inverse=True)
         column = torch.full((n_features,), -1, device=feature.device).index_copy(
@@ -56,9 +57,9 @@ class PairActs(NamedTuple):
 class EdgeInputs:
     """What the edges of a site need that takes the whole dictionary to compute."""
 
-    error_delta: torch.Tensor
+    error_delta: Tensor
     """[B, S, d] e_patch - e_clean."""
-    error_cotangent: torch.Tensor
+    error_cotangent: Tensor
     """[B, S, d] g - sum_active (W_dec[i] . g) W_enc[i]."""
     codes: PairActs | None
     """The features themselves where they compete (top k); elsewhere a few of them are soon encoded again."""
@@ -77,12 +78,12 @@ class EdgeInputs:
 class _Part(NamedTuple):
     """Of one chunk of tokens."""
 
-    token: torch.Tensor
-    feature: torch.Tensor
-    value: torch.Tensor
-    error: torch.Tensor  # [n]
-    error_delta: torch.Tensor | None
-    error_cotangent: torch.Tensor | None
+    token: Tensor
+    feature: Tensor
+    value: Tensor
+    error: Tensor  # [n]
+    error_delta: Tensor | None
+    error_cotangent: Tensor | None
     codes: PairActs | None
 
 
@@ -115,7 +116,7 @@ def _contract_chunk(
     return _Part(token, column[feature] if narrow else feature, value, error, error_delta, cotangent, codes)
 
 
-def _codes(awake: torch.Tensor, f_clean: torch.Tensor, delta: torch.Tensor, column: torch.Tensor | None) -> PairActs:
+def _codes(awake: Tensor, f_clean: Tensor, delta: Tensor, column: Tensor | None) -> PairActs:
     token, place = awake.nonzero(as_tuple=True)
     feature = place if column is None else column[place]
     return PairActs(token, feature, f_clean[token, place], delta[token, place])
@@ -137,11 +138,11 @@ def _effects(sae: SparseAutoencoder, parts: Iterable[tuple[int, _Part]], at, mas
 
 def contract_gradient(
     sae: SparseAutoencoder,
-    x_clean: torch.Tensor,
-    x_patch: torch.Tensor,
-    gradient: torch.Tensor,
+    x_clean: Tensor,
+    x_patch: Tensor,
+    gradient: Tensor,
     *,
-    mask: torch.Tensor,
+    mask: Tensor,
     zero_patch: bool = False,
 ) -> SiteEffects:
     """Effects of all features and the error of one site.
@@ -155,7 +156,7 @@ def contract_gradient(
 
 
 def contract(
-    sae: SparseAutoencoder, states: ActivationPair, gradient: torch.Tensor, *, site: Site, ends: str | None = None
+    sae: SparseAutoencoder, states: ActivationPair, gradient: Tensor, *, site: Site, ends: str | None = None
 ) -> tuple[SiteEffects, EdgeInputs | None]:
     """Effects at a site from the gradient [B, S, d] there, and with `ends` (`clean` or `either`: where a downstream
     feature is active) what edges need.
@@ -169,7 +170,7 @@ def contract(
 
 
 def site_ends(
-    sae: SparseAutoencoder, states: ActivationPair, gradient: torch.Tensor, *, site: Site, ends: str
+    sae: SparseAutoencoder, states: ActivationPair, gradient: Tensor, *, site: Site, ends: str
 ) -> EdgeInputs | None:
     """What edges need of a site, without the effects; None for neurons."""
     if sae.config.architecture == "identity":
@@ -179,7 +180,7 @@ def site_ends(
     return _site_ends(sae, list(_contract(sae, clean, patch, gradient, at, **options)), at)
 
 
-def _site_ends(sae: SparseAutoencoder, parts: list[tuple[int, _Part]], at: torch.Tensor) -> EdgeInputs:
+def _site_ends(sae: SparseAutoencoder, parts: list[tuple[int, _Part]], at: Tensor) -> EdgeInputs:
     place = at.flatten().nonzero()[:, 0].to(sae.device)  # [n] over B * S
     codes = [PairActs(part.codes.token + start, *part.codes[1:]) for start, part in parts if part.codes is not None]
     whole = PairActs(*(torch.cat(column) for column in zip(*codes, strict=True))) if codes else None

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from circuits.attribution.activations import ActivationPair
 from circuits.attribution.effects import SiteEffects
@@ -31,7 +32,7 @@ from sae.model.sites import Site
 @torch.enable_grad()
 def gradients_with_layer_blocked(
     model: LanguageModel, states: ActivationPair, metric: Metric, *, sites: Sequence[Site]
-) -> Iterator[tuple[int, dict[Site, torch.Tensor]]]:
+) -> Iterator[tuple[int, dict[Site, Tensor]]]:
     """For each layer l: dm/dx at the clean run without what goes through layer l's contribution, [B, S, d] per site
     outside that layer's sublayers.
     """
@@ -42,10 +43,10 @@ def gradients_with_layer_blocked(
             "use attrib"
         )
     blocked = -1
-    arrived: dict[int, torch.Tensor] = {}
+    arrived: dict[int, Tensor] = {}
 
     def gate(layer: int):
-        def edit(x: torch.Tensor) -> torch.Tensor:
+        def edit(x: Tensor) -> Tensor:
             if layer >= 0:
                 before = arrived[layer - 1]
                 contribution = x - before

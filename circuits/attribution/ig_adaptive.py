@@ -25,6 +25,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from circuits.attribution.activations import ActivationPair
 from circuits.metrics.metrics import Metric
@@ -39,18 +40,18 @@ MAX_NODES = 100
 class _Nodes:
     """Evaluated points of the paths, n in all."""
 
-    example: torch.Tensor  # [n] int64
-    alpha: torch.Tensor  # [n]
-    m: torch.Tensor  # [n]
-    slope: torch.Tensor  # [n] m'(a)
-    gradient: torch.Tensor  # [n, S, d]
+    example: Tensor  # [n] int64
+    alpha: Tensor  # [n]
+    m: Tensor  # [n]
+    slope: Tensor  # [n] m'(a)
+    gradient: Tensor  # [n, S, d]
 
     def __add__(self, other: _Nodes) -> _Nodes:
         names = ("example", "alpha", "m", "slope", "gradient")
         return _Nodes(*(torch.cat([getattr(self, name), getattr(other, name)]) for name in names))
 
 
-def path_scale(states: ActivationPair, totals: Mapping[Site, torch.Tensor]) -> float:
+def path_scale(states: ActivationPair, totals: Mapping[Site, Tensor]) -> float:
     """What residuals are measured by: |mean of m(patch) - m(clean)|, or without patch prompts the largest mean total
     of a site.
     """
@@ -66,11 +67,11 @@ def adaptive_gradient(
     metric: Metric,
     *,
     site: Site,
-    at_clean: torch.Tensor,
+    at_clean: Tensor,
     residual: float,
     scale: float,
     max_rows: int = 512,
-) -> tuple[torch.Tensor, float]:
+) -> tuple[Tensor, float]:
     """Mean of dm/dx along the path of one site, [B, S, d], and how many nodes a prompt took on average, that at the
     clean run not counted.
 
@@ -108,7 +109,7 @@ def adaptive_gradient(
     return total, len(nodes.alpha) / n - 1
 
 
-def _at_clean(states: ActivationPair, site: Site, gradient: torch.Tensor) -> _Nodes:
+def _at_clean(states: ActivationPair, site: Site, gradient: Tensor) -> _Nodes:
     """The node 0 of every example."""
     slope = ((states.patch[site] - states.clean[site]) * gradient).float().sum((1, 2))
     m = states.m_clean.float()
@@ -120,8 +121,8 @@ def _evaluate(
     states: ActivationPair,
     metric: Metric,
     site: Site,
-    example: torch.Tensor,
-    alpha: torch.Tensor,
+    example: Tensor,
+    alpha: Tensor,
     max_rows: int,
 ) -> _Nodes:
     """m and dm/dx at alpha [n] on the paths of the examples [n]."""

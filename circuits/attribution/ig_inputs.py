@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from circuits.attribution.activations import ActivationPair
 from circuits.attribution.integrated_gradients import path_chunks
@@ -36,7 +37,7 @@ def integrated_gradients_of_inputs(
     rule: str = "midpoint",
     steps: int = 10,
     max_rows: int = 512,
-) -> dict[Site, torch.Tensor]:
+) -> dict[Site, Tensor]:
     """Weighted mean of dm/dx along the embedding path, [B, S, d] per site."""
     clean, patch = _ends(model, states)
     total = {site: torch.zeros_like(states.clean[site], dtype=torch.float32) for site in sites}
@@ -51,14 +52,14 @@ def integrated_gradients_of_inputs(
     return total
 
 
-def _ends(model: LanguageModel, states: ActivationPair) -> tuple[torch.Tensor, torch.Tensor]:
+def _ends(model: LanguageModel, states: ActivationPair) -> tuple[Tensor, Tensor]:
     """Embeddings of the clean and the patch prompts, [B, S, d]; zero for the latter where there are none."""
     if EMBED in states.clean:
         return states.clean[EMBED], states.patch[EMBED]
     if EMBED not in model.sites:
         raise UserError(f"method 'ig-inputs' needs the site 'embed', which model {model.name!r} does not have: use ig")
 
-    def embedding(tokens) -> torch.Tensor:
+    def embedding(tokens) -> Tensor:
         return model.run(tokens, capture=[EMBED], need_logits=False).activations[EMBED]
 
     clean = embedding(states.tokens)

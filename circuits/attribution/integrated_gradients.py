@@ -1,34 +1,31 @@
-"""Node gradients in model space: attribution patching and integrated gradients.
+"""Integrated gradients: the gradient averaged along the path from clean to patch, one site at a time.
 
-Legend: B examples, S positions, d model width, K integration nodes.
+Sundararajan et al. 2017; Marks et al. 2024, eq. 4. Legend: B examples, S positions, d model width, K quadrature nodes.
 
-The SAE never enters the model's forward or backward pass: decoding is affine, so all that both methods need is g =
-dm/dx at each site, and the features are met only once, in `contraction.contract_gradient`.
+The SAE never enters the model's forward or backward pass: decoding is affine, so all that is needed is g = dm/dx at
+each site, and the features are met only once, in `circuits.attribution.feature_effects`.
 
-Attribution patching (Nanda 2023; Marks et al. 2024, eq. 3)
-  1. One forward pass of the clean prompts with the graph kept, one backward pass from sum_b m_b: g at all sites at
-     once.
+1. x_k = (1 - a_k) x_clean + a_k x_patch for the quadrature nodes a_k, all K * B rows in the batch dimension, chunked to
+   a budget.
+2. Everything before the site is skipped: the forward pass resumes from the cached clean activations.
+3. g = sum_k w_k dm/dx at x_k. Then sum over nodes of the effects = m(site patched) - m(clean), up to the quadrature
+   error.
 
-Integrated gradients (Sundararajan et al. 2017; Marks et al. 2024, eq. 4), one site at a time
-  1. x_k = (1 - a_k) x_clean + a_k x_patch for the quadrature nodes a_k, all K * B rows in the batch dimension,
-     chunked to a budget.
-  2. Everything before the site is skipped: the forward pass resumes from the cached clean activations.
-  3. g = sum_k w_k dm/dx at x_k. Then sum over nodes of the effects = m(site patched) - m(clean), up to the
-     quadrature error.
-  What a node gets is its share in moving the *whole site*: the effect it has on the way, when part of the others have
-  moved, as the mean over random orders has it (Shapley values; Aumann & Shapley 1974 for the straight path). Patched
-  alone, from either end, it may do far less: where several features stand for the same word, each alone moves the model
-  too little to change its mind, and so m(clean) and m(patch) are both flat in it.
+What a node gets is its share in moving the *whole site*: the effect it has on the way, when part of the others have
+moved, as the mean over random orders has it (Shapley values; Aumann & Shapley 1974 for the straight path). Patched
+alone, from either end, it may do far less: where several features stand for the same word, each alone moves the model
+too little to change its mind, and so m(clean) and m(patch) are both flat in it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from circuits.attribution.activations import ActivationPair
+from circuits.attribution.activations import ActivationPair, metric_at
 from circuits.metrics.metrics import Metric
 from circuits.options import RULES
 from sae.errors import unknown
@@ -52,36 +49,6 @@ def quadrature(rule: str, steps: int) -> tuple[list[float], list[float]]:
 
 
 @torch.enable_grad()
-def attribution_patching(
-    model: LanguageModel, states: ActivationPair, metric: Metric, *, sites: Sequence[Site]
-) -> dict[Site, torch.Tensor]:
-    """dm/dx at the clean run, [B, S, d] per site: one forward and one backward pass for all sites."""
-    run = model.run(states.tokens, capture=sites, grad=True, last_only=True)
-    m = metric(run.logits[:, -1], states.prompts)
-    gradients = torch.autograd.grad(m.sum(), [run.activations[site] for site in sites])
-    return dict(zip(sites, gradients, strict=True))
-
-
-def metric_at(
-    model: LanguageModel,
-    states: ActivationPair,
-    metric: Metric,
-    *,
-    site: Site,
-    value: torch.Tensor,
-    copies: int,
-    grad: bool,
-) -> torch.Tensor:
-    """m with the site's output replaced by `value` [copies * B, S, d], everything before it taken from the clean
-    run. [copies, B]
-    """
-    skip = model.resume_from(site, states.clean) | {site: value}
-    run = model.run(states.tokens.repeat(copies), skip=skip, grad=grad, last_only=True)
-    logits = run.logits[:, -1].unflatten(0, (copies, len(states.tokens)))
-    return torch.stack([metric(rows, states.prompts) for rows in logits])
-
-
-@torch.enable_grad()
 def integrated_gradients(
     model: LanguageModel,
     states: ActivationPair,
@@ -91,7 +58,7 @@ def integrated_gradients(
     rule: str = "midpoint",
     steps: int = 10,
     max_rows: int = 512,
-) -> torch.Tensor:
+) -> Tensor:
     """Weighted mean of dm/dx along the straight path from the clean to the patch activation of one site, [B, S, d],
     added up in float32 whatever the model computes in.
 
@@ -105,9 +72,7 @@ def integrated_gradients(
     return total
 
 
-def path_chunks(
-    clean: torch.Tensor, patch: torch.Tensor, rule: str, steps: int, max_rows: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def path_chunks(clean: Tensor, patch: Tensor, rule: str, steps: int, max_rows: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The quadrature nodes of the path from `clean` to `patch` [B, S, d], in chunks of K: weights [K] in float32 and a
     leaf [K * B, S, d], at most `max_rows` rows or one node of the whole batch.
     """
@@ -118,10 +83,3 @@ def path_chunks(
         weight = torch.tensor(weights[start : start + per_pass], device=clean.device)
         path = torch.lerp(clean.float(), patch.float(), alpha[:, None, None, None])  # [K, B, S, d]
         yield weight, path.to(clean.dtype).flatten(0, 1).requires_grad_()
-
-
-@torch.no_grad()
-def site_total_effect(model: LanguageModel, states: ActivationPair, metric: Metric, *, site: Site) -> torch.Tensor:
-    """m(the site alone patched) - m(clean), [B]: what the effects of a site must add up to."""
-    patched = metric_at(model, states, metric, site=site, value=states.patch[site], copies=1, grad=False)
-    return patched[0] - states.m_clean

@@ -14,20 +14,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from circuits.attribution.activation_patching import exact_effects
-from circuits.attribution.activations import ActivationPair
+from circuits.attribution.activations import ActivationPair, site_total_effect
+from circuits.attribution.attribution_patching import attribution_patching
 from circuits.attribution.baselines import activation_difference, random_effects
 from circuits.attribution.effects import SiteEffects
 from circuits.attribution.feature_effects import EdgeInputs, contract
 from circuits.attribution.graddrop import gradients_with_layer_blocked, mean_magnitude
 from circuits.attribution.ig_adaptive import adaptive_gradient, path_scale
 from circuits.attribution.ig_inputs import integrated_gradients_of_inputs
-from circuits.attribution.integrated_gradients import attribution_patching, integrated_gradients, site_total_effect
+from circuits.attribution.integrated_gradients import integrated_gradients
+from circuits.attribution.nodes import positions_by
 from circuits.attribution.relp import relevance_patching
 from circuits.metrics.metrics import Metric
-from circuits.options import METHODS
+from circuits.options import METHODS, Aggregation
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import unknown
 from sae.model.forward import with_gradients
@@ -59,9 +61,9 @@ class Attribution:
 
     effects: dict[Site, SiteEffects]
     """Sparse effects per site; examples are numbered within the batch."""
-    gradients: dict[Site, torch.Tensor]
+    gradients: dict[Site, Tensor]
     """dm/dx per site, [B, S, d]: the method's own where it has one, at the clean run for the others."""
-    site_totals: dict[Site, torch.Tensor]
+    site_totals: dict[Site, Tensor]
     """m(the site alone patched) - m(clean) per site, [B]; empty where they were not asked for."""
     path_nodes: dict[Site, float] = field(default_factory=dict)
     """Points of the path at which a prompt's gradient was taken, per site, mean over prompts; for `ig` and
@@ -83,8 +85,8 @@ class AttributionOptions:
     """Quadrature nodes of `ig` and `ig-inputs`."""
     residual: float = 0.003
     """Completeness error `ig-adaptive` goes down to."""
-    aggregation: str = "sum"
-    """Which tokens are one node of a feature (see `ActivationPair.places`); with `spans` an effect's position is the
+    aggregation: Aggregation = "sum"
+    """Which tokens are one node of a feature (see `positions_by`); with `spans` an effect's position is the
     number of its span.
     """
     max_rows: int = 512
@@ -148,7 +150,7 @@ def attribute_batches(
     for states in batches:
         idle = options.method in WITHOUT_GRADIENT and not gradients
         slopes, effects = ({}, {}) if idle else _all_sites(model, saes, states, metric, sites, options)
-        measured: dict[Site, torch.Tensor] = {}
+        measured: dict[Site, Tensor] = {}
         path_nodes: dict[Site, float] = {}
         if totals or (options.method == "ig-adaptive" and states.m_patch is None):
             measured = {site: site_total_effect(model, states, metric, site=site) for site in sites}
@@ -178,15 +180,15 @@ def _effects_of_site(
     ends: str | None,
 ) -> None:
     """Put the effects of one site, and what edges need of it, into what was found of a batch."""
-    method, places = options.method, states.places(options.aggregation)
+    method, positions = options.method, positions_by(options.aggregation, states.prompts)
     if method in WITHOUT_GRADIENT:
-        batch.effects[site] = _without_gradient(model, saes[site], states, metric, site, options, places)
+        batch.effects[site] = _without_gradient(model, saes[site], states, metric, site, options, positions)
     elif site not in batch.effects:
         batch.effects[site], known = contract(saes[site], states, batch.gradients[site], site=site, ends=ends)
         if known is not None:
             batch.ends[site] = known
-    if places is not None and method not in ("exact", "random"):  # these two know places already
-        batch.effects[site] = batch.effects[site].at_places(places, states.tokens.lengths)
+    if positions is not None and method not in ("exact", "random"):  # these two have them already
+        batch.effects[site] = batch.effects[site].at_positions(positions, states.tokens.lengths)
 
 
 def _along_path(
@@ -196,9 +198,9 @@ def _along_path(
     site: Site,
     options: AttributionOptions,
     *,
-    at_clean: Mapping[Site, torch.Tensor],
-    measured: Mapping[Site, torch.Tensor],
-) -> tuple[torch.Tensor, float]:
+    at_clean: Mapping[Site, Tensor],
+    measured: Mapping[Site, Tensor],
+) -> tuple[Tensor, float]:
     """Mean of dm/dx along the site's own path, [B, S, d], and the nodes a prompt took."""
     steps, max_rows = options.steps, options.max_rows
     if options.method == "ig":
@@ -218,14 +220,14 @@ def _without_gradient(
     metric: Metric,
     site: Site,
     options: AttributionOptions,
-    places: torch.Tensor | None,
+    positions: Tensor | None,
 ) -> SiteEffects:
     """Effects of the methods that have no gradient of their own."""
     if options.method == "exact":
-        return exact_effects(model, sae, states, metric, site=site, places=places, max_rows=options.max_rows)
+        return exact_effects(model, sae, states, metric, site=site, positions=positions, max_rows=options.max_rows)
     if options.method == "activation-difference":
         return activation_difference(sae, states, site=site)
-    return random_effects(sae, states, site=site, places=places, seed=options.seed)
+    return random_effects(sae, states, site=site, positions=positions, seed=options.seed)
 
 
 def _all_sites(
@@ -235,7 +237,7 @@ def _all_sites(
     metric: Metric,
     sites: Sequence[Site],
     options: AttributionOptions,
-) -> tuple[dict[Site, torch.Tensor], dict[Site, SiteEffects]]:
+) -> tuple[dict[Site, Tensor], dict[Site, SiteEffects]]:
     """What a method gets for all sites from the same passes: gradients, and effects where they are more than those
     contracted.
     """

@@ -14,9 +14,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from circuits.attribution.effects import SiteEffects
-from circuits.options import AGGREGATIONS
+from circuits.options import AGGREGATIONS, Aggregation
 from circuits.prompts.dataset import PromptSet
 from sae.errors import UserError, unknown
 from sae.model.sites import Site
@@ -28,11 +29,11 @@ class SiteNodes:
 
     n_features: int
     """F; `feature == F` is the error node."""
-    feature: torch.Tensor
+    feature: Tensor
     """[n] int64."""
-    position: torch.Tensor
+    position: Tensor
     """[n] int64 token position, or number of the span; -1 where positions are summed."""
-    effect: torch.Tensor
+    effect: Tensor
     """[n] float32."""
     spans: tuple[str, ...] = ()
     """Names of the spans that `position` numbers; empty where it is a token position or summed."""
@@ -40,11 +41,11 @@ class SiteNodes:
     def __len__(self) -> int:
         return len(self.feature)
 
-    def __getitem__(self, index: torch.Tensor | slice) -> SiteNodes:
+    def __getitem__(self, index: Tensor | slice) -> SiteNodes:
         return SiteNodes(self.n_features, self.feature[index], self.position[index], self.effect[index], self.spans)
 
     @property
-    def is_error(self) -> torch.Tensor:
+    def is_error(self) -> Tensor:
         """[n] bool."""
         return self.feature == self.n_features
 
@@ -53,8 +54,8 @@ class SiteNodes:
         names = []
         for feature, position in zip(self.feature.tolist(), self.position.tolist(), strict=True):
             name = f"{site.name}/{'error' if feature == self.n_features else feature}"
-            place = self.spans[position] if self.spans and position >= 0 else position
-            names.append(name if position < 0 else f"{name}@{place}")
+            where = self.spans[position] if self.spans and position >= 0 else position
+            names.append(name if position < 0 else f"{name}@{where}")
         return names
 
     @property
@@ -62,27 +63,33 @@ class SiteNodes:
         """Whether every node is at all positions."""
         return bool((self.position < 0).all())
 
-    def where(self, prompts: PromptSet) -> torch.Tensor:
+    def where(self, prompts: PromptSet) -> Tensor:
         """[B or 1, S, n] bool: the tokens at which each node is."""
         position = self.position.to(prompts.clean.input_ids.device)
         if self.summed:
             return (position < 0).expand(1, prompts.clean.n_positions, -1)
-        return (position < 0) | (places(prompts, self.spans)[..., None] == position)
+        return (position < 0) | (self.token_positions(prompts)[..., None] == position)
+
+    def token_positions(self, prompts: PromptSet) -> Tensor:
+        """[B or 1, S] int64: where each token is among the positions, or spans, that nodes live at; -1 at padding.
+
+        Raises UserError unless prompts are equally long, or have no other spans than the nodes'.
+        """
+        if self.spans:
+            return prompts.positions(self.spans)
+        if int(prompts.clean.lengths.min()) != prompts.clean.n_positions:
+            raise UserError("a circuit by position needs prompts of the length it was found on")
+        return prompts.positions()[:1]
 
 
 Nodes = dict[Site, SiteNodes]
 
 
-def places(prompts: PromptSet, spans: Sequence[str]) -> torch.Tensor:
-    """[B or 1, S] int64: the number of each token's span, -1 at padding; without `spans` the token position.
-
-    Positions need prompts of equal length, spans need prompts that have no others than these: `UserError`.
-    """
-    if spans:
-        return prompts.span_numbers(spans)
-    if int(prompts.clean.lengths.min()) != prompts.clean.n_positions:
-        raise UserError("a circuit by position needs prompts of the length it was found on")
-    return torch.arange(prompts.clean.n_positions, device=prompts.clean.input_ids.device)[None]
+def positions_by(aggregation: Aggregation, prompts: PromptSet) -> Tensor | None:
+    """[B, S] int64: tokens of a prompt with equal number are one node of a feature; None where all of them are."""
+    if aggregation == "sum":
+        return None
+    return prompts.positions(prompts.spans if aggregation == "spans" else ())
 
 
 def aggregate_site(
@@ -135,7 +142,7 @@ def select_nodes(nodes: Mapping[Site, SiteNodes], *, top: int | None = None, thr
     return {site: site_nodes[part] for (site, site_nodes), part in zip(nodes.items(), parts, strict=True)}
 
 
-def distinguishable(nodes: Nodes, intervals: Mapping[Site, torch.Tensor]) -> Nodes:
+def distinguishable(nodes: Nodes, intervals: Mapping[Site, Tensor]) -> Nodes:
     """The nodes whose interval ([n, 2] per site, in their order) leaves out zero."""
     return {site: site_nodes[intervals[site].prod(-1) > 0] for site, site_nodes in nodes.items()}
 

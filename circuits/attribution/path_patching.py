@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from circuits.attribution.activations import ActivationPair
 from circuits.attribution.edges import Edges
@@ -90,22 +91,22 @@ class _Node:
         self.at = (at & states.mask.to(at.device)[..., None]).movedim(-1, 0)[..., None]  # [n, B, S, 1]
         self.f_delta, self.e_delta = f_patch - self.f_clean, e_patch - self.e_clean
 
-    def _read(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _read(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(f [B, S, n] of this site's features, e [B, S, d]) of x [B, S, d]."""
         features = self.feature.clamp(max=self.n_features - 1)
         f, x_hat = self.sae.encode_and_reconstruct(x, features)
         return f, x.to(x_hat) - x_hat
 
-    def change(self, node: int) -> torch.Tensor:
+    def change(self, node: int) -> Tensor:
         """What the node's going from clean to patch adds to x, [B, S, d]."""
         return self._written(node, self.f_delta, self.e_delta)
 
-    def changes(self, y: torch.Tensor) -> list[torch.Tensor]:
+    def changes(self, y: Tensor) -> list[Tensor]:
         """What each node adds to x when the site computes y [B, S, d] in place of the clean x; [B, S, d] each."""
         f, e = self._read(y)
         return [self._written(node, f - self.f_clean, e - self.e_clean) for node in range(len(self.feature))]
 
-    def _written(self, node: int, f_delta: torch.Tensor, e_delta: torch.Tensor) -> torch.Tensor:
+    def _written(self, node: int, f_delta: Tensor, e_delta: Tensor) -> Tensor:
         feature = int(self.feature[node])
         if feature == self.n_features:
             return e_delta * self.at[node]
@@ -113,16 +114,16 @@ class _Node:
 
 
 def _pinned_run(
-    model: LanguageModel, states: ActivationPair, metric: Metric, up: Site, x: torch.Tensor, later: Sequence[Site], *,
+    model: LanguageModel, states: ActivationPair, metric: Metric, up: Site, x: Tensor, later: Sequence[Site], *,
     copies: int,
-) -> tuple[dict[Site, torch.Tensor], torch.Tensor]:  # fmt: skip
+) -> tuple[dict[Site, Tensor], Tensor]:  # fmt: skip
     """What every later site computes, [copies * B, S, d], and the metric [copies * B], when `up` gives on x
     [copies * B, S, d] and all other sites their clean values.
     """
-    outputs: dict[Site, torch.Tensor] = {}
+    outputs: dict[Site, Tensor] = {}
 
     def pinned(site: Site):
-        def edit(y: torch.Tensor) -> torch.Tensor:
+        def edit(y: Tensor) -> Tensor:
             outputs[site] = y
             return states.clean[site].repeat(copies, 1, 1)
 
@@ -140,9 +141,9 @@ def _effects(
     states: ActivationPair,
     metric: Metric,
     site: Site,
-    changes: Sequence[torch.Tensor],
+    changes: Sequence[Tensor],
     max_rows: int,
-) -> torch.Tensor:
+) -> Tensor:
     """Sum over prompts of m(x + change) - m(clean) for each change [B, S, d] at a site; prompts whose change is lost
     in the rounding of x are not run. [n]
     """

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
+from torch import Tensor
 
 from circuits.attribution.activations import ActivationPair
-from circuits.attribution.integrated_gradients import attribution_patching
+from circuits.attribution.attribution_patching import attribution_patching
 from circuits.metrics.metrics import Metric
 from sae.model.language_model import LanguageModel
 from sae.model.lrp import check_conserved, relevance_rules
@@ -25,7 +25,7 @@ from sae.model.sites import Site
 
 def relevance_patching(
     model: LanguageModel, states: ActivationPair, metric: Metric, *, sites: Sequence[Site]
-) -> dict[Site, torch.Tensor]:
+) -> dict[Site, Tensor]:
     """The propagation coefficient that takes the place of dm/dx at the clean run, [B, S, d] per site."""
     check_conserved(model)
     with relevance_rules(model.hf):

@@ -15,7 +15,8 @@ from circuits.attribution.nodes import count
 from circuits.circuit import EFFECTS_FILE, GRAPH_FILE, PARTIAL_FOLDER, Circuit
 from circuits.cli.common import Output, Overwrite, UsesSaes, load_checked_saes, load_model, place, record
 from circuits.discovery.cost import estimate_discovery
-from circuits.discovery.discover import DiscoverOptions, discover
+from circuits.discovery.discover import discover
+from circuits.discovery.options import DiscoverOptions
 from circuits.discovery.resume import interrupted, remove_partial
 from circuits.metrics.metrics import absolute, get_metric
 from circuits.metrics.probe import visible_sites

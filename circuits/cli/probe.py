@@ -10,9 +10,10 @@ from typing import Annotated
 import torch
 
 from circuits.cli.common import Common, Output, load_model
-from circuits.metrics.probe import fit_probe, read_site, save_probe
+from circuits.metrics.fit_probe import fit_probe, read_site
+from circuits.metrics.probe import save_probe
 from circuits.prompts.formats import Example, read_rows
-from circuits.prompts.reader import find_roles
+from circuits.prompts.reader import find_spans
 from circuits.prompts.selection import first_rows
 from circuits.prompts.spans import LAST
 from sae._options import MANY, LearningRate, Range, Seed
@@ -100,7 +101,7 @@ class ProbeCommand(Common):
 
     def _inside(self, texts: list[Example], model, tokens: Tokens):
         """[B, S] bool, the tokens of the span; and the prompts that have it."""
-        roles = find_roles(texts, model, self.span_template)
+        roles = find_spans(texts, model, self.span_template)
         width = tokens.n_positions
         rows = [[False] * width if isinstance(row, str) else _flags(row, self.position, width) for row in roles]
         kept = [number for number, row in enumerate(rows) if any(row)]

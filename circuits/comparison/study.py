@@ -15,13 +15,13 @@ import torch
 
 from circuits.attribution import ActivationPair, SiteEffects, attribute, capture_activations
 from circuits.attribution.activation_patching import exact_effects
+from circuits.attribution.activations import site_total_effect
 from circuits.attribution.baselines import activation_difference
-from circuits.attribution.integrated_gradients import site_total_effect
 from circuits.attribution.nodes import Nodes, SiteNodes, aggregate, count
 from circuits.comparison.correlation import pearson, spearman
 from circuits.comparison.options import MASK, CompareOptions
 from circuits.comparison.peak_memory import peak_memory
-from circuits.discovery.passes import max_rows
+from circuits.discovery.batching import max_rows
 from circuits.faithfulness.learned_mask import MaskOptions, learn_mask
 from circuits.faithfulness.nodes import random_nodes
 from circuits.metrics.metrics import Metric, warn_if_cancelling
@@ -183,7 +183,7 @@ class Study:
             for site, nodes in sample.items():
                 for row, (start, sign) in enumerate(ends):
                     effects = exact_effects(
-                        self.model, self.saes[site], start, self.metric, site=site, places=None,
+                        self.model, self.saes[site], start, self.metric, site=site, positions=None,
                         features=nodes.feature, max_rows=self.rows,
                     )  # fmt: skip
                     sums[site][row] += sign * effects.summed(1).double()

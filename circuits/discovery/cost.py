@@ -22,11 +22,10 @@ from typing import Any, TypeVar
 import torch
 
 from circuits.attribution import GRADIENT_AT_CLEAN, capture_activations
+from circuits.attribution.attribution_patching import attribution_patching
 from circuits.attribution.effects import CHUNK_BYTES, SiteEffects
 from circuits.attribution.feature_effects import contract
-from circuits.attribution.integrated_gradients import attribution_patching
-from circuits.discovery.options import DiscoverOptions
-from circuits.discovery.passes import (
+from circuits.discovery.batching import (
     GIB,
     MOST_ROWS,
     backward_bytes,
@@ -35,6 +34,7 @@ from circuits.discovery.passes import (
     max_rows,
     state_bytes,
 )
+from circuits.discovery.options import DiscoverOptions
 from circuits.metrics.metrics import get_metric, prepare
 from circuits.metrics.probe import read_by, visible_sites
 from circuits.prompts.dataset import PromptSet

@@ -1,10 +1,10 @@
 """From prompts to a circuit (Marks et al. 2024, sections 3 and 4).
 
-1. Node pass (`circuits.discovery.passes`): for every batch of prompts, clean and patch activations, then node effects
+1. Node pass (`circuits.discovery.node_pass`): for every batch of prompts, clean and patch activations, then the effects
    of all features and errors (`circuits.attribution`), held against the measured effect of patching each site alone.
 2. Aggregate over positions and examples; choose the strongest nodes.
-3. Edge pass: for every batch, edges among those nodes and to the metric by the cut graph
-   (`circuits.attribution.edges`). Where they fit, the weights of every example are kept for intervals
+3. Edge pass (`circuits.discovery.edge_pass`): for every batch, edges among those nodes and to the metric by the cut
+   graph (`circuits.attribution.edges`). Where they fit, the weights of every example are kept for intervals
    (`circuits.uncertainty.intervals`).
 
 Finished batches can be kept in a folder (`circuits.discovery.resume`), from which an interrupted discovery goes on.
@@ -20,14 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from circuits.attribution import SiteEffects
 from circuits.attribution.edges import check_edges
 from circuits.attribution.nodes import aggregate, count, select_nodes
 from circuits.circuit import Circuit
 from circuits.circuit_source import CircuitSource
+from circuits.discovery.batching import DiscoveryRun
+from circuits.discovery.edge_pass import edge_pass
+from circuits.discovery.node_pass import NodePassResult, node_pass
 from circuits.discovery.options import DiscoverOptions
-from circuits.discovery.passes import DiscoveryRun, NodePassResult, edge_pass, node_pass
 from circuits.discovery.resume import ResumeFolder, alone_in_partial, interrupted, work_of
 from circuits.metrics.identity import names_code
 from circuits.metrics.metrics import (
@@ -137,7 +140,7 @@ def _spans(prompts: PromptSet, aggregation: str) -> tuple[str, ...]:
     if aggregation == "position" and int(prompts.clean.lengths.min()) != prompts.clean.n_positions:
         lengths = sorted(set(prompts.clean.lengths.tolist()))
         raise UserError(f"aggregation 'position' needs prompts of equal length, found lengths {lengths}: use sum")
-    if aggregation == "spans" and prompts.roles is None:
+    if aggregation == "spans" and prompts.span_numbers is None:
         raise UserError("aggregation 'spans' needs prompts with spans: name them in the file, or give a span template")
     return prompts.spans if aggregation == "spans" else ()
 
@@ -223,7 +226,7 @@ def _metric_ends(batches: Sequence[NodePassResult], n_examples: int) -> dict[str
 
 def _completeness(
     effects: Mapping[Site, SiteEffects],
-    totals: Mapping[Site, torch.Tensor],
+    totals: Mapping[Site, Tensor],
     n_examples: int,
     scale: float,
 ) -> dict[str, Any]:
@@ -249,10 +252,10 @@ def _completeness(
 
 def _span_words(model: LanguageModel, prompts: PromptSet, *, most: int = 3) -> dict[str, list[str]]:
     """The commonest words of every named span, for the header of a graph by span."""
-    assert prompts.roles is not None
+    assert prompts.span_numbers is not None
     found: dict[str, list[str]] = {}
     for number, name in enumerate(prompts.spans):
-        rows = zip(prompts.clean.input_ids, prompts.roles == number, strict=True)
+        rows = zip(prompts.clean.input_ids, prompts.span_numbers == number, strict=True)
         words = Counter("".join(model.token_strings(ids[inside].tolist())).strip() for ids, inside in rows)
         found[name] = [word for word, _ in words.most_common(most) if word] if name not in (OTHER, LAST) else []
     return found

@@ -87,11 +87,11 @@ def tokens_at(prompts: PromptSet, place: str) -> Tensor:
         if not inside.any(1).all():
             raise UserError(f"position {place} is behind the end of some prompts")
         return inside
-    if prompts.roles is None:
+    if prompts.span_numbers is None:
         raise UserError(f"there is no span {place!r}: these prompts have no spans")
     if place not in prompts.spans:
         raise unknown("span", place, prompts.spans)
-    return prompts.roles == prompts.spans.index(place)
+    return prompts.span_numbers == prompts.spans.index(place)
 
 
 class PlacedEdits:

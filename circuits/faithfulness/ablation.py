@@ -10,8 +10,8 @@ affine,
 
 where f and e are recomputed from the x that arrives, so what was ablated before has its effect. Ablation values:
 
-- `mean`: mean over the reference prompts (clean and patch), cell by cell (circuits.prompts.cells): the same template
-  and position, or span and place in it.
+- `mean`: mean over the reference prompts (clean and patch), group by group (circuits.prompts.alignment): the same
+  template and position, or span and position in it.
 - `optimal`: the constants with which the model does best without what is ablated
   (circuits.faithfulness.optimal_ablation), from the means.
 - `mean-pooled`: one mean over all templates and positions. It destroys what all prompts share and tells little.
@@ -29,10 +29,10 @@ from dataclasses import dataclass
 
 import torch
 
-from circuits.attribution.nodes import Nodes, SiteNodes, places
+from circuits.attribution.nodes import Nodes, SiteNodes
 from circuits.metrics.probe import ReadModel
 from circuits.options import ABLATIONS
-from circuits.prompts.cells import PositionGroups
+from circuits.prompts.alignment import PositionGroups
 from circuits.prompts.dataset import PromptSet
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError, unknown
@@ -87,7 +87,7 @@ class NodeTable:
         if nodes.summed:
             table, row = torch.zeros(1, width, device=index.device), torch.zeros(1, 1, dtype=torch.long)
         else:
-            row = places(prompts, nodes.spans)
+            row = nodes.token_positions(prompts)
             table = torch.zeros((len(nodes.spans) or row.shape[1]) + 1, width, device=index.device)
         table[position[~anywhere], column[~anywhere]] = 1
         table[:, column[anywhere]] = 1

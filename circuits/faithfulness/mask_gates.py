@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from circuits.attribution.nodes import Nodes, count, places
+from circuits.attribution.nodes import Nodes, count
 from circuits.faithfulness.ablation import NodeTable, SiteEdit, SiteValues
 from circuits.prompts.dataset import PromptSet
 from sae.autoencoder import SparseAutoencoder
@@ -47,7 +47,7 @@ class Gates:
         """gates [B or 1, N] -> (features [B or 1, 1 or S, n], error [B or 1, 1 or S, 1])."""
         members, cell, width = self._members[site]
         here = self.nodes[site]
-        at = torch.zeros(1, 1, dtype=torch.long) if here.summed else places(prompts, here.spans)  # [B or 1, S]
+        at = torch.zeros(1, 1, dtype=torch.long) if here.summed else here.token_positions(prompts)  # [B or 1, S]
         rows = 1 if here.summed else (len(here.spans) or at.shape[1]) + 1  # the last, of padding, stays closed
         grid = gates.new_zeros(len(gates), rows * width).index_copy(1, cell, gates[:, members])
         grid = grid.view(len(gates), rows, width).expand(max(len(gates), len(at)), -1, -1)

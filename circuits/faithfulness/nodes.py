@@ -31,7 +31,7 @@ from circuits.faithfulness.options import FaithfulnessOptions
 from circuits.faithfulness.results import Faithfulness, Intervals, area
 from circuits.metrics.metrics import Metric, get_metric, prepare
 from circuits.metrics.probe import read_by
-from circuits.prompts.cells import PositionGroups
+from circuits.prompts.alignment import PositionGroups
 from circuits.prompts.dataset import PromptSet
 from circuits.uncertainty.bootstrap import Bootstrap, group_sums, prompt_groups, too_few, what_is_drawn
 from sae.autoencoder import SparseAutoencoder

@@ -21,6 +21,7 @@ from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 MAX_DEPTH = 8
 PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device)
@@ -66,7 +67,7 @@ def _described(value: Any, module: str | None, depth: int) -> str:
     inner = functools.partial(_described, module=module, depth=depth + 1)
     if isinstance(value, PLAIN):
         return repr(value)
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, Tensor):
         data = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
         return f"tensor {value.dtype} {tuple(value.shape)} {hashlib.sha256(data).hexdigest()}"
     if isinstance(value, list | tuple | set | frozenset):

@@ -8,7 +8,7 @@ and the forward pass ends at the probe's site.
    output for the mean activation. Over prompts of opposite classes it cancels; `margin` turns it so that it is negative
    on every clean prompt and rises as the probe's answer breaks, as the other metrics do.
 2. Later sites cannot change it and are left out (`visible_sites`).
-3. `fit_probe` learns one from labelled texts by logistic regression, and tells how often it is right on held-out ones.
+3. `circuits.metrics.fit_probe` learns one from labelled prompts.
 
 A file is .safetensors with `weight` [d] or [C, d] and `bias` [] or [C]; its metadata has `site`, `position` (`last` or
 the name of a span) and `classes` (comma-separated names of the C rows). A probe of `sfc probe` also has `model` (its
@@ -72,7 +72,7 @@ class Probe:
         if self.position not in prompts.spans:
             known = ", ".join(prompts.spans) or "none"
             raise UserError(f"the probe reads the span {self.position!r}, and the prompts have the spans: {known}")
-        inside = prompts.span_numbers(prompts.spans) == prompts.spans.index(self.position)  # [B, S]
+        inside = prompts.positions(prompts.spans) == prompts.spans.index(self.position)  # [B, S]
         if not inside.any(1).all():
             raise UserError(f"the probe reads the span {self.position!r}, which some of the prompts do not have")
         return (outputs * inside).sum(1) / inside.sum(1)
@@ -214,72 +214,3 @@ def visible_sites(metric: object, model: LanguageModel, sites: Sequence[Site]) -
     if not seen:
         raise UserError(f"the probe reads {at}, and none of the sites {', '.join(map(str, sites))} comes before it")
     return seen
-
-
-# ------------------------------------------------------------------------------------------ learning one
-
-
-@dataclass(frozen=True)
-class FittedProbe:
-    """A probe learned from labelled prompts."""
-
-    weight: Tensor
-    """[d] for two classes, of which it prefers the second; [C, d] for more."""
-    bias: Tensor
-    """[] or [C]."""
-    classes: list[str]
-    """Names of the labels, sorted."""
-    accuracy: float
-    """Share of held-out prompts it labels rightly."""
-    chance: float
-    """Share of the commonest label among them."""
-    n_train: int
-    """Prompts learned from."""
-    n_test: int
-    """Held-out prompts."""
-
-
-@torch.no_grad()
-def read_site(
-    model: LanguageModel, tokens: Tokens, site: Site, inside: Tensor | None = None, *, batch_size: int = 64
-) -> Tensor:
-    """x at the last token, [B, d]; with `inside` [B, S] bool the mean over these tokens."""
-    parts = []
-    for start in range(0, len(tokens), batch_size):
-        rows = slice(start, start + batch_size)
-        x = model.run(tokens[rows], capture=[site], need_logits=False).activations[site].float()
-        if inside is None:
-            parts.append(x[:, -1])
-        else:
-            at = inside[rows].to(x)[..., None]
-            parts.append((x * at).sum(1) / at.sum(1))
-    return torch.cat(parts).cpu()
-
-
-def fit_probe(
-    x: Tensor, labels: Sequence[str], *, held_out: float = 0.25, penalty: float = 1.0, seed: int = 0
-) -> FittedProbe:
-    """Logistic regression from x [B, d] to the labels on standardised coordinates, folded back into raw ones.
-
-    held_out: share of the prompts it is scored on; penalty: inverse strength of the L2 penalty, scikit-learn's C.
-    """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import train_test_split
-
-    classes = sorted(set(labels))
-    rarest = min((sum(label == name for label in labels) for name in classes), default=0)
-    if len(classes) < 2 or rarest < 2:
-        raise UserError(f"a probe needs two labels with two prompts each, found {', '.join(classes) or 'none'}")
-    features, given = x.double().numpy(), [classes.index(label) for label in labels]
-    train_x, test_x, train_y, test_y = train_test_split(
-        features, given, test_size=max(held_out, len(classes) / len(given)), random_state=seed, stratify=given
-    )
-    mean, scale = train_x.mean(0), train_x.std(0).clip(min=1e-6)
-    regression = LogisticRegression(C=penalty, max_iter=2000).fit((train_x - mean) / scale, train_y)
-    accuracy = regression.score((test_x - mean) / scale, test_y)
-    weight = torch.from_numpy(regression.coef_ / scale)  # [1 or C, d]
-    bias = torch.from_numpy(regression.intercept_) - weight @ torch.from_numpy(mean)
-    if len(classes) == 2:
-        weight, bias = weight[0], bias[0]
-    commonest = max(test_y.count(number) for number in range(len(classes))) / len(test_y)
-    return FittedProbe(weight.float(), bias.float(), classes, accuracy, commonest, len(train_y), len(test_y))

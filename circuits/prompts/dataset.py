@@ -34,12 +34,12 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from circuits.prompts.alignment import commonest_fits, length_keys, mask_keys, span_keys, words_of
+from circuits.prompts.alignment import Group, commonest_fits, length_keys, mask_keys, span_groups, span_keys, words_of
 from circuits.prompts.answers import check_ids
 from circuits.prompts.formats import Example, read_examples
 from circuits.prompts.reader import Reader, Row
 from circuits.prompts.selection import choose
-from circuits.prompts.spans import has_fields, number_roles
+from circuits.prompts.spans import has_fields, number_spans
 from sae.errors import UserError, unknown
 from sae.model.language_model import Tokens
 
@@ -78,8 +78,8 @@ class PromptSet:
     """What the metric compares with: log-probabilities after the clean prompts [B, V], or a probe's sign [B, 1]."""
     spans: tuple[str, ...] = ()
     """Names of the token spans, in the order of the sentence; empty where the prompts have none."""
-    roles: Tensor | None = None
-    """Number of the span of every token, [B, S] int64, the same in clean and patch prompt; -1 at padding."""
+    span_numbers: Tensor | None = None
+    """Number of the span of every token among `spans`, [B, S] int64, in clean and patch prompt alike; -1 at padding."""
 
     def __len__(self) -> int:
         return len(self.cases)
@@ -112,7 +112,7 @@ class PromptSet:
             templates=[self.templates[row] for row in rows],
             texts=[self.texts[row] for row in rows],
             reference=None if self.reference is None else self.reference[chosen],
-            roles=None if self.roles is None else self.roles[chosen, start:],
+            span_numbers=None if self.span_numbers is None else self.span_numbers[chosen, start:],
         )
 
     def batches(self, size: int) -> Iterator[PromptSet]:
@@ -129,18 +129,35 @@ class PromptSet:
             clean_answers=self.clean_answers.to(device),
             patch_answers=None if self.patch_answers is None else self.patch_answers.to(device),
             reference=None if self.reference is None else self.reference.to(device),
-            roles=None if self.roles is None else self.roles.to(device),
+            span_numbers=None if self.span_numbers is None else self.span_numbers.to(device),
         )
 
-    def span_numbers(self, spans: Sequence[str]) -> Tensor:
-        """[B, S] int64: every token's span by its place among the names `spans`, -1 at padding."""
-        if self.roles is None:
+    def positions(self, spans: Sequence[str] = ()) -> Tensor:
+        """Where every token is, [B, S] int64: its index in the prompt, -1 at padding; with `spans` the number of its
+        span among these names. Raises UserError for prompts without spans, or with others.
+        """
+        if not spans:
+            return self.clean.position_ids.masked_fill(~self.clean.attention_mask.bool(), -1)
+        if self.span_numbers is None:
             raise UserError(f"the circuit is by span ({', '.join(spans)}) and these prompts have no spans")
         strange = [name for name in self.spans if name not in spans]
         if strange:
             raise UserError(f"the prompts have the span {strange[0]!r}, the circuit has {', '.join(spans)} alone")
-        number = torch.tensor([*(list(spans).index(name) for name in self.spans), -1], device=self.roles.device)
-        return number[self.roles]  # -1 takes the last
+        number = torch.tensor([*(list(spans).index(name) for name in self.spans), -1], device=self.span_numbers.device)
+        return number[self.span_numbers]  # -1 takes the last
+
+    def group_keys(self, *, pooled: bool = False) -> list[list[Group]]:
+        """For every token without padding, the group it is averaged in (`circuits.prompts.alignment`)."""
+        lengths = self.clean.lengths.tolist()
+        if pooled:
+            return [[()] * length for length in lengths]
+        if self.template_rule == "spans" and self.span_numbers is not None:
+            rows = zip(self.templates, self.span_numbers.tolist(), strict=True)
+            return [span_groups(key, [self.spans[number] for number in row if number >= 0]) for key, row in rows]
+        return [
+            [(template, position) for position in range(length)]
+            for template, length in zip(self.templates, lengths, strict=True)
+        ]
 
     def with_templates(self, rule: TemplateRule) -> PromptSet:
         """The same prompts keyed by another rule."""
@@ -150,8 +167,8 @@ class PromptSet:
             keys = length_keys(self.clean)
         elif rule == "mask" and self.patch is not None:
             keys = mask_keys(self.clean, self.patch)
-        elif rule == "spans" and self.roles is not None:
-            keys = span_keys([""] * len(self), self.roles, self.spans)
+        elif rule == "spans" and self.span_numbers is not None:
+            keys = span_keys([""] * len(self), self.span_numbers, self.spans)
         elif rule in get_args(TemplateRule):
             lacking = {"mask": "patch prompts", "spans": "prompts with spans"}.get(rule, "a template field")
             raise UserError(f"templates by {rule!r} need {lacking}")
@@ -163,7 +180,7 @@ class PromptSet:
         """The same prompts under the template keys of another set (train and test), where they have one there; by
         length where they lack the spans or the template field that the other set is keyed by.
         """
-        lacking = {"spans": self.roles is None, "field": self.template_rule != "field"}
+        lacking = {"spans": self.span_numbers is None, "field": self.template_rule != "field"}
         if lacking.get(reference.template_rule, False):
             return self.with_templates("length")
         if reference.template_rule != "mask":
@@ -180,7 +197,7 @@ class PromptSet:
         columns: list[Any] = [self.texts, words_of(self.clean), self.clean_answers.tolist()]
         columns.append(None if self.patch is None else words_of(self.patch))
         columns.append(None if self.patch_answers is None else self.patch_answers.tolist())
-        columns.append(None if self.roles is None else span_keys(self.texts, self.roles, self.spans))
+        columns.append(None if self.span_numbers is None else span_keys(self.texts, self.span_numbers, self.spans))
         return hashlib.sha256(json.dumps(columns).encode()).hexdigest()[:16]
 
     def summary(self) -> str:
@@ -254,10 +271,10 @@ def _prompt_set(rows: Sequence[Row], rejected: Counter[str], reader: Reader) -> 
         texts=[row.example.clean for row in rows],
         rejected=dict(rejected.most_common()),
     )
-    roles = [row.roles for row in rows if not isinstance(row.roles, str)]
-    if len(roles) == len(rows):
-        names, numbers = number_roles(roles, prompts.clean.n_positions)
-        prompts = replace(prompts, spans=names, roles=numbers)
+    spans = [row.spans for row in rows if not isinstance(row.spans, str)]
+    if len(spans) == len(rows):
+        names, numbers = number_spans(spans, prompts.clean.n_positions)
+        prompts = replace(prompts, spans=names, span_numbers=numbers)
     return _choose_templates(prompts)
 
 
@@ -283,8 +300,8 @@ def _trim(tokens: Tokens) -> Tokens:
 
 
 def _choose_templates(prompts: PromptSet) -> PromptSet:
-    if prompts.roles is not None:
-        keys = span_keys(prompts.templates, prompts.roles, prompts.spans)
+    if prompts.span_numbers is not None:
+        keys = span_keys(prompts.templates, prompts.span_numbers, prompts.spans)
         return replace(prompts, templates=keys, template_rule="spans")
     if all(prompts.templates):
         keys = [f"{name}/{length}" for name, length in zip(prompts.templates, length_keys(prompts.clean), strict=True)]

@@ -1,4 +1,4 @@
-"""Examples to rows of tokens: which can be used, with the ids of their answers and the role of every token, and why
+"""Examples to rows of tokens: which can be used, with the ids of their answers and the span of every token, and why
 others cannot.
 """
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from circuits.prompts.answers import AnswerTokens
 from circuits.prompts.formats import Example
-from circuits.prompts.spans import Range, Span, SpanProblem, has_fields, spans_of_template, token_roles
+from circuits.prompts.spans import Range, Span, SpanProblem, has_fields, spans_of_template, token_spans
 
 if TYPE_CHECKING:
     from sae.model.language_model import LanguageModel
@@ -25,8 +25,8 @@ class Row:
     patch: list[int]
     clean_answers: list[int]
     patch_answers: list[int]
-    roles: list[str] | str
-    """Role of every token, or why there are none."""
+    spans: list[str] | str
+    """The span of every token, by name, or why there are none."""
 
 
 class Reader:
@@ -49,21 +49,21 @@ class Reader:
         clean = coder.prompt_ids([example.clean for example in usable])
         patch = coder.prompt_ids([example.patch or "" for example in usable]) if self.paired else clean
         reasons = [_length_problem(a, b, self.model) for a, b in zip(clean, patch, strict=True)]
-        fitting = [place for place, reason in enumerate(reasons) if reason is None]
-        for place, reason in enumerate(reasons):
-            results[numbers[place]] = reason or ""
-        usable = [usable[place] for place in fitting]
-        clean, patch = ([ids[place] for place in fitting] for ids in (clean, patch))
+        fitting = [index for index, reason in enumerate(reasons) if reason is None]
+        for index, reason in enumerate(reasons):
+            results[numbers[index]] = reason or ""
+        usable = [usable[index] for index in fitting]
+        clean, patch = ([ids[index] for index in fitting] for ids in (clean, patch))
         answers = self._answers.of(usable, clean, patch if self.paired else None)
-        roles = self._roles(usable)
-        for place, *found in zip(fitting, usable, clean, patch, answers, roles, strict=True):
-            results[numbers[place]] = self._row(*found)
+        spans = self._spans(usable)
+        for index, *columns in zip(fitting, usable, clean, patch, answers, spans, strict=True):
+            results[numbers[index]] = self._row(*columns)
         return results
 
-    def _roles(self, examples: Sequence[Example]) -> Sequence[list[str] | str]:
+    def _spans(self, examples: Sequence[Example]) -> Sequence[list[str] | str]:
         if not self.with_spans:
             return ["no spans"] * len(examples)
-        return find_roles(examples, self.model, self.span_template)
+        return find_spans(examples, self.model, self.span_template)
 
     def _row(
         self,
@@ -71,7 +71,7 @@ class Reader:
         clean: list[int],
         patch: list[int],
         answers: tuple[list[int], list[int]] | str,
-        roles: list[str] | str,
+        spans: list[str] | str,
     ) -> Row | str:
         if isinstance(answers, str):
             return answers
@@ -79,35 +79,38 @@ class Reader:
             return "no answer"
         if set(answers[0]) & set(answers[1]):
             return "both answers are the same token"
-        if self.need_spans and isinstance(roles, str):
-            return roles
-        return Row(example, clean, patch, *answers, roles)
+        if self.need_spans and isinstance(spans, str):
+            return spans
+        return Row(example, clean, patch, *answers, spans)
 
 
-def find_roles(examples: Sequence[Example], model: LanguageModel, template: str | None = None) -> list[list[str] | str]:
-    """For each example the role of every token, or why it has none."""
+def find_spans(examples: Sequence[Example], model: LanguageModel, template: str | None = None) -> list[list[str] | str]:
+    """For each example the span of every token, by name, or why it has none."""
     clean = model.text_coder.prompt_offsets([example.clean for example in examples])
     patch = model.text_coder.prompt_offsets([example.patch or example.clean for example in examples])
-    found: list[list[str] | str] = []
+    results: list[list[str] | str] = []
     for example, *offsets in zip(examples, clean, patch, strict=True):
         try:
-            one, other = (_roles_of(example, template, side, at) for side, at in enumerate(offsets))
-            found.append(one if one == other else "spans differ between clean and patch")
+            one, other = (_spans_in(example, template, side, row) for side, row in enumerate(offsets))
+            results.append(one if one == other else "spans differ between clean and patch")
         except SpanProblem as problem:
-            found.append(str(problem))
-    return found
+            results.append(str(problem))
+    return results
 
 
-def _roles_of(example: Example, template: str | None, side: int, offsets: Sequence[Range]) -> list[str]:
-    """Roles of the clean (side 0) or patch prompt (1), by the template given, the file's spans or its template."""
+def _spans_in(example: Example, template: str | None, side: int, offsets: Sequence[Range]) -> list[str]:
+    """The span of every token of the clean (side 0) or patch prompt (1).
+
+    It is said by the template given, by the file's spans, or by its template, in this order.
+    """
     text = example.clean if side == 0 or example.patch is None else example.patch
     if template is None and example.spans:
-        spans: dict[str, Span] = {name: ends[side] for name, ends in example.spans.items()}
+        spans: dict[str, Span] = {name: sides[side] for name, sides in example.spans.items()}
     elif template is not None or has_fields(example.template):
         spans = spans_of_template(template or example.template, text)
     else:
         raise SpanProblem("no spans")
-    return token_roles(spans, text, offsets)
+    return token_spans(spans, text, offsets)
 
 
 def _text_problem(example: Example, *, paired: bool) -> str | None:

@@ -12,8 +12,8 @@ The prompt file says where spans are, or a template finds them:
 
 1. Words are looked for between word boundaries first, anywhere after that; they become ranges of characters, and these
    tokens: white space at the edge of a token counts for nothing, and a token of nothing else belongs to what follows.
-2. Every token gets one role: its span; outside all spans `last` if it is the last token, else `other`.
-3. The roles of a prompt are a property of its tokens, so clean and patch prompt must have the same ones.
+2. Every token lies in one span: outside all that are named in `last` if it is the last token, else in `other`.
+3. Spans are a property of the tokens of a prompt, so clean and patch prompt must have the same ones.
 
 What cannot be found, overlaps or cuts a token is a `SpanProblem`, a reason to leave the prompt out.
 """
@@ -93,8 +93,8 @@ def _span(value: Any, name: str, where: str) -> Span:
         if set(value) == {"chars"}:
             return Span(chars=_range(value["chars"], name, where))
         text, occurrence = value.get("text"), value.get("occurrence", 1)
-        known = set(value) <= {"text", "occurrence"} and _is_number(occurrence) and occurrence != 0
-        if known and isinstance(text, str) and text.strip():
+        well_formed = set(value) <= {"text", "occurrence"} and _is_number(occurrence) and occurrence != 0
+        if well_formed and isinstance(text, str) and text.strip():
             return Span(text=text.strip(), occurrence=occurrence)
     raise UserError(
         f'{where}: span {name!r} is {value!r:.60}; write its words, {{"text": words, "occurrence": 2}}, '
@@ -162,7 +162,7 @@ def spans_of_template(template: str, text: str) -> dict[str, Span]:
     for (is_field, part), behind in zip(parts, ways[1:], strict=True):
         end = start + len(part)
         if is_field:
-            end = next(at for at in range(start + 1, len(text) + 1) if behind[at] and not text[at - 1].isspace())
+            end = next(i for i in range(start + 1, len(text) + 1) if behind[i] and not text[i - 1].isspace())
             spans[part] = Span(chars=(start, end))
         start = end
     return spans
@@ -191,73 +191,80 @@ def _ways_of_literal(part: str, behind: Sequence[int], text: str) -> list[int]:
 # ------------------------------------------------------------------------------------------ tokens
 
 
-def token_roles(spans: Mapping[str, Span], text: str, offsets: Sequence[Range]) -> list[str]:
-    """The role of every token of a prompt; offsets: characters of each token, (0, 0) for special ones."""
-    roles: list[str | None] = [None] * len(offsets)
+def token_spans(spans: Mapping[str, Span], text: str, offsets: Sequence[Range]) -> list[str]:
+    """The span of every token of a prompt, by name; offsets: characters of each token, (0, 0) for special ones."""
+    names: list[str | None] = [None] * len(offsets)
     for name, span in spans.items():
         for token in _tokens(name, span, text, offsets):
-            if roles[token] is not None:
-                raise SpanProblem(f"spans {roles[token]!r} and {name!r} overlap")
-            roles[token] = name
+            if names[token] is not None:
+                raise SpanProblem(f"spans {names[token]!r} and {name!r} overlap")
+            names[token] = name
     rest = [OTHER] * (len(offsets) - 1) + [OTHER if LAST in spans else LAST]
-    return [role or other for role, other in zip(roles, rest, strict=True)]
+    return [role or other for role, other in zip(names, rest, strict=True)]
 
 
 def _tokens(name: str, span: Span, text: str, offsets: Sequence[Range]) -> Sequence[int]:
     if span.tokens is not None:
         text_starts = next((token for token, (a, b) in enumerate(offsets) if a < b), 0)
-        start, end = (place + (0 if span.special else text_starts) for place in span.tokens)
+        start, end = (bound + (0 if span.special else text_starts) for bound in span.tokens)
         if end > len(offsets):
             raise SpanProblem(f"span {name!r} ends behind the prompt")
         return range(start, end)
     start, end = span.chars or _find(name, span, text)
     if end > len(text):
         raise SpanProblem(f"span {name!r} ends behind the prompt")
-    found = []
+    tokens = []
     for token, (a, b) in enumerate(offsets):
         piece = text[a:b]
         if piece.strip():
             a, b = a + len(piece) - len(piece.lstrip()), b - len(piece) + len(piece.rstrip())
         if piece and not piece.strip() and b == start:  # the space of a word that other words have in their first token
-            found.append(token)
+            tokens.append(token)
             continue
         if a == b or b <= start or a >= end:
             continue
         if a < start or b > end:
             raise SpanProblem(f"span {name!r} cuts a token")
-        found.append(token)
-    if not found:
+        tokens.append(token)
+    if not tokens:
         raise SpanProblem(f"span {name!r} holds no token")
-    return found
+    return tokens
 
 
 def _find(name: str, span: Span, text: str) -> Range:
     """Characters of the words: between word boundaries if they stand there, anywhere else after that."""
     words = re.escape(span.text or "")
-    found = [match.span() for match in re.finditer(rf"(?<!\w){words}(?!\w)", text)]
-    found = found or [match.span() for match in re.finditer(words, text)]
-    if span.occurrence is None and len(found) > 1:
+    matches = [match.span() for match in re.finditer(rf"(?<!\w){words}(?!\w)", text)]
+    matches = matches or [match.span() for match in re.finditer(words, text)]
+    if span.occurrence is None and len(matches) > 1:
         raise SpanProblem(f"span {name!r} occurs more than once: give its occurrence")
     number = 0 if span.occurrence is None else span.occurrence - (span.occurrence > 0)
-    if not -len(found) <= number < len(found):
+    if not -len(matches) <= number < len(matches):
         raise SpanProblem(f"span {name!r} not found")
-    return found[number]
+    return matches[number]
 
 
 # ------------------------------------------------------------------------------------------ many prompts
 
 
-def number_roles(roles: Sequence[Sequence[str]], n_positions: int) -> tuple[tuple[str, ...], Tensor]:
-    """Names in the order of the sentence (by mean place of their first token, `other` in front, `last` behind), and the
-    number of every token's name, [B, S] int64 with -1 at padding.
+def number_spans(rows: Sequence[Sequence[str]], n_positions: int) -> tuple[tuple[str, ...], Tensor]:
+    """Number the spans of prompts in the order of the sentence.
+
+    Args:
+        rows: the span of every token of each prompt, by name.
+        n_positions: length to which rows are padded on the left.
+
+    Returns:
+        The names, by the mean position of their first token (`other` in front, `last` behind), and the number of every
+        token's name, [B, S] int64 with -1 at padding.
     """
-    places: dict[str, list[float]] = {}
-    for row in roles:
+    firsts: dict[str, list[float]] = {}
+    for row in rows:
         for name in dict.fromkeys(row):
-            places.setdefault(name, []).append(row.index(name) / len(row))
-    rank = {name: sum(firsts) / len(firsts) for name, firsts in places.items()}
+            firsts.setdefault(name, []).append(row.index(name) / len(row))
+    rank = {name: sum(positions) / len(positions) for name, positions in firsts.items()}
     rank |= {name: value for name, value in ((OTHER, -1.0), (LAST, 2.0)) if name in rank}
     names = tuple(sorted(rank, key=lambda name: rank[name]))
-    number = {name: place for place, name in enumerate(names)}
-    table = [[-1] * (n_positions - len(row)) + [number[name] for name in row] for row in roles]
+    number = {name: index for index, name in enumerate(names)}
+    table = [[-1] * (n_positions - len(row)) + [number[name] for name in row] for row in rows]
     return names, torch.tensor(table)

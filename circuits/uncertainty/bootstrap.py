@@ -26,7 +26,7 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
-from circuits.prompts.alignment import frame_of
+from circuits.prompts.alignment import template_of
 from circuits.prompts.dataset import PromptSet
 from sae.errors import UserError
 
@@ -110,7 +110,7 @@ def prompt_groups(prompts: PromptSet) -> Tensor:
     elif prompts.template_rule == "field":
         names = [name.rpartition("/")[0] for name in prompts.templates]
     elif prompts.template_rule == "spans":
-        names = [frame_of(name) for name in prompts.templates]
+        names = [template_of(name) for name in prompts.templates]
     else:
         names = []
     number = {name: n for n, name in enumerate(dict.fromkeys(names))}

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from circuits.attribution import SiteEffects, capture_activations
 from circuits.attribution.activation_patching import exact_effects
-from circuits.attribution.nodes import SiteNodes
+from circuits.attribution.nodes import SiteNodes, positions_by
 from circuits.circuit import Circuit
 from circuits.metrics.metrics import Metric, prepare
 from circuits.metrics.probe import read_by
@@ -134,7 +134,7 @@ def verify(
             states = capture_activations(model, saes, batch, m, sites=list(circuit.effects))
             for site, site_nodes in chosen.items():
                 effects = exact_effects(
-                    model, saes[site], states, m, site=site, places=states.places(aggregation),
+                    model, saes[site], states, m, site=site, positions=positions_by(aggregation, states.prompts),
                     features=site_nodes.feature.unique(), max_rows=max_rows,
                 )  # fmt: skip
                 totals[site] += _total(effects, site_nodes)

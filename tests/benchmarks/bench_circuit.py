@@ -44,11 +44,11 @@ from safetensors.torch import load_file, save_file
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from circuits.attribution import ActivationPair, Attribution, attribute, capture_activations
+from circuits.attribution.activations import site_total_effect
 from circuits.attribution.edges import edge_effects
 from circuits.attribution.feature_effects import contract
-from circuits.attribution.integrated_gradients import site_total_effect
 from circuits.attribution.nodes import Nodes, aggregate, select_nodes
-from circuits.discovery.passes import lanes_rows, max_rows
+from circuits.discovery.batching import lanes_rows, max_rows
 from circuits.metrics.metrics import logit_difference
 from circuits.prompts.dataset import PromptSet
 from sae.autoencoder import SAEConfig, SparseAutoencoder

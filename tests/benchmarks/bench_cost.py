@@ -27,10 +27,10 @@ import torch
 from matplotlib.figure import Figure
 
 from circuits.attribution import attribute, capture_activations
+from circuits.attribution.activations import site_total_effect
 from circuits.attribution.edges import edge_effects
-from circuits.attribution.integrated_gradients import site_total_effect
 from circuits.attribution.nodes import aggregate, select_nodes
-from circuits.discovery.passes import lanes_rows, max_rows
+from circuits.discovery.batching import lanes_rows, max_rows
 from circuits.metrics.metrics import logit_difference
 from tests.benchmarks.bench_circuit import make_model, make_prompts, make_saes
 

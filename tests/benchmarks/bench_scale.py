@@ -28,7 +28,8 @@ from unittest.mock import patch
 import torch
 
 from circuits.discovery.cost import count_passes, estimate_discovery
-from circuits.discovery.discover import DiscoverOptions, discover
+from circuits.discovery.discover import discover
+from circuits.discovery.options import DiscoverOptions
 from circuits.discovery.resume import remove_partial
 from sae.model.sites import Site
 from sae.saes import GIB, load_saes

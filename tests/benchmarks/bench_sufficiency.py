@@ -25,7 +25,8 @@ import torch
 
 from circuits.attribution.nodes import Nodes
 from circuits.comparison.compare import LEVELS, nodes_for
-from circuits.discovery.discover import DiscoverOptions, discover
+from circuits.discovery.discover import discover
+from circuits.discovery.options import DiscoverOptions
 from circuits.faithfulness.ablation import ABLATIONS
 from circuits.faithfulness.learned_mask import MaskOptions, learn_mask
 from circuits.faithfulness.nodes import FaithfulnessOptions, measure_faithfulness

@@ -101,7 +101,7 @@ def with_spans(prompts, rows: dict[int, list[str]]):
     table = [[-1] * (width - n) + [spans.index(name) for name in rows[n]] for n in prompts.clean.lengths.tolist()]
     numbers = torch.tensor(table)
     keys = span_keys([""] * len(prompts), numbers, spans)
-    return replace(prompts, spans=spans, roles=numbers, templates=keys, template_rule="spans")
+    return replace(prompts, spans=spans, span_numbers=numbers, templates=keys, template_rule="spans")
 
 
 MIXED = {5: ["a", "b", "c", "c", "end"], 7: ["a", "b", "b", "c", "c", "c", "end"]}

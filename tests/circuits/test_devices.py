@@ -7,7 +7,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from circuits.discovery.discover import DiscoverOptions, discover
+from circuits.discovery.discover import discover
+from circuits.discovery.options import DiscoverOptions
 from circuits.editing.edit import ablate
 from circuits.faithfulness.edges import measure_edge_faithfulness
 from circuits.faithfulness.learned_mask import MaskOptions, learn_mask

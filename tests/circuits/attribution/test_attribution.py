@@ -10,14 +10,11 @@ import torch
 
 from circuits.attribution import attribute, capture_activations, contract_gradient
 from circuits.attribution.activation_patching import exact_effects
+from circuits.attribution.activations import site_total_effect
+from circuits.attribution.attribution_patching import attribution_patching
 from circuits.attribution.effects import SiteEffects
-from circuits.attribution.integrated_gradients import (
-    attribution_patching,
-    integrated_gradients,
-    quadrature,
-    site_total_effect,
-)
-from circuits.attribution.nodes import aggregate_site, select_nodes
+from circuits.attribution.integrated_gradients import integrated_gradients, quadrature
+from circuits.attribution.nodes import aggregate_site, positions_by, select_nodes
 from circuits.metrics.metrics import logit_difference
 from sae.errors import UserError
 from sae.model.sites import Site
@@ -109,8 +106,8 @@ def test_exact_patching_is_a_loop_over_nodes(tiny_model, tiny_saes, tiny_prompts
     """Every (example, [position,] node) patched alone by a plain edit of the full model."""
     site = Site.parse("attn_1")
     sae = tiny_saes[site]
-    places = states.places("sum" if joint else "position")
-    effects = exact_effects(tiny_model, sae, states, logit_difference, site=site, places=places, max_rows=7)
+    positions = positions_by("sum" if joint else "position", states.prompts)
+    effects = exact_effects(tiny_model, sae, states, logit_difference, site=site, positions=positions, max_rows=7)
     f_clean, f_patch = sae.encode(states.clean[site]), sae.encode(states.patch[site])
     e_delta = (states.patch[site] - sae.decode(f_patch)) - (states.clean[site] - sae.decode(f_clean))
     n_positions = states.mask.shape[1]
@@ -132,9 +129,11 @@ def test_exact_patching_is_a_loop_over_nodes(tiny_model, tiny_saes, tiny_prompts
 
 def test_exact_patching_of_chosen_nodes(tiny_model, tiny_saes, states):
     site = Site.parse("mlp_1")
-    whole = exact_effects(tiny_model, tiny_saes[site], states, logit_difference, site=site, places=None)
+    whole = exact_effects(tiny_model, tiny_saes[site], states, logit_difference, site=site, positions=None)
     chosen = whole.feature.unique()[:3].long()
-    some = exact_effects(tiny_model, tiny_saes[site], states, logit_difference, site=site, places=None, features=chosen)
+    some = exact_effects(
+        tiny_model, tiny_saes[site], states, logit_difference, site=site, positions=None, features=chosen
+    )
     assert torch.allclose(some.summed(8)[chosen], whole.summed(8)[chosen], atol=1e-6)
     assert set(some.feature.tolist()) == set(chosen.tolist())
 
@@ -146,9 +145,9 @@ def test_exact_patching_leaves_out_what_nothing_reads(tiny_model, tiny_saes, tin
     known = capture_activations(
         tiny_model, tiny_saes, tiny_prompts, logit_difference, sites=tiny_model.sites, gradient=True
     )
-    for places in (None, states.places("position")):
+    for positions in (None, positions_by("position", states.prompts)):
         whole, fewer = (
-            exact_effects(tiny_model, tiny_saes[site], of, logit_difference, site=site, places=places)
+            exact_effects(tiny_model, tiny_saes[site], of, logit_difference, site=site, positions=positions)
             for of in (states, known)
         )
         assert torch.allclose(fewer.summed(8), whole.summed(8), atol=1e-6)
@@ -158,7 +157,7 @@ def test_exact_patching_leaves_out_what_nothing_reads(tiny_model, tiny_saes, tin
 def test_exact_and_gradient_agree_where_the_model_is_nearly_linear(tiny_model, tiny_saes, states):
     """At the last site only the final norm and the unembedding follow."""
     site = tiny_model.sites[-1]
-    exact = exact_effects(tiny_model, tiny_saes[site], states, logit_difference, site=site, places=None).summed(8)
+    exact = exact_effects(tiny_model, tiny_saes[site], states, logit_difference, site=site, positions=None).summed(8)
     gradient = attribution_patching(tiny_model, states, logit_difference, sites=[site])[site]
     estimate = contract_gradient(
         tiny_saes[site], states.clean[site], states.patch[site], gradient, mask=states.mask

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from circuits.attribution import capture_activations, contract_gradient
+from circuits.attribution.attribution_patching import attribution_patching
 from circuits.attribution.edges import cut_forward, edge_effects
 from circuits.attribution.feature_effects import contract
-from circuits.attribution.integrated_gradients import attribution_patching
 from circuits.attribution.nodes import SiteNodes
 from circuits.metrics.metrics import logit_difference
 from sae.model.sites import Site

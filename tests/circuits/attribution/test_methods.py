@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from circuits.attribution import METHODS, attribute, capture_activations
+from circuits.attribution.activations import site_total_effect
+from circuits.attribution.attribution_patching import attribution_patching
 from circuits.attribution.effects import SiteEffects
 from circuits.attribution.graddrop import gradients_with_layer_blocked, mean_magnitude
 from circuits.attribution.ig_adaptive import adaptive_gradient, path_scale
 from circuits.attribution.ig_inputs import integrated_gradients_of_inputs
-from circuits.attribution.integrated_gradients import attribution_patching, integrated_gradients, site_total_effect
+from circuits.attribution.integrated_gradients import integrated_gradients
 from circuits.attribution.relp import relevance_patching
 from circuits.metrics.metrics import logit_difference
 from sae.errors import UserError

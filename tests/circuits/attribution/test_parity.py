@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from circuits.attribution import attribute, capture_activations, contract_gradient
+from circuits.attribution.attribution_patching import attribution_patching
 from circuits.attribution.edges import cut_forward, edge_effects
-from circuits.attribution.integrated_gradients import attribution_patching, integrated_gradients
+from circuits.attribution.integrated_gradients import integrated_gradients
 from circuits.attribution.nodes import SiteNodes
 from circuits.metrics.metrics import logit_difference
 from circuits.prompts.dataset import PromptSet

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from circuits.attribution import capture_activations
+from circuits.attribution.attribution_patching import attribution_patching
 from circuits.attribution.edges import edge_effects
-from circuits.attribution.integrated_gradients import attribution_patching
 from circuits.attribution.nodes import SiteNodes
 from circuits.attribution.path_patching import path_effects
 from circuits.metrics.metrics import logit_difference

@@ -18,7 +18,8 @@ from circuits.comparison.options import CompareOptions
 from circuits.comparison.peak_memory import peak_memory
 from circuits.comparison.study import MEAN, NOISING
 from circuits.comparison.tables import plot, tables
-from circuits.discovery.discover import DiscoverOptions, discover
+from circuits.discovery.discover import discover
+from circuits.discovery.options import DiscoverOptions
 from circuits.faithfulness.learned_mask import MaskOptions, learn_mask
 from circuits.faithfulness.nodes import FaithfulnessOptions, measure_faithfulness
 from circuits.metrics.metrics import logit_difference
@@ -100,7 +101,7 @@ def test_denoising_restores_one_node_in_the_patch_run(tiny_model, tiny_saes, tin
     site = Site.parse("attn_1")
     sae = tiny_saes[site]
     states = capture_activations(tiny_model, tiny_saes, tiny_prompts, logit_difference, sites=tiny_model.sites)
-    back = exact_effects(tiny_model, sae, states.reversed(), logit_difference, site=site, places=None)
+    back = exact_effects(tiny_model, sae, states.reversed(), logit_difference, site=site, positions=None)
     delta = sae.encode(states.clean[site]) - sae.encode(states.patch[site])
     rows = list(zip(back.example.tolist(), back.feature.tolist(), back.value.tolist(), strict=True))
     assert len(rows) > 20

@@ -9,13 +9,14 @@ import torch
 
 from circuits.attribution.nodes import count, select_nodes
 from circuits.circuit import Circuit
-from circuits.discovery.discover import DiscoverOptions, discover
+from circuits.discovery.discover import discover
+from circuits.discovery.options import DiscoverOptions
 from circuits.faithfulness.ablation import AblationValues, NodeTable, ablation_edits
 from circuits.faithfulness.edges import measure_edge_faithfulness
 from circuits.faithfulness.learned_mask import MaskOptions, learn_mask
 from circuits.faithfulness.nodes import FaithfulnessOptions, measure_faithfulness
 from circuits.metrics.metrics import logit_difference
-from circuits.prompts.cells import PositionGroups
+from circuits.prompts.alignment import PositionGroups
 from circuits.uncertainty.verification import verify
 from graphs.drawing.dot import draw
 from sae.errors import UserError
@@ -147,7 +148,7 @@ def test_kept_nodes_and_their_means_by_definition(tiny_model, tiny_saes, mixed):
 
     def cell(b, s):
         """Span and place: from the beginning in the first span, from the end in the others."""
-        row = [n for n in mixed.roles[b].tolist() if n >= 0]
+        row = [n for n in mixed.span_numbers[b].tolist() if n >= 0]
         s -= mixed.clean.n_positions - len(row)
         return row[s], s if row[s] == 0 else row[s:].count(row[s])
 
@@ -163,9 +164,9 @@ def test_kept_nodes_and_their_means_by_definition(tiny_model, tiny_saes, mixed):
         f, x = f_all[0][b, s], x_all[0][b, s]
         moved = torch.zeros_like(x)
         for feature, span in kept:
-            if span == mixed.roles[b, s] and feature < len(f):
+            if span == mixed.span_numbers[b, s] and feature < len(f):
                 moved += (f[feature] - mean_f[feature]) * sae.W_dec[feature]
-            elif span == mixed.roles[b, s]:
+            elif span == mixed.span_numbers[b, s]:
                 moved += (x - sae.decode(f)) - (mean_x - sae.decode(mean_f))
         torch.testing.assert_close(edited[b, s], mean_x + moved, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(removed[b, s], x - moved, atol=1e-5, rtol=1e-4)
@@ -197,7 +198,7 @@ def test_exact_effects_patch_a_span_at_once(tiny_model, tiny_saes, mixed):
             delta = (ends[1] - sae.decode(f[1])) - (ends[0] - sae.decode(f[0]))
         else:
             delta = (f[1] - f[0])[..., int(feature), None] * sae.W_dec[int(feature)]
-        delta = delta * (mixed.roles == mixed.spans.index(span))[..., None]
+        delta = delta * (mixed.span_numbers == mixed.spans.index(span))[..., None]
         m = [
             logit_difference(tiny_model.run(mixed.clean, edits=edits, last_only=True).logits[:, -1], mixed)
             for edits in ({at: lambda x, delta=delta: x + delta}, {})

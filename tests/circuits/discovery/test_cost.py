@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from circuits.attribution import attribute, capture_activations
+from circuits.attribution.attribution_patching import attribution_patching
 from circuits.attribution.edges import cut_forward
-from circuits.attribution.integrated_gradients import attribution_patching
 from circuits.comparison.peak_memory import peak_memory
-from circuits.discovery import passes
+from circuits.discovery import batching
+from circuits.discovery.batching import backward_bytes, state_bytes
 from circuits.discovery.cost import count_passes, cut_share, estimate_discovery, memory_parts, resumed_share
-from circuits.discovery.discover import DiscoverOptions, discover
-from circuits.discovery.passes import backward_bytes, state_bytes
+from circuits.discovery.discover import discover
+from circuits.discovery.options import DiscoverOptions
 from circuits.metrics.metrics import logit_difference
 from sae.model.lrp import check_conserved
 from sae.model.sites import Site, select_sites
@@ -150,8 +151,8 @@ def test_text_and_advice(tiny_model, tiny_saes, tiny_prompts, monkeypatch):
 
 def test_logits_of_a_large_vocabulary_count(tiny_model, monkeypatch):
     """Fewer prompts run at once where logits take most of what a pass keeps."""
-    few = passes.backward_bytes(tiny_model, 7)
+    few = batching.backward_bytes(tiny_model, 7)
     monkeypatch.setattr(tiny_model, "vocab_size", 256_000)
-    many = passes.backward_bytes(tiny_model, 7)
-    assert many - few == pytest.approx(passes.LOGIT_COPIES * 4 * 256_000, rel=0.01)
-    assert passes.max_rows(tiny_model, 7, memory=0.1) == int(0.1 * 2**30 / many) < 30
+    many = batching.backward_bytes(tiny_model, 7)
+    assert many - few == pytest.approx(batching.LOGIT_COPIES * 4 * 256_000, rel=0.01)
+    assert batching.max_rows(tiny_model, 7, memory=0.1) == int(0.1 * 2**30 / many) < 30

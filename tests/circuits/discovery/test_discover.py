@@ -10,8 +10,9 @@ import torch
 
 from circuits.attribution.nodes import count
 from circuits.circuit import Circuit
-from circuits.discovery.discover import DiscoverOptions, discover
-from circuits.discovery.passes import max_rows
+from circuits.discovery.batching import max_rows
+from circuits.discovery.discover import discover
+from circuits.discovery.options import DiscoverOptions
 from circuits.metrics.metrics import last_logits, logit_difference
 from graphs.feature_graph import FeatureGraph
 from sae.errors import UserError
@@ -55,7 +56,7 @@ def test_edges_are_the_same_where_nothing_was_kept(tiny_model, tiny_saes, tiny_p
     """What the node pass keeps for the edges is left out where the memory budget is used up."""
     options = DiscoverOptions(method=method, edge_nodes=40)
     kept = discover(tiny_model, tiny_saes, tiny_prompts, options, progress=False)
-    monkeypatch.setattr("circuits.discovery.passes.EdgeCache.n_bytes", 2**40)
+    monkeypatch.setattr("circuits.discovery.node_pass.EdgeCache.n_bytes", 2**40)
     again = discover(tiny_model, tiny_saes, tiny_prompts, options, progress=False)
     assert kept.edges.keys() == again.edges.keys()
     for pair, weights in kept.edges.items():

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from circuits.discovery.discover import DiscoverOptions, discover
-from circuits.discovery.passes import GIB, backward_bytes
+from circuits.discovery.batching import GIB, backward_bytes
+from circuits.discovery.discover import discover
+from circuits.discovery.options import DiscoverOptions
 from circuits.discovery.resume import ResumeFolder, interrupted, remove_partial
 from sae._files import digest_tensors
 from sae.errors import UserError

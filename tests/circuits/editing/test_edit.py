@@ -268,7 +268,7 @@ def test_edits_at_a_span_change_its_tokens_alone(tiny_model, tiny_prompts, tiny_
     site = Site.parse("mlp_0")
     sae = tiny_saes[site]
     x = tiny_model.run(prompts.clean, capture=[site]).activations[site]
-    inside = prompts.roles == prompts.spans.index("b")
+    inside = prompts.span_numbers == prompts.spans.index("b")
     active = sae.encode(x)[inside].sum(0).topk(2).indices.tolist()
     names = [f"{site}/{active[0]}@b", f"{site}/{active[1]}"]
     assert needs_spans(names) and split_by_place(names) == {"b": [names[0][:-2]], "": [names[1]]}
@@ -292,7 +292,7 @@ def test_edits_at_a_span_change_its_tokens_alone(tiny_model, tiny_prompts, tiny_
 def test_the_mean_of_a_span_is_that_of_its_tokens(tiny_model, tiny_prompts, tiny_saes):
     site = Site.parse("mlp_0")
     x = tiny_model.run(tiny_prompts.clean, capture=[site]).activations[site]
-    inside = with_spans(tiny_prompts, MIXED).roles == 1
+    inside = with_spans(tiny_prompts, MIXED).span_numbers == 1
     means = editing.feature_means(
         tiny_model, tiny_saes, {site: torch.tensor([3, 5])}, [tiny_prompts.clean], where=[inside]
     )

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from circuits.attribution.nodes import SiteNodes
-from circuits.discovery.discover import DiscoverOptions, discover
+from circuits.discovery.discover import discover
+from circuits.discovery.options import DiscoverOptions
 from circuits.faithfulness.ablation import AblationValues, NodeTable
 from circuits.faithfulness.edges import measure_edge_faithfulness, strongest_edges
 from circuits.faithfulness.nodes import FaithfulnessOptions, measure_faithfulness

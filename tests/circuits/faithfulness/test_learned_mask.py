@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from circuits.attribution.nodes import SiteNodes, count, select_nodes
-from circuits.discovery.discover import DiscoverOptions, discover
+from circuits.discovery.discover import discover
+from circuits.discovery.options import DiscoverOptions
 from circuits.faithfulness.ablation import AblationValues, ablation_edits
 from circuits.faithfulness.learned_mask import (
     Gates,

@@ -8,7 +8,8 @@ import torch
 from scipy.integrate import trapezoid
 
 from circuits.attribution.nodes import SiteNodes, count, select_nodes
-from circuits.discovery.discover import DiscoverOptions, discover
+from circuits.discovery.discover import discover
+from circuits.discovery.options import DiscoverOptions
 from circuits.faithfulness.ablation import AblationValues, NodeTable, SiteValues, ablation_edits
 from circuits.faithfulness.nodes import FaithfulnessOptions, from_start_site, measure_faithfulness, random_nodes
 from circuits.faithfulness.results import area, cmd, cpr

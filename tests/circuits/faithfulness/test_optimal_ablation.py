@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from circuits.attribution.nodes import SiteNodes, select_nodes
-from circuits.discovery.discover import DiscoverOptions, discover
+from circuits.discovery.discover import discover
+from circuits.discovery.options import DiscoverOptions
 from circuits.faithfulness.ablation import AblationValues, NodeTable
 from circuits.faithfulness.learned_mask import MaskOptions, learn_mask
 from circuits.faithfulness.nodes import FaithfulnessOptions, from_start_site, measure_faithfulness

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from circuits.circuit import Circuit
-from circuits.discovery.discover import DiscoverOptions, discover
+from circuits.discovery.discover import discover
+from circuits.discovery.options import DiscoverOptions
 from circuits.faithfulness.edges import measure_edge_faithfulness
 from circuits.faithfulness.nodes import FaithfulnessOptions
 from circuits.metrics import metrics as behaviour

@@ -9,12 +9,14 @@ import torch
 from safetensors.torch import save_file
 
 from circuits.attribution import METHODS
-from circuits.discovery.discover import DiscoverOptions, discover
+from circuits.discovery.discover import discover
+from circuits.discovery.options import DiscoverOptions
 from circuits.faithfulness.edges import measure_edge_faithfulness
 from circuits.faithfulness.learned_mask import MaskOptions, learn_mask
 from circuits.faithfulness.nodes import FaithfulnessOptions, measure_faithfulness
+from circuits.metrics.fit_probe import fit_probe, read_site
 from circuits.metrics.metrics import absolute, get_metric
-from circuits.metrics.probe import Probe, fit_probe, read_by, read_site, save_probe, visible_sites
+from circuits.metrics.probe import Probe, read_by, save_probe, visible_sites
 from circuits.uncertainty.verification import verify
 from sae.errors import UserError
 from sae.model.sites import Site
@@ -48,7 +50,7 @@ def test_every_method(method, tiny_model, tiny_saes, tiny_prompts, probe):
         tiny_model, tiny_saes, prompts, DiscoverOptions(method=method, edge_nodes=20), metric=probe, progress=False
     )
     assert circuit.metadata["sites"] == ["embed", "attn_0", "mlp_0", "resid_0"]
-    places = prompts.roles == prompts.spans.index("b")
+    places = prompts.span_numbers == prompts.spans.index("b")
     for name, tokens in (("m_clean", prompts.clean), ("m_patch", prompts.patch)):
         assert circuit.metadata[name] == pytest.approx(
             by_hand(tiny_model, probe, tokens, places).mean().item(), abs=1e-4

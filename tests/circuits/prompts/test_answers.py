@@ -128,6 +128,6 @@ def test_the_last_span_is_the_last_token_of_the_prompt(make_model) -> None:
     for start in ("", "<s>"):
         example = Example(f"{start}the boy has", (" he",), f"{start}the dog has", (" she",), template="the {who} has")
         prompts = make_prompts([example], model, span_template=f"{start}the {{who}} has")
-        assert prompts.roles is not None
-        names = [prompts.spans[number] for number in prompts.roles[0].tolist()]
+        assert prompts.span_numbers is not None
+        names = [prompts.spans[number] for number in prompts.span_numbers[0].tolist()]
         assert names[0] == "other" and names[-1] == "last" and "who" in names

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from circuits.prompts.dataset import load_prompts, make_prompts
 from circuits.prompts.formats import Example
-from circuits.prompts.spans import Span, SpanProblem, parse_spans, spans_of_template, token_roles
+from circuits.prompts.spans import Span, SpanProblem, parse_spans, spans_of_template, token_spans
 from sae.errors import UserError
 
 TEXT = "the old man near Bob's car"
@@ -35,7 +35,7 @@ def offsets() -> list[tuple[int, int]]:
 def roles(spans) -> str:
     """The role of every token, in one line."""
     parsed = {name: clean for name, (clean, _) in parse_spans(spans, "here").items()}
-    return " ".join(token_roles(parsed, TEXT, offsets()))
+    return " ".join(token_spans(parsed, TEXT, offsets()))
 
 
 # ---- finding spans
@@ -157,7 +157,7 @@ def test_a_template_that_does_not_fit_is_told_at_once(n_fields: int) -> None:
 def test_a_space_that_is_a_token_belongs_to_the_word_behind_it():
     """As it does where the word's first token has it, so that such words align."""
     spans = {"name": Span(text="Jo")}
-    apart = token_roles(spans, "hi Jo runs", [(0, 0), (0, 2), (2, 3), (3, 5), (5, 10)])
+    apart = token_spans(spans, "hi Jo runs", [(0, 0), (0, 2), (2, 3), (3, 5), (5, 10)])
     assert apart == ["other", "other", "name", "name", "last"]
 
 
@@ -176,26 +176,26 @@ def test_prompts_take_spans_from_file_template_or_option(tiny_model, tmp_path):
         path.write_text("\n".join(map(json.dumps, rows)))
         return load_prompts(path, tiny_model, **options)
 
-    assert loaded(rows).roles is None
+    assert loaded(rows).span_numbers is None
     with pytest.raises(UserError, match="says nothing of spans"):
         loaded(rows, need_spans=True)
     by_option = loaded(rows, span_template="the {subject} near the {thing}")
     assert by_option.spans == ("other", "subject", "thing") and by_option.template_rule == "spans"
-    names = [[by_option.spans[n] for n in row if n >= 0] for row in by_option.roles.tolist()]
+    names = [[by_option.spans[n] for n in row if n >= 0] for row in by_option.span_numbers.tolist()]
     assert names[0] == ["other", "subject", "other", "other", "thing"]
     assert names[2] == ["other", "subject", "subject", "other", "other", "thing"]
-    assert by_option.roles[0, 0] == -1 and by_option[[0, 1]].roles.shape == (2, 5)
+    assert by_option.span_numbers[0, 0] == -1 and by_option[[0, 1]].span_numbers.shape == (2, 5)
     framed = loaded([row | {"template": "the {subject} near the {thing}"} for row in rows])
-    assert torch.equal(framed.roles, by_option.roles)
+    assert torch.equal(framed.span_numbers, by_option.span_numbers)
     assert framed.templates[0].startswith("the {subject} near the {thing}|other*1 subject*1")
     given = [row | {"spans": {"by": "near"}} for row in rows]
     assert loaded(given).spans == ("other", "by", "last")
 
     given[1]["spans"] = {"subject": "boy"}  # "boy" cuts "boys" in the patch prompt
-    assert loaded(given).roles is None and not loaded(given).rejected
+    assert loaded(given).span_numbers is None and not loaded(given).rejected
     assert loaded(given, need_spans=True).rejected == {"span 'subject' cuts a token": 1}
     given[1]["spans"] = {"subject": ["boy", "boys"]}
-    assert loaded(given).roles is not None
+    assert loaded(given).span_numbers is not None
     given[1]["spans"] = {"subject": ["boy", "cat"]}
     assert loaded(given, need_spans=True).rejected == {"spans differ between clean and patch": 1}
     with pytest.raises(UserError, match="3 x does not fit"):
@@ -212,7 +212,7 @@ def test_spans_in_tables_and_of_autocircuit(tiny_model, tmp_path):
     ]}  # fmt: skip
     (tmp_path / "prompts.json").write_text(json.dumps(words))
     found = load_prompts(tmp_path / "prompts.json", tiny_model)
-    assert found.spans == ("other", "noun", "last") and found.roles.tolist() == [[0, 1, 2]]
+    assert found.spans == ("other", "noun", "last") and found.span_numbers.tolist() == [[0, 1, 2]]
 
 
 def test_token_offsets_are_those_of_the_tokens(tiny_model):
@@ -220,4 +220,4 @@ def test_token_offsets_are_those_of_the_tokens(tiny_model):
     (places,) = tiny_model.text_coder.prompt_offsets([text])
     assert [text[a:b].strip() for a, b in places] == text.split()
     example = Example(clean=text, clean_answers=(" near",), spans={"who": (Span(text="old man"), Span(text="old man"))})
-    assert make_prompts([example], tiny_model).roles.tolist() == [[0, 1, 1, 2]]
+    assert make_prompts([example], tiny_model).span_numbers.tolist() == [[0, 1, 1, 2]]

@@ -13,7 +13,8 @@ import torch
 from circuits.attribution.effects import SiteEffects
 from circuits.attribution.nodes import SiteNodes, aggregate_site, count, distinguishable
 from circuits.circuit import Circuit
-from circuits.discovery.discover import DiscoverOptions, discover
+from circuits.discovery.discover import discover
+from circuits.discovery.options import DiscoverOptions
 from circuits.faithfulness.nodes import FaithfulnessOptions, measure_faithfulness
 from circuits.uncertainty.bootstrap import MIN_ACTIVE, Bootstrap, group_sums, prompt_groups
 from circuits.uncertainty.intervals import (
@@ -300,7 +301,7 @@ def test_edges_of_a_circuit_have_intervals(tiny_model, tiny_saes, tiny_prompts, 
 
 
 def test_too_many_edges_are_summed(monkeypatch, tiny_model, tiny_saes, tiny_prompts):
-    monkeypatch.setattr("circuits.discovery.passes.SAMPLE_BYTES", 1000)
+    monkeypatch.setattr("circuits.discovery.edge_pass.SAMPLE_BYTES", 1000)
     options = DiscoverOptions(method="attrib", edge_nodes=40)
     circuit = discover(tiny_model, tiny_saes, tiny_prompts, options, progress=False)
     assert circuit.edges and not circuit.edge_samples

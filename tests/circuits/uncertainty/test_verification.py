@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from circuits.circuit import Circuit
-from circuits.discovery.discover import DiscoverOptions, discover
+from circuits.discovery.discover import discover
+from circuits.discovery.options import DiscoverOptions
 from circuits.metrics.metrics import logit_difference
 from circuits.uncertainty.verification import disagreement, verified, verify
 from sae.errors import UserError

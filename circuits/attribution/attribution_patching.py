@@ -1,0 +1,31 @@
+"""Attribution patching: the gradient at the clean run, for all sites from one pass.
+
+Nanda 2023; Marks et al. 2024, eq. 3. Legend: B examples, S positions, d model width.
+
+1. One forward pass of the clean prompts with the graph kept.
+2. One backward pass from sum_b m_b: g = dm/dx at all sites at once.
+3. effect = (f_patch - f_clean)_i * (W_dec[i] . g) (`circuits.attribution.feature_effects`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from circuits.attribution.activations import ActivationPair
+from circuits.metrics.metrics import Metric
+from sae.model.language_model import LanguageModel
+from sae.model.sites import Site
+
+
+@torch.enable_grad()
+def attribution_patching(
+    model: LanguageModel, states: ActivationPair, metric: Metric, *, sites: Sequence[Site]
+) -> dict[Site, Tensor]:
+    """dm/dx at the clean run, [B, S, d] per site: one forward and one backward pass for all sites."""
+    run = model.run(states.tokens, capture=sites, grad=True, last_only=True)
+    m = metric(run.logits[:, -1], states.prompts)
+    gradients = torch.autograd.grad(m.sum(), [run.activations[site] for site in sites])
+    return dict(zip(sites, gradients, strict=True))

@@ -18,6 +18,7 @@ from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError
 from sae.formats.locate import check_source
 from sae.model.language_model import LanguageModel
+from sae.model.load import load_model
 from sae.model.sites import Site
 from sae.neurons import NEURONS, neuron_dictionaries
 from sae.saes import GIB, SAEs, as_saes, load_saes, saes_fingerprint
@@ -55,7 +56,7 @@ class CircuitSource:
             name = self.model or _named(metadata, "model", self.path)
             if isinstance(saes := self.saes or metadata.get("saes"), str | Path) and str(saes) != NEURONS:
                 check_source(saes)  # a wrong name is told before the model is loaded
-            self.model = LanguageModel.load(
+            self.model = load_model(
                 name,
                 device=self.device,
                 dtype=self.dtype or metadata.get("dtype") or "float32",

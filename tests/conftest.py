@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from sae.model.language_model import LanguageModel
+from sae.model.load import load_model
 from tests.forked import ForkedCommands
 
 MODEL_FAMILIES = ("gpt2", "gpt_neox", "llama", "mistral", "qwen3", "gemma2", "gemma3_text")
@@ -127,7 +128,7 @@ def make_tiny_model() -> Callable[..., LanguageModel]:
 
     def make(architecture: str, layers: int = 2, *, seed: int = 0, width: int = 32, **options: Any) -> LanguageModel:
         hf = tiny_hf(architecture, layers=layers, seed=seed, width=width)
-        return LanguageModel.load(hf, **{"tokenizer": word_tokenizer(), "device": "cpu", **options})
+        return load_model(hf, **{"tokenizer": word_tokenizer(), "device": "cpu", **options})
 
     return make
 

@@ -29,6 +29,7 @@ from sae._files import without_nan, write_json
 from sae._options import Range, ranges
 from sae._run.contents import check_run_config, read_run_config
 from sae.formats.locate import check_source
+from sae.model import load
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
 from sae.neurons import NEURONS
@@ -120,7 +121,7 @@ def load_model(
     if saes is not None and str(saes) != NEURONS:
         check_source(saes)
     paths = parse_site_paths(options.site_paths or site_paths)
-    return LanguageModel.load(name, device=options.device, dtype=options.dtype or dtype or "float32", site_paths=paths)
+    return load.load_model(name, device=options.device, dtype=options.dtype or dtype or "float32", site_paths=paths)
 
 
 def load_checked_saes(

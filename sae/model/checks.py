@@ -12,24 +12,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from sae.errors import UserError
-from sae.model.forward import padding_tokens, with_gradients
-from sae.model.site_search import SMALLEST_SCALE, fit_factors
+from sae.model.forward import PROBE_ROWS, padding_tokens, with_gradients
+from sae.model.language_model import LanguageModel, Run
+from sae.model.scales import TOLERANCE, TOLERANCE_16_BIT, block_sums, exactly, is_exact
 from sae.model.sites import Site
+from sae.model.tokens import Tokens
 
-if TYPE_CHECKING:
-    from sae.model.language_model import LanguageModel, Run, Tokens
+log = logging.getLogger(__name__)
 
-logger = logging.getLogger(__name__)
-
-TOLERANCE = 1e-4  # relative to the largest value, in float32 and float64
-TOLERANCE_16_BIT = 3e-2
 PADDING_TOLERANCE = 1e-3  # of the largest logit: kernels for other shapes round otherwise
 STEPS = 1e-3, 1e-2, 1e-4  # of x: one may cross a routing decision or vanish in rounding
 STEP_TOLERANCE = 2e-2  # of the change of the logits
@@ -37,17 +33,19 @@ STEP_TOLERANCE = 2e-2  # of the change of the logits
 
 @with_gradients
 def check_model(model: LanguageModel) -> None:
-    """Raise UserError naming the site where something does not hold."""
-    tokens = model.probe_tokens()
+    """Raise UserError naming the site where something does not hold, on four forward passes."""
+    probe, n = model.probe_tokens(), PROBE_ROWS
+    varied = padding_tokens(probe)[1:].to(model.device)  # the first row with another end, and its beginning padded
+    tokens = Tokens(*(torch.cat(pair) for pair in ((probe.input_ids, varied.input_ids),
+                                                    (probe.attention_mask, varied.attention_mask))))  # fmt: skip
     plain = model.run(tokens, capture=model.sites)
-    check_finite(plain)
-    _check_order(model)
-    _check_sums(model, plain.activations)
+    probed = Run({site: x[:n] for site, x in plain.activations.items()}, plain.logits[:n])
+    check_finite(probed)
+    padding_shows = _check_order(model, tokens, plain.logits)
+    _check_sums(model, probed.activations)
     _check_copies(model, tokens, plain.logits)
-    placed = list(model.moved_sites)
-    if placed:
-        _check_connected(model, tokens, placed)
-    _check_gradient(model, tokens)
+    model.padding_shows = padding_shows
+    _check_gradient(model, probe)
 
 
 def check_finite(run: Run) -> None:
@@ -66,73 +64,19 @@ def relative_difference(x: Tensor, y: Tensor) -> float:
 
 
 def _tolerance(model: LanguageModel) -> float:
-    return TOLERANCE if _exact(model.dtype) else TOLERANCE_16_BIT
+    return TOLERANCE if is_exact(model.dtype) else TOLERANCE_16_BIT
 
 
-def _exact(x: Tensor | torch.dtype) -> bool:
-    return (x.dtype if isinstance(x, Tensor) else x) in (torch.float32, torch.float64)
-
-
-def _check_order(model: LanguageModel) -> None:
-    """Later tokens change nothing; whether padding does is noted."""
-    tokens = padding_tokens(model.probe_tokens()).to(model.device)
-    logits = model.run(tokens).logits
+def _check_order(model: LanguageModel, tokens: Tokens, logits: Tensor) -> bool:
+    """Later tokens change nothing; whether padding does is returned. The last two rows are variants of the first."""
     n = tokens.n_positions - int(tokens.lengths[-1])  # of padding
-    allowed = PADDING_TOLERANCE if _exact(model.dtype) else TOLERANCE_16_BIT
-    if relative_difference(logits[1, :-1], logits[0, :-1]) > allowed:
+    allowed = PADDING_TOLERANCE if is_exact(model.dtype) else TOLERANCE_16_BIT
+    if relative_difference(logits[-2, :-1], logits[0, :-1]) > allowed:
         raise UserError(
             f"model {model.name!r} is not a decoder: its logits at a token depend on the tokens after it "
             "(for a model that can be both, set is_decoder in its config.json)"
         )
-    model.padding_shows = relative_difference(logits[-1, n:], logits[0, : tokens.n_positions - n]) > allowed
-
-
-def block_sums(sites: Sequence[Site]) -> list[tuple[Site, list[Site], Site]]:
-    """For each block whose sites are there: the stream before it, what is added, the stream after it."""
-    sums = []
-    for resid in (site for site in sites if site.kind == "resid" and site.layer is not None):
-        before = Site("resid", resid.layer - 1) if resid.layer else Site("embed")
-        added = [site for site in (Site("attn", resid.layer), Site("mlp", resid.layer)) if site in sites]
-        if before in sites and added:
-            sums.append((before, added, resid))
-    return sums
-
-
-def fit_scales(activations: Mapping[Site, Tensor], constants: Sequence[float]) -> dict[Site, float]:
-    """The factors with which attn and mlp are added to the residual stream, where they are not 1 and explain it; one
-    of the config's constants where one is near.
-    """
-    scales: dict[Site, float] = {}
-    for before, added, after in block_sums(list(activations)):
-        parts = [_exactly(activations[site]) for site in added]
-        if len({activations[site].shape for site in (before, *added, after)}) > 1:
-            continue
-        change = _exactly(activations[after]) - _exactly(activations[before])
-        allowed = _allowed(activations[after], change)
-        if float((change - torch.stack(parts).sum(0)).abs().max()) <= allowed:
-            continue
-        factors = [_nearest(x, constants, activations[after]) for x in fit_factors(parts, change)]
-        explained = torch.stack([x * part for x, part in zip(factors, parts, strict=True)]).sum(0)
-        if min(factors) >= SMALLEST_SCALE and float((change - explained).abs().max()) <= allowed:
-            scales |= dict(zip(added, factors, strict=True))
-    return scales
-
-
-def _exactly(x: Tensor) -> Tensor:
-    """In float64, on the CPU: Apple's GPUs have none."""
-    return x.detach().cpu().double()
-
-
-def _allowed(after: Tensor, change: Tensor) -> float:
-    """What rounding of the stream explains, and a little of the change itself."""
-    tolerance = TOLERANCE if _exact(after) else TOLERANCE_16_BIT
-    return tolerance * (float(change.abs().max()) + 0.1 * float(after.abs().max()))
-
-
-def _nearest(factor: float, constants: Sequence[float], x: Tensor) -> float:
-    near = TOLERANCE if _exact(x) else TOLERANCE_16_BIT
-    best = min(constants, key=lambda constant: abs(constant - factor), default=factor)
-    return best if abs(best - factor) <= near * abs(factor) else float(f"{factor:.6g}")
+    return relative_difference(logits[-1, n:], logits[0, : tokens.n_positions - n]) > allowed
 
 
 def _check_sums(model: LanguageModel, activations: dict[Site, Tensor]) -> None:
@@ -153,7 +97,7 @@ def _check_sums(model: LanguageModel, activations: dict[Site, Tensor]) -> None:
             raise UserError(f"{sentence} ({where}): give site_paths that fit this model")
         off.append(f"{sentence} ({where})")
     if off:
-        logger.warning(
+        log.warning(
             "model %s: the site paths given are not what sublayers add to the residual stream in %d blocks: %s",
             model.name, len(off), off[0],
         )  # fmt: skip
@@ -172,51 +116,51 @@ def _check_copies(model: LanguageModel, tokens: Tokens, logits: Tensor) -> None:
     )
 
 
-def _check_connected(model: LanguageModel, tokens: Tokens, sites: list[Site]) -> None:
-    run = model.run(tokens, capture=sites, grad=True)
-    captured = [run.activations[site] for site in sites]
-    loose = [site for site, x in zip(sites, captured, strict=True) if not x.requires_grad]
-    if not loose:
-        gradients = torch.autograd.grad(run.logits.float().square().sum(), captured, allow_unused=True)
-        loose = [site for site, gradient in zip(sites, gradients, strict=True) if gradient is None]
-    if loose:
-        raise UserError(
-            f"site {loose[0].name!r} ({model.site_paths[loose[0]].module!r}) does not lie between the embedding and "
-            "the logits: give another path for it in site_paths"
-        )
-
-
 def _check_gradient(model: LanguageModel, tokens: Tokens) -> None:
-    """Warn where a module between the first site and the logits has no backward pass (int8 kernels)."""
-    site = model.sites[0]
-    run = model.run(tokens, capture=[site], grad=True)
-    x = run.activations[site]
+    """Refuse a site of the user's that no gradient reaches, and warn where a module between the first site and the
+    logits has no backward pass (int8 kernels).
+    """
+    first, moved = model.sites[0], list(model.moved_sites)
+    run = model.run(tokens, capture=[first, *moved], grad=True)
     weights = torch.randn(run.logits.shape, generator=torch.Generator().manual_seed(0)).to(run.logits)
     m = (run.logits * weights).sum()
-    (gradient,) = torch.autograd.grad(m, x, allow_unused=True) if m.requires_grad else (None,)
-    if gradient is None:
+    gradients = {site: _gradient(m, run.activations[site]) for site in (first, *moved)}
+    loose = next((site for site in moved if gradients[site] is None), None)
+    if loose is not None:
+        raise UserError(
+            f"site {loose.name!r} ({model.site_paths[loose].module!r}) does not lie between the embedding and "
+            "the logits: give another path for it in site_paths"
+        )
+    if (gradient := gradients[first]) is None:
         model.has_gradients = False
-        logger.warning(
+        log.warning(
             "model %s: no gradient reaches its logits from %s: modules have no backward pass, as quantised ones may "
-            "have; what needs gradients will be refused", model.name, site,
+            "have; what needs gradients will be refused", model.name, first,
         )  # fmt: skip
         return
+    x = run.activations[first]
 
     def difference(step: float) -> float:
         direction = step * x.detach().abs().max() * gradient / gradient.norm().clamp_min(1e-30)
-        values = [(run_at(sign * direction) * _exactly(weights)).sum() for sign in (1, -1)]
-        slope, measured = float((_exactly(gradient) * _exactly(direction)).sum()), float(values[0] - values[1]) / 2
+        both = torch.cat([direction, -direction])  # one pass over two copies of the batch
+        logits = model.run(tokens.repeat(2), edits={first: lambda x: x + both}).logits
+        up, down = (exactly(logits) * exactly(weights).repeat(2, 1, 1)).unflatten(0, (2, -1)).sum((1, 2, 3)).tolist()
+        slope, measured = float((exactly(gradient) * exactly(direction)).sum()), (up - down) / 2
         return abs(slope - measured) / max(abs(slope), abs(measured), 1e-30)
 
-    def run_at(change: Tensor) -> Tensor:
-        return _exactly(model.run(tokens, edits={site: lambda x: x + change}).logits)
-
-    if _exact(model.dtype) and (worst := _smallest(difference)) > STEP_TOLERANCE:
-        logger.warning(
+    if is_exact(model.dtype) and (worst := _smallest(difference)) > STEP_TOLERANCE:
+        log.warning(
             "model %s: its gradient differs by %.0f %% from what a small step at %s does to the logits: a module has "
             "no backward pass, as quantised ones may have, or rounds; effects by gradients are wrong by as much",
-            model.name, 100 * worst, site,
+            model.name, 100 * worst, first,
         )  # fmt: skip
+
+
+def _gradient(m: Tensor, x: Tensor) -> Tensor | None:
+    """dm/dx; None where x does not reach m."""
+    if not (m.requires_grad and x.requires_grad):
+        return None
+    return torch.autograd.grad(m, x, allow_unused=True, retain_graph=True)[0]
 
 
 def _smallest(difference: Callable[[float], float]) -> float:

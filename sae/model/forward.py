@@ -6,22 +6,30 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from sae.errors import UserError
+from sae.model.sites import Site
 from sae.model.tokens import Tokens
-
-if TYPE_CHECKING:
-    from sae.model.language_model import Run
-    from sae.model.sites import Site
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 PROBE_ROWS, PROBE_POSITIONS = 3, 5
 RESERVED = ("_token_id", "_token_index")  # how a config calls tokens that stand for an image, a pause, ...
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one forward pass gave."""
+
+    activations: dict[Site, Tensor]
+    """The captured sites in forward order, each [B, S, d], after the edit at the site if there was one."""
+    logits: Tensor
+    """[B, S, V]; [B, 1, V] where only the last position was asked for, empty [0] where none was."""
 
 
 def forward_inputs(module: nn.Module, tokens: Tokens, *, last_only: bool = False) -> dict[str, Any]:
@@ -117,7 +125,7 @@ def without_padding(tokens: Tokens, rows: Tensor) -> Tokens:
     return Tokens(tokens.input_ids[rows, -n:], tokens.attention_mask[rows, -n:])
 
 
-def run_by_length(tokens: Tokens, run: Callable[[Tokens], Run]) -> tuple[dict[Site, Tensor], Tensor]:
+def run_by_length(tokens: Tokens, run: Callable[[Tokens], Run]) -> Run:
     """Activations [B, S, d] and logits of rows of equal length run together without padding, where both are zero."""
     groups = equal_lengths(tokens)
     runs = [run(without_padding(tokens, rows)) for rows in groups]
@@ -130,9 +138,9 @@ def run_by_length(tokens: Tokens, run: Callable[[Tokens], Run]) -> tuple[dict[Si
     }
     logits = [part.logits for part in runs]
     if logits[0].ndim < 3:  # none were asked for
-        return activations, logits[0]
+        return Run(activations, logits[0])
     last_only = all(part.shape[1] == 1 for part in logits)
-    return activations, together(logits, 1 if last_only else tokens.n_positions)
+    return Run(activations, together(logits, 1 if last_only else tokens.n_positions))
 
 
 def scattered(parts: Sequence[tuple[Tensor, Tensor]], *, n_rows: int, n_positions: int) -> Tensor:

@@ -10,8 +10,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +22,26 @@ from sae.model.hook_points import SiteEdit
 from sae.model.sites import Site
 from sae.model.tokens import Tokens
 
-if TYPE_CHECKING:
-    from sae.model.language_model import LanguageModel
+
+class Generator(Protocol):
+    """What generation needs of a model."""
+
+    hf: Any
+    name: str
+
+    @property
+    def max_positions(self) -> int | None:
+        """Most tokens of one text."""
+
+    def hooked(self, site: Site, edit: SiteEdit, *, rows: int) -> AbstractContextManager[None]:
+        """Applies an edit at every call of a site's module."""
+
 
 MULTIPLY_ROWS = ("num_beams", "num_return_sequences")
 
 
 def generate(
-    model: LanguageModel,
+    model: Generator,
     prompts: Tokens,
     *,
     max_new_tokens: int,
@@ -54,7 +66,7 @@ def generate(
 
 
 def _generated(
-    model: LanguageModel,
+    model: Generator,
     prompts: Tokens,
     edits: Mapping[Site, SiteEdit],
     later_edits: Mapping[Site, SiteEdit],
@@ -70,7 +82,7 @@ def _generated(
     return ids if isinstance(ids, Tensor) else ids.sequences
 
 
-def _check_options(model: LanguageModel, prompts: Tokens, max_new_tokens: int, sampling: Mapping[str, Any]) -> None:
+def _check_options(model: Generator, prompts: Tokens, max_new_tokens: int, sampling: Mapping[str, Any]) -> None:
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}: at least 1 is needed")
     if not callable(getattr(model.hf, "generate", None)):

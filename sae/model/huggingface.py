@@ -56,12 +56,12 @@ class Loaded:
 
 
 def load_hf(
-    model: str | Path | nn.Module, *, tokenizer: Any, device: str | torch.device, dtype: str | torch.dtype
+    model: str | Path | nn.Module, *, tokenizer: Any, device: str | torch.device, dtype: str | torch.dtype | None
 ) -> Loaded:
     """The model in evaluation mode with frozen parameters, its tokenizer or None, and a name for both.
 
-    An object keeps its device and number type where these are "auto". A loaded model goes to `auto_device()`; its
-    weights become float32, but stay as stored on a GPU from two billion parameters on.
+    An object keeps its device where it is "auto", and its number type where that is None or "auto". A loaded model goes
+    to `auto_device()`; its weights become float32, but with "auto" stay as stored on a GPU from two billion parameters.
     """
     wanted = _dtype(dtype)
     if isinstance(model, nn.Module):
@@ -76,7 +76,7 @@ def load_hf(
         hf = pretrained_model(name, None)
         marks = fingerprints(hf)
         n_parameters = sum(parameter.numel() for parameter in hf.parameters())
-        if wanted is None and (place.type != "cuda" or n_parameters < FULL_PRECISION_PARAMETERS):
+        if wanted is None and (dtype is None or place.type != "cuda" or n_parameters < FULL_PRECISION_PARAMETERS):
             wanted = torch.float32
         if wanted in (torch.float32, torch.float64):
             hf.to(wanted)
@@ -144,8 +144,8 @@ def _device(device: str | torch.device) -> torch.device:
     return place
 
 
-def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
-    if isinstance(dtype, torch.dtype):
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
     if dtype != "auto" and dtype not in DTYPES:
         raise unknown("dtype", dtype, ["auto", *DTYPES])

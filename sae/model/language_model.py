@@ -1,6 +1,6 @@
 """The way to the model: read, replace and skip its sites, in one forward pass or in generation. Alone imports nnsight.
 
-1. `LanguageModel.load` takes a hub name, a folder or a Hugging Face object and finds its sites.
+1. `LanguageModel` wraps a Hugging Face model and finds its sites; `sae.model.load.load_model` makes and checks one.
 2. `run` makes one forward pass under one nnsight trace. At each site, in the order of the forward pass, the site's
    module is skipped or its tensor x [B, S, d] is read, edited and written back, and kept if it was asked for.
 3. Gradients need no backward inside the trace: a leaf planted at the embedding makes the graph, which outlives the
@@ -17,42 +17,22 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from nnsight import NNsight
-from nnsight.intervention.interleaver import OutOfOrderError
-from torch import Tensor, nn
+from torch import Tensor
 
 from sae.errors import UserError, unknown
-from sae.model.checks import check_model, fit_scales
-from sae.model.forward import (
-    cannot_run,
-    config_constants,
-    forward_inputs,
-    outside_inference_mode,
-    probe_tokens,
-    run_by_length,
-)
+from sae.model.first_pass import first_pass
+from sae.model.forward import Run, forward_inputs, outside_inference_mode, probe_tokens, run_by_length
 from sae.model.generation import generate
-from sae.model.hook_points import HookPoint, SiteEdit, edited, empty_outputs
-from sae.model.huggingface import fingerprints, load_hf, max_positions, stored_fingerprints
-from sae.model.site_handles import base_path, containment, default_paths, envoy_of, input_embeddings, make_place
+from sae.model.hook_points import HookPoint, SiteEdit, edited
+from sae.model.huggingface import fingerprints, max_positions, stored_fingerprints
+from sae.model.site_handles import base_path, containment, default_paths, envoy_of, input_embeddings, make_hook_point
 from sae.model.sites import Site, SitePath, site_table
 from sae.model.tokens import TokenizerWrapper, Tokens
-
-
-@dataclass(frozen=True)
-class Run:
-    """What one forward pass gave."""
-
-    activations: dict[Site, Tensor]
-    """The captured sites in forward order, each [B, S, d], after the edit at the site if there was one."""
-    logits: Tensor
-    """[B, S, V]; [B, 1, V] where only the last position was asked for, empty [0] where none was."""
 
 
 class LanguageModel:
@@ -65,7 +45,6 @@ class LanguageModel:
         *,
         name: str,
         site_paths: Mapping[str, str | SitePath] | None = None,
-        check: bool = True,
         stored_as: tuple[str, ...] | None = None,
     ) -> None:
         self.hf: Any = hf
@@ -84,34 +63,18 @@ class LanguageModel:
             self._root = NNsight(hf)
         self._base = envoy_of(self._root, base) if (base := base_path(hf, self.site_paths)) else self._root
         self._contains = containment(self.site_paths)
-        self._places = {site: make_place(self._root, site, path) for site, path in self.site_paths.items()}
-        self._leaf = self._places.get(Site("embed")) or input_embeddings(self._root)
+        self._hook_points = {site: make_hook_point(self._root, site, path) for site, path in self.site_paths.items()}
+        self._leaf = self._hook_points.get(Site("embed")) or input_embeddings(self._root)
         self.has_gradients = True
         """Whether gradients reach the logits from the first site: not where modules have no backward pass."""
         self.padding_shows = False
         """Whether padding before a text changes what the model makes of it, as in recurrent models."""
-        self._probe()
-        if check:
-            check_model(self)
-
-    @classmethod
-    def load(
-        cls,
-        model: str | Path | nn.Module,
-        *,
-        tokenizer: Any = None,
-        device: str | torch.device = "auto",
-        dtype: str | torch.dtype = "auto",
-        site_paths: Mapping[str, str | SitePath] | None = None,
-        check: bool = True,
-    ) -> LanguageModel:
-        """Load a hub name or a folder, or take a Hugging Face model (put in evaluation mode and frozen in place).
-
-        `site_paths` says where sites are in an architecture that is not known, or elsewhere than it says:
-        `{"attn": "model.layers.{layer}.self_attn.o_proj:input"}`. `check` runs the self-check of `sae.model.checks`.
-        """
-        it = load_hf(model, tokenizer=tokenizer, device=device, dtype=dtype)
-        return cls(it.hf, it.tokenizer, name=it.name, site_paths=site_paths, check=check, stored_as=it.fingerprints)
+        tokens = self.probe_tokens()
+        shown = first_pass(name, hf, self._hook_points, partial(self._trace, tokens), rows=len(tokens))
+        self._hook_points = shown.hook_points
+        self._leaf = self._hook_points.get(Site("embed"), self._leaf)
+        self.widths, self.vocab_size, self.d_model = shown.widths, shown.vocab_size, shown.d_model
+        self.parallel_blocks = self._is_parallel()
 
     @property
     def fingerprint(self) -> str:
@@ -217,42 +180,46 @@ class LanguageModel:
                 "ones may have; load it in float32 or bfloat16, or use the method exact"
             )
         edits, skip, wanted = dict(edits or {}), dict(skip or {}), set(capture)
-        hidden = self._hidden_by(skip)
-        self._check_requested(edits, wanted, skip, hidden)
-        if self.padding_shows and not bool(tokens.attention_mask.all()):
-            if edits or skip or grad:
-                raise UserError(
-                    f"model {self.name!r} has a state that runs over padding: give prompts of equal length in tokens "
-                    f"(these have {', '.join(map(str, sorted(set(tokens.lengths.tolist()))))})"
-                )
-            activations, logits = run_by_length(
-                tokens, lambda rows: self.run(rows, capture=wanted, last_only=last_only, need_logits=need_logits)
+        self._check_requested(edits, wanted, skip)
+        options = {"last_only": last_only, "need_logits": need_logits}
+        if not (self.padding_shows and not bool(tokens.attention_mask.all())):
+            return self._run(tokens, wanted, edits, skip, grad=grad, **options)
+        if edits or skip or grad:
+            raise UserError(
+                f"model {self.name!r} has a state that runs over padding: give prompts of equal length in tokens "
+                f"(these have {', '.join(map(str, sorted(set(tokens.lengths.tolist()))))})"
             )
-            return Run(activations, logits)
+        return run_by_length(tokens, lambda rows: self._run(rows, wanted, {}, {}, grad=False, **options))
+
+    def _run(
+        self, tokens: Tokens, wanted: set[Site], edits: Mapping[Site, SiteEdit], skip: Mapping[Site, Tensor], *,
+        grad: bool, last_only: bool, need_logits: bool,
+    ) -> Run:  # fmt: skip
+        """One trace: the visits to the sites that something is asked of."""
+        hidden = self._hidden_by(skip)
         values = self._fitted({site: x for site, x in skip.items() if site not in hidden}, rows=len(tokens))
         leaf = self._leaf if grad and not any(x.requires_grad for x in values.values()) else None
-        places = [self._places[site] for site in self.sites if site in wanted or site in edits or site in values]
-        if leaf is not None and leaf not in places:
-            places.insert(0, leaf)
+        points = [self._hook_points[site] for site in self.sites if site in wanted or site in edits or site in values]
+        if leaf is not None and leaf not in points:
+            points.insert(0, leaf)
+        activations: dict[Site, Tensor] = {}
 
-        found: dict[Site, Tensor] = {}
-
-        def visit(place: HookPoint) -> None:
-            site = place.site
-            before = values[site] if site in values else place.read(len(tokens))
-            x = before.detach().requires_grad_(True) if place is leaf else before
+        def visit(point: HookPoint) -> None:
+            site = point.site
+            before = values[site] if site in values else point.read(len(tokens))
+            x = before.detach().requires_grad_(True) if point is leaf else before
             x = edited(x, edits[site], site) if site in edits else x
             if site in values:
-                place.skip(x)
-            elif x is not before or (place.detour and (grad or place.in_place)):
-                place.write(x)
+                point.skip(x)
+            elif x is not before or (point.detour and (grad or point.in_place)):
+                point.write(x)
             if site in wanted:
-                found[site] = x
+                activations[site] = x
 
-        visits: list[Callable[[], None]] = [partial(visit, place) for place in places]
-        visits += self._left_out(places, {*wanted, *edits, *skip}, last_only=last_only, need_logits=need_logits)
+        visits: list[Callable[[], None]] = [partial(visit, point) for point in points]
+        visits += self._left_out(points, {*wanted, *edits, *skip}, last_only=last_only, need_logits=need_logits)
         logits = self._trace(tokens, visits, grad=grad, last_only=last_only, need_logits=need_logits)
-        return Run(found, logits)
+        return Run(activations, logits)
 
     def _evaluation_mode(self) -> None:
         if any(module.training for module in self.hf.modules()):
@@ -291,7 +258,7 @@ class LanguageModel:
         """
         edits = dict(edits or {})
         later = edits if later_edits is None else dict(later_edits)
-        self._check_requested({**edits, **later}, set(), {}, set())
+        self._check_requested({**edits, **later})
         pad_id = self._coder.pad_id if self._coder else 0
         self._evaluation_mode()
         with self._lock:
@@ -302,7 +269,7 @@ class LanguageModel:
 
     def hooked(self, site: Site, edit: SiteEdit, *, rows: int) -> AbstractContextManager[None]:
         """Apply the edit at every call of the site's module while the context lasts, outside of `run`."""
-        return self._places[site].hooked(edit, rows=rows)
+        return self._hook_points[site].hooked(edit, rows=rows)
 
     def _trace(
         self,
@@ -329,38 +296,39 @@ class LanguageModel:
         return logits[:, -1:] if last_only else logits
 
     def _left_out(
-        self, places: Sequence[HookPoint], requested: set[Site], *, last_only: bool, need_logits: bool
+        self, points: Sequence[HookPoint], requested: set[Site], *, last_only: bool, need_logits: bool
     ) -> list[Callable[[], None]]:
         """The visits, after all others, that keep from running what nobody reads."""
         if not need_logits:
-            return [place.pass_through for place in self._blocks_after(places)]
+            return [point.pass_through for point in self._blocks_after(points)]
         mlp = self._unread_mlp(requested) if last_only else None
         return [] if mlp is None else [mlp.at_last_position]
 
-    def _blocks_after(self, places: Sequence[HookPoint]) -> list[HookPoint]:
-        """The blocks behind the last of the places; they need not run where no logits are needed."""
-        last = max((place.site for place in places), default=Site("embed"))
+    def _blocks_after(self, points: Sequence[HookPoint]) -> list[HookPoint]:
+        """The blocks behind the last of the points; they need not run where no logits are needed."""
+        last = max((point.site for point in points), default=Site("embed"))
         reached = -1 if last.layer is None else last.layer
         blocks = [site for site in self.sites if site.kind == "resid" and self._contains.get(site)]
-        return [self._places[site] for site in blocks if site.layer is not None and site.layer > reached]
+        return [self._hook_points[site] for site in blocks if site.layer is not None and site.layer > reached]
 
     def _unread_mlp(self, requested: set[Site]) -> HookPoint | None:
         """The last block's MLP, if it takes each token alone and nobody asked for it or for what it is added to."""
-        place = self._places.get(Site("mlp", self.n_layers - 1))
-        after = {site for site in requested if place and site >= place.site}
-        return place if place and place.token_wise and place.outputs is None and not after else None
+        point = self._hook_points.get(Site("mlp", self.n_layers - 1))
+        after = {site for site in requested if point and site >= point.site}
+        return point if point and point.token_wise and point.outputs is None and not after else None
 
     def _hidden_by(self, skip: Iterable[Site]) -> set[Site]:
         """Sites that are never reached, because they are inside a skipped module."""
         return {inner for site in skip for inner in self._contains.get(site, ())}
 
     def _check_requested(
-        self, edits: Mapping[Site, SiteEdit], wanted: set[Site], skip: Mapping[Site, Tensor], hidden: set[Site]
+        self, edits: Mapping[Site, SiteEdit], wanted: Iterable[Site] = (), skip: Mapping[Site, Tensor] | None = None
     ) -> None:
+        skip = skip or {}
         for site in [*wanted, *edits, *skip]:
-            if site not in self._places:
+            if site not in self._hook_points:
                 raise unknown("site", str(site), [site.name for site in self.sites])
-        unreachable = sorted(hidden & (wanted | set(edits)))
+        unreachable = sorted(self._hidden_by(skip) & {*wanted, *edits})
         if unreachable:
             raise UserError(f"site {str(unreachable[0])!r} is inside a skipped block: it cannot be captured or edited")
 
@@ -384,50 +352,18 @@ class LanguageModel:
             raise UserError(f"model {self.name!r} came without a tokenizer: give one with tokenizer=")
         return self._coder
 
-    def _probe(self) -> None:
-        """One run on a few random tokens: widths, the structure modules return, the size of the vocabulary."""
-        tokens = self.probe_tokens()
-        seen: dict[Site, Tensor] = {}
-        raw: dict[Site, tuple[Tensor, int]] = {}
-
-        def visit(place: HookPoint) -> None:
-            body = place.body.output if place.body is not None else None
-            outputs = empty_outputs(place.envoy.output) if place.path.side == "output" else None
-            x = replace(place, flat=False).read(len(tokens))
-            raw[place.site] = x, x._version
-            place = replace(place, outputs=outputs, body_outputs=empty_outputs(body), flat=x.ndim == 2)
-            self._places[place.site] = place
-            seen[place.site] = place.read(len(tokens)).detach().clone()
-
-        try:
-            logits = self._trace(tokens, [partial(visit, place) for place in self._places.values()])
-        except OutOfOrderError as error:
-            raise UserError(
-                f"the sites {', '.join(map(str, self.sites))} are not reached in this order in every run, each once: "
-                f"give other site_paths ({str(error).strip().splitlines()[0]})"
-            ) from None
-        except Exception as error:
-            raise cannot_run(self.name, error) from error
-        scales = fit_scales(seen, config_constants(self.hf))
-        for site, (x, version) in raw.items():
-            changed = x._version != version
-            self._places[site] = replace(self._places[site], in_place=changed, scale=scales.get(site, 1.0))
-        self._leaf = self._places.get(Site("embed"), self._leaf)
-        self.widths: dict[Site, int] = {site: x.shape[-1] for site, x in seen.items()}
-        self.vocab_size: int = logits.shape[-1]
-        self.d_model: int = getattr(getattr(self.hf, "config", None), "hidden_size", None) or max(self.widths.values())
-        self.parallel_blocks = all(self._is_parallel(tokens, layer) for layer in {0, self.n_layers - 1})
-
-    def _is_parallel(self, tokens: Tokens, layer: int) -> bool:
-        """Whether the MLP does not read the attention of its own block."""
-        attn, mlp = Site("attn", layer), Site("mlp", layer)
-        if attn not in self.widths or mlp not in self.widths:
+    def _is_parallel(self) -> bool:
+        """Whether no MLP reads the attention of its own block, in the first block and in the last."""
+        tokens, layers = self.probe_tokens(), sorted({0, self.n_layers - 1})
+        if any(Site(kind, layer) not in self.widths for kind in ("attn", "mlp") for layer in layers):
             return False
-        runs = [
-            self.run(tokens, capture=[mlp], edits=edits, need_logits=False).activations[mlp]
-            for edits in ({}, {attn: torch.zeros_like})
-        ]
-        return torch.equal(*runs)
+        plain = self.run(tokens, capture=[Site("mlp", layer) for layer in layers], need_logits=False).activations
+        for layer in layers:
+            attn, mlp = Site("attn", layer), Site("mlp", layer)
+            run = self.run(tokens, capture=[mlp], edits={attn: torch.zeros_like}, need_logits=False)
+            if not torch.equal(run.activations[mlp], plain[mlp]):
+                return False
+        return True
 
     def probe_tokens(self) -> Tokens:
         """A few random tokens, the same every time."""

@@ -13,7 +13,7 @@ from sae.model.hook_points import HookPoint
 from sae.model.site_search import search_sites
 from sae.model.sites import MODEL_FAMILIES, Site, SitePath, model_type, usual_sites
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 def default_paths(hf: Any, name: str) -> dict[Site, SitePath]:
@@ -29,15 +29,15 @@ def default_paths(hf: Any, name: str) -> dict[Site, SitePath]:
         raise cannot_run(name, error) from error
     if search.incomplete:
         layer, tried = next(iter(search.incomplete.items()))
-        logger.warning(
+        log.warning(
             "model %s: no attn and mlp sites were found in %d of %d blocks (block %d: %s): give site_paths for them",
             name, len(search.incomplete), len(search.blocks), layer, tried,
         )  # fmt: skip
     return search.paths
 
 
-def make_place(root: Any, site: Site, path: SitePath) -> HookPoint:
-    """The place of a site; its body, and what it computes, are known where the path is the architecture's own."""
+def make_hook_point(root: Any, site: Site, path: SitePath) -> HookPoint:
+    """The hook point of a site; its body, and what it computes, are known where the path is the architecture's own."""
     architecture = MODEL_FAMILIES.get(model_type(root._module))
     body, known = None, False
     if architecture is not None and path == SitePath.parse(architecture.defaults()[site.kind]).at(site.layer):

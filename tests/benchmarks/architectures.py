@@ -28,6 +28,7 @@ from circuits.prompts.dataset import PromptSet, make_prompts
 from circuits.prompts.formats import Example
 from sae.errors import UserError
 from sae.model.language_model import LanguageModel
+from sae.model.load import load_model
 from sae.model.lrp import check_conserved
 from sae.model.tokens import Tokens
 from sae.neurons import neuron_dictionaries
@@ -71,7 +72,7 @@ def n_parameters(family: str) -> int:
 def row(hf: torch.nn.Module) -> list[str]:
     """The cells of one model after its name."""
     try:
-        model = LanguageModel.load(hf, tokenizer=word_tokenizer(), device="cpu")
+        model = load_model(hf, tokenizer=word_tokenizer(), device="cpu")
     except UserError as error:
         return [f"refused: {str(error).split(':')[0]}", *[""] * (len(COLUMNS) - 2)]
     prompts = make_prompts(EXAMPLES, model)
@@ -100,7 +101,7 @@ def sites(model: LanguageModel) -> str:
     found = [{site.kind for site in model.sites if site.layer == layer} - {"resid"} for layer in range(model.n_layers)]
     if not all(found):
         return "embed, resid" if not any(found) else f"all but {sum(not kinds for kinds in found)} blocks' sublayers"
-    places = model._places.values()
+    places = model._hook_points.values()
     notes = {
         "scaled": any(place.scale != 1 for place in places),
         "flat": any(place.flat for place in places),

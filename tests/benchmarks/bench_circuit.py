@@ -53,6 +53,7 @@ from circuits.metrics.metrics import logit_difference
 from circuits.prompts.dataset import PromptSet
 from sae.autoencoder import SAEConfig, SparseAutoencoder
 from sae.model.language_model import LanguageModel, Tokens
+from sae.model.load import load_model
 from sae.model.sites import Site
 from tests.benchmarks import paper_steps
 
@@ -86,7 +87,7 @@ def make_model(layers: int, width: int, vocab: int, device: str) -> LanguageMode
         max_position_embeddings=64,
         initializer_range=0.05,
     )
-    return LanguageModel.load(GPTNeoXForCausalLM(config).eval(), device=device)
+    return load_model(GPTNeoXForCausalLM(config).eval(), device=device)
 
 
 def make_saes(model: LanguageModel, n_features: int) -> dict:

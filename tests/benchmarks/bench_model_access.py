@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from sae.model.language_model import LanguageModel, Tokens
+from sae.model.load import load_model
 
 TARGET = 1.05
 
@@ -33,7 +34,7 @@ def build(width: int, layers: int) -> tuple[GPT2LMHeadModel, LanguageModel]:
         config = GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
         return GPT2LMHeadModel(config).eval().requires_grad_(False)
 
-    return hf(), LanguageModel.load(hf(), device="cpu")
+    return hf(), load_model(hf(), device="cpu")
 
 
 @contextmanager

@@ -35,6 +35,7 @@ from circuits.options import ERRORS
 from circuits.prompts.dataset import PromptSet, load_prompts
 from sae.autoencoder import SparseAutoencoder
 from sae.model.language_model import LanguageModel
+from sae.model.load import load_model
 from sae.model.sites import Site
 from sae.neurons import NEURONS, neuron_dictionaries
 from sae.saes import load_saes
@@ -137,7 +138,7 @@ def main() -> None:
         print(f"no model in {str(folder)!r}: nothing to measure")
         return
     torch.set_num_threads(1)
-    model = LanguageModel.load(str(folder))
+    model = load_model(str(folder))
     if args.saes:
         saes = load_saes(args.saes)
     else:

@@ -35,6 +35,7 @@ from circuits.prompts.dataset import load_prompts
 from examples import agreement
 from sae.autoencoder import SparseAutoencoder
 from sae.model.language_model import LanguageModel
+from sae.model.load import load_model
 from sae.model.sites import Site
 from sae.saes import load_saes
 from sae.training.trainer import TrainConfig, train
@@ -133,7 +134,7 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=40, help="nodes among which every edge is patched")
     parser.add_argument("--share", type=float, default=0.01, help="of the behaviour, from where a node or edge is true")
     args = parser.parse_args()
-    model = LanguageModel.load(agreement.MODEL)
+    model = load_model(agreement.MODEL)
     with tempfile.TemporaryDirectory() as folder:
         if not args.saes:
             config = TrainConfig(features=256, k=8, tokens=400_000)

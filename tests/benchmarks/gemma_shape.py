@@ -11,6 +11,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from circuits.prompts.dataset import PromptSet
 from sae.autoencoder import SAEConfig, SparseAutoencoder
 from sae.model.language_model import LanguageModel, Tokens
+from sae.model.load import load_model
 from sae.model.sites import Site
 
 
@@ -26,7 +27,7 @@ def make_model(*, layers: int, width: int, vocab: int, device: str, dtype: str) 
     )  # fmt: skip
     with torch.device(device):
         hf = Gemma2ForCausalLM(config).to(getattr(torch, dtype)).eval()
-    return LanguageModel.load(hf, device=device, dtype=dtype)
+    return load_model(hf, device=device, dtype=dtype)
 
 
 def circuit_sites(model: LanguageModel) -> list[Site]:

@@ -28,6 +28,7 @@ from sae.evaluation.evaluate import decode_sparse, evaluate
 from sae.evaluation.metrics import FeatureTotals, ReconstructionTotals
 from sae.features.matching import match_features
 from sae.model.language_model import LanguageModel
+from sae.model.load import load_model
 from sae.model.sites import Site
 
 SHARED = Path(__file__).parents[3] / "shared"
@@ -110,7 +111,7 @@ class Real:
     @cached_property
     def model(self) -> LanguageModel:
         """The model."""
-        return LanguageModel.load(str(MODEL), device="cpu")
+        return load_model(str(MODEL), device="cpu")
 
     def make(self) -> Tensor:
         """The rows to train on."""

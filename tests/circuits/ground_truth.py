@@ -27,6 +27,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from circuits.prompts.dataset import PromptSet
 from sae.autoencoder import SAEConfig, SparseAutoencoder
 from sae.model.language_model import LanguageModel, Tokens
+from sae.model.load import load_model
 from sae.model.sites import Site
 
 WIDTH, HEADS, NEURONS = 128, 4, 64
@@ -124,7 +125,7 @@ def build(plan: Plan, *, seed: int = 0) -> tuple[LanguageModel, dict[Site, Spars
         for name, parameter in hf.named_parameters():
             if "ln_" not in name:
                 parameter += NOISE * torch.randn(parameter.shape, generator=generator)
-    model = LanguageModel.load(hf, tokenizer=_tokenizer(list(plan.embed)), device="cpu")
+    model = load_model(hf, tokenizer=_tokenizer(list(plan.embed)), device="cpu")
     saes = {site: _dictionary(site, here, directions, unused, bulk, generator) for site, here in written.items()}
     return model, saes, written
 

@@ -9,7 +9,7 @@ import torch
 
 from sae.autoencoder import SparseAutoencoder
 from sae.formats import load_sae, save_sae
-from sae.model.language_model import LanguageModel
+from sae.model.load import load_model
 from tests.sae.evaluation.test_evaluate import random_sae
 
 D, F = 32, 24
@@ -46,7 +46,7 @@ def test_features_are_found_again_by_their_activations(sfc, runs, model_folder, 
     one, two = runs
     options = ("--model", model_folder, "--text", text_file, "--tokens", 300, "--sites", "resid_1", "--json")
     (pair,) = json.loads(sfc("match", "--saes", one, "--other", two, "--by", "activation", *options).out)["pairs"]
-    model, sae = LanguageModel.load(model_folder), load_sae(one, site="resid_1")
+    model, sae = load_model(model_folder), load_sae(one, site="resid_1")
     tokens = model.tokenize(text_file.read_text().splitlines()[:20])
     x = model.run(tokens, capture=list(model.sites)).activations
     f = sae.encode(next(value for site, value in x.items() if site.name == "resid_1")).flatten(0, 1)

@@ -17,6 +17,7 @@ from circuits.faithfulness.learned_mask import MaskOptions, learn_mask
 from circuits.faithfulness.nodes import FaithfulnessOptions, measure_faithfulness
 from circuits.metrics.metrics import logit_difference
 from sae.model.language_model import LanguageModel
+from sae.model.load import load_model
 from sae.model.sites import Site
 from tests.conftest import tiny_hf, word_tokenizer
 
@@ -60,7 +61,7 @@ def test_effects_that_do_not_add_up_are_told(make_saes, tiny_prompts, caplog):
     hf = tiny_hf("gpt_neox")
     for block in hf.gpt_neox.layers:
         block.mlp.dense_4h_to_h = WithoutBackward(block.mlp.dense_4h_to_h)
-    model = LanguageModel.load(hf, tokenizer=word_tokenizer(), device="cpu", check=False)
+    model = load_model(hf, tokenizer=word_tokenizer(), device="cpu", check=False)
     with caplog.at_level(logging.WARNING):
         one = tiny_prompts[[0, 0]]  # the metric does not cancel
         discover(model, make_saes(model), one, DiscoverOptions(edge_nodes=0, sites="resid"), progress=False)

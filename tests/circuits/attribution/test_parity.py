@@ -26,7 +26,8 @@ from circuits.attribution.nodes import SiteNodes
 from circuits.metrics.metrics import logit_difference
 from circuits.prompts.dataset import PromptSet
 from sae.autoencoder import SAEConfig, SparseAutoencoder
-from sae.model.language_model import LanguageModel, Tokens
+from sae.model.language_model import Tokens
+from sae.model.load import load_model
 from sae.model.sites import Site
 
 RECORDED = Path(__file__).resolve().parents[1] / "recorded" / "feature_circuits"
@@ -47,7 +48,7 @@ def model(recorded):
     head = next(name for name in hf.state_dict() if name in ("embed_out.weight", "lm_head.weight"))
     weights = {head if name == "embed_out.weight" else name: value for name, value in recorded["model"].items()}
     hf.load_state_dict(weights)
-    return LanguageModel.load(hf.eval(), device="cpu")
+    return load_model(hf.eval(), device="cpu")
 
 
 @pytest.fixture(scope="module")

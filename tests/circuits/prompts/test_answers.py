@@ -11,6 +11,7 @@ from circuits.prompts.dataset import PromptSet, load_prompts, make_prompts
 from circuits.prompts.formats import Example
 from sae.errors import UserError
 from sae.model.language_model import LanguageModel
+from sae.model.load import load_model
 from sae.model.tokens import TokenizerWrapper
 from tests.conftest import tiny_hf
 from tests.tokenizer_families import FAMILIES, family
@@ -52,7 +53,7 @@ def make_model():
     def make(tokenizer) -> LanguageModel:
         hf = tiny_hf("gpt_neox")
         hf.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        return LanguageModel.load(hf, tokenizer=tokenizer, device="cpu", check=False)
+        return load_model(hf, tokenizer=tokenizer, device="cpu", check=False)
 
     return make
 

@@ -18,7 +18,8 @@ from circuits.prompts.dataset import PromptSet, load_prompts, make_prompts
 from circuits.prompts.formats import Example, read_examples
 from circuits.prompts.spans import parse_spans
 from sae.errors import UserError
-from sae.model.language_model import LanguageModel, Tokens
+from sae.model.language_model import Tokens
+from sae.model.load import load_model
 from tests.conftest import tiny_hf
 
 PAIR = {
@@ -42,9 +43,8 @@ def gender_line(name: str, other: str, **more) -> dict:
 
 @pytest.fixture(scope="module")
 def real_model(shared_dir):
-    from sae.model.language_model import LanguageModel
 
-    return LanguageModel.load(shared_dir / "models" / "tinystories-260k", device="cpu")
+    return load_model(shared_dir / "models" / "tinystories-260k", device="cpu")
 
 
 # --- formats ---------------------------------------------------------------------------------------------------
@@ -390,7 +390,7 @@ def test_the_metric_of_greater_than_is_that_of_eap_ig(tmp_path):
     hf = tiny_hf("gpt_neox")
     hf.resize_token_embeddings(len(digits), mean_resizing=False)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
-    model = LanguageModel.load(hf, tokenizer=fast, device="cpu", check=False)
+    model = load_model(hf, tokenizer=fast, device="cpu", check=False)
     table = tmp_path / "greater_than.csv"
     table.write_text("clean,corrupted,label\n1352to13,1301to13,52\n")
     prompts = load_prompts(table, model)

@@ -84,9 +84,9 @@ def test_packed_contexts_are_the_documents_end_to_end(tiny_model):
 
 
 def test_every_context_begins_with_bos_where_the_tokenizer_writes_one(shared_dir):
-    from sae.model.language_model import LanguageModel
+    from sae.model.load import load_model
 
-    model = LanguageModel.load(shared_dir / "models" / "tinystories-260k", check=False)
+    model = load_model(shared_dir / "models" / "tinystories-260k", check=False)
     for packed in (False, True):
         stream = ContextStream(
             model, TextSource.of(["One day a girl", "Two dogs ran"] * 9), context_length=5, packed=packed

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from sae.errors import UserError
 from sae.model.language_model import LanguageModel
+from sae.model.load import load_model
 from sae.model.lrp import check_conserved
 from sae.model.pretrained import pretrained_model, pretrained_tokenizer
 from sae.model.sites import Site
@@ -26,7 +27,7 @@ ATTN_0, MLP_0, RESID_0 = Site("attn", 0), Site("mlp", 0), Site("resid", 0)
 
 
 def load(family: str, **options: Any) -> LanguageModel:
-    return LanguageModel.load(tiny_model(family), tokenizer=word_tokenizer(), device="cpu", **options)
+    return load_model(tiny_model(family), tokenizer=word_tokenizer(), device="cpu", **options)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -52,7 +53,7 @@ def test_sites_are_found_and_add_up(family: str) -> None:
 
 def test_what_is_added_is_not_what_the_module_returns() -> None:
     """Granite multiplies by .22, Falcon adds the attention to the MLP's output in place, OPT's MLP has no rows."""
-    places = {family: load(family)._places for family in ("granite", "falcon", "opt")}
+    places = {family: load(family)._hook_points for family in ("granite", "falcon", "opt")}
     assert places["granite"][ATTN_0].scale == places["granite"][MLP_0].scale == 0.22
     assert [site.kind for site, place in places["falcon"].items() if place.in_place] == ["mlp", "mlp"]
     assert [site.kind for site, place in places["opt"].items() if place.flat] == ["mlp", "mlp"]
@@ -64,7 +65,7 @@ def test_paths_that_are_no_contributions_are_told(caplog: pytest.LogCaptureFixtu
     caplog.clear()
     blocks = "model.layers.{layer}"
     given = {"attn": f"{blocks}.self_attn", "mlp": f"{blocks}.mlp", "resid": blocks}
-    assert load("granite", site_paths=given)._places[ATTN_0].scale == 0.22
+    assert load("granite", site_paths=given)._hook_points[ATTN_0].scale == 0.22
     assert not caplog.text
 
 
@@ -117,7 +118,7 @@ def test_modules_without_a_backward_pass_are_told(caplog: pytest.LogCaptureFixtu
     hf = tiny_hf("llama")
     for block in hf.model.layers:
         block.mlp.down_proj = NoBackward(block.mlp.down_proj)
-    LanguageModel.load(hf)
+    load_model(hf)
     assert "no backward pass" in caplog.text
 
 
@@ -205,18 +206,18 @@ def test_one_model_in_every_number_type(stored: str, tmp_path: Path) -> None:
     tiny_hf("llama").to(getattr(torch, stored)).save_pretrained(tmp_path)
     word_tokenizer().save_pretrained(tmp_path)
     models = [
-        LanguageModel.load(tmp_path, dtype=dtype, device="cpu", check=False)
+        load_model(tmp_path, dtype=dtype, device="cpu", check=False)
         for dtype in ("float32", "float64", "bfloat16", "float16")
     ]
     assert len({model.fingerprint for model in models}) == 1
-    half = LanguageModel.load(models[-1].hf, check=False)  # an object, which has lost what float16 does not hold
+    half = load_model(models[-1].hf, check=False)  # an object, which has lost what float16 does not hold
     assert all(model.is_model(half.fingerprint) for model in models) and half.is_model(models[0].fingerprint)
 
 
 def test_a_pad_token_that_the_model_does_not_know() -> None:
     tokenizer = word_tokenizer()
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-    model = LanguageModel.load(tiny_hf("llama"), tokenizer=tokenizer, check=False)
+    model = load_model(tiny_hf("llama"), tokenizer=tokenizer, check=False)
     assert tokenizer.pad_token_id >= model.vocab_size
     padded = model.run(model.tokenize(TEXTS)).logits[1, -1]
     assert torch.allclose(padded, model.run(model.tokenize(TEXTS[1:])).logits[0, -1], atol=1e-5)

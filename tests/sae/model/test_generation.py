@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sae.errors import UserError
 from sae.model.language_model import LanguageModel
+from sae.model.load import load_model
 from sae.model.sites import Site
 from tests.conftest import tiny_hf, word_tokenizer
 
@@ -29,7 +30,7 @@ def test_the_checkpoints_settings_do_not_act(tiny_model: LanguageModel, settings
     hf = tiny_hf("gpt_neox")
     for name, value in settings.items():
         setattr(hf.generation_config, name, value)
-    model = LanguageModel.load(hf, tokenizer=word_tokenizer(), check=False)
+    model = load_model(hf, tokenizer=word_tokenizer(), check=False)
     tokens = model.tokenize(["the man near the old dogs", "she"])
     edits = {RESID_0: lambda x: 2 * x}
     expected = tiny_model.generate(tokens, max_new_tokens=6, edits=edits)

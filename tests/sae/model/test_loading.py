@@ -13,6 +13,7 @@ from sae.errors import UserError
 from sae.model.hook_points import HookPoint
 from sae.model.huggingface import auto_device, fingerprints
 from sae.model.language_model import LanguageModel
+from sae.model.load import load_model
 from sae.model.sites import Site
 from tests.conftest import MODEL_FAMILIES, tiny_hf, word_tokenizer
 
@@ -27,14 +28,14 @@ def test_weights_that_are_not_finite_fail_at_load() -> None:
     hf = tiny_hf("llama")
     hf.model.layers[1].mlp.down_proj.weight.data[0, 0] = torch.nan
     with pytest.raises(UserError, match="site 'mlp_1'"):
-        LanguageModel.load(hf)
+        load_model(hf)
 
 
 def test_sixteen_bits_leave_rotary_frequencies_alone(tmp_path: Path) -> None:
     """In bfloat16 a frequency is off by up to 0.4 %, which is a radian at position 250."""
     tiny_hf("llama").save_pretrained(tmp_path)
     word_tokenizer().save_pretrained(tmp_path)
-    model = LanguageModel.load(tmp_path, dtype="bfloat16", device="cpu")
+    model = load_model(tmp_path, dtype="bfloat16", device="cpu")
     assert model.dtype == torch.bfloat16
     frequencies = {name: x.dtype for name, x in model.hf.named_buffers() if "inv_freq" in name}
     assert frequencies and set(frequencies.values()) == {torch.float32}
@@ -45,8 +46,8 @@ def test_wrong_table_fails_at_load_and_names_the_sites(monkeypatch: pytest.Monke
 
     monkeypatch.setitem(sites.MODEL_FAMILIES, "gemma2", sites.MODEL_FAMILIES["llama"])  # before the post-norms
     with pytest.raises(UserError, match=r"embed \+ attn_0 \+ mlp_0 differs from resid_0"):
-        LanguageModel.load(tiny_hf("gemma2"))
-    assert LanguageModel.load(tiny_hf("gemma2"), check=False).n_layers == 2
+        load_model(tiny_hf("gemma2"))
+    assert load_model(tiny_hf("gemma2"), check=False).n_layers == 2
 
 
 def test_a_write_that_changes_something_fails_at_load(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +56,7 @@ def test_a_write_that_changes_something_fails_at_load(monkeypatch: pytest.Monkey
         HookPoint, "write", lambda self, x: write(self, 1.5 * x if self.site == Site("mlp", 1) else x), raising=True
     )
     with pytest.raises(UserError, match=r"replacing the tensor at site 'mlp_1' \('gpt_neox.layers.1.mlp'\) by a copy"):
-        LanguageModel.load(tiny_hf("gpt_neox"))
+        load_model(tiny_hf("gpt_neox"))
 
 
 class NormBesideUnused(torch.nn.Module):
@@ -74,12 +75,12 @@ def test_a_site_that_does_not_reach_the_logits_fails_at_load() -> None:
     hf = tiny_hf("llama")
     hf.model.norm = NormBesideUnused(hf.model.norm)
     with pytest.raises(UserError, match=r"site 'resid_1' \('model.norm.unused'\) does not lie between"):
-        LanguageModel.load(hf, site_paths={"resid_1": "model.norm.unused"})
+        load_model(hf, site_paths={"resid_1": "model.norm.unused"})
 
 
 def test_sites_out_of_order_fail_at_load() -> None:
     with pytest.raises(UserError, match="not reached in this order"):
-        LanguageModel.load(tiny_hf("llama"), site_paths={"mlp": "model.layers.{layer}.self_attn.q_proj"})
+        load_model(tiny_hf("llama"), site_paths={"mlp": "model.layers.{layer}.self_attn.q_proj"})
 
 
 @pytest.mark.parametrize("name", ["no/such-model-anywhere", "/nonexistent/model", "."])
@@ -89,19 +90,19 @@ def test_unknown_model_is_one_sentence(name: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(pretrained, "hub_reachable", lambda: False)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"config\.json and the weights"):
-        LanguageModel.load(name)
+        load_model(name)
 
 
 def test_unknown_model_offers_the_folder_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "pythia-tiny").mkdir()
     with pytest.raises(UserError, match=r"did you mean '.*/pythia-tiny'"):
-        LanguageModel.load(tmp_path / "pythia-tinny")
+        load_model(tmp_path / "pythia-tinny")
     with pytest.raises(UserError, match=r"unknown device 'gpu'"):
-        LanguageModel.load(tiny_hf("gpt2"), device="gpu")
+        load_model(tiny_hf("gpt2"), device="gpu")
     with pytest.raises(UserError, match=r"device 'meta' holds no numbers"):
-        LanguageModel.load(tiny_hf("gpt2"), device="meta")
+        load_model(tiny_hf("gpt2"), device="meta")
     with pytest.raises(UserError, match=r"unknown dtype 'float31'.*'float32'"):
-        LanguageModel.load(tiny_hf("gpt2"), dtype="float31")
+        load_model(tiny_hf("gpt2"), dtype="float31")
 
 
 # ---- other decoders, other places, other number types
@@ -109,10 +110,10 @@ def test_unknown_model_offers_the_folder_beside_it(tmp_path: Path, monkeypatch: 
 
 def test_site_at_the_input_of_a_module() -> None:
     paths = {"attn": "model.layers.{layer}.self_attn.o_proj:input"}
-    model = LanguageModel.load(tiny_hf("gemma2", width=32), tokenizer=word_tokenizer(), site_paths=paths)
+    model = load_model(tiny_hf("gemma2", width=32), tokenizer=word_tokenizer(), site_paths=paths)
     tokens = model.tokenize(TEXTS)
     full = model.run(tokens, capture=model.sites)
-    normal = LanguageModel.load(tiny_hf("gemma2", width=32), tokenizer=word_tokenizer())
+    normal = load_model(tiny_hf("gemma2", width=32), tokenizer=word_tokenizer())
     assert torch.equal(full.logits, normal.run(tokens).logits)
     block = model.hf.model.layers[0]
     after = block.post_attention_layernorm(block.self_attn.o_proj(full.activations[ATTN_0]))
@@ -137,8 +138,8 @@ def test_any_other_decoder_with_or_without_paths() -> None:
     hf = PhiForCausalLM(config)
     blocks = "model.layers.{layer}"
     paths = {"attn": f"{blocks}.self_attn", "mlp": f"{blocks}.mlp", "resid": blocks}
-    model = LanguageModel.load(hf, tokenizer=word_tokenizer(), site_paths=paths)
-    assert model.site_paths == LanguageModel.load(hf).site_paths and not model.moved_sites
+    model = load_model(hf, tokenizer=word_tokenizer(), site_paths=paths)
+    assert model.site_paths == load_model(hf).site_paths and not model.moved_sites
     assert [site.name for site in model.sites] == ["embed", "attn_0", "mlp_0", "resid_0", "attn_1", "mlp_1", "resid_1"]
     assert model.parallel_blocks
     tokens = model.tokenize(TEXTS)
@@ -167,12 +168,12 @@ def test_sixteen_bit_model(make_tiny_model: Callable[..., LanguageModel]) -> Non
 
 def test_model_without_pad_token_or_tokenizer() -> None:
     bare = word_tokenizer(eos_token="<eos>", unk_token="<unk>")
-    model = LanguageModel.load(tiny_hf("gpt2"), tokenizer=bare)
+    model = load_model(tiny_hf("gpt2"), tokenizer=bare)
     assert bare.pad_token is None and bare.padding_side == "right"  # the caller's tokenizer is as it was
     padded = model.run(model.tokenize(TEXTS)).logits
     assert torch.allclose(padded[1, -1], model.run(model.tokenize(TEXTS[1:2])).logits[0, -1], atol=2e-6)
     assert model.generate(model.tokenize(TEXTS), max_new_tokens=2).shape == (4, 9)
-    silent = LanguageModel.load(tiny_hf("gpt2"))
+    silent = load_model(tiny_hf("gpt2"))
     assert torch.equal(silent.run(model.tokenize(TEXTS)).logits, padded)
     with pytest.raises(UserError, match="without a tokenizer"):
         silent.tokenize(TEXTS)
@@ -182,7 +183,7 @@ def test_saved_folder_gives_the_same_model(tmp_path: Path, tiny_model: LanguageM
     hf = tiny_hf("gpt_neox")
     hf.half().save_pretrained(tmp_path / "m")
     word_tokenizer().save_pretrained(tmp_path / "m")
-    loaded = LanguageModel.load(tmp_path / "m", device="cpu")
+    loaded = load_model(tmp_path / "m", device="cpu")
     assert loaded.dtype == torch.float32 and loaded.name == str(tmp_path / "m")
     tokens = loaded.tokenize(TEXTS)
     assert torch.equal(tokens.input_ids, tiny_model.tokenize(TEXTS).input_ids)

@@ -10,6 +10,7 @@ from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
 
 from sae.errors import UserError
 from sae.model.language_model import LanguageModel
+from sae.model.load import load_model
 from sae.model.lrp import relevance_rules
 from sae.model.sites import Site
 from tests.conftest import MODEL_FAMILIES, tiny_hf, word_tokenizer
@@ -33,7 +34,7 @@ def qwen2() -> LanguageModel:
     hf = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2", **sizes, **heads, initializer_range=0.1))
     for parameter in hf.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
-    return LanguageModel.load(hf.eval(), tokenizer=word_tokenizer(), device="cpu")
+    return load_model(hf.eval(), tokenizer=word_tokenizer(), device="cpu")
 
 
 def readout(model: LanguageModel, logits: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from sae.architectures import ARCHITECTURES
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError
 from sae.model.language_model import LanguageModel
+from sae.model.load import load_model
 from sae.model.sites import Site
 from sae.saes import load_saes
 from sae.training.config import TrainConfig
@@ -383,7 +384,7 @@ def test_impossible_options_are_named(options, message):
 
 
 def test_a_real_model_small(shared_dir, tmp_path):
-    model = LanguageModel.load(shared_dir / "models" / "tinystories-260k", check=False)
+    model = load_model(shared_dir / "models" / "tinystories-260k", check=False)
     config = TrainConfig(features=256, k=16, tokens=50_000, buffer_tokens=25_000, log_steps=20)
     texts = shared_dir / "data" / "tinystories" / "train.jsonl"
     train(model, texts, sites="resid_1,mlp_2", config=config, out=tmp_path, progress=False)

@@ -1,0 +1,71 @@
+"""The constants with which a model multiplies what its sublayers add to the residual stream (Granite, Cohere).
+
+For each block, stream before + Σ c_i x_i = stream after. Where the plain sum does not explain the stream, the factors
+c_i come from least squares; where one is near a number of the model's config, it is that number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from sae.model.site_search import SMALLEST_SCALE, fit_factors
+from sae.model.sites import Site
+
+TOLERANCE = 1e-4  # relative to the largest value, in float32 and float64
+TOLERANCE_16_BIT = 3e-2
+
+
+def block_sums(sites: Sequence[Site]) -> list[tuple[Site, list[Site], Site]]:
+    """For each block whose sites are there: the stream before it, what is added, the stream after it."""
+    sums = []
+    for resid in (site for site in sites if site.kind == "resid" and site.layer is not None):
+        before = Site("resid", resid.layer - 1) if resid.layer else Site("embed")
+        added = [site for site in (Site("attn", resid.layer), Site("mlp", resid.layer)) if site in sites]
+        if before in sites and added:
+            sums.append((before, added, resid))
+    return sums
+
+
+def fit_scales(activations: Mapping[Site, Tensor], constants: Sequence[float]) -> dict[Site, float]:
+    """The factors with which attn and mlp are added to the residual stream, where they are not 1 and explain it; one
+    of the config's constants where one is near.
+    """
+    scales: dict[Site, float] = {}
+    for before, added, after in block_sums(list(activations)):
+        parts = [exactly(activations[site]) for site in added]
+        if len({activations[site].shape for site in (before, *added, after)}) > 1:
+            continue
+        change = exactly(activations[after]) - exactly(activations[before])
+        allowed = _allowed(activations[after], change)
+        if float((change - torch.stack(parts).sum(0)).abs().max()) <= allowed:
+            continue
+        factors = [_nearest(x, constants, activations[after]) for x in fit_factors(parts, change)]
+        explained = torch.stack([x * part for x, part in zip(factors, parts, strict=True)]).sum(0)
+        if min(factors) >= SMALLEST_SCALE and float((change - explained).abs().max()) <= allowed:
+            scales |= dict(zip(added, factors, strict=True))
+    return scales
+
+
+def exactly(x: Tensor) -> Tensor:
+    """In float64, on the CPU: Apple's GPUs have none."""
+    return x.detach().cpu().double()
+
+
+def _allowed(after: Tensor, change: Tensor) -> float:
+    """What rounding of the stream explains, and a little of the change itself."""
+    tolerance = TOLERANCE if is_exact(after) else TOLERANCE_16_BIT
+    return tolerance * (float(change.abs().max()) + 0.1 * float(after.abs().max()))
+
+
+def _nearest(factor: float, constants: Sequence[float], x: Tensor) -> float:
+    near = TOLERANCE if is_exact(x) else TOLERANCE_16_BIT
+    best = min(constants, key=lambda constant: abs(constant - factor), default=factor)
+    return best if abs(best - factor) <= near * abs(factor) else float(f"{factor:.6g}")
+
+
+def is_exact(x: Tensor | torch.dtype) -> bool:
+    """Whether numbers have at least the precision of float32."""
+    return (x.dtype if isinstance(x, Tensor) else x) in (torch.float32, torch.float64)

@@ -7,12 +7,14 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # these before torch is imported
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # looks for a GPU without CUDA, which survives no fork
 
 import torch
 
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")  # before Triton is imported
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from sae.model.language_model import LanguageModel
 from sae.model.load import load_model
 from tests.forked import ForkedCommands
+from tests.workers import pytest_addoption, run_in_workers, wants_workers  # noqa: F401 (the first is a hook)
 
 MODEL_FAMILIES = ("gpt2", "gpt_neox", "llama", "mistral", "qwen3", "gemma2", "gemma3_text")
 TEXT = """
@@ -35,7 +38,7 @@ SPECIAL = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "un
 
 
 THREADS = int(os.environ["OMP_NUM_THREADS"])
-"""One, since pytest runs two processes; `make test-anywhere` asks for two as well."""
+"""One, since the tests run in two processes; `make test-anywhere` asks for two as well."""
 torch.set_num_threads(THREADS)
 
 FORKED = pytest.StashKey[ForkedCommands]()
@@ -53,20 +56,35 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("needs_shared")
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> bool | None:
     """Set what is imported aside, and fork while no test has run, and so no thread of torch.
 
     The collector would else look through a million objects of torch and transformers again and again, at a second each.
     """
     gc.collect()
     gc.freeze()
+    if wants_workers(session):
+        start, end = partial(_start_commands, session), partial(_end_commands, session.config)
+        run_in_workers(session, on_start=start, on_end=end)
+        return True
+    if not session.config.option.collectonly:
+        _start_commands(session)
+    return None
+
+
+def _start_commands(session: pytest.Session) -> None:
     if any("forked" in getattr(item, "fixturenames", ()) for item in session.items):
         session.config.stash[FORKED] = ForkedCommands(THREADS)
 
 
+def _end_commands(config: pytest.Config) -> None:
+    if FORKED in config.stash:
+        config.stash[FORKED].close()
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if FORKED in session.config.stash:
-        session.config.stash[FORKED].close()
+    _end_commands(session.config)
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """What each test costs in CPU seconds, of the suite and of each file: `python -m pytest -p tests.cpu_times`.
 
 Wall time says little where several programs share the cores. Fixtures count for the test that asks for them first;
-what runs in forks (`tests.forked`) does not count here. Without xdist one process is measured, with it all are added.
+what runs in forks (`tests.forked`) does not count here, nor what comes before the first test.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 class Totals:
-    """Collects reports, from the workers too."""
+    """Collects reports, which come from the workers (`tests.workers`) if there are any."""
 
     def __init__(self) -> None:
         self.seconds: Counter[str] = Counter()
@@ -57,5 +57,4 @@ class Totals:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if not hasattr(config, "workerinput"):
-        config.pluginmanager.register(Totals())
+    config.pluginmanager.register(Totals())

@@ -18,13 +18,14 @@ import sys
 import tempfile
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from tests.workers import fork
 
 Moment = Callable[[], bool]
 
@@ -51,7 +52,7 @@ class ForkedCommands:
 
     def __init__(self, threads: int) -> None:
         self.pipe, theirs = socket.socketpair()
-        self.pid = _fork()
+        self.pid = fork()
         if self.pid == 0:
             self.pipe.close()
             _serve(theirs, threads)
@@ -106,12 +107,6 @@ class ForkedCommands:
         os.waitpid(self.pid, 0)
 
 
-def _fork() -> int:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of threads: xdist has one that reads from a pipe
-        return os.fork()
-
-
 def _serve(pipe: socket.socket, threads: int) -> None:
     """Forks a process for each request, until the test process is gone."""
     try:
@@ -123,7 +118,7 @@ def _serve(pipe: socket.socket, threads: int) -> None:
         while message := _receive(pipe):
             circuits.cli.main._commands()  # imports what is missing, once
             request, folder, environment = pickle.loads(message)
-            child = _fork()
+            child = fork()
             if child == 0:
                 pipe.close()
                 signal.signal(signal.SIGINT, signal.default_int_handler)

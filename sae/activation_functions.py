@@ -10,8 +10,7 @@ With z = W_enc x + b_enc  [N, F]:
 - identity  f = z, the neurons themselves
 
 All of them are linear in x where the set of active features does not change, and positively homogeneous in x together
-with the tensors measured in units of activations. `fold_scale` and `fold_norms` rest on that: they move a scalar on the
-input, or the norms of the decoder rows, into the other tensors without changing what the autoencoder computes.
+with the tensors measured in units of activations: `sae.folding` rests on that.
 """
 
 from __future__ import annotations
@@ -24,9 +23,6 @@ from torch import Tensor
 
 CORE = ("W_enc", "b_enc", "W_dec", "b_dec")
 """Tensors that every autoencoder has: [F, d], [F], [F, d], [d]."""
-
-_IN_ACTIVATION_UNITS = ("b_enc", "threshold", "gate_bias")
-_SCALED_WITH_FEATURE = ("W_enc", "b_enc", "threshold", "gate_bias")
 
 
 @dataclass(frozen=True)
@@ -85,27 +81,3 @@ def top_features(z: Tensor, k: int, rank_scale: Tensor | None = None) -> tuple[T
         index = (z * rank_scale).topk(k, dim=-1, sorted=False).indices
         values = z.gather(-1, index)
     return values.relu(), index
-
-
-def fold_scale(tensors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """Tensors that do on x what the given ones do on x / scale: f′(x) = scale f(x / scale), x̂ likewise."""
-    scaled = (*_IN_ACTIVATION_UNITS, "b_dec")
-    return {name: tensor * scale if name in scaled else tensor for name, tensor in tensors.items()}
-
-
-def fold_norms(tensors: Mapping[str, Tensor], *, ranked: bool = False) -> dict[str, Tensor]:
-    """The same autoencoder with unit decoder rows: f′_i = f_i ‖W_dec[i]‖. Rows that are zero stay zero.
-
-    `ranked`: features compete by their size (top k), so a `rank_scale` [F] keeps that order unless all norms are 1.
-    """
-    norms = tensors["W_dec"].norm(dim=-1)  # [F]
-    norms = torch.where(norms > 0, norms, torch.ones_like(norms))
-    folded = dict(tensors)
-    folded["W_dec"] = tensors["W_dec"] / norms[:, None]
-    for name in _SCALED_WITH_FEATURE:
-        if name in folded:
-            tensor = tensors[name]
-            folded[name] = tensor * (norms[:, None] if tensor.dim() == 2 else norms)
-    if ranked and not torch.allclose(norms, torch.ones_like(norms), atol=1e-5):
-        folded["rank_scale"] = tensors.get("rank_scale", torch.ones_like(norms)) / norms
-    return folded

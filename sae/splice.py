@@ -19,7 +19,9 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor
 
-from sae.autoencoder import SITE_PATH, SAEConfig, SparseAutoencoder
+from sae.autoencoder import SITE_PATH, SAEConfig, SparseAutoencoder, SparseFeatures
+from sae.data.batches import bounded, counted_predictions, counted_tokens, token_batches
+from sae.data.predictions import ModelPredictions, PredictionTotals
 from sae.errors import UserError, unknown
 from sae.formats.site_names import EMBED_HOOKS
 from sae.model.checks import relative_difference
@@ -28,21 +30,32 @@ from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
 from sae.model.tokens import Tokens
 from sae.saes import SAEs, as_saes
+from sae.sparse.bags import group_offsets
+from sae.sparse.rows import weighted_segment_sum
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 TOLERANCE = 1e-5  # of the largest logit, in float32 and float64
 TOLERANCE_16_BIT = 1e-2
 EMBEDDING_TOLERANCE = 1e-2
 
 
-def replace_with_reconstruction(sae: SparseAutoencoder) -> SiteEdit:
-    """The edit x -> x̂."""
+def decode_sparse(sae: SparseAutoencoder, features: SparseFeatures, n_tokens: int) -> Tensor:
+    """x̂ [N, d] from nonzero features sorted by token: the same as `sae.decode` without the [N, F] in between."""
+    offsets = group_offsets(features.token, n_tokens)  # [N + 1] where each token's features begin
+    return sae.b_dec + weighted_segment_sum(sae.W_dec, features.feature, offsets, features.value.to(sae.W_dec.dtype))
 
-    def edit(x: Tensor) -> Tensor:
-        return sae(x)
 
-    return edit
+def reconstruct(sae: SparseAutoencoder, x: Tensor) -> Tensor:
+    """x [N, d] -> x̂ [N, d] in x's precision, without an [N, F] in between."""
+    return decode_sparse(sae, sae.encode_sparse(x), len(x)).to(x.dtype)
+
+
+def replace_with_reconstruction(sae: SparseAutoencoder, where: Tensor | None = None) -> SiteEdit:
+    """The edit x [B, S, d] -> x̂, at the tokens `where` [B, S] alone if given."""
+    if where is None:
+        return lambda x: sae(x)
+    return lambda x: x.masked_scatter(where[..., None], reconstruct(sae, x[where]))
 
 
 def identity_splice(sae: SparseAutoencoder) -> SiteEdit:
@@ -130,7 +143,7 @@ def _check_configs(model: LanguageModel, saes: SAEs) -> None:
     for name, site in named.items():
         made_for, here = (_short(path) for path in (name, model.name))
         if not (made_for.startswith(here) or here.startswith(made_for)):
-            logger.warning(
+            log.warning(
                 "site %s: the files of its autoencoder name the model %s, this one is %s: features of another model "
                 "mean nothing here", site, name, model.name,
             )  # fmt: skip
@@ -182,4 +195,28 @@ def _warn_if_useless(site: Site, sae: SparseAutoencoder, x: Tensor) -> None:
     x = x.float()
     error, size = float((x - sae(x)).square().sum()), float(x.square().sum())
     if error > size:
-        logger.warning("site %s: the reconstruction is further from x than zero is (%.2g times)", site, error / size)
+        log.warning("site %s: the reconstruction is further from x than zero is (%.2g times)", site, error / size)
+
+
+@torch.no_grad()
+def spliced_predictions(
+    model: LanguageModel,
+    saes: Mapping[Site, SparseAutoencoder],
+    texts: Iterable[str],
+    *,
+    max_tokens: int,
+    batch_size: int = 16,
+    context: int | None = None,
+) -> dict[str, float]:
+    """Cross-entropy `ce` and divergence `kl` with all sites spliced together, in nats, and the number of `tokens`."""
+    totals, n_tokens = PredictionTotals(), 0
+    for batch in token_batches(model, texts, max_tokens=max_tokens, batch_size=batch_size, context=context):
+        for tokens in bounded(model, batch.to(model.device)):
+            counted, scored = counted_tokens(model, tokens), counted_predictions(model, tokens)
+            base = ModelPredictions(model.run(tokens).logits[:, :-1][scored], tokens.input_ids[:, 1:][scored])
+            edits = {site: replace_with_reconstruction(sae, counted) for site, sae in saes.items()}
+            totals.update(model.run(tokens, edits=edits).logits[:, :-1][scored], base)
+            n_tokens += int(counted.sum())
+    if not n_tokens or not totals.n_predictions:
+        raise UserError("no tokens to measure predictions on: the text is empty, or each line of it is a single token")
+    return {"ce": totals.cross_entropy, "kl": totals.kl, "tokens": n_tokens}

@@ -47,7 +47,8 @@ from circuits.editing.targets import (
 from circuits.metrics import metrics as behaviour
 from circuits.prompts.dataset import PromptSet
 from sae.autoencoder import SparseAutoencoder
-from sae.data.batches import counted_tokens, cross_entropy, token_batches
+from sae.data.batches import counted_tokens, token_batches
+from sae.data.predictions import cross_entropy
 from sae.errors import UserError, unknown
 from sae.model.sites import Site
 from sae.saes import as_saes

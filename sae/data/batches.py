@@ -1,32 +1,27 @@
-"""Text in batches of tokens, which of its tokens count, and the cross-entropy of a model on it.
+"""Text in batches of tokens, and which of its tokens count.
 
 1. `token_batches`: texts, each cut after the context's length, until so many tokens have been given. The texts that are
    read do not depend on the size of the batches.
 2. Special tokens (BOS, EOS, ...) do not count: autoencoders are not trained on them, and a first token with a norm a
    hundred times the others' would decide every number. Nor do predictions of them: they say where a text ends, not what
    it says.
-3. `cross_entropy`: the mean of −log p(next token) over the predictions that count.
 
 Logits of a vocabulary of 256,000 take a megabyte a token: passes hold as many rows as fit in `LOGIT_BYTES`.
 
-Shapes: B texts, S positions, N predictions, V vocabulary.
+Shapes: B texts, S positions, V vocabulary.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from itertools import islice
 
 import torch
 from torch import Tensor
 
-from sae.errors import UserError
-from sae.evaluation.metrics import prediction_chunks
-from sae.model.hook_points import SiteEdit
 from sae.model.language_model import LanguageModel
-from sae.model.sites import Site
 from sae.model.tokens import Tokens
 
 log = logging.getLogger(__name__)
@@ -92,29 +87,3 @@ def bounded(model: LanguageModel, tokens: Tokens) -> Iterator[Tokens]:
     rows = max(1, LOGIT_BYTES // (4 * tokens.n_positions * model.vocab_size))
     for start in range(0, len(tokens), rows):
         yield tokens[start : start + rows]
-
-
-@torch.no_grad()
-def cross_entropy(
-    model: LanguageModel, batches: Iterable[Tokens], *, edits: Mapping[Site, SiteEdit] | None = None
-) -> float:
-    """Mean of −log p(next token) in nats over the predictions that count; `edits` as in `LanguageModel.run`."""
-    total, n_predictions = 0.0, 0
-    for batch in batches:
-        for tokens in bounded(model, batch.to(model.device)):
-            logits, scored = model.run(tokens, edits=edits).logits[:, :-1], counted_predictions(model, tokens)
-            for row, counted, targets in zip(logits, scored, tokens.input_ids[:, 1:], strict=True):
-                total += negative_log_likelihood(row[counted], targets[counted])
-            n_predictions += int(scored.sum())
-    if n_predictions == 0:
-        raise UserError("the text for the cross-entropy holds no next token to predict")
-    return total / n_predictions
-
-
-def negative_log_likelihood(logits: Tensor, targets: Tensor) -> float:
-    """Σ −log p(target) of logits [N, V] and token ids [N], in nats."""
-    parts = prediction_chunks(len(targets), logits.shape[-1])
-    return -sum(
-        float(logits[part].float().log_softmax(-1).gather(-1, targets[part, None]).cpu().double().sum())
-        for part in parts
-    )

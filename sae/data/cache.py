@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,6 @@ from sae.data.text import TextSource
 from sae.errors import UserError
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site, select_sites
-from sae.training.config import TrainConfig
 
 MANIFEST, UNFINISHED = "manifest.json", "unfinished.json"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
@@ -208,16 +207,6 @@ class CachedActivations:
     def only(self, sites: Iterable[Site]) -> CachedActivations:
         """The same cache from its beginning, with some of its sites."""
         return CachedActivations(self.folder, sites=sites, device=self.device)
-
-    def fitted(self, config: TrainConfig) -> TrainConfig:
-        """A training config with the cache's contexts; refuses one that asks for others."""
-        usual = TrainConfig()
-        for name in ("context_length", "packed", "exclude_special"):
-            asked, has = getattr(config, name), getattr(self.manifest, name)
-            if asked not in (getattr(usual, name), has):
-                raise UserError(f"the cache in {str(self.folder)!r} was made with {name} {has}, not {asked}")
-            config = replace(config, **{name: has})
-        return config
 
     def _check(self, what: str, name: str, fingerprint: str, made_for: str, known: str) -> None:
         if fingerprint != known:

@@ -26,39 +26,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sae.autoencoder import SparseAutoencoder, SparseFeatures
+from sae.autoencoder import SparseAutoencoder
 from sae.data.batches import bounded, counted_predictions, counted_tokens, token_batches
+from sae.data.predictions import ModelPredictions, PredictionTotals, Totals
 from sae.errors import UserError
-from sae.evaluation.metrics import (
-    FeatureTotals,
-    ModelPredictions,
-    PredictionTotals,
-    ReconstructionTotals,
-    Totals,
-    ce_recovered,
-    error_alignment,
-    kl_recovered,
-)
+from sae.evaluation.metrics import FeatureTotals, ReconstructionTotals, ce_recovered, error_alignment, kl_recovered
 from sae.evaluation.results import Evaluation, Predictions, SiteMetrics
 from sae.model.hook_points import SiteEdit
 from sae.model.language_model import LanguageModel, Tokens
 from sae.model.sites import Site
-from sae.sparse.bags import group_offsets
-from sae.sparse.rows import weighted_segment_sum
-from sae.splice import check_saes
+from sae.splice import check_saes, decode_sparse, replace_with_reconstruction
 
 Saes = Mapping[Site, SparseAutoencoder]
-
-
-def decode_sparse(sae: SparseAutoencoder, features: SparseFeatures, n_tokens: int) -> Tensor:
-    """x̂ [N, d] from nonzero features sorted by token: the same as `sae.decode` without the [N, F] in between."""
-    offsets = group_offsets(features.token, n_tokens)  # [N + 1] where each token's features begin
-    return sae.b_dec + weighted_segment_sum(sae.W_dec, features.feature, offsets, features.value.to(sae.W_dec.dtype))
-
-
-def reconstruct(sae: SparseAutoencoder, x: Tensor) -> Tensor:
-    """x [N, d] -> x̂ [N, d] in x's precision, without an [N, F] in between."""
-    return decode_sparse(sae, sae.encode_sparse(x), len(x)).to(x.dtype)
 
 
 class _SiteTotals:
@@ -96,11 +75,6 @@ class _SiteTotals:
             predictions=predictions,
             ce_error_kept=ce_error_kept,
         )
-
-
-def splice(sae: SparseAutoencoder, counted: Tensor) -> SiteEdit:
-    """An edit x [B, S, d] -> x̂ at the counted tokens, x elsewhere. counted: [B, S]."""
-    return lambda x: x.masked_scatter(counted[..., None], reconstruct(sae, x[counted]))
 
 
 def _zero(counted: Tensor) -> SiteEdit:
@@ -210,7 +184,7 @@ class Evaluator:
             skip = {**self.model.resume_from(site, batch.activations), site: x_hat}
             run.alone[site].update(self._logits(batch, skip=skip), batch.predictions)
             kept[site] = _constant(x_hat + (x - x_hat))
-        edits = {site: splice(sae, counted) for site, sae in run.saes.items()}
+        edits = {site: replace_with_reconstruction(sae, counted) for site, sae in run.saes.items()}
         for name, group in run.groups.items():
             logits = self._logits(batch, edits={site: edits[site] for site in group})
             run.together[name].update(logits, batch.predictions)
@@ -275,30 +249,6 @@ class Evaluator:
         for name, run in self.runs.items():
             for own, run_totals in run.totals():
                 yield f"run {name}/{own}", run_totals
-
-
-@torch.no_grad()
-def spliced_predictions(
-    model: LanguageModel,
-    saes: Saes,
-    texts: Iterable[str],
-    *,
-    max_tokens: int,
-    batch_size: int = 16,
-    context: int | None = None,
-) -> dict[str, float]:
-    """Cross-entropy `ce` and divergence `kl` with all sites spliced together, in nats, as `evaluate` measures them."""
-    totals, n_tokens = PredictionTotals(), 0
-    for batch in token_batches(model, texts, max_tokens=max_tokens, batch_size=batch_size, context=context):
-        for tokens in bounded(model, batch.to(model.device)):
-            counted, scored = counted_tokens(model, tokens), counted_predictions(model, tokens)
-            base = ModelPredictions(model.run(tokens).logits[:, :-1][scored], tokens.input_ids[:, 1:][scored])
-            edits = {site: splice(sae, counted) for site, sae in saes.items()}
-            totals.update(model.run(tokens, edits=edits).logits[:, :-1][scored], base)
-            n_tokens += int(counted.sum())
-    if not n_tokens or not totals.n_predictions:
-        raise UserError("no tokens to measure predictions on: the text is empty, or each line of it is a single token")
-    return {"ce": totals.cross_entropy, "kl": totals.kl, "tokens": n_tokens}
 
 
 class _Run:

@@ -3,13 +3,14 @@
 1. `ReconstructionTotals` collects sums over tokens of x, x̂ and x − x̂: explained variance, MSE, cosine, L2 ratio,
    relative reconstruction bias.
 2. `FeatureTotals` collects sums over the nonzero activations: L0, density, dead and dense fractions, shrinkage.
-3. `PredictionTotals` collects sums over next-token predictions: cross-entropy, KL divergence, top-1 consistency.
+
+Those over next-token predictions are in `sae.data.predictions`.
 
 A batch only ever adds to sums and a ratio is taken once, at the end, so no number depends on how tokens were batched (a
 mean of batch ratios does). Sums are float64. The functions `explained_variance(x, x_hat)`, ... are the same
 definitions for tensors that are all there at once.
 
-Shapes: N tokens, d model width, F features, n nonzero activations, V vocabulary.
+Shapes: N tokens, d model width, F features, n nonzero activations.
 
 Explained variance about the mean and the CE score follow Gao et al. 2024 (arXiv 2406.04093) and Marks et al. 2024
 (arXiv 2403.19647); the relative reconstruction bias is Rajamanoharan et al. 2024 (arXiv 2404.16014).
@@ -17,48 +18,15 @@ Explained variance about the mean and the CE score follow Gao et al. 2024 (arXiv
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 64 * 2**20
-"""Largest [rows, V] intermediate of predictions."""
+from sae.data.predictions import Totals, double, ratio, total
+
 DENSE_DENSITY = 0.1
 """A feature that is active on more than this share of the tokens is called dense."""
-
-
-def _double(x: Tensor) -> Tensor:
-    """x in float64; on the CPU where the device has no float64 (MPS)."""
-    return x.cpu().double() if x.device.type == "mps" else x.double()
-
-
-def _total(x: Tensor) -> float:
-    return float(_double(x).sum())
-
-
-def _ratio(numerator: float, denominator: float) -> float:
-    """numerator / denominator, nan where it is undefined."""
-    return numerator / denominator if denominator else math.nan
-
-
-class Totals:
-    """Running sums, all of them attributes: numbers and tensors."""
-
-    def state(self) -> dict[str, Tensor]:
-        """The sums as tensors, to be kept on disk; numbers keep all their bits."""
-        kinds = {int: torch.int64, float: torch.float64}
-        return {
-            name: value if isinstance(value, Tensor) else torch.tensor(value, dtype=kinds[type(value)])
-            for name, value in vars(self).items()
-        }
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Takes over what `state` gave."""
-        for name, value in vars(self).items():
-            setattr(self, name, state[name] if isinstance(value, Tensor) else state[name].item())
 
 
 class ReconstructionTotals(Totals):
@@ -82,21 +50,21 @@ class ReconstructionTotals(Totals):
             return
         self._add_deviation(x)
         dot, x_squared, x_hat_squared = (x * x_hat).sum(-1), x.square().sum(-1), x_hat.square().sum(-1)  # [N] each
-        self._error += _total((x - x_hat).square().sum(-1))
-        self._rebuilt += _total(x_hat_squared)
-        self._dot += _total(dot)
+        self._error += total((x - x_hat).square().sum(-1))
+        self._rebuilt += total(x_hat_squared)
+        self._dot += total(dot)
         has_norm, has_both = x_squared > 0, (x_squared > 0) & (x_hat_squared > 0)
         self._n_norm_ratio += int(has_norm.sum())
-        self._norm_ratio += _total((x_hat_squared / x_squared)[has_norm].sqrt())
+        self._norm_ratio += total((x_hat_squared / x_squared)[has_norm].sqrt())
         self._n_cosine += int(has_norm.sum())
-        self._cosine += _total((dot / (x_squared.sqrt() * x_hat_squared.sqrt()))[has_both])
+        self._cosine += total((dot / (x_squared.sqrt() * x_hat_squared.sqrt()))[has_both])
 
     def _add_deviation(self, x: Tensor) -> None:
         """Merge the batch into mean and Σ‖x − x̄‖² (Chan et al. 1979): no difference of large sums is ever taken."""
         n, new = self.n_tokens, len(x)
-        batch_mean = _double(x.mean(0))
-        batch_mean = batch_mean + _double(x - batch_mean.to(x)).mean(0)  # the rounding of the float32 mean, repaired
-        deviation = _total((x - batch_mean.to(x)).square().sum(-1))
+        batch_mean = double(x.mean(0))
+        batch_mean = batch_mean + double(x - batch_mean.to(x)).mean(0)  # the rounding of the float32 mean, repaired
+        deviation = total((x - batch_mean.to(x)).square().sum(-1))
         batch_mean = batch_mean.cpu()
         if n == 0:
             self.width, self._mean = x.shape[-1], torch.zeros_like(batch_mean)
@@ -108,27 +76,27 @@ class ReconstructionTotals(Totals):
     @property
     def explained_variance(self) -> float:
         """1 − Σ‖x − x̂‖² / Σ‖x − x̄‖², x̄ the mean of x over all tokens (per dimension, not per batch)."""
-        return 1.0 - _ratio(self._error, self._deviation)
+        return 1.0 - ratio(self._error, self._deviation)
 
     @property
     def mse(self) -> float:
         """Σ‖x − x̂‖² / (N·d): the mean over tokens and dimensions."""
-        return _ratio(self._error, self.n_tokens * self.width)
+        return ratio(self._error, self.n_tokens * self.width)
 
     @property
     def cosine(self) -> float:
         """Mean over tokens of ⟨x, x̂⟩ / (‖x‖ ‖x̂‖); 0 where x̂ = 0; tokens with x = 0 are left out."""
-        return _ratio(self._cosine, self._n_cosine)
+        return ratio(self._cosine, self._n_cosine)
 
     @property
     def l2_ratio(self) -> float:
         """Mean over tokens of ‖x̂‖ / ‖x‖; below 1 the autoencoder shrinks its input. Tokens with x = 0 are left out."""
-        return _ratio(self._norm_ratio, self._n_norm_ratio)
+        return ratio(self._norm_ratio, self._n_norm_ratio)
 
     @property
     def relative_bias(self) -> float:
         """Σ‖x̂‖² / Σ⟨x, x̂⟩: 1 is unbiased, below 1 the reconstruction is systematically too short."""
-        return _ratio(self._rebuilt, self._dot)
+        return ratio(self._rebuilt, self._dot)
 
 
 @dataclass(frozen=True)
@@ -179,7 +147,7 @@ class FeatureTotals(Totals):
     @property
     def l0(self) -> float:
         """Σ_t #{i : f_i(t) ≠ 0} / N: mean number of active features per token."""
-        return _ratio(float(self.count.sum()), self.n_tokens)
+        return ratio(float(self.count.sum()), self.n_tokens)
 
     @property
     def density(self) -> Tensor:
@@ -208,7 +176,7 @@ class FeatureTotals(Totals):
     @property
     def shrinkage(self) -> float:
         """Σ_i Σ_t f_i ⟨e, d_i⟩ / Σ_i Σ_t f_i²: `shrinkage_per_feature` averaged with the features' energy as weight."""
-        return _ratio(float(self._aligned.sum()), float(self.squared.sum()))
+        return ratio(float(self._aligned.sum()), float(self.squared.sum()))
 
     def density_histogram(self, *, low: float = -6.0, bins_per_decade: int = 4) -> DensityHistogram:
         """Histogram of log10(density) over the live features, from `low` to 0."""
@@ -220,58 +188,6 @@ class FeatureTotals(Totals):
         return DensityHistogram(edges.tolist(), counts.tolist(), int((self.count == 0).sum()))
 
 
-def prediction_chunks(n: int, vocabulary: int) -> list[slice]:
-    """Slices of n predictions, each of whose [rows, V] in float32 takes `CHUNK_BYTES` at most."""
-    rows = max(1, CHUNK_BYTES // (4 * vocabulary))
-    return [slice(start, start + rows) for start in range(0, n, rows)]
-
-
-class ModelPredictions:
-    """What the untouched model predicts for some next tokens; what everything compared with it needs, made once."""
-
-    def __init__(self, logits: Tensor, targets: Tensor) -> None:
-        self.targets = targets  # [N] token ids
-        self.parts = prediction_chunks(len(targets), logits.shape[-1])
-        self.log_p = torch.empty(logits.shape, device=logits.device)  # [N, V]
-        for part in self.parts:
-            self.log_p[part] = logits[part].float().log_softmax(-1)
-        self.top = self.log_p.argmax(-1)  # [N]
-
-
-class PredictionTotals(Totals):
-    """Running sums over next-token predictions, compared with those of the untouched model."""
-
-    def __init__(self) -> None:
-        self.n_predictions = 0
-        self._ce = 0.0
-        self._kl = 0.0
-        self._same_top = 0
-
-    def update(self, logits: Tensor, model: ModelPredictions) -> None:
-        """Add predictions. logits: [N, V] for the tokens that the model's predictions are for."""
-        for part in model.parts:
-            log_q, log_p = logits[part].float().log_softmax(-1), model.log_p[part]
-            self._ce -= _total(log_q.gather(-1, model.targets[part, None]))
-            self._kl += _total((log_p.exp() * (log_p - log_q)).nan_to_num(0.0).sum(-1))  # 0 · (−inf − −inf) counts 0
-            self._same_top += int((log_q.argmax(-1) == model.top[part]).sum())
-        self.n_predictions += len(model.targets)
-
-    @property
-    def cross_entropy(self) -> float:
-        """−Σ log q(next token) / N, in nats."""
-        return _ratio(self._ce, self.n_predictions)
-
-    @property
-    def kl(self) -> float:
-        """Σ KL(p ‖ q) / N, in nats: p the untouched model's distribution, q the one compared."""
-        return _ratio(self._kl, self.n_predictions)
-
-    @property
-    def top1_consistency(self) -> float:
-        """Share of the predictions whose most probable token is the untouched model's."""
-        return _ratio(float(self._same_top), self.n_predictions)
-
-
 def explained_variance(x: Tensor, x_hat: Tensor) -> float:
     """1 − Σ‖x − x̂‖² / Σ‖x − x̄‖² with x̄ the mean over these tokens. x, x_hat: [..., d]."""
     totals = ReconstructionTotals()
@@ -281,7 +197,7 @@ def explained_variance(x: Tensor, x_hat: Tensor) -> float:
 
 def l0(f: Tensor) -> float:
     """Mean number of nonzero features per token. f: [..., F]."""
-    return _ratio(float((f != 0).sum()), f[..., 0].numel())
+    return ratio(float((f != 0).sum()), f[..., 0].numel())
 
 
 def ce_recovered(*, ce_model: float, ce_sae: float, ce_zero: float) -> float:
@@ -289,12 +205,12 @@ def ce_recovered(*, ce_model: float, ce_sae: float, ce_zero: float) -> float:
 
     nan where zeros cost nothing: such a site's score has no meaning.
     """
-    return _ratio(ce_zero - ce_sae, ce_zero - ce_model)
+    return ratio(ce_zero - ce_sae, ce_zero - ce_model)
 
 
 def kl_recovered(*, kl_sae: float, kl_zero: float) -> float:
     """(KL_zero − KL_sae) / KL_zero: the share of the damage done by zeros that the autoencoder avoids."""
-    return _ratio(kl_zero - kl_sae, kl_zero)
+    return ratio(kl_zero - kl_sae, kl_zero)
 
 
 def error_alignment(

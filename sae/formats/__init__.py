@@ -18,9 +18,9 @@ from sae._run.contents import check_complete
 from sae.autoencoder import SparseAutoencoder, is_sae_folder
 from sae.errors import UserError, unknown
 from sae.formats import circuit_tracer, dictionary_learning, gemma_scope, llama_scope, openai, saelens, sparsify
+from sae.formats.common import check_same, staged
 from sae.formats.locate import local_path
 from sae.formats.site_names import EMBED_HOOKS
-from sae.formats.writing import check_same, staged
 from sae.model.sites import Site
 
 

@@ -30,11 +30,11 @@ from typing_extensions import TypedDict
 from sae._files import atomic_write, write_json
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError, unknown
-from sae.formats.reading import build, pick, read_config, read_pickle, whole_number
+from sae.folding import plain_tensors
+from sae.formats.common import build, pick, read_entries, read_pickle, unsupported, whole_number
 from sae.formats.refusals import refusal
 from sae.formats.site_names import dictionary_learning_name, site_named
 from sae.formats.token_normalised import norm_refusal
-from sae.formats.writing import plain_tensors, unsupported
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ def read(folder: Path) -> SparseAutoencoder:
     state = read_pickle(path)
     trainer: Mapping[str, Any] = {}
     if (folder / CONFIG).is_file():
-        trainer = read_config(folder / CONFIG, _Config).get("trainer", {})
+        trainer = read_entries(folder / CONFIG, _Config).get("trainer", {})
     kind = trainer.get("dict_class") or _class_of(state, path)
     if kind not in _TENSORS:
         raise refusal(folder, kind) or unknown(f"dict_class in {folder / CONFIG}", kind, _TENSORS)

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from sae._files import read_tensors
-from sae.activation_functions import fold_scale
 from sae.autoencoder import SITE_PATH, SparseAutoencoder
-from sae.formats.reading import build, pick, read_npz
+from sae.folding import fold_scale
+from sae.formats.common import build, pick, read_npz
 from sae.formats.refusals import transcoder_refusal
 from sae.formats.site_names import site_named
 from sae.model.sites import Site, SitePath

@@ -22,10 +22,10 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from sae._files import read_tensors
-from sae.activation_functions import fold_norms
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError
-from sae.formats.reading import build, entry, pick, positive, read_config
+from sae.folding import fold_norms
+from sae.formats.common import build, entry, pick, positive, read_entries
 from sae.formats.refusals import refusal, transcoder_refusal
 from sae.formats.site_names import site_named
 
@@ -63,7 +63,7 @@ def recognises(folder: Path) -> bool:
 
 def read(folder: Path) -> SparseAutoencoder:
     """The autoencoder in a folder with `hyperparams.json`."""
-    config = read_config(folder / CONFIG, _Config)
+    config = read_entries(folder / CONFIG, _Config)
     if kind := config.get("sae_type", "sae").replace("sae", ""):
         raise refusal(folder, kind) or UserError(f"{folder / CONFIG} has sae_type {kind!r}: allowed is sae")
     hook = entry(config, "hook_point_in", source=folder / CONFIG)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError, unknown
-from sae.formats.reading import build, entry, pick, read_pickle, whole_number
+from sae.formats.common import build, entry, pick, read_pickle, whole_number
 from sae.formats.refusals import refusal
 from sae.formats.site_names import site_named
 from sae.formats.token_normalised import NormalisedAutoencoder

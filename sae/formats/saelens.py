@@ -28,14 +28,13 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from sae._files import TensorSpec, check_tensors, read_tensors, write_json, write_tensors
-from sae.activation_functions import fold_norms, fold_scale
 from sae.autoencoder import CONTEXT_LENGTH, EXCLUDE_SPECIAL, PREPEND_BOS, SITE_PATH, SparseAutoencoder
 from sae.errors import UserError, unknown
-from sae.formats.reading import build, entry, pick, positive, read_config, whole_number
+from sae.folding import fold_norms, fold_scale, plain_tensors
+from sae.formats.common import build, entry, pick, positive, read_entries, unsupported, whole_number
 from sae.formats.refusals import refusal
 from sae.formats.site_names import hook_site, transformer_lens_hook
 from sae.formats.token_normalised import NormalisedAutoencoder
-from sae.formats.writing import plain_tensors, unsupported
 from sae.model.sites import SitePath
 
 logger = logging.getLogger(__name__)
@@ -113,7 +112,7 @@ def recognises(folder: Path) -> bool:
 def read(folder: Path) -> SparseAutoencoder:
     """The autoencoder in a folder with `cfg.json` and `sae_weights.safetensors`."""
     path = folder / CONFIG
-    config = _upgraded(read_config(path, _Config))
+    config = _upgraded(read_entries(path, _Config))
     architecture = config["architecture"]
     _refuse(config, folder)
     tensors = _tensors(read_tensors(folder / WEIGHTS), config, folder)
@@ -122,7 +121,7 @@ def read(folder: Path) -> SparseAutoencoder:
         if config.get(name, size) != size:
             raise UserError(f"{path} says {name} = {config[name]}, the tensors of {WEIGHTS} say {size}")
     if config["normalize_activations"] == "expected_average_only_in":
-        scaler = read_config(folder / SCALER, dict[str, float | None])
+        scaler = read_entries(folder / SCALER, dict[str, float | None])
         tensors = fold_scale(tensors, 1.0 / positive(scaler, "scaling_factor", source=folder / SCALER))
     names = config["metadata"]
     if (names.get("model_from_pretrained_kwargs") or {}).get("center_writing_weights"):

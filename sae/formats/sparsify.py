@@ -15,7 +15,7 @@ from typing_extensions import TypedDict
 from sae._files import read_json, read_tensors
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError
-from sae.formats.reading import build, entry, pick, read_config
+from sae.formats.common import build, entry, pick, read_entries
 from sae.formats.refusals import refusal, transcoder_refusal
 from sae.formats.site_names import site_named
 
@@ -61,7 +61,7 @@ def recognises(folder: Path) -> bool:
 def read(folder: Path) -> SparseAutoencoder:
     """The autoencoder in a folder with `cfg.json` and `sae.safetensors`."""
     path = folder / CONFIG
-    config = read_config(path, _Config)
+    config = read_entries(path, _Config)
     if config.get("transcode") or _run_transcodes(folder):
         raise transcoder_refusal(folder)
     if config.get("skip_connection"):

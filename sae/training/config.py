@@ -35,8 +35,8 @@ stories) and on synthetic data with known directions at widths 128 and 512, so t
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Annotated, Literal, get_args
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 from sae._options import (
     BatchSize,
@@ -53,6 +53,9 @@ from sae._options import (
     check_options,
 )
 from sae.errors import UserError
+
+if TYPE_CHECKING:
+    from sae.data.cache import CachedActivations
 
 ArchitectureName = Literal[
     "topk", "relu", "batchtopk", "jumprelu", "gated", "multi_topk", "matryoshka", "relu_unit", "p_anneal", "identity"
@@ -219,3 +222,14 @@ class FinetuneConfig:
         peak = self.learning_rate or 0.008 / math.sqrt(width)
         rise = min(1.0, done / self.warmup) if self.warmup else 1.0
         return peak * rise * max(0.0, 1 - max(0.0, done - self.warmup) / max(1e-9, 1 - self.warmup))
+
+
+def with_contexts_of(cache: CachedActivations, config: TrainConfig) -> TrainConfig:
+    """A training config with the contexts of a cache; `UserError` for one that asks for others."""
+    usual = TrainConfig()
+    for name in ("context_length", "packed", "exclude_special"):
+        asked, has = getattr(config, name), getattr(cache.manifest, name)
+        if asked not in (getattr(usual, name), has):
+            raise UserError(f"the cache in {str(cache.folder)!r} was made with {name} {has}, not {asked}")
+        config = replace(config, **{name: has})
+    return config

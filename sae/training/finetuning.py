@@ -39,7 +39,6 @@ from sae.data.activations import ContextStream
 from sae.data.batches import counted_tokens
 from sae.data.text import TextSource
 from sae.errors import UserError
-from sae.evaluation.evaluate import spliced_predictions
 from sae.model.checks import check_finite
 from sae.model.forward import with_gradients
 from sae.model.hook_points import SiteEdit
@@ -47,7 +46,7 @@ from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
 from sae.model.tokens import Tokens
 from sae.saes import saes_fingerprint
-from sae.splice import check_saes
+from sae.splice import check_saes, spliced_predictions
 from sae.training import checkpoint as checkpoints
 from sae.training.checkpoint import Checkpoint
 from sae.training.config import FinetuneConfig

@@ -26,10 +26,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sae.activation_functions import CORE, GATED, IDENTITY, JUMPRELU, RELU, TOPK, fold_scale
+from sae.activation_functions import CORE, GATED, IDENTITY, JUMPRELU, RELU, TOPK
 from sae.architectures.base import Encoder
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError
+from sae.folding import fold_scale
 from sae.sparse.activations import SparseActs
 from sae.sparse.rows import normalize_rows_, remove_parallel_
 from sae.sparse.selection import above, concatenate, top_k

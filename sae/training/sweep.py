@@ -27,7 +27,7 @@ from sae.data.text import TextSource
 from sae.errors import UserError
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site, select_sites
-from sae.training.config import ArchitectureName, TrainConfig
+from sae.training.config import ArchitectureName, TrainConfig, with_contexts_of
 from sae.training.run_folder import RunFolder, read_entry, read_log, run_settings
 from sae.training.trainer import Trainer, open_activations
 from sae.training.training_sae import TrainingSAE
@@ -115,8 +115,8 @@ def sweep(
     names = sites if isinstance(sites, str) else [str(site) for site in sites]
     chosen = tuple(select_sites(names, model.sites))
     if activations is not None:
-        configs = {name: activations.fitted(config) for name, config in configs.items()}
-        first = activations.fitted(first)
+        configs = {name: with_contexts_of(activations, config) for name, config in configs.items()}
+        first = with_contexts_of(activations, first)
     identity = None if activations is None else activations.identity
     whole = RunFolder(out, "sweep", run_settings(model, source, chosen, configs, cache=identity))
     runs = {

@@ -37,7 +37,7 @@ from sae.model.sites import Site, select_sites
 from sae.sparse.workspace import Workspace
 from sae.training import checkpoint as checkpoints
 from sae.training.checkpoint import Checkpoint
-from sae.training.config import TrainConfig
+from sae.training.config import TrainConfig, with_contexts_of
 from sae.training.divergence import all_finite, diverged, warn_of_useless
 from sae.training.memory import keep_freed_memory
 from sae.training.run_folder import RunFolder, run_settings
@@ -74,7 +74,7 @@ def train(
     names = sites if isinstance(sites, str) else [str(site) for site in sites]
     chosen = select_sites(names, model.sites)
     if activations is not None:
-        config = activations.fitted(config)
+        config = with_contexts_of(activations, config)
     identity = None if activations is None else activations.identity
     run = RunFolder(out, "train", run_settings(model, source, chosen, config, cache=identity))
     folders = {site: out / "saes" / site.name for site in chosen}

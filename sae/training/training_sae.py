@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae.activation_functions import TOPK, fold_norms, fold_scale
+from sae.activation_functions import TOPK
 from sae.architectures import architecture
 from sae.architectures.base import Hyper
 from sae.autoencoder import SITE_PATH, SAEConfig, SparseAutoencoder
+from sae.folding import fold_norms, fold_scale
 from sae.model.sites import Site
 from sae.sparse.rows import normalize_rows_, remove_parallel_
 from sae.sparse.workspace import Workspace

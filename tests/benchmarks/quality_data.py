@@ -24,12 +24,13 @@ from sae._files import atomic_write
 from sae.autoencoder import SparseAutoencoder
 from sae.data.activations import FORWARD_TOKENS, ContextStream, ModelActivations
 from sae.data.text import TextSource
-from sae.evaluation.evaluate import decode_sparse, evaluate
+from sae.evaluation.evaluate import evaluate
 from sae.evaluation.metrics import FeatureTotals, ReconstructionTotals
 from sae.features.matching import match_features
 from sae.model.language_model import LanguageModel
 from sae.model.load import load_model
 from sae.model.sites import Site
+from sae.splice import decode_sparse
 
 SHARED = Path(__file__).parents[3] / "shared"
 MODEL, TEXT = SHARED / "models/tinystories-260k", SHARED / "data/tinystories"

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from sae.activation_functions import fold_norms, fold_scale
 from sae.autoencoder import SAEConfig, SparseAutoencoder
 from sae.errors import UserError
+from sae.folding import fold_norms, fold_scale
 from sae.model.sites import Site
 from sae.saes import load_saes
 from tests.near import assert_near

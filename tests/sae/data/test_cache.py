@@ -137,7 +137,7 @@ def test_a_cache_for_something_else_is_refused(make_tiny_model, cache, tmp_path)
 def test_a_cache_knows_where_its_sites_are(make_tiny_model, tmp_path):
     usual = make_tiny_model("llama")
     path = "model.layers.1.self_attn.o_proj:input"
-    moved = LanguageModel(usual.hf, usual.tokenizer, name="m", site_paths={"attn_1": path}, check=False)
+    moved = LanguageModel(usual.hf, usual.tokenizer, name="m", site_paths={"attn_1": path})
     write_cache(moved, TEXTS, sites="attn", tokens=300, out=tmp_path / "cache", progress=False)
     cached = CachedActivations(tmp_path / "cache", model=moved)
     CachedActivations(tmp_path / "cache", model=usual, sites="attn_0")

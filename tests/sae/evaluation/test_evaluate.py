@@ -9,12 +9,13 @@ from safetensors.torch import load, save
 from torch.nn.functional import cross_entropy, normalize
 
 from sae.autoencoder import SAEConfig, SparseAutoencoder
-from sae.data.batches import cross_entropy as text_cross_entropy
 from sae.data.batches import token_batches
+from sae.data.predictions import cross_entropy as text_cross_entropy
 from sae.errors import UserError
-from sae.evaluation.evaluate import Evaluator, decode_sparse, evaluate, spliced_predictions
+from sae.evaluation.evaluate import Evaluator, evaluate
 from sae.evaluation.plots import evaluation_figure, plot_evaluation
 from sae.model.sites import Site, site_table
+from sae.splice import decode_sparse, spliced_predictions
 
 TEXTS = [
     "the man sees the old dog behind the house",
@@ -253,7 +254,7 @@ def test_one_cross_entropy(tiny_model, saes, monkeypatch):
     together, spliced = spliced_predictions(tiny_model, saes, texts, max_tokens=10_000), result.spliced["all"]
     assert (together["ce"], together["kl"]) == pytest.approx((spliced.ce, spliced.kl), rel=1e-5)
     monkeypatch.setattr("sae.data.batches.LOGIT_BYTES", 1)
-    monkeypatch.setattr("sae.evaluation.metrics.CHUNK_BYTES", 4 * tiny_model.vocab_size)
+    monkeypatch.setattr("sae.data.predictions.CHUNK_BYTES", 4 * tiny_model.vocab_size)
     again, shapes, run = evaluate(tiny_model, saes, texts), [], tiny_model.run
     assert again.ce_model == pytest.approx(result.ce_model, rel=1e-6) and again.n_tokens == result.n_tokens
     assert again.spliced["all"].kl == pytest.approx(spliced.kl, rel=1e-4)

@@ -7,10 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sae.data.predictions import ModelPredictions, PredictionTotals
 from sae.evaluation.metrics import (
     FeatureTotals,
-    ModelPredictions,
-    PredictionTotals,
     ReconstructionTotals,
     ce_recovered,
     error_alignment,
@@ -130,7 +129,7 @@ def test_splitting_changes_nothing(seed, cut, scale):
 
 @pytest.mark.parametrize("chunk", [1, 8, 1000])
 def test_prediction_metrics_equal_a_loop_over_tokens(monkeypatch, chunk):
-    monkeypatch.setattr("sae.evaluation.metrics.CHUNK_BYTES", 4 * V * chunk)
+    monkeypatch.setattr("sae.data.predictions.CHUNK_BYTES", 4 * V * chunk)
     generator = torch.Generator().manual_seed(2)
     logits, model_logits = torch.randn(N, V, generator=generator), torch.randn(N, V, generator=generator)
     targets = torch.randint(V, (N,), generator=generator)

@@ -1,17 +1,21 @@
-"""What all readers share: opening files that hold plain tensors, naming what is missing, folding into our contract.
+"""What the readers and writers of foreign formats share.
 
 1. Open: safetensors, npz without pickled objects, or a `.pt` with `weights_only=True`, which runs no code. Headers are
    read first: what claims to be far larger than its file is refused before anything is unpacked.
 2. Pick: every tensor of the file is either wanted or known to be without effect; anything else is an error, because a
    tensor that is silently left out (a skip connection, a scale) makes every number wrong without a sign.
 3. Fold: in float32, whatever the file's precision, the decoder is brought to unit rows without changing x̂.
+4. Write: into a new folder beside the one asked for. What was written is read back and tried: an autoencoder that a
+   format does not hold is refused, not approximated.
 """
 
 from __future__ import annotations
 
 import math
+import shutil
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +23,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae._files import TensorSpec, check_tensors, missing_file, read_json
-from sae.activation_functions import fold_norms
+from sae._files import TensorSpec, check_tensors, make_folder, missing_file, read_json, temporary_name
 from sae.autoencoder import SAEConfig, SparseAutoencoder
 from sae.errors import UserError
+from sae.folding import fold_norms
 
 MOST_UNPACKED = 16
 """Weights hardly compress: a file that unpacks to more than this many times its size holds something else, ..."""
 FREE_BYTES = 64 * 2**20
 """... unless that is less than this."""
+TRIED_ROWS = 64
+TOLERANCE = 1e-4
+"""Largest difference of x̂ that counts as rounding, relative to x and x̂."""
+OTHERWISE_ACTIVE = 1 / 16
+"""Share of the rows that may differ more: rounding turns a feature on or off that is just at its threshold."""
 
 
-def read_config(path: Path, schema: Any) -> dict[str, Any]:
+def read_entries(path: Path, schema: Any) -> dict[str, Any]:
     """A config by its schema (a TypedDict), without the entries that are null: those stand for their defaults."""
     return {key: value for key, value in read_json(path, schema).items() if value is not None}
 
@@ -203,3 +212,49 @@ def _check_matrices(tensors: Mapping[str, Tensor], config: SAEConfig) -> None:
                 f"{name} read as [features, width] has shape {list(tensors[name].shape)}, but the biases say "
                 f"{list(shape)}{hint}"
             )
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder`, whose files go there when the block ends without an error, else nowhere."""
+    make_folder(folder.parent)
+    temporary = temporary_name(folder)
+    try:
+        yield make_folder(temporary)
+        make_folder(folder)
+        for path in sorted(temporary.iterdir()):
+            path.replace(folder / path.name)
+    except OSError as error:
+        raise UserError(f"cannot write {str(folder)!r}: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@torch.no_grad()
+def check_same(sae: SparseAutoencoder, written: SparseAutoencoder, file_format: str) -> None:
+    """`UserError` unless what was written gives the same x̂ as the autoencoder, on rows of all sizes."""
+    x = _trial_rows(sae)
+    x_hat, again = sae(x), written(x)
+    size = x.norm(dim=-1) + x_hat.norm(dim=-1)  # [n]
+    differ = ~((x_hat - again).norm(dim=-1) <= TOLERANCE * size.clamp(min=torch.finfo(x.dtype).tiny))
+    if int(differ.sum()) > OTHERWISE_ACTIVE * len(x):
+        raise UserError(
+            f"the autoencoder of site {sae.config.site!r} cannot be written as {file_format}: read back it gives other "
+            f"reconstructions on {int(differ.sum())} of {len(x)} rows; nothing was left of it"
+        )
+
+
+def _trial_rows(sae: SparseAutoencoder) -> Tensor:
+    """[n, d] activations that make features active, from small to large, the same every time."""
+    generator = torch.Generator().manual_seed(0)
+    pairs = torch.randint(len(sae.W_dec), (TRIED_ROWS, 2), generator=generator).to(sae.device)
+    noise = torch.randn(TRIED_ROWS, sae.config.d_model, generator=generator).to(sae.device)
+    directions = sae.W_dec[pairs].sum(1) + noise / sae.config.d_model**0.5
+    return sae.b_dec + torch.logspace(-1, 2, TRIED_ROWS, device=sae.device)[:, None] * directions
+
+
+def unsupported(sae: SparseAutoencoder, file_format: str) -> UserError:
+    """The format has no such architecture."""
+    return UserError(
+        f"{file_format} has no class for a {sae.config.architecture!r} autoencoder: save it in our own format"
+    )

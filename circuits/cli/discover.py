@@ -132,7 +132,7 @@ class DiscoverCommand(UsesSaes):
             circuit = with_uncertainty(circuit, Bootstrap(resamples=self.resamples))
         if not self.verify:
             return circuit
-        found = verify(model, saes, circuit, prompts, nodes=self.verify, progress=not self.quiet)
+        found = verify(circuit, prompts, nodes=self.verify, progress=not self.quiet)
         return verified(circuit, found)
 
     def _write(self, circuit: Circuit, features: Mapping[str, Any], folder: Path) -> FeatureGraph:

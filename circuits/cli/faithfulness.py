@@ -11,8 +11,8 @@ import tyro
 from circuits.circuit import circuit_digest, circuit_folder
 from circuits.cli.common import Loaded, Output, UsesSaes, record
 from circuits.cli.results import Named, ResultFiles, made_with
-from circuits.faithfulness.edges import measure_edge_faithfulness
-from circuits.faithfulness.nodes import FaithfulnessOptions, measure_faithfulness
+from circuits.faithfulness.edges import edge_faithfulness
+from circuits.faithfulness.nodes import FaithfulnessOptions, faithfulness
 from circuits.faithfulness.results import EdgeFaithfulness
 from circuits.prompts.dataset import PromptSet
 from sae._options import Positive, parse_sizes
@@ -65,17 +65,10 @@ class FaithfulnessCommand(UsesSaes, Named):
         loaded = Loaded.of(self.circuit, self, model=self.model, saes=self.saes, metric=self.metric)
         reference = loaded.prompts(self.reference)
         prompts = loaded.prompts(self.prompts, limit=self.examples)
-        result = measure_faithfulness(
-            loaded.model,
-            loaded.saes,
-            loaded.circuit.nodes,
-            prompts,
-            self.options,
-            sizes=parse_sizes(self.sizes),
-            reference=reference,
-            metric=loaded.metric,
+        result = faithfulness(
+            loaded.circuit, prompts, self.options, sizes=parse_sizes(self.sizes), reference=reference,
             progress=not self.quiet,
-        )
+        )  # fmt: skip
         data = files.write(result.to_dict())
         plot = result.plot(files.path(".svg"))
         record(folder.parent, "faithfulness", self)
@@ -102,9 +95,7 @@ class FaithfulnessCommand(UsesSaes, Named):
 
     def _edges(self, loaded: Loaded, prompts: PromptSet, reference: PromptSet) -> EdgeFaithfulness:
         """The curve over edges."""
-        return measure_edge_faithfulness(
-            loaded.model,
-            loaded.saes,
+        return edge_faithfulness(
             loaded.circuit,
             prompts,
             self.options,

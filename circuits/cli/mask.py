@@ -16,7 +16,7 @@ from circuits.cli.faithfulness import ERRORS_TEXT
 from circuits.cli.results import Named, ResultFiles, made_with
 from circuits.faithfulness.learned_mask import MaskOptions, learn_mask
 from circuits.faithfulness.nodes import FaithfulnessOptions, measure_faithfulness
-from circuits.faithfulness.results import Faithfulness
+from circuits.faithfulness.results import NodeFaithfulness
 from sae._options import Positive, parse_sizes
 from sae._run.locks import lock
 
@@ -62,10 +62,7 @@ class MaskCommand(Common, Named):
         prompts = loaded.prompts(self.prompts, limit=self.examples) if self.prompts else learned_on[: self.examples]
         metric = loaded.metric
         begin = time.perf_counter()
-        mask = learn_mask(
-            loaded.model, loaded.saes, loaded.circuit.nodes, learned_on, self.options, metric=metric,
-            progress=not self.quiet,
-        )  # fmt: skip
+        mask = learn_mask(loaded.circuit, learned_on, self.options, progress=not self.quiet)
         seconds = time.perf_counter() - begin
         files.path(".json").unlink(missing_ok=True)  # of the mask before
         mask.save(files.path(".safetensors"))  # learned scores outlive a measurement that is interrupted
@@ -74,7 +71,7 @@ class MaskCommand(Common, Named):
             random=0, seed=self.options.seed, batch_size=self.options.batch_size,
         )  # fmt: skip
 
-        def measured(nodes: Nodes) -> Faithfulness:
+        def measured(nodes: Nodes) -> NodeFaithfulness:
             return measure_faithfulness(
                 loaded.model, loaded.saes, nodes, prompts, options, sizes=sizes, reference=learned_on, metric=metric,
                 progress=not self.quiet,
@@ -103,7 +100,7 @@ class MaskCommand(Common, Named):
         return Output(text, data)
 
 
-def table(of_mask: Faithfulness, of_effects: Faithfulness) -> str:
+def table(of_mask: NodeFaithfulness, of_effects: NodeFaithfulness) -> str:
     """Faithfulness and completeness of both rankings, one row a size."""
     lines = [
         f"{'':>7}  {'faithfulness':>16}  {'completeness':>16}",

@@ -29,7 +29,7 @@ from circuits.attribution.nodes import count
 from circuits.comparison.options import MASK, CompareOptions, split
 from circuits.comparison.study import MEAN, NOISING, Agreement, Study, Truth, agreement
 from circuits.faithfulness.nodes import FaithfulnessOptions, measure_faithfulness
-from circuits.faithfulness.results import Faithfulness
+from circuits.faithfulness.results import NodeFaithfulness
 from circuits.metrics.metrics import get_metric, prepare
 from circuits.metrics.probe import read_by, visible_sites
 from circuits.prompts.dataset import PromptSet
@@ -75,7 +75,7 @@ class MethodScore:
     """Time for the effects on all training prompts; for learned masks also for those they start from."""
     peak_bytes: int
     """Tensors alive at once on a batch of `MEMORY_PROMPTS` prompts."""
-    curve: Faithfulness
+    curve: NodeFaithfulness
     """Faithfulness and completeness on the held-out prompts."""
 
     def to_dict(self) -> dict[str, Any]:

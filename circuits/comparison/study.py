@@ -22,7 +22,7 @@ from circuits.comparison.correlation import pearson, spearman
 from circuits.comparison.options import MASK, CompareOptions
 from circuits.comparison.peak_memory import peak_memory
 from circuits.discovery.batching import max_rows
-from circuits.faithfulness.learned_mask import MaskOptions, learn_mask
+from circuits.faithfulness.learned_mask import MaskOptions, learn_node_mask
 from circuits.faithfulness.nodes import random_nodes
 from circuits.metrics.metrics import Metric, warn_if_cancelling
 from circuits.prompts.dataset import PromptSet
@@ -114,7 +114,7 @@ class Study:
         )  # fmt: skip
 
         def learn(prompts: PromptSet, learning: MaskOptions) -> Nodes:
-            return learn_mask(
+            return learn_node_mask(
                 self.model, self.saes, start.nodes, prompts, learning, reference=self.prompts, metric=self.metric,
                 progress=False,
             ).nodes  # fmt: skip

@@ -54,18 +54,15 @@ from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
-from sae.saes import as_saes
 from sae.splice import ensure_checked
 
 CircuitEdges = dict[tuple[Site, Site | None], Tensor]
 """(upstream, downstream or None for the metric) -> [D, U] float, 1 where the edge is kept."""
 
 
-def measure_edge_faithfulness(
-    model: LanguageModel,
-    saes: Mapping[Site, SparseAutoencoder],
+def edge_faithfulness(
     circuit: Circuit,
-    prompts: PromptSet,
+    prompts: PromptSet | None = None,
     options: FaithfulnessOptions | None = None,
     *,
     sizes: Sequence[int] = (100, 200, 500, 1000, 2000, 5000),
@@ -74,20 +71,33 @@ def measure_edge_faithfulness(
     max_rows: int = 512,
     progress: bool = True,
 ) -> EdgeFaithfulness:
-    """Faithfulness of the circuit's strongest edges over sizes.
+    """Measure how much of the behaviour the strongest edges of a circuit carry, every other input ablated.
 
-    sizes: numbers of edges; reference: prompts whose means or values ablated inputs take, the measured prompts by
-    default; metric: the circuit's own, given again where it is Python code and the circuit is from a file; max_rows:
-    prompts that go through the model at once. Errors without an edge are ablated like any node.
+    Args:
+        circuit: A circuit with edges, whose model, SAEs and metric are used.
+        prompts: What to measure on, best held out; the prompts the circuit was found on by default.
+        options: As for `faithfulness`; errors are nodes, and those without an edge are ablated like any node.
+        sizes: Numbers of edges.
+        reference: Prompts whose means or values ablated inputs take; those the circuit was found on by default.
+        metric: The circuit's own, given again where it is Python code and the circuit is from a file.
+        max_rows: Prompts that go through the model at once.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        A curve over sizes, in shares of the behaviour.
+
+    Raises:
+        UserError: If the circuit has no edges from the start site on, or errors are no nodes.
     """
     options = options or FaithfulnessOptions()
     if options.errors != "nodes":
         raise UserError(f"errors is {options.errors!r}: edges are measured with errors as nodes")
     m = circuit.get_metric(metric)
+    model, saes = circuit.model, circuit.saes.subset(circuit.effects)
     ensure_checked(model, saes, circuit.nodes)
-    prompts = prepare(prompts, model, m)
+    reference = circuit.prompts if reference is None else reference
+    prompts = prepare(circuit.prompts if prompts is None else prompts, model, m)
     model = read_by(model, m)
-    saes = as_saes(saes).subset(circuit.effects)
     nodes = from_start_site(
         {site: circuit.edge_nodes.get(site, n[:0]) for site, n in circuit.nodes.items()}, options.start_site
     )
@@ -101,7 +111,7 @@ def measure_edge_faithfulness(
     for _ in range(options.random):
         rank = {pair: torch.rand(w.shape, generator=generator) * (w != 0) for pair, w in edges.items()}
         sets += [strongest_edges(rank, size) for size in sizes]
-    reference, prompts, _ = aligned(reference or prompts, prompts, options.ablation)
+    reference, prompts, _ = aligned(reference, prompts, options.ablation)
     values = ablation_values(
         model, saes, options.ablation, [({}, True), (nodes, True)], nodes=nodes, reference=reference,
         seed=options.seed, batch_size=options.batch_size, progress=progress,

@@ -36,6 +36,7 @@ from torch.nn.functional import pad
 from tqdm import tqdm
 
 from circuits.attribution.nodes import Nodes
+from circuits.circuit import Circuit
 from circuits.faithfulness.ablation import AblationValues
 from circuits.faithfulness.mask_gates import Gates, budget_gates, mask_loss, masked_logits
 from circuits.faithfulness.nodes import aligned, from_start_site
@@ -58,7 +59,7 @@ COLDEST, SLOWEST = 0.02, 0.1
 
 
 @dataclass(frozen=True)
-class Mask:
+class LearnedMask:
     """What was learned."""
 
     nodes: Nodes
@@ -85,6 +86,36 @@ class Mask:
 
 
 def learn_mask(
+    circuit: Circuit,
+    prompts: PromptSet | None = None,
+    options: MaskOptions | None = None,
+    *,
+    reference: PromptSet | None = None,
+    progress: bool = True,
+) -> LearnedMask:
+    """Rank the nodes of a circuit by which of them to keep, learned for all of them together.
+
+    Args:
+        circuit: The circuit, whose model, SAEs, nodes and metric are used.
+        prompts: What to learn on; the prompts the circuit was found on by default.
+        options: Steps, ablation, start site and what has to match.
+        reference: Prompts whose means or values masked nodes take, `prompts` by default.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The ranking; `measure_faithfulness` takes its `nodes`.
+
+    Raises:
+        UserError: If ablating every node changes nothing.
+    """
+    prompts = circuit.prompts if prompts is None else prompts
+    return learn_node_mask(
+        circuit.model, circuit.saes, circuit.nodes, prompts, options, reference=reference, metric=circuit.metric,
+        progress=progress,
+    )  # fmt: skip
+
+
+def learn_node_mask(
     model: LanguageModel,
     saes: Mapping[Site, SparseAutoencoder],
     nodes: Nodes,
@@ -94,12 +125,8 @@ def learn_mask(
     reference: PromptSet | None = None,
     metric: str | Metric = "logit_difference",
     progress: bool = True,
-) -> Mask:
-    """A ranking of `nodes` by which of them to keep, learned on `prompts`.
-
-    nodes: all nodes with their effects, as `Circuit.nodes`; reference: prompts whose means or values masked nodes
-    take, `prompts` themselves by default.
-    """
+) -> LearnedMask:
+    """`learn_mask` of any nodes with effects, as `Circuit.nodes`."""
     options = options or MaskOptions()
     m = get_metric(metric)
     ensure_checked(model, saes, nodes)
@@ -264,7 +291,7 @@ class _Parts:
         return off, kl(logits, batch) if constants else off.detach()
 
 
-def _ranked(nodes: Nodes, scores: torch.Tensor, losses: list[float], options: MaskOptions) -> Mask:
+def _ranked(nodes: Nodes, scores: torch.Tensor, losses: list[float], options: MaskOptions) -> LearnedMask:
     """Nodes and scores sorted within each site, effects by rank over all sites."""
     n = len(scores)
     effect = torch.empty(n)
@@ -275,4 +302,4 @@ def _ranked(nodes: Nodes, scores: torch.Tensor, losses: list[float], options: Ma
         order = effects.argsort(descending=True)
         ranked[site] = replace(here[order], effect=effects[order])
         sorted_scores[site] = part[order]
-    return Mask(ranked, sorted_scores, losses, asdict(options))
+    return LearnedMask(ranked, sorted_scores, losses, asdict(options))

@@ -25,10 +25,11 @@ import torch
 from tqdm import tqdm
 
 from circuits.attribution.nodes import Nodes, SiteNodes, count, select_nodes
+from circuits.circuit import Circuit
 from circuits.faithfulness.ablation import AblationValues, ablation_edits
 from circuits.faithfulness.optimal_ablation import Gain, ablation_values, gain
 from circuits.faithfulness.options import FaithfulnessOptions
-from circuits.faithfulness.results import Faithfulness, Intervals, area
+from circuits.faithfulness.results import Intervals, NodeFaithfulness, area
 from circuits.metrics.metrics import Metric, get_metric, prepare
 from circuits.metrics.probe import read_by
 from circuits.prompts.alignment import PositionGroups
@@ -40,8 +41,46 @@ from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
 from sae.splice import ensure_checked
 
+SIZES = (10, 20, 50, 100, 200, 500, 1000)
+"""Numbers of nodes that are measured."""
 COVERED = 0.8
 """Share of the prompts whose template must occur among the reference prompts; below it templates are lengths alone."""
+
+
+def faithfulness(
+    circuit: Circuit,
+    prompts: PromptSet | None = None,
+    options: FaithfulnessOptions | None = None,
+    *,
+    sizes: Sequence[int] = SIZES,
+    reference: PromptSet | None = None,
+    progress: bool = True,
+) -> NodeFaithfulness:
+    """Measure how much of the behaviour the strongest nodes of a circuit explain, and how much is left without them.
+
+    Faithfulness and completeness of Marks et al. 2024 (arXiv 2403.19647), section 4, for every size; their areas are
+    the CPR and CMD of Mueller et al. 2025 (MIB).
+
+    Args:
+        circuit: The circuit, whose model, SAEs and metric are used.
+        prompts: What to measure on, best held out; the prompts the circuit was found on by default.
+        options: What ablated nodes become, where ablation starts, how many random circuits, how many resamples.
+        sizes: Numbers of nodes; all nodes are measured besides.
+        reference: Prompts whose means or values ablated nodes take; those the circuit was found on by default.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        Curves over sizes, in shares of the behaviour: 1 is the whole model, 0 the model with every node ablated.
+
+    Raises:
+        UserError: If no node has an effect from the start site on, ablating every node changes nothing, or no
+            reference prompt has a template of the measured prompts.
+    """
+    found_on = circuit.prompts if prompts is None or reference is None else None
+    return measure_faithfulness(
+        circuit.model, circuit.saes, circuit.nodes, prompts or found_on, options, sizes=sizes,
+        reference=reference or found_on, metric=circuit.metric, progress=progress,
+    )  # fmt: skip
 
 
 def measure_faithfulness(
@@ -51,16 +90,12 @@ def measure_faithfulness(
     prompts: PromptSet,
     options: FaithfulnessOptions | None = None,
     *,
-    sizes: Sequence[int] = (10, 20, 50, 100, 200, 500, 1000),
+    sizes: Sequence[int] = SIZES,
     reference: PromptSet | None = None,
     metric: str | Metric = "logit_difference",
     progress: bool = True,
-) -> Faithfulness:
-    """Faithfulness and completeness of the strongest of `nodes` over sizes, and with all of them.
-
-    nodes: all nodes with their effects, as `Circuit.nodes`; sizes: numbers of nodes; reference: prompts whose means
-    or values ablated nodes take, the measured prompts themselves by default.
-    """
+) -> NodeFaithfulness:
+    """`faithfulness` of any nodes with effects; reference: the measured prompts themselves by default."""
     options = options or FaithfulnessOptions()
     m = get_metric(metric)
     ensure_checked(model, saes, nodes)
@@ -98,14 +133,14 @@ def _record(
     groups: torch.Tensor,
     n_uncovered: int,
     gained: Gain | None,
-) -> Faithfulness:
+) -> NodeFaithfulness:
     """From m_all [2 + sets, B]: the whole model, no node, the strongest, the random draws, all but the strongest."""
     m_model, m_empty = m_all[:2].mean(1).tolist()
     if abs(m_model - m_empty) < 1e-9:
         raise UserError(f"ablating every node leaves the metric at {m_empty:.4f}: there is nothing to explain")
     f = shares(m_all.mean(1)).tolist()
     n, n_nodes = len(sizes), count(nodes)
-    return Faithfulness(
+    return NodeFaithfulness(
         sizes=sizes,
         faithfulness=f[:n],
         completeness=f[-n:],

@@ -34,7 +34,7 @@ class Intervals:
 
 
 @dataclass(frozen=True)
-class Faithfulness:
+class NodeFaithfulness:
     """Curves over circuit sizes; `random` holds one curve a draw."""
 
     sizes: list[int]

@@ -15,7 +15,6 @@ this node alone does.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,10 +28,7 @@ from circuits.circuit import Circuit
 from circuits.metrics.metrics import Metric, prepare
 from circuits.metrics.probe import read_by
 from circuits.prompts.dataset import PromptSet
-from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError
-from sae.model.language_model import LanguageModel
-from sae.model.sites import Site
 from sae.splice import ensure_checked
 
 FACTOR = 2.0
@@ -103,27 +99,38 @@ def disagreement(estimated: float, exact: float) -> str | None:
 
 
 def verify(
-    model: LanguageModel,
-    saes: Mapping[Site, SparseAutoencoder],
     circuit: Circuit,
-    prompts: PromptSet,
+    prompts: PromptSet | None = None,
     *,
-    nodes: int,
+    nodes: int = 20,
     metric: str | Metric | None = None,
     batch_size: int = 16,
     max_rows: int = 512,
     progress: bool = True,
 ) -> Verification:
-    """Patch the strongest `nodes` of the circuit in the prompts it was found on.
+    """Patch the strongest nodes of a circuit one by one, and compare with the estimates.
 
-    metric: the circuit's own, given again where it is Python code and the circuit is from a file; batch_size: prompts
-    whose activations are held at once; max_rows: patched prompts that go through the model at once.
+    Args:
+        circuit: The circuit, whose model, SAEs and metric are used.
+        prompts: The prompts to patch; those the circuit was found on by default.
+        nodes: How many of the strongest nodes.
+        metric: The circuit's own, given again where it is Python code and the circuit is from a file.
+        batch_size: Prompts whose activations are held at once.
+        max_rows: Patched prompts that go through the model at once.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        Exact beside estimated effects, in units of the metric.
+
+    Raises:
+        UserError: If `nodes` is below 1.
     """
     if nodes < 1:
         raise UserError(f"verify is {nodes}: at least 1 node can be verified")
     m = circuit.get_metric(metric)
+    model, saes = circuit.model, circuit.saes
     ensure_checked(model, saes, circuit.nodes)
-    prompts = prepare(prompts, model, m)
+    prompts = prepare(circuit.prompts if prompts is None else prompts, model, m)
     model = read_by(model, m)
     aggregation = circuit.metadata["options"]["aggregation"]
     chosen = {site: site_nodes for site, site_nodes in circuit.strongest(nodes).items() if len(site_nodes)}

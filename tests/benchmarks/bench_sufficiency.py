@@ -28,7 +28,7 @@ from circuits.comparison.compare import LEVELS, nodes_for
 from circuits.discovery.discover import discover
 from circuits.discovery.options import DiscoverOptions
 from circuits.faithfulness.ablation import ABLATIONS
-from circuits.faithfulness.learned_mask import MaskOptions, learn_mask
+from circuits.faithfulness.learned_mask import MaskOptions, learn_node_mask
 from circuits.faithfulness.nodes import FaithfulnessOptions, measure_faithfulness
 from circuits.faithfulness.results import Faithfulness
 from circuits.options import ERRORS
@@ -69,7 +69,7 @@ class Study:
     def mask(self, saes: Mapping[Site, SparseAutoencoder], nodes: Nodes, start: str | None, errors: str) -> Nodes:
         """The ranking of a mask learned on the training prompts."""
         options = MaskOptions(start_site=start, errors=errors, ablation=self.ablation, steps=self.steps)
-        return learn_mask(self.model, saes, nodes, self.train, options, progress=False).nodes
+        return learn_node_mask(self.model, saes, nodes, self.train, options, progress=False).nodes
 
 
 def row(name: str, curve: Faithfulness, units: int, shown: tuple[int, ...], seconds: float) -> str:

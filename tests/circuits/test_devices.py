@@ -10,8 +10,8 @@ import torch
 from circuits.discovery.discover import discover
 from circuits.discovery.options import DiscoverOptions
 from circuits.editing.edit import ablate
-from circuits.faithfulness.edges import measure_edge_faithfulness
-from circuits.faithfulness.learned_mask import MaskOptions, learn_mask
+from circuits.faithfulness.edges import edge_faithfulness
+from circuits.faithfulness.learned_mask import MaskOptions, learn_node_mask
 from circuits.faithfulness.nodes import FaithfulnessOptions, measure_faithfulness
 from circuits.uncertainty.verification import verify
 from sae.data.cache import CachedActivations
@@ -166,11 +166,11 @@ def test_a_circuit_its_tests_and_an_edit(model, saes, small_model, make_saes, ti
     for ablation in ("mean", "counterfactual", "resample"):
         how = FaithfulnessOptions(ablation=ablation, random=1, resamples=20)
         measure_faithfulness(model, saes, circuit.nodes, prompts, how, sizes=(5,), progress=False)
-    edges = measure_edge_faithfulness(model, saes, circuit, prompts, QUICK, sizes=(20,), progress=False)
-    there = measure_edge_faithfulness(small_model, here, expected, tiny_prompts, QUICK, sizes=(20,), progress=False)
+    edges = edge_faithfulness(circuit, prompts, QUICK, sizes=(20,), progress=False)
+    there = edge_faithfulness(expected, tiny_prompts, QUICK, sizes=(20,), progress=False)
     assert edges.faithfulness == pytest.approx(there.faithfulness, abs=1e-3)
     how = MaskOptions(steps=2, batch_size=4, smallest=5)
-    learn_mask(model, saes, circuit.nodes, prompts, how, progress=False)
-    verify(model, saes, circuit, prompts, nodes=2, progress=False)
+    learn_node_mask(model, saes, circuit.nodes, prompts, how, progress=False)
+    verify(circuit, prompts, nodes=2, progress=False)
     for operation in ("zero", "mean"):
         ablate(model, saes, ["resid_0/3"], prompts, texts=TEXT[:4], operation=operation, n_random=1)

@@ -13,7 +13,7 @@ from circuits.attribution import attribute, capture_activations
 from circuits.attribution.integrated_gradients import integrated_gradients
 from circuits.discovery.discover import discover
 from circuits.discovery.options import DiscoverOptions
-from circuits.faithfulness.learned_mask import MaskOptions, learn_mask
+from circuits.faithfulness.learned_mask import MaskOptions, learn_node_mask
 from circuits.faithfulness.nodes import FaithfulnessOptions, measure_faithfulness
 from circuits.metrics.metrics import logit_difference
 from sae.model.language_model import LanguageModel
@@ -37,7 +37,9 @@ def test_masks_and_constants_are_learned_without_gradients_too(tiny_model, tiny_
     options = DiscoverOptions(method="attrib", edge_nodes=0, sites="resid")
     with torch.no_grad():
         nodes = discover(tiny_model, tiny_saes, tiny_prompts, options, progress=False).nodes
-        assert len(learn_mask(tiny_model, tiny_saes, nodes, tiny_prompts, MaskOptions(steps=1), progress=False).losses)
+        assert len(
+            learn_node_mask(tiny_model, tiny_saes, nodes, tiny_prompts, MaskOptions(steps=1), progress=False).losses
+        )
         measured = measure_faithfulness(
             tiny_model, tiny_saes, nodes, tiny_prompts, FaithfulnessOptions(ablation="optimal", random=0), sizes=[5],
             progress=False,

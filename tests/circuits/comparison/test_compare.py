@@ -20,7 +20,7 @@ from circuits.comparison.study import MEAN, NOISING
 from circuits.comparison.tables import plot, tables
 from circuits.discovery.discover import discover
 from circuits.discovery.options import DiscoverOptions
-from circuits.faithfulness.learned_mask import MaskOptions, learn_mask
+from circuits.faithfulness.learned_mask import MaskOptions, learn_node_mask
 from circuits.faithfulness.nodes import FaithfulnessOptions, measure_faithfulness
 from circuits.metrics.metrics import logit_difference
 from sae.errors import UserError
@@ -72,7 +72,7 @@ def test_the_row_of_masks_is_what_masks_score(comparison, tiny_model, tiny_saes,
     rows = {row.method: row for row in comparison.rows if row.dictionary == "saes"}
     few = {site: tiny_saes[site] for site in map(Site.parse, ("embed", "attn_0", "resid_1"))}
     effects = discover(tiny_model, few, tiny_prompts, DiscoverOptions(method="attrib", edge_nodes=0), progress=False)
-    mask = learn_mask(tiny_model, few, effects.nodes, tiny_prompts, MaskOptions(steps=4), progress=False)
+    mask = learn_node_mask(tiny_model, few, effects.nodes, tiny_prompts, MaskOptions(steps=4), progress=False)
     curve = measure_faithfulness(
         tiny_model, few, mask.nodes, tiny_prompts, FaithfulnessOptions(random=0, resamples=0), sizes=(5, 20),
         progress=False,

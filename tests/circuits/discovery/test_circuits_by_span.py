@@ -12,8 +12,8 @@ from circuits.circuit import Circuit
 from circuits.discovery.discover import discover
 from circuits.discovery.options import DiscoverOptions
 from circuits.faithfulness.ablation import AblationValues, NodeTable, ablation_edits
-from circuits.faithfulness.edges import measure_edge_faithfulness
-from circuits.faithfulness.learned_mask import MaskOptions, learn_mask
+from circuits.faithfulness.edges import edge_faithfulness
+from circuits.faithfulness.learned_mask import MaskOptions, learn_node_mask
 from circuits.faithfulness.nodes import FaithfulnessOptions, measure_faithfulness
 from circuits.metrics.metrics import logit_difference
 from circuits.prompts.alignment import PositionGroups
@@ -85,7 +85,7 @@ def test_faithfulness_at_both_ends(tiny_model, tiny_saes, tiny_prompts, kind, ab
         assert ours.faithfulness == pytest.approx(theirs.faithfulness, abs=1e-4)
         assert ours.completeness == pytest.approx(theirs.completeness, abs=1e-4)
     ours, theirs = (
-        measure_edge_faithfulness(tiny_model, tiny_saes, circuit, on, options, sizes=[30, 100], progress=False)
+        edge_faithfulness(circuit, on, options, sizes=[30, 100], progress=False)
         for circuit, on in ((spans, spanned), (plain, prompts))
     )
     assert ours.faithfulness == pytest.approx(theirs.faithfulness, abs=1e-3)
@@ -185,7 +185,7 @@ def test_prompts_of_new_lengths_share_the_means_of_their_spans(mixed):
 
 def test_exact_effects_patch_a_span_at_once(tiny_model, tiny_saes, mixed):
     circuit = found(tiny_model, tiny_saes, mixed, "spans", edge_nodes=0)
-    result = verify(tiny_model, tiny_saes, circuit, mixed, nodes=10, batch_size=3, max_rows=5, progress=False)
+    result = verify(circuit, mixed, nodes=10, batch_size=3, max_rows=5, progress=False)
     for name, exact in zip(result.names[:6], result.exact, strict=False):
         what, _, span = name.partition("@")
         site, _, feature = what.partition("/")
@@ -209,7 +209,7 @@ def test_exact_effects_patch_a_span_at_once(tiny_model, tiny_saes, mixed):
 def test_masks_by_span_are_the_circuits_whose_faithfulness_is_measured(tiny_model, tiny_saes, mixed):
     nodes = found(tiny_model, tiny_saes, mixed, "spans", edge_nodes=0).nodes
     options = MaskOptions(steps=2, batch_size=4, smallest=5)
-    mask = learn_mask(tiny_model, tiny_saes, nodes, mixed, options, progress=False)
+    mask = learn_node_mask(tiny_model, tiny_saes, nodes, mixed, options, progress=False)
     assert count(mask.nodes) == count(nodes)
     named = [name for site, part in mask.nodes.items() for name in part.ids(site)]
     assert sorted(named) == sorted(name for site, part in nodes.items() for name in part.ids(site))

@@ -11,7 +11,7 @@ from circuits.attribution.nodes import SiteNodes
 from circuits.discovery.discover import discover
 from circuits.discovery.options import DiscoverOptions
 from circuits.faithfulness.ablation import AblationValues, NodeTable
-from circuits.faithfulness.edges import measure_edge_faithfulness, strongest_edges
+from circuits.faithfulness.edges import edge_faithfulness, strongest_edges
 from circuits.faithfulness.nodes import FaithfulnessOptions, measure_faithfulness
 from circuits.metrics.metrics import logit_difference
 from sae.errors import UserError
@@ -82,8 +82,7 @@ def test_node_by_node(make_tiny_model, make_saes, tiny_prompts, architecture, ag
     values = AblationValues(model, saes, table, "mean", reference=prompts)(prompts)
     n_edges = sum(int(w.count_nonzero()) for w in circuit.edges.values())
     sizes = [n_edges // 10, n_edges // 3]
-    result = measure_edge_faithfulness(
-        model, saes, circuit, prompts, FaithfulnessOptions(random=1, batch_size=3, seed=2), sizes=sizes, max_rows=7,
+    result = edge_faithfulness(circuit, prompts, FaithfulnessOptions(random=1, batch_size=3, seed=2), sizes=sizes, max_rows=7,
         progress=False,
     )  # fmt: skip
     assert result.n_edges == n_edges and result.sizes == sizes and result.n_nodes == 30
@@ -102,9 +101,7 @@ def test_node_by_node(make_tiny_model, make_saes, tiny_prompts, architecture, ag
 def test_all_nodes_joined_are_the_nodes_kept(tiny_model, tiny_saes, tiny_prompts, ablation, start_site):
     circuit = circuit_of(tiny_model, tiny_saes, tiny_prompts, edge_nodes=60)
     options = FaithfulnessOptions(ablation, start_site=start_site, random=0)
-    edges = measure_edge_faithfulness(
-        tiny_model, tiny_saes, circuit, tiny_prompts, options, sizes=[1, 10**6], progress=False
-    )
+    edges = edge_faithfulness(circuit, tiny_prompts, options, sizes=[1, 10**6], progress=False)
     nodes = measure_faithfulness(
         tiny_model, tiny_saes, circuit.edge_nodes, tiny_prompts, options, sizes=[10**6], progress=False
     )
@@ -118,7 +115,7 @@ def test_missing_sites_are_computed_through(tiny_model, tiny_saes, tiny_prompts)
     saes = {site: sae for site, sae in tiny_saes.items() if site.kind == "mlp"}
     circuit = circuit_of(tiny_model, saes, tiny_prompts, edge_nodes=200)
     options = FaithfulnessOptions("zero", random=0)
-    edges = measure_edge_faithfulness(tiny_model, saes, circuit, tiny_prompts, options, sizes=[5], progress=False)
+    edges = edge_faithfulness(circuit, tiny_prompts, options, sizes=[5], progress=False)
     nodes = measure_faithfulness(
         tiny_model, saes, circuit.edge_nodes, tiny_prompts, options, sizes=[10**6], progress=False
     )
@@ -142,9 +139,7 @@ def test_true_edges_of_a_known_circuit_suffice_and_each_is_needed():
             )
         only = replace(circuit, edges=edges)
         options = FaithfulnessOptions("counterfactual", random=0, resamples=0)
-        result = measure_edge_faithfulness(
-            truth.model, truth.saes, only, truth.prompts, options, sizes=[len(true)], progress=False
-        )
+        result = edge_faithfulness(only, truth.prompts, options, sizes=[len(true)], progress=False)
         assert result.n_edges == len(true)
         return result.faithfulness[0]
 
@@ -155,9 +150,7 @@ def test_true_edges_of_a_known_circuit_suffice_and_each_is_needed():
 
 def test_table_and_plot(tiny_model, tiny_saes, tiny_prompts, tmp_path):
     circuit = circuit_of(tiny_model, tiny_saes, tiny_prompts, edge_nodes=20)
-    result = measure_edge_faithfulness(
-        tiny_model, tiny_saes, circuit, tiny_prompts, FaithfulnessOptions(random=2), sizes=[5, 10], progress=False
-    )
+    result = edge_faithfulness(circuit, tiny_prompts, FaithfulnessOptions(random=2), sizes=[5, 10], progress=False)
     assert len(result.table().splitlines()) == 4 and len(result.random) == 2
     assert result.plot(tmp_path / "edges.svg").read_text().lstrip().startswith("<?xml")
     assert result.to_dict()["sizes"] == [5, 10]
@@ -166,13 +159,9 @@ def test_table_and_plot(tiny_model, tiny_saes, tiny_prompts, tmp_path):
 def test_what_cannot_be_measured(tiny_model, tiny_saes, tiny_prompts):
     circuit = circuit_of(tiny_model, tiny_saes, tiny_prompts, edge_nodes=10)
     with pytest.raises(UserError, match="errors as nodes"):
-        measure_edge_faithfulness(
-            tiny_model, tiny_saes, circuit, tiny_prompts, FaithfulnessOptions(errors="keep"), progress=False
-        )
+        edge_faithfulness(circuit, tiny_prompts, FaithfulnessOptions(errors="keep"), progress=False)
     with pytest.raises(UserError, match="no edges"):
-        measure_edge_faithfulness(
-            tiny_model, tiny_saes, replace(circuit, edges={}, edge_nodes={}), tiny_prompts, progress=False
-        )
+        edge_faithfulness(replace(circuit, edges={}, edge_nodes={}), tiny_prompts, progress=False)
 
 
 def test_strongest_edges_by_hand():
@@ -193,8 +182,7 @@ def test_nodes_whose_parents_have_none(tiny_model, tiny_saes, tiny_prompts):
     edges = {(up, down): weights for (up, down), weights in circuit.edges.items() if up in late}
     options = FaithfulnessOptions(random=0)
     few = replace(circuit, edge_nodes=nodes, edges=edges)
-    found = measure_edge_faithfulness(
-        tiny_model, tiny_saes, few, tiny_prompts, options, sizes=[10**6], progress=False
+    found = edge_faithfulness(few, tiny_prompts, options, sizes=[10**6], progress=False
     )  # fmt: skip
     kept = measure_faithfulness(tiny_model, tiny_saes, nodes, tiny_prompts, options, sizes=[10**6], progress=False)
     assert found.n_nodes > 2

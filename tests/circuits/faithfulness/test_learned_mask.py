@@ -17,7 +17,7 @@ from circuits.faithfulness.learned_mask import (
     budget_gates,
     budget_range,
     draw_budgets,
-    learn_mask,
+    learn_node_mask,
     mask_loss,
     masked_logits,
     starting_scores,
@@ -98,7 +98,7 @@ def test_nodes_by_position_have_gates_by_position(tiny_model, tiny_saes, tiny_pr
     edits = ablation_edits(tiny_saes, gates.table, select_nodes(nodes, top=40), values, prompts, keep=True)
     ours = metrics(tiny_model, prompts, gates.edits(at, values, prompts))
     torch.testing.assert_close(ours, metrics(tiny_model, prompts, edits), atol=1e-4, rtol=0)
-    assert count(learn_mask(tiny_model, tiny_saes, nodes, prompts, QUICK, progress=False).nodes) == count(nodes)
+    assert count(learn_node_mask(tiny_model, tiny_saes, nodes, prompts, QUICK, progress=False).nodes) == count(nodes)
 
 
 def test_gradient_against_finite_differences(tiny_model, tiny_saes, tiny_prompts, nodes, gates, values):
@@ -175,7 +175,7 @@ def test_the_true_nodes_are_found_without_attribution():
     """Induction model set by hand, scores alike at the start: what is kept longest are the nodes of its circuit."""
     truth = induction()
     options = MaskOptions(start="equal", steps=40, batch_size=16, smallest=5, largest=100)
-    mask = learn_mask(truth.model, truth.saes, every_node(truth.saes), truth.prompts, options, progress=False)
+    mask = learn_node_mask(truth.model, truth.saes, every_node(truth.saes), truth.prompts, options, progress=False)
     scores = {
         name: effect
         for site, here in mask.nodes.items()
@@ -186,7 +186,7 @@ def test_the_true_nodes_are_found_without_attribution():
 
 def test_nothing_before_the_start_site_is_masked(tiny_model, tiny_saes, tiny_prompts, nodes):
     options = MaskOptions(steps=2, batch_size=4, smallest=5, start_site="attn_1")
-    mask = learn_mask(tiny_model, tiny_saes, nodes, tiny_prompts, options, progress=False)
+    mask = learn_node_mask(tiny_model, tiny_saes, nodes, tiny_prompts, options, progress=False)
     assert min(mask.nodes) == Site("attn", 1)
 
 
@@ -212,7 +212,7 @@ def test_starting_at_the_first_masked_site_changes_nothing(tiny_model, tiny_saes
 @pytest.mark.parametrize("errors", ["keep", "ablate"])
 def test_errors_that_are_no_nodes(tiny_model, tiny_saes, tiny_prompts, nodes, errors):
     options = MaskOptions(steps=2, batch_size=4, smallest=5, errors=errors)
-    mask = learn_mask(tiny_model, tiny_saes, nodes, tiny_prompts, options, progress=False)
+    mask = learn_node_mask(tiny_model, tiny_saes, nodes, tiny_prompts, options, progress=False)
     assert not any(here.is_error.any() for here in mask.nodes.values())
     features = {site: here[~here.is_error] for site, here in nodes.items()}
     gates = Gates(tiny_saes, features, errors=errors)
@@ -222,7 +222,7 @@ def test_errors_that_are_no_nodes(tiny_model, tiny_saes, tiny_prompts, nodes, er
 
 def test_the_ranking_is_a_permutation_of_the_nodes_and_repeats_by_seed(tiny_model, tiny_saes, tiny_prompts, nodes):
     first, again, other = (
-        learn_mask(tiny_model, tiny_saes, nodes, tiny_prompts, options, progress=False)
+        learn_node_mask(tiny_model, tiny_saes, nodes, tiny_prompts, options, progress=False)
         for options in (QUICK, QUICK, MaskOptions(steps=4, batch_size=4, smallest=5, seed=1))
     )
     assert first.losses == again.losses != other.losses
@@ -242,7 +242,7 @@ def test_the_ranking_is_a_permutation_of_the_nodes_and_repeats_by_seed(tiny_mode
 )  # fmt: skip
 def test_a_mask_does_not_depend_on_how_many_prompts_run_at_once(tiny_model, tiny_saes, tiny_prompts, nodes, options):
     few, all_of_them = (
-        learn_mask(tiny_model, tiny_saes, nodes, tiny_prompts, replace(options, batch_size=size), progress=False)
+        learn_node_mask(tiny_model, tiny_saes, nodes, tiny_prompts, replace(options, batch_size=size), progress=False)
         for size in (3, 64)
     )
     assert few.losses == pytest.approx(all_of_them.losses, rel=1e-3)

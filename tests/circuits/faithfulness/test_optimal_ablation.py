@@ -12,7 +12,7 @@ from circuits.attribution.nodes import SiteNodes, select_nodes
 from circuits.discovery.discover import discover
 from circuits.discovery.options import DiscoverOptions
 from circuits.faithfulness.ablation import AblationValues, NodeTable
-from circuits.faithfulness.learned_mask import MaskOptions, learn_mask
+from circuits.faithfulness.learned_mask import MaskOptions, learn_node_mask
 from circuits.faithfulness.nodes import FaithfulnessOptions, from_start_site, measure_faithfulness
 from circuits.faithfulness.optimal_ablation import (
     FitOptions,
@@ -147,5 +147,5 @@ def test_faithfulness_with_optimal_constants(tiny_model, tiny_saes, tiny_prompts
 
 def test_masks_learned_with_their_constants(tiny_model, tiny_saes, tiny_prompts, nodes):
     options = MaskOptions(steps=3, batch_size=4, smallest=5, ablation="optimal")
-    mask = learn_mask(tiny_model, tiny_saes, nodes, tiny_prompts, options, progress=False)
+    mask = learn_node_mask(tiny_model, tiny_saes, nodes, tiny_prompts, options, progress=False)
     assert mask.options["ablation"] == "optimal" and len(mask.losses) == 3

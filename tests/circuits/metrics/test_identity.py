@@ -11,7 +11,7 @@ import torch
 from circuits.circuit import Circuit
 from circuits.discovery.discover import discover
 from circuits.discovery.options import DiscoverOptions
-from circuits.faithfulness.edges import measure_edge_faithfulness
+from circuits.faithfulness.edges import edge_faithfulness
 from circuits.faithfulness.nodes import FaithfulnessOptions
 from circuits.metrics import metrics as behaviour
 from circuits.metrics.identity import code_fingerprint
@@ -90,13 +90,9 @@ def circuit(tiny_model, tiny_saes, tiny_prompts):
 def test_everything_measured_of_a_circuit_uses_its_own_metric(circuit, tiny_model, tiny_saes, tiny_prompts):
     m = behaviour.metric_values(tiny_model, tiny_prompts, scaled(2.0))
     assert circuit.metadata["m_clean"] == pytest.approx(m.mean().item(), abs=1e-5)
-    exact = verify(tiny_model, tiny_saes, circuit, tiny_prompts, nodes=4, progress=False)
-    assert (
-        exact.exact
-        == verify(tiny_model, tiny_saes, circuit, tiny_prompts, nodes=4, metric=scaled(2.0), progress=False).exact
-    )
-    edges = measure_edge_faithfulness(
-        tiny_model, tiny_saes, circuit, tiny_prompts, FaithfulnessOptions(random=0, resamples=0), sizes=[5],
+    exact = verify(circuit, tiny_prompts, nodes=4, progress=False)
+    assert exact.exact == verify(circuit, tiny_prompts, nodes=4, metric=scaled(2.0), progress=False).exact
+    edges = edge_faithfulness(circuit, tiny_prompts, FaithfulnessOptions(random=0, resamples=0), sizes=[5],
         progress=False,
     )  # fmt: skip
     assert edges.m_model == pytest.approx(m.mean().item(), abs=1e-5)
@@ -106,7 +102,7 @@ def test_a_saved_circuit_asks_for_its_code(circuit, tmp_path, tiny_model, tiny_s
     circuit.save(tmp_path, graph=circuit.graph(nodes=5))
     again = Circuit.load(tmp_path)
     with pytest.raises(UserError, match=r"scaled.<locals>.metric', which is Python code"):
-        verify(tiny_model, tiny_saes, again, tiny_prompts, nodes=4, progress=False)
+        verify(again, tiny_prompts, nodes=4, progress=False)
     with pytest.raises(UserError, match="give the same function"):
         again.get_metric(scaled(3.0))
     with pytest.raises(UserError, match="'kl' now has none"):

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from circuits.attribution import METHODS
 from circuits.discovery.discover import discover
 from circuits.discovery.options import DiscoverOptions
-from circuits.faithfulness.edges import measure_edge_faithfulness
-from circuits.faithfulness.learned_mask import MaskOptions, learn_mask
+from circuits.faithfulness.edges import edge_faithfulness
+from circuits.faithfulness.learned_mask import MaskOptions, learn_node_mask
 from circuits.faithfulness.nodes import FaithfulnessOptions, measure_faithfulness
 from circuits.metrics.fit_probe import fit_probe, read_site
 from circuits.metrics.metrics import absolute, get_metric
@@ -83,18 +83,16 @@ def test_everything_that_is_measured(tiny_model, tiny_saes, tiny_prompts, probe,
         metric=options.metric, progress=False,
     )  # fmt: skip
     assert result.m_model == pytest.approx(by_hand(tiny_model, probe, tiny_prompts.clean).mean().item(), abs=1e-4)
-    edges = measure_edge_faithfulness(
-        tiny_model, tiny_saes, circuit, tiny_prompts, FaithfulnessOptions(random=0), sizes=[20], progress=False
-    )
+    edges = edge_faithfulness(circuit, tiny_prompts, FaithfulnessOptions(random=0), sizes=[20], progress=False)
     kept = measure_faithfulness(
         tiny_model, tiny_saes, circuit.edge_nodes, tiny_prompts, FaithfulnessOptions(random=0), sizes=[10_000],
         metric=options.metric, progress=False,
     )  # fmt: skip
     assert edges.m_model == pytest.approx(result.m_model, abs=1e-4)
     assert edges.all_joined == pytest.approx(kept.faithfulness[0], abs=2e-3)
-    exact = verify(tiny_model, tiny_saes, circuit, tiny_prompts, nodes=10, max_rows=3, progress=False)
+    exact = verify(circuit, tiny_prompts, nodes=10, max_rows=3, progress=False)
     assert exact.correlation is None or exact.correlation > 0.5
-    mask = learn_mask(
+    mask = learn_node_mask(
         tiny_model, tiny_saes, circuit.nodes, tiny_prompts, MaskOptions(steps=2, batch_size=4), metric=options.metric,
         progress=False,
     )  # fmt: skip

@@ -44,7 +44,7 @@ def test_exact_effects_by_hand(tiny_model, tiny_saes, tiny_prompts, aggregation)
     circuit = discover(
         tiny_model, tiny_saes, prompts, DiscoverOptions(aggregation=aggregation, edge_nodes=0), progress=False
     )
-    result = verify(tiny_model, tiny_saes, circuit, prompts, nodes=12, batch_size=3, max_rows=5, progress=False)
+    result = verify(circuit, prompts, nodes=12, batch_size=3, max_rows=5, progress=False)
     assert len(result.names) == 12 and any("error" in name for name in result.names)
     assert [abs(value) for value in result.estimated] == sorted(map(abs, result.estimated), reverse=True)
     for name, exact in zip(result.names, result.exact, strict=True):
@@ -55,7 +55,7 @@ def test_the_exact_method_agrees_with_itself(tiny_model, tiny_saes, tiny_prompts
     circuit = discover(
         tiny_model, tiny_saes, tiny_prompts, DiscoverOptions(method="exact", edge_nodes=0), progress=False
     )
-    result = verify(tiny_model, tiny_saes, circuit, tiny_prompts, nodes=20, progress=False)
+    result = verify(circuit, tiny_prompts, nodes=20, progress=False)
     assert result.exact == pytest.approx(result.estimated, abs=1e-5)
     assert not result.disagreements and result.correlation == pytest.approx(1)
     assert result.summary() == "verified 20 nodes by exact patching, correlation 1.000: all agree"
@@ -66,11 +66,11 @@ def test_wrong_estimates_are_marked_and_kept_with_the_graph(tiny_model, tiny_sae
     circuit = discover(
         tiny_model, tiny_saes, tiny_prompts, DiscoverOptions(method="exact", edge_nodes=20), progress=False
     )
-    first, second, *_ = verify(tiny_model, tiny_saes, circuit, tiny_prompts, nodes=2, progress=False).names
+    first, second, *_ = verify(circuit, tiny_prompts, nodes=2, progress=False).names
     wrong = circuit
     for name, factor in ((first, -1.0), (second, 3.0)):
         wrong = scaled(wrong, name, factor)
-    result = verify(tiny_model, tiny_saes, wrong, tiny_prompts, nodes=5, progress=False)
+    result = verify(wrong, tiny_prompts, nodes=5, progress=False)
     assert result.disagreements == {first: "sign", second: "size"}
     assert result.summary().endswith("1 disagree in sign and 1 disagree in size")
     wrong = verified(wrong, result)
@@ -105,4 +105,4 @@ def test_no_node_to_verify(tiny_model, tiny_saes, tiny_prompts):
         tiny_model, tiny_saes, tiny_prompts, DiscoverOptions(method="attrib", edge_nodes=0), progress=False
     )
     with pytest.raises(UserError, match="at least 1"):
-        verify(tiny_model, tiny_saes, circuit, tiny_prompts, nodes=0, progress=False)
+        verify(circuit, tiny_prompts, nodes=0, progress=False)

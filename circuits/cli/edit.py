@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from circuits.circuit import circuit_digest, circuit_folder
 from circuits.cli.common import Loaded, Output, UsesSaes, record
 from circuits.cli.results import MADE_WITH, Named, different_options, digest_of, made_with, read_result
-from circuits.editing.edit import ablate
+from circuits.editing.edit import Edit, EditOptions, Operation, measure_edit
 from circuits.editing.targets import needs_spans
 from sae._files import write_json
 from sae._options import Activation, Count, Positive, Range, Repeats, Seed
@@ -55,37 +55,33 @@ class _Edit(UsesSaes, Named):
     metric: str | None = None
     """The circuit's metric again, where it is Python code (file.py:function): no code runs because a run names it."""
 
-    def edit(self, operation, value: float | None) -> Output:
+    def edit(self, operation: Operation, value: float | None) -> Output:
         if (self.top is None) == (self.features is None):
             raise UserError("say which features to edit: either --top N or --features resid_3/120,mlp_2/7")
         with lock(circuit_folder(self.circuit).parent, shared=True):
             return self._edit(operation, value)
 
-    def _edit(self, operation, value: float | None) -> Output:
-        path, options = self._file(operation, value)
+    def _edit(self, operation: Operation, value: float | None) -> Output:
+        path, made_with_these = self._file(operation, value)
         loaded = Loaded.of(self.circuit, self, model=self.model, saes=self.saes, metric=self.metric)
         names = self.features or loaded.circuit.strongest_features(self.top or 0)
-        report = ablate(
-            loaded.model,
-            loaded.saes,
-            names,
-            loaded.prompts(self.prompts, limit=self.examples, need_spans=needs_spans(names)),
-            operation=operation,
-            value=value,
-            texts=list(islice(TextSource.of(self.text).read(), self.texts)) if self.text else None,
+        prompts = loaded.prompts(self.prompts, limit=self.examples, need_spans=needs_spans(names))
+        options = EditOptions(
+            texts=list(islice(TextSource.of(self.text).read(), self.texts)) if self.text else [],
             generate=self.generate,
             new_tokens=self.new_tokens,
             n_random=self.random,
             same_sites=not self.random_anywhere,
             seed=self.seed,
-            metric=loaded.metric,
         )
-        data = {**report.to_dict(), MADE_WITH: options}
+        edit = Edit(names, operation, value)
+        report = measure_edit(loaded.model, loaded.saes, edit, prompts, options, metric=loaded.metric)
+        data = {**report.to_dict(), MADE_WITH: made_with_these}
         write_json(path, data)
         record(circuit_folder(self.circuit).parent, f"edit {path.stem}", self)
         return Output(f"{report.table()}\nwrote {path}", data)
 
-    def _file(self, operation: str, value: float | None) -> tuple[Path, dict[str, Any]]:
+    def _file(self, operation: Operation, value: float | None) -> tuple[Path, dict[str, Any]]:
         """edits/NAME.json and what it is made with; without a name, one made from the edit, with a digest where there
         is another edit of that name.
         """

@@ -26,93 +26,170 @@ Shapes: B prompts, S positions, d model width, F features of a site, n edited fe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from circuits.circuit import Circuit, FeatureNames
 from circuits.editing.measures import continuations, measure
+from circuits.editing.random_features import active_features, random_features
 from circuits.editing.results import Behaviour, EditReport
 from circuits.editing.targets import (
     EVERYWHERE,
     Features,
-    PlacedEdits,
+    SpanEdits,
+    counted_activations,
     feature_names,
     parse_features,
-    split_by_place,
+    split_by_span,
     tokens_at,
 )
-from circuits.metrics import metrics as behaviour
+from circuits.metrics.metrics import Metric, get_metric, has_shares, logit_difference, metric_title, prepare
 from circuits.prompts.dataset import PromptSet
 from sae.autoencoder import SparseAutoencoder
-from sae.data.batches import counted_tokens, token_batches
+from sae.data.batches import token_batches
 from sae.data.predictions import cross_entropy
 from sae.errors import UserError, unknown
+from sae.model.hook_points import SiteEdit
+from sae.model.language_model import LanguageModel, Tokens
 from sae.model.sites import Site
 from sae.saes import as_saes
 from sae.splice import ensure_checked
-
-if TYPE_CHECKING:
-    from sae.model.language_model import LanguageModel, Tokens
 
 Operation = Literal["zero", "mean", "set", "scale", "steer"]
 
 NEEDS_VALUE = ("set", "scale", "steer")
 
-PlacedFeatures = Mapping[str, Features]
-"""Chosen features by place."""
+SpanFeatures = Mapping[str, Features]
+"""Edited features by the span or position of the prompts where they are edited; under "" those edited everywhere."""
 
 
-# ------------------------------------------------------------------------------------------ random features
+@dataclass(frozen=True)
+class Edit:
+    """Which features become what, and where.
+
+    Raises:
+        UserError: For an unknown operation, or a value that is missing, not finite or not needed.
+    """
+
+    features: str | Sequence[str]
+    """Names such as `resid_3/120`, comma-separated or in a list; `resid_3/120@subject` at a span of the prompts alone,
+    `resid_3/120@5` at a position.
+    """
+    operation: Operation = "zero"
+    """What the features become: see the head of this module."""
+    value: float | None = None
+    """Of `set`, `scale` and `steer`, in units of the feature's activation, for `scale` a factor."""
+
+    def __post_init__(self) -> None:
+        check_operation(self.operation, self.value)
+
+    def by_span(self, saes: Mapping[Site, SparseAutoencoder]) -> dict[str, dict[Site, Tensor]]:
+        """The edited features by span and site."""
+        return {span: parse_features(names, saes) for span, names in split_by_span(self.features).items()}
 
 
-def active_features(
-    model: LanguageModel,
-    saes: Mapping[Site, SparseAutoencoder],
-    prompts: PromptSet,
+@dataclass(frozen=True)
+class EditOptions:
+    """What is measured of an edited model, and with what it is compared."""
+
+    texts: Sequence[str] = ()
+    """Other text for the cross-entropy, and the reference of `mean`."""
+    generate: int = 0
+    """Prompts that are continued before and after."""
+    new_tokens: int = 30
+    """Length of a continuation."""
+    n_random: int = 5
+    """Draws of as many random active features, given the same edit."""
+    same_sites: bool = True
+    """Whether as many are drawn at each site as are edited there; else from all sites together."""
+    seed: int = 0
+    """Seed of the draws."""
+    batch_size: int = 64
+    """Prompts that go through the model at once."""
+
+
+# ------------------------------------------------------------------------------------------ the front door
+
+
+def ablate(
+    features: FeatureNames | Sequence[str] | str,
+    prompts: PromptSet | None = None,
     *,
-    place: str = EVERYWHERE,
-    batch_size: int = 64,
-) -> dict[Site, Tensor]:
-    """Features that are active on at least one token of the clean prompts (special tokens aside), by site; place: on
-    at least one of its tokens.
+    circuit: Circuit | None = None,
+    operation: Literal["zero", "mean", "set"] = "zero",
+    value: float | None = None,
+    options: EditOptions | None = None,
+) -> EditReport:
+    """Take features out of the model, or fix their value, and measure what becomes of the behaviour.
+
+    Args:
+        features: `circuit.strongest_features(n)`, or names (see `Edit.features`) of features of `circuit`.
+        prompts: What to measure on, best held out; the prompts the circuit was found on by default.
+        circuit: The circuit, whose model, SAEs and metric are used; where `features` do not know it.
+        operation: `zero`, `mean` (over `options.texts`, else over the prompts) or `set` to `value`.
+        value: Activation for `set`.
+        options: Other text, continuations and random features to compare with.
+
+    Returns:
+        The behaviour before and after, overall and by case, beside the same edit of random features.
+
+    Raises:
+        UserError: For a name that is no feature, or a value that the operation does not take.
     """
-    found: dict[Site, list[Tensor]] = {site: [] for site in saes}
-    for batch in prompts.batches(batch_size):
-        for site, x in _real_activations(model, batch.clean, saes, tokens_at(batch, place)).items():
-            found[site].append(saes[site].encode_sparse(x).feature.unique())
-    return {site: torch.cat(parts).unique().cpu() for site, parts in found.items()}
+    return _edit(Edit(features, operation, value), features, prompts, circuit, options)
 
 
-def random_features(
-    active: Features, like: Features, *, generator: torch.Generator, same_sites: bool = True
-) -> dict[Site, Tensor]:
-    """As many active features as in `like`, none of them in `like`, drawn uniformly without replacement.
+def steer(
+    features: FeatureNames | Sequence[str] | str,
+    prompts: PromptSet | None = None,
+    *,
+    value: float,
+    circuit: Circuit | None = None,
+    operation: Literal["steer", "scale"] = "steer",
+    options: EditOptions | None = None,
+) -> EditReport:
+    """Push the model along features, and measure what becomes of the behaviour.
 
-    same_sites: as many at each site as `like` has there; otherwise from all sites together, where the sites of many
-    active features get many.
+    Args:
+        features: As for `ablate`.
+        prompts: As for `ablate`.
+        value: What is added to the activation at every token, or for `scale` the factor it is multiplied by.
+        circuit: As for `ablate`.
+        operation: `steer` adds, `scale` multiplies where the feature is active.
+        options: As for `ablate`.
+
+    Returns:
+        As `ablate`.
+
+    Raises:
+        UserError: As `ablate`.
     """
-    pools = {site: index[~torch.isin(index, like[site])] if site in like else index for site, index in active.items()}
-    if same_sites:
-        drawn = {site: _draw(pools[site], len(index), generator) for site, index in like.items()}
-        return {site: index for site, index in drawn.items() if len(index)}
-    owners = torch.cat([torch.full((len(index),), rank) for rank, index in enumerate(pools.values())])
-    pooled = torch.cat(list(pools.values()))
-    chosen = _draw(torch.arange(len(pooled)), sum(map(len, like.values())), generator)
-    drawn = {site: pooled[chosen[owners[chosen] == rank]] for rank, site in enumerate(pools)}
-    return {site: index for site, index in drawn.items() if len(index)}
+    return _edit(Edit(features, operation, value), features, prompts, circuit, options)
 
 
-def _draw(pool: Tensor, n: int, generator: torch.Generator) -> Tensor:
-    return pool[torch.randperm(len(pool), generator=generator)[:n]].sort().values
+def _edit(
+    edit: Edit,
+    features: FeatureNames | Sequence[str] | str,
+    prompts: PromptSet | None,
+    circuit: Circuit | None,
+    options: EditOptions | None,
+) -> EditReport:
+    if circuit is None and isinstance(features, FeatureNames):
+        circuit = features.circuit
+    if circuit is None:
+        raise UserError("whose features are these? Give circuit=, or take circuit.strongest_features(n)")
+    prompts = circuit.prompts if prompts is None else prompts
+    return measure_edit(circuit.model, circuit.saes, edit, prompts, options, metric=circuit.metric)
 
 
 # ------------------------------------------------------------------------------------------ the edit itself
 
 
-class FeatureEdit:
+class SiteFeatureEdit:
     """x -> x' = x + sum_i (f_i' - f_i) W_dec[i] for the features `index` [n] of one site."""
 
     def __init__(self, sae: SparseAutoencoder, index: Tensor, operation: Operation, value: Tensor | None = None):
@@ -131,9 +208,9 @@ class FeatureEdit:
         active = self.sae.encode_sparse(tokens)
         column = torch.full((self.sae.config.n_features,), -1, device=x.device)  # [F]
         column[self.index] = torch.arange(len(self.index), device=x.device)
-        kept = column[active.feature] >= 0
+        edited = column[active.feature] >= 0
         f = torch.zeros(len(tokens), len(self.index), device=x.device)  # [N, n]
-        f[active.token[kept], column[active.feature[kept]]] = active.value[kept].float()
+        f[active.token[edited], column[active.feature[edited]]] = active.value[edited].float()
         return f.reshape(*x.shape[:-1], -1)
 
     def change(self, f: Tensor) -> Tensor:
@@ -159,19 +236,19 @@ def make_edits(
     operation: Operation = "zero",
     value: float | None = None,
     means: Mapping[Site, Tensor] | None = None,
-) -> dict[Site, Callable[[Tensor], Tensor]]:
+) -> dict[Site, SiteEdit]:
     """Edits by site, for `LanguageModel.run` and `LanguageModel.generate`. means: [n] by site, for `mean`."""
     check_operation(operation, value)
     if operation == "mean" and means is None:
         raise UserError("the operation 'mean' needs the means of the features: see feature_means")
-    edits: dict[Site, Callable[[Tensor], Tensor]] = {}
+    edits: dict[Site, SiteEdit] = {}
     for site, index in features.items():
         if operation == "mean":
             assert means is not None
             target: Tensor | None = means[site]
         else:
             target = None if value is None else torch.tensor(float(value))
-        edits[site] = FeatureEdit(saes[site], index, operation, target)
+        edits[site] = SiteFeatureEdit(saes[site], index, operation, target)
     return edits
 
 
@@ -199,149 +276,116 @@ def feature_means(
     """Mean of each chosen feature over all tokens (special tokens aside) of the batches, or those of `where` ([B, S]
     bool each): [n] by site.
     """
-    readers = {site: FeatureEdit(saes[site], index, "zero") for site, index in features.items()}
+    readers = {site: SiteFeatureEdit(saes[site], index, "zero") for site, index in features.items()}
     sums = {site: torch.zeros(len(index), device=as_saes(saes).device) for site, index in features.items()}
     n_tokens = 0
-    for tokens, at in zip(batches, where or [None] * len(batches), strict=True):
-        activations = _real_activations(model, tokens, features, at)
+    for tokens, mask in zip(batches, where or [None] * len(batches), strict=True):
+        activations = counted_activations(model, tokens, features, mask)
         n_tokens += len(next(iter(activations.values())))
         for site, x in activations.items():
             sums[site] += readers[site].features(x).sum(0)
     return {site: total / max(n_tokens, 1) for site, total in sums.items()}
 
 
-def _real_activations(
-    model: LanguageModel, tokens: Tokens, sites: Mapping[Site, object], where: Tensor | None = None
-) -> dict[Site, Tensor]:
-    """x [N, d] by site at the tokens (of `where` [B, S]) that are neither padding nor special."""
-    real = counted_tokens(model, tokens)  # [B, S]
-    real = real if where is None else real & where
-    with torch.no_grad():
-        run = model.run(tokens, capture=list(sites), need_logits=False)
-    return {site: x[real] for site, x in run.activations.items()}
-
-
 # ------------------------------------------------------------------------------------------ editing and measuring
 
 
-def ablate(
+def measure_edit(
     model: LanguageModel,
     saes: Mapping[Site, SparseAutoencoder],
-    features: str | Sequence[str],
+    edit: Edit,
     prompts: PromptSet,
+    options: EditOptions | None = None,
     *,
-    operation: Operation = "zero",
-    value: float | None = None,
-    texts: Sequence[str] | None = None,
-    generate: int = 0,
-    new_tokens: int = 30,
-    n_random: int = 5,
-    same_sites: bool = True,
-    seed: int = 0,
-    metric: str | behaviour.Metric | None = None,
-    batch_size: int = 64,
-    max_length: int | None = None,
+    metric: str | Metric | None = None,
 ) -> EditReport:
-    """Edit the features and report what that does to the behaviour, to other text and to continuations.
-
-    features: names such as resid_3/120, or with a place resid_3/120@subject. texts: other text for the cross-entropy,
-    and the reference of `mean`. generate: how many prompts to continue. metric: what is reported; for an edit through a
-    circuit that circuit's own (`Circuit.get_metric`), the logit difference by default.
-    n_random: draws of equally many random active features (see `random_features`) given the same edit.
-    """
-    check_operation(operation, value)
-    chosen = {place: parse_features(names, saes) for place, names in split_by_place(features).items()}
-    if texts and set(chosen) != {EVERYWHERE}:
+    """Edit features of any SAEs and report what that does; metric: the logit difference by default."""
+    options = options or EditOptions()
+    features = edit.by_span(saes)
+    if options.texts and set(features) != {EVERYWHERE}:
         raise UserError("other text has no spans of the prompts: leave it out, or edit features everywhere")
-    ensure_checked(model, saes, {site for at in chosen.values() for site in at})
-    in_order = sorted(texts or [], key=len)
-    other = list(token_batches(model, in_order, max_tokens=None, batch_size=16, context=max_length))
-    m = behaviour.get_metric(metric or behaviour.logit_difference)
-    prompts = behaviour.prepare(prompts, model, m)
-    trial = _Trial(model, saes, prompts, other, operation, value, m, batch_size)
-    draws = trial.random_features(chosen, n=n_random, same_sites=same_sites, seed=seed)
-    wanted, drawn = _count(chosen), min(map(_count, draws), default=0)
-    edits = trial.edits(chosen)
+    ensure_checked(model, saes, {site for of_span in features.values() for site in of_span})
+    m = get_metric(metric or logit_difference)
+    texts = list(token_batches(model, sorted(options.texts, key=len), max_tokens=None, batch_size=16))
+    trial = _Trial(model, saes, prepare(prompts, model, m), texts, edit, m, options)
+    draws = trial.draw_random_features(features)
+    n_edited, n_drawn = _count(features), min(map(_count, draws), default=0)
+    draws = draws if n_drawn else []
+    edits = trial.edits(features)
     return EditReport(
-        features=_placed_names(chosen),
-        operation=operation,
-        value=value,
-        metric=trial.metric_name,
-        shares=behaviour.has_shares(m),
+        features=_names(features),
+        operation=edit.operation,
+        value=edit.value,
+        metric=metric_title(m, trial.prompts),
+        shares=has_shares(m),
         n_prompts=len(prompts),
-        n_texts=len(texts or []),
-        before=trial.behaviour(PlacedEdits({})),
+        n_texts=len(options.texts),
+        before=trial.behaviour(SpanEdits({})),
         after=trial.behaviour(edits),
-        random=[trial.behaviour(trial.edits(draw)) for draw in draws if drawn],
-        random_features=[_placed_names(draw) for draw in draws if drawn],
-        random_left=drawn if n_random and drawn < wanted else None,
-        continuations=continuations(model, prompts, edits, n=generate, new_tokens=new_tokens),
-        seed=seed,
+        random=[trial.behaviour(trial.edits(draw)) for draw in draws],
+        random_features=[_names(draw) for draw in draws],
+        random_left=n_drawn if options.n_random and n_drawn < n_edited else None,
+        continuations=continuations(model, trial.prompts, edits, n=options.generate, new_tokens=options.new_tokens),
+        seed=options.seed,
     )
 
 
 @dataclass(frozen=True)
 class _Trial:
-    """One way to edit features: which at random beside the chosen ones, and what is measured of the edited model."""
+    """One way to edit features, whichever they are, and what is measured of the edited model."""
 
     model: LanguageModel
     saes: Mapping[Site, SparseAutoencoder]
     prompts: PromptSet
-    other: Sequence[Tokens]
+    texts: Sequence[Tokens]
     """Batches of other text."""
-    operation: Operation
-    value: float | None
-    metric: behaviour.Metric
-    batch_size: int
+    edit: Edit
+    metric: Metric
+    options: EditOptions
 
-    @property
-    def metric_name(self) -> str:
-        """What the report calls what is measured."""
-        return behaviour.metric_title(self.metric, self.prompts)
-
-    def random_features(
-        self, chosen: PlacedFeatures, *, n: int, same_sites: bool, seed: int
-    ) -> list[dict[str, dict[Site, Tensor]]]:
-        """n times as many random active features as are chosen, at the same places."""
-        if not n:
+    def draw_random_features(self, like: SpanFeatures) -> list[dict[str, dict[Site, Tensor]]]:
+        """Draws of as many random active features as are edited, at the same spans."""
+        if not self.options.n_random:
             return []
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(self.options.seed)
+        size = self.options.batch_size
         active = {
-            place: active_features(self.model, self.saes, self.prompts, place=place, batch_size=self.batch_size)
-            for place in chosen
+            span: active_features(self.model, self.saes, self.prompts, span=span, batch_size=size) for span in like
         }
+        same_sites = self.options.same_sites
         return [
             {
-                place: random_features(active[place], like, generator=generator, same_sites=same_sites)
-                for place, like in chosen.items()
+                span: random_features(active[span], features, generator=generator, same_sites=same_sites)
+                for span, features in like.items()
             }
-            for _ in range(n)
+            for _ in range(self.options.n_random)
         ]
 
-    def edits(self, features: PlacedFeatures) -> PlacedEdits:
-        """The edits of features at their places."""
-        return PlacedEdits({place: self._edits_at(place, here) for place, here in features.items()})
+    def edits(self, features: SpanFeatures) -> SpanEdits:
+        """The edits of features at their spans."""
+        return SpanEdits({span: self._edits_at(span, of_span) for span, of_span in features.items()})
 
-    def _edits_at(self, place: str, features: Features) -> dict[Site, Callable[[Tensor], Tensor]]:
-        """`mean` is over the other text where there is any, else over the tokens of the place."""
+    def _edits_at(self, span: str, features: Features) -> dict[Site, SiteEdit]:
+        """`mean` is over the other text where there is any, else over the tokens of the span."""
         means = None
-        if self.operation == "mean":
-            batches = list(self.prompts.batches(self.batch_size))
-            where = None if self.other else [tokens_at(batch, place) for batch in batches]
-            text = self.other or [batch.clean for batch in batches]
+        if self.edit.operation == "mean":
+            batches = list(self.prompts.batches(self.options.batch_size))
+            where = None if self.texts else [tokens_at(batch, span) for batch in batches]
+            text = self.texts or [batch.clean for batch in batches]
             means = feature_means(self.model, self.saes, features, text, where=where)
-        return make_edits(self.saes, features, operation=self.operation, value=self.value, means=means)
+        return make_edits(self.saes, features, operation=self.edit.operation, value=self.edit.value, means=means)
 
-    def behaviour(self, edits: PlacedEdits) -> Behaviour:
+    def behaviour(self, edits: SpanEdits) -> Behaviour:
         """The behaviour of the edited model, with the cross-entropy on the other text where there is any."""
-        scores = measure(self.model, self.prompts, edits=edits, metric=self.metric, batch_size=self.batch_size)
-        ce = cross_entropy(self.model, self.other, edits=edits(self.prompts[:1])) if self.other else None
+        size = self.options.batch_size
+        scores = measure(self.model, self.prompts, edits=edits, metric=self.metric, batch_size=size)
+        ce = cross_entropy(self.model, self.texts, edits=edits(self.prompts[:1])) if self.texts else None
         return replace(scores, ce=ce)
 
 
-def _count(features: PlacedFeatures) -> int:
-    return sum(len(index) for at in features.values() for index in at.values())
+def _count(features: SpanFeatures) -> int:
+    return sum(len(index) for of_span in features.values() for index in of_span.values())
 
 
-def _placed_names(features: PlacedFeatures) -> list[str]:
-    return [f"{name}@{place}" if place else name for place, at in features.items() for name in feature_names(at)]
+def _names(features: SpanFeatures) -> list[str]:
+    return [f"{name}@{span}" if span else name for span, of_span in features.items() for name in feature_names(of_span)]

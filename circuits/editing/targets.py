@@ -1,7 +1,7 @@
 """Which features are edited, and where: `resid_3/120` everywhere, `resid_3/120@subject` at a named span of the prompts
 alone, `resid_3/120@5` at a token position.
 
-x' = x + sum over places of where * (edit(x) - x): what is edited at one place does not see what is at another. Places
+x' = x + sum over spans of where * (edit(x) - x): what is edited at one span does not see what is at another. Spans
 belong to the prompts: in generation they are the prompt's tokens, never later ones, and other text has none.
 
 Shapes: B prompts, S positions.
@@ -16,8 +16,10 @@ from torch import Tensor
 
 from circuits.prompts.dataset import PromptSet
 from sae.autoencoder import SparseAutoencoder
+from sae.data.batches import counted_tokens
 from sae.errors import UserError, unknown
 from sae.model.hook_points import SiteEdit
+from sae.model.language_model import LanguageModel, Tokens
 from sae.model.sites import Site
 from sae.saes import as_saes
 
@@ -56,78 +58,89 @@ def _parse_feature(name: str, saes: Mapping[Site, SparseAutoencoder]) -> tuple[S
     return site, int(index)
 
 
+def counted_activations(
+    model: LanguageModel, tokens: Tokens, sites: Mapping[Site, object], where: Tensor | None = None
+) -> dict[Site, Tensor]:
+    """x [N, d] by site at the tokens (of `where` [B, S]) that are neither padding nor special."""
+    counted = counted_tokens(model, tokens)  # [B, S]
+    counted = counted if where is None else counted & where
+    with torch.no_grad():
+        run = model.run(tokens, capture=list(sites), need_logits=False)
+    return {site: x[counted] for site, x in run.activations.items()}
+
+
 def feature_names(features: Features) -> list[str]:
     """Indices by site -> `["mlp_2/7", "resid_3/120"]`."""
     return [f"{site}/{index}" for site, indices in features.items() for index in indices.tolist()]
 
 
-def split_by_place(names: str | Sequence[str]) -> dict[str, list[str]]:
-    """Feature names without their place, by place: `["a/1", "b/2@verb"]` -> {"": ["a/1"], "verb": ["b/2"]}."""
-    found: dict[str, list[str]] = {}
+def split_by_span(names: str | Sequence[str]) -> dict[str, list[str]]:
+    """Feature names without their span, by span: `["a/1", "b/2@verb"]` -> {"": ["a/1"], "verb": ["b/2"]}."""
+    by_span: dict[str, list[str]] = {}
     for name in names.split(",") if isinstance(names, str) else names:
-        feature, at, place = name.strip().partition("@")
-        if at and not place:
+        feature, at, span = name.strip().partition("@")
+        if at and not span:
             raise UserError(f"{name!r} names no place after the @: write a span, such as {feature}@subject")
-        found.setdefault(place, []).append(feature)
-    return found
+        by_span.setdefault(span, []).append(feature)
+    return by_span
 
 
 def needs_spans(names: str | Sequence[str]) -> bool:
-    """Whether one of the names has a span as its place."""
-    return any(place and not place.isdecimal() for place in split_by_place(names))
+    """Whether one of the names has a span as its span."""
+    return any(span and not span.isdecimal() for span in split_by_span(names))
 
 
-def tokens_at(prompts: PromptSet, place: str) -> Tensor:
-    """[B, S] bool: the tokens of a place, real ones everywhere for the empty place."""
+def tokens_at(prompts: PromptSet, span: str) -> Tensor:
+    """[B, S] bool: the tokens of a span, real ones everywhere for the empty span."""
     real = prompts.clean.attention_mask.bool()
-    if place == EVERYWHERE:
+    if span == EVERYWHERE:
         return real
-    if place.isdecimal() and place not in prompts.spans:
-        inside = (prompts.clean.position_ids == int(place)) & real
+    if span.isdecimal() and span not in prompts.spans:
+        inside = (prompts.clean.position_ids == int(span)) & real
         if not inside.any(1).all():
-            raise UserError(f"position {place} is behind the end of some prompts")
+            raise UserError(f"position {span} is behind the end of some prompts")
         return inside
     if prompts.span_numbers is None:
-        raise UserError(f"there is no span {place!r}: these prompts have no spans")
-    if place not in prompts.spans:
-        raise unknown("span", place, prompts.spans)
-    return prompts.span_numbers == prompts.spans.index(place)
+        raise UserError(f"there is no span {span!r}: these prompts have no spans")
+    if span not in prompts.spans:
+        raise unknown("span", span, prompts.spans)
+    return prompts.span_numbers == prompts.spans.index(span)
 
 
-class PlacedEdits:
-    """Edits by place and site; called with prompts they are the edits of a run of these."""
+class SpanEdits:
+    """Edits by span and site; called with prompts they are the edits of a run of these."""
 
     def __init__(self, edits: Mapping[str, Mapping[Site, SiteEdit]]) -> None:
         self.edits = edits
 
     @property
     def everywhere(self) -> bool:
-        """Whether no edit has a place."""
+        """Whether no edit has a span."""
         return set(self.edits) <= {EVERYWHERE}
 
     @property
     def later(self) -> dict[Site, SiteEdit]:
-        """The edits of tokens that are generated after the prompts: those without a place."""
+        """The edits of tokens that are generated after the prompts: those without a span."""
         return dict(self.edits.get(EVERYWHERE, {}))
 
     def __call__(self, prompts: PromptSet) -> dict[Site, SiteEdit]:
         """Edits for `LanguageModel.run` and `generate` of the clean prompts."""
         if self.everywhere:
             return dict(self.edits.get(EVERYWHERE, {}))
-        where = {place: tokens_at(prompts, place)[..., None] for place in self.edits if place != EVERYWHERE}
+        where = {span: tokens_at(prompts, span)[..., None] for span in self.edits if span != EVERYWHERE}
         sites = {site for edits in self.edits.values() for site in edits}
 
         def edit_of(site: Site) -> SiteEdit:
             def edit(x: Tensor) -> Tensor:
                 result = x
-                for place, edits in self.edits.items():
+                for span, edits in self.edits.items():
                     if site not in edits:
                         continue
                     change = edits[site](x) - x
-                    if place == EVERYWHERE:
+                    if span == EVERYWHERE:
                         result = result + change
                     else:
-                        result = torch.where(where[place], result + change, result)
+                        result = torch.where(where[span], result + change, result)
                 return result
 
             return edit

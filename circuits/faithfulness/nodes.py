@@ -76,10 +76,11 @@ def faithfulness(
         UserError: If no node has an effect from the start site on, ablating every node changes nothing, or no
             reference prompt has a template of the measured prompts.
     """
-    found_on = circuit.prompts if prompts is None or reference is None else None
+    prompts = circuit.prompts if prompts is None else prompts
+    reference = circuit.prompts if reference is None else reference
     return measure_faithfulness(
-        circuit.model, circuit.saes, circuit.nodes, prompts or found_on, options, sizes=sizes,
-        reference=reference or found_on, metric=circuit.metric, progress=progress,
+        circuit.model, circuit.saes, circuit.nodes, prompts, options, sizes=sizes, reference=reference,
+        metric=circuit.metric, progress=progress,
     )  # fmt: skip
 
 

@@ -30,7 +30,7 @@ from circuits.discovery.options import DiscoverOptions
 from circuits.faithfulness.ablation import ABLATIONS
 from circuits.faithfulness.learned_mask import MaskOptions, learn_node_mask
 from circuits.faithfulness.nodes import FaithfulnessOptions, measure_faithfulness
-from circuits.faithfulness.results import Faithfulness
+from circuits.faithfulness.results import NodeFaithfulness
 from circuits.options import ERRORS
 from circuits.prompts.dataset import PromptSet, load_prompts
 from sae.autoencoder import SparseAutoencoder
@@ -72,7 +72,7 @@ class Study:
         return learn_node_mask(self.model, saes, nodes, self.train, options, progress=False).nodes
 
 
-def row(name: str, curve: Faithfulness, units: int, shown: tuple[int, ...], seconds: float) -> str:
+def row(name: str, curve: NodeFaithfulness, units: int, shown: tuple[int, ...], seconds: float) -> str:
     """A line of the table."""
 
     def at(values: list[float], size: int) -> str:

@@ -9,7 +9,7 @@ import torch
 
 from circuits.discovery.discover import discover
 from circuits.discovery.options import DiscoverOptions
-from circuits.editing.edit import ablate
+from circuits.editing.edit import Edit, EditOptions, measure_edit
 from circuits.faithfulness.edges import edge_faithfulness
 from circuits.faithfulness.learned_mask import MaskOptions, learn_node_mask
 from circuits.faithfulness.nodes import FaithfulnessOptions, measure_faithfulness
@@ -173,4 +173,5 @@ def test_a_circuit_its_tests_and_an_edit(model, saes, small_model, make_saes, ti
     learn_node_mask(model, saes, circuit.nodes, prompts, how, progress=False)
     verify(circuit, prompts, nodes=2, progress=False)
     for operation in ("zero", "mean"):
-        ablate(model, saes, ["resid_0/3"], prompts, texts=TEXT[:4], operation=operation, n_random=1)
+        edit = Edit(["resid_0/3"], operation)
+        measure_edit(model, saes, edit, prompts, EditOptions(texts=TEXT[:4], n_random=1))

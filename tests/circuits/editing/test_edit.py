@@ -7,9 +7,11 @@ import json
 import pytest
 import torch
 
+from circuits.discovery.discover import discover
+from circuits.discovery.options import DiscoverOptions
 from circuits.editing import edit as editing
 from circuits.editing.results import Behaviour, EditReport, Score
-from circuits.editing.targets import needs_spans, split_by_place
+from circuits.editing.targets import needs_spans, split_by_span
 from circuits.metrics import metrics as behaviour
 from sae.errors import UserError
 from sae.model.sites import Site
@@ -158,7 +160,13 @@ def report(tiny_model, tiny_prompts, tiny_saes) -> EditReport:
     chosen = editing.active_features(tiny_model, tiny_saes, tiny_prompts)
     names = editing.feature_names(chosen)[::7]
     texts = [tiny_model.tokenizer.decode(row) for row in tiny_prompts.clean.input_ids[1::2].tolist()]
-    return editing.ablate(tiny_model, tiny_saes, names, tiny_prompts, texts=texts, generate=3, new_tokens=4, n_random=3)
+    return editing.measure_edit(
+        tiny_model,
+        tiny_saes,
+        editing.Edit(names),
+        tiny_prompts,
+        editing.EditOptions(texts=texts, generate=3, new_tokens=4, n_random=3),
+    )
 
 
 def test_report_agrees_with_a_run_by_hand(report, tiny_model, tiny_prompts, tiny_saes):
@@ -237,16 +245,22 @@ def test_fewer_random_features_than_edited_ones_are_told(tiny_model, tiny_prompt
     active = editing.active_features(tiny_model, tiny_saes, tiny_prompts)
     site, index = next(iter(active.items()))
     names = editing.feature_names({site: index})
-    most = editing.ablate(tiny_model, tiny_saes, names[:-2], tiny_prompts, n_random=2)
+    most = editing.measure_edit(
+        tiny_model, tiny_saes, editing.Edit(names[:-2]), tiny_prompts, editing.EditOptions(n_random=2)
+    )
     assert [len(draw) for draw in most.random_features] == [2, 2] and most.random_left == 2
     assert f"(2 draws of 2, not {len(index) - 2})" in most.table()
-    every = editing.ablate(tiny_model, tiny_saes, names, tiny_prompts, n_random=2)
+    every = editing.measure_edit(
+        tiny_model, tiny_saes, editing.Edit(names), tiny_prompts, editing.EditOptions(n_random=2)
+    )
     assert every.random == [] and "no random features to compare with" in every.table()
 
 
 @pytest.mark.parametrize("metric", ["kl", "log_probability"])
 def test_an_edit_is_measured_by_the_metric_it_is_given(tiny_model, tiny_prompts, tiny_saes, metric):
-    report = editing.ablate(tiny_model, tiny_saes, ["resid_1/3"], tiny_prompts, metric=metric, n_random=0)
+    report = editing.measure_edit(
+        tiny_model, tiny_saes, editing.Edit(["resid_1/3"]), tiny_prompts, editing.EditOptions(n_random=0), metric=metric
+    )
     prompts = behaviour.prepare(tiny_prompts, tiny_model, metric)
     by_hand = behaviour.metric_values(tiny_model, prompts, behaviour.get_metric(metric)).mean().item()
     assert report.before.overall.metric == pytest.approx(by_hand, abs=1e-6)
@@ -254,8 +268,12 @@ def test_an_edit_is_measured_by_the_metric_it_is_given(tiny_model, tiny_prompts,
 
 
 def test_the_same_seed_draws_the_same_features(report, tiny_model, tiny_prompts, tiny_saes):
-    again = editing.ablate(tiny_model, tiny_saes, report.features, tiny_prompts, n_random=3)
-    other = editing.ablate(tiny_model, tiny_saes, report.features, tiny_prompts, n_random=3, seed=1)
+    again = editing.measure_edit(
+        tiny_model, tiny_saes, editing.Edit(report.features), tiny_prompts, editing.EditOptions(n_random=3)
+    )
+    other = editing.measure_edit(
+        tiny_model, tiny_saes, editing.Edit(report.features), tiny_prompts, editing.EditOptions(n_random=3, seed=1)
+    )
     assert again.random_features == report.random_features != other.random_features
     assert again.before.ce is None and "CE" not in again.table()
 
@@ -271,8 +289,10 @@ def test_edits_at_a_span_change_its_tokens_alone(tiny_model, tiny_prompts, tiny_
     inside = prompts.span_numbers == prompts.spans.index("b")
     active = sae.encode(x)[inside].sum(0).topk(2).indices.tolist()
     names = [f"{site}/{active[0]}@b", f"{site}/{active[1]}"]
-    assert needs_spans(names) and split_by_place(names) == {"b": [names[0][:-2]], "": [names[1]]}
-    report = editing.ablate(tiny_model, tiny_saes, names, prompts, n_random=2, generate=1, new_tokens=3)
+    assert needs_spans(names) and split_by_span(names) == {"b": [names[0][:-2]], "": [names[1]]}
+    report = editing.measure_edit(
+        tiny_model, tiny_saes, editing.Edit(names), prompts, editing.EditOptions(n_random=2, generate=1, new_tokens=3)
+    )
     assert report.features == names
     assert {name.partition("@")[2] for name in report.random_features[0]} == {"b", ""}
     f = sae.encode(x)
@@ -281,7 +301,9 @@ def test_edits_at_a_span_change_its_tokens_alone(tiny_model, tiny_prompts, tiny_
     logits = tiny_model.run(prompts.clean, edits={site: lambda _: expected}, last_only=True).logits[:, -1]
     m = -behaviour.logit_difference(logits, prompts).mean().item()
     assert report.after.overall.metric == pytest.approx(m, abs=1e-4)
-    positions = editing.ablate(tiny_model, tiny_saes, f"{site}/{active[0]}@1", prompts, n_random=0)
+    positions = editing.measure_edit(
+        tiny_model, tiny_saes, editing.Edit(f"{site}/{active[0]}@1"), prompts, editing.EditOptions(n_random=0)
+    )
     first = (prompts.clean.position_ids == 1) & prompts.clean.attention_mask.bool()
     expected = x - (f[..., active[0], None] * sae.W_dec[active[0]]) * first[..., None]
     logits = tiny_model.run(prompts.clean, edits={site: lambda _: expected}, last_only=True).logits[:, -1]
@@ -305,8 +327,28 @@ def test_the_mean_of_a_span_is_that_of_its_tokens(tiny_model, tiny_prompts, tiny
 )
 def test_places_that_are_not_there(tiny_model, tiny_prompts, tiny_saes, name, message):
     with pytest.raises(UserError, match=message):
-        editing.ablate(tiny_model, tiny_saes, name, with_spans(tiny_prompts, MIXED), n_random=0)
+        editing.measure_edit(
+            tiny_model, tiny_saes, editing.Edit(name), with_spans(tiny_prompts, MIXED), editing.EditOptions(n_random=0)
+        )
     with pytest.raises(UserError, match="no spans"):
-        editing.ablate(tiny_model, tiny_saes, "mlp_0/1@b", tiny_prompts, n_random=0)
+        editing.measure_edit(
+            tiny_model, tiny_saes, editing.Edit("mlp_0/1@b"), tiny_prompts, editing.EditOptions(n_random=0)
+        )
     with pytest.raises(UserError, match="other text"):
-        editing.ablate(tiny_model, tiny_saes, "mlp_0/1@b", tiny_prompts, texts=["the man"])
+        editing.measure_edit(
+            tiny_model, tiny_saes, editing.Edit("mlp_0/1@b"), tiny_prompts, editing.EditOptions(texts=["the man"])
+        )
+
+
+def test_a_circuits_features_know_their_model(tiny_model, tiny_prompts, tiny_saes):
+    """Through the front door: `ablate` and `steer` take the circuit's model, SAEs, metric and prompts."""
+    options = DiscoverOptions(method="attrib", edge_nodes=0)
+    circuit = discover(tiny_model, tiny_saes, tiny_prompts, options, progress=False)
+    features, few = circuit.strongest_features(2), editing.EditOptions(n_random=0)
+    report = editing.ablate(features, options=few)
+    edit = editing.Edit(list(features))
+    assert report == editing.measure_edit(tiny_model, tiny_saes, edit, tiny_prompts, few, metric=circuit.metric)
+    steered = editing.steer(features[0], tiny_prompts, value=2.0, circuit=circuit, options=few)
+    assert (steered.operation, steered.value, steered.features) == ("steer", 2.0, [features[0]])
+    with pytest.raises(UserError, match="whose features"):
+        editing.ablate("resid_0/3")

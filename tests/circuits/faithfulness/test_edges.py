@@ -82,9 +82,8 @@ def test_node_by_node(make_tiny_model, make_saes, tiny_prompts, architecture, ag
     values = AblationValues(model, saes, table, "mean", reference=prompts)(prompts)
     n_edges = sum(int(w.count_nonzero()) for w in circuit.edges.values())
     sizes = [n_edges // 10, n_edges // 3]
-    result = edge_faithfulness(circuit, prompts, FaithfulnessOptions(random=1, batch_size=3, seed=2), sizes=sizes, max_rows=7,
-        progress=False,
-    )  # fmt: skip
+    options = FaithfulnessOptions(random=1, batch_size=3, seed=2)
+    result = edge_faithfulness(circuit, prompts, options, sizes=sizes, max_rows=7, progress=False)
     assert result.n_edges == n_edges and result.sizes == sizes and result.n_nodes == 30
     generator = torch.Generator().manual_seed(2)
     drawn = {pair: torch.rand(w.shape, generator=generator) * (w != 0) for pair, w in circuit.edges.items()}

@@ -85,7 +85,7 @@ def test_faithfulness_at_both_ends(tiny_model, tiny_saes, tiny_prompts, kind, ab
         assert ours.faithfulness == pytest.approx(theirs.faithfulness, abs=1e-4)
         assert ours.completeness == pytest.approx(theirs.completeness, abs=1e-4)
     ours, theirs = (
-        edge_faithfulness(circuit, on, options, sizes=[30, 100], progress=False)
+        edge_faithfulness(circuit, on, options, sizes=[30, 100], reference=on, progress=False)
         for circuit, on in ((spans, spanned), (plain, prompts))
     )
     assert ours.faithfulness == pytest.approx(theirs.faithfulness, abs=1e-3)

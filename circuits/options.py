@@ -26,6 +26,7 @@ EdgeActive = Literal["either", "clean"]
 ACTIVE: tuple[str, ...] = get_args(EdgeActive)
 Ablation = Literal["mean", "optimal", "counterfactual", "resample", "zero", "mean-pooled"]
 ABLATIONS: tuple[str, ...] = get_args(Ablation)
+Operation = Literal["zero", "mean", "set", "scale", "steer"]
 Errors = Literal["nodes", "keep", "ablate"]
 ERRORS: tuple[str, ...] = get_args(Errors)
 

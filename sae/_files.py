@@ -5,6 +5,8 @@
 2. `read_json` parses a file once by a schema (a dataclass, TypedDict or any type that pydantic knows) and says file,
    key, value and what is allowed where it does not fit. What is read is bounded, devices are refused.
 3. `read_tensors` checks tensors by name, rank, shape and number type (`TensorSpec`).
+
+torch and pydantic are imported where they are used: `sfc --help` needs neither.
 """
 
 from __future__ import annotations
@@ -22,15 +24,15 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from sae.errors import UserError
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter, ValidationError
+    from torch import Tensor
 
 MAX_TEXT_BYTES = 2**30
 """No file that is read at once as text is larger."""
@@ -114,6 +116,8 @@ def write_tensors(
 
     The library makes a temporary file of its own beside the one it writes: it gets a folder for it.
     """
+    from safetensors.torch import save_file
+
     path = Path(path)
     copies = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     header = dict(metadata or {}) | ({CHECKSUM: digest_tensors(copies)} if checksum else {})
@@ -129,6 +133,8 @@ def write_tensors(
 
 def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
     """A hash of all bits of some tensors, their names, shapes and number types."""
+    import torch
+
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -172,6 +178,8 @@ def read_tensors(path: str | Path, expected: Mapping[str, TensorSpec] | None = N
 
     Raises UserError, naming the file, for one that is missing or damaged.
     """
+    from safetensors.torch import load_file
+
     path = Path(path)
     try:
         tensors = load_file(path)
@@ -213,7 +221,7 @@ def check_tensors(
 
 
 def _kind(tensor: Tensor) -> str:
-    if tensor.dtype is torch.bool:
+    if str(tensor.dtype) == "torch.bool":
         return "bool"
     return "float" if tensor.is_floating_point() else "complex" if tensor.is_complex() else "int"
 
@@ -296,6 +304,8 @@ _DECODER = json.JSONDecoder(parse_constant=lambda _: None, parse_float=_finite) 
 
 def check_type(value: Any, schema: Any, where: str | Path) -> Any:
     """A JSON value as a value of the type `schema`, as in `parse_json`; what is no Unicode becomes U+FFFD."""
+    from pydantic import ValidationError
+
     try:
         text = json.dumps(value, ensure_ascii=False, default=str)
         if not text.isascii():
@@ -309,6 +319,8 @@ def check_type(value: Any, schema: Any, where: str | Path) -> Any:
 
 @cache
 def _adapter(schema: Any) -> TypeAdapter[Any]:
+    from pydantic import TypeAdapter
+
     return TypeAdapter(schema)
 
 

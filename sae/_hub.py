@@ -1,7 +1,8 @@
 """The Hugging Face hub: whether it answers, and data sets from it.
 
 A download from a hub that is out of reach retries for half a minute before it gives up, so the hub is asked once
-first; where it does not answer, only what is on this disk already is looked for.
+first; where it does not answer, only what is on this disk already is looked for. The hub's libraries are slow to
+import, and files need none of them.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from huggingface_hub import constants, get_session
-
 TIMEOUT_S = 5
 
 
 def hub_reachable() -> bool:
     """Whether the hub answers at all; False where the environment says to work offline."""
+    from huggingface_hub import constants, get_session
+
     if constants.HF_HUB_OFFLINE:
         return False
     try:
@@ -38,6 +39,7 @@ def hub_data_set(name: str, *configuration: str | None, **options: Any) -> Any:
 def _offline(offline: bool) -> Iterator[None]:
     """Both libraries work offline inside, if `offline`; they read these two variables at every request."""
     import datasets
+    from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
     if offline:

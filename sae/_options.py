@@ -64,17 +64,19 @@ DescentSteps = Annotated[int, Range(1, 10**5)]
 @cache
 def ranges(options: type) -> dict[str, Range]:
     """The ranges of a dataclass's fields, by name; those of inherited fields too."""
-    limits = {name: _range_in(hint) for name, hint in _hints(options).items()}
+    limits = {name: _range_in(hint) for name, hint in field_types(options).items()}
     return {name: limit for name, limit in limits.items() if limit is not None}
 
 
 @cache
 def choices(options: type) -> dict[str, tuple[Any, ...]]:
     """What the fields of `Literal` type of a dataclass may be, by name."""
-    return {name: allowed for name, hint in _hints(options).items() if (allowed := _choices_in(hint))}
+    return {name: allowed for name, hint in field_types(options).items() if (allowed := _choices_in(hint))}
 
 
-def _hints(options: Any) -> dict[str, Any]:
+@cache
+def field_types(options: Any) -> dict[str, Any]:
+    """The types of a dataclass's fields with their annotations, by name."""
     hints = get_type_hints(options, include_extras=True)
     return {field.name: hints[field.name] for field in fields(options)}
 

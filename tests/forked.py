@@ -8,8 +8,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import pickle
+import pkgutil
 import select
 import signal
 import socket
@@ -25,6 +27,9 @@ from typing import Any
 
 import torch
 
+import circuits
+import graphs
+import sae
 from tests.workers import fork
 
 Moment = Callable[[], bool]
@@ -110,13 +115,14 @@ class ForkedCommands:
 def _serve(pipe: socket.socket, threads: int) -> None:
     """Forks a process for each request, until the test process is gone."""
     try:
-        import circuits.cli.main
-
+        for package in (circuits, graphs, sae):  # commands import what they need, here once for all
+            for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+                if not module.name.endswith(("__main__", "triton_kernels")):
+                    importlib.import_module(module.name)
         torch.cuda.is_available = lambda: False  # CUDA does not survive a fork
         torch.set_num_threads(threads)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         while message := _receive(pipe):
-            circuits.cli.main._commands()  # imports what is missing, once
             request, folder, environment = pickle.loads(message)
             child = fork()
             if child == 0:

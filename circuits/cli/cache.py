@@ -5,29 +5,21 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from circuits.cli.common import Common, Output, Overwrite, load_model
+from circuits.cli.options import Common, HasModel, HasSites, HasText, Output, Overwrites
 from sae._options import ContextLength, TokenCount
-from sae.data.cache import CachedActivations, CachedModel, bytes_text
-from sae.data.cache_writer import cache_bytes, write_cache
-from sae.errors import UserError
-from sae.model.huggingface import resolve_device, weights_fingerprint
-from sae.model.sites import select_sites
+
+if TYPE_CHECKING:
+    from sae.data.cache import CachedActivations
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheCommand(Common):
+class CacheCommand(Common, Overwrites, HasSites, HasText, HasModel):
     """Write the activations of a model to disk once, for `sfc train --cache` and `sfc sweep --cache`."""
 
-    model: str
-    """Hugging Face model: hub name or folder."""
-    text: str
-    """Text: a .txt file (a document a line), a .jsonl file (field text), .gz of either, or a hub data set."""
     out: Path
     """Folder of the cache."""
-    sites: str = "all"
-    """Sites, such as all, resid or resid_3,mlp_2."""
     tokens: TokenCount = 2_000_000
     """Tokens written, special ones not counted; fewer where the text ends before."""
     stored_dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
@@ -38,9 +30,13 @@ class CacheCommand(Common):
     """Pack documents end to end into full contexts instead of one context a document."""
     resume: bool = False
     """Go on after the last whole shard of an interrupted run with the same options."""
-    overwrite: Overwrite = False
 
     def run(self) -> Output:
+        from circuits.cli.common import load_model
+        from sae.data.cache import bytes_text
+        from sae.data.cache_writer import cache_bytes, write_cache
+        from sae.model.sites import select_sites
+
         model = load_model(self.model, self)
         sites = select_sites(self.sites, model.sites)
         size = cache_bytes((model.widths[site] for site in sites), self.tokens, self.stored_dtype)
@@ -74,13 +70,9 @@ def open_cache(folder: Path, *, model: str | None, text: str | None, sites: str,
 
     Of the model, no more than the weights' fingerprint is looked at.
     """
-    place = resolve_device(device)
-    facts = None if model is None else CachedModel(model, weights_fingerprint(model), {}, place)
-    return CachedActivations(folder, model=facts, text=text, sites=sites, device=place)
+    from sae.data.cache import CachedActivations, CachedModel
+    from sae.model.huggingface import resolve_device, weights_fingerprint
 
-
-def need(value: str | None, option: str) -> str:
-    """An option that only a cache makes superfluous."""
-    if value is None:
-        raise UserError(f"--{option} is missing: give it, or --cache with a folder that `sfc cache` wrote")
-    return value
+    on = resolve_device(device)
+    facts = None if model is None else CachedModel(model, weights_fingerprint(model), {}, on)
+    return CachedActivations(folder, model=facts, text=text, sites=sites, device=on)

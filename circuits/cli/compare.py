@@ -4,34 +4,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING
 
-import tyro
-
-from circuits.cli.common import Output, Overwrite, UsesSaes, load_checked_saes, load_model, record
-from circuits.comparison.compare import compare_methods
-from circuits.comparison.held_out import hold_out_half
+from circuits.cli.options import HasModel, HasSaes, Output, Overwrites, UsesSaes
 from circuits.comparison.options import CompareOptions
-from circuits.comparison.tables import plot, tables
-from circuits.prompts.dataset import PromptSet, load_prompts
 from sae._files import prepare_folder, write_json, write_text
 from sae._options import Positive
 from sae._run.contents import COMPARISON, check_contents, check_no_link, check_run_config, remove
 from sae._run.locks import lock
 
+if TYPE_CHECKING:
+    from circuits.prompts.dataset import PromptSet
+    from sae.model.language_model import LanguageModel
+
 COMPARISON_FILE = "comparison.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareMethodsCommand(UsesSaes):
+class CompareMethodsCommand(UsesSaes, Overwrites, HasSaes, HasModel):
     """Compare node methods on one behaviour: how good their circuits are on held-out prompts, how well they agree with
     exact patching, and what they cost.
     """
 
-    model: str
-    """Hugging Face model: hub name or folder."""
-    saes: str
-    """Run folder with autoencoders (`sfc train`), or the folder inside it."""
     prompts: str
     """Prompts on which circuits are found."""
     test: str | None = None
@@ -41,8 +35,7 @@ class CompareMethodsCommand(UsesSaes):
     """Run folder that receives comparison/."""
     examples: Positive = 100
     """Prompts used of each file: the first ones, or some of each case and template where these miss one."""
-    overwrite: Overwrite = False
-    options: Annotated[CompareOptions, tyro.conf.arg(name="")] = field(default_factory=CompareOptions)
+    options: CompareOptions = field(default_factory=CompareOptions)
 
     def run(self) -> Output:
         with lock(self.out):
@@ -56,6 +49,10 @@ class CompareMethodsCommand(UsesSaes):
         return prepare_folder(folder, overwrite=self.overwrite)
 
     def _run(self, folder: Path) -> Output:
+        from circuits.cli.common import load_checked_saes, load_model, record
+        from circuits.comparison.compare import compare_methods
+        from circuits.comparison.tables import plot, tables
+
         model = load_model(self.model, self, saes=self.saes)
         saes = load_checked_saes(model, self.saes, options=self)
         train, test = self._prompts(model)
@@ -69,7 +66,10 @@ class CompareMethodsCommand(UsesSaes):
         record(self.out, "compare-methods", self)
         return Output(f"{text}\nwrote {folder / COMPARISON_FILE} and {drawing}", {**data, "comparison": str(folder)})
 
-    def _prompts(self, model) -> tuple[PromptSet, PromptSet]:
+    def _prompts(self, model: LanguageModel) -> tuple[PromptSet, PromptSet]:
+        from circuits.comparison.held_out import hold_out_half
+        from circuits.prompts.dataset import load_prompts
+
         prompts = load_prompts(self.prompts, model, limit=self.examples)
         if self.test is not None:
             return prompts, load_prompts(self.test, model, limit=self.examples)

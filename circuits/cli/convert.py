@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from circuits.cli.common import Output, Overwrite
+from circuits.cli.options import Output, Overwrites, Prints
 from sae._files import prepare_folder, write_json
 from sae._run.contents import (
     CONFIG_FILE,
@@ -20,8 +20,6 @@ from sae._run.contents import (
 )
 from sae._run.locks import lock
 from sae.errors import UserError
-from sae.formats import save_saes
-from sae.saes import load_saes
 
 CONVERTED_SAE = Layout((r"(config|cfg)\.json", r"(sae|sae_weights)\.safetensors", r"ae\.pt", EVALUATION))
 """The folder of a site, in any format that can be written."""
@@ -29,7 +27,7 @@ CONVERTED = Layout((r"config\.json", EVALUATION))
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvertCommand:
+class ConvertCommand(Prints, Overwrites):
     """Write autoencoders in another format, with the same reconstructions: a folder a site."""
 
     saes: str
@@ -40,15 +38,15 @@ class ConvertCommand:
     """Format to write."""
     site: str | None = None
     """Site of a single autoencoder whose files do not say it."""
-    overwrite: Overwrite = False
-    json: bool = False
-    """Print one JSON object instead of text."""
 
     def run(self) -> Output:
         with lock(self.out):
             return self._run()
 
     def _run(self) -> Output:
+        from sae.formats import save_saes
+        from sae.saes import load_saes
+
         self._check()
         saes = load_saes(self.saes, sites=None if self.site is None else [self.site])
         names = [site.name for site in saes]
@@ -76,9 +74,9 @@ class ConvertCommand:
 
     def _remove_earlier(self) -> None:
         """Take away what an earlier conversion wrote, of whatever format; it is not complete from then on."""
-        before = self._before()
-        if before is not None:
-            self._note({**before, "complete": False})
+        earlier = self._before()
+        if earlier is not None:
+            self._note({**earlier, "complete": False})
             for name in self._sites():
                 remove(self.out / name, CONVERTED_SAE)
             for path in visible(self.out):

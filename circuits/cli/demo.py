@@ -7,23 +7,22 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from circuits.cli.common import Common, Output, Overwrite
 from circuits.cli.discover import DiscoverCommand
 from circuits.cli.edit import AblateCommand
 from circuits.cli.evaluate import EvaluateCommand
 from circuits.cli.faithfulness import FaithfulnessCommand
+from circuits.cli.options import Common, Output, Overwrites
 from circuits.cli.render import ExploreCommand, RenderCommand
 from circuits.cli.report import ReportCommand
 from circuits.cli.streams import printable, say
 from circuits.cli.train import TrainCommand
-from circuits.faithfulness.nodes import FaithfulnessOptions
+from circuits.faithfulness.options import FaithfulnessOptions
 from sae._options import FeatureCount, TokenCount
 from sae._run.locks import lock
-from sae.errors import UserError, unknown
-from sae.training.run_folder import check_run_folder
-from sae.training.trainer import TrainConfig
+from sae.errors import UserError
+from sae.training.config import TrainConfig
 
 BEHAVIOURS = {
     "simple": "Subject-verb agreement",
@@ -38,12 +37,12 @@ START_SITE = "attn_1"
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoCommand(Common):
+class DemoCommand(Common, Overwrites):
     """Find, test, draw and edit a circuit for subject-verb agreement in the bundled model."""
 
     out: Path = Path("runs/demo")
     """Run folder that receives everything."""
-    behaviour: str = "nounpp"
+    behaviour: Literal["simple", "nounpp", "rc", "within_rc"] = "nounpp"
     """Agreement across what: simple (nothing), nounpp (a prepositional phrase), rc and within_rc (relative clauses)."""
     tokens: TokenCount = 400_000
     """Tokens the autoencoders are trained on."""
@@ -51,11 +50,10 @@ class DemoCommand(Common):
     """Features of each autoencoder."""
     k: FeatureCount = 8
     """Active features a token."""
-    overwrite: Overwrite = False
 
     def run(self) -> Output:
-        if self.behaviour not in BEHAVIOURS:
-            raise unknown("behaviour", self.behaviour, BEHAVIOURS)
+        from sae.training.run_folder import check_run_folder
+
         with lock(self.out):
             check_run_folder(self.out, "train", resume=False, overwrite=self.overwrite)
             story = _Story(self)
@@ -143,14 +141,14 @@ class _Story:
 
     def summary(self) -> str:
         """What was found, in five lines."""
-        found, curve, edit = (self.data[name] for name in ("discover", "faithfulness", "ablate"))
+        discovery, curve, edit = (self.data[name] for name in ("discover", "faithfulness", "ablate"))
         half = next(((n, f) for n, f in zip(curve["sizes"], curve["faithfulness"], strict=True) if f >= 0.5), None)
         before, after = edit["before"]["overall"], edit["after"]["overall"]
         drawn = edit["random_remaining"]
         minutes = (time.monotonic() - self.started) / 60
         lines = [
-            f"\nIn {minutes:.1f} minutes: a circuit of {found['kept']['nodes']} nodes and "
-            f"{found['kept']['edges']} edges, out of {found['n_nodes']} nodes with any effect.",
+            f"\nIn {minutes:.1f} minutes: a circuit of {discovery['kept']['nodes']} nodes and "
+            f"{discovery['kept']['edges']} edges, out of {discovery['n_nodes']} nodes with any effect.",
             f"  {half[0]} nodes from {curve['start_site']} on explain {half[1]:.0%} of the behaviour by themselves."
             if half
             else "  No size that was measured explains half of the behaviour by itself.",

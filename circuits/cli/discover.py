@@ -6,51 +6,32 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import tyro
-
-from circuits.attribution.edges import check_edges
-from circuits.attribution.nodes import count
-from circuits.circuit import EFFECTS_FILE, GRAPH_FILE, PARTIAL_FOLDER, Circuit
-from circuits.cli.common import Output, Overwrite, UsesSaes, load_checked_saes, load_model, place, record
-from circuits.discovery.cost import estimate_discovery
-from circuits.discovery.discover import discover
+from circuits.cli.options import HasModel, HasSaes, Output, Overwrites, UsesSaes
 from circuits.discovery.options import DiscoverOptions
-from circuits.discovery.resume import interrupted, remove_partial
-from circuits.metrics.metrics import absolute, get_metric
-from circuits.metrics.probe import visible_sites
-from circuits.prompts.dataset import PromptSet, load_prompts
-from circuits.prompts.spans import LAST
-from circuits.uncertainty.bootstrap import Bootstrap
-from circuits.uncertainty.intervals import uncertainty_line, with_uncertainty
-from circuits.uncertainty.verification import verified, verify
-from graphs.feature_graph import FeatureGraph
 from sae._files import prepare_folder, read_json, write_json
 from sae._options import Count, Magnitude, Positive, Resamples
 from sae._run.contents import CIRCUIT, MEASURED, check_contents, check_no_link, check_run_config, remove, visible
 from sae._run.locks import lock
-from sae.autoencoder import SparseAutoencoder
 from sae.data.text import TextSource
 from sae.errors import UserError
-from sae.features.contexts import top_contexts
-from sae.model.language_model import LanguageModel
-from sae.model.sites import Site, select_sites
-from sae.saes import saes_fingerprint
+
+if TYPE_CHECKING:
+    from circuits.circuit import Circuit
+    from circuits.prompts.dataset import PromptSet
+    from graphs.feature_graph import FeatureGraph
+    from sae.autoencoder import SparseAutoencoder
+    from sae.model.language_model import LanguageModel
+    from sae.model.sites import Site
 
 FEATURES_FILE = "features.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiscoverCommand(UsesSaes):
+class DiscoverCommand(UsesSaes, Overwrites, HasSaes, HasModel):
     """Find the circuit behind a set of prompts: effects of all features and errors, edges among the strongest."""
 
-    model: str
-    """Hugging Face model: hub name or folder."""
-    saes: str
-    """Run folder with autoencoders (`sfc train`), or the folder inside it; dictionaries of another project in a folder,
-    or one on the hub as owner/repository/folder; or neurons.
-    """
     prompts: str
     """Prompts: JSON lines with clean_prefix, patch_prefix, clean_answer, patch_answer; or EAP-IG's CSV, AutoCircuit's
     JSON, a hub data set.
@@ -89,8 +70,7 @@ class DiscoverCommand(UsesSaes):
     """Say what memory and time the discovery will take, and stop there."""
     resume: bool = False
     """Go on with an interrupted discovery of the same model, autoencoders, prompts and options."""
-    overwrite: Overwrite = False
-    options: Annotated[DiscoverOptions, tyro.conf.arg(name="")] = field(default_factory=DiscoverOptions)
+    options: DiscoverOptions = field(default_factory=DiscoverOptions)
 
     def run(self) -> Output:
         self._check()
@@ -100,6 +80,14 @@ class DiscoverCommand(UsesSaes):
             return self._run(self._folder())
 
     def _run(self, folder: Path) -> Output:
+        from circuits.attribution.edges import check_edges
+        from circuits.cli.common import load_checked_saes, load_model
+        from circuits.discovery.cost import estimate_discovery
+        from circuits.metrics.metrics import absolute, get_metric
+        from circuits.metrics.probe import visible_sites
+        from circuits.prompts.dataset import load_prompts
+        from sae.model.sites import select_sites
+
         model = load_model(self.model, self, saes=self.saes)
         saes = load_checked_saes(model, self.saes, options=self)
         check_edges(saes, select_sites(self.options.sites, list(saes)), edge_nodes=self.options.edge_nodes)
@@ -122,8 +110,21 @@ class DiscoverCommand(UsesSaes):
         data = {**circuit.metadata, "kept": kept, "circuit": str(folder), "estimate": estimate.to_dict()}
         return Output(_summary(circuit, prompts, folder, kept), data)
 
-    def _discovered(self, model, saes, prompts: PromptSet, options: DiscoverOptions, folder: Path) -> Circuit:
+    def _discovered(
+        self,
+        model: LanguageModel,
+        saes: Mapping[Site, SparseAutoencoder],
+        prompts: PromptSet,
+        options: DiscoverOptions,
+        folder: Path,
+    ) -> Circuit:
         """The circuit, with its intervals and the strongest nodes verified."""
+        from circuits.circuit import PARTIAL_FOLDER
+        from circuits.discovery.discover import discover
+        from circuits.uncertainty.bootstrap import Bootstrap
+        from circuits.uncertainty.intervals import with_uncertainty
+        from circuits.uncertainty.verification import verified, verify
+
         circuit = discover(
             model, saes, prompts, options, provenance=self._provenance(model, saes, prompts), progress=not self.quiet,
             partial=folder / PARTIAL_FOLDER, resume=self.resume,
@@ -132,11 +133,14 @@ class DiscoverCommand(UsesSaes):
             circuit = with_uncertainty(circuit, Bootstrap(resamples=self.resamples))
         if not self.verify:
             return circuit
-        found = verify(circuit, prompts, nodes=self.verify, progress=not self.quiet)
-        return verified(circuit, found)
+        return verified(circuit, verify(circuit, prompts, nodes=self.verify, progress=not self.quiet))
 
     def _write(self, circuit: Circuit, features: Mapping[str, Any], folder: Path) -> FeatureGraph:
         """Write the circuit, pruned as the options say, and take away what was of the circuit before it."""
+        from circuits.circuit import EFFECTS_FILE, GRAPH_FILE, PARTIAL_FOLDER
+        from circuits.cli.common import record
+        from circuits.discovery.resume import remove_partial
+
         by_threshold = self.node_threshold is not None
         graph = circuit.graph(
             nodes=self.options.edge_nodes or None if by_threshold else self.nodes,
@@ -146,10 +150,7 @@ class DiscoverCommand(UsesSaes):
             significant=self.significant,
             attributes=features,
         )
-        for outdated in (
-            GRAPH_FILE,
-            EFFECTS_FILE,
-        ):  # from here on there is no circuit until all of the new one is there
+        for outdated in (GRAPH_FILE, EFFECTS_FILE):  # there is no circuit until all of the new one is there
             (folder / outdated).unlink(missing_ok=True)
         remove(folder, MEASURED)
         set_edits_aside(self.out)
@@ -161,6 +162,9 @@ class DiscoverCommand(UsesSaes):
 
     def _folder(self) -> Path:
         """The folder of the circuit; one with a circuit or an interrupted discovery only where that was asked for."""
+        from circuits.circuit import GRAPH_FILE, PARTIAL_FOLDER
+        from circuits.discovery.resume import interrupted
+
         folder = self.out / "circuit"
         check_run_config(self.out)
         check_no_link(folder)
@@ -184,20 +188,26 @@ class DiscoverCommand(UsesSaes):
 
     def _needs_spans(self) -> bool:
         """Whether nodes live in spans, or the metric reads one."""
+        from circuits.metrics.metrics import get_metric
+        from circuits.prompts.spans import LAST
+
         position = getattr(get_metric(self.options.metric), "position", LAST)
         return self.options.aggregation == "spans" or position != LAST
 
     def _provenance(
         self, model: LanguageModel, saes: Mapping[Site, SparseAutoencoder], prompts: PromptSet
     ) -> dict[str, Any]:
+        from circuits.cli.common import absolute_path
+        from sae.saes import saes_fingerprint
+
         return {
-            "model": place(self.model),
+            "model": absolute_path(self.model),
             "model_fingerprint": model.fingerprint,
             "site_paths": self.site_paths,
             "dtype": str(model.dtype).removeprefix("torch."),
-            "saes": place(self.saes),
+            "saes": absolute_path(self.saes),
             "saes_fingerprint": saes_fingerprint(saes),
-            "prompts": place(self.prompts),
+            "prompts": absolute_path(self.prompts),
             "prompts_fingerprint": prompts.fingerprint,
             "examples": self.examples,
             "span_template": self.span_template,
@@ -214,17 +224,21 @@ def describe_features(
     *,
     texts: Iterable[str] | None,
 ) -> dict[str, dict[str, Any]]:
-    """What the features with edges do on some text (the prompts by default): `resid_3/120` -> its summary as plain
-    JSON.
+    """Describe the features with edges by their top tokens and contexts in some text, the prompts by default.
+
+    Returns:
+        `resid_3/120` -> its description as plain JSON.
     """
+    from sae.features.contexts import top_contexts
+
     chosen = circuit.edge_nodes or circuit.strongest(100)
-    wanted = {
-        site: sorted(set(nodes.feature[~nodes.is_error].tolist())) for site, nodes in chosen.items() if len(nodes)
-    }
-    found = top_contexts(model, saes, texts or prompts.texts, {site: index for site, index in wanted.items() if index})
+    features = {site: sorted(set(nodes.feature[~nodes.is_error].tolist())) for site, nodes in chosen.items()}
+    described = top_contexts(
+        model, saes, texts or prompts.texts, {site: index for site, index in features.items() if index}
+    )
     return {
         f"{site.name}/{feature}": {k: v for k, v in summary.to_dict().items() if k not in ("site", "index")}
-        for (site, feature), summary in found.items()
+        for (site, feature), summary in described.items()
     }
 
 
@@ -245,6 +259,9 @@ def set_edits_aside(run: Path) -> None:
 
 
 def _summary(circuit: Circuit, prompts: PromptSet, folder: Path, kept: dict[str, int]) -> str:
+    from circuits.attribution.nodes import count
+    from circuits.uncertainty.intervals import uncertainty_line
+
     meta = circuit.metadata
     completeness = meta["completeness"]
     right = "" if meta["accuracy"] is None else f"; the model is right on {meta['accuracy']:.1%}"

@@ -7,11 +7,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from circuits.circuit import circuit_digest, circuit_folder
-from circuits.cli.common import Loaded, Output, UsesSaes, record
-from circuits.cli.results import MADE_WITH, Named, different_options, digest_of, made_with, read_result
-from circuits.editing.edit import Edit, EditOptions, Operation, measure_edit
-from circuits.editing.targets import needs_spans
+from circuits.cli.options import HasTestPrompts, Named, Output, RunsCircuit, UsesSaes
+from circuits.cli.results import MADE_WITH, different_options, digest_of, made_with, read_result
+from circuits.options import Operation
 from sae._files import write_json
 from sae._options import Activation, Count, Positive, Range, Repeats, Seed
 from sae._run.contents import check_no_link
@@ -21,19 +19,13 @@ from sae.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Edit(UsesSaes, Named):
+class _Edit(UsesSaes, Named, HasTestPrompts, RunsCircuit):
     """Which features are edited, and what is measured."""
 
-    circuit: Path
-    """Run folder with a circuit (`sfc discover`)."""
     top: Positive | None = None
     """Edit the n strongest features of the circuit."""
     features: str | None = None
     """Edit these features, such as resid_3/120,mlp_2/7; at a span of the prompts alone, such as resid_3/120@subject."""
-    prompts: str | None = None
-    """Prompts of the behaviour; those the circuit was found on by default."""
-    examples: Positive | None = None
-    """At most this many of the prompts; all by default."""
     text: str | None = None
     """Other text on which the cross-entropy is measured, .txt or .jsonl."""
     texts: Positive = 200
@@ -48,24 +40,26 @@ class _Edit(UsesSaes, Named):
     """Draw random features from all sites together instead of as many per site as are edited."""
     seed: Seed = 0
     """Seed of the random draws."""
-    model: str | None = None
-    """Another place of the model the circuit was found in."""
-    saes: str | None = None
-    """Another place of the autoencoders the circuit was found with."""
-    metric: str | None = None
-    """The circuit's metric again, where it is Python code (file.py:function): no code runs because a run names it."""
 
     def edit(self, operation: Operation, value: float | None) -> Output:
+        """Edit the model, measure what became of it, and write edits/NAME.json."""
+        from circuits.circuit import circuit_folder
+
         if (self.top is None) == (self.features is None):
             raise UserError("say which features to edit: either --top N or --features resid_3/120,mlp_2/7")
         with lock(circuit_folder(self.circuit).parent, shared=True):
             return self._edit(operation, value)
 
     def _edit(self, operation: Operation, value: float | None) -> Output:
+        from circuits.circuit import circuit_folder
+        from circuits.cli.common import load_circuit, record
+        from circuits.editing.edit import Edit, EditOptions, measure_edit
+        from circuits.editing.targets import needs_spans
+
         path, made_with_these = self._file(operation, value)
-        loaded = Loaded.of(self.circuit, self, model=self.model, saes=self.saes, metric=self.metric)
-        names = self.features or loaded.circuit.strongest_features(self.top or 0)
-        prompts = loaded.prompts(self.prompts, limit=self.examples, need_spans=needs_spans(names))
+        circuit = load_circuit(self)
+        names = self.features or circuit.strongest_features(self.top or 0)
+        prompts = circuit.read_prompts(self.prompts, limit=self.examples, need_spans=needs_spans(names))
         options = EditOptions(
             texts=list(islice(TextSource.of(self.text).read(), self.texts)) if self.text else [],
             generate=self.generate,
@@ -75,7 +69,7 @@ class _Edit(UsesSaes, Named):
             seed=self.seed,
         )
         edit = Edit(names, operation, value)
-        report = measure_edit(loaded.model, loaded.saes, edit, prompts, options, metric=loaded.metric)
+        report = measure_edit(circuit.model, circuit.saes, edit, prompts, options, metric=circuit.metric)
         data = {**report.to_dict(), MADE_WITH: made_with_these}
         write_json(path, data)
         record(circuit_folder(self.circuit).parent, f"edit {path.stem}", self)
@@ -85,6 +79,8 @@ class _Edit(UsesSaes, Named):
         """edits/NAME.json and what it is made with; without a name, one made from the edit, with a digest where there
         is another edit of that name.
         """
+        from circuits.circuit import circuit_digest, circuit_folder
+
         self.check_name()
         circuit = circuit_folder(self.circuit)
         folder = circuit.parent / "edits"
@@ -102,7 +98,7 @@ class _Edit(UsesSaes, Named):
         return path, options
 
     def _n_features(self) -> int:
-        return len({part.strip() for part in (self.features or "").split(",")})
+        return len({name.strip() for name in (self.features or "").split(",")})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,37 +6,23 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
-from circuits.cli.common import Common, Output, load_checked_saes, load_model
-from circuits.cli.results import Named, ResultFiles, made_with
+from circuits.cli.options import Common, HasModel, HasSaes, HasText, Named, Output
+from circuits.cli.results import ResultFiles, made_with
 from sae._files import write_text
 from sae._options import BatchSize, ContextLength, TokenCount
 from sae._run.contents import check_complete
 from sae._run.locks import lock
-from sae.data.batches import CONTEXT_LENGTH, context_of
 from sae.data.text import TextSource
 from sae.errors import UserError
-from sae.evaluation.evaluate import evaluate
-from sae.evaluation.plots import plot_evaluation
-from sae.evaluation.sweep import evaluation_settings
-from sae.formats.locate import sae_folders
-from sae.saes import saes_fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateCommand(Common, Named):
+class EvaluateCommand(Common, Named, HasText, HasSaes, HasModel):
     """Measure the autoencoders of a run on text: each alone in the model, and all of them spliced in together."""
 
-    model: str
-    """Hugging Face model: hub name or folder."""
-    saes: str
-    """Run folder with autoencoders (`sfc train`), or the folder inside it."""
-    text: str
-    """Text: a .txt file (a document a line), a .jsonl file (field text), .gz of either, or a hub data set."""
     tokens: TokenCount = 50_000
     """Tokens measured."""
-    context_length: ContextLength = CONTEXT_LENGTH
+    context_length: ContextLength = 128
     """Longest context, in tokens, or less if the model takes less; what comes after it in a text is not read."""
     batch_size: BatchSize = 16
     """Texts that go through the model at once."""
@@ -51,6 +37,15 @@ class EvaluateCommand(Common, Named):
             return self._run(folder)
 
     def _run(self, folder: Path | None) -> Output:
+        from tqdm import tqdm
+
+        from circuits.cli.common import load_checked_saes, load_model
+        from sae.data.batches import context_of
+        from sae.evaluation.evaluate import evaluate
+        from sae.evaluation.plots import plot_evaluation
+        from sae.evaluation.sweep import evaluation_settings
+        from sae.saes import saes_fingerprint
+
         model = load_model(self.model, self, saes=self.saes)
         saes, source = load_checked_saes(model, self.saes), TextSource.of(self.text)
         facts = {"model_fingerprint": model.fingerprint, "saes_fingerprint": saes_fingerprint(saes)}
@@ -86,6 +81,8 @@ def _folder_of(saes: str) -> Path | None:
     """The folder of a run that the autoencoders are in, None where they are the hub's; UserError for another
     project's.
     """
+    from sae.formats.locate import sae_folders
+
     folder = Path(saes)
     if not folder.is_dir():
         return None

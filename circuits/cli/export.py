@@ -6,24 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from circuits.circuit import GRAPH_FILE, circuit_folder
-from circuits.circuit_files import absolute_in_run, check_metadata
-from circuits.cli.common import Common, Output, load_model
-from graphs.feature_graph import FeatureGraph
-from graphs.formats.eap_ig import write_eap_ig
-from graphs.formats.graphml import write_graphml
-from graphs.formats.neuronpedia import write_neuronpedia
+from circuits.cli.options import Common, HasCircuit, Output
 from sae.errors import UserError
 
 SUFFIXES = {"eap-ig": "eap_ig.json", "neuronpedia": "neuronpedia.json", "graphml": "graphml"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportCommand(Common):
+class ExportCommand(Common, HasCircuit):
     """Write the circuit for other programs: EAP-IG and MIB, the viewers of circuit-tracer and Neuronpedia, GraphML."""
 
-    circuit: Path
-    """Run folder with a circuit (`sfc discover`); its circuit.json is exported."""
     format: Literal["eap-ig", "neuronpedia", "graphml"]
     """Format: eap-ig (also MIB's; projected onto heads and MLPs), neuronpedia (also circuit-tracer's) or graphml."""
     out: Path | None = None
@@ -32,6 +24,11 @@ class ExportCommand(Common):
     """Another place of the model the circuit was found in; eap-ig reads the number of layers and heads from it."""
 
     def run(self) -> Output:
+        from circuits.circuit import GRAPH_FILE, circuit_folder
+        from circuits.circuit_files import absolute_in_run, check_metadata
+        from circuits.cli.common import load_model
+        from graphs import FeatureGraph, write_eap_ig, write_graphml, write_neuronpedia
+
         self._check()
         folder = circuit_folder(self.circuit)
         graph = FeatureGraph.load(folder / GRAPH_FILE)

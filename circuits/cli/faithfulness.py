@@ -4,69 +4,59 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING
 
-import tyro
-
-from circuits.circuit import circuit_digest, circuit_folder
-from circuits.cli.common import Loaded, Output, UsesSaes, record
-from circuits.cli.results import Named, ResultFiles, made_with
-from circuits.faithfulness.edges import edge_faithfulness
-from circuits.faithfulness.nodes import FaithfulnessOptions, faithfulness
-from circuits.faithfulness.results import EdgeFaithfulness
-from circuits.prompts.dataset import PromptSet
-from sae._options import Positive, parse_sizes
+from circuits.cli.options import HasSizes, HasTestPrompts, Named, Output, RunsCircuit, UsesSaes
+from circuits.cli.results import ResultFiles, made_with
+from circuits.faithfulness.options import FaithfulnessOptions
+from sae._options import parse_sizes
 from sae._run.locks import lock
+
+if TYPE_CHECKING:
+    from circuits.circuit import Circuit
+    from circuits.faithfulness.results import EdgeFaithfulness
+    from circuits.prompts.dataset import PromptSet
 
 ERRORS_TEXT = {"nodes": "", "keep": ", all errors left in", "ablate": ", all errors ablated"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class FaithfulnessCommand(UsesSaes, Named):
+class FaithfulnessCommand(UsesSaes, Named, HasSizes, HasTestPrompts, RunsCircuit):
     """Measure how much of the behaviour the strongest nodes explain when all others are ablated, and how much is
     left without them.
     """
 
-    circuit: Path
-    """Run folder with a circuit (`sfc discover`)."""
-    prompts: str | None = None
-    """Prompts to measure on; those the circuit was found on by default."""
-    examples: Positive | None = None
-    """At most this many of the prompts; all by default."""
     reference: str | None = None
     """Prompts whose means or values ablated nodes take; those the circuit was found on by default."""
-    sizes: str = "10,20,50,100,200,500,1000"
-    """Numbers of nodes, comma-separated."""
     edges: bool = False
     """Measure the edges as well: each node recomputed from only those nodes whose edge to it is kept."""
     edge_sizes: str = "100,200,500,1000,2000,5000"
     """Numbers of edges, comma-separated."""
-    model: str | None = None
-    """Another place of the model the circuit was found in."""
-    saes: str | None = None
-    """Another place of the autoencoders the circuit was found with."""
-    metric: str | None = None
-    """The circuit's metric again, where it is Python code (file.py:function): no code runs because a run names it."""
-    options: Annotated[FaithfulnessOptions, tyro.conf.arg(name="")] = field(default_factory=FaithfulnessOptions)
+    options: FaithfulnessOptions = field(default_factory=FaithfulnessOptions)
 
     def run(self) -> Output:
+        from circuits.circuit import circuit_folder
+
         parse_sizes(self.sizes)
         parse_sizes(self.edge_sizes, "edge-sizes")
         with lock(circuit_folder(self.circuit).parent, shared=True):
-            return self._run()
+            return self._run(circuit_folder(self.circuit))
 
-    def _run(self) -> Output:
-        folder = circuit_folder(self.circuit)
+    def _run(self, folder: Path) -> Output:
+        from circuits.circuit import circuit_digest
+        from circuits.cli.common import load_circuit, record
+        from circuits.faithfulness.nodes import faithfulness
+
         options = made_with(self, circuit=circuit_digest(folder))
         files = ResultFiles(folder, "faithfulness", self, options)
         of_edges = ResultFiles(folder, "edge_faithfulness", self, options)
         for to_write in (files, of_edges) if self.edges else (files,):
             to_write.check()
-        loaded = Loaded.of(self.circuit, self, model=self.model, saes=self.saes, metric=self.metric)
-        reference = loaded.prompts(self.reference)
-        prompts = loaded.prompts(self.prompts, limit=self.examples)
+        circuit = load_circuit(self)
+        reference = circuit.read_prompts(self.reference)
+        prompts = circuit.read_prompts(self.prompts, limit=self.examples)
         result = faithfulness(
-            loaded.circuit, prompts, self.options, sizes=parse_sizes(self.sizes), reference=reference,
+            circuit, prompts, self.options, sizes=parse_sizes(self.sizes), reference=reference,
             progress=not self.quiet,
         )  # fmt: skip
         data = files.write(result.to_dict())
@@ -87,16 +77,18 @@ class FaithfulnessCommand(UsesSaes, Named):
         )
         if not self.edges:
             return Output(text, data)
-        curve = self._edges(loaded, prompts, reference)
+        curve = self._edges(circuit, prompts, reference)
         of_edges_data = of_edges.write(curve.to_dict())
         curve.plot(of_edges.path(".svg"))
         edge_text = f"edges among the {curve.n_nodes} strongest nodes, all other inputs ablated\n{curve.table()}"
         return Output(f"{text}\n{edge_text}", data | {"edges": of_edges_data})
 
-    def _edges(self, loaded: Loaded, prompts: PromptSet, reference: PromptSet) -> EdgeFaithfulness:
+    def _edges(self, circuit: Circuit, prompts: PromptSet, reference: PromptSet) -> EdgeFaithfulness:
         """The curve over edges."""
+        from circuits.faithfulness.edges import edge_faithfulness
+
         return edge_faithfulness(
-            loaded.circuit,
+            circuit,
             prompts,
             self.options,
             sizes=parse_sizes(self.edge_sizes, "edge-sizes"),

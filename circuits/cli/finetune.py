@@ -4,39 +4,34 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
 from typing_extensions import TypedDict
 
-from circuits.cli.common import Common, Output, Overwrite, load_checked_saes, load_model, place
+from circuits.cli.options import Common, HasModel, HasSites, HasText, Output, Overwrites
 from sae._files import read_json
+from sae._run.contents import CONFIG_FILE
 from sae.errors import UserError
-from sae.model.sites import select_sites
-from sae.training.finetuning import FinetuneConfig, finetune
-from sae.training.run_folder import CONFIG_FILE, read_log
+from sae.training.config import FinetuneConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneCommand(Common):
+class FinetuneCommand(Common, Overwrites, HasSites, HasText, HasModel):
     """Fine-tune autoencoders while all of them are spliced into the model, so that it predicts well with them."""
 
-    model: str
-    """Hugging Face model: hub name or folder."""
     saes: str
     """Autoencoders to begin with: a run folder, or any other that can be read; they stay as they are."""
-    text: str
-    """Text: a .txt file (a document a line), a .jsonl file (field text), .gz of either, or a hub data set."""
     out: Path
     """New run folder; autoencoders go to saes/SITE."""
-    sites: str = "all"
-    """Sites, such as all (that have an autoencoder), resid or resid_3,mlp_2."""
     resume: bool = False
     """Go on from the last checkpoint of an interrupted run with the same options."""
-    overwrite: Overwrite = False
-    config: Annotated[FinetuneConfig, tyro.conf.arg(name="")] = field(default_factory=FinetuneConfig)
+    config: FinetuneConfig = field(default_factory=FinetuneConfig)
 
     def run(self) -> Output:
+        from circuits.cli.common import absolute_path, load_checked_saes, load_model
+        from sae.model.sites import select_sites
+        from sae.training.finetuning import finetune
+
         source = Path(self.saes)
         run = source.parent if source.name == "saes" else source
         if source.exists() and self.out.resolve() == run.resolve():
@@ -50,7 +45,7 @@ class FinetuneCommand(Common):
             self.text,
             config=self.config,
             out=self.out,
-            origin=place(self.saes),
+            origin=absolute_path(self.saes),
             resume=self.resume,
             overwrite=self.overwrite,
             progress=not self.quiet,
@@ -81,27 +76,30 @@ class _Recorded(TypedDict):
 
 def progress_of(run: Path) -> dict[str, Any]:
     """The first and the last lines of a fine-tuning log, one a site, and the predictions before and after."""
+    from sae.training.run_folder import read_log
+
     lines = read_log(run / "saes" / "finetuning.jsonl")
     measured = dict(read_json(run / CONFIG_FILE, _Recorded)["finetune"])
     if not lines:
         return measured | {"first": [], "last": []}
     return measured | {
-        name: [line for line in lines if line["step"] == lines[at]["step"]] for name, at in (("first", 0), ("last", -1))
+        name: [line for line in lines if line["step"] == lines[row]["step"]]
+        for name, row in (("first", 0), ("last", -1))
     }
 
 
 def finetuned_lines(run: Path) -> list[str]:
     """What became of each site, and of the predictions, from the first line of the log to the last."""
-    ends = progress_of(run)
+    progress = progress_of(run)
     rows = [
         f"  {before['site']:<9} explained variance {before['explained_variance']:.3f} -> "
         f"{after['explained_variance']:.3f}  L0 {before['l0']:.1f} -> {after['l0']:.1f}"
-        for before, after in zip(ends["first"], ends["last"], strict=True)
+        for before, after in zip(progress["first"], progress["last"], strict=True)
     ]
-    if not ends["last"]:
+    if not progress["last"]:
         return [f"wrote {run / 'saes'}"]
-    name = "kl" if "kl" in ends["last"][0] else "ce"
-    before, after = (ends.get(end, {}).get(name) for end in ("before", "after"))
+    name = "kl" if "kl" in progress["last"][0] else "ce"
+    before, after = (progress.get(when, {}).get(name) for when in ("before", "after"))
     if before is not None and after is not None:
         rows.append(f"all sites spliced: {name} {before:.3f} -> {after:.3f} nats")
     return [*rows, f"wrote {run / 'saes'}"]

@@ -1,12 +1,15 @@
-"""The command `sfc`.
+"""The command `sfc`, and what it does to its own process.
 
-Every subcommand is a dataclass in `circuits.cli` whose fields are its options and whose `run` does the work. A
-mistake of the user's ends with exit status 2 and one sentence, a failure with 1, and Ctrl-C with 130.
+Every subcommand is a dataclass whose fields are its options and whose `run` does the work; only the file of the one
+that is asked for is imported. A mistake of the user's ends with exit status 2 and one sentence, a failure with 1, and
+Ctrl-C with 130.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import importlib
 import json
 import logging
 import os
@@ -14,97 +17,84 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import tyro
-
-from circuits.cli.streams import Printable, prepare_streams, printable, say, say_error
+from circuits.cli.streams import Printable, prepare_streams, printable, say, say_error, to_nowhere
 from graphs.errors import GraphError
-from sae._options import check_options
-from sae.errors import UserError
+from sae.errors import UserError, did_you_mean, nearest
 from sae.training.stopping import terminated_as_interrupted
 
+GROUPS = {
+    "Dictionaries": {
+        "train": ("train", "TrainCommand", "train autoencoders at the sites of a model"),
+        "finetune": ("finetune", "FinetuneCommand", "tune them together, all of them in the model"),
+        "sweep": ("sweep", "SweepCommand", "train a grid of them, and plot fidelity against sparsity"),
+        "cache": ("cache", "CacheCommand", "write activations to disk, for several trainings"),
+        "evaluate": ("evaluate", "EvaluateCommand", "how well they stand for the model's activations"),
+        "match": ("match", "MatchCommand", "find the same features in two dictionaries"),
+        "convert": ("convert", "ConvertCommand", "write them in SAELens' or dictionary_learning's format"),
+    },
+    "Circuits": {
+        "discover": ("discover", "DiscoverCommand", "find the circuit behind a set of prompts"),
+        "probe": ("probe", "ProbeCommand", "learn a linear probe to be the metric of a circuit"),
+    },
+    "Tests": {
+        "faithfulness": (
+            "faithfulness",
+            "FaithfulnessCommand",
+            "how much of the behaviour a circuit explains alone",
+        ),
+        "mask": ("mask", "MaskCommand", "learn which nodes to keep, beside the ranking by effects"),
+        "compare-methods": ("compare", "CompareMethodsCommand", "node methods beside each other on held-out prompts"),
+    },
+    "Pictures": {
+        "render": ("render", "RenderCommand", "draw a circuit: svg, png, pdf or dot"),
+        "explore": ("render", "ExploreCommand", "write it as one interactive page"),
+        "report": ("report", "ReportCommand", "everything a run found, on one page"),
+        "export": ("export", "ExportCommand", "write it for Neuronpedia, circuit-tracer, EAP-IG or networkx"),
+    },
+    "Edits": {
+        "ablate": ("edit", "AblateCommand", "take features out of the model, and measure what is left"),
+        "steer": ("edit", "SteerCommand", "push the model along features"),
+    },
+    "All of it": {
+        "demo": ("demo", "DemoCommand", "the whole story on the bundled model, in a few minutes"),
+    },
+}
+"""Name of a command -> (file in `circuits.cli`, class, what it does), in groups by the story."""
+COMMANDS = {name: entry for group in GROUPS.values() for name, entry in group.items()}
 RESUMABLE = ("train", "finetune", "sweep", "cache", "discover")
 """Commands that go on with `--resume`."""
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc")
 """What torch's errors say where there is no more memory."""
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Names of glibc's mallopt options."""
 
 
-def _commands() -> dict[str, Any]:
-    """Subcommands by name."""
-    from circuits.cli.cache import CacheCommand
-    from circuits.cli.common import show_ranges
-    from circuits.cli.compare import CompareMethodsCommand
-    from circuits.cli.convert import ConvertCommand
-    from circuits.cli.demo import DemoCommand
-    from circuits.cli.discover import DiscoverCommand
-    from circuits.cli.edit import AblateCommand, SteerCommand
-    from circuits.cli.evaluate import EvaluateCommand
-    from circuits.cli.export import ExportCommand
-    from circuits.cli.faithfulness import FaithfulnessCommand
-    from circuits.cli.finetune import FinetuneCommand
-    from circuits.cli.mask import MaskCommand
-    from circuits.cli.match import MatchCommand
-    from circuits.cli.probe import ProbeCommand
-    from circuits.cli.render import ExploreCommand, RenderCommand
-    from circuits.cli.report import ReportCommand
-    from circuits.cli.sweep import SweepCommand
-    from circuits.cli.train import TrainCommand
-
-    commands: dict[str, Any] = {
-        "train": TrainCommand,
-        "finetune": FinetuneCommand,
-        "sweep": SweepCommand,
-        "cache": CacheCommand,
-        "evaluate": EvaluateCommand,
-        "match": MatchCommand,
-        "convert": ConvertCommand,
-        "discover": DiscoverCommand,
-        "faithfulness": FaithfulnessCommand,
-        "mask": MaskCommand,
-        "probe": ProbeCommand,
-        "compare-methods": CompareMethodsCommand,
-        "render": RenderCommand,
-        "explore": ExploreCommand,
-        "export": ExportCommand,
-        "ablate": AblateCommand,
-        "steer": SteerCommand,
-        "report": ReportCommand,
-        "demo": DemoCommand,
-    }
-    for command in commands.values():
-        show_ranges(command)
-    return commands
+def command_class(name: str) -> type[Any]:
+    """The dataclass of a subcommand; raises UserError for a name that is none."""
+    if name not in COMMANDS:
+        raise UserError(f"unknown command {name!r}{did_you_mean(nearest(name, COMMANDS, n=1))} (see sfc --help)")
+    module, cls, _ = COMMANDS[name]
+    return getattr(importlib.import_module(f"circuits.cli.{module}"), cls)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run `sfc` with command-line arguments, those of the process by default; always ends with SystemExit.
-
-    Idle threads sleep unless the environment says otherwise: where cores are shared, spinning costs ten times the work.
-    What Apple's GPUs cannot do, the CPU does. Both must be set before torch is imported.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
-    prepare_streams()
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(Printable("%(levelname)s: %(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    """Run `sfc` with command-line arguments, those of the process by default; always ends with SystemExit."""
     words = sys.argv[1:] if arguments is None else list(arguments)
+    prepare_streams()
+    _prepare_process(words)
     try:
         _check_words(words)
-        with terminated_as_interrupted():
-            command = tyro.extras.subcommand_cli_from_dict(
-                _commands(),
-                prog="sfc",
-                description="Find, draw and edit sparse feature circuits in language models.",
-                args=words,
-                config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
-            )
-            check_options(command)
-            output = command.run()
-            say((json.dumps(output.data) if command.json else printable(output.text)) + "\n")
+        if not words or words[0] in ("-h", "--help"):
+            say(overview())
+        else:
+            with terminated_as_interrupted():
+                _run(words)
     except (UserError, GraphError) as error:
         _leave(f"sfc: {error}", 2)
     except KeyboardInterrupt:
         _leave(f"sfc: interrupted; what was finished is on disk{_way_on(words)}", 130)
+    except BrokenPipeError:  # the reader of a help page has gone
+        to_nowhere()
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             _leave(f"sfc: {str(error.filename)[:40]!r}... is too long for the name of a file or folder", 2)
@@ -114,6 +104,53 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         _leave(f"sfc: {message}", 1)
     sys.exit(0)
+
+
+def overview() -> str:
+    """All commands, one a line, in groups by the story."""
+    lines = ["Find, draw and edit sparse feature circuits in language models.", "", "usage: sfc COMMAND [OPTIONS]"]
+    for group, commands in GROUPS.items():
+        lines += ["", group, *(f"  {name:<16}{does}" for name, (_, _, does) in commands.items())]
+    return "\n".join([*lines, "", "sfc COMMAND --help explains every option of a command."]) + "\n"
+
+
+def _run(words: Sequence[str]) -> None:
+    from circuits.cli.parser import parse
+    from sae._options import check_options
+
+    command = parse(command_class(words[0]), words[1:], prog=f"sfc {words[0]}")
+    check_options(command)
+    _keep_freed_memory()
+    output = command.run()
+    say((json.dumps(output.data) if command.json else printable(output.text)) + "\n")
+
+
+def _prepare_process(words: Sequence[str]) -> None:
+    """Set what must be set before torch and transformers are imported, unless the environment says otherwise.
+
+    Idle threads sleep: where cores are shared, spinning costs ten times the work. What Apple's GPUs cannot do, the CPU
+    does. Libraries draw no bars of their own where nobody watches.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+    if "--json" in words or not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Printable("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+
+
+def _keep_freed_memory() -> None:
+    """Have the C library hand freed blocks out again instead of returning them to the system (glibc only).
+
+    Blocks up to 256 MB come from the heap, and up to 1 GB of its free end stays. A training step frees and takes the
+    same gradients again and again: it costs a twentieth of a TopK step otherwise.
+    """
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        mallopt = ctypes.CDLL(None).mallopt
+        if not mallopt(M_MMAP_THRESHOLD, 2**28):
+            mallopt(M_MMAP_THRESHOLD, 2**25)  # older versions refuse more than 32 MB
+        mallopt(M_TRIM_THRESHOLD, 2**30)
 
 
 def _check_words(words: Sequence[str]) -> None:

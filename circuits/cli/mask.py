@@ -5,64 +5,58 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING
 
-import tyro
-
-from circuits.attribution.nodes import Nodes
-from circuits.circuit import circuit_digest, circuit_folder
-from circuits.cli.common import Common, Loaded, Output, record
 from circuits.cli.faithfulness import ERRORS_TEXT
-from circuits.cli.results import Named, ResultFiles, made_with
-from circuits.faithfulness.learned_mask import MaskOptions, learn_mask
-from circuits.faithfulness.nodes import FaithfulnessOptions, measure_faithfulness
-from circuits.faithfulness.results import NodeFaithfulness
+from circuits.cli.options import HasSizes, HasTestPrompts, Named, Output, RunsCircuit
+from circuits.cli.results import ResultFiles, made_with
+from circuits.faithfulness.options import FaithfulnessOptions, MaskOptions
 from sae._options import Positive, parse_sizes
 from sae._run.locks import lock
 
+if TYPE_CHECKING:
+    from circuits.attribution.nodes import Nodes
+    from circuits.faithfulness.results import NodeFaithfulness
+
 
 @dataclass(frozen=True, kw_only=True)
-class MaskCommand(Common, Named):
+class MaskCommand(Named, HasSizes, HasTestPrompts, RunsCircuit):
     """Learn a ranking of the nodes by which of them to keep, all nodes together, and measure it on held-out prompts
     beside the ranking by effects.
     """
 
-    circuit: Path
-    """Run folder with a circuit (`sfc discover`); the mask is learned on the prompts of its file."""
     learn_examples: Positive | None = None
-    """At most this many of the prompts learned on, the first ones; all by default, however many effects are from."""
-    prompts: str | None = None
-    """Held-out prompts to measure on; those the mask is learned on by default."""
-    examples: Positive | None = None
-    """At most this many of the prompts measured on; all by default."""
-    sizes: str = "10,20,50,100,200,500,1000"
-    """Numbers of nodes, comma-separated."""
-    model: str | None = None
-    """Another place of the model the circuit was found in."""
-    saes: str | None = None
-    """Another place of the autoencoders the circuit was found with."""
-    metric: str | None = None
-    """The circuit's metric again, where it is Python code (file.py:function): no code runs because a run names it."""
-    options: Annotated[MaskOptions, tyro.conf.arg(name="")] = field(default_factory=MaskOptions)
+    """At most this many of the prompts the mask is learned on, the first of the circuit's file; all by default, however
+    many effects are from.
+    """
+    options: MaskOptions = field(default_factory=MaskOptions)
 
     def run(self) -> Output:
+        from circuits.circuit import circuit_folder
+
         parse_sizes(self.sizes)
         with lock(circuit_folder(self.circuit).parent, shared=True):
-            return self._run()
+            return self._run(circuit_folder(self.circuit))
 
-    def _run(self) -> Output:
-        folder = circuit_folder(self.circuit)
+    def _run(self, folder: Path) -> Output:
+        from circuits.circuit import circuit_digest
+        from circuits.cli.common import load_circuit, record
+        from circuits.faithfulness.learned_mask import learn_mask
+        from circuits.faithfulness.nodes import measure_faithfulness
+
         files = ResultFiles(
             folder, "mask", self, made_with(self, circuit=circuit_digest(folder)), suffixes=(".json", ".safetensors")
         )
         files.check()
         sizes = parse_sizes(self.sizes)
-        loaded = Loaded.of(self.circuit, self, model=self.model, saes=self.saes, metric=self.metric)
-        learned_on = loaded.prompts(loaded.circuit.metadata["prompts"], limit=self.learn_examples)
-        prompts = loaded.prompts(self.prompts, limit=self.examples) if self.prompts else learned_on[: self.examples]
-        metric = loaded.metric
+        circuit = load_circuit(self)
+        learned_on = circuit.read_prompts(circuit.metadata["prompts"], limit=self.learn_examples)
+        prompts = learned_on[: self.examples]
+        if self.prompts:
+            prompts = circuit.read_prompts(self.prompts, limit=self.examples)
+        metric = circuit.metric
         begin = time.perf_counter()
-        mask = learn_mask(loaded.circuit, learned_on, self.options, progress=not self.quiet)
+        mask = learn_mask(circuit, learned_on, self.options, progress=not self.quiet)
         seconds = time.perf_counter() - begin
         files.path(".json").unlink(missing_ok=True)  # of the mask before
         mask.save(files.path(".safetensors"))  # learned scores outlive a measurement that is interrupted
@@ -73,11 +67,11 @@ class MaskCommand(Common, Named):
 
         def measured(nodes: Nodes) -> NodeFaithfulness:
             return measure_faithfulness(
-                loaded.model, loaded.saes, nodes, prompts, options, sizes=sizes, reference=learned_on, metric=metric,
+                circuit.model, circuit.saes, nodes, prompts, options, sizes=sizes, reference=learned_on, metric=metric,
                 progress=not self.quiet,
             )  # fmt: skip
 
-        of_mask, of_effects = measured(mask.nodes), measured(loaded.circuit.nodes)
+        of_mask, of_effects = measured(mask.nodes), measured(circuit.nodes)
         data = {
             "schema_version": 1,
             "options": mask.options,

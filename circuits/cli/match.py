@@ -6,27 +6,28 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from circuits.cli.common import Common, Output, load_checked_saes, load_model
+from circuits.cli.options import Common, HasSites, Output
 from sae._files import write_json
 from sae._options import Range, TokenCount
 from sae._tables import aligned, number
-from sae.autoencoder import SparseAutoencoder
 from sae.data.text import TextSource
 from sae.errors import UserError
-from sae.features.matching import Match, match_by_activation, match_features, persistent_features, split_features
-from sae.model.huggingface import resolve_device
-from sae.model.language_model import LanguageModel
-from sae.model.sites import Site, select_sites
-from sae.saes import load_saes
 
-Dictionaries = Mapping[Site, SparseAutoencoder]
+if TYPE_CHECKING:
+    from sae.autoencoder import SparseAutoencoder
+    from sae.features.matching import Match
+    from sae.model.language_model import LanguageModel
+    from sae.model.sites import Site
+
+    Dictionaries = Mapping[Site, SparseAutoencoder]
+
 HEAD = ["feature of", "partner in", "features", "partners", "similarity", "mutual", "same", "split"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class MatchCommand(Common):
+class MatchCommand(Common, HasSites):
     """Find the same features in two dictionaries: site by site in two runs (other widths, seeds or architectures), or
     from each layer to the next in one run.
     """
@@ -35,16 +36,14 @@ class MatchCommand(Common):
     """Autoencoders whose features are looked for: a run folder, or any that can be loaded."""
     other: str | None = None
     """Autoencoders they are looked for in, at the same sites; the next layer's of --saes by default."""
-    sites: str = "all"
-    """Sites, such as all, resid or resid_3,mlp_2."""
     by: Literal["decoder", "activation"] = "decoder"
     """What makes features alike: decoder, the cosine of what they write; activation, the correlation of their
     activations over a text, which needs --model and --text.
     """
     model: str | None = None
-    """Hugging Face model: hub name or folder."""
+    """The model that both belong to, where activations are compared."""
     text: str | None = None
-    """Text: a .txt file (a document a line), a .jsonl file (field text), .gz of either, or a hub data set."""
+    """The text over which activations are compared."""
     tokens: TokenCount = 50_000
     """Tokens that activations are compared on."""
     threshold: Annotated[float, Range(-1, 1)] = 0.7
@@ -56,20 +55,20 @@ class MatchCommand(Common):
 
     def run(self) -> Output:
         model = self._model()
-        mine = self._load(self.saes, model)
-        theirs = None if self.other is None else self._load(self.other, model)
-        rows, found = [HEAD], []
-        for (site_a, a), (site_b, b) in pairs(mine, theirs, self.sites):
+        saes = self._load(self.saes, model)
+        others = None if self.other is None else self._load(self.other, model)
+        rows, entries = [HEAD], []
+        for (site_a, a), (site_b, b) in pairs(saes, others, self.sites):
             match = self._match(model, (site_a, a), (site_b, b))
             entry = self._entry(match, a, b)
-            found.append({"feature_of": site_a.name, "partner_in": site_b.name, **entry, **_partners(match)})
+            entries.append({"feature_of": site_a.name, "partner_in": site_b.name, **entry, **_partners(match)})
             split = "-" if entry["split"] is None else str(len(entry["split"]))
             rows.append([
                 site_a.name, site_b.name, str(entry["features"]), str(entry["partners"]), number(entry["similarity"]),
                 number(entry["mutual"]), str(entry["same"]), split,
             ])  # fmt: skip
         text = aligned(rows, text_columns=2)
-        data: dict[str, Any] = {"schema_version": 1, "by": self.by, "threshold": self.threshold, "pairs": found}
+        data: dict[str, Any] = {"schema_version": 1, "by": self.by, "threshold": self.threshold, "pairs": entries}
         if self.out is not None:
             write_json(self.out, data)
             text += f"\nwrote {self.out}"
@@ -80,9 +79,15 @@ class MatchCommand(Common):
             return None
         if self.model is None or self.text is None:
             raise UserError("matching by activation needs a model and a text: give --model and --text, or --by decoder")
+        from circuits.cli.common import load_model
+
         return load_model(self.model, self)
 
     def _load(self, path: str, model: LanguageModel | None) -> Dictionaries:
+        from circuits.cli.common import load_checked_saes
+        from sae.model.huggingface import resolve_device
+        from sae.saes import load_saes
+
         if model is None:
             return load_saes(path, device=resolve_device(self.device))
         return load_checked_saes(model, path)
@@ -90,12 +95,16 @@ class MatchCommand(Common):
     def _match(
         self, model: LanguageModel | None, a: tuple[Site, SparseAutoencoder], b: tuple[Site, SparseAutoencoder]
     ) -> Match:
+        from sae.features.matching import match_by_activation, match_features
+
         if model is None:
             return match_features(a[1].W_dec, b[1].W_dec)
         assert self.text is not None
         return match_by_activation(model, a, b, TextSource.of(self.text).read(), max_tokens=self.tokens)
 
     def _entry(self, match: Match, a: SparseAutoencoder, b: SparseAutoencoder) -> dict[str, Any]:
+        from sae.features.matching import persistent_features, split_features
+
         comparable = self.by == "decoder"
         split = split_features(a.W_dec, b.W_dec, threshold=self.threshold) if comparable else None
         return {
@@ -104,11 +113,11 @@ class MatchCommand(Common):
             "similarity": match.mean,
             "mutual": float(match.mutual.double().mean()),
             "same": len(persistent_features(match, threshold=self.threshold)),
-            "split": None if split is None else {str(whole): parts for whole, parts in split.items()},
+            "split": None if split is None else {str(feature): halves for feature, halves in split.items()},
         }
 
 
-def _partners(match: Match) -> dict[str, list]:
+def _partners(match: Match) -> dict[str, list[Any]]:
     return {
         "partner": match.partner.tolist(),
         "partner_similarity": match.similarity.tolist(),
@@ -117,18 +126,20 @@ def _partners(match: Match) -> dict[str, list]:
 
 
 def pairs(
-    mine: Dictionaries, theirs: Dictionaries | None, sites: str
+    saes: Dictionaries, others: Dictionaries | None, sites: str
 ) -> Iterator[tuple[tuple[Site, SparseAutoencoder], tuple[Site, SparseAutoencoder]]]:
-    """What is compared with what: the same site of two runs, or each site with the next of its kind."""
-    chosen = select_sites(sites, list(mine))
-    if theirs is None:
+    """The dictionaries to compare: at the same site of two runs, or at each site and the next of its kind."""
+    from sae.model.sites import select_sites
+
+    chosen = select_sites(sites, list(saes))
+    if others is None:
         kinds = {site.kind: [other for other in chosen if other.kind == site.kind] for site in chosen}
-        places = [pair for members in kinds.values() for pair in pairwise(members)]
+        compared = [pair for members in kinds.values() for pair in pairwise(members)]
         why = "one run is compared from layer to layer, and no kind of site is there twice: give --other"
     else:
-        places = [(site, site) for site in chosen if site in theirs]
-        why = f"none of {', '.join(map(str, chosen))} is among the other autoencoders: {', '.join(map(str, theirs))}"
-    if not places:
+        compared = [(site, site) for site in chosen if site in others]
+        why = f"none of {', '.join(map(str, chosen))} is among the other autoencoders: {', '.join(map(str, others))}"
+    if not compared:
         raise UserError(f"no autoencoders to compare: {why}")
-    for a, b in places:
-        yield (a, mine[a]), (b, (mine if theirs is None else theirs)[b])
+    for a, b in compared:
+        yield (a, saes[a]), (b, (saes if others is None else others)[b])

@@ -5,31 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
-
-from circuits.cli.common import Common, Output, load_model
-from circuits.metrics.fit_probe import fit_probe, read_site
-from circuits.metrics.probe import save_probe
-from circuits.prompts.formats import Example, read_rows
-from circuits.prompts.reader import find_spans
-from circuits.prompts.selection import first_rows
-from circuits.prompts.spans import LAST
+from circuits.cli.options import Common, HasModel, Output
 from sae._options import MANY, LearningRate, Range, Seed
 from sae.errors import UserError, unknown
-from sae.model.language_model import Tokens
-from sae.model.sites import Site
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from circuits.prompts.formats import Example
+    from sae.model.language_model import LanguageModel, Tokens
+
+LAST = "last"
+"""The position that is read where no span is named."""
 TEXT_KEYS = ("text", "clean_prefix", "clean", "prompt")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeCommand(Common):
+class ProbeCommand(Common, HasModel):
     """Learn a linear probe at a site from labelled prompts. Its logit is a metric: sfc discover --metric probe:FILE."""
 
-    model: str
-    """Hugging Face model: hub name or folder."""
     prompts: str
     """JSON lines or CSV with a text (text, or clean_prefix) and a label."""
     site: str
@@ -54,19 +50,23 @@ class ProbeCommand(Common):
     """Seed of the division."""
 
     def run(self) -> Output:
+        from circuits.cli.common import load_model
+        from circuits.metrics.fit_probe import fit_probe, read_site
+        from circuits.metrics.probe import save_probe
+
         texts, labels = self._labelled()
         model = load_model(self.model, self)
         names = {site.name: site for site in model.sites}
         if self.site not in names:
             raise unknown("site", self.site, names)
-        site: Site = names[self.site]
+        site = names[self.site]
         tokens = model.tokenize_prompts([example.clean for example in texts])
-        inside, kept = None, list(range(len(texts)))
+        inside, with_span = None, list(range(len(texts)))
         if self.position != LAST:
-            inside, kept = self._inside(texts, model, tokens)
-        x = read_site(model, tokens[kept], site, None if inside is None else inside[kept])
+            inside, with_span = self._inside(texts, model, tokens)
+        x = read_site(model, tokens[with_span], site, None if inside is None else inside[with_span])
         fitted = fit_probe(
-            x, [labels[row] for row in kept], held_out=self.held_out, penalty=self.penalty, seed=self.seed
+            x, [labels[row] for row in with_span], held_out=self.held_out, penalty=self.penalty, seed=self.seed
         )
         save_probe(
             self.out, fitted.weight, fitted.bias, site=site, position=self.position, classes=fitted.classes, model=model
@@ -74,7 +74,7 @@ class ProbeCommand(Common):
         data = {
             "out": str(self.out), "site": site.name, "position": self.position, "classes": fitted.classes,
             "accuracy": fitted.accuracy, "chance": fitted.chance, "n_train": fitted.n_train, "n_test": fitted.n_test,
-            "without_span": len(texts) - len(kept),
+            "without_span": len(texts) - len(with_span),
         }  # fmt: skip
         left_out = f"; {data['without_span']} prompts without the span left out" if data["without_span"] else ""
         text = (
@@ -86,6 +86,9 @@ class ProbeCommand(Common):
 
     def _labelled(self) -> tuple[list[Example], list[str]]:
         """Texts and labels of the file."""
+        from circuits.prompts.formats import read_rows
+        from circuits.prompts.selection import first_rows
+
         texts, labels = [], []
         for row, example, where in read_rows(self.prompts, TEXT_KEYS):
             keys = [self.label] if self.label else ["label", "case"]
@@ -99,17 +102,21 @@ class ProbeCommand(Common):
         rows = first_rows(labels, len(labels) if self.examples is None else self.examples)
         return [texts[row] for row in rows], [labels[row] for row in rows]
 
-    def _inside(self, texts: list[Example], model, tokens: Tokens):
+    def _inside(self, texts: list[Example], model: LanguageModel, tokens: Tokens) -> tuple[Tensor, list[int]]:
         """[B, S] bool, the tokens of the span; and the prompts that have it."""
-        roles = find_spans(texts, model, self.span_template)
+        import torch
+
+        from circuits.prompts.reader import find_spans
+
+        names = find_spans(texts, model, self.span_template)
         width = tokens.n_positions
-        rows = [[False] * width if isinstance(row, str) else _flags(row, self.position, width) for row in roles]
-        kept = [number for number, row in enumerate(rows) if any(row)]
-        if not kept:
-            reasons = sorted({row for row in roles if isinstance(row, str)}) or ["it is not among the spans"]
+        rows = [[False] * width if isinstance(row, str) else _flags(row, self.position, width) for row in names]
+        with_span = [number for number, row in enumerate(rows) if any(row)]
+        if not with_span:
+            reasons = sorted({row for row in names if isinstance(row, str)}) or ["it is not among the spans"]
             raise UserError(f"no prompt has the span {self.position!r}: {'; '.join(reasons)}")
-        return torch.tensor(rows, device=model.device), kept
+        return torch.tensor(rows, device=model.device), with_span
 
 
 def _flags(row: list[str], name: str, width: int) -> list[bool]:
-    return [False] * (width - len(row)) + [role == name for role in row]
+    return [False] * (width - len(row)) + [span == name for span in row]

@@ -6,28 +6,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from circuits.circuit import Circuit, circuit_folder
-from circuits.circuit_files import FeaturesFile
-from circuits.cli.common import Output
-from circuits.cli.discover import FEATURES_FILE
-from graphs.annotations import apply, read_annotations
-from graphs.drawing.dot import draw
-from graphs.explorer import explore
-from graphs.feature_graph import FeatureGraph
-from graphs.pruning import reachable
+from circuits.cli.options import HasCircuit, Output, Prints
 from sae._files import read_json
 from sae._options import Count, Magnitude, Positive
 from sae._run.contents import check_no_link
 from sae._run.locks import lock
 
+if TYPE_CHECKING:
+    from graphs import FeatureGraph
+
 
 @dataclass(frozen=True, kw_only=True)
-class _Cut:
+class _Cut(Prints, HasCircuit):
     """How much of the circuit is shown."""
 
-    circuit: Path
-    """Run folder with a circuit (`sfc discover`)."""
     node_threshold: Magnitude | None = None
     """Only nodes with a larger |effect|."""
     edge_threshold: Magnitude | None = None
@@ -40,11 +34,15 @@ class _Cut:
     """JSON lines {"Name": "resid_3/120", "Annotation": "plural nouns"} that label features; their top tokens do
     otherwise.
     """
-    json: bool = False
-    """Print one JSON object instead of text."""
 
     def cut(self, *, nodes: int | None, edges: int | None) -> FeatureGraph:
         """The graph to show, of at most the nodes that have edges; re-thresholding never runs the model."""
+        from circuits.circuit import Circuit, circuit_folder
+        from circuits.circuit_files import FeaturesFile
+        from circuits.cli.discover import FEATURES_FILE
+        from graphs.annotations import apply, read_annotations
+        from graphs.pruning import reachable
+
         circuit = Circuit.load(self.circuit)
         with_edges = sum(len(site_nodes) for site_nodes in circuit.edge_nodes.values())
         nodes = min(with_edges if nodes is None else nodes, with_edges) if with_edges else nodes
@@ -74,6 +72,8 @@ class RenderCommand(_Cut):
     """Edges drawn at most, the strongest."""
 
     def run(self) -> Output:
+        from graphs import draw
+
         with drawing_file(self.circuit, self.out, "circuit.svg") as out:
             graph = self.cut(nodes=self.nodes, edges=self.edges)
             draw(graph, out)
@@ -92,6 +92,8 @@ class ExploreCommand(_Cut):
     """Edges on the page at most, the strongest."""
 
     def run(self) -> Output:
+        from graphs import explore
+
         with drawing_file(self.circuit, self.out, "circuit.html") as out:
             graph = self.cut(nodes=self.nodes, edges=self.edges)
             explore(graph, out)
@@ -101,6 +103,8 @@ class ExploreCommand(_Cut):
 @contextmanager
 def drawing_file(circuit: Path, out: Path | None, name: str) -> Iterator[Path]:
     """The file to write, `graph/NAME` in the run folder where none is given; the folder is locked meanwhile."""
+    from circuits.circuit import circuit_folder
+
     run = circuit_folder(circuit).parent
     if out is None:
         check_no_link(run / "graph")

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from circuits.cli.common import Output
-from circuits.report import write_report
+from circuits.cli.options import HasCircuit, Output, Prints
 from sae._run.locks import lock
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportCommand:
+class ReportCommand(Prints, HasCircuit):
     """Write report.html: the circuit, what it explains, its features in their contexts, and what editing them did."""
 
-    circuit: Path
-    """Run folder with a circuit (`sfc discover`)."""
-    json: bool = False
-    """Print one JSON object instead of text."""
-
     def run(self) -> Output:
+        from circuits.report import write_report
+
         with lock(self.circuit, shared=True):
             path = write_report(self.circuit)
         return Output(f"wrote {path}", {"out": str(path)})

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from circuits.cli.common import Overwrite, plain
+from circuits.cli.options import Named, plain
 from sae._files import parse_json, read_text, write_json
 from sae._run.contents import check_no_link
 from sae.data.text import TextSource
@@ -25,23 +24,6 @@ from sae.errors import UserError
 UNIMPORTANT = ("circuit", "device", "json", "model", "name", "out", "overwrite", "sae_memory", "saes")
 """Options that do not decide what is measured, or are compared by fingerprints."""
 MADE_WITH = "made_with"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Named:
-    """Options of commands that add a result to a run."""
-
-    name: str | None = None
-    """Name of the result, which becomes part of its files' names; results of other options stay beside it."""
-    overwrite: Overwrite = False
-
-    def check_name(self) -> None:
-        """Raises UserError for a name that is no part of a file's name."""
-        if self.name is not None and not re.fullmatch(r"\w[\w.+=@-]{0,79}", self.name):
-            raise UserError(
-                f"name is {self.name[:100]!r}: allowed are up to 80 letters, digits and _ . + = @ -, beginning with a "
-                "letter or digit; it becomes part of file names"
-            )
 
 
 def made_with(options: Any, **more: Any) -> dict[str, Any]:

@@ -51,9 +51,9 @@ def say(text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
-        _to_nowhere()
+        to_nowhere()
     except OSError:
-        _to_nowhere()
+        to_nowhere()
         raise
 
 
@@ -64,8 +64,8 @@ def say_error(text: str) -> None:
         sys.stderr.flush()
 
 
-def _to_nowhere() -> None:
-    """Python flushes again when it ends: by then there must be nothing to complain about."""
+def to_nowhere() -> None:
+    """Send what is written to standard output from now on nowhere: Python flushes again when it ends."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     with suppress(OSError, ValueError):
         os.dup2(nowhere, sys.stdout.fileno())

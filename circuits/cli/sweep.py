@@ -6,22 +6,21 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
 
-from circuits.cli.cache import need, open_cache
-from circuits.cli.common import Common, Output, Overwrite, load_model
+from circuits.cli.cache import open_cache
+from circuits.cli.options import Common, HasSites, HasTextOrCache, Output, Overwrites, need
 from sae._files import write_json, write_text
 from sae._options import ContextLength, TokenCount
 from sae.data.text import TextSource
 from sae.errors import UserError, unknown
-from sae.evaluation.sweep import HeldOut, evaluate_sweep
-from sae.evaluation.sweep_plots import METRICS, plot_site, plot_sites
-from sae.evaluation.sweep_results import SweepResults
-from sae.model.sites import select_sites
 from sae.training.config import ARCHITECTURE_NAMES, ArchitectureName, TrainConfig
-from sae.training.sweep import Sweep, grid, sweep, training_bytes
+
+if TYPE_CHECKING:
+    from sae.evaluation.sweep_results import SweepResults
+    from sae.training.sweep import Sweep
 
 RESULTS_FILE = "sweep.json"
 TABLE_FILE = "sweep.txt"
@@ -39,23 +38,13 @@ class SharedConfig(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepCommand(Common):
+class SweepCommand(Common, Overwrites, HasSites, HasTextOrCache):
     """Train a grid of autoencoders at every chosen site, all from one forward pass of the model over the text, and plot
     how fidelity depends on sparsity on held-out text.
     """
 
-    model: str | None = None
-    """Hugging Face model: hub name or folder. With --cache, by default the one the cache was made with."""
-    text: str | None = None
-    """Text: a .txt file (a document a line), a .jsonl file (field text), .gz of either, or a hub data set. With
-    --cache, by default what the cache was made from.
-    """
-    cache: Path | None = None
-    """Folder of `sfc cache` to read activations from; the model is loaded after training then, to measure."""
     out: Path
     """Folder; a dictionary goes to NAME/saes/SITE, and NAME is what other commands take as --saes."""
-    sites: str = "all"
-    """Sites, such as all, resid or resid_3,mlp_2."""
     architectures: str = "topk"
     """Architectures, such as topk,batchtopk,jumprelu."""
     features: str = "1024"
@@ -72,10 +61,12 @@ class SweepCommand(Common):
     """Longest context measured, in tokens; what comes after it in a text is not read."""
     resume: bool = False
     """Go on with an interrupted sweep, or add to a finished one; nothing is trained or measured twice."""
-    overwrite: Overwrite = False
-    config: Annotated[SharedConfig, tyro.conf.arg(name="")] = field(default_factory=SharedConfig)
+    config: SharedConfig = field(default_factory=SharedConfig)
 
     def run(self) -> Output:
+        from circuits.cli.common import load_model
+        from sae.evaluation.sweep import HeldOut, evaluate_sweep
+
         trained, source, name = self._train()
         model = load_model(name, self)
         text = None if self.eval_text is None else TextSource.of(self.eval_text)
@@ -96,6 +87,10 @@ class SweepCommand(Common):
 
     def _train(self) -> tuple[Sweep, TextSource, str]:
         """The dictionaries, the text they learned from, and the name of the model."""
+        from circuits.cli.common import load_model
+        from sae.model.sites import select_sites
+        from sae.training.sweep import grid, sweep
+
         configs = grid(
             TrainConfig(**{key: value for key, value in asdict(self.config).items() if key not in GRID}),
             architectures=[_architecture(name) for name in _entries("architectures", self.architectures, str)],
@@ -122,6 +117,8 @@ class SweepCommand(Common):
 
     def _estimate(self, configs: dict[str, TrainConfig], widths: list[int]) -> None:
         """Say how much is trained, before the work."""
+        from sae.training.sweep import training_bytes
+
         if not self.quiet:
             size = training_bytes(configs.values(), widths) / 1e9
             sys.stderr.write(
@@ -130,6 +127,8 @@ class SweepCommand(Common):
 
     def _draw(self, results: SweepResults) -> Path:
         """Both measures over all sites, and a plot a site."""
+        from sae.evaluation.sweep_plots import METRICS, plot_site, plot_sites
+
         folder = self.out / "plots"
         for metric in METRICS:
             plot_sites(results, metric, folder / f"{metric}.svg")
@@ -143,9 +142,8 @@ GRID = ("architecture", "features", "k", "seed")
 
 def _entries(option: str, text: str, kind: Callable[[str], Entry]) -> list[Entry]:
     """`"8,16"` -> [8, 16], without repetitions."""
-    parts = [part.strip() for part in text.split(",") if part.strip()]
     try:
-        entries = list(dict.fromkeys(kind(part) for part in parts))
+        entries = list(dict.fromkeys(kind(word.strip()) for word in text.split(",") if word.strip()))
     except ValueError:
         entries = []
     if not entries:

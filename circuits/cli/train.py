@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-import tyro
-
-from circuits.cli.cache import need, open_cache
-from circuits.cli.common import Common, Output, Overwrite, load_checked_saes, load_model
+from circuits.cli.cache import open_cache
 from circuits.cli.finetune import finetuned_lines, progress_of
+from circuits.cli.options import Common, HasSites, HasTextOrCache, Output, Overwrites, need
 from sae._options import TokenCount
 from sae._run.locks import lock
 from sae.errors import UserError
-from sae.training.finetuning import FinetuneConfig, finetune
-from sae.training.run_folder import check_run_folder, discard_run, is_discarding, read_log
-from sae.training.trainer import TrainConfig, train
+from sae.training.config import FinetuneConfig, TrainConfig
 
 TRAINED = "trained"
 """Folder inside the run that keeps the autoencoders as they were before fine-tuning."""
@@ -25,32 +21,23 @@ FINETUNED = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainCommand(Common):
+class TrainCommand(Common, Overwrites, HasSites, HasTextOrCache):
     """Train a sparse autoencoder at every chosen site, all from one forward pass of the model over the text."""
 
-    model: str | None = None
-    """Hugging Face model: hub name or folder. With --cache it is only compared with the cache's."""
-    text: str | None = None
-    """Text: a .txt file (a document a line), a .jsonl file (field text), .gz of either, or a hub data set. With --cache
-    it is only compared with the cache's.
-    """
-    cache: Path | None = None
-    """Folder of `sfc cache` to read activations from; the model is not run then."""
     out: Path
     """Run folder; autoencoders go to saes/SITE."""
-    sites: str = "all"
-    """Sites, such as all, resid or resid_3,mlp_2."""
     resume: bool = False
     """Go on from the last checkpoint of an interrupted run with the same options."""
-    overwrite: Overwrite = False
     finetune: Literal["none", "kl", "ce"] = "none"
     """Fine-tune afterwards with all autoencoders spliced in, for the model's predictions (kl) or the text (ce)."""
     finetune_tokens: TokenCount | None = None
     """Tokens to fine-tune on, beside those of training; a fifth of these by default. `sfc finetune` has more options.
     """
-    config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
+    config: TrainConfig = field(default_factory=TrainConfig)
 
     def run(self) -> Output:
+        from sae.training.run_folder import check_run_folder, discard_run, is_discarding
+
         if self.finetune == "none":
             if self.finetune_tokens is not None:
                 raise UserError(f"finetune-tokens is {self.finetune_tokens}: there is none without --finetune kl")
@@ -65,6 +52,9 @@ class TrainCommand(Common):
             return self._finetune(trained, text)
 
     def _train(self, out: Path) -> Output:
+        from circuits.cli.common import load_model
+        from sae.training.trainer import train
+
         options: dict[str, Any] = {
             "sites": self.sites,
             "config": self.config,
@@ -88,13 +78,16 @@ class TrainCommand(Common):
         return Output("\n".join([*rows, f"wrote {out / 'saes'}"]), {"out": str(out), "sites": last})
 
     def _finetune(self, trained: Output, text: str) -> Output:
-        known = self.config
+        from circuits.cli.common import load_checked_saes, load_model
+        from sae.training.finetuning import finetune
+
+        training = self.config
         config = FinetuneConfig(
             loss="ce" if self.finetune == "ce" else "kl",
-            tokens=self.finetune_tokens or max(1, known.tokens // FINETUNED),
-            context_length=known.context_length,
-            packed=known.packed,
-            exclude_special=known.exclude_special,
+            tokens=self.finetune_tokens or max(1, training.tokens // FINETUNED),
+            context_length=training.context_length,
+            packed=training.packed,
+            exclude_special=training.exclude_special,
         )
         model = load_model(need(self.model, "model"), self)
         finetune(
@@ -112,8 +105,10 @@ class TrainCommand(Common):
         return Output(rows, trained.data | {"out": str(self.out), "finetuning": progress_of(self.out)})
 
 
-def last_lines(log: Path) -> list[dict]:
+def last_lines(log: Path) -> list[dict[str, Any]]:
     """The last line of each site in a training log."""
+    from sae.training.run_folder import read_log
+
     return list({line["site"]: line for line in read_log(log)}.values())
 
 

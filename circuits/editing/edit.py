@@ -48,6 +48,7 @@ from circuits.editing.targets import (
     tokens_at,
 )
 from circuits.metrics.metrics import Metric, get_metric, has_shares, logit_difference, metric_title, prepare
+from circuits.options import Operation
 from circuits.prompts.dataset import PromptSet
 from sae.autoencoder import SparseAutoencoder
 from sae.data.batches import token_batches
@@ -58,8 +59,6 @@ from sae.model.language_model import LanguageModel, Tokens
 from sae.model.sites import Site
 from sae.saes import as_saes
 from sae.splice import ensure_checked
-
-Operation = Literal["zero", "mean", "set", "scale", "steer"]
 
 NEEDS_VALUE = ("set", "scale", "steer")
 

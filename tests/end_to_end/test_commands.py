@@ -10,7 +10,7 @@ import torch
 
 from circuits.attribution.nodes import select_nodes
 from circuits.circuit import Circuit
-from circuits.cli.common import Loaded
+from circuits.cli.common import load_circuit
 from circuits.cli.edit import AblateCommand
 from graphs.feature_graph import FeatureGraph
 from sae.saes import load_saes
@@ -98,9 +98,9 @@ def test_a_circuit_is_reopened_in_the_precision_it_was_found_in(sfc, run_folder,
     words = ["--model", model_folder, "--saes", run_folder, "--prompts", prompts_file, "--out", tmp_path]
     words += ["--method", "attrib", "--edge-nodes", 0, "--dtype", "bfloat16"]
     assert sfc("discover", *words).status == 0
-    assert Loaded.of(tmp_path, AblateCommand(circuit=tmp_path)).model.dtype == torch.bfloat16
-    assert Loaded.of(tmp_path, AblateCommand(circuit=tmp_path, dtype="float32")).model.dtype == torch.float32
-    assert Loaded.of(run_folder, AblateCommand(circuit=run_folder)).model.dtype == torch.float32
+    assert load_circuit(AblateCommand(circuit=tmp_path)).model.dtype == torch.bfloat16
+    assert load_circuit(AblateCommand(circuit=tmp_path, dtype="float32")).model.dtype == torch.float32
+    assert load_circuit(AblateCommand(circuit=run_folder)).model.dtype == torch.float32
 
 
 def test_user_site_paths_hold_for_all_commands(sfc, model_folder, text_file, prompts_file, tmp_path):

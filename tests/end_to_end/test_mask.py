@@ -32,7 +32,7 @@ def test_learned_scores_outlive_an_interrupted_measurement(sfc, run_folder, prom
     def interrupted(*args, **options):
         raise UserError("interrupted")
 
-    monkeypatch.setattr("circuits.cli.mask.measure_faithfulness", interrupted)
+    monkeypatch.setattr("circuits.faithfulness.nodes.measure_faithfulness", interrupted)
     options = ["--steps", 2, "--smallest", 3, "--sizes", "5", "--overwrite"]
     assert sfc("mask", "--circuit", run_folder, "--prompts", prompts_file, *options).status == 2
     assert load_file(scores)

@@ -17,7 +17,7 @@ from sae.architectures import ARCHITECTURES
 from sae.errors import UserError
 from sae.training.config import ARCHITECTURE_NAMES, TrainConfig
 
-COMMANDS = cli._commands()
+COMMANDS = {name: cli.command_class(name) for name in cli.COMMANDS}
 
 
 def numeric(options):

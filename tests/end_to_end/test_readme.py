@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from circuits.cli.main import COMMANDS
+
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
 
@@ -33,7 +35,7 @@ def test_options_in_the_text_exist(sfc):
     """`sfc COMMAND --option` in the text has that option, and `--option` by itself is one of some command."""
     spans = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", README, flags=re.DOTALL))
     text = [span.split() for span in spans if re.search(r"(^|\s)--", span) and not span.startswith("python")]
-    helps = {name: sfc(name, "--help").out for name in re.findall(r"• (\S+)", sfc("--help").out)}
+    helps = {name: sfc(name, "--help").out for name in COMMANDS}
     for words in text:
         known = helps[words[1]] if words[0] == "sfc" and words[1] in helps else "".join(helps.values())
         for option in (word for word in words if word.startswith("--")):

@@ -37,9 +37,8 @@ class EvaluateCommand(Common, Named, HasText, HasSaes, HasModel):
             return self._run(folder)
 
     def _run(self, folder: Path | None) -> Output:
-        from tqdm import tqdm
-
         from circuits.cli.common import load_checked_saes, load_model
+        from sae._progress import ProgressBar
         from sae.data.batches import context_of
         from sae.evaluation.evaluate import evaluate
         from sae.evaluation.plots import plot_evaluation
@@ -55,7 +54,7 @@ class EvaluateCommand(Common, Named, HasText, HasSaes, HasModel):
         if folder is not None:
             files.check()
         context = context_of(model, self.context_length)
-        with tqdm(total=self.tokens, desc="evaluate", unit="token", disable=self.quiet) as bar:
+        with ProgressBar(total=self.tokens, desc="evaluate", unit="token", disable=self.quiet) as bar:
             result = evaluate(
                 model,
                 saes,

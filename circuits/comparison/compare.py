@@ -23,8 +23,6 @@ from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from tqdm import tqdm
-
 from circuits.attribution.nodes import count
 from circuits.comparison.options import MASK, CompareOptions, split
 from circuits.comparison.study import MEAN, NOISING, Agreement, Study, Truth, agreement
@@ -33,6 +31,7 @@ from circuits.faithfulness.results import NodeFaithfulness
 from circuits.metrics.metrics import get_metric, prepare
 from circuits.metrics.probe import read_by, visible_sites
 from circuits.prompts.dataset import PromptSet
+from sae._progress import ProgressBar
 from sae.autoencoder import SparseAutoencoder
 from sae.model.forward import with_gradients
 from sae.model.language_model import LanguageModel
@@ -137,7 +136,7 @@ def compare_methods(
     if methods := split(options.neurons):
         plan.append((NEURONS, neuron_dictionaries(model, sites=sites), methods))
     rows, sampled = [], {}
-    with tqdm(total=sum(len(methods) for *_, methods in plan), desc="methods", disable=not progress) as bar:
+    with ProgressBar(total=sum(len(methods) for *_, methods in plan), desc="methods", disable=not progress) as bar:
         for name, dictionary, methods in plan:
             study = Study(model, dictionary, train, m, options)
             truth = study.truth()

@@ -9,13 +9,13 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from circuits.attribution import capture_activations
 from circuits.attribution.edges import Edges, edge_effects, select_ends
 from circuits.attribution.nodes import Nodes, count
 from circuits.discovery.batching import DiscoveryRun, lanes_rows
 from circuits.discovery.node_pass import EdgeCache, NodePassResult
+from sae._progress import ProgressBar
 from sae.model.sites import Site
 
 SAMPLE_BYTES = 2**28
@@ -29,7 +29,7 @@ def edge_pass(work: DiscoveryRun, batches: Sequence[NodePassResult], nodes: Node
     indices = work.batches()
     total: Edges = {}
     samples: dict[tuple[Site, Site | None], list[Tensor]] = {}
-    with tqdm(total=len(indices), desc="edges", unit="batch", disable=not work.progress) as bar:
+    with ProgressBar(total=len(indices), desc="edges", unit="batch", disable=not work.progress) as bar:
         for numbers in work.rounds(range(len(indices))):
             for edges in _round_edges(work, numbers, [indices[n] for n in numbers], batches, nodes):
                 for pair, weights in edges.items():

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from circuits.attribution import (
     GRADIENT_AT_CLEAN,
@@ -29,6 +28,7 @@ from circuits.attribution import (
 from circuits.attribution.feature_effects import PairActs
 from circuits.discovery.batching import GIB, DiscoveryRun
 from circuits.prompts.dataset import PromptSet
+from sae._progress import ProgressBar
 from sae.model.sites import Site
 
 FIELDS = ("example", "position", "feature", "value")
@@ -139,7 +139,7 @@ def node_pass(work: DiscoveryRun) -> list[NodePassResult]:
     if any(batch.kept is None for batch in found.values()):
         budget = -1.0  # it was used up before
     method, open_ = work.options.method, [number for number in range(len(indices)) if number not in found]
-    with tqdm(
+    with ProgressBar(
         total=len(indices) * len(work.sites), initial=len(found) * len(work.sites), desc=f"nodes ({method})",
         unit="site", disable=not work.progress,
     ) as bar:  # fmt: skip
@@ -155,7 +155,7 @@ def node_pass(work: DiscoveryRun) -> list[NodePassResult]:
     return [found[number] for number in range(len(indices))]
 
 
-def _round(work: DiscoveryRun, indices: Sequence[Tensor], bar: tqdm) -> list[NodePassResult]:
+def _round(work: DiscoveryRun, indices: Sequence[Tensor], bar: ProgressBar) -> list[NodePassResult]:
     """The node effects of the batches of one round."""
     options = work.options
     batches = [

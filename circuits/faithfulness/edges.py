@@ -30,7 +30,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from circuits.attribution.edges import Edges
 from circuits.attribution.nodes import Nodes, count
@@ -50,6 +49,7 @@ from circuits.metrics.metrics import Metric, prepare
 from circuits.metrics.probe import read_by
 from circuits.prompts.dataset import PromptSet
 from circuits.uncertainty.bootstrap import Bootstrap, prompt_groups, too_few
+from sae._progress import ProgressBar
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError
 from sae.model.language_model import LanguageModel
@@ -167,7 +167,7 @@ def _metrics(
     """Metric of the plain model and of every set of edges on every prompt, [1 + sets, B] float64."""
     columns = []
     n_batches = -(-len(prompts) // batch_size)
-    with tqdm(total=n_batches * len(sets), desc="edge faithfulness", unit="set", disable=not progress) as bar:
+    with ProgressBar(total=n_batches * len(sets), desc="edge faithfulness", unit="set", disable=not progress) as bar:
         for batch in prompts.batches(batch_size):
             plain = runner.model.run(batch.clean, capture=list(runner.saes), last_only=True)
             column = [runner.metric(plain.logits[:, -1], batch)]

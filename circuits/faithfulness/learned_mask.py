@@ -33,7 +33,6 @@ from typing import Any
 
 import torch
 from torch.nn.functional import pad
-from tqdm import tqdm
 
 from circuits.attribution.nodes import Nodes
 from circuits.circuit import Circuit
@@ -46,6 +45,7 @@ from circuits.metrics.metrics import Metric, get_metric, kl, prepare
 from circuits.metrics.probe import read_by
 from circuits.prompts.dataset import PromptSet
 from sae._files import write_tensors
+from sae._progress import ProgressBar
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError
 from sae.model.language_model import LanguageModel
@@ -209,7 +209,7 @@ def _descend(
     constants = Descent(Constants(values)) if options.ablation == "optimal" else None
     smallest, largest = budget_range(gates.n, options)
     losses, deal = [], dealer(len(prompts), generator, size=STEP_PROMPTS)
-    bar = tqdm(range(options.steps), desc="mask", unit="step", disable=not progress)
+    bar = ProgressBar(range(options.steps), desc="mask", unit="step", disable=not progress)
     for step in bar:
         done = step / options.steps
         optimiser.param_groups[0]["lr"] = options.learning_rate * SLOWEST**done

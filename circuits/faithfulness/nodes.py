@@ -22,7 +22,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from tqdm import tqdm
 
 from circuits.attribution.nodes import Nodes, SiteNodes, count, select_nodes
 from circuits.circuit import Circuit
@@ -35,6 +34,7 @@ from circuits.metrics.probe import read_by
 from circuits.prompts.alignment import PositionGroups
 from circuits.prompts.dataset import PromptSet
 from circuits.uncertainty.bootstrap import Bootstrap, group_sums, prompt_groups, too_few, what_is_drawn
+from sae._progress import ProgressBar
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError, unknown
 from sae.model.language_model import LanguageModel
@@ -220,7 +220,7 @@ def _metrics(values: AblationValues, sets, prompts, metric, batch_size, *, progr
     """Metric of the plain model and of every (nodes, keep) on every prompt, [1 + sets, B] float64."""
     columns, model = [], values.model
     n_batches = -(-len(prompts) // batch_size)
-    with tqdm(total=n_batches * len(sets), desc="faithfulness", unit="run", disable=not progress) as bar:
+    with ProgressBar(total=n_batches * len(sets), desc="faithfulness", unit="run", disable=not progress) as bar:
         for batch in prompts.batches(batch_size):
             plain = model.run(batch.clean, last_only=True)
             column = [metric(plain.logits[:, -1], batch)]

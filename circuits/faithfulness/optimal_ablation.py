@@ -29,12 +29,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from tqdm import tqdm
 
 from circuits.attribution.nodes import Nodes
 from circuits.faithfulness.ablation import AblationValues, NodeTable, SiteValues, Values, ablation_edits
 from circuits.metrics.metrics import kl, last_logits
 from circuits.prompts.dataset import PromptSet
+from sae._progress import ProgressBar
 from sae.autoencoder import SparseAutoencoder
 from sae.model.forward import with_gradients
 from sae.model.language_model import LanguageModel, Tokens
@@ -162,7 +162,7 @@ def fit_constants(
     generator = torch.Generator().manual_seed(options.seed)
     draw = dealer(len(circuits), generator)
     deal = dealer(len(prompts), generator, size=STEP_PROMPTS)
-    bar = tqdm(range(options.steps), desc="optimal constants", unit="step", disable=not progress)
+    bar = ProgressBar(range(options.steps), desc="optimal constants", unit="step", disable=not progress)
     for step in bar:
         nodes, keep = circuits[int(draw())]
         dealt, loss = deal(), 0.0

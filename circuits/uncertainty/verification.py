@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from circuits.attribution import SiteEffects, capture_activations
 from circuits.attribution.activation_patching import exact_effects
@@ -28,6 +27,7 @@ from circuits.circuit import Circuit
 from circuits.metrics.metrics import Metric, prepare
 from circuits.metrics.probe import read_by
 from circuits.prompts.dataset import PromptSet
+from sae._progress import ProgressBar
 from sae.errors import UserError
 from sae.splice import ensure_checked
 
@@ -136,7 +136,7 @@ def verify(
     chosen = {site: site_nodes for site, site_nodes in circuit.strongest(nodes).items() if len(site_nodes)}
     totals = {site: torch.zeros(len(site_nodes), dtype=torch.float64) for site, site_nodes in chosen.items()}
     n_batches = -(-len(prompts) // batch_size)
-    with tqdm(total=n_batches * len(chosen), desc="verify", unit="site", disable=not progress) as bar:
+    with ProgressBar(total=n_batches * len(chosen), desc="verify", unit="site", disable=not progress) as bar:
         for batch in prompts.batches(batch_size):
             states = capture_activations(model, saes, batch, m, sites=list(circuit.effects))
             for site, site_nodes in chosen.items():

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from sae._files import (
     CHECKSUM,
@@ -30,6 +29,7 @@ from sae._files import (
     write_tensors,
     write_text,
 )
+from sae._progress import ProgressBar
 from sae._run.contents import CACHE, Layout, check_contents, remove, visible
 from sae._run.locks import lock
 from sae.data.activations import ContextStream, ModelActivations, StreamState
@@ -159,7 +159,7 @@ def _write_shards(
     bytes_per_row = 4 * sum(activations.widths.values())
     most = min(shard_tokens, SHARD_BYTES // bytes_per_row)
     device = activations.model.device
-    with tqdm(total=manifest.tokens, initial=manifest.rows, unit="token", disable=not progress) as bar:
+    with ProgressBar(total=manifest.tokens, initial=manifest.rows, unit="token", disable=not progress) as bar:
         while manifest.rows < manifest.tokens and not manifest.whole_text:
             one_pass = sum(map(len, activations.stream.peek()))
             size = max(min(most, manifest.tokens - manifest.rows), one_pass)

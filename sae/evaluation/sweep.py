@@ -23,9 +23,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from sae._files import check_digest, parse_json, read_header, read_json, read_tensors, write_json, write_tensors
+from sae._progress import ProgressBar
 from sae._run.contents import clean, sweep_layout
 from sae.architectures import architecture
 from sae.autoencoder import CONFIG_FILE, WEIGHTS_FILE
@@ -99,7 +98,7 @@ def evaluate_sweep(
         unfinished.restore(measurement)
         texts = held_out.source.read(held_out.start)
         batches = token_batches(model, texts, max_tokens=tokens, batch_size=batch_size, context=context)
-        with tqdm(total=tokens, desc=f"measure {len(names)} configs", unit="token", disable=not progress) as bar:
+        with ProgressBar(total=tokens, desc=f"measure {len(names)} configs", unit="token", disable=not progress) as bar:
             _measure(measurement, batches, unfinished, bar.update)
         for name, result in measurement.results().items():
             write_json(_path(sweep, name), {**result.to_dict(), "measured_on": measured_on})

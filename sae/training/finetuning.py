@@ -31,8 +31,8 @@ from typing import NamedTuple, TextIO
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
-from tqdm import tqdm
 
+from sae._progress import ProgressBar
 from sae._run.locks import lock
 from sae.autoencoder import SparseAutoencoder
 from sae.data.activations import ContextStream
@@ -226,7 +226,7 @@ class Finetuner:
         self._restore()
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         config, total = self.config, self.config.tokens
-        bar = tqdm(total=total, initial=self.tokens, unit="token", desc="fine-tune", disable=not self.progress)
+        bar = ProgressBar(total=total, initial=self.tokens, unit="token", desc="fine-tune", disable=not self.progress)
         try:
             with bar, self.log_path.open("a", encoding="utf-8") as lines, stopping() as stop:
                 while self.tokens < total:

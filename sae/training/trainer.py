@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from sae._progress import ProgressBar
 from sae._run.locks import lock
 from sae.autoencoder import SparseAutoencoder
 from sae.data.activations import ActivationSource, ContextStream, ModelActivations, StreamState
@@ -163,7 +163,9 @@ class Trainer:
             return
         saves = self._checkpoint_steps()
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        bar = tqdm(total=self.config.steps, initial=self.step, unit="step", disable=not self.progress)
+        bar = ProgressBar(
+            total=self.config.steps, initial=self.step, unit="step", desc="train", disable=not self.progress
+        )
         logged_at, logged_step = time.monotonic(), self.step
         try:
             with bar, self.log_path.open("a", encoding="utf-8") as lines, stopping() as stop:

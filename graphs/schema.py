@@ -14,6 +14,9 @@ SCHEMA_VERSION = 1
 LARGEST = 2**31 - 1
 """No index or count in a file is larger."""
 
+Colour = Literal["class", "effect"]
+"""What colours of nodes stand for: the class of prompts a feature is on for, or the sign of its effect."""
+
 Index = Annotated[int, Field(ge=0, le=LARGEST)]
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
 TokenPosition = Annotated[int, Field(ge=0, le=2**20)]
@@ -52,6 +55,7 @@ class AttributesFile(TypedDict, total=False):
     interval: Interval
     contexts: list[Annotated[ContextFile, AfterValidator(_one_a_token)]] | None
     top_tokens: Scored | None
+    by_case: dict[str, dict[str, FiniteFloat]]
     top_logits: Scored | None
     bottom_logits: Scored | None
     neighbours: list[tuple[Index, FiniteFloat]] | None

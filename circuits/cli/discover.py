@@ -224,21 +224,27 @@ def describe_features(
     *,
     texts: Iterable[str] | None,
 ) -> dict[str, dict[str, Any]]:
-    """Describe the features with edges by their top tokens and contexts in some text, the prompts by default.
+    """Describe the features with edges: top tokens and contexts in some text, the prompts by default, and mean
+    activations by case and span of the prompts.
 
     Returns:
         `resid_3/120` -> its description as plain JSON.
     """
+    from circuits.discovery.activity import mean_activations
     from sae.features.contexts import top_contexts
 
     chosen = circuit.edge_nodes or circuit.strongest(100)
-    features = {site: sorted(set(nodes.feature[~nodes.is_error].tolist())) for site, nodes in chosen.items()}
-    described = top_contexts(
-        model, saes, texts or prompts.texts, {site: index for site, index in features.items() if index}
+    features = {site: nodes.feature[~nodes.is_error].unique() for site, nodes in chosen.items()}
+    features = {site: index for site, index in features.items() if len(index)}
+    by_case = mean_activations(model, saes, prompts, features)
+    contexts = top_contexts(
+        model, saes, texts or prompts.texts, {site: index.tolist() for site, index in features.items()}
     )
+    described = {f"{site.name}/{feature}": summary.to_dict() for (site, feature), summary in contexts.items()}
     return {
-        f"{site.name}/{feature}": {k: v for k, v in summary.to_dict().items() if k not in ("site", "index")}
-        for (site, feature), summary in described.items()
+        name: {key: value for key, value in summary.items() if key not in ("site", "index")}
+        | {"by_case": by_case[name]}
+        for name, summary in described.items()
     }
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from circuits.cli.options import HasCircuit, Output, Prints
+from graphs.schema import Colour
 from sae._files import read_json
 from sae._options import Count, Magnitude, Positive
 from sae._run.contents import check_no_link
@@ -62,7 +63,7 @@ class _Cut(Prints, HasCircuit):
 
 @dataclass(frozen=True, kw_only=True)
 class RenderCommand(_Cut):
-    """Draw the circuit: one row a site, features coloured by effect, errors as triangles, edges by weight."""
+    """Draw the circuit: one row a site, features coloured by class, errors as triangles, edges by weight."""
 
     out: Path | None = None
     """Drawing to write: .svg, .png, .pdf or .dot; graph/circuit.svg in the run folder by default."""
@@ -70,13 +71,17 @@ class RenderCommand(_Cut):
     """Nodes drawn at most, the strongest."""
     edges: Count | None = 150
     """Edges drawn at most, the strongest."""
+    colour: Colour = "class"
+    """Colours stand for the class of prompts a feature is on for, or for whether its effect lowers or raises the
+    metric.
+    """
 
     def run(self) -> Output:
         from graphs import draw
 
         with drawing_file(self.circuit, self.out, "circuit.svg") as out:
             graph = self.cut(nodes=self.nodes, edges=self.edges)
-            draw(graph, out)
+            draw(graph, out, colour=self.colour)
         return _wrote(graph, out)
 
 

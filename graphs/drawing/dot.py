@@ -2,8 +2,9 @@
 
 1. `layered_layout` places nodes and routes edges; the positions are written into the DOT text, whose `layout=nop2`
    tells every Graphviz program to keep them (`dot -Tsvg circuit.dot` gives the same picture).
-2. Sites are clusters, bottom to top in model order. Features are rounded boxes, coloured by the sign and size of their
-   effect; SAE errors are triangles; the metric is on top. Edge width and opacity grow with the weight.
+2. Sites are clusters, bottom to top in model order. Features are rounded boxes, coloured by the class of prompts they
+   are on for, with a bar as long as their |effect|; where classes are not known, or by `colour="effect"`, coloured by
+   sign and size of the effect. SAE errors are triangles; the metric is on top. Edges grow with the weight.
 3. The more nodes, the smaller the boxes and the shorter their labels; in large graphs only the strongest keep a label,
    the others their id. Everything is in the tooltips of the SVG.
 
@@ -13,23 +14,20 @@ Graphviz comes with the wheels of pygraphviz: no system package is needed.
 from __future__ import annotations
 
 import math
-import re
-from html import escape
 from pathlib import Path
 
 import graphviz
 
 from graphs._files import atomic_write, write_text
 from graphs.drawing.graphviz import Detail, run_graphviz
-from graphs.drawing.layout import Box, Point
+from graphs.drawing.layout import Box
 from graphs.drawing.scene import GUTTER, MARGIN, Scene, make_scene
 from graphs.drawing.style import (
-    DIVERGING,
     INK,
     NEGATIVE_EDGE,
     PALE_INK,
+    PLAIN_EDGE,
     POSITIVE_EDGE,
-    count,
     describe,
     diverging_colour,
     effect_number,
@@ -38,29 +36,31 @@ from graphs.drawing.style import (
     ink_on,
     number,
     position_name,
+    scale_colour,
     signed_root,
-    span_words,
     text_width,
     tooltip,
     visible,
     wrap,
 )
+from graphs.drawing.surroundings import add_columns, add_legend, add_title, html_text
 from graphs.errors import GraphError
 from graphs.feature_graph import Edge, FeatureGraph, Node
 from graphs.pruning import by_top_edges, by_top_nodes
+from graphs.schema import Colour
 
 FORMATS = (".dot", ".svg", ".png", ".pdf")
 FONT = "DejaVu Sans"
 
 
-def to_dot(graph: FeatureGraph, *, title: str | None = None, link: str = "#node-{id}") -> str:
+def to_dot(graph: FeatureGraph, *, title: str | None = None, link: str = "#node-{id}", colour: Colour = "class") -> str:
     """The graph as DOT with positions.
 
     `title` stands above the drawing (default: `metadata["title"]`). `link` is the template of the nodes' hyperlinks
     in SVG, with `{id}` and `{name}`; the SVG element of a node has the id `drawn-{id}`, that of an edge
     `drawn-{source}--{target}`.
     """
-    return _source(make_scene(graph, link), title)
+    return _source(make_scene(graph, link, colour), title)
 
 
 def _source(scene: Scene, title: str | None) -> str:
@@ -75,15 +75,22 @@ def _source(scene: Scene, title: str | None) -> str:
     for node in graph.nodes():
         if node.kind == "metric":
             _add_metric(dot, scene, node)
-    _add_columns(dot, scene)
+    add_columns(dot, scene)
     for edge in sorted(graph.edges(), key=lambda edge: abs(edge.weight)):
         _add_edge(dot, scene, edge)
-    _add_title(dot, scene, title)
-    _add_legend(dot, scene)
+    add_title(dot, scene, title)
+    add_legend(dot, scene)
     return dot.source
 
 
-def draw(graph: FeatureGraph, path: str | Path, *, title: str | None = None, link: str = "#node-{id}") -> Path:
+def draw(
+    graph: FeatureGraph,
+    path: str | Path,
+    *,
+    title: str | None = None,
+    link: str = "#node-{id}",
+    colour: Colour = "class",
+) -> Path:
     """Draw the graph into a file.
 
     Args:
@@ -91,6 +98,8 @@ def draw(graph: FeatureGraph, path: str | Path, *, title: str | None = None, lin
         path: A .dot, .svg, .png or .pdf file; the extension decides.
         title: Heading of the drawing, `graph.metadata["title"]` by default.
         link: Template of the nodes' hyperlinks in SVG, with `{id}` and `{name}`.
+        colour: What colours stand for: "class", the prompts a feature is on for, where the graph knows them
+            (`graphs.classes`); or "effect", whether it lowers or raises the metric.
 
     Returns:
         The path.
@@ -103,10 +112,10 @@ def draw(graph: FeatureGraph, path: str | Path, *, title: str | None = None, lin
     if kind not in FORMATS:
         raise GraphError(f"cannot draw into {path.name!r}: its extension must be one of {', '.join(FORMATS)}")
     if kind == ".dot":
-        write_text(path, to_dot(graph, title=title, link=link))
+        write_text(path, to_dot(graph, title=title, link=link, colour=colour))
         return path
     with atomic_write(path) as temporary:
-        temporary.write_bytes(_drawing(graph, kind[1:], title=title, link=link))
+        temporary.write_bytes(_drawing(graph, kind[1:], title=title, link=link, colour=colour))
     return path
 
 
@@ -118,8 +127,10 @@ def to_svg(graph: FeatureGraph, *, nodes: int, edges: int | None = None, title: 
     return svg[svg.index("<svg") :]
 
 
-def _drawing(graph: FeatureGraph, kind: str, *, title: str | None, link: str = "#node-{id}") -> bytes:
-    scene = make_scene(graph, link)
+def _drawing(
+    graph: FeatureGraph, kind: str, *, title: str | None, link: str = "#node-{id}", colour: Colour = "class"
+) -> bytes:
+    scene = make_scene(graph, link, colour)
     return run_graphviz(_source(scene, title), kind, size=max(scene.size), details=_details(scene))
 
 
@@ -154,7 +165,7 @@ def _add_bands(dot: graphviz.Digraph, scene: Scene) -> None:
         (_, bottom), (_, top) = scene.point(0, band.bottom), scene.point(0, band.top)
         with dot.subgraph(name=f"cluster_{band.site}") as cluster:
             cluster.attr(
-                label=f"<{_text(band.site, 9.5, PALE_INK, bold=True)}>",
+                label=f"<{html_text(band.site, 9.5, PALE_INK, bold=True)}>",
                 bb=f"{MARGIN:.1f},{bottom:.1f},{width - MARGIN:.1f},{top:.1f}",
                 lp=f"{MARGIN + GUTTER / 2:.1f},{(bottom + top) / 2:.1f}",
                 bgcolor="#f5f6f8",
@@ -168,19 +179,19 @@ def _add_bands(dot: graphviz.Digraph, scene: Scene) -> None:
 
 def _add_node(dot: graphviz.Digraph, scene: Scene, node: Node) -> None:
     box = scene.layout.boxes[node.id]
-    fill = diverging_colour(node.effect, scene.effect)
+    fill, border = _colours(scene, node)
     ink = ink_on(fill)
     if node.kind == "error":
         box = Box(box.x, box.y, min(box.width, box.height * 1.9), box.height)
         small = scene.density.small
         words = (" ", *(("error",) if scene.density.lines > 1 else ()), effect_number(node))
-        text = "<BR/>".join(_text(word, small * 0.85, ink) for word in words)  # the blank line moves the others down
+        text = "<BR/>".join(
+            html_text(word, small * 0.85, ink) for word in words
+        )  # the blank line moves the others down
         shape = {"shape": "triangle"}
     else:
         text = _feature_text(scene, node, box, ink)
         shape = {"shape": "box", "style": "rounded,filled"}
-    edge = max(4 * abs(node.effect), 0.1 * scene.effect)
-    border = diverging_colour(math.copysign(edge, node.effect), scene.effect)
     dot.node(
         _name(node.id),
         f"<{text}>",
@@ -189,6 +200,29 @@ def _add_node(dot: graphviz.Digraph, scene: Scene, node: Node) -> None:
         color=border,
         **_common(scene, node, box),
     )
+    if scene.classes is not None and node.kind == "feature":
+        _add_bar(dot, scene, node, box, ink)
+
+
+def _colours(scene: Scene, node: Node) -> tuple[str, str]:
+    """Colours of a node's face and border."""
+    if scene.classes is not None:
+        contrast = scene.classes.contrast.get(node.id, 0.0)
+        strength = 0.3 + 0.7 * abs(signed_root(node.effect, scene.effect))
+        return scale_colour(contrast * strength), scale_colour(math.copysign(max(abs(contrast), 0.3), contrast))
+    border = max(4 * abs(node.effect), 0.1 * scene.effect)
+    fill = diverging_colour(node.effect, scene.effect)
+    return fill, diverging_colour(math.copysign(border, node.effect), scene.effect)
+
+
+def _add_bar(dot: graphviz.Digraph, scene: Scene, node: Node, box: Box, ink: str) -> None:
+    """A bar at the foot of a node's box, as long as its |effect|."""
+    length = (box.width - 16) * abs(node.effect) / scene.effect if scene.effect else 0.0
+    x, y = scene.point(box.x - box.width / 2 + 8 + length / 2, box.y - box.height / 2 + 3.2)
+    dot.node(
+        _name(f"bar-{node.id}"), label="", pos=f"{x:.1f},{y:.1f}", shape="box", style="filled", penwidth="0",
+        fillcolor=f"{ink}b0", width=f"{length / 72:.4f}", height="0.026", tooltip=" ",
+    )  # fmt: skip
 
 
 def _feature_text(scene: Scene, node: Node, box: Box, ink: str) -> str:
@@ -197,15 +231,17 @@ def _feature_text(scene: Scene, node: Node, box: Box, ink: str) -> str:
     room = box.width - 6
     label = describe(node) if node.id in scene.labelled else ""
     name, shown = node.name, (effect_number(node), number(node.effect))
-    fitting = [words for words in shown if text_width(f"{name}  {words}", density.small) <= room]
+    rooms = (room - 8, room)  # two numbers need air around them
+    lengths = [text_width(f"{name}  {words}", density.small) for words in shown]
+    fitting = [words for words, length, least in zip(shown, lengths, rooms, strict=True) if length <= least]
     fits, effect = bool(fitting), fitting[0] if fitting else shown[0]
     if fits:
         name += f"  {effect}"
-    small = [_spaced(_text(fit(name, density.small, room), density.small, ink), density.small)]
+    small = [_spaced(html_text(fit(name, density.small, room), density.small, ink), density.small)]
     if not fits and not label:
-        small.append(_text(effect, density.small, ink))
+        small.append(html_text(effect, density.small, ink))
     lines = wrap(label, density.label, room, lines=density.lines, bold=bool(node.label))
-    return "<BR/>".join([*(_text(line, density.label, ink, bold=bool(node.label)) for line in lines), *small])
+    return "<BR/>".join([*(html_text(line, density.label, ink, bold=bool(node.label)) for line in lines), *small])
 
 
 def _add_metric(dot: graphviz.Digraph, scene: Scene, node: Node) -> None:
@@ -213,9 +249,9 @@ def _add_metric(dot: graphviz.Digraph, scene: Scene, node: Node) -> None:
     density = scene.density
     label = node.label or str(scene.graph.metadata.get("metric") or "metric")
     lines = wrap(visible(label), density.label, box.width - 10, lines=2, bold=True)
-    text = [_text(line, density.label, "#ffffff", bold=True) for line in lines]
+    text = [html_text(line, density.label, "#ffffff", bold=True) for line in lines]
     for words in effect_words(scene.graph, node):
-        text.append(_spaced(_text(words, density.small, "#d5dae1"), density.small))
+        text.append(_spaced(html_text(words, density.small, "#d5dae1"), density.small))
     style = {"shape": "box", "style": "rounded,filled", "fillcolor": INK, "color": INK}
     dot.node(_name(node.id), f"<{'<BR/>'.join(text)}>", **style, **_common(scene, node, box))
 
@@ -239,7 +275,8 @@ def _add_edge(dot: graphviz.Digraph, scene: Scene, edge: Edge) -> None:
     strength = abs(signed_root(edge.weight, scene.weight))
     crowd = min(1.0, (160 / max(1, scene.graph.graph.number_of_edges())) ** 0.5)
     opacity = max(0.06, (0.12 + 0.8 * strength**1.5) * (crowd + (1 - crowd) * strength))
-    colour = (POSITIVE_EDGE if edge.weight > 0 else NEGATIVE_EDGE) + f"{round(255 * min(opacity, 0.92)):02x}"
+    signed = POSITIVE_EDGE if edge.weight > 0 else NEGATIVE_EDGE
+    colour = (signed if scene.classes is None else PLAIN_EDGE) + f"{round(255 * min(opacity, 0.92)):02x}"
     points = [scene.point(*point) for point in scene.layout.routes[edge.source, edge.target]]
     head = 3.0 + 4.0 * strength
     x, y = points[-1]
@@ -251,6 +288,7 @@ def _add_edge(dot: graphviz.Digraph, scene: Scene, edge: Edge) -> None:
         pos=f"e,{x:.1f},{y:.1f} {spline}",
         color=colour,
         penwidth=f"{0.5 + 3.2 * strength**2:.2f}",
+        style="dashed" if edge.weight < 0 and scene.classes is not None else "solid",
         arrowsize=f"{head / 10:.2f}",
         id=_quoted(_edge_id(edge)),
         tooltip=_quoted(_edge_tooltip(edge)),
@@ -266,77 +304,6 @@ def _edge_tooltip(edge: Edge) -> str:
     if edge.interval is None:
         return text
     return f"{text}\ninterval {number(edge.interval[0])} to {number(edge.interval[1])}"
-
-
-# --- what stands around the graph -------------------------------------------------------------------------------------
-
-
-def _add_columns(dot: graphviz.Digraph, scene: Scene) -> None:
-    """The tokens above and below their columns, and a thin line between columns."""
-    if not scene.layout.columns:
-        return
-    bottom = scene.layout.bands[0].bottom if scene.layout.bands else 0.0
-    top = scene.layout.bands[-1].top if scene.layout.bands else 0.0
-    for place, column in enumerate(scene.layout.columns):
-        name = fit(position_name(scene.graph, column.position), 11, column.right - column.left - 6, bold=True)
-        middle = (column.left + column.right) / 2
-        _add_text(dot, scene, f"column-{place}-below", _text(name, 11, INK, bold=True), (middle, bottom - 14))
-        above = scene.size[1] - scene.below - 56
-        _add_text(dot, scene, f"column-{place}-above", _text(name, 11, INK, bold=True), (middle, above))
-        words = fit(span_words(scene.graph, column.position), 8.5, column.right - column.left - 6)
-        if words:
-            _add_text(dot, scene, f"column-{place}-words", _text(words, 8.5, PALE_INK), (middle, above - 14))
-        if place:
-            x, y = scene.point(column.left, (bottom + top) / 2)
-            size = {"width": "0.004", "height": f"{(top - bottom) / 72:.3f}", "label": "", "tooltip": " "}
-            dot.node(f"rule-{place}", pos=f"{x:.1f},{y:.1f}", shape="box", color="#dfe3e9", penwidth="0.5", **size)
-
-
-def _add_title(dot: graphviz.Digraph, scene: Scene, title: str | None) -> None:
-    width, height = scene.size
-    metadata = scene.graph.metadata
-    title = visible(str(title if title is not None else metadata.get("title") or ""))
-    features = sum(node.kind == "feature" for node in scene.graph.nodes())
-    errors = sum(node.kind == "error" for node in scene.graph.nodes())
-    counted = ((features, "feature"), (errors, "error"), (len(scene.graph.edges()), "edge"))
-    facts = " · ".join(count(n, thing) for n, thing in counted)
-    if isinstance(metadata.get("method"), str):
-        facts += f" · {visible(metadata['method'])}"
-    middle = scene.layout.width / 2 - GUTTER / 2
-    heading = _text(fit(title, 14, width - 40, bold=True), 14, INK, bold=True) if title else ""
-    _add_text(dot, scene, "title", heading, (middle, height - scene.below - 18))
-    _add_text(dot, scene, "facts", _text(fit(facts, 9, width - 40), 9, PALE_INK), (middle, height - scene.below - 36))
-
-
-def _add_legend(dot: graphviz.Digraph, scene: Scene) -> None:
-    """Colour scale with its ends in numbers, the triangle, and edge signs."""
-    swatches = "".join(f'<TD BGCOLOR="{colour}" WIDTH="18" HEIGHT="9" FIXEDSIZE="TRUE"></TD>' for colour in DIVERGING)
-    ends = [_text(words, 8.5, INK) for words in ("lowers the metric", "raises the metric")]
-    values = [_text(number(value), 8.5, PALE_INK) for value in (-scene.effect, scene.effect)]
-    cells = f"<TD>{ends[0]}  {values[0]} </TD>{swatches}<TD> {values[1]}  {ends[1]}</TD>"
-    cells += f"<TD>     {_text('▲', 9, PALE_INK)} {_text('SAE error', 8.5, INK)}</TD>"
-    lines = _text("━", 11, NEGATIVE_EDGE) + _text("━", 11, POSITIVE_EDGE)
-    widest = f"edge, widest {number(scene.weight).lstrip('+')}"
-    cells += f"<TD>     {lines} {_text(widest, 8.5, INK)}</TD>" if scene.weight else ""
-    if any("exact_effect" in node.attributes for node in scene.graph.nodes()):
-        cells += f"<TD>     {_text('✓', 8.5, PALE_INK)} {_text('measured by patching it alone', 8.5, INK)}</TD>"
-    table = f'<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="1"><TR>{cells}</TR></TABLE>'
-    _add_text(dot, scene, "legend", table, (scene.layout.width / 2 - GUTTER / 2, 26 - scene.below))
-
-
-def _add_text(dot: graphviz.Digraph, scene: Scene, name: str, html: str, at: Point) -> None:
-    x, y = scene.point(*at)
-    label = f"<{html}>" if html else ""
-    dot.node(name, label, id=name, shape="plaintext", fixedsize="false", pos=f"{x:.1f},{y:.1f}", tooltip=" ")
-
-
-def _text(text: str, size: float, colour: str, *, bold: bool = False) -> str:
-    """A run of text in Graphviz's HTML-like labels."""
-    # Graphviz would replace \\N by the node's name, \\G by the graph's and so on: part the two characters invisibly.
-    text = re.sub(r"\\(?=[NGETHL])", "\\\\\u200b", text)
-    words = escape(text, quote=False) or " "
-    words = f"<B>{words}</B>" if bold else words
-    return f'<FONT POINT-SIZE="{size:g}" COLOR="{colour}">{words}</FONT>'
 
 
 def _spaced(html: str, size: float) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from graphs.classes import Classes, find_classes
 from graphs.drawing.layout import Cell, Layout, Point, layered_layout
 from graphs.drawing.style import largest_effect, largest_weight
 from graphs.errors import GraphError
 from graphs.feature_graph import FeatureGraph
+from graphs.schema import Colour
 
 GUTTER, MARGIN = 62.0, 14.0
 
@@ -58,6 +60,8 @@ class Scene:
     """The largest |effect|, where the colour scale ends."""
     weight: float
     """The largest |weight|, drawn with the widest line."""
+    classes: Classes | None
+    """The classes of prompts that colours stand for; None where they stand for effects."""
 
     def point(self, x: float, y: float) -> Point:
         """From layout to page: room for the site names on the left, for legend and header below."""
@@ -75,8 +79,11 @@ class Scene:
         return max(self.layout.width + GUTTER + 2 * MARGIN, 590.0), self.layout.height + self.below + above
 
 
-def make_scene(graph: FeatureGraph, link: str) -> Scene:
-    """Layout and sizes of a drawing of the graph; link: template of the nodes' hyperlinks."""
+def make_scene(graph: FeatureGraph, link: str, colour: Colour = "class") -> Scene:
+    """Layout and sizes of a drawing of the graph.
+
+    link: template of the nodes' hyperlinks; colour: what colours stand for, effects where no class is known.
+    """
     if len(graph) == 0:
         raise GraphError("the graph has no nodes: there is nothing to draw")
     n_nodes = sum(node.kind != "metric" for node in graph.nodes())
@@ -85,4 +92,5 @@ def make_scene(graph: FeatureGraph, link: str) -> Scene:
     metric = (density.cell.box * 1.7, 2.6 * density.label + 1.4 * density.small + 12)
     layout = layered_layout(graph, cell=density.cell, metric=metric, space=density.space)
     labelled = frozenset(node.id for node in strongest)
-    return Scene(graph, layout, density, labelled, link, largest_effect(graph), largest_weight(graph))
+    classes = find_classes(graph) if colour == "class" else None
+    return Scene(graph, layout, density, labelled, link, largest_effect(graph), largest_weight(graph), classes)

@@ -1,8 +1,9 @@
 """The words and colours that every drawing of a circuit shares.
 
-Colour: one diverging scale, orange for effects below zero and blue above, safe for the common forms of colour
-blindness (after ColorBrewer's PuOr and RdBu). A value is placed at sign · sqrt(|value| / largest), since effects are
-heavy-tailed and a linear scale would leave all but three nodes white.
+Colour: one diverging scale, orange to blue, safe for the common forms of colour blindness (after ColorBrewer's PuOr and
+RdBu). By class it shows for which of two classes of prompts a feature is on (`graphs.classes`), by effect whether it
+lowers or raises the metric. Effects are placed at sign · sqrt(|value| / largest), since they are heavy-tailed and a
+linear scale would leave all but three nodes white.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from graphs.feature_graph import FeatureGraph, Node
 DIVERGING = ("#a84d04", "#e08a2e", "#fbd9ae", "#f7f7f5", "#cfe0ef", "#6aa5d2", "#1c5fa8")
 """From the most negative to the most positive value."""
 NEGATIVE_EDGE, POSITIVE_EDGE = "#c05c08", "#2468b0"
+PLAIN_EDGE = "#4a5566"
+"""Where colours stand for classes; edges below zero are dashed."""
 INK, PALE_INK, RULE = "#1d2430", "#69727f", "#d5dae1"
 
 _VISIBLE = {"\n": "⏎", "\r": "␍", "\t": "⇥", "\u00a0": "⍽"}
@@ -23,10 +26,15 @@ _VISIBLE = {"\n": "⏎", "\r": "␍", "\t": "⇥", "\u00a0": "⍽"}
 
 def diverging_colour(value: float, largest: float) -> str:
     """`#rrggbb` for a value in [−largest, largest]."""
-    place = (signed_root(value, largest) + 1) / 2 * (len(DIVERGING) - 1)
-    low = min(int(place), len(DIVERGING) - 2)
-    start, end = (_rgb(DIVERGING[low + step]) for step in (0, 1))
-    mixed = (round(a + (b - a) * (place - low)) for a, b in zip(start, end, strict=True))
+    return scale_colour(signed_root(value, largest))
+
+
+def scale_colour(share: float) -> str:
+    """`#rrggbb` for a share of the scale, from −1 to 1."""
+    step = (min(max(share, -1.0), 1.0) + 1) / 2 * (len(DIVERGING) - 1)
+    low = min(int(step), len(DIVERGING) - 2)
+    start, end = (_rgb(DIVERGING[low + n]) for n in (0, 1))
+    mixed = (round(a + (b - a) * (step - low)) for a, b in zip(start, end, strict=True))
     return "#{:02x}{:02x}{:02x}".format(*mixed)
 
 

@@ -1,0 +1,76 @@
+"""When the features of a circuit are on: their mean activation by case and span of the prompts.
+
+    a_i(c, s) = mean of f_i over all tokens in span s of the clean prompts of case c
+
+Prompts without spans have one span "" of all their tokens. Cases without a name are called "prompts".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from circuits.prompts.dataset import PromptSet
+from sae.autoencoder import SparseAutoencoder
+from sae.model.language_model import LanguageModel
+from sae.model.sites import Site
+
+ActivityByCase = dict[str, dict[str, float]]
+"""case -> span -> mean activation."""
+BATCH = 64
+"""Prompts of one forward pass."""
+
+
+@torch.no_grad()
+def mean_activations(
+    model: LanguageModel,
+    saes: Mapping[Site, SparseAutoencoder],
+    prompts: PromptSet,
+    features: Mapping[Site, Tensor],
+) -> dict[str, ActivityByCase]:
+    """The mean activation of some features by case and span.
+
+    Args:
+        model: the model the prompts were tokenised for.
+        saes: SAEs by site.
+        prompts: B prompts; the clean side is read.
+        features: indices of features [n] int64 by site.
+
+    Returns:
+        By feature, `resid_3/120`, {case: {span: mean activation}}; spans that no prompt of a case has are left out.
+    """
+    cases = list(dict.fromkeys(prompts.cases))
+    spans = prompts.spans or ("",)
+    n_groups = len(cases) * len(spans)
+    sums = {site: torch.zeros(n_groups, len(index), dtype=torch.float64) for site, index in features.items()}
+    counts = torch.zeros(n_groups, dtype=torch.float64)
+    for batch in prompts.batches(BATCH):
+        run = model.run(batch.clean, capture=list(features), need_logits=False)
+        span = batch.positions(batch.spans) if batch.spans else batch.positions().clamp(max=0)  # [B, S]; -1 at padding
+        case = torch.tensor([cases.index(name) for name in batch.cases], device=span.device)
+        real = span >= 0
+        group = (case[:, None] * len(spans) + span)[real].cpu()
+        counts.index_add_(0, group, torch.ones(len(group), dtype=torch.float64))
+        for site, index in features.items():
+            f = saes[site].encode_some(run.activations[site][real], index)
+            sums[site].index_add_(0, group, f.cpu().double())
+    means = {site: total / counts.clamp(min=1)[:, None] for site, total in sums.items()}
+    return {
+        f"{site.name}/{feature}": _by_case(column.tolist(), counts.tolist(), cases, spans)
+        for site, index in features.items()
+        for feature, column in zip(index.tolist(), means[site].T, strict=True)
+    }
+
+
+def _by_case(means: list[float], counts: list[float], cases: list[str], spans: tuple[str, ...]) -> ActivityByCase:
+    rows = {
+        case: {
+            span: round(means[row * len(spans) + column], 6)
+            for column, span in enumerate(spans)
+            if counts[row * len(spans) + column]
+        }
+        for row, case in enumerate(cases)
+    }
+    return {case or "prompts": by_span for case, by_span in rows.items()}

@@ -1,0 +1,101 @@
+"""Two classes of prompts, and for which of them each feature of a graph is on.
+
+1. A node's `by_case` attribute holds the mean activation of its feature by case and span of the prompts. The node is
+   read at its own span; without one, at the span where its feature is strongest.
+2. The cases are split in two so that sum |effect| · |contrast · correlation| over the nodes is largest, where
+
+       contrast = (b - a) / (|a| + |b|)
+
+   with a and b the mean over the cases of either side: -1 for a feature that is on for the first class alone, 1 for
+   the second, 0 for one that does not tell them apart. The correlation is that of the means with the side a case is
+   on; without it a single case with a mean of zero would count as a class. What a circuit distinguishes is so found in
+   the data, not in the names of the cases.
+3. A class is called by what the names of its cases share (`singular` for singular_plural and singular_singular).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from statistics import correlation
+
+from graphs.feature_graph import FeatureGraph, Node
+
+MOST_CASES = 10
+"""With more cases the splits are too many to try, and no two classes would tell them apart."""
+
+
+@dataclass(frozen=True)
+class Classes:
+    """A split of the cases, and the side each feature is on."""
+
+    names: tuple[str, str]
+    """What the classes are called."""
+    cases: tuple[tuple[str, ...], tuple[str, ...]]
+    """The cases of each."""
+    contrast: dict[str, float]
+    """Node id -> -1 (on for the first class alone) to 1 (for the second); nodes without `by_case` are left out."""
+
+
+def find_classes(graph: FeatureGraph) -> Classes | None:
+    """The split of the graph's cases; None with fewer than two cases, or more than `MOST_CASES`."""
+    profiles = {node.id: profile for node in graph.nodes() if (profile := case_means(node))}
+    cases = sorted({case for profile in profiles.values() for case in profile})
+    if not 2 <= len(cases) <= MOST_CASES:
+        return None
+    effects = {node.id: abs(node.effect) for node in graph.nodes()}
+    best, split = -1.0, (tuple(cases[:1]), tuple(cases[1:]))
+    for second in _sides(cases):
+        first = tuple(case for case in cases if case not in second)
+        told = sum(
+            effects[id] * abs(_contrast(profile, first, second) * _correlation(profile, first, second))
+            for id, profile in profiles.items()
+        )
+        if told > best * (1 + 1e-9):
+            best, split = told, (first, second)
+    contrast = {id: _contrast(profile, *split) for id, profile in profiles.items()}
+    return Classes(_names(*split), split, contrast)
+
+
+def case_means(node: Node) -> dict[str, float]:
+    """Mean activation by case, at the node's span or the one where its feature is strongest; empty where unknown."""
+    by_case = node.attributes.get("by_case") or {}
+    spans = list(dict.fromkeys(span for by_span in by_case.values() for span in by_span))
+    if not spans:
+        return {}
+    strongest = max(spans, key=lambda span: sum(by_span.get(span, 0.0) for by_span in by_case.values()))
+    span = node.position if node.position in spans else strongest
+    return {case: by_span.get(span, 0.0) for case, by_span in by_case.items()}
+
+
+def _sides(cases: Sequence[str]) -> list[tuple[str, ...]]:
+    """The second side of every split into two; the first case is always on the first side. Equal halves come first."""
+    others = cases[1:]
+    sides = [side for n in range(1, len(others) + 1) for side in combinations(others, n)]
+    return sorted(sides, key=lambda side: abs(len(cases) - 2 * len(side)))
+
+
+def _contrast(profile: dict[str, float], first: Sequence[str], second: Sequence[str]) -> float:
+    a = sum(profile.get(case, 0.0) for case in first) / len(first)
+    b = sum(profile.get(case, 0.0) for case in second) / len(second)
+    return (b - a) / (abs(a) + abs(b)) if a or b else 0.0
+
+
+def _correlation(profile: dict[str, float], first: Sequence[str], second: Sequence[str]) -> float:
+    """Of the cases' means with the side they are on; 0 where all means are alike."""
+    values = [profile.get(case, 0.0) for case in (*first, *second)]
+    if max(values) - min(values) <= 1e-9 * max(map(abs, values)):
+        return 0.0
+    return correlation(values, [0.0] * len(first) + [1.0] * len(second))
+
+
+def _names(first: Sequence[str], second: Sequence[str]) -> tuple[str, str]:
+    """What the cases of each side share, word by word, where the sides differ in it."""
+    words = [[case.split("_") for case in side] for side in (first, second)]
+    if len({len(case) for side in words for case in side}) == 1:
+        shared = [[column[0] if len(set(column)) == 1 else "" for column in zip(*side, strict=True)] for side in words]
+        differing = [(a, b) for a, b in zip(*shared, strict=True) if a and b and a != b]
+        if differing:
+            return "_".join(a for a, _ in differing), "_".join(b for _, b in differing)
+    return " / ".join(first), " / ".join(second)

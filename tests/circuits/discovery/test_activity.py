@@ -1,0 +1,45 @@
+"""Mean activations by case and span, against loops over tokens."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from circuits.discovery.activity import mean_activations
+from tests.circuits.conftest import MIXED, with_spans
+
+
+def by_loops(model, saes, prompts, site, feature):
+    """{case: {span: mean}} with one prompt and one token at a time."""
+    values: dict[tuple[str, str], list[float]] = {}
+    for row in range(len(prompts)):
+        one = prompts[row]
+        x = model.run(one.clean, capture=[site]).activations[site][0]
+        for token, number in enumerate(one.span_numbers[0].tolist() if one.spans else [0] * len(x)):
+            span = one.spans[number] if one.spans else ""
+            values.setdefault((one.cases[0], span), []).append(saes[site].encode(x[token])[feature].item())
+    means = {key: sum(column) / len(column) for key, column in values.items()}
+    return {case: {span: m for (c, span), m in means.items() if c == case} for case in dict.fromkeys(prompts.cases)}
+
+
+def test_means_by_case_and_span(tiny_model, tiny_saes, tiny_prompts):
+    for prompts in (tiny_prompts, with_spans(tiny_prompts, MIXED)):
+        for site in tiny_model.sites[:3]:
+            x = tiny_model.run(prompts.clean, capture=[site]).activations[site][:, -1]
+            features = tiny_saes[site].encode(x).sum(0).topk(2).indices
+            means = mean_activations(tiny_model, tiny_saes, prompts, {site: features})
+            for feature in features.tolist():
+                expected = by_loops(tiny_model, tiny_saes, prompts, site, feature)
+                assert means[f"{site.name}/{feature}"].keys() == expected.keys()
+                for case, by_span in expected.items():
+                    shown = means[f"{site.name}/{feature}"][case]
+                    assert shown.keys() == by_span.keys()
+                    torch.testing.assert_close(list(shown.values()), list(by_span.values()), atol=2e-6, rtol=1e-4)
+
+
+def test_cases_without_a_name_are_called_prompts(tiny_model, tiny_saes, tiny_prompts):
+    site = tiny_model.sites[0]
+    uncased = replace(tiny_prompts, cases=[""] * len(tiny_prompts))
+    means = mean_activations(tiny_model, tiny_saes, uncased, {site: torch.tensor([0])})
+    assert list(means[f"{site.name}/0"]) == ["prompts"]

@@ -62,11 +62,12 @@ class DemoCommand(Common, Overwrites):
 
 
 def bundled(*parts: str) -> str:
-    """Path of a file of the agreement example, in a clone or an installed package."""
-    path = Path(str(importlib.resources.files("examples"))).joinpath("agreement", *parts)
-    if not path.exists():
-        raise UserError(f"the bundled example lacks {path}: install the package again")
-    return str(path)
+    """Path of a file of the agreement example: `circuits/bundled` in an installed package, else in the clone."""
+    package = Path(str(importlib.resources.files("circuits")))
+    for folder in (package / "bundled", package.parent / "examples" / "agreement"):
+        if folder.joinpath(*parts).exists():
+            return str(folder.joinpath(*parts))
+    raise UserError(f"the bundled example lacks {'/'.join(parts)}: install the package again")
 
 
 class _Story:

@@ -51,7 +51,6 @@ class CompareMethodsCommand(UsesSaes, Overwrites, HasSaes, HasModel):
     def _run(self, folder: Path) -> Output:
         from circuits.cli.common import load_checked_saes, load_model, record
         from circuits.comparison.compare import compare_methods
-        from circuits.comparison.tables import plot, tables
 
         model = load_model(self.model, self, saes=self.saes)
         saes = load_checked_saes(model, self.saes, options=self)
@@ -60,9 +59,9 @@ class CompareMethodsCommand(UsesSaes, Overwrites, HasSaes, HasModel):
         data = comparison.to_dict()
         remove(folder, COMPARISON)  # drawing and table of an earlier one
         write_json(folder / COMPARISON_FILE, data)
-        text = tables(comparison)
+        text = comparison.text()
         write_text(folder / "comparison.txt", text + "\n")
-        drawing = plot(comparison, folder / "comparison.svg")
+        drawing = comparison.plot(folder / "comparison.svg")
         record(self.out, "compare-methods", self)
         return Output(f"{text}\nwrote {folder / COMPARISON_FILE} and {drawing}", {**data, "comparison": str(folder)})
 

@@ -73,7 +73,7 @@ class _Edit(UsesSaes, Named, HasTestPrompts, RunsCircuit):
         data = {**report.to_dict(), MADE_WITH: made_with_these}
         write_json(path, data)
         record(circuit_folder(self.circuit).parent, f"edit {path.stem}", self)
-        return Output(f"{report.table()}\nwrote {path}", data)
+        return Output(f"{report.text()}\nwrote {path}", data)
 
     def _file(self, operation: Operation, value: float | None) -> tuple[Path, dict[str, Any]]:
         """edits/NAME.json and what it is made with; without a name, one made from the edit, with a digest where there

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from circuits.faithfulness.results import EdgeFaithfulness
     from circuits.prompts.dataset import PromptSet
 
-ERRORS_TEXT = {"nodes": "", "keep": ", all errors left in", "ablate": ", all errors ablated"}
-
 
 @dataclass(frozen=True, kw_only=True)
 class FaithfulnessCommand(UsesSaes, Named, HasSizes, HasTestPrompts, RunsCircuit):
@@ -62,26 +60,13 @@ class FaithfulnessCommand(UsesSaes, Named, HasSizes, HasTestPrompts, RunsCircuit
         data = files.write(result.to_dict())
         plot = result.plot(files.path(".svg"))
         record(folder.parent, "faithfulness", self)
-        left_out = f" ({result.n_uncovered} without a reference prompt of their template left out)"
-        text = "\n".join(
-            [
-                f"{result.n_prompts} prompts{left_out if result.n_uncovered else ''}; "
-                f"nodes from {result.start_site} on, others ablated by {result.ablation}{ERRORS_TEXT[result.errors]}",
-                f"m: {result.m_model:+.3f} whole model, {result.m_empty:+.3f} with every node ablated",
-                result.table(),
-                result.areas(),
-                result.evidence(),
-                *([f"optimal constants: {result.gain}"] if result.gain else []),
-                f"wrote {files.path('.json')} and {plot}",
-            ]
-        )
+        text = f"{result.text()}\nwrote {files.path('.json')} and {plot}"
         if not self.edges:
             return Output(text, data)
         curve = self._edges(circuit, prompts, reference)
         of_edges_data = of_edges.write(curve.to_dict())
         curve.plot(of_edges.path(".svg"))
-        edge_text = f"edges among the {curve.n_nodes} strongest nodes, all other inputs ablated\n{curve.table()}"
-        return Output(f"{text}\n{edge_text}", data | {"edges": of_edges_data})
+        return Output(f"{text}\n{curve.text()}", data | {"edges": of_edges_data})
 
     def _edges(self, circuit: Circuit, prompts: PromptSet, reference: PromptSet) -> EdgeFaithfulness:
         """The curve over edges."""

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from circuits.cli.faithfulness import ERRORS_TEXT
 from circuits.cli.options import HasSizes, HasTestPrompts, Named, Output, RunsCircuit
 from circuits.cli.results import ResultFiles, made_with
 from circuits.faithfulness.options import FaithfulnessOptions, MaskOptions
@@ -86,7 +85,7 @@ class MaskCommand(Named, HasSizes, HasTestPrompts, RunsCircuit):
         record(folder.parent, "mask", self)
         text = (
             f"{of_mask.n_prompts} {'held-out prompts' if self.prompts else 'prompts, those learned on'}; "
-            f"nodes from {of_mask.start_site} on, others ablated by {of_mask.ablation}{ERRORS_TEXT[of_mask.errors]}\n"
+            f"{of_mask.setting()}\n"
             f"learned on {len(learned_on)} prompts in {seconds:.0f} s\n"
             f"{table(of_mask, of_effects)}\n"
             f"wrote {files.path('.json')} and {files.path('.safetensors')}"
@@ -96,14 +95,11 @@ class MaskCommand(Named, HasSizes, HasTestPrompts, RunsCircuit):
 
 def table(of_mask: NodeFaithfulness, of_effects: NodeFaithfulness) -> str:
     """Faithfulness and completeness of both rankings, one row a size."""
-    lines = [
-        f"{'':>7}  {'faithfulness':>16}  {'completeness':>16}",
-        f"{'nodes':>7}  {'mask':>7}  {'effects':>7}  {'mask':>7}  {'effects':>7}",
-    ]
-    for row, size in enumerate(of_mask.sizes):
-        numbers = (
-            of_mask.faithfulness[row], of_effects.faithfulness[row],
-            of_mask.completeness[row], of_effects.completeness[row],
-        )  # fmt: skip
-        lines.append("  ".join([f"{size:>7}", *(f"{number:>7.3f}" for number in numbers)]))
-    return "\n".join(lines)
+    import pandas as pd
+
+    curves = {
+        (name, ranking): [f"{value:.3f}" for value in getattr(result, name)]
+        for name in ("faithfulness", "completeness")
+        for ranking, result in (("mask", of_mask), ("effects", of_effects))
+    }
+    return pd.DataFrame(curves, index=pd.Index(of_mask.sizes, name="nodes")).to_string()

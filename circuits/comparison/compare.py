@@ -19,15 +19,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from typing import Any
 
 from circuits.attribution.nodes import count
 from circuits.comparison.options import MASK, CompareOptions, split
-from circuits.comparison.study import MEAN, NOISING, Agreement, Study, Truth, agreement
+from circuits.comparison.results import LEVELS, MEAN, NOISING, Comparison, MethodScore
+from circuits.comparison.study import Study, Truth, agreement
 from circuits.faithfulness.nodes import FaithfulnessOptions, measure_faithfulness
-from circuits.faithfulness.results import NodeFaithfulness
 from circuits.metrics.metrics import get_metric, prepare
 from circuits.metrics.probe import read_by, visible_sites
 from circuits.prompts.dataset import PromptSet
@@ -46,72 +44,9 @@ ESTIMATES = {
 """Exact quantity each method estimates: noising, or the mean of noising and denoising. Baselines estimate none."""
 UNSIGNED = ("activation-difference",)
 """Methods whose effects have no sign: compared with the magnitude of the exact effect."""
-LEVELS = (0.8, 0.95)
 GRID = 1.6
 """Largest ratio between neighbouring circuit sizes."""
 SAES = "saes"
-
-
-@dataclass(frozen=True)
-class MethodScore:
-    """One row of the comparison."""
-
-    method: str
-    """Node method."""
-    dictionary: str
-    """saes or neurons."""
-    estimates: str | None
-    """Exact quantity the method estimates: noising, mean (of noising and denoising) or None."""
-    agreement: dict[str, Agreement]
-    """Correlations by exact quantity; empty where nothing was sampled."""
-    residual: float | None
-    """Completeness residual, mean over sites; None for learned masks."""
-    path_nodes: float | None
-    """Gradient evaluations per prompt and site where the method goes site by site."""
-    nodes_for: dict[str, float | None]
-    """Nodes needed for faithfulness .8 and .95; None where it is not reached."""
-    seconds: float
-    """Time for the effects on all training prompts; for learned masks also for those they start from."""
-    peak_bytes: int
-    """Tensors alive at once on a batch of `MEMORY_PROMPTS` prompts."""
-    curve: NodeFaithfulness
-    """Faithfulness and completeness on the held-out prompts."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON."""
-        curve = self.curve.to_dict()
-        kept = ("sizes", "faithfulness", "completeness", "n_nodes", "cpr", "cmd", "m_model", "m_empty")
-        row = asdict(self)
-        known = self.curve.intervals
-        row["intervals"] = None if known is None else {"cpr": known.cpr, "cmd": known.cmd}
-        return {**{name: row[name] for name in row if name != "curve"}, **{name: curve[name] for name in kept}}
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """All methods beside each other."""
-
-    rows: list[MethodScore]
-    """One a method and dictionary."""
-    options: CompareOptions
-    """How it was made."""
-    n_train: int
-    """Prompts the circuits were found on."""
-    n_test: int
-    """Held-out prompts they were scored on."""
-    sampled: dict[str, int] = field(default_factory=dict)
-    """Features patched exactly, by dictionary."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON."""
-        return {
-            "schema_version": 1,
-            "options": asdict(self.options),
-            "n_train": self.n_train,
-            "n_test": self.n_test,
-            "sampled": self.sampled,
-            "rows": [row.to_dict() for row in self.rows],
-        }
 
 
 @with_gradients

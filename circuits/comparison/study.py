@@ -8,19 +8,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
+from scipy.stats import pearsonr, spearmanr
 
 from circuits.attribution import ActivationPair, SiteEffects, attribute, capture_activations
 from circuits.attribution.activation_patching import exact_effects
 from circuits.attribution.activations import site_total_effect
 from circuits.attribution.baselines import activation_difference
 from circuits.attribution.nodes import Nodes, SiteNodes, aggregate, count
-from circuits.comparison.correlation import pearson, spearman
 from circuits.comparison.options import MASK, CompareOptions
 from circuits.comparison.peak_memory import peak_memory
+from circuits.comparison.results import MEAN, NOISING, Agreement
 from circuits.discovery.batching import max_rows
 from circuits.faithfulness.learned_mask import MaskOptions, learn_node_mask
 from circuits.faithfulness.nodes import random_nodes
@@ -28,7 +31,6 @@ from circuits.metrics.metrics import Metric, warn_if_cancelling
 from circuits.prompts.dataset import PromptSet
 from sae.model.sites import Site
 
-NOISING, MEAN = "noising", "mean"
 MEMORY_PROMPTS = 16
 """Prompts in the batch on which memory is counted."""
 
@@ -45,18 +47,6 @@ class Ranking:
     """Tensors alive at once on a batch of `MEMORY_PROMPTS` prompts."""
     path_nodes: float | None
     """Gradient evaluations per prompt and site where the method goes site by site."""
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """Correlation with one exact quantity."""
-
-    pearson: float
-    """Linear correlation over the sampled features."""
-    spearman: float
-    """Correlation of their ranks."""
-    errors: float | None
-    """Linear correlation over the error nodes; None where there are fewer than three."""
 
 
 @dataclass(frozen=True)
@@ -202,13 +192,19 @@ def agreement(nodes: Nodes, truth: Truth, *, unsigned: bool) -> dict[str, Agreem
         effect[nodes[site].feature] = nodes[site].effect.double()
         estimated.append(effect[sample.feature])
     x = torch.cat(estimated)
-    found = {}
+    agreements = {}
     for quantity, exact in truth.exact.items():
         y = exact.abs() if unsigned else exact
-        (f, g), (e, h) = ((x[part], y[part]) for part in (~is_error, is_error))
-        of_errors = pearson(e, h) if len(e) > 2 else None
-        found[quantity] = Agreement(pearson(f, g), spearman(f, g), of_errors)
-    return found
+        (f, g), (e, h) = ((x[chosen].numpy(), y[chosen].numpy()) for chosen in (~is_error, is_error))
+        of_errors = correlation(pearsonr, e, h) if len(e) > 2 else None
+        agreements[quantity] = Agreement(correlation(pearsonr, f, g), correlation(spearmanr, f, g), of_errors)
+    return agreements
+
+
+def correlation(measure: Callable[..., Any], x: np.ndarray, y: np.ndarray) -> float:
+    """`pearsonr` or `spearmanr` of x and y, [n] each; 0 where one of them does not vary."""
+    varies = len(x) > 1 and np.ptp(x) > 0 and np.ptp(y) > 0
+    return float(measure(x, y).statistic) if varies else 0.0
 
 
 def joined(a: SiteNodes, b: SiteNodes) -> SiteNodes:

@@ -7,16 +7,21 @@ that a case that is reversed never makes up for one that is untouched.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sae._files import check_type, read_json, without_nan, write_json
-from sae._tables import aligned
+import pandas as pd
+
+from circuits._results import Result, format_interval, format_table
+from sae._files import check_type, read_json, without_nan
 from sae.errors import UserError, unknown
 
 SCHEMA_VERSION = 1
+CE = "cross-entropy"
+"""On other text, in nats a token."""
 ACTIONS = {
     "zero": "set to zero", "mean": "set to their mean", "set": "set to {}", "scale": "multiplied by {}",
     "steer": "steered by {}",
@@ -73,7 +78,7 @@ class Continuation:
 
 
 @dataclass(frozen=True)
-class EditReport:
+class EditReport(Result):
     """An edit, what it did, and what the same edit of random features did."""
 
     features: list[str]
@@ -154,11 +159,6 @@ class EditReport:
         }
         return without_nan({"schema_version": SCHEMA_VERSION, "kind": "edit", **asdict(self), **derived})
 
-    def save(self, path: str | Path) -> Path:
-        """Write it as JSON."""
-        write_json(path, self.to_dict())
-        return Path(path)
-
     @staticmethod
     def from_dict(data: Mapping[str, Any], where: str | Path = "edit") -> EditReport:
         """The report that `to_dict` wrote; `UserError`, naming `where`, for anything else."""
@@ -194,20 +194,64 @@ class EditReport:
         n = len(self.features)
         return f"{n} {'feature' if n == 1 else 'features'} {self.action} on {self.n_prompts} prompts"
 
-    def table(self) -> str:
-        """Before, after and the random control as aligned text for a terminal."""
-        head = ["", "before", "after", "left"] + ([self.random_title(), "left"] if self.random else [])
+    def to_frame(self) -> pd.DataFrame:
+        """One row a quantity, of all prompts and by case: quantity, case, before, after, the share left, and of random
+        features mean, smallest, largest and the share left.
+        """
+        rows = []
+        for quantity, case, values in self._quantities():
+            before, after, *drawn = values
+            row = {"quantity": quantity, "case": case, "before": before, "after": after}
+            left = [self.left(run, case) for run in self.runs[1:]] if quantity == self.metric else [None] * len(values)
+            row["left"], *of_random = left
+            if drawn:
+                shares = [share for share in of_random if share is not None]
+                row |= {"random_mean": sum(drawn) / len(drawn), "random_min": min(drawn), "random_max": max(drawn)}
+                row["random_left"] = sum(shares) / len(shares) if shares else None
+            rows.append(row)
+        return pd.DataFrame(rows).astype({"left": float} | ({"random_left": float} if self.random else {}))
+
+    def _quantities(self) -> Iterator[tuple[str, str | None, list[float]]]:
+        """(quantity, case or None for all prompts, its values before, after, and of every random draw)."""
         cases = list(self.before.by_case)
-        rows = [self._metric_row(f"{self.metric}{', mean size' if cases else ''}", None)]
-        rows += [self._metric_row(f"  {case}", case) for case in cases]
+        yield self.metric, None, [run.size for run in self.runs]
+        for case in cases:
+            yield self.metric, case, [run.by_case[case].metric for run in self.runs]
         if self.before.overall.accuracy is not None:
-            rows.append(self._plain_row("accuracy", [b.overall.accuracy or 0.0 for b in self.runs]))
+            yield "accuracy", None, [run.overall.accuracy or 0.0 for run in self.runs]
             for case in cases:
-                rows.append(self._plain_row(f"  {case}", [b.by_case[case].accuracy or 0.0 for b in self.runs]))
+                yield "accuracy", case, [run.by_case[case].accuracy or 0.0 for run in self.runs]
         if self.before.ce is not None:
-            values = [b.ce or 0.0 for b in self.runs]
-            rows.append(self._plain_row(f"CE on {self.n_texts} texts", values, digits=3))
-        lines = [self.title(), aligned([head, *rows]), *self.remarks()]
+            yield CE, None, [run.ce or 0.0 for run in self.runs]
+
+    def table(self) -> str:
+        """Before, after and the random control, one row a quantity."""
+        frame = self.to_frame()
+        digits = [3 if quantity == CE else 2 for quantity in frame["quantity"]]
+        is_metric = frame["quantity"] == self.metric
+        table = pd.DataFrame(index=[self._row_name(row.quantity, row.case) for row in frame.itertuples()])
+        for name in ("before", "after"):
+            table[name] = [f"{value:.{n}f}" for value, n in zip(frame[name], digits, strict=True)]
+        table["left"] = [_percent(left) if shown else "" for left, shown in zip(frame["left"], is_metric, strict=True)]
+        if self.random:
+            bounds = zip(frame["random_mean"], frame["random_min"], frame["random_max"], digits, strict=True)
+            table[self.random_title()] = [
+                f"{mean:.{n}f} {format_interval((low, high), n)}" for mean, low, high, n in bounds
+            ]
+            left = zip(frame["random_left"], is_metric, strict=True)
+            table.insert(4, "left", [_percent(share) if shown else "" for share, shown in left], allow_duplicates=True)
+        return format_table(table)
+
+    def _row_name(self, quantity: str, case: str | None) -> str:
+        if isinstance(case, str):
+            return f"  {case}"
+        if quantity == CE:
+            return f"CE on {self.n_texts} texts"
+        return f"{quantity}, mean size" if quantity == self.metric and self.before.by_case else quantity
+
+    def text(self) -> str:
+        """What was edited, the table, what it needs to be read rightly, and the continuations."""
+        lines = [self.title(), self.table(), *self.remarks()]
         for sample in self.continuations:
             lines += ["", sample.prompt, f"  before:{_space(sample.before)}", f"  after: {_space(sample.after)}"]
         return "\n".join(lines)
@@ -219,32 +263,16 @@ class EditReport:
 
     def remarks(self) -> list[str]:
         """What the table needs to be read rightly."""
-        found = []
+        remarks = []
         if self.reversed_cases:
-            found.append(f"reversed: {', '.join(self.reversed_cases)} (the metric has the other sign after the edit)")
+            remarks.append(f"reversed: {', '.join(self.reversed_cases)} (the metric has the other sign after the edit)")
         if self.random_left == 0:
-            found.append("no random features to compare with: all that are active there are edited")
-        return found
-
-    def _metric_row(self, name: str, case: str | None) -> list[str]:
-        before, after, *drawn = [run.by_case[case].metric if case else run.size for run in self.runs]
-        row = [name, f"{before:.2f}", f"{after:.2f}", _percent(self.left(self.after, case))]
-        left = [share for run in self.random if (share := self.left(run, case)) is not None]
-        return [*row, _range(drawn), _percent(sum(left) / len(left) if left else None)] if drawn else row
-
-    def _plain_row(self, name: str, values: list[float], *, digits: int = 2) -> list[str]:
-        before, after, *drawn = values
-        row = [name, f"{before:.{digits}f}", f"{after:.{digits}f}", ""]
-        return [*row, _range(drawn, digits=digits), ""] if drawn else row
+            remarks.append("no random features to compare with: all that are active there are edited")
+        return remarks
 
 
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.0f} %"
-
-
-def _range(values: Sequence[float], *, digits: int = 2) -> str:
-    mean = sum(values) / len(values)
-    return f"{mean:.{digits}f} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
+def _percent(share: float) -> str:
+    return "-" if math.isnan(share) else f"{100 * share:.0f} %"
 
 
 def _space(text: str) -> str:

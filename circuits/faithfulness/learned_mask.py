@@ -31,9 +31,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from torch.nn.functional import pad
 
+from circuits._results import Result, format_table
 from circuits.attribution.nodes import Nodes
 from circuits.circuit import Circuit
 from circuits.faithfulness.ablation import AblationValues
@@ -59,7 +61,7 @@ COLDEST, SLOWEST = 0.02, 0.1
 
 
 @dataclass(frozen=True)
-class LearnedMask:
+class LearnedMask(Result):
     """What was learned."""
 
     nodes: Nodes
@@ -72,6 +74,21 @@ class LearnedMask:
     """Loss of every step: squared shortfall in units of the behaviour."""
     options: dict[str, Any]
     """What it was learned with."""
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a node, those kept longest first: node, site, score, and its rank from 1."""
+        rows = [
+            {"node": name, "site": site.name, "score": score}
+            for site, nodes in self.nodes.items()
+            for name, score in zip(nodes.ids(site), self.scores[site].tolist(), strict=True)
+        ]
+        frame = pd.DataFrame(rows).sort_values("score", ascending=False, kind="stable", ignore_index=True)
+        return frame.assign(rank=range(1, len(frame) + 1))
+
+    def text(self) -> str:
+        """The nodes kept longest, and the last loss."""
+        strongest = self.to_frame().head(20).set_index("node").rename_axis(None)[["score"]].map("{:.3f}".format)
+        return f"loss {self.losses[-1]:.3f} after {len(self.losses)} steps\n{format_table(strongest)}"
 
     def save(self, path: str | Path) -> Path:
         """Write nodes, ranks and scores as .safetensors."""

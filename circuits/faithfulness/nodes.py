@@ -183,7 +183,7 @@ def _intervals(
         return None
     n, (m_model, m_empty) = len(sizes), m_all[:2]
     faithful, without = m_all[2 : 2 + n], m_all[-n:]
-    weights = [area([0.0] * k + [1.0] + [0.0] * (n - k), [0, *sizes], n_nodes, lambda f: f) for k in range(n + 1)]
+    weights = [area([0.0] * k + [1.0] + [0.0] * (n - k), [0, *sizes], n_nodes) for k in range(n + 1)]
     inside = torch.tensor(weights, dtype=m_all.dtype)  # [1 + n] of no node, and of each size
     side = torch.where(shares(m_all.mean(1))[:n] <= 1, 1.0, -1.0).to(m_all)  # [n] sign of 1 - f
     gained, whole = faithful - m_empty, m_model - m_empty

@@ -1,4 +1,4 @@
-"""What measurements of faithfulness found, as records: for JSON, for the terminal and as pictures.
+"""Faithfulness of nodes and of edges over sizes, as tables, for JSON, for the terminal and as pictures.
 
 CPR and CMD (Mueller et al. 2025, MIB) are the areas under faithfulness f and under |1 - f| over the share of nodes
 kept, by the trapezoid rule through the values measured, that with all nodes among them. f of no node is 0 by
@@ -9,14 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
+from scipy.integrate import trapezoid
+
+from circuits._results import Result, format_interval, format_table
 from circuits.faithfulness.optimal_ablation import Gain
 from circuits.faithfulness.plots import Curve, plot_curves
 from circuits.uncertainty.bootstrap import COVERAGE
-from sae._tables import aligned
+
+ERRORS_TEXT = {"nodes": "", "keep": ", all errors left in", "ablate": ", all errors ablated"}
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class Intervals:
 
 
 @dataclass(frozen=True)
-class NodeFaithfulness:
+class NodeFaithfulness(Result):
     """Curves over circuit sizes; `random` holds one curve a draw."""
 
     sizes: list[int]
@@ -82,23 +87,54 @@ class NodeFaithfulness:
         """Plain JSON."""
         return {"schema_version": 1, **asdict(self), "cpr": self.cpr, "cmd": self.cmd}
 
+    def to_frame(self) -> pd.DataFrame:
+        """One row a size: nodes, faithfulness, completeness, with their intervals where there are any, and the smallest
+        and largest faithfulness of random circuits.
+        """
+        frame = pd.DataFrame({"nodes": self.sizes})
+        for name in ("faithfulness", "completeness"):
+            frame[name] = getattr(self, name)
+            if self.intervals:
+                frame[[f"{name}_low", f"{name}_high"]] = getattr(self.intervals, name)
+        return _with_random(frame, self.random)
+
     def table(self) -> str:
-        """A table for the terminal: one row a size."""
-        known = self.intervals
-        gap = [""] if known else []
-        rows = [["nodes", "faithfulness", *gap, "random", "completeness", *gap]]
-        for row, size in enumerate(self.sizes):
-            f, c = ([span(bounds[row])] for bounds in (known.faithfulness, known.completeness)) if known else ([], [])
-            f, c = [f"{self.faithfulness[row]:.3f}", *f], [f"{self.completeness[row]:.3f}", *c]
-            rows.append([str(size), *f, drawn_range([curve[row] for curve in self.random]), *c])
-        return aligned(rows, text_columns=0)
+        """One row a size."""
+        table = pd.DataFrame({"nodes": self.sizes}).astype(str)
+        table["faithfulness"] = [f"{value:.3f}" for value in self.faithfulness]
+        table["random"] = [drawn_range(values) for values in _by_size(self.random, self.sizes)]
+        table["completeness"] = [f"{value:.3f}" for value in self.completeness]
+        if self.intervals:
+            for column, name in ((2, "faithfulness"), (5, "completeness")):
+                bounds = getattr(self.intervals, name)
+                table.insert(column, "95 %", [format_interval(pair) for pair in bounds], allow_duplicates=True)
+        return format_table(table)
+
+    def setting(self) -> str:
+        """What is ablated, and by what."""
+        return f"nodes from {self.start_site} on, others ablated by {self.ablation}{ERRORS_TEXT[self.errors]}"
+
+    def text(self) -> str:
+        """What was measured, the table, the areas, and what the intervals are."""
+        left_out = f" ({self.n_uncovered} without a reference prompt of their template left out)"
+        return "\n".join(
+            [
+                f"{self.n_prompts} prompts{left_out if self.n_uncovered else ''}; {self.setting()}",
+                f"m: {self.m_model:+.3f} whole model, {self.m_empty:+.3f} with every node ablated",
+                self.table(),
+                self.areas(),
+                self.evidence(),
+                *([f"optimal constants: {self.gain}"] if self.gain else []),
+            ]
+        )
 
     def areas(self) -> str:
         """CPR and CMD in a line."""
-        spans = ["", ""] if self.intervals is None else [f" {span(self.intervals.cpr)}", f" {span(self.intervals.cmd)}"]
+        bounds = (self.intervals.cpr, self.intervals.cmd) if self.intervals else ()
+        of_cpr, of_cmd = (f" {format_interval(pair)}" for pair in bounds) if bounds else ("", "")
         return (
-            f"area under faithfulness (CPR) {self.cpr:.3f}{spans[0]}, "
-            f"under its distance from 1 (CMD) {self.cmd:.3f}{spans[1]}"
+            f"area under faithfulness (CPR) {self.cpr:.3f}{of_cpr}, "
+            f"under its distance from 1 (CMD) {self.cmd:.3f}{of_cmd}"
         )
 
     def evidence(self) -> str:
@@ -109,13 +145,13 @@ class NodeFaithfulness:
 
     def plot(self, path: str | Path) -> Path:
         """Faithfulness, completeness and random circuits over size, as .svg, .png or .pdf."""
-        known = self.intervals
+        bounds = self.intervals
         return plot_curves(
             path,
             self.sizes,
             [
-                Curve("circuit (faithfulness)", self.faithfulness, known.faithfulness if known else ()),
-                Curve("all but the circuit (completeness)", self.completeness, known.completeness if known else ()),
+                Curve("circuit (faithfulness)", self.faithfulness, bounds.faithfulness if bounds else ()),
+                Curve("all but the circuit (completeness)", self.completeness, bounds.completeness if bounds else ()),
             ],
             xlabel=f"nodes kept, from {self.start_site} on",
             levels=(0, 1),
@@ -125,7 +161,7 @@ class NodeFaithfulness:
 
 
 @dataclass(frozen=True)
-class EdgeFaithfulness:
+class EdgeFaithfulness(Result):
     """A curve over the number of edges; `random` holds one curve a draw."""
 
     sizes: list[int]
@@ -157,15 +193,26 @@ class EdgeFaithfulness:
         """Plain JSON."""
         return {"schema_version": 1, **asdict(self)}
 
+    def to_frame(self) -> pd.DataFrame:
+        """One row a size: edges, faithfulness with its interval, and the smallest and largest of random edges."""
+        frame = pd.DataFrame({"edges": self.sizes, "faithfulness": self.faithfulness})
+        if self.intervals:
+            frame[["faithfulness_low", "faithfulness_high"]] = self.intervals
+        return _with_random(frame, self.random)
+
     def table(self) -> str:
-        """A table for the terminal: one row a size."""
-        rows = [["edges", "faithfulness", *([""] if self.intervals else []), "random"]]
-        for row, size in enumerate(self.sizes):
-            bounds = [span(self.intervals[row])] if self.intervals else []
-            beside = drawn_range([curve[row] for curve in self.random])
-            rows.append([str(size), f"{self.faithfulness[row]:.3f}", *bounds, beside])
+        """One row a size, and the ends of the curve in a line."""
+        table = pd.DataFrame({"edges": self.sizes}).astype(str)
+        table["faithfulness"] = [f"{value:.3f}" for value in self.faithfulness]
+        if self.intervals:
+            table["95 %"] = [format_interval(pair) for pair in self.intervals]
+        table["random"] = [drawn_range(values) for values in _by_size(self.random, self.sizes)]
         end = f"{self.n_edges} edges have a weight; with all {self.n_nodes} nodes joined {self.all_joined:.3f}"
-        return f"{aligned(rows, text_columns=0)}\n{end}"
+        return f"{format_table(table)}\n{end}"
+
+    def text(self) -> str:
+        """What was measured, and the table."""
+        return f"edges among the {self.n_nodes} strongest nodes, all other inputs ablated\n{self.table()}"
 
     def plot(self, path: str | Path) -> Path:
         """Faithfulness of the strongest and of random edges over their number, as .svg, .png or .pdf."""
@@ -181,29 +228,32 @@ class EdgeFaithfulness:
         )
 
 
-def area(values: Sequence[float], sizes: Sequence[int], n_nodes: int, height) -> float:
-    """Trapezoid area under height(value) over size / n_nodes, from the first size to the last, which must be all nodes:
-    what was not measured has no value.
+def area(heights: Sequence[float], sizes: Sequence[int], n_nodes: int) -> float:
+    """Trapezoid area under heights over size / n_nodes, from the first size to the last, which must be all nodes: what
+    was not measured has no height.
     """
     if sizes[-1] != n_nodes:
         raise ValueError(f"the largest size is {sizes[-1]}: the area needs the value measured with all {n_nodes} nodes")
-    points = [(size / n_nodes, height(value)) for size, value in zip(sizes, values, strict=True)]
-    return sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in pairwise(points))
+    return float(trapezoid(heights, np.asarray(sizes) / n_nodes))
 
 
 def cpr(faithfulness: Sequence[float], sizes: Sequence[int], n_nodes: int) -> float:
     """Area under faithfulness over the share of nodes kept, from no node (0) to all (1)."""
-    return area([0.0, *faithfulness], [0, *sizes], n_nodes, lambda f: f)
+    return area([0.0, *faithfulness], [0, *sizes], n_nodes)
 
 
 def cmd(faithfulness: Sequence[float], sizes: Sequence[int], n_nodes: int) -> float:
     """Area under |1 - faithfulness| over the share of nodes kept."""
-    return area([0.0, *faithfulness], [0, *sizes], n_nodes, lambda f: abs(1 - f))
+    return area([1.0, *(abs(1 - f) for f in faithfulness)], [0, *sizes], n_nodes)
 
 
-def span(bounds: Sequence[float]) -> str:
-    """An interval as `[0.512, 0.634]`."""
-    return f"[{bounds[0]:.3f}, {bounds[1]:.3f}]"
+def _by_size(random: Sequence[Sequence[float]], sizes: Sequence[int]) -> list[list[float]]:
+    """What random sets had, by size; empty lists where none was drawn."""
+    return [[curve[row] for curve in random] for row in range(len(sizes))]
+
+
+def _with_random(frame: pd.DataFrame, random: Sequence[Sequence[float]]) -> pd.DataFrame:
+    return frame.assign(random_min=np.min(random, 0), random_max=np.max(random, 0)) if random else frame
 
 
 def drawn_range(values: Sequence[float]) -> str:

@@ -18,9 +18,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 
+from circuits._results import Result
 from circuits.attribution.edges import Edges
 from circuits.attribution.effects import SiteEffects
 from circuits.attribution.nodes import Nodes, SiteNodes, count, distinguishable, select_nodes
@@ -34,7 +36,7 @@ CANDIDATES = 20_000
 
 
 @dataclass(frozen=True)
-class Stability:
+class Stability(Result):
     """What random halves of the prompts agree on."""
 
     sizes: list[int]
@@ -51,6 +53,15 @@ class Stability:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
         return asdict(self)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a number of nodes: nodes, overlap, and what chance gives."""
+        return pd.DataFrame({"nodes": self.sizes, "overlap": self.overlap, "chance": self.chance})
+
+    def text(self) -> str:
+        """What the halves agree on, in a line."""
+        agreed = [f"{overlap:.0%} of {n}" for n, overlap in zip(self.sizes, self.overlap, strict=True)]
+        return f"two random halves of the prompts agree on {', '.join(agreed[:4])} strongest nodes"
 
 
 def node_intervals(
@@ -199,6 +210,4 @@ def uncertainty_line(circuit: Circuit) -> str:
     )
     if not known["split_half"]:
         return text
-    halves = known["split_half"]
-    agreed = [f"{o:.0%} of {n}" for n, o in zip(halves["sizes"], halves["overlap"], strict=True)]
-    return f"{text};\ntwo random halves of the prompts agree on {', '.join(agreed[:4])} strongest nodes"
+    return f"{text};\n{Stability(**known['split_half']).text()}"

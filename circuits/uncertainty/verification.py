@@ -18,8 +18,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pandas as pd
 import torch
 
+from circuits._results import Result, format_table
 from circuits.attribution import SiteEffects, capture_activations
 from circuits.attribution.activation_patching import exact_effects
 from circuits.attribution.nodes import SiteNodes, positions_by
@@ -36,7 +38,7 @@ FACTOR = 2.0
 
 
 @dataclass(frozen=True)
-class Verification:
+class Verification(Result):
     """Exact beside estimated effects, strongest node first."""
 
     names: list[str]
@@ -52,8 +54,8 @@ class Verification:
     def disagreements(self) -> dict[str, str]:
         """Node -> `sign` or `size`, for those that disagree."""
         rows = zip(self.names, self.estimated, self.exact, strict=True)
-        found = {name: disagreement(estimated, exact) for name, estimated, exact in rows}
-        return {name: what for name, what in found.items() if what}
+        kinds = {name: disagreement(estimated, exact) for name, estimated, exact in rows}
+        return {name: kind for name, kind in kinds.items() if kind}
 
     @property
     def correlation(self) -> float | None:
@@ -76,6 +78,17 @@ class Verification:
                 for name, exact in zip(self.names, self.exact, strict=True)
             },
         }
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a node: node, estimated, exact, and `sign` or `size` where they disagree."""
+        frame = pd.DataFrame({"node": self.names, "estimated": self.estimated, "exact": self.exact})
+        return frame.assign(disagrees=[self.disagreements.get(name, "") for name in self.names])
+
+    def text(self) -> str:
+        """The summary, and a row a node."""
+        table = self.to_frame().set_index("node").rename_axis(None)
+        table = table.assign(**{name: table[name].map("{:+.3f}".format) for name in ("estimated", "exact")})
+        return f"{self.summary()}\n{format_table(table)}"
 
     def summary(self) -> str:
         """One line for the terminal."""

@@ -29,7 +29,6 @@ from circuits.attribution.baselines import activation_difference
 from circuits.attribution.edges import Edges, edge_effects
 from circuits.attribution.nodes import Nodes, SiteNodes, aggregate, select_nodes
 from circuits.attribution.path_patching import path_effects
-from circuits.comparison.correlation import pearson
 from circuits.metrics.metrics import logit_difference
 from circuits.prompts.dataset import load_prompts
 from examples import agreement
@@ -122,7 +121,7 @@ def row(estimated: Mapping, exact: Mapping, universe, bound: float) -> str:
     truth = {item for item, value in exact.items() if abs(value) >= bound}
     found = recovery(estimated, truth, universe)
     pairs = torch.tensor([(estimated.get(item, 0.0), exact.get(item, 0.0)) for item in universe])
-    return f"{found.auroc:>7.3f}{found.precision_at_truth:>7.2f}{pearson(*pairs.T):>7.3f}"
+    return f"{found.auroc:>7.3f}{found.precision_at_truth:>7.2f}{torch.corrcoef(pairs.T)[0, 1]:>7.3f}"
 
 
 def main() -> None:

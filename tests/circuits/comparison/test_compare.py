@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import pearsonr, spearmanr
@@ -13,11 +14,10 @@ from scipy.stats import pearsonr, spearmanr
 from circuits.attribution import capture_activations
 from circuits.attribution.activation_patching import exact_effects
 from circuits.comparison.compare import compare_methods, nodes_for, size_grid
-from circuits.comparison.correlation import pearson, spearman
 from circuits.comparison.options import CompareOptions
 from circuits.comparison.peak_memory import peak_memory
-from circuits.comparison.study import MEAN, NOISING
-from circuits.comparison.tables import plot, tables
+from circuits.comparison.results import MEAN, NOISING
+from circuits.comparison.study import correlation
 from circuits.discovery.discover import discover
 from circuits.discovery.options import DiscoverOptions
 from circuits.faithfulness.learned_mask import MaskOptions, learn_node_mask
@@ -128,13 +128,10 @@ def test_one_way_prompts_have_no_denoising(tiny_model, tiny_saes, tiny_prompts):
         states.reversed()
 
 
-def test_statistics_are_those_of_scipy():
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randint(6, (50,), generator=generator).double()  # ties
-    y = x + torch.randn(50, generator=generator).double()
-    assert pearson(x, y) == pytest.approx(pearsonr(x, y).statistic)
-    assert spearman(x, y) == pytest.approx(spearmanr(x, y).statistic)
-    assert pearson(torch.ones(4), torch.rand(4)) == 0
+def test_what_does_not_vary_correlates_with_nothing():
+    x = np.arange(4.0)
+    assert correlation(spearmanr, x, -x) == pytest.approx(-1)
+    assert correlation(pearsonr, np.ones(4), x) == correlation(spearmanr, x, np.ones(4)) == 0
 
 
 def test_nodes_for_a_level():
@@ -153,15 +150,17 @@ def test_size_grid_holds_what_was_asked_for_and_has_no_gaps():
 
 
 def test_tables_and_plot(comparison, tmp_path):
-    text = tables(comparison)
+    text = comparison.text()
     assert "attrib (neurons)" in text
+    frame = comparison.to_frame()
+    assert frame["cpr"].tolist() == [row.curve.cpr for row in comparison.rows] and "<table" in comparison._repr_html_()
     header = next(line for line in text.splitlines() if "n(0.8)" in line)
     ig = next(line for line in text.splitlines() if line.startswith("ig "))
     assert len(header) == len(ig) and ig.endswith(str(comparison.rows[0].curve.n_nodes))
     low, high = comparison.to_dict()["rows"][0]["intervals"]["cpr"]
     assert low <= comparison.rows[0].curve.cpr <= high
     assert json.loads(json.dumps(comparison.to_dict()))["rows"][0]["nodes_for"].keys() == {"0.8", "0.95"}
-    svg = plot(comparison, tmp_path / "comparison.svg").read_text()
+    svg = comparison.plot(tmp_path / "comparison.svg").read_text()
     assert svg.count("<path") > 12
 
 

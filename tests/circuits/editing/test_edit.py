@@ -206,8 +206,10 @@ def test_report_survives_json_and_is_readable(report, tmp_path):
     before, after = (report.before.by_case[case].metric for case in ("a_b", "b_a")), report.after.by_case
     by_case = {case: after[case].metric / m for case, m in zip(("a_b", "b_a"), before, strict=True)}
     assert data["remaining_by_case"] == pytest.approx(by_case)
-    table = report.table()
+    table = report.text()
     assert "set to zero on 8 prompts" in table
+    frame = report.to_frame().set_index(["quantity", "case"])
+    assert frame.loc[(report.metric, "a_b"), "left"] == report.remaining_by_case["a_b"]
     assert "random features (3 draws)" in table
     assert "CE on 4 texts" in table
     assert max(map(len, table.splitlines())) <= 120
@@ -229,7 +231,7 @@ def test_a_reversed_case_does_not_make_up_for_another():
     report = edit_report({"one": 2.0, "two": 3.0}, {"one": -9.98, "two": 17.8})
     assert report.remaining_by_case == pytest.approx({"one": -4.99, "two": 17.8 / 3})
     assert report.remaining == pytest.approx((9.98 + 17.8) / 5)
-    assert report.reversed_cases == ["one"] and "reversed: one" in report.table()
+    assert report.reversed_cases == ["one"] and "reversed: one" in report.text()
     assert edit_report({"": 2.0}, {"": -1.0}).remaining == pytest.approx(-0.5)
 
 
@@ -249,11 +251,11 @@ def test_fewer_random_features_than_edited_ones_are_told(tiny_model, tiny_prompt
         tiny_model, tiny_saes, editing.Edit(names[:-2]), tiny_prompts, editing.EditOptions(n_random=2)
     )
     assert [len(draw) for draw in most.random_features] == [2, 2] and most.random_left == 2
-    assert f"(2 draws of 2, not {len(index) - 2})" in most.table()
+    assert f"(2 draws of 2, not {len(index) - 2})" in most.text()
     every = editing.measure_edit(
         tiny_model, tiny_saes, editing.Edit(names), tiny_prompts, editing.EditOptions(n_random=2)
     )
-    assert every.random == [] and "no random features to compare with" in every.table()
+    assert every.random == [] and "no random features to compare with" in every.text()
 
 
 @pytest.mark.parametrize("metric", ["kl", "log_probability"])
@@ -264,7 +266,7 @@ def test_an_edit_is_measured_by_the_metric_it_is_given(tiny_model, tiny_prompts,
     prompts = behaviour.prepare(tiny_prompts, tiny_model, metric)
     by_hand = behaviour.metric_values(tiny_model, prompts, behaviour.get_metric(metric)).mean().item()
     assert report.before.overall.metric == pytest.approx(by_hand, abs=1e-6)
-    assert "logit difference" not in report.table() and report.remaining is None
+    assert "logit difference" not in report.text() and report.remaining is None
 
 
 def test_the_same_seed_draws_the_same_features(report, tiny_model, tiny_prompts, tiny_saes):
@@ -275,7 +277,7 @@ def test_the_same_seed_draws_the_same_features(report, tiny_model, tiny_prompts,
         tiny_model, tiny_saes, editing.Edit(report.features), tiny_prompts, editing.EditOptions(n_random=3, seed=1)
     )
     assert again.random_features == report.random_features != other.random_features
-    assert again.before.ce is None and "CE" not in again.table()
+    assert again.before.ce is None and "CE" not in again.text()
 
 
 # ---- edits at spans and positions

@@ -174,7 +174,7 @@ def test_areas():
     """CPR and CMD of a straight line from 0 to 1: a half each; of a perfect circuit from the first node on: 1 and 0."""
     assert cpr([0.5, 1], [50, 100], 100) == pytest.approx(0.5)
     assert cmd([0.5, 1], [50, 100], 100) == pytest.approx(0.5)
-    assert area([1, 1], [0, 100], 100, lambda f: abs(1 - f)) == 0
+    assert area([0, 0], [0, 100], 100) == 0
     assert cpr([0.3], [10], 10) == pytest.approx(0.15)
     with pytest.raises(ValueError, match="all 20 nodes"):
         cpr([0.3], [10], 20)
@@ -190,6 +190,9 @@ def test_areas_are_those_under_the_points_measured(tiny_model, tiny_saes, tiny_p
     assert result.sizes == [5, 20, result.n_nodes]
     if errors == "ablate":
         assert abs(result.faithfulness[-1] - 1) > 0.05
+    assert result.to_frame()[["nodes", "faithfulness"]].values.tolist() == [
+        *map(list, zip(result.sizes, result.faithfulness, strict=True))
+    ]
     rows = [line.split() for line in result.table().splitlines()[1:]]
     printed = [(0, 0.0), *((int(row[0]), float(row[1])) for row in rows)]
     x, f = np.array(printed).T

@@ -56,6 +56,7 @@ def test_the_exact_method_agrees_with_itself(tiny_model, tiny_saes, tiny_prompts
         tiny_model, tiny_saes, tiny_prompts, DiscoverOptions(method="exact", edge_nodes=0), progress=False
     )
     result = verify(circuit, tiny_prompts, nodes=20, progress=False)
+    assert result.to_frame()["exact"].tolist() == result.exact and result.names[0] in result.text()
     assert result.exact == pytest.approx(result.estimated, abs=1e-5)
     assert not result.disagreements and result.correlation == pytest.approx(1)
     assert result.summary() == "verified 20 nodes by exact patching, correlation 1.000: all agree"

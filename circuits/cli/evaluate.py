@@ -40,7 +40,7 @@ class EvaluateCommand(Common, Named, HasText, HasSaes, HasModel):
         from circuits.cli.common import load_checked_saes, load_model
         from sae._progress import ProgressBar
         from sae.data.batches import context_of
-        from sae.evaluation.evaluate import evaluate
+        from sae.evaluation.evaluate import evaluate_saes
         from sae.evaluation.plots import plot_evaluation
         from sae.evaluation.sweep import evaluation_settings
         from sae.saes import saes_fingerprint
@@ -55,7 +55,7 @@ class EvaluateCommand(Common, Named, HasText, HasSaes, HasModel):
             files.check()
         context = context_of(model, self.context_length)
         with ProgressBar(total=self.tokens, desc="evaluate", unit="token", disable=self.quiet) as bar:
-            result = evaluate(
+            result = evaluate_saes(
                 model,
                 saes,
                 source.read(),
@@ -67,7 +67,7 @@ class EvaluateCommand(Common, Named, HasText, HasSaes, HasModel):
             )
         settings = evaluation_settings(model, source, tokens=self.tokens, context=context)
         data = {**result.to_dict(), "measured_on": settings}
-        text = result.table()
+        text = result.text()
         if folder is not None:
             data = files.write(data)
             write_text(files.path(".txt"), text + "\n")

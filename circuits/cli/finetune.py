@@ -30,7 +30,7 @@ class FinetuneCommand(Common, Overwrites, HasSites, HasText, HasModel):
     def run(self) -> Output:
         from circuits.cli.common import absolute_path, load_checked_saes, load_model
         from sae.model.sites import select_sites
-        from sae.training.finetuning import finetune
+        from sae.training.finetuning import finetune_saes
 
         source = Path(self.saes)
         run = source.parent if source.name == "saes" else source
@@ -39,7 +39,7 @@ class FinetuneCommand(Common, Overwrites, HasSites, HasText, HasModel):
         model = load_model(self.model, self, saes=self.saes)
         sites = None if self.sites == "all" else list(select_sites(self.sites, model.sites))
         saes = load_checked_saes(model, self.saes, sites=sites)
-        finetune(
+        finetune_saes(
             model,
             saes,
             self.text,

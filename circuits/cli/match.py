@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from circuits.cli.options import Common, HasSites, Output
 from sae._files import write_json
+from sae._frames import frame_text
 from sae._options import Range, TokenCount
-from sae._tables import aligned, number
 from sae.data.text import TextSource
 from sae.errors import UserError
 
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from sae.model.sites import Site
 
     Dictionaries = Mapping[Site, SparseAutoencoder]
-
-HEAD = ["feature of", "partner in", "features", "partners", "similarity", "mutual", "same", "split"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,20 +52,19 @@ class MatchCommand(Common, HasSites):
     """JSON file for the partner of every feature; none by default."""
 
     def run(self) -> Output:
+        import pandas as pd
+
         model = self._model()
         saes = self._load(self.saes, model)
         others = None if self.other is None else self._load(self.other, model)
-        rows, entries = [HEAD], []
+        rows, entries = [], []
         for (site_a, a), (site_b, b) in pairs(saes, others, self.sites):
             match = self._match(model, (site_a, a), (site_b, b))
             entry = self._entry(match, a, b)
             entries.append({"feature_of": site_a.name, "partner_in": site_b.name, **entry, **_partners(match)})
-            split = "-" if entry["split"] is None else str(len(entry["split"]))
-            rows.append([
-                site_a.name, site_b.name, str(entry["features"]), str(entry["partners"]), number(entry["similarity"]),
-                number(entry["mutual"]), str(entry["same"]), split,
-            ])  # fmt: skip
-        text = aligned(rows, text_columns=2)
+            split = None if entry["split"] is None else len(entry["split"])
+            rows.append({"feature of": site_a.name, "partner in": site_b.name, **entry, "split": split})
+        text = frame_text(pd.DataFrame(rows), {"split": 0})
         data: dict[str, Any] = {"schema_version": 1, "by": self.by, "threshold": self.threshold, "pairs": entries}
         if self.out is not None:
             write_json(self.out, data)

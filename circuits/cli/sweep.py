@@ -80,7 +80,7 @@ class SweepCommand(Common, Overwrites, HasSites, HasTextOrCache):
         )
         drawn = self._draw(results)
         write_json(self.out / RESULTS_FILE, results.to_dict())
-        write_text(self.out / TABLE_FILE, f"{results.summary()}\n\n{results.table()}\n")
+        write_text(self.out / TABLE_FILE, f"{results.summary()}\n\n{results.text()}\n")
         files = f"{self.out / RESULTS_FILE}, {self.out / TABLE_FILE} and {drawn}"
         wrote = f"wrote {files}; a dictionary is --saes {self.out / next(iter(trained.configs))}, and so on"
         return Output(f"{results.summary()}\n{wrote}", {**results.to_dict(), "out": str(self.out)})

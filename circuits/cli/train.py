@@ -53,7 +53,7 @@ class TrainCommand(Common, Overwrites, HasSites, HasTextOrCache):
 
     def _train(self, out: Path) -> Output:
         from circuits.cli.common import load_model
-        from sae.training.trainer import train
+        from sae.training.trainer import train_saes
 
         options: dict[str, Any] = {
             "sites": self.sites,
@@ -65,10 +65,10 @@ class TrainCommand(Common, Overwrites, HasSites, HasTextOrCache):
         }
         if self.cache is not None:
             cache = open_cache(self.cache, model=self.model, text=self.text, sites=self.sites, device=self.device)
-            train(cache.model, cache.text, activations=cache, **options)
+            train_saes(cache.model, cache.text, activations=cache, **options)
         else:
             name, text = need(self.model, "model"), need(self.text, "text")
-            train(load_model(name, self), text, **options)
+            train_saes(load_model(name, self), text, **options)
         last = last_lines(out / "saes" / "training.jsonl")
         rows = [
             f"  {line['site']:<9} explained variance {_shown(line, 'explained_variance', '.3f')}  "
@@ -79,7 +79,7 @@ class TrainCommand(Common, Overwrites, HasSites, HasTextOrCache):
 
     def _finetune(self, trained: Output, text: str) -> Output:
         from circuits.cli.common import load_checked_saes, load_model
-        from sae.training.finetuning import finetune
+        from sae.training.finetuning import finetune_saes
 
         training = self.config
         config = FinetuneConfig(
@@ -90,7 +90,7 @@ class TrainCommand(Common, Overwrites, HasSites, HasTextOrCache):
             exclude_special=training.exclude_special,
         )
         model = load_model(need(self.model, "model"), self)
-        finetune(
+        finetune_saes(
             model,
             load_checked_saes(model, self.out / TRAINED),
             text,

@@ -17,10 +17,12 @@ import logging
 import math
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from sae.data.text import TextSource, read_texts
 from sae.model.language_model import LanguageModel
 from sae.model.tokens import Tokens
 
@@ -43,7 +45,12 @@ def context_of(model: LanguageModel, wanted: int | None = None) -> int:
 
 
 def token_batches(
-    model: LanguageModel, texts: Iterable[str], *, max_tokens: int | None, batch_size: int, context: int | None = None
+    model: LanguageModel,
+    texts: str | Path | TextSource | Iterable[str],
+    *,
+    max_tokens: int | None,
+    batch_size: int,
+    context: int | None = None,
 ) -> Iterator[Tokens]:
     """Texts in batches of `batch_size`, each cut after `context` tokens, until `max_tokens` tokens have been given.
 
@@ -51,7 +58,7 @@ def token_batches(
     """
     remaining, first = math.inf if max_tokens is None else max_tokens, True
     length = context_of(model, context)
-    lines = iter(text for text in texts if text.strip())
+    lines = iter(text for text in read_texts(texts) if text.strip())
     while remaining > 0 and (chunk := list(islice(lines, batch_size))):
         tokens = model.tokenize(chunk, max_length=length)
         fitting = int((tokens.lengths.cumsum(0) <= remaining).sum())

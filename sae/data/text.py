@@ -128,6 +128,11 @@ class TextSource:
                 yield document
 
 
+def read_texts(texts: TextSource | str | Path | Iterable[str]) -> Iterator[str]:
+    """The documents of a file or a hub data set, or those given, which may be endless."""
+    return TextSource.of(texts).read() if isinstance(texts, TextSource | str | Path) else iter(texts)
+
+
 def _lines(path: Path) -> Iterator[str]:
     """The lines of a text file, unpacked where its name ends in .gz."""
     opener = gzip.open if path.suffix == ".gz" else Path.open

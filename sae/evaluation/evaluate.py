@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from torch import Tensor
 from sae.autoencoder import SparseAutoencoder
 from sae.data.batches import bounded, counted_predictions, counted_tokens, token_batches
 from sae.data.predictions import ModelPredictions, PredictionTotals, Totals
+from sae.data.text import TextSource
 from sae.errors import UserError
 from sae.evaluation.metrics import FeatureTotals, ReconstructionTotals, ce_recovered, error_alignment, kl_recovered
 from sae.evaluation.results import Evaluation, Predictions, SiteMetrics
@@ -86,24 +88,39 @@ def _constant(value: Tensor) -> SiteEdit:
 
 
 @torch.no_grad()
-def evaluate(
+def evaluate_saes(
     model: LanguageModel,
     saes: Mapping[Site, SparseAutoencoder],
-    texts: Iterable[str],
+    texts: str | Path | TextSource | Iterable[str],
     *,
     max_tokens: int | None = 50_000,
     batch_size: int = 16,
     context: int | None = None,
     special_tokens: bool = False,
-    errors: bool = False,
+    errors: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
-    """Metrics of each autoencoder alone and of all of them together, pooled over the text.
+    """Measure how good the autoencoders of a model are: each alone in the model, and all of them together.
 
-    Each batch costs two forward passes a site (from that site on) and four to ten more. Texts are cut after `context`
-    tokens (`context_of`). `special_tokens` counts BOS and the like as any other token. `errors` measures what each
-    site's error matters among the others, at one more pass a site. `progress` is called after each batch with its
-    number of tokens.
+    Each batch costs two forward passes a site (from that site on) and four to ten more.
+
+    Args:
+        model: the model they read.
+        saes: the autoencoders by site.
+        texts: documents, a .txt or .jsonl file, or a hub data set.
+        max_tokens: how many tokens of it to measure on; None for all.
+        batch_size: texts that go through the model at once.
+        context: tokens after which a text is cut; 128 by default, less if the model takes less.
+        special_tokens: whether BOS and the like count as any other token.
+        errors: whether to measure what each site's error matters while all others are dropped, at one more pass a site.
+        progress: called after each batch with its number of tokens.
+
+    Returns:
+        The metrics, pooled over the text: L0, explained variance, cosine, dead and dense fractions, cross-entropy
+        recovered and KL divergence in nats; see `Evaluation` and `SiteMetrics` for each with its formula.
+
+    Raises:
+        UserError: an autoencoder does not fit the model, or the text is empty.
     """
     measurement = Evaluator(model, {"": saes}, special_tokens=special_tokens, errors=errors)
     for tokens in token_batches(model, texts, max_tokens=max_tokens, batch_size=batch_size, context=context):

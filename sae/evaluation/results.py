@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sae._files import without_nan
-from sae._tables import aligned, number
+from sae._frames import Result, frame_text
 from sae.evaluation.metrics import DensityHistogram
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SCHEMA_VERSION = 1
 EVALUATION_FILE = "evaluation.json"
+REBUILT = {
+    "l0": "L0", "explained_variance": "EV", "cosine": "cosine", "l2_ratio": "L2 ratio", "relative_bias": "bias",
+    "shrinkage": "shrinkage", "dead_fraction": "dead", "dense_fraction": "dense",
+}  # fmt: skip
+"""Columns of the first table, by the metrics they show."""
+PREDICTED = {
+    "ce_added": "CE +", "ce_recovered": "CE recovered", "kl": "KL", "kl_recovered": "KL recovered",
+    "top1_consistency": "top-1", "error_matters": "error matters",
+}  # fmt: skip
+"""Columns of the second."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +81,7 @@ class SiteMetrics:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Result):
     """What `evaluate` measured."""
 
     n_tokens: int
@@ -93,21 +106,32 @@ class Evaluation:
         kept = self.sites[site].ce_error_kept
         return math.nan if kept is None else self.spliced["all"].ce - kept
 
-    def table(self) -> str:
-        """Two tables of at most 80 characters a line: x̂ beside x at each site, and the model with x̂ in place of x."""
-        rebuilt = [["site", "L0", "EV", "cosine", "L2 ratio", "bias", "shrinkage", "dead", "dense"]]
-        for name, m in self.sites.items():
-            values = (m.explained_variance, m.cosine, m.l2_ratio, m.relative_bias, m.shrinkage)
-            rebuilt.append([name, number(m.l0, 1), *map(number, (*values, m.dead_fraction, m.dense_fraction))])
-        spliced = [["spliced", "CE +", "CE recovered", "KL", "KL recovered", "top-1", "error matters"]]
-        spliced += [
-            [name, *self._predicted(m.predictions), number(self.error_matters(name))] for name, m in self.sites.items()
-        ]
-        for name, p in self.spliced.items():
-            spliced.append(["all sites" if name == "all" else f"all {name}", *self._predicted(p), ""])
-        own = f"CE {self.ce_model:.3f} for the model itself, {self.ce_errors_kept:.3f} with every error kept"
-        return "\n".join([aligned(rebuilt), "", aligned(spliced), f"{own} ({self.n_tokens:,} tokens)"])
+    def to_frame(self) -> pd.DataFrame:
+        """A row for each site alone, then one for each group of sites spliced at once (`all sites`, `all resid`, ...),
+        whose metrics of reconstruction are undefined.
+        """
+        import pandas as pd
 
-    def _predicted(self, p: Predictions) -> list[str]:
-        costs = (p.ce - self.ce_model, p.ce_recovered, p.kl, p.kl_recovered, p.top1_consistency)
-        return list(map(number, costs))
+        rows: list[dict[str, Any]] = []
+        for name, metrics in self.sites.items():
+            values = asdict(metrics)
+            del values["density_histogram"], values["ce_error_kept"]
+            rows.append({"site": name, **values, **self._predicted(metrics.predictions)})
+            rows[-1] |= {"error_matters": self.error_matters(name)}
+            del rows[-1]["predictions"]
+        for name, predictions in self.spliced.items():
+            group = "all sites" if name == "all" else f"all {name}"
+            rows.append({"site": group, **self._predicted(predictions)})
+        return pd.DataFrame(rows).set_index("site")
+
+    def _predicted(self, predictions: Predictions) -> dict[str, float]:
+        return {**asdict(predictions), "ce_added": predictions.ce - self.ce_model}
+
+    def text(self) -> str:
+        """Two tables of at most 80 characters a line: x̂ beside x at each site, and the model with x̂ in place of x."""
+        frame = self.to_frame()
+        rebuilt = frame.loc[list(self.sites), list(REBUILT)].rename(columns=REBUILT)
+        spliced = frame[list(PREDICTED)].rename(columns=PREDICTED).rename_axis("spliced")
+        plain = f"CE {self.ce_model:.3f} for the model itself, {self.ce_errors_kept:.3f} with every error kept"
+        tables = [frame_text(rebuilt, {"L0": 1}), frame_text(spliced)]
+        return "\n\n".join(tables) + f"\n{plain} ({self.n_tokens:,} tokens)"

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sae._files import without_nan
-from sae._tables import aligned, number
+from sae._frames import Result, frame_text
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+SHOWN = {"l0": "L0", "explained_variance": "EV", "ce_recovered": "CE recovered", "dead_fraction": "dead"}
+"""Columns of the tables, by the metrics they show."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,7 @@ class SweepRow:
 
 
 @dataclass(frozen=True)
-class SweepResults:
+class SweepResults(Result):
     """What `evaluate_sweep` measured."""
 
     rows: tuple[SweepRow, ...]
@@ -53,7 +60,7 @@ class SweepResults:
     """Cross-entropy of the model itself."""
     n_tokens: int
     """Tokens measured."""
-    text: str
+    measured_on: str
     """Text measured on."""
     start: int
     """First document of it."""
@@ -62,7 +69,8 @@ class SweepResults:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON-ready values; undefined numbers are None."""
-        return {"schema_version": 1, **without_nan(json.loads(json.dumps(asdict(self))))}
+        data = {"text" if key == "measured_on" else key: value for key, value in asdict(self).items()}
+        return {"schema_version": 1, **without_nan(json.loads(json.dumps(data)))}
 
     @property
     def sites(self) -> list[str]:
@@ -77,35 +85,37 @@ class SweepResults:
                 found.setdefault((row.architecture, row.features), {}).setdefault(row.k, []).append(row)
         return found
 
+    def to_frame(self) -> pd.DataFrame:
+        """A row a config and site."""
+        import pandas as pd
+
+        return pd.DataFrame([asdict(row) for row in self.rows])
+
     def summary(self) -> str:
         """A line for each architecture, width and k: means over sites and seeds."""
-        cells = [["architecture", "features", "k", "L0", "EV", "CE recovered", "dead", "all spliced"]]
-        for (name, width), by_k in self.lines().items():
-            for k, rows in by_k.items():
-                together = mean(self.spliced[config]["ce_recovered"] for config in {row.name for row in rows})
-                cells.append([name, str(width), str(k), *_means(rows), number(together)])
+        means = self._means(["architecture", "features", "k"])
+        together = self.to_frame()[["name", "architecture", "features", "k"]].drop_duplicates()
+        together["all spliced"] = [self.spliced[name]["ce_recovered"] for name in together.pop("name")]
+        keys = ["architecture", "features", "k"]
+        means["all spliced"] = together.groupby(keys, sort=False)["all spliced"].mean().to_numpy()
         sites = f"{len(self.sites)} sites" if len(self.sites) > 1 else self.sites[0]
         head = f"means over {sites} and all seeds, {self.n_tokens:,} tokens of {self._where()}"
-        return f"{head}\n{aligned(cells)}"
+        return f"{head}\n{frame_text(means, {'L0': 1})}"
 
-    def table(self) -> str:
+    def text(self) -> str:
         """The same for each site."""
-        cells = [["site", "architecture", "features", "k", "L0", "EV", "CE recovered", "dead"]]
-        for site in self.sites:
-            for (name, width), by_k in self.lines(site).items():
-                cells += [[site, name, str(width), str(k), *_means(rows)] for k, rows in by_k.items()]
-        return aligned(cells, text_columns=2)
+        return frame_text(self._means(["site", "architecture", "features", "k"]), {"L0": 1})
+
+    def _means(self, keys: list[str]) -> pd.DataFrame:
+        """Means of what is defined over all rows that share the keys."""
+        frame = self.to_frame()
+        if "site" in keys:
+            frame = frame.sort_values("site", key=lambda names: names.map(self.sites.index), kind="stable")
+        return frame.groupby(keys, sort=False)[list(SHOWN)].mean().rename(columns=SHOWN).reset_index()
 
     def _where(self) -> str:
         after = f" from document {self.start:,} on" if self.start else ""
-        return f"{self.text}{after}{', which they were trained on' if self.seen else ''}"
-
-
-def _means(rows: Sequence[SweepRow]) -> list[str]:
-    """L0, explained variance, CE recovered and dead fraction, means of what is defined."""
-    columns = [[getattr(row, name) for row in rows] for name in ("l0", "explained_variance", "ce_recovered")]
-    columns.append([row.dead_fraction for row in rows])
-    return [number(mean(column), 1 if i == 0 else 3) for i, column in enumerate(columns)]
+        return f"{self.measured_on}{after}{', which they were trained on' if self.seen else ''}"
 
 
 def mean(values: Iterable[float]) -> float:

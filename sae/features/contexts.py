@@ -19,13 +19,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from sae._frames import Result
 from sae.autoencoder import SparseAutoencoder, SparseFeatures
 from sae.data.batches import counted_tokens, token_batches
+from sae.data.text import TextSource
 from sae.errors import UserError, unknown
 from sae.features.matching import nearest_features
 from sae.model.language_model import LanguageModel, Tokens
@@ -34,11 +37,16 @@ from sae.saes import as_saes
 from sae.sparse.bags import group_sizes
 from sae.splice import check_saes
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 CHUNK_BYTES = 64 * 2**20
 POOL_FACTOR = 4
 """Windows kept for each one shown, so that windows with the same words can be dropped."""
 PENDING_PAIRS = 2**20
 NO_TOKEN = -1
+SHOWN = 4
+"""Tokens of a feature in a table."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,11 @@ class Context:
     """The feature's activation on each of them."""
     peak: int
     """Index in the window of the strongest activation in the text."""
+
+    def text(self) -> str:
+        """The window, with the token of the peak in brackets."""
+        shown = [f"[{token}]" if i == self.peak else token for i, token in enumerate(self.tokens)]
+        return "".join(shown).replace("\n", "⏎").strip()
 
 
 @dataclass(frozen=True)
@@ -83,11 +96,37 @@ class FeatureSummary:
         return asdict(self)
 
 
+class FeatureSummaries(dict[tuple[Site, int], FeatureSummary], Result):
+    """Summaries by (site, index)."""
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row a feature; texts are joined, and the token of the peak stands in brackets."""
+        import pandas as pd
+
+        rows = [
+            {
+                "feature": f"{summary.site}/{summary.index}",
+                "density": summary.density,
+                "max": summary.max_activation,
+                "mean": summary.mean_activation,
+                "top tokens": " ".join(token.strip() for token in summary.top_tokens[:SHOWN]),
+                "raises": " ".join(token.strip() for token, _ in summary.top_logits[:SHOWN]),
+                "strongest context": summary.contexts[0].text() if summary.contexts else "",
+            }
+            for summary in self.values()
+        ]
+        return pd.DataFrame(rows).set_index("feature") if rows else pd.DataFrame()
+
+    def to_dict(self) -> dict[str, Any]:
+        """All summaries as JSON-ready values."""
+        return {"schema_version": 1, "features": [summary.to_dict() for summary in self.values()]}
+
+
 @torch.no_grad()
 def top_contexts(
     model: LanguageModel,
     saes: Mapping[Site, SparseAutoencoder],
-    texts: Iterable[str],
+    texts: str | Path | TextSource | Iterable[str],
     features: Mapping[Site, Sequence[int]],
     *,
     n: int = 10,
@@ -100,39 +139,51 @@ def top_contexts(
     context: int | None = None,
     special_tokens: bool = False,
     progress: Callable[[int], None] | None = None,
-) -> dict[tuple[Site, int], FeatureSummary]:
-    """A summary of each feature asked about, from one pass over the text.
+) -> FeatureSummaries:
+    """Find the texts that chosen features fire on most strongly, in one pass over a text.
 
-    A window reaches `before` tokens left and `after` tokens right of the peak. Texts are cut after `context` tokens.
-    `n_tokens` is the number of top tokens and of top and bottom logits.
+    Args:
+        model: the model that the autoencoders read.
+        saes: autoencoders by site.
+        texts: documents, a .txt or .jsonl file, or a hub data set.
+        features: indices of the features asked about, by site.
+        n: windows of a feature, at most one a text.
+        before, after: tokens of a window left and right of the strongest one.
+        n_tokens: number of top tokens, and of logits raised and lowered most.
+        n_neighbours: features of the same dictionary with the largest decoder cosine.
+        max_tokens, batch_size, context, special_tokens, progress: as in `evaluate_saes`.
+
+    Returns:
+        A summary of each feature by (site, index).
+
+    Raises:
+        UserError: a site or feature does not exist, or an autoencoder does not fit the model.
     """
     _check(saes, features)
     check_saes(model, saes)
+    sizes = {"n": n, "before": before, "after": after, "vocab_size": model.vocab_size}
     watched = {
-        site: _Watch(saes, site, sorted(set(indices)), n=n, before=before, after=after, vocab_size=model.vocab_size)
-        for site, indices in sorted(features.items())
-        if len(indices)
-    }
-    for tokens in token_batches(model, texts, max_tokens=max_tokens, batch_size=batch_size, context=context):
+        site: _SiteWindows(saes, site, sorted(set(indices)), **sizes)
+        for site, indices in sorted(features.items()) if len(indices)
+    }  # fmt: skip
+    limits: dict[str, Any] = {"max_tokens": max_tokens, "batch_size": batch_size, "context": context}
+    for tokens in token_batches(model, texts, **limits):
         tokens = tokens.to(model.device)
         counted = counted_tokens(model, tokens, special_tokens=special_tokens)
         run = model.run(tokens, capture=watched, need_logits=False)
-        for site, watch in watched.items():
-            watch.update(run.activations[site], tokens, counted)
+        for site, windows in watched.items():
+            windows.update(run.activations[site], tokens, counted)
         if progress is not None:
             progress(int(tokens.lengths.sum()))
-    summaries = {}
-    for site, watch in watched.items():
-        for summary in watch.summaries(model, n_tokens=n_tokens, n_neighbours=n_neighbours):
-            summaries[site, summary.index] = summary
-    return summaries
+    summaries = (windows.summaries(model, n_tokens=n_tokens, n_neighbours=n_neighbours) for windows in watched.values())
+    return FeatureSummaries({(Site.parse(one.site), one.index): one for site in summaries for one in site})
 
 
 def _check(saes: Mapping[Site, SparseAutoencoder], features: Mapping[Site, Sequence[int]]) -> None:
     saes = as_saes(saes)
     for site, indices in features.items():
         if site not in saes:
-            raise unknown("site", str(site), [str(known) for known in saes])
+            raise unknown("site", str(site), list(map(str, saes)))
         n_features = saes.config(site).n_features
         wrong = next((i for i in indices if not 0 <= i < n_features), None)
         if wrong is not None:
@@ -158,7 +209,7 @@ def logit_effect(model: LanguageModel, W_dec: Tensor, *, k: int) -> tuple[list[l
     return top, bottom
 
 
-class _Watch:
+class _SiteWindows:
     """The running state for the features asked about at one site."""
 
     def __init__(
@@ -176,7 +227,7 @@ class _Watch:
         self.n_tokens = 0
         self.count = torch.zeros(slots, dtype=torch.int64)
         self.total = torch.zeros(slots, dtype=torch.float64)
-        self.peak = torch.zeros(slots, pool)  # [n, P] activation at the peak, 0 for an empty place
+        self.peak = torch.zeros(slots, pool)  # [n, P] activation at the peak, 0 where the pool has none yet
         self.window_ids = torch.full((slots, pool, width), NO_TOKEN, dtype=torch.int32)
         self.window_values = torch.zeros(slots, pool, width)
         self.pairs = _PairSums(vocab_size)
@@ -185,27 +236,27 @@ class _Watch:
         """Add a batch. x: [B, S, d]; counted: [B, S] bool, the tokens that count."""
         row, position = counted.nonzero(as_tuple=True)  # [N] each
         encoder = self.saes[self.site] if self.alone is None else self.alone
-        found = self._watched(encoder.encode_sparse(x[row, position]))
-        row, position = row[found.token], position[found.token]
+        active = self._asked_about(encoder.encode_sparse(x[row, position]))
+        row, position = row[active.token], position[active.token]
         self.n_tokens += int(counted.sum())
-        self.count += group_sizes(found.feature, len(self.indices)).cpu()
-        self.total.index_add_(0, found.feature.cpu(), found.value.cpu().double())
-        self.pairs.add(found.feature, tokens.input_ids[row, position], found.value)
+        self.count += group_sizes(active.feature, len(self.indices)).cpu()
+        self.total.index_add_(0, active.feature.cpu(), active.value.cpu().double())
+        self.pairs.add(active.feature, tokens.input_ids[row, position], active.value)
 
         ids = torch.where(tokens.attention_mask.bool(), tokens.input_ids, NO_TOKEN).int().cpu()
         step = max(1, CHUNK_BYTES // (4 * counted.numel()))
         for start in range(0, len(self.indices), step):
-            chosen = (found.feature >= start) & (found.feature < start + step)
+            inside = (active.feature >= start) & (active.feature < start + step)
             size = min(step, len(self.indices) - start)
             f = torch.zeros(size, *counted.shape, device=x.device)  # [n, B, S]
-            f[found.feature[chosen] - start, row[chosen], position[chosen]] = found.value[chosen].float()
+            f[active.feature[inside] - start, row[inside], position[inside]] = active.value[inside].float()
             self._merge(slice(start, start + size), f.cpu(), ids)
 
-    def _watched(self, features: SparseFeatures) -> SparseFeatures:
+    def _asked_about(self, features: SparseFeatures) -> SparseFeatures:
         """Only the features asked about, by slot instead of index."""
         slot = self.slot_of[features.feature]
-        kept = slot >= 0
-        return SparseFeatures(features.token[kept], slot[kept], features.value[kept])
+        asked = slot >= 0
+        return SparseFeatures(features.token[asked], slot[asked], features.value[asked])
 
     def _merge(self, slots: slice, f: Tensor, ids: Tensor) -> None:
         """Keep the strongest windows of the pool and of this batch. f: [n, B, S]; ids: [B, S]."""
@@ -213,17 +264,17 @@ class _Watch:
         strongest, position = f.max(-1)  # [n, B] each: the one window of each text
         peak, choice = torch.cat([self.peak[slots], strongest], 1).sort(dim=1, descending=True, stable=True)
         peak, choice = peak[:, :pool], choice[:, :pool]  # [n, P] of P + B; of equal windows the first one read
-        slot, place = (choice >= pool).logical_and(peak > 0).nonzero(as_tuple=True)  # places taken by new windows
-        text = choice[slot, place] - pool
+        slot, rank = (choice >= pool).logical_and(peak > 0).nonzero(as_tuple=True)  # of the new windows in the pool
+        text = choice[slot, rank] - pool
         old = choice.clamp(max=pool - 1)[..., None].expand(-1, -1, self.window_ids.shape[-1])
         window_ids, window_values = self.window_ids[slots].gather(1, old), self.window_values[slots].gather(1, old)
 
         offset = torch.arange(self.window_ids.shape[-1]) - self.before
-        at = position[slot, text][:, None] + offset  # [new, W]
-        inside = (at >= 0) & (at < f.shape[-1])
-        at = at.clamp(0, f.shape[-1] - 1)
-        window_ids[slot, place] = torch.where(inside, ids[text[:, None], at], NO_TOKEN)
-        window_values[slot, place] = torch.where(inside, f[slot[:, None], text[:, None], at], 0.0)
+        column = position[slot, text][:, None] + offset  # [new, W]
+        inside = (column >= 0) & (column < f.shape[-1])
+        column = column.clamp(0, f.shape[-1] - 1)
+        window_ids[slot, rank] = torch.where(inside, ids[text[:, None], column], NO_TOKEN)
+        window_values[slot, rank] = torch.where(inside, f[slot[:, None], text[:, None], column], 0.0)
         self.peak[slots], self.window_ids[slots], self.window_values[slots] = peak, window_ids, window_values
 
     def summaries(self, model: LanguageModel, *, n_tokens: int, n_neighbours: int) -> list[FeatureSummary]:
@@ -253,11 +304,11 @@ class _Watch:
         """The n strongest windows of a slot that read differently."""
         contexts: list[Context] = []
         seen: set[tuple[int, ...]] = set()
-        for place in range(self.peak.shape[1]):
-            ids, values = self.window_ids[slot, place], self.window_values[slot, place]
+        for rank in range(self.peak.shape[1]):
+            ids, values = self.window_ids[slot, rank], self.window_values[slot, rank]
             real = ids != NO_TOKEN
             key = tuple(ids[real].tolist())
-            if len(contexts) == self.n or not self.peak[slot, place] > 0:
+            if len(contexts) == self.n or not self.peak[slot, rank] > 0:
                 break
             if key not in seen:
                 seen.add(key)

@@ -5,7 +5,7 @@
 2. `match_features`: for every feature of a, its best partner in b by decoder cosine, and whether the choice is mutual.
    The mean of the best cosines is the mean max cosine similarity of Sharkey et al. 2022.
 3. `match_by_activation`: the same by the Pearson correlation of activations over the tokens of a text, for dictionaries
-   whose directions cannot be compared (different places, different layers) or need not agree (several parts of one).
+   whose directions cannot be compared (different sites) or need not agree (several pieces of one).
 4. `persistent_features` and `split_features` read a match: what stays between layers, what a wider dictionary splits.
 
 Cosines are computed in blocks of rows that fit in `chunk_bytes`; only the correlation keeps an [F_a, F_b] matrix.
@@ -17,24 +17,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from sae._frames import Result
 from sae.autoencoder import SparseAutoencoder, SparseFeatures
 from sae.data.batches import counted_tokens, token_batches
+from sae.data.text import TextSource
 from sae.errors import UserError
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
 from sae.sparse.bags import group_offsets
 from sae.sparse.rows import weighted_segment_sum
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 CHUNK_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
-class Match:
+class Match(Result):
     """For each feature of dictionary a, its best partner in dictionary b."""
 
     partner: Tensor
@@ -48,6 +55,21 @@ class Match:
     def mean(self) -> float:
         """Mean over features of the similarity with the best partner."""
         return float(self.similarity.double().mean())
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row a feature of a: its partner in b, their similarity and whether it is mutual."""
+        import pandas as pd
+
+        return pd.DataFrame(self.to_dict()).rename_axis("feature")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Three lists, an entry a feature of a."""
+        return {name: x.tolist() for name, x in vars(self).items()}
+
+    def text(self) -> str:
+        """A line: how similar partners are on average, and how many features have a mutual one."""
+        mutual = float(self.mutual.double().mean())
+        return f"{len(self.partner):,} features, mean similarity {self.mean:.3f}, {mutual:.3f} with a mutual partner"
 
 
 def nearest_features(
@@ -67,19 +89,30 @@ def nearest_features(
     _check_width(W_dec, other)
     k = min(k, len(other) - (among is None))
     rows, columns = normalize(W_dec[features].float(), dim=-1), normalize(other.float(), dim=-1)
-    found = []
-    for part in _blocks(len(rows), len(columns), chunk_bytes):
-        cosine = rows[part] @ columns.T  # [block, F_b]
+    nearest = []
+    for block in _blocks(len(rows), len(columns), chunk_bytes):
+        cosine = rows[block] @ columns.T  # [block, F_b]
         if among is None:
-            cosine.scatter_(1, features[part, None], -torch.inf)
-        found.append(cosine.topk(k, dim=-1))
-    if not found:
+            cosine.scatter_(1, features[block, None], -torch.inf)
+        nearest.append(cosine.topk(k, dim=-1))
+    if not nearest:
         return rows.new_zeros(0, k), features.new_zeros(0, k)
-    return torch.cat([t.values for t in found]), torch.cat([t.indices for t in found])
+    return torch.cat([top.values for top in nearest]), torch.cat([top.indices for top in nearest])
 
 
 def match_features(a: Tensor, b: Tensor, *, chunk_bytes: int = CHUNK_BYTES) -> Match:
-    """Best partners by the cosine of decoder rows. a: [F_a, d]; b: [F_b, d]."""
+    """Match features by the cosine of decoder rows (Sharkey et al. 2022: `Match.mean` is their mean max cosine).
+
+    Args:
+        a, b: decoder rows [F_a, d] and [F_b, d], such as `sae.W_dec`.
+        chunk_bytes: largest block of cosines in memory.
+
+    Returns:
+        For each feature of a its most similar feature of b.
+
+    Raises:
+        UserError: the rows differ in width.
+    """
     _check_width(a, b)
     rows, columns = normalize(a.float(), dim=-1), normalize(b.float(), dim=-1)
     return _match(lambda part: rows[part] @ columns.T, len(a), len(b), chunk_bytes)
@@ -168,16 +201,26 @@ def match_by_activation(
     model: LanguageModel,
     a: tuple[Site, SparseAutoencoder],
     b: tuple[Site, SparseAutoencoder],
-    texts: Iterable[str],
+    texts: str | Path | TextSource | Iterable[str],
     *,
     max_tokens: int | None = 50_000,
     batch_size: int = 32,
     context: int | None = None,
     special_tokens: bool = False,
 ) -> Match:
-    """For each feature of a its best partner in b by correlation over the text. a, b: (site, autoencoder).
+    """Match features by the Pearson correlation of their activations over the tokens of a text.
 
-    The sites may be the same (two widths or seeds) or differ (two layers, a sublayer and the residual stream).
+    Args:
+        model: the model that both dictionaries read.
+        a, b: (site, autoencoder) each; the same site (two widths or seeds) or different ones (two layers).
+        texts: documents, a .txt or .jsonl file, or a hub data set.
+        max_tokens, batch_size, context, special_tokens: as in `evaluate_saes`.
+
+    Returns:
+        For each feature of a its most similar feature of b.
+
+    Raises:
+        UserError: the text is empty.
     """
     (site_a, sae_a), (site_b, sae_b) = a, b
     sums = ActivationCorrelation(sae_a.config.n_features, sae_b.config.n_features, device=model.device)
@@ -199,16 +242,16 @@ def persistent_features(match: Match, *, threshold: float = 0.7) -> Tensor:
 
 
 def split_features(narrow: Tensor, wide: Tensor, *, threshold: float = 0.7) -> dict[int, list[int]]:
-    """Features of the narrow dictionary that are nearest to two or more of the wide one: {feature: its parts}.
+    """Features of the narrow dictionary that are nearest to two or more of the wide one: {feature: its pieces}.
 
     narrow: [F_a, d]; wide: [F_b, d]. A wide feature belongs to the narrow one with the largest decoder cosine, if that
     is at least `threshold`.
     """
     match = match_features(wide, narrow)
-    parts: dict[int, list[int]] = {}
+    wide_of: dict[int, list[int]] = {}
     for feature in (match.similarity >= threshold).nonzero()[:, 0].tolist():
-        parts.setdefault(int(match.partner[feature]), []).append(feature)
-    return {whole: sorted(found) for whole, found in sorted(parts.items()) if len(found) > 1}
+        wide_of.setdefault(int(match.partner[feature]), []).append(feature)
+    return {feature: sorted(pieces) for feature, pieces in sorted(wide_of.items()) if len(pieces) > 1}
 
 
 def _blocks(n_rows: int, n_columns: int, chunk_bytes: int) -> Iterator[slice]:

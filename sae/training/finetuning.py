@@ -45,7 +45,7 @@ from sae.model.hook_points import SiteEdit
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
 from sae.model.tokens import Tokens
-from sae.saes import saes_fingerprint
+from sae.saes import SAEs, saes_fingerprint
 from sae.splice import check_saes, spliced_predictions
 from sae.training import checkpoint as checkpoints
 from sae.training.checkpoint import Checkpoint
@@ -113,7 +113,7 @@ def _splice(tunable: FinetuningSAE, counted: Tensor) -> SiteEdit:
 
 
 @with_gradients
-def finetune(
+def finetune_saes(
     model: LanguageModel,
     saes: Mapping[Site, SparseAutoencoder],
     texts: str | Path | Iterable[str] | TextSource,
@@ -124,10 +124,25 @@ def finetune(
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = True,
-) -> dict[Site, SparseAutoencoder]:
-    """Fine-tunes autoencoders together; returns new ones in forward order and leaves them in `out`/saes/<site>.
+) -> SAEs:
+    """Fine-tune the autoencoders of a model together, spliced in, so that it predicts well with all of them.
 
-    `origin` says where the given ones came from: a run is not resumed with others.
+    Args:
+        model: the model they read.
+        saes: the autoencoders to begin with, by site; they stay as they are.
+        texts: documents, a .txt or .jsonl file, or a hub data set.
+        out: the new run folder: autoencoders go to `out`/saes/<site>, the log to `out`/saes/finetuning.jsonl.
+        config: length and rates; see `FinetuneConfig`, whose defaults the command has too.
+        origin: where the given ones came from: a run is not resumed with others.
+        resume: go on from the last checkpoint of an interrupted run with the same options.
+        overwrite: replace an earlier run in that folder.
+        progress: whether to show a bar on standard error.
+
+    Returns:
+        New autoencoders by site, in the order of the forward pass.
+
+    Raises:
+        UserError: an autoencoder does not fit the model or cannot be tuned, or the folder holds something else.
     """
     config, out, source = config or FinetuneConfig(), Path(out), TextSource.of(texts)
     check_saes(model, saes)
@@ -140,7 +155,7 @@ def finetune(
     with lock(out):
         if resume and run.finished():
             log.info("the run in %s is complete; nothing to resume", out)
-            return {site: SparseAutoencoder.load(folders[site], device=model.device) for site in saes}
+            return SAEs({site: SparseAutoencoder.load(folders[site], device=model.device) for site in saes})
         stream = ContextStream(
             model, source, context_length=config.context_length, packed=config.packed, forward_tokens=config.batch
         )
@@ -164,7 +179,7 @@ def finetune(
             )
             tuned[site].save(folders[site])
         run.finish(before=before, after=measured(tuned))
-    return tuned
+    return SAEs(tuned)
 
 
 def _predictions(

@@ -34,6 +34,7 @@ from sae.errors import UserError
 from sae.model.forward import with_gradients
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site, select_sites
+from sae.saes import SAEs
 from sae.sparse.workspace import Workspace
 from sae.training import checkpoint as checkpoints
 from sae.training.checkpoint import Checkpoint
@@ -53,7 +54,7 @@ BETAS = (0.9, 0.99)
 
 
 @with_gradients
-def train(
+def train_saes(
     model: LanguageModel | CachedModel,
     texts: str | Path | Iterable[str] | TextSource,
     *,
@@ -64,11 +65,26 @@ def train(
     overwrite: bool = False,
     progress: bool = True,
     activations: CachedActivations | None = None,
-) -> dict[Site, SparseAutoencoder]:
-    """Trains an autoencoder at each site; returns them in forward order and leaves them in `out`/saes/<site>.
+) -> SAEs:
+    """Train a sparse autoencoder at each site, all from the same forward passes of the model over a text.
 
-    `activations` replaces forward passes of the model by what a cache holds: `train(cache.model, cache.text, ...,
-    activations=cache)` never loads the model.
+    Args:
+        model: the model; `cache.model` with `activations`, which is never run.
+        texts: documents, a .txt or .jsonl file, or a hub data set; read again from its beginning where it is too short.
+        sites: "all", a kind such as "resid", or sites such as ["resid_3", "mlp_2"].
+        config: size, architecture and length of the training; see `TrainConfig`, whose defaults the command has too.
+        out: the run folder: autoencoders go to `out`/saes/<site>, the log to `out`/saes/training.jsonl.
+        resume: go on from the last checkpoint of an interrupted run with the same options.
+        overwrite: replace an earlier run in that folder.
+        progress: whether to show a bar on standard error.
+        activations: a cache to read instead of running the model.
+
+    Returns:
+        The autoencoders by site, in the order of the forward pass. They have unit decoder rows and work on raw
+        activations.
+
+    Raises:
+        UserError: an option or a site does not exist, the folder holds something else, or training diverges.
     """
     config, out, source = config or TrainConfig(), Path(out), TextSource.of(texts)
     names = sites if isinstance(sites, str) else [str(site) for site in sites]
@@ -81,7 +97,7 @@ def train(
     with lock(out):
         if resume and run.finished():
             log.info("the run in %s is complete; nothing to resume", out)
-            return {site: SparseAutoencoder.load(folders[site], device=model.device) for site in chosen}
+            return SAEs({site: SparseAutoencoder.load(folders[site], device=model.device) for site in chosen})
         rows = open_activations(model, source, chosen, config, cache=activations)
         run.start(resume=resume, overwrite=overwrite)
         learners = [TrainingSAE(site.name, site, model.widths[site], config, model.device) for site in chosen]
@@ -95,7 +111,7 @@ def train(
             )
             saes[learner.site].save(folders[learner.site])
         run.finish(read=asdict(rows.text_read()))
-    return saes
+    return SAEs(saes)
 
 
 def open_activations(

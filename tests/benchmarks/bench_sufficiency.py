@@ -39,7 +39,7 @@ from sae.model.load import load_model
 from sae.model.sites import Site
 from sae.neurons import NEURONS, neuron_dictionaries
 from sae.saes import load_saes
-from sae.training.trainer import TrainConfig, train
+from sae.training.trainer import TrainConfig, train_saes
 
 SIZES = (10, 20, 50, 75, 100, 130, 180, 240, 320, 450, 600, 750, 900, 1200, 1500)
 SHOWN = {"all sites": (100, 180, 450, 900, 1500), "attn_2": (50, 100, 180, 450)}
@@ -144,7 +144,7 @@ def main() -> None:
     else:
         with tempfile.TemporaryDirectory() as out:
             config = TrainConfig(features=512, k=8, tokens=500_000)
-            saes = train(model, str(data / "tinystories" / "train.jsonl"), config=config, out=out)
+            saes = train_saes(model, str(data / "tinystories" / "train.jsonl"), config=config, out=out)
     pairs = data / "pronoun_gender"
     found_on = load_prompts(pairs / "train.jsonl", model, limit=args.examples)
     test = load_prompts(pairs / "test.jsonl", model)

@@ -37,7 +37,7 @@ from sae.model.language_model import LanguageModel
 from sae.model.load import load_model
 from sae.model.sites import Site
 from sae.saes import load_saes
-from sae.training.trainer import TrainConfig, train
+from sae.training.trainer import TrainConfig, train_saes
 from tests.circuits.ground_truth import recovery
 
 MAX_ROWS = 512
@@ -137,7 +137,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if not args.saes:
             config = TrainConfig(features=256, k=8, tokens=400_000)
-            train(model, agreement.text("train"), config=config, out=folder)
+            train_saes(model, agreement.text("train"), config=config, out=folder)
         saes = load_saes(Path(args.saes or folder), device=model.device)
     for name in tqdm(args.tasks, desc="tasks"):
         prompts = load_prompts(agreement.prompts(name, "train"), model, limit=args.pairs)

@@ -24,7 +24,7 @@ from sae._files import atomic_write
 from sae.autoencoder import SparseAutoencoder
 from sae.data.activations import FORWARD_TOKENS, ContextStream, ModelActivations
 from sae.data.text import TextSource
-from sae.evaluation.evaluate import evaluate
+from sae.evaluation.evaluate import evaluate_saes
 from sae.evaluation.metrics import FeatureTotals, ReconstructionTotals
 from sae.features.matching import match_features
 from sae.model.language_model import LanguageModel
@@ -125,7 +125,7 @@ class Real:
     def score(self, sae: SparseAutoencoder) -> Score:
         """Reconstruction and CE recovered on the held-out stories."""
         texts = TextSource.of(TEXT / "valid.jsonl").read()
-        result = evaluate(self.model, {self.site: sae}, texts, max_tokens=HELD_OUT_TOKENS)
+        result = evaluate_saes(self.model, {self.site: sae}, texts, max_tokens=HELD_OUT_TOKENS)
         m = result.sites[self.site.name]
         return Score(m.l0, m.explained_variance, m.dead_fraction, m.predictions.ce_recovered)
 

@@ -16,7 +16,7 @@ from circuits.faithfulness.nodes import FaithfulnessOptions, measure_faithfulnes
 from circuits.uncertainty.verification import verify
 from sae.data.cache import CachedActivations
 from sae.data.cache_writer import write_cache
-from sae.evaluation.evaluate import evaluate
+from sae.evaluation.evaluate import evaluate_saes
 from sae.features.contexts import top_contexts
 from sae.features.matching import match_by_activation
 from sae.model.sites import Site
@@ -24,8 +24,8 @@ from sae.saes import SAEs, load_saes
 from sae.sparse.bags import group_offsets, rows_added, rows_multiplied
 from sae.sparse.rows import segment_dot, using, weighted_segment_sum
 from sae.training.config import TrainConfig
-from sae.training.finetuning import FinetuneConfig, finetune
-from sae.training.trainer import train
+from sae.training.finetuning import FinetuneConfig, finetune_saes
+from sae.training.trainer import train_saes
 from tests.conftest import WORDS
 from tests.simulated_device import simulated_device
 
@@ -62,7 +62,7 @@ def small(**options):
 
 
 def trained(model, out, **options):
-    return train(model, TEXT, sites="resid_0", config=small(**options), out=out, progress=False)[SITE]
+    return train_saes(model, TEXT, sites="resid_0", config=small(**options), out=out, progress=False)[SITE]
 
 
 def assert_learned_the_same(a, b, start):
@@ -130,16 +130,16 @@ def test_training_in_bfloat16_from_a_cache_and_fine_tuning(model, tmp_path):
     write_cache(model, TEXT, sites="resid", tokens=600, out=tmp_path / "cache", progress=False)
     cache = CachedActivations(tmp_path / "cache", device=model.device)
     config, out = small(autocast=True, tokens=1000), tmp_path / "run"
-    saes = train(cache.model, cache.text, config=config, out=out, activations=cache, progress=False)
+    saes = train_saes(cache.model, cache.text, config=config, out=out, activations=cache, progress=False)
     config = FinetuneConfig(tokens=600)
-    tuned = finetune(model, saes, TEXT, out=tmp_path / "tuned", config=config, progress=False)
+    tuned = finetune_saes(model, saes, TEXT, out=tmp_path / "tuned", config=config, progress=False)
     assert all(sae.device == model.device for sae in tuned.values())
 
 
 def test_evaluation_contexts_and_matches(model, saes, small_model, make_saes):
-    found = evaluate(model, saes, TEXT[:6], errors=True)
+    found = evaluate_saes(model, saes, TEXT[:6], errors=True)
     here = make_saes(small_model, architecture="jumprelu")
-    expected = evaluate(small_model, here, TEXT[:6], errors=True)
+    expected = evaluate_saes(small_model, here, TEXT[:6], errors=True)
     for site, metrics in expected.sites.items():
         other = found.sites[site]
         assert other.explained_variance == pytest.approx(metrics.explained_variance, abs=1e-4)

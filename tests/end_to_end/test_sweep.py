@@ -155,7 +155,7 @@ def test_pictures_of_many_sites_and_undefined_numbers(tmp_path, n_layers):
         for seed in (0, 1)
     ]
     results = SweepResults(tuple(rows), {"": {"ce": 1.0, "ce_recovered": 0.5, "kl": 0.1}}, 1.0, 10, "text", 0, False)
-    assert "identity" in results.table() and "-" in results.summary()
+    assert "identity" in results.text() and "-" in results.summary()
     for metric in METRICS if n_layers == 1 else ["explained_variance"]:
         assert plot_sites(results, metric, tmp_path / f"{metric}.svg").stat().st_size > 10_000
     assert plot_site(results, "embed", tmp_path / "embed.png").stat().st_size > 10_000

@@ -20,7 +20,7 @@ from sae.model.sites import Site
 from sae.saes import load_saes
 from sae.training.config import TrainConfig
 from sae.training.sweep import grid, sweep
-from sae.training.trainer import train
+from sae.training.trainer import train_saes
 
 TEXTS = [
     "the man sees the dog",
@@ -45,7 +45,7 @@ def test_a_sweep_trains_each_config_as_a_run_of_its_own_does(tiny_model, tmp_pat
     configs = grid(CONFIG, architectures=("relu", "topk", "identity"), features=(24,), k=(3,), seeds=(0, 1))
     done = sweep(tiny_model, TEXTS, configs, sites=["resid_0", "mlp_1"], out=tmp_path / "sweep", progress=False)
     saes = {name: load_saes(done.run(name)) for name in configs}
-    alone = train(
+    alone = train_saes(
         tiny_model,
         TEXTS,
         sites=["resid_0", "mlp_1"],
@@ -106,11 +106,11 @@ def test_a_cache_is_read_over_shards_and_round_again(cache):
 
 
 def test_training_from_a_cache_learns_the_same_as_from_the_model(tiny_model, cache, tmp_path):
-    saes = train(
+    saes = train_saes(
         tiny_model, TEXTS, sites=["resid_0"], config=CONFIG, out=tmp_path / "run", progress=False,
         activations=CachedActivations(cache, model=tiny_model, sites=SITES[:1]),
     )  # fmt: skip
-    direct = train(tiny_model, TEXTS, sites=["resid_0"], config=CONFIG, out=tmp_path / "direct", progress=False)
+    direct = train_saes(tiny_model, TEXTS, sites=["resid_0"], config=CONFIG, out=tmp_path / "direct", progress=False)
     tokens = tiny_model.tokenize(TEXTS[:5])
     x = tiny_model.run(tokens, capture=SITES).activations[SITES[0]][tokens.attention_mask.bool()]
     errors = [(x - sae[SITES[0]](x)).square().sum() / (x - x.mean(0)).square().sum() for sae in (saes, direct)]
@@ -144,7 +144,9 @@ def test_a_cache_knows_where_its_sites_are(make_tiny_model, tmp_path):
     with pytest.raises(UserError, match=r"has site attn_1 from model.layers.1.self_attn.o_proj:input"):
         CachedActivations(tmp_path / "cache", model=usual)
     config = replace(CONFIG, tokens=512)
-    saes = train(cached.model, cached.text, activations=cached, config=config, out=tmp_path / "run", progress=False)
+    saes = train_saes(
+        cached.model, cached.text, activations=cached, config=config, out=tmp_path / "run", progress=False
+    )
     assert [sae.config.extra["site_path"] for sae in saes.values()] == ["", path]
 
 
@@ -236,12 +238,14 @@ def test_a_cache_too_large_for_the_disk_is_refused_before_any_work(tiny_model, t
 def test_training_from_a_cache_needs_no_model(cache, tmp_path):
     cached = CachedActivations(cache)
     options = {"config": CONFIG, "out": tmp_path / "run", "progress": False}
-    train(cached.model, cached.text, activations=cached, **options)
+    train_saes(cached.model, cached.text, activations=cached, **options)
     assert set(load_saes(tmp_path / "run")) == set(SITES)
     with pytest.raises(UserError, match="known from a cache alone"):
-        train(cached.model, cached.text, **options | {"out": tmp_path / "other"})
+        train_saes(cached.model, cached.text, **options | {"out": tmp_path / "other"})
     with pytest.raises(UserError, match="context_length 64, not 16"):
-        train(cached.model, cached.text, activations=cached, **options | {"config": replace(CONFIG, context_length=16)})
+        train_saes(
+            cached.model, cached.text, activations=cached, **options | {"config": replace(CONFIG, context_length=16)}
+        )
 
 
 def test_a_sweep_goes_on_where_it_was_and_grows(tiny_model, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from sae.autoencoder import SAEConfig, SparseAutoencoder
 from sae.data.batches import token_batches
 from sae.data.predictions import cross_entropy as text_cross_entropy
 from sae.errors import UserError
-from sae.evaluation.evaluate import Evaluator, evaluate
+from sae.evaluation.evaluate import Evaluator, evaluate_saes
 from sae.evaluation.plots import evaluation_figure, plot_evaluation
 from sae.model.sites import Site, site_table
 from sae.splice import decode_sparse, spliced_predictions
@@ -78,7 +78,7 @@ def hooked_logits(model, ids, edits):
 
 @pytest.mark.parametrize("special_tokens", [False, True])
 def test_evaluation_equals_one_text_at_a_time(tiny_model, saes, special_tokens):
-    result = evaluate(tiny_model, saes, TEXTS, batch_size=3, special_tokens=special_tokens, errors=True)
+    result = evaluate_saes(tiny_model, saes, TEXTS, batch_size=3, special_tokens=special_tokens, errors=True)
     groups = {site.name: [site] for site in saes}
     groups |= {"attn": [Site("attn", 0), Site("attn", 1)], "resid": [Site("resid", 0), Site("resid", 1)]}
     groups["all"] = list(saes)
@@ -147,14 +147,17 @@ def test_evaluation_equals_one_text_at_a_time(tiny_model, saes, special_tokens):
 
 def test_a_kind_that_is_all_there_is_is_not_measured_twice(tiny_model, saes):
     residual = {site: sae for site, sae in saes.items() if site.kind == "resid"}
-    assert set(evaluate(tiny_model, residual, TEXTS).spliced) == {"all"}
+    assert set(evaluate_saes(tiny_model, residual, TEXTS).spliced) == {"all"}
 
 
 def test_runs_measured_together_are_measured_as_alone(tiny_model, saes, monkeypatch):
     """Also where sums went to disk in between, and without a second pass where no autoencoder is in it."""
     fewer = {site: random_sae(site, tiny_model.d_model, seed=9, n_features=8) for site in list(saes)[1:4]}
     runs = {"one": saes, "fewer": fewer, "again": saes}
-    alone = {name: evaluate(tiny_model, saes, TEXTS, batch_size=3).to_dict() for name, saes in runs.items()}
+    alone = {
+        name: evaluate_saes(tiny_model, saes, TEXTS, batch_size=3, errors=False).to_dict()
+        for name, saes in runs.items()
+    }
     first, *others = token_batches(tiny_model, TEXTS, max_tokens=None, batch_size=3, context=128)
     begun = Evaluator(tiny_model, runs)
     begun.update(first)
@@ -182,7 +185,7 @@ def test_a_perfect_autoencoder_costs_nothing(tiny_model):
     tensors = {"W_enc": torch.cat([eye, -eye]), "W_dec": torch.cat([eye, -eye])}
     tensors |= {"b_enc": torch.zeros(2 * len(eye)), "b_dec": torch.zeros(len(eye))}
     config = SAEConfig("relu", len(eye), 2 * len(eye), subtract_b_dec=False)
-    result = evaluate(tiny_model, {site: SparseAutoencoder(config, tensors) for site in tiny_model.sites}, TEXTS)
+    result = evaluate_saes(tiny_model, {site: SparseAutoencoder(config, tensors) for site in tiny_model.sites}, TEXTS)
     assert result.spliced["all"].ce == pytest.approx(result.ce_model, rel=1e-5)
     for metrics in result.sites.values():
         assert metrics.explained_variance == pytest.approx(1.0)
@@ -191,8 +194,8 @@ def test_a_perfect_autoencoder_costs_nothing(tiny_model):
 
 
 def test_table_fits_a_terminal_and_json_has_no_nan(tiny_model, saes):
-    result = evaluate(tiny_model, saes, TEXTS, max_tokens=30)
-    lines = result.table().splitlines()
+    result = evaluate_saes(tiny_model, saes, TEXTS, max_tokens=30, errors=False)
+    lines = result.text().splitlines()
     assert max(map(len, lines)) <= 80
     assert [line.split()[0] for line in lines[1:7]] == [line.split()[0] for line in lines[9:15]] == SITES
     assert lines[-2].startswith("all sites")
@@ -205,12 +208,12 @@ def test_table_fits_a_terminal_and_json_has_no_nan(tiny_model, saes):
 def test_an_undefined_score_is_a_dash_and_null(tiny_model):
     dead = random_sae("mlp_0", tiny_model.d_model)
     dead.b_enc.fill_(-1e6)
-    result = evaluate(tiny_model, {Site("mlp", 0): dead}, TEXTS)
+    result = evaluate_saes(tiny_model, {Site("mlp", 0): dead}, TEXTS)
     metrics = result.sites["mlp_0"]
     assert metrics.dead_fraction == 1.0
     assert math.isnan(metrics.shrinkage)
     assert result.to_dict()["sites"]["mlp_0"]["shrinkage"] is None
-    assert " - " in result.table()
+    assert " - " in result.text()
 
 
 def test_batches_stop_at_max_tokens_and_cut_texts(tiny_model):
@@ -248,14 +251,16 @@ def test_one_cross_entropy(tiny_model, saes, monkeypatch):
     texts = [*TEXTS, "the old <eos> cat <bos> sings", "the king " * 60]
     batches = list(token_batches(tiny_model, texts, max_tokens=None, batch_size=3))
     assert max(batch.n_positions for batch in batches) == 64 == tiny_model.max_positions  # 120 words in the last text
-    result = evaluate(tiny_model, saes, texts, batch_size=2)
+    result = evaluate_saes(tiny_model, saes, texts, batch_size=2)
     assert result.ce_model == pytest.approx(text_cross_entropy(tiny_model, batches), rel=1e-6)
-    assert result.ce_model != pytest.approx(evaluate(tiny_model, saes, texts, special_tokens=True).ce_model, rel=1e-4)
+    assert result.ce_model != pytest.approx(
+        evaluate_saes(tiny_model, saes, texts, special_tokens=True).ce_model, rel=1e-4
+    )
     together, spliced = spliced_predictions(tiny_model, saes, texts, max_tokens=10_000), result.spliced["all"]
     assert (together["ce"], together["kl"]) == pytest.approx((spliced.ce, spliced.kl), rel=1e-5)
     monkeypatch.setattr("sae.data.batches.LOGIT_BYTES", 1)
     monkeypatch.setattr("sae.data.predictions.CHUNK_BYTES", 4 * tiny_model.vocab_size)
-    again, shapes, run = evaluate(tiny_model, saes, texts), [], tiny_model.run
+    again, shapes, run = evaluate_saes(tiny_model, saes, texts), [], tiny_model.run
     assert again.ce_model == pytest.approx(result.ce_model, rel=1e-6) and again.n_tokens == result.n_tokens
     assert again.spliced["all"].kl == pytest.approx(spliced.kl, rel=1e-4)
     monkeypatch.setattr(tiny_model, "run", lambda tokens, **o: shapes.append(len(tokens)) or run(tokens, **o))
@@ -264,14 +269,14 @@ def test_one_cross_entropy(tiny_model, saes, monkeypatch):
 
 def test_nothing_to_evaluate_is_refused(tiny_model, saes):
     with pytest.raises(UserError, match="no autoencoders"):
-        evaluate(tiny_model, {}, TEXTS)
+        evaluate_saes(tiny_model, {}, TEXTS)
     for texts in ([], ["  "], ["she"]):
         with pytest.raises(UserError, match="no tokens"):
-            evaluate(tiny_model, saes, texts)
+            evaluate_saes(tiny_model, saes, texts)
 
 
 def test_plot_has_a_bar_and_a_histogram_for_every_site(tiny_model, saes, tmp_path):
-    result = evaluate(tiny_model, saes, TEXTS, errors=True)
+    result = evaluate_saes(tiny_model, saes, TEXTS, errors=True)
     figure = evaluation_figure(result)
     bars, costs, *histograms = figure.axes
     assert [label.get_text() for label in costs.get_xticklabels()] == SITES

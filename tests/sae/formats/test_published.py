@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from sae.errors import UserError
-from sae.evaluation.evaluate import evaluate
+from sae.evaluation.evaluate import evaluate_saes
 from sae.features.contexts import top_contexts
 from sae.formats import load_sae
 from sae.formats.token_normalised import NormalisedAutoencoder
@@ -209,7 +209,7 @@ def test_a_normalised_autoencoder_can_be_evaluated_and_described(tiny_model):
     site = Site("resid", 0)
     sae = NormalisedAutoencoder(random_sae(site, tiny_model.d_model, architecture="topk", k=4), norm="layer_norm")
     texts = ["the man sees the old dog", "a girl walks", "kings know that they were happy ."]
-    result = evaluate(tiny_model, {site: sae}, texts, special_tokens=True).sites["resid_0"]
+    result = evaluate_saes(tiny_model, {site: sae}, texts, special_tokens=True).sites["resid_0"]
     x = torch.cat([tiny_model.run(tiny_model.tokenize([text]), capture=[site]).activations[site][0] for text in texts])
     error = (x - sae(x)).square().sum() / (x - x.mean(0)).square().sum()
     assert result.explained_variance == pytest.approx(1.0 - float(error), rel=1e-4)

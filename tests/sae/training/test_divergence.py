@@ -21,9 +21,9 @@ from sae.model.sites import Site
 from sae.saes import load_saes
 from sae.sparse import workspace as products
 from sae.training.config import TrainConfig
-from sae.training.finetuning import FinetuneConfig, finetune
+from sae.training.finetuning import FinetuneConfig, finetune_saes
 from sae.training.sweep import grid, sweep
-from sae.training.trainer import Trainer, train
+from sae.training.trainer import Trainer, train_saes
 from sae.training.training_sae import TrainingSAE
 
 TEXTS = ["the man sees the dog", "she walks near the old cat .", "kings know queens"] * 60
@@ -32,7 +32,7 @@ CONFIG = TrainConfig(features=24, k=3, tokens=3000, batch_size=512, log_steps=4)
 
 
 def run(model, out, config=CONFIG, **options):
-    return train(model, TEXTS, sites="resid_0", config=config, out=out, progress=False, **options)
+    return train_saes(model, TEXTS, sites="resid_0", config=config, out=out, progress=False, **options)
 
 
 def recorded(out: Path, command: str) -> dict:
@@ -69,7 +69,7 @@ def test_fine_tuning_that_diverges_is_no_success(tiny_model, tmp_path, monkeypat
     monkeypatch.setattr(FinetuneConfig, "learning_rate_at", lambda self, done, width: 1e308)
     with pytest.raises(UserError, match=r"the training of .* diverged"):
         config = FinetuneConfig(tokens=4000, batch_size=256)
-        finetune(tiny_model, saes, TEXTS, out=tmp_path / "tuned", config=config, progress=False)
+        finetune_saes(tiny_model, saes, TEXTS, out=tmp_path / "tuned", config=config, progress=False)
     assert not recorded(tmp_path / "tuned", "finetune")["complete"]
     assert not list((tmp_path / "tuned" / "saes").glob("*/sae.safetensors"))
 
@@ -127,7 +127,7 @@ def test_rows_of_a_cache_are_checked(tiny_model, tmp_path, value):
     save_file(state, shard)
     cache = CachedActivations(tmp_path / "cache")
     with pytest.raises(UserError, match=r"shard_00000.safetensors.*site resid_0 holds numbers that are not finite"):
-        train(cache.model, cache.text, activations=cache, config=CONFIG, out=tmp_path / "out", progress=False)
+        train_saes(cache.model, cache.text, activations=cache, config=CONFIG, out=tmp_path / "out", progress=False)
 
 
 def test_a_context_longer_than_the_buffer_is_trained_on(tiny_model, tmp_path, monkeypatch):

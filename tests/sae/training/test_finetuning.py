@@ -13,14 +13,21 @@ from sae.data.activations import ContextStream
 from sae.data.batches import counted_tokens
 from sae.data.text import TextSource
 from sae.errors import UserError
-from sae.evaluation.evaluate import evaluate
+from sae.evaluation.evaluate import evaluate_saes
 from sae.formats import load_sae, save_sae
 from sae.model.sites import Site
 from sae.saes import load_saes
 from sae.training.config import TrainConfig
-from sae.training.finetuning import FinetuneConfig, Finetuner, finetune, make_tunable, prediction_loss, spliced_loss
+from sae.training.finetuning import (
+    FinetuneConfig,
+    Finetuner,
+    finetune_saes,
+    make_tunable,
+    prediction_loss,
+    spliced_loss,
+)
 from sae.training.finetuning_sae import FinetuningSAE
-from sae.training.trainer import train
+from sae.training.trainer import train_saes
 from tests.sae.training.test_trainer import stories
 
 SITES = "embed,attn_0,resid_0,mlp_1"
@@ -39,14 +46,14 @@ def trained(tiny_model, tmp_path_factory):
     def of(architecture):
         config = TrainConfig(architecture=architecture, features=48, k=4, tokens=10_000, batch_size=512)
         out = tmp_path_factory.mktemp("trained") / architecture
-        return train(tiny_model, stories(), sites=SITES, config=config, out=out, progress=False)
+        return train_saes(tiny_model, stories(), sites=SITES, config=config, out=out, progress=False)
 
     made = {}
     return lambda name: made.setdefault(name, of(name)) if name not in made else made[name]
 
 
 def tuned(model, saes, out, config=None, **options):
-    return finetune(model, saes, TEXTS, config=config or small(), out=out, progress=False, **options)
+    return finetune_saes(model, saes, TEXTS, config=config or small(), out=out, progress=False, **options)
 
 
 def tunables_of(model, saes, config):
@@ -172,7 +179,7 @@ def test_prediction_losses_against_their_definitions(tiny_model):
 def test_predictions_get_better_and_sparsity_stays(tiny_model, trained, tmp_path, architecture):
     before = trained(architecture)
     after = tuned(tiny_model, before, tmp_path / "run")
-    measured = [evaluate(tiny_model, saes, HELD_OUT, context=16) for saes in (before, after)]
+    measured = [evaluate_saes(tiny_model, saes, HELD_OUT, context=16) for saes in (before, after)]
     assert measured[1].spliced["all"].kl < 0.8 * measured[0].spliced["all"].kl
     for site, sae in after.items():
         then, now = (m.sites[site.name] for m in measured)
@@ -186,7 +193,7 @@ def test_predictions_get_better_and_sparsity_stays(tiny_model, trained, tmp_path
 def test_cross_entropy_goes_down_with_the_loss_ce(tiny_model, trained, tmp_path):
     before = trained("topk")
     after = tuned(tiny_model, before, tmp_path / "run", small(loss="ce"))
-    ce = [evaluate(tiny_model, saes, TEXTS, context=16).spliced["all"].ce for saes in (before, after)]
+    ce = [evaluate_saes(tiny_model, saes, TEXTS, context=16).spliced["all"].ce for saes in (before, after)]
     assert ce[1] < ce[0]
     lines = [json.loads(line) for line in (tmp_path / "run" / "saes" / "finetuning.jsonl").read_text().splitlines()]
     assert lines[-1]["ce"] < lines[0]["ce"] and lines[-1]["tokens"] >= 4000
@@ -200,7 +207,7 @@ def test_a_foreign_autoencoder_can_be_fine_tuned(tiny_model, trained, tmp_path):
     foreign = load_sae(tmp_path / "foreign", site=site)
     after = tuned(tiny_model, {site: foreign}, tmp_path / "run")[site]
     assert after.config.model_fingerprint == tiny_model.fingerprint
-    kl = [evaluate(tiny_model, {site: sae}, HELD_OUT).spliced["all"].kl for sae in (foreign, after)]
+    kl = [evaluate_saes(tiny_model, {site: sae}, HELD_OUT).spliced["all"].kl for sae in (foreign, after)]
     assert kl[1] < kl[0]
 
 
@@ -257,5 +264,5 @@ def test_neurons_are_refused(tiny_model, trained, tmp_path):
 
 def identity(model, tmp_path):
     config = TrainConfig(architecture="identity", tokens=600, batch_size=512)
-    train(model, TEXTS, sites="embed", config=config, out=tmp_path / "identity", progress=False)
+    train_saes(model, TEXTS, sites="embed", config=config, out=tmp_path / "identity", progress=False)
     return tmp_path / "identity" / "saes" / "embed"

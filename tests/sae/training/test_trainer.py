@@ -14,7 +14,7 @@ from sae.model.sites import Site
 from sae.saes import load_saes
 from sae.training.config import TrainConfig
 from sae.training.memory import training_memory
-from sae.training.trainer import Trainer, train
+from sae.training.trainer import Trainer, train_saes
 from sae.training.training_sae import TrainingSAE, geometric_median
 
 SITE = Site.parse("resid_0")
@@ -49,7 +49,7 @@ def small(**options):
 
 
 def run(model, out, config, **options):
-    return train(model, stories(), sites="resid_0,mlp_1", config=config, out=out, progress=False, **options)
+    return train_saes(model, stories(), sites="resid_0,mlp_1", config=config, out=out, progress=False, **options)
 
 
 class Stopped(Exception):
@@ -130,13 +130,13 @@ def test_every_row_of_a_fill_is_dealt_once_and_every_fill_and_seed_has_its_order
 def test_a_run_says_where_its_sites_are(make_tiny_model, tmp_path):
     usual = make_tiny_model("llama")
     path = "model.layers.1.self_attn.o_proj:input"
-    moved = LanguageModel(usual.hf, usual.tokenizer, name="m", site_paths={"attn_1": path}, check=False)
+    moved = LanguageModel(usual.hf, usual.tokenizer, name="m", site_paths={"attn_1": path})
     options = {"sites": "attn_0,attn_1", "config": small(tokens=1024), "progress": False}
-    saes = train(moved, stories(), out=tmp_path, **options)
+    saes = train_saes(moved, stories(), out=tmp_path, **options)
     assert [sae.config.extra["site_path"] for sae in saes.values()] == ["", path]
-    train(moved, stories(), out=tmp_path, resume=True, **options)
+    train_saes(moved, stories(), out=tmp_path, resume=True, **options)
     with pytest.raises(UserError, match="begun with site_paths"):
-        train(usual, stories(), out=tmp_path, resume=True, **options)
+        train_saes(usual, stories(), out=tmp_path, resume=True, **options)
 
 
 def test_existing_and_different_runs_are_refused(tiny_model, tmp_path):
@@ -217,7 +217,7 @@ def test_the_first_step_moves_every_tensor_by_its_own_learning_rate(tiny_model, 
     config = small(architecture=architecture, warmup=0.5, learning_rate=0.115)
     assert config.learning_rate_at(0, 32) == pytest.approx(0.01)
     with pytest.raises(Stopped):
-        train(tiny_model, stories(), sites="mlp_1", config=config, out=tmp_path, progress=False)
+        train_saes(tiny_model, stories(), sites="mlp_1", config=config, out=tmp_path, progress=False)
     rates = {key: 0.01 * ARCHITECTURES[architecture].rates.get(key, 1.0) for key in moved}  # Adam's first step
     assert moved == pytest.approx(rates, rel=1e-3)
     assert (moved.get("threshold", 0.0) == pytest.approx(0.003, rel=1e-3)) == (architecture == "jumprelu")
@@ -387,7 +387,7 @@ def test_a_real_model_small(shared_dir, tmp_path):
     model = load_model(shared_dir / "models" / "tinystories-260k", check=False)
     config = TrainConfig(features=256, k=16, tokens=50_000, buffer_tokens=25_000, log_steps=20)
     texts = shared_dir / "data" / "tinystories" / "train.jsonl"
-    train(model, texts, sites="resid_1,mlp_2", config=config, out=tmp_path, progress=False)
+    train_saes(model, texts, sites="resid_1,mlp_2", config=config, out=tmp_path, progress=False)
     rows = [json.loads(line) for line in (tmp_path / "saes" / "training.jsonl").read_text().splitlines()]
     assert min(row["explained_variance"] for row in rows[-2:]) > 0.75
     assert max(row["dead"] for row in rows[-2:]) < 0.1

@@ -62,8 +62,10 @@ class Context:
 
     def text(self) -> str:
         """The window, with the token of the peak in brackets."""
-        shown = [f"[{token}]" if i == self.peak else token for i, token in enumerate(self.tokens)]
-        return "".join(shown).replace("\n", "⏎").strip()
+        peak = self.tokens[self.peak]
+        marked = peak.replace(peak.strip(), f"[{peak.strip()}]") if peak.strip() else f"[{peak}]"
+        words = [*self.tokens[: self.peak], marked, *self.tokens[self.peak + 1 :]]
+        return "".join(words).replace("\n", "⏎").strip()
 
 
 @dataclass(frozen=True)

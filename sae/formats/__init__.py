@@ -58,9 +58,19 @@ WRITERS: dict[str, Callable[[SparseAutoencoder, Path], object]] = {
 def load_sae(
     source: str | Path, *, site: str | Site | None = None, device: str | torch.device = "cpu"
 ) -> SparseAutoencoder:
-    """The autoencoder at a path, or at `owner/repository[/folder][@revision]` on the hub, in any known format.
+    """Load one autoencoder in any known format.
 
-    `site` picks one where there are several, and says where it belongs if its files do not.
+    Args:
+        source: a folder, a file, or `owner/repository[/folder][@revision]` on the Hugging Face hub.
+        site: picks one where there are several, and says where it belongs if its files do not.
+        device: where its tensors go.
+
+    Returns:
+        The autoencoder, with unit decoder rows, on raw activations, and with the x̂ that its owners' code gives; its
+        features are theirs times the norm of their decoder row.
+
+    Raises:
+        UserError: nothing is there, the files are damaged, or they hold something that is no autoencoder of one site.
     """
     name = "" if site is None else Site.parse(site).name
     check_complete(source)
@@ -70,7 +80,18 @@ def load_sae(
 def save_sae(sae: SparseAutoencoder, folder: str | Path, *, file_format: str = "ours") -> Path:
     """Write an autoencoder in our format, SAELens' or dictionary_learning's, so that their code gives the same x̂.
 
-    What is written is read back and compared; `UserError`, with nothing left behind, where it is not the same.
+    What is written is read back and compared.
+
+    Args:
+        sae: the autoencoder.
+        folder: where its files go.
+        file_format: "ours", "saelens" or "dictionary_learning".
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: the format does not hold such an autoencoder; nothing is left behind.
     """
     return save_saes({Path(folder): sae}, file_format=file_format)[0]
 

@@ -8,16 +8,18 @@ import pytest
 
 from circuits.cli.main import main
 
+SITES = "attn_2,mlp_2,resid_2,attn_3,mlp_3,resid_3,attn_4,mlp_4"
+
 
 @pytest.fixture(scope="module")
 def run(shared_dir, tmp_path_factory):
-    """Autoencoders at all 16 sites and a circuit for pronoun gender; everything but sizes at its default."""
+    """Autoencoders at eight of 16 sites and a circuit for pronoun gender; everything but sizes at its default."""
     folder = tmp_path_factory.mktemp("runs") / "pronouns"
     model, data = shared_dir / "models" / "tinystories-260k", shared_dir / "data"
     common = ["--model", model, "--out", folder, "--json"]
     text, prompts = data / "tinystories" / "train.jsonl", data / "pronoun_gender" / "train.jsonl"
     for arguments in (
-        ["train", *common, "--text", text, "--features", 384, "--k", 16, "--tokens", 100_000],
+        ["train", *common, "--text", text, "--features", 256, "--k", 16, "--tokens", 40_000, "--sites", SITES],
         [
             "discover",
             *common,
@@ -26,7 +28,7 @@ def run(shared_dir, tmp_path_factory):
             "--prompts",
             prompts,
             "--examples",
-            80,
+            40,
             "--edge-nodes",
             40,
             "--nodes",
@@ -44,11 +46,13 @@ def test_prompts(shared_dir):
     return shared_dir / "data" / "pronoun_gender" / "test.jsonl"
 
 
-def test_autoencoders_reconstruct_every_site(run):
+def test_autoencoders_reconstruct_their_sites(run):
     lines = [json.loads(line) for line in (run / "saes" / "training.jsonl").read_text().splitlines()]
-    last = {line["site"]: line["explained_variance"] for line in lines}
-    assert len(last) == 16
-    assert min(last.values()) > 0.75, last
+    last = {line["site"]: line for line in lines}
+    assert ",".join(last) == SITES
+    for site, line in last.items():
+        assert line["explained_variance"] > (0.62 if "mlp" in site else 0.7), line
+        assert line["dead"] < (0.25 if "attn" in site else 0.05), line
 
 
 def test_effects_of_a_site_add_up(run):
@@ -73,7 +77,7 @@ def test_ten_features_carry_the_behaviour_and_random_ones_do_not(sfc, run, share
 
 def test_the_circuit_is_faithful_and_random_ones_are_not(sfc, run, test_prompts):
     result = sfc(
-        "faithfulness", "--circuit", run, "--prompts", test_prompts, "--examples", 80, "--start-site", "attn_2",
+        "faithfulness", "--circuit", run, "--prompts", test_prompts, "--examples", 40, "--start-site", "attn_2",
         "--sizes", "20,200,600", "--json",
     )  # fmt: skip
     data = json.loads(result.out)

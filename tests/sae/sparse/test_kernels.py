@@ -138,8 +138,7 @@ def test_a_code_without_entries_has_zero_sums_and_gradients(kernels):
     assert all(torch.equal(w.grad, torch.zeros_like(w)) for w in weights)
 
 
-@pytest.mark.parametrize("levels", [1, 3])
-@pytest.mark.parametrize("frozen", ["nothing", "values", "rows"])
+@pytest.mark.parametrize(("levels", "frozen"), [(3, "nothing"), (1, "values"), (1, "rows")])
 def test_gradients_of_a_code_are_those_of_the_matrix(kernels, levels, frozen):
     z = torch.randn(11, 14, device=DEVICE)
     z[:, 3] = z[:, 3].abs() + 1  # a feature of every token: a long bag

@@ -1,4 +1,4 @@
-"""Training: resumed runs bit by bit, counters against loops, folding, recovery of known directions, a real model."""
+"""Training: resumed runs bit by bit, counters against loops, folding, recovery of known directions."""
 
 import json
 
@@ -9,7 +9,6 @@ from sae.architectures import ARCHITECTURES
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError
 from sae.model.language_model import LanguageModel
-from sae.model.load import load_model
 from sae.model.sites import Site
 from sae.saes import load_saes
 from sae.training.config import TrainConfig
@@ -381,13 +380,3 @@ def test_schedules():
 def test_impossible_options_are_named(options, message):
     with pytest.raises(UserError, match=message):
         TrainConfig(**options)
-
-
-def test_a_real_model_small(shared_dir, tmp_path):
-    model = load_model(shared_dir / "models" / "tinystories-260k", check=False)
-    config = TrainConfig(features=256, k=16, tokens=50_000, buffer_tokens=25_000, log_steps=20)
-    texts = shared_dir / "data" / "tinystories" / "train.jsonl"
-    train_saes(model, texts, sites="resid_1,mlp_2", config=config, out=tmp_path, progress=False)
-    rows = [json.loads(line) for line in (tmp_path / "saes" / "training.jsonl").read_text().splitlines()]
-    assert min(row["explained_variance"] for row in rows[-2:]) > 0.75
-    assert max(row["dead"] for row in rows[-2:]) < 0.1

@@ -142,11 +142,18 @@ def tiny_hf(architecture: str, *, layers: int = 2, seed: int = 0, width: int = 3
 
 @pytest.fixture(scope="session")
 def make_tiny_model() -> Callable[..., LanguageModel]:
-    """make_tiny_model(architecture, layers=2, seed=0, **load options) -> LanguageModel with random weights."""
+    """make_tiny_model(architecture, layers=2, seed=0, **load options) -> LanguageModel with random weights.
+
+    Its sites are checked on the first such model alone.
+    """
+    checked = set()
 
     def make(architecture: str, layers: int = 2, *, seed: int = 0, width: int = 32, **options: Any) -> LanguageModel:
         hf = tiny_hf(architecture, layers=layers, seed=seed, width=width)
-        return load_model(hf, **{"tokenizer": word_tokenizer(), "device": "cpu", **options})
+        key = architecture, layers, seed, width, repr(sorted(options.items()))
+        options = {"check": key not in checked, "tokenizer": word_tokenizer(), "device": "cpu", **options}
+        checked.add(key)
+        return load_model(hf, **options)
 
     return make
 

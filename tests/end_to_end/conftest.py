@@ -9,13 +9,27 @@ from pathlib import Path
 import pytest
 
 from circuits.cli.main import main
+from sae.model.checks import check_model
 from tests.conftest import tiny_hf, word_tokenizer
 from tests.forked import Result
 
+CHECKED = set()
+
 
 @pytest.fixture
-def sfc(capsys):
-    """sfc("train", "--model", ...) -> exit status and what was printed."""
+def sfc(capsys, monkeypatch):
+    """sfc("train", "--model", ...) -> exit status and what was printed.
+
+    Sites of a model are checked when it is loaded for the first time, not by every command again.
+    """
+
+    def check_once(model):
+        key = model.fingerprint, str(model.site_paths), model.dtype, str(model.device)
+        if key not in CHECKED:
+            check_model(model)
+        CHECKED.add(key)
+
+    monkeypatch.setattr("sae.model.load.check_model", check_once)
 
     def run(*arguments: object) -> Result:
         with pytest.raises(SystemExit) as stop:

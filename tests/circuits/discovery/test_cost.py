@@ -47,9 +47,15 @@ class Counted:
         return self.rows[False] / whole, self.rows[True] / whole
 
 
-@pytest.mark.parametrize("chosen", ["all", "resid", "mlp", "attn_1,mlp_1,resid_0,resid_2"])
-@pytest.mark.parametrize("method", ["ig", "attrib", "relp", "ig-inputs", "graddrop", "random"])
-@pytest.mark.parametrize("architecture", MODULES)
+METHODS, CHOSEN = (
+    ("ig", "attrib", "relp", "ig-inputs", "graddrop", "random"),
+    ("resid", "mlp", "attn_1,mlp_1,resid_0,resid_2"),
+)
+PASSES = [("gpt_neox", method, chosen) for method in METHODS for chosen in ("all", *CHOSEN)]
+PASSES += [("gemma2", method, "all") for method in METHODS] + [("gemma2", "ig", chosen) for chosen in CHOSEN]
+
+
+@pytest.mark.parametrize(("architecture", "method", "chosen"), PASSES)
 def test_passes_of_the_node_methods(make_tiny_model, make_saes, tiny_prompts, method, chosen, architecture):
     """Counted inside the model's attention and MLP modules, of parallel and of sequential blocks."""
     model = make_tiny_model(architecture, layers=3)

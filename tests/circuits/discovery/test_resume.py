@@ -48,8 +48,10 @@ def stop_after(monkeypatch, n: int) -> list[str]:
     return names
 
 
-@pytest.mark.parametrize("architecture", ["topk", "jumprelu"])
-@pytest.mark.parametrize(("method", "finished"), [("attrib", 1), ("attrib", 5), ("ig", 6)])
+@pytest.mark.parametrize(
+    ("architecture", "method", "finished"),
+    [("topk", "attrib", 1), ("jumprelu", "attrib", 5), ("topk", "ig", 6), ("jumprelu", "ig", 6)],
+)
 def test_resuming_gives_the_same_bits(
     tiny_model, make_saes, tiny_prompts, tmp_path, monkeypatch, architecture, method, finished
 ):

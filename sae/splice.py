@@ -30,8 +30,7 @@ from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
 from sae.model.tokens import Tokens
 from sae.saes import SAEs, as_saes
-from sae.sparse.bags import group_offsets
-from sae.sparse.rows import weighted_segment_sum
+from sae.sparse.segment_ops import group_offsets, weighted_segment_sum
 
 log = logging.getLogger(__name__)
 

@@ -16,18 +16,18 @@ from sae.architectures.topk import TopK
 from sae.errors import unknown
 
 ARCHITECTURES: dict[str, Architecture] = {
-    recipe.name: recipe()
-    for recipe in (TopK, ReLU, BatchTopK, JumpReLU, Gated, MultiTopK, Matryoshka, ReLUUnit, PAnneal, Identity)
+    kind.name: kind()
+    for kind in (TopK, ReLU, BatchTopK, JumpReLU, Gated, MultiTopK, Matryoshka, ReLUUnit, PAnneal, Identity)
 }
 
 
 def architecture(name: str) -> Architecture:
-    """The recipe of this name."""
+    """The architecture of this name."""
     if name not in ARCHITECTURES:
         raise unknown("architecture", name, ARCHITECTURES)
     return ARCHITECTURES[name]
 
 
 def nonlinearity(name: str) -> ActivationFunction:
-    """What encoding does at inference in the architecture of this name."""
+    """The activation function, at inference, of the architecture of this name."""
     return architecture(name).nonlinearity

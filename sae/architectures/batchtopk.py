@@ -1,7 +1,7 @@
-"""BatchTopK: the k·N largest positive pre-activations of a batch of N tokens are kept; a token may use more or fewer.
+"""BatchTopK: the k·N largest positive pre-activations of a batch of N tokens are active; a token may use more or fewer.
 
 Bussmann et al. 2024, "BatchTopK sparse autoencoders" (arXiv 2412.06410), section 3; the loss is TopK's. At inference
-the batch is replaced by a threshold: the mean, here a running one, of the smallest activation kept in a batch.
+the batch is replaced by a threshold: the mean, here a running one, of the smallest activation of a batch.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from sae.activation_functions import JUMPRELU
-from sae.architectures.base import Architecture, Encoder, Hyper, Losses, Weights, sparse_code, squared_error
-from sae.sparse.activations import SparseActs
-from sae.sparse.selection import BatchSelector, concatenate, largest
+from sae.architectures.base import Architecture
+from sae.architectures.losses import Hyper, Losses, Weights, squared_error
+from sae.sparse.activations import Acts, SparseActs
+from sae.sparse.encoder_pass import EncoderPass
+from sae.sparse.selection import BatchSelector
 
 MEMORY = 0.99
 """Decay of the running threshold a step."""
@@ -24,21 +26,20 @@ class BatchTopK(Architecture):
     name = "batchtopk"
     nonlinearity = JUMPRELU
 
-    def own_state(self) -> dict[str, Tensor]:
+    def extra_state(self) -> dict[str, Tensor]:
         return {"threshold": torch.tensor(0.0), "n_thresholds": torch.tensor(0.0)}
 
-    def select(self, encoder: Encoder, w: Weights, hyper: Hyper) -> SparseActs:
+    def select(self, encoder: EncoderPass, w: Weights, hyper: Hyper) -> SparseActs:
         n_tokens = len(encoder.x_c)
         selector = BatchSelector(hyper.k, n_tokens)
         while True:
-            starts, parts = zip(*((start, selector.candidates(z)) for start, z in encoder.chunks()), strict=True)
-            entries = concatenate(list(parts), list(starts))
-            if selector.enough(entries):
-                return sparse_code(largest(entries, hyper.k * n_tokens), encoder)
+            candidates = SparseActs.concatenate([selector.candidates(z) for z in encoder.chunks()])
+            if selector.enough(candidates):
+                return candidates.largest(hyper.k * n_tokens)
 
-    def loss(self, z: Tensor, code: SparseActs, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
+    def loss(self, z: Tensor, acts: Acts, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
         f = z.relu()
-        x_hat = code.decode(f, w["W_dec"]) + w["b_dec"]
+        x_hat = acts.decode(f, w["W_dec"]) + w["b_dec"]
         return Losses(squared_error(x, x_hat), x_hat, f)
 
     def observe(self, f: Tensor, state: Mapping[str, Tensor]) -> None:

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from sae.activation_functions import IDENTITY
-from sae.architectures.base import Architecture, Encoder, Hyper, Losses, Weights, squared_error
-from sae.sparse.activations import SparseActs
+from sae.architectures.base import Architecture
+from sae.architectures.losses import Hyper, Losses, Weights, squared_error
+from sae.sparse.activations import Acts, SparseActs
+from sae.sparse.encoder_pass import EncoderPass
 
 
 class Identity(Architecture):
@@ -18,11 +20,11 @@ class Identity(Architecture):
     nonlinearity = IDENTITY
     trained = False
 
-    def select(self, encoder: Encoder, w: Weights, hyper: Hyper) -> SparseActs:
-        z = torch.cat([z.clone() for _, z in encoder.chunks()])  # each chunk is written over by the next
+    def select(self, encoder: EncoderPass, w: Weights, hyper: Hyper) -> SparseActs:
+        z = torch.cat([z.clone() for z in encoder.chunks()])  # each chunk is written over by the next
         every = torch.arange(z.shape[1], device=z.device).expand_as(z)
-        return SparseActs.fixed(every, z, z.shape[1])
+        return SparseActs.fixed_k(every, z, z.shape[1])
 
-    def loss(self, z: Tensor, code: SparseActs, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
-        x_hat = code.decode(z, w["W_dec"]) + w["b_dec"]
+    def loss(self, z: Tensor, acts: Acts, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
+        x_hat = acts.decode(z, w["W_dec"]) + w["b_dec"]
         return Losses(squared_error(x, x_hat), x_hat, z)

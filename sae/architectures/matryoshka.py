@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae.architectures.base import Encoder, Hyper, Losses, Weights
 from sae.architectures.batchtopk import BatchTopK
-from sae.sparse.activations import SparseActs
+from sae.architectures.losses import Hyper, Losses, Weights
+from sae.sparse.activations import Acts, SparseActs
+from sae.sparse.encoder_pass import EncoderPass
 
 FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
 """Ends of the prefixes before the last, as shares of the features."""
@@ -27,16 +28,15 @@ def prefix_ends(n_features: int) -> list[int]:
 
 class Matryoshka(BatchTopK):
     name = "matryoshka"
-    n_levels = len(FRACTIONS) + 1
 
-    def select(self, encoder: Encoder, w: Weights, hyper: Hyper) -> SparseActs:
-        code = super().select(encoder, w, hyper)
-        ends = torch.tensor(prefix_ends(len(encoder.W_enc)), device=code.feature.device)
-        return code.at_levels(torch.bucketize(code.feature, ends, right=True), n_levels=len(ends) + 1)
+    def select(self, encoder: EncoderPass, w: Weights, hyper: Hyper) -> SparseActs:
+        acts = super().select(encoder, w, hyper)
+        ends = torch.tensor(prefix_ends(len(encoder.W_enc)), device=acts.feature.device)
+        return acts.at_levels(torch.bucketize(acts.feature, ends, right=True), n_levels=len(ends) + 1)
 
-    def loss(self, z: Tensor, code: SparseActs, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
+    def loss(self, z: Tensor, acts: Acts, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
         f = z.relu()
-        loss, x_hat = _NestedError.apply(code.decode(f, w["W_dec"]), w["b_dec"], x)
+        loss, x_hat = _NestedError.apply(acts.decode(f, w["W_dec"]), w["b_dec"], x)
         return Losses(loss, x_hat, f)
 
 

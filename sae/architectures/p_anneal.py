@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from sae.activation_functions import RELU
-from sae.architectures.base import Hyper, Losses, Penalised, Weights, squared_error
-from sae.sparse.activations import SparseActs
-from sae.sparse.dense import DenseChunk, DenseParts, mask_, positive
+from sae.architectures.base import Penalised
+from sae.architectures.losses import Hyper, Losses, Weights, squared_error
+from sae.sparse.activations import Acts
+from sae.sparse.encoder_pass import linear
 from sae.sparse.selection import above
-from sae.sparse.workspace import linear
 
 SMALLEST = 1e-3
 """Activations below this are penalised as if they had this size: the slope of f^p is not bounded at zero."""
@@ -27,24 +27,16 @@ RESCALED_ON = 512
 class PAnneal(Penalised):
     name = "p_anneal"
     nonlinearity = RELU
-    n_buffers = 3
     weak = 0.05
 
-    def loss(self, z: Tensor, code: SparseActs, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
-        f = z.relu()
-        x_hat = code.decode(f, w["W_dec"]) + w["b_dec"]
-        # f^p with a slope that is bounded, so that small activations still feel a pull
-        base = f.detach().clamp(min=SMALLEST) ** (hyper.p - 1)
-        penalty = (base * (hyper.p * f + (1 - hyper.p) * f.detach())).sum()
-        return Losses(squared_error(x, x_hat) + hyper.sparsity * penalty, x_hat, f)
-
-    def dense(self, z: Tensor, chunk: DenseChunk, w: Weights, hyper: Hyper) -> DenseParts:
+    def loss(self, z: Tensor, acts: Acts, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
         f = z.relu_()
-        fired = positive(f, chunk.buffer(1))
-        df, squared = chunk.decode(f, 1)
-        base = torch.clamp(f, min=SMALLEST, out=chunk.buffer(2)).pow_(hyper.p - 1).mul_(hyper.sparsity)
-        penalty = torch.dot(base.flatten(), f.flatten())
-        return DenseParts(mask_(df.add_(base.mul_(hyper.p / chunk.n_tokens)), f), penalty, squared, fired)
+        x_hat = acts.decode(f, w["W_dec"]) + w["b_dec"]
+        # f^p with a slope that is bounded, p f^(p-1): small activations still feel a pull
+        base = f.detach().clamp(min=SMALLEST) ** (hyper.p - 1)
+        total = torch.dot(base.flatten(), f.flatten())
+        penalty = hyper.p * total + (1 - hyper.p) * total.detach()
+        return Losses(squared_error(x, x_hat) + hyper.sparsity * penalty, x_hat, f)
 
     @torch.no_grad()
     def rescaling(self, x: Tensor, w: Weights, hyper: Hyper, following: Hyper) -> Tensor:

@@ -8,13 +8,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from sae.activation_functions import RELU
-from sae.architectures.base import Hyper, Losses, Penalised, Weights, squared_error
-from sae.sparse.activations import SparseActs
-from sae.sparse.dense import DenseChunk, DenseParts, mask_, positive
+from sae.architectures.base import Penalised
+from sae.architectures.losses import Hyper, Losses, Weights, squared_error
+from sae.sparse.activations import Acts
 
 
 class ReLU(Penalised):
@@ -24,34 +23,18 @@ class ReLU(Penalised):
     subtract_b_dec = False
     decoder_norm = 0.1
 
-    def loss(self, z: Tensor, code: SparseActs, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
-        f = z.relu()
-        x_hat = code.decode(f, w["W_dec"]) + w["b_dec"]
-        penalty = (code.sum_tokens(f) * w["W_dec"].norm(dim=1)).sum()
-        return Losses(squared_error(x, x_hat) + hyper.sparsity * penalty, x_hat, f)
-
-    def dense(self, z: Tensor, chunk: DenseChunk, w: Weights, hyper: Hyper) -> DenseParts:
+    def loss(self, z: Tensor, acts: Acts, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
         f = z.relu_()
-        fired, total = positive(f, chunk.buffer(1)), f.sum(0)
-        norms = torch.linalg.vector_norm(w["W_dec"], dim=1)
-        df, squared = chunk.decode(f, 1)
-        weight = hyper.sparsity / chunk.n_tokens
-        slope = weight * total / norms.clamp(min=1e-12)  # along the rows, from ‖W_dec[i]‖
-        chunk.gradients["W_dec"].addcmul_(w["W_dec"], slope[:, None])
-        return DenseParts(mask_(df.add_(weight * norms), f), hyper.sparsity * (total @ norms), squared, fired)
+        x_hat = acts.decode(f, w["W_dec"]) + w["b_dec"]
+        penalty = (acts.sum_tokens(f) * w["W_dec"].norm(dim=1)).sum()
+        return Losses(squared_error(x, x_hat) + hyper.sparsity * penalty, x_hat, f)
 
 
 class ReLUUnit(Penalised):
     name = "relu_unit"
     nonlinearity = RELU
 
-    def loss(self, z: Tensor, code: SparseActs, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
-        f = z.relu()
-        x_hat = code.decode(f, w["W_dec"]) + w["b_dec"]
-        return Losses(squared_error(x, x_hat) + hyper.sparsity * f.sum(), x_hat, f)
-
-    def dense(self, z: Tensor, chunk: DenseChunk, w: Weights, hyper: Hyper) -> DenseParts:
+    def loss(self, z: Tensor, acts: Acts, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
         f = z.relu_()
-        fired, penalty = positive(f, chunk.buffer(1)), hyper.sparsity * f.sum()
-        df, squared = chunk.decode(f, 1)
-        return DenseParts(mask_(df.add_(hyper.sparsity / chunk.n_tokens), f), penalty, squared, fired)
+        x_hat = acts.decode(f, w["W_dec"]) + w["b_dec"]
+        return Losses(squared_error(x, x_hat) + hyper.sparsity * f.sum(), x_hat, f)

@@ -31,8 +31,7 @@ from sae.data.text import TextSource
 from sae.errors import UserError
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
-from sae.sparse.bags import group_offsets
-from sae.sparse.rows import weighted_segment_sum
+from sae.sparse.segment_ops import group_offsets, weighted_segment_sum
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -13,10 +13,10 @@ Ties are broken arbitrarily, as in `torch.topk`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
+
+from sae.sparse.activations import SparseActs
 
 GROUP = 8
 """Entries looked at together."""
@@ -24,14 +24,6 @@ SAMPLE = 2**16
 """Group maxima sorted to find a bound."""
 MARGIN = 1.3
 """How many times the wanted number of entries the bound should let through."""
-
-
-class Entries(NamedTuple):
-    """Entries sorted by token."""
-
-    token: Tensor  # [n] int64
-    feature: Tensor  # [n] int64
-    z: Tensor  # [n]
 
 
 def top_k(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -44,8 +36,8 @@ def top_k(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
     _, group = top_k(maxima, k)
     members = torch.arange(0, z.shape[1], n_groups)[:, None] + group[:, None]  # [N, g, k]
     members = members.flatten(1)
-    value, place = z.gather(1, members).topk(k, dim=-1, sorted=False)
-    return value, members.gather(1, place)
+    value, column = z.gather(1, members).topk(k, dim=-1, sorted=False)
+    return value, members.gather(1, column)
 
 
 def group_maxima(z: Tensor) -> Tensor:
@@ -55,14 +47,15 @@ def group_maxima(z: Tensor) -> Tensor:
     return z.view(n_tokens, size, n_features // size).amax(1)
 
 
-def above(z: Tensor, bound: float | Tensor = 0.0, maxima: Tensor | None = None) -> Entries:
+def above(z: Tensor, bound: float | Tensor = 0.0, maxima: Tensor | None = None) -> SparseActs:
     """All entries of z [N, F] that exceed the bound."""
     maxima = group_maxima(z) if maxima is None else maxima
     n_tokens, n_groups = maxima.shape
     token, group = (maxima > bound).nonzero(as_tuple=True)
     members = z.view(n_tokens, -1, n_groups)[token, :, group]  # [hits, g]
     hit, member = (members > bound).nonzero(as_tuple=True)
-    return Entries(token[hit], member * n_groups + group[hit], members[hit, member])
+    feature = member * n_groups + group[hit]
+    return SparseActs(token[hit], feature, members[hit, member], n_tokens=n_tokens, n_features=z.shape[1])
 
 
 def lower_bound(maxima: Tensor, n: int) -> Tensor:
@@ -74,20 +67,6 @@ def lower_bound(maxima: Tensor, n: int) -> Tensor:
     return sample.topk(rank, sorted=True).values[-1].clamp(min=0) if rank < len(sample) else sample.new_zeros(())
 
 
-def largest(entries: Entries, n: int) -> Entries:
-    """The n entries with the largest z, still sorted by token."""
-    if len(entries.z) <= n:
-        return entries
-    keep = entries.z.topk(n, sorted=False).indices.sort().values
-    return Entries(*(column[keep] for column in entries))
-
-
-def concatenate(parts: list[Entries], starts: list[int]) -> Entries:
-    """Entries of consecutive row chunks, which begin at the given tokens, as those of the whole batch."""
-    tokens = [part.token + start for part, start in zip(parts, starts, strict=True)]
-    return Entries(torch.cat(tokens), torch.cat([p.feature for p in parts]), torch.cat([p.z for p in parts]))
-
-
 class BatchSelector:
     """The positive entries among the k·N largest of a batch, fed chunk by chunk of rows."""
 
@@ -95,14 +74,14 @@ class BatchSelector:
         self.k, self.n_tokens = k, n_tokens
         self.bound: Tensor | None = None
 
-    def candidates(self, z: Tensor) -> Entries:
+    def candidates(self, z: Tensor) -> SparseActs:
         """Entries of a chunk z [n, F] that may be among the largest; the first chunk sets the bound."""
         maxima = group_maxima(z)
         if self.bound is None:
             self.bound = lower_bound(maxima, self.k * len(z))
         return above(z, self.bound, maxima)
 
-    def enough(self, candidates: Entries) -> bool:
+    def enough(self, candidates: SparseActs) -> bool:
         """Whether the candidates of the whole batch hold its largest; if not, the bound becomes 0 for another pass."""
         assert self.bound is not None
         enough = len(candidates.z) >= self.k * self.n_tokens or self.bound.item() == 0.0

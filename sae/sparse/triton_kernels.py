@@ -1,5 +1,4 @@
-"""Triton kernels for the sparse part of a training step on a GPU; `sae.sparse.rows` holds their twins in torch and
-chooses.
+"""Triton kernels for the sparse part of a training step on a GPU; `sae.sparse.segment_ops` holds their twins in torch.
 
 The n entries of a batch lie in bags: those of a token for decoding, those of a feature for gradients of weights.
 

@@ -1,9 +1,9 @@
 """Checkpoints of a training run: a folder with every tensor and one JSON file, complete or absent.
 
 `checkpoints/step_00001200/{state.safetensors, state.json}` is written under a temporary name and renamed; the last two
-are kept, and where the last one is damaged the one before serves. Everything that training reads is in it or follows
-from it: weights, Adam's moments and step counts, the learners' counters, the step, and the position in the text at
-which the present fill of the buffer began.
+stay, and where the last one is damaged the one before serves. Everything that training reads is in it or follows from
+it: weights, Adam's moments and step counts, counters, the step, and the position in the text at which the present fill
+of the buffer began.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -37,7 +37,8 @@ from sae.errors import UserError
 
 log = logging.getLogger(__name__)
 
-KEPT = 2
+N_CHECKPOINTS = 2
+"""Checkpoints that stay; the one before the last serves where that is damaged."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,10 @@ class Checkpoint:
 
     step: int
     """Steps done."""
-    fill: int
-    """Number of the present fill of the buffer."""
-    dealt: int
-    """Batches already taken from it."""
+    counters: Mapping[str, int]
+    """Other whole numbers of the run: fills of the buffer and batches taken from it, or tokens read."""
     position: StreamState
-    """Where in the text that fill began."""
+    """Where in the text a resumed run begins to read."""
     log_bytes: int
     """Size of the training log."""
     tensors: Mapping[str, Tensor]
@@ -60,16 +59,15 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class _Entries:
-    """What `state.json` says."""
+    """The contents of `state.json`."""
 
-    schema_version: int
+    schema_version: Literal[2]
     step: int
-    fill: int
-    dealt: int
+    counters: dict[str, int]
     position: StreamState
     log_bytes: int
-    checksum: str | None = None
-    """Digest of the tensors and of the other entries; checkpoints of earlier versions have none."""
+    checksum: str
+    """Digest of the tensors and of the other entries."""
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> Path:
@@ -81,7 +79,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     try:
         write_tensors(temporary / "state.safetensors", checkpoint.tensors)
         entries = {key: value for key, value in vars(checkpoint).items() if key not in ("tensors", "position")}
-        entries = {"schema_version": 1, **entries, "position": asdict(checkpoint.position)}
+        entries = {"schema_version": 2, **entries, "position": asdict(checkpoint.position)}
         write_json(temporary / "state.json", {**entries, "checksum": _checksum(entries, checkpoint.tensors)})
         if final.exists():  # damaged, so that training went on from an earlier one
             shutil.rmtree(final.rename(temporary_name(final)), ignore_errors=True)
@@ -89,7 +87,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         sync(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for old in _folders(folder)[:-KEPT]:
+    for old in _folders(folder)[:-N_CHECKPOINTS]:
         shutil.rmtree(old.rename(temporary_name(old)), ignore_errors=True)
     return final
 
@@ -124,11 +122,11 @@ def tensors_of(
     return tensors
 
 
-def make_moments(name: str, weights: Mapping[str, Tensor], optimizer: Optimizer, found: Mapping[str, Tensor]) -> None:
-    """Gives the optimizer the moments of one autoencoder that `found` has under the names of `tensors_of`."""
+def make_moments(name: str, weights: Mapping[str, Tensor], optimizer: Optimizer, saved: Mapping[str, Tensor]) -> None:
+    """Gives the optimizer the moments of one autoencoder that `saved` has under the names of `tensors_of`."""
     for key, weight in weights.items():
         prefix = f"{name}/adam/{key}/"
-        moments = {n.removeprefix(prefix): t for n, t in found.items() if n.startswith(prefix)}
+        moments = {n.removeprefix(prefix): t for n, t in saved.items() if n.startswith(prefix)}
         optimizer.state[weight] = {moment: tensor.to(weight.device) for moment, tensor in moments.items()}
 
 
@@ -158,9 +156,9 @@ def _read(path: Path) -> Checkpoint:
     tensors = read_tensors(path / "state.safetensors")
     noted = read_json(path / "state.json", _Entries)
     entries = {key: value for key, value in asdict(noted).items() if key != "checksum"}
-    if noted.checksum is not None and noted.checksum != _checksum(entries, tensors):
+    if noted.checksum != _checksum(entries, tensors):
         raise UserError(f"{path} is damaged: its checksum is not that of its contents")
-    return Checkpoint(noted.step, noted.fill, noted.dealt, noted.position, noted.log_bytes, tensors)
+    return Checkpoint(noted.step, noted.counters, noted.position, noted.log_bytes, tensors)
 
 
 def _checksum(entries: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

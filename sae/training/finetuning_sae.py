@@ -6,7 +6,7 @@
    relu      cut = −b                         gain 1
    jumprelu  cut = max(θ, 0) − b              gain 1
    gated     cut = max(−gate_bias, −b / gain) gain = magnitude
-   Only entries of active features are kept for the backward pass (`sae.sparse.activations`), so no [N, F] stays in
+   Only entries of active features wait for the backward pass (`sae.sparse.activations`), so no [N, F] stays in
    memory.
 3. Sparsity stays what it was. Top k is exact. Elsewhere one shift δ of all cuts of the site follows L0: were margins
    π − cut exponentially distributed with mean μ, as their tail nearly is, a shift by μ ln(L0 / L0 wanted) would bring
@@ -27,13 +27,13 @@ import torch
 from torch import Tensor
 
 from sae.activation_functions import CORE, GATED, IDENTITY, JUMPRELU, RELU, TOPK
-from sae.architectures.base import Encoder
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError
 from sae.folding import fold_scale
 from sae.sparse.activations import SparseActs
-from sae.sparse.rows import normalize_rows_, remove_parallel_
-from sae.sparse.selection import above, concatenate, top_k
+from sae.sparse.encoder_pass import EncoderPass
+from sae.sparse.segment_ops import normalize_rows_, remove_parallel_
+from sae.sparse.selection import above, top_k
 
 STEERING = 0.1
 """Share of the estimated way to the wanted L0 that the cuts go in one step."""
@@ -43,14 +43,14 @@ SMALLEST_GAIN = 1e-6
 
 
 class Reconstruction(NamedTuple):
-    """What an autoencoder makes of N tokens."""
+    """The reconstruction of N tokens."""
 
     x_hat: Tensor  # [N, d]
-    code: SparseActs  # the active entries; with top k some may be zero
+    acts: SparseActs  # the active entries; with top k some may be zero
     n_active: Tensor  # scalar, the number of features that are not zero
 
 
-def check_tunable(sae: SparseAutoencoder) -> None:
+def check_trainable(sae: SparseAutoencoder) -> None:
     """`UserError` for an autoencoder that cannot be fine-tuned."""
     site = sae.config.site
     if sae.nonlinearity.name == IDENTITY.name:
@@ -67,7 +67,7 @@ class FinetuningSAE:
 
     def __init__(self, sae: SparseAutoencoder, *, scale: float, l0: float):
         """`scale` is the root of the variance Σ_d of x, `l0` the mean number of active features to keep."""
-        check_tunable(sae)
+        check_trainable(sae)
         self.config, self.nonlinearity = sae.config, sae.nonlinearity
         self.scale, self.l0 = scale, l0
         tensors = {name: tensor.detach() for name, tensor in sae.named_buffers()}
@@ -80,13 +80,13 @@ class FinetuningSAE:
         """x [N, d] -> x̂ [N, d], raw activations both, and the active features."""
         w = self.weights
         x_c = self._centred(x)
-        code = self._active(x_c)
-        z = code.encode(w["W_enc"], None, None, x_c)
+        acts = self._active(x_c)
+        z = acts.encode(w["W_enc"], None, None, x_c)
         if self.nonlinearity.name == GATED.name:
-            z = z * code.expand(w["magnitude"])
-        f = (z + code.expand(w["b_enc"])).relu()
-        x_hat = (code.decode(f, w["W_dec"]) + w["b_dec"]) * self.scale
-        return Reconstruction(x_hat, code, (f > 0).sum())
+            z = z * acts.expand(w["magnitude"])
+        f = (z + acts.expand(w["b_enc"])).relu()
+        x_hat = (acts.decode(f, w["W_dec"]) + w["b_dec"]) * self.scale
+        return Reconstruction(x_hat, acts, (f > 0).sum())
 
     def _centred(self, x: Tensor) -> Tensor:
         x = x.to(self.weights["W_enc"].dtype) / self.scale
@@ -96,17 +96,16 @@ class FinetuningSAE:
     def _active(self, x_c: Tensor) -> SparseActs:
         """The active entries of centred and scaled x_c [N, d], with their π."""
         w = self.weights
-        encoder = Encoder(x_c.detach(), w["W_enc"], None)
+        encoder = EncoderPass(x_c.detach(), w["W_enc"], None)
         if self.nonlinearity.name == TOPK.name:
             assert self.config.k is not None
-            parts = [self._largest(pi, self.config.k) for _, pi in encoder.chunks()]
-            value, feature = (torch.cat(column) for column in zip(*parts, strict=True))  # [N, k]
-            return SparseActs.fixed(feature, value, len(w["W_enc"]))
+            chunks = [self._largest(pi, self.config.k) for pi in encoder.chunks()]
+            value, feature = (torch.cat(column) for column in zip(*chunks, strict=True))  # [N, k]
+            return SparseActs.fixed_k(feature, value, len(w["W_enc"]))
         cut = self._cut()
-        starts, found = zip(*((start, above(margin)) for start, margin in encoder.chunks(cut)), strict=True)
-        entries = concatenate(list(found), list(starts))
-        pi = entries.z + cut[entries.feature]
-        return SparseActs(entries.token, entries.feature, pi, n_tokens=len(x_c), n_features=len(cut))
+        acts = SparseActs.concatenate([above(margin) for margin in encoder.chunks(cut)])
+        acts.z = acts.z + cut[acts.feature]
+        return acts
 
     def _largest(self, pi: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """π and features [n, k] of the k largest π + b of each token, times `rank_scale` where there is one."""
@@ -125,13 +124,13 @@ class FinetuningSAE:
         return torch.maximum(-self.state["gate_bias"], -b / self.weights["magnitude"])
 
     @torch.no_grad()
-    def steer(self, code: SparseActs) -> None:
-        """Moves all cuts towards the wanted L0, judged by the code of some tokens; top k needs nothing."""
-        if self.nonlinearity.name == TOPK.name or not len(code.z):
+    def steer(self, acts: SparseActs) -> None:
+        """Moves all cuts towards the wanted L0, judged by the activations of some tokens; top k needs nothing."""
+        if self.nonlinearity.name == TOPK.name or not len(acts.z):
             return
         cut, b = self._cut(), self.weights["b_enc"]
-        ratio = math.log(len(code.z) / (code.n_tokens * self.l0))
-        shift = STEERING * (code.z - cut[code.feature]).mean() * max(-LARGEST_LOG, min(LARGEST_LOG, ratio))
+        ratio = math.log(len(acts.z) / (acts.n_tokens * self.l0))
+        shift = STEERING * (acts.z - cut[acts.feature]).mean() * max(-LARGEST_LOG, min(LARGEST_LOG, ratio))
         if self.nonlinearity.name == RELU.name:
             b.sub_(shift)
         elif self.nonlinearity.name == JUMPRELU.name:

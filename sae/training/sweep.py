@@ -29,7 +29,7 @@ from sae.model.language_model import LanguageModel
 from sae.model.sites import Site, select_sites
 from sae.training.config import ArchitectureName, TrainConfig, with_contexts_of
 from sae.training.run_folder import RunFolder, read_entry, read_log, run_settings
-from sae.training.trainer import Trainer, open_activations
+from sae.training.trainer import Trainer, export, open_activations
 from sae.training.training_sae import TrainingSAE
 
 SHARED = (
@@ -118,38 +118,33 @@ def sweep(
         configs = {name: with_contexts_of(activations, config) for name, config in configs.items()}
         first = with_contexts_of(activations, first)
     identity = None if activations is None else activations.identity
-    whole = RunFolder(out, "sweep", run_settings(model, source, chosen, configs, cache=identity))
+    sweep_folder = RunFolder(out, "sweep", run_settings(model, source, chosen, configs, cache=identity))
     runs = {
         name: RunFolder(out / name, "train", run_settings(model, source, chosen, config, cache=identity))
         for name, config in configs.items()
     }
     with lock(out):
-        if resume and whole.is_replacing():
-            whole.start(resume=True, overwrite=False)
+        if resume and sweep_folder.is_replacing():
+            sweep_folder.start(resume=True, overwrite=False)
         waiting = [name for name, run in runs.items() if not (resume and run.finished())]
         if waiting:
             rows = open_activations(model, source, chosen, first, cache=activations)
-            whole.start(resume=resume, overwrite=overwrite)
+            sweep_folder.start(resume=resume, overwrite=overwrite)
             for name in waiting:
                 runs[name].start(resume=resume, overwrite=overwrite)
-            learners = [
+            saes = [
                 TrainingSAE(f"{name}/{site}", site, model.widths[site], configs[name], model.device)
                 for name in waiting
                 for site in chosen
             ]
-            log_path = out / "training.jsonl"
-            checkpoints = whole.checkpoints
-            Trainer(learners, rows, first, log_path=log_path, checkpoint_folder=checkpoints, progress=progress).run()
-            for learner in learners:
-                folder = out / learner.name.removesuffix(f"/{learner.site}") / "saes" / learner.site.name
-                where = model.moved_sites.get(learner.site, "")
-                learner.export(
-                    model=model.name, fingerprint=model.fingerprint, site_path=where, reading=rows.reading
-                ).save(folder)
+            log_path, checkpoints = out / "training.jsonl", sweep_folder.checkpoints
+            Trainer(saes, rows, first, log_path=log_path, checkpoint_folder=checkpoints, progress=progress).run()
+            for sae in saes:
+                export(sae, model, rows).save(out / sae.name.removesuffix(f"/{sae.site}") / "saes" / sae.site.name)
             _split_log(log_path, {name: runs[name].path for name in waiting})
             for name in waiting:
                 runs[name].finish(read=asdict(rows.text_read()))
-        whole.finish()
+        sweep_folder.finish()
         (out / "training.jsonl").unlink(missing_ok=True)
     return Sweep.load(out)
 
@@ -161,9 +156,9 @@ def _split_log(log: Path, runs: Mapping[str, Path]) -> None:
         name, _, site = entry["site"].rpartition("/")
         if name in lines:
             lines[name].append(json.dumps({**entry, "site": site}) + "\n")
-    for name, own in lines.items():
+    for name, run_lines in lines.items():
         with atomic_write(runs[name] / "saes" / "training.jsonl") as temporary:
-            temporary.write_text("".join(own), encoding="utf-8")
+            temporary.write_text("".join(run_lines), encoding="utf-8")
 
 
 def _shared(configs: Mapping[str, TrainConfig]) -> TrainConfig:
@@ -173,7 +168,9 @@ def _shared(configs: Mapping[str, TrainConfig]) -> TrainConfig:
     first_name, first = next(iter(configs.items()))
     for name, config in configs.items():
         for option in SHARED:
-            mine, theirs = getattr(config, option), getattr(first, option)
-            if mine != theirs:
-                raise UserError(f"{option} is {mine} in {name!r} and {theirs} in {first_name!r}: a sweep has only one")
+            value, first_value = getattr(config, option), getattr(first, option)
+            if value != first_value:
+                raise UserError(
+                    f"{option} is {value} in {name!r} and {first_value} in {first_name!r}: a sweep has only one"
+                )
     return first

@@ -1,8 +1,8 @@
 """Training of sparse autoencoders: one trainer for every architecture, all sites from one forward pass of the model.
 
 1. A buffer is filled with activations of all sites from the same tokens (`sae.data.activations`), and shuffled;
-2. each learner (`sae.training.training_sae`: one autoencoder at one site) makes the gradients of its batch, and one
-   fused Adam step updates all of them; learning rate, penalty and annealing are functions of the step alone;
+2. each `TrainingSAE` (one autoencoder at one site) makes the gradients of its batch, and one fused Adam step updates
+   all of them, with the learning rates of `sae.training.schedules`;
 3. every `log_steps` steps a line a site goes to `saes/training.jsonl`; checkpoints are made at even distances;
 4. at the end each autoencoder is exported to `saes/<site>/`.
 
@@ -15,16 +15,15 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TextIO
 
 import torch
 from torch import Tensor
 
-from sae._progress import ProgressBar
 from sae._run.locks import lock
 from sae.autoencoder import SparseAutoencoder
 from sae.data.activations import ActivationSource, ContextStream, ModelActivations, StreamState
@@ -35,14 +34,10 @@ from sae.model.forward import with_gradients
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site, select_sites
 from sae.saes import SAEs
-from sae.sparse.workspace import Workspace
-from sae.training import checkpoint as checkpoints
-from sae.training.checkpoint import Checkpoint
+from sae.sparse.encoder_pass import Workspace
 from sae.training.config import TrainConfig, with_contexts_of
-from sae.training.divergence import all_finite, diverged, warn_of_useless
-from sae.training.memory import keep_freed_memory
+from sae.training.loop import BETAS, TrainingLoop, diverged
 from sae.training.run_folder import RunFolder, run_settings
-from sae.training.stopping import stopping
 from sae.training.training_sae import DEAD_LOOKS, TrainingSAE
 
 log = logging.getLogger(__name__)
@@ -50,7 +45,6 @@ log = logging.getLogger(__name__)
 BUFFER_BYTES = 2 * 2**30
 MIN_BUFFER_TOKENS = 8192
 """However many sites there are, and never less than one forward pass gives: every fill makes progress."""
-BETAS = (0.9, 0.99)
 
 
 @with_gradients
@@ -100,18 +94,20 @@ def train_saes(
             return SAEs({site: SparseAutoencoder.load(folders[site], device=model.device) for site in chosen})
         rows = open_activations(model, source, chosen, config, cache=activations)
         run.start(resume=resume, overwrite=overwrite)
-        learners = [TrainingSAE(site.name, site, model.widths[site], config, model.device) for site in chosen]
+        saes = [TrainingSAE(site.name, site, model.widths[site], config, model.device) for site in chosen]
         log_path = out / "saes" / "training.jsonl"
-        Trainer(learners, rows, config, log_path=log_path, checkpoint_folder=run.checkpoints, progress=progress).run()
-        saes = {}
-        for learner in learners:
-            where = model.moved_sites.get(learner.site, "")
-            saes[learner.site] = learner.export(
-                model=model.name, fingerprint=model.fingerprint, site_path=where, reading=rows.reading
-            )
-            saes[learner.site].save(folders[learner.site])
+        Trainer(saes, rows, config, log_path=log_path, checkpoint_folder=run.checkpoints, progress=progress).run()
+        exported = {sae.site: export(sae, model, rows) for sae in saes}
+        for site, sae in exported.items():
+            sae.save(folders[site])
         run.finish(read=asdict(rows.text_read()))
-    return SAEs(saes)
+    return SAEs(exported)
+
+
+def export(sae: TrainingSAE, model: LanguageModel | CachedModel, rows: ActivationSource) -> SparseAutoencoder:
+    """The trained autoencoder, with where its activations came from in its config."""
+    site_path = model.moved_sites.get(sae.site, "")
+    return sae.export(model=model.name, fingerprint=model.fingerprint, site_path=site_path, reading=rows.reading)
 
 
 def open_activations(
@@ -122,7 +118,7 @@ def open_activations(
     *,
     cache: CachedActivations | None,
 ) -> ActivationSource:
-    """What a trainer reads: the cache if there is one, else forward passes of the model over the text."""
+    """Activations for a trainer: the cache if there is one, else forward passes of the model over the text."""
     if cache is not None:
         return cache.only(sites)
     if isinstance(model, CachedModel):
@@ -132,12 +128,14 @@ def open_activations(
     return ModelActivations(model, stream, sites, exclude_special=config.exclude_special)
 
 
-class Trainer:
-    """Learners, the activations they read, the optimizer that moves them, and where they are in the run."""
+class Trainer(TrainingLoop):
+    """Trains autoencoders on the activations of their sites, all from the same tokens."""
+
+    unit, title = "step", "train"
 
     def __init__(
         self,
-        learners: Sequence[TrainingSAE],
+        saes: Sequence[TrainingSAE],
         activations: ActivationSource,
         config: TrainConfig,
         *,
@@ -145,64 +143,42 @@ class Trainer:
         checkpoint_folder: Path,
         progress: bool,
     ):
-        self.learners = [learner for learner in learners if learner.recipe.trained]
-        self.activations, self.config = activations, config
-        self.log_path, self.checkpoint_folder, self.progress = log_path, checkpoint_folder, progress
-        scratch = Workspace()
-        for learner in self.learners:
-            learner.scratch = scratch
-        self.device = learners[0].device
-        groups = [{"learner": learner, **group} for learner in self.learners for group in learner.groups()]
-        self.optimizer = torch.optim.Adam(
-            groups or [{"params": []}],
-            betas=BETAS,
-            fused=self.device.type in ("cpu", "cuda"),
-        )
-        self.step = self.fill = self.dealt = 0
-        self.position = StreamState()
+        self.saes = [sae for sae in saes if sae.architecture.trained]
+        self.activations, self.config, self.device = activations, config, saes[0].device
+        workspace = Workspace()
+        for sae in self.saes:
+            sae.workspace = workspace
+        groups = [{"sae": sae, **group} for sae in self.saes for group in sae.groups()]
+        fused = self.device.type in ("cpu", "cuda")
+        optimizer = torch.optim.Adam(groups or [{"params": []}], betas=BETAS, fused=fused)
+        folders = {"log_path": log_path, "checkpoint_folder": checkpoint_folder}
+        super().__init__({sae.name: sae for sae in self.saes}, optimizer, config, progress=progress, **folders)
+        self.fill = self.dealt = 0  # fills of the buffer, batches taken from the present one
+        self.position = StreamState()  # where in the text that fill began
         self.buffer: dict[Site, Tensor] = {}
-        self.orders: dict[int, Tensor] = {}  # by seed, so that each learner reads what it would read alone
+        self.orders: dict[int, Tensor] = {}  # by seed, so that each autoencoder reads what it would read alone
         self.filled = 0
-        self.explained: dict[str, float] = {}  # by name, since the last line of the log
+        self.logged_at, self.logged_step = time.monotonic(), 0
+
+    @property
+    def done(self) -> int:
+        return self.step
+
+    @property
+    def total(self) -> int:
+        return self.config.steps
 
     def run(self) -> None:
         """Trains to the end, from the last checkpoint if there is one."""
-        if self.device.type == "cpu":
-            keep_freed_memory()
         self._allocate()
         restored = self._restore()
         self._fill()
         if not restored:
-            for learner in self.learners:
-                learner.prepare(self.buffer[learner.site][: self.filled])
-        if not self.learners:
-            return
-        saves = self._checkpoint_steps()
-        self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        bar = ProgressBar(
-            total=self.config.steps, initial=self.step, unit="step", desc="train", disable=not self.progress
-        )
-        logged_at, logged_step = time.monotonic(), self.step
-        try:
-            with bar, self.log_path.open("a", encoding="utf-8") as lines, stopping() as stop:
-                while self.step < self.config.steps:
-                    self._one_step()
-                    bar.update()
-                    if self.step % self.config.log_steps == 0 or self.step == self.config.steps:
-                        seconds = time.monotonic() - logged_at
-                        speed = (self.step - logged_step) * self.config.batch / max(seconds, 1e-9)
-                        bar.set_postfix_str(self._log(lines, speed))
-                        logged_at, logged_step = time.monotonic(), self.step
-                    if self.step in saves or stop:
-                        lines.flush()
-                        self._save()
-                    if stop and self.step < self.config.steps:
-                        raise KeyboardInterrupt
-            self._check_weights()
-            warn_of_useless(self.explained)
-        except KeyboardInterrupt:
-            log.warning("interrupted after %d of %d steps; the last checkpoint stands", self.step, self.config.steps)
-            raise
+            for sae in self.saes:
+                sae.prepare(self.buffer[sae.site][: self.filled])
+        if self.saes:
+            self.logged_at, self.logged_step = time.monotonic(), self.step
+            self._run_loop()
 
     def _allocate(self) -> None:
         """The buffers of all sites, in float32, within the memory allowed."""
@@ -217,7 +193,7 @@ class Trainer:
         """Fills the buffer from the present position and deals the rows out in a new order."""
         self.activations.seek(self.position)
         self.filled = self.activations.fill(self.buffer)
-        for seed in {learner.config.seed for learner in self.learners}:
+        for seed in {sae.config.seed for sae in self.saes}:
             generator = torch.Generator().manual_seed(1_000_003 * seed + self.fill)
             self.orders[seed] = torch.randperm(self.filled, generator=generator).to(self.device)
 
@@ -234,50 +210,39 @@ class Trainer:
 
     def _one_step(self) -> None:
         rows = self._next_rows()
-        cast = torch.autocast("cuda", torch.bfloat16) if self._casts else nullcontext()
-        with cast:
-            for learner in self.learners:
-                x = self.buffer[learner.site][rows[learner.config.seed]]
-                if self.step in learner.resample_steps:
-                    learner.resample(x, self.optimizer.state, self.step)
-                learner.step(x, self.step)
+        casts = self.config.autocast and self.device.type == "cuda"
+        with torch.autocast("cuda", torch.bfloat16) if casts else nullcontext():
+            for sae in self.saes:
+                x = self.buffer[sae.site][rows[sae.config.seed]]
+                if self.step in sae.resample_steps:
+                    sae.resample(x, self.optimizer.state, self.step)
+                sae.step(x, self.step)
         if self.device.type == "cpu" or self.step % DEAD_LOOKS == 0:  # a look at a number waits for the device
             self._check_losses()
         for group in self.optimizer.param_groups:
-            learner = group["learner"]
-            group["lr"] = group["factor"] * learner.config.learning_rate_at(self.step, learner.width)
+            group["lr"] = group["factor"] * group["sae"].schedule.learning_rate(self.step)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        for learner in self.learners:
-            learner.constrain()
+        for sae in self.saes:
+            sae.constrain()
         self.step += 1
 
     def _check_losses(self) -> None:
         """`UserError` where a loss since the last line of the log is not finite."""
-        losses = torch.stack([learner.state["loss"] for learner in self.learners])
-        if not losses.isfinite().all():
-            worst = int((~losses.isfinite()).nonzero()[0])
-            raise diverged(self.learners[worst].name, self.step, self.checkpoint_folder)
+        finite = torch.stack([sae.state["loss"] for sae in self.saes]).isfinite()
+        if not finite.all():
+            raise diverged(self.saes[int((~finite).nonzero()[0])].name, self.step, self.checkpoint_folder)
 
-    def _check_weights(self) -> None:
-        """`UserError` where a loss or weight is not finite: such an autoencoder is neither saved nor exported."""
-        self._check_losses()
-        for learner in self.learners:
-            if not all_finite(weight.detach() for weight in learner.weights.values()):
-                raise diverged(learner.name, self.step, self.checkpoint_folder)
-
-    @property
-    def _casts(self) -> bool:
-        return self.config.autocast and self.device.type == "cuda"
-
-    def _log(self, lines: Any, speed: float) -> str:
-        """Writes a line a learner and returns the means for the bar."""
-        reports = {learner: learner.report() for learner in self.learners}
-        self.explained = {learner.name: report["explained_variance"] for learner, report in reports.items()}
+    def _log(self, lines: TextIO) -> str:
+        now, tokens = time.monotonic(), (self.step - self.logged_step) * self.config.batch
+        speed = tokens / max(now - self.logged_at, 1e-9)
+        self.logged_at, self.logged_step = now, self.step
+        reports = {sae: sae.report() for sae in self.saes}
+        self.explained = {sae.name: report["explained_variance"] for sae, report in reports.items()}
         epoch = self.activations.position().epoch
-        for learner, report in reports.items():
-            rate = learner.config.learning_rate_at(self.step - 1, learner.width)
-            line = {"step": self.step, "tokens": self.step * self.config.batch, "site": learner.name, **report}
+        for sae, report in reports.items():
+            rate = sae.schedule.learning_rate(self.step - 1)
+            line = {"step": self.step, "tokens": self.step * self.config.batch, "site": sae.name, **report}
             line |= {"learning_rate": rate, "tokens_per_second": round(speed), "epoch": epoch}
             lines.write(json.dumps(line) + "\n")
         shared = ("loss", "l0", "explained_variance", "dead")  # what every architecture reports
@@ -285,34 +250,11 @@ class Trainer:
         named = f"loss {mean['loss']:.3f}, L0 {mean['l0']:.1f}, explained {mean['explained_variance']:.3f}"
         return f"{named}, dead {mean['dead']:.2f}, {speed:,.0f} tokens/s"
 
-    def _checkpoint_steps(self) -> set[int]:
-        count, steps = self.config.checkpoints, self.config.steps
-        return {round(i * steps / count) for i in range(1, count + 1)} if count else set()
+    def _position(self) -> StreamState:
+        return self.position
 
-    def _tensors(self) -> dict[str, Tensor]:
-        """Everything that changes in training, by name; the tensors themselves, not copies."""
-        tensors: dict[str, Tensor] = {}
-        for learner in self.learners:
-            tensors |= checkpoints.tensors_of(learner.name, learner.weights, learner.state, self.optimizer)
-        return tensors
+    def _counters(self) -> dict[str, int]:
+        return {"fill": self.fill, "dealt": self.dealt}
 
-    def _save(self) -> None:
-        self._check_weights()
-        size = self.log_path.stat().st_size
-        state = Checkpoint(self.step, self.fill, self.dealt, self.position, size, self._tensors())
-        checkpoints.save(self.checkpoint_folder, state)
-
-    def _restore(self) -> bool:
-        """Puts the last checkpoint in force; False if there is none."""
-        found = checkpoints.latest(self.checkpoint_folder)
-        if found is None:
-            self.log_path.unlink(missing_ok=True)
-            return False
-        self.step, self.fill, self.dealt, self.position = found.step, found.fill, found.dealt, found.position
-        for learner in self.learners:
-            checkpoints.make_moments(learner.name, learner.weights, self.optimizer, found.tensors)
-        with torch.no_grad():
-            checkpoints.put_in_force(self._tensors(), found, self.checkpoint_folder)
-        checkpoints.cut_log(self.log_path, found.log_bytes)
-        log.info("resumed after step %d of %d", self.step, self.config.steps)
-        return True
+    def _restore_counters(self, counters: Mapping[str, int], position: StreamState) -> None:
+        self.fill, self.dealt, self.position = counters["fill"], counters["dealt"], position

@@ -121,10 +121,10 @@ class Rows:
 
 def train_ours(site: Site, x: Tensor, config: TrainConfig, out: Path) -> SparseAutoencoder:
     """Our own autoencoder on rows x [N, d]."""
-    learner = TrainingSAE(site.name, site, x.shape[1], config, torch.device("cpu"))
+    one = TrainingSAE(site.name, site, x.shape[1], config, torch.device("cpu"))
     places = {"log_path": out / "training.jsonl", "checkpoint_folder": out / "checkpoints"}
-    Trainer([learner], Rows(site, x), config, progress=False, **places).run()
-    sae = learner.export()
+    Trainer([one], Rows(site, x), config, progress=False, **places).run()
+    sae = one.export()
     sae.save(out / "sae")
     return sae
 

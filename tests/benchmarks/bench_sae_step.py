@@ -19,7 +19,7 @@ On CUDA every step is timed a second time with torch in place of the Triton kern
 itself on both sides (`kernel_times`), beside the encoder's product as a share of the step.
 
 Memory is the peak of the process while steps run over what it took before there was an autoencoder, and must be
-within `TOLERANCE` (and `SLACK`) of `sae.training.memory`'s formula. Exit status 1 if a step is slower than a peer's or
+within `TOLERANCE` (and `SLACK`) of `training_memory`'s formula. Exit status 1 if a step is slower than a peer's or
 memory is off.
 """
 
@@ -43,14 +43,14 @@ import torch
 
 from sae.architectures import ARCHITECTURES
 from sae.model.sites import Site
-from sae.sparse.rows import using
+from sae.sparse.segment_ops import using
 from sae.training.config import TrainConfig
-from sae.training.memory import training_memory
-from sae.training.trainer import BETAS
+from sae.training.loop import BETAS
 from sae.training.training_sae import TrainingSAE
 from tests.benchmarks import peer_steps
 from tests.benchmarks.kernel_times import kernel_times
 from tests.benchmarks.peer_steps import PACKAGES, Sizes, Step
+from tests.benchmarks.training_memory import training_memory
 
 TOLERANCE = 0.15
 """Largest relative difference between the memory stated and taken."""
@@ -116,42 +116,42 @@ def training_step(state: str, sizes: Sizes, config: TrainConfig, batch: Callable
     mode, state = "torch" if state.endswith(IN_TORCH) else "auto", state.removesuffix(IN_TORCH)
     name, dense, dead = state.split("+")[0].split()[0], state.endswith(" dense"), state.endswith("+auxk")
     config = replace(config, architecture=name, sparsity=None if dense else 1e-4)
-    learner = TrainingSAE("bench", Site.parse("resid_0"), sizes.width, config, torch.device(sizes.device))
-    optimizer = torch.optim.Adam(learner.weights.values(), lr=1e-6, betas=BETAS, fused=True)
-    learner.prepare(batch())
-    if learner.recipe.may_be_dense and not dense:
-        _make_sparse(learner, batch(), sizes.k)
+    one = TrainingSAE("bench", Site.parse("resid_0"), sizes.width, config, torch.device(sizes.device))
+    optimizer = torch.optim.Adam(one.weights.values(), lr=1e-6, betas=BETAS, fused=True)
+    one.prepare(batch())
+    if not one.architecture.fixed_k and not dense:
+        _make_sparse(one, batch(), sizes.k)
 
     def run() -> None:
         if dead:
-            learner.state["silent"][::2] = peer_steps.LONG_AGO
+            one.state["silent"][::2] = peer_steps.LONG_AGO
         with using(mode):
             with sizes.autocast():
-                learner.step(batch(), config.steps // 2)
+                one.step(batch(), config.steps // 2)
             optimizer.step()
             optimizer.zero_grad()
-            learner.constrain()
+            one.constrain()
 
     return run
 
 
 @torch.no_grad()
-def _make_sparse(learner: TrainingSAE, x: torch.Tensor, k: int) -> None:
+def _make_sparse(one: TrainingSAE, x: torch.Tensor, k: int) -> None:
     """Biases with which about k features a token are active, as late in training."""
-    x = (x[:256] - learner.state["centre"]) / learner.state["scale"]
-    z = (x @ learner.weights["W_enc"].T).flatten()
-    cut = z[:: max(1, len(z) // 2**20)].quantile(1 - k / learner.n_features)
+    x = (x[:256] - one.state["centre"]) / one.state["scale"]
+    z = (x @ one.weights["W_enc"].T).flatten()
+    cut = z[:: max(1, len(z) // 2**20)].quantile(1 - k / one.n_features)
     for name in ("b_enc", "gate_bias"):
-        if name in learner.weights and "threshold" not in learner.weights:
-            learner.weights[name].fill_(-cut)
-    if "threshold" in learner.weights:
-        learner.weights["threshold"].fill_(cut)
-    learner.state["l0"].fill_(k)
+        if name in one.weights and "threshold" not in one.weights:
+            one.weights[name].fill_(-cut)
+    if "threshold" in one.weights:
+        one.weights["threshold"].fill_(cut)
+    one.state["l0"].fill_(k)
 
 
 def states_by_kind(names: list[str]) -> dict[str, list[str]]:
     """Our states by what a peer's step of the same is called: it has only one for sparse and dense ones."""
-    kinds = {name: [name, *([f"{name} dense"] if ARCHITECTURES[name].may_be_dense else [])] for name in names}
+    kinds = {name: [name, *([f"{name} dense"] if not ARCHITECTURES[name].fixed_k else [])] for name in names}
     return {kind: states for name in kinds for kind, states in _with_auxk(name, kinds[name]).items()}
 
 
@@ -262,7 +262,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", help="architectures, separated by commas")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     options = parser.parse_args()
-    trained = [name for name, recipe in ARCHITECTURES.items() if recipe.trained]
+    trained = [name for name, architecture in ARCHITECTURES.items() if architecture.trained]
     names = options.only.split(",") if options.only else trained
     if unknown := [name for name in names if name not in trained]:
         parser.error(f"--only names {', '.join(unknown)}; there are {', '.join(trained)}")

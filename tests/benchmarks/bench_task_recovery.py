@@ -37,7 +37,8 @@ from sae.model.language_model import LanguageModel
 from sae.model.load import load_model
 from sae.model.sites import Site
 from sae.saes import load_saes
-from sae.training.trainer import TrainConfig, train_saes
+from sae.training.config import TrainConfig
+from sae.training.trainer import train_saes
 from tests.circuits.ground_truth import recovery
 
 MAX_ROWS = 512

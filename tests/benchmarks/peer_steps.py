@@ -64,7 +64,7 @@ def prepare(sizes: Sizes) -> None:
     torch.set_num_threads(sizes.threads)
     torch.manual_seed(0)
     torch.randn(256, 256, device=sizes.device) @ torch.randn(256, 256, device=sizes.device)  # libraries load
-    if sizes.malloc == "reuse" and hasattr(ctypes.CDLL(None), "mallopt"):  # as sae.training.memory.keep_freed_memory
+    if sizes.malloc == "reuse" and hasattr(ctypes.CDLL(None), "mallopt"):  # as circuits.cli.main
         mallopt = ctypes.CDLL(None).mallopt
         _ = mallopt(M_MMAP_THRESHOLD, 2**28) or mallopt(M_MMAP_THRESHOLD, 2**25)
         mallopt(M_TRIM_THRESHOLD, 2**30)

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from sae.architectures import ARCHITECTURES, architecture
-from sae.architectures.base import Hyper
+from sae.architectures.losses import Hyper
 from sae.architectures.matryoshka import prefix_ends
 from sae.autoencoder import SAEConfig, SparseAutoencoder
 from sae.errors import UserError
 from sae.sparse.activations import SparseActs, stable_order
-from sae.sparse.selection import BatchSelector, above, concatenate, largest, top_k
-from sae.sparse.workspace import Workspace, row_chunks
+from sae.sparse.encoder_pass import Workspace, row_chunks
+from sae.sparse.selection import BatchSelector, above, top_k
 from tests.near import assert_near
 
 N, D, F, K = 37, 12, 48, 5
@@ -28,8 +28,8 @@ def make_weights(name, seed=0):
         return torch.randn(*shape, generator=generator)
 
     tensors = {"W_enc": normal(F, D), "b_enc": 0.3 * normal(F), "W_dec": normal(F, D) / D**0.5, "b_dec": normal(D)}
-    own = architecture(name).own_weights(F)
-    tensors |= {key: value + 0.3 * normal(F).abs() for key, value in own.items()}
+    extra = architecture(name).extra_weights(F)
+    tensors |= {key: value + 0.3 * normal(F).abs() for key, value in extra.items()}
     return {key: value.requires_grad_() for key, value in tensors.items()}
 
 
@@ -97,15 +97,16 @@ def twin_loss(name, x, w, hyper):
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Several row chunks even in these small batches."""
-    monkeypatch.setattr("sae.sparse.workspace.CPU_CHUNK_BYTES", 4 * F * 10)
-    monkeypatch.setattr("sae.sparse.workspace.MIN_CHUNK_ROWS", 1)
+    monkeypatch.setattr("sae.sparse.encoder_pass.CPU_CHUNK_BYTES", 4 * F * 10)
+    monkeypatch.setattr("sae.sparse.encoder_pass.MIN_CHUNK_ROWS", 1)
+    monkeypatch.setattr("sae.architectures.base.DENSE_CHUNK_BYTES", 4 * F * 10)
 
 
-def own_step(name, *, dense=False, dead=None, hyper=HYPER, x=None, scratch=None):
+def own_step(name, *, dense=False, dead=None, hyper=HYPER, x=None, workspace=None):
     w = make_weights(name)
-    state = architecture(name).own_state()
+    state = architecture(name).extra_state()
     x = make_x() if x is None else x
-    stats = architecture(name).step(x, w, hyper, state, dead=dead, dense=dense, scratch=scratch)
+    stats = architecture(name).step(x, w, hyper, state, dead=dead, dense=dense, workspace=workspace)
     return w, stats, state
 
 
@@ -135,7 +136,7 @@ def test_what_is_selected_but_negative_is_not_active(name):
     mine, twin = make_weights(name), make_weights(name)
     for w in (mine, twin):
         w["b_enc"].data -= 8.0
-    stats = architecture(name).step(x, mine, hyper, architecture(name).own_state())
+    stats = architecture(name).step(x, mine, hyper, architecture(name).extra_state())
     loss, f = twin_loss(name, x, twin, hyper)
     loss.backward()
     assert 0 < (f > 0).sum() < 11 * N / 2
@@ -157,7 +158,7 @@ def test_what_is_exported_encodes_as_the_step_did(name):
 
 @pytest.mark.parametrize("dense", [False, True])
 def test_gradients_of_two_steps_add_up(dense):
-    w, states = make_weights("relu"), architecture("relu").own_state()
+    w, states = make_weights("relu"), architecture("relu").extra_state()
     for seed in (1, 2):
         architecture("relu").step(make_x(seed), w, HYPER, states, dense=dense)
     twin = make_weights("relu")
@@ -202,19 +203,19 @@ def test_jumprelu_with_a_target_has_the_gradients_of_the_quadratic_penalty(dense
 
 
 def test_steps_that_share_buffers_do_not_see_each_other():
-    scratch = Workspace()
+    workspace = Workspace()
     for name in TRAINED:
         for dense in (False, True) if name in PENALISED else (False,):
             alone, stats, _ = own_step(name, dense=dense)
-            sharing, shared_stats, _ = own_step(name, dense=dense, scratch=scratch)
+            sharing, shared_stats, _ = own_step(name, dense=dense, workspace=workspace)
             assert torch.equal(stats.fired, shared_stats.fired)
             for key, weight in alone.items():
                 assert weight.grad is None or torch.equal(weight.grad, sharing[key].grad), (name, dense, key)
-    assert scratch.n_bytes == 3 * 4 * 10 * F  # three buffers of ten rows
+    assert workspace.n_bytes == 4 * 10 * F  # ten rows
 
 
 def test_chunks_are_equally_long_and_within_their_budget(monkeypatch):
-    monkeypatch.setattr("sae.sparse.workspace.CPU_CHUNK_BYTES", 4 * F * 16)
+    monkeypatch.setattr("sae.sparse.encoder_pass.CPU_CHUNK_BYTES", 4 * F * 16)
     chunks = list(row_chunks(N, F, torch.device("cpu")))
     assert [(c.start, c.stop) for c in chunks] == [(0, 13), (13, 26), (26, 37)]
 
@@ -250,7 +251,7 @@ def test_auxk_adds_the_gradient_of_the_papers_loss(name):
 
 def test_auxk_is_of_the_first_tokens_alone(monkeypatch):
     """Chunks have ten rows, so the second one is cut."""
-    monkeypatch.setattr("sae.architectures.base.AUX_TOKENS", 14)
+    monkeypatch.setattr("sae.sparse.encoder_pass.AUX_TOKENS", 14)
     dead, hyper = torch.tensor([3, 8, 20, 21, 40]), Hyper(k=K, k_aux=9, aux_alpha=0.25)  # 9 are more than are dead
     mine, _, _ = own_step("topk", dead=dead, hyper=hyper)
     twin, x = make_weights("topk"), make_x()
@@ -264,7 +265,7 @@ def test_auxk_is_of_the_first_tokens_alone(monkeypatch):
 
 def test_batchtopk_threshold_is_the_mean_of_the_smallest_kept_activations():
     arch, w = architecture("batchtopk"), make_weights("batchtopk")
-    state, smallest = arch.own_state(), []
+    state, smallest = arch.extra_state(), []
     for seed in range(5):
         x = make_x(seed)
         arch.step(x, w, HYPER, state)
@@ -279,12 +280,12 @@ def test_above_lists_every_entry_over_the_bound_in_token_order(n_features):
     z = torch.randn(20, n_features)
     z[3], z[4] = 0.3, 0.3  # not over it; the second in a group with larger ones
     z[4, -1] = 1.0
-    token, feature, value = above(z, 0.3)
-    found = torch.zeros_like(z, dtype=torch.bool)
-    found[token, feature] = True
-    assert torch.equal(found, z > 0.3)
-    assert torch.equal(value, z[token, feature])
-    assert torch.equal(token, token.sort().values)
+    acts = above(z, 0.3)
+    listed = torch.zeros_like(z, dtype=torch.bool)
+    listed[acts.token, acts.feature] = True
+    assert torch.equal(listed, z > 0.3)
+    assert torch.equal(acts.z, z[acts.token, acts.feature])
+    assert torch.equal(acts.token, acts.token.sort().values)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -295,11 +296,10 @@ def test_batch_selection_is_exact_also_when_the_first_chunk_misleads(seed, k):
     z[:16] *= 10  # the bound read from the first chunk is far too high
     selector = BatchSelector(k, len(z))
     while True:
-        starts = list(range(0, 64, 16))
-        entries = concatenate([selector.candidates(z[start : start + 16]) for start in starts], starts)
+        entries = SparseActs.concatenate([selector.candidates(chunk) for chunk in z.split(16)])
         if selector.enough(entries):
             break
-    chosen = largest(entries, k * len(z))
+    chosen = entries.largest(k * len(z))
     expected = z.flatten().sort(descending=True).values[: k * len(z)]
     assert torch.equal(chosen.z.sort(descending=True).values, expected[expected > 0])
     assert torch.equal(z[chosen.token, chosen.feature], chosen.z)
@@ -308,7 +308,7 @@ def test_batch_selection_is_exact_also_when_the_first_chunk_misleads(seed, k):
 def test_one_pass_selects_a_batch_whose_chunks_are_alike():
     z = torch.randn(512, 256, generator=torch.Generator().manual_seed(0))
     selector = BatchSelector(8, len(z))
-    entries = concatenate([selector.candidates(part) for part in z.split(128)], [0, 128, 256, 384])
+    entries = SparseActs.concatenate([selector.candidates(chunk) for chunk in z.split(128)])
     assert selector.bound > 0 and selector.enough(entries)
 
 
@@ -320,11 +320,11 @@ def test_a_batch_with_fewer_positive_entries_than_wanted_gives_those(k, lift):
     assert (z > 0).sum() < k * 64
     selector = BatchSelector(k, 64)
     for last in (False, True):
-        entries = concatenate([selector.candidates(part) for part in z.split(16)], [0, 16, 32, 48])
+        entries = SparseActs.concatenate([selector.candidates(chunk) for chunk in z.split(16)])
         if selector.enough(entries):
             break
         assert not last
-    assert torch.equal(largest(entries, k * 64).z.sort().values, z[z > 0].sort().values)
+    assert torch.equal(entries.largest(k * 64).z.sort().values, z[z > 0].sort().values)
 
 
 @pytest.mark.parametrize("n", [40, 2**16, 2**16 + 2])
@@ -341,26 +341,26 @@ def test_top_k_keeps_the_largest(n_features):
     assert torch.equal(z.gather(1, feature), value)
 
 
-def test_an_empty_code_decodes_to_zero_and_has_zero_gradients():
+def test_empty_activations_decode_to_zero_and_have_zero_gradients():
     index = torch.empty(0, dtype=torch.int64)
-    code = SparseActs(index, index, torch.empty(0), n_tokens=3, n_features=F)
+    acts = SparseActs(index, index, torch.empty(0), n_tokens=3, n_features=F)
     W_enc, b_enc = torch.randn(F, D, requires_grad=True), torch.zeros(F, requires_grad=True)
     W_dec = torch.randn(F, D, requires_grad=True)
-    z = code.encode(W_enc, b_enc, None, torch.randn(3, D))
-    out = code.decode(z, W_dec)
+    z = acts.encode(W_enc, b_enc, None, torch.randn(3, D))
+    out = acts.decode(z, W_dec)
     assert torch.equal(out, torch.zeros(3, D))
     out.square().sum().backward()
     assert all(torch.equal(w.grad, torch.zeros_like(w)) for w in (W_enc, b_enc, W_dec))
 
 
-def test_a_sparse_code_of_everything_sums_expands_and_decodes_like_the_matrix():
+def test_sparse_activations_of_everything_sum_expand_and_decode_like_the_matrix():
     z = torch.randn(N, F)
-    token, feature, value = above(z, -100.0)
-    code = SparseActs(token, feature, value, n_tokens=N, n_features=F)
+    acts = above(z, -100.0)
+    token, feature, value = acts.token, acts.feature, acts.z
     parameter, W_dec = torch.randn(F), torch.randn(F, D)
-    torch.testing.assert_close(code.sum_tokens(value), z.sum(0))
-    torch.testing.assert_close(code.decode(value, W_dec), z @ W_dec, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(code.expand(parameter), parameter.expand(N, F)[token, feature])
+    torch.testing.assert_close(acts.sum_tokens(value), z.sum(0))
+    torch.testing.assert_close(acts.decode(value, W_dec), z @ W_dec, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(acts.expand(parameter), parameter.expand(N, F)[token, feature])
 
 
 def test_unknown_architecture_names_the_nearest():

@@ -11,7 +11,7 @@ import torch
 
 from sae.errors import UserError
 from sae.model.sites import Site
-from sae.sparse import rows
+from sae.sparse import segment_ops
 from sae.sparse.activations import SparseActs
 from sae.sparse.selection import above
 from sae.training.config import TrainConfig
@@ -31,14 +31,14 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """`sae.sparse.triton_kernels` with windows of eight entries, at work wherever `sae.sparse.rows` is asked."""
+    """`sae.sparse.triton_kernels` with windows of eight entries, at work wherever `sae.sparse.segment_ops` is asked."""
     pytest.importorskip("triton", reason="Triton is not installed")
     if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("there is no GPU, and TRITON_INTERPRET is not 1")
     from sae.sparse import triton_kernels as kernels
 
     monkeypatch.setattr(kernels, "WINDOW", 8)
-    with rows.using("triton"):
+    with segment_ops.using("triton"):
         yield kernels
 
 
@@ -71,8 +71,8 @@ def assert_bags_agree(kernels, bags):
     torch.testing.assert_close(out.double(), expected, atol=tolerance * 10, rtol=tolerance)
     expected_dots = (x * bags["rows"].double()[bags["bag"]]).sum(1)
     torch.testing.assert_close(dots.double(), expected_dots, atol=tolerance * 10, rtol=tolerance)
-    with rows.using("torch"):
-        twin = rows.weighted_segment_sum(source, index, offsets, weight)
+    with segment_ops.using("torch"):
+        twin = segment_ops.weighted_segment_sum(source, index, offsets, weight)
     assert twin.dtype == out.dtype
     torch.testing.assert_close(out, twin, atol=tolerance * 10, rtol=tolerance)
 
@@ -119,38 +119,38 @@ def test_projection_and_normalisation_are_those_of_torch(kernels, d):
     unit, gradient = (torch.randn(9, d, generator=generator).to(DEVICE) for _ in range(2))
     unit[4] = 0
     twin, twin_gradient = unit.clone(), gradient.clone()
-    rows.normalize_rows_(unit)
-    rows.remove_parallel_(gradient, unit)
-    with rows.using("torch"):
-        rows.normalize_rows_(twin)
-        rows.remove_parallel_(twin_gradient, twin)
+    segment_ops.normalize_rows_(unit)
+    segment_ops.remove_parallel_(gradient, unit)
+    with segment_ops.using("torch"):
+        segment_ops.normalize_rows_(twin)
+        segment_ops.remove_parallel_(twin_gradient, twin)
     torch.testing.assert_close(unit, twin)
     torch.testing.assert_close(gradient, twin_gradient, atol=1e-5, rtol=1e-5)
 
 
 def test_a_code_without_entries_has_zero_sums_and_gradients(kernels):
     index = torch.empty(0, dtype=torch.int64, device=DEVICE)
-    code = SparseActs(index, index, torch.empty(0, device=DEVICE), n_tokens=3, n_features=6)
+    acts = SparseActs(index, index, torch.empty(0, device=DEVICE), n_tokens=3, n_features=6)
     weights = [torch.randn(6, 5, device=DEVICE, requires_grad=True) for _ in range(2)]
-    out = code.decode(code.encode(weights[0], None, None, torch.randn(3, 5, device=DEVICE)), weights[1])
+    out = acts.decode(acts.encode(weights[0], None, None, torch.randn(3, 5, device=DEVICE)), weights[1])
     assert torch.equal(out, torch.zeros(3, 5, device=DEVICE))
     out.square().sum().backward()
     assert all(torch.equal(w.grad, torch.zeros_like(w)) for w in weights)
 
 
 @pytest.mark.parametrize(("levels", "frozen"), [(3, "nothing"), (1, "values"), (1, "rows")])
-def test_gradients_of_a_code_are_those_of_the_matrix(kernels, levels, frozen):
+def test_gradients_of_sparse_activations_are_those_of_the_matrix(kernels, levels, frozen):
     z = torch.randn(11, 14, device=DEVICE)
     z[:, 3] = z[:, 3].abs() + 1  # a feature of every token: a long bag
-    code = SparseActs(*above(z, 0.4), n_tokens=11, n_features=14)
-    code = code if levels == 1 else code.at_levels(code.feature % levels, levels)
-    value = code.z.clone().requires_grad_(frozen != "values")
+    acts = above(z, 0.4)
+    acts = acts if levels == 1 else acts.at_levels(acts.feature % levels, levels)
+    value = acts.z.clone().requires_grad_(frozen != "values")
     W_dec = torch.randn(14, 10, device=DEVICE, requires_grad=frozen != "rows")
     g = torch.randn(levels, 11, 10, device=DEVICE)
     f = torch.zeros(levels, 11, 14, device=DEVICE)
-    place = (torch.zeros_like(code.token) if code.level is None else code.level), code.token, code.feature
+    place = (torch.zeros_like(acts.token) if acts.level is None else acts.level), acts.token, acts.feature
     expected = f.index_put(place, value) @ W_dec
-    out = code.decode(value, W_dec).view(levels, 11, 10)
+    out = acts.decode(value, W_dec).view(levels, 11, 10)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
     for leaf in (value, W_dec):
         if leaf.requires_grad:
@@ -163,19 +163,19 @@ def one_step(name, *, cast, dead, mode):
     """Weights with gradients, and state, after a step in the middle of training and the constraints after it."""
     torch.manual_seed(0)
     config = TrainConfig(architecture=name, features=20, k=3, batch_size=12, tokens=12_000, sparsity=0.01, aux_k=4)
-    learner = TrainingSAE("site", Site.parse("resid_0"), 8, config, torch.device(DEVICE))
+    one = TrainingSAE("site", Site.parse("resid_0"), 8, config, torch.device(DEVICE))
     x = torch.randn(12, 8, device=DEVICE) + torch.randn(8, device=DEVICE)
-    learner.prepare(x)
-    learner.state["l0"].fill_(1)  # the sparse step of architectures that have two
+    one.prepare(x)
+    one.state["l0"].fill_(1)  # the sparse step of architectures that have two
     if dead:
-        learner.state["silent"][::2] = 10**9
-    with rows.using(mode), torch.autocast(DEVICE, torch.bfloat16) if cast else nullcontext():
-        learner.step(x, 480)
-        gradients = {key: weight.grad.clone() for key, weight in learner.weights.items()}
+        one.state["silent"][::2] = 10**9
+    with segment_ops.using(mode), torch.autocast(DEVICE, torch.bfloat16) if cast else nullcontext():
+        one.step(x, 480)
+        gradients = {key: weight.grad.clone() for key, weight in one.weights.items()}
         with torch.no_grad():
-            learner.weights["W_dec"].mul_(1.5)
-        learner.constrain()
-    return gradients | {f"weight {key}": weight.detach() for key, weight in learner.weights.items()} | learner.state
+            one.weights["W_dec"].mul_(1.5)
+        one.constrain()
+    return gradients | {f"weight {key}": weight.detach() for key, weight in one.weights.items()} | one.state
 
 
 @pytest.mark.parametrize(
@@ -193,12 +193,12 @@ def test_a_step_is_the_same_with_and_without_kernels(kernels, name):
 
 
 def test_every_use_of_rows_asks_for_the_kernels(kernels, monkeypatch):
-    used = set()
-    for function in ("bag_sum", "bag_sum_and_dots", "project_", "normalise_"):
+    used, functions = set(), ("weighted_segment_sum", "bag_sum_and_dots", "remove_parallel_", "normalize_rows_")
+    for function in functions:
         original = getattr(kernels, function)
         monkeypatch.setattr(kernels, function, lambda *a, f=original: (used.add(f.__name__), f(*a))[1])
     one_step("topk", cast=False, dead=False, mode="triton")
-    assert used == {"bag_sum", "bag_sum_and_dots", "project_", "normalise_"}
+    assert used == set(functions)
     used.clear()
     one_step("topk", cast=False, dead=False, mode="torch")
     if DEVICE == "cpu":
@@ -207,33 +207,34 @@ def test_every_use_of_rows_asks_for_the_kernels(kernels, monkeypatch):
 
 
 def test_kernels_that_are_wrong_are_found(kernels, monkeypatch):
-    rows.check(kernels, DEVICE)
+    segment_ops.check(kernels, DEVICE)
     monkeypatch.setattr(
         kernels,
         "_owners",
         lambda offsets, n, n_windows: torch.zeros(2 * n_windows, dtype=torch.int64, device=offsets.device),
     )
     with pytest.raises(AssertionError):
-        rows.check(kernels, DEVICE)
+        segment_ops.check(kernels, DEVICE)
 
 
 def test_an_unknown_choice_of_kernels_is_told():
-    with rows.using("cuda"), pytest.raises(UserError, match="SFC_KERNELS is 'cuda', allowed are auto, torch, triton"):
-        rows.kernels_for(torch.zeros(1))
+    message = "SFC_KERNELS is 'cuda', allowed are auto, torch, triton"
+    with segment_ops.using("cuda"), pytest.raises(UserError, match=message):
+        segment_ops.kernels_for(torch.zeros(1))
 
 
 def test_kernels_that_nothing_can_run_are_told(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with rows.using("triton"), pytest.raises(UserError, match="Triton has no code for 'cpu'"):
-        rows.kernels_for(torch.zeros(1))
+    with segment_ops.using("triton"), pytest.raises(UserError, match="Triton has no code for 'cpu'"):
+        segment_ops.kernels_for(torch.zeros(1))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setitem(sys.modules, "sae.sparse.triton_kernels", None)  # as where Triton is not installed
-    with rows.using("triton"), pytest.raises(UserError, match="Triton cannot be imported"):
-        rows.kernels_for(torch.zeros(1))
+    with segment_ops.using("triton"), pytest.raises(UserError, match="Triton cannot be imported"):
+        segment_ops.kernels_for(torch.zeros(1))
 
 
 def test_numbers_of_double_precision_stay_with_torch(kernels):
-    assert rows.kernels_for(torch.zeros(2, 2, dtype=torch.float64)) is None
+    assert segment_ops.kernels_for(torch.zeros(2, 2, dtype=torch.float64)) is None
 
 
 @pytest.mark.parametrize("name", ["topk", "batchtopk"])
@@ -244,10 +245,10 @@ def test_a_step_on_a_gpu_waits_for_sizes_of_a_selection_only(name, monkeypatch):
     if name != "topk":
         monkeypatch.setattr("torch.fx.experimental._config.meta_nonzero_assume_all_nonzero", True)
     config = TrainConfig(architecture=name, features=512, k=16, batch_size=64, tokens=64_000)
-    learner = TrainingSAE("site", Site.parse("resid_0"), 32, config, torch.device("meta"))
-    learner.step(torch.randn(64, 32, device="meta"), 1)
-    learner.constrain()
-    assert learner.weights["W_enc"].grad.shape == (512, 32)
+    one = TrainingSAE("site", Site.parse("resid_0"), 32, config, torch.device("meta"))
+    one.step(torch.randn(64, 32, device="meta"), 1)
+    one.constrain()
+    assert one.weights["W_enc"].grad.shape == (512, 32)
 
 
 def compile_kernels():

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sae.architectures import architecture
-from sae.architectures.base import Encoder
 from sae.data import text
 from sae.data.activations import ContextStream, ModelActivations
 from sae.data.cache import CachedActivations
@@ -19,9 +18,11 @@ from sae.data.text import TextSource
 from sae.errors import UserError
 from sae.model.sites import Site
 from sae.saes import load_saes
-from sae.sparse import workspace as products
-from sae.training.config import TrainConfig
-from sae.training.finetuning import FinetuneConfig, finetune_saes
+from sae.sparse import encoder_pass
+from sae.sparse.encoder_pass import EncoderPass
+from sae.training.config import FinetuneConfig, TrainConfig
+from sae.training.finetuning import finetune_saes
+from sae.training.schedules import Schedule
 from sae.training.sweep import grid, sweep
 from sae.training.trainer import Trainer, train_saes
 from sae.training.training_sae import TrainingSAE
@@ -41,7 +42,7 @@ def recorded(out: Path, command: str) -> dict:
 
 @pytest.mark.parametrize(("name", "rate"), [("topk", 1e30), ("relu", 1e308), ("gated", 1e30)])
 def test_training_that_diverges_is_no_success(tiny_model, tmp_path, monkeypatch, name, rate):
-    monkeypatch.setattr(TrainConfig, "learning_rate_at", lambda self, step, width: rate)  # more than options allow
+    monkeypatch.setattr(Schedule, "learning_rate", lambda self, step: rate)  # more than options allow
     config = TrainConfig(**vars(CONFIG) | {"architecture": name})
     with pytest.raises(UserError, match=r"the training of resid_0 diverged: at step \d+ .* lower learning rate"):
         run(tiny_model, tmp_path / "out", config)
@@ -55,7 +56,7 @@ def test_the_last_good_checkpoint_stays(tiny_model, tmp_path, monkeypatch):
     def breaking(self):
         one_step(self)
         if self.step == 4:
-            self.learners[0].weights["W_enc"].data[0, 0] = torch.nan
+            self.saes[0].weights["W_enc"].data[0, 0] = torch.nan
 
     monkeypatch.setattr(Trainer, "_one_step", breaking)
     with pytest.raises(UserError, match=r"resid_0 diverged: at step 4 .*\(the checkpoint step_00000003 stands\)"):
@@ -77,7 +78,7 @@ def test_fine_tuning_that_diverges_is_no_success(tiny_model, tmp_path, monkeypat
 def test_an_autoencoder_worse_than_the_mean_is_warned_of(tiny_model, tmp_path, caplog, monkeypatch):
     run(tiny_model, tmp_path / "well")
     assert "below zero" not in caplog.text
-    monkeypatch.setattr(TrainConfig, "learning_rate_at", lambda self, step, width: 1e4)
+    monkeypatch.setattr(Schedule, "learning_rate", lambda self, step: 1e4)
     with caplog.at_level(logging.WARNING):
         run(tiny_model, tmp_path / "badly")
     assert "resid_0: explained variance is -" in caplog.text
@@ -94,12 +95,12 @@ def test_identity_is_never_trained(tiny_model, tmp_path, monkeypatch):
 
 
 def test_identity_in_several_chunks_is_still_exact(monkeypatch):
-    monkeypatch.setattr(products, "MIN_CHUNK_ROWS", 4)
-    monkeypatch.setattr(products, "CPU_CHUNK_BYTES", 1)
-    x, learner = torch.randn(10, 8), TrainingSAE("", SITE, 8, TrainConfig(architecture="identity"), torch.device("cpu"))
-    encoder = Encoder(x, learner.weights["W_enc"].detach(), None, scratch=learner.scratch)
-    code = architecture("identity").select(encoder, learner.weights, learner.hyper(0))
-    assert torch.equal(code.z.reshape(10, 8), x)
+    monkeypatch.setattr(encoder_pass, "MIN_CHUNK_ROWS", 4)
+    monkeypatch.setattr(encoder_pass, "CPU_CHUNK_BYTES", 1)
+    x, one = torch.randn(10, 8), TrainingSAE("", SITE, 8, TrainConfig(architecture="identity"), torch.device("cpu"))
+    encoder = EncoderPass(x, one.weights["W_enc"].detach(), None, workspace=one.workspace)
+    acts = architecture("identity").select(encoder, one.weights, one.schedule.hyper(0, torch.tensor(1.0)))
+    assert torch.equal(acts.z.reshape(10, 8), x)
 
 
 def test_a_cache_that_cannot_hold_its_numbers_is_refused(tiny_model, tmp_path, monkeypatch):

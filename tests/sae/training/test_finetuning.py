@@ -17,15 +17,8 @@ from sae.evaluation.evaluate import evaluate_saes
 from sae.formats import load_sae, save_sae
 from sae.model.sites import Site
 from sae.saes import load_saes
-from sae.training.config import TrainConfig
-from sae.training.finetuning import (
-    FinetuneConfig,
-    Finetuner,
-    finetune_saes,
-    make_tunable,
-    prediction_loss,
-    spliced_loss,
-)
+from sae.training.config import FinetuneConfig, TrainConfig
+from sae.training.finetuning import Finetuner, finetune_saes, make_trainable, prediction_loss, spliced_loss
 from sae.training.finetuning_sae import FinetuningSAE
 from sae.training.trainer import train_saes
 from tests.sae.training.test_trainer import stories
@@ -56,35 +49,35 @@ def tuned(model, saes, out, config=None, **options):
     return finetune_saes(model, saes, TEXTS, config=config or small(), out=out, progress=False, **options)
 
 
-def tunables_of(model, saes, config):
+def trainable_of(model, saes, config):
     stream = ContextStream(model, TextSource.of(TEXTS), context_length=16, forward_tokens=config.batch)
-    return make_tunable(model, saes, stream, config), stream.take()
+    return make_trainable(model, saes, stream, config), stream.take()
 
 
 @pytest.mark.parametrize("architecture", ["topk", "relu", "jumprelu", "batchtopk", "gated"])
-def test_a_tunable_computes_what_its_autoencoder_does(tiny_model, trained, architecture):
+def test_a_trainable_one_computes_what_its_autoencoder_does(tiny_model, trained, architecture):
     sae = trained(architecture)[Site.parse("resid_0")]
-    tunable = FinetuningSAE(sae, scale=2.5, l0=4.0)
+    one = FinetuningSAE(sae, scale=2.5, l0=4.0)
     x = 3 * torch.randn(50, sae.config.d_model)
-    x_hat, _, n_active = tunable(x)
+    x_hat, _, n_active = one(x)
     torch.testing.assert_close(x_hat, sae(x), atol=1e-5, rtol=1e-5)
     assert n_active == (sae.encode(x) > 0).sum()
-    torch.testing.assert_close(tunable.export()(x), sae(x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(one.export()(x), sae(x), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("architecture", ["topk", "relu", "jumprelu", "gated"])
-def test_gradients_of_a_tunable_are_those_of_plain_autograd(trained, architecture):
+def test_gradients_of_a_trainable_one_are_those_of_plain_autograd(trained, architecture):
     """The sparse backward pass, in the weights and in x, against dense autograd through `SparseAutoencoder`."""
     sae = trained(architecture)[Site.parse("resid_0")]
-    tunable = FinetuningSAE(sae, scale=1.0, l0=4.0)
+    one = FinetuningSAE(sae, scale=1.0, l0=4.0)
     x, g = torch.randn(2, 30, sae.config.d_model)
     x_sparse, x_dense = x.clone().requires_grad_(), x.clone().requires_grad_()
     dense = {name: tensor.detach().clone() for name, tensor in sae.named_buffers()}
-    leaves = {name: dense[name].requires_grad_() for name in tunable.weights}
-    (tunable(x_sparse).x_hat * g).sum().backward()
+    leaves = {name: dense[name].requires_grad_() for name in one.weights}
+    (one(x_sparse).x_hat * g).sum().backward()
     (torch.func.functional_call(sae, dense, (x_dense,)) * g).sum().backward()
     torch.testing.assert_close(x_sparse.grad, x_dense.grad, atol=1e-5, rtol=1e-4)
-    for name, weight in tunable.weights.items():
+    for name, weight in one.weights.items():
         torch.testing.assert_close(weight.grad, leaves[name].grad, atol=1e-5, rtol=1e-4, msg=name)
 
 
@@ -100,19 +93,19 @@ def test_the_gradient_agrees_with_finite_differences_through_the_model(make_tiny
     saes = {
         s: SparseAutoencoder(sae.config, dict(sae.named_buffers())).double() for s, sae in trained("jumprelu").items()
     }
-    tunables, tokens = tunables_of(model, saes, config)
+    saes_in_training, tokens = trainable_of(model, saes, config)
     counted = counted_tokens(model, tokens, special_tokens=False)
-    middle = spliced_loss(model, tunables, tokens, counted, config)
+    middle = spliced_loss(model, saes_in_training, tokens, counted, config)
     middle.loss.backward()
     balance = (torch.stack(list(middle.unexplained.values())).mean() / middle.prediction).item()
-    weights = [weight for tunable in tunables.values() for weight in tunable.weights.values()]
+    weights = [weight for one in saes_in_training.values() for weight in one.weights.values()]
     directions = [torch.randn_like(weight) for weight in weights]
 
     def at(step):
         with torch.no_grad():
             for weight, direction in zip(weights, directions, strict=True):
                 weight += step * direction
-            losses = spliced_loss(model, tunables, tokens, counted, config)
+            losses = spliced_loss(model, saes_in_training, tokens, counted, config)
             for weight, direction in zip(weights, directions, strict=True):
                 weight -= step * direction
         return float(balance * losses.prediction + 0.7 * torch.stack(list(losses.unexplained.values())).mean())
@@ -127,11 +120,11 @@ def test_steering_brings_l0_where_it_was_asked_to(trained, architecture, factor)
     sae = trained(architecture)[Site.parse("resid_0")]
     x = torch.randn(400, sae.config.d_model)
     before = sae.encode_sparse(x)
-    tunable = FinetuningSAE(sae, scale=1.7, l0=factor * len(before.value) / len(x))
+    one = FinetuningSAE(sae, scale=1.7, l0=factor * len(before.value) / len(x))
     for _ in range(60):
-        tunable.steer(tunable(x).code)
-    after = tunable.export()
-    assert len(after.encode_sparse(x).value) / len(x) == pytest.approx(tunable.l0, rel=0.03)
+        one.steer(one(x).acts)
+    after = one.export()
+    assert len(after.encode_sparse(x).value) / len(x) == pytest.approx(one.l0, rel=0.03)
     assert torch.equal(after.W_dec, sae.W_dec)
 
 
@@ -140,25 +133,25 @@ def test_cuts_stay_where_values_are_positive(trained, architecture):
     """More features than have a positive value cannot be had: steering stops there, and finds back at once."""
     sae = trained(architecture)[Site.parse("resid_0")]
     x = torch.randn(400, sae.config.d_model)
-    tunable = FinetuningSAE(sae, scale=1.0, l0=48.0)
+    one = FinetuningSAE(sae, scale=1.0, l0=48.0)
     for _ in range(100):
-        tunable.steer(tunable(x).code)
-    most = len(tunable.export().encode_sparse(x).value) / len(x)
+        one.steer(one(x).acts)
+    most = len(one.export().encode_sparse(x).value) / len(x)
     assert most > len(sae.encode_sparse(x).value) / len(x)
-    tunable.l0 = most / 2
+    one.l0 = most / 2
     for _ in range(60):
-        tunable.steer(tunable(x).code)
-    assert len(tunable.export().encode_sparse(x).value) / len(x) == pytest.approx(most / 2, rel=0.03)
+        one.steer(one(x).acts)
+    assert len(one.export().encode_sparse(x).value) / len(x) == pytest.approx(most / 2, rel=0.03)
 
 
 def test_the_early_site_learns_from_the_predictions(tiny_model, trained):
     """With no weight on reconstruction, the embedding's autoencoder has a gradient through all later ones."""
     config = small(reconstruction=0.0)
-    tunables, tokens = tunables_of(tiny_model, trained("topk"), config)
+    saes_in_training, tokens = trainable_of(tiny_model, trained("topk"), config)
     counted = counted_tokens(tiny_model, tokens, special_tokens=False)
-    spliced_loss(tiny_model, tunables, tokens, counted, config).loss.backward()
-    for tunable in tunables.values():
-        assert tunable.weights["W_enc"].grad.abs().sum() > 0
+    spliced_loss(tiny_model, saes_in_training, tokens, counted, config).loss.backward()
+    for one in saes_in_training.values():
+        assert one.weights["W_enc"].grad.abs().sum() > 0
 
 
 def test_prediction_losses_against_their_definitions(tiny_model):

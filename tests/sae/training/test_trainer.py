@@ -12,9 +12,10 @@ from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
 from sae.saes import load_saes
 from sae.training.config import TrainConfig
-from sae.training.memory import training_memory
+from sae.training.schedules import Schedule
 from sae.training.trainer import Trainer, train_saes
 from sae.training.training_sae import TrainingSAE, geometric_median
+from tests.benchmarks.training_memory import training_memory
 
 SITE = Site.parse("resid_0")
 WORDS = [
@@ -164,7 +165,7 @@ def test_interrupting_leaves_the_last_checkpoint(tiny_model, tmp_path, monkeypat
     assert names == ["step_00000008", "step_00000009"]
 
 
-def learner(width=16, **options):
+def training_sae(width=16, **options):
     config = TrainConfig(**{"features": 64, "k": 4, "tokens": 100_000, "batch_size": 64, **options})
     return TrainingSAE("one", SITE, width, config, torch.device("cpu"))
 
@@ -173,7 +174,7 @@ def optimise(one, x, steps):
     optimizer = torch.optim.Adam(one.weights.values(), betas=(0.9, 0.99), fused=True)
     batch = one.config.batch
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = one.config.learning_rate_at(step, one.width)
+        optimizer.param_groups[0]["lr"] = one.schedule.learning_rate(step)
         one.step(x[torch.randint(len(x), (batch,))], step)
         optimizer.step()
         optimizer.zero_grad()
@@ -184,14 +185,13 @@ def optimise(one, x, steps):
 @pytest.mark.parametrize("architecture", ALL)
 def test_the_exported_autoencoder_does_on_raw_activations_what_was_trained(architecture):
     x = 30 * torch.randn(4000, 16) + 7
-    one = learner(architecture=architecture, centre="geometric_median")
+    one = training_sae(architecture=architecture, centre="geometric_median")
     one.prepare(x)
-    optimise(one, x, 40 if one.recipe.trained else 0)
+    optimise(one, x, 40 if one.architecture.trained else 0)
     sae = one.export(model="m", fingerprint="f")
     x = x[:50]
     scaled = (x - one.state["centre"]) / one.state["scale"]
-    own = {key.removeprefix("own."): value for key, value in one.state.items() if key.startswith("own.")}
-    tensors = one.recipe.export(one.weights, own)
+    tensors = one.architecture.export(one.weights, one.extra_state)
     config = type(sae.config)(**vars(sae.config))
     plain = SparseAutoencoder(config, tensors)
     expected = plain(scaled) * one.state["scale"] + one.state["centre"]
@@ -204,17 +204,17 @@ def test_the_first_step_moves_every_tensor_by_its_own_learning_rate(tiny_model, 
     moved = {}
 
     def one_step(trainer):
-        (learner,) = trainer.learners
-        before = {key: weight.detach().clone() for key, weight in learner.weights.items()}
-        monkeypatch.setattr(learner, "constrain", lambda: None)
+        (sae,) = trainer.saes
+        before = {key: weight.detach().clone() for key, weight in sae.weights.items()}
+        monkeypatch.setattr(sae, "constrain", lambda: None)
         original(trainer)
-        moved.update({key: (learner.weights[key] - before[key]).abs().max().item() for key in before})
+        moved.update({key: (sae.weights[key] - before[key]).abs().max().item() for key in before})
         raise Stopped
 
     original = Trainer._one_step
     monkeypatch.setattr(Trainer, "_one_step", one_step)
     config = small(architecture=architecture, warmup=0.5, learning_rate=0.115)
-    assert config.learning_rate_at(0, 32) == pytest.approx(0.01)
+    assert Schedule(config, 32).learning_rate(0) == pytest.approx(0.01)
     with pytest.raises(Stopped):
         train_saes(tiny_model, stories(), sites="mlp_1", config=config, out=tmp_path, progress=False)
     rates = {key: 0.01 * ARCHITECTURES[architecture].rates.get(key, 1.0) for key in moved}  # Adam's first step
@@ -223,7 +223,7 @@ def test_the_first_step_moves_every_tensor_by_its_own_learning_rate(tiny_model, 
 
 
 def test_silence_and_log_are_counted_like_a_loop_does():
-    one, x = learner(dead_tokens=192), torch.randn(2000, 16)  # three batches: silent for that long is not yet dead
+    one, x = training_sae(dead_tokens=192), torch.randn(2000, 16)  # three batches: silent for that long is not yet dead
     one.prepare(x)
     one.weights["b_enc"].data -= torch.linspace(0, 0.8, 64)  # some are silent for long
     silent, active, squared, seen = torch.zeros(64), 0.0, 0.0, []
@@ -254,7 +254,7 @@ def test_a_steered_penalty_brings_l0_to_k():
     directions = torch.nn.functional.normalize(torch.randn(48, 16), dim=1)
     x = ((torch.rand(20_000, 48) < 0.1) * torch.rand(20_000, 48)) @ directions
     for architecture in ("relu", "jumprelu", "gated"):
-        one = learner(architecture=architecture, tokens=300 * 128, batch_size=128)
+        one = training_sae(architecture=architecture, tokens=300 * 128, batch_size=128)
         one.prepare(x)
         optimise(one, x, 300)
         assert one.state["l0"].item() == pytest.approx(4, rel=0.5), architecture
@@ -266,7 +266,7 @@ def test_known_directions_are_recovered():
     x = (torch.rand(40_000, 64, generator=generator) < 0.05) * (0.5 + torch.rand(40_000, 64, generator=generator))
     x = 20 * x @ directions + 5
     for architecture in ("topk", "batchtopk"):
-        one = learner(width=32, features=96, architecture=architecture, tokens=500 * 256, batch_size=256)
+        one = training_sae(width=32, features=96, architecture=architecture, tokens=500 * 256, batch_size=256)
         one.prepare(x)
         optimise(one, x, 500)
         sae = one.export(model="", fingerprint="")
@@ -285,7 +285,7 @@ def test_geometric_median_minimises_the_sum_of_distances():
 
 
 def test_resampling_points_dead_features_at_errors_and_leaves_the_living():
-    one, x = learner(architecture="relu_unit", revival="resample", dead_tokens=10), torch.randn(500, 16)
+    one, x = training_sae(architecture="relu_unit", revival="resample", dead_tokens=10), torch.randn(500, 16)
     one.prepare(x)
     optimise(one, x, 20)
     dead = torch.tensor([3, 5])
@@ -309,7 +309,7 @@ def test_resampling_points_dead_features_at_errors_and_leaves_the_living():
 
 
 def test_biases_of_dead_features_rise_by_a_share_of_the_learning_rate_until_they_are_active():
-    one, x = learner(dead_tokens=10), torch.randn(2000, 16)
+    one, x = training_sae(dead_tokens=10), torch.randn(2000, 16)
     one.prepare(x)
     asleep = torch.tensor([3, 5])
     one.weights["b_enc"].data[asleep] = -0.6  # so that no pre-activation is among the largest
@@ -319,7 +319,7 @@ def test_biases_of_dead_features_rise_by_a_share_of_the_learning_rate_until_they
     rise = one.weights["b_enc"].detach() - before
     assert (one.weights["b_enc"].grad[asleep] == 0).all()  # AuxK moves other weights alone
     assert one.weights["W_enc"].grad[asleep].abs().sum() > 0
-    torch.testing.assert_close(rise[asleep], torch.full((2,), 0.2 * one.config.learning_rate_at(100, 16)))
+    torch.testing.assert_close(rise[asleep], torch.full((2,), 0.2 * one.schedule.learning_rate(100)))
     assert rise.count_nonzero() == 2
     optimise(one, x, 400)
     f = one.export().encode(x)
@@ -328,19 +328,20 @@ def test_biases_of_dead_features_rise_by_a_share_of_the_learning_rate_until_they
 
 @pytest.mark.parametrize("architecture", [name for name in ALL if name != "identity"])
 def test_memory_is_stated_for_the_tensors_that_there_are(architecture):
-    one = learner(architecture=architecture)
+    one = training_sae(architecture=architecture)
     memory = training_memory(one.config, one.width, one.device)
     parameters = list(one.weights.values())
     optimise(one, torch.randn(200, 16), 2)
     assert memory.weights == memory.gradients == sum(4 * p.numel() for p in parameters)
     assert memory.moments == 2 * memory.weights
     assert memory.total(3) == 3 * 4 * memory.weights + memory.intermediates
-    assert memory.intermediates > one.scratch.n_bytes > 0
+    assert memory.intermediates > one.workspace.n_bytes
+    assert (one.workspace.n_bytes > 0) == one.architecture.fixed_k  # dense steps at first need none
 
 
 def test_schedules():
     config = TrainConfig(tokens=100_000, batch_size=1000, warmup=0.1, decay=0.5, learning_rate=1.0)
-    rates = [config.learning_rate_at(step, 64) for step in range(100)]
+    rates = [Schedule(config, 64).learning_rate(step) for step in range(100)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[10:50] == [1.0] * 40
     assert rates[99] == pytest.approx(1 / 50)
@@ -350,20 +351,23 @@ def test_schedules():
     for batches, factor in ((100, 2.0), (250, 2.0), (1000, 1.0), (4000, 0.5)):
         for name, peak, decay in (("topk", 0.048, 0.6), ("jumprelu", 0.064, 0.3)):
             config = TrainConfig(architecture=name, tokens=512 * batches, batch_size=512)
-            assert config.learning_rate_at(batches // 3, 64) == pytest.approx(factor * peak / 8)
-            falling = config.learning_rate_at(round(batches * (1 - decay / 4)), 64)
+            schedule = Schedule(config, 64)
+            assert schedule.learning_rate(batches // 3) == pytest.approx(factor * peak / 8)
+            falling = schedule.learning_rate(round(batches * (1 - decay / 4)))
             assert falling == pytest.approx(factor * peak / 8 / 4, rel=0.1)
-    penalty = learner(architecture="p_anneal", sparsity=2.0, warmup=0.5, p_end=0.2, tokens=64 * 100)
-    hypers = [penalty.hyper(step) for step in (0, 25, 50, 75, 100)]
+    penalty = training_sae(architecture="p_anneal", sparsity=2.0, warmup=0.5, p_end=0.2, tokens=64 * 100)
+    hypers = [penalty.schedule.hyper(step, penalty.state["sparsity"]) for step in (0, 25, 50, 75, 100)]
     assert [float(hyper.sparsity) for hyper in hypers] == pytest.approx([0.0, 1.0, 2.0, 2.0, 2.0])
     assert [hyper.p for hyper in hypers] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
-    usual = learner(architecture="jumprelu", revival="auxk", features=64, width=16).hyper(0)
+    usual = training_sae(architecture="jumprelu", revival="auxk", features=64, width=16).schedule.hyper(
+        0, torch.tensor(1.0)
+    )
     assert (usual.k_aux, usual.bandwidth, usual.target_l0) == (1, pytest.approx(0.8 / 4), None)
     assert [TrainConfig(k=k).k_aux for k in (8, 9, 32)] == [1, 2, 4] and TrainConfig(aux_k=7).k_aux == 7
-    assert learner(revival="resample", tokens=64 * 100).resample_steps == {10, 20, 30, 40}
-    assert learner().resample_steps == set()
-    annealed = learner(k_start=20, warmup=0.5)
-    assert [annealed.hyper(step).k for step in (0, 10_000)] == [20, 4]
+    assert training_sae(revival="resample", tokens=64 * 100).resample_steps == {10, 20, 30, 40}
+    assert training_sae().resample_steps == set()
+    annealed = training_sae(k_start=20, warmup=0.5)
+    assert [annealed.schedule.hyper(step, torch.tensor(1.0)).k for step in (0, 10_000)] == [20, 4]
 
 
 @pytest.mark.parametrize(

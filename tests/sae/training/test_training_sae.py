@@ -1,4 +1,4 @@
-"""One learner: how it starts, what is held, what is rescaled and resampled; and its checkpoints."""
+"""One autoencoder in training: how it starts, what is held, what is rescaled and resampled; and its checkpoints."""
 
 import itertools
 from types import SimpleNamespace
@@ -12,27 +12,30 @@ from sae.training import checkpoint
 from sae.training.checkpoint import Checkpoint
 from sae.training.config import TrainConfig
 from sae.training.dead_features import resample
-from sae.training.trainer import BETAS, Trainer
+from sae.training.loop import BETAS
+from sae.training.trainer import Trainer
 from sae.training.training_sae import TrainingSAE
-from tests.sae.training.test_trainer import learner, optimise
+from tests.sae.training.test_trainer import optimise, training_sae
 
 
 def test_checkpoints_are_evenly_spread_and_the_last_is_of_the_last_step():
-    for count, steps in ((0, set()), (1, {23}), (4, {6, 12, 17, 23})):
+    for count, steps in ((0, set()), (1, {23}), (4, {6, 12, 18, 23})):
         config = TrainConfig(features=48, tokens=23 * 512, batch_size=512, checkpoints=count)
-        assert Trainer._checkpoint_steps(SimpleNamespace(config=config)) == steps
+        run = SimpleNamespace(total=config.steps, n_checkpoints=config.checkpoints)
+        due = [Trainer._checkpoints_due(run, step) for step in range(config.steps + 1)]
+        assert {step for step in range(1, 24) if due[step] > due[step - 1]} == steps
 
 
 def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
     for value in (1.0, 2.0):
-        state = Checkpoint(7, 0, 0, StreamState(), 0, {"w": torch.tensor(value)})
+        state = Checkpoint(7, {}, StreamState(), 0, {"w": torch.tensor(value)})
         checkpoint.save(tmp_path, state)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000007"]
     assert checkpoint.latest(tmp_path).tensors["w"] == 2.0
 
 
 def test_inputs_have_unit_mean_squared_norm_about_the_centre():
-    one, x = learner(), 30 * torch.randn(4000, 16) + 7
+    one, x = training_sae(), 30 * torch.randn(4000, 16) + 7
     one.prepare(x)
     scaled = (x - one.state["centre"]) / one.state["scale"]
     torch.testing.assert_close(scaled.mean(0), torch.zeros(16), atol=1e-5, rtol=0.0)
@@ -41,7 +44,7 @@ def test_inputs_have_unit_mean_squared_norm_about_the_centre():
 
 @pytest.mark.parametrize("architecture", ["topk", "relu_unit", "relu"])
 def test_decoder_rows_are_held_at_unit_norm_or_free(architecture):
-    one, x = learner(architecture=architecture), torch.randn(500, 16)
+    one, x = training_sae(architecture=architecture), torch.randn(500, 16)
     one.prepare(x)
     start = 0.1 if architecture == "relu" else 1.0
     torch.testing.assert_close(one.weights["W_dec"].norm(dim=1), torch.full((64,), start))
@@ -57,11 +60,11 @@ def test_decoder_rows_are_held_at_unit_norm_or_free(architecture):
 
 
 def test_a_fixed_weight_follows_the_exponent():
-    one, x = learner(architecture="p_anneal", sparsity=0.05, tokens=64 * 20, warmup=0.0), torch.randn(500, 16)
+    one, x = training_sae(architecture="p_anneal", sparsity=0.05, tokens=64 * 20, warmup=0.0), torch.randn(500, 16)
     one.prepare(x)
     optimise(one, x, 20)
     assert one.state["sparsity"].item() != pytest.approx(0.05, rel=0.05)
-    other = learner(architecture="relu_unit", sparsity=0.05, tokens=64 * 20)
+    other = training_sae(architecture="relu_unit", sparsity=0.05, tokens=64 * 20)
     other.prepare(x)
     optimise(other, x, 20)
     assert other.state["sparsity"].item() == pytest.approx(0.05)
@@ -112,13 +115,13 @@ def test_a_short_run_arrives_at_its_sparsity(architecture, steps):
     one, x = TrainingSAE("l", Site.parse("resid_0"), 32, config, torch.device("cpu")), sparse_rows(256 * 80)
     one.prepare(x)
     optimizer = torch.optim.Adam(one.groups(), betas=BETAS)
-    found = []
+    l0 = []
     for step in range(steps):
         one.step(x[256 * (step % 80) :][:256], step)
-        found.append(one.state["l0"].item())
+        l0.append(one.state["l0"].item())
         for group in optimizer.param_groups:
-            group["lr"] = group["factor"] * config.learning_rate_at(step, 32)
+            group["lr"] = group["factor"] * one.schedule.learning_rate(step)
         optimizer.step()
         optimizer.zero_grad()
         one.constrain()
-    assert sum(found[-8:]) / 8 == pytest.approx(8, rel=0.35)
+    assert sum(l0[-8:]) / 8 == pytest.approx(8, rel=0.35)

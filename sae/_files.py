@@ -229,8 +229,8 @@ def _kind(tensor: Tensor) -> str:
 def missing_file(path: Path) -> UserError:
     """The error for a file that is not in its folder; raise what this returns."""
     there = path.parent
-    found = ", ".join(sorted(p.name for p in there.iterdir())[:10]) if there.is_dir() else "no such folder"
-    return UserError(f"looked for {path.name} in {str(there)!r}, found {found or 'nothing'}")
+    names = ", ".join(sorted(p.name for p in there.iterdir())[:10]) if there.is_dir() else "no such folder"
+    return UserError(f"looked for {path.name} in {str(there)!r}, found {names or 'nothing'}")
 
 
 def write_text(path: str | Path, text: str) -> None:

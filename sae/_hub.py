@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any
 
 TIMEOUT_S = 5
@@ -35,16 +36,24 @@ def hub_data_set(name: str, *configuration: str | None, **options: Any) -> Any:
         return load_dataset(name, *configuration, **options)
 
 
+_flipping = Lock()
+
+
 @contextmanager
 def _offline(offline: bool) -> Iterator[None]:
-    """Both libraries work offline inside, if `offline`; they read these two variables at every request."""
+    """Both libraries work offline inside, if `offline`: they read these two variables at every request, and have no
+    argument for it. One thread at a time, so that what stood there before comes back; nothing is touched online.
+    """
+    if not offline:
+        yield
+        return
     import datasets
     from huggingface_hub import constants
 
-    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    if offline:
+    with _flipping:
+        before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+        try:
+            yield
+        finally:
+            constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before

@@ -32,7 +32,7 @@ INPUT_NORM = "input_norm"
 """Entry of `SAEConfig.extra`: how each token is normalised before it is encoded, see `sae.formats.token_normalised`."""
 CONTEXT_LENGTH, PREPEND_BOS, EXCLUDE_SPECIAL = "context_length", "prepend_bos", "exclude_special"
 """Entries of `SAEConfig.extra`: how text was read in training, the longest context in tokens and two yes or no."""
-CONFIG_FILE = "config.json"
+SAE_CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "sae.safetensors"
 
 
@@ -108,8 +108,8 @@ class SparseAutoencoder(nn.Module):
             )
         for name, tensor in tensors.items():
             if tuple(tensor.shape) != shapes[name]:
-                found, wanted = tuple(tensor.shape), shapes[name]
-                raise UserError(f"tensor {name} of site {config.site!r} has shape {found}, expected {wanted}")
+                shape, expected = tuple(tensor.shape), shapes[name]
+                raise UserError(f"tensor {name} of site {config.site!r} has shape {shape}, expected {expected}")
         if kind.needs_k and not (config.k is not None and 1 <= config.k <= n_features):
             raise UserError(f"k of site {config.site!r} is {config.k}, allowed are 1 to {n_features}, its features")
 
@@ -177,11 +177,11 @@ class SparseAutoencoder(nn.Module):
     def encode_sparse(self, x: Tensor, *, chunk_bytes: int = CHUNK_BYTES) -> SparseFeatures:
         """x [N, d] -> its nonzero features, in chunks whose [n, F] intermediate has at most `chunk_bytes` bytes."""
         rows = max(1, chunk_bytes // (4 * self.config.n_features))
-        parts = [self._encode_chunk(chunk, start) for start, chunk in _chunks(x, rows)]
-        if not parts:
+        chunks = [self._encode_chunk(chunk, start) for start, chunk in _chunks(x, rows)]
+        if not chunks:
             index = torch.empty(0, dtype=torch.int64, device=x.device)
             return SparseFeatures(index, index, torch.empty(0, device=x.device))
-        return SparseFeatures(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        return SparseFeatures(*(torch.cat(column) for column in zip(*chunks, strict=True)))
 
     def _encode_chunk(self, x: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
         if self.nonlinearity.name == TOPK.name:
@@ -207,7 +207,7 @@ class SparseAutoencoder(nn.Module):
         """Writes `config.json` and `sae.safetensors` into the folder, each under a temporary name first."""
         folder = Path(folder)
         write_tensors(folder / WEIGHTS_FILE, self._buffers_by_name)
-        write_json(folder / CONFIG_FILE, {"schema_version": SCHEMA_VERSION, **asdict(self.config)})
+        write_json(folder / SAE_CONFIG_FILE, {"schema_version": SCHEMA_VERSION, **asdict(self.config)})
         return folder
 
     @classmethod
@@ -229,19 +229,19 @@ def read_config(folder: str | Path) -> SAEConfig:
     folder = Path(folder)
     if not is_sae_folder(folder):
         names = ", ".join(sorted(p.name for p in folder.iterdir())[:10]) if folder.is_dir() else "no such folder"
-        looked_for = f"looked for {CONFIG_FILE} and {WEIGHTS_FILE}"
+        looked_for = f"looked for {SAE_CONFIG_FILE} and {WEIGHTS_FILE}"
         raise UserError(f"no autoencoder in {str(folder)!r}: {looked_for}, found {names or 'nothing'}")
-    entries = read_json(folder / CONFIG_FILE)
+    entries = read_json(folder / SAE_CONFIG_FILE)
     version = entries.pop("schema_version", None)
     if version != SCHEMA_VERSION:
-        raise UserError(f"{folder / CONFIG_FILE} has schema_version {version!r}, allowed is {SCHEMA_VERSION}")
-    known = {f.name for f in fields(SAEConfig)}
-    if surplus := sorted(set(entries) - known):
-        raise UserError(f"{folder / CONFIG_FILE} has unknown entries {surplus}, allowed are {sorted(known)}")
+        raise UserError(f"{folder / SAE_CONFIG_FILE} has schema_version {version!r}, allowed is {SCHEMA_VERSION}")
+    allowed = {f.name for f in fields(SAEConfig)}
+    if surplus := sorted(set(entries) - allowed):
+        raise UserError(f"{folder / SAE_CONFIG_FILE} has unknown entries {surplus}, allowed are {sorted(allowed)}")
     needed = {f.name for f in fields(SAEConfig) if f.default is MISSING and f.default_factory is MISSING}
     if missing := sorted(needed - set(entries)):
-        raise UserError(f"{folder / CONFIG_FILE} lacks the entries {missing}")
-    return check_type(entries, SAEConfig, folder / CONFIG_FILE)
+        raise UserError(f"{folder / SAE_CONFIG_FILE} lacks the entries {missing}")
+    return check_type(entries, SAEConfig, folder / SAE_CONFIG_FILE)
 
 
 def tensor_specs(kind: ActivationFunction) -> dict[str, TensorSpec]:
@@ -259,4 +259,4 @@ def _chunks(x: Tensor, rows: int) -> Iterator[tuple[int, Tensor]]:
 def is_sae_folder(folder: str | Path) -> bool:
     """Whether a folder holds an autoencoder written by `SparseAutoencoder.save`."""
     folder = Path(folder)
-    return (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file()
+    return (folder / SAE_CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file()

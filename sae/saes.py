@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from sae._run.contents import check_complete
-from sae.autoencoder import CONFIG_FILE, WEIGHTS_FILE, SAEConfig, SparseAutoencoder, read_config
+from sae.autoencoder import SAE_CONFIG_FILE, WEIGHTS_FILE, SAEConfig, SparseAutoencoder, read_config
 from sae.errors import UserError
 from sae.formats import load_sae, read_folder, site_of
 from sae.formats.locate import folders_in, sae_folders
@@ -183,16 +183,16 @@ def load_saes(
         UserError: nothing is there, a site is missing or is there twice, a file is damaged, or an earlier command that
             writes the folder did not finish.
     """
-    root, place = Path(source).expanduser(), resolve_device(device)
+    root, resolved = Path(source).expanduser(), resolve_device(device)
     check_complete(root)
     if budget is None:
-        free = free_memory(place)
+        free = free_memory(resolved)
         budget = float("inf") if free is None else int(SHARE_OF_FREE * free)
     fits = _bytes_at_most(root) <= budget
     sources = _sources(source, None if sites is None else {Site.parse(str(site)) for site in sites}, keep=fits)
-    if fits or len(sources) == 1 or sum(found.config.n_bytes for found in sources.values()) <= budget:
-        return SAEs({site: of_site.read().to(place) for site, of_site in sources.items()})
-    return SAEs.lazy(sources, device=place, budget=int(budget))
+    if fits or len(sources) == 1 or sum(of_site.config.n_bytes for of_site in sources.values()) <= budget:
+        return SAEs({site: of_site.read().to(resolved) for site, of_site in sources.items()})
+    return SAEs.lazy(sources, device=resolved, budget=int(budget))
 
 
 def _bytes_at_most(root: Path) -> int:
@@ -243,7 +243,7 @@ def find_saes(path: str | Path, *, sites: Iterable[Site | str] | None = None) ->
     folders = sae_folders(path)
     if not folders:
         raise UserError(
-            f"no autoencoders in {str(path)!r}: looked for SITE/{CONFIG_FILE} and SITE/{WEIGHTS_FILE}, "
+            f"no autoencoders in {str(path)!r}: looked for SITE/{SAE_CONFIG_FILE} and SITE/{WEIGHTS_FILE}, "
             "there and in a saes folder inside"
         )
     by_site: dict[Site, Path] = {}

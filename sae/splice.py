@@ -71,7 +71,7 @@ def check_saes(model: LanguageModel, saes: Mapping[Site, SparseAutoencoder], tok
     """Raise UserError where an autoencoder does not fit the model; the sentence names the site.
 
     Tried on `tokens`, or on a few random ones. A reconstruction that is further from x than zero is logged as a
-    warning: such an autoencoder was probably made for another place. So are files that name another model.
+    warning: such an autoencoder was probably made for another site. So are files that name another model.
     """
     saes = as_saes(saes)
     if not saes:
@@ -140,8 +140,8 @@ def _check_configs(model: LanguageModel, saes: SAEs) -> None:
         _check_made_for(model, site, config)
     named = {config.model: site for site, config in configs.items() if config.model and not config.model_fingerprint}
     for name, site in named.items():
-        made_for, here = (_short(path) for path in (name, model.name))
-        if not (made_for.startswith(here) or here.startswith(made_for)):
+        made_for, this_model = (_short(path) for path in (name, model.name))
+        if not (made_for.startswith(this_model) or this_model.startswith(made_for)):
             log.warning(
                 "site %s: the files of its autoencoder name the model %s, this one is %s: features of another model "
                 "mean nothing here", site, name, model.name,
@@ -167,7 +167,7 @@ def _check_embedding(model: LanguageModel, x: Tensor, ids: Tensor) -> None:
 
 def _check_made_for(model: LanguageModel, site: Site, config: SAEConfig) -> None:
     if site not in model.widths:
-        raise unknown("site", str(site), [known.name for known in model.sites])
+        raise unknown("site", str(site), [other.name for other in model.sites])
     if config.model_fingerprint and not model.is_model(config.model_fingerprint):
         raise UserError(
             f"the autoencoder of site {str(site)!r} was made for another model: its model is {config.model!r} "
@@ -175,11 +175,11 @@ def _check_made_for(model: LanguageModel, site: Site, config: SAEConfig) -> None
         )
     if config.site and Site.parse(config.site) != site:
         raise UserError(f"the autoencoder given for site {str(site)!r} was made for site {config.site!r}")
-    made_at, here = config.extra.get(SITE_PATH), model.moved_sites.get(site, "")
+    made_at, read_at = config.extra.get(SITE_PATH), model.moved_sites.get(site, "")
     if made_at is not None and not model.reads_at(site, made_at):
         raise UserError(
             f"the autoencoder of site {str(site)!r} reads {made_at or 'where the architecture has that site'}, which "
-            f"this model was loaded with at {here or 'its usual place'}: "
+            f"this model was loaded with at {read_at or 'its usual place'}: "
             + (f"give site paths with {site}={made_at}" if made_at else "leave its site path out")
         )
     if config.d_model != model.widths[site]:

@@ -9,8 +9,8 @@ from typing import Any, Literal
 from circuits.cli.options import Output, Overwrites, Prints
 from sae._files import prepare_folder, write_json
 from sae._run.contents import (
-    CONFIG_FILE,
     EVALUATION,
+    RUN_CONFIG_FILE,
     Layout,
     check_contents,
     check_run_config,
@@ -58,7 +58,7 @@ class ConvertCommand(Prints, Overwrites):
             save_saes({self.out / site.name: sae for site, sae in saes.items()}, file_format=self.format)
         except UserError:
             if new:
-                (self.out / CONFIG_FILE).unlink()
+                (self.out / RUN_CONFIG_FILE).unlink()
             raise
         self._note({**entry, "complete": True})
         text = f"wrote {', '.join(names)} to {self.out} as {self.format}"
@@ -80,7 +80,7 @@ class ConvertCommand(Prints, Overwrites):
             for name in self._sites():
                 remove(self.out / name, CONVERTED_SAE)
             for path in visible(self.out):
-                if path.name != CONFIG_FILE and CONVERTED.lists(path):
+                if path.name != RUN_CONFIG_FILE and CONVERTED.lists(path):
                     path.unlink()
 
     def _before(self) -> dict[str, Any] | None:
@@ -91,4 +91,4 @@ class ConvertCommand(Prints, Overwrites):
         return [str(name) for name in (self._before() or {}).get("sites", [])]
 
     def _note(self, entry: dict[str, Any]) -> None:
-        write_json(self.out / CONFIG_FILE, {"schema_version": 1, "convert": entry})
+        write_json(self.out / RUN_CONFIG_FILE, {"schema_version": 1, "convert": entry})

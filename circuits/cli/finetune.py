@@ -10,7 +10,7 @@ from typing_extensions import TypedDict
 
 from circuits.cli.options import Common, HasModel, HasSites, HasText, Output, Overwrites
 from sae._files import read_json
-from sae._run.contents import CONFIG_FILE
+from sae._run.contents import RUN_CONFIG_FILE
 from sae.errors import UserError
 from sae.training.config import FinetuneConfig
 
@@ -79,7 +79,7 @@ def progress_of(run: Path) -> dict[str, Any]:
     from sae.training.run_folder import read_log
 
     lines = read_log(run / "saes" / "finetuning.jsonl")
-    measured = dict(read_json(run / CONFIG_FILE, _Recorded)["finetune"])
+    measured = dict(read_json(run / RUN_CONFIG_FILE, _Recorded)["finetune"])
     if not lines:
         return measured | {"first": [], "last": []}
     return measured | {

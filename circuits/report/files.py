@@ -21,7 +21,7 @@ from graphs.feature_graph import FeatureGraph
 from graphs.schema import Count, Index
 from graphs.sharing import shared
 from sae._files import check_type, read_json
-from sae.autoencoder import CONFIG_FILE
+from sae.autoencoder import SAE_CONFIG_FILE
 from sae.errors import UserError
 from sae.formats.locate import sae_folders
 
@@ -157,7 +157,7 @@ def read_run(run_folder: str | Path) -> RunFiles:
             for path in sorted((folder / "edits").glob("*.json"))
             if _is_of(graph, read_json(path), path)
         },
-        saes=[read_json(path / CONFIG_FILE, SaeFile) for path in sae_folders(folder)] if folder.is_dir() else [],
+        saes=[read_json(path / SAE_CONFIG_FILE, SaeFile) for path in sae_folders(folder)] if folder.is_dir() else [],
     )
     if run.graph is None and run.faithfulness is None and not run.edits and not run.saes:
         raise UserError(f"nothing to report in {str(folder)!r}: give the folder of a run (sfc discover --out RUN)")

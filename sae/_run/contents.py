@@ -20,7 +20,7 @@ from typing import Any
 from sae._files import is_temporary, read_json, remove_temporary
 from sae.errors import UserError
 
-CONFIG_FILE = "config.json"
+RUN_CONFIG_FILE = "config.json"
 NAMED = r"(_[^/]+)?"
 MAKERS = ("train", "finetune", "sweep", "convert")
 """Commands that make autoencoders; their entry in `config.json` says whether they ended."""
@@ -141,7 +141,7 @@ def clean(folder: Path, layout: Layout | None = None) -> None:
 
 def read_run_config(folder: Path) -> dict[str, Any]:
     """The `config.json` of a run folder; empty where there is none or the file is of another kind."""
-    path = folder / CONFIG_FILE
+    path = folder / RUN_CONFIG_FILE
     if not path.is_file():
         return {}
     entries = read_json(path)
@@ -157,7 +157,7 @@ def is_run_config(entries: Mapping[str, Any]) -> bool:
 
 def check_run_config(folder: Path) -> None:
     """Raises UserError for a folder whose `config.json` is not that of a run: it must not be overwritten."""
-    path = folder / CONFIG_FILE
+    path = folder / RUN_CONFIG_FILE
     if path.is_file() and not read_run_config(folder):
         raise UserError(
             f"{str(path)!r} is not the config of a run (but of a model?) and is not overwritten: give another folder"

@@ -34,11 +34,11 @@ LOGIT_BYTES = 256 * 2**20
 """Memory for the logits [B, S, V] of one pass, in float32; several tensors of that size are there at once."""
 
 
-def context_of(model: LanguageModel, wanted: int | None = None) -> int:
+def context_of(model: LanguageModel, context_length: int | None = None) -> int:
     """The longest context that text is read in: `wanted` tokens, but no more than the model has positions for."""
-    context = CONTEXT_LENGTH if wanted is None else wanted
+    context = CONTEXT_LENGTH if context_length is None else context_length
     if model.max_positions is not None and context > model.max_positions:
-        if wanted not in (None, CONTEXT_LENGTH):
+        if context_length not in (None, CONTEXT_LENGTH):
             log.warning("contexts have %d tokens, not %d: %s has no more", model.max_positions, context, model.name)
         return model.max_positions
     return context
@@ -84,8 +84,8 @@ def counted_predictions(model: LanguageModel, tokens: Tokens, *, special_tokens:
     """[B, S - 1] bool: the positions whose next token is predicted, that is there and, unless `special_tokens`, not
     special.
     """
-    here, following = tokens.attention_mask[:, :-1].bool(), tokens.attention_mask[:, 1:].bool()
-    predicted = here & following
+    current, following = tokens.attention_mask[:, :-1].bool(), tokens.attention_mask[:, 1:].bool()
+    predicted = current & following
     return predicted if special_tokens else predicted & ~special(model, tokens.input_ids[:, 1:])
 
 

@@ -179,7 +179,7 @@ class CachedActivations:
             raise UserError(f"the cache in {str(folder)!r} has not all of these sites: {error}") from None
         self.widths = {site: available[site] for site in chosen}
         if isinstance(model, LanguageModel):
-            self._check_places(model)
+            self._check_site_paths(model)
         self._state = StreamState()
         self.rows_at_once = 1
         self.reading: dict[str, Any] = {
@@ -208,18 +208,18 @@ class CachedActivations:
         """The same cache from its beginning, with some of its sites."""
         return CachedActivations(self.folder, sites=sites, device=self.device)
 
-    def _check(self, what: str, name: str, fingerprint: str, made_for: str, known: str) -> None:
-        if fingerprint != known:
+    def _check(self, what: str, name: str, fingerprint: str, made_for: str, noted: str) -> None:
+        if fingerprint != noted:
             given = f"{name!r} as it is now" if name == made_for else repr(name)
             raise UserError(f"the cache in {str(self.folder)!r} was made for {what} {made_for!r}, not {given}")
 
-    def _check_places(self, model: LanguageModel) -> None:
+    def _check_site_paths(self, model: LanguageModel) -> None:
         for site in self.widths:
-            made_at, here = self.manifest.site_paths.get(site.name, ""), model.moved_sites.get(site, "")
+            made_at, read_at = self.manifest.site_paths.get(site.name, ""), model.moved_sites.get(site, "")
             if not model.reads_at(site, made_at):
                 raise UserError(
                     f"the cache in {str(self.folder)!r} has site {site} from {made_at or 'its usual place'}, the model "
-                    f"was loaded with it at {here or 'its usual place'}"
+                    f"was loaded with it at {read_at or 'its usual place'}"
                 )
 
     def position(self) -> StreamState:

@@ -81,10 +81,7 @@ def write_cache(
     At least `tokens` tokens, up to one forward pass more; fewer where the text ends before, for a cache holds no
     text twice.
     """
-    if dtype not in DTYPES:
-        raise UserError(f"the cache's number type is {dtype!r}, allowed are {', '.join(DTYPES)}")
-    if tokens < 1 or shard_tokens < 1:
-        raise UserError(f"tokens is {tokens} and shard_tokens {shard_tokens}: both must be at least 1")
+    _check_options(dtype, tokens, shard_tokens)
     names = sites if isinstance(sites, str) else [str(site) for site in sites]
     chosen, source, out = select_sites(names, model.sites), TextSource.of(texts), Path(out)
     stream = ContextStream(model, source, context_length=context_length, packed=packed)
@@ -112,6 +109,13 @@ def write_cache(
         manifest = _write_shards(activations, begun, out, shard_tokens, progress)
         _finish(manifest, out)
     return manifest
+
+
+def _check_options(dtype: str, tokens: int, shard_tokens: int) -> None:
+    if dtype not in DTYPES:
+        raise UserError(f"the cache's number type is {dtype!r}, allowed are {', '.join(DTYPES)}")
+    if tokens < 1 or shard_tokens < 1:
+        raise UserError(f"tokens is {tokens} and shard_tokens {shard_tokens}: both must be at least 1")
 
 
 def _check_folder(out: Path, *, resume: bool, overwrite: bool) -> None:
@@ -202,16 +206,16 @@ def _unfinished(begun: Manifest, out: Path) -> tuple[Manifest, StreamState]:
     return manifest, noted.position
 
 
-def _same(wanted: Manifest, found: Manifest, out: Path) -> Manifest:
+def _same(asked: Manifest, begun: Manifest, out: Path) -> Manifest:
     """What was found, after a check that it was begun with the same options."""
     progress = ("shards", "documents", "whole_text", "model", "text", "revision")
-    for key, value in asdict(wanted).items():
-        if key not in progress and value != getattr(found, key):
+    for key, value in asdict(asked).items():
+        if key not in progress and value != getattr(begun, key):
             raise UserError(
-                f"the cache in {str(out)!r} was begun with {key} {getattr(found, key)!r} and cannot go on with "
+                f"the cache in {str(out)!r} was begun with {key} {getattr(begun, key)!r} and cannot go on with "
                 f"{value!r}: give the same options, another folder or allow overwriting"
             )
-    return found
+    return begun
 
 
 def _check_space(out: Path, needed: int) -> None:

@@ -108,11 +108,11 @@ class TextSource:
         if isinstance(record, str):
             return record
         names = FIELDS if self.text_field is None else (self.text_field,)
-        found = next((name for name in names if isinstance(record, dict) and isinstance(record.get(name), str)), None)
-        if found is None:
+        name = next((name for name in names if isinstance(record, dict) and isinstance(record.get(name), str)), None)
+        if name is None:
             has = ", ".join(record) if isinstance(record, dict) else type(record).__name__
             raise UserError(f"{where}: no text: looked for the field {' or '.join(names)}, found {has}")
-        return record[found]
+        return record[name]
 
     def _read_hub(self) -> Iterator[str]:
         name, _, configuration = self.name.partition(":")

@@ -194,18 +194,18 @@ class Evaluator:
 
     def _add(self, run: _Run, batch: _Batch) -> None:
         """The passes of one run."""
-        counted, kept = batch.counted, dict[Site, SiteEdit]()
+        counted, identities = batch.counted, dict[Site, SiteEdit]()
         for site, totals in run.sites.items():
             x = batch.activations[site]
             x_hat = x.masked_scatter(counted[..., None], totals.update(x[counted]))
             skip = {**self.model.resume_from(site, batch.activations), site: x_hat}
             run.alone[site].update(self._logits(batch, skip=skip), batch.predictions)
-            kept[site] = _constant(x_hat + (x - x_hat))
+            identities[site] = _constant(x_hat + (x - x_hat))
         edits = {site: replace_with_reconstruction(sae, counted) for site, sae in run.saes.items()}
         for name, group in run.groups.items():
             logits = self._logits(batch, edits={site: edits[site] for site in group})
             run.together[name].update(logits, batch.predictions)
-        run.kept.update(self._logits(batch, edits=kept), batch.predictions)
+        run.kept.update(self._logits(batch, edits=identities), batch.predictions)
         for kept_site, error_kept in run.error_kept.items():  # x̂ + e is x: nothing to splice there
             others = {site: edit for site, edit in edits.items() if site != kept_site}
             error_kept.update(self._logits(batch, edits=others), batch.predictions)
@@ -223,14 +223,14 @@ class Evaluator:
         return {name: self._result(run) for name, run in self.runs.items()}
 
     def _result(self, run: _Run) -> Evaluation:
-        kept = {site: totals.cross_entropy for site, totals in run.error_kept.items()}
+        ce_error_kept = {site: totals.cross_entropy for site, totals in run.error_kept.items()}
         return Evaluation(
             n_tokens=self.n_tokens,
             n_predictions=self.model_totals.n_predictions,
             ce_model=self.model_totals.cross_entropy,
             ce_errors_kept=run.kept.cross_entropy,
             sites={
-                site.name: totals.result(self._spliced(run.alone[site], (site,)), kept.get(site))
+                site.name: totals.result(self._spliced(run.alone[site], (site,)), ce_error_kept.get(site))
                 for site, totals in run.sites.items()
             },
             spliced={name: self._spliced(totals, run.groups[name]) for name, totals in run.together.items()},
@@ -264,8 +264,8 @@ class Evaluator:
         for group, totals in self.zero.items():
             yield "zero/" + "+".join(site.name for site in group), totals
         for name, run in self.runs.items():
-            for own, run_totals in run.totals():
-                yield f"run {name}/{own}", run_totals
+            for key, run_totals in run.totals():
+                yield f"run {name}/{key}", run_totals
 
 
 class _Run:

@@ -221,8 +221,8 @@ def error_alignment(
     error: [N, d] what the reconstruction misses; W_dec: [F, d]; token, feature: [n].
     """
     chunk = max(1, chunk_bytes // (8 * error.shape[-1]))
-    parts = [
+    products = [
         torch.einsum("nd,nd->n", error[token[i : i + chunk]], W_dec[feature[i : i + chunk]])
         for i in range(0, len(token), chunk)
     ]
-    return torch.cat(parts) if parts else error.new_zeros(0)
+    return torch.cat(products) if products else error.new_zeros(0)

@@ -79,8 +79,8 @@ def _bars(axes: Axes, sites: Sequence[str], *bars: Bars) -> None:
     """Bars beside each other at every site."""
     width = 0.8 / len(bars)
     for i, (label, colour, heights) in enumerate(bars):
-        at = [position + (i - (len(bars) - 1) / 2) * width for position in range(len(sites))]
-        axes.bar(at, list(heights), width=width, color=colour, label=label)
+        centres = [position + (i - (len(bars) - 1) / 2) * width for position in range(len(sites))]
+        axes.bar(centres, list(heights), width=width, color=colour, label=label)
     axes.set_xticks(range(len(sites)), list(sites), rotation=45 if len(sites) > 8 else 0)
     axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), fontsize=8, frameon=False, ncols=2)
     quiet(axes)

@@ -103,8 +103,8 @@ class Evaluation(Result):
 
     def error_matters(self, site: str) -> float:
         """CE with the errors of all sites dropped − CE with this site's error kept: what it is worth downstream."""
-        kept = self.sites[site].ce_error_kept
-        return math.nan if kept is None else self.spliced["all"].ce - kept
+        ce = self.sites[site].ce_error_kept
+        return math.nan if ce is None else self.spliced["all"].ce - ce
 
     def to_frame(self) -> pd.DataFrame:
         """A row for each site alone, then one for each group of sites spliced at once (`all sites`, `all resid`, ...),

@@ -27,7 +27,7 @@ from sae._files import check_digest, parse_json, read_header, read_json, read_te
 from sae._progress import ProgressBar
 from sae._run.contents import clean, sweep_layout
 from sae.architectures import architecture
-from sae.autoencoder import CONFIG_FILE, WEIGHTS_FILE
+from sae.autoencoder import SAE_CONFIG_FILE, WEIGHTS_FILE
 from sae.data.batches import context_of, token_batches
 from sae.data.text import TextSource
 from sae.errors import UserError
@@ -106,8 +106,8 @@ def evaluate_sweep(
     data = {name: read_json(_path(sweep, name)) for name in sweep.configs}
     any_one = next(iter(data.values()))
     return SweepResults(
-        tuple(row for name, found in data.items() for row in _rows(sweep, name, found)),
-        {name: {key: _number(found["spliced"]["all"][key]) for key in SPLICED} for name, found in data.items()},
+        tuple(row for name, result in data.items() for row in _rows(sweep, name, result)),
+        {name: {key: _number(result["spliced"]["all"][key]) for key in SPLICED} for name, result in data.items()},
         any_one["ce_model"], any_one["n_tokens"], held_out.source.name, held_out.start, held_out.seen,
     )  # fmt: skip
 
@@ -165,7 +165,7 @@ class _Unfinished:
         for name in self.names:
             for site in self.sweep.sites:
                 folder = self.sweep.run(name) / "saes" / site.name
-                for path in (folder / CONFIG_FILE, folder / WEIGHTS_FILE):
+                for path in (folder / SAE_CONFIG_FILE, folder / WEIGHTS_FILE):
                     digest.update(hashlib.sha256(path.read_bytes()).digest())
         return digest.hexdigest()
 
@@ -226,17 +226,17 @@ def _rows(sweep: Sweep, name: str, data: dict[str, Any]) -> list[SweepRow]:
         SweepRow(
             name=name,
             architecture=config.architecture,
-            features=found["n_features"],
-            k=config.k if architecture(config.architecture).trained else found["n_features"],
+            features=metrics["n_features"],
+            k=config.k if architecture(config.architecture).trained else metrics["n_features"],
             seed=config.seed,
             site=site,
-            l0=_number(found["l0"]),
-            explained_variance=_number(found["explained_variance"]),
-            ce_recovered=_number(found["predictions"]["ce_recovered"]),
-            kl=_number(found["predictions"]["kl"]),
-            dead_fraction=_number(found["dead_fraction"]),
+            l0=_number(metrics["l0"]),
+            explained_variance=_number(metrics["explained_variance"]),
+            ce_recovered=_number(metrics["predictions"]["ce_recovered"]),
+            kl=_number(metrics["predictions"]["kl"]),
+            dead_fraction=_number(metrics["dead_fraction"]),
         )
-        for site, found in data["sites"].items()
+        for site, metrics in data["sites"].items()
     ]
 
 

@@ -79,11 +79,11 @@ class SweepResults(Result):
 
     def lines(self, site: str | None = None) -> dict[tuple[str, int], dict[int, list[SweepRow]]]:
         """Rows by architecture and width, then by k; of one site or of all."""
-        found: dict[tuple[str, int], dict[int, list[SweepRow]]] = {}
+        by_line: dict[tuple[str, int], dict[int, list[SweepRow]]] = {}
         for row in self.rows:
             if site in (None, row.site):
-                found.setdefault((row.architecture, row.features), {}).setdefault(row.k, []).append(row)
-        return found
+                by_line.setdefault((row.architecture, row.features), {}).setdefault(row.k, []).append(row)
+        return by_line
 
     def to_frame(self) -> pd.DataFrame:
         """A row a config and site."""

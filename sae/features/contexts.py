@@ -156,18 +156,15 @@ def top_contexts(
         max_tokens, batch_size, context, special_tokens, progress: as in `evaluate_saes`.
 
     Returns:
-        A summary of each feature by (site, index).
+        A summary of each feature.
 
     Raises:
         UserError: a site or feature does not exist, or an autoencoder does not fit the model.
     """
-    _check(saes, features)
-    check_saes(model, saes)
+    _check(model, saes, features)
     sizes = {"n": n, "before": before, "after": after, "vocab_size": model.vocab_size}
-    watched = {
-        site: _SiteWindows(saes, site, sorted(set(indices)), **sizes)
-        for site, indices in sorted(features.items()) if len(indices)
-    }  # fmt: skip
+    asked = {site: sorted(set(indices)) for site, indices in sorted(features.items()) if len(indices)}
+    watched = {site: _SiteWindows(saes, site, indices, **sizes) for site, indices in asked.items()}
     limits: dict[str, Any] = {"max_tokens": max_tokens, "batch_size": batch_size, "context": context}
     for tokens in token_batches(model, texts, **limits):
         tokens = tokens.to(model.device)
@@ -181,7 +178,9 @@ def top_contexts(
     return FeatureSummaries({(Site.parse(one.site), one.index): one for site in summaries for one in site})
 
 
-def _check(saes: Mapping[Site, SparseAutoencoder], features: Mapping[Site, Sequence[int]]) -> None:
+def _check(
+    model: LanguageModel, saes: Mapping[Site, SparseAutoencoder], features: Mapping[Site, Sequence[int]]
+) -> None:
     saes = as_saes(saes)
     for site, indices in features.items():
         if site not in saes:
@@ -190,6 +189,7 @@ def _check(saes: Mapping[Site, SparseAutoencoder], features: Mapping[Site, Seque
         wrong = next((i for i in indices if not 0 <= i < n_features), None)
         if wrong is not None:
             raise UserError(f"unknown feature '{site}/{wrong}': allowed are 0 to {n_features - 1}")
+    check_saes(model, saes)
 
 
 def logit_effect(model: LanguageModel, W_dec: Tensor, *, k: int) -> tuple[list[list[tuple[str, float]]], ...]:
@@ -204,10 +204,10 @@ def logit_effect(model: LanguageModel, W_dec: Tensor, *, k: int) -> tuple[list[l
     bottom: list[list[tuple[str, float]]] = []
     for rows in W_dec.to(weight).split(max(1, CHUNK_BYTES // (4 * len(weight)))):
         logits = rows @ weight.T  # [block, V]
-        for found, largest in ((top, True), (bottom, False)):
+        for tokens, largest in ((top, True), (bottom, False)):
             values, ids = logits.topk(k, dim=-1, largest=largest)
             for row_values, row_ids in zip(values.tolist(), ids, strict=True):
-                found.append(list(zip(model.token_strings(row_ids), row_values, strict=True)))
+                tokens.append(list(zip(model.token_strings(row_ids), row_values, strict=True)))
     return top, bottom
 
 
@@ -305,15 +305,15 @@ class _SiteWindows:
     def _contexts(self, model: LanguageModel, slot: int) -> list[Context]:
         """The n strongest windows of a slot that read differently."""
         contexts: list[Context] = []
-        seen: set[tuple[int, ...]] = set()
+        read: set[tuple[int, ...]] = set()
         for rank in range(self.peak.shape[1]):
             ids, values = self.window_ids[slot, rank], self.window_values[slot, rank]
             real = ids != NO_TOKEN
             key = tuple(ids[real].tolist())
             if len(contexts) == self.n or not self.peak[slot, rank] > 0:
                 break
-            if key not in seen:
-                seen.add(key)
+            if key not in read:
+                read.add(key)
                 peak = int(real[: self.before].sum())
                 contexts.append(Context(model.token_strings(ids[real]), values[real].tolist(), peak))
         return contexts

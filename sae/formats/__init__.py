@@ -118,11 +118,11 @@ def _read_folder(path: Path) -> SparseAutoencoder:
         if file_format.recognises(path):
             return file_format.read(path)
     if path.is_dir():
-        found = ", ".join(sorted(p.name for p in path.iterdir())[:10]) or "nothing"
+        names = ", ".join(sorted(p.name for p in path.iterdir())[:10]) or "nothing"
     else:
-        found = path.name
-    known = "; ".join(f"{f.files} ({f.name})" for f in FORMATS)
-    raise UserError(f"no autoencoder in {str(path)!r}: looked for {known}; found {found}")
+        names = path.name
+    formats = "; ".join(f"{f.files} ({f.name})" for f in FORMATS)
+    raise UserError(f"no autoencoder in {str(path)!r}: looked for {formats}; found {names}")
 
 
 def _placed(sae: SparseAutoencoder, site: str, source: str) -> SparseAutoencoder:

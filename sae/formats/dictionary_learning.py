@@ -36,7 +36,7 @@ from sae.formats.refusals import refusal
 from sae.formats.site_names import dictionary_learning_name, site_named
 from sae.formats.token_normalised import norm_refusal
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 NAME = "dictionary_learning"
 WEIGHTS, CONFIG = "ae.pt", "config.json"
@@ -161,7 +161,7 @@ def _k(state: Mapping[str, Any], trainer: Mapping[str, Any], path: Path) -> int:
 
 def _warn_unset(threshold: Tensor, path: Path) -> None:
     if float(threshold) < 0:
-        logger.warning("%s: its threshold was never set in training, so every positive feature is active", path)
+        log.warning("%s: its threshold was never set in training, so every positive feature is active", path)
 
 
 def _site(trainer: Mapping[str, Any], folder: Path) -> str:

@@ -24,7 +24,7 @@ from sae.errors import UserError, near_paths, nearest
 from sae.formats.releases import released
 from sae.formats.site_names import site_named
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 MARKERS = (
     "sae.safetensors",
@@ -81,15 +81,15 @@ def sae_folders(path: str | Path) -> list[Path]:
 
 def folders_in(root: Path) -> list[str]:
     """Folders below `root` that hold an autoencoder, relative to it; "." is itself."""
-    found = []
+    folders = []
     for folder, inner, files in os.walk(root):
         relative = Path(folder).relative_to(root)
         inner[:] = sorted(name for name in inner if not name.startswith("."))
         if len(relative.parts) >= MAX_DEPTH:
             inner.clear()
         if _has_marker(files):
-            found.append(relative.as_posix())
-    return sorted(found)
+            folders.append(relative.as_posix())
+    return sorted(folders)
 
 
 def _has_marker(names: Iterable[str]) -> bool:
@@ -101,11 +101,11 @@ def choose(folders: Sequence[str], *, source: str, site: str = "") -> str:
     if len(folders) > 1 and site:
         at_site = [folder for folder in folders if site_named(f"{source}/{folder}") == site]
         if not at_site:
-            known = sorted({name for folder in folders if (name := site_named(f"{source}/{folder}"))})
-            raise UserError(f"{source!r} has no autoencoder for {site}: it has {', '.join(known) or _listed(folders)}")
+            sites = sorted({name for folder in folders if (name := site_named(f"{source}/{folder}"))})
+            raise UserError(f"{source!r} has no autoencoder for {site}: it has {', '.join(sites) or _listed(folders)}")
         folders = at_site
     if len(folders) > 1 and (closest := _closest_l0(folders)):
-        logger.info("%s: taking %s, the L0 closest to %d of %d", source, closest, PREFERRED_L0, len(folders))
+        log.info("%s: taking %s, the L0 closest to %d of %d", source, closest, PREFERRED_L0, len(folders))
         return closest
     if len(folders) > 1:
         raise UserError(f"{source!r} holds {len(folders)} autoencoders, name one: {_listed(folders)}")

@@ -43,9 +43,9 @@ def recognises(path: Path) -> bool:
 
 
 def _elsewhere(path: Path) -> dict[str, str]:
-    """TransformerLens' name of a place that is no site of ours."""
-    for place, hook in (("resid_post_attn", "hook_resid_mid"), ("mlp_post_act", "mlp.hook_post")):
-        if place in path.as_posix():
+    """TransformerLens' name of a hook point that is no site of ours."""
+    for name, hook in (("resid_post_attn", "hook_resid_mid"), ("mlp_post_act", "mlp.hook_post")):
+        if name in path.as_posix():
             return {"hook": f"blocks.{path.stem}.{hook}"}
     return {}
 
@@ -54,8 +54,8 @@ def read(path: Path) -> SparseAutoencoder:
     """The autoencoder in a `.pt` file."""
     state = read_pickle(path)
     if "latent_bias" not in state:
-        found = ", ".join(map(str, state))
-        raise UserError(f"{path}: looked for OpenAI's {', '.join(_TENSORS.values())}; found {found or 'nothing'}")
+        names = ", ".join(map(str, state))
+        raise UserError(f"{path}: looked for OpenAI's {', '.join(_TENSORS.values())}; found {names or 'nothing'}")
     activation = state.get("activation", "ReLU")
     if not isinstance(activation, str) or activation not in _ARCHITECTURE:
         raise refusal(path, str(activation)) or unknown(f"activation in {path}", str(activation), _ARCHITECTURE)

@@ -8,7 +8,7 @@ from pathlib import Path
 from sae.errors import UserError
 
 _REASONS = {
-    "transcoder": "a transcoder, which reads one place of the model and writes another: only autoencoders, which "
+    "transcoder": "a transcoder, which reads at one site and writes at another: only autoencoders, which "
     "rebuild what they read, can be used here",
     "crosscoder": "a crosscoder, which reads and writes several layers at once: only autoencoders of one site can be "
     "used here",

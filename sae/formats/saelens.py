@@ -37,7 +37,7 @@ from sae.formats.site_names import hook_site, transformer_lens_hook
 from sae.formats.token_normalised import NormalisedAutoencoder
 from sae.model.sites import SitePath
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 NAME = "saelens"
 WEIGHTS, CONFIG, SCALER = "sae_weights.safetensors", "cfg.json", "activation_scaler.json"
@@ -125,7 +125,7 @@ def read(folder: Path) -> SparseAutoencoder:
         tensors = fold_scale(tensors, 1.0 / positive(scaler, "scaling_factor", source=folder / SCALER))
     names = config["metadata"]
     if (names.get("model_from_pretrained_kwargs") or {}).get("center_writing_weights"):
-        logger.warning(
+        log.warning(
             "%s was trained on activations whose mean over dimensions TransformerLens had removed "
             "(center_writing_weights); this model's activations have one, so reconstructions will be worse",
             folder,

@@ -109,8 +109,8 @@ def cannot_run(name: str, error: Exception) -> UserError:
 def config_constants(hf: Any) -> list[float]:
     """The numbers with a fraction in a model's config, such as the factor of what is added to the residual stream."""
     config = getattr(hf, "config", None)
-    parts = [vars(part) for part in (config, getattr(config, "text_config", None)) if part is not None]
-    return [value for part in parts for value in part.values() if isinstance(value, float)]
+    configs = [vars(one) for one in (config, getattr(config, "text_config", None)) if one is not None]
+    return [value for entries in configs for value in entries.values() if isinstance(value, float)]
 
 
 def equal_lengths(tokens: Tokens) -> list[Tensor]:
@@ -143,9 +143,9 @@ def run_by_length(tokens: Tokens, run: Callable[[Tokens], Run]) -> Run:
     return Run(activations, together(logits, 1 if last_only else tokens.n_positions))
 
 
-def scattered(parts: Sequence[tuple[Tensor, Tensor]], *, n_rows: int, n_positions: int) -> Tensor:
+def scattered(pieces: Sequence[tuple[Tensor, Tensor]], *, n_rows: int, n_positions: int) -> Tensor:
     """[B, S, d] of parts (rows [n], values [n, s, d]) that end at the last position; zero before them."""
-    whole = parts[0][1].new_zeros(n_rows, n_positions, parts[0][1].shape[-1])
-    for rows, values in parts:
-        whole[rows, n_positions - values.shape[1] :] = values
-    return whole
+    out = pieces[0][1].new_zeros(n_rows, n_positions, pieces[0][1].shape[-1])
+    for rows, values in pieces:
+        out[rows, n_positions - values.shape[1] :] = values
+    return out

@@ -72,18 +72,18 @@ def load_hf(
         if wanted is not None:
             hf.to(wanted)
     else:
-        name, place = str(model), resolve_device(device)
+        name, resolved = str(model), resolve_device(device)
         hf = pretrained_model(name, None)
         marks = fingerprints(hf)
         n_parameters = sum(parameter.numel() for parameter in hf.parameters())
-        if wanted is None and (dtype is None or place.type != "cuda" or n_parameters < FULL_PRECISION_PARAMETERS):
+        if wanted is None and (dtype is None or resolved.type != "cuda" or n_parameters < FULL_PRECISION_PARAMETERS):
             wanted = torch.float32
         if wanted in (torch.float32, torch.float64):
             hf.to(wanted)
         elif wanted is not None and any(parameter.dtype != wanted for parameter in hf.parameters()):
             del hf  # loaded again, for a cast would round rotary frequencies too
             hf = pretrained_model(name, wanted)
-        hf.to(place)
+        hf.to(resolved)
     hf.eval().requires_grad_(False)
     if tokenizer is None and name:
         tokenizer = pretrained_tokenizer(name, required=not isinstance(model, nn.Module))
@@ -133,15 +133,15 @@ def max_positions(hf: nn.Module) -> int | None:
 
 def _device(device: str | torch.device) -> torch.device:
     try:
-        place = torch.device(device)
+        resolved = torch.device(device)
     except RuntimeError:
         raise unknown("device", str(device), ["auto", "cpu", "cuda", "mps"]) from None
-    if place.type == "meta":
+    if resolved.type == "meta":
         raise UserError("device 'meta' holds no numbers: allowed are auto, cpu, cuda and mps")
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}.get(place.type, True)
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}.get(resolved.type, True)
     if not available:
         raise UserError(f"device {str(device)!r} is not available on this machine: allowed are auto and cpu")
-    return place
+    return resolved
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

@@ -205,8 +205,8 @@ def _first_of_three(*, groups: int) -> Callable[..., Tensor]:
 
 
 def _is_gated_mlp(module: nn.Module) -> bool:
-    parts = {name for name in ("gate_proj", "up_proj", "gate_up_proj", "down_proj") if _has(module, name)}
-    return parts in ({"gate_proj", "up_proj", "down_proj"}, {"gate_up_proj", "down_proj"})
+    names = {name for name in ("gate_proj", "up_proj", "gate_up_proj", "down_proj") if _has(module, name)}
+    return names in ({"gate_proj", "up_proj", "down_proj"}, {"gate_up_proj", "down_proj"})
 
 
 def _has(module: nn.Module, name: str) -> bool:

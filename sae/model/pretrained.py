@@ -154,7 +154,7 @@ def _missing_bytes(path: Path) -> int:
             return n_header + HEADER_BYTES - size if n_header < LARGEST_SIZE else 0
         try:
             header = json.loads(file.read(n_header))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-            return max(0, HEADER_BYTES + n_header + max(ends, default=0) - size)
+            offsets = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            return max(0, HEADER_BYTES + n_header + max(offsets, default=0) - size)
         except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
             return 0

@@ -35,15 +35,15 @@ def fit_scales(activations: Mapping[Site, Tensor], constants: Sequence[float]) -
     """
     scales: dict[Site, float] = {}
     for before, added, after in block_sums(list(activations)):
-        parts = [exactly(activations[site]) for site in added]
+        outputs = [exactly(activations[site]) for site in added]
         if len({activations[site].shape for site in (before, *added, after)}) > 1:
             continue
         change = exactly(activations[after]) - exactly(activations[before])
         allowed = _allowed(activations[after], change)
-        if float((change - torch.stack(parts).sum(0)).abs().max()) <= allowed:
+        if float((change - torch.stack(outputs).sum(0)).abs().max()) <= allowed:
             continue
-        factors = [_nearest(x, constants, activations[after]) for x in fit_factors(parts, change)]
-        explained = torch.stack([x * part for x, part in zip(factors, parts, strict=True)]).sum(0)
+        factors = [_nearest(x, constants, activations[after]) for x in fit_factors(outputs, change)]
+        explained = torch.stack([x * output for x, output in zip(factors, outputs, strict=True)]).sum(0)
         if min(factors) >= SMALLEST_SCALE and float((change - explained).abs().max()) <= allowed:
             scales |= dict(zip(added, factors, strict=True))
     return scales

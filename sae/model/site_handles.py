@@ -38,13 +38,13 @@ def default_paths(hf: Any, name: str) -> dict[Site, SitePath]:
 
 def make_hook_point(root: Any, site: Site, path: SitePath) -> HookPoint:
     """The hook point of a site; its body, and what it computes, are known where the path is the architecture's own."""
-    architecture = MODEL_FAMILIES.get(model_type(root._module))
-    body, known = None, False
-    if architecture is not None and path == SitePath.parse(architecture.defaults()[site.kind]).at(site.layer):
-        sublayer = {"attn": architecture.attn_body, "mlp": architecture.mlp_body}.get(site.kind)
-        body = sublayer and envoy_of(root, SitePath(f"{architecture.block}.{sublayer}").at(site.layer).module)
-        known = True
-    return HookPoint(site, path, envoy_of(root, path.module), body, token_wise=known and site.kind == "mlp")
+    family = MODEL_FAMILIES.get(model_type(root._module))
+    body, usual = None, False
+    if family is not None and path == SitePath.parse(family.defaults()[site.kind]).at(site.layer):
+        sublayer = {"attn": family.attn_body, "mlp": family.mlp_body}.get(site.kind)
+        body = sublayer and envoy_of(root, SitePath(f"{family.block}.{sublayer}").at(site.layer).module)
+        usual = True
+    return HookPoint(site, path, envoy_of(root, path.module), body, token_wise=usual and site.kind == "mlp")
 
 
 def envoy_of(root: Any, module: str) -> Any:

@@ -54,14 +54,15 @@ def search_sites(hf: nn.Module, forward: Forward, *, rows: int, positions: int) 
     blocks = _find_blocks(hf, calls)
     if not blocks:
         return Search({})
-    found = _Contributions(hf, blocks, {name for name, call in calls.items() if call.count == 1}, (rows, positions))
-    with torch.no_grad(), found.watching():
+    once = {name for name, call in calls.items() if call.count == 1}
+    contributions = _Contributions(hf, blocks, once, (rows, positions))
+    with torch.no_grad(), contributions.watching():
         forward()
-    paths = {Site("embed"): found.embed}
+    paths = {Site("embed"): contributions.embed}
     for layer, name in enumerate(blocks):
-        paths |= {Site(kind, layer): SitePath(module) for kind, module in found.by_layer[layer].items()}
+        paths |= {Site(kind, layer): SitePath(module) for kind, module in contributions.by_layer[layer].items()}
         paths[Site("resid", layer)] = SitePath(name)
-    lacking = {layer: found.tried[layer] for layer in range(len(blocks)) if not found.by_layer[layer]}
+    lacking = {layer: contributions.tried[layer] for layer in range(len(blocks)) if not contributions.by_layer[layer]}
     return Search(dict(sorted(paths.items())), blocks, lacking)
 
 

@@ -1,4 +1,4 @@
-"""Sites: the places in a model where an SAE reads and writes.
+"""Sites: where in a model an SAE reads and writes.
 
 1. A `Site` is a name, `embed`, `attn_3`, `mlp_3` or `resid_3`. `attn_l` and `mlp_l` are what the sublayer adds to the
    residual stream (after post-norms where the architecture has them), `resid_l` is the output of block l.
@@ -25,7 +25,7 @@ KIND_ORDER = {"embed": 0, "attn": 1, "mlp": 2, "resid": 3}
 @total_ordering
 @dataclass(frozen=True)
 class Site:
-    """A place in the model; sites sort in the order of the forward pass."""
+    """A site of the model; sites sort in the order of the forward pass."""
 
     kind: str
     """One of embed, attn, mlp, resid."""
@@ -184,28 +184,28 @@ def site_table(
             "'attn': 'model.layers.{layer}.attn'}"
         )
     modules = [name for name, _ in hf_model.named_modules() if name]
-    known = set(modules)
+    module_names = set(modules)
     table = {site: path for site, path in defaults.items() if site.kind not in paths}
     for kind, path in paths.items():
-        table |= _sites_of_kind(kind, path, known) if kind in KIND_ORDER else {Site.parse(kind): path}
+        table |= _sites_of_kind(kind, path, module_names) if kind in KIND_ORDER else {Site.parse(kind): path}
     table |= {Site.parse(name): path for name, path in paths.items() if name not in KIND_ORDER}
     for site, path in table.items():
-        if path.module not in known:
+        if path.module not in module_names:
             raise _no_module(site.name, path.module, modules)
     return dict(sorted(table.items()))
 
 
-def _sites_of_kind(kind: str, pattern: SitePath, known: set[str]) -> dict[Site, SitePath]:
+def _sites_of_kind(kind: str, pattern: SitePath, module_names: set[str]) -> dict[Site, SitePath]:
     """The sites of one kind: the layers in which the path exists."""
     if kind == "embed":
         return {Site("embed"): pattern}
     before, layer, after = pattern.module.partition("{layer}")
     if not layer:
         raise UserError(f"path {pattern.module!r} for {kind!r} needs {{layer}} where the block's index stands")
-    indices = (name[len(before) : len(name) - len(after)] for name in known if name.startswith(before))
+    indices = (name[len(before) : len(name) - len(after)] for name in module_names if name.startswith(before))
     layers = sorted({int(index) for index in indices if index.isascii() and index.isdigit()})
     paths = {Site(kind, layer): pattern.at(layer) for layer in layers}
-    existing = {site: path for site, path in paths.items() if path.module in known}
+    existing = {site: path for site, path in paths.items() if path.module in module_names}
     return existing or {Site(kind, 0): pattern.at(0)}  # the missing module is reported by the caller
 
 

@@ -109,11 +109,11 @@ class TokenizerWrapper:
             raise UserError("this tokenizer does not know where in the text its tokens are: use a fast one for spans")
         if not texts:
             return []
-        found = self._call(texts, add_special_tokens=False, return_offsets_mapping=True)
+        encoded = self._call(texts, add_special_tokens=False, return_offsets_mapping=True)
         first, blank = list(self.prefix), [(0, 0)] * len(self.prefix)
         return [
             blank + (offsets[len(first) :] if ids[: len(first)] == first else offsets)
-            for ids, offsets in zip(found["input_ids"], found["offset_mapping"], strict=True)
+            for ids, offsets in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
         ]
 
     def own_ids(self, texts: Sequence[str]) -> list[list[int]]:
@@ -138,14 +138,14 @@ class TokenizerWrapper:
         number = {text: index for index, text in enumerate(dict.fromkeys([*texts, *joined]))}
         ids = self.own_ids(list(number))
         pairs = [(ids[number[text]], ids[number[both]]) for text, both in zip(texts, joined, strict=True)]
-        return [both[len(own) :] if both[: len(own)] == own else None for own, both in pairs]
+        return [both[len(before) :] if both[: len(before)] == before else None for before, both in pairs]
 
     def spelling(self, before: int, text: str) -> int | None:
         """The one token that writes `text` behind the token `before`, also where the tokenizer would join the two."""
         names = [self.tokenizer.convert_tokens_to_ids(name) for name in (text, f"##{text}")]
-        whole = self._decode([before]) + text
+        joined = self._decode([before]) + text
         for token in [*self._ids(text)[-1:], *names]:
-            if token not in (None, self.tokenizer.unk_token_id) and self._decode([before, token]) == whole:
+            if token not in (None, self.tokenizer.unk_token_id) and self._decode([before, token]) == joined:
                 return token
         return None
 
@@ -181,9 +181,9 @@ class TokenizerWrapper:
     def _find_prefix(self) -> tuple[int, ...]:
         """The special tokens that the tokenizer itself puts in front of a text."""
         text = self._anchor or "a"
-        own, full = self._ids(text), self._call([text])["input_ids"][0]
-        for start in range(len(full) - len(own) + 1):
-            if own and full[start : start + len(own)] == own:
+        plain, full = self._ids(text), self._call([text])["input_ids"][0]
+        for start in range(len(full) - len(plain) + 1):
+            if plain and full[start : start + len(plain)] == plain:
                 return tuple(full[:start])
         return ()
 

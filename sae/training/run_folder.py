@@ -18,9 +18,9 @@ import torch
 
 from sae._files import check_type, parse_json, prepare_folder, write_json
 from sae._run.contents import (
-    CONFIG_FILE,
     MAKERS,
     RUN,
+    RUN_CONFIG_FILE,
     SAE,
     SAES,
     TRAINED,
@@ -210,7 +210,7 @@ class RunFolder:
         others = {key: value for key, value in entries.items() if key not in MAKERS}
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         both = {**others, self.command: entry, "versions": {**others.get("versions", {}), **versions}}
-        write_json(self.path / CONFIG_FILE, both)
+        write_json(self.path / RUN_CONFIG_FILE, both)
 
     def _check_same(self, entry: RunEntry, *, but: Sequence[str] = ()) -> None:
         before = asdict(entry)
@@ -239,7 +239,7 @@ def check_run_folder(folder: Path, command: str, *, resume: bool, overwrite: boo
     check_run_config(folder)
     check_contents(folder, layout)
     recorded = any(read_entry(folder, name) for name in MAKERS)
-    ignored = {"trained", CONFIG_FILE} if command == "finetune" else set()
+    ignored = {"trained", RUN_CONFIG_FILE} if command == "finetune" else set()
     there = [path.name for path in visible(folder) if path.name not in ignored]
     if resume and not overwrite and there and read_entry(folder, command) is None:
         raise UserError(
@@ -252,7 +252,7 @@ def check_run_folder(folder: Path, command: str, *, resume: bool, overwrite: boo
     others += ["checkpoints"] if visible(folder / CHECKPOINTS) and not recorded else []
     if others:
         raise UserError(
-            f"{str(folder)!r} holds {', '.join(others[:3])}, which its {CONFIG_FILE} does not name as of this run: "
+            f"{str(folder)!r} holds {', '.join(others[:3])}, which its {RUN_CONFIG_FILE} does not name as of this run: "
             "nothing is deleted or overwritten; give another folder, or move them away"
         )
 
@@ -264,10 +264,10 @@ def discard_run(folder: Path) -> None:
     entries, sites = read_run_config(folder), _recorded_sites(folder)
     makers = {key: {**value, "complete": False, "replaced": sites} for key, value in entries.items() if key in MAKERS}
     if makers:
-        write_json(folder / CONFIG_FILE, {**entries, **makers})
+        write_json(folder / RUN_CONFIG_FILE, {**entries, **makers})
         checkpoints.remove(folder / CHECKPOINTS)
         remove(folder / "saes", Layout(SAES.files, dict.fromkeys(sites, SAE)))
-        write_json(folder / CONFIG_FILE, {key: value for key, value in entries.items() if key not in MAKERS})
+        write_json(folder / RUN_CONFIG_FILE, {key: value for key, value in entries.items() if key not in MAKERS})
 
 
 def is_discarding(folder: Path) -> bool:
@@ -303,7 +303,7 @@ def _replaced(entry: RunEntry | None) -> list[str]:
 def read_entry(folder: Path, command: str) -> RunEntry | None:
     """What the `config.json` of a run folder says of a command; None where it says nothing."""
     entry = read_run_config(folder).get(command)
-    return None if entry is None else check_type(entry, RunEntry, f"{folder / CONFIG_FILE}, {command}")
+    return None if entry is None else check_type(entry, RunEntry, f"{folder / RUN_CONFIG_FILE}, {command}")
 
 
 def _differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

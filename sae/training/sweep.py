@@ -18,7 +18,7 @@ from itertools import product
 from pathlib import Path
 
 from sae._files import atomic_write, check_type
-from sae._run.contents import CONFIG_FILE
+from sae._run.contents import RUN_CONFIG_FILE
 from sae._run.locks import lock
 from sae.architectures import architecture
 from sae.data.activations import TextRead
@@ -60,12 +60,12 @@ class Sweep:
         entry = read_entry(out, "sweep")
         if entry is None or not entry.complete:
             raise UserError(f"no complete sweep in {str(out)!r}: run it again with --resume")
-        where = f"{out / CONFIG_FILE}, sweep"
+        where = f"{out / RUN_CONFIG_FILE}, sweep"
         configs = {name: check_type(options, TrainConfig, where) for name, options in entry.config.items()}
         runs = {name: read_entry(out / name, "train") for name in configs}
         if missing := [name for name, run in runs.items() if run is None or not run.complete]:
             raise UserError(f"{str(out / missing[0])!r} holds no complete run: run the sweep again with --resume")
-        reads = [check_type(run.read, TextRead, out / name / CONFIG_FILE) for name, run in runs.items() if run]
+        reads = [check_type(run.read, TextRead, out / name / RUN_CONFIG_FILE) for name, run in runs.items() if run]
         read = max(reads, key=lambda read: (read.whole, read.documents))
         return cls(out, configs, tuple(map(Site.parse, entry.sites)), read)
 

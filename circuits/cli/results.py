@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from circuits.cli.options import Named, plain
-from sae._files import parse_json, read_text, write_json
+from sae._files import parse_json, read_header, read_text, write_json
 from sae._run.contents import check_no_link
 from sae.data.text import TextSource
 from sae.errors import UserError
@@ -64,7 +64,8 @@ class ResultFiles:
         check_no_link(self.folder)
         path = self.path(".json")
         if not path.is_file():
-            strangers = [self.path(suffix) for suffix in self.suffixes if self.path(suffix).exists()]
+            others = [self.path(suffix) for suffix in self.suffixes if self.path(suffix).exists()]
+            strangers = [other for other in others if not self._is_interrupted(other)]
             if strangers and not self.options.overwrite:
                 raise UserError(f"{str(strangers[0])!r} is there without its {path.name}: move it away, or give --name")
             return
@@ -75,6 +76,10 @@ class ResultFiles:
                 f"{str(path)!r} holds a result of other options ({differing}): --overwrite replaces it, --name gives "
                 "this one files of its own"
             )
+
+    def _is_interrupted(self, path: Path) -> bool:
+        """Whether a file is what this measurement writes before its .json, which it did not get to."""
+        return path.suffix == ".safetensors" and read_header(path).get("kind") == self.stem
 
     def write(self, data: dict[str, Any]) -> dict[str, Any]:
         """Write the result as JSON, with what it was made with; files beside an older one go first."""

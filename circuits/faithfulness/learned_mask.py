@@ -91,14 +91,14 @@ class LearnedMask(Result):
         return f"loss {self.losses[-1]:.3f} after {len(self.losses)} steps\n{format_table(strongest)}"
 
     def save(self, path: str | Path) -> Path:
-        """Write nodes, ranks and scores as .safetensors."""
+        """Write nodes, ranks and scores as .safetensors, whose header says `kind: mask`."""
         path = Path(path)
         tensors: dict[str, torch.Tensor] = {}
         for site, nodes in self.nodes.items():
             named = {"feature": nodes.feature, "position": nodes.position, "effect": nodes.effect}
             tensors |= {f"{site.name}/{name}": tensor for name, tensor in named.items()}
             tensors[f"{site.name}/score"] = self.scores[site]
-        write_tensors(path, tensors)
+        write_tensors(path, tensors, metadata={"kind": "mask"})
         return path
 
 

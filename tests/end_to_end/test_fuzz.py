@@ -1,12 +1,15 @@
 """Damaged files end in a sentence or do not matter: never a traceback, whatever is damaged and however.
 
 Every example is one damaged file (`tests.end_to_end.mutations`) and one command that reads it. The outcome is status 0,
-or status 2 with one line. The examples are the same in every run; more of them: `settings(max_examples=...)`.
+or status 2 with one line. The examples are the same in every run; about 2,000 of them:
+
+    FUZZ=11 python -m pytest tests/end_to_end/test_fuzz.py
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from random import Random
@@ -27,12 +30,15 @@ from sae.errors import UserError
 from tests.end_to_end.mutations import mutate_file
 
 SEEDS = st.integers(0, 2**32 - 1)
+TIMES = int(os.environ.get("FUZZ", "1"))
 
 
 def fuzz(examples: int):
     """As many examples, the same every time, none of them kept between runs."""
     checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-    return settings(max_examples=examples, derandomize=True, deadline=None, database=None, suppress_health_check=checks)
+    return settings(
+        max_examples=examples * TIMES, derandomize=True, deadline=None, database=None, suppress_health_check=checks
+    )
 
 
 @pytest.fixture(scope="module")

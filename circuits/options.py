@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
-from sae._options import Gibibytes, Range, Steps
+from sae._options import Gibibytes, Range, Steps, check_options
 
 Method = Literal[
     "ig", "ig-adaptive", "ig-inputs", "attrib", "relp", "graddrop", "exact", "activation-difference", "random"
@@ -41,6 +41,21 @@ class QuadratureOptions:
     """Quadrature nodes of ig and ig-inputs."""
     residual: Annotated[float, Range(0, 1, above=True)] = 0.003
     """Error of the sum check that ig-adaptive goes down to, as a share of the total effect."""
+
+
+@dataclass(frozen=True)
+class MethodOptions(QuadratureOptions):
+    """How node effects are estimated."""
+
+    method: Method = "ig"
+    """Node method: ig (integrated gradients), ig-adaptive, ig-inputs, attrib (attribution patching), relp, graddrop,
+    exact (patch every node), or the baselines activation-difference and random.
+    """
+    aggregation: Aggregation = "sum"
+    """sum over positions; position for prompts of equal length; spans for prompts with named token spans."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 @dataclass(frozen=True)

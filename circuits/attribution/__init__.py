@@ -10,9 +10,13 @@ from circuits.attribution.feature_effects import EdgeInputs, contract_gradient
 from circuits.attribution.node_effects import (
     GRADIENT_AT_CLEAN,
     METHOD_NAMES,
-    METHODS,
     Attribution,
-    AttributionOptions,
     attribute,
     attribute_batches,
 )
+from circuits.options import METHODS
+
+__all__ = [
+    "GRADIENT_AT_CLEAN", "METHODS", "METHOD_NAMES", "ActivationPair", "Attribution", "EdgeInputs", "SiteEffects",
+    "attribute", "attribute_batches", "capture_activations", "contract_gradient",
+]  # fmt: skip

@@ -14,7 +14,6 @@ one partial forward pass for every (example, [position,] feature) that is active
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -40,55 +39,54 @@ def _differing_nodes(sae: SparseAutoencoder, states: ActivationPair, site: Site)
     """
     clean, patch = states.clean[site].flatten(0, 1).float(), states.patch[site].flatten(0, 1).float()
     real = _reaching(states, site).flatten()
-    tokens, features, values = [], [], []
+    columns: list[tuple[Tensor, Tensor, Tensor]] = []
     for chunk in token_chunks(len(clean), sae.W_dec.shape[0]):
         delta = feature_deltas(sae, clean[chunk], patch[chunk], zero_patch=states.zero_patch)
         delta *= real[chunk, None]
         token, feature = delta.nonzero(as_tuple=True)
-        tokens.append(token + chunk.start)
-        features.append(feature)
-        values.append(delta[token, feature])
-    return torch.cat(tokens), torch.cat(features), torch.cat(values)
+        columns.append((token + chunk.start, feature, delta[token, feature]))
+    token, feature, value = (torch.cat(column) for column in zip(*columns, strict=True))
+    return token, feature, value
 
 
-def _error_delta(sae: SparseAutoencoder, states: ActivationPair, site: Site, token, feature, value) -> Tensor:
+def _error_delta(
+    sae: SparseAutoencoder, states: ActivationPair, site: Site, token: Tensor, feature: Tensor, value: Tensor
+) -> Tensor:
     """e_patch - e_clean = (x_patch - x_clean) - sum_i (f_patch - f_clean)_i W_dec[i], [B * S, d]."""
     delta = (states.patch[site] - states.clean[site]).flatten(0, 1).float() * _reaching(states, site).flatten()[:, None]
-    for start in range(0, len(token), 2**16):
+    for start in range(0, len(token), 2**16):  # [2**16, d] decoder rows at once
         part = slice(start, start + 2**16)
         delta.index_add_(0, token[part], value[part, None] * sae.W_dec[feature[part]], alpha=-1)
     return delta
 
 
-@dataclass(frozen=True)
-class _Entries:
-    """What changes where: entry n adds `value[n] W_dec[feature[n]]`, or the error's change, at `token[n]`."""
+def _changes(
+    sae: SparseAutoencoder, states: ActivationPair, site: Site, features: Tensor | None
+) -> tuple[SiteEffects, Tensor]:
+    """How every node changes at every token: f_patch - f_clean of the features, and e_patch - e_clean [B * S, d].
 
-    token: Tensor  # [n] over B * S
-    feature: Tensor  # [n], F for the error
-    value: Tensor  # [n]
-    error: Tensor  # [B * S, d] e_patch - e_clean
+    The entries count positions over all S columns, padding included; those of the error (feature F) have no value.
+    `features`: of these nodes only.
+    """
+    n_features, n_positions = sae.W_dec.shape[0], states.mask.shape[1]
+    token, feature, value = _differing_nodes(sae, states, site)
+    error = _error_delta(sae, states, site, token, feature, value)
+    error_token = (error != 0).any(-1).nonzero()[:, 0]
+    token = torch.cat([token, error_token])
+    feature = torch.cat([feature, torch.full_like(error_token, n_features)])
+    value = torch.cat([value, value.new_zeros(len(error_token))])
+    if features is not None:
+        is_wanted = torch.isin(feature, features.to(feature.device))
+        token, feature, value = token[is_wanted], feature[is_wanted], value[is_wanted]
+    return SiteEffects(n_features, token // n_positions, token % n_positions, feature, value), error
 
-    @staticmethod
-    def of(sae: SparseAutoencoder, states: ActivationPair, site: Site, features: Tensor | None) -> _Entries:
-        """All nodes of a site that differ between the runs, or those of `features` only."""
-        n_features = sae.W_dec.shape[0]
-        token, feature, value = _differing_nodes(sae, states, site)
-        error = _error_delta(sae, states, site, token, feature, value)
-        error_token = (error != 0).any(-1).nonzero()[:, 0]
-        token = torch.cat([token, error_token])
-        feature = torch.cat([feature, torch.full_like(error_token, n_features)])
-        value = torch.cat([value, value.new_zeros(len(error_token))])
-        if features is not None:
-            kept = torch.isin(feature, features.to(feature.device))
-            token, feature, value = token[kept], feature[kept], value[kept]
-        return _Entries(token, feature, value, error)
 
-    def change(self, sae: SparseAutoencoder, entry: Tensor) -> Tensor:
-        """What the entries add to x, [n, d]."""
-        n_features = sae.W_dec.shape[0]
-        written = self.value[entry, None] * sae.W_dec[self.feature[entry].clamp(max=n_features - 1)]
-        return torch.where((self.feature[entry] == n_features)[:, None], self.error[self.token[entry]], written)
+def _written(sae: SparseAutoencoder, changes: SiteEffects, error: Tensor, entry: Tensor, n_positions: int) -> Tensor:
+    """What the entries add to x, [n, d]."""
+    feature = changes.feature[entry]
+    token = changes.example[entry] * n_positions + changes.position[entry]
+    by_features = changes.value[entry, None] * sae.W_dec[feature.clamp(max=changes.n_features - 1)]
+    return torch.where((feature == changes.n_features)[:, None], error[token], by_features)
 
 
 @torch.no_grad()
@@ -107,11 +105,11 @@ def exact_effects(
     patched at once, None for all; `features` ([n] int64, F for the error) restricts the work to some nodes.
     """
     n_positions, n_nodes = states.mask.shape[1], sae.W_dec.shape[0] + 1
-    entries = _Entries.of(sae, states, site, features)
-    example, column = entries.token // n_positions, entries.token % n_positions
+    changes, error = _changes(sae, states, site, features)
+    example, column = changes.example, changes.position
     n_groups = 1 if positions is None else int(positions.max()) + 1
     group = 0 if positions is None else positions[example, column]
-    rows, row = ((example * n_groups + group) * n_nodes + entries.feature).unique(return_inverse=True)
+    rows, row = ((example * n_groups + group) * n_nodes + changes.feature).unique(return_inverse=True)
     effect = torch.zeros(len(rows), device=rows.device)
     order = torch.argsort(row)
     starts = torch.arange(0, len(rows) + max_rows, max_rows, device=row.device)
@@ -124,7 +122,7 @@ def exact_effects(
         owner[row[entry] - first] = example[entry]
         x = states.clean[site][owner]
         index = (row[entry] - first, column[entry])
-        x = x.index_put(index, entries.change(sae, entry).to(x.dtype), accumulate=True)
+        x = x.index_put(index, _written(sae, changes, error, entry, n_positions).to(x.dtype), accumulate=True)
         effect[first : first + len(owner)] = _metric_of_rows(model, states, metric, site=site, x=x, owner=owner)
     where, feature = rows // n_nodes, rows % n_nodes
     example, position = where // n_groups, where % n_groups

@@ -1,21 +1,22 @@
-"""The two ends of an attribution: activations of every site on the clean and on the patch prompts.
+"""Activations of every site on the clean and on the patch prompts, between which nodes are attributed.
 
 Legend: B examples, S positions (left-padded), d model width.
 
 1. One forward pass over the clean prompts and one over the patch prompts capture x at every site, and the metric m
    of both.
-2. Without patch prompts the patch end of a site is `f = 0, e = 0`, that is `x = b_dec` (the reading of Marks et al.
+2. Without patch prompts the patch value of a site is `f = 0, e = 0`, that is `x = b_dec` (the reading of Marks et al.
    2024, section 3.1, for behaviours without counterfactual prompts).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from circuits._tensors import NOT_SAVED
 from circuits.metrics.metrics import Metric
 from circuits.prompts.dataset import PromptSet
 from sae.autoencoder import SparseAutoencoder
@@ -30,14 +31,14 @@ from sae.saes import as_saes
 class ActivationPair:
     """Clean and patch activations of one batch of prompts at the circuit's sites."""
 
-    prompts: PromptSet
+    prompts: PromptSet = field(metadata=NOT_SAVED)
     """The batch."""
     clean: dict[Site, Tensor]
     """x on the clean prompts, [B, S, d] per site."""
     patch: dict[Site, Tensor]
     """x on the patch prompts, [B, S, d]; `b_dec` everywhere where there are no patch prompts."""
     zero_patch: bool
-    """True where there are no patch prompts: the features of the patch end are then 0 by definition."""
+    """True where there are no patch prompts: its patch features are then 0 by definition."""
     m_clean: Tensor
     """The metric on the clean prompts, [B]."""
     m_patch: Tensor | None
@@ -50,6 +51,16 @@ class ActivationPair:
     @property
     def tokens(self) -> Tokens:
         return self.prompts.clean
+
+    def stored_without(self, sites: Collection[Site]) -> ActivationPair:
+        """The same on the CPU, without the activations of these sites and without gradients."""
+
+        def needed(activations: Mapping[Site, Tensor]) -> dict[Site, Tensor]:
+            return {site: x.cpu() for site, x in activations.items() if site not in sites}
+
+        m_patch = None if self.m_patch is None else self.m_patch.cpu()
+        clean, patch = needed(self.clean), needed(self.patch)
+        return replace(self, clean=clean, patch=patch, m_clean=self.m_clean.cpu(), m_patch=m_patch, gradients=None)
 
     def reversed(self) -> ActivationPair:
         """The same batch from patch to clean, with the answers where they were: patching a node now restores its clean
@@ -115,7 +126,9 @@ def capture_activations(
     return ActivationPair(prompts, clean, other.activations, False, m_clean, m_patch, model.n_layers - 1, gradients)
 
 
-def _clean_run(model: LanguageModel, prompts: PromptSet, metric: Metric, sites: Sequence[Site], gradient: bool):
+def _clean_run(
+    model: LanguageModel, prompts: PromptSet, metric: Metric, sites: Sequence[Site], gradient: bool
+) -> tuple[dict[Site, Tensor], Tensor, dict[Site, Tensor] | None]:
     """x at every site [B, S, d], m [B], and dm/dx per site if it was asked for."""
     with torch.set_grad_enabled(gradient):
         run = model.run(prompts.clean, capture=sites, last_only=True, grad=gradient)
@@ -123,9 +136,9 @@ def _clean_run(model: LanguageModel, prompts: PromptSet, metric: Metric, sites: 
         m = metric(run.logits[:, -1], prompts)
         if not gradient:
             return run.activations, m, None
-        found = torch.autograd.grad(m.sum(), [run.activations[site] for site in sites])
+        gradients = torch.autograd.grad(m.sum(), [run.activations[site] for site in sites])
     activations = {site: x.detach() for site, x in run.activations.items()}
-    return activations, m.detach(), dict(zip(sites, found, strict=True))
+    return activations, m.detach(), dict(zip(sites, gradients, strict=True))
 
 
 def metric_at(

@@ -33,10 +33,11 @@ import torch
 from torch import Tensor
 
 from circuits.attribution.activations import ActivationPair
-from circuits.attribution.feature_effects import EdgeInputs, site_ends
+from circuits.attribution.feature_effects import EdgeInputs, edge_inputs
+from circuits.attribution.node_effects import Attribution
 from circuits.attribution.nodes import Nodes, SiteNodes
 from circuits.metrics.metrics import Metric
-from circuits.options import ACTIVE
+from circuits.options import ACTIVE, EdgeActive
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import unknown
 from sae.formats.token_normalised import edge_refusal
@@ -56,9 +57,9 @@ class CutGraph:
     """One forward pass in which every site's output is replaced by a leaf."""
 
     outputs: dict[Site, Tensor]
-    """What the model computed at each site from the leaves before it, [R * B, S, d], with its graph."""
+    """The output of each site as a function of the leaves before it, [R * B, S, d], with its graph."""
     leaves: dict[Site, Tensor]
-    """What went on in its place, [R * B, S, d]."""
+    """The leaf that went on in its place, [R * B, S, d]."""
     m: Tensor
     """The metric, [R * B], a function of the leaves that reach the logits directly."""
 
@@ -84,8 +85,8 @@ def cut_forward(
 
 
 @dataclass(frozen=True)
-class SelectedEnds:
-    """What a site's selected nodes bring to the product, as upstream and as downstream ends. n nodes."""
+class NodeVectors:
+    """The n selected nodes of a site, as upstream and as downstream nodes of edges."""
 
     decoder: Tensor
     """[n, d] decoder rows; zero for the error node."""
@@ -106,8 +107,8 @@ class SelectedEnds:
         """[R, B, S, d] for a slice of R nodes."""
         cotangent = torch.einsum("bsr,rd->rbsd", self.gain[..., nodes], self.encoder[nodes])
         if self.error_cotangent is not None:
-            at = self.error_at[..., nodes]  # [B or 1, S, R]
-            cotangent += at.movedim(-1, 0)[..., None] * self.error_cotangent
+            error_at = self.error_at[..., nodes]  # [B or 1, S, R]
+            cotangent += error_at.movedim(-1, 0)[..., None] * self.error_cotangent
         return cotangent
 
     def contract(self, gradient: Tensor, *, per_example: bool = False) -> Tensor:
@@ -123,75 +124,68 @@ class SelectedEnds:
         return weight
 
 
-@torch.no_grad()
-def _site_ends(
-    sae: SparseAutoencoder,
-    states: ActivationPair,
-    gradient: Tensor,
-    nodes: SiteNodes,
-    site: Site,
-    *,
-    active: str,
-    known: EdgeInputs | None,
-) -> SelectedEnds:
-    """What the selected nodes need; the whole encoder runs only where nothing is known of it and the error node is
-    among them, or features compete.
-    """
-    device = sae.W_dec.device
-    is_error, feature = nodes.is_error.to(device), nodes.feature.to(device).clamp(max=nodes.n_features - 1)
-    if known is None and (is_error.any() or sae.nonlinearity.needs_k):
-        known = site_ends(sae, states, gradient, site=site, ends=active)
-    else:
-        known = known and known.to(device)
-    f_clean, delta = _codes(sae, states, feature, site, known)
-    awake = (f_clean != 0) | (delta != 0) if active == "either" else f_clean != 0
-    decoder = sae.W_dec[feature] * ~is_error[:, None]
-    at = nodes.where(states.prompts).to(device, sae.W_dec.dtype)  # [B or 1, S, n]
-    real = states.mask.to(device)[:, :, None].to(sae.W_dec.dtype)
-    return SelectedEnds(
-        decoder=decoder,
-        delta=delta * real * at * ~is_error,
-        gain=(gradient.to(decoder) @ decoder.T) * awake * real * at,
-        encoder=sae.encoder_rows(feature) * ~is_error[:, None],
-        error_at=at * is_error,
-        error_delta=known.error_delta if known and is_error.any() else None,
-        error_cotangent=known.error_cotangent if known and is_error.any() else None,
-    )
-
-
-def _codes(
-    sae: SparseAutoencoder, states: ActivationPair, feature: Tensor, site: Site, known: EdgeInputs | None
-) -> tuple[Tensor, Tensor]:
-    """f_clean and f_patch - f_clean of the features [n], two [B, S, n]."""
-    if known and known.codes:
-        shape = states.mask.shape
-        found = known.codes.of(feature, n_features=len(sae.W_dec), n_tokens=shape.numel())
-        return found[0].unflatten(0, shape), found[1].unflatten(0, shape)
-    clean, patch = states.clean[site].to(sae.W_dec), states.patch[site].to(sae.W_dec)
-    f_clean = sae.encode_some(clean, feature)
-    return f_clean, -f_clean if states.zero_patch else sae.encode_some(patch, feature) - f_clean
-
-
-def select_ends(
+def node_vectors(
     saes: Mapping[Site, SparseAutoencoder],
-    batches: Sequence[tuple[ActivationPair, Mapping[Site, Tensor], Mapping[Site, EdgeInputs]]],
+    batches: Sequence[Attribution],
     nodes: Nodes,
     *,
-    active: str = "either",
-) -> list[dict[Site, SelectedEnds]]:
-    """What the selected nodes of every site bring to the product, for several batches of (states, gradients, ends).
+    active: EdgeActive = "either",
+) -> list[dict[Site, NodeVectors]]:
+    """The vectors of the selected nodes of every site, for each batch.
 
     An autoencoder is asked for at its site's turn, for all batches one after the other; see `edge_effects`.
     """
     if active not in ACTIVE:
         raise unknown("edge-active", active, ACTIVE)
-    selected: list[dict[Site, SelectedEnds]] = [{} for _ in batches]
+    vectors: list[dict[Site, NodeVectors]] = [{} for _ in batches]
     for site, site_nodes in nodes.items():
-        for found, (states, gradients, ends) in zip(selected, batches, strict=True):
+        for of_batch, batch in zip(vectors, batches, strict=True):
             if len(site_nodes):
-                known, gradient = ends.get(site), gradients[site]
-                found[site] = _site_ends(saes[site], states, gradient, site_nodes, site, active=active, known=known)
-    return selected
+                of_batch[site] = _vectors_of_site(saes[site], batch, site_nodes, site, active=active)
+    return vectors
+
+
+@torch.no_grad()
+def _vectors_of_site(
+    sae: SparseAutoencoder, batch: Attribution, nodes: SiteNodes, site: Site, *, active: EdgeActive
+) -> NodeVectors:
+    """The vectors of the selected nodes of one site.
+
+    The whole encoder runs only where there are no edge inputs of the site and the error node is among the nodes, or
+    features compete.
+    """
+    device, states, gradient = sae.W_dec.device, batch.states, batch.gradients[site]
+    is_error, feature = nodes.is_error.to(device), nodes.feature.to(device).clamp(max=nodes.n_features - 1)
+    inputs = batch.edge_inputs.get(site)
+    if inputs is None and (is_error.any() or sae.nonlinearity.needs_k):
+        inputs = edge_inputs(sae, states, gradient, site=site, active=active)
+    elif inputs is not None:
+        inputs = inputs.to(device)
+    f_clean, delta = _selected_acts(sae, states, feature, site, inputs)
+    awake = (f_clean != 0) | (delta != 0) if active == "either" else f_clean != 0
+    decoder = sae.W_dec[feature] * ~is_error[:, None]
+    is_there = nodes.where(states.prompts).to(device, sae.W_dec.dtype)  # [B or 1, S, n]
+    is_real = states.mask.to(device)[:, :, None].to(sae.W_dec.dtype)
+    return NodeVectors(
+        decoder=decoder,
+        delta=delta * is_real * is_there * ~is_error,
+        gain=(gradient.to(decoder) @ decoder.T) * awake * is_real * is_there,
+        encoder=sae.encoder_rows(feature) * ~is_error[:, None],
+        error_at=is_there * is_error,
+        error_delta=inputs.error_delta if inputs and is_error.any() else None,
+        error_cotangent=inputs.error_cotangent if inputs and is_error.any() else None,
+    )
+
+
+def _selected_acts(
+    sae: SparseAutoencoder, states: ActivationPair, feature: Tensor, site: Site, inputs: EdgeInputs | None
+) -> tuple[Tensor, Tensor]:
+    """f_clean and f_patch - f_clean of the features [n], two [B, S, n]."""
+    if inputs and (acts := inputs.acts(feature, n_features=len(sae.W_dec))):
+        return acts
+    clean, patch = states.clean[site].to(sae.W_dec), states.patch[site].to(sae.W_dec)
+    f_clean = sae.encode_some(clean, feature)
+    return f_clean, -f_clean if states.zero_patch else sae.encode_some(patch, feature) - f_clean
 
 
 def check_edges(saes: Mapping[Site, SparseAutoencoder], sites: Iterable[Site], *, edge_nodes: int) -> None:
@@ -206,60 +200,63 @@ def check_edges(saes: Mapping[Site, SparseAutoencoder], sites: Iterable[Site], *
 def edge_effects(
     model: LanguageModel,
     saes: Mapping[Site, SparseAutoencoder],
-    states: ActivationPair,
+    batch: Attribution,
     metric: Metric,
-    gradients: Mapping[Site, Tensor],
     nodes: Nodes,
     *,
-    active: str = "either",
-    ends: Mapping[Site, EdgeInputs] | None = None,
-    selected: Mapping[Site, SelectedEnds] | None = None,
+    active: EdgeActive = "either",
+    vectors: Mapping[Site, NodeVectors] | None = None,
     max_rows: int = 64,
     per_example: bool = False,
 ) -> Edges:
-    """Edge weights between all selected nodes of one batch, and from them to the metric, summed over the batch's
-    examples, or with `per_example` those of each example, [B, D, U].
+    """Edge weights between all selected nodes of one batch, and from them to the metric.
 
-    gradients: dm/dx per site as the node method averages it, [B, S, d]; active: where a downstream feature has a
-    derivative, `clean` or `either`; ends: what `contract` kept of each site for this `active`, which is else computed
-    again; selected: what `select_ends` gave for this batch, in place of both; max_rows: prompts in the cut forward pass
-    at once, which sets the number of lanes. Only pairs of sites with a direct path are in the result. With positions
-    (`nodes.position >= 0`) the prompts must be equally long, or have the spans that positions number.
+    Args:
+        model, saes, metric: what the circuit is of.
+        batch: activations, and dm/dx per site as the node method averages it; inputs of edges that it has (for this
+            `active`) are used, others computed.
+        nodes: the selected nodes of every site. With positions the prompts must be equally long, or have the spans
+            that positions number.
+        active: where a downstream feature has a derivative.
+        vectors: what `node_vectors` gave for this batch; computed by default.
+        max_rows: prompts in the cut forward pass at once, which sets the number of lanes.
+        per_example: keep examples apart.
+
+    Returns:
+        Weights of the pairs of sites with a direct path, summed over examples, [D, U], or of each example, [B, D, U].
     """
-    sites = list(nodes)
-    if selected is None:
-        (selected,) = select_ends(saes, [(states, gradients, ends or {})], nodes, active=active)
+    sites, states = list(nodes), batch.states
+    vectors = vectors if vectors is not None else node_vectors(saes, [batch], nodes, active=active)[0]
     most = max((len(site_nodes) for site_nodes in nodes.values()), default=1)
     lanes = max(1, min(max_rows // len(states.tokens), most))
     graph = cut_forward(model, states, metric, sites=sites, copies=lanes)
-
     edges: Edges = {}
     for index, down in enumerate(sites):
-        upstream = [site for site in sites[:index] if site in selected]
-        if down not in selected or not upstream or not graph.outputs[down].requires_grad:
+        upstream = [site for site in sites[:index] if site in vectors]
+        if down not in vectors or not upstream or not graph.outputs[down].requires_grad:
             continue
-        parts: dict[Site, list[Tensor]] = {}
+        weights: dict[Site, list[Tensor]] = {}
         for start in range(0, len(nodes[down]), lanes):
-            cotangent = selected[down].cotangents(slice(start, start + lanes))
+            cotangent = vectors[down].cotangents(slice(start, start + lanes))
             for up, gradient in _pull_back(graph, graph.outputs[down], cotangent, lanes, upstream).items():
-                parts.setdefault(up, []).append(selected[up].contract(gradient, per_example=per_example).cpu())
-        edges |= {(up, down): torch.cat(weights, dim=-2) for up, weights in parts.items()}
-    for site, gradient in _metric_gradients(graph, lanes, selected, gradients).items():
-        edges[site, None] = selected[site].contract(gradient, per_example=per_example).cpu().contiguous()
+                weights.setdefault(up, []).append(vectors[up].contract(gradient, per_example=per_example).cpu())
+        edges |= {(up, down): torch.cat(of_pair, dim=-2) for up, of_pair in weights.items()}
+    for site, gradient in _metric_gradients(graph, lanes, list(vectors), batch.gradients).items():
+        edges[site, None] = vectors[site].contract(gradient, per_example=per_example).cpu().contiguous()
     return edges
 
 
 def _metric_gradients(
-    graph: CutGraph, lanes: int, ends: Mapping[Site, SelectedEnds], gradients: Mapping[Site, Tensor]
+    graph: CutGraph, lanes: int, sites: Sequence[Site], gradients: Mapping[Site, Tensor]
 ) -> dict[Site, Tensor]:
     """The metric's gradient [1, B, S, d] along direct paths to every site that reaches the logits directly."""
     first_lane = torch.zeros_like(graph.m).unflatten(0, (lanes, -1))
     first_lane[0] = 1
-    direct = _vjp(graph.m, [graph.leaves[site] for site in ends], first_lane.flatten())
+    direct = _vjp(graph.m, [graph.leaves[site] for site in sites], first_lane.flatten())
     last = list(graph.leaves)[-1]
     return {
         site: gradients[site][None] if site == last else gradient.unflatten(0, (lanes, -1))[:1]
-        for site, gradient in zip(ends, direct, strict=True)
+        for site, gradient in zip(sites, direct, strict=True)
         if gradient is not None
     }
 
@@ -270,7 +267,7 @@ def _pull_back(
     """The gradient [R, B, S, d] at each direct parent's leaf for R <= lanes cotangents [R, B, S, d] at one site's
     output.
     """
-    used = len(cotangent)
+    used = len(cotangent)  # the last lanes may be empty; the graph has them all the same
     full = cotangent.new_zeros(lanes, *cotangent.shape[1:])
     full[:used] = cotangent
     leaves = [graph.leaves[site] for site in upstream]
@@ -282,5 +279,6 @@ def _pull_back(
     }
 
 
-def _vjp(output: Tensor, leaves: Sequence[Tensor], cotangent: Tensor):
+def _vjp(output: Tensor, leaves: Sequence[Tensor], cotangent: Tensor) -> tuple[Tensor | None, ...]:
+    """cotangent . d output / d leaf for every leaf; None where no path leads to it."""
     return torch.autograd.grad(output, leaves, cotangent, retain_graph=True, allow_unused=True)

@@ -19,10 +19,13 @@ from sae.autoencoder import SparseAutoencoder
 CHUNK_BYTES = 16 * 2**20
 """Largest [n, F] intermediate: allocators give memory back to the system, and page by page take it again, above."""
 
+ENTRIES = ("example", "position", "feature", "value")
+"""The columns of `SiteEffects`."""
+
 
 @dataclass(frozen=True)
 class SiteEffects:
-    """Effects of one site's nodes, sparse: entry n says that `feature[n]` of `example[n]` at `position[n]` has
+    """Numbers of one site's nodes, sparse: entry n says that `feature[n]` of `example[n]` at `position[n]` has
     `value[n]`.
     """
 
@@ -40,12 +43,14 @@ class SiteEffects:
     """[n] float32."""
 
     @staticmethod
-    def concatenate(parts: Iterable[SiteEffects]) -> SiteEffects:
+    def concatenate(parts: Iterable[SiteEffects], n_features: int | None = None) -> SiteEffects:
+        """All entries one after the other; `n_features` is needed where there may be no parts."""
         parts = list(parts)
-        fields = ("example", "position", "feature", "value")
-        return SiteEffects(
-            parts[0].n_features, *(torch.cat([getattr(part, name) for part in parts]) for name in fields)
-        )
+        if not parts:
+            none = torch.zeros(0, dtype=torch.int32)
+            return SiteEffects(n_features or 0, none, none, none, torch.zeros(0))
+        columns = (torch.cat([getattr(part, name) for part in parts]) for name in ENTRIES)
+        return SiteEffects(parts[0].n_features, *columns)
 
     def relabel_examples(self, numbers: Tensor) -> SiteEffects:
         """The same effects with example e called `numbers[e]`."""
@@ -79,7 +84,7 @@ class SiteEffects:
         return torch.sparse_coo_tensor(index, mean, size, check_invariants=True).coalesce().float()
 
     def per_example(self, n_examples: int) -> Tensor:
-        """[B]: sum over all nodes and positions; for integrated gradients the completeness identity's left side."""
+        """[B]: sum over all nodes and positions; for integrated gradients the left side of the sum check."""
         return (
             torch.zeros(n_examples, dtype=torch.float64).index_add_(0, self.example.long(), self.value.double()).float()
         )
@@ -98,33 +103,41 @@ def feature_deltas(sae: SparseAutoencoder, x_clean: Tensor, x_patch: Tensor, *, 
     return clean.neg_() if zero_patch else sae.encode(x_patch).sub_(clean)
 
 
-Entries = tuple[int, Tensor, Tensor, Tensor, Tensor]
-"""Of a chunk of tokens: its first token; token, feature and value of effects [k]; effects of the errors [n]."""
+def token_indices(live: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Example and position of the n tokens `live` [B, S], two [n]; positions count from the first of `mask` [B, S]."""
+    example, column = live.nonzero(as_tuple=True)
+    return example.int(), (column - (mask.shape[1] - mask.sum(1))[example]).int()
 
 
-def sparse_entries(sae: SparseAutoencoder, parts: Iterable[Entries], at: Tensor, mask: Tensor) -> SiteEffects:
-    """Effects of chunks of the tokens `at` [B, S] as those of a site, zeros left out; positions count from the first
-    token of `mask` [B, S]. A dictionary that reconstructs exactly has no errors.
+def to_sparse(
+    sae: SparseAutoencoder,
+    tokens: tuple[Tensor, Tensor],
+    value: Tensor,
+    error: Tensor,
+    *,
+    columns: Tensor | None = None,
+) -> SiteEffects:
+    """The entries that are not zero, on the CPU.
+
+    Args:
+        sae: the autoencoder of the site; one that reconstructs exactly has no errors.
+        tokens: example and position of n tokens, as `token_indices` gives them.
+        value: effects of features, [n, F], or of the features `columns` [k] alone, [n, k].
+        error: effects of the error, [n].
+        columns: numbers of the features that `value` is about; all by default.
     """
-    example, column = at.nonzero(as_tuple=True)
-    position = column - (mask.shape[1] - mask.sum(1))[example]
-    n_features, exact = sae.W_dec.shape[0], sae.config.architecture == "identity"
-    tokens, features, values = [], [], []
-    for start, token, feature, value, error in parts:
-        wrong = error.new_zeros(0).nonzero()[:, 0] if exact else error.nonzero()[:, 0]
-        tokens += [token + start, wrong + start]
-        features += [feature, torch.full_like(wrong, n_features)]
-        values += [value, error[wrong]]
-    if not tokens:
-        nothing = torch.zeros(0, dtype=torch.int32)
-        return SiteEffects(n_features, nothing, nothing, nothing, torch.zeros(0))
-    token = torch.cat(tokens)
+    n_features = sae.W_dec.shape[0]
+    token, column = value.nonzero(as_tuple=True)
+    wrong = error[:0] if sae.config.architecture == "identity" else error
+    error_token = wrong.nonzero()[:, 0]
+    owner = torch.cat([token, error_token])
+    feature = column if columns is None else columns[column]
     return SiteEffects(
         n_features,
-        example.int().to(token.device)[token].cpu(),
-        position.int().to(token.device)[token].cpu(),
-        torch.cat(features).int().cpu(),
-        torch.cat(values).float().cpu(),
+        tokens[0].to(owner.device)[owner].cpu(),
+        tokens[1].to(owner.device)[owner].cpu(),
+        torch.cat([feature, torch.full_like(error_token, n_features)]).int().cpu(),
+        torch.cat([value[token, column], error[error_token]]).float().cpu(),
     )
 
 
@@ -144,12 +157,13 @@ def sparse_effects(
 
     values(f_patch - f_clean [n, F], x_patch - x_clean [n, d]) -> (effects of the features [n, F], of the errors [n]).
     """
-    at = mask & (x_clean != x_patch).any(-1)
-    clean, patch = (x.to(sae.W_dec)[at] for x in (x_clean, x_patch))
-    parts: list[Entries] = []
-    for chunk in token_chunks(len(clean), sae.W_dec.shape[0]):
+    live = mask & (x_clean != x_patch).any(-1)
+    clean, patch = (x.to(sae.W_dec)[live] for x in (x_clean, x_patch))
+    example, position = token_indices(live, mask)
+    n_features = sae.W_dec.shape[0]
+    chunks = []
+    for chunk in token_chunks(len(clean), n_features):
         delta = feature_deltas(sae, clean[chunk], patch[chunk], zero_patch=zero_patch)
         value, error = values(delta, patch[chunk] - clean[chunk])
-        token, feature = value.nonzero(as_tuple=True)
-        parts.append((chunk.start, token, feature, value[token, feature], error))
-    return sparse_entries(sae, parts, at, mask)
+        chunks.append(to_sparse(sae, (example[chunk], position[chunk]), value, error))
+    return SiteEffects.concatenate(chunks, n_features)

@@ -4,14 +4,14 @@
    `contract` turns it into effects of features and errors. `graddrop` combines several such effects.
 2. `exact` patches node by node, the baselines need no gradient at all; edges after them use that at the clean run.
 3. At each site the effects are held against the truth: m(the site alone patched) - m(clean). For integrated
-   gradients the two agree up to the quadrature error (completeness); for the other methods the gap says how
+   gradients the two agree up to the quadrature error (the sum check); for the other methods the gap says how
    nonlinear the path is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -29,9 +29,8 @@ from circuits.attribution.integrated_gradients import integrated_gradients
 from circuits.attribution.nodes import positions_by
 from circuits.attribution.relp import relevance_patching
 from circuits.metrics.metrics import Metric
-from circuits.options import METHODS, Aggregation
+from circuits.options import METHODS, EdgeActive, MethodOptions
 from sae.autoencoder import SparseAutoencoder
-from sae.errors import unknown
 from sae.model.forward import with_gradients
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
@@ -53,55 +52,56 @@ WITHOUT_GRADIENT = ("exact", "activation-difference", "random")
 """Methods that take no gradient for their effects."""
 GRADIENT_AT_CLEAN = tuple(name for name in METHODS if name not in ("ig", "ig-inputs", "relp"))
 """Methods that take dm/dx at the clean run, for their effects or for the edges after them."""
+ALONG_PATH = ("ig", "ig-adaptive")
+"""Methods that take the gradient along each site's own path, site by site."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Attribution:
-    """Effects of one batch."""
+    """Effects of one batch, filled in site by site, and what the edges of the batch need."""
 
-    effects: dict[Site, SiteEffects]
+    states: ActivationPair
+    """Activations of the batch."""
+    effects: dict[Site, SiteEffects] = field(default_factory=dict)
     """Sparse effects per site; examples are numbered within the batch."""
-    gradients: dict[Site, Tensor]
+    gradients: dict[Site, Tensor] = field(default_factory=dict)
     """dm/dx per site, [B, S, d]: the method's own where it has one, at the clean run for the others."""
-    site_totals: dict[Site, Tensor]
+    site_totals: dict[Site, Tensor] = field(default_factory=dict)
     """m(the site alone patched) - m(clean) per site, [B]; empty where they were not asked for."""
     path_nodes: dict[Site, float] = field(default_factory=dict)
     """Points of the path at which a prompt's gradient was taken, per site, mean over prompts; for `ig` and
     `ig-adaptive` (there without the clean end, which all sites share).
     """
-    ends: dict[Site, EdgeInputs] = field(default_factory=dict)
-    """What edges need of each site beside its gradient, where it was asked for and the effects were contracted."""
+    edge_inputs: dict[Site, EdgeInputs] = field(default_factory=dict)
+    """Inputs of edges per site, where they were asked for and the method contracts a gradient."""
 
+    def stored(self, numbers: Tensor) -> Attribution:
+        """The same on the CPU for the edge pass, with example e called `numbers[e]`.
 
-@dataclass(frozen=True, kw_only=True)
-class AttributionOptions:
-    """How node effects are estimated."""
+        Activations stay only of the sites whose features the edges encode again, and of none where there are no edge
+        inputs: everything is then computed again.
+        """
+        inputs = {site: entry.to("cpu") for site, entry in self.edge_inputs.items()}
+        left_out = [site for site in self.states.clean if not inputs or (site in inputs and inputs[site].has_acts)]
+        return Attribution(
+            states=self.states.stored_without(left_out),
+            effects={site: effects.relabel_examples(numbers) for site, effects in self.effects.items()},
+            gradients={site: g.detach().cpu() for site, g in self.gradients.items()},
+            site_totals={site: total.cpu() for site, total in self.site_totals.items()},
+            path_nodes=self.path_nodes,
+            edge_inputs=inputs,
+        )
 
-    method: str = "ig"
-    """One of `METHODS`."""
-    rule: str = "midpoint"
-    """Quadrature of `ig` and `ig-inputs`."""
-    steps: int = 10
-    """Quadrature nodes of `ig` and `ig-inputs`."""
-    residual: float = 0.003
-    """Completeness error `ig-adaptive` goes down to."""
-    aggregation: Aggregation = "sum"
-    """Which tokens are one node of a feature (see `positions_by`); with `spans` an effect's position is the
-    number of its span.
-    """
-    max_rows: int = 512
-    """Prompts that go through the model at once."""
-    seed: int = 0
-    """Seed of `random`."""
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise unknown("method", self.method, METHODS)
+    def without_edge_inputs(self) -> Attribution:
+        """The same without anything that edges can compute again."""
+        return replace(self, states=self.states.stored_without(list(self.states.clean)), edge_inputs={})
 
     @property
-    def along_path(self) -> bool:
-        """Whether the gradient is taken along each site's own path, site by site."""
-        return self.method in ("ig", "ig-adaptive")
+    def n_bytes_for_edges(self) -> int:
+        """Memory of what edges could compute again."""
+        activations = [*self.states.clean.values(), *self.states.patch.values()] if self.edge_inputs else []
+        size = sum(x.numel() * x.element_size() for x in activations)
+        return size + sum(inputs.n_bytes for inputs in self.edge_inputs.values())
 
 
 @with_gradients
@@ -114,16 +114,20 @@ def attribute(
     sites: Sequence[Site],
     totals: bool = True,
     gradients: bool = True,
-    ends: str | None = None,
+    active: EdgeActive | None = None,
+    max_rows: int = 512,
+    seed: int = 0,
     **options: Any,
 ) -> Attribution:
-    """Node effects of every feature and error at `sites` for one batch; see `attribute_batches`. options: fields of
-    `AttributionOptions`.
+    """Node effects of every feature and error at `sites` for one batch.
+
+    Args:
+        options: fields of `MethodOptions`, such as `method="attrib"`; see `attribute_batches` for the others.
     """
-    wanted = AttributionOptions(**options)
     return attribute_batches(
-        model, saes, [states], metric, wanted, sites=sites, totals=totals, gradients=gradients, ends=ends
-    )[0]
+        model, saes, [states], metric, MethodOptions(**options), sites=sites, totals=totals, gradients=gradients,
+        active=active, max_rows=max_rows, seed=seed,
+    )[0]  # fmt: skip
 
 
 def attribute_batches(
@@ -131,133 +135,128 @@ def attribute_batches(
     saes: Mapping[Site, SparseAutoencoder],
     batches: Sequence[ActivationPair],
     metric: Metric,
-    options: AttributionOptions,
+    options: MethodOptions,
     *,
     sites: Sequence[Site],
     totals: bool = True,
     gradients: bool = True,
-    ends: str | None = None,
+    active: EdgeActive | None = None,
+    max_rows: int = 512,
+    seed: int = 0,
     progress: Callable[[Site], None] = lambda site: None,
 ) -> list[Attribution]:
     """Node effects of every feature and error at `sites`, batch by batch.
 
-    totals: whether site totals are measured; gradients: whether dm/dx is taken for edges where the method does not use
-    it; ends: keep what edges need, with features active where this says (see
-    `contract`), if the method contracts a gradient; progress: called after each site of a batch. An autoencoder is
-    asked for at its site's turn, for all batches one after the other (`graddrop` asks for all once a layer and batch).
+    An autoencoder is asked for at its site's turn, for all batches one after the other (`graddrop` asks for all once a
+    layer and batch).
+
+    Args:
+        model, saes, metric: what is attributed to what.
+        batches: activations of each batch.
+        options: the method and its options.
+        sites: in forward order.
+        totals: whether site totals are measured.
+        gradients: whether dm/dx is taken for edges where the method does not use it.
+        active: keep the inputs of edges, with features active where this says, if the method contracts a gradient.
+        max_rows: prompts that go through the model at once.
+        seed: seed of `random`.
+        progress: called after each site of a batch.
     """
-    found: list[Attribution] = []
+    run = _Run(model, saes, metric, options, max_rows, seed)
+    results: list[Attribution] = []
     for states in batches:
-        idle = options.method in WITHOUT_GRADIENT and not gradients
-        slopes, effects = ({}, {}) if idle else _all_sites(model, saes, states, metric, sites, options)
-        measured: dict[Site, Tensor] = {}
-        path_nodes: dict[Site, float] = {}
+        result = Attribution(states)
+        if gradients or options.method not in WITHOUT_GRADIENT:
+            result.gradients, result.effects = run.at_all_sites(states, sites)
         if totals or (options.method == "ig-adaptive" and states.m_patch is None):
-            measured = {site: site_total_effect(model, states, metric, site=site) for site in sites}
-        for site in sites if options.along_path else ():
-            slopes[site], path_nodes[site] = _along_path(
-                model, states, metric, site, options, at_clean=slopes, measured=measured
-            )
+            result.site_totals = {site: site_total_effect(model, states, metric, site=site) for site in sites}
+        for site in sites if options.method in ALONG_PATH else ():
+            result.gradients[site], result.path_nodes[site] = run.along_path(result, site)
             progress(site)
-        found.append(Attribution(effects, slopes, measured, path_nodes))
+        results.append(result)
     for site in sites:
-        for states, batch in zip(batches, found, strict=True):
-            _effects_of_site(model, saes, states, metric, site, options, batch, ends=ends)
-            if not options.along_path:
+        for result in results:
+            run.effects_of_site(result, site, active)
+            if options.method not in ALONG_PATH:
                 progress(site)
-    return found
+    return results
 
 
-def _effects_of_site(
-    model: LanguageModel,
-    saes: Mapping[Site, SparseAutoencoder],
-    states: ActivationPair,
-    metric: Metric,
-    site: Site,
-    options: AttributionOptions,
-    batch: Attribution,
-    *,
-    ends: str | None,
-) -> None:
-    """Put the effects of one site, and what edges need of it, into what was found of a batch."""
-    method, positions = options.method, positions_by(options.aggregation, states.prompts)
-    if method in WITHOUT_GRADIENT:
-        batch.effects[site] = _without_gradient(model, saes[site], states, metric, site, options, positions)
-    elif site not in batch.effects:
-        batch.effects[site], known = contract(saes[site], states, batch.gradients[site], site=site, ends=ends)
-        if known is not None:
-            batch.ends[site] = known
-    if positions is not None and method not in ("exact", "random"):  # these two have them already
-        batch.effects[site] = batch.effects[site].at_positions(positions, states.tokens.lengths)
+@dataclass(frozen=True)
+class _Run:
+    """A method with what it works on."""
 
+    model: LanguageModel
+    saes: Mapping[Site, SparseAutoencoder]
+    metric: Metric
+    options: MethodOptions
+    max_rows: int
+    seed: int
 
-def _along_path(
-    model: LanguageModel,
-    states: ActivationPair,
-    metric: Metric,
-    site: Site,
-    options: AttributionOptions,
-    *,
-    at_clean: Mapping[Site, Tensor],
-    measured: Mapping[Site, Tensor],
-) -> tuple[Tensor, float]:
-    """Mean of dm/dx along the site's own path, [B, S, d], and the nodes a prompt took."""
-    steps, max_rows = options.steps, options.max_rows
-    if options.method == "ig":
-        return integrated_gradients(
-            model, states, metric, site=site, rule=options.rule, steps=steps, max_rows=max_rows
-        ), steps
-    return adaptive_gradient(
-        model, states, metric, site=site, at_clean=at_clean[site], residual=options.residual,
-        scale=path_scale(states, measured), max_rows=max_rows,
-    )  # fmt: skip
+    def at_all_sites(
+        self, states: ActivationPair, sites: Sequence[Site]
+    ) -> tuple[dict[Site, Tensor], dict[Site, SiteEffects]]:
+        """Gradients that come for all sites from the same passes, and effects where they are more than those
+        contracted.
+        """
+        model, metric, options = self.model, self.metric, self.options
+        if options.method == "ig":
+            return {}, {}
+        if options.method == "ig-inputs":
+            return integrated_gradients_of_inputs(
+                model, states, metric, sites=sites, rule=options.rule, steps=options.steps, max_rows=self.max_rows
+            ), {}
+        if options.method == "relp":
+            return relevance_patching(model, states, metric, sites=sites), {}
+        gradients = dict(states.gradients or attribution_patching(model, states, metric, sites=sites))
+        return gradients, self._gradient_drop(states, sites, gradients) if options.method == "graddrop" else {}
 
+    def _gradient_drop(
+        self, states: ActivationPair, sites: Sequence[Site], gradients: Mapping[Site, Tensor]
+    ) -> dict[Site, SiteEffects]:
+        by_layer: dict[Site, list[SiteEffects]] = {site: [] for site in sites}
+        for _, of_layer in gradients_with_layer_blocked(self.model, states, self.metric, sites=sites):
+            for site, gradient in of_layer.items():
+                by_layer[site].append(contract(self.saes[site], states, gradient, site=site)[0])
+        return {
+            site: mean_magnitude(effects)
+            if effects
+            else contract(self.saes[site], states, gradients[site], site=site)[0]
+            for site, effects in by_layer.items()
+        }
 
-def _without_gradient(
-    model: LanguageModel,
-    sae: SparseAutoencoder,
-    states: ActivationPair,
-    metric: Metric,
-    site: Site,
-    options: AttributionOptions,
-    positions: Tensor | None,
-) -> SiteEffects:
-    """Effects of the methods that have no gradient of their own."""
-    if options.method == "exact":
-        return exact_effects(model, sae, states, metric, site=site, positions=positions, max_rows=options.max_rows)
-    if options.method == "activation-difference":
-        return activation_difference(sae, states, site=site)
-    return random_effects(sae, states, site=site, positions=positions, seed=options.seed)
+    def along_path(self, result: Attribution, site: Site) -> tuple[Tensor, float]:
+        """Mean of dm/dx along the site's own path, [B, S, d], and the nodes a prompt took."""
+        states, options = result.states, self.options
+        if options.method == "ig":
+            return integrated_gradients(
+                self.model, states, self.metric, site=site, rule=options.rule, steps=options.steps,
+                max_rows=self.max_rows,
+            ), options.steps  # fmt: skip
+        return adaptive_gradient(
+            self.model, states, self.metric, site=site, at_clean=result.gradients[site], residual=options.residual,
+            scale=path_scale(states, result.site_totals), max_rows=self.max_rows,
+        )  # fmt: skip
 
-
-def _all_sites(
-    model: LanguageModel,
-    saes: Mapping[Site, SparseAutoencoder],
-    states: ActivationPair,
-    metric: Metric,
-    sites: Sequence[Site],
-    options: AttributionOptions,
-) -> tuple[dict[Site, Tensor], dict[Site, SiteEffects]]:
-    """What a method gets for all sites from the same passes: gradients, and effects where they are more than those
-    contracted.
-    """
-    if options.method == "ig":
-        return {}, {}
-    if options.method == "ig-inputs":
-        return integrated_gradients_of_inputs(
-            model, states, metric, sites=sites, rule=options.rule, steps=options.steps, max_rows=options.max_rows
-        ), {}
-    if options.method == "relp":
-        return relevance_patching(model, states, metric, sites=sites), {}
-    gradients = dict(states.gradients or attribution_patching(model, states, metric, sites=sites))
-    if options.method != "graddrop":
-        return gradients, {}
-    parts: dict[Site, list[SiteEffects]] = {site: [] for site in sites}
-    for _, found in gradients_with_layer_blocked(model, states, metric, sites=sites):
-        for site, gradient in found.items():
-            parts[site].append(contract(saes[site], states, gradient, site=site)[0])
-    effects = {
-        site: mean_magnitude(of_site) if of_site else contract(saes[site], states, gradients[site], site=site)[0]
-        for site, of_site in parts.items()
-    }
-    return gradients, effects
+    def effects_of_site(self, result: Attribution, site: Site, active: EdgeActive | None) -> None:
+        """Add the effects of one site, and the inputs of its edges, to the result of a batch."""
+        method, states = self.options.method, result.states
+        positions = positions_by(self.options.aggregation, states.prompts)
+        if method == "exact":
+            result.effects[site] = exact_effects(
+                self.model, self.saes[site], states, self.metric, site=site, positions=positions,
+                max_rows=self.max_rows,
+            )  # fmt: skip
+        elif method == "random":
+            result.effects[site] = random_effects(
+                self.saes[site], states, site=site, positions=positions, seed=self.seed
+            )
+        elif method == "activation-difference":
+            result.effects[site] = activation_difference(self.saes[site], states, site=site)
+        elif site not in result.effects:
+            gradient = result.gradients[site]
+            result.effects[site], inputs = contract(self.saes[site], states, gradient, site=site, active=active)
+            if inputs is not None:
+                result.edge_inputs[site] = inputs
+        if positions is not None and method not in ("exact", "random"):  # these two have them already
+            result.effects[site] = result.effects[site].at_positions(positions, states.tokens.lengths)

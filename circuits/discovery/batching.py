@@ -35,7 +35,7 @@ LANE_TOKENS = 256
 
 @dataclass(frozen=True)
 class DiscoveryRun:
-    """What both passes work on."""
+    """A discovery: what both passes compute with."""
 
     model: LanguageModel
     saes: Mapping[Site, SparseAutoencoder]

@@ -352,7 +352,7 @@ class _Timed:
         ends = options.edge_active if options.edge_nodes else None
         found: SiteEffects
         effects, (found, _) = _seconds(
-            lambda: contract(sae, states, gradients[site], site=site, ends=ends), model.device
+            lambda: contract(sae, states, gradients[site], site=site, active=ends), model.device
         )
         return _Timed(forward / n, both / n, effects / n, read, len(found.value) / n)
 

@@ -22,14 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from circuits.attribution import SiteEffects
+from circuits.attribution import Attribution, SiteEffects
 from circuits.attribution.edges import check_edges
 from circuits.attribution.nodes import aggregate, count, select_nodes
 from circuits.circuit import Circuit
 from circuits.circuit_source import CircuitSource
 from circuits.discovery.batching import DiscoveryRun
 from circuits.discovery.edge_pass import edge_pass
-from circuits.discovery.node_pass import NodePassResult, node_pass
+from circuits.discovery.node_pass import node_pass
 from circuits.discovery.options import DiscoverOptions
 from circuits.discovery.resume import ResumeFolder, alone_in_partial, interrupted, work_of
 from circuits.metrics.identity import names_code
@@ -53,7 +53,7 @@ from sae.errors import UserError
 from sae.model.forward import with_gradients
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site, select_sites
-from sae.saes import as_saes
+from sae.saes import as_saes, saes_fingerprint
 from sae.splice import ensure_checked
 
 log = logging.getLogger(__name__)
@@ -73,66 +73,105 @@ def discover(
     prompts: PromptSet,
     options: DiscoverOptions | None = None,
     *,
-    metric: Metric | None = None,
+    metric: str | Metric | None = None,
     provenance: Mapping[str, Any] | None = None,
     progress: bool = True,
     partial: str | Path | None = None,
     resume: bool = False,
+    **changes: Any,
 ) -> Circuit:
-    """The circuit behind `prompts`, over the features and errors of `saes`.
+    """Find the circuit behind `prompts`, over the features and errors of `saes` (Marks et al. 2024).
 
-    metric: overrides `options.metric` by a callable; provenance: names of model, SAEs and prompts, stored in the
-    metadata; partial: folder that receives every finished batch, and whose files are the caller's to remove once the
-    circuit is saved; resume: go on with the batches that are finished there.
+    Args:
+        model: the model that shows the behaviour.
+        saes: an autoencoder for every site of the circuit.
+        prompts: minimal pairs, or prompts alone, whose effects are then those of zeroing nodes.
+        options: how the circuit is computed; the command line's defaults by default.
+        metric: a function m(logits [B, V], prompts) -> [B] that rises as the behaviour breaks, or the name of one; the
+            logit difference by default.
+        provenance: names of model, SAEs and prompts, stored in the metadata.
+        progress: whether progress bars are shown.
+        partial: folder for finished batches; they are the caller's to remove once the circuit is saved.
+        resume: go on with the batches that are finished there.
+        changes: single fields of `DiscoverOptions`, such as `method="attrib"`, `edge_nodes=100`.
+
+    Returns:
+        The circuit, with the effects of all nodes and the edges among the strongest.
+
+    Raises:
+        UserError: for prompts, sites or options that do not fit each other, and where no node has an effect.
     """
-    options = options or DiscoverOptions()
-    m = metric or get_metric(options.metric)
-    options = replace(options, metric=metric_name(metric or options.metric))
+    options = replace(options or DiscoverOptions(), **changes)
+    explained = options.metric if metric is None else metric
+    m = get_metric(explained)
+    options = replace(options, metric=metric_name(explained))
     prompts = prepare(prompts, model, m, differentiable=True)
     sites = visible_sites(m, model, select_sites(options.sites, list(saes)))
     ensure_checked(model, saes, sites)
     check_edges(saes, sites, edge_nodes=options.edge_nodes)
-    accurate = None if isinstance(m, Probe) else mean_accuracy(model, prompts)
-    plain, model = model, read_by(model, m)
-    n_positions, spans = prompts.clean.n_positions, _spans(prompts, options.aggregation)
-    files = None
+    spans, read = _spans(prompts, options.aggregation), read_by(model, m)
+    accuracy = None if isinstance(m, Probe) else mean_accuracy(model, prompts)
+    run = DiscoveryRun(read, saes, prompts, m, options, sites, progress=progress)
     if partial is not None:
-        unlike = resume and names_code(options.metric) and metric_fingerprint(m) is None
-        if unlike and interrupted(partial):
-            raise UserError(
-                f"the metric {options.metric!r} cannot be compared with that of the interrupted discovery (it is no "
-                "plain Python function): start again with --overwrite"
-            )
-        named = work_of(model, saes, prompts, asdict(options) | {"metric_fingerprint": metric_fingerprint(m)})
-        files = ResumeFolder(partial, named, resume=resume)
-    work = DiscoveryRun(model, saes, prompts, m, options, sites, files, progress)
-    batches = node_pass(work)
-    cancels = _warn_if_cancelling(m, batches)
+        run = replace(run, files=_resume_folder(run, partial, resume=resume))
+    batches = node_pass(run)
     effects = {site: SiteEffects.concatenate(batch.effects[site] for batch in batches) for site in sites}
     nodes = aggregate(
-        effects, n_examples=len(prompts), n_positions=n_positions, aggregation=options.aggregation, spans=spans
-    )
+        effects, n_examples=len(prompts), n_positions=prompts.clean.n_positions, aggregation=options.aggregation,
+        spans=spans,
+    )  # fmt: skip
     if not count(nodes):
         raise UserError("no node has an effect on the metric: do the prompts differ where the sites can see it?")
-    chosen = select_nodes(nodes, top=options.edge_nodes)
-    edges, edge_samples = edge_pass(work, batches, chosen) if options.edge_nodes else ({}, {})
-    measured = _of_metric(batches, effects, len(prompts))
-    if options.method in ADDS_UP and not cancels:  # a total of next to nothing is no measure
+    strongest = select_nodes(nodes, top=options.edge_nodes) if options.edge_nodes else {}
+    edges, edge_samples = edge_pass(run, batches, strongest) if strongest else ({}, {})
+    about = {"n_nodes": count(nodes), "accuracy": accuracy}
+    metadata = _metadata(model, run, batches, effects, provenance or {}, about)
+    source = CircuitSource(model, as_saes(saes).subset(sites), m, prompts)
+    return Circuit(
+        effects, strongest, edges, metadata, edge_samples=edge_samples, groups=prompt_groups(prompts), source=source
+    )
+
+
+def _resume_folder(run: DiscoveryRun, partial: str | Path, *, resume: bool) -> ResumeFolder:
+    """The folder of finished batches; `UserError` where those in it are of another discovery, or cannot be compared."""
+    name, fingerprint = run.options.metric, metric_fingerprint(run.metric)
+    if resume and names_code(name) and fingerprint is None and interrupted(partial):
+        raise UserError(
+            f"the metric {name!r} cannot be compared with that of the interrupted discovery (it is no plain Python "
+            "function): start again with --overwrite"
+        )
+    options = asdict(run.options) | {"metric_fingerprint": fingerprint}
+    return ResumeFolder(partial, work_of(run.model, run.saes, run.prompts, options), resume=resume)
+
+
+def _metadata(
+    model: LanguageModel,
+    run: DiscoveryRun,
+    batches: Sequence[Attribution],
+    effects: Mapping[Site, SiteEffects],
+    provenance: Mapping[str, Any],
+    about: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The metadata of the circuit; warns where effects cancel or do not add up."""
+    m, prompts = run.metric, run.prompts
+    cancels, measured = _warn_if_cancelling(m, batches), _of_metric(batches, effects, len(prompts))
+    if run.options.method in ADDS_UP and not cancels:  # a total of next to nothing is no measure
         _warn_if_not_adding_up(measured["completeness"])
-    metadata = {
+    if "saes_fingerprint" not in provenance:
+        provenance = {"saes_fingerprint": saes_fingerprint(as_saes(run.saes).subset(run.sites)), **provenance}
+    return {
         "metric": LOGIT_DIFFERENCE if m is logit_difference else metric_title(m, prompts),
-        **(provenance or {}),
-        "options": asdict(options),
+        "model": model.name,
+        "model_fingerprint": model.fingerprint,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        **provenance,
+        "options": asdict(run.options),
         "metric_fingerprint": metric_fingerprint(m),
-        "sites": [site.name for site in sites],
-        "n_nodes": count(nodes),
-        "accuracy": accurate,
-        **_of_prompts(plain, prompts, options.aggregation),
+        "sites": [site.name for site in run.sites],
+        **about,
+        **_of_prompts(model, prompts, run.options.aggregation),
         **measured,
     }
-    return Circuit(effects, chosen if options.edge_nodes else {}, edges, metadata, edge_samples=edge_samples,
-                   groups=prompt_groups(prompts),
-                   source=CircuitSource(plain, as_saes(saes).subset(sites), m, prompts))  # fmt: skip
 
 
 def _spans(prompts: PromptSet, aggregation: str) -> tuple[str, ...]:
@@ -159,22 +198,22 @@ def _of_prompts(model: LanguageModel, prompts: PromptSet, aggregation: str) -> d
     }
 
 
-def _of_metric(
-    batches: Sequence[NodePassResult], effects: Mapping[Site, SiteEffects], n_examples: int
-) -> dict[str, Any]:
-    """What the metadata say of the metric: its ends, and how nearly the effects add up to what was measured."""
-    ends = _metric_ends(batches, n_examples)
-    totals = {site: torch.cat([batch.totals[site] for batch in batches]) for site in effects}
-    scale = abs(ends["total_effect"] or 0.0) or max(abs(total.double().mean().item()) for total in totals.values())
-    return ends | {
-        "completeness": _completeness(effects, totals, n_examples, scale),
+def _of_metric(batches: Sequence[Attribution], effects: Mapping[Site, SiteEffects], n_examples: int) -> dict[str, Any]:
+    """What the metadata say of the metric: its means, and how nearly the effects add up to what was measured."""
+    means = _metric_means(batches, n_examples)
+    totals = {site: torch.cat([batch.site_totals[site] for batch in batches]) for site in effects}
+    scale = abs(means["total_effect"] or 0.0) or max(abs(total.double().mean().item()) for total in totals.values())
+    return means | {
+        "completeness": _sum_check(effects, totals, n_examples, scale),
         "errors": _error_shares(effects, n_examples, scale),
     }
 
 
 def _error_shares(effects: Mapping[Site, SiteEffects], n_examples: int, scale: float) -> dict[str, Any]:
-    """What goes through the error node of each site, in units of `scale`."""
-    sums = {site: found.value[found.feature == found.n_features].double().sum() for site, found in effects.items()}
+    """The sum of the effects of each site's error node, in units of `scale`."""
+    sums = {
+        site: of_site.value[of_site.feature == of_site.n_features].double().sum() for site, of_site in effects.items()
+    }
     shares = {site: total.item() / n_examples / (scale or 1.0) for site, total in sums.items()}
     largest = max(shares, key=lambda site: abs(shares[site]))
     return {
@@ -185,34 +224,34 @@ def _error_shares(effects: Mapping[Site, SiteEffects], n_examples: int, scale: f
     }
 
 
-def _warn_if_cancelling(metric: Metric, batches: Sequence[NodePassResult]) -> bool:
-    deltas = [batch.m_patch - batch.m_clean for batch in batches if batch.m_patch is not None]
+def _warn_if_cancelling(metric: Metric, batches: Sequence[Attribution]) -> bool:
+    deltas = [batch.states.m_patch - batch.states.m_clean for batch in batches if batch.states.m_patch is not None]
     if deltas:
         return warn_if_cancelling(metric, torch.cat(deltas))
     if isinstance(metric, Probe) and not metric.margin:
-        return warn_if_cancelling(metric, -torch.cat([batch.m_clean for batch in batches]))
+        return warn_if_cancelling(metric, -torch.cat([batch.states.m_clean for batch in batches]))
     return False
 
 
-def _warn_if_not_adding_up(completeness: Mapping[str, Any]) -> None:
+def _warn_if_not_adding_up(sum_check: Mapping[str, Any]) -> None:
     """Warn where the effects of integrated gradients do not add up to what was measured."""
-    mean, worst = completeness["mean_residual"], completeness["worst_residual"]
+    mean, worst = sum_check["mean_residual"], sum_check["worst_residual"]
     if mean > MEAN_RESIDUAL or worst > WORST_RESIDUAL:
         log.warning(
             "the effects of a site add up to that of patching it only within %.1f %% of the total on average, %.1f %% "
             "at %s: take more steps, or look for a module of the model through which no gradient flows",
             100 * mean,
             100 * worst,
-            completeness["worst_site"],
+            sum_check["worst_site"],
         )
 
 
-def _metric_ends(batches: Sequence[NodePassResult], n_examples: int) -> dict[str, Any]:
+def _metric_means(batches: Sequence[Attribution], n_examples: int) -> dict[str, Any]:
     """Mean of the metric on clean and patch prompts, and the points of the path a prompt took per site."""
-    m_clean = torch.cat([batch.m_clean for batch in batches]).mean().item()
-    patch = [batch.m_patch for batch in batches if batch.m_patch is not None]
+    m_clean = torch.cat([batch.states.m_clean for batch in batches]).mean().item()
+    patch = [batch.states.m_patch for batch in batches if batch.states.m_patch is not None]
     m_patch = torch.cat(patch).mean().item() if patch else None
-    ends: dict[str, Any] = {
+    means: dict[str, Any] = {
         "m_clean": m_clean,
         "m_patch": m_patch,
         "total_effect": None if m_patch is None else m_patch - m_clean,
@@ -220,11 +259,11 @@ def _metric_ends(batches: Sequence[NodePassResult], n_examples: int) -> dict[str
     path_nodes: dict[str, float] = {}
     for batch in batches:
         for site, n in batch.path_nodes.items():
-            path_nodes[site.name] = path_nodes.get(site.name, 0.0) + n * len(batch.m_clean) / n_examples
-    return ends | ({"path_nodes": path_nodes} if path_nodes else {})
+            path_nodes[site.name] = path_nodes.get(site.name, 0.0) + n * len(batch.states.m_clean) / n_examples
+    return means | ({"path_nodes": path_nodes} if path_nodes else {})
 
 
-def _completeness(
+def _sum_check(
     effects: Mapping[Site, SiteEffects],
     totals: Mapping[Site, Tensor],
     n_examples: int,
@@ -253,12 +292,12 @@ def _completeness(
 def _span_words(model: LanguageModel, prompts: PromptSet, *, most: int = 3) -> dict[str, list[str]]:
     """The commonest words of every named span, for the header of a graph by span."""
     assert prompts.span_numbers is not None
-    found: dict[str, list[str]] = {}
+    commonest: dict[str, list[str]] = {}
     for number, name in enumerate(prompts.spans):
         rows = zip(prompts.clean.input_ids, prompts.span_numbers == number, strict=True)
         words = Counter("".join(model.token_strings(ids[inside].tolist())).strip() for ids, inside in rows)
-        found[name] = [word for word, _ in words.most_common(most) if word] if name not in (OTHER, LAST) else []
-    return found
+        commonest[name] = [word for word, _ in words.most_common(most) if word] if name not in (OTHER, LAST) else []
+    return commonest
 
 
 def _position_tokens(model: LanguageModel, prompts: PromptSet) -> list[str]:

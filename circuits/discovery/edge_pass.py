@@ -5,16 +5,17 @@ Finished batches go to the `ResumeFolder`, if there is one, as in the node pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from circuits.attribution import capture_activations
-from circuits.attribution.edges import Edges, edge_effects, select_ends
+from circuits._tensors import flatten, unflatten
+from circuits.attribution import Attribution, capture_activations
+from circuits.attribution.edges import Edges, edge_effects, node_vectors
 from circuits.attribution.nodes import Nodes, count
 from circuits.discovery.batching import DiscoveryRun, lanes_rows
-from circuits.discovery.node_pass import EdgeCache, NodePassResult
 from sae._progress import ProgressBar
 from sae.model.sites import Site
 
@@ -22,25 +23,25 @@ SAMPLE_BYTES = 2**28
 """Most that the edge weights of single examples take; they are kept for intervals."""
 
 
-def edge_pass(work: DiscoveryRun, batches: Sequence[NodePassResult], nodes: Nodes) -> tuple[Edges, Edges]:
+def edge_pass(run: DiscoveryRun, batches: Sequence[Attribution], nodes: Nodes) -> tuple[Edges, Edges]:
     """Mean edge weights over all examples, [D, U], and those of each example, [N, D, U], where they fit into
     SAMPLE_BYTES (else none).
     """
-    indices = work.batches()
+    indices = run.batches()
     total: Edges = {}
     samples: dict[tuple[Site, Site | None], list[Tensor]] = {}
-    with ProgressBar(total=len(indices), desc="edges", unit="batch", disable=not work.progress) as bar:
-        for numbers in work.rounds(range(len(indices))):
-            for edges in _round_edges(work, numbers, [indices[n] for n in numbers], batches, nodes):
+    with ProgressBar(total=len(indices), desc="edges", unit="batch", disable=not run.progress) as bar:
+        for numbers in run.rounds(range(len(indices))):
+            for edges in _round(run, numbers, [indices[n] for n in numbers], batches, nodes):
                 for pair, weights in edges.items():
                     if weights.ndim == 3:
                         samples.setdefault(pair, []).append(weights)
                         weights = weights.sum(0)
                     total[pair] = total[pair] + weights if pair in total else weights
                 bar.update()
-    back = torch.cat(indices).argsort()  # from the order of the batches to that of the prompts
-    mean = {pair: weights / len(work.prompts) for pair, weights in total.items()}
-    return mean, {pair: torch.cat(parts)[back] for pair, parts in samples.items()}
+    order = torch.cat(indices).argsort()  # from the order of the batches to that of the prompts
+    mean = {pair: weights / len(run.prompts) for pair, weights in total.items()}
+    return mean, {pair: torch.cat(of_batches)[order] for pair, of_batches in samples.items()}
 
 
 def keeps_examples(n_nodes: int, n_examples: int) -> bool:
@@ -48,55 +49,44 @@ def keeps_examples(n_nodes: int, n_examples: int) -> bool:
     return 4 * n_examples * n_nodes * (n_nodes + 1) / 2 <= SAMPLE_BYTES
 
 
-def _round_edges(
-    work: DiscoveryRun,
-    numbers: Sequence[int],
-    indices: Sequence[Tensor],
-    batches: Sequence[NodePassResult],
-    nodes: Nodes,
+def _round(
+    run: DiscoveryRun, numbers: Sequence[int], indices: Sequence[Tensor], batches: Sequence[Attribution], nodes: Nodes
 ) -> Iterator[Edges]:
     """The edges of the batches of one round, in order; those that are finished from their files."""
-    known = {n: work.files.get(f"edges-{n:04}") for n in numbers} if work.files is not None else {}
-    open_ = [number for number in numbers if known.get(number) is None]
-    own = {  # off the disk: what is mapped lies elsewhere in a cache line, and sums end in other bits
-        number: batches[number].copied(work.prompts[index]) if work.files is not None else batches[number]
+    finished = {n: run.files.get(f"edges-{n:04}") for n in numbers} if run.files is not None else {}
+    unfinished = {
+        number: _ready(run, batches[number], index, nodes)
         for number, index in zip(numbers, indices, strict=True)
-        if number in open_
+        if finished.get(number) is None
     }
-    kept = {
-        number: own[number].kept or _captured(work, index, nodes)
-        for number, index in zip(numbers, indices, strict=True)
-        if number in open_
-    }
-    parts = [(kept[number].states, own[number].gradients, kept[number].ends) for number in open_]
-    ends = dict(zip(open_, select_ends(work.saes, parts, nodes, active=work.options.edge_active), strict=True))
+    of_batches = node_vectors(run.saes, list(unfinished.values()), nodes, active=run.options.edge_active)
+    vectors = dict(zip(unfinished, of_batches, strict=True))
     for number in numbers:
-        finished = known.get(number)
-        if finished is not None:
-            yield _edges_of(finished)
+        if (tensors := finished.get(number)) is not None:
+            yield unflatten(Edges, _copied(tensors))
             continue
-        states = kept[number].states
+        batch = unfinished[number]
         edges = edge_effects(
-            work.model, work.saes, states, work.metric, own[number].gradients, nodes, selected=ends[number],
-            max_rows=lanes_rows(work.rows, states.mask.shape[1], work.model.device),
-            per_example=keeps_examples(count(nodes), len(work.prompts)),
+            run.model, run.saes, batch, run.metric, nodes, vectors=vectors[number],
+            max_rows=lanes_rows(run.rows, batch.states.mask.shape[1], run.model.device),
+            per_example=keeps_examples(count(nodes), len(run.prompts)),
         )  # fmt: skip
-        if work.files is not None:
-            named = {f"{up}/{down or 'metric'}": weights for (up, down), weights in edges.items()}
-            work.files.put(f"edges-{number:04}", named)
+        if run.files is not None:
+            run.files.put(f"edges-{number:04}", flatten(edges))
         yield edges
 
 
-def _captured(work: DiscoveryRun, index: Tensor, nodes: Nodes) -> EdgeCache:
-    """The activations of a batch of which nothing was kept."""
-    return EdgeCache(
-        capture_activations(work.model, work.saes, work.prompts[index], work.metric, sites=list(nodes)), {}
-    )
+def _ready(run: DiscoveryRun, batch: Attribution, index: Tensor, nodes: Nodes) -> Attribution:
+    """A batch with the activations that its edges need: off the disk, and computed again where none were kept."""
+    prompts = run.prompts[index]
+    if run.files is not None:
+        batch = unflatten(Attribution, _copied(flatten(batch)), prompts=prompts)
+    if batch.edge_inputs:
+        return batch
+    states = capture_activations(run.model, run.saes, prompts, run.metric, sites=list(nodes))
+    return replace(batch, states=states)
 
 
-def _edges_of(named: Mapping[str, Tensor]) -> Edges:
-    edges: Edges = {}
-    for name, weights in named.items():
-        up, down = name.split("/")
-        edges[Site.parse(up), None if down == "metric" else Site.parse(down)] = weights.clone()  # see `own` above
-    return edges
+def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors in memory of their own: mapped ones lie elsewhere in a cache line, and sums end in other bits."""
+    return {name: x.clone() for name, x in tensors.items()}

@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 P = ParamSpec("P")
 R = TypeVar("R")
 WORK_FILE = "partial.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 def alone_in_partial(function: Callable[P, R]) -> Callable[P, R]:

@@ -133,21 +133,19 @@ class Bench:
             self.model, self.saes, self.prompts, logit_difference, sites=self.sites, gradient=True
         )
 
-    def attribute(self, states: ActivationPair, *, ends: str | None = None, **options) -> Attribution:
+    def attribute(self, states: ActivationPair, *, active: str | None = None, **options) -> Attribution:
         return attribute(
             self.model, self.saes, states, logit_difference, sites=self.sites, max_rows=self.rows, totals=False,
-            ends=ends, **options,
+            active=active, **options,
         )  # fmt: skip
 
     def select(self, found: Attribution) -> Nodes:
         n, n_positions = len(self.prompts), self.prompts.clean.n_positions
         return select_nodes(aggregate(found.effects, n_examples=n, n_positions=n_positions), top=self.top)
 
-    def edges_from(self, states: ActivationPair, found: Attribution, nodes: Nodes) -> None:
-        rows = lanes_rows(self.rows, states.mask.shape[1], self.model.device)
-        edge_effects(
-            self.model, self.saes, states, logit_difference, found.gradients, nodes, ends=found.ends, max_rows=rows
-        )
+    def edges_from(self, found: Attribution, nodes: Nodes) -> None:
+        rows = lanes_rows(self.rows, found.states.mask.shape[1], self.model.device)
+        edge_effects(self.model, self.saes, found, logit_difference, nodes, max_rows=rows)
 
     def bare(self) -> None:
         """One forward and backward pass of the model itself, gradient at the embedding."""
@@ -162,13 +160,13 @@ class Bench:
 
     def edges(self) -> None:
         """Edges by themselves, with nothing known from a node pass but its gradients."""
-        self.edges_from(self.states, self.found, self.nodes)
+        self.edges_from(self.found, self.nodes)
 
     def circuit(self, **options) -> None:
         """Everything: nodes and the edges among the strongest of them."""
         states = self.capture()
-        found = self.attribute(states, ends="clean", **options)
-        self.edges_from(states, found, self.select(found))
+        found = self.attribute(states, active="clean", **options)
+        self.edges_from(found, self.select(found))
 
     def errors(self, reference: Mapping[Site, torch.Tensor], **options) -> tuple[float, float]:
         """Of integrated gradients, means over sites: the relative error of all effects (L2) against a fine

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from circuits.attribution import attribute, capture_activations
+from circuits.attribution import Attribution, attribute, capture_activations
 from circuits.attribution.activations import site_total_effect
 from circuits.attribution.edges import edge_effects
 from circuits.attribution.nodes import aggregate, select_nodes
@@ -105,7 +105,14 @@ class Case:
     def edges(self) -> None:
         """Edges among the nodes, in batches as `discover` makes them."""
         rows = lanes_rows(self.rows, LENGTH, self.model.device)
-        edge_effects(self.model, self.saes, self.states, logit_difference, self.gradients, self.nodes, max_rows=rows)
+        edge_effects(
+            self.model,
+            self.saes,
+            Attribution(self.states, gradients=self.gradients),
+            logit_difference,
+            self.nodes,
+            max_rows=rows,
+        )
 
     def steps(self, size: str) -> dict[str, Callable[[], None]]:
         """What is timed when `size` varies; edge nodes matter to edges alone."""

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from circuits.attribution import METHODS, ActivationPair, attribute, capture_activations
+from circuits.attribution import METHODS, ActivationPair, Attribution, attribute, capture_activations
 from circuits.attribution.baselines import activation_difference
 from circuits.attribution.edges import Edges, edge_effects
 from circuits.attribution.nodes import Nodes, SiteNodes, aggregate, select_nodes
@@ -109,10 +109,10 @@ class Task:
     def estimated(self, method: str) -> tuple[dict[str, float], dict[tuple[str, str], float]]:
         """A method's effects, and edge weights among the exactly strongest nodes."""
         nodes = node_scores(self._nodes(method, self.states))
+        batch = Attribution(self.states, gradients=self.gradients)
         edges = edge_effects(
-            self.model, self.saes, self.states, logit_difference, self.gradients, self.among, active="either",
-            max_rows=MAX_ROWS,
-        )  # fmt: skip
+            self.model, self.saes, batch, logit_difference, self.among, active="either", max_rows=MAX_ROWS
+        )
         weights = edge_scores(edges, self.among)
         return nodes, {pair: weight / self.n for pair, weight in weights.items()}
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from circuits.attribution import capture_activations, contract_gradient
+from circuits.attribution import Attribution, capture_activations, contract_gradient
 from circuits.attribution.attribution_patching import attribution_patching
 from circuits.attribution.edges import cut_forward, edge_effects
 from circuits.attribution.feature_effects import contract
@@ -66,7 +66,9 @@ def test_edges_are_finite_differences_of_the_cut_model(make_tiny_model, make_sae
     for sae in saes.values():
         sae.double()
     nodes = {site: some_nodes(saes[site], seed=i) for i, site in enumerate(model.sites)}
-    edges = edge_effects(model, saes, states, logit_difference, gradients, nodes, active=active, max_rows=24)
+    edges = edge_effects(
+        model, saes, Attribution(states, gradients=gradients), logit_difference, nodes, active=active, max_rows=24
+    )
     parallel = architecture == "gpt_neox"
     expected_pairs = {("resid_0", "attn_1"), ("resid_0", "mlp_1"), ("attn_1", "resid_1"), ("mlp_1", "resid_1")}
     expected_pairs |= {("resid_0", "resid_1"), ("embed", "attn_0"), ("embed", "mlp_0"), ("embed", "resid_0")}
@@ -102,7 +104,8 @@ def test_lanes_change_nothing(tiny_model, make_saes, tiny_prompts):
     saes, states, gradients = setting(tiny_model, make_saes, tiny_prompts)
     nodes = {site: some_nodes(saes[site], seed=i) for i, site in enumerate(tiny_model.sites)}
     one, many = (
-        edge_effects(tiny_model, saes, states, logit_difference, gradients, nodes, max_rows=rows) for rows in (8, 800)
+        edge_effects(tiny_model, saes, Attribution(states, gradients=gradients), logit_difference, nodes, max_rows=rows)
+        for rows in (8, 800)
     )
     assert one.keys() == many.keys()
     for pair, weights in one.items():
@@ -118,13 +121,14 @@ def test_what_the_node_pass_keeps_changes_nothing(tiny_model, make_saes, tiny_pr
         tiny_model, saes, tiny_prompts, logit_difference, sites=tiny_model.sites, gradient=True
     )
     nodes = {site: some_nodes(saes[site], seed=i) for i, site in enumerate(tiny_model.sites)}
-    ends = {
-        site: contract(sae, states, states.gradients[site], site=site, ends=active)[1] for site, sae in saes.items()
+    inputs = {
+        site: contract(sae, states, states.gradients[site], site=site, active=active)[1] for site, sae in saes.items()
     }
     g = states.gradients
     fewer = replace(states, clean={}, patch={}) if architecture == "topk" else states
-    known = edge_effects(tiny_model, saes, fewer, logit_difference, g, nodes, active=active, ends=ends)
-    scratch = edge_effects(tiny_model, saes, states, logit_difference, g, nodes, active=active)
+    batch = Attribution(fewer, gradients=g, edge_inputs=inputs)
+    known = edge_effects(tiny_model, saes, batch, logit_difference, nodes, active=active)
+    scratch = edge_effects(tiny_model, saes, Attribution(states, gradients=g), logit_difference, nodes, active=active)
     assert known.keys() == scratch.keys()
     for pair, weights in known.items():
         assert weights.abs().max() > 0
@@ -149,9 +153,9 @@ def test_the_errors_part_is_the_formula(tiny_model, make_saes, tiny_prompts, arc
         assert live.sum() == (states.mask[:, 1:].sum() - 4 if site.name == "mlp_0" else len(states.mask))
         for share in (0.0, 1.0):
             monkeypatch.setattr("circuits.attribution.feature_effects.SPARSE", share)
-            effects, ends = contract(sae, states, g, site=site, ends=active)
-            torch.testing.assert_close(ends.error_delta, delta, atol=1e-5, rtol=1e-4)
-            torch.testing.assert_close(ends.error_cotangent, cotangent, atol=1e-5, rtol=1e-4)
+            effects, inputs = contract(sae, states, g, site=site, active=active)
+            torch.testing.assert_close(inputs.error_delta, delta, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(inputs.error_cotangent, cotangent, atol=1e-5, rtol=1e-4)
             expected = ((f_patch - f_clean) * (g @ sae.W_dec.T)).sum((0, 1))
             torch.testing.assert_close(effects.summed(1)[:-1], expected, atol=1e-5, rtol=1e-4)
 
@@ -160,12 +164,14 @@ def test_edges_of_a_batch_are_the_sum_over_its_examples(tiny_model, make_saes, t
     """Examples do not interact; left padding of the shorter ones changes nothing either."""
     saes, states, gradients = setting(tiny_model, make_saes, tiny_prompts)
     nodes = {site: some_nodes(saes[site], seed=i) for i, site in enumerate(tiny_model.sites)}
-    batch = edge_effects(tiny_model, saes, states, logit_difference, gradients, nodes)
+    batch = edge_effects(tiny_model, saes, Attribution(states, gradients=gradients), logit_difference, nodes)
     total = {pair: torch.zeros_like(weights) for pair, weights in batch.items()}
     for row in range(len(tiny_prompts)):
         alone = capture_activations(tiny_model, saes, tiny_prompts[[row]], logit_difference, sites=tiny_model.sites)
         g = attribution_patching(tiny_model, alone, logit_difference, sites=tiny_model.sites)
-        for pair, weights in edge_effects(tiny_model, saes, alone, logit_difference, g, nodes).items():
+        for pair, weights in edge_effects(
+            tiny_model, saes, Attribution(alone, gradients=g), logit_difference, nodes
+        ).items():
             total[pair] += weights
     for pair, weights in batch.items():
         assert torch.allclose(weights, total[pair], atol=2e-5), pair
@@ -175,7 +181,7 @@ def test_edges_to_the_metric_of_the_last_site_are_its_effects(tiny_model, make_s
     saes, states, gradients = setting(tiny_model, make_saes, tiny_prompts)
     last = tiny_model.sites[-1]
     nodes = {site: some_nodes(saes[site], seed=i) for i, site in enumerate(tiny_model.sites)}
-    edges = edge_effects(tiny_model, saes, states, logit_difference, gradients, nodes)
+    edges = edge_effects(tiny_model, saes, Attribution(states, gradients=gradients), logit_difference, nodes)
     effects = contract_gradient(saes[last], states.clean[last], states.patch[last], gradients[last], mask=states.mask)
     expected = effects.summed(1)[nodes[last].feature]
     assert torch.allclose(edges[last, None][0], expected, atol=1e-5)
@@ -189,7 +195,7 @@ def test_without_residual_sites_every_site_reaches_the_metric(tiny_model, make_s
     states = capture_activations(tiny_model, saes, tiny_prompts, logit_difference, sites=sites)
     gradients = attribution_patching(tiny_model, states, logit_difference, sites=sites)
     nodes = {site: some_nodes(saes[site], seed=i) for i, site in enumerate(sites)}
-    edges = edge_effects(tiny_model, saes, states, logit_difference, gradients, nodes)
+    edges = edge_effects(tiny_model, saes, Attribution(states, gradients=gradients), logit_difference, nodes)
     names = {(up.name, down and down.name) for up, down in edges}
     assert names == {("mlp_0", "attn_1"), ("mlp_0", "mlp_1"), ("mlp_0", None), ("attn_1", None), ("mlp_1", None)}
 

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from circuits.attribution import attribute, capture_activations, contract_gradient
+from circuits.attribution import Attribution, attribute, capture_activations, contract_gradient
 from circuits.attribution.attribution_patching import attribution_patching
 from circuits.attribution.edges import cut_forward, edge_effects
 from circuits.attribution.integrated_gradients import integrated_gradients
@@ -173,7 +173,8 @@ def test_edges(recorded, model, saes, prompts):
             for site in model.sites
         }
         nodes = {site: all_nodes(saes[site], shape[1]) for site in model.sites}
-        edges = edge_effects(model, saes, states, logit_difference, gradients, nodes, active="clean")
+        batch = Attribution(states, gradients=gradients)
+        edges = edge_effects(model, saes, batch, logit_difference, nodes, active="clean")
         for pair in ours:
             up, down = pair.split("|")
             ours[pair][b] = edges[Site.parse(up), Site.parse(down)]
@@ -200,8 +201,9 @@ def test_edges_summed_over_positions_are_the_sum(recorded, model, saes, prompts)
         site: SiteNodes(width - 1, torch.arange(width), torch.full((width,), -1), torch.zeros(width))
         for site in model.sites
     }
-    one = edge_effects(model, saes, states, logit_difference, gradients, by_position, active="clean")
-    both = edge_effects(model, saes, states, logit_difference, gradients, summed, active="clean")
+    batch = Attribution(states, gradients=gradients)
+    one = edge_effects(model, saes, batch, logit_difference, by_position, active="clean")
+    both = edge_effects(model, saes, batch, logit_difference, summed, active="clean")
     assert one.keys() == both.keys()
     for pair, weights in one.items():
         rows = 1 if pair[1] is None else states.mask.shape[1]
@@ -219,7 +221,8 @@ def test_error_columns_follow_the_formula(model, saes, prompts):
         site: SiteNodes(width - 1, torch.arange(width), torch.full((width,), -1), torch.zeros(width))
         for site in model.sites
     }
-    edges = edge_effects(model, saes, states, logit_difference, gradients, nodes, active="clean")[up, down]
+    batch = Attribution(states, gradients=gradients)
+    edges = edge_effects(model, saes, batch, logit_difference, nodes, active="clean")[up, down]
     graph = cut_forward(model, states, logit_difference, sites=model.sites)
     y = graph.outputs[down]
     f = saes[down].encode(y)

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from circuits.attribution import capture_activations
+from circuits.attribution import Attribution, capture_activations
 from circuits.attribution.attribution_patching import attribution_patching
 from circuits.attribution.edges import edge_effects
 from circuits.attribution.nodes import SiteNodes
@@ -86,7 +86,8 @@ def test_small_steps_give_the_edge_weights(make_tiny_model, make_saes, tiny_prom
     states = replace(states, patch=near)
     nodes = some_nodes(saes)
     gradients = attribution_patching(model, states, logit_difference, sites=model.sites)
-    estimated = edge_effects(model, saes, states, logit_difference, gradients, nodes, active="clean")
+    batch = Attribution(states, gradients=gradients)
+    estimated = edge_effects(model, saes, batch, logit_difference, nodes, active="clean")
     exact = path_effects(model, saes, states, logit_difference, nodes)
     assert set(estimated) <= set(exact)
     for pair, weights in estimated.items():

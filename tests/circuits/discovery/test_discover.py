@@ -56,7 +56,7 @@ def test_edges_are_the_same_where_nothing_was_kept(tiny_model, tiny_saes, tiny_p
     """What the node pass keeps for the edges is left out where the memory budget is used up."""
     options = DiscoverOptions(method=method, edge_nodes=40)
     kept = discover(tiny_model, tiny_saes, tiny_prompts, options, progress=False)
-    monkeypatch.setattr("circuits.discovery.node_pass.EdgeCache.n_bytes", 2**40)
+    monkeypatch.setattr("circuits.attribution.node_effects.Attribution.n_bytes_for_edges", 2**40)
     again = discover(tiny_model, tiny_saes, tiny_prompts, options, progress=False)
     assert kept.edges.keys() == again.edges.keys()
     for pair, weights in kept.edges.items():

@@ -1,1 +1,56 @@
-"""From prompts to a sparse feature circuit, and from the circuit back to the model's behaviour."""
+"""From prompts to a sparse feature circuit, and from the circuit back to the model's behaviour.
+
+    from circuits import ablate, discover, faithfulness, load_prompts
+
+    pairs, held_out = load_prompts("train.jsonl", model), load_prompts("test.jsonl", model)
+    circuit = discover(model, saes, pairs)
+    circuit.plot("circuit.svg")
+    faithfulness(circuit, held_out).to_frame()
+    ablate(circuit.strongest_features(10), held_out)
+
+Names are imported when they are first used: `import circuits` imports no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from circuits.circuit import Circuit
+    from circuits.comparison.compare import compare_methods
+    from circuits.discovery.discover import discover
+    from circuits.discovery.options import DiscoverOptions
+    from circuits.editing.edit import Edit, ablate, steer
+    from circuits.faithfulness.learned_mask import learn_mask
+    from circuits.faithfulness.nodes import faithfulness
+    from circuits.prompts.dataset import PromptSet, load_prompts
+    from circuits.uncertainty.verification import verify
+
+_MODULES = {
+    "circuit": ("Circuit",),
+    "comparison.compare": ("compare_methods",),
+    "discovery.discover": ("discover",),
+    "discovery.options": ("DiscoverOptions",),
+    "editing.edit": ("Edit", "ablate", "steer"),
+    "faithfulness.learned_mask": ("learn_mask",),
+    "faithfulness.nodes": ("faithfulness",),
+    "prompts.dataset": ("PromptSet", "load_prompts"),
+    "uncertainty.verification": ("verify",),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = [
+    "Circuit", "DiscoverOptions", "Edit", "PromptSet", "ablate", "compare_methods", "discover", "faithfulness",
+    "learn_mask", "load_prompts", "steer", "verify",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -3,7 +3,7 @@
 A `Circuit` holds more than is drawn: effects of every node, so that another threshold never runs the model again,
 and the edges among the `edge_nodes`. `Circuit.graph` cuts a `FeatureGraph` out of it. On disk it is a folder:
 
-    circuit/circuit.json          the graph as pruned by default, with metadata: options, model, totals, completeness
+    circuit/circuit.json          the graph as pruned by default, with metadata: options, model, totals, sum check
     circuit/effects.safetensors   per site example, position, feature, value; edge nodes; edge weights
 """
 
@@ -11,25 +11,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from circuits._tensors import NOT_SAVED, flatten, unflatten
 from circuits.attribution.edges import Edges
 from circuits.attribution.effects import SiteEffects
-from circuits.attribution.nodes import Nodes, SiteNodes, aggregate, distinguishable, select_nodes
-from circuits.circuit_files import ENTRIES, NODES, absolute_in_run, check_metadata, read_effects, relative_to_run
+from circuits.attribution.nodes import Nodes
+from circuits.circuit_files import FeaturesFile, absolute_in_run, check_metadata, read_effects, relative_to_run
 from circuits.circuit_source import CircuitSource, check_widths
+from circuits.circuit_views import CircuitViews
 from circuits.metrics.metrics import Metric, circuit_metric
 from circuits.prompts.dataset import PromptSet
-from graphs.feature_graph import FeatureGraph, Position, error_node, feature_node, metric_node
-from graphs.pruning import by_edge_threshold, by_top_edges
-from sae._files import TensorSpec, check_tensors, digest_tensors, read_header, write_tensors
+from graphs.feature_graph import FeatureGraph
+from sae._files import TensorSpec, check_tensors, digest_tensors, read_header, read_json, write_tensors
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError
 from sae.model.language_model import LanguageModel
@@ -38,12 +37,13 @@ from sae.saes import SAEs
 
 GRAPH_FILE = "circuit.json"
 EFFECTS_FILE = "effects.safetensors"
+FEATURES_FILE = "features.json"
 PARTIAL_FOLDER = "partial"
-"""Holds what of a discovery is finished, until it ends."""
+"""Where the finished batches of a discovery are, until it ends."""
 
 
 @dataclass(frozen=True)
-class Circuit:
+class Circuit(CircuitViews):
     """Effects, edges and provenance of one discovery."""
 
     effects: dict[Site, SiteEffects]
@@ -52,19 +52,21 @@ class Circuit:
     """The nodes between which edges were computed."""
     edges: Edges
     """(upstream, downstream or None for the metric) -> mean weight over examples, [D, U] over `edge_nodes`."""
-    metadata: dict[str, Any]
+    metadata: dict[str, Any] = field(metadata=NOT_SAVED)
     """Plain JSON: `options`, `model`, `saes`, `prompts`, `n_examples`, `n_positions`, `total_effect`,
-    `completeness`, `positions` (names of the spans, where aggregated by spans), ...
+    `completeness` (the sum check), `positions` (names of the spans, where aggregated by spans), ...
     """
     intervals: dict[Site, Tensor] = field(default_factory=dict)
     """Bootstrap interval of every node of `nodes`, [n, 2] in their order; empty where not computed."""
     edge_intervals: Edges = field(default_factory=dict)
     """Bootstrap interval of every edge weight, [D, U, 2] like `edges`; empty where not computed."""
-    edge_samples: Edges = field(default_factory=dict)
+    edge_samples: Edges = field(default_factory=dict, metadata=NOT_SAVED)
     """Edge weights of every example, [N, D, U], as far as discovery kept them; not saved."""
     groups: Tensor | None = None
     """[B] the number of the template each example is drawn with for intervals; None for each by itself."""
-    source: CircuitSource = field(default_factory=CircuitSource, repr=False, compare=False)
+    features: dict[str, Any] = field(default_factory=dict, repr=False, metadata=NOT_SAVED)
+    """What is known of each feature (`resid_3/120`), such as its top tokens; drawings are labelled by it."""
+    source: CircuitSource = field(default_factory=CircuitSource, repr=False, compare=False, metadata=NOT_SAVED)
     """The model, SAEs, metric and prompts it was found with, or where they are loaded from."""
 
     @property
@@ -97,11 +99,6 @@ class Circuit:
         """At most `limit` prompts of a file, or of those it was found on; see `CircuitSource.read_prompts`."""
         return self.source.read_prompts(self.metadata, path, limit=limit, need_spans=need_spans)
 
-    @property
-    def spans(self) -> tuple[str, ...]:
-        """Names of the spans that nodes live in, where aggregated by spans."""
-        return tuple(self.metadata.get("positions", ()))
-
     def get_metric(self, given: str | Metric | None = None) -> Metric:
         """The metric it explains. Of a circuit from a file whose metric is Python code, it has to be given again.
 
@@ -109,125 +106,20 @@ class Circuit:
         """
         return self.metric if given is None else circuit_metric(self.metadata, given=given)
 
-    @cached_property
-    def nodes(self) -> Nodes:
-        """Aggregated effects of all nodes, strongest first in each site."""
-        return aggregate(
-            self.effects,
-            n_examples=self.metadata["n_examples"],
-            n_positions=self.metadata["n_positions"],
-            aggregation=self.metadata["options"]["aggregation"],
-            spans=self.spans,
-        )
-
-    def strongest(self, n: int) -> Nodes:
-        """The n nodes of largest |effect| over all sites."""
-        return select_nodes(self.nodes, top=n)
-
-    def strongest_features(self, n: int) -> FeatureNames:
-        """The n features of largest |effect|, errors left out.
-
-        Args:
-            n: how many.
-
-        Returns:
-            Their names, each with its position or span where the circuit keeps these apart (`resid_3/120@subject`),
-            together with the circuit, so that `ablate` and `steer` need nothing else.
-        """
-        features = {site: nodes[~nodes.is_error] for site, nodes in self.nodes.items()}
-        strongest = select_nodes(features, top=n)
-        rows = [
-            (-abs(effect), name)
-            for site, nodes in strongest.items()
-            for name, effect in zip(nodes.ids(site), nodes.effect.tolist(), strict=True)
-        ]
-        return FeatureNames([name for _, name in sorted(rows, key=lambda row: row[0])], self)
-
-    def graph(
-        self,
-        *,
-        nodes: int | None = None,
-        node_threshold: float | None = None,
-        edges: int | None = None,
-        edge_threshold: float | None = None,
-        significant: bool = False,
-        attributes: Mapping[str, Mapping[str, Any]] | None = None,
-    ) -> FeatureGraph:
-        """The feature graph of the strongest nodes and the edges between them.
-
-        nodes, node_threshold, edges, edge_threshold: as in `select_nodes`, None for no limit; significant: of these
-        nodes and edges, only those whose interval leaves out zero; attributes: by node name without position
-        (`resid_3/120`), stored with the node. Raises `UserError` if a kept node has no edges computed.
-        """
-        kept = select_nodes(self.nodes, top=nodes, threshold=node_threshold)
-        if significant:
-            kept = self._distinguishable(kept)
-        bounds = self._bounds(kept)
-        measured = self.metadata.get("verification", {}).get("nodes", {})
-        graph = FeatureGraph([site.name for site in self.effects], metadata=self.metadata)
-        for site, site_nodes in kept.items():
-            rows = zip(
-                site_nodes.feature.tolist(), site_nodes.position.tolist(), site_nodes.effect.tolist(), strict=True
-            )
-            for name, (feature, position, effect) in zip(site_nodes.ids(site), rows, strict=True):
-                where: Position = None if position < 0 else site_nodes.spans[position] if site_nodes.spans else position
-                known = {**measured.get(name, {}), **bounds.get(name, {})}
-                if feature == site_nodes.n_features:
-                    graph.add_node(error_node(site.name, effect=effect, position=where, **known))
-                else:
-                    known = {**(attributes or {}).get(f"{site.name}/{feature}", {}), **known}
-                    graph.add_node(feature_node(site.name, feature, effect=effect, position=where, **known))
-        graph.add_node(metric_node(effect=self.metadata["total_effect"] or 0.0))
-        self._add_edges(graph, significant=significant)
-        if edge_threshold is not None:
-            graph = by_edge_threshold(graph, edge_threshold)
-        return graph if edges is None else by_top_edges(graph, edges)
-
-    def _distinguishable(self, kept: Nodes) -> Nodes:
-        """Those of the strongest nodes whose interval leaves out zero; a site's strongest stand in front."""
-        if not self.intervals:
-            reason = self.metadata.get("uncertainty", {}).get("too_few")
-            why = f": {reason}" if reason else ": discover again with resamples above 0"
-            raise UserError(f"this circuit has no intervals{why}")
-        return distinguishable(kept, {site: self.intervals[site][: len(nodes)] for site, nodes in kept.items()})
-
-    def _bounds(self, kept: Nodes) -> dict[str, dict[str, list[float]]]:
-        """Node name -> {"interval": [low, high]} for the kept nodes, where there are intervals (not NaN)."""
-        wanted = {name for site, nodes in kept.items() for name in nodes.ids(site)}
-        return {
-            name: {"interval": interval}
-            for site, intervals in self.intervals.items()
-            for name, interval in zip(self.nodes[site].ids(site), intervals.tolist(), strict=True)
-            if name in wanted and interval[0] == interval[0]
-        }
-
-    def _add_edges(self, graph: FeatureGraph, *, significant: bool) -> None:
-        names = {site: site_nodes.ids(site) for site, site_nodes in self.edge_nodes.items()}
-        known = {name for site_names in names.values() for name in site_names}
-        without = [node.id for node in graph.nodes() if node.kind != "metric" and node.id not in known]
-        if without and self.edges:
-            raise UserError(
-                f"edges were computed among the {len(known)} strongest nodes and {without[0]!r} is not one of them: "
-                "keep fewer nodes, or discover again with more edge nodes"
-            )
-        for (up, down), weights in self.edges.items():
-            targets = ["metric"] if down is None else names[down]
-            bounds = self.edge_intervals.get((up, down))
-            wanted = weights != 0 if bounds is None or not significant else bounds.prod(-1) > 0
-            for row, column in wanted.nonzero().tolist():
-                if names[up][column] in graph and targets[row] in graph:
-                    interval = None if bounds is None else tuple(bounds[row, column].tolist())
-                    interval = interval if interval and interval[0] == interval[0] else None  # too few to tell
-                    graph.add_edge(names[up][column], targets[row], float(weights[row, column]), interval=interval)
-
     # --- files --------------------------------------------------------------------------------------------------
 
-    def save(self, folder: str | Path, *, graph: FeatureGraph) -> Path:
-        """Write `effects.safetensors`, then `circuit.json` (the pruned `graph`), each in one step.
+    def save(self, folder: str | Path, *, graph: FeatureGraph | None = None) -> Path:
+        """Write `effects.safetensors`, then `circuit.json`, each in one step.
 
         Both say which circuit they are of (`digest`), so that a new one is never read with half of an old one.
+
+        Args:
+            folder: the `circuit` folder of a run.
+            graph: the graph as pruned by default; the 100 strongest nodes with 1,000 edges where none is given.
         """
-        folder, tensors = Path(folder), self._tensors()
+        folder = Path(folder)
+        graph = graph if graph is not None else self._shown(100, 1000)
+        tensors = {name: x.clone() for name, x in flatten(self).items()}
         self.metadata["digest"] = self._digest(tensors)
         write_tensors(folder / EFFECTS_FILE, tensors, metadata={"circuit": self.metadata["digest"]})
         portable = graph.subgraph(graph.graph)
@@ -236,28 +128,10 @@ class Circuit:
         return folder
 
     def _digest(self, tensors: Mapping[str, Tensor]) -> str:
-        """A short hash of everything that was found and what it was made with."""
+        """A short hash of all tensors and of the metadata."""
         made_with = {key: value for key, value in self.metadata.items() if key != "digest"}
         text = json.dumps(made_with, sort_keys=True, default=str) + digest_tensors(tensors)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-    def _tensors(self) -> dict[str, Tensor]:
-        tensors: dict[str, Tensor] = {}
-        for site, effects in self.effects.items():
-            for name in ENTRIES:
-                tensors[f"effects/{site.name}/{name}"] = getattr(effects, name)
-            tensors[f"effects/{site.name}/n_features"] = torch.tensor([effects.n_features])
-        for site, nodes in self.edge_nodes.items():
-            for name in NODES:
-                tensors[f"edge_nodes/{site.name}/{name}"] = getattr(nodes, name)
-        if self.groups is not None:
-            tensors["groups"] = self.groups
-        for site, interval in self.intervals.items():
-            tensors[f"intervals/{site.name}"] = interval
-        for kind, values in (("edges", self.edges), ("edge_intervals", self.edge_intervals)):
-            for (up, down), weights in values.items():
-                tensors[f"{kind}/{up.name}/{'metric' if down is None else down.name}"] = weights
-        return {name: tensor.clone() for name, tensor in tensors.items()}
 
     @staticmethod
     def load(
@@ -289,35 +163,22 @@ class Circuit:
             )
         check_metadata(metadata, folder / GRAPH_FILE, circuit=True)
         metadata = absolute_in_run(metadata, folder.parent)
-        effects, tensors, with_edges = read_effects(folder / EFFECTS_FILE, metadata)
+        tensors = read_effects(folder / EFFECTS_FILE, metadata)
         spans = tuple(metadata.get("positions", ()))
-        nodes: Nodes = {}
-        for site in with_edges:
-            feature, position, effect = (tensors[f"edge_nodes/{site.name}/{name}"] for name in NODES)
-            n_features = effects[site].n_features
-            nodes[site] = SiteNodes(n_features, feature.long(), position.long(), effect.float(), spans)
-        edges: dict[str, Edges] = {"edges": {}, "edge_intervals": {}}
-        for name, weights in tensors.items():
-            kind, *between = name.split("/")
-            if kind in edges:
-                pair = Site.parse(between[0]), None if between[1] == "metric" else Site.parse(between[1])
-                edges[kind][pair] = weights.float()
-        intervals = {site: tensors[f"intervals/{site.name}"] for site in effects if f"intervals/{site.name}" in tensors}
-        circuit = Circuit(effects, nodes, edges["edges"], metadata, intervals, edges["edge_intervals"], source=source)
+        features = folder / FEATURES_FILE
+        described = read_json(features, FeaturesFile)["features"] if features.is_file() else {}
+        circuit = unflatten(
+            Circuit, tensors, metadata=metadata, source=source, features=described, spans=spans, n_features=0
+        )
+        for site, nodes in circuit.edge_nodes.items():
+            circuit.edge_nodes[site] = replace(nodes, n_features=circuit.effects[site].n_features)
+        intervals = circuit.intervals
         expected = {
             f"intervals/{site.name}": TensorSpec((len(circuit.nodes[site]), 2), finite=False) for site in intervals
         }
         expected["groups"] = TensorSpec((metadata["n_examples"],), "int", optional=True)
         check_tensors(tensors, expected, folder / EFFECTS_FILE)
-        return replace(circuit, groups=tensors["groups"].long() if "groups" in tensors else None)
-
-
-class FeatureNames(list[str]):
-    """Names of features (`resid_3/120`), strongest first, with the circuit they are of."""
-
-    def __init__(self, names: Iterable[str], circuit: Circuit) -> None:
-        super().__init__(names)
-        self.circuit = circuit
+        return circuit
 
 
 def circuit_digest(folder: Path) -> str | None:

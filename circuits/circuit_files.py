@@ -1,4 +1,4 @@
-"""What a circuit is on disk: the metadata of `circuit.json` as types, and the tensors of `effects.safetensors`.
+"""A circuit on disk: the metadata of `circuit.json` as types, and the tensors of `effects.safetensors`.
 
 1. `CircuitMetadata` is what reading a circuit needs, `ReportMetadata` what pages show of it; a file may have more.
 2. `read_effects` checks every tensor by name, shape, number type and range before anything is built from it.
@@ -15,7 +15,7 @@ from pydantic import AfterValidator, FiniteFloat
 from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
-from circuits.attribution.effects import SiteEffects
+from circuits.attribution.effects import ENTRIES
 from graphs.schema import LARGEST, AttributesFile, Count, Index
 from sae._files import TensorSpec, check_tensors, check_type, read_tensors
 from sae.errors import UserError
@@ -23,7 +23,6 @@ from sae.model.sites import Site
 
 PATHS = ("model", "saes", "prompts")
 """Metadata that may be paths."""
-ENTRIES = ("example", "position", "feature", "value")
 NODES = ("feature", "position", "effect")
 
 
@@ -74,7 +73,7 @@ class SumCheck(TypedDict):
 
 
 class VerificationFile(TypedDict):
-    """What exact patching found, by node."""
+    """Results of exact patching, by node."""
 
     nodes: dict[str, AttributesFile]
     summary: NotRequired[str]
@@ -111,7 +110,7 @@ class ReportMetadata(TypedDict, total=False):
 
 
 class FeaturesFile(TypedDict):
-    """features.json: what is known of each feature, by its name without a position."""
+    """features.json: a description of each feature, by its name without a position."""
 
     features: dict[str, AttributesFile]
 
@@ -147,24 +146,29 @@ def absolute_in_run(metadata: Mapping[str, Any], run: Path) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------ effects.safetensors
 
 
-def read_effects(
-    path: Path, metadata: Mapping[str, Any]
-) -> tuple[dict[Site, SiteEffects], dict[str, Tensor], list[Site]]:
-    """(effects per site, all tensors by name, the sites with edge nodes) of a circuit with these checked metadata."""
-    sites = [Site.parse(name) for name in metadata["sites"]]
+def read_effects(path: Path, metadata: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a circuit with these checked metadata, by name; numbers as `Circuit` has them."""
     tensors = read_tensors(path)
-    effects = {site: _site_effects(tensors, site, metadata, path) for site in sites}
-    with_edges = [site for site in sites if f"edge_nodes/{site.name}/feature" in tensors]
-    for site in with_edges:
-        _check_edge_nodes(tensors, site, effects[site].n_features, metadata, path)
+    n_features = {name: _check_site(tensors, name, metadata, path) for name in metadata["sites"]}
+    with_edges = [name for name in metadata["sites"] if f"edge_nodes/{name}/feature" in tensors]
+    for name in with_edges:
+        _check_edge_nodes(tensors, name, n_features[name], metadata, path)
     for name in tensors:
         if name.startswith(("edges/", "edge_intervals/")):
-            _check_edges(tensors, name, {site.name for site in with_edges}, path)
-    return effects, tensors, with_edges
+            _check_edges(tensors, name, set(with_edges), path)
+    return {name: _as_stored(name, x) for name, x in tensors.items()}
 
 
-def _site_effects(tensors: Mapping[str, Tensor], site: Site, metadata: Mapping[str, Any], path: Path) -> SiteEffects:
-    names = {name: f"effects/{site.name}/{name}" for name in (*ENTRIES, "n_features")}
+def _as_stored(name: str, tensor: Tensor) -> Tensor:
+    """A tensor of any width in the number type that a circuit has."""
+    if tensor.is_floating_point():
+        return tensor if name.startswith("intervals/") else tensor.float()
+    return tensor.int() if name.startswith("effects/") else tensor.long()
+
+
+def _check_site(tensors: Mapping[str, Tensor], site: str, metadata: Mapping[str, Any], path: Path) -> int:
+    """Check the effects of a site; the number of its features."""
+    names = {name: f"effects/{site}/{name}" for name in (*ENTRIES, "n_features")}
     expected = {names[name]: TensorSpec(("entries",), "int") for name in ENTRIES[:3]}
     expected |= {names["value"]: TensorSpec(("entries",)), names["n_features"]: TensorSpec((1,), "int")}
     check_tensors(tensors, expected, path)
@@ -174,8 +178,7 @@ def _site_effects(tensors: Mapping[str, Tensor], site: Site, metadata: Mapping[s
     _check_range(tensors, names["example"], 0, metadata["n_examples"], path)
     _check_range(tensors, names["feature"], 0, n_features + 1, path)
     _check_range(tensors, names["position"], *_positions(metadata), path)
-    example, position, feature, value = (tensors[names[name]] for name in ENTRIES)
-    return SiteEffects(n_features, example.int(), position.int(), feature.int(), value.float())
+    return n_features
 
 
 def _positions(metadata: Mapping[str, Any]) -> tuple[int, int]:
@@ -186,9 +189,9 @@ def _positions(metadata: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _check_edge_nodes(
-    tensors: Mapping[str, Tensor], site: Site, n_features: int, metadata: Mapping[str, Any], path: Path
+    tensors: Mapping[str, Tensor], site: str, n_features: int, metadata: Mapping[str, Any], path: Path
 ) -> None:
-    names = {name: f"edge_nodes/{site.name}/{name}" for name in NODES}
+    names = {name: f"edge_nodes/{site}/{name}" for name in NODES}
     expected = {names[name]: TensorSpec(("nodes",), "float" if name == "effect" else "int") for name in NODES}
     check_tensors(tensors, expected, path)
     lowest, beyond = _positions(metadata)
@@ -212,5 +215,5 @@ def _check_edges(tensors: Mapping[str, Tensor], name: str, sites: Sequence[str] 
 def _check_range(tensors: Mapping[str, Tensor], name: str, lowest: int, beyond: int, path: Path) -> None:
     tensor = tensors[name]
     if len(tensor) and not (lowest <= int(tensor.min()) and int(tensor.max()) < beyond):
-        found = f"{int(tensor.min())} to {int(tensor.max())}"
-        raise UserError(f"{path}: tensor {name!r} has values from {found}, expected {lowest} to {beyond - 1}")
+        range_in_file = f"{int(tensor.min())} to {int(tensor.max())}"
+        raise UserError(f"{path}: tensor {name!r} has values from {range_in_file}, expected {lowest} to {beyond - 1}")

@@ -11,11 +11,12 @@ Legend: B examples, S positions, F features; feature F is the error node.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from circuits._tensors import NOT_SAVED
 from circuits.attribution.effects import SiteEffects
 from circuits.options import AGGREGATIONS, Aggregation
 from circuits.prompts.dataset import PromptSet
@@ -27,7 +28,7 @@ from sae.model.sites import Site
 class SiteNodes:
     """Nodes of one site with their aggregated effects, strongest first."""
 
-    n_features: int
+    n_features: int = field(metadata=NOT_SAVED)
     """F; `feature == F` is the error node."""
     feature: Tensor
     """[n] int64."""
@@ -35,7 +36,7 @@ class SiteNodes:
     """[n] int64 token position, or number of the span; -1 where positions are summed."""
     effect: Tensor
     """[n] float32."""
-    spans: tuple[str, ...] = ()
+    spans: tuple[str, ...] = field(default=(), metadata=NOT_SAVED)
     """Names of the spans that `position` numbers; empty where it is a token position or summed."""
 
     def __len__(self) -> int:

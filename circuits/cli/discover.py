@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from sae.model.language_model import LanguageModel
     from sae.model.sites import Site
 
-FEATURES_FILE = "features.json"
-
 
 @dataclass(frozen=True, kw_only=True)
 class DiscoverCommand(UsesSaes, Overwrites, HasSaes, HasModel):
@@ -137,7 +135,7 @@ class DiscoverCommand(UsesSaes, Overwrites, HasSaes, HasModel):
 
     def _write(self, circuit: Circuit, features: Mapping[str, Any], folder: Path) -> FeatureGraph:
         """Write the circuit, pruned as the options say, and take away what was of the circuit before it."""
-        from circuits.circuit import EFFECTS_FILE, GRAPH_FILE, PARTIAL_FOLDER
+        from circuits.circuit import EFFECTS_FILE, FEATURES_FILE, GRAPH_FILE, PARTIAL_FOLDER
         from circuits.cli.common import record
         from circuits.discovery.resume import remove_partial
 
@@ -265,46 +263,16 @@ def set_edits_aside(run: Path) -> None:
 
 
 def _summary(circuit: Circuit, prompts: PromptSet, folder: Path, kept: dict[str, int]) -> str:
-    from circuits.attribution.nodes import count
     from circuits.uncertainty.intervals import uncertainty_line
 
     meta = circuit.metadata
-    completeness = meta["completeness"]
     right = "" if meta["accuracy"] is None else f"; the model is right on {meta['accuracy']:.1%}"
     lines = [
         f"{prompts.summary()}{right}",
-        f"metric m: {meta['m_clean']:+.3f} on clean prompts"
-        + (
-            f", {meta['m_patch']:+.3f} on patch prompts; total effect {meta['total_effect']:+.3f}"
-            if meta["total_effect"] is not None
-            else ""
-        ),
-        "completeness: the effects of a site add up to that of patching it within "
-        f"{completeness['mean_residual']:.2%} of the total on average, "
-        f"{completeness['worst_residual']:.2%} at worst ({completeness['worst_site']})",
-        errors_line(meta["errors"]),
-        f"{count(circuit.nodes)} nodes have an effect; kept {kept['nodes']} and {kept['edges']} edges; the strongest:",
-        *strongest_lines(circuit, 10),
+        circuit.text(),
+        f"kept {kept['nodes']} nodes and {kept['edges']} edges",
         *([uncertainty_line(circuit)] if "uncertainty" in meta else []),
         *([meta["verification"]["summary"]] if "verification" in meta else []),
         f"wrote {folder}",
     ]
     return "\n".join(lines)
-
-
-def errors_line(errors: Mapping[str, Any]) -> str:
-    """How much of the effect the autoencoders miss."""
-    return (
-        f"through error nodes: {errors['mean_share']:.0%} of the total effect on average over sites, "
-        f"{errors['largest_share']:.0%} at {errors['largest_site']}"
-    )
-
-
-def strongest_lines(circuit: Circuit, n: int) -> list[str]:
-    """The n strongest nodes, one line each."""
-    rows = [
-        (abs(effect), name, effect)
-        for site, nodes in circuit.strongest(n).items()
-        for name, effect in zip(nodes.ids(site), nodes.effect.tolist(), strict=True)
-    ]
-    return [f"  {name:<18} {effect:+.4f}" for _, name, effect in sorted(rows, reverse=True)]

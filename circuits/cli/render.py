@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from circuits.cli.options import HasCircuit, Output, Prints
 from graphs.schema import Colour
-from sae._files import read_json
 from sae._options import Count, Magnitude, Positive
 from sae._run.contents import check_no_link
 from sae._run.locks import lock
@@ -38,23 +37,20 @@ class _Cut(Prints, HasCircuit):
 
     def cut(self, *, nodes: int | None, edges: int | None) -> FeatureGraph:
         """The graph to show, of at most the nodes that have edges; re-thresholding never runs the model."""
-        from circuits.circuit import Circuit, circuit_folder
-        from circuits.circuit_files import FeaturesFile
-        from circuits.cli.discover import FEATURES_FILE
+        from circuits.circuit import Circuit
         from graphs.annotations import apply, read_annotations
         from graphs.pruning import reachable
 
         circuit = Circuit.load(self.circuit)
         with_edges = sum(len(site_nodes) for site_nodes in circuit.edge_nodes.values())
         nodes = min(with_edges if nodes is None else nodes, with_edges) if with_edges else nodes
-        described = circuit_folder(self.circuit) / FEATURES_FILE
         graph = circuit.graph(
             nodes=nodes,
             node_threshold=self.node_threshold,
             edges=edges,
             edge_threshold=self.edge_threshold,
             significant=self.significant,
-            attributes=read_json(described, FeaturesFile)["features"] if described.is_file() else None,
+            attributes=circuit.features,
         )
         if self.reachable:
             graph = reachable(graph)

@@ -1,0 +1,284 @@
+"""A circuit as a graph, a picture, a table and text; `Circuit` has all of this.
+
+A graph is cut out of the effects and edges that a circuit holds, so that another threshold never runs the model again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from circuits._tensors import METRIC
+from circuits.attribution.edges import Edges
+from circuits.attribution.effects import SiteEffects
+from circuits.attribution.nodes import Nodes, aggregate, count, distinguishable, select_nodes
+from graphs.drawing.dot import draw, to_svg
+from graphs.explorer import explore
+from graphs.feature_graph import FeatureGraph, Position, error_node, feature_node, metric_node
+from graphs.pruning import by_edge_threshold, by_top_edges
+from sae.errors import UserError
+from sae.model.sites import Site
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class CircuitViews:
+    """Ways to see a circuit, whose fields `circuits.circuit.Circuit` documents."""
+
+    effects: dict[Site, SiteEffects]
+    edge_nodes: Nodes
+    edges: Edges
+    metadata: dict[str, Any]
+    intervals: dict[Site, Tensor]
+    edge_intervals: Edges
+    features: dict[str, Any]
+
+    @property
+    def spans(self) -> tuple[str, ...]:
+        """Names of the spans that nodes live in, where aggregated by spans."""
+        return tuple(self.metadata.get("positions", ()))
+
+    @cached_property
+    def nodes(self) -> Nodes:
+        """Aggregated effects of all nodes, strongest first in each site."""
+        return aggregate(
+            self.effects,
+            n_examples=self.metadata["n_examples"],
+            n_positions=self.metadata["n_positions"],
+            aggregation=self.metadata["options"]["aggregation"],
+            spans=self.spans,
+        )
+
+    def strongest(self, n: int) -> Nodes:
+        """The n nodes of largest |effect| over all sites."""
+        return select_nodes(self.nodes, top=n)
+
+    def strongest_features(self, n: int) -> FeatureNames:
+        """The n features of largest |effect|, errors left out.
+
+        Args:
+            n: how many.
+
+        Returns:
+            Their names, each with its position or span where the circuit keeps these apart (`resid_3/120@subject`),
+            together with the circuit, so that `ablate` and `steer` need nothing else.
+        """
+        features = {site: nodes[~nodes.is_error] for site, nodes in self.nodes.items()}
+        strongest = select_nodes(features, top=n)
+        rows = [
+            (-abs(effect), name)
+            for site, nodes in strongest.items()
+            for name, effect in zip(nodes.ids(site), nodes.effect.tolist(), strict=True)
+        ]
+        return FeatureNames([name for _, name in sorted(rows, key=lambda row: row[0])], self)
+
+    def graph(
+        self,
+        *,
+        nodes: int | None = None,
+        node_threshold: float | None = None,
+        edges: int | None = None,
+        edge_threshold: float | None = None,
+        significant: bool = False,
+        attributes: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> FeatureGraph:
+        """The feature graph of the strongest nodes and the edges between them.
+
+        nodes, node_threshold, edges, edge_threshold: as in `select_nodes`, None for no limit; significant: of these
+        nodes and edges, only those whose interval leaves out zero; attributes: by node name without position
+        (`resid_3/120`), stored with the node. Raises `UserError` if a node has no edges computed.
+        """
+        shown = select_nodes(self.nodes, top=nodes, threshold=node_threshold)
+        if significant:
+            shown = self._distinguishable(shown)
+        graph = FeatureGraph([site.name for site in self.effects], metadata=self.metadata)
+        self._add_nodes(graph, shown, attributes or {})
+        graph.add_node(metric_node(effect=self.metadata["total_effect"] or 0.0))
+        self._add_edges(graph, significant=significant)
+        if edge_threshold is not None:
+            graph = by_edge_threshold(graph, edge_threshold)
+        return graph if edges is None else by_top_edges(graph, edges)
+
+    def _add_nodes(self, graph: FeatureGraph, shown: Nodes, attributes: Mapping[str, Mapping[str, Any]]) -> None:
+        """Add the nodes with what is known of them: attributes, results of verification, intervals."""
+        bounds = self._bounds(shown)
+        verified = self.metadata.get("verification", {}).get("nodes", {})
+        for site, nodes in shown.items():
+            rows = zip(nodes.feature.tolist(), nodes.position.tolist(), nodes.effect.tolist(), strict=True)
+            for name, (feature, position, effect) in zip(nodes.ids(site), rows, strict=True):
+                where: Position = None if position < 0 else nodes.spans[position] if nodes.spans else position
+                measured = {**verified.get(name, {}), **bounds.get(name, {})}
+                if feature == nodes.n_features:
+                    graph.add_node(error_node(site.name, effect=effect, position=where, **measured))
+                else:
+                    measured = {**attributes.get(f"{site.name}/{feature}", {}), **measured}
+                    graph.add_node(feature_node(site.name, feature, effect=effect, position=where, **measured))
+
+    def _distinguishable(self, shown: Nodes) -> Nodes:
+        """Those of the strongest nodes whose interval leaves out zero; a site's strongest stand in front."""
+        if not self.intervals:
+            reason = self.metadata.get("uncertainty", {}).get("too_few")
+            why = f": {reason}" if reason else ": discover again with resamples above 0"
+            raise UserError(f"this circuit has no intervals{why}")
+        return distinguishable(shown, {site: self.intervals[site][: len(nodes)] for site, nodes in shown.items()})
+
+    def _bounds(self, shown: Nodes) -> dict[str, dict[str, list[float]]]:
+        """Node name -> {"interval": [low, high]} for the nodes, where there are intervals (not NaN)."""
+        names = {name for site, nodes in shown.items() for name in nodes.ids(site)}
+        return {
+            name: {"interval": interval}
+            for site, intervals in self.intervals.items()
+            for name, interval in zip(self.nodes[site].ids(site), intervals.tolist(), strict=True)
+            if name in names and interval[0] == interval[0]
+        }
+
+    def _add_edges(self, graph: FeatureGraph, *, significant: bool) -> None:
+        """Add the edges between nodes of the graph."""
+        names = {site: site_nodes.ids(site) for site, site_nodes in self.edge_nodes.items()}
+        with_edges = {name for site_names in names.values() for name in site_names}
+        without = [node.id for node in graph.nodes() if node.kind != "metric" and node.id not in with_edges]
+        if without and self.edges:
+            raise UserError(
+                f"edges were computed among the {len(with_edges)} strongest nodes and {without[0]!r} is not one of "
+                "them: keep fewer nodes, or discover again with more edge nodes"
+            )
+        for (up, down), weights in self.edges.items():
+            targets = ["metric"] if down is None else names[down]
+            bounds = self.edge_intervals.get((up, down))
+            is_shown = weights != 0 if bounds is None or not significant else bounds.prod(-1) > 0
+            for row, column in is_shown.nonzero().tolist():
+                if names[up][column] in graph and targets[row] in graph:
+                    interval = None if bounds is None else tuple(bounds[row, column].tolist())
+                    interval = interval if interval and interval[0] == interval[0] else None  # too few to tell
+                    graph.add_edge(names[up][column], targets[row], float(weights[row, column]), interval=interval)
+
+    # --- pictures, tables and text -------------------------------------------------------------------------------
+
+    def plot(
+        self, path: str | Path, *, nodes: int = 40, edges: int = 150, title: str | None = None, **options: Any
+    ) -> Path:
+        """Draw the strongest nodes and edges.
+
+        Args:
+            path: the file to write: .svg, .png, .pdf or .dot.
+            nodes, edges: how many are drawn at most.
+            title: heading; that of the circuit by default.
+            options: as in `graph`, such as `significant=True`.
+
+        Returns:
+            The path.
+        """
+        return draw(self._shown(nodes, edges, **options), path, title=title)
+
+    def explore(
+        self, path: str | Path, *, nodes: int = 300, edges: int = 3000, title: str | None = None, **options: Any
+    ) -> Path:
+        """Write one interactive page that needs no server; arguments as in `plot`."""
+        return explore(self._shown(nodes, edges, **options), path, title=title)
+
+    def _shown(self, nodes: int, edges: int, **options: Any) -> FeatureGraph:
+        """The graph of at most `nodes` nodes that have edges, labelled where it is known what their features do."""
+        n_with_edges = count(self.edge_nodes)
+        return self.graph(
+            nodes=min(nodes, n_with_edges or nodes), edges=edges, **{"attributes": self.features, **options}
+        )
+
+    def nodes_frame(self) -> pd.DataFrame:
+        """All nodes with an effect, strongest first, one row each.
+
+        Returns:
+            Columns node, site, feature (None for an error), position (None where positions are summed), effect in
+            units of the metric, and the bounds low and high of its interval where there is one.
+        """
+        import pandas as pd
+
+        frames = []
+        for site, nodes in self.nodes.items():
+            rows = {
+                "node": nodes.ids(site),
+                "site": site.name,
+                "feature": pd.array(nodes.feature.numpy(), dtype="Int64"),
+                "position": [nodes.spans[p] if nodes.spans else p for p in nodes.position.tolist()],
+                "effect": nodes.effect.numpy(),
+            }
+            frame = pd.DataFrame(rows)
+            frame.loc[nodes.is_error.numpy(), "feature"] = pd.NA
+            if nodes.summed:
+                frame["position"] = None
+            if site in self.intervals:
+                frame[["low", "high"]] = self.intervals[site].numpy()
+            frames.append(frame)
+        table = pd.concat(frames, ignore_index=True)
+        return table.sort_values("effect", key=abs, ascending=False, kind="stable", ignore_index=True)
+
+    to_frame = nodes_frame
+
+    def edges_frame(self) -> pd.DataFrame:
+        """All edges with a weight, strongest first, one row each.
+
+        Returns:
+            Columns source, target (`metric` for the metric), weight in units of the metric, and the bounds low and high
+            of its interval where there is one.
+        """
+        import pandas as pd
+
+        names = {site: nodes.ids(site) for site, nodes in self.edge_nodes.items()}
+        rows: list[dict[str, Any]] = []
+        for (up, down), weights in self.edges.items():
+            bounds = self.edge_intervals.get((up, down))
+            for target, source in weights.nonzero().tolist():
+                row = {"source": names[up][source], "target": METRIC if down is None else names[down][target]}
+                row["weight"] = weights[target, source].item()
+                if bounds is not None:
+                    row["low"], row["high"] = bounds[target, source].tolist()
+                rows.append(row)
+        columns = ["source", "target", "weight", *(["low", "high"] if self.edge_intervals else [])]
+        table = pd.DataFrame(rows, columns=columns)
+        return table.sort_values("weight", key=abs, ascending=False, kind="stable", ignore_index=True)
+
+    def text(self) -> str:
+        """A summary for the terminal: the metric, the sum check, the error nodes, and the strongest nodes."""
+        meta, lines = self.metadata, []
+        if meta.get("m_clean") is not None:
+            patch = "" if meta.get("m_patch") is None else f", {meta['m_patch']:+.3f} on patch prompts"
+            total = "" if meta["total_effect"] is None else f"; total effect {meta['total_effect']:+.3f}"
+            lines.append(f"metric m: {meta['m_clean']:+.3f} on clean prompts{patch}{total}")
+        if sums := meta.get("completeness"):
+            lines.append(
+                "sum check: the effects of a site add up to that of patching it within "
+                f"{sums['mean_residual']:.2%} of the total on average, {sums['worst_residual']:.2%} at worst "
+                f"({sums['worst_site']})"
+            )
+        if errors := meta.get("errors"):
+            lines.append(
+                f"through error nodes: {errors['mean_share']:.0%} of the total effect on average over sites, "
+                f"{errors['largest_share']:.0%} at {errors['largest_site']}"
+            )
+        lines.append(f"{count(self.nodes)} nodes have an effect; the strongest:")
+        return "\n".join([*lines, *self.strongest_lines(10)])
+
+    def strongest_lines(self, n: int) -> list[str]:
+        """The n strongest nodes with their effects, one line each."""
+        rows = [
+            (abs(effect), name, effect)
+            for site, nodes in self.strongest(n).items()
+            for name, effect in zip(nodes.ids(site), nodes.effect.tolist(), strict=True)
+        ]
+        return [f"  {name:<18} {effect:+.4f}" for _, name, effect in sorted(rows, reverse=True)]
+
+    def _repr_html_(self) -> str:
+        """The drawing, for notebooks."""
+        return to_svg(self._shown(40, 150), nodes=40, edges=150)
+
+
+class FeatureNames(list[str]):
+    """Names of features (`resid_3/120`), strongest first, with the circuit they are of."""
+
+    def __init__(self, names: Iterable[str], circuit: CircuitViews) -> None:
+        super().__init__(names)
+        self.circuit = circuit

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor
 from circuits._tensors import NOT_SAVED, flatten, unflatten
 from circuits.attribution.edges import Edges
 from circuits.attribution.effects import SiteEffects
-from circuits.attribution.nodes import Nodes
+from circuits.attribution.nodes import Nodes, select_nodes
 from circuits.circuit_files import FeaturesFile, absolute_in_run, check_metadata, read_effects, relative_to_run
 from circuits.circuit_source import CircuitSource, check_widths
 from circuits.circuit_views import CircuitViews
@@ -106,6 +106,25 @@ class Circuit(CircuitViews):
         """
         return self.metric if given is None else circuit_metric(self.metadata, given=given)
 
+    def strongest_features(self, n: int) -> FeatureNames:
+        """The n features of largest |effect|, errors left out.
+
+        Args:
+            n: how many.
+
+        Returns:
+            Their names, each with its position or span where the circuit keeps these apart (`resid_3/120@subject`),
+            together with the circuit, so that `ablate` and `steer` need nothing else.
+        """
+        features = {site: nodes[~nodes.is_error] for site, nodes in self.nodes.items()}
+        strongest = select_nodes(features, top=n)
+        rows = [
+            (-abs(effect), name)
+            for site, nodes in strongest.items()
+            for name, effect in zip(nodes.ids(site), nodes.effect.tolist(), strict=True)
+        ]
+        return FeatureNames([name for _, name in sorted(rows, key=lambda row: row[0])], self)
+
     # --- files --------------------------------------------------------------------------------------------------
 
     def save(self, folder: str | Path, *, graph: FeatureGraph | None = None) -> Path:
@@ -179,6 +198,14 @@ class Circuit(CircuitViews):
         expected["groups"] = TensorSpec((metadata["n_examples"],), "int", optional=True)
         check_tensors(tensors, expected, folder / EFFECTS_FILE)
         return circuit
+
+
+class FeatureNames(list[str]):
+    """Names of features (`resid_3/120`), strongest first, with the circuit they are of."""
+
+    def __init__(self, names: Iterable[str], circuit: Circuit) -> None:
+        super().__init__(names)
+        self.circuit = circuit
 
 
 def circuit_digest(folder: Path) -> str | None:

@@ -5,7 +5,7 @@ A graph is cut out of the effects and edges that a circuit holds, so that anothe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,25 +57,6 @@ class CircuitViews:
     def strongest(self, n: int) -> Nodes:
         """The n nodes of largest |effect| over all sites."""
         return select_nodes(self.nodes, top=n)
-
-    def strongest_features(self, n: int) -> FeatureNames:
-        """The n features of largest |effect|, errors left out.
-
-        Args:
-            n: how many.
-
-        Returns:
-            Their names, each with its position or span where the circuit keeps these apart (`resid_3/120@subject`),
-            together with the circuit, so that `ablate` and `steer` need nothing else.
-        """
-        features = {site: nodes[~nodes.is_error] for site, nodes in self.nodes.items()}
-        strongest = select_nodes(features, top=n)
-        rows = [
-            (-abs(effect), name)
-            for site, nodes in strongest.items()
-            for name, effect in zip(nodes.ids(site), nodes.effect.tolist(), strict=True)
-        ]
-        return FeatureNames([name for _, name in sorted(rows, key=lambda row: row[0])], self)
 
     def graph(
         self,
@@ -274,11 +255,3 @@ class CircuitViews:
     def _repr_html_(self) -> str:
         """The drawing, for notebooks."""
         return to_svg(self._shown(40, 150), nodes=40, edges=150)
-
-
-class FeatureNames(list[str]):
-    """Names of features (`resid_3/120`), strongest first, with the circuit they are of."""
-
-    def __init__(self, names: Iterable[str], circuit: CircuitViews) -> None:
-        super().__init__(names)
-        self.circuit = circuit

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from circuits._tensors import flatten
 from circuits.attribution import attribute, capture_activations
 from circuits.attribution.attribution_patching import attribution_patching
 from circuits.attribution.edges import cut_forward
@@ -122,7 +123,7 @@ def test_memory_of_the_parts(make_tiny_model, make_saes, tiny_prompts, architect
     circuit = discover(model, saes, tiny_prompts, options, progress=False)
     entries = sum(len(effects.value) for effects in circuit.effects.values()) / n / len(sites)
     parts = memory_parts(model, saes, sites, options, n_positions=length, n_prompts=n, batch=n, entries=entries)
-    stored = {name: x for name, x in circuit._tensors().items() if name.startswith("effects")}
+    stored = {name: x for name, x in flatten(circuit).items() if name.startswith("effects")}
     n_bytes = sum(4 * x.numel() for name, x in stored.items() if "n_features" not in name)
     assert parts["effects"] == pytest.approx(n_bytes)
     assert parts["model"] == sum(x.numel() * x.element_size() for x in model.hf.parameters())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from circuits._tensors import flatten
 from circuits.discovery.batching import GIB, backward_bytes
 from circuits.discovery.discover import discover
 from circuits.discovery.options import DiscoverOptions
@@ -27,7 +28,7 @@ def streamed(saes) -> SAEs:
 
 def same_bits(one, other) -> bool:
     """Whether two circuits agree to the bit, undefined numbers included."""
-    return one.metadata == other.metadata and digest_tensors(one._tensors()) == digest_tensors(other._tensors())
+    return one.metadata == other.metadata and digest_tensors(flatten(one)) == digest_tensors(flatten(other))
 
 
 class Stopped(Exception):

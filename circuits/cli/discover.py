@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -65,7 +64,7 @@ class DiscoverCommand(UsesSaes, Overwrites, HasSaes, HasModel):
     title: str | None = None
     """What drawings and the report are headed; made from prompts and model by default."""
     estimate: bool = False
-    """Say what memory and time the discovery will take, and stop there."""
+    """Run one batch of the prompts, say what memory and time all of them will take, and stop there."""
     resume: bool = False
     """Go on with an interrupted discovery of the same model, autoencoders, prompts and options."""
     options: DiscoverOptions = field(default_factory=DiscoverOptions)
@@ -95,17 +94,15 @@ class DiscoverCommand(UsesSaes, Overwrites, HasSaes, HasModel):
         prompts = load_prompts(
             self.prompts, model, limit=self.examples, span_template=self.span_template, need_spans=self._needs_spans()
         )
-        estimate = estimate_discovery(model, saes, prompts, self.options)
         if self.estimate:
+            estimate = estimate_discovery(model, saes, prompts, self.options)
             return Output(estimate.text(), {"estimate": estimate.to_dict()})
-        if not self.quiet:
-            sys.stderr.write(estimate.text() + "\n")
         circuit = self._discovered(model, saes, prompts, options, folder)
         texts = TextSource.of(self.text).read() if self.text else None
         features = describe_features(model, saes, circuit, prompts, texts=texts)
         graph = self._write(circuit, features, folder)
         kept = {"nodes": len(graph) - 1, "edges": graph.graph.number_of_edges()}
-        data = {**circuit.metadata, "kept": kept, "circuit": str(folder), "estimate": estimate.to_dict()}
+        data = {**circuit.metadata, "kept": kept, "circuit": str(folder), "estimate": None}
         return Output(_summary(circuit, prompts, folder, kept), data)
 
     def _discovered(

@@ -22,9 +22,9 @@ from circuits.attribution.activations import site_total_effect
 from circuits.attribution.baselines import activation_difference
 from circuits.attribution.nodes import Nodes, SiteNodes, aggregate, count
 from circuits.comparison.options import MASK, CompareOptions
-from circuits.comparison.peak_memory import peak_memory
 from circuits.comparison.results import MEAN, NOISING, Agreement
 from circuits.discovery.batching import max_rows
+from circuits.discovery.peak_memory import peak_memory
 from circuits.faithfulness.learned_mask import MaskOptions, learn_node_mask
 from circuits.faithfulness.nodes import random_nodes
 from circuits.metrics.metrics import Metric, warn_if_cancelling

@@ -21,17 +21,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import torch
 
-from circuits.discovery.cost import count_passes, estimate_discovery
+from circuits.discovery.cost import estimate_discovery
 from circuits.discovery.discover import discover
 from circuits.discovery.options import DiscoverOptions
 from circuits.discovery.resume import remove_partial
-from sae.model.sites import Site
 from sae.saes import GIB, load_saes
 from tests.benchmarks.gemma_shape import circuit_sites, make_model, make_prompts, write_saes
 
@@ -96,28 +94,6 @@ def run(job: str, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def extrapolated(job: str, found: dict[str, Any], args: argparse.Namespace) -> tuple[float, float]:
-    """(GiB, seconds) for all 26 layers with as many prompts, and the same budgets."""
-    parts, layers = found["estimate"]["memory_bytes"], args.layers
-    fixed = parts["backward pass"] + parts["encoding"] + parts["autoencoders"]
-    memory = fixed + (found["estimate"]["peak_bytes"] - fixed) * WHOLE / layers
-
-    def work(n: int) -> dict[str, float]:
-        sites = [Site(kind, layer) for layer in range(n) for kind in ("attn", "mlp", "resid")]
-        counted = count_passes(SimpleNamespace(n_layers=n, parallel_blocks=False), sites, options_of(job, args))  # type: ignore[arg-type]
-        return {
-            "node passes": n * (counted.forward + 3 * counted.backward),
-            "effects": n,
-            "edges": n * (counted.edge_forward + 2 * counted.edge_backward) or 1,
-            "reading autoencoders": n,
-        }
-
-    few, all_of_them = work(layers), work(WHOLE)
-    estimated = found["estimate"]["seconds"]
-    ratio = sum(estimated[name] * all_of_them[name] / few[name] for name in few) / sum(estimated.values())
-    return memory / GIB, found["seconds"] * ratio
-
-
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -167,10 +143,6 @@ def main() -> None:
             f"{job:15} {found['seconds']:8.1f} {found['wall']:8.1f} {found['estimated_seconds']:8.1f} "
             + " ".join(f"{n / GIB:6.3f} GiB" for n in sizes)
             + f" {found['reads']} of {found['n_sites']}"
-        )
-        gib, seconds = extrapolated(job, found, args)
-        print(
-            f"{'':15} {seconds:8.1f} s and {gib:.1f} GiB for {WHOLE} layers ({seconds / args.prompts:.2f} s a prompt)"
         )
         parts = ", ".join(f"{name} {n / GIB:.3f}" for name, n in found["estimate"]["memory_bytes"].items())
         print(f"{'':15} estimated GiB: {parts}", flush=True)

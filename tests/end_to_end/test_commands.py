@@ -156,7 +156,7 @@ def test_discover_by_position_with_another_method(sfc, run_folder, model_folder,
         "--aggregation", "position", "--method", "attrib", "--node-threshold", "0.001", "--edge-threshold", "0.001",
         "--sites", "resid,mlp_1",
     )  # fmt: skip
-    assert result.status == 0 and "completeness" in result.out
+    assert result.status == 0 and "sum check" in result.out
     graph = FeatureGraph.load(tmp_path / "pos" / "circuit" / "circuit.json")
     assert graph.sites == ["resid_0", "mlp_1", "resid_1"]
     assert all(abs(node.effect) > 0.001 and node.position is not None for node in graph.nodes() if node.id != "metric")

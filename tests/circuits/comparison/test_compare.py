@@ -15,11 +15,11 @@ from circuits.attribution import capture_activations
 from circuits.attribution.activation_patching import exact_effects
 from circuits.comparison.compare import compare_methods, nodes_for, size_grid
 from circuits.comparison.options import CompareOptions
-from circuits.comparison.peak_memory import peak_memory
 from circuits.comparison.results import MEAN, NOISING
 from circuits.comparison.study import correlation
 from circuits.discovery.discover import discover
 from circuits.discovery.options import DiscoverOptions
+from circuits.discovery.peak_memory import peak_memory
 from circuits.faithfulness.learned_mask import MaskOptions, learn_node_mask
 from circuits.faithfulness.nodes import FaithfulnessOptions, measure_faithfulness
 from circuits.metrics.metrics import logit_difference

@@ -11,7 +11,7 @@ from sae.model.sites import Site
 from sae.saes import load_saes
 from sae.training.finetuning import Finetuner
 
-SMALL = ["--tokens", 1500, "--batch-size", 256, "--context-length", 16]
+SMALL = ["--tokens", 500, "--batch-size", 128, "--context-length", 16]
 
 
 def test_finetune_makes_a_run_of_its_own(sfc, run_folder, model_folder, text_file, tmp_path):
@@ -20,7 +20,7 @@ def test_finetune_makes_a_run_of_its_own(sfc, run_folder, model_folder, text_fil
     result = sfc(*words, "--out", tmp_path / "tuned")
     assert result.status == 0 and "all sites spliced: kl" in result.out
     for run, end in ((run_folder, "before"), (tmp_path / "tuned", "after")):
-        words_of = ["evaluate", "--model", model_folder, "--saes", run, "--text", text_file, "--tokens", 1500]
+        words_of = ["evaluate", "--model", model_folder, "--saes", run, "--text", text_file, "--tokens", 500]
         measured = json.loads(sfc(*words_of, "--out", tmp_path / end, "--skip-errors", "--json").out)["spliced"]["all"]
         told = json.loads((tmp_path / "tuned" / "config.json").read_text())["finetune"][end]
         assert (told["kl"], told["ce"]) == pytest.approx((measured["kl"], measured["ce"]), rel=1e-4)

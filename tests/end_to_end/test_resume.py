@@ -42,10 +42,10 @@ def test_killed_and_resumed(sfc, forked_sfc, words, tmp_path):
 
 def test_autoencoders_streamed_from_disk(sfc, run_folder, words, tmp_path):
     """Room for two of seven: the same circuit, and the commands after it work as well."""
-    little = ["--sae-memory", 3e-5]
-    assert sfc(*words, "--out", tmp_path / "all", "--sites", "resid,mlp").status == 0
+    little, words = ["--sae-memory", 3e-5], [*words, "--steps", 4, "--sites", "resid,mlp"]
+    assert sfc(*words, "--out", tmp_path / "all").status == 0
     streamed = tmp_path / "streamed"
-    assert sfc(*words, "--out", streamed, "--sites", "resid,mlp", *little).status == 0
+    assert sfc(*words, "--out", streamed, *little).status == 0
     assert same_bits(Circuit.load(tmp_path / "all"), Circuit.load(streamed))
     for command in (["faithfulness", "--sizes", 5], ["ablate", "--top", 2, "--random", 1]):
         plain = sfc(*command, "--circuit", streamed, "--json")

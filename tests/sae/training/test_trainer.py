@@ -254,9 +254,9 @@ def test_a_steered_penalty_brings_l0_to_k():
     directions = torch.nn.functional.normalize(torch.randn(48, 16), dim=1)
     x = ((torch.rand(20_000, 48) < 0.1) * torch.rand(20_000, 48)) @ directions
     for architecture in ("relu", "jumprelu", "gated"):
-        one = training_sae(architecture=architecture, tokens=300 * 128, batch_size=128)
+        one = training_sae(architecture=architecture, tokens=100 * 128, batch_size=128)
         one.prepare(x)
-        optimise(one, x, 300)
+        optimise(one, x, 100)
         assert one.state["l0"].item() == pytest.approx(4, rel=0.5), architecture
 
 
@@ -265,10 +265,10 @@ def test_known_directions_are_recovered():
     directions = torch.nn.functional.normalize(torch.randn(64, 32, generator=generator), dim=1)
     x = (torch.rand(40_000, 64, generator=generator) < 0.05) * (0.5 + torch.rand(40_000, 64, generator=generator))
     x = 20 * x @ directions + 5
-    for architecture in ("topk", "batchtopk"):
-        one = training_sae(width=32, features=96, architecture=architecture, tokens=500 * 256, batch_size=256)
+    for architecture, steps in (("topk", 250), ("batchtopk", 500)):
+        one = training_sae(width=32, features=96, architecture=architecture, tokens=steps * 256, batch_size=256)
         one.prepare(x)
-        optimise(one, x, 500)
+        optimise(one, x, steps)
         sae = one.export(model="", fingerprint="")
         best = (directions @ sae.W_dec.T).max(1).values
         assert best.mean() > 0.93, architecture

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from scipy.stats import pearsonr, spearmanr
 
-from circuits.attribution import ActivationPair, SiteEffects, attribute, capture_activations
+from circuits.attribution import ActivationPair, Attribution, SiteEffects, attribute, capture_activations
 from circuits.attribution.activation_patching import exact_effects
 from circuits.attribution.activations import site_total_effect
 from circuits.attribution.baselines import activation_difference
@@ -29,6 +29,8 @@ from circuits.faithfulness.learned_mask import MaskOptions, learn_node_mask
 from circuits.faithfulness.nodes import random_nodes
 from circuits.metrics.metrics import Metric, warn_if_cancelling
 from circuits.prompts.dataset import PromptSet
+from sae.autoencoder import SparseAutoencoder
+from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
 
 MEMORY_PROMPTS = 16
@@ -62,7 +64,14 @@ class Truth:
 class Study:
     """One dictionary on the training prompts."""
 
-    def __init__(self, model, saes, prompts: PromptSet, metric: Metric, options: CompareOptions) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        saes: Mapping[Site, SparseAutoencoder],
+        prompts: PromptSet,
+        metric: Metric,
+        options: CompareOptions,
+    ) -> None:
         self.model, self.saes, self.prompts, self.metric, self.options = model, saes, prompts, metric, options
         self.rows = max_rows(model, prompts.clean.n_positions, memory=options.memory)
         self._rankings: dict[str, Ranking] = {}
@@ -121,7 +130,7 @@ class Study:
         """The batch on which memory is counted."""
         return self.prompts[: min(MEMORY_PROMPTS, self.rows)]
 
-    def attribute(self, states: ActivationPair, method: str):
+    def attribute(self, states: ActivationPair, method: str) -> Attribution:
         """The method's effects of one batch, by the passes it uses itself."""
         options = self.options
         return attribute(

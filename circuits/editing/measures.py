@@ -5,22 +5,19 @@ Shapes: B prompts, S positions, V tokens of the vocabulary.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from circuits.editing.results import Behaviour, Continuation, Score
+from circuits.editing.targets import SpanEdits
 from circuits.metrics import metrics as behaviour
 from circuits.metrics.probe import Probe
 from circuits.prompts.dataset import PromptSet
-
-if TYPE_CHECKING:
-    from sae.model.language_model import LanguageModel
+from sae.model.language_model import LanguageModel
 
 
 def measure(
     model: LanguageModel,
     prompts: PromptSet,
     *,
-    edits=None,
+    edits: SpanEdits | None = None,
     metric: behaviour.Metric = behaviour.logit_difference,
     batch_size: int = 64,
 ) -> Behaviour:
@@ -49,7 +46,7 @@ def measure(
 
 
 def continuations(
-    model: LanguageModel, prompts: PromptSet, edits, *, n: int, new_tokens: int = 30
+    model: LanguageModel, prompts: PromptSet, edits: SpanEdits, *, n: int, new_tokens: int = 30
 ) -> list[Continuation]:
     """Greedy continuations of n prompts, the cases taking turns, before and after the edit."""
     if n <= 0:
@@ -58,7 +55,7 @@ def continuations(
     chosen = prompts[sorted(range(len(prompts)), key=lambda row: (turn[row], row))[:n]]
     width = chosen.clean.input_ids.shape[1]
 
-    def continued(edits) -> list[str]:
+    def continued(edits: SpanEdits | None) -> list[str]:
         placed, later = (edits(chosen), edits.later) if edits else ({}, {})
         ids = model.generate(chosen.clean, max_new_tokens=new_tokens, edits=placed, later_edits=later)  # [n, S + new]
         return [model.tokenizer.decode(row, skip_special_tokens=True) for row in ids[:, width:].tolist()]

@@ -75,7 +75,7 @@ class NodeTable:
             union = torch.cat(named).unique() if named else torch.empty(0, dtype=torch.long)
             self.index[site] = union.to(device)
 
-    def masks(self, site: Site, nodes: SiteNodes | None, prompts: PromptSet):
+    def masks(self, site: Site, nodes: SiteNodes | None, prompts: PromptSet) -> tuple[torch.Tensor, torch.Tensor]:
         """([B or 1, S or 1, n], [B or 1, S or 1, 1]) floats: 1 where a feature, and the error, belongs to the set."""
         index = self.index[site]
         if nodes is None or len(nodes) == 0:
@@ -109,7 +109,7 @@ def ablation_edits(
     """
 
     def edit_of(site: Site) -> SiteEdit:
-        index, at = table.index[site], values[site]
+        index, ablated = table.index[site], values[site]
         features, error = table.masks(site, nodes.get(site), prompts)
         with_error = bool(error.any())
 
@@ -119,10 +119,10 @@ def ablation_edits(
             sae = saes[site]
             if with_error:
                 f, x_hat = sae.encode_and_reconstruct(x, index)
-                change = ((f - at.features) * features) @ sae.W_dec[index] + (x - x_hat - at.error) * error
+                change = ((f - ablated.features) * features) @ sae.W_dec[index] + (x - x_hat - ablated.error) * error
             else:
-                change = ((sae.encode_some(x, index) - at.features) * features) @ sae.W_dec[index]
-            return (at.x + change if keep else x - change).to(x.dtype)
+                change = ((sae.encode_some(x, index) - ablated.features) * features) @ sae.W_dec[index]
+            return (ablated.x + change if keep else x - change).to(x.dtype)
 
         return edit
 
@@ -158,26 +158,26 @@ class AblationValues:
                 raise UserError(f"ablation {kind!r} needs reference prompts")
             for row, template in enumerate(reference.templates):
                 self._rows[template].append(row)
-            self.cells = PositionGroups(reference, pooled=kind == "mean-pooled")
+            self.groups = PositionGroups(reference, pooled=kind == "mean-pooled")
         if kind in ("mean", "optimal", "mean-pooled"):
             self._collect_means(batch_size)
 
     @torch.no_grad()
     def _collect_means(self, batch_size: int) -> None:
-        """Per site x and e [cells, d] and the chosen features [cells, n]: means over the tokens of every cell."""
+        """Per site x and e [groups, d] and the chosen features [groups, n]: means over the tokens of every group."""
         assert self.reference is not None
         total: dict[Site, list[torch.Tensor]] = {}
-        counts = torch.zeros(len(self.cells), 1, device=self.model.device)
+        counts = torch.zeros(len(self.groups), 1, device=self.model.device)
         for batch in self.reference.batches(batch_size):
             real = batch.clean.attention_mask.bool()
-            cell = self.cells.of(batch)[real]
+            group = self.groups.of(batch)[real]
             for tokens in [batch.clean] if batch.patch is None else [batch.clean, batch.patch]:
-                counts.index_add_(0, cell, torch.ones(len(cell), 1, device=counts.device))
-                for site, at in self._of(tokens).items():
-                    parts = [part[real] for part in (at.x, at.error, at.features)]
-                    sums = total.setdefault(site, [x.new_zeros(len(self.cells), x.shape[-1]) for x in parts])
-                    for known, x in zip(sums, parts, strict=True):
-                        known.index_add_(0, cell, x)
+                counts.index_add_(0, group, torch.ones(len(group), 1, device=counts.device))
+                for site, measured in self._of(tokens).items():
+                    values = [value[real] for value in (measured.x, measured.error, measured.features)]
+                    sums = total.setdefault(site, [x.new_zeros(len(self.groups), x.shape[-1]) for x in values])
+                    for of_groups, x in zip(sums, values, strict=True):
+                        of_groups.index_add_(0, group, x)
         self.means = {site: SiteValues(*(x / counts for x in sums)) for site, sums in total.items()}
         self.tables = self.means
 
@@ -207,7 +207,7 @@ class AblationValues:
             assert self.reference is not None
             rows = [self._draw(template) for template in prompts.templates]
             return self._of(_padded_to(self.reference.clean[rows], prompts.clean.n_positions))
-        return self.at_cells(prompts, self.tables)
+        return self.at_groups(prompts, self.tables)
 
     def draw_state(self, state: torch.Tensor | None = None) -> torch.Tensor:
         """Where the random draws stand; given an earlier state they go back there, and are the same again."""
@@ -219,13 +219,13 @@ class AblationValues:
         rows = self._rows[template]
         return rows[int(torch.randint(len(rows), (), generator=self._generator))]
 
-    def at_cells(self, prompts: PromptSet, tables: Values) -> Values:
-        """Values for a batch from tables of x and e [cells, d] and the chosen features [cells, n]; 0 at padding."""
-        cell = self.cells.of(prompts)
-        known = (cell >= 0)[..., None]
+    def at_groups(self, prompts: PromptSet, tables: Values) -> Values:
+        """Values for a batch from tables of x and e [groups, d] and the chosen features [groups, n]; 0 at padding."""
+        group = self.groups.of(prompts)  # [B, S]
+        is_real = (group >= 0)[..., None]
         return {
-            site: SiteValues(*(table[cell] * known for table in (at.x, at.error, at.features)))
-            for site, at in tables.items()
+            site: SiteValues(*(table[group] * is_real for table in (of_site.x, of_site.error, of_site.features)))
+            for site, of_site in tables.items()
         }
 
     def with_tables(self, tables: Values) -> AblationValues:

@@ -24,9 +24,8 @@ Legend: B prompts, S positions, d model width, G groups of nodes with equal inpu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -34,7 +33,7 @@ from torch import Tensor
 from circuits.attribution.edges import Edges
 from circuits.attribution.nodes import Nodes, count
 from circuits.circuit import Circuit
-from circuits.faithfulness.ablation import AblationValues, NodeTable, SiteValues, Values
+from circuits.faithfulness.ablation import AblationValues, NodeTable, Values
 from circuits.faithfulness.nodes import (
     FaithfulnessOptions,
     aligned,
@@ -96,8 +95,7 @@ def edge_faithfulness(
     model, saes = circuit.model, circuit.saes.subset(circuit.effects)
     ensure_checked(model, saes, circuit.nodes)
     reference = circuit.prompts if reference is None else reference
-    prompts = prepare(circuit.prompts if prompts is None else prompts, model, m)
-    model = read_by(model, m)
+    prompts, model = prepare(circuit.prompts if prompts is None else prompts, model, m), read_by(model, m)
     nodes = from_start_site(
         {site: circuit.edge_nodes.get(site, n[:0]) for site, n in circuit.nodes.items()}, options.start_site
     )
@@ -106,18 +104,14 @@ def edge_faithfulness(
     if not n_edges:
         raise UserError("the circuit has no edges here: discover it with edge nodes, or start at an earlier site")
     sizes = sizes_within(sizes, n_edges, of="edges")
-    sets = [strongest_edges(edges, 0), _joined(edges), *(strongest_edges(edges, size) for size in sizes)]
-    generator = torch.Generator().manual_seed(options.seed)
-    for _ in range(options.random):
-        rank = {pair: torch.rand(w.shape, generator=generator) * (w != 0) for pair, w in edges.items()}
-        sets += [strongest_edges(rank, size) for size in sizes]
     reference, prompts, _ = aligned(reference, prompts, options.ablation)
     values = ablation_values(
         model, saes, options.ablation, [({}, True), (nodes, True)], nodes=nodes, reference=reference,
         seed=options.seed, batch_size=options.batch_size, progress=progress,
     )  # fmt: skip
-    runner = _Runner(model, saes, nodes, values.table, m, max_rows)
-    m_all = _metrics(runner, values, sets, prompts, options.batch_size, progress)
+    setting = _Setting(model, saes, nodes, values.table, m, max_rows)
+    sets = _edge_sets(edges, sizes, n_random=options.random, seed=options.seed)
+    m_all = _metrics(setting, values, sets, prompts, batch_size=options.batch_size, progress=progress)
     return _record(m_all, sizes, nodes, options, n_edges=n_edges, groups=prompt_groups(prompts))
 
 
@@ -147,8 +141,15 @@ def _record(
     )
 
 
-def _joined(edges: Edges) -> CircuitEdges:
-    return {pair: torch.ones_like(weights) for pair, weights in edges.items()}
+def _edge_sets(edges: Edges, sizes: Sequence[int], *, n_random: int, seed: int) -> list[CircuitEdges]:
+    """No edge, all nodes joined, the strongest edges of each size, and random draws of these sizes."""
+    everything = {pair: torch.ones_like(weights) for pair, weights in edges.items()}
+    sets = [strongest_edges(edges, 0), everything, *(strongest_edges(edges, size) for size in sizes)]
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(n_random):
+        rank = {pair: torch.rand(w.shape, generator=generator) * (w != 0) for pair, w in edges.items()}
+        sets += [strongest_edges(rank, size) for size in sizes]
+    return sets
 
 
 def strongest_edges(edges: Edges, n: int) -> CircuitEdges:
@@ -156,24 +157,43 @@ def strongest_edges(edges: Edges, n: int) -> CircuitEdges:
     magnitudes = torch.cat([weights.abs().flatten() for weights in edges.values()])
     keep = torch.zeros_like(magnitudes)
     keep[magnitudes.argsort(descending=True, stable=True)[:n]] = 1
-    parts = keep.split([weights.numel() for weights in edges.values()])
-    return {pair: part.view_as(edges[pair]) for pair, part in zip(edges, parts, strict=True)}
+    masks = keep.split([weights.numel() for weights in edges.values()])
+    return {pair: mask.view_as(edges[pair]) for pair, mask in zip(edges, masks, strict=True)}
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """What is the same for every set of edges and every batch."""
+
+    model: LanguageModel
+    saes: Mapping[Site, SparseAutoencoder]
+    nodes: Nodes
+    table: NodeTable
+    metric: Metric
+    max_rows: int
+    """Prompts that go through the model at once."""
 
 
 @torch.no_grad()
 def _metrics(
-    runner: _Runner, values: AblationValues, sets: Sequence[CircuitEdges], prompts, batch_size, progress
+    setting: _Setting,
+    values: AblationValues,
+    sets: Sequence[CircuitEdges],
+    prompts: PromptSet,
+    *,
+    batch_size: int,
+    progress: bool,
 ) -> Tensor:
     """Metric of the plain model and of every set of edges on every prompt, [1 + sets, B] float64."""
     columns = []
     n_batches = -(-len(prompts) // batch_size)
     with ProgressBar(total=n_batches * len(sets), desc="edge faithfulness", unit="set", disable=not progress) as bar:
         for batch in prompts.batches(batch_size):
-            plain = runner.model.run(batch.clean, capture=list(runner.saes), last_only=True)
-            column = [runner.metric(plain.logits[:, -1], batch)]
-            at = values(batch)
-            for kept in sets:
-                column.append(runner(kept, batch, plain.activations, at))
+            plain = setting.model.run(batch.clean, capture=list(setting.saes), last_only=True)
+            column = [setting.metric(plain.logits[:, -1], batch)]
+            ablated = values(batch)
+            for edges in sets:
+                column.append(_EdgeRun(setting, edges, batch, plain.activations, ablated).metric())
                 bar.update()
             columns.append(torch.stack(column).cpu().double())  # MPS has no float64
     return torch.cat(columns, dim=1)
@@ -191,109 +211,109 @@ class _Moved:
     """[U, d]."""
     error: Tensor
     """e - e0, [B, S, d]; 0 without error nodes."""
-    error_at: Tensor
+    has_error: Tensor
     """[B or 1, S, U] 1 where an error node is."""
 
     def seen(self, mask: Tensor) -> Tensor:
         """x with only the nodes of mask [G, U] away from their ablation value, [G, B, S, d]."""
         x = self.rest + (self.delta * mask[:, None, None, :]) @ self.decoder
-        if self.error_at.any():
-            x = x + torch.einsum("gu,bsu->gbs", mask, self.error_at)[..., None] * self.error
+        if self.has_error.any():
+            x = x + torch.einsum("gu,bsu->gbs", mask, self.has_error)[..., None] * self.error
         return x
 
 
 @dataclass(frozen=True)
-class _Runner:
-    """Computes the metric with only some edges kept."""
+class _EdgeRun:
+    """A batch of prompts in a model with only some edges: site by site, each node from what its parents show it."""
 
-    model: LanguageModel
-    saes: Mapping[Site, SparseAutoencoder]
-    nodes: Nodes
-    table: NodeTable
-    metric: Metric
-    max_rows: int
+    setting: _Setting
+    edges: CircuitEdges
+    """The kept edges."""
+    prompts: PromptSet
+    clean: Mapping[Site, Tensor]
+    """x [B, S, d] of every site in the whole model."""
+    ablated: Values
+    moved: dict[Site, _Moved] = field(default_factory=dict)
+    """The sites that are done."""
 
-    def __call__(self, kept: CircuitEdges, prompts: PromptSet, clean: Mapping[Site, Tensor], values: Values) -> Tensor:
+    def metric(self) -> Tensor:
         """m with the kept edges, [B]."""
-        alive = _reaching(kept, self.nodes)
-        moved: dict[Site, _Moved] = {}
-        for site in self.nodes:
-            moved[site] = self._site(site, alive[site], kept, prompts, clean, values[site], moved)
-        beyond = Site("resid", self.model.n_layers)
-        masks = {up: mask for (up, down), mask in kept.items() if down is None}
-        skip = self._inputs(beyond, masks, moved, clean, groups=1)
-        run = self.model.run(prompts.clean, skip=skip, last_only=True)
-        return self.metric(run.logits[:, -1], prompts)
+        model = self.setting.model
+        living = _reaching(self.edges, self.setting.nodes)
+        for site in self.setting.nodes:
+            self.moved[site] = self._site(site, living[site].nonzero()[:, 0])
+        beyond = Site("resid", model.n_layers)
+        masks = {up: mask for (up, down), mask in self.edges.items() if down is None}
+        run = model.run(self.prompts.clean, skip=self._inputs(beyond, masks, n_groups=1), last_only=True)
+        return self.setting.metric(run.logits[:, -1], self.prompts)
 
-    def _inputs(self, site: Site, masks: Mapping[Site, Tensor], moved: Mapping[Site, _Moved], clean, *, groups: int):
+    def _parents(self, site: Site) -> dict[Site, Site]:
+        return self.setting.model.parents(site, [other for other in self.setting.saes if other < site])
+
+    def _inputs(self, site: Site, masks: Mapping[Site, Tensor], *, n_groups: int) -> dict[Site, Tensor]:
         """The skip mapping with what every direct parent of a site shows to G groups of nodes, [G * B, S, d] each."""
-        known = [other for other in self.saes if other < site]
-        places = self.model.resume_from(site, {other: other for other in known})  # type: ignore[misc]
-        shown: dict[Any, Tensor] = {}
-        for parent in set(places.values()):
-            if parent in moved:
-                at = moved[parent]  # type: ignore[index]
-                mask = masks.get(parent, at.rest.new_zeros(groups, at.delta.shape[-1]))  # type: ignore[call-overload]
-                shown[parent] = at.seen(mask.to(at.rest)).flatten(0, 1)
+        parents = self._parents(site)
+        shown: dict[Site, Tensor] = {}
+        for parent in set(parents.values()):
+            if moved := self.moved.get(parent):
+                mask = masks[parent] if parent in masks else moved.rest.new_zeros(n_groups, moved.delta.shape[-1])
+                shown[parent] = moved.seen(mask.to(moved.rest)).flatten(0, 1)
             else:
-                shown[parent] = clean[parent].repeat(groups, 1, 1)
-        return {place: shown[parent] for place, parent in places.items()}
+                shown[parent] = self.clean[parent].repeat(n_groups, 1, 1)
+        return {skipped: shown[parent] for skipped, parent in parents.items()}
 
-    def _site(self, site, alive: Tensor, kept: CircuitEdges, prompts, clean, at: SiteValues, moved) -> _Moved:
-        """Every living node of a site from its own inputs."""
-        sae, chosen = self.saes[site], self.nodes[site]
-        place = chosen.where(prompts).to(at.x)  # [B or 1, S, U]
-        is_error = chosen.is_error.to(place.device)
-        feature = chosen.feature.to(place.device).clamp(max=chosen.n_features - 1)
-        column = torch.searchsorted(self.table.index[site], feature).clamp(max=max(len(self.table.index[site]) - 1, 0))
-        batch, n_positions = prompts.clean.input_ids.shape
-        delta = at.x.new_zeros(batch, n_positions, len(chosen))
-        error = at.x.new_zeros(batch, n_positions, at.x.shape[-1])
-        for members, y in self._outputs(site, alive, kept, prompts, clean, moved):
-            errors = chosen.is_error[members]
-            here = members[~errors]
-            if len(here):
-                f = sae.encode_some(y, feature[here]) - at.features[..., column[here]]
-                delta[..., here] = f.to(delta) * place[..., here]
+    def _site(self, site: Site, living: Tensor) -> _Moved:
+        """The nodes `living` of a site, each from its own inputs; the others stay at their ablation value."""
+        sae, nodes, ablated = self.setting.saes[site], self.setting.nodes[site], self.ablated[site]
+        index = self.setting.table.index[site]
+        where = nodes.where(self.prompts).to(ablated.x)  # [B or 1, S, U]
+        is_error = nodes.is_error.to(where.device)
+        feature = nodes.feature.to(where.device).clamp(max=nodes.n_features - 1)
+        column = torch.searchsorted(index, feature).clamp(max=max(len(index) - 1, 0))
+        batch, n_positions = self.prompts.clean.input_ids.shape
+        delta = ablated.x.new_zeros(batch, n_positions, len(nodes))
+        error = ablated.x.new_zeros(batch, n_positions, ablated.x.shape[-1])
+        for members, y in self._outputs(site, living):
+            errors = nodes.is_error[members]
+            features = members[~errors]
+            if len(features):
+                f = sae.encode_some(y, feature[features]) - ablated.features[..., column[features]]
+                delta[..., features] = f.to(delta) * where[..., features]
             for number in members[errors].tolist():
-                off = y - sae.decode(sae.encode(y)).to(y) - at.error
-                error += off * place[..., number, None]
+                off = y - sae.decode(sae.encode(y)).to(y) - ablated.error
+                error += off * where[..., number, None]
         decoder = sae.W_dec[feature].to(delta) * ~is_error[:, None]
-        rest = at.x.expand(batch, n_positions, -1)
-        return _Moved(rest, delta, decoder, error, place * is_error)
+        return _Moved(ablated.x.expand(batch, n_positions, -1), delta, decoder, error, where * is_error)
 
-    def _outputs(self, site: Site, alive: Tensor, kept: CircuitEdges, prompts: PromptSet, clean, moved):
+    def _outputs(self, site: Site, living: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """(numbers of the nodes that see the same inputs, the site's output for them [B, S, d])."""
-        living = alive.nonzero()[:, 0]
-        parents = set(self.model.resume_from(site, {p: p for p in self.saes if p < site}).values())  # type: ignore[misc]
         if not len(living):
             return
-        if not any(parent in moved for parent in parents):
-            yield living, clean[site]
+        if not any(parent in self.moved for parent in self._parents(site).values()):
+            yield living, self.clean[site]
             return
-        incoming = {up: mask[living] for (up, down), mask in kept.items() if down == site}
+        incoming = {up: mask[living] for (up, down), mask in self.edges.items() if down == site}
         widths = [mask.shape[1] for mask in incoming.values()]
-        joined = torch.cat([living.new_zeros(len(living), 0).float(), *incoming.values()], dim=1)
-        rows, group = joined[:1], torch.zeros_like(living)  # without any edge all see the same
+        rows, group = living.new_zeros(1, 0).float(), torch.zeros_like(living)  # without any edge all see the same
         if widths:
-            rows, group = joined.unique(dim=0, return_inverse=True)  # [G, all U]
-        per_pass = max(1, self.max_rows // len(prompts))
+            rows, group = torch.cat(list(incoming.values()), dim=1).unique(dim=0, return_inverse=True)  # [G, all U]
+        model, clean = self.setting.model, self.prompts.clean
+        per_pass = max(1, self.setting.max_rows // len(self.prompts))
         for start in range(0, len(rows), per_pass):
-            part = rows[start : start + per_pass]
-            masks = dict(zip(incoming, part.split(widths, dim=1), strict=True))
-            skip = self._inputs(site, masks, moved, clean, groups=len(part))
-            run = self.model.run(prompts.clean.repeat(len(part)), capture=[site], skip=skip, need_logits=False)
-            outputs = run.activations[site].unflatten(0, (len(part), -1))
+            chunk = rows[start : start + per_pass]
+            masks = dict(zip(incoming, chunk.split(widths, dim=1), strict=True))
+            skip = self._inputs(site, masks, n_groups=len(chunk))
+            run = model.run(clean.repeat(len(chunk)), capture=[site], skip=skip, need_logits=False)
+            outputs = run.activations[site].unflatten(0, (len(chunk), -1))
             for number, y in enumerate(outputs, start=start):
                 yield living[group == number], y
 
 
-def _reaching(kept: CircuitEdges, nodes: Nodes) -> dict[Site, Tensor]:
+def _reaching(edges: CircuitEdges, nodes: Nodes) -> dict[Site, Tensor]:
     """Nodes with a path of kept edges to the metric, [n] bool per site."""
     alive = {site: torch.zeros(len(site_nodes), dtype=torch.bool) for site, site_nodes in nodes.items()}
     for site in reversed(list(nodes)):
-        for (up, down), mask in kept.items():
+        for (up, down), mask in edges.items():
             if up == site:
-                ends = mask if down is None else mask[alive[down]]
-                alive[site] |= ends.any(0)
+                alive[site] |= (mask if down is None else mask[alive[down]]).any(0)
     return alive

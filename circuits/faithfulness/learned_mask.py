@@ -41,7 +41,7 @@ from circuits.circuit import Circuit
 from circuits.faithfulness.ablation import AblationValues
 from circuits.faithfulness.mask_gates import Gates, budget_gates, mask_loss, masked_logits
 from circuits.faithfulness.nodes import aligned, from_start_site
-from circuits.faithfulness.optimal_ablation import Constants, Descent, dealer
+from circuits.faithfulness.optimal_ablation import Descent, OptimalValues, dealer
 from circuits.faithfulness.options import MaskOptions
 from circuits.metrics.metrics import Metric, get_metric, kl, prepare
 from circuits.metrics.probe import read_by
@@ -156,17 +156,18 @@ def learn_node_mask(
         model, saes, gates.table, options.ablation, reference=reference, seed=options.seed,
         batch_size=options.batch_size,
     )  # fmt: skip
-    target, scale, before = whole_and_empty(model, gates, values, prompts, m, options.batch_size)
+    behaviour = measure_behaviour(gates, values, prompts, m, batch_size=options.batch_size)
     scores = starting_scores(nodes, options.start).to(model.device).requires_grad_(True)
     if options.ablation == "optimal":
         prompts = prepare(prompts, model, kl)
-    losses = _descend(gates, scores, prompts, values, target, before, m, scale, options, progress=progress)
+    task = _Task(gates, values, prompts, m, behaviour, options)
+    losses = _descend(task, scores, progress=progress)
     return _ranked(nodes, scores.detach().cpu(), losses, options)
 
 
 def starting_scores(nodes: Nodes, start: str) -> torch.Tensor:
     """[N]: -ln(rank) by |effect| over all sites, or the same for all nodes."""
-    effect = torch.cat([here.effect.abs() for here in nodes.values()])
+    effect = torch.cat([of_site.effect.abs() for of_site in nodes.values()])
     if start == "equal":
         return torch.zeros(len(effect))
     rank = torch.empty(len(effect))
@@ -188,16 +189,26 @@ def draw_budgets(n: int, *, smallest: int, largest: int, generator: torch.Genera
     return log.exp().round().long().clamp(smallest, largest)
 
 
+@dataclass(frozen=True)
+class Behaviour:
+    """What the kept nodes have to reach, and what no mask changes."""
+
+    target: torch.Tensor
+    """[B] m(M) of every prompt."""
+    scale: float
+    """Mean distance from m(M) to m(no node)."""
+    before: dict[Site, torch.Tensor]
+    """Clean activations [B, S, d] of the sites a run has to be given to begin at the first masked site."""
+
+
 @torch.no_grad()
-def whole_and_empty(
-    model, gates, values, prompts, metric, batch_size
-) -> tuple[torch.Tensor, float, dict[Site, torch.Tensor]]:
-    """m(M) of every prompt [B], the mean distance from m(M) to m(no node), and what no mask changes: clean
-    activations [B, S, d] of the sites a run has to be given to begin at the first masked site.
-    """
+def measure_behaviour(
+    gates: Gates, values: AblationValues, prompts: PromptSet, metric: Metric, *, batch_size: int
+) -> Behaviour:
+    """Run the whole model, and the model without any node, on all prompts."""
     whole, empty, before = [], [], []
+    model, first = values.model, gates.table.sites[0]
     none = torch.zeros(1, gates.n, device=model.device)
-    first = gates.table.sites[0]
     earlier = [site for site in model.sites if site < first]
     blocks = [site for site in earlier if site.kind == "resid"]
     needed = [*blocks[-1:], *(site for site in earlier if not blocks or site > blocks[-1])]
@@ -212,100 +223,111 @@ def whole_and_empty(
     if scale < 1e-9:
         raise UserError("ablating every node leaves the metric as it is: there is nothing to learn a mask for")
     longest = prompts.clean.n_positions  # a batch is trimmed to its own longest prompt
-    padded = [{site: pad(x, (0, 0, longest - x.shape[1], 0)) for site, x in part.items()} for part in before]
-    return target, scale, {site: torch.cat([part[site] for part in padded]) for site in needed}
+    padded = [{site: pad(x, (0, 0, longest - x.shape[1], 0)) for site, x in batch.items()} for batch in before]
+    return Behaviour(target, scale, {site: torch.cat([batch[site] for batch in padded]) for site in needed})
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is the same in every step."""
+
+    gates: Gates
+    values: AblationValues
+    prompts: PromptSet
+    metric: Metric
+    behaviour: Behaviour
+    options: MaskOptions
 
 
 @torch.enable_grad()
-def _descend(
-    gates, scores, prompts, values: AblationValues, target, before, metric, scale, options: MaskOptions, *, progress
-) -> list[float]:
+def _descend(task: _Task, scores: torch.Tensor, *, progress: bool) -> list[float]:
     """Adam on the scores, in place; the loss of every step."""
+    options = task.options
     generator = torch.Generator().manual_seed(options.seed)
-    optimiser = torch.optim.Adam([scores], lr=options.learning_rate, betas=(0.9, 0.95))
-    constants = Descent(Constants(values)) if options.ablation == "optimal" else None
-    smallest, largest = budget_range(gates.n, options)
-    losses, deal = [], dealer(len(prompts), generator, size=STEP_PROMPTS)
+    optimizer = torch.optim.Adam([scores], lr=options.learning_rate, betas=(0.9, 0.95))
+    optimal = Descent(OptimalValues(task.values)) if options.ablation == "optimal" else None
+    smallest, largest = budget_range(task.gates.n, options)
+    losses, deal = [], dealer(len(task.prompts), generator, size=STEP_PROMPTS)
     bar = ProgressBar(range(options.steps), desc="mask", unit="step", disable=not progress)
     for step in bar:
         done = step / options.steps
-        optimiser.param_groups[0]["lr"] = options.learning_rate * SLOWEST**done
+        optimizer.param_groups[0]["lr"] = options.learning_rate * SLOWEST**done
         index = deal()
         budgets = draw_budgets(len(index), smallest=smallest, largest=largest, generator=generator).to(scores.device)
-        temperature = options.temperature * COLDEST**done
-        parts = _Parts(gates, scores, prompts, index, budgets, temperature, values, target, before, metric, scale)
-        loss, gradients = parts.loss_and_gradients(options, constants)
+        drawn = _Step(task, scores, index, budgets, options.temperature * COLDEST**done)
+        loss, gradients = drawn.loss_and_gradients(optimal)
         scores.grad = gradients[0]
-        optimiser.step()
-        if constants:
-            constants.step(gradients[1:], done)
+        optimizer.step()
+        if optimal:
+            optimal.step(gradients[1:], done)
         losses.append(loss)
         bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
     return losses
 
 
 @dataclass(frozen=True)
-class _Parts:
-    """The prompts of a step, which go through the model in parts of a batch."""
+class _Step:
+    """The prompts of a step with the number of nodes each is given."""
 
-    gates: Gates
+    task: _Task
     scores: torch.Tensor
-    prompts: PromptSet
+    """[N]"""
     index: torch.Tensor
     """[B] the prompts of the step."""
     budgets: torch.Tensor
     """[B] how many nodes each is given."""
     temperature: float
-    values: AblationValues
-    target: torch.Tensor
-    before: Mapping[Site, torch.Tensor]
-    metric: Metric
-    scale: float
 
-    def loss_and_gradients(self, options: MaskOptions, constants: Descent | None) -> tuple[float, list[torch.Tensor]]:
+    def loss_and_gradients(self, optimal: Descent | None) -> tuple[float, list[torch.Tensor]]:
         """The loss of all prompts of the step; its gradient in the scores, then that of the mean divergence in the
-        constants.
-
-        Prompts are averaged before they are squared, so where there are several parts a run without gradients says
-        first how much each prompt weighs. Random ablation values are the same in both.
+        optimal ablation values, where these are learned.
         """
-        parts = list(torch.arange(len(self.index)).split(options.batch_size))
-        drawn = self.values.draw_state()
-        if len(parts) == 1:
-            off, divergence = self._run(parts[0], constants)
-            loss = self._loss(off, options)
-            gradients = torch.autograd.grad(loss, self.scores, retain_graph=constants is not None)
-            return loss.item(), [*gradients, *(constants.gradients(divergence.mean()) if constants else ())]
+        batches = list(torch.arange(len(self.index)).split(self.task.options.batch_size))
+        if len(batches) > 1:
+            return self._by_batches(batches, optimal)
+        shortfall, divergence = self._run(batches[0], optimal)
+        loss = self._loss(shortfall)
+        gradients = torch.autograd.grad(loss, self.scores, retain_graph=optimal is not None)
+        return loss.item(), [*gradients, *(optimal.gradients(divergence.mean()) if optimal else ())]
+
+    def _by_batches(self, batches: list[torch.Tensor], optimal: Descent | None) -> tuple[float, list[torch.Tensor]]:
+        """The same in batches that fit the model.
+
+        Prompts are averaged before they are squared, so that the gradient of one depends on all others. A run without
+        gradients gives every prompt's shortfall; the gradient of the loss in these, [B], is the weight with which each
+        prompt enters a second run, batch by batch. Random ablation values are the same in both.
+        """
+        random_state = self.task.values.draw_state()
         with torch.no_grad():
-            off = torch.cat([self._run(rows, constants)[0] for rows in parts])
+            shortfall = torch.cat([self._run(rows, optimal)[0] for rows in batches])
         with torch.enable_grad():
-            off = off.requires_grad_(True)
-            loss = self._loss(off, options)
-            (weight,) = torch.autograd.grad(loss, off)  # [B]
-        self.values.draw_state(drawn)
+            loss = self._loss(shortfall.requires_grad_(True))
+            (weight,) = torch.autograd.grad(loss, shortfall)  # [B]
+        self.task.values.draw_state(random_state)
         total: list[torch.Tensor] = []
-        for rows in parts:
-            part, divergence = self._run(rows, constants)
-            keep = constants is not None
-            found = [*torch.autograd.grad((part * weight[rows]).sum(), self.scores, retain_graph=keep)]
-            found += constants.gradients(divergence.sum() / len(self.index)) if constants else []
-            total = [a + b for a, b in zip(total, found, strict=True)] if total else found
+        for rows in batches:
+            of_batch, divergence = self._run(rows, optimal)
+            weighted = (of_batch * weight[rows]).sum()
+            gradients = [*torch.autograd.grad(weighted, self.scores, retain_graph=optimal is not None)]
+            gradients += optimal.gradients(divergence.sum() / len(self.index)) if optimal else []
+            total = [a + b for a, b in zip(total, gradients, strict=True)] if total else gradients
         return loss.item(), total
 
-    def _loss(self, off: torch.Tensor, options: MaskOptions) -> torch.Tensor:
-        cases = [self.prompts.cases[row] for row in self.index.tolist()]
-        return mask_loss(off, self.budgets, cases, match=options.match)
+    def _loss(self, shortfall: torch.Tensor) -> torch.Tensor:
+        cases = [self.task.prompts.cases[row] for row in self.index.tolist()]
+        return mask_loss(shortfall, self.budgets, cases, match=self.task.options.match)
 
-    def _run(self, rows: torch.Tensor, constants: Descent | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """(m(C) - m(M)) / scale of the prompts `rows` of the step, and their divergence where constants are learned."""
-        model, first, index = self.values.model, self.gates.table.sites[0], self.index[rows]
-        batch = self.prompts[index]
-        at = budget_gates(self.scores, self.budgets[rows.to(self.budgets.device)], temperature=self.temperature)
-        chosen, width = index.to(self.target.device), batch.clean.n_positions
-        skip = model.resume_from(first, {site: x[chosen, -width:] for site, x in self.before.items()})
-        logits = masked_logits(model, self.gates, at, batch, (constants or self.values)(batch), skip=skip)
-        off = (self.metric(logits, batch) - self.target[chosen]) / self.scale
-        return off, kl(logits, batch) if constants else off.detach()
+    def _run(self, rows: torch.Tensor, optimal: Descent | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(m(C) - m(M)) / scale of the prompts `rows` of the step, and their divergence where values are learned."""
+        task, behaviour, index = self.task, self.task.behaviour, self.index[rows]
+        batch = task.prompts[index]
+        gates = budget_gates(self.scores, self.budgets[rows.to(self.budgets.device)], temperature=self.temperature)
+        chosen, width = index.to(behaviour.target.device), batch.clean.n_positions
+        clean = {site: x[chosen, -width:] for site, x in behaviour.before.items()}
+        skip = task.values.model.resume_from(task.gates.table.sites[0], clean)
+        logits = masked_logits(task.values.model, task.gates, gates, batch, (optimal or task.values)(batch), skip=skip)
+        shortfall = (task.metric(logits, batch) - behaviour.target[chosen]) / behaviour.scale
+        return shortfall, kl(logits, batch) if optimal else shortfall.detach()
 
 
 def _ranked(nodes: Nodes, scores: torch.Tensor, losses: list[float], options: MaskOptions) -> LearnedMask:
@@ -314,9 +336,10 @@ def _ranked(nodes: Nodes, scores: torch.Tensor, losses: list[float], options: Ma
     effect = torch.empty(n)
     effect[scores.argsort(descending=True, stable=True)] = torch.arange(n, 0, -1) / n
     ranked, sorted_scores = {}, {}
-    sizes = [len(here) for here in nodes.values()]
-    for (site, here), effects, part in zip(nodes.items(), effect.split(sizes), scores.split(sizes), strict=True):
+    sizes = [len(of_site) for of_site in nodes.values()]
+    by_site = zip(nodes.items(), effect.split(sizes), scores.split(sizes), strict=True)
+    for (site, of_site), effects, site_scores in by_site:
         order = effects.argsort(descending=True)
-        ranked[site] = replace(here[order], effect=effects[order])
-        sorted_scores[site] = part[order]
+        ranked[site] = replace(of_site[order], effect=effects[order])
+        sorted_scores[site] = site_scores[order]
     return LearnedMask(ranked, sorted_scores, losses, asdict(options))

@@ -34,24 +34,24 @@ class Gates:
         self.n = count(nodes)
         self._members: dict[Site, tuple[torch.Tensor, torch.Tensor, int]] = {}
         first = 0
-        for site, here in nodes.items():
+        for site, of_site in nodes.items():
             index = self.table.index[site]
             width = len(index) + 1  # the error's gate is the last column
-            feature = here.feature.to(index.device)
+            feature = of_site.feature.to(index.device)
             column = torch.searchsorted(index, feature)  # an error's F comes behind every feature
-            cell = here.position.to(index.device).clamp(min=0) * width + column
-            self._members[site] = (torch.arange(first, first + len(here), device=index.device), cell, width)
-            first += len(here)
+            entry = of_site.position.to(index.device).clamp(min=0) * width + column
+            self._members[site] = (torch.arange(first, first + len(of_site), device=index.device), entry, width)
+            first += len(of_site)
 
     def of(self, site: Site, gates: torch.Tensor, prompts: PromptSet) -> tuple[torch.Tensor, torch.Tensor]:
         """gates [B or 1, N] -> (features [B or 1, 1 or S, n], error [B or 1, 1 or S, 1])."""
-        members, cell, width = self._members[site]
-        here = self.nodes[site]
-        at = torch.zeros(1, 1, dtype=torch.long) if here.summed else here.token_positions(prompts)  # [B or 1, S]
-        rows = 1 if here.summed else (len(here.spans) or at.shape[1]) + 1  # the last, of padding, stays closed
-        grid = gates.new_zeros(len(gates), rows * width).index_copy(1, cell, gates[:, members])
-        grid = grid.view(len(gates), rows, width).expand(max(len(gates), len(at)), -1, -1)
-        grid = grid[torch.arange(len(grid))[:, None], at]
+        members, entry, width = self._members[site]
+        nodes = self.nodes[site]
+        row = torch.zeros(1, 1, dtype=torch.long) if nodes.summed else nodes.token_positions(prompts)  # [B or 1, S]
+        n_rows = 1 if nodes.summed else (len(nodes.spans) or row.shape[1]) + 1  # the last, of padding, stays closed
+        grid = gates.new_zeros(len(gates), n_rows * width).index_copy(1, entry, gates[:, members])
+        grid = grid.view(len(gates), n_rows, width).expand(max(len(gates), len(row)), -1, -1)
+        grid = grid[torch.arange(len(grid))[:, None], row]
         error = grid[..., -1:]
         if self.errors != "nodes":
             error = torch.full_like(error, float(self.errors == "keep"))
@@ -61,17 +61,17 @@ class Gates:
         """Edits for `LanguageModel.run` under the gates [B or 1, N] of every prompt."""
 
         def edit_of(site: Site) -> SiteEdit:
-            sae, index, at = self.saes[site], self.table.index[site], values[site]
+            sae, index, ablated = self.saes[site], self.table.index[site], values[site]
             features, error = self.of(site, gates, prompts)
             with_error = self.errors == "keep" or bool(self.nodes[site].is_error.any())
 
             def edit(x: torch.Tensor) -> torch.Tensor:
                 f = sae.encode(x) if with_error else None
                 chosen = sae.encode_some(x, index) if f is None else f[..., index]
-                change = ((chosen - at.features) * features) @ sae.W_dec[index]
+                change = ((chosen - ablated.features) * features) @ sae.W_dec[index]
                 if f is not None:
-                    change = change + (x - sae.decode(f) - at.error) * error
-                return (at.x + change).to(x.dtype)
+                    change = change + (x - sae.decode(f) - ablated.error) * error
+                return (ablated.x + change).to(x.dtype)
 
             return edit
 
@@ -111,7 +111,7 @@ def mask_loss(off: torch.Tensor, budgets: torch.Tensor, cases: Sequence[str], *,
         return off.square().mean()
     total = off.new_zeros(())
     for case in dict.fromkeys(cases):
-        members = torch.tensor([own == case for own in cases], device=off.device).nonzero()[:, 0]
+        members = torch.tensor([other == case for other in cases], device=off.device).nonzero()[:, 0]
         ordered = members[budgets[members].argsort(stable=True)]
         groups = ordered.tensor_split(-(-len(ordered) // GROUP))
         total = total + sum(off[group].mean().square() * len(group) for group in groups)

@@ -119,7 +119,7 @@ def measure_faithfulness(
         model, saes, options.ablation, curve, nodes=nodes, named=sets, reference=reference, seed=options.seed,
         batch_size=options.batch_size, progress=progress,
     )  # fmt: skip
-    m_all = _metrics(values, runs, prompts, m, options.batch_size, progress=progress)
+    m_all = _metrics(values, runs, prompts, m, batch_size=options.batch_size, progress=progress)
     gained = gain(values, curve, prompts, batch_size=options.batch_size) if options.ablation == "optimal" else None
     groups = prompt_groups(prompts)
     return _record(m_all, sizes, nodes, options, groups=groups, n_uncovered=uncovered, gained=gained)
@@ -194,7 +194,7 @@ def _intervals(
     return Intervals(bounds[:n], bounds[n:-2], bounds[-2], [max(lowest, 0.0), highest])  # an area of distances
 
 
-def _with_errors(sets: Sequence[tuple[Nodes, bool]], nodes: Nodes, errors: str):
+def _with_errors(sets: Sequence[tuple[Nodes, bool]], nodes: Nodes, errors: str) -> list[tuple[Nodes, bool]]:
     """The sets (nodes, keep) with every error kept, or every error removed, where errors are no nodes."""
     if errors == "nodes":
         return list(sets)
@@ -216,7 +216,15 @@ def _with_errors(sets: Sequence[tuple[Nodes, bool]], nodes: Nodes, errors: str):
 
 
 @torch.no_grad()
-def _metrics(values: AblationValues, sets, prompts, metric, batch_size, *, progress) -> torch.Tensor:
+def _metrics(
+    values: AblationValues,
+    sets: Sequence[tuple[Nodes, bool]],
+    prompts: PromptSet,
+    metric: Metric,
+    *,
+    batch_size: int,
+    progress: bool,
+) -> torch.Tensor:
     """Metric of the plain model and of every (nodes, keep) on every prompt, [1 + sets, B] float64."""
     columns, model = [], values.model
     n_batches = -(-len(prompts) // batch_size)

@@ -5,8 +5,8 @@ then charged to what was ablated. The optimal constant takes the information awa
 
 Legend: d model width, n chosen features of a site, V vocabulary.
 
-1. Every node has one constant in every cell (circuits.prompts.alignment: template and position): a number f0_i for a
-   feature, a vector e0 [d] for an error. x0 = f0 W_dec + b_dec + e0 follows from them, so that a model that keeps
+1. Every node has one constant in every group of positions (circuits.prompts.alignment: template and position): a
+   number f0_i for a feature, a vector e0 [d] for an error. x0 = f0 W_dec + b_dec + e0 follows from them, so that a model that keeps
    every node is the model itself. What is no node keeps its mean.
 2. With M(x) the model's distribution after the prompt x and M_C(x; c) that of the model that keeps the circuit C and
    sets all other nodes to the constants c, c minimises the paper's loss
@@ -40,7 +40,7 @@ from sae.model.forward import with_gradients
 from sae.model.language_model import LanguageModel, Tokens
 from sae.model.sites import Site
 
-Circuit = tuple[Nodes, bool]
+NodeSet = tuple[Nodes, bool]
 """Nodes, and whether they are kept (all others ablated) or removed."""
 
 
@@ -57,13 +57,13 @@ class FitOptions:
     batch_size: int = 64
     """Prompts that go through the model at once; what is fitted does not depend on it."""
     learning_rate: float = 0.0015
-    """Of Adam, in units of a cell's mean activation (root mean square), falling to a tenth over the steps."""
+    """Of Adam, in units of a group's mean activation (root mean square), falling to a tenth over the steps."""
     seed: int = 0
     """Seed of prompts and circuits."""
 
 
-class Constants:
-    """Constants under training: what is added to the means, in units of the cell's mean activation."""
+class OptimalValues:
+    """Constants under training: what is added to the means, in units of the group's mean activation."""
 
     def __init__(self, values: AblationValues) -> None:
         self.values = values
@@ -71,7 +71,7 @@ class Constants:
         self.shift = {
             site: (torch.zeros_like(mean.features), torch.zeros_like(mean.error))
             for site, mean in values.tables.items()
-        }  # features [cells, n], error [cells, d]
+        }  # features [groups, n], error [groups, d]
 
     @property
     def parameters(self) -> list[torch.Tensor]:
@@ -79,7 +79,7 @@ class Constants:
         return [tensor.requires_grad_(True) for pair in self.shift.values() for tensor in pair]
 
     def tables(self) -> Values:
-        """x0 and e0 [cells, d] and f0 [cells, n] of every site."""
+        """x0 and e0 [groups, d] and f0 [groups, n] of every site."""
         tables = {}
         for site, mean in self.values.tables.items():
             features, error = (shift * self.unit[site] for shift in self.shift[site])
@@ -89,7 +89,7 @@ class Constants:
 
     def __call__(self, prompts: PromptSet) -> Values:
         """Values for a batch, through which gradients flow to the parameters."""
-        return self.values.at_cells(prompts, self.tables())
+        return self.values.at_groups(prompts, self.tables())
 
     @torch.no_grad()
     def fixed(self) -> AblationValues:
@@ -101,7 +101,7 @@ def ablation_values(
     model: LanguageModel,
     saes: Mapping[Site, SparseAutoencoder],
     kind: str,
-    circuits: Sequence[Circuit],
+    circuits: Sequence[NodeSet],
     *,
     nodes: Nodes,
     named: Sequence[Nodes] = (),
@@ -118,38 +118,38 @@ def ablation_values(
     values = AblationValues(model, saes, table, kind, reference=reference, seed=seed, batch_size=batch_size)
     if kind == "optimal":
         options = FitOptions(seed=seed, batch_size=batch_size)
-        return fit_constants(values, circuits, reference, options, progress=progress)
+        return fit_optimal_values(values, circuits, reference, options, progress=progress)
     return values
 
 
 class Descent:
     """Adam on constants: `step` per loss, with the values of the moment for any batch."""
 
-    def __init__(self, constants: Constants, *, learning_rate: float = FitOptions.learning_rate) -> None:
-        self.constants, self.learning_rate = constants, learning_rate
-        self.parameters = constants.parameters
-        self.optimiser = torch.optim.Adam(self.parameters, lr=learning_rate, betas=(0.9, 0.95))
+    def __init__(self, values: OptimalValues, *, learning_rate: float = FitOptions.learning_rate) -> None:
+        self.values, self.learning_rate = values, learning_rate
+        self.parameters = values.parameters
+        self.optimizer = torch.optim.Adam(self.parameters, lr=learning_rate, betas=(0.9, 0.95))
 
     def __call__(self, prompts: PromptSet) -> Values:
-        return self.constants(prompts)
+        return self.values(prompts)
 
     def gradients(self, loss: torch.Tensor) -> list[torch.Tensor]:
         """Of a loss in the parameters."""
-        found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-        return [torch.zeros_like(x) if g is None else g for x, g in zip(self.parameters, found, strict=True)]
+        gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        return [torch.zeros_like(x) if g is None else g for x, g in zip(self.parameters, gradients, strict=True)]
 
     def step(self, gradients: Sequence[torch.Tensor], done: float) -> None:
         """One step down the gradients; done: the share of all steps that went before."""
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
-        self.optimiser.param_groups[0]["lr"] = self.learning_rate * 0.1**done
-        self.optimiser.step()
+        self.optimizer.param_groups[0]["lr"] = self.learning_rate * 0.1**done
+        self.optimizer.step()
 
 
 @with_gradients
-def fit_constants(
+def fit_optimal_values(
     values: AblationValues,
-    circuits: Sequence[Circuit],
+    circuits: Sequence[NodeSet],
     reference: PromptSet,
     options: FitOptions | None = None,
     *,
@@ -158,7 +158,7 @@ def fit_constants(
     """The ablation values that minimise L over the reference prompts and circuits (2.), from those given."""
     options = options or FitOptions()
     prompts = both_ends(reference, values.model, batch_size=options.batch_size)
-    descent = Descent(Constants(values), learning_rate=options.learning_rate)
+    descent = Descent(OptimalValues(values), learning_rate=options.learning_rate)
     generator = torch.Generator().manual_seed(options.seed)
     draw = dealer(len(circuits), generator)
     deal = dealer(len(prompts), generator, size=STEP_PROMPTS)
@@ -169,34 +169,34 @@ def fit_constants(
         total: list[torch.Tensor] = []
         for index in dealt.split(options.batch_size):
             batch = prompts[index]
-            part = divergence(values, descent(batch), batch, nodes, keep=keep, grad=True).sum() / len(dealt)
-            found = descent.gradients(part)
-            total = [a + b for a, b in zip(total, found, strict=True)] if total else found
-            loss += part.item()
+            share = divergence(values, descent(batch), batch, nodes, keep=keep, grad=True).sum() / len(dealt)
+            gradients = descent.gradients(share)
+            total = [a + b for a, b in zip(total, gradients, strict=True)] if total else gradients
+            loss += share.item()
         descent.step(total, step / options.steps)
         bar.set_postfix(kl=f"{loss:.3f}", refresh=False)
-    return descent.constants.fixed()
+    return descent.values.fixed()
 
 
 def divergence(
-    values: AblationValues, at: Values, prompts: PromptSet, nodes: Nodes, *, keep: bool = True, grad: bool = False
+    values: AblationValues, ablated: Values, prompts: PromptSet, nodes: Nodes, *, keep: bool = True, grad: bool = False
 ) -> torch.Tensor:
-    """KL(M(x) || M_C(x)) of every prompt, [B], with the ablation values `at` of the batch."""
-    edits = ablation_edits(values.saes, values.table, nodes, at, prompts, keep=keep)
+    """KL(M(x) || M_C(x)) of every prompt, [B], with the ablation values `ablated` of the batch."""
+    edits = ablation_edits(values.saes, values.table, nodes, ablated, prompts, keep=keep)
     run = values.model.run(prompts.clean, edits=edits, grad=grad, last_only=True)
     return kl(run.logits[:, -1], prompts)
 
 
 @torch.no_grad()
 def mean_divergence(
-    values: AblationValues, circuits: Sequence[Circuit], prompts: PromptSet, *, batch_size: int = 64
+    values: AblationValues, circuits: Sequence[NodeSet], prompts: PromptSet, *, batch_size: int = 64
 ) -> float:
     """L of the ablation values on some prompts, in nats."""
     prompts = both_ends(prompts, values.model, batch_size=batch_size)
     total = 0.0
     for batch in prompts.batches(batch_size):
-        at = values(batch)
-        total += sum(divergence(values, at, batch, nodes, keep=keep).sum().item() for nodes, keep in circuits)
+        ablated = values(batch)
+        total += sum(divergence(values, ablated, batch, nodes, keep=keep).sum().item() for nodes, keep in circuits)
     return total / len(prompts) / len(circuits)
 
 
@@ -213,7 +213,7 @@ class Gain:
         return f"KL to the whole model over these circuits {self.optimal:.3f} nats, {self.means:.3f} with means"
 
 
-def gain(values: AblationValues, circuits: Sequence[Circuit], prompts: PromptSet, *, batch_size: int = 64) -> Gain:
+def gain(values: AblationValues, circuits: Sequence[NodeSet], prompts: PromptSet, *, batch_size: int = 64) -> Gain:
     """What fitted constants are worth on prompts they were not fitted on (their clean ends)."""
     clean = replace(prompts, patch=None, patch_answers=None)
     at_first = values.with_tables(values.means)

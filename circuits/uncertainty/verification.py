@@ -15,6 +15,7 @@ this node alone does.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,13 +25,14 @@ import torch
 from circuits._results import Result, format_table
 from circuits.attribution import SiteEffects, capture_activations
 from circuits.attribution.activation_patching import exact_effects
-from circuits.attribution.nodes import SiteNodes, positions_by
+from circuits.attribution.nodes import Nodes, SiteNodes, positions_by
 from circuits.circuit import Circuit
 from circuits.metrics.metrics import Metric, prepare
 from circuits.metrics.probe import read_by
 from circuits.prompts.dataset import PromptSet
 from sae._progress import ProgressBar
 from sae.errors import UserError
+from sae.model.sites import Site
 from sae.splice import ensure_checked
 
 FACTOR = 2.0
@@ -159,17 +161,19 @@ def verify(
                 )  # fmt: skip
                 totals[site] += _total(effects, site_nodes)
                 bar.update()
-    rows = [
-        (abs(estimated), name, estimated, total / len(prompts))
-        for site, site_nodes in chosen.items()
-        for name, estimated, total in zip(
-            site_nodes.ids(site), site_nodes.effect.tolist(), totals[site].tolist(), strict=True
-        )
-    ]
-    rows.sort(key=lambda row: -row[0])
-    _, names, estimated, exact = zip(*rows, strict=True)
     shared = circuit.metadata["options"]["method"] in ("ig", "ig-adaptive")
-    return Verification(list(names), list(estimated), list(exact), shared=shared)
+    return _strongest_first(chosen, {site: total / len(prompts) for site, total in totals.items()}, shared=shared)
+
+
+def _strongest_first(nodes: Nodes, exact: Mapping[Site, torch.Tensor], *, shared: bool) -> Verification:
+    """exact: [n] mean effects in the order of the nodes of each site."""
+    rows = [
+        row
+        for site, of_site in nodes.items()
+        for row in zip(of_site.ids(site), of_site.effect.tolist(), exact[site].tolist(), strict=True)
+    ]
+    names, estimated, effects = zip(*sorted(rows, key=lambda row: -abs(row[1])), strict=True)
+    return Verification(list(names), list(estimated), list(effects), shared=shared)
 
 
 def _total(effects: SiteEffects, nodes: SiteNodes) -> torch.Tensor:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -232,14 +232,20 @@ class LanguageModel:
         attention the MLP that runs beside it. Only the last block skipped is read by what follows. What the cache lacks
         is computed again.
         """
-        earlier = [other for other in self.sites if other < site and other in cache]
-        if self.parallel_blocks and site.kind == "attn" and Site("mlp", site.layer) in cache:
+        return {skipped: cache[parent] for skipped, parent in self.parents(site, cache).items()}
+
+    def parents(self, site: Site, cached: Container[Site]) -> dict[Site, Site]:
+        """Each site that a run from `site` on skips -> the cached site that stands for it: the direct parents of `site`
+        are the values.
+        """
+        earlier = [other for other in self.sites if other < site and other in cached]
+        if self.parallel_blocks and site.kind == "attn" and Site("mlp", site.layer) in cached:
             earlier.append(Site("mlp", site.layer))
         blocks = [other for other in earlier if other.kind == "resid"]
         if not blocks:
-            return {other: cache[other] for other in earlier}
-        skip = {other: cache[blocks[-1]] for other in self.sites if other.kind == "resid" and other <= blocks[-1]}
-        return skip | {other: cache[other] for other in earlier if other > blocks[-1]}
+            return {other: other for other in earlier}
+        skipped = [other for other in self.sites if other.kind == "resid" and other <= blocks[-1]]
+        return dict.fromkeys(skipped, blocks[-1]) | {other: other for other in earlier if other > blocks[-1]}
 
     def generate(
         self,

@@ -20,8 +20,8 @@ from circuits.faithfulness.learned_mask import (
     learn_node_mask,
     mask_loss,
     masked_logits,
+    measure_behaviour,
     starting_scores,
-    whole_and_empty,
 )
 from circuits.faithfulness.nodes import from_start_site
 from circuits.metrics.metrics import logit_difference
@@ -196,7 +196,7 @@ def test_starting_at_the_first_masked_site_changes_nothing(tiny_model, tiny_saes
     later = from_start_site(nodes, first)
     gates = Gates(tiny_saes, later)
     reference = AblationValues(tiny_model, tiny_saes, gates.table, "mean", reference=tiny_prompts)
-    _, _, before = whole_and_empty(tiny_model, gates, reference, tiny_prompts, logit_difference, 1)
+    before = measure_behaviour(gates, reference, tiny_prompts, logit_difference, batch_size=1).before
     at = budget_gates(starting_scores(later, "effects"), torch.tensor([10]), temperature=1.0)
     skip = tiny_model.resume_from(Site.parse(first), before)
     assert skip

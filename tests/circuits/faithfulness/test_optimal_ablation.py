@@ -19,7 +19,7 @@ from circuits.faithfulness.optimal_ablation import (
     FitOptions,
     ablation_values,
     both_ends,
-    fit_constants,
+    fit_optimal_values,
     mean_divergence,
 )
 from circuits.prompts.dataset import PromptSet
@@ -63,7 +63,9 @@ def fitted(linear, circuits, steps=250):
     model, saes, prompts = linear
     nodes = every_node(saes)
     values = AblationValues(model, saes, NodeTable(saes, [nodes], sites=[EMBED]), "optimal", reference=prompts)
-    return values, fit_constants(values, circuits, prompts, FitOptions(steps=steps, learning_rate=0.1), progress=False)
+    return values, fit_optimal_values(
+        values, circuits, prompts, FitOptions(steps=steps, learning_rate=0.1), progress=False
+    )
 
 
 def test_the_best_constant_prediction_is_the_mean_distribution(linear):

@@ -6,8 +6,8 @@ then charged to what was ablated. The optimal constant takes the information awa
 Legend: d model width, n chosen features of a site, V vocabulary.
 
 1. Every node has one constant in every group of positions (circuits.prompts.alignment: template and position): a
-   number f0_i for a feature, a vector e0 [d] for an error. x0 = f0 W_dec + b_dec + e0 follows from them, so that a model
-   that keeps every node is the model itself. What is no node keeps its mean.
+   number f0_i for a feature, a vector e0 [d] for an error. x0 = f0 W_dec + b_dec + e0 follows from them, so that a
+   model that keeps every node is the model itself. What is no node keeps its mean.
 2. With M(x) the model's distribution after the prompt x and M_C(x; c) that of the model that keeps the circuit C and
    sets all other nodes to the constants c, c minimises the paper's loss
 

@@ -1,37 +1,8 @@
-"""What every result of an analysis can do: be a table, a text, a file, and show itself in a notebook."""
+"""Tables, numbers and intervals for the terminal."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import pandas as pd
-
-from sae._files import write_json
-
-
-class Result:
-    """A result with one table of numbers."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as plain JSON, with the keys that files have."""
-        raise NotImplementedError
-
-    def to_frame(self) -> pd.DataFrame:
-        """The numbers as a table."""
-        raise NotImplementedError
-
-    def text(self) -> str:
-        """What the command prints."""
-        raise NotImplementedError
-
-    def save(self, path: str | Path) -> Path:
-        """Write it as JSON, in one step. Returns the path."""
-        write_json(path, self.to_dict())
-        return Path(path)
-
-    def _repr_html_(self) -> str:
-        return self.to_frame().to_html(border=0, float_format="{:.3f}".format, na_rep="")
 
 
 def format_table(table: pd.DataFrame) -> str:

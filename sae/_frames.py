@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,27 +13,28 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-class Result(ABC):
+class Result:
     """Something that was measured: `to_frame`, `to_dict`, `text`, `save`, and a table of itself in a notebook."""
 
-    @abstractmethod
     def to_frame(self) -> pd.DataFrame:
         """The numbers as a pandas data frame."""
+        raise NotImplementedError
 
-    @abstractmethod
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON-ready values; undefined numbers are None."""
+        raise NotImplementedError
 
     def text(self) -> str:
         """The numbers as a table for the terminal."""
         return frame_text(self.to_frame())
 
-    def save(self, path: str | Path) -> None:
-        """Write everything as JSON."""
-        write_json(Path(path), self.to_dict())
+    def save(self, path: str | Path) -> Path:
+        """Write everything as JSON, in one step; returns the path."""
+        write_json(path, self.to_dict())
+        return Path(path)
 
     def _repr_html_(self) -> str:
-        return self.to_frame().to_html(float_format="{:.4g}".format, na_rep="-")
+        return self.to_frame().to_html(border=0, float_format="{:.4g}".format, na_rep="")
 
 
 def frame_text(frame: pd.DataFrame, digits: Mapping[str, int] | None = None) -> str:

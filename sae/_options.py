@@ -128,8 +128,8 @@ def check_choices(options: Any) -> None:
 
 def parse_sizes(text: str, option: str = "sizes") -> tuple[int, ...]:
     """`"10,20,50"` -> (10, 20, 50); `UserError` for anything that is not a positive whole number."""
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    wrong = [part for part in parts if not (part.isascii() and part.isdigit() and len(part) < 10 and int(part))]
-    if wrong or not parts:
+    sizes = [size.strip() for size in text.split(",") if size.strip()]
+    wrong = [size for size in sizes if not (size.isascii() and size.isdigit() and len(size) < 10 and int(size))]
+    if wrong or not sizes:
         raise UserError(f"{option} {text!r}: expected positive whole numbers separated by commas, such as 10,20,50")
-    return tuple(int(part) for part in parts)
+    return tuple(int(size) for size in sizes)

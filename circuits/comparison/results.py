@@ -10,9 +10,10 @@ from typing import Any, Literal
 import pandas as pd
 from matplotlib.figure import Figure
 
-from circuits._results import Result, format_interval, format_number, format_table
+from circuits._results import format_interval, format_number, format_table
 from circuits.comparison.options import CompareOptions
 from circuits.faithfulness.results import NodeFaithfulness
+from sae._frames import Result
 from sae._plotting import COLOURS, PALE, RULE, quiet, save_figure
 from sae.neurons import NEURONS
 

@@ -15,8 +15,9 @@ from typing import Any
 
 import pandas as pd
 
-from circuits._results import Result, format_interval, format_table
+from circuits._results import format_interval, format_table
 from sae._files import check_type, read_json, without_nan
+from sae._frames import Result
 from sae.errors import UserError, unknown
 
 SCHEMA_VERSION = 1

@@ -35,7 +35,7 @@ import pandas as pd
 import torch
 from torch.nn.functional import pad
 
-from circuits._results import Result, format_table
+from circuits._results import format_table
 from circuits.attribution.nodes import Nodes
 from circuits.circuit import Circuit
 from circuits.faithfulness.ablation import AblationValues
@@ -47,6 +47,7 @@ from circuits.metrics.metrics import Metric, get_metric, kl, prepare
 from circuits.metrics.probe import read_by
 from circuits.prompts.dataset import PromptSet
 from sae._files import write_tensors
+from sae._frames import Result
 from sae._progress import ProgressBar
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError

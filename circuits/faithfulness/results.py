@@ -16,10 +16,11 @@ import numpy as np
 import pandas as pd
 from scipy.integrate import trapezoid
 
-from circuits._results import Result, format_interval, format_table
+from circuits._results import format_interval, format_table
 from circuits.faithfulness.optimal_ablation import Gain
 from circuits.faithfulness.plots import Curve, plot_curves
 from circuits.uncertainty.bootstrap import COVERAGE
+from sae._frames import Result
 
 ERRORS_TEXT = {"nodes": "", "keep": ", all errors left in", "ablate": ", all errors ablated"}
 

@@ -22,12 +22,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from circuits._results import Result
 from circuits.attribution.edges import Edges
 from circuits.attribution.effects import SiteEffects
 from circuits.attribution.nodes import Nodes, SiteNodes, count, distinguishable, select_nodes
 from circuits.circuit import Circuit
 from circuits.uncertainty.bootstrap import COVERAGE, MIN_ACTIVE, Bootstrap, group_sums, too_few, what_is_drawn
+from sae._frames import Result
 from sae.model.sites import Site
 
 CHUNK_BYTES = 64 * 2**20

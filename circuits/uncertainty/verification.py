@@ -22,7 +22,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from circuits._results import Result, format_table
+from circuits._results import format_table
 from circuits.attribution import SiteEffects, capture_activations
 from circuits.attribution.activation_patching import exact_effects
 from circuits.attribution.nodes import Nodes, SiteNodes, positions_by
@@ -30,6 +30,7 @@ from circuits.circuit import Circuit
 from circuits.metrics.metrics import Metric, prepare
 from circuits.metrics.probe import read_by
 from circuits.prompts.dataset import PromptSet
+from sae._frames import Result
 from sae._progress import ProgressBar
 from sae.errors import UserError
 from sae.model.sites import Site

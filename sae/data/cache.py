@@ -21,7 +21,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -36,6 +36,7 @@ from sae.model.language_model import LanguageModel
 from sae.model.sites import Site, select_sites
 
 MANIFEST, UNFINISHED = "manifest.json", "unfinished.json"
+StoredDtype = Literal["bfloat16", "float32", "float16"]
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 SCHEMA_VERSION = 1
 

@@ -290,9 +290,9 @@ class _Run:
         yield "kept", self.kept
         for name, totals in self.together.items():
             yield f"together/{name}", totals
-        for site, found in self.sites.items():
-            yield f"{site}/reconstruction", found.reconstruction
-            yield f"{site}/features", found.features
+        for site, site_totals in self.sites.items():
+            yield f"{site}/reconstruction", site_totals.reconstruction
+            yield f"{site}/features", site_totals.features
             yield f"{site}/alone", self.alone[site]
         for site, totals in self.error_kept.items():
             yield f"{site}/error kept", totals

@@ -145,8 +145,7 @@ def top_contexts(
     """Find the texts that chosen features fire on most strongly, in one pass over a text.
 
     Args:
-        model: the model that the autoencoders read.
-        saes: autoencoders by site.
+        model, saes: the model, and autoencoders of it by site.
         texts: documents, a .txt or .jsonl file, or a hub data set.
         features: indices of the features asked about, by site.
         n: windows of a feature, at most one a text.

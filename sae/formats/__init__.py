@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -48,6 +49,7 @@ FORMATS: tuple[Format, ...] = (
     Format("circuit-tracer", "config.yaml", circuit_tracer.recognises, circuit_tracer.read),
     Format("OpenAI", "autoencoders/LAYER.pt", openai.recognises, openai.read),
 )
+WrittenFormat = Literal["ours", "saelens", "dictionary_learning"]
 WRITERS: dict[str, Callable[[SparseAutoencoder, Path], object]] = {
     "ours": lambda sae, folder: sae.save(folder),  # that of the autoencoder's own class
     "saelens": saelens.write,
@@ -77,7 +79,7 @@ def load_sae(
     return read_folder(local_path(source, site=name), name).to(device)
 
 
-def save_sae(sae: SparseAutoencoder, folder: str | Path, *, file_format: str = "ours") -> Path:
+def save_sae(sae: SparseAutoencoder, folder: str | Path, *, file_format: WrittenFormat = "ours") -> Path:
     """Write an autoencoder in our format, SAELens' or dictionary_learning's, so that their code gives the same x̂.
 
     What is written is read back and compared.
@@ -96,7 +98,7 @@ def save_sae(sae: SparseAutoencoder, folder: str | Path, *, file_format: str = "
     return save_saes({Path(folder): sae}, file_format=file_format)[0]
 
 
-def save_saes(saes: Mapping[Path, SparseAutoencoder], *, file_format: str) -> list[Path]:
+def save_saes(saes: Mapping[Path, SparseAutoencoder], *, file_format: WrittenFormat) -> list[Path]:
     """Write autoencoders to their folders as `save_sae` does: all of them or none."""
     if file_format not in WRITERS:
         raise unknown("format to write", file_format, WRITERS)

@@ -47,16 +47,16 @@ def relevance_rules(hf: nn.Module) -> Iterator[None]:
     not recognised.
     """
     with ExitStack() as stack:
-        found = {"norm": 0, "activation": 0, "attention": 0}
+        replaced = {"norm": 0, "activation": 0, "attention": 0}
         for name, module in hf.named_modules():
             if rule := _norm_rule(module):
-                found["norm"] += 1
+                replaced["norm"] += 1
                 _linearise(stack, module, rule(module))
             elif _is_activation(module):
-                found["activation"] += 1
+                replaced["activation"] += 1
                 _linearise(stack, module, constant_factor)
             elif constant := _constant_part(hf, name, module):
-                found["attention"] += 1
+                replaced["attention"] += 1
                 stack.callback(module.register_forward_hook(constant).remove)
             if _is_gated_mlp(module):
                 stack.callback(module.down_proj.register_forward_pre_hook(_halve_gradient).remove)
@@ -65,7 +65,7 @@ def relevance_rules(hf: nn.Module) -> Iterator[None]:
             if _has_experts(module):
                 for router in (child for part, child in module.named_children() if part.endswith(("gate", "router"))):
                     stack.callback(router.register_forward_hook(_constant_outputs).remove)
-        if missing := [kind for kind, n in found.items() if not n]:
+        if missing := [kind for kind, n in replaced.items() if not n]:
             raise UserError(
                 f"relp does not know the {' and '.join(missing)} modules of {type(hf).__name__}: use ig or attrib"
             )

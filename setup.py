@@ -11,7 +11,7 @@ setup(
     packages=[*find_packages(include=["circuits*", "sae*", "graphs*"]), *BUNDLED],
     package_dir=BUNDLED,
     package_data={
-        "": ["*.j2", "*.css", "*.js", "templates/*", "py.typed"],
+        "": ["*.j2", "*.css", "*.js", "*.licences.txt", "templates/*", "py.typed"],
         "circuits.bundled.model": ["*"],
         "circuits.bundled.prompts": ["*/*.jsonl"],
         "circuits.bundled.text": ["*.txt"],

@@ -93,10 +93,14 @@ class ExploreCommand(_Cut):
     """Edges on the page at most, the strongest."""
 
     def run(self) -> Output:
+        from circuits.circuit import circuit_folder
+        from circuits.report.files import Curves, read_result
         from graphs import explore
 
         with drawing_file(self.circuit, self.out, "circuit.html") as out:
             graph = self.cut(nodes=self.nodes, edges=self.edges)
+            curve = read_result(circuit_folder(self.circuit) / "faithfulness.json", graph, Curves)
+            graph.metadata.update({"faithfulness": curve} if curve else {})
             explore(graph, out)
         return _wrote(graph, out)
 

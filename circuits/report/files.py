@@ -141,17 +141,12 @@ def read_run(run_folder: str | Path) -> RunFiles:
         circuit_folder(folder)  # says how an interrupted discovery goes on
     graph = _graph(circuit) if circuit.is_file() else None
 
-    def result(name: str, schema: Any) -> dict[str, Any] | None:
-        path = folder / "circuit" / name
-        data = read_json(path) if path.is_file() else None
-        return check_type(data, schema, path) if data is not None and _is_of(graph, data, path) else None
-
     run = RunFiles(
         folder=folder,
         graph=graph,
-        faithfulness=result("faithfulness.json", Curves),
-        edge_faithfulness=result("edge_faithfulness.json", EdgeCurve),
-        mask=result("mask.json", MaskCurves),
+        faithfulness=read_result(folder / "circuit" / "faithfulness.json", graph, Curves),
+        edge_faithfulness=read_result(folder / "circuit" / "edge_faithfulness.json", graph, EdgeCurve),
+        mask=read_result(folder / "circuit" / "mask.json", graph, MaskCurves),
         edits={
             path.stem: EditReport.load(path)
             for path in sorted((folder / "edits").glob("*.json"))
@@ -162,6 +157,12 @@ def read_run(run_folder: str | Path) -> RunFiles:
     if run.graph is None and run.faithfulness is None and not run.edits and not run.saes:
         raise UserError(f"nothing to report in {str(folder)!r}: give the folder of a run (sfc discover --out RUN)")
     return run
+
+
+def read_result(path: Path, graph: FeatureGraph | None, schema: Any) -> dict[str, Any] | None:
+    """A result beside the circuit; None where there is none, or where it is of another circuit."""
+    data = read_json(path) if path.is_file() else None
+    return check_type(data, schema, path) if data is not None and _is_of(graph, data, path) else None
 
 
 def _graph(path: Path) -> FeatureGraph:

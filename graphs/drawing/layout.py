@@ -16,6 +16,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -102,14 +103,33 @@ def layered_layout(
     metric: tuple[float, float] = (180.0, 50.0),
     aspect: float = 1.3,
     space: float = 26.0,
+    lane_space: float | None = None,
     padding: float = 7.0,
+    route: bool = True,
 ) -> Layout:
-    """Lay the graph out; `metric` is the size of its box, `space` the free height between bands, where edges show."""
+    """Lay the graph out.
+
+    Args:
+        graph: The graph, its metric included.
+        cell: The room of one node.
+        metric: Width and height of the metric's box.
+        aspect: Width over height that the drawing should come near.
+        space: Free height between bands, where edges show.
+        lane_space: The same between two sites of one layer (`attn_3`, `mlp_3`), `space` by default.
+        padding: Free height inside a band, above and below its nodes.
+        route: Whether to route the edges; `routes` stays empty otherwise.
+
+    Returns:
+        Rectangles of the nodes, bands, columns and routes.
+    """
     rows, columns, width = _rows(graph, cell, aspect=aspect, space=space, padding=padding)
     boxes: dict[str, Box] = {}
     bands: list[Band] = []
     y = 0.0
     for site, lines in rows:
+        if bands:
+            same_layer = lane_space is not None and layer(site) == layer(bands[-1].site)
+            y += lane_space if same_layer else space  # type: ignore[operator]
         bottom = y
         y += padding
         for slots in lines:
@@ -118,7 +138,6 @@ def layered_layout(
             y += cell.height + cell.gap
         y += padding - cell.gap
         bands.append(Band(site, bottom, y))
-        y += space
     boxes = _ordered(graph, boxes, columns, sweeps=8)
     top = bands[-1].top if bands else 0.0
     if METRIC in graph:
@@ -128,7 +147,14 @@ def layered_layout(
         y = top + space * 1.3 + metric[1] / 2
         boxes[METRIC] = Box(min(max(x, half), max(width - half, half)), y, *metric)
         top = y + metric[1] / 2
-    return Layout(boxes, bands, columns, route_edges(graph, boxes), max(width, metric[0]), top)
+    routes = route_edges(graph, boxes) if route else {}
+    return Layout(boxes, bands, columns, routes, max(width, metric[0]), top)
+
+
+def layer(site: str) -> str:
+    """The layer a site belongs to: `3` for `attn_3`, the site itself where its name has no number."""
+    number = re.search(r"\d+", site)
+    return number.group() if number else site
 
 
 # --- rows, sub-rows, columns ------------------------------------------------------------------------------------------

@@ -120,8 +120,9 @@ def _add_edges(graph: FeatureGraph, rng: random.Random, n: int) -> None:
     for node in nodes:
         if node.kind != "metric" and graph.rank(node.id) >= len(graph.sites) // 2:
             graph.add_edge(node.id, METRIC, node.effect * rng.uniform(0.2, 1))
+    n_edges = graph.graph.number_of_edges()  # counted here, since networkx counts by going over all nodes
     for _ in range(200 * n):
-        if graph.graph.number_of_edges() >= n:
+        if n_edges >= n:
             break
         source, target = rng.choice(nodes), rng.choice(nodes)
         gap = graph.rank(target.id) - graph.rank(source.id)
@@ -132,5 +133,6 @@ def _add_edges(graph: FeatureGraph, rng: random.Random, n: int) -> None:
         if not graph.graph.has_edge(source.id, target.id):
             size = min(abs(source.effect), abs(target.effect)) * rng.uniform(0.05, 1)
             weight = rng.choice([1, 1, -1]) * size
-            interval = (weight - size / 3, weight + size / 2) if graph.graph.number_of_edges() % 2 else None
+            interval = (weight - size / 3, weight + size / 2) if n_edges % 2 else None
             graph.add_edge(source.id, target.id, weight, interval=interval)
+            n_edges += 1

@@ -1,0 +1,173 @@
+// The circuit as the page carries it, and what is derived from it once.
+
+export type Position = number | string | null;
+export type Interval = [number, number] | null;
+
+export interface Context {
+  tokens: string[];
+  activations: number[];
+}
+export interface Attributes {
+  interval?: [number, number];
+  density?: number;
+  top_tokens?: string[];
+  top_logits?: ([string, number] | string)[];
+  bottom_logits?: ([string, number] | string)[];
+  contexts?: Context[];
+  /** Mean activation by case, and in it by span ("" where positions are summed). */
+  by_case?: Record<string, Record<string, number>>;
+  histogram?: { edges: number[]; counts: number[] };
+  exact_effect?: number;
+  [name: string]: unknown;
+}
+export interface GraphNode {
+  id: string;
+  name: string;
+  site: string;
+  feature: number | null;
+  kind: "feature" | "error" | "metric";
+  position: Position;
+  effect: number;
+  label: string | null;
+  attributes: Attributes;
+  index: number;
+  /** 0 for the strongest; the metric has -1. */
+  rank: number;
+  incoming: Edge[];
+  outgoing: Edge[];
+}
+export interface Edge {
+  index: number;
+  source: GraphNode;
+  target: GraphNode;
+  weight: number;
+  interval: Interval;
+}
+export interface LayoutData {
+  size: number;
+  tall: boolean;
+  width: number;
+  height: number;
+  /** Width and height of a node, then of the metric. */
+  box: [number, number, number, number];
+  nodes: [number, number, number][];
+  bands: [string, number, number][];
+  columns: [Position, number, number][];
+  routes: Record<string, number[]>;
+}
+interface Comparison {
+  title: string;
+  effects: (number | null)[];
+  weights: (number | null)[];
+  only_nodes: number[];
+  only_edges: number[];
+}
+export interface Faithfulness {
+  sizes: number[];
+  faithfulness: number[];
+  intervals?: { faithfulness?: [number, number][] };
+  start_site?: string | null;
+}
+interface Stored {
+  title: string;
+  key: string;
+  metadata: Record<string, unknown> & { metric?: string; total_effect?: number | null; faithfulness?: Faithfulness };
+  sites: string[];
+  positions: [Position, string, string][];
+  nodes: Omit<GraphNode, "index" | "rank" | "incoming" | "outgoing">[];
+  edges: [number, number, number, Interval][];
+  layouts: LayoutData[];
+  comparison?: Comparison;
+}
+
+const element = document.getElementById("circuit")!;
+const bytes = Uint8Array.from(atob(element.textContent!.trim()), (c) => c.charCodeAt(0));
+const unzipped = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+
+/** Resolves when the circuit is unpacked; every other name of this module may be used after it. */
+export const ready = new Response(unzipped).json().then(unpack);
+
+export let circuit: Stored;
+export let nodes: GraphNode[];
+export let edges: Edge[];
+export let ranked: GraphNode[];
+export let cases: string[] = [];
+export let largestEffect = 0;
+export let largestWeight = 0;
+export const byId = new Map<string, GraphNode>();
+export const positionNames = new Map<Position, string>();
+export const spanWords = new Map<Position, string>();
+/** Where a node or edge of a comparison is: 0 in both, -1 only in the first graph, 1 only in the second. */
+export let nodeSide: Int8Array | null = null;
+export let edgeSide: Int8Array | null = null;
+
+export const bySize = (a: { weight: number }, b: { weight: number }) => Math.abs(b.weight) - Math.abs(a.weight);
+
+function unpack(stored: Stored): void {
+  circuit = stored;
+  nodes = stored.nodes.map((node, index) => ({ ...node, index, rank: -1, incoming: [], outgoing: [] }));
+  edges = stored.edges.map(([source, target, weight, interval], index) => {
+    const edge = { index, source: nodes[source], target: nodes[target], weight, interval };
+    edge.source.outgoing.push(edge);
+    edge.target.incoming.push(edge);
+    return edge;
+  });
+  for (const node of nodes) {
+    byId.set(node.id, node);
+    node.incoming.sort(bySize);
+    node.outgoing.sort(bySize);
+  }
+  ranked = nodes.filter((node) => node.kind !== "metric").sort((a, b) => Math.abs(b.effect) - Math.abs(a.effect));
+  ranked.forEach((node, rank) => (node.rank = rank));
+  largestEffect = ranked.length ? Math.abs(ranked[0].effect) : 0;
+  largestWeight = edges.reduce((most, edge) => Math.max(most, Math.abs(edge.weight)), 0);
+  for (const [position, name, words] of stored.positions) {
+    positionNames.set(position, name);
+    spanWords.set(position, words);
+  }
+  const given = stored.metadata.cases;
+  const seen = new Set<string>(Array.isArray(given) ? given.map(String) : []);
+  for (const node of nodes) for (const name of Object.keys(node.attributes.by_case ?? {})) seen.add(name);
+  cases = [...seen];
+  if (stored.comparison) setSides(stored.comparison);
+}
+
+function setSides({ effects, weights, only_nodes, only_edges }: Comparison): void {
+  nodeSide = Int8Array.from(effects, (effect) => (effect === null ? -1 : 0));
+  edgeSide = Int8Array.from(weights, (weight) => (weight === null ? -1 : 0));
+  for (const index of only_nodes) nodeSide[index] = 1;
+  for (const index of only_edges) edgeSide[index] = 1;
+}
+
+/** Mean activation of the node by case: at its own span where it has one, else the mean over spans. */
+export function activationByCase(node: GraphNode): [string, number][] {
+  const byCase = node.attributes.by_case;
+  if (!byCase) return [];
+  return cases.filter((name) => byCase[name]).map((name) => {
+    const spans = byCase[name];
+    const here = spans[String(node.position ?? "")];
+    const values = Object.values(spans);
+    return [name, here ?? values.reduce((sum, value) => sum + value, 0) / Math.max(1, values.length)];
+  });
+}
+
+/** The case a feature is active for and how clearly, 0 to 1: (most - mean of the others) / (most + that mean). */
+export function classContrast(node: GraphNode): { place: number; strength: number } | null {
+  const values = activationByCase(node);
+  if (values.length < 2) return null;
+  const numbers = values.map(([, value]) => Math.max(0, value));
+  const most = Math.max(...numbers);
+  if (most <= 0) return { place: 0, strength: 0 };
+  const place = numbers.indexOf(most);
+  const rest = (numbers.reduce((sum, value) => sum + value, 0) - most) / (numbers.length - 1);
+  return { place: cases.indexOf(values[place][0]), strength: (most - rest) / (most + rest) };
+}
+
+export const touchesZero = (interval: Interval | undefined) =>
+  Boolean(interval && interval[0] <= 0 && interval[1] >= 0);
+
+/** "3" for attn_3; the site itself where its name has no number. */
+export const layerOf = (site: string) => site.match(/\d+/)?.[0] ?? site;
+export const laneOf = (site: string) => site.replace(/_?\d+/, "");
+export const rankOf = (node: GraphNode) =>
+  node.kind === "metric" ? circuit.sites.length : circuit.sites.indexOf(node.site);

@@ -1,0 +1,133 @@
+// How values and tokens read.
+
+import { circuit, type GraphNode, positionNames } from "./data";
+import { labels } from "./state";
+
+const SIGNS: Record<string, string> = { "\n": "⏎", "\r": "␍", "\t": "⇥", "\u00a0": "⍽" };
+
+/** A token as a person can see it. */
+export function visible(token: unknown): string {
+  const shown = String(token).replace(/[\u0000-\u001f\u007f-\u00a0\ufffe\uffff]/g, (c) => SIGNS[c] ?? "�");
+  return shown.trim() ? shown : shown.replaceAll(" ", "␣");
+}
+
+/** A signed number to two or three figures. */
+export function number(value: number): string {
+  if (value === 0) return "0";
+  const size = Math.abs(value);
+  let text;
+  if (size >= 100) text = value.toFixed(0);
+  else if (size >= 0.095) text = value.toFixed(2);
+  else if (size >= 0.00095) text = String(Number(value.toPrecision(2)));
+  else text = value.toExponential(0);
+  return (value > 0 ? "+" : "") + text.replaceAll("-", "−");
+}
+
+/** A number to three figures, without a sign in front where it is positive. */
+export function plain(value: number): string {
+  if (Number.isInteger(value)) return String(value).replace("-", "−");
+  const size = Math.abs(value);
+  const text = size >= 1000 ? value.toFixed(0) : size >= 0.00095 ? String(Number(value.toPrecision(3))) : value.toExponential(0);
+  return text.replaceAll("-", "−");
+}
+export const percent = (share: number) => `${plain(Number((share * 100).toPrecision(3)))} %`;
+export const range = (interval: [number, number]) => `[${number(interval[0])}, ${number(interval[1])}]`;
+export const count = (n: number, thing: string) => `${n} ${thing}${n === 1 ? "" : "s"}`;
+
+/** The label a reader or a file gave, else "". */
+export const labelOf = (node: GraphNode) => labels.value[node.name] ?? node.label ?? "";
+
+export const topTokens = (node: GraphNode) =>
+  (node.attributes.top_tokens ?? []).map((token) => visible(token).trim()).filter(Boolean);
+
+export const promoted = (node: GraphNode, key: "top_logits" | "bottom_logits") =>
+  (node.attributes[key] ?? []).map((item) => (Array.isArray(item) ? item : ([item, null] as [string, number | null])));
+
+/** What a feature means in one line: its label, else its top tokens. */
+export function describe(node: GraphNode): string {
+  const label = labelOf(node);
+  if (label) return visible(label);
+  if (node.kind === "error") return "SAE error";
+  if (node.kind === "metric") return visible(circuit.metadata.metric ?? "metric");
+  return topTokens(node).slice(0, 4).join(" · ");
+}
+
+export const nodeTitle = (node: GraphNode) =>
+  node.kind === "metric"
+    ? "metric"
+    : node.name + (node.position === null ? "" : ` at “${positionNames.get(node.position)}”`);
+
+/** The effect in words; nothing for the metric of prompts without a patch side. */
+export function effectWords(node: GraphNode): string {
+  if (node.kind === "metric")
+    return circuit.metadata.total_effect === null ? "" : `total effect ${number(node.effect)}`;
+  return `effect ${number(node.effect)}`;
+}
+
+// --- fitting text into a width, measured in the font that it is drawn with ---------------------------------------------
+
+export const FONT = 'Inter, "Helvetica Neue", Helvetica, Arial, "DejaVu Sans", sans-serif';
+const pen = document.createElement("canvas").getContext("2d")!;
+const widths = new Map<string, number>();
+
+/** Width in pixels of the text at 10 px; other sizes are multiples. */
+function widthAt10(text: string, weight: number): number {
+  const key = weight + text;
+  let width = widths.get(key);
+  if (width === undefined) {
+    pen.font = `${weight} 10px ${FONT}`;
+    width = pen.measureText(text).width;
+    if (widths.size > 50000) widths.clear();
+    widths.set(key, width);
+  }
+  return width;
+}
+export const textWidth = (text: string, size: number, weight = 400) => (widthAt10(text, weight) * size) / 10;
+
+function cut(text: string, size: number, width: number, weight: number): string {
+  if (textWidth(text, size, weight) <= width) return text;
+  let low = 0;
+  const letters = [...text];
+  let high = letters.length;
+  while (low < high) {
+    const middle = (low + high + 1) >> 1;
+    if (textWidth(letters.slice(0, middle).join("") + "…", size, weight) <= width) low = middle;
+    else high = middle - 1;
+  }
+  return letters.slice(0, low).join("").trimEnd() + "…";
+}
+
+export interface Fitted {
+  lines: string[];
+  whole: boolean;
+}
+
+/** The text on at most so many lines, broken at spaces, the last cut if need be. */
+export function wrap(text: string, size: number, width: number, most: number, weight = 400): Fitted {
+  const words = text.split(/\s+/).filter(Boolean);
+  const lines: string[] = [];
+  let whole = true;
+  while (words.length && lines.length < most) {
+    let line = words.shift()!;
+    if (lines.length === most - 1) line = [line, ...words.splice(0)].join(" ");
+    else while (words.length && textWidth(`${line} ${words[0]}`, size, weight) <= width) line += ` ${words.shift()}`;
+    const fitted = cut(line, size, width, weight);
+    whole &&= fitted === line;
+    lines.push(fitted);
+  }
+  return { lines, whole };
+}
+
+/** The node's description in a box: of its top tokens as many as fit, a label cut only if it must be. */
+export function fitDescription(node: GraphNode, size: number, width: number, most: number, weight = 500): Fitted {
+  if (node.kind === "error" && !labelOf(node) && textWidth(describe(node), size, weight) > width)
+    return wrap("error", size, width, most, weight);
+  if (labelOf(node) || node.kind !== "feature") return wrap(describe(node), size, width, most, weight);
+  const tokens = topTokens(node).slice(0, 4);
+  if (!tokens.length) return wrap(node.name, size, width, most, weight);
+  for (let n = tokens.length; n > 1; n--) {
+    const fitted = wrap(tokens.slice(0, n).join(" · "), size, width, most, weight);
+    if (fitted.whole) return fitted;
+  }
+  return wrap(tokens[0], size, width, most, weight);
+}

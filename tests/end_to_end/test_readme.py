@@ -1,4 +1,4 @@
-"""The README's Python story runs as it is written, with fewer tokens; its commands have the options it names."""
+"""Every Python block of the README and of docs runs as it is written; every command there has the options it names."""
 
 from __future__ import annotations
 
@@ -7,36 +7,72 @@ from pathlib import Path
 
 import pytest
 
-from circuits.cli.main import COMMANDS
+from circuits.cli.main import COMMANDS, command_class
+from circuits.cli.parser import option_names
+from sae.errors import UserError
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "tests" / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
+SHORTER = {"tokens=400_000": "tokens=20_000", "limit=100": "limit=30"}
 
 
-def test_the_python_story(tmp_path, monkeypatch, capsys):
-    code = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
-    assert "tokens=400_000" in code
+def python_blocks():
+    for page in PAGES:
+        for number, (language, code) in enumerate(FENCE.findall(page.read_text(encoding="utf-8"))):
+            if language == "python":
+                yield pytest.param(code, id=f"{page.relative_to(ROOT)}-{number}")
+
+
+@pytest.mark.parametrize("code", python_blocks())
+def test_python_blocks_run(code, tmp_path, monkeypatch):
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
-    exec(compile(code.replace("tokens=400_000", "tokens=20_000"), "README.md", "exec"), {})
-    assert "<svg" in (tmp_path / "circuit.svg").read_text()
-    printed = capsys.readouterr().out
-    assert "faithfulness" in printed and "logit difference" in printed
+    for long, short in SHORTER.items():
+        code = code.replace(long, short)
+    exec(compile(code, "page", "exec"), {})
+    if "circuit.svg" in code:
+        assert "<svg" in (tmp_path / "circuit.svg").read_text()
 
 
-@pytest.mark.parametrize("line", [line for line in README.splitlines() if re.match(r"sfc [a-z]+ +--", line)])
-def test_commands_parse(sfc, line):
-    """Every option of every command line is one that `--help` knows."""
-    words = line.split()
-    known = sfc(words[1], "--help").out
-    for option in (word for word in words if word.startswith("--")):
-        assert option in known, f"{words[1]} {option}"
+def test_the_front_doors_story_is_short():
+    code = next(code for language, code in FENCE.findall(PAGES[0].read_text(encoding="utf-8")) if language == "python")
+    lines = [line for line in code.splitlines() if line.strip()]
+    assert len(lines) <= 15 and sum("import" in line for line in lines) <= 3
+    assert len(PAGES[0].read_text(encoding="utf-8").split()) <= 1200 and len(PAGES) <= 7
 
 
-def test_options_in_the_text_exist(sfc):
-    """`sfc COMMAND --option` in the text has that option, and `--option` by itself is one of some command."""
-    spans = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", README, flags=re.DOTALL))
-    text = [span.split() for span in spans if re.search(r"(^|\s)--", span) and not span.startswith("python")]
-    helps = {name: sfc(name, "--help").out for name in COMMANDS}
-    for words in text:
-        known = helps[words[1]] if words[0] == "sfc" and words[1] in helps else "".join(helps.values())
-        for option in (word for word in words if word.startswith("--")):
-            assert f"{option} " in known or f"{option}\n" in known, " ".join(words)
+def commands(text: str):
+    """The words of every `sfc COMMAND ...` of a page, in blocks and in the text."""
+    lines = [line for _, block in FENCE.findall(text) for line in block.splitlines()]
+    spans = re.findall(r"`([^`]+)`", FENCE.sub("", text))
+    for words in (span.split() for span in (*lines, *spans)):
+        if words[:1] == ["sfc"] and len(words) > 1 and words[1] in COMMANDS:
+            yield words[1], words[2:]
+        elif words[:1] and words[0].startswith("--"):
+            yield None, words
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_and_options_exist(page):
+    options = {name: {"--help", *option_names(command_class(name))} for name in COMMANDS}
+    everywhere = set().union(*options.values()) | BENCHMARKS
+    for command, words in commands(page.read_text(encoding="utf-8")):
+        allowed = everywhere if command is None else options[command]
+        assert not [word for word in words if word.startswith("--") and word not in allowed], (command, words)
+
+
+BENCHMARKS = {"--peer", "--device", "--layers", "--threads", "--clock", "--only", "--rates", "--prompts", "--width", "--batch"}
+"""Options of scripts in tests/benchmarks."""
+
+
+def test_lines_of_the_command_story_parse(monkeypatch):
+    """The command line takes every line of the README's story up to the point where it begins to work."""
+    from circuits.cli.parser import parse
+
+    for command, words in commands(PAGES[0].read_text(encoding="utf-8")):
+        if command and len(words) > 3:
+            try:
+                parse(command_class(command), words, prog="sfc")
+            except UserError as error:
+                assert "missing" in str(error), words

@@ -24,7 +24,7 @@ def python_blocks():
                 yield pytest.param(code, id=f"{page.relative_to(ROOT)}-{number}")
 
 
-@pytest.mark.parametrize("code", python_blocks())
+@pytest.mark.parametrize("code", list(python_blocks()))
 def test_python_blocks_run(code, tmp_path, monkeypatch):
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
@@ -62,7 +62,7 @@ def test_commands_and_options_exist(page):
         assert not [word for word in words if word.startswith("--") and word not in allowed], (command, words)
 
 
-BENCHMARKS = {"--peer", "--device", "--layers", "--threads", "--clock", "--only", "--rates", "--prompts", "--width", "--batch"}
+BENCHMARKS = {"--peer", "--layers", "--threads", "--clock", "--rates", "--width", "--batch", "--only"}
 """Options of scripts in tests/benchmarks."""
 
 

@@ -1,1 +1,1 @@
-"""The command line: `main` chooses a command, every other file here is one."""
+"""The command line: `main` chooses a command of `commands`, `parser` reads its options."""

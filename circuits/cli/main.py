@@ -59,7 +59,7 @@ GROUPS = {
         "demo": ("demo", "DemoCommand", "the whole story on the bundled model, in a few minutes"),
     },
 }
-"""Name of a command -> (file in `circuits.cli`, class, what it does), in groups by the story."""
+"""Name of a command -> (file in `circuits.cli.commands`, class, what it does), in groups by the story."""
 COMMANDS = {name: entry for group in GROUPS.values() for name, entry in group.items()}
 RESUMABLE = ("train", "finetune", "sweep", "cache", "discover")
 """Commands that go on with `--resume`."""
@@ -74,7 +74,7 @@ def command_class(name: str) -> type[Any]:
     if name not in COMMANDS:
         raise UserError(f"unknown command {name!r}{did_you_mean(nearest(name, COMMANDS, n=1))} (see sfc --help)")
     module, cls, _ = COMMANDS[name]
-    return getattr(importlib.import_module(f"circuits.cli.{module}"), cls)
+    return getattr(importlib.import_module(f"circuits.cli.commands.{module}"), cls)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

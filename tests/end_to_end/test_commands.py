@@ -10,8 +10,8 @@ import torch
 
 from circuits.attribution.nodes import select_nodes
 from circuits.circuit import Circuit
+from circuits.cli.commands.edit import AblateCommand
 from circuits.cli.common import load_circuit
-from circuits.cli.edit import AblateCommand
 from graphs.feature_graph import FeatureGraph
 from sae.saes import load_saes
 

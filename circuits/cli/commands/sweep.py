@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
 
-from circuits.cli.cache import open_cache
+from circuits.cli.commands.cache import open_cache
 from circuits.cli.options import Common, HasSites, HasTextOrCache, Output, Overwrites, need
 from sae._files import write_json, write_text
 from sae._options import ContextLength, TokenCount

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from circuits.cli.discover import DiscoverCommand
-from circuits.cli.edit import AblateCommand
-from circuits.cli.evaluate import EvaluateCommand
-from circuits.cli.faithfulness import FaithfulnessCommand
+from circuits.cli.commands.discover import DiscoverCommand
+from circuits.cli.commands.edit import AblateCommand
+from circuits.cli.commands.evaluate import EvaluateCommand
+from circuits.cli.commands.faithfulness import FaithfulnessCommand
+from circuits.cli.commands.render import ExploreCommand, RenderCommand
+from circuits.cli.commands.report import ReportCommand
+from circuits.cli.commands.train import TrainCommand
 from circuits.cli.options import Common, Output, Overwrites
-from circuits.cli.render import ExploreCommand, RenderCommand
-from circuits.cli.report import ReportCommand
 from circuits.cli.streams import printable, say
-from circuits.cli.train import TrainCommand
 from circuits.faithfulness.options import FaithfulnessOptions
 from sae._options import FeatureCount, TokenCount
 from sae._run.locks import lock

@@ -15,7 +15,9 @@ from sae._run.locks import lock
 
 if TYPE_CHECKING:
     from circuits.attribution.nodes import Nodes
+    from circuits.circuit import Circuit
     from circuits.faithfulness.results import NodeFaithfulness
+    from circuits.prompts.dataset import PromptSet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,36 +43,24 @@ class MaskCommand(Named, HasSizes, HasTestPrompts, RunsCircuit):
         from circuits.circuit import circuit_digest
         from circuits.cli.common import load_circuit, record
         from circuits.faithfulness.learned_mask import learn_mask
-        from circuits.faithfulness.nodes import measure_faithfulness
 
         files = ResultFiles(
             folder, "mask", self, made_with(self, circuit=circuit_digest(folder)), suffixes=(".json", ".safetensors")
         )
         files.check()
-        sizes = parse_sizes(self.sizes)
         circuit = load_circuit(self)
         learned_on = circuit.read_prompts(circuit.metadata["prompts"], limit=self.learn_examples)
         prompts = learned_on[: self.examples]
         if self.prompts:
             prompts = circuit.read_prompts(self.prompts, limit=self.examples)
-        metric = circuit.metric
         begin = time.perf_counter()
         mask = learn_mask(circuit, learned_on, self.options, progress=not self.quiet)
         seconds = time.perf_counter() - begin
         files.path(".json").unlink(missing_ok=True)  # of the mask before
         mask.save(files.path(".safetensors"))  # learned scores outlive a measurement that is interrupted
-        options = FaithfulnessOptions(
-            ablation=self.options.ablation, start_site=self.options.start_site, errors=self.options.errors,
-            random=0, seed=self.options.seed, batch_size=self.options.batch_size,
-        )  # fmt: skip
-
-        def measured(nodes: Nodes) -> NodeFaithfulness:
-            return measure_faithfulness(
-                circuit.model, circuit.saes, nodes, prompts, options, sizes=sizes, reference=learned_on, metric=metric,
-                progress=not self.quiet,
-            )  # fmt: skip
-
-        of_mask, of_effects = measured(mask.nodes), measured(circuit.nodes)
+        of_mask, of_effects = (
+            self._measured(circuit, nodes, prompts, learned_on) for nodes in (mask.nodes, circuit.nodes)
+        )
         data = {
             "schema_version": 1,
             "options": mask.options,
@@ -91,6 +81,19 @@ class MaskCommand(Named, HasSizes, HasTestPrompts, RunsCircuit):
             f"wrote {files.path('.json')} and {files.path('.safetensors')}"
         )
         return Output(text, data)
+
+    def _measured(self, circuit: Circuit, nodes: Nodes, prompts: PromptSet, reference: PromptSet) -> NodeFaithfulness:
+        """Faithfulness of a ranking of the circuit's nodes, ablated as while the mask was learned."""
+        from circuits.faithfulness.nodes import measure_faithfulness
+
+        options = FaithfulnessOptions(
+            ablation=self.options.ablation, start_site=self.options.start_site, errors=self.options.errors,
+            random=0, seed=self.options.seed, batch_size=self.options.batch_size,
+        )  # fmt: skip
+        return measure_faithfulness(
+            circuit.model, circuit.saes, nodes, prompts, options, sizes=parse_sizes(self.sizes), reference=reference,
+            metric=circuit.metric, progress=not self.quiet,
+        )  # fmt: skip
 
 
 def table(of_mask: NodeFaithfulness, of_effects: NodeFaithfulness) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sae.activation_functions import GATED
 from sae.architectures.base import Penalised
-from sae.architectures.losses import Hyper, Losses, Weights, squared_error
+from sae.architectures.losses import Hyper, Losses, Weights, squared_error, where_positive
 from sae.sparse.activations import Acts
 
 
@@ -33,9 +33,9 @@ class Gated(Penalised):
         return -w["gate_bias"].detach()
 
     def loss(self, z: Tensor, acts: Acts, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
-        gate = (z + acts.expand(w["gate_bias"])).relu()
-        magnitude = (acts.expand(w["r"].exp()) * z + acts.expand(w["b_enc"])).relu()
-        f = magnitude * (gate > 0)
+        gate = (z + acts.expand(w["gate_bias"])).relu_()
+        magnitude = torch.addcmul(acts.expand(w["b_enc"]), acts.expand(w["r"].exp()), z).relu_()
+        f = where_positive(magnitude, gate.detach())
         x_hat = acts.decode(f, w["W_dec"]) + w["b_dec"]
         x_hat_gate = acts.decode(gate, w["W_dec"].detach()) + w["b_dec"].detach()
         loss = squared_error(x, x_hat) + hyper.sparsity * gate.sum() + squared_error(x, x_hat_gate)

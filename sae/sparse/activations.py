@@ -79,8 +79,8 @@ class SparseActs:
         if len(self.z) <= n:
             return self
         entry = self.z.topk(n, sorted=False).indices.sort().values
-        sizes = {"n_tokens": self.n_tokens, "n_features": self.n_features}
-        return SparseActs(self.token[entry], self.feature[entry], self.z[entry], **sizes)
+        token, feature, z = self.token[entry], self.feature[entry], self.z[entry]
+        return SparseActs(token, feature, z, n_tokens=self.n_tokens, n_features=self.n_features)
 
     def at_levels(self, level: Tensor, n_levels: int) -> SparseActs:
         """The same entries, each in its level [n]."""
@@ -155,7 +155,7 @@ class DenseActs:
 
 
 Acts = SparseActs | DenseActs
-"""What a loss is written for."""
+"""Activations that a loss can be computed from."""
 
 
 class _Expand(torch.autograd.Function):

@@ -7,12 +7,12 @@ A segment is what one token, or one feature, has of the entries (token, feature)
 2. `remove_parallel_` and `normalize_rows_`: gradients without their part along the rows they are for, and unit rows;
 3. `group_sizes`, `group_offsets`, `group_sums`: how large segments are, where they begin, sums of numbers over them.
 
-On CUDA, where Triton can be imported (torch's CUDA wheels bring it along), the kernels of `sae.sparse.triton_kernels`
-do 1 and 2; everywhere else plain torch does. Before kernels are used on a device, both must agree there on a small
-example: if they do not, or do not compile, a warning says so and torch takes their place. The environment variable
-`SFC_KERNELS` decides otherwise: `torch` never takes the kernels, `triton` always does, on any device (with
-TRITON_INTERPRET=1 also on a CPU, slowly, which is how they are tested), `auto` is the default. Kernels add up in
-float32 whatever rows are stored in; results have the dtype of the rows. Autocast changes nothing.
+Plain torch does all of it by default. 1 and 2 have Triton kernels too (`sae.sparse.triton_kernels`), which are tested
+but were not timed on a GPU yet; the environment variable `SFC_KERNELS` turns them on. `auto` takes them on CUDA, where
+Triton can be imported and both agree on a small example; if they do not, or do not compile, a warning says so and torch
+takes their place. `triton` always takes them, on any device (with TRITON_INTERPRET=1 also on a CPU, slowly, which is
+how they are tested). Kernels add up in float32 whatever rows are stored in; results have the dtype of the rows.
+Autocast changes nothing.
 
 On MPS torch has no `segment_reduce`, no `embedding_bag` before release 2.10, and its `bincount` takes seconds where
 indices repeat. There rows are gathered and added by index instead, some of them at a time.
@@ -38,11 +38,11 @@ log = logging.getLogger(__name__)
 
 MODES = ("auto", "torch", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""What rows of the kernels are stored in."""
+"""Number types that rows of the kernels may have."""
 SMALLEST_NORM = 1e-12
 GATHER_BYTES = 256 * 2**20
 """Largest block of gathered rows."""
-_mode = [os.environ.get("SFC_KERNELS", "auto")]
+_mode = [os.environ.get("SFC_KERNELS", "torch")]
 
 
 @contextmanager
@@ -56,7 +56,7 @@ def using(mode: str) -> Iterator[None]:
 
 
 def kernels_for(*tensors: Tensor) -> ModuleType | None:
-    """`sae.sparse.triton_kernels` where they are to work on these tensors, all of one device; None for torch."""
+    """`sae.sparse.triton_kernels` where they are turned on for these tensors, all of one device; None for torch."""
     mode, device = _mode[-1], tensors[0].device
     if mode not in MODES:
         raise UserError(f"SFC_KERNELS is {mode!r}, allowed are {', '.join(MODES)}")
@@ -121,8 +121,8 @@ def check(kernels: ModuleType, device: torch.device | str) -> None:
         twin_projected = twin_out.clone()
         remove_parallel_(twin_projected, twin)
     expected = (twin_out, (source[index] * rows[bag]).sum(1), twin, twin_projected)
-    for mine, its in zip((out, dots, unit, projected), expected, strict=True):
-        torch.testing.assert_close(mine, its, atol=1e-4, rtol=1e-4)
+    for computed, by_torch in zip((out, dots, unit, projected), expected, strict=True):
+        torch.testing.assert_close(computed, by_torch, atol=1e-4, rtol=1e-4)
 
 
 def weighted_segment_sum(source: Tensor, index: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
@@ -189,15 +189,15 @@ def rows_added(source: Tensor, index: Tensor, offsets: Tensor, weight: Tensor) -
     """Σ_{j in offsets[b]:offsets[b+1]} weight[j] · source[index[j]], [bags, d], by index; no gradient."""
     bag = torch.repeat_interleave(offsets.diff())  # [n]
     out = source.new_zeros(len(offsets) - 1, source.shape[1])
-    for part in _blocks(index, source):
-        out.index_add_(0, bag[part], source[index[part]] * weight[part, None])
+    for block in _blocks(index, source):
+        out.index_add_(0, bag[block], source[index[block]] * weight[block, None])
     return out
 
 
 def rows_multiplied(g: Tensor, bag: Tensor, rows: Tensor, index: Tensor) -> Tensor:
     """g[bag[j]] · rows[index[j]] for every entry, [n], by index."""
-    parts = [(g[bag[part]] * rows[index[part]]).sum(1) for part in _blocks(index, rows)]
-    return torch.cat(parts) if parts else g.new_zeros(0)
+    dots = [(g[bag[block]] * rows[index[block]]).sum(1) for block in _blocks(index, rows)]
+    return torch.cat(dots) if dots else g.new_zeros(0)
 
 
 def _blocks(index: Tensor, source: Tensor) -> list[slice]:

@@ -33,6 +33,8 @@ encoder's product, 2 N F d = 1.24 TFLOP, takes 1.6 ms at the 790 TFLOP/s of larg
 14 F d s = 8.5 GB another 2 ms. `python -m tests.benchmarks.bench_sae_step --device cuda` measures all of it.
 """
 
+# mypy: disable-error-code="no-untyped-def"
+# Triton reads the annotations of a kernel's parameters itself.
 from __future__ import annotations
 
 from typing import NamedTuple

@@ -80,7 +80,7 @@ class TrainConfig:
     k_start: FeatureCount | None = None
     """Active features a token at the first step, falling linearly to k over the warm-up; k throughout by default."""
     revival: Literal["auto", "auxk", "resample", "none"] = "auto"
-    """What brings dead features back: auxk, resample, none, or auto, the architecture's own choice."""
+    """How dead features come back: auxk, resample, none, or auto, the architecture's default."""
     aux_alpha: Weight = 1 / 32
     """Weight of the AuxK loss."""
     aux_k: FeatureCount | None = None
@@ -130,7 +130,7 @@ class FinetuneConfig:
     """How to fine-tune autoencoders while they are spliced into the model."""
 
     loss: Literal["kl", "ce"] = "kl"
-    """What spliced predictions are judged by: kl (divergence from the model's own) or ce (loss on the text)."""
+    """Measure of spliced predictions: kl (divergence from the model's own) or ce (loss on the text)."""
     tokens: TokenCount = 400_000
     """Tokens to fine-tune on; text shorter than that is read several times."""
     reconstruction: Weight = 4.0

@@ -61,7 +61,7 @@ PREDICTED_TOKENS = 10_000
 
 
 class SplicedLoss(NamedTuple):
-    """The loss of one batch and its parts."""
+    """The loss of one batch, and the terms it is made of."""
 
     loss: Tensor  # scalar, what is differentiated
     prediction: Tensor  # scalar, nats a token
@@ -155,24 +155,34 @@ def finetune_saes(
             model, source, context_length=config.context_length, packed=config.packed, forward_tokens=config.batch
         )
         trainable = make_trainable(model, saes, stream, config)
-        predicted = {"max_tokens": min(config.tokens, PREDICTED_TOKENS), "context": config.context_length}
-        before = spliced_predictions(model, saes, source.read(), **predicted)
+        before = _predictions(model, saes, source, config)
         run.start(resume=resume, overwrite=overwrite)
-        places = {"log_path": out / "saes" / "finetuning.jsonl", "checkpoint_folder": run.checkpoints}
-        Finetuner(model, trainable, stream, config, progress=progress, **places).run()
+        log_path, checkpoints = out / "saes" / "finetuning.jsonl", run.checkpoints
+        Finetuner(
+            model, trainable, stream, config, log_path=log_path, checkpoint_folder=checkpoints, progress=progress
+        ).run()
         tuned = {site: export(sae, site, model, config) for site, sae in trainable.items()}
         for site, finished in tuned.items():
             finished.save(folders[site])
-        run.finish(before=before, after=spliced_predictions(model, tuned, source.read(), **predicted))
+        run.finish(before=before, after=_predictions(model, tuned, source, config))
     return SAEs(tuned)
+
+
+def _predictions(
+    model: LanguageModel, saes: Mapping[Site, SparseAutoencoder], source: TextSource, config: FinetuneConfig
+) -> dict[str, float]:
+    """Cross-entropy and divergence on the beginning of the text, with all autoencoders spliced in."""
+    tokens = min(config.tokens, PREDICTED_TOKENS)
+    return spliced_predictions(model, saes, source.read(), max_tokens=tokens, context=config.context_length)
 
 
 def export(sae: FinetuningSAE, site: Site, model: LanguageModel, config: FinetuneConfig) -> SparseAutoencoder:
     """The fine-tuned autoencoder, with the options of fine-tuning in its config."""
     tuned = sae.export()
     extra = {**tuned.config.extra, "finetuning": asdict(config)}
-    origin = {"site": site.name, "model": model.name, "model_fingerprint": model.fingerprint}
-    tuned.config = replace(tuned.config, extra=extra, **origin)
+    tuned.config = replace(
+        tuned.config, site=site.name, model=model.name, model_fingerprint=model.fingerprint, extra=extra
+    )
     return tuned
 
 
@@ -188,16 +198,17 @@ def make_trainable(
         n += int(counted.sum())
         for site, x in model.run(tokens, capture=saes, need_logits=False).activations.items():
             x = x[counted].to(saes[site].W_dec.dtype)
-            more = (x.sum(0), x.square().sum(), len(saes[site].encode_sparse(x).value))
-            sums[site] = [total + part for total, part in zip(sums[site], more, strict=True)]
+            n_active = len(saes[site].encode_sparse(x).value)
+            total, squares, active = sums[site]
+            sums[site] = [total + x.sum(0), squares + x.square().sum(), active + n_active]
     stream.seek(start)
     if not n:
         raise UserError(f"the text {stream.source.name!r} begins with nothing but special tokens")
     trainable = {}
     for site, sae in saes.items():
-        total, squares, n_active = sums[site]
+        total, squares, active = sums[site]
         variance = (squares - total.square().sum() / n) / n
-        trainable[site] = FinetuningSAE(sae, scale=variance.clamp(min=1e-12).sqrt().item(), l0=n_active.item() / n)
+        trainable[site] = FinetuningSAE(sae, scale=variance.clamp(min=1e-12).sqrt().item(), l0=active.item() / n)
     return trainable
 
 

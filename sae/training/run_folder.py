@@ -49,7 +49,7 @@ SHOWN_AS = {"model_fingerprint": "model", "text_fingerprint": "text"}
 
 
 class ModelFacts(Protocol):
-    """What a run must know of a model, whether it is loaded or known from a cache of its activations."""
+    """Facts about a model, loaded or known from a cache of its activations, that a run depends on."""
 
     @property
     def name(self) -> str: ...
@@ -73,7 +73,7 @@ def run_settings(
     *,
     cache: str | None = None,
 ) -> dict[str, Any]:
-    """What the result of a run depends on. `cache` is the identity of the activation cache it reads, if it does."""
+    """Settings that the result of a run depends on; `cache` is the identity of an activation cache that it reads."""
     configs = asdict(config) if isinstance(config, TrainConfig) else {n: asdict(c) for n, c in config.items()}
     return {
         "model": model.name,
@@ -90,7 +90,7 @@ def run_settings(
 
 @dataclass(frozen=True)
 class RunEntry:
-    """What `config.json` says of a run, as far as it is read again."""
+    """The entries of a run in `config.json` that are read again."""
 
     sites: list[str]
     """Its sites."""
@@ -118,9 +118,9 @@ class RunFolder:
     path: Path
     """The folder."""
     command: str
-    """Under which name its settings are kept: train or sweep."""
+    """Name under which its settings are written: train, finetune or sweep."""
     settings: dict[str, Any]
-    """What its result depends on (`run_settings`)."""
+    """Settings that its result depends on (`run_settings`)."""
 
     @property
     def checkpoints(self) -> Path:
@@ -152,9 +152,9 @@ class RunFolder:
             self._write({**self._joined(goes_on), "complete": False})
         clean(self.path)
 
-    def finish(self, **found: Any) -> None:
-        """Say that everything is on disk; `found` is kept beside the settings."""
-        self._write({**self._joined(self.recorded()), "complete": True, **found})
+    def finish(self, **results: Any) -> None:
+        """Say that everything is on disk; `results` stand beside the settings."""
+        self._write({**self._joined(self.recorded()), "complete": True, **results})
         self.tidy()
 
     def tidy(self) -> None:
@@ -301,7 +301,7 @@ def _replaced(entry: RunEntry | None) -> list[str]:
 
 
 def read_entry(folder: Path, command: str) -> RunEntry | None:
-    """What the `config.json` of a run folder says of a command; None where it says nothing."""
+    """The entry of a command in the `config.json` of a run folder; None where there is none."""
     entry = read_run_config(folder).get(command)
     return None if entry is None else check_type(entry, RunEntry, f"{folder / RUN_CONFIG_FILE}, {command}")
 

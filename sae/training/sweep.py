@@ -5,7 +5,7 @@
    `out`/NAME/saes/SITE/, which everything that takes a run folder reads. A dictionary is the same bits as `train` with
    its config gives, for each seed has its own order of the activations.
 
-What concerns the data (tokens, batch, context, buffer) must be equal in all; one optimizer step moves them all. With
+Options of the data (tokens, batch, context, buffer) must be equal in all; one optimizer step moves them all. With
 `resume`, dictionaries that are in their folder already are not trained again, and a larger grid trains what is new.
 """
 
@@ -42,7 +42,7 @@ BYTES_PER_WEIGHT = 16
 
 @dataclass(frozen=True)
 class Sweep:
-    """What `sweep` trained."""
+    """The dictionaries that `sweep` trained."""
 
     out: Path
     """Its folder."""

@@ -65,7 +65,7 @@ class Circuit(CircuitViews):
     groups: Tensor | None = None
     """[B] the number of the template each example is drawn with for intervals; None for each by itself."""
     features: dict[str, Any] = field(default_factory=dict, repr=False, metadata=NOT_SAVED)
-    """What is known of each feature (`resid_3/120`), such as its top tokens; drawings are labelled by it."""
+    """A description of each feature (`resid_3/120`), such as its top tokens; drawings are labelled by it."""
     source: CircuitSource = field(default_factory=CircuitSource, repr=False, compare=False, metadata=NOT_SAVED)
     """The model, SAEs, metric and prompts it was found with, or where they are loaded from."""
 

@@ -38,7 +38,7 @@ SiteName = Annotated[str, AfterValidator(_site)]
 
 
 class OptionsFile(TypedDict):
-    """What is read of the options a circuit was found with."""
+    """The options of a circuit, as far as they are read."""
 
     aggregation: Literal["sum", "position", "spans"]
     metric: str

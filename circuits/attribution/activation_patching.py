@@ -1,4 +1,4 @@
-"""Exact activation patching: what the estimates estimate, one forward pass a node.
+"""Exact activation patching, which the other methods estimate: one forward pass a node.
 
 Legend: B examples, S positions, d model width, F features; feature F is the error node.
 
@@ -82,7 +82,7 @@ def _changes(
 
 
 def _written(sae: SparseAutoencoder, changes: SiteEffects, error: Tensor, entry: Tensor, n_positions: int) -> Tensor:
-    """What the entries add to x, [n, d]."""
+    """The change of x by the entries, [n, d]."""
     feature = changes.feature[entry]
     token = changes.example[entry] * n_positions + changes.position[entry]
     by_features = changes.value[entry, None] * sae.W_dec[feature.clamp(max=changes.n_features - 1)]

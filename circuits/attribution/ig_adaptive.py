@@ -1,4 +1,4 @@
-"""Integrated gradients with as many nodes as completeness asks for, placed where the path bends.
+"""Integrated gradients with as many nodes as the sum check asks for, placed where the path bends.
 
 Legend: B examples, S positions, d width; a in [0, 1] is the place on the straight path of one site from x_clean to
 x_patch.
@@ -13,7 +13,7 @@ quadrature rule is known exactly, interval by interval, and not only in sum. Of 
 2. While the mean over examples of |sum of an example's errors| exceeds `residual` times the scale (the mean total
    effect), halve the intervals whose error is at least a quarter of the largest, among examples that are not there
    yet. All nodes of an interval serve its halves; each example gets its own nodes.
-3. g = sum over nodes of weight * dm/dx. The errors add up to the completeness residual of the site, which is therefore
+3. g = sum over nodes of weight * dm/dx. The errors add up to the residual of the site's sum check, which is therefore
    at most `residual`, and not by cancellation between examples.
 
 The gradients of all nodes are kept until the weights are known.
@@ -75,7 +75,7 @@ def adaptive_gradient(
     """Mean of dm/dx along the path of one site, [B, S, d], and how many nodes a prompt took on average, that at the
     clean run not counted.
 
-    at_clean: dm/dx at the clean run, [B, S, d]; residual: the completeness error to reach, in units of `scale`.
+    at_clean: dm/dx at the clean run, [B, S, d]; residual: the error of the sum check to reach, in units of `scale`.
     """
     n = len(states.prompts)
     examples = torch.arange(n, device=states.m_clean.device)

@@ -7,7 +7,7 @@ EAP-IG in its inputs variant (Hanna et al. 2024, arXiv 2403.17806). Legend: B ex
 3. g = sum_k w_k dm/dx, and effect = (f_patch - f_clean)_i * (W_dec[i] . g).
 
 K passes in all instead of K a site. The effects of the embedding add up to m(patch) - m(clean), as in `ig`; at later
-sites the path is the one the model makes of it and not a straight line, so there completeness holds only roughly.
+sites the path is the one the model makes of it and not a straight line, so there the sum check holds only roughly.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def integrated_gradients_of_inputs(
     max_rows: int = 512,
 ) -> dict[Site, Tensor]:
     """Weighted mean of dm/dx along the embedding path, [B, S, d] per site."""
-    clean, patch = _ends(model, states)
+    clean, patch = _embeddings(model, states)
     total = {site: torch.zeros_like(states.clean[site], dtype=torch.float32) for site in sites}
     for weight, leaf in path_chunks(clean, patch, rule, steps, max_rows):
         tokens = states.tokens.repeat(len(weight))
@@ -52,7 +52,7 @@ def integrated_gradients_of_inputs(
     return total
 
 
-def _ends(model: LanguageModel, states: ActivationPair) -> tuple[Tensor, Tensor]:
+def _embeddings(model: LanguageModel, states: ActivationPair) -> tuple[Tensor, Tensor]:
     """Embeddings of the clean and the patch prompts, [B, S, d]; zero for the latter where there are none."""
     if EMBED in states.clean:
         return states.clean[EMBED], states.patch[EMBED]

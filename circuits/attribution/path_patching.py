@@ -1,4 +1,4 @@
-"""Exact edge effects by path patching: what edge weights estimate, one forward pass a node and one an edge.
+"""Exact edge effects by path patching, which edge weights estimate: one forward pass a node and one an edge.
 
 The exact effect of the edge u -> d (Goldowsky-Dill et al. 2023, direct path only, over features and error nodes):
 
@@ -98,7 +98,7 @@ class _Node:
         return f, x.to(x_hat) - x_hat
 
     def change(self, node: int) -> Tensor:
-        """What the node's going from clean to patch adds to x, [B, S, d]."""
+        """The change of x when the node goes from clean to patch, [B, S, d]."""
         return self._written(node, self.f_delta, self.e_delta)
 
     def changes(self, y: Tensor) -> list[Tensor]:
@@ -117,7 +117,7 @@ def _pinned_run(
     model: LanguageModel, states: ActivationPair, metric: Metric, up: Site, x: Tensor, later: Sequence[Site], *,
     copies: int,
 ) -> tuple[dict[Site, Tensor], Tensor]:  # fmt: skip
-    """What every later site computes, [copies * B, S, d], and the metric [copies * B], when `up` gives on x
+    """The outputs of every later site, [copies * B, S, d], and the metric [copies * B], when `up` gives on x
     [copies * B, S, d] and all other sites their clean values.
     """
     outputs: dict[Site, Tensor] = {}

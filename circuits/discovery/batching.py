@@ -70,7 +70,7 @@ def max_rows(model: LanguageModel, n_positions: int, *, memory: float) -> int:
 
 
 def backward_bytes(model: LanguageModel, n_positions: int) -> int:
-    """What a prompt keeps for its backward pass.
+    """Bytes that a prompt keeps for its backward pass.
 
     Per token and layer: about 16 d of residual stream, norms, queries, keys and values, 3 d_ff of the MLP, and the
     attention probabilities, H S; all in the model's dtype. And the logits where they are read, their gradient, and what
@@ -85,8 +85,8 @@ def backward_bytes(model: LanguageModel, n_positions: int) -> int:
 
 
 def logit_bytes(model: LanguageModel, n_positions: int) -> int:
-    """What the logits of a prompt take, in float32 and `LOGIT_COPIES` times: at the last position, or at all of them in
-    a model that cannot leave the others out; nothing where a probe is read.
+    """Bytes that the logits of a prompt take, in float32 and `LOGIT_COPIES` times: at the last position, or at all of
+    them in a model that cannot leave the others out; nothing where a probe is read.
     """
     if isinstance(model, ReadModel):
         return 0

@@ -48,7 +48,7 @@ class Estimate:
     reads: int
     """Times an autoencoder is read from disk."""
     advice: list[str]
-    """What to change where the memory does not suffice."""
+    """Options to change where the memory does not suffice."""
 
     @property
     def peak(self) -> int:

@@ -109,11 +109,19 @@ def discover(
     sites = visible_sites(m, model, select_sites(options.sites, list(saes)))
     ensure_checked(model, saes, sites)
     check_edges(saes, sites, edge_nodes=options.edge_nodes)
-    spans, read = _spans(prompts, options.aggregation), read_by(model, m)
+    spans = _spans(prompts, options.aggregation)
     accuracy = None if isinstance(m, Probe) else mean_accuracy(model, prompts)
-    run = DiscoveryRun(read, saes, prompts, m, options, sites, progress=progress)
+    run = DiscoveryRun(read_by(model, m), saes, prompts, m, options, sites, progress=progress)
     if partial is not None:
         run = replace(run, files=_resume_folder(run, partial, resume=resume))
+    return _find_circuit(model, run, spans, {**(provenance or {}), "accuracy": accuracy})
+
+
+def _find_circuit(
+    model: LanguageModel, run: DiscoveryRun, spans: Sequence[str], provenance: Mapping[str, Any]
+) -> Circuit:
+    """Both passes, and the circuit of their results."""
+    options, prompts, sites = run.options, run.prompts, run.sites
     batches = node_pass(run)
     effects = {site: SiteEffects.concatenate(batch.effects[site] for batch in batches) for site in sites}
     nodes = aggregate(
@@ -124,9 +132,8 @@ def discover(
         raise UserError("no node has an effect on the metric: do the prompts differ where the sites can see it?")
     strongest = select_nodes(nodes, top=options.edge_nodes) if options.edge_nodes else {}
     edges, edge_samples = edge_pass(run, batches, strongest) if strongest else ({}, {})
-    about = {"n_nodes": count(nodes), "accuracy": accuracy}
-    metadata = _metadata(model, run, batches, effects, provenance or {}, about)
-    source = CircuitSource(model, as_saes(saes).subset(sites), m, prompts)
+    metadata = _metadata(model, run, batches, effects, {**provenance, "n_nodes": count(nodes)})
+    source = CircuitSource(model, as_saes(run.saes).subset(sites), run.metric, prompts)
     return Circuit(
         effects, strongest, edges, metadata, edge_samples=edge_samples, groups=prompt_groups(prompts), source=source
     )
@@ -150,7 +157,6 @@ def _metadata(
     batches: Sequence[Attribution],
     effects: Mapping[Site, SiteEffects],
     provenance: Mapping[str, Any],
-    about: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The metadata of the circuit; warns where effects cancel or do not add up."""
     m, prompts = run.metric, run.prompts
@@ -168,7 +174,6 @@ def _metadata(
         "options": asdict(run.options),
         "metric_fingerprint": metric_fingerprint(m),
         "sites": [site.name for site in run.sites],
-        **about,
         **_of_prompts(model, prompts, run.options.aggregation),
         **measured,
     }
@@ -185,7 +190,7 @@ def _spans(prompts: PromptSet, aggregation: str) -> tuple[str, ...]:
 
 
 def _of_prompts(model: LanguageModel, prompts: PromptSet, aggregation: str) -> dict[str, Any]:
-    """What the metadata say of the prompts."""
+    """Metadata of the prompts."""
     by_span = aggregation == "spans"
     return {
         "n_examples": len(prompts),
@@ -199,7 +204,7 @@ def _of_prompts(model: LanguageModel, prompts: PromptSet, aggregation: str) -> d
 
 
 def _of_metric(batches: Sequence[Attribution], effects: Mapping[Site, SiteEffects], n_examples: int) -> dict[str, Any]:
-    """What the metadata say of the metric: its means, and how nearly the effects add up to what was measured."""
+    """Metadata of the metric: its means, and how nearly the effects add up to what was measured."""
     means = _metric_means(batches, n_examples)
     totals = {site: torch.cat([batch.site_totals[site] for batch in batches]) for site in effects}
     scale = abs(means["total_effect"] or 0.0) or max(abs(total.double().mean().item()) for total in totals.values())

@@ -1,4 +1,4 @@
-"""What of a discovery is finished, so that an interrupted one goes on after its last finished batch.
+"""Store the finished batches of a discovery, so that an interrupted one goes on after the last of them.
 
 1. `partial.json` says what the work is: model, autoencoders, prompts, options. The files of other work are refused
    with a sentence that says what differs.

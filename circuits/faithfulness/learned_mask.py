@@ -36,6 +36,7 @@ import torch
 from torch.nn.functional import pad
 
 from circuits._results import format_table
+from circuits._tensors import flatten
 from circuits.attribution.nodes import Nodes
 from circuits.circuit import Circuit
 from circuits.faithfulness.ablation import AblationValues
@@ -94,11 +95,7 @@ class LearnedMask(Result):
     def save(self, path: str | Path) -> Path:
         """Write nodes, ranks and scores as .safetensors, whose header says `kind: mask`."""
         path = Path(path)
-        tensors: dict[str, torch.Tensor] = {}
-        for site, nodes in self.nodes.items():
-            named = {"feature": nodes.feature, "position": nodes.position, "effect": nodes.effect}
-            tensors |= {f"{site.name}/{name}": tensor for name, tensor in named.items()}
-            tensors[f"{site.name}/score"] = self.scores[site]
+        tensors = flatten(self.nodes) | {f"{site}/score": scores for site, scores in self.scores.items()}
         write_tensors(path, tensors, metadata={"kind": "mask"})
         return path
 

@@ -1,4 +1,4 @@
-"""What is explained: one number per prompt, read from the logits after it.
+"""Metrics: the behaviour as one number per prompt, read from the logits after it.
 
 A metric is a function `m(logits [B, V], prompts) -> [B]` of the logits at the last position. All metrics here are small
 while the model behaves as on the clean prompt and **rise as the behaviour breaks**, so that delta = m(patch) - m(clean)
@@ -84,7 +84,7 @@ def log_probability(logits: Tensor, prompts: PromptSet) -> Tensor:
 def kl(logits: Tensor, prompts: PromptSet) -> Tensor:
     """m = sum_v p_clean(v) (log p_clean(v) - log p(v)), [B]. p_clean is `prompts.reference`, filled in by `prepare`."""
     if prompts.reference is None:
-        raise UserError("the metric 'kl' compares with the model's own clean run: call behaviour.prepare(...) first")
+        raise UserError("the metric 'kl' compares with the model's own clean run: call prepare(...) first")
     log_p = at_least_float32(logits).log_softmax(-1)  # [B, V]
     reference = prompts.reference.to(log_p)  # [B, V] log-probabilities
     return (reference.exp() * (reference - log_p)).sum(-1)

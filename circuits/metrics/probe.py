@@ -49,7 +49,7 @@ class Probe:
     position: str = LAST
     """`last` for the last token, or a span, over whose tokens the output is averaged."""
     name: str = "probe"
-    """What it is called in drawings and reports."""
+    """Its name in drawings and reports."""
     margin: bool = False
     """m = -(w . x + b) times its sign on the clean prompt, which `PromptSet.reference` [B, 1] holds."""
     made_in: str = ""
@@ -63,7 +63,7 @@ class Probe:
         if not self.margin:
             return m
         if prompts.reference is None:
-            raise UserError("the margin of a probe compares with the clean run: call behaviour.prepare(...) first")
+            raise UserError("the margin of a probe compares with the clean run: call prepare(...) first")
         return -m * prompts.reference[:, 0].to(m)
 
     def _read(self, outputs: Tensor, prompts: PromptSet) -> Tensor:

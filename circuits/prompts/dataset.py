@@ -75,7 +75,7 @@ class PromptSet:
     template_rule: TemplateRule = "length"
     """How `templates` were made."""
     reference: Tensor | None = None
-    """What the metric compares with: log-probabilities after the clean prompts [B, V], or a probe's sign [B, 1]."""
+    """Compared with by the metric: log-probabilities after the clean prompts [B, V], or a probe's sign [B, 1]."""
     spans: tuple[str, ...] = ()
     """Names of the token spans, in the order of the sentence; empty where the prompts have none."""
     span_numbers: Tensor | None = None
@@ -217,11 +217,23 @@ def load_prompts(
     span_template: str | None = None,
     need_spans: bool = False,
 ) -> PromptSet:
-    """The usable prompts of a file or hub data set, at most `limit` of them, tokenised for `model`.
+    """Read the usable prompts of a file or hub data set and tokenise them.
 
-    limit: the first ones, or where these miss a case or template of the file, some of each (`prompt_selection`).
-    span_template: finds the spans of all prompts, whatever the file says of them; need_spans: prompts whose spans
-    cannot be found are left out and counted. Otherwise prompts have spans where all of them do.
+    Args:
+        source: a .jsonl, .json or .csv file of any format of `circuits.prompts.formats`, or a data set on the hub,
+            `owner/name`, `owner/name:split` or `owner/name:config:split`.
+        model: the model whose tokenizer is used.
+        limit: how many are taken: the first ones, or where these miss a case or template of the file, some of each.
+        span_template: a template such as "The {subject} near the {attractor}" that finds the spans of all prompts,
+            whatever the file says of them.
+        need_spans: leave out, and count, prompts whose spans cannot be found; otherwise prompts have spans where all of
+            them do.
+
+    Returns:
+        The prompts as one batch on the model's device; `rejected` counts those that cannot be used, by reason.
+
+    Raises:
+        UserError: for a file that is missing or malformed, with its line, and where no prompt can be used.
     """
     return make_prompts(
         read_examples(source), model, limit=limit, span_template=span_template, need_spans=need_spans, name=str(source)

@@ -45,11 +45,11 @@ class Example:
     clean: str
     """The prompt in which the behaviour shows."""
     clean_answers: tuple[str | int, ...]
-    """What the model should say after it: text that continues the prompt, or token ids."""
+    """Right answers after it: text that continues the prompt, or token ids."""
     patch: str | None = None
     """The contrasting prompt, if there is one."""
     patch_answers: tuple[str | int, ...] = ()
-    """What the model should say after the contrasting prompt."""
+    """Right answers after the contrasting prompt."""
     case: str = ""
     """Which kind of example it is, such as `plural_singular`; results are split by it."""
     template: str = ""

@@ -43,14 +43,14 @@ class SiteEffects:
     """[n] float32."""
 
     @staticmethod
-    def concatenate(parts: Iterable[SiteEffects], n_features: int | None = None) -> SiteEffects:
+    def concatenate(several: Iterable[SiteEffects], n_features: int | None = None) -> SiteEffects:
         """All entries one after the other; `n_features` is needed where there may be no parts."""
-        parts = list(parts)
-        if not parts:
+        several = list(several)
+        if not several:
             none = torch.zeros(0, dtype=torch.int32)
             return SiteEffects(n_features or 0, none, none, none, torch.zeros(0))
-        columns = (torch.cat([getattr(part, name) for part in parts]) for name in ENTRIES)
-        return SiteEffects(parts[0].n_features, *columns)
+        columns = (torch.cat([getattr(part, name) for part in several]) for name in ENTRIES)
+        return SiteEffects(several[0].n_features, *columns)
 
     def relabel_examples(self, numbers: Tensor) -> SiteEffects:
         """The same effects with example e called `numbers[e]`."""

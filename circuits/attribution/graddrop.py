@@ -63,17 +63,17 @@ def gradients_with_layer_blocked(
     for layer in range(model.n_layers):
         blocked = layer
         open_sites = [site for site in sites if site.layer != layer or site.kind == "resid"]
-        found = torch.autograd.grad(m, [run.activations[site] for site in open_sites], retain_graph=True)
-        yield layer, dict(zip(open_sites, found, strict=True))
+        gradients = torch.autograd.grad(m, [run.activations[site] for site in open_sites], retain_graph=True)
+        yield layer, dict(zip(open_sites, gradients, strict=True))
 
 
-def mean_magnitude(parts: Sequence[SiteEffects]) -> SiteEffects:
+def mean_magnitude(several: Sequence[SiteEffects]) -> SiteEffects:
     """Mean of |value| over several effects of one site, with the sign of the mean; absent entries count as zero."""
-    whole = SiteEffects.concatenate(parts)
-    keys = torch.stack([whole.example, whole.position, whole.feature])
+    together = SiteEffects.concatenate(several)
+    keys = torch.stack([together.example, together.position, together.feature])
     (example, position, feature), entry = keys.unique(dim=1, return_inverse=True)
     zeros = torch.zeros(len(example), dtype=torch.float64)
-    signed = zeros.index_add(0, entry, whole.value.double())
-    magnitude = zeros.index_add(0, entry, whole.value.double().abs()) / len(parts)
+    signed = zeros.index_add(0, entry, together.value.double())
+    magnitude = zeros.index_add(0, entry, together.value.double().abs()) / len(several)
     value = torch.where(signed < 0, -magnitude, magnitude).float()
-    return SiteEffects(whole.n_features, example, position, feature, value)
+    return SiteEffects(together.n_features, example, position, feature, value)

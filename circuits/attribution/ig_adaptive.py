@@ -102,8 +102,8 @@ def adaptive_gradient(
         middle = torch.cat([middle[~split], new])
         right = torch.cat([right[~split], c, b])
     weight = torch.zeros_like(nodes.alpha)
-    for at, share in ((left, 1), (middle, 4), (right, 1)):
-        weight.index_add_(0, at, share * width / 6)
+    for node, share in ((left, 1), (middle, 4), (right, 1)):
+        weight.index_add_(0, node, share * width / 6)
     total = torch.zeros_like(states.clean[site], dtype=torch.float32)
     total.index_add_(0, nodes.example, weight.to(total)[:, None, None] * nodes.gradient)
     return total, len(nodes.alpha) / n - 1
@@ -126,17 +126,17 @@ def _evaluate(
     max_rows: int,
 ) -> _Nodes:
     """m and dm/dx at alpha [n] on the paths of the examples [n]."""
-    parts = []
-    for owner, at in zip(example.split(max_rows), alpha.split(max_rows), strict=True):
+    chunks = []
+    for owner, alphas in zip(example.split(max_rows), alpha.split(max_rows), strict=True):
         clean, patch = states.clean[site][owner], states.patch[site][owner]
-        leaf = torch.lerp(clean, patch, at.to(clean)[:, None, None]).requires_grad_()
+        leaf = torch.lerp(clean, patch, alphas.to(clean)[:, None, None]).requires_grad_()
         skip = states.resume(model, site, owner) | {site: leaf}
         run = model.run(states.tokens[owner], skip=skip, grad=True, last_only=True)
         m = metric(run.logits[:, -1], states.prompts[owner])
         (gradient,) = torch.autograd.grad(m.sum(), leaf)
         slope = ((patch - clean) * gradient).float().sum((1, 2))
-        parts.append(_Nodes(owner, at, m.detach().float(), slope, gradient))
-    whole = parts[0]
-    for part in parts[1:]:
-        whole += part
-    return whole
+        chunks.append(_Nodes(owner, alphas, m.detach().float(), slope, gradient))
+    nodes = chunks[0]
+    for chunk in chunks[1:]:
+        nodes += chunk
+    return nodes

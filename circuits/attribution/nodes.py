@@ -107,8 +107,8 @@ def aggregate_site(
         position = torch.full_like(feature, -1)
     else:
         table = effects.by_position(n_examples, len(spans) if aggregation == "spans" else n_positions)
-        kept = table.values() != 0
-        (position, feature), effect = table.indices()[:, kept], table.values()[kept]
+        is_there = table.values() != 0
+        (position, feature), effect = table.indices()[:, is_there], table.values()[is_there]
     order = effect.abs().argsort(descending=True, stable=True)
     names = tuple(spans) if aggregation == "spans" else ()
     return SiteNodes(effects.n_features, feature[order], position[order], effect[order], names)
@@ -139,8 +139,8 @@ def select_nodes(nodes: Mapping[Site, SiteNodes], *, top: int | None = None, thr
     if top is not None and top < len(magnitudes):
         strongest = magnitudes.argsort(descending=True, stable=True)[:top]
         keep &= torch.zeros_like(keep).index_fill_(0, strongest, True)
-    parts = keep.split([len(site_nodes) for site_nodes in nodes.values()])
-    return {site: site_nodes[part] for (site, site_nodes), part in zip(nodes.items(), parts, strict=True)}
+    masks = keep.split([len(site_nodes) for site_nodes in nodes.values()])
+    return {site: site_nodes[mask] for (site, site_nodes), mask in zip(nodes.items(), masks, strict=True)}
 
 
 def distinguishable(nodes: Nodes, intervals: Mapping[Site, Tensor]) -> Nodes:

@@ -54,23 +54,23 @@ def path_effects(
     sites = list(nodes)
     batch = len(states.tokens)
     copies = max(1, max_rows // batch)
-    ends = {site: _Node(saes[site], states, site, here) for site, here in nodes.items() if len(here)}
+    of_site = {site: _Node(saes[site], states, site, here) for site, here in nodes.items() if len(here)}
     edges: Edges = {}
-    for up in ends:
+    for up in of_site:
         later = [site for site in sites if site > up]
-        targets = [site for site in later if site in ends]
+        targets = [site for site in later if site in of_site]
         for down in [*targets, None]:
             n_down = 1 if down is None else len(nodes[down])
             edges[up, down] = torch.zeros(n_down, len(nodes[up]), dtype=torch.float64)
         for first in range(0, len(nodes[up]), copies):
             columns = range(first, min(first + copies, len(nodes[up])))
-            x = torch.cat([states.clean[up] + ends[up].change(column) for column in columns])
+            x = torch.cat([states.clean[up] + of_site[up].change(column) for column in columns])
             outputs, m = _pinned_run(model, states, metric, up, x, later, copies=len(columns))
-            for place, column in enumerate(columns):
-                rows = slice(place * batch, (place + 1) * batch)
+            for copy, column in enumerate(columns):
+                rows = slice(copy * batch, (copy + 1) * batch)
                 edges[up, None][0, column] = (m[rows] - states.m_clean).double().sum().item()
                 for down in targets:
-                    changes = ends[down].changes(outputs[down][rows])
+                    changes = of_site[down].changes(outputs[down][rows])
                     edges[up, down][:, column] = _effects(model, states, metric, down, changes, max_rows)
     return {pair: weights.float() for pair, weights in edges.items()}
 
@@ -87,8 +87,8 @@ class _Node:
             f_patch, e_patch = torch.zeros_like(self.f_clean), torch.zeros_like(self.e_clean)
         else:
             f_patch, e_patch = self._read(states.patch[site])
-        at = nodes.where(states.prompts).to(self.feature.device)  # [B or 1, S, n]
-        self.at = (at & states.mask.to(at.device)[..., None]).movedim(-1, 0)[..., None]  # [n, B, S, 1]
+        is_there = nodes.where(states.prompts).to(self.feature.device)  # [B or 1, S, n]
+        self.at = (is_there & states.mask.to(is_there.device)[..., None]).movedim(-1, 0)[..., None]  # [n, B, S, 1]
         self.f_delta, self.e_delta = f_patch - self.f_clean, e_patch - self.e_clean
 
     def _read(self, x: Tensor) -> tuple[Tensor, Tensor]:

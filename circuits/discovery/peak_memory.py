@@ -15,16 +15,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-def peak_memory(work: Callable[[], Any], device: torch.device) -> int:
+def peak_memory(function: Callable[[], Any], device: torch.device) -> int:
     """Bytes of tensors alive at once while `work` runs, beyond those alive before."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        work()
+        function()
         return torch.cuda.max_memory_allocated(device) - before
     with _Watch() as watch:
-        work()
+        function()
     return watch.peak
 
 

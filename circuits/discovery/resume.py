@@ -85,10 +85,10 @@ class ResumeFolder:
         prepare_folder(self.folder, overwrite=True)
         write_json(noted, {"schema_version": SCHEMA_VERSION, **work})
 
-    def _check(self, known: dict[str, Any], work: dict[str, Any]) -> None:
-        if known.pop("schema_version", None) != SCHEMA_VERSION:
+    def _check(self, noted: dict[str, Any], work: dict[str, Any]) -> None:
+        if noted.pop("schema_version", None) != SCHEMA_VERSION:
             raise UserError(f"{self.folder / WORK_FILE} is of another version: start again with --overwrite")
-        before, now = _flat(known), _flat(work)
+        before, now = _flat(noted), _flat(work)
         for name in sorted(before.keys() | now.keys()):
             if before.get(name) != now.get(name):
                 raise UserError(

@@ -45,16 +45,16 @@ def read_site(
     model: LanguageModel, tokens: Tokens, site: Site, inside: Tensor | None = None, *, batch_size: int = 64
 ) -> Tensor:
     """x at the last token, [B, d]; with `inside` [B, S] bool the mean over these tokens."""
-    parts = []
+    batches = []
     for start in range(0, len(tokens), batch_size):
         rows = slice(start, start + batch_size)
         x = model.run(tokens[rows], capture=[site], need_logits=False).activations[site].float()
         if inside is None:
-            parts.append(x[:, -1])
+            batches.append(x[:, -1])
         else:
-            at = inside[rows].to(x)[..., None]
-            parts.append((x * at).sum(1) / at.sum(1))
-    return torch.cat(parts).cpu()
+            is_inside = inside[rows].to(x)[..., None]
+            batches.append((x * is_inside).sum(1) / is_inside.sum(1))
+    return torch.cat(batches).cpu()
 
 
 def fit_probe(

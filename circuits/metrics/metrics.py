@@ -107,13 +107,13 @@ def get_metric(metric: str | Metric) -> Metric:
         return METRICS[metric]
     if ":" not in metric:
         raise unknown("metric", metric, METRICS)
-    place, _, name = metric.rpartition(":")
+    module, _, name = metric.rpartition(":")
     try:
-        function = getattr(_load_module(place), name)
+        function = getattr(_load_module(module), name)
     except (ImportError, OSError) as error:
         raise UserError(f"cannot import the metric {metric!r}: {error}") from error
     except AttributeError:
-        raise UserError(f"metric {metric!r}: {place} has no function {name!r}") from None
+        raise UserError(f"metric {metric!r}: {module} has no function {name!r}") from None
     if not callable(function):
         raise UserError(f"metric {metric!r} is not a function of (logits, prompts)")
     return function
@@ -125,8 +125,8 @@ def absolute(metric: str) -> str:
         kind, _, rest = metric.partition(":")
         file, suffix, row = rest.partition(".safetensors")
         return f"{kind}:{Path(file + suffix).resolve()}{row}"
-    place, _, name = metric.rpartition(":")
-    return f"{Path(place).resolve()}:{name}" if place.endswith(".py") else metric
+    module, _, name = metric.rpartition(":")
+    return f"{Path(module).resolve()}:{name}" if module.endswith(".py") else metric
 
 
 # ------------------------------------------------------------------------------------------ which metric it is
@@ -136,7 +136,7 @@ def metric_name(metric: str | Metric) -> str:
     """The name a circuit keeps of its metric: as the command line has it, or `module:function` of a Python object."""
     if isinstance(metric, str):
         return absolute(metric)
-    return next((name for name, known in METRICS.items() if known is metric), None) or code_name(metric)
+    return next((name for name, function in METRICS.items() if function is metric), None) or code_name(metric)
 
 
 def metric_title(metric: Metric, prompts: PromptSet) -> str:
@@ -289,11 +289,11 @@ def values_and_correct(
     model: LanguageModel, prompts: PromptSet, metric: Metric, *, batch_size: int = 64, edits=None
 ) -> tuple[Tensor, Tensor]:
     """m of every clean prompt and whether it is answered rightly, [B] each, from the same runs; not for probes."""
-    found = [
+    batches = [
         (metric(logits, batch), correct(logits, batch))
         for batch, logits in _batch_logits(model, prompts, edits, batch_size)
     ]
-    values, right = zip(*found, strict=True)
+    values, right = zip(*batches, strict=True)
     return torch.cat(values), torch.cat(right)
 
 
@@ -325,16 +325,16 @@ def accuracy(logits: Tensor, prompts: PromptSet) -> float:
     return correct(logits, prompts).float().mean().item()
 
 
-def _load_module(place: str):
+def _load_module(name: str) -> Any:
     """A module by dotted name, or from a Python file."""
-    if not place.endswith(".py"):
-        return importlib.import_module(place)
-    path = Path(place)
+    if not name.endswith(".py"):
+        return importlib.import_module(name)
+    path = Path(name)
     if not path.is_file():
-        raise ImportError(f"no file {place}")
+        raise ImportError(f"no file {name}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
-        raise ImportError(f"{place} is not a Python file")
+        raise ImportError(f"{name} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

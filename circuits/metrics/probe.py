@@ -70,8 +70,8 @@ class Probe:
         if self.position == LAST:
             return outputs[:, -1]
         if self.position not in prompts.spans:
-            known = ", ".join(prompts.spans) or "none"
-            raise UserError(f"the probe reads the span {self.position!r}, and the prompts have the spans: {known}")
+            names = ", ".join(prompts.spans) or "none"
+            raise UserError(f"the probe reads the span {self.position!r}, and the prompts have the spans: {names}")
         inside = prompts.positions(prompts.spans) == prompts.spans.index(self.position)  # [B, S]
         if not inside.any(1).all():
             raise UserError(f"the probe reads the span {self.position!r}, which some of the prompts do not have")
@@ -176,8 +176,8 @@ class ReadModel(LanguageModel):
         run = super().run(tokens, capture=wanted | read, need_logits=False, **options)
         if not need_logits:
             return run
-        found = {site: x for site, x in run.activations.items() if site in wanted}
-        return Run(found, probe.outputs(run.activations[probe.site])[:, None])
+        captured = {site: x for site, x in run.activations.items() if site in wanted}
+        return Run(captured, probe.outputs(run.activations[probe.site])[:, None])
 
 
 def read_by(model: LanguageModel, metric: object) -> LanguageModel:
@@ -208,9 +208,11 @@ def visible_sites(metric: object, model: LanguageModel, sites: Sequence[Site]) -
     """The sites that can change the metric: those up to the probe's, where it is one."""
     if not isinstance(metric, Probe):
         return list(sites)
-    at = metric.site
-    beside = Site("attn", at.layer) if at.kind == "mlp" and model.parallel_blocks else None
-    seen = [site for site in sites if site <= at and site != beside]
+    site_of_probe = metric.site
+    beside = Site("attn", site_of_probe.layer) if site_of_probe.kind == "mlp" and model.parallel_blocks else None
+    seen = [site for site in sites if site <= site_of_probe and site != beside]
     if not seen:
-        raise UserError(f"the probe reads {at}, and none of the sites {', '.join(map(str, sites))} comes before it")
+        raise UserError(
+            f"the probe reads {site_of_probe}, and none of the sites {', '.join(map(str, sites))} comes before it"
+        )
     return seen

@@ -36,11 +36,11 @@ def length_keys(clean: Tokens) -> list[str]:
 def mask_keys(clean: Tokens, patch: Tokens) -> list[str]:
     """The commonest pattern each prompt fits: token ids with `*` where clean and patch differ, "1 * * 418 329"."""
     words = words_of(clean)
-    own = [
+    patterns = [
         " ".join(a if a == b else "*" for a, b in zip(row, other, strict=True))
         for row, other in zip(words, words_of(patch), strict=True)
     ]
-    return [key or "" for key in commonest_fits(words, Counter(own))]
+    return [key or "" for key in commonest_fits(words, Counter(patterns))]
 
 
 def words_of(tokens: Tokens) -> list[list[str]]:

@@ -51,10 +51,10 @@ class AnswerTokens:
         self._tokenise(examples, patch_ends, [example.patch or example.clean for example in examples])
         return [self._read(*row) for row in zip(examples, clean_ends, patch_ends, strict=True)]
 
-    def _tokenise(self, examples: Sequence[Example], ends: Sequence[tuple], texts: Sequence[str]) -> None:
+    def _tokenise(self, examples: Sequence[Example], endings: Sequence[tuple], texts: Sequence[str]) -> None:
         """Find out what each text answer adds behind each kind of ending, where that is not known."""
         todo: dict[tuple[object, str], str] = {}
-        for example, end, text in zip(examples, ends, texts, strict=True):
+        for example, end, text in zip(examples, endings, texts, strict=True):
             for answer in (*example.clean_answers, *example.patch_answers):
                 if isinstance(answer, str) and (end, answer) not in self._added:
                     todo.setdefault((end, answer), text)
@@ -62,7 +62,7 @@ class AnswerTokens:
         self._added.update(zip(todo, added, strict=True))
 
     def _read(self, example: Example, clean: tuple, patch: tuple) -> tuple[list[int], list[int]] | str:
-        found: list[list[int]] = []
+        both: list[list[int]] = []
         for answers in (example.clean_answers, example.patch_answers):
             several, ids = len(answers) > 1, []
             for answer in answers:
@@ -72,8 +72,8 @@ class AnswerTokens:
                 if self._token(answer, patch, several=several) != token:
                     return DIFFERS
                 ids.append(token)
-            found.append(ids)
-        return found[0], found[1]
+            both.append(ids)
+        return both[0], both[1]
 
     def _token(self, answer: str | int, end: tuple, *, several: bool) -> int | str:
         """The id of one answer behind one kind of ending, or why there is none."""

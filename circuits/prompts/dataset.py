@@ -186,9 +186,9 @@ class PromptSet:
         if reference.template_rule != "mask":
             return self.with_templates(reference.template_rule)
         patterns = Counter(reference.templates)
-        own = self.with_templates("mask").templates if self.patch is not None else length_keys(self.clean)
-        found = commonest_fits(words_of(self.clean), patterns)
-        keys = [fit or key for fit, key in zip(found, own, strict=True)]
+        otherwise = self.with_templates("mask").templates if self.patch is not None else length_keys(self.clean)
+        fits = commonest_fits(words_of(self.clean), patterns)
+        keys = [fit or key for fit, key in zip(fits, otherwise, strict=True)]
         return replace(self, templates=keys, template_rule="mask")
 
     @property

@@ -118,8 +118,8 @@ def _rows_of_object(content: Any, where: str) -> Iterator[tuple[Row, str]]:
     if isinstance(content, dict) and isinstance(content.get("prompts"), list):
         words = content.get("word_idxs")
         content = content["prompts"]
-        if isinstance(words, dict) and all(type(place) is int for place in words.values()):
-            named = {name: {"tokens": [place, place + 1], "special": False} for name, place in words.items()}
+        if isinstance(words, dict) and all(type(index) is int for index in words.values()):
+            named = {name: {"tokens": [index, index + 1], "special": False} for name, index in words.items()}
             content = [{"spans": named, **row} if isinstance(row, dict) else row for row in content]
     if isinstance(content, list):
         for index, row in enumerate(content):
@@ -134,10 +134,10 @@ def _rows_of_object(content: Any, where: str) -> Iterator[tuple[Row, str]]:
 
 
 def _hub_rows(source: str) -> Iterator[tuple[Row, str]]:
-    name, *parts = source.split(":")
-    split = parts.pop() if parts else "train"
+    name, *config = source.split(":")
+    split = config.pop() if config else "train"
     try:
-        data = hub_data_set(name, *parts, split=split)
+        data = hub_data_set(name, *config, split=split)
     except Exception as error:  # the datasets library raises many kinds
         reason = str(error).strip().splitlines()
         raise UserError(

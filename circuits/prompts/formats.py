@@ -74,8 +74,8 @@ def read_rows(source: str | Path, text_keys: Sequence[str]) -> Iterator[tuple[Ro
         key = next((key for key in text_keys if row.get(key)), None)
         if key is None:
             raise UserError(f"{where}: no text (found {sorted(row)}), expected one of {', '.join(text_keys)}")
-        found = check_type({"text": row[key], "template": row.get("template")}, _Text, f"{where}, {key}")
-        yield row, _with_spans(Example(found.text, (), template=found.template), row, where), where
+        entry = check_type({"text": row[key], "template": row.get("template")}, _Text, f"{where}, {key}")
+        yield row, _with_spans(Example(entry.text, (), template=entry.template), row, where), where
 
 
 # ------------------------------------------------------------------------------------------ values
@@ -228,8 +228,8 @@ class _GreaterThan:
 
     def example(self) -> Example:
         years = [f"{year:02}" for year in range(_N_YEARS)]
-        whole = all(re.search(r"(?<![0-9])[0-9]{4}$", text) for text in (self.clean, self.corrupted))
-        clean, patch = (text[:-2] if whole else text for text in (self.clean, self.corrupted))
+        end_in_year = all(re.search(r"(?<![0-9])[0-9]{4}$", text) for text in (self.clean, self.corrupted))
+        clean, patch = (text[:-2] if end_in_year else text for text in (self.clean, self.corrupted))
         return Example(
             clean=clean,
             clean_answers=tuple(years[self.label + 1 :]),

@@ -64,19 +64,19 @@ def _take(
 def kinds_of(examples: Sequence[Example], limit: int) -> list[tuple[str, str]]:
     """Case and sentence frame of each example."""
     cases = [example.case for example in examples]
-    frames = [example.template for example in examples]
-    if all(frames):
-        return list(zip(cases, frames, strict=True))
-    frames = [_shared_words(example) for example in examples]
-    kinds = list(zip(cases, frames, strict=True))
-    telling = len(frames) >= MIN_EXAMPLES_A_FRAME * len(set(frames)) and 2 * len(set(kinds)) <= limit
+    templates = [example.template for example in examples]
+    if all(templates):
+        return list(zip(cases, templates, strict=True))
+    templates = [_shared_words(example) for example in examples]
+    kinds = list(zip(cases, templates, strict=True))
+    telling = len(templates) >= MIN_EXAMPLES_A_FRAME * len(set(templates)) and 2 * len(set(kinds)) <= limit
     return kinds if telling else [(case, "") for case in cases]
 
 
 def first_rows(kinds: Sequence[Hashable], n: int) -> list[int]:
     """The first n rows, or where these miss a kind, n rows by kind in their order."""
-    whole = set(kinds[:n]) == set(kinds)
-    return list(range(len(kinds)))[:n] if whole else sorted(by_kind(kinds)[:n])
+    has_all_kinds = set(kinds[:n]) == set(kinds)
+    return list(range(len(kinds)))[:n] if has_all_kinds else sorted(by_kind(kinds)[:n])
 
 
 def by_kind(kinds: Sequence[Hashable]) -> list[int]:

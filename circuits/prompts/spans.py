@@ -200,7 +200,7 @@ def token_spans(spans: Mapping[str, Span], text: str, offsets: Sequence[Range]) 
                 raise SpanProblem(f"spans {names[token]!r} and {name!r} overlap")
             names[token] = name
     rest = [OTHER] * (len(offsets) - 1) + [OTHER if LAST in spans else LAST]
-    return [role or other for role, other in zip(names, rest, strict=True)]
+    return [name or other for name, other in zip(names, rest, strict=True)]
 
 
 def _tokens(name: str, span: Span, text: str, offsets: Sequence[Range]) -> Sequence[int]:

@@ -96,13 +96,8 @@ def edge_faithfulness(
     ensure_checked(model, saes, circuit.nodes)
     reference = circuit.prompts if reference is None else reference
     prompts, model = prepare(circuit.prompts if prompts is None else prompts, model, m), read_by(model, m)
-    nodes = from_start_site(
-        {site: circuit.edge_nodes.get(site, n[:0]) for site, n in circuit.nodes.items()}, options.start_site
-    )
-    edges = {pair: weights for pair, weights in circuit.edges.items() if pair[0] in nodes}
+    nodes, edges = _from_start(circuit, options.start_site)
     n_edges = sum(int(weights.count_nonzero()) for weights in edges.values())
-    if not n_edges:
-        raise UserError("the circuit has no edges here: discover it with edge nodes, or start at an earlier site")
     sizes = sizes_within(sizes, n_edges, of="edges")
     reference, prompts, _ = aligned(reference, prompts, options.ablation)
     values = ablation_values(
@@ -113,6 +108,16 @@ def edge_faithfulness(
     sets = _edge_sets(edges, sizes, n_random=options.random, seed=options.seed)
     m_all = _metrics(setting, values, sets, prompts, batch_size=options.batch_size, progress=progress)
     return _record(m_all, sizes, nodes, options, n_edges=n_edges, groups=prompt_groups(prompts))
+
+
+def _from_start(circuit: Circuit, start_site: str | None) -> tuple[Nodes, Edges]:
+    """The nodes between which edges were computed, and the edges, from the start site on."""
+    nodes = {site: circuit.edge_nodes.get(site, of_site[:0]) for site, of_site in circuit.nodes.items()}
+    nodes = from_start_site(nodes, start_site)
+    edges = {pair: weights for pair, weights in circuit.edges.items() if pair[0] in nodes}
+    if not any(weights.any() for weights in edges.values()):
+        raise UserError("the circuit has no edges here: discover it with edge nodes, or start at an earlier site")
+    return nodes, edges
 
 
 def _record(

@@ -103,12 +103,14 @@ class NodeFaithfulness(Result):
         """One row a size."""
         table = pd.DataFrame({"nodes": self.sizes}).astype(str)
         table["faithfulness"] = [f"{value:.3f}" for value in self.faithfulness]
-        table["random"] = [drawn_range(values) for values in _by_size(self.random, self.sizes)]
+        if self.intervals:
+            table["95 %"] = [format_interval(bounds) for bounds in self.intervals.faithfulness]
+        if self.random:
+            table["random"] = _random_ranges(self.random)
         table["completeness"] = [f"{value:.3f}" for value in self.completeness]
         if self.intervals:
-            for column, name in ((2, "faithfulness"), (5, "completeness")):
-                bounds = getattr(self.intervals, name)
-                table.insert(column, "95 %", [format_interval(pair) for pair in bounds], allow_duplicates=True)
+            texts = [format_interval(bounds) for bounds in self.intervals.completeness]
+            table.insert(len(table.columns), "95 %", texts, allow_duplicates=True)
         return format_table(table)
 
     def setting(self) -> str:
@@ -207,7 +209,8 @@ class EdgeFaithfulness(Result):
         table["faithfulness"] = [f"{value:.3f}" for value in self.faithfulness]
         if self.intervals:
             table["95 %"] = [format_interval(pair) for pair in self.intervals]
-        table["random"] = [drawn_range(values) for values in _by_size(self.random, self.sizes)]
+        if self.random:
+            table["random"] = _random_ranges(self.random)
         end = f"{self.n_edges} edges have a weight; with all {self.n_nodes} nodes joined {self.all_joined:.3f}"
         return f"{format_table(table)}\n{end}"
 
@@ -248,18 +251,13 @@ def cmd(faithfulness: Sequence[float], sizes: Sequence[int], n_nodes: int) -> fl
     return area([1.0, *(abs(1 - f) for f in faithfulness)], [0, *sizes], n_nodes)
 
 
-def _by_size(random: Sequence[Sequence[float]], sizes: Sequence[int]) -> list[list[float]]:
-    """What random sets had, by size; empty lists where none was drawn."""
-    return [[curve[row] for curve in random] for row in range(len(sizes))]
+def _random_ranges(random: Sequence[Sequence[float]]) -> list[str]:
+    """What random sets had at each size, as `-0.02 to +0.11`."""
+    return [f"{signed(min(values))} to {signed(max(values))}" for values in zip(*random, strict=True)]
 
 
 def _with_random(frame: pd.DataFrame, random: Sequence[Sequence[float]]) -> pd.DataFrame:
     return frame.assign(random_min=np.min(random, 0), random_max=np.max(random, 0)) if random else frame
-
-
-def drawn_range(values: Sequence[float]) -> str:
-    """What random sets had, as `-0.02 to +0.11`; empty where none was drawn."""
-    return f"{signed(min(values))} to {signed(max(values))}" if values else ""
 
 
 def signed(value: float) -> str:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from markupsafe import Markup
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 COLOURS = {"#010101": "--ink", "#020202": "--pale", "#030303": "--rule", "#040404": "--pos", "#050505": "--neg"}
@@ -75,15 +76,19 @@ def curves_plot(
                 label, (sizes[-1], y), (8, 0), textcoords="offset points", color=colour, va="center",
                 annotation_clip=False,
             )  # fmt: skip
-        axes.set_xscale("log")
-        axes.set_xticks(sizes, [str(size) for size in sizes])
-        axes.minorticks_off()
-        axes.set_xlabel(unit, color=INK)
-        axes.set_ylabel("share of the behaviour", color=INK)
-        axes.tick_params(colors=PALE, length=3)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(RULE)
+        _label_axes(axes, sizes, unit)
         return _inline(figure)
+
+
+def _label_axes(axes: Axes, sizes: Sequence[int], unit: str) -> None:
+    axes.set_xscale("log")
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.minorticks_off()
+    axes.set_xlabel(unit, color=INK)
+    axes.set_ylabel("share of the behaviour", color=INK)
+    axes.tick_params(colors=PALE, length=3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(RULE)
 
 
 def _drawn(values: Sequence[float | None]) -> list[float]:

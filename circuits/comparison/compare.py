@@ -113,9 +113,9 @@ def _score(study: Study, truth: Truth, test: PromptSet, method: str, dictionary:
 
 def size_grid(sizes: Sequence[int], n_nodes: int) -> list[int]:
     """The sizes up to n_nodes, with others between and beyond so that neighbours are at most `GRID` apart."""
-    ends = [size for size in sizes if size < n_nodes] + [n_nodes]
-    grid = {ends[0]}
-    for low, high in pairwise(ends):
+    given = [size for size in sizes if size < n_nodes] + [n_nodes]
+    grid = {given[0]}
+    for low, high in pairwise(given):
         steps = math.ceil(math.log(high / low) / math.log(GRID))
         grid |= {round(low * (high / low) ** (step / steps)) for step in range(1, steps + 1)}
     return sorted(grid)

@@ -90,20 +90,20 @@ class Study:
         return self._rankings[method]
 
     def _effects(self, method: str) -> Ranking:
-        parts: dict[Site, list[SiteEffects]] = {site: [] for site in self.saes}
+        by_batch: dict[Site, list[SiteEffects]] = {site: [] for site in self.saes}
         path_nodes: list[float] = []
         start = time.perf_counter()
         for index, states in self.batches():
             result = self.attribute(states, method)
             for site, effects in result.effects.items():
-                parts[site].append(effects.relabel_examples(index))
+                by_batch[site].append(effects.relabel_examples(index))
             if result.path_nodes:
                 path_nodes.append(sum(result.path_nodes.values()) / len(result.path_nodes) * len(index))
         seconds = time.perf_counter() - start
         states = capture_activations(self.model, self.saes, self._few, self.metric, sites=list(self.saes))
         peak = peak_memory(lambda: self.attribute(states, method), self.model.device)
-        known = sum(path_nodes) / len(self.prompts) if path_nodes else None
-        return Ranking(self.aggregated(parts), seconds, peak, known)
+        per_prompt = sum(path_nodes) / len(self.prompts) if path_nodes else None
+        return Ranking(self.aggregated(by_batch), seconds, peak, per_prompt)
 
     def _mask(self) -> Ranking:
         options, start = self.options, self.ranking(self.options.mask_start)
@@ -139,9 +139,9 @@ class Study:
             gradients=False,
         )  # fmt: skip
 
-    def aggregated(self, parts: Mapping[Site, Sequence[SiteEffects]]) -> Nodes:
+    def aggregated(self, by_batch: Mapping[Site, Sequence[SiteEffects]]) -> Nodes:
         """Nodes from the effects of all batches."""
-        effects = {site: SiteEffects.concatenate(of_site) for site, of_site in parts.items()}
+        effects = {site: SiteEffects.concatenate(of_site) for site, of_site in by_batch.items()}
         return aggregate(effects, n_examples=len(self.prompts), n_positions=self.prompts.clean.n_positions)
 
     def truth(self) -> Truth:
@@ -178,16 +178,16 @@ class Study:
             site: torch.zeros(1 + paired, nodes.n_features + 1, dtype=torch.float64) for site, nodes in sample.items()
         }
         for _, states in self.batches():
-            ends = [(states, 1), (states.reversed(), -1)] if paired else [(states, 1)]
+            directions = [(states, 1), (states.reversed(), -1)] if paired else [(states, 1)]
             for site, nodes in sample.items():
-                for row, (start, sign) in enumerate(ends):
+                for row, (start, sign) in enumerate(directions):
                     effects = exact_effects(
                         self.model, self.saes[site], start, self.metric, site=site, positions=None,
                         features=nodes.feature, max_rows=self.rows,
                     )  # fmt: skip
                     sums[site][row] += sign * effects.summed(1).double()
-        found = torch.cat([sums[site][:, nodes.feature] for site, nodes in sample.items()], 1) / len(self.prompts)
-        return {NOISING: found[0], **({MEAN: found.mean(0)} if paired else {})}
+        exact = torch.cat([sums[site][:, nodes.feature] for site, nodes in sample.items()], 1) / len(self.prompts)
+        return {NOISING: exact[0], **({MEAN: exact.mean(0)} if paired else {})}
 
 
 def agreement(nodes: Nodes, truth: Truth, *, unsigned: bool) -> dict[str, Agreement]:

@@ -202,13 +202,13 @@ def _with_errors(sets: Sequence[tuple[Nodes, bool]], nodes: Nodes, errors: str) 
     def add(chosen: Nodes) -> Nodes:
         full = {}
         for site, site_nodes in nodes.items():
-            known = chosen.get(site, site_nodes[:0])
+            kept_or_removed = chosen.get(site, site_nodes[:0])
             full[site] = SiteNodes(
-                known.n_features,
-                torch.cat([known.feature, torch.tensor([known.n_features])]),
-                torch.cat([known.position, torch.tensor([-1])]),
-                torch.cat([known.effect, torch.zeros(1)]),
-                known.spans,
+                kept_or_removed.n_features,
+                torch.cat([kept_or_removed.feature, torch.tensor([kept_or_removed.n_features])]),
+                torch.cat([kept_or_removed.position, torch.tensor([-1])]),
+                torch.cat([kept_or_removed.effect, torch.zeros(1)]),
+                kept_or_removed.spans,
             )
         return full
 
@@ -256,38 +256,38 @@ def from_start_site(nodes: Nodes, start_site: str | None, *, errors: str = "node
         names = [site.name for site in nodes]
         if start_site not in names:
             raise unknown("start site", start_site, names)
-        nodes = {site: here for site, here in nodes.items() if site >= Site.parse(start_site)}
-    return nodes if errors == "nodes" else {site: here[~here.is_error] for site, here in nodes.items()}
+        nodes = {site: of_site for site, of_site in nodes.items() if site >= Site.parse(start_site)}
+    return nodes if errors == "nodes" else {site: of_site[~of_site.is_error] for site, of_site in nodes.items()}
 
 
 def random_nodes(nodes: Nodes, size: int, *, generator: torch.Generator) -> Nodes:
     """`size` nodes drawn uniformly from all nodes with an effect."""
     chosen = torch.zeros(count(nodes), dtype=torch.bool)
     chosen[torch.randperm(len(chosen), generator=generator)[:size]] = True
-    parts = chosen.split([len(site_nodes) for site_nodes in nodes.values()])
-    return {site: site_nodes[part] for (site, site_nodes), part in zip(nodes.items(), parts, strict=True)}
+    masks = chosen.split([len(site_nodes) for site_nodes in nodes.values()])
+    return {site: site_nodes[mask] for (site, site_nodes), mask in zip(nodes.items(), masks, strict=True)}
 
 
 def aligned(reference: PromptSet, prompts: PromptSet, ablation: str) -> tuple[PromptSet, PromptSet, int]:
     """Reference and measured prompts keyed by the same template rule; measured prompts without reference left out."""
     if ablation in ("counterfactual", "zero", "mean-pooled"):
         return reference, prompts, 0
-    by_cell = ablation in ("mean", "optimal")
+    by_group = ablation in ("mean", "optimal")
     tried = []
-    for measured, known in (
+    for measured, keyed in (
         (prompts.aligned_to(reference), reference),
         (prompts.with_templates("length"), reference.with_templates("length")),
     ):
-        templates = set(known.templates)
+        templates = set(keyed.templates)
         in_templates = torch.tensor([template in templates for template in measured.templates])
-        covered = PositionGroups(known).covers(measured) if by_cell else in_templates
-        tried.append((known, measured, covered))
+        covered = PositionGroups(keyed).covers(measured) if by_group else in_templates
+        tried.append((keyed, measured, covered))
         if covered.float().mean() >= COVERED:
             break
-    known, measured, covered = max(tried, key=lambda found: int(found[2].sum()))  # the first of equals
+    keyed, measured, covered = max(tried, key=lambda attempt: int(attempt[2].sum()))  # the first of equals
     if not covered.any():
         raise UserError(
             f"none of the {len(prompts)} prompts has the template or length of a reference prompt: "
             "give reference prompts like them, or ablate by zero or counterfactual"
         )
-    return known, measured[covered], int((~covered).sum())
+    return keyed, measured[covered], int((~covered).sum())

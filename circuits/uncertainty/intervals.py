@@ -80,31 +80,31 @@ def node_intervals(
     groups = torch.arange(n_examples) if groups is None else groups
     sizes = group_sums(torch.ones(n_examples), groups)
     rows = max(bootstrap.resamples, n_examples)
-    found = {}
+    intervals = {}
     for site, site_nodes in nodes.items():
-        parts = [
+        chunks = [
             bootstrap.intervals(group_sums(values, groups), sizes, min_active=MIN_ACTIVE)
             for values in example_values(effects[site], site_nodes, n_examples, rows=rows)
         ]
-        found[site] = torch.cat(parts) if parts else torch.zeros(0, 2)
-    return found
+        intervals[site] = torch.cat(chunks) if chunks else torch.zeros(0, 2)
+    return intervals
 
 
 def edge_intervals(samples: Edges, *, groups: Tensor | None = None, bootstrap: Bootstrap | None = None) -> Edges:
     """Intervals of mean edge weights, [D, U, 2], from those of every example, [N, D, U]; NaN where there is none."""
     bootstrap = bootstrap or Bootstrap()
-    found: Edges = {}
+    intervals: Edges = {}
     for pair, values in samples.items():
         flat = values.flatten(1)
         live = (flat != 0).any(0).nonzero()[:, 0]
         bounds = torch.zeros(flat.shape[1], 2)
         drawn = torch.arange(len(flat)) if groups is None else groups
         sizes = group_sums(torch.ones(len(flat)), drawn)
-        for part in live.split(max(1, CHUNK_BYTES // (4 * bootstrap.resamples))) if len(live) else ():
-            sums = group_sums(flat[:, part].float(), drawn)
-            bounds[part] = bootstrap.intervals(sums, sizes, min_active=MIN_ACTIVE)
-        found[pair] = bounds.unflatten(0, values.shape[1:])
-    return found
+        for columns in live.split(max(1, CHUNK_BYTES // (4 * bootstrap.resamples))) if len(live) else ():
+            sums = group_sums(flat[:, columns].float(), drawn)
+            bounds[columns] = bootstrap.intervals(sums, sizes, min_active=MIN_ACTIVE)
+        intervals[pair] = bounds.unflatten(0, values.shape[1:])
+    return intervals
 
 
 def example_values(effects: SiteEffects, nodes: SiteNodes, n_examples: int, *, rows: int) -> Iterator[Tensor]:
@@ -118,13 +118,13 @@ def example_values(effects: SiteEffects, nodes: SiteNodes, n_examples: int, *, r
     entry_keys = keys(effects.position, effects.feature)
     step = max(1, CHUNK_BYTES // (4 * rows))
     for start in range(0, len(nodes), step):
-        part = nodes[start : start + step]
-        wanted, order = keys(part.position, part.feature).sort()
-        slot = torch.searchsorted(wanted, entry_keys).clamp(max=len(wanted) - 1)
-        here = wanted[slot] == entry_keys
-        values = torch.zeros(n_examples, len(part))
-        index = (effects.example[here].long(), order[slot[here]])
-        yield values.index_put_(index, effects.value[here], accumulate=True)
+        chunk = nodes[start : start + step]
+        node_keys, order = keys(chunk.position, chunk.feature).sort()
+        slot = torch.searchsorted(node_keys, entry_keys).clamp(max=len(node_keys) - 1)
+        is_chosen = node_keys[slot] == entry_keys
+        values = torch.zeros(n_examples, len(chunk))
+        index = (effects.example[is_chosen].long(), order[slot[is_chosen]])
+        yield values.index_put_(index, effects.value[is_chosen], accumulate=True)
 
 
 def split_half(
@@ -144,9 +144,9 @@ def split_half(
     candidates = select_nodes(nodes, top=CANDIDATES)
     values = torch.cat(
         [
-            part
+            chunk
             for site, site_nodes in candidates.items()
-            for part in example_values(effects[site], site_nodes, n_examples, rows=n_examples)
+            for chunk in example_values(effects[site], site_nodes, n_examples, rows=n_examples)
         ],
         dim=1,
     )  # [B, n]
@@ -197,17 +197,17 @@ def with_uncertainty(circuit: Circuit, bootstrap: Bootstrap | None = None) -> Ci
 
 def uncertainty_line(circuit: Circuit) -> str:
     """Two lines for the terminal about a circuit with uncertainty."""
-    known = circuit.metadata["uncertainty"]
-    if "too_few" in known:
-        return f"no intervals: {known['too_few']}"
+    uncertainty = circuit.metadata["uncertainty"]
+    if "too_few" in uncertainty:
+        return f"no intervals: {uncertainty['too_few']}"
     edges = ""
-    if known.get("n_distinguishable_edges") is not None:
-        edges = f" and {known['n_distinguishable_edges']} of {known['n_edges']} edges"
+    if uncertainty.get("n_distinguishable_edges") is not None:
+        edges = f" and {uncertainty['n_distinguishable_edges']} of {uncertainty['n_edges']} edges"
     text = (
-        f"{known['n_distinguishable']} of {count(circuit.nodes)} nodes{edges} are distinguishable from zero, "
-        f"{known['n_too_few']} nodes have an effect on too few prompts to tell\n"
-        f"({known['level']:.0%} bootstrap intervals over {known['drawn']}; {COVERAGE})"
+        f"{uncertainty['n_distinguishable']} of {count(circuit.nodes)} nodes{edges} are distinguishable from zero, "
+        f"{uncertainty['n_too_few']} nodes have an effect on too few prompts to tell\n"
+        f"({uncertainty['level']:.0%} bootstrap intervals over {uncertainty['drawn']}; {COVERAGE})"
     )
-    if not known["split_half"]:
+    if not uncertainty["split_half"]:
         return text
-    return f"{text};\n{Stability(**known['split_half']).text()}"
+    return f"{text};\n{Stability(**uncertainty['split_half']).text()}"

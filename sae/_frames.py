@@ -1,4 +1,4 @@
-"""What every result has: a data frame, a file, a table for the terminal and one for a notebook."""
+"""The base of all results: a data frame, a file, a table for the terminal and one for a notebook."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all plots share: colours that tell apart in print and to the colour-blind, quiet axes, files written whole."""
+"""Helpers of all plots: colours that tell apart in print and to the colour-blind, quiet axes, whole files."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ WEIGHTS_FILE = "sae.safetensors"
 
 @dataclass(frozen=True)
 class SAEConfig:
-    """What an autoencoder is and what it was made for."""
+    """The architecture and size of an autoencoder, and the model and site it was made for."""
 
     architecture: str
     """Name of the architecture; decides how pre-activations become features."""
@@ -66,7 +66,7 @@ class SAEConfig:
 
     @property
     def n_bytes(self) -> int:
-        """What its tensors take in memory: two float32 matrices, and up to four vectors."""
+        """Bytes its tensors take in memory: two float32 matrices, and up to four vectors."""
         return 4 * (2 * self.n_features * self.d_model + 3 * self.n_features + self.d_model)
 
 

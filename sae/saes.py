@@ -37,12 +37,12 @@ SAMPLED_VALUES = 64  # of each tensor, for the fingerprint
 
 @dataclass(frozen=True)
 class Source:
-    """Where an autoencoder is read from."""
+    """An autoencoder on disk."""
 
     read: Callable[[], SparseAutoencoder]
     """Reads it to the CPU."""
     config: SAEConfig
-    """What it is."""
+    """Its config, which is in memory."""
 
 
 class SAEs(Mapping[Site, SparseAutoencoder]):
@@ -120,13 +120,13 @@ class SAEs(Mapping[Site, SparseAutoencoder]):
 
     @property
     def n_bytes(self) -> int:
-        """What the autoencoders hold of the memory at most, all of them or the budget."""
+        """Bytes of memory that the autoencoders take at most: all of them, or the budget."""
         total = sum(config.n_bytes for _, config in self._configs())
         return total if self.budget is None else min(total, self.budget)
 
     @property
     def n_staying(self) -> int:
-        """How many stay in memory once they were read, when work goes over the sites in order."""
+        """Number that stay in memory once they were read, when the sites are asked for in order."""
         if self.budget is None:
             return len(self)
         room, n = self.budget - 2 * max(source.config.n_bytes for source in self._sources.values()), 0
@@ -136,7 +136,7 @@ class SAEs(Mapping[Site, SparseAutoencoder]):
         return n
 
     def config(self, site: Site) -> SAEConfig:
-        """What the autoencoder of a site is; nothing is read."""
+        """The config of a site's autoencoder; nothing is read."""
         return self._sources[site].config if self.is_lazy else self._in_memory[site].config
 
     def bias(self, site: Site) -> Tensor:
@@ -217,7 +217,7 @@ def _sources(source: str | Path, sites: set[Site] | None, *, keep: bool) -> dict
     names = folders_in(root) if root.is_dir() else []
     only = next(iter(sites)) if sites is not None and len(sites) == 1 else None
     if not names:
-        sae = load_sae(source, site=only)
+        sae = load_sae(source, site=only, device="cpu")
         return {site_of(sae, str(source)): _source_of(sae)}
     sources: dict[Site, Source] = {}
     given = only.name if only is not None and len(names) == 1 else ""

@@ -22,6 +22,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from sae.model import huggingface
 from sae.model.language_model import LanguageModel
 from sae.model.load import load_model
 from tests.forked import ForkedCommands
@@ -40,6 +41,8 @@ SPECIAL = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "un
 THREADS = int(os.environ["OMP_NUM_THREADS"])
 """One, since the tests run in two processes; `make test-anywhere` asks for two as well."""
 torch.set_num_threads(THREADS)
+
+huggingface.auto_device = lambda: torch.device("cpu")  # also where there is a GPU: tests of one name it
 
 FORKED = pytest.StashKey[ForkedCommands]()
 

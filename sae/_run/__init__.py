@@ -1,1 +1,1 @@
-"""What a run folder may hold, and who may write to it."""
+"""Contents of a run folder, and locks for those who write to it."""

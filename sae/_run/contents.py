@@ -78,12 +78,12 @@ def sweep_layout(runs: Iterator[str] | list[str]) -> Layout:
 
 
 def visible(folder: Path) -> list[Path]:
-    """What a folder holds, hidden files left out; nothing where there is no folder."""
+    """The files and folders in a folder, hidden ones left out; nothing where there is no folder."""
     return sorted(path for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
 
 
 def strangers(folder: Path, layout: Layout) -> Iterator[Path]:
-    """What a folder holds that its layout does not list."""
+    """Files and folders that the layout of their folder does not list."""
     for path in visible(folder):
         if not layout.lists(path):
             yield path

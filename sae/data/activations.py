@@ -40,7 +40,7 @@ FORWARD_TOKENS = 4096
 
 @dataclass(frozen=True)
 class StreamState:
-    """Where in the text a stream is; JSON-able."""
+    """A position in the text; JSON-able."""
 
     epoch: int = 0
     """Times the whole text has been read."""
@@ -60,7 +60,7 @@ class StreamState:
 
 @dataclass(frozen=True)
 class TextRead:
-    """How much of a text was read."""
+    """The amount of a text that was read."""
 
     documents: int
     """Documents, from the first on."""
@@ -150,7 +150,7 @@ class ContextStream:
 
 
 class ActivationSource(Protocol):
-    """What a trainer reads: rows of activations of several sites, in fills that can be made again."""
+    """Source of a trainer's data: rows of activations of several sites, in fills that can be made again."""
 
     widths: dict[Site, int]
     """Width of each site."""

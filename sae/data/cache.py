@@ -43,7 +43,7 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a cache holds."""
+    """The contents of a cache."""
 
     schema_version: int
     """Version of the layout."""
@@ -86,7 +86,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Unfinished:
-    """How far a cache is written."""
+    """The progress of a cache that is being written."""
 
     manifest: Manifest
     """What is on disk."""
@@ -96,7 +96,7 @@ class Unfinished:
 
 @dataclass(frozen=True)
 class CachedModel:
-    """What a trainer must know of a model it never runs."""
+    """The facts a trainer needs of a model it never runs."""
 
     name: str
     """Its name."""

@@ -200,7 +200,7 @@ def _note(out: Path, manifest: Manifest, position: StreamState) -> None:
 
 
 def _unfinished(begun: Manifest, out: Path) -> tuple[Manifest, StreamState]:
-    """How far an interrupted run came."""
+    """The manifest and position at which an interrupted run stopped."""
     noted = read_json(out / UNFINISHED, Unfinished)
     manifest = _same(begun, noted.manifest, out)
     _check_shards(manifest, out)
@@ -208,7 +208,7 @@ def _unfinished(begun: Manifest, out: Path) -> tuple[Manifest, StreamState]:
 
 
 def _same(asked: Manifest, begun: Manifest, out: Path) -> Manifest:
-    """What was found, after a check that it was begun with the same options."""
+    """The manifest of the begun cache, after a check that its options are the same."""
     progress = ("shards", "documents", "whole_text", "model", "text", "revision")
     for key, value in asdict(asked).items():
         if key not in progress and value != getattr(begun, key):

@@ -71,7 +71,7 @@ def prediction_chunks(n: int, vocabulary: int) -> list[slice]:
 
 
 class ModelPredictions:
-    """What the untouched model predicts for some next tokens; what everything compared with it needs, made once."""
+    """Log-probabilities of next tokens in the untouched model, computed once for all that is compared."""
 
     def __init__(self, logits: Tensor, targets: Tensor) -> None:
         self.targets = targets  # [N] token ids

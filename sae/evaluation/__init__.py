@@ -1,1 +1,1 @@
-"""What dictionaries are worth: metrics, evaluation of sites and of sweeps, plots."""
+"""Metrics of dictionaries, evaluation of sites and of sweeps, plots."""

@@ -1,4 +1,4 @@
-"""What autoencoders cost the model they read: reconstruction at each site, predictions with x̂ in place of x.
+"""Evaluation of autoencoders in the model they read: reconstruction at each site, predictions with x̂ in place of x.
 
 For each batch of text
 1. run the model once and keep x at every site that has an autoencoder;
@@ -217,7 +217,7 @@ class Evaluator:
         return self.model.run(batch.tokens, edits=edits, skip=skip).logits[:, :-1][batch.scored]
 
     def results(self) -> dict[str, Evaluation]:
-        """What was found, by the names of the runs."""
+        """The metrics, by the names of the runs."""
         if not self.model_totals.n_predictions or not self.n_tokens:
             raise UserError("no tokens to evaluate on: the text is empty, or each line of it is a single token")
         return {name: self._result(run) for name, run in self.runs.items()}

@@ -1,4 +1,4 @@
-"""What an evaluation of autoencoders finds (`sae.evaluation.evaluate`): numbers by site, as JSON and as tables."""
+"""Results of an evaluation (`sae.evaluation.evaluate`): numbers by site, as JSON and as tables."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class SiteMetrics:
 
 @dataclass(frozen=True)
 class Evaluation(Result):
-    """What `evaluate` measured."""
+    """Metrics of each autoencoder and of all together, as `evaluate_saes` returns them."""
 
     n_tokens: int
     """Tokens the reconstruction metrics are pooled over."""

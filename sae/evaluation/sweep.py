@@ -1,4 +1,4 @@
-"""What each dictionary of a sweep is worth on text it was not trained on: sparsity against fidelity.
+"""Evaluation of a sweep's dictionaries on text they were not trained on: sparsity against fidelity.
 
 1. All configs of a sweep are measured together (`sae.evaluation.evaluate.Evaluator`): a batch of text goes through
    the model once as it is and once with zeros at each site, whatever the number of configs, then once for each
@@ -45,7 +45,7 @@ UNFINISHED = "unfinished_evaluation.safetensors"
 SAVING = 0.05
 """Largest share of the time that writing sums to disk may take."""
 SPLICED = ("ce", "ce_recovered", "kl")
-"""What the results keep of all sites spliced."""
+"""Metrics of all sites spliced that the results hold."""
 NAMES = ("model", "text")
 """Settings that other names of the same thing may differ in."""
 
@@ -133,7 +133,7 @@ def _path(sweep: Sweep, name: str) -> Path:
 
 
 def _found(sweep: Sweep, name: str) -> dict[str, Any] | None:
-    """What a config was measured on, None if it was not."""
+    """The settings a config was measured with, None if it was not."""
     path = _path(sweep, name)
     measured_on = read_json(path).get("measured_on") if path.is_file() else None
     return measured_on if isinstance(measured_on, dict) else None
@@ -192,7 +192,7 @@ class _Unfinished:
 
 
 def _metadata(path: Path) -> dict[str, str]:
-    """What a safetensors file says of itself; nothing where there is none, or a damaged one."""
+    """The metadata of a safetensors file; nothing where there is none, or a damaged one."""
     try:
         return read_header(path)
     except UserError:
@@ -202,7 +202,7 @@ def _metadata(path: Path) -> dict[str, str]:
 def evaluation_settings(
     model: LanguageModel, source: TextSource, *, tokens: int, context: int, start: int = 0
 ) -> dict[str, Any]:
-    """What a measurement depends on beside the autoencoders."""
+    """The settings of a measurement: everything it depends on beside the autoencoders."""
     return {
         "model": model.name,
         "model_fingerprint": model.fingerprint,

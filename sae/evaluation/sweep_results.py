@@ -1,4 +1,4 @@
-"""What a sweep found: a row a config and site, as JSON and as tables; `sae.evaluation.sweep_plots` draws it."""
+"""Results of a sweep: a row a config and site, as JSON and as tables; `sae.evaluation.sweep_plots` draws it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class SweepRow:
 
 @dataclass(frozen=True)
 class SweepResults(Result):
-    """What `evaluate_sweep` measured."""
+    """Metrics of every dictionary of a sweep."""
 
     rows: tuple[SweepRow, ...]
     """One a config and site."""

@@ -1,1 +1,1 @@
-"""What features stand for: their strongest contexts, and their matches in other dictionaries."""
+"""Features one by one: their strongest contexts, and their matches in other dictionaries."""

@@ -1,4 +1,4 @@
-"""What a feature is: where in the text it fires, on which tokens, and which next tokens it speaks for.
+"""Summaries of features: where in the text they fire, on which tokens, and which next tokens they speak for.
 
 1. Run the model over the text once; at each site encode the activations and keep the features asked about.
 2. Of each text keep the position where a feature is strongest, with a window around it; of all texts keep the n
@@ -70,7 +70,7 @@ class Context:
 
 @dataclass(frozen=True)
 class FeatureSummary:
-    """What one feature does on a text."""
+    """Activity of one feature on a text, and its effect on logits."""
 
     site: str
     """Site of the feature."""
@@ -279,7 +279,7 @@ class _SiteWindows:
         self.peak[slots], self.window_ids[slots], self.window_values[slots] = peak, window_ids, window_values
 
     def summaries(self, model: LanguageModel, *, n_tokens: int, n_neighbours: int) -> list[FeatureSummary]:
-        """What was seen, one summary a feature."""
+        """One summary a feature."""
         W_dec = self.saes[self.site].W_dec
         index = torch.tensor(self.indices, device=W_dec.device)
         top, bottom = logit_effect(model, W_dec[index], k=n_tokens)

@@ -1,4 +1,4 @@
-"""Which features of two dictionaries are the same: by direction, and by when they fire.
+"""Matching the features of two dictionaries: by direction, and by when they fire.
 
 1. `nearest_features`: the features whose decoder rows point most nearly the same way (cosine), of one dictionary or of
    another one (another layer, width or seed).

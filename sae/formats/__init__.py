@@ -22,6 +22,7 @@ from sae.formats import circuit_tracer, dictionary_learning, gemma_scope, llama_
 from sae.formats.common import check_same, staged
 from sae.formats.locate import local_path
 from sae.formats.site_names import EMBED_HOOKS
+from sae.model.huggingface import resolve_device
 from sae.model.sites import Site
 
 
@@ -58,14 +59,14 @@ WRITERS: dict[str, Callable[[SparseAutoencoder, Path], object]] = {
 
 
 def load_sae(
-    source: str | Path, *, site: str | Site | None = None, device: str | torch.device = "cpu"
+    source: str | Path, *, site: str | Site | None = None, device: str | torch.device = "auto"
 ) -> SparseAutoencoder:
     """Load one autoencoder in any known format.
 
     Args:
         source: a folder, a file, or `owner/repository[/folder][@revision]` on the Hugging Face hub.
         site: picks one where there are several, and says where it belongs if its files do not.
-        device: where its tensors go.
+        device: where its tensors go: a device, or "auto" for cuda, mps or cpu, whichever is there first.
 
     Returns:
         The autoencoder, with unit decoder rows, on raw activations, and with the x̂ that its owners' code gives; its
@@ -76,7 +77,7 @@ def load_sae(
     """
     name = "" if site is None else Site.parse(site).name
     check_complete(source)
-    return read_folder(local_path(source, site=name), name).to(device)
+    return read_folder(local_path(source, site=name), name).to(resolve_device(device))
 
 
 def save_sae(sae: SparseAutoencoder, folder: str | Path, *, file_format: WrittenFormat = "ours") -> Path:

@@ -34,7 +34,7 @@ def _head(path: Path) -> str:
 
 
 def _sae_type(path: Path) -> str:
-    """What a `config.json` of Language-Model-SAEs says the folder holds, "" for an autoencoder or none."""
+    """The kind of model that a `config.json` of Language-Model-SAEs names, "" for an autoencoder or none."""
     try:
         config = json.loads(_head(path / "config.json") or "{}")
     except ValueError:

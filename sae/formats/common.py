@@ -1,4 +1,4 @@
-"""What the readers and writers of foreign formats share.
+"""Helpers that the readers and writers of foreign formats share.
 
 1. Open: safetensors, npz without pickled objects, or a `.pt` with `weights_only=True`, which runs no code. Headers are
    read first: what claims to be far larger than its file is refused before anything is unpacked.

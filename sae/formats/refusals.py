@@ -1,4 +1,4 @@
-"""What other projects make that is no autoencoder of one site, called by its name, with the reason it is refused."""
+"""Refusals of what other projects make that is no autoencoder of one site, by name and with the reason."""
 
 from __future__ import annotations
 

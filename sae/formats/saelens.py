@@ -73,7 +73,7 @@ _CONTEXT = {CONTEXT_LENGTH: "context_size", PREPEND_BOS: "prepend_bos", EXCLUDE_
 
 
 class _Metadata(TypedDict, total=False):
-    """What the file says of its training."""
+    """The entries of the file on training."""
 
     model_name: str | None
     hook_name: str | None

@@ -1,4 +1,4 @@
-"""Where an autoencoder belongs, read from the names other tools use, and written in them.
+"""Sites from the names that other tools use, and back.
 
 TransformerLens hooks (`blocks.3.hook_mlp_out`), Hugging Face modules (`layers.3.mlp`), release folders (`layer_3` of
 `gemma-scope-2b-pt-mlp`, `L3M`, `mlp_out_layer_3`, `resid_delta_mlp/autoencoders/3.pt`) and our own names all give
@@ -119,7 +119,7 @@ def hook_site(hook: str, model: str) -> str:
 
 
 def dictionary_learning_name(site: str) -> str:
-    """How dictionary_learning's runs call a site: `resid_post_layer_3`; "" for none."""
+    """The name of a site in dictionary_learning's runs: `resid_post_layer_3`; "" for none."""
     if not site:
         return ""
     parsed = Site.parse(site)

@@ -26,7 +26,7 @@ Trace = Callable[[Sequence[Callable[[], None]]], Tensor]
 
 @dataclass(frozen=True)
 class FirstPass:
-    """What the first run showed."""
+    """Structure and sizes that the first run showed."""
 
     hook_points: dict[Site, HookPoint]
     """Each site with the structure of what its module returns."""

@@ -1,4 +1,4 @@
-"""What a Hugging Face model's forward pass is called with, whatever state its caller left, and the tokens of checks."""
+"""Arguments and results of a Hugging Face model's forward pass, and the tokens of checks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RESERVED = ("_token_id", "_token_index")  # how a config calls tokens that stand
 
 @dataclass(frozen=True)
 class Run:
-    """What one forward pass gave."""
+    """Activations and logits of one forward pass."""
 
     activations: dict[Site, Tensor]
     """The captured sites in forward order, each [B, S, d], after the edit at the site if there was one."""

@@ -24,7 +24,7 @@ from sae.model.tokens import Tokens
 
 
 class Generator(Protocol):
-    """What generation needs of a model."""
+    """The attributes of a model that generation uses."""
 
     hf: Any
     name: str

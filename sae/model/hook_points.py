@@ -29,7 +29,7 @@ SiteEdit = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class HookPoint:
-    """Where a site is in one wrapped model."""
+    """Module and side of a site in one wrapped model."""
 
     site: Site
     """The site."""

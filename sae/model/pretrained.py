@@ -86,7 +86,7 @@ def pretrained_tokenizer(name: str, *, required: bool) -> Any:
 
 
 def _in_one_sentence(load: Callable[[], Any], what: str, name: str, contents: str) -> Any:
-    """What `load` gives; `UserError` whatever it raises."""
+    """The result of `load`; `UserError` whatever it raises."""
     try:
         return load()
     except Exception as error:
@@ -132,7 +132,7 @@ def _numbers(value: Any, key: str = "") -> list[tuple[str, int | float]]:
 
 
 def _damaged(folder: Path) -> str:
-    """What is wrong with the folder's files, if it can be told from their first bytes; else empty."""
+    """The fault of the folder's files, if it can be told from their first bytes; else empty."""
     for path in sorted(folder.iterdir()):
         if not path.is_file() or path.suffix not in (".safetensors", ".bin", ".json", ".model"):
             continue

@@ -55,7 +55,7 @@ def exactly(x: Tensor) -> Tensor:
 
 
 def _allowed(after: Tensor, change: Tensor) -> float:
-    """What rounding of the stream explains, and a little of the change itself."""
+    """The largest difference that rounding of the stream, and a little of the change itself, explains."""
     tolerance = TOLERANCE if is_exact(after) else TOLERANCE_16_BIT
     return tolerance * (float(change.abs().max()) + 0.1 * float(after.abs().max()))
 

@@ -54,7 +54,7 @@ def envoy_of(root: Any, module: str) -> Any:
 
 
 def input_embeddings(root: Any) -> HookPoint:
-    """Where gradients start in a model whose table has no embed site."""
+    """The hook point at the input embedding, where gradients start in a model that has no embed site."""
     hf = root._module
     module = hf.get_input_embeddings()
     path = SitePath(next(name for name, other in hf.named_modules() if other is module))

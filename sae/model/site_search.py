@@ -38,7 +38,7 @@ Forward = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Search:
-    """What was found."""
+    """The sites that were found."""
 
     paths: dict[Site, SitePath]
     """Every site with its path."""
@@ -71,7 +71,7 @@ def search_sites(hf: nn.Module, forward: Forward, *, rows: int, positions: int) 
 
 @dataclass
 class _Call:
-    """How often a module was called, when first, and what it turned into what where that is [B, S, d] into the same."""
+    """Calls of a module: how many, when the first, and its input and output where both are [B, S, d]."""
 
     count: int = 0
     start: int = 0

@@ -72,7 +72,7 @@ class Site:
 
 @dataclass(frozen=True)
 class SitePath:
-    """Where a site's tensor is: the output (the first one of several) or the first input of a module."""
+    """The path of a site's tensor: the output (the first one of several) or the first input of a module."""
 
     module: str
     """Dotted path of the module inside the model."""
@@ -101,7 +101,7 @@ class SitePath:
 
 @dataclass(frozen=True)
 class ModelFamily:
-    """Where a family of models keeps its sites; attn, mlp and the two sublayers are relative to the block."""
+    """The paths of the sites in a family of models; attn, mlp and the two sublayers are relative to the block."""
 
     embed: str
     """Module whose output is the input of the first block."""

@@ -68,25 +68,21 @@ def train_saes(
         sites: "all", a kind such as "resid", or sites such as ["resid_3", "mlp_2"].
         config: size, architecture and length of the training; see `TrainConfig`, whose defaults the command has too.
         out: the run folder: autoencoders go to `out`/saes/<site>, the log to `out`/saes/training.jsonl.
-        resume: go on from the last checkpoint of an interrupted run with the same options.
-        overwrite: replace an earlier run in that folder.
+        resume, overwrite: go on with an interrupted run of the same options, or replace an earlier run in `out`.
         progress: whether to show a bar on standard error.
         activations: a cache to read instead of running the model.
 
     Returns:
-        The autoencoders by site, in the order of the forward pass. They have unit decoder rows and work on raw
-        activations.
+        The autoencoders by site, in the order of the forward pass, with unit decoder rows, for raw activations.
 
     Raises:
         UserError: an option or a site does not exist, the folder holds something else, or training diverges.
     """
     config, out, source = config or TrainConfig(), Path(out), TextSource.of(texts)
-    names = sites if isinstance(sites, str) else [str(site) for site in sites]
-    chosen = select_sites(names, model.sites)
-    if activations is not None:
-        config = with_contexts_of(activations, config)
-    identity = None if activations is None else activations.identity
-    run = RunFolder(out, "train", run_settings(model, source, chosen, config, cache=identity))
+    chosen = select_sites(sites if isinstance(sites, str) else list(map(str, sites)), model.sites)
+    config = config if activations is None else with_contexts_of(activations, config)
+    cache = None if activations is None else activations.identity
+    run = RunFolder(out, "train", run_settings(model, source, chosen, config, cache=cache))
     folders = {site: out / "saes" / site.name for site in chosen}
     with lock(out):
         if resume and run.finished():

@@ -107,7 +107,7 @@ def save_saes(saes: Mapping[Path, SparseAutoencoder], *, file_format: WrittenFor
         for folder, sae in saes.items():
             temporary = written.enter_context(staged(folder))
             WRITERS[file_format](sae, temporary)
-            check_same(sae, read_folder(temporary), file_format)
+            check_same(sae, read_folder(temporary).to(sae.device), file_format)
     return list(saes)
 
 

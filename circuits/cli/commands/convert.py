@@ -48,7 +48,7 @@ class ConvertCommand(Prints, Overwrites):
         from sae.saes import load_saes
 
         self._check()
-        saes = load_saes(self.saes, sites=None if self.site is None else [self.site])
+        saes = load_saes(self.saes, sites=None if self.site is None else [self.site], device="cpu")
         names = [site.name for site in saes]
         new = not self.out.exists() or not any(self.out.iterdir())
         self._remove_earlier()

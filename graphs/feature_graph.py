@@ -5,8 +5,9 @@
 2. Edges run from a site to a later one, weighted by how much of the metric's change passes along them. Sites are
    kept in the model's forward order, so the graph has no cycles.
 3. `metadata` is free; what draws the graph reads `title`, `metric` (what the number means), `tokens` (the header of
-   position 0, 1, ...), `positions` (the order of named spans), `span_words` (some words of each span) and
-   `total_effect` (None where there is none: the metric's effect is not shown then).
+   position 0, 1, ...), `positions` (the order of named spans), `span_words` (some words of each span),
+   `total_effect` (None where there is none: the metric's effect is not shown then), `cases` (the order of the cases
+   of `by_case`) and `faithfulness` (lists `sizes` and `faithfulness`: measured circuits of so many nodes).
 
 The graph itself is a `networkx.DiGraph` at `.graph`: every networkx algorithm applies to it.
 """
@@ -59,7 +60,9 @@ class Node:
     label: str | None = None
     """What a person says the feature means."""
     attributes: dict[str, Any] = field(default_factory=dict)
-    """Anything else, plain JSON: activation, exact_effect, density, top_tokens, top_logits, bottom_logits, contexts."""
+    """Anything else, plain JSON: activation, exact_effect, density, top_tokens, top_logits, bottom_logits, contexts,
+    by_case ({case: {span, or "" where positions are summed: mean activation}}).
+    """
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

@@ -14,7 +14,9 @@ const result = await build({
   charset: "ascii",
   metafile: true,
   outfile: "viewer.js",
-  banner: { js: "/* Built from graphs/explorer/src by `npm run build`; licences of the libraries: viewer.licences.txt */" },
+  banner: {
+    js: "/* Built from graphs/explorer/src by `npm run build`; licences of the libraries: viewer.licences.txt */",
+  },
   logLevel: "warning",
 });
 const inputs = Object.values(result.metafile.outputs)[0].inputs;

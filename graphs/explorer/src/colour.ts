@@ -5,7 +5,16 @@
 import { signal } from "@preact/signals";
 import { interpolateRgb } from "d3-interpolate";
 import { scaleLinear } from "d3-scale";
-import { cases, circuit, classContrast, type Edge, edgeSide, type GraphNode, largestEffect, largestWeight } from "./data";
+import {
+  cases,
+  circuit,
+  classContrast,
+  type Edge,
+  edgeSide,
+  type GraphNode,
+  largestEffect,
+  largestWeight,
+} from "./data";
 import { nodeSide, touchesZero } from "./data";
 import { type Lens, lens } from "./state";
 
@@ -125,7 +134,9 @@ export function edgeColour(edge: Pick<Edge, "weight"> & { index?: number }, colo
 export const edgeWidth = (weight: number) => 0.6 + 4.4 * (Math.abs(weight) / (largestWeight || 1)) ** 0.75;
 
 function luminance(colour: string): number {
-  const [r, g, b] = (colour.match(/^#/) ? colour.match(/\w\w/g)!.map((c) => parseInt(c, 16)) : colour.match(/[\d.]+/g)!.map(Number))
+  const [r, g, b] = (
+    colour.match(/^#/) ? colour.match(/\w\w/g)!.map((c) => parseInt(c, 16)) : colour.match(/[\d.]+/g)!.map(Number)
+  )
     .slice(0, 3)
     .map((c) => (c <= 10 ? c / 255 / 12.92 : ((c / 255 + 0.055) / 1.055) ** 2.4));
   return 0.2126 * r + 0.7152 * g + 0.0722 * b;
@@ -143,7 +154,8 @@ export interface Kind {
 
 /** The kinds of node under a lens. */
 export function kindsOf(by: Lens, colours: Theme): Kind[] {
-  if (by === "class") return cases.map((name, place) => ({ key: `class:${name}`, name, colour: classColour(colours, place) }));
+  if (by === "class")
+    return cases.map((name, place) => ({ key: `class:${name}`, name, colour: classColour(colours, place) }));
   if (by === "comparison") {
     const names = [`only ${circuit.title}`, "both", `only ${circuit.comparison!.title}`];
     return [-1, 0, 1].map((side, i) => ({ key: `side:${side}`, name: names[i], colour: sideColour(colours, side) }));

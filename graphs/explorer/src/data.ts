@@ -143,12 +143,14 @@ function setSides({ effects, weights, only_nodes, only_edges }: Comparison): voi
 export function activationByCase(node: GraphNode): [string, number][] {
   const byCase = node.attributes.by_case;
   if (!byCase) return [];
-  return cases.filter((name) => byCase[name]).map((name) => {
-    const spans = byCase[name];
-    const here = spans[String(node.position ?? "")];
-    const values = Object.values(spans);
-    return [name, here ?? values.reduce((sum, value) => sum + value, 0) / Math.max(1, values.length)];
-  });
+  return cases
+    .filter((name) => byCase[name])
+    .map((name) => {
+      const spans = byCase[name];
+      const here = spans[String(node.position ?? "")];
+      const values = Object.values(spans);
+      return [name, here ?? values.reduce((sum, value) => sum + value, 0) / Math.max(1, values.length)];
+    });
 }
 
 /** The case a feature is active for and how clearly, 0 to 1: (most - mean of the others) / (most + that mean). */

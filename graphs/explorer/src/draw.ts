@@ -3,7 +3,17 @@
 // Boxes carry two lines of label and the effect, chips one line, dots none; no text is ever smaller than 10 pixels.
 
 import { edgeColour, edgeWidth, fillOf, groupFill, inkOn, signedRoot, type Theme } from "./colour";
-import { circuit, type GraphNode, largestEffect, largestWeight, laneOf, layerOf, positionNames, spanWords, touchesZero } from "./data";
+import {
+  circuit,
+  type GraphNode,
+  largestEffect,
+  largestWeight,
+  laneOf,
+  layerOf,
+  positionNames,
+  spanWords,
+  touchesZero,
+} from "./data";
 import type { Pen } from "./pen";
 import type { Item, Link, Scene } from "./scene";
 import { lens } from "./state";
@@ -71,10 +81,18 @@ export function drawNames(pen: Pen, scene: Scene, t: Transform, colours: Theme, 
   for (const { name, top, bottom, lanes } of layers(scene)) {
     pen.rect(0, top * t.k + t.y, 3, (bottom - top) * t.k, 0, { fill: colours.rule });
     const numbered = /^\d+$/.test(name);
-    const lines = lanes.map((lane) => ({ text: numbered ? `${lane.name} ${name}` : visible(name), y: ((lane.top + lane.bottom) / 2) * t.k + t.y + 4 }));
+    const lines = lanes.map((lane) => ({
+      text: numbered ? `${lane.name} ${name}` : visible(name),
+      y: ((lane.top + lane.bottom) / 2) * t.k + t.y + 4,
+    }));
     for (const { text, y } of lines) {
       if (y > lowest - 12) continue; // names that would overlap are left out
-      pen.text(wrap(text, 11, GUTTER - 16, 1, 600).lines[0] ?? "", 9, y, { size: 11, fill: colours.pale, weight: 600, anchor: "start" });
+      pen.text(wrap(text, 11, GUTTER - 16, 1, 600).lines[0] ?? "", 9, y, {
+        size: 11,
+        fill: colours.pale,
+        weight: 600,
+        anchor: "start",
+      });
       lowest = y;
     }
   }
@@ -111,7 +129,13 @@ export function drawEdges(pen: Pen, links: Link[], t: Transform, colours: Theme,
     const crowd = links.length > 400 ? 0.6 : 1;
     const alpha = bright ? 0.55 + 0.45 * strength : (0.22 + 0.68 * strength) * crowd;
     const width = edgeWidth(strength ** 2 * largestWeight) * zoom * (bright ? 1.25 : 1);
-    pen.curves(same.map((link) => link.path), t.k, t.x, t.y, { stroke: colour, width, alpha });
+    pen.curves(
+      same.map((link) => link.path),
+      t.k,
+      t.x,
+      t.y,
+      { stroke: colour, width, alpha },
+    );
     if (links.length > 1500 || t.k < 0.45) continue;
     for (const link of same) arrowHead(pen, link, t, 2.6 + width, { fill: colour, alpha: Math.min(1, alpha + 0.15) });
   }
@@ -138,19 +162,36 @@ export function drawItem(pen: Pen, item: Item, t: Transform, colours: Theme, loo
   const [x, y] = [item.x * t.k + t.x - width / 2, item.y * t.k + t.y - height / 2];
   const metric = item.node.kind === "metric";
   const unsure = !metric && !item.group && touchesZero(item.node.attributes.interval);
-  const fill = unsure ? colours.page : item.group ? groupFill(item.members, item.effect, colours, lens.value) : fillOf(item.node, colours, lens.value);
+  const fill = unsure
+    ? colours.page
+    : item.group
+      ? groupFill(item.members, item.effect, colours, lens.value)
+      : fillOf(item.node, colours, lens.value);
   const emphasis = look.pinned(item) || look.found(item);
-  const stroke = emphasis || look.selected(item) ? colours.accent : unsure ? fillOf(item.node, colours, lens.value) : edgeOf(fill, colours);
-  const shape = { fill, stroke, width: emphasis || look.selected(item) ? 2.5 : 1, dash: unsure || look.selected(item) ? [4, 3] : undefined };
+  const stroke =
+    emphasis || look.selected(item)
+      ? colours.accent
+      : unsure
+        ? fillOf(item.node, colours, lens.value)
+        : edgeOf(fill, colours);
+  const shape = {
+    fill,
+    stroke,
+    width: emphasis || look.selected(item) ? 2.5 : 1,
+    dash: unsure || look.selected(item) ? [4, 3] : undefined,
+  };
   const detail = metric && height >= 14 ? (height >= 29 ? "box" : "chip") : detailAt(width, height);
-  if (detail === "dot") return dot(pen, item, x + width / 2, y + height / 2, Math.max(2.5, Math.min(width, height * 1.6) / 2), shape);
+  if (detail === "dot")
+    return dot(pen, item, x + width / 2, y + height / 2, Math.max(2.5, Math.min(width, height * 1.6) / 2), shape);
   const radius = Math.min(metric ? height / 2 : 8, height / 3);
-  if (item.group)
-    pen.rect(x + 4, y - 4, width, height, radius, { fill: colours.surface, stroke: colours.pale });
+  if (item.group) pen.rect(x + 4, y - 4, width, height, radius, { fill: colours.surface, stroke: colours.pale });
   pen.rect(x, y, width, height, radius, shape);
   marks(pen, item, x, y, width, height, fill);
   const room = item.node.kind === "error" && !item.group ? 26 : 14;
-  const lines = detail === "box" ? boxText(pen, item, t.k, x, y, width, height, room, fill) : chipText(pen, item, x, y, width, height, room, fill);
+  const lines =
+    detail === "box"
+      ? boxText(pen, item, t.k, x, y, width, height, room, fill)
+      : chipText(pen, item, x, y, width, height, room, fill);
   if (tally) {
     tally.labels++;
     if (!lines.whole) tally.cut++;
@@ -158,7 +199,8 @@ export function drawItem(pen: Pen, item: Item, t: Transform, colours: Theme, loo
   }
 }
 
-const edgeOf = (fill: string, colours: Theme) => (fill === colours.page || fill === colours.diverging[3] ? colours.pale : colours.dark ? "#05070a" : fill);
+const edgeOf = (fill: string, colours: Theme) =>
+  fill === colours.page || fill === colours.diverging[3] ? colours.pale : colours.dark ? "#05070a" : fill;
 
 function dot(pen: Pen, item: Item, x: number, y: number, radius: number, shape: object): void {
   if (item.node.kind === "metric") pen.rect(x - radius * 2, y - radius, radius * 4, radius * 2, radius / 2, shape);
@@ -177,12 +219,20 @@ function marks(pen: Pen, item: Item, x: number, y: number, width: number, height
   pen.rect(x + 4, y + 5 + room * (1 - share), 3, room * share, 1.5, { fill: ink, alpha: 0.75 });
   if (item.node.kind === "error" && !item.group) {
     const [cx, cy, s] = [x + 18, y + height / 2, Math.min(7, height / 4)];
-    pen.polygon([cx, cy - s, cx + s * 1.1, cy + s * 0.8, cx - s * 1.1, cy + s * 0.8], { stroke: ink, width: 1.3, alpha: 0.85 });
+    pen.polygon([cx, cy - s, cx + s * 1.1, cy + s * 0.8, cx - s * 1.1, cy + s * 0.8], {
+      stroke: ink,
+      width: 1.3,
+      alpha: 0.85,
+    });
   }
   if ((item.node.attributes.density ?? 0) > DENSE && !item.group)
     for (let i = 0; i < 3; i++) {
       const right = x + width - 3;
-      pen.polygon([right - 4 - 4 * i, y + 3, right, y + 7 + 4 * i, right, y + 7 + 4 * i], { stroke: ink, width: 1, alpha: 0.55 });
+      pen.polygon([right - 4 - 4 * i, y + 3, right, y + 7 + 4 * i, right, y + 7 + 4 * i], {
+        stroke: ink,
+        width: 1,
+        alpha: 0.55,
+      });
     }
 }
 
@@ -211,7 +261,17 @@ function boxLines(item: Item, k: number, width: number, height: number, room: nu
   return { ...fitted, size, small, inner };
 }
 
-function boxText(pen: Pen, item: Item, k: number, x: number, y: number, width: number, height: number, room: number, fill: string): Written {
+function boxText(
+  pen: Pen,
+  item: Item,
+  k: number,
+  x: number,
+  y: number,
+  width: number,
+  height: number,
+  room: number,
+  fill: string,
+): Written {
   const metric = item.node.kind === "metric";
   const fitted = boxLines(item, k, width, height, room);
   const { size, small, inner } = fitted;
@@ -228,10 +288,23 @@ function boxText(pen: Pen, item: Item, k: number, x: number, y: number, width: n
   return { ...fitted, size: Math.min(size, small) };
 }
 
-function chipText(pen: Pen, item: Item, x: number, y: number, width: number, height: number, room: number, fill: string): Written {
+function chipText(
+  pen: Pen,
+  item: Item,
+  x: number,
+  y: number,
+  width: number,
+  height: number,
+  room: number,
+  fill: string,
+): Written {
   const size = SMALLEST_TEXT;
   const fitted = description(item, size, width - room - 5, 1);
-  pen.text(fitted.lines[0] ?? "", x + room + (width - room - 5) / 2, y + height / 2 + 3.5, { size, fill: inkOn(fill), weight: 500 });
+  pen.text(fitted.lines[0] ?? "", x + room + (width - room - 5) / 2, y + height / 2 + 3.5, {
+    size,
+    fill: inkOn(fill),
+    weight: 500,
+  });
   return { ...fitted, size };
 }
 
@@ -242,7 +315,8 @@ const description = (item: Item, size: number, width: number, most: number) =>
 function secondLine(item: Item, size: number, width: number): string {
   if (item.group) return `${item.members.length} nodes  ${number(item.effect)}`;
   const { node } = item;
-  if (node.kind === "metric") return circuit.metadata.total_effect === null ? "" : `total effect ${number(node.effect)}`;
+  if (node.kind === "metric")
+    return circuit.metadata.total_effect === null ? "" : `total effect ${number(node.effect)}`;
   const exact = node.attributes.exact_effect;
   const full = `${node.name}  ${number(node.effect)}`;
   const checked = typeof exact === "number" ? `${full} ✓${number(exact)}` : full;

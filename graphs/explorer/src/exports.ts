@@ -11,8 +11,12 @@ import { labelOf, plain, textWidth, wrap } from "./text";
 const TITLE = 46;
 const LEGEND = 44;
 
-const fileName =
-  () => circuit.title.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "").slice(0, 60) || "circuit";
+const fileName = () =>
+  circuit.title
+    .toLowerCase()
+    .replace(/[^\p{L}\p{N}]+/gu, "-")
+    .replace(/^-|-$/g, "")
+    .slice(0, 60) || "circuit";
 
 export function save(name: string, content: string | Blob, type = "text/plain"): void {
   const link = document.createElement("a");
@@ -37,7 +41,11 @@ function sheet(current: Scene, colours: Theme): Sheet {
   const top = TITLE + (current.layout.columns.length ? HEADER : 10);
   const height = bottom + top + LEGEND + 16;
   const t = { k: 1, x: GUTTER + 5, y: top };
-  const look = { pinned: (item: { id: string }) => state.pins.value.includes(item.id), selected: () => false, found: () => false };
+  const look = {
+    pinned: (item: { id: string }) => state.pins.value.includes(item.id),
+    selected: () => false,
+    found: () => false,
+  };
   return {
     width,
     height,
@@ -56,7 +64,11 @@ function sheet(current: Scene, colours: Theme): Sheet {
       const title = wrap(circuit.title, 17, width - 30, 1, 650).lines[0] ?? "";
       pen.text(title, 12, 22, { size: 17, fill: colours.ink, weight: 650, anchor: "start" });
       const facts = `${current.nodeCount} of ${nodes.length} nodes, ${current.links.length} of ${allEdges.length} edges · ${circuit.metadata.metric ?? ""}`;
-      pen.text(wrap(facts, 11, width - 30, 1).lines[0] ?? "", 12, 38, { size: 11, fill: colours.pale, anchor: "start" });
+      pen.text(wrap(facts, 11, width - 30, 1).lines[0] ?? "", 12, 38, {
+        size: 11,
+        fill: colours.pale,
+        anchor: "start",
+      });
       if (current.layout.columns.length) drawColumnNames(pen, current, t, colours);
       drawLegend(pen, width, height - LEGEND / 2, colours);
     },
@@ -86,7 +98,10 @@ function drawLegend(pen: Pen, width: number, y: number, colours: Theme): void {
   pen.polygon([x + 6, y - 6, x + 12, y + 6, x, y + 6], { stroke: colours.pale });
   x += 18;
   say("SAE error");
-  for (const [colour, name] of [[colours.positive, "raises"], [colours.negative, "lowers"]] as const) {
+  for (const [colour, name] of [
+    [colours.positive, "raises"],
+    [colours.negative, "lowers"],
+  ] as const) {
     pen.rect(x, y - 1.5, 18, 3, 0, { fill: colour });
     x += 23;
     say(`edge ${name}`);
@@ -129,7 +144,13 @@ export function graphJson(): string {
   const edges = shownEdges().map(({ source, target, weight, interval }) => ({
     source: source.id, target: target.id, weight, ...(interval ? { interval } : {}),
   })); // prettier-ignore
-  return JSON.stringify({ schema_version: 1, metadata: { ...metadata, title }, sites, nodes: shownNodes().map(fields), edges });
+  return JSON.stringify({
+    schema_version: 1,
+    metadata: { ...metadata, title },
+    sites,
+    nodes: shownNodes().map(fields),
+    edges,
+  });
 }
 export const saveJson = () => save(`${fileName()}.json`, graphJson(), "application/json");
 
@@ -144,7 +165,17 @@ const csv = (rows: unknown[][]) => rows.map((row) => row.map(csvCell).join(","))
 export const nodesCsv = () =>
   csv([
     ["id", "site", "feature", "kind", "position", "effect", "low", "high", "label", "top_tokens"],
-    ...shownNodes().map((n) => [n.id, n.site, n.feature, n.kind, n.position, n.effect, ...(n.attributes.interval ?? ["", ""]), labelOf(n), (n.attributes.top_tokens ?? []).join(" ")]),
+    ...shownNodes().map((n) => [
+      n.id,
+      n.site,
+      n.feature,
+      n.kind,
+      n.position,
+      n.effect,
+      ...(n.attributes.interval ?? ["", ""]),
+      labelOf(n),
+      (n.attributes.top_tokens ?? []).join(" "),
+    ]),
   ]);
 export const edgesCsv = () =>
   csv([
@@ -156,7 +187,11 @@ export const saveEdgesCsv = () => save(`${fileName()}-edges.csv`, edgesCsv(), "t
 
 /** Python that makes the shown (or chosen, or pinned) nodes into a graph and a dictionary of features. */
 export function pythonCode(): string {
-  const ids = state.selected.value.length ? state.selected.value : state.pins.value.length ? state.pins.value : shownNodes().map((n) => n.id);
+  const ids = state.selected.value.length
+    ? state.selected.value
+    : state.pins.value.length
+      ? state.pins.value
+      : shownNodes().map((n) => n.id);
   const wanted = new Set(ids);
   const chosen = nodes.filter((node) => wanted.has(node.id));
   const features = new Map<string, number[]>();
@@ -189,14 +224,22 @@ export function annotationLines(): string {
   for (const node of nodes) {
     if (node.kind === "metric" || !labelOf(node)) continue;
     const [component, layer] = node.site.split("_");
-    const place = { Component: component, Layer: layer === undefined ? null : Number(layer), Feature: node.feature ?? "error" };
+    const place = {
+      Component: component,
+      Layer: layer === undefined ? null : Number(layer),
+      Feature: node.feature ?? "error",
+    };
     lines.set(node.name, JSON.stringify({ ...place, Name: node.name, Annotation: labelOf(node), Notes: "" }));
   }
   return [...lines.values(), ""].join("\n");
 }
 export const saveLabels = () => save(`${fileName()}-labels.jsonl`, annotationLines(), "application/jsonl");
 export const saveGroups = () =>
-  save(`${fileName()}-groups.json`, JSON.stringify({ schema_version: 1, groups: state.groups.value }, null, 1), "application/json");
+  save(
+    `${fileName()}-groups.json`,
+    JSON.stringify({ schema_version: 1, groups: state.groups.value }, null, 1),
+    "application/json",
+  );
 
 export async function loadGroups(file: File): Promise<void> {
   try {

@@ -21,22 +21,53 @@ export function Legend() {
   const unsure = nodes.some((node) => touchesZero(node.attributes.interval));
   return (
     <div id="legend" role="group" aria-label="Legend">
-      <label class="lens">colour:{" "}
-        <select id="lens" value={by} onChange={(event) => { state.hiddenKinds.value = []; state.lens.value = event.currentTarget.value as state.Lens; state.commit(); }}>
-          {choices.map((choice) => <option value={choice}>{LENS_NAMES[choice]}</option>)}
+      <label class="lens">
+        colour:{" "}
+        <select
+          id="lens"
+          value={by}
+          onChange={(event) => {
+            state.hiddenKinds.value = [];
+            state.lens.value = event.currentTarget.value as state.Lens;
+            state.commit();
+          }}
+        >
+          {choices.map((choice) => (
+            <option value={choice}>{LENS_NAMES[choice]}</option>
+          ))}
         </select>
       </label>
       {kindsOf(by, colours).map((kind) => (
-        <button type="button" class="kind" aria-pressed={!state.hiddenKinds.value.includes(kind.key)} title="Click to hide or show" onClick={() => toggle(kind.key)}>
-          <i style={{ background: kind.colour }} />{visible(kind.name)}
+        <button
+          type="button"
+          class="kind"
+          aria-pressed={!state.hiddenKinds.value.includes(kind.key)}
+          title="Click to hide or show"
+          onClick={() => toggle(kind.key)}
+        >
+          <i style={{ background: kind.colour }} />
+          {visible(kind.name)}
         </button>
       ))}
       <Scale />
       <span title="Bar on the left of a node">▍|effect|, full bar {plain(largestEffect)}</span>
-      <span><b>△</b> SAE error</span>
-      {unsure && <span><i class="hollow" />interval touches zero</span>}
-      {dense && <span><b class="hatch">◥</b>dense: on at &gt; 30 % of tokens</span>}
-      {nodes.some((node) => typeof node.attributes.exact_effect === "number") && <span>✓ measured by patching it alone</span>}
+      <span>
+        <b>△</b> SAE error
+      </span>
+      {unsure && (
+        <span>
+          <i class="hollow" />
+          interval touches zero
+        </span>
+      )}
+      {dense && (
+        <span>
+          <b class="hatch">◥</b>dense: on at &gt; 30 % of tokens
+        </span>
+      )}
+      {nodes.some((node) => typeof node.attributes.exact_effect === "number") && (
+        <span>✓ measured by patching it alone</span>
+      )}
       <EdgeScale />
     </div>
   );
@@ -52,19 +83,47 @@ function Scale() {
   let ticks: [number, string][];
   if (by === "effect") {
     gradient = stops.map((v) => diverging(colours, v));
-    ticks = TICKS.map((share) => [(1 + Math.sign(share) * Math.sqrt(Math.abs(share))) / 2, number(share * largestEffect)]);
+    ticks = TICKS.map((share) => [
+      (1 + Math.sign(share) * Math.sqrt(Math.abs(share))) / 2,
+      number(share * largestEffect),
+    ]);
   } else if (by === "class" && cases.length === 2) {
     gradient = stops.map((v) => diverging(colours, v * 0.8));
-    ticks = [[0, "only"], [0.5, "both alike"], [1, "only"]];
+    ticks = [
+      [0, "only"],
+      [0.5, "both alike"],
+      [1, "only"],
+    ];
   } else if (by === "interval") {
     gradient = stops.map((v) => sure(colours, (v + 1) / 2));
-    ticks = [[0, "0"], [0.5, "0.5"], [1, "1"]];
+    ticks = [
+      [0, "0"],
+      [0.5, "0.5"],
+      [1, "1"],
+    ];
   } else return null;
-  const unit = by === "effect" ? `effect on ${visible(circuit.metadata.metric ?? "the metric")}` : by === "class" ? "activation, one class against the other" : "nearest bound over effect";
+  const unit =
+    by === "effect"
+      ? `effect on ${visible(circuit.metadata.metric ?? "the metric")}`
+      : by === "class"
+        ? "activation, one class against the other"
+        : "nearest bound over effect";
   return (
-    <span class="scale" role="img" aria-label={`Colour scale: ${unit}, ${ticks.map(([, text]) => text).join(", ")}`} title={unit}>
-      <span class="gradient" style={{ width: `${width}px`, background: `linear-gradient(to right, ${gradient.join(",")})` }} />
-      {ticks.map(([place, text]) => <span class="tick" style={{ left: `${place * 100}%` }}>{text}</span>)}
+    <span
+      class="scale"
+      role="img"
+      aria-label={`Colour scale: ${unit}, ${ticks.map(([, text]) => text).join(", ")}`}
+      title={unit}
+    >
+      <span
+        class="gradient"
+        style={{ width: `${width}px`, background: `linear-gradient(to right, ${gradient.join(",")})` }}
+      />
+      {ticks.map(([place, text]) => (
+        <span class="tick" style={{ left: `${place * 100}%` }}>
+          {text}
+        </span>
+      ))}
     </span>
   );
 }
@@ -72,10 +131,27 @@ function Scale() {
 function EdgeScale() {
   const colours = theme.value;
   if (!largestWeight) return null;
+  const compared = state.lens.value === "comparison";
   return (
-    <span class="edge-scale">edges:
-      {[0.1, 1].map((share) => <><i style={{ height: `${edgeWidth(share * largestWeight)}px`, background: colours.positive }} />{number(share * largestWeight)}</>)}
-      <i style={{ height: "3px", background: colours.negative }} />below zero
+    <span class="edge-scale">
+      edges:
+      {[0.1, 1].map((share) => (
+        <>
+          <i
+            style={{
+              height: `${edgeWidth(share * largestWeight)}px`,
+              background: compared ? colours.pale : colours.positive,
+            }}
+          />
+          {number(share * largestWeight)}
+        </>
+      ))}
+      {!compared && (
+        <>
+          <i style={{ height: "3px", background: colours.negative }} />
+          below zero
+        </>
+      )}
     </span>
   );
 }

@@ -1,10 +1,12 @@
 // Starts the page once the circuit is unpacked.
 
 import { render } from "preact";
-import { App, setUpKeyboard, stage } from "./app";
+import { App } from "./app";
 import { ready } from "./data";
 import { printedSvg } from "./exports";
+import { setUpKeyboard } from "./keyboard";
 import { scene } from "./scene";
+import { stage } from "./stage";
 import * as state from "./state";
 
 ready.then(() => {

@@ -1,10 +1,11 @@
 // The panel: search results, the chosen edge, pinned features, supernodes, and about the circuit when nothing is chosen.
 
 import { useState } from "preact/hooks";
-import { EdgeCard, FactTable, NodeLink, PinnedCard, StrongestNodes } from "./cards";
+import { EdgeCard, PinnedCard } from "./cards";
 import { FaithfulnessCurve } from "./charts";
 import { byId, circuit, edges, largestEffect, nodes } from "./data";
 import * as files from "./exports";
+import { FactTable, NodeLink, StrongestNodes } from "./pieces";
 import { scene } from "./scene";
 import { hits } from "./search";
 import * as state from "./state";
@@ -21,8 +22,24 @@ export function Panel() {
       {state.selected.value.length > 0 && <Chosen />}
       {searching && <Results />}
       {edge && <EdgeCard edge={edge} />}
-      {pinned.length > 1 && <p class="hint tray">{pinned.length} pinned <button type="button" class="small" onClick={() => { state.pins.value = []; state.commit(); }}>let go of all</button></p>}
-      {pinned.map((node) => <PinnedCard key={node.id} node={node} />)}
+      {pinned.length > 1 && (
+        <p class="hint tray">
+          {pinned.length} pinned{" "}
+          <button
+            type="button"
+            class="small"
+            onClick={() => {
+              state.pins.value = [];
+              state.commit();
+            }}
+          >
+            let go of all
+          </button>
+        </p>
+      )}
+      {pinned.map((node) => (
+        <PinnedCard key={node.id} node={node} />
+      ))}
       {!edge && !pinned.length && !searching && <Overview />}
       <Groups />
     </aside>
@@ -37,15 +54,31 @@ function Overview() {
     ["edges", String(edges.length)],
     ...Object.entries(circuit.metadata)
       .filter(([, value]) => ["string", "number", "boolean"].includes(typeof value))
-      .map(([name, value]): [string, string] => [name.replaceAll("_", " "), typeof value === "number" ? plain(value) : visible(value)]),
+      .map(([name, value]): [string, string] => [
+        name.replaceAll("_", " "),
+        typeof value === "number" ? plain(value) : visible(value),
+      ]),
   ];
   return (
     <article>
       <h2>This circuit</h2>
-      {circuit.comparison && <p class="hint">Compared with “{circuit.comparison.title}”: what both have has the values of the first.</p>}
-      {circuit.metadata.faithfulness && <section><h3>Faithfulness by size</h3><FaithfulnessCurve shown={scene.value.nodeCount} /></section>}
-      <section><h3>Strongest nodes</h3><StrongestNodes /></section>
-      <section><h3>About</h3><FactTable rows={facts} /></section>
+      {circuit.comparison && (
+        <p class="hint">Compared with “{circuit.comparison.title}”: what both have has the values of the first.</p>
+      )}
+      {circuit.metadata.faithfulness && (
+        <section>
+          <h3>Faithfulness by size</h3>
+          <FaithfulnessCurve shown={scene.value.nodeCount} />
+        </section>
+      )}
+      <section>
+        <h3>Strongest nodes</h3>
+        <StrongestNodes />
+      </section>
+      <section>
+        <h3>About</h3>
+        <FactTable rows={facts} />
+      </section>
       <p class="hint">
         Point at a node to see what it is, click to keep it here, click more to compare. Click an edge to see how one
         feature feeds another. Drag to move, scroll or pinch to zoom. Shift-click or lasso nodes to make a supernode.
@@ -61,10 +94,21 @@ function Results() {
   return (
     <article aria-label="Search results">
       <h2>{count(found.length, "node")} found</h2>
-      {!found.length && <p class="hint">Nothing in the page holds “{state.query.value.trim()}”: names, labels, tokens, promoted tokens and contexts were searched.</p>}
+      {!found.length && (
+        <p class="hint">
+          Nothing in the page holds “{state.query.value.trim()}”: names, labels, tokens, promoted tokens and contexts
+          were searched.
+        </p>
+      )}
       <ol class="links">
         {found.slice(0, FOUND).map(({ node, where }) => (
-          <NodeLink key={node.id} node={node} value={node.effect} largest={largestEffect} note={`${where === "name" ? "" : `in ${where}`}${drawn.has(node) ? "" : `${where === "name" ? "" : ", "}not drawn: rank ${node.rank + 1}`}`} />
+          <NodeLink
+            key={node.id}
+            node={node}
+            value={node.effect}
+            largest={largestEffect}
+            note={`${where === "name" ? "" : `in ${where}`}${drawn.has(node) ? "" : `${where === "name" ? "" : ", "}not drawn: rank ${node.rank + 1}`}`}
+          />
         ))}
       </ol>
       {found.length > FOUND && <p class="hint">and {found.length - FOUND} weaker ones</p>}
@@ -85,11 +129,29 @@ function Chosen() {
   return (
     <form class="card chosen" onSubmit={make} aria-label="New supernode">
       <h2>{count(ids.length, "node")} chosen</h2>
-      <p class="hint">{ids.slice(0, 6).map((id) => nodeTitle(byId.get(id)!)).join(", ")}{ids.length > 6 ? " …" : ""}</p>
+      <p class="hint">
+        {ids
+          .slice(0, 6)
+          .map((id) => nodeTitle(byId.get(id)!))
+          .join(", ")}
+        {ids.length > 6 ? " …" : ""}
+      </p>
       <div class="row">
-        <input type="text" id="group-name" aria-label="Name of the supernode" placeholder="Name of the supernode" dir="auto" value={name} onInput={(event) => setName(event.currentTarget.value)} />
-        <button type="submit" id="make-group">Make supernode</button>
-        <button type="button" onClick={() => (state.selected.value = [])}>Cancel</button>
+        <input
+          type="text"
+          id="group-name"
+          aria-label="Name of the supernode"
+          placeholder="Name of the supernode"
+          dir="auto"
+          value={name}
+          onInput={(event) => setName(event.currentTarget.value)}
+        />
+        <button type="submit" id="make-group">
+          Make supernode
+        </button>
+        <button type="button" onClick={() => (state.selected.value = [])}>
+          Cancel
+        </button>
       </div>
     </form>
   );
@@ -103,15 +165,48 @@ function Groups() {
       <ul>
         {groups.map((group, i) => (
           <li key={group.name}>
-            <label><input type="checkbox" checked={group.collapsed} onChange={() => state.changeGroup(i, { collapsed: !group.collapsed })} /> <span dir="auto">{group.name}</span></label>
-            <small>{count(group.nodes.length, "node")}, effect {plain(group.nodes.reduce((sum, id) => sum + byId.get(id)!.effect, 0))}</small>
-            <button type="button" class="close" aria-label={`Dissolve ${group.name}`} title="Dissolve" onClick={() => state.changeGroup(i, null)}>×</button>
+            <label>
+              <input
+                type="checkbox"
+                checked={group.collapsed}
+                onChange={() => state.changeGroup(i, { collapsed: !group.collapsed })}
+              />{" "}
+              <span dir="auto">{group.name}</span>
+            </label>
+            <small>
+              {count(group.nodes.length, "node")}, effect{" "}
+              {plain(group.nodes.reduce((sum, id) => sum + byId.get(id)!.effect, 0))}
+            </small>
+            <button
+              type="button"
+              class="close"
+              aria-label={`Dissolve ${group.name}`}
+              title="Dissolve"
+              onClick={() => state.changeGroup(i, null)}
+            >
+              ×
+            </button>
           </li>
         ))}
       </ul>
       <div class="row">
-        {groups.length > 0 && <button type="button" class="small" id="save-groups" onClick={files.saveGroups}>Save supernodes</button>}
-        <label class="file small">Load supernodes<input type="file" id="load-groups" accept=".json" onChange={(event) => { const file = event.currentTarget.files?.[0]; if (file) files.loadGroups(file); }} /></label>
+        {groups.length > 0 && (
+          <button type="button" class="small" id="save-groups" onClick={files.saveGroups}>
+            Save supernodes
+          </button>
+        )}
+        <label class="file small">
+          Load supernodes
+          <input
+            type="file"
+            id="load-groups"
+            accept=".json"
+            onChange={(event) => {
+              const file = event.currentTarget.files?.[0];
+              if (file) files.loadGroups(file);
+            }}
+          />
+        </label>
       </div>
     </section>
   );

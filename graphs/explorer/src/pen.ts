@@ -70,7 +70,14 @@ export class CanvasPen implements Pen {
     for (const p of paths) {
       c.moveTo(p[0] * k + x, p[1] * k + y);
       for (let i = 2; i + 5 < p.length; i += 6)
-        c.bezierCurveTo(p[i] * k + x, p[i + 1] * k + y, p[i + 2] * k + x, p[i + 3] * k + y, p[i + 4] * k + x, p[i + 5] * k + y);
+        c.bezierCurveTo(
+          p[i] * k + x,
+          p[i + 1] * k + y,
+          p[i + 2] * k + x,
+          p[i + 3] * k + y,
+          p[i + 4] * k + x,
+          p[i + 5] * k + y,
+        );
     }
     this.finish(style);
   }
@@ -87,7 +94,10 @@ export class CanvasPen implements Pen {
 const escaped = (text: string) =>
   text
     .replace(/[&<>"']/g, (c) => `&#${c.charCodeAt(0)};`)
-    .replace(/[\u0000-\u0008\u000b\u000c\u000e-\u001f\ufffe\uffff]|[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]/g, "�");
+    .replace(
+      /[\u0000-\u0008\u000b\u000c\u000e-\u001f\ufffe\uffff]|[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]/g,
+      "�",
+    );
 const short = (value: number) => String(Math.round(value * 10) / 10);
 
 export class SvgPen implements Pen {

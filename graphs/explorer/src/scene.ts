@@ -61,7 +61,9 @@ export const fittingCount = computed(() => {
   const scale = (l: LayoutData) => scaleToFit(l.width, l.height, l.columns.length > 0);
   const roomy = candidates.findLast((layout) => scale(layout) >= READABLE) ?? candidates[0];
   const most = candidates.find(({ size }) => size >= PLENTY)?.size ?? Infinity;
-  const tight = candidates.filter((layout) => layout.size > roomy.size && layout.size <= most && scale(layout) >= TIGHT);
+  const tight = candidates.filter(
+    (layout) => layout.size > roomy.size && layout.size <= most && scale(layout) >= TIGHT,
+  );
   const whole = (layout: LayoutData) => {
     const [width, height] = layout.box;
     const described = ranked.slice(0, layout.size).filter((node) => isWhole(node, scale(layout), [width, height]));
@@ -124,8 +126,7 @@ function makeItems(shown: GraphNode[], layout: LayoutData): Item[] {
   const places = new Map(layout.nodes.map(([index, x, y]) => [index, [x, layout.height - y]]));
   const [width, height, metricWidth, metricHeight] = layout.box;
   const collapsed = new Map<string, state.Group>();
-  for (const group of state.groups.value)
-    if (group.collapsed) for (const id of group.nodes) collapsed.set(id, group);
+  for (const group of state.groups.value) if (group.collapsed) for (const id of group.nodes) collapsed.set(id, group);
   const items: Item[] = [];
   const ofGroup = new Map<state.Group, Item>();
   let outside = 0;

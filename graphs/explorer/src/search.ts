@@ -22,8 +22,14 @@ function textsOf(node: GraphNode) {
     found = {
       name: `${node.id} ${node.kind}`.toLowerCase(),
       tokens: (node.attributes.top_tokens ?? []).join(" ").toLowerCase(),
-      promoted: [...promoted(node, "top_logits"), ...promoted(node, "bottom_logits")].map(([t]) => t).join(" ").toLowerCase(),
-      contexts: (node.attributes.contexts ?? []).map((c) => c.tokens.join("")).join("\n").toLowerCase(),
+      promoted: [...promoted(node, "top_logits"), ...promoted(node, "bottom_logits")]
+        .map(([t]) => t)
+        .join(" ")
+        .toLowerCase(),
+      contexts: (node.attributes.contexts ?? [])
+        .map((c) => c.tokens.join(""))
+        .join("\n")
+        .toLowerCase(),
     };
     texts.set(node, found);
   }
@@ -33,7 +39,10 @@ function textsOf(node: GraphNode) {
 /** Built when it is first needed: words of all fields, for prefixes and slips of the keyboard. */
 function words(): MiniSearch {
   if (!index) {
-    index = new MiniSearch({ fields: ["name", "tokens", "promoted", "contexts"], searchOptions: { prefix: true, fuzzy: 0.15, combineWith: "AND" } });
+    index = new MiniSearch({
+      fields: ["name", "tokens", "promoted", "contexts"],
+      searchOptions: { prefix: true, fuzzy: 0.15, combineWith: "AND" },
+    });
     index.addAll(nodes.map((node) => ({ id: node.index, ...textsOf(node) })));
   }
   return index;
@@ -47,7 +56,8 @@ export const hits = computed<Hit[]>(() => {
   const bySize = [...nodes].sort((a, b) => Math.abs(b.effect) - Math.abs(a.effect));
   for (const field of FIELDS)
     for (const node of bySize) {
-      const text = field === "label" ? labelOf(node) || (node.kind === "metric" ? describe(node) : "") : textsOf(node)[field];
+      const text =
+        field === "label" ? labelOf(node) || (node.kind === "metric" ? describe(node) : "") : textsOf(node)[field];
       if (!found.has(node) && text.toLowerCase().includes(wanted)) found.set(node, field);
     }
   if (!found.size)

@@ -8,10 +8,23 @@ import { select } from "d3-selection";
 import { zoom as d3zoom, zoomIdentity, type ZoomTransform } from "d3-zoom";
 import { theme } from "./colour";
 import { byId } from "./data";
-import { detailAt, drawBands, drawEdges, drawItem, drawNames, GUTTER, HEADER, MARGIN, type Look, type Tally, type Transform } from "./draw";
+import {
+  detailAt,
+  drawBands,
+  drawEdges,
+  drawItem,
+  drawNames,
+  GUTTER,
+  HEADER,
+  MARGIN,
+  type Look,
+  type Tally,
+  type Transform,
+} from "./draw";
 import { CanvasPen } from "./pen";
 import { type Item, type Link, linkAt, linksAround, room, scaleToFit, type Scene, scene } from "./scene";
 import { foundNodes } from "./search";
+import { setUpPointer } from "./pointer";
 import * as state from "./state";
 
 const REACH = 8; // half the band, in pixels, in which a pointer hits an edge
@@ -33,7 +46,8 @@ export class Stage {
   private fitted = true;
   private width = 0;
   private height = 0;
-  private lasso: [number, number][] | null = null;
+  /** The line that is being drawn around nodes, in pixels of the window. */
+  lasso: [number, number][] | null = null;
   private stopReacting: (() => void)[] = [];
   tally: Tally = { labels: 0, cut: 0, smallest: Infinity };
 
@@ -47,7 +61,7 @@ export class Stage {
     });
     this.pens = this.canvases.map((canvas) => new CanvasPen(canvas.getContext("2d")!));
     this.setUpZoom();
-    this.setUpPointer();
+    setUpPointer(this);
     new ResizeObserver(() => this.resize()).observe(host);
     this.resize();
     this.stopReacting.push(
@@ -61,7 +75,13 @@ export class Stage {
         });
       }),
       react(() => {
-        void [state.hovered.value, state.hoveredEdge.value, state.openEdge.value, state.pins.value, state.selected.value];
+        void [
+          state.hovered.value,
+          state.hoveredEdge.value,
+          state.openEdge.value,
+          state.pins.value,
+          state.selected.value,
+        ];
         void [foundNodes.value, state.wholePaths.value, state.lassoing.value, scene.value, theme.value];
         void [state.lens.value, state.labels.value];
         untracked(() => this.drawFront());
@@ -89,8 +109,12 @@ export class Stage {
     this.zooming
       .scaleExtent([0.02, 6])
       .clickDistance(5)
-      .filter((event: Event & { ctrlKey?: boolean; button?: number; shiftKey?: boolean }) =>
-        !(state.lassoing.value && event.type !== "wheel") && !event.button && !(event.shiftKey && event.type === "mousedown"))
+      .filter(
+        (event: Event & { ctrlKey?: boolean; button?: number; shiftKey?: boolean }) =>
+          !(state.lassoing.value && event.type !== "wheel") &&
+          !event.button &&
+          !(event.shiftKey && event.type === "mousedown"),
+      )
       .on("start", (event) => event.sourceEvent && this.host.classList.add("dragging"))
       .on("zoom", (event) => this.moved(event.transform, Boolean(event.sourceEvent)))
       .on("end", () => this.host.classList.remove("dragging"));
@@ -126,7 +150,9 @@ export class Stage {
     const header = scene.value.layout.columns.length ? HEADER : MARGIN;
     const [width, height] = [this.width - GUTTER - this.right, this.height - header - MARGIN];
     const columns = scene.value.layout.columns.length > 0;
-    const k = this.covered ? Math.max(0.02, Math.min(width / (right - left), height / (bottom - top), 1.5)) : scaleToFit(right - left, bottom - top, columns);
+    const k = this.covered
+      ? Math.max(0.02, Math.min(width / (right - left), height / (bottom - top), 1.5))
+      : scaleToFit(right - left, bottom - top, columns);
     const x = GUTTER + (width - (right - left) * k) / 2;
     const t = { k, x, y: header + (height - (bottom - top) * k) / 2 - top * k };
     this.fitted = true;
@@ -152,11 +178,12 @@ export class Stage {
     const [x, y] = this.onScreen(item);
     const [half, tall] = [(item.width * this.transform.k) / 2 + 14, (item.height * this.transform.k) / 2 + 14];
     const dx = Math.max(GUTTER + half - x, 0) + Math.min(this.width - half - x, 0);
-    const dy = Math.max(HEADER + tall - y, 0) + Math.min(this.height - tall - y, 0);
+    const top = scene.value.layout.columns.length ? HEADER : -MARGIN;
+    const dy = Math.max(top + tall - y, 0) + Math.min(this.height - tall - y, 0);
     if (dx || dy) this.go({ ...this.transform, x: this.transform.x + dx, y: this.transform.y + dy });
   }
 
-  private onScreen(item: Item): [number, number] {
+  onScreen(item: Item): [number, number] {
     return [item.x * this.transform.k + this.transform.x, item.y * this.transform.k + this.transform.y];
   }
 
@@ -178,17 +205,25 @@ export class Stage {
   }
 
   /** Where a card of this size hides least of what is brought out around the point: beside it, above or below. */
-  placeCard(target: { x: number; y: number; height?: number }, width: number, height: number): { left: number; top: number } {
+  placeCard(
+    target: { x: number; y: number; height?: number },
+    width: number,
+    height: number,
+  ): { left: number; top: number } {
     const clampTo = (value: number, most: number) => Math.max(6, Math.min(most - 6, value));
     const half = (target.height ?? 0) / 2 + 10;
     const side = target.height ? (134 * this.transform.k) / 2 + 12 : 14;
     const { links, focus } = this.outstanding();
     const lit = new Set([...focus, ...links.flatMap((link) => [link.source, link.target])]);
     const places = [
-      [target.x + side, target.y - height / 2], [target.x - side - width, target.y - height / 2],
-      [target.x - width / 2, target.y + half], [target.x - width / 2, target.y - half - height],
-      [target.x + side, target.y + half], [target.x - side - width, target.y + half],
-      [target.x + side, target.y - half - height], [target.x - side - width, target.y - half - height],
+      [target.x + side, target.y - height / 2],
+      [target.x - side - width, target.y - height / 2],
+      [target.x - width / 2, target.y + half],
+      [target.x - width / 2, target.y - half - height],
+      [target.x + side, target.y + half],
+      [target.x - side - width, target.y + half],
+      [target.x + side, target.y - half - height],
+      [target.x - side - width, target.y - half - height],
     ].map(([left, top]) => ({ left: clampTo(left, this.width - width), top: clampTo(top, this.height - height) }));
     const hides = ({ left, top }: { left: number; top: number }) => {
       let area = 0;
@@ -259,7 +294,8 @@ export class Stage {
     this.clear(1);
     this.tally = { labels: 0, cut: 0, smallest: Infinity };
     const look = { pinned: () => false, selected: () => false, found: () => false };
-    for (const item of current.items) if (this.inWindow(item)) drawItem(this.pens[1], item, t, colours, look, this.tally);
+    for (const item of current.items)
+      if (this.inWindow(item)) drawItem(this.pens[1], item, t, colours, look, this.tally);
     if (front) this.drawFront();
   }
 
@@ -270,7 +306,7 @@ export class Stage {
   }
 
   /** What is hovered, pinned, found or chosen, over the rest, which fades. */
-  private drawFront(): void {
+  drawFront(): void {
     if (!this.width) return;
     this.clear(2);
     const [pen, colours, t] = [this.pens[2], theme.value, this.transform];
@@ -308,7 +344,10 @@ export class Stage {
   itemAt(px: number, py: number): Item | null {
     const { k } = this.transform;
     const [x, y] = [(px - this.transform.x) / k, (py - this.transform.y) / k];
-    this.tree ??= quadtree<Item>().x((i) => i.x).y((i) => i.y).addAll(scene.value.items);
+    this.tree ??= quadtree<Item>()
+      .x((i) => i.x)
+      .y((i) => i.y)
+      .addAll(scene.value.items);
     const slack = 3 / k;
     let best: Item | null = null;
     this.tree.visit((quad, x0, y0, x1, y1) => {
@@ -316,7 +355,11 @@ export class Stage {
         let leaf: typeof quad | undefined = quad;
         for (; leaf; leaf = leaf.next) {
           const item: Item = leaf.data;
-          if (Math.abs(item.x - x) <= this.reachOf(item, 0) + slack && Math.abs(item.y - y) <= this.reachOf(item, 1) + slack) best = item;
+          if (
+            Math.abs(item.x - x) <= this.reachOf(item, 0) + slack &&
+            Math.abs(item.y - y) <= this.reachOf(item, 1) + slack
+          )
+            best = item;
         }
       }
       return x0 > x + 140 || x1 < x - 140 || y0 > y + 40 || y1 < y - 40;
@@ -335,82 +378,11 @@ export class Stage {
     const { k, x, y } = this.transform;
     return linkAt(scene.value.links, (px - x) / k, (py - y) / k, REACH / k);
   }
-
-  private setUpPointer(): void {
-    const front = this.front;
-    let pending: [number, number] | null = null;
-    let drag: { start: [number, number]; lasso: boolean } | null = null;
-    const place = (event: PointerEvent | MouseEvent): [number, number] => {
-      const frame = front.getBoundingClientRect();
-      return [event.clientX - frame.left, event.clientY - frame.top];
-    };
-    front.addEventListener("pointermove", (event) => {
-      if (drag?.lasso) {
-        (this.lasso ??= [drag.start]).push(place(event));
-        return this.drawFront();
-      }
-      if (event.buttons || event.pointerType === "touch") return;
-      if (!pending) requestAnimationFrame(() => {
-        if (pending) this.hoverAt(...pending);
-        pending = null;
-      });
-      pending = place(event);
-    });
-    front.addEventListener("pointerleave", () => {
-      pending = null;
-      state.hovered.value = state.hoveredEdge.value = null;
-    });
-    front.addEventListener("pointerdown", (event) => {
-      if (event.button) return;
-      drag = { start: place(event), lasso: state.lassoing.value || event.shiftKey };
-      if (drag.lasso) front.setPointerCapture(event.pointerId);
-    });
-    front.addEventListener("pointerup", () => {
-      if (this.lasso && this.lasso.length > 3) this.closeLasso();
-      else if (drag?.lasso) this.chooseAt(...drag.start);
-      this.lasso = drag = null;
-      this.drawFront();
-    });
-    front.addEventListener("click", (event) => {
-      if (!event.shiftKey && !state.lassoing.value) this.clickAt(...place(event));
-    });
-  }
-
-  private hoverAt(x: number, y: number): void {
-    const item = this.itemAt(x, y);
-    const link = item ? null : this.linkAtPoint(x, y);
-    state.hovered.value = item?.id ?? null;
-    state.hoveredEdge.value = link?.key ?? null;
-    this.front.style.cursor = item || link ? "pointer" : "";
-  }
-
-  private chooseAt(x: number, y: number): void {
-    for (const node of this.itemAt(x, y)?.members ?? []) state.toggleSelected(node.id);
-  }
-
-  private clickAt(x: number, y: number): void {
-    const item = this.itemAt(x, y);
-    if (item?.group) {
-      state.changeGroup(state.groups.value.indexOf(item.group), { collapsed: false });
-    } else if (item) {
-      state.openEdge.value = null;
-      state.togglePin(item.id);
-    } else {
-      const link = this.linkAtPoint(x, y);
-      state.openEdge.value = link ? (link.index < 0 ? state.edgeKey(link.edges[0].source.index, link.edges[0].target.index) : link.key) : null;
-      if (!link) state.pins.value = [];
-      state.commit();
-    }
-  }
-
-  private closeLasso(): void {
-    const polygon = this.lasso!;
-    const inside = scene.value.items.filter((item) => contains(polygon, this.onScreen(item)) && item.node.kind !== "metric");
-    const ids = inside.flatMap((item) => item.members.map((node) => node.id));
-    state.selected.value = [...new Set([...state.selected.value, ...ids])];
-    state.announcement.value = `${ids.length} nodes chosen`;
-  }
 }
+
+export let stage: Stage;
+/** Puts the drawing into the element. */
+export const startStage = (host: HTMLElement) => (stage = new Stage(host));
 
 declare global {
   interface HTMLCanvasElement {
@@ -422,14 +394,7 @@ declare global {
 /** Links of which a part is in the window. */
 function visibleLinks({ links }: Scene, t: Transform, height: number): Link[] {
   const [top, bottom] = [-t.y / t.k, (height - t.y) / t.k];
-  return links.filter(({ path }) => Math.max(path[1], path[path.length - 1]) > top && Math.min(path[1], path[path.length - 1]) < bottom);
-}
-
-function contains(polygon: [number, number][], [x, y]: [number, number]): boolean {
-  let inside = false;
-  for (let i = 0, j = polygon.length - 1; i < polygon.length; j = i++) {
-    const [[xi, yi], [xj, yj]] = [polygon[i], polygon[j]];
-    if (yi > y !== yj > y && x < ((xj - xi) * (y - yi)) / (yj - yi) + xi) inside = !inside;
-  }
-  return inside;
+  return links.filter(
+    ({ path }) => Math.max(path[1], path[path.length - 1]) > top && Math.min(path[1], path[path.length - 1]) < bottom,
+  );
 }

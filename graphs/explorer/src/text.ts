@@ -27,7 +27,8 @@ export function number(value: number): string {
 export function plain(value: number): string {
   if (Number.isInteger(value)) return String(value).replace("-", "−");
   const size = Math.abs(value);
-  const text = size >= 1000 ? value.toFixed(0) : size >= 0.00095 ? String(Number(value.toPrecision(3))) : value.toExponential(0);
+  const text =
+    size >= 1000 ? value.toFixed(0) : size >= 0.00095 ? String(Number(value.toPrecision(3))) : value.toExponential(0);
   return text.replaceAll("-", "−");
 }
 export const percent = (share: number) => `${plain(Number((share * 100).toPrecision(3)))} %`;

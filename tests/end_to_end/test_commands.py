@@ -12,6 +12,7 @@ from circuits.attribution.nodes import select_nodes
 from circuits.circuit import Circuit
 from circuits.cli.commands.edit import AblateCommand
 from circuits.cli.common import load_circuit
+from graphs.explorer import unpacked
 from graphs.feature_graph import FeatureGraph
 from sae.saes import load_saes
 
@@ -128,9 +129,10 @@ def test_render_with_another_threshold_and_annotations(sfc, run_folder, tmp_path
 
 
 def test_explore(sfc, run_folder):
-    assert sfc("explore", "--circuit", run_folder).status == 0
+    assert sfc("explore", "--circuit", run_folder, "--compare", run_folder).status == 0
     page = (run_folder / "graph" / "circuit.html").read_text()
     assert "<html" in page and "https://" not in page.replace("https://arxiv.org", "").replace("http://www.w3.org", "")
+    assert unpacked(page)["comparison"]["only_nodes"] == []
 
 
 def test_ablate_steer_and_report(sfc, run_folder, text_file):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -91,6 +91,8 @@ class ExploreCommand(_Cut):
     """Nodes on the page at most, the strongest; sliders show fewer."""
     edges: Count | None = 3000
     """Edges on the page at most, the strongest."""
+    compare: Path | None = None
+    """Run folder of a second circuit: the page tells what is in the first, in both, and in the second alone."""
 
     def run(self) -> Output:
         from circuits.circuit import circuit_folder
@@ -101,7 +103,11 @@ class ExploreCommand(_Cut):
             graph = self.cut(nodes=self.nodes, edges=self.edges)
             curve = read_result(circuit_folder(self.circuit) / "faithfulness.json", graph, Curves)
             graph.metadata.update({"faithfulness": curve} if curve else {})
-            explore(graph, out)
+            other = None
+            if self.compare is not None:
+                other = replace(self, circuit=self.compare).cut(nodes=self.nodes, edges=self.edges)
+                other.metadata["title"] = circuit_folder(self.compare).parent.resolve().name
+            explore(graph, out, compare_with=other)
         return _wrote(graph, out)
 
 

@@ -157,7 +157,7 @@ export function kindsOf(by: Lens, colours: Theme): Kind[] {
   if (by === "class")
     return cases.map((name, place) => ({ key: `class:${name}`, name, colour: classColour(colours, place) }));
   if (by === "comparison") {
-    const names = [`only ${circuit.title}`, "both", `only ${circuit.comparison!.title}`];
+    const names = ["only this graph", "both", `only ${circuit.comparison!.title}`];
     return [-1, 0, 1].map((side, i) => ({ key: `side:${side}`, name: names[i], colour: sideColour(colours, side) }));
   }
   if (by === "interval")

@@ -23,7 +23,7 @@ from sae.model.sites import Site
 def activation_difference(sae: SparseAutoencoder, states: ActivationPair, *, site: Site) -> SiteEffects:
     """How far each feature and the error move between clean and patch, at every position."""
 
-    def values(delta: Tensor, dx: Tensor):
+    def values(delta: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
         error = (dx - delta @ sae.W_dec).norm(dim=-1)
         return delta.abs_(), error
 

@@ -57,7 +57,9 @@ class EdgeInputs:
 
     def to(self, device: torch.device | str) -> EdgeInputs:
         """The same on another device."""
-        return EdgeInputs(*(None if x is None else x.to(device) for x in self._tensors()))
+        dense = self.error_delta.to(device), self.error_cotangent.to(device)
+        active = (self.token, self.feature, self.f_clean, self.f_delta)
+        return EdgeInputs(*dense, *(None if x is None else x.to(device) for x in active))
 
     @property
     def has_acts(self) -> bool:

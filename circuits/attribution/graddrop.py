@@ -25,6 +25,7 @@ from circuits.attribution.activations import ActivationPair
 from circuits.attribution.effects import SiteEffects
 from circuits.metrics.metrics import Metric
 from sae.errors import UserError
+from sae.model.hook_points import SiteEdit
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
 
@@ -45,7 +46,7 @@ def gradients_with_layer_blocked(
     blocked = -1
     arrived: dict[int, Tensor] = {}
 
-    def gate(layer: int):
+    def gate(layer: int) -> SiteEdit:
         def edit(x: Tensor) -> Tensor:
             if layer >= 0:
                 before = arrived[layer - 1]

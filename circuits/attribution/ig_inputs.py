@@ -21,7 +21,7 @@ from circuits.attribution.activations import ActivationPair
 from circuits.attribution.integrated_gradients import path_chunks
 from circuits.metrics.metrics import Metric
 from sae.errors import UserError
-from sae.model.language_model import LanguageModel
+from sae.model.language_model import LanguageModel, Tokens
 from sae.model.sites import Site
 
 EMBED = Site("embed")
@@ -59,7 +59,7 @@ def _embeddings(model: LanguageModel, states: ActivationPair) -> tuple[Tensor, T
     if EMBED not in model.sites:
         raise UserError(f"method 'ig-inputs' needs the site 'embed', which model {model.name!r} does not have: use ig")
 
-    def embedding(tokens) -> Tensor:
+    def embedding(tokens: Tokens) -> Tensor:
         return model.run(tokens, capture=[EMBED], need_logits=False).activations[EMBED]
 
     clean = embedding(states.tokens)

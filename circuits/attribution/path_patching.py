@@ -32,6 +32,7 @@ from circuits.attribution.edges import Edges
 from circuits.attribution.nodes import Nodes, SiteNodes
 from circuits.metrics.metrics import Metric
 from sae.autoencoder import SparseAutoencoder
+from sae.model.hook_points import SiteEdit
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
 
@@ -122,7 +123,7 @@ def _pinned_run(
     """
     outputs: dict[Site, Tensor] = {}
 
-    def pinned(site: Site):
+    def pinned(site: Site) -> SiteEdit:
         def edit(y: Tensor) -> Tensor:
             outputs[site] = y
             return states.clean[site].repeat(copies, 1, 1)

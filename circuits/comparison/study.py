@@ -218,5 +218,5 @@ def correlation(measure: Callable[..., Any], x: np.ndarray, y: np.ndarray) -> fl
 
 def joined(a: SiteNodes, b: SiteNodes) -> SiteNodes:
     """The nodes of a site in a, then those in b."""
-    columns = (torch.cat([getattr(a, name), getattr(b, name)]) for name in ("feature", "position", "effect"))
-    return SiteNodes(a.n_features, *columns)
+    columns = {name: torch.cat([getattr(a, name), getattr(b, name)]) for name in ("feature", "position", "effect")}
+    return SiteNodes(a.n_features, columns["feature"], columns["position"], columns["effect"])

@@ -278,7 +278,8 @@ def feature_means(
     readers = {site: SiteFeatureEdit(saes[site], index, "zero") for site, index in features.items()}
     sums = {site: torch.zeros(len(index), device=as_saes(saes).device) for site, index in features.items()}
     n_tokens = 0
-    for tokens, mask in zip(batches, where or [None] * len(batches), strict=True):
+    masks: Sequence[Tensor | None] = where or [None] * len(batches)
+    for tokens, mask in zip(batches, masks, strict=True):
         activations = counted_activations(model, tokens, features, mask)
         n_tokens += len(next(iter(activations.values())))
         for site, x in activations.items():

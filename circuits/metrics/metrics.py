@@ -28,7 +28,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,9 +37,9 @@ from circuits.metrics.identity import code_fingerprint, code_name, names_code, v
 from circuits.metrics.probe import Probe, read_by
 from circuits.prompts.dataset import PromptSet
 from sae.errors import UserError, unknown
-
-if TYPE_CHECKING:
-    from sae.model.language_model import LanguageModel
+from sae.model.hook_points import SiteEdit
+from sae.model.language_model import LanguageModel
+from sae.model.sites import Site
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ CANCELS = 0.2
 TRIED_PROMPTS = 8
 """Prompts on which a user's metric is tried before it is used."""
 Metric = Callable[[Tensor, PromptSet], Tensor]
+Edits = Mapping[Site, SiteEdit] | Callable[[PromptSet], Mapping[Site, SiteEdit]]
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -270,7 +271,9 @@ def prepare(
 
 
 @torch.no_grad()
-def last_logits(model: LanguageModel, prompts: PromptSet, *, batch_size: int = 64, edits=None) -> Tensor:
+def last_logits(
+    model: LanguageModel, prompts: PromptSet, *, batch_size: int = 64, edits: Edits | None = None
+) -> Tensor:
     """Logits after every clean prompt, [B, V], with optional edits (see `LanguageModel.run`, or a function of the batch
     that gives them).
     """
@@ -278,7 +281,9 @@ def last_logits(model: LanguageModel, prompts: PromptSet, *, batch_size: int = 6
 
 
 @torch.no_grad()
-def metric_values(model: LanguageModel, prompts: PromptSet, metric: Metric, *, batch_size: int = 64, edits=None):
+def metric_values(
+    model: LanguageModel, prompts: PromptSet, metric: Metric, *, batch_size: int = 64, edits: Edits | None = None
+) -> Tensor:
     """m of every clean prompt, [B], whatever it reads, with optional edits as in `last_logits`."""
     read = read_by(model, metric)
     return torch.cat([metric(logits, batch) for batch, logits in _batch_logits(read, prompts, edits, batch_size)])
@@ -286,7 +291,7 @@ def metric_values(model: LanguageModel, prompts: PromptSet, metric: Metric, *, b
 
 @torch.no_grad()
 def values_and_correct(
-    model: LanguageModel, prompts: PromptSet, metric: Metric, *, batch_size: int = 64, edits=None
+    model: LanguageModel, prompts: PromptSet, metric: Metric, *, batch_size: int = 64, edits: Edits | None = None
 ) -> tuple[Tensor, Tensor]:
     """m of every clean prompt and whether it is answered rightly, [B] each, from the same runs; not for probes."""
     batches = [
@@ -297,7 +302,9 @@ def values_and_correct(
     return torch.cat(values), torch.cat(right)
 
 
-def _batch_logits(model, prompts, edits, batch_size) -> Iterator[tuple[PromptSet, Tensor]]:
+def _batch_logits(
+    model: LanguageModel, prompts: PromptSet, edits: Edits | None, batch_size: int
+) -> Iterator[tuple[PromptSet, Tensor]]:
     for batch in prompts.batches(batch_size):
         run = model.run(batch.clean, edits=edits(batch) if callable(edits) else edits, last_only=True)
         yield batch, run.logits[:, -1].float()

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from nnsight.intervention.interleaver import OutOfOrderError
 from torch import Tensor
 
 from sae.errors import UserError
@@ -55,12 +54,12 @@ def first_pass(name: str, hf: Any, hook_points: Mapping[Site, HookPoint], trace:
 
     try:
         logits = trace([partial(visit, point) for point in hook_points.values()])
-    except OutOfOrderError as error:
-        raise UserError(
-            f"the sites {', '.join(map(str, hook_points))} are not reached in this order in every run, each once: "
-            f"give other site_paths ({str(error).strip().splitlines()[0]})"
-        ) from None
     except Exception as error:
+        if type(error).__name__ == "OutOfOrderError":  # nnsight's own, which only language_model.py imports from
+            raise UserError(
+                f"the sites {', '.join(map(str, hook_points))} are not reached in this order in every run, each once: "
+                f"give other site_paths ({str(error).strip().splitlines()[0]})"
+            ) from None
         raise cannot_run(name, error) from error
     scales = fit_scales(values, config_constants(hf))
     for site, (x, version) in raw.items():

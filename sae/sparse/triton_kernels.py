@@ -77,8 +77,7 @@ def _bag_sum(
             mine = mine & (tl.load(owners + program - 1) != bag)
     if mine:
         one = tl.full([1], 1, tl.int1)
-        left = tl.arange(0, LEFT)
-        total_left = tl.zeros([LEFT], tl.float32)
+        left, total_left = tl.arange(0, LEFT), tl.zeros([LEFT], tl.float32)
         if DOTS:
             row_left = _tile(rows, bag + tl.zeros([1], tl.int64), rows_stride, left, d, one)
         if RIGHT:

@@ -113,7 +113,7 @@ def own_step(name, *, dense=False, dead=None, hyper=HYPER, x=None, workspace=Non
 def assert_same_gradients(mine, twin):
     for key in twin:
         expected = torch.zeros_like(twin[key]) if twin[key].grad is None else twin[key].grad
-        assert_near(mine[key].grad, expected, msg=lambda text, key=key: key + text)
+        assert_near(mine[key].grad, expected, msg=key)
 
 
 @pytest.mark.parametrize(("name", "dense"), [(name, False) for name in TRAINED] + [(name, True) for name in PENALISED])

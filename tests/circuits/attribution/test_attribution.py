@@ -19,6 +19,7 @@ from circuits.metrics.metrics import logit_difference
 from sae.errors import UserError
 from sae.model.sites import Site
 from tests.circuits.conftest import dense
+from tests.near import assert_near
 
 MODEL_FAMILIES = ("gpt2", "gpt_neox", "llama", "gemma2")
 
@@ -58,7 +59,7 @@ def test_attribution_patching_is_the_gradient_of_spliced_leaves(tiny_model, tiny
         of_features = f.grad * (f_patch - f.detach())
         of_error = (e.grad * (patch - sae.decode(f_patch) - e.detach())).sum(-1, keepdim=True)
         expected = left_aligned(torch.cat([of_features, of_error], -1), states.mask)
-        assert torch.allclose(dense(result.effects[site], states.mask.shape), expected, atol=1e-5), site
+        assert_near(dense(result.effects[site], states.mask.shape), expected, msg=site)
 
 
 @pytest.mark.parametrize("architecture", MODEL_FAMILIES)
@@ -80,7 +81,7 @@ def test_integrated_gradients_are_complete(make_tiny_model, make_saes, tiny_prom
 
 def test_patching_the_embedding_is_the_whole_effect(tiny_model, states):
     total = site_total_effect(tiny_model, states, logit_difference, site=Site("embed"))
-    assert torch.allclose(total, states.m_patch - states.m_clean, atol=1e-5)
+    assert_near(total, states.m_patch - states.m_clean)
 
 
 def test_chunks_of_rows_change_nothing(tiny_model, states):
@@ -89,7 +90,7 @@ def test_chunks_of_rows_change_nothing(tiny_model, states):
         integrated_gradients(tiny_model, states, logit_difference, site=site, steps=5, max_rows=rows)
         for rows in (1000, 8)
     )
-    assert torch.allclose(whole, parts, atol=1e-6)
+    assert_near(whole, parts)
 
 
 def test_quadrature_rules_integrate_polynomials():
@@ -134,7 +135,7 @@ def test_exact_patching_of_chosen_nodes(tiny_model, tiny_saes, states):
     some = exact_effects(
         tiny_model, tiny_saes[site], states, logit_difference, site=site, positions=None, features=chosen
     )
-    assert torch.allclose(some.summed(8)[chosen], whole.summed(8)[chosen], atol=1e-6)
+    assert_near(some.summed(8)[chosen], whole.summed(8)[chosen])
     assert set(some.feature.tolist()) == set(chosen.tolist())
 
 
@@ -150,7 +151,7 @@ def test_exact_patching_leaves_out_what_nothing_reads(tiny_model, tiny_saes, tin
             exact_effects(tiny_model, tiny_saes[site], of, logit_difference, site=site, positions=positions)
             for of in (states, known)
         )
-        assert torch.allclose(fewer.summed(8), whole.summed(8), atol=1e-6)
+        assert_near(fewer.summed(8), whole.summed(8))
         assert len(fewer.value) < len(whole.value) if site.layer == 1 else len(fewer.value) == len(whole.value)
 
 
@@ -178,7 +179,7 @@ def test_without_patch_prompts_the_patch_state_is_zero(tiny_model, tiny_saes, ti
     f = sae.encode(states.clean[site])
     of_error = -((states.clean[site] - sae.decode(f)) * gradient).sum(-1, keepdim=True)
     expected = left_aligned(torch.cat([-f * (gradient @ sae.W_dec.T), of_error], -1), states.mask)
-    assert torch.allclose(dense(effects, states.mask.shape), expected, atol=1e-5)
+    assert_near(dense(effects, states.mask.shape), expected)
     measured = site_total_effect(tiny_model, states, logit_difference, site=site)
     assert torch.allclose(effects.per_example(8), measured, atol=5e-3 * measured.abs().max().item() + 1e-5)
 
@@ -189,7 +190,7 @@ def test_small_chunks_of_tokens_change_nothing(tiny_saes, states, monkeypatch):
     whole = contract_gradient(*args, mask=states.mask)
     monkeypatch.setattr("circuits.attribution.effects.CHUNK_BYTES", 1)
     parts = contract_gradient(*args, mask=states.mask)
-    assert torch.allclose(dense(whole, states.mask.shape), dense(parts, states.mask.shape), atol=1e-6)
+    assert_near(dense(whole, states.mask.shape), dense(parts, states.mask.shape))
 
 
 def test_aggregation_and_selection():
@@ -217,7 +218,7 @@ def test_the_gradient_of_the_capturing_run_is_that_of_attribution_patching(tiny_
     gradients = attribution_patching(tiny_model, states, logit_difference, sites=sites)
     for site in sites:
         assert torch.equal(both.clean[site], states.clean[site]) and not both.clean[site].requires_grad
-        assert torch.allclose(both.gradients[site], gradients[site], atol=1e-7)
+        assert_near(both.gradients[site], gradients[site])
 
 
 def test_unknown_method_is_refused(tiny_model, tiny_saes, states):

@@ -14,6 +14,7 @@ from circuits.attribution.feature_effects import contract
 from circuits.attribution.nodes import SiteNodes
 from circuits.metrics.metrics import logit_difference
 from sae.model.sites import Site
+from tests.near import assert_near
 
 MODEL_FAMILIES = ("gpt2", "gpt_neox", "llama", "gemma2", "gemma3_text")
 
@@ -109,7 +110,7 @@ def test_lanes_change_nothing(tiny_model, make_saes, tiny_prompts):
     )
     assert one.keys() == many.keys()
     for pair, weights in one.items():
-        assert torch.allclose(weights, many[pair], atol=1e-6), pair
+        assert_near(weights, many[pair], msg=pair)
 
 
 @pytest.mark.parametrize("active", ["clean", "either"])
@@ -132,7 +133,7 @@ def test_what_the_node_pass_keeps_changes_nothing(tiny_model, make_saes, tiny_pr
     assert known.keys() == scratch.keys()
     for pair, weights in known.items():
         assert weights.abs().max() > 0
-        assert torch.allclose(weights, scratch[pair], atol=1e-6), pair
+        assert_near(weights, scratch[pair], msg=pair)
 
 
 @pytest.mark.parametrize("architecture", ["relu", "topk"])
@@ -184,7 +185,7 @@ def test_edges_to_the_metric_of_the_last_site_are_its_effects(tiny_model, make_s
     edges = edge_effects(tiny_model, saes, Attribution(states, gradients=gradients), logit_difference, nodes)
     effects = contract_gradient(saes[last], states.clean[last], states.patch[last], gradients[last], mask=states.mask)
     expected = effects.summed(1)[nodes[last].feature]
-    assert torch.allclose(edges[last, None][0], expected, atol=1e-5)
+    assert_near(edges[last, None][0], expected)
     assert [pair for pair in edges if pair[1] is None] == [(last, None)]
 
 
@@ -205,5 +206,5 @@ def test_the_cut_model_computes_the_same(tiny_model, tiny_saes, tiny_prompts):
     states = capture_activations(tiny_model, tiny_saes, tiny_prompts, logit_difference, sites=tiny_model.sites)
     graph = cut_forward(tiny_model, states, logit_difference, sites=tiny_model.sites, copies=2)
     for site, x in states.clean.items():
-        assert torch.allclose(graph.outputs[site], x.repeat(2, 1, 1), atol=1e-5)
-    assert torch.allclose(graph.m, states.m_clean.repeat(2), atol=1e-5)
+        assert_near(graph.outputs[site], x.repeat(2, 1, 1))
+    assert_near(graph.m, states.m_clean.repeat(2))

@@ -22,6 +22,7 @@ from sae.model.sites import Site
 from sae.neurons import neuron_dictionaries
 from tests.circuits.conftest import dense
 from tests.conftest import MODEL_FAMILIES
+from tests.near import assert_near
 
 EMBED = Site("embed")
 
@@ -48,14 +49,12 @@ def test_inputs_variant_is_a_loop_over_the_embedding_path(architecture, make_tin
         for site, g in zip(model.sites, torch.autograd.grad(m, [run.activations[s] for s in model.sites]), strict=True):
             expected[site] += g / 3
     for site in model.sites:
-        assert torch.allclose(found[site], expected[site], atol=1e-5), site
+        assert_near(found[site], expected[site], msg=site)
 
 
 def test_inputs_variant_is_integrated_gradients_at_the_embedding(tiny_model, states):
     found = integrated_gradients_of_inputs(tiny_model, states, logit_difference, sites=[EMBED], steps=4)[EMBED]
-    assert torch.allclose(
-        found, integrated_gradients(tiny_model, states, logit_difference, site=EMBED, steps=4), atol=1e-6
-    )
+    assert_near(found, integrated_gradients(tiny_model, states, logit_difference, site=EMBED, steps=4))
 
 
 def test_inputs_variant_finds_the_embedding_of_circuits_without_it(tiny_model, tiny_saes, tiny_prompts, states):
@@ -65,7 +64,7 @@ def test_inputs_variant_finds_the_embedding_of_circuits_without_it(tiny_model, t
         integrated_gradients_of_inputs(tiny_model, s, logit_difference, sites=[site], steps=4)[site]
         for s in (few, states)
     )
-    assert torch.allclose(found, expected, atol=1e-6)
+    assert_near(found, expected)
 
 
 # ---- adaptive
@@ -104,7 +103,7 @@ def test_adaptive_is_simpsons_rule_where_nothing_is_halved(tiny_model, states):
     middle = integrated_gradients(tiny_model, states, logit_difference, site=site, steps=1)
     end = attribution_end(tiny_model, states, site)
     assert n == 2
-    assert torch.allclose(found, (at_clean + 4 * middle + end) / 6, atol=1e-6)
+    assert_near(found, (at_clean + 4 * middle + end) / 6)
 
 
 def attribution_end(model, states, site) -> torch.Tensor:
@@ -156,7 +155,7 @@ def test_blocked_gradients_are_those_of_a_model_with_detached_sublayers(
         m = logit_difference(run.logits[:, -1], tiny_prompts).sum()
         expected = torch.autograd.grad(m, [run.activations[site] for site in rest])
         for site, g in zip(rest, expected, strict=True):
-            assert torch.allclose(found[site], g, atol=1e-5), (layer, site)
+            assert_near(found[site], g, msg=(layer, site))
 
 
 def test_graddrop_is_the_mean_magnitude_over_open_layers(make_tiny_model, make_saes, tiny_prompts):
@@ -231,7 +230,7 @@ def test_activation_difference_is_what_it_says(tiny_saes, states, tiny_model):
     expected = torch.cat([(f_patch - f_clean).abs(), error.norm(dim=-1, keepdim=True)], -1) * states.mask[..., None]
     full = dense(effects, states.mask.shape)
     for row, real in enumerate(states.mask):
-        assert torch.allclose(full[row, : real.sum()], expected[row, real], atol=1e-5)
+        assert_near(full[row, : real.sum()], expected[row, real])
 
 
 @pytest.mark.parametrize("joint", [True, False])

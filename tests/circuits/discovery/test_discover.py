@@ -16,6 +16,7 @@ from circuits.discovery.options import DiscoverOptions
 from circuits.metrics.metrics import last_logits, logit_difference
 from graphs.feature_graph import FeatureGraph
 from sae.errors import UserError
+from tests.near import assert_near
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def test_batches_change_nothing(tiny_model, tiny_saes, tiny_prompts):
     assert max_rows(tiny_model, tiny_prompts.clean.n_positions, memory=memory) == 1
     small = discover(tiny_model, tiny_saes, tiny_prompts, replace(options, memory=memory), progress=False)
     for site, nodes in circuit.nodes.items():
-        assert torch.allclose(nodes.effect, small.nodes[site].effect, atol=1e-5), site
+        assert_near(nodes.effect, small.nodes[site].effect, msg=site)
         of_prompts = circuit.effects[site].per_example(8)
         assert torch.allclose(of_prompts, small.effects[site].per_example(8), atol=1e-4)
     for pair, weights in circuit.edges.items():
@@ -60,7 +61,7 @@ def test_edges_are_the_same_where_nothing_was_kept(tiny_model, tiny_saes, tiny_p
     again = discover(tiny_model, tiny_saes, tiny_prompts, options, progress=False)
     assert kept.edges.keys() == again.edges.keys()
     for pair, weights in kept.edges.items():
-        assert torch.allclose(weights, again.edges[pair], atol=1e-6), pair
+        assert_near(weights, again.edges[pair], msg=pair)
 
 
 def test_graph_has_the_strongest_nodes_and_their_edges(circuit):
@@ -103,7 +104,7 @@ def test_positions(tiny_model, tiny_saes, tiny_prompts):
         total = torch.zeros(nodes.n_features + 1).index_add_(0, nodes.feature, nodes.effect)
         expected = torch.zeros_like(total)
         expected[summed.nodes[site].feature] = summed.nodes[site].effect
-        assert torch.allclose(total, expected, atol=1e-5)
+        assert_near(total, expected)
     assert len(by_position.metadata["tokens"]) == 7
     assert all("@" in name for site, nodes in by_position.edge_nodes.items() for name in nodes.ids(site))
     with pytest.raises(UserError, match=r"lengths \[5, 7\]"):

@@ -16,6 +16,7 @@ from circuits.metrics import metrics as behaviour
 from sae.errors import UserError
 from sae.model.sites import Site
 from tests.circuits.conftest import MIXED, with_spans
+from tests.near import assert_near
 
 OPERATIONS = [("zero", None), ("mean", None), ("set", 0.7), ("scale", 2.5), ("steer", 0.3)]
 
@@ -54,11 +55,11 @@ def test_an_edit_is_decoding_changed_features_plus_the_error(
     features, means = {site: torch.tensor(index)}, {site: mean}
     edits = editing.make_edits(saes, features, operation=operation, value=value, means=means)
     assert not torch.allclose(spliced, x, atol=1e-4)
-    assert torch.allclose(edits[site](x), spliced, atol=1e-5)
+    assert_near(edits[site](x), spliced)
 
     run = tiny_model.run(tiny_prompts.clean, edits=edits)
     expected = tiny_model.run(tiny_prompts.clean, edits={site: lambda _: spliced})
-    assert torch.allclose(run.logits, expected.logits, atol=1e-5)
+    assert_near(run.logits, expected.logits)
 
 
 def test_edits_at_several_sites_read_what_earlier_edits_left(tiny_model, tiny_prompts, tiny_saes):
@@ -70,7 +71,7 @@ def test_edits_at_several_sites_read_what_earlier_edits_left(tiny_model, tiny_pr
     )
     x = before.activations[last]
     features = tiny_saes[last].encode(x)
-    assert torch.allclose(run.activations[last], x - features @ tiny_saes[last].W_dec, atol=1e-5)
+    assert_near(run.activations[last], x - features @ tiny_saes[last].W_dec)
 
 
 def test_features_are_found_by_name(tiny_saes):
@@ -121,7 +122,7 @@ def test_active_features_and_means(tiny_model, tiny_prompts, tiny_saes):
         means = editing.feature_means(
             tiny_model, tiny_saes, {site: index}, [batch.clean for batch in tiny_prompts.batches(3)]
         )
-        assert torch.allclose(means[site], f[:, index].mean(0), atol=1e-6)
+        assert_near(means[site], f[:, index].mean(0))
 
 
 @pytest.mark.parametrize("same_sites", [True, False])

@@ -26,6 +26,7 @@ from circuits.uncertainty.intervals import (
 )
 from sae.errors import UserError
 from sae.model.sites import Site
+from tests.near import assert_near
 
 SITE = Site("resid", 0)
 
@@ -273,7 +274,7 @@ def test_edges_of_a_circuit_have_intervals(tiny_model, tiny_saes, tiny_prompts, 
     assert circuit.edge_samples.keys() == circuit.edges.keys()
     for pair, weights in circuit.edges.items():
         assert circuit.edge_samples[pair].shape == (8, *weights.shape)
-        assert torch.allclose(circuit.edge_samples[pair].mean(0), weights, atol=1e-6)
+        assert_near(circuit.edge_samples[pair].mean(0), weights)
     for number in (1, 4):
         alone = discover(tiny_model, tiny_saes, tiny_prompts[[number]], options, progress=False)
         by_name = {edge[:2]: edge.weight for edge in alone.graph(nodes=40).edges()}

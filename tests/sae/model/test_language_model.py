@@ -81,7 +81,7 @@ def test_attention_and_mlp_add_up_to_the_block(model: LanguageModel) -> None:
     stream = run[EMBED]
     for layer in range(model.n_layers):
         stream = stream + run[Site("attn", layer)] + run[Site("mlp", layer)]
-        assert torch.allclose(stream, run[Site("resid", layer)], atol=1e-5), layer
+        assert_near(stream, run[Site("resid", layer)], msg=layer)
 
 
 @pytest.mark.parametrize("n_rows", [1, 2, 3])  # two rows: the size at which a tuple lost on writing goes unnoticed
@@ -150,10 +150,10 @@ def test_resumed_runs_equal_the_full_run(model: LanguageModel) -> None:
         skip = model.resume_from(site, full.activations)
         later = [other for other in model.sites if other >= site]
         resumed = model.run(tokens.repeat(3), skip=skip, capture=later)
-        assert torch.allclose(resumed.logits, full.logits.repeat(3, 1, 1), atol=1e-5), site
+        assert_near(resumed.logits, full.logits.repeat(3, 1, 1), msg=site)
         for other in later:
             expected = full.activations[other].repeat(3, 1, 1)
-            assert torch.allclose(resumed.activations[other], expected, atol=1e-5), (site, other)
+            assert_near(resumed.activations[other], expected, msg=(site, other))
 
 
 def test_skipped_modules_do_not_run(model: LanguageModel) -> None:
@@ -206,9 +206,9 @@ def test_the_last_mlp_runs_where_its_output_is_read(model: LanguageModel) -> Non
     first = next(child for child in module.modules() if child.__class__.__name__ in ("Linear", "Conv1D"))
     handle = first.register_forward_hook(lambda _m, inputs, _o: widths.append(inputs[0].shape[1]))
     full = model.run(tokens).logits[:, -1:]
-    assert torch.allclose(model.run(tokens, last_only=True).logits, full, atol=1e-5)
+    assert_near(model.run(tokens, last_only=True).logits, full)
     for site in (last, Site("resid", last.layer)):
-        assert torch.allclose(model.run(tokens, last_only=True, capture=[site]).logits, full, atol=1e-5)
+        assert_near(model.run(tokens, last_only=True, capture=[site]).logits, full)
     doubled = {Site("attn", last.layer): lambda x: 2 * x}
     edited = [model.run(tokens, last_only=only, edits=doubled).logits[:, -1:] for only in (True, False)]
     handle.remove()
@@ -224,7 +224,7 @@ def test_resume_with_gaps_in_the_cache(tiny_model: LanguageModel) -> None:
         cache = {site: full.activations[site] for site in kept}
         skip = tiny_model.resume_from(Site("resid", 1), cache)
         assert set(skip) == set(kept)
-        assert torch.allclose(tiny_model.run(tokens, skip=skip).logits, full.logits, atol=1e-5)
+        assert_near(tiny_model.run(tokens, skip=skip).logits, full.logits)
 
 
 def test_sites_inside_a_skipped_block(tiny_model: LanguageModel) -> None:
@@ -263,9 +263,9 @@ def test_gradients_equal_those_of_torch_hooks(architecture: str, make_tiny_model
     metric = run.logits[:, -1, 5].sum() - run.logits[:, -1, 9].sum()
     found = torch.autograd.grad(metric, list(run.activations.values()), retain_graph=True)
     for site, ours, theirs in zip(model.sites, found, expected, strict=True):
-        assert torch.allclose(ours, theirs, atol=1e-6), site
+        assert_near(ours, theirs, msg=site)
     again = torch.autograd.grad(metric, run.activations[RESID_0])[0]  # the graph is alive after the run
-    assert torch.allclose(again, expected[paths.index(model.site_paths[RESID_0].module)], atol=1e-6)
+    assert_near(again, expected[paths.index(model.site_paths[RESID_0].module)])
 
 
 def test_cut_sites_have_direct_gradients_only(tiny_model: LanguageModel) -> None:

@@ -16,6 +16,7 @@ from sae.model.language_model import LanguageModel
 from sae.model.load import load_model
 from sae.model.sites import Site
 from tests.conftest import MODEL_FAMILIES, tiny_hf, word_tokenizer
+from tests.near import assert_near
 
 TEXTS = ["the man near the old dogs runs", "she sees", "they", "a boy who likes cats sings ."]  # lengths 7, 2, 1, 7
 ATTN_0, RESID_0 = Site("attn", 0), Site("resid", 0)
@@ -117,12 +118,12 @@ def test_site_at_the_input_of_a_module() -> None:
     assert torch.equal(full.logits, normal.run(tokens).logits)
     block = model.hf.model.layers[0]
     after = block.post_attention_layernorm(block.self_attn.o_proj(full.activations[ATTN_0]))
-    assert torch.allclose(after, normal.run(tokens, capture=[ATTN_0]).activations[ATTN_0], atol=1e-6)
+    assert_near(after, normal.run(tokens, capture=[ATTN_0]).activations[ATTN_0])
     zero = model.run(tokens, edits={ATTN_0: torch.zeros_like}).logits
-    assert torch.allclose(zero, normal.run(tokens, edits={ATTN_0: torch.zeros_like}).logits, atol=1e-5)
+    assert_near(zero, normal.run(tokens, edits={ATTN_0: torch.zeros_like}).logits)
     for site in model.sites:
         skip = model.resume_from(site, full.activations)
-        assert torch.allclose(model.run(tokens, skip=skip).logits, full.logits, atol=1e-5), site
+        assert_near(model.run(tokens, skip=skip).logits, full.logits, msg=site)
     ours = model.generate(tokens, max_new_tokens=4, edits={ATTN_0: torch.zeros_like})
     assert torch.equal(ours, normal.generate(tokens, max_new_tokens=4, edits={ATTN_0: torch.zeros_like}))
 
@@ -145,11 +146,11 @@ def test_any_other_decoder_with_or_without_paths() -> None:
     tokens = model.tokenize(TEXTS)
     run = model.run(tokens, capture=model.sites, grad=True)
     total = run.activations[RESID_0] + run.activations[Site("attn", 1)] + run.activations[Site("mlp", 1)]
-    assert torch.allclose(total, run.activations[Site("resid", 1)], atol=1e-5)
+    assert_near(total, run.activations[Site("resid", 1)])
     gradients = torch.autograd.grad(run.logits.sum(), list(run.activations.values()))
     assert all(gradient.abs().max() > 0 for gradient in gradients)
     for row, text in enumerate(TEXTS):
-        assert torch.allclose(model.run(model.tokenize([text])).logits[0, -1], run.logits[row, -1], atol=2e-6)
+        assert_near(model.run(model.tokenize([text])).logits[0, -1], run.logits[row, -1])
 
 
 @pytest.mark.parametrize("architecture", MODEL_FAMILIES)
@@ -171,7 +172,7 @@ def test_model_without_pad_token_or_tokenizer() -> None:
     model = load_model(tiny_hf("gpt2"), tokenizer=bare)
     assert bare.pad_token is None and bare.padding_side == "right"  # the caller's tokenizer is as it was
     padded = model.run(model.tokenize(TEXTS)).logits
-    assert torch.allclose(padded[1, -1], model.run(model.tokenize(TEXTS[1:2])).logits[0, -1], atol=2e-6)
+    assert_near(padded[1, -1], model.run(model.tokenize(TEXTS[1:2])).logits[0, -1])
     assert model.generate(model.tokenize(TEXTS), max_new_tokens=2).shape == (4, 9)
     silent = load_model(tiny_hf("gpt2"))
     assert torch.equal(silent.run(model.tokenize(TEXTS)).logits, padded)

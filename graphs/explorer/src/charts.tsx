@@ -7,22 +7,24 @@ import { circuit } from "./data";
 
 type Marks = NonNullable<Parameters<typeof plot>[0]>;
 
+const HEIGHT = 150;
+
 function Chart({ label, make }: { label: string; make: () => Marks }) {
   const host = useRef<HTMLDivElement>(null);
   const colours = theme.value;
   useEffect(() => {
-    const chart = plot({
-      ...make(),
-      width: 320,
-      height: 150,
-      style: { background: "none", color: colours.pale, fontSize: "11px" },
-    });
-    for (const part of chart.querySelectorAll("g[aria-label]")) part.removeAttribute("aria-label"); // only the whole is named
-    chart.setAttribute("role", "img");
-    chart.setAttribute("aria-label", label);
-    host.current!.replaceChildren(chart);
+    const draw = () => {
+      const style = { background: "none", color: colours.pale, fontSize: "11px" };
+      const chart = plot({ ...make(), width: 320, height: HEIGHT, style });
+      for (const part of chart.querySelectorAll("g[aria-label]")) part.removeAttribute("aria-label"); // only the whole is named
+      chart.setAttribute("role", "img");
+      chart.setAttribute("aria-label", label);
+      host.current?.replaceChildren(chart);
+    };
+    const waiting = setTimeout(draw, 80); // the circuit is drawn first
+    return () => clearTimeout(waiting);
   });
-  return <div class="chart" ref={host} />;
+  return <div class="chart" style={{ minHeight: `${HEIGHT}px` }} ref={host} />;
 }
 
 /** Faithfulness by the number of nodes kept, with its interval, and the number that is drawn. */

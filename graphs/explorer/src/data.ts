@@ -81,11 +81,16 @@ interface Stored {
 }
 
 const element = document.getElementById("circuit")!;
-const bytes = Uint8Array.from(atob(element.textContent!.trim()), (c) => c.charCodeAt(0));
-const unzipped = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+const binary = atob(element.textContent!.trim());
+const bytes = new Uint8Array(binary.length);
+for (let i = 0; i < bytes.length; i++) bytes[i] = binary.charCodeAt(i);
+const unzip = new DecompressionStream("gzip");
+const writer = unzip.writable.getWriter();
+void writer.write(bytes);
+void writer.close();
 
 /** Resolves when the circuit is unpacked; every other name of this module may be used after it. */
-export const ready = new Response(unzipped).json().then(unpack);
+export const ready = new Response(unzip.readable).json().then(unpack);
 
 export let circuit: Stored;
 export let nodes: GraphNode[];

@@ -86,6 +86,16 @@ class ReportOptions(TypedDict, total=False):
     method: str
 
 
+class ExamplePair(TypedDict):
+    """One prompt with its patch side and the answers, as text."""
+
+    case: str
+    clean: str
+    clean_answer: str
+    patch: NotRequired[str]
+    patch_answer: NotRequired[str]
+
+
 class ReportMetadata(TypedDict, total=False):
     """Metadata that pages and later commands read where they are there."""
 
@@ -107,6 +117,8 @@ class ReportMetadata(TypedDict, total=False):
     accuracy: FiniteFloat | None
     completeness: SumCheck
     verification: VerificationFile
+    cases: dict[str, Index]
+    example_pairs: list[ExamplePair]
 
 
 class FeaturesFile(TypedDict):

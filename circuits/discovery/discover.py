@@ -200,7 +200,34 @@ def _of_prompts(model: LanguageModel, prompts: PromptSet, aggregation: str) -> d
         "positions": list(prompts.spans) if by_span else [],
         "span_words": _span_words(model, prompts) if by_span else {},
         "templates": sorted(set(prompts.templates)),
+        "cases": dict(Counter(case or "prompts" for case in prompts.cases)),
+        "example_pairs": _example_pairs(model, prompts),
     }
+
+
+def _example_pairs(model: LanguageModel, prompts: PromptSet, *, most: int = 4) -> list[dict[str, str]]:
+    """The first prompt of each of at most `most` cases, with its patch side and the answers, as text."""
+
+    def text(ids: Tensor, mask: Tensor) -> str:
+        return "".join(model.token_strings(id for id in ids[mask.bool()].tolist() if id not in model.special_ids))
+
+    def answer(answers: Tensor) -> str:
+        return " / ".join(model.token_strings(id for id in answers.reshape(-1)[:3].tolist() if id >= 0))
+
+    pairs = []
+    for case in list(dict.fromkeys(prompts.cases))[:most]:
+        row = prompts.cases.index(case)
+        pair = {
+            "case": case or "prompts",
+            "clean": prompts.texts[row],
+            "clean_answer": answer(prompts.clean_answers[row]),
+        }
+        if prompts.patch is not None:
+            pair["patch"] = text(prompts.patch.input_ids[row], prompts.patch.attention_mask[row])
+        if prompts.patch_answers is not None:
+            pair["patch_answer"] = answer(prompts.patch_answers[row])
+        pairs.append(pair)
+    return pairs
 
 
 def _of_metric(batches: Sequence[Attribution], effects: Mapping[Site, SiteEffects], n_examples: int) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from markupsafe import Markup
 from circuits.editing.results import Continuation, EditReport
 from circuits.report.files import RunFiles
 from circuits.report.plot import Line, curves_plot
-from graphs.drawing.style import position_name, visible
+from graphs.classes import case_means
+from graphs.drawing.style import is_late, position_name, visible
 from graphs.feature_graph import FeatureGraph, Node
 from sae.model.sites import Site
 
@@ -221,8 +222,11 @@ def card(graph: FeatureGraph, node: Node) -> dict[str, Any]:
     tokens = {}
     for words, key in TOKEN_LISTS.items() if is_feature else ():
         items = (node.attributes.get(key) or [])[:TOKENS_SHOWN]
+        early = key != "top_tokens" and not is_late(graph, node)
+        words = f"{words} (early site: means little)" if early else words
         tokens[words] = [visible(str(item[0] if isinstance(item, list | tuple) else item)) for item in items]
     return {
+        "by_case": _bars(case_means(node)),
         "node": node,
         "position": "" if node.position is None else position_name(graph, node.position),
         "facts": _facts(node.attributes),
@@ -230,6 +234,12 @@ def card(graph: FeatureGraph, node: Node) -> dict[str, Any]:
         "contexts": [split_at_peak(context) for context in contexts],
         "largest_activation": max((max(context["activations"], default=0.0) for context in contexts), default=0.0),
     }
+
+
+def _bars(means: dict[str, float]) -> list[tuple[str, float, float]]:
+    """(case, mean activation, its share of the largest) for a row of bars."""
+    largest = max(map(abs, means.values()), default=0.0) or 1.0
+    return [(case.replace("_", " "), mean, abs(mean) / largest) for case, mean in means.items()]
 
 
 def _facts(attributes: dict[str, Any]) -> list[str]:
@@ -310,7 +320,18 @@ def _sample(sample: Continuation) -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------------------ provenance
 
-NOT_FACTS = ("completeness", "sites", "tokens", "templates", "title", "schema_version", "span_words", "need_spans")
+NOT_FACTS = (
+    "cases",
+    "completeness",
+    "example_pairs",
+    "sites",
+    "tokens",
+    "templates",
+    "title",
+    "schema_version",
+    "span_words",
+    "need_spans",
+)
 FACT_NAMES = {
     "n_examples": "prompts used",
     "n_positions": "longest prompt, tokens",

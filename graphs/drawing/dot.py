@@ -229,7 +229,7 @@ def _feature_text(scene: Scene, node: Node, box: Box, ink: str) -> str:
     """The label on one or two lines, then id and effect in small type."""
     density = scene.density
     room = box.width - 6
-    label = describe(node) if node.id in scene.labelled else ""
+    label = describe(scene.graph, node) if node.id in scene.labelled else ""
     name, shown = node.name, (effect_number(node), number(node.effect))
     rooms = (room - 8, room)  # two numbers need air around them
     lengths = [text_width(f"{name}  {words}", density.small) for words in shown]

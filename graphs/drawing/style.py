@@ -86,15 +86,34 @@ def visible(token: str) -> str:
     return shown if shown.strip() else shown.replace(" ", "␣")
 
 
-def describe(node: Node) -> str:
-    """What a feature means in one line: its label, failing that its top tokens, failing that nothing."""
+def describe(graph: FeatureGraph, node: Node) -> str:
+    """What a feature means in one line: a person's label, failing that the tokens it is strongest on and, in the last
+    third of the sites, after an arrow the tokens it promotes (`She · He → is · has`), failing that nothing.
+    """
     if node.label:
         return visible(node.label)
     if node.kind == "error":
         return "SAE error"
     if node.kind == "metric":
         return "metric"
-    return " · ".join(visible(str(token)).strip() for token in node.attributes.get("top_tokens", ())[:4])
+    tokens, promoted = (_first_words(node.attributes.get(key)) for key in ("top_tokens", "top_logits"))
+    if not is_late(graph, node) or not promoted:
+        return " · ".join(tokens)
+    return f"{' · '.join(tokens[:2])} → {' · '.join(promoted[:2])}"
+
+
+def is_late(graph: FeatureGraph, node: Node) -> bool:
+    """Whether a node's site is in the last third, where what its direction adds to the logits means something."""
+    return node.kind == "feature" and 3 * graph.rank(node.id) >= 2 * len(graph.sites)
+
+
+def _first_words(items: Iterable[str | tuple[str, float]] | None) -> list[str]:
+    """The first three tokens of a list, each alone or with a number, readable; without those that differ in case."""
+    words: dict[str, str] = {}
+    for item in items or ():
+        word = visible(str(item[0] if isinstance(item, list | tuple) else item)).strip()
+        words.setdefault(word.lower(), word)
+    return list(words.values())[:3]
 
 
 def position_name(graph: FeatureGraph, position: int | str | None) -> str:
@@ -113,7 +132,7 @@ def span_words(graph: FeatureGraph, position: int | str | None) -> str:
 
 def tooltip(graph: FeatureGraph, node: Node) -> str:
     """Everything known about a node, a line each."""
-    lines = [node.id, *([describe(node)] if describe(node) and node.kind != "metric" else [])]
+    lines = [node.id, *([describe(graph, node)] if describe(graph, node) and node.kind != "metric" else [])]
     if node.position is not None:
         lines.append(f"at “{position_name(graph, node.position)}” (position {node.position})")
     lines += effect_words(graph, node)

@@ -29,7 +29,7 @@ def write_graphml(graph: FeatureGraph, path: str | Path) -> None:
     for node in graph.nodes():
         columns = {
             "name": visible(node.id),
-            "label": describe(node) or visible(node.name),
+            "label": describe(graph, node) or visible(node.name),
             "site": node.site,
             "kind": node.kind,
             "effect": float(node.effect),

@@ -140,7 +140,7 @@ def _viewer_node(
         type_, feature = EMBEDDING, int(node.feature or 0)
     else:
         feature = cantor(row, int(node.feature or 0))
-    meaning = describe(node)
+    meaning = describe(graph, node)
     shown = f"{node.name} {meaning}" if node.kind == "feature" and meaning else meaning
     return {
         "node_id": id,

@@ -1,9 +1,11 @@
 """Summaries of features: where in the text they fire, on which tokens, and which next tokens they speak for.
 
 1. Run the model over the text once; at each site encode the activations and keep the features asked about.
-2. Of each text keep the position where a feature is strongest, with a window around it; of all texts keep the n
-   strongest windows that read differently. One text gives one window, so ten windows are ten texts.
-3. Count how often the feature fires, and on which tokens its activation falls.
+2. Of each text keep the position where a feature is strongest, with a window around it; of all texts keep n of the
+   strongest windows that read differently, as far as there are such with another token at the peak. One text gives one
+   window, so ten windows are ten texts.
+3. Count how often the feature fires, and on which tokens: by its mean activation on a token's n occurrences, with
+   `PRIOR` more on which it would be zero, so that neither the frequent tokens come first nor those seen once.
 4. The logit effect of feature i is W_U W_dec[i]: what one unit of it adds to the logits through the unembedding, the
    final norm left out (logit lens, nostalgebraist 2020). It means little at early sites.
 
@@ -45,6 +47,8 @@ POOL_FACTOR = 4
 """Windows kept for each one shown, so that windows with the same words can be dropped."""
 PENDING_PAIRS = 2**20
 NO_TOKEN = -1
+PRIOR = 5
+"""Occurrences with activation zero that every token is taken to have beside its own."""
 SHOWN = 4
 """Tokens of a feature in a table."""
 
@@ -85,7 +89,7 @@ class FeatureSummary:
     contexts: list[Context]
     """Windows around its strongest activations, strongest first, one a text."""
     top_tokens: list[str]
-    """Tokens that get most of its activation (summed over the text), most first."""
+    """Tokens on which its activation is largest on average (Σ f / (n + `PRIOR`)), largest first."""
     top_logits: list[tuple[str, float]]
     """Tokens whose logits one unit of it raises most, with the logit."""
     bottom_logits: list[tuple[str, float]]
@@ -232,6 +236,7 @@ class _SiteWindows:
         self.window_ids = torch.full((slots, pool, width), NO_TOKEN, dtype=torch.int32)
         self.window_values = torch.zeros(slots, pool, width)
         self.pairs = _PairSums(vocab_size)
+        self.occurrences = torch.zeros(vocab_size, dtype=torch.int64)
 
     def update(self, x: Tensor, tokens: Tokens, counted: Tensor) -> None:
         """Add a batch. x: [B, S, d]; counted: [B, S] bool, the tokens that count."""
@@ -240,6 +245,7 @@ class _SiteWindows:
         active = self._asked_about(encoder.encode_sparse(x[row, position]))
         row, position = row[active.token], position[active.token]
         self.n_tokens += int(counted.sum())
+        self.occurrences += tokens.input_ids[counted].bincount(minlength=len(self.occurrences)).cpu()
         self.count += group_sizes(active.feature, len(self.indices)).cpu()
         self.total.index_add_(0, active.feature.cpu(), active.value.cpu().double())
         self.pairs.add(active.feature, tokens.input_ids[row, position], active.value)
@@ -284,7 +290,7 @@ class _SiteWindows:
         index = torch.tensor(self.indices, device=W_dec.device)
         top, bottom = logit_effect(model, W_dec[index], k=n_tokens)
         cosine, neighbour = nearest_features(W_dec, index, k=n_neighbours)
-        top_ids = self.pairs.top(len(self.indices), n_tokens)
+        top_ids = self.pairs.top(len(self.indices), n_tokens, self.occurrences)
         return [
             FeatureSummary(
                 site=self.site.name,
@@ -302,20 +308,21 @@ class _SiteWindows:
         ]
 
     def _contexts(self, model: LanguageModel, slot: int) -> list[Context]:
-        """The n strongest windows of a slot that read differently."""
-        contexts: list[Context] = []
-        read: set[tuple[int, ...]] = set()
-        for rank in range(self.peak.shape[1]):
-            ids, values = self.window_ids[slot, rank], self.window_values[slot, rank]
-            real = ids != NO_TOKEN
-            key = tuple(ids[real].tolist())
-            if len(contexts) == self.n or not self.peak[slot, rank] > 0:
-                break
-            if key not in read:
-                read.add(key)
-                peak = int(real[: self.before].sum())
-                contexts.append(Context(model.token_strings(ids[real]), values[real].tolist(), peak))
-        return contexts
+        """n windows of a slot that read differently, strongest first: one a peak token, others after that."""
+        ranks: dict[tuple[int, ...], int] = {}  # of the strongest window with these words
+        for rank in range(int((self.peak[slot] > 0).sum())):
+            ids = self.window_ids[slot, rank]
+            ranks.setdefault(tuple(ids[ids != NO_TOKEN].tolist()), rank)
+        first_of_peak: dict[int, int] = {}
+        for rank in ranks.values():
+            first_of_peak.setdefault(int(self.window_ids[slot, rank, self.before]), rank)
+        others = [rank for rank in ranks.values() if rank not in first_of_peak.values()]
+        return [self._context(model, slot, rank) for rank in sorted([*first_of_peak.values(), *others][: self.n])]
+
+    def _context(self, model: LanguageModel, slot: int, rank: int) -> Context:
+        real = self.window_ids[slot, rank] != NO_TOKEN
+        ids, values = self.window_ids[slot, rank][real], self.window_values[slot, rank][real]
+        return Context(model.token_strings(ids), values.tolist(), int(real[: self.before].sum()))
 
 
 class _PairSums:
@@ -339,11 +346,12 @@ class _PairSums:
         self._keys, self._values = [keys], [values]
         return keys, values
 
-    def top(self, n_slots: int, k: int) -> list[list[int]]:
-        """For each slot the up to k token ids with the largest sums, largest first."""
+    def top(self, n_slots: int, k: int, occurrences: Tensor) -> list[list[int]]:
+        """For each slot the up to k token ids with the largest Σ f / (n + PRIOR), given n [V], largest first."""
         if not self._keys:
             return [[] for _ in range(n_slots)]
         keys, values = self._compact()
+        values = values / (occurrences[keys % self.vocab_size] + PRIOR)
         order = values.argsort(descending=True, stable=True)
         order = order[torch.div(keys[order], self.vocab_size, rounding_mode="floor").argsort(stable=True)]
         slots = torch.div(keys[order], self.vocab_size, rounding_mode="floor")

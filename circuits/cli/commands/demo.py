@@ -18,6 +18,7 @@ from circuits.cli.commands.report import ReportCommand
 from circuits.cli.commands.train import TrainCommand
 from circuits.cli.options import Common, Output, Overwrites
 from circuits.cli.streams import printable, say
+from circuits.discovery.options import DiscoverOptions
 from circuits.faithfulness.options import FaithfulnessOptions
 from sae._options import FeatureCount, TokenCount
 from sae._run.locks import lock
@@ -105,7 +106,7 @@ class _Story:
             f"Which features make the verb agree with its subject ({self.options.behaviour})",
             DiscoverCommand(
                 model=self.model, saes=str(out), prompts=self.train_prompts, out=out, text=self.valid, overwrite=True,
-                verify=VERIFIED,
+                options=DiscoverOptions(aggregation="spans"), verify=VERIFIED,
                 title=BEHAVIOURS[self.options.behaviour], **self.common,
             ),
         )  # fmt: skip

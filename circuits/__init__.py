@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from circuits.circuit import Circuit
     from circuits.comparison.compare import compare_methods
     from circuits.discovery.discover import discover
-    from circuits.discovery.options import DiscoverOptions
     from circuits.editing.edit import Edit, ablate, steer
     from circuits.faithfulness.learned_mask import learn_mask
     from circuits.faithfulness.nodes import faithfulness
+    from circuits.options import DiscoverOptions
     from circuits.prompts.dataset import PromptSet, load_prompts
     from circuits.uncertainty.verification import verify
 
@@ -31,10 +31,10 @@ _MODULES = {
     "circuit": ("Circuit",),
     "comparison.compare": ("compare_methods",),
     "discovery.discover": ("discover",),
-    "discovery.options": ("DiscoverOptions",),
     "editing.edit": ("Edit", "ablate", "steer"),
     "faithfulness.learned_mask": ("learn_mask",),
     "faithfulness.nodes": ("faithfulness",),
+    "options": ("DiscoverOptions",),
     "prompts.dataset": ("PromptSet", "load_prompts"),
     "uncertainty.verification": ("verify",),
 }

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 from torch import Tensor
 
 from circuits._tensors import METRIC
@@ -22,9 +23,6 @@ from graphs.feature_graph import FeatureGraph, Position, error_node, feature_nod
 from graphs.pruning import by_edge_threshold, by_top_edges
 from sae.errors import UserError
 from sae.model.sites import Site
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 class CircuitViews:
@@ -176,8 +174,6 @@ class CircuitViews:
             Columns node, site, feature (None for an error), position (None where positions are summed), effect in
             units of the metric, and the bounds low and high of its interval where there is one.
         """
-        import pandas as pd
-
         frames = []
         for site, nodes in self.nodes.items():
             rows = {
@@ -206,8 +202,6 @@ class CircuitViews:
             Columns source, target (`metric` for the metric), weight in units of the metric, and the bounds low and high
             of its interval where there is one.
         """
-        import pandas as pd
-
         names = {site: nodes.ids(site) for site, nodes in self.edge_nodes.items()}
         rows: list[dict[str, Any]] = []
         for (up, down), weights in self.edges.items():

@@ -1,7 +1,6 @@
-"""Options that several parts of a circuit analysis share, each with its one sentence; no torch is imported here.
+"""Options of circuit analyses, each with its one sentence, which is `--help` and documentation; no torch is imported.
 
-`DiscoverOptions`, `FaithfulnessOptions`, `MaskOptions` and `CompareOptions` are made of these classes. The same
-sentences are `--help` and documentation.
+`DiscoverOptions`, `FaithfulnessOptions`, `MaskOptions` and `CompareOptions` are made of classes that they share.
 """
 
 from __future__ import annotations
@@ -9,7 +8,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
-from sae._options import Gibibytes, Range, Steps, check_options
+from sae._options import (
+    BatchSize,
+    Count,
+    DescentSteps,
+    Gibibytes,
+    LearningRate,
+    Positive,
+    Range,
+    Repeats,
+    Resamples,
+    Seed,
+    Steps,
+    check_options,
+)  # fmt: skip
+from sae.errors import UserError
 
 Method = Literal[
     "ig", "ig-adaptive", "ig-inputs", "attrib", "relp", "graddrop", "exact", "activation-difference", "random"
@@ -28,7 +41,6 @@ Ablation = Literal["mean", "optimal", "counterfactual", "resample", "zero", "mea
 ABLATIONS: tuple[str, ...] = get_args(Ablation)
 Operation = Literal["zero", "mean", "set", "scale", "steer"]
 Errors = Literal["nodes", "keep", "ablate"]
-ERRORS: tuple[str, ...] = get_args(Errors)
 
 
 @dataclass(frozen=True)
@@ -86,3 +98,68 @@ class AblationOptions:
     """First site that is ablated; everything before is given for free. All sites by default."""
     errors: Errors = "nodes"
     """Errors of the autoencoders: nodes (ranked among the features), keep (all left in) or ablate (all ablated)."""
+
+
+# ------------------------------------------------------------------------------------------ of whole analyses
+
+
+@dataclass(frozen=True)
+class DiscoverOptions(BehaviourOptions, MethodOptions):
+    """How a circuit is computed."""
+
+    edge_nodes: Count = 300
+    """Edges are computed among this many strongest nodes; 0 leaves edges out."""
+    edge_active: EdgeActive = "either"
+    """Where a downstream feature passes edges on: where it is active on the clean or the patch prompt (either), or on
+    the clean prompt alone (clean, as in the paper's code).
+    """
+
+
+@dataclass(frozen=True)
+class FaithfulnessOptions(AblationOptions):
+    """How faithfulness is measured."""
+
+    random: Repeats = 3
+    """Random circuits of each size to compare with."""
+    seed: Seed = 0
+    """Seed of the random circuits and of resampling."""
+    batch_size: BatchSize = 64
+    """Prompts that go through the model at once."""
+    resamples: Resamples = 1000
+    """Times the prompts, or their templates where they share them, are drawn anew for 95 % intervals (none for fewer
+    than 5 of them); 0 leaves intervals out.
+    """
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclass(frozen=True)
+class MaskOptions(AblationOptions):
+    """How a mask is learned; ablated nodes are the masked ones, and optimal constants are learned with the mask."""
+
+    steps: DescentSteps = 150
+    """Steps of gradient descent."""
+    match: Literal["cases", "prompts"] = "cases"
+    """What has to reach the whole model's metric: cases (means over prompts of one case) or prompts (every single one,
+    which takes more nodes).
+    """
+    start: Literal["effects", "equal"] = "effects"
+    """Where scores start: effects (the ranking of the given nodes) or equal."""
+    smallest: Positive | None = None
+    """Smallest number of nodes a prompt is given; a fiftieth of all by default."""
+    largest: Positive | None = None
+    """Largest number of nodes a prompt is given; a third of all by default."""
+    batch_size: BatchSize = 64
+    """Prompts that go through the model at once; what is learned does not depend on it."""
+    learning_rate: LearningRate = 0.2
+    """Learning rate of Adam, falling to a tenth over the steps."""
+    temperature: LearningRate = 1.0
+    """Width of the gate's gradient in units of the score, falling to a fiftieth over the steps."""
+    seed: Seed = 0
+    """Seed of prompts and budgets."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if self.smallest is not None and self.largest is not None and self.largest < self.smallest:
+            raise UserError(f"largest is {self.largest}: it must be at least smallest, {self.smallest}")

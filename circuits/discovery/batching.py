@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from circuits.discovery.options import DiscoverOptions
 from circuits.discovery.resume import ResumeFolder
 from circuits.metrics.metrics import Metric
 from circuits.metrics.probe import ReadModel
+from circuits.options import DiscoverOptions
 from circuits.prompts.dataset import PromptSet
 from sae.autoencoder import SparseAutoencoder
 from sae.model.language_model import LanguageModel

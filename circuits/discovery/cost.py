@@ -21,10 +21,10 @@ from circuits.attribution.nodes import aggregate, select_nodes
 from circuits.discovery.batching import GIB, DiscoveryRun
 from circuits.discovery.edge_pass import edge_pass
 from circuits.discovery.node_pass import node_pass
-from circuits.discovery.options import DiscoverOptions
 from circuits.discovery.peak_memory import peak_memory
 from circuits.metrics.metrics import get_metric, prepare
 from circuits.metrics.probe import read_by, visible_sites
+from circuits.options import DiscoverOptions
 from circuits.prompts.dataset import PromptSet
 from sae.autoencoder import SparseAutoencoder
 from sae.model.forward import with_gradients

@@ -30,7 +30,6 @@ from circuits.circuit_source import CircuitSource
 from circuits.discovery.batching import DiscoveryRun
 from circuits.discovery.edge_pass import edge_pass
 from circuits.discovery.node_pass import node_pass
-from circuits.discovery.options import DiscoverOptions
 from circuits.discovery.resume import ResumeFolder, alone_in_partial, interrupted, work_of
 from circuits.metrics.identity import names_code
 from circuits.metrics.metrics import (
@@ -45,6 +44,7 @@ from circuits.metrics.metrics import (
     warn_if_cancelling,
 )
 from circuits.metrics.probe import Probe, read_by, visible_sites
+from circuits.options import DiscoverOptions
 from circuits.prompts.dataset import PromptSet
 from circuits.prompts.spans import LAST, OTHER
 from circuits.uncertainty.bootstrap import prompt_groups

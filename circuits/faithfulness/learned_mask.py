@@ -43,9 +43,9 @@ from circuits.faithfulness.ablation import AblationValues
 from circuits.faithfulness.mask_gates import Gates, budget_gates, mask_loss, masked_logits
 from circuits.faithfulness.nodes import aligned, from_start_site
 from circuits.faithfulness.optimal_ablation import Descent, OptimalValues, dealer
-from circuits.faithfulness.options import MaskOptions
 from circuits.metrics.metrics import Metric, get_metric, kl, prepare
 from circuits.metrics.probe import read_by
+from circuits.options import MaskOptions
 from circuits.prompts.dataset import PromptSet
 from sae._files import write_tensors
 from sae._frames import Result

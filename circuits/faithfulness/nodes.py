@@ -27,10 +27,10 @@ from circuits.attribution.nodes import Nodes, SiteNodes, count, select_nodes
 from circuits.circuit import Circuit
 from circuits.faithfulness.ablation import AblationValues, ablation_edits
 from circuits.faithfulness.optimal_ablation import Gain, ablation_values, gain
-from circuits.faithfulness.options import FaithfulnessOptions
 from circuits.faithfulness.results import Intervals, NodeFaithfulness, area
 from circuits.metrics.metrics import Metric, get_metric, prepare
 from circuits.metrics.probe import read_by
+from circuits.options import FaithfulnessOptions
 from circuits.prompts.alignment import PositionGroups
 from circuits.prompts.dataset import PromptSet
 from circuits.uncertainty.bootstrap import Bootstrap, group_sums, prompt_groups, too_few, what_is_drawn

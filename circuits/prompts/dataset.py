@@ -29,22 +29,18 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from circuits.prompts.alignment import Group, commonest_fits, length_keys, mask_keys, span_groups, span_keys, words_of
-from circuits.prompts.answers import check_ids
 from circuits.prompts.formats import Example, read_examples
-from circuits.prompts.reader import Reader, Row
+from circuits.prompts.reader import Reader, Row, check_ids
 from circuits.prompts.selection import choose
 from circuits.prompts.spans import has_fields, number_spans
 from sae.errors import UserError, unknown
-from sae.model.language_model import Tokens
-
-if TYPE_CHECKING:
-    from sae.model.language_model import LanguageModel
+from sae.model.language_model import LanguageModel, Tokens
 
 TemplateRule = Literal["spans", "field", "mask", "length"]
 

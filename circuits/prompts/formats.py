@@ -143,8 +143,24 @@ class _Text:
     template: Label = ""
 
 
+FIELDS = {
+    "clean_prefix": "clean", "context": "clean", "clean_answer": "clean_answers", "answer": "clean_answers",
+    "answers": "clean_answers", "correct_idx": "clean_answers", "patch_prefix": "patch", "corrupted": "patch",
+    "corrupt": "patch", "patch_answer": "patch_answers", "wrong_answers": "patch_answers",
+    "incorrect_idx": "patch_answers", "label": "case",
+}  # fmt: skip
+"""What the keys of formats are called in an `Example`, where they have another name there."""
+
+
+class _Format:
+    """A format whose keys are fields of an `Example` under other names."""
+
+    def example(self) -> Example:
+        return Example(**{FIELDS.get(name, name): value for name, value in vars(self).items()})
+
+
 @dataclass(frozen=True)
-class _Clean:
+class _Clean(_Format):
     """A prompt of feature-circuits without its contrast."""
 
     clean_prefix: str
@@ -153,18 +169,9 @@ class _Clean:
     case: Label = ""
     template: Label = ""
 
-    def example(self) -> Example:
-        return Example(
-            clean=self.clean_prefix,
-            clean_answers=self.clean_answer,
-            patch_answers=self.patch_answer,
-            case=self.case,
-            template=self.template,
-        )
-
 
 @dataclass(frozen=True)
-class _Pair:
+class _Pair(_Format):
     """A minimal pair of feature-circuits."""
 
     clean_prefix: str
@@ -174,29 +181,16 @@ class _Pair:
     case: Label = ""
     template: Label = ""
 
-    def example(self) -> Example:
-        return Example(
-            clean=self.clean_prefix,
-            clean_answers=self.clean_answer,
-            patch=self.patch_prefix,
-            patch_answers=self.patch_answer,
-            case=self.case,
-            template=self.template,
-        )
-
 
 @dataclass(frozen=True)
-class _Cluster:
+class _Cluster(_Format):
     context: Context
     answer: Answers
     case: Label = ""
 
-    def example(self) -> Example:
-        return Example(clean=self.context, clean_answers=self.answer, case=self.case)
-
 
 @dataclass(frozen=True)
-class _Ids:
+class _Ids(_Format):
     """A row of EAP-IG."""
 
     clean: str
@@ -205,16 +199,6 @@ class _Ids:
     incorrect_idx: TokenIds
     label: Label = ""
     template: Label = ""
-
-    def example(self) -> Example:
-        return Example(
-            clean=self.clean,
-            clean_answers=self.correct_idx,
-            patch=self.corrupted,
-            patch_answers=self.incorrect_idx,
-            case=self.label,
-            template=self.template,
-        )
 
 
 @dataclass(frozen=True)
@@ -240,7 +224,7 @@ class _GreaterThan:
 
 
 @dataclass(frozen=True)
-class _AnswerSets:
+class _AnswerSets(_Format):
     """A prompt of AutoCircuit."""
 
     clean: str
@@ -249,16 +233,6 @@ class _AnswerSets:
     wrong_answers: Annotated[Any, AfterValidator(lambda value: _as_answers(value) if value else ())] = ()
     case: Label = ""
     template: Label = ""
-
-    def example(self) -> Example:
-        return Example(
-            clean=self.clean,
-            clean_answers=self.answers,
-            patch=self.corrupt,
-            patch_answers=self.wrong_answers,
-            case=self.case,
-            template=self.template,
-        )
 
 
 @dataclass(frozen=True)

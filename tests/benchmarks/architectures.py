@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from circuits.attribution.node_effects import METHODS
 from circuits.discovery.discover import discover
-from circuits.discovery.options import DiscoverOptions
+from circuits.options import DiscoverOptions
 from circuits.prompts.dataset import PromptSet, make_prompts
 from circuits.prompts.formats import Example
 from sae.errors import UserError

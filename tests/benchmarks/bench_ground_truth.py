@@ -14,7 +14,7 @@ import torch
 
 from circuits.attribution import METHODS
 from circuits.discovery.discover import discover
-from circuits.discovery.options import DiscoverOptions
+from circuits.options import DiscoverOptions
 from tests.circuits.attribution.test_ground_truth import edge_scores, node_scores
 from tests.circuits.ground_truth import GroundTruth, Recovery, agreement, induction, recovery
 

@@ -28,8 +28,8 @@ import torch
 
 from circuits.discovery.cost import estimate_discovery
 from circuits.discovery.discover import discover
-from circuits.discovery.options import DiscoverOptions
 from circuits.discovery.resume import remove_partial
+from circuits.options import DiscoverOptions
 from sae.saes import GIB, load_saes
 from tests.benchmarks.gemma_shape import circuit_sites, make_model, make_prompts, write_saes
 

@@ -20,18 +20,18 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import torch
 
 from circuits.attribution.nodes import Nodes
 from circuits.comparison.compare import LEVELS, nodes_for
 from circuits.discovery.discover import discover
-from circuits.discovery.options import DiscoverOptions
 from circuits.faithfulness.ablation import ABLATIONS
 from circuits.faithfulness.learned_mask import MaskOptions, learn_node_mask
 from circuits.faithfulness.nodes import FaithfulnessOptions, measure_faithfulness
 from circuits.faithfulness.results import NodeFaithfulness
-from circuits.options import ERRORS
+from circuits.options import DiscoverOptions, Errors
 from circuits.prompts.dataset import PromptSet, load_prompts
 from sae.autoencoder import SparseAutoencoder
 from sae.model.language_model import LanguageModel
@@ -113,7 +113,7 @@ def table(study: Study, dictionaries: list[Found], start: str | None) -> None:
     for found in dictionaries:
         sites = [site for site in found.saes if start is None or site >= Site.parse(start)]
         features = sum(len(found.saes[site].W_dec) for site in sites)
-        for errors in study.errors if found.name != NEURONS else ERRORS[:1]:
+        for errors in study.errors if found.name != NEURONS else ["nodes"]:
             label = f"errors {errors}" if found.name != NEURONS else NEURONS
             units = features + len(sites) * (label == "errors nodes")
             for method in ("ig", "mask"):
@@ -130,7 +130,9 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, default=Path("../shared"), help="folder with models/ and data/")
     parser.add_argument("--starts", nargs="+", default=["attn_2", "all"], help="start sites; all for the first")
     parser.add_argument("--ablation", default="mean", choices=ABLATIONS)
-    parser.add_argument("--errors", nargs="+", default=list(ERRORS), choices=ERRORS, help="what is done with errors")
+    parser.add_argument(
+        "--errors", nargs="+", default=list(get_args(Errors)), choices=get_args(Errors), help="what is done with errors"
+    )
     parser.add_argument("--steps", type=int, default=MaskOptions.steps, help="steps of learned masks")
     parser.add_argument("--examples", type=int, help="training pairs; all by default")
     args = parser.parse_args()

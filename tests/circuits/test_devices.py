@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from circuits.discovery.discover import discover
-from circuits.discovery.options import DiscoverOptions
 from circuits.editing.edit import Edit, EditOptions, measure_edit
 from circuits.faithfulness.edges import edge_faithfulness
 from circuits.faithfulness.learned_mask import MaskOptions, learn_node_mask
 from circuits.faithfulness.nodes import FaithfulnessOptions, measure_faithfulness
+from circuits.options import DiscoverOptions
 from circuits.uncertainty.verification import verify
 from sae.data.cache import CachedActivations
 from sae.data.cache_writer import write_cache

@@ -10,8 +10,7 @@ import tyro
 
 from circuits.attribution.node_effects import METHOD_NAMES
 from circuits.cli import main as cli
-from circuits.discovery.options import DiscoverOptions
-from circuits.options import METHODS
+from circuits.options import METHODS, DiscoverOptions
 from sae._options import ranges
 from sae.architectures import ARCHITECTURES
 from sae.errors import UserError

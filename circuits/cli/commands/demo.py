@@ -18,8 +18,7 @@ from circuits.cli.commands.report import ReportCommand
 from circuits.cli.commands.train import TrainCommand
 from circuits.cli.options import Common, Output, Overwrites
 from circuits.cli.streams import printable, say
-from circuits.discovery.options import DiscoverOptions
-from circuits.faithfulness.options import FaithfulnessOptions
+from circuits.options import DiscoverOptions, FaithfulnessOptions
 from sae._options import FeatureCount, TokenCount
 from sae._run.locks import lock
 from sae.errors import UserError

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from circuits.cli.options import HasModel, HasSaes, Output, Overwrites, UsesSaes
-from circuits.discovery.options import DiscoverOptions
+from circuits.options import DiscoverOptions
 from sae._files import prepare_folder, read_json, write_json
 from sae._options import Count, Magnitude, Positive, Resamples
 from sae._run.contents import CIRCUIT, MEASURED, check_contents, check_no_link, check_run_config, remove, visible

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from circuits.cli.options import HasSizes, HasTestPrompts, Named, Output, RunsCircuit, UsesSaes
 from circuits.cli.results import ResultFiles, made_with
-from circuits.faithfulness.options import FaithfulnessOptions
+from circuits.options import FaithfulnessOptions
 from sae._options import parse_sizes
 from sae._run.locks import lock
 

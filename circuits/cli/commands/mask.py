@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from circuits.cli.options import HasSizes, HasTestPrompts, Named, Output, RunsCircuit
 from circuits.cli.results import ResultFiles, made_with
-from circuits.faithfulness.options import FaithfulnessOptions, MaskOptions
+from circuits.options import FaithfulnessOptions, MaskOptions
 from sae._options import Positive, parse_sizes
 from sae._run.locks import lock
 

@@ -12,10 +12,10 @@ from torch import nn
 from circuits.attribution import attribute, capture_activations
 from circuits.attribution.integrated_gradients import integrated_gradients
 from circuits.discovery.discover import discover
-from circuits.discovery.options import DiscoverOptions
 from circuits.faithfulness.learned_mask import MaskOptions, learn_node_mask
 from circuits.faithfulness.nodes import FaithfulnessOptions, measure_faithfulness
 from circuits.metrics.metrics import logit_difference
+from circuits.options import DiscoverOptions
 from sae.model.language_model import LanguageModel
 from sae.model.load import load_model
 from sae.model.sites import Site

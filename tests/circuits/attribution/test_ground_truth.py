@@ -11,9 +11,9 @@ from circuits.attribution import capture_activations
 from circuits.attribution.nodes import count
 from circuits.circuit import Circuit
 from circuits.discovery.discover import discover
-from circuits.discovery.options import DiscoverOptions
 from circuits.faithfulness.nodes import FaithfulnessOptions, measure_faithfulness
 from circuits.metrics.metrics import accuracy, last_logits, logit_difference
+from circuits.options import DiscoverOptions
 from sae.splice import check_saes
 from tests.circuits.ground_truth import GroundTruth, agreement, induction, recovery
 

@@ -10,12 +10,12 @@ import torch
 from circuits.attribution.nodes import count, select_nodes
 from circuits.circuit import Circuit
 from circuits.discovery.discover import discover
-from circuits.discovery.options import DiscoverOptions
 from circuits.faithfulness.ablation import AblationValues, NodeTable, ablation_edits
 from circuits.faithfulness.edges import edge_faithfulness
 from circuits.faithfulness.learned_mask import MaskOptions, learn_node_mask
 from circuits.faithfulness.nodes import FaithfulnessOptions, measure_faithfulness
 from circuits.metrics.metrics import logit_difference
+from circuits.options import DiscoverOptions
 from circuits.prompts.alignment import PositionGroups
 from circuits.uncertainty.verification import verify
 from graphs.drawing.dot import draw

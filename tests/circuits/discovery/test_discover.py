@@ -12,8 +12,8 @@ from circuits.attribution.nodes import count
 from circuits.circuit import Circuit
 from circuits.discovery.batching import max_rows
 from circuits.discovery.discover import discover
-from circuits.discovery.options import DiscoverOptions
 from circuits.metrics.metrics import last_logits, logit_difference
+from circuits.options import DiscoverOptions
 from graphs.feature_graph import FeatureGraph
 from sae.errors import UserError
 from tests.near import assert_near

@@ -7,8 +7,8 @@ import pytest
 from circuits._tensors import flatten
 from circuits.discovery.batching import GIB, backward_bytes
 from circuits.discovery.discover import discover
-from circuits.discovery.options import DiscoverOptions
 from circuits.discovery.resume import ResumeFolder, interrupted, remove_partial
+from circuits.options import DiscoverOptions
 from sae._files import digest_tensors
 from sae.errors import UserError
 from sae.saes import SAEs, Source

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from circuits.discovery.discover import discover
-from circuits.discovery.options import DiscoverOptions
 from circuits.editing import edit as editing
 from circuits.editing.results import Behaviour, EditReport, Score
 from circuits.editing.targets import needs_spans, split_by_span
 from circuits.metrics import metrics as behaviour
+from circuits.options import DiscoverOptions
 from sae.errors import UserError
 from sae.model.sites import Site
 from tests.circuits.conftest import MIXED, with_spans

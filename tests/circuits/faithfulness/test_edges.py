@@ -9,11 +9,11 @@ import torch
 
 from circuits.attribution.nodes import SiteNodes
 from circuits.discovery.discover import discover
-from circuits.discovery.options import DiscoverOptions
 from circuits.faithfulness.ablation import AblationValues, NodeTable
 from circuits.faithfulness.edges import edge_faithfulness, strongest_edges
 from circuits.faithfulness.nodes import FaithfulnessOptions, measure_faithfulness
 from circuits.metrics.metrics import logit_difference
+from circuits.options import DiscoverOptions
 from sae.errors import UserError
 from sae.model.sites import Site
 from tests.circuits.ground_truth import agreement

@@ -9,7 +9,6 @@ import torch
 
 from circuits.attribution.nodes import SiteNodes, count, select_nodes
 from circuits.discovery.discover import discover
-from circuits.discovery.options import DiscoverOptions
 from circuits.faithfulness.ablation import AblationValues, ablation_edits
 from circuits.faithfulness.learned_mask import (
     Gates,
@@ -25,6 +24,7 @@ from circuits.faithfulness.learned_mask import (
 )
 from circuits.faithfulness.nodes import from_start_site
 from circuits.metrics.metrics import logit_difference
+from circuits.options import DiscoverOptions
 from sae.errors import UserError
 from sae.model.sites import Site
 from tests.circuits.ground_truth import induction, recovery

@@ -9,11 +9,11 @@ from scipy.integrate import trapezoid
 
 from circuits.attribution.nodes import SiteNodes, count, select_nodes
 from circuits.discovery.discover import discover
-from circuits.discovery.options import DiscoverOptions
 from circuits.faithfulness.ablation import AblationValues, NodeTable, SiteValues, ablation_edits
 from circuits.faithfulness.nodes import FaithfulnessOptions, from_start_site, measure_faithfulness, random_nodes
 from circuits.faithfulness.results import area, cmd, cpr
 from circuits.metrics.metrics import logit_difference
+from circuits.options import DiscoverOptions
 from sae.errors import UserError
 from sae.model.sites import Site
 from tests.circuits.uncertainty.test_bootstrap import interval_by_hand

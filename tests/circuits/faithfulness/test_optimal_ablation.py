@@ -11,7 +11,6 @@ import torch
 
 from circuits.attribution.nodes import SiteNodes, select_nodes
 from circuits.discovery.discover import discover
-from circuits.discovery.options import DiscoverOptions
 from circuits.faithfulness.ablation import AblationValues, NodeTable
 from circuits.faithfulness.learned_mask import MaskOptions, learn_node_mask
 from circuits.faithfulness.nodes import FaithfulnessOptions, from_start_site, measure_faithfulness
@@ -22,6 +21,7 @@ from circuits.faithfulness.optimal_ablation import (
     fit_optimal_values,
     mean_divergence,
 )
+from circuits.options import DiscoverOptions
 from circuits.prompts.dataset import PromptSet
 from sae.autoencoder import SAEConfig, SparseAutoencoder
 from sae.model.language_model import Tokens

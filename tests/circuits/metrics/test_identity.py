@@ -10,11 +10,11 @@ import torch
 
 from circuits.circuit import Circuit
 from circuits.discovery.discover import discover
-from circuits.discovery.options import DiscoverOptions
 from circuits.faithfulness.edges import edge_faithfulness
 from circuits.faithfulness.nodes import FaithfulnessOptions
 from circuits.metrics import metrics as behaviour
 from circuits.metrics.identity import code_fingerprint
+from circuits.options import DiscoverOptions
 from circuits.uncertainty.verification import verify
 from sae.errors import UserError
 

@@ -10,13 +10,13 @@ from safetensors.torch import save_file
 
 from circuits.attribution import METHODS
 from circuits.discovery.discover import discover
-from circuits.discovery.options import DiscoverOptions
 from circuits.faithfulness.edges import edge_faithfulness
 from circuits.faithfulness.learned_mask import MaskOptions, learn_node_mask
 from circuits.faithfulness.nodes import FaithfulnessOptions, measure_faithfulness
 from circuits.metrics.fit_probe import fit_probe, read_site
 from circuits.metrics.metrics import absolute, get_metric
 from circuits.metrics.probe import Probe, read_by, save_probe, visible_sites
+from circuits.options import DiscoverOptions
 from circuits.uncertainty.verification import verify
 from sae.errors import UserError
 from sae.model.sites import Site

@@ -6,9 +6,9 @@ from itertools import product
 
 import pytest
 
-from circuits.prompts.answers import DIFFERS, MERGES, NOT_ONE, AnswerTokens
 from circuits.prompts.dataset import PromptSet, load_prompts, make_prompts
 from circuits.prompts.formats import Example
+from circuits.prompts.reader import DIFFERS, MERGES, NOT_ONE, AnswerTokens
 from sae.errors import UserError
 from sae.model.language_model import LanguageModel
 from sae.model.load import load_model

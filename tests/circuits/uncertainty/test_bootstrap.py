@@ -14,8 +14,8 @@ from circuits.attribution.effects import SiteEffects
 from circuits.attribution.nodes import SiteNodes, aggregate_site, count, distinguishable
 from circuits.circuit import Circuit
 from circuits.discovery.discover import discover
-from circuits.discovery.options import DiscoverOptions
 from circuits.faithfulness.nodes import FaithfulnessOptions, measure_faithfulness
+from circuits.options import DiscoverOptions
 from circuits.uncertainty.bootstrap import MIN_ACTIVE, Bootstrap, group_sums, prompt_groups
 from circuits.uncertainty.intervals import (
     edge_intervals,

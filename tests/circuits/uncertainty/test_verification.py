@@ -9,8 +9,8 @@ import torch
 
 from circuits.circuit import Circuit
 from circuits.discovery.discover import discover
-from circuits.discovery.options import DiscoverOptions
 from circuits.metrics.metrics import logit_difference
+from circuits.options import DiscoverOptions
 from circuits.uncertainty.verification import disagreement, verified, verify
 from sae.errors import UserError
 from sae.model.sites import Site

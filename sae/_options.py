@@ -118,14 +118,6 @@ def check_options(options: Any) -> None:
             check_options(value)
 
 
-def check_choices(options: Any) -> None:
-    """`UserError` for an option of a dataclass whose type is a `Literal` and whose value is none of it."""
-    for name, hint in get_type_hints(type(options)).items():
-        value = getattr(options, name)
-        if get_origin(hint) is Literal and value not in get_args(hint):
-            raise unknown(name.replace("_", "-"), str(value), get_args(hint))
-
-
 def parse_sizes(text: str, option: str = "sizes") -> tuple[int, ...]:
     """`"10,20,50"` -> (10, 20, 50); `UserError` for anything that is not a positive whole number."""
     sizes = [size.strip() for size in text.split(",") if size.strip()]

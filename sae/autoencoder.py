@@ -10,7 +10,7 @@ It works on raw activations: whatever scaling training used is folded into the t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -155,7 +155,7 @@ class SparseAutoencoder(nn.Module):
         index = index.to(self.device)
         rows = max(1, CHUNK_BYTES // (4 * self.config.n_features))
         some, x_hat = [x.new_zeros(0, len(index))], [x.new_zeros(0, x.shape[-1])]
-        for _, chunk in _chunks(x.reshape(-1, x.shape[-1]), rows):
+        for chunk in x.reshape(-1, x.shape[-1]).split(rows):
             f = self.encode(chunk)
             some.append(f[:, index])
             x_hat.append(self.decode(f))
@@ -177,10 +177,7 @@ class SparseAutoencoder(nn.Module):
     def encode_sparse(self, x: Tensor, *, chunk_bytes: int = CHUNK_BYTES) -> SparseFeatures:
         """x [N, d] -> its nonzero features, in chunks whose [n, F] intermediate has at most `chunk_bytes` bytes."""
         rows = max(1, chunk_bytes // (4 * self.config.n_features))
-        chunks = [self._encode_chunk(chunk, start) for start, chunk in _chunks(x, rows)]
-        if not chunks:
-            index = torch.empty(0, dtype=torch.int64, device=x.device)
-            return SparseFeatures(index, index, torch.empty(0, device=x.device))
+        chunks = [self._encode_chunk(chunk, i * rows) for i, chunk in enumerate(x.split(rows))]
         return SparseFeatures(*(torch.cat(column) for column in zip(*chunks, strict=True)))
 
     def _encode_chunk(self, x: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -249,11 +246,6 @@ def tensor_specs(kind: ActivationFunction) -> dict[str, TensorSpec]:
     matrix, vector = TensorSpec(("F", "d")), TensorSpec(("F",))
     specs = {"W_enc": matrix, "b_enc": vector, "W_dec": matrix, "b_dec": TensorSpec(("d",))}
     return specs | dict.fromkeys(kind.extra, vector) | dict.fromkeys(kind.optional, replace(vector, optional=True))
-
-
-def _chunks(x: Tensor, rows: int) -> Iterator[tuple[int, Tensor]]:
-    for start in range(0, x.shape[0], rows):
-        yield start, x[start : start + rows]
 
 
 def is_sae_folder(folder: str | Path) -> bool:

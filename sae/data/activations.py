@@ -51,12 +51,6 @@ class StreamState:
     rest: tuple[int, ...] = ()
     """Tokens of the last document that wait for a full context, when packed."""
 
-    @classmethod
-    def from_json(cls, entries: dict[str, Any]) -> StreamState:
-        """From what `asdict` gave, after a way through JSON."""
-        pending = tuple(tuple(context) for context in entries["pending"])
-        return cls(**entries | {"pending": pending, "rest": tuple(entries["rest"])})
-
 
 @dataclass(frozen=True)
 class TextRead:

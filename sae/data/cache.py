@@ -173,9 +173,8 @@ class CachedActivations:
             source = TextSource.of(text)
             self._check("text", source.name, source.fingerprint, manifest.text, manifest.text_fingerprint)
         available = {Site.parse(name): width for name, width in manifest.sites.items()}
-        names = sites if isinstance(sites, str) else [str(site) for site in sites]
         try:
-            chosen = select_sites(names, tuple(available))
+            chosen = select_sites(sites, tuple(available))
         except UserError as error:
             raise UserError(f"the cache in {str(folder)!r} has not all of these sites: {error}") from None
         self.widths = {site: available[site] for site in chosen}

@@ -83,8 +83,7 @@ def write_cache(
     text twice.
     """
     _check_options(dtype, tokens, shard_tokens)
-    names = sites if isinstance(sites, str) else [str(site) for site in sites]
-    chosen, source, out = select_sites(names, model.sites), TextSource.of(texts), Path(out)
+    chosen, source, out = select_sites(sites, model.sites), TextSource.of(texts), Path(out)
     stream = ContextStream(model, source, context_length=context_length, packed=packed)
     activations = ModelActivations(model, stream, chosen, exclude_special=exclude_special)
     begun = Manifest(

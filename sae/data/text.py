@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from sae._files import parse_json
 from sae._hub import hub_data_set
 from sae.errors import UserError, near_paths
 
@@ -92,13 +92,7 @@ class TextSource:
                 yield document
 
     def _parse(self, line: str, where: str) -> str:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: malformed JSON: {error.msg} at column {error.colno}") from None
-        except (RecursionError, ValueError) as error:  # nested too deeply, or an integer of too many digits
-            raise UserError(f"{where}: malformed JSON: {error}") from None
-        document = self._document(record, where)
+        document = self._document(parse_json(line, where), where)
         if not document.isascii() and any("\ud800" <= char <= "\udfff" for char in document):
             raise UserError(f"{where}: the text holds half of a surrogate pair, which is no character")
         return document

@@ -129,8 +129,7 @@ def finetune_saes(
         out: the new run folder: autoencoders go to `out`/saes/<site>, the log to `out`/saes/finetuning.jsonl.
         config: length and rates; see `FinetuneConfig`, whose defaults the command has too.
         origin: where the given ones came from: a run is not resumed with others.
-        resume: go on from the last checkpoint of an interrupted run with the same options.
-        overwrite: replace an earlier run in that folder.
+        resume, overwrite: go on with an interrupted run of the same options, or replace an earlier run in `out`.
         progress: whether to show a bar on standard error.
 
     Returns:
@@ -142,30 +141,23 @@ def finetune_saes(
     config, out, source = config or FinetuneConfig(), Path(out), TextSource.of(texts)
     check_saes(model, saes)
     saes = dict(sorted(saes.items()))
-    for sae in saes.values():
-        check_trainable(sae)
+    check_trainable(saes.values())
     options = {"config": {"saes": origin, **asdict(config)}, "saes_fingerprint": saes_fingerprint(saes)}
     run = RunFolder(out, "finetune", run_settings(model, source, list(saes), {}) | options)
-    folders = {site: out / "saes" / site.name for site in saes}
     with lock(out):
         if resume and run.finished():
-            log.info("the run in %s is complete; nothing to resume", out)
-            return SAEs({site: SparseAutoencoder.load(folders[site], device=model.device) for site in saes})
+            return run.load(model.device)
         stream = ContextStream(
             model, source, context_length=config.context_length, packed=config.packed, forward_tokens=config.batch
         )
         trainable = make_trainable(model, saes, stream, config)
         before = _predictions(model, saes, source, config)
         run.start(resume=resume, overwrite=overwrite)
-        log_path, checkpoints = out / "saes" / "finetuning.jsonl", run.checkpoints
-        Finetuner(
-            model, trainable, stream, config, log_path=log_path, checkpoint_folder=checkpoints, progress=progress
-        ).run()
-        tuned = {site: export(sae, site, model, config) for site, sae in trainable.items()}
-        for site, finished in tuned.items():
-            finished.save(folders[site])
+        Finetuner(model, trainable, stream, config, run, progress=progress).run()
+        tuned = SAEs({site: export(sae, site, model, config) for site, sae in trainable.items()})
+        run.save(tuned)
         run.finish(before=before, after=_predictions(model, tuned, source, config))
-    return SAEs(tuned)
+    return tuned
 
 
 def _predictions(
@@ -223,29 +215,21 @@ class Finetuner(TrainingLoop):
         saes: Mapping[Site, FinetuningSAE],
         stream: ContextStream,
         config: FinetuneConfig,
+        run: RunFolder,
         *,
-        log_path: Path,
-        checkpoint_folder: Path,
         progress: bool,
     ):
         self.model, self.saes, self.stream, self.config = model, dict(saes), stream, config
         groups = [{"params": list(sae.weights.values())} for sae in saes.values()]
         optimizer = torch.optim.Adam(groups, betas=BETAS, fused=model.device.type in ("cpu", "cuda"))
-        folders = {"log_path": log_path, "checkpoint_folder": checkpoint_folder}
-        super().__init__(
-            {site.name: sae for site, sae in saes.items()}, optimizer, config, progress=progress, **folders
-        )
-        self.tokens = self.logged_tokens = 0
+        super().__init__({site.name: sae for site, sae in saes.items()}, optimizer, config, run, progress=progress)
+        self.total, self.tokens, self.logged_tokens = config.tokens, 0, 0
         names = ("prediction", *(f"{kind}/{site}" for site in saes for kind in ("unexplained", "active")))
         self.sums = {name: torch.zeros((), device=model.device) for name in names}  # since the last line of the log
 
     @property
     def done(self) -> int:
         return self.tokens
-
-    @property
-    def total(self) -> int:
-        return self.config.tokens
 
     def run(self) -> None:
         """Fine-tunes to the end, from the last checkpoint if there is one."""
@@ -258,7 +242,7 @@ class Finetuner(TrainingLoop):
         losses = spliced_loss(self.model, self.saes, tokens, counted, self.config)
         if not losses.loss.isfinite():
             sites = [site.name for site, value in losses.unexplained.items() if not value.isfinite()]
-            raise diverged(sites[0] if sites else "all sites together", self.step, self.checkpoint_folder)
+            raise diverged(sites[0] if sites else "all sites together", self.step, self.files.checkpoints)
         losses.loss.backward()
         n_tokens = int(counted.sum())
         self.tokens, self.step = self.tokens + n_tokens, self.step + 1

@@ -21,6 +21,7 @@ N tokens, d width, F features.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -50,16 +51,17 @@ class Reconstruction(NamedTuple):
     n_active: Tensor  # scalar, the number of features that are not zero
 
 
-def check_trainable(sae: SparseAutoencoder) -> None:
-    """`UserError` for an autoencoder that cannot be fine-tuned."""
-    site = sae.config.site
-    if sae.nonlinearity.name == IDENTITY.name:
-        raise UserError(f"the dictionary of site {site!r} is the neurons: there is nothing to fine-tune")
-    if norm := sae.config.input_norm:
-        raise UserError(
-            f"the autoencoder of site {site!r} normalises each token ({norm}), and fine-tuning has no such step: leave "
-            "the site out with --sites, or take an autoencoder that reads the activations themselves"
-        )
+def check_trainable(saes: Iterable[SparseAutoencoder]) -> None:
+    """`UserError` for the first of some autoencoders that cannot be fine-tuned."""
+    for sae in saes:
+        site = sae.config.site
+        if sae.nonlinearity.name == IDENTITY.name:
+            raise UserError(f"the dictionary of site {site!r} is the neurons: there is nothing to fine-tune")
+        if norm := sae.config.input_norm:
+            raise UserError(
+                f"the autoencoder of site {site!r} normalises each token ({norm}), and fine-tuning has no such step: "
+                "leave the site out with --sites, or take an autoencoder that reads the activations themselves"
+            )
 
 
 class FinetuningSAE:
@@ -67,7 +69,7 @@ class FinetuningSAE:
 
     def __init__(self, sae: SparseAutoencoder, *, scale: float, l0: float):
         """`scale` is the root of the variance Σ_d of x, `l0` the mean number of active features to keep."""
-        check_trainable(sae)
+        check_trainable([sae])
         self.config, self.nonlinearity = sae.config, sae.nonlinearity
         self.scale, self.l0 = scale, l0
         tensors = {name: tensor.detach() for name, tensor in sae.named_buffers()}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Literal, Protocol, TextIO
 
@@ -24,6 +24,7 @@ from sae.errors import UserError
 from sae.training import checkpoint as checkpoints
 from sae.training.checkpoint import Checkpoint
 from sae.training.config import FinetuneConfig, TrainConfig
+from sae.training.run_folder import RunFolder
 from sae.training.stopping import stopping
 
 log = logging.getLogger(__name__)
@@ -46,20 +47,21 @@ class TrainingLoop(ABC):
     """Unit of progress."""
     title: ClassVar[str]
     """Beginning of the progress bar."""
+    total: int
+    """Units of the whole run."""
 
     def __init__(
         self,
         trained: Mapping[str, Trained],
         optimizer: torch.optim.Optimizer,
         config: TrainConfig | FinetuneConfig,
+        run: RunFolder,
         *,
-        log_path: Path,
-        checkpoint_folder: Path,
         progress: bool,
     ) -> None:
         self.trained, self.optimizer = dict(trained), optimizer
         self.log_steps, self.n_checkpoints = config.log_steps, config.checkpoints
-        self.log_path, self.checkpoint_folder, self.progress = log_path, checkpoint_folder, progress
+        self.files, self.progress = run, progress
         self.step = 0
         self.explained: dict[str, float] = {}  # explained variance by name, since the last line of the log
 
@@ -67,11 +69,6 @@ class TrainingLoop(ABC):
     @abstractmethod
     def done(self) -> int:
         """Units done."""
-
-    @property
-    @abstractmethod
-    def total(self) -> int:
-        """Units of the whole run."""
 
     @abstractmethod
     def _one_step(self) -> None:
@@ -95,12 +92,12 @@ class TrainingLoop(ABC):
 
     def _run_loop(self) -> None:
         """Steps to the end of the run."""
-        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        self.files.log_path.parent.mkdir(parents=True, exist_ok=True)
         bar = ProgressBar(
             total=self.total, initial=self.done, unit=self.unit, desc=self.title, disable=not self.progress
         )
         try:
-            with bar, self.log_path.open("a", encoding="utf-8") as lines, stopping() as stop:
+            with bar, self.files.log_path.open("a", encoding="utf-8") as lines, stopping() as stop:
                 while self.done < self.total:
                     done = self.done
                     self._one_step()
@@ -125,8 +122,8 @@ class TrainingLoop(ABC):
     def _check_finite(self) -> None:
         """`UserError` where a loss or weight is not finite: such an autoencoder is neither saved nor exported."""
         for name, sae in self.trained.items():
-            if not all_finite(tensor.detach() for tensor in (*sae.weights.values(), *sae.state.values())):
-                raise diverged(name, self.step, self.checkpoint_folder)
+            if not all(bool(tensor.isfinite().all()) for tensor in (*sae.weights.values(), *sae.state.values())):
+                raise diverged(name, self.step, self.files.checkpoints)
 
     def _tensors(self) -> dict[str, Tensor]:
         """Everything that changes in training, by name; the tensors themselves, not copies."""
@@ -137,23 +134,23 @@ class TrainingLoop(ABC):
 
     def _save(self) -> None:
         self._check_finite()
-        log_bytes = self.log_path.stat().st_size
+        log_bytes = self.files.log_path.stat().st_size
         state = Checkpoint(self.step, self._counters(), self._position(), log_bytes, self._tensors())
-        checkpoints.save(self.checkpoint_folder, state)
+        checkpoints.save(self.files.checkpoints, state)
 
     def _restore(self) -> bool:
         """Puts the last checkpoint in force; False if there is none."""
-        saved = checkpoints.latest(self.checkpoint_folder)
+        saved = checkpoints.latest(self.files.checkpoints)
         if saved is None:
-            self.log_path.unlink(missing_ok=True)
+            self.files.log_path.unlink(missing_ok=True)
             return False
         self.step = saved.step
         self._restore_counters(saved.counters, saved.position)
         for name, sae in self.trained.items():
             checkpoints.make_moments(name, sae.weights, self.optimizer, saved.tensors)
         with torch.no_grad():
-            checkpoints.put_in_force(self._tensors(), saved, self.checkpoint_folder)
-        checkpoints.cut_log(self.log_path, saved.log_bytes)
+            checkpoints.put_in_force(self._tensors(), saved, self.files.checkpoints)
+        checkpoints.cut_log(self.files.log_path, saved.log_bytes)
         log.info("resumed after %d of %d %ss", self.done, self.total, self.unit)
         return True
 
@@ -166,11 +163,6 @@ def diverged(name: str, step: int, checkpoint_folder: Path) -> UserError:
         f"the training of {name} diverged: at step {step} its loss or weights are not finite, so nothing was exported "
         f"({stands}): train again with a lower learning rate, or less extreme weights of the penalties"
     )
-
-
-def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether there is no NaN and no infinity in any of the tensors."""
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def warn_of_useless(explained: Mapping[str, float]) -> None:

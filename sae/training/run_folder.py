@@ -12,7 +12,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -33,40 +33,29 @@ from sae._run.contents import (
     sweep_layout,
     visible,
 )
+from sae.autoencoder import SparseAutoencoder
+from sae.data.cache import CachedModel
 from sae.data.text import TextSource
 from sae.errors import UserError
+from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
+from sae.saes import SAEs
 from sae.training import checkpoint as checkpoints
 from sae.training.config import TrainConfig
 
 log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
+LOGS = {"train": "saes/training.jsonl", "finetune": "saes/finetuning.jsonl", "sweep": "training.jsonl"}
+"""Training logs, by the command that writes them."""
 COMPARED = ("model_fingerprint", "text_fingerprint", "cache", "sites", "site_paths", "saes_fingerprint", "config")
 """Settings that must be the same when a run goes on."""
 SHOWN_AS = {"model_fingerprint": "model", "text_fingerprint": "text"}
 """Settings that a person knows by another entry."""
 
 
-class ModelFacts(Protocol):
-    """Facts about a model, loaded or known from a cache of its activations, that a run depends on."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def fingerprint(self) -> str: ...
-    @property
-    def sites(self) -> tuple[Site, ...]: ...
-    @property
-    def moved_sites(self) -> Mapping[Site, str]: ...
-    @property
-    def widths(self) -> Mapping[Site, int]: ...
-    @property
-    def device(self) -> torch.device: ...
-
-
 def run_settings(
-    model: ModelFacts,
+    model: LanguageModel | CachedModel,
     source: TextSource,
     sites: Sequence[Site],
     config: TrainConfig | Mapping[str, TrainConfig],
@@ -126,6 +115,22 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """Where its checkpoints are while it runs."""
         return self.path / CHECKPOINTS
+
+    @property
+    def log_path(self) -> Path:
+        """Where its training log is written."""
+        return self.path / LOGS[self.command]
+
+    def load(self, device: torch.device) -> SAEs:
+        """The autoencoders of a run that ended before."""
+        log.info("the run in %s is complete; nothing to resume", self.path)
+        folders = {Site.parse(name): self.path / "saes" / name for name in self.settings["sites"]}
+        return SAEs({site: SparseAutoencoder.load(folder, device=device) for site, folder in folders.items()})
+
+    def save(self, saes: Mapping[Site, SparseAutoencoder]) -> None:
+        """Write the autoencoders of the run."""
+        for site, sae in saes.items():
+            sae.save(self.path / "saes" / site.name)
 
     def start(self, *, resume: bool, overwrite: bool) -> None:
         """Make the folder, remove what an earlier run of it left there, and write the settings.

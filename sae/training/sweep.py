@@ -112,8 +112,7 @@ def sweep(
 ) -> Sweep:
     """Trains every config at every site from the same activations; with a cache the model is not needed (`train`)."""
     source, first, out = TextSource.of(texts), _shared(configs), Path(out)
-    names = sites if isinstance(sites, str) else [str(site) for site in sites]
-    chosen = tuple(select_sites(names, model.sites))
+    chosen = tuple(select_sites(sites, model.sites))
     if activations is not None:
         configs = {name: with_contexts_of(activations, config) for name, config in configs.items()}
         first = with_contexts_of(activations, first)
@@ -137,15 +136,14 @@ def sweep(
                 for name in waiting
                 for site in chosen
             ]
-            log_path, checkpoints = out / "training.jsonl", sweep_folder.checkpoints
-            Trainer(saes, rows, first, log_path=log_path, checkpoint_folder=checkpoints, progress=progress).run()
+            Trainer(saes, rows, first, sweep_folder, progress=progress).run()
             for sae in saes:
                 export(sae, model, rows).save(out / sae.name.removesuffix(f"/{sae.site}") / "saes" / sae.site.name)
-            _split_log(log_path, {name: runs[name].path for name in waiting})
+            _split_log(sweep_folder.log_path, {name: runs[name].path for name in waiting})
             for name in waiting:
                 runs[name].finish(read=asdict(rows.text_read()))
         sweep_folder.finish()
-        (out / "training.jsonl").unlink(missing_ok=True)
+        sweep_folder.log_path.unlink(missing_ok=True)
     return Sweep.load(out)
 
 

@@ -79,25 +79,21 @@ def train_saes(
         UserError: an option or a site does not exist, the folder holds something else, or training diverges.
     """
     config, out, source = config or TrainConfig(), Path(out), TextSource.of(texts)
-    chosen = select_sites(sites if isinstance(sites, str) else list(map(str, sites)), model.sites)
+    chosen = select_sites(sites, model.sites)
     config = config if activations is None else with_contexts_of(activations, config)
     cache = None if activations is None else activations.identity
     run = RunFolder(out, "train", run_settings(model, source, chosen, config, cache=cache))
-    folders = {site: out / "saes" / site.name for site in chosen}
     with lock(out):
         if resume and run.finished():
-            log.info("the run in %s is complete; nothing to resume", out)
-            return SAEs({site: SparseAutoencoder.load(folders[site], device=model.device) for site in chosen})
+            return run.load(model.device)
         rows = open_activations(model, source, chosen, config, cache=activations)
         run.start(resume=resume, overwrite=overwrite)
         saes = [TrainingSAE(site.name, site, model.widths[site], config, model.device) for site in chosen]
-        log_path = out / "saes" / "training.jsonl"
-        Trainer(saes, rows, config, log_path=log_path, checkpoint_folder=run.checkpoints, progress=progress).run()
-        exported = {sae.site: export(sae, model, rows) for sae in saes}
-        for site, sae in exported.items():
-            sae.save(folders[site])
+        Trainer(saes, rows, config, run, progress=progress).run()
+        exported = SAEs({sae.site: export(sae, model, rows) for sae in saes})
+        run.save(exported)
         run.finish(read=asdict(rows.text_read()))
-    return SAEs(exported)
+    return exported
 
 
 def export(sae: TrainingSAE, model: LanguageModel | CachedModel, rows: ActivationSource) -> SparseAutoencoder:
@@ -134,21 +130,19 @@ class Trainer(TrainingLoop):
         saes: Sequence[TrainingSAE],
         activations: ActivationSource,
         config: TrainConfig,
+        run: RunFolder,
         *,
-        log_path: Path,
-        checkpoint_folder: Path,
         progress: bool,
     ):
         self.saes = [sae for sae in saes if sae.architecture.trained]
-        self.activations, self.config, self.device = activations, config, saes[0].device
+        self.activations, self.config, self.device, self.total = activations, config, saes[0].device, config.steps
         workspace = Workspace()
         for sae in self.saes:
             sae.workspace = workspace
         groups = [{"sae": sae, **group} for sae in self.saes for group in sae.groups()]
         fused = self.device.type in ("cpu", "cuda")
         optimizer = torch.optim.Adam(groups or [{"params": []}], betas=BETAS, fused=fused)
-        folders = {"log_path": log_path, "checkpoint_folder": checkpoint_folder}
-        super().__init__({sae.name: sae for sae in self.saes}, optimizer, config, progress=progress, **folders)
+        super().__init__({sae.name: sae for sae in self.saes}, optimizer, config, run, progress=progress)
         self.fill = self.dealt = 0  # fills of the buffer, batches taken from the present one
         self.position = StreamState()  # where in the text that fill began
         self.buffer: dict[Site, Tensor] = {}
@@ -159,10 +153,6 @@ class Trainer(TrainingLoop):
     @property
     def done(self) -> int:
         return self.step
-
-    @property
-    def total(self) -> int:
-        return self.config.steps
 
     def run(self) -> None:
         """Trains to the end, from the last checkpoint if there is one."""
@@ -227,7 +217,7 @@ class Trainer(TrainingLoop):
         """`UserError` where a loss since the last line of the log is not finite."""
         finite = torch.stack([sae.state["loss"] for sae in self.saes]).isfinite()
         if not finite.all():
-            raise diverged(self.saes[int((~finite).nonzero()[0])].name, self.step, self.checkpoint_folder)
+            raise diverged(self.saes[int((~finite).nonzero()[0])].name, self.step, self.files.checkpoints)
 
     def _log(self, lines: TextIO) -> str:
         now, tokens = time.monotonic(), (self.step - self.logged_step) * self.config.batch

@@ -39,6 +39,7 @@ from sae.data.activations import StreamState
 from sae.formats import load_sae
 from sae.model.sites import Site
 from sae.training.config import TrainConfig
+from sae.training.run_folder import RunFolder
 from sae.training.trainer import Trainer
 from sae.training.training_sae import TrainingSAE
 from tests.benchmarks.quality_data import DIRECTIONS, Data, Real, Score, Synthetic, load_rows, rows_file
@@ -122,8 +123,7 @@ class Rows:
 def train_ours(site: Site, x: Tensor, config: TrainConfig, out: Path) -> SparseAutoencoder:
     """Our own autoencoder on rows x [N, d]."""
     one = TrainingSAE(site.name, site, x.shape[1], config, torch.device("cpu"))
-    places = {"log_path": out / "training.jsonl", "checkpoint_folder": out / "checkpoints"}
-    Trainer([one], Rows(site, x), config, progress=False, **places).run()
+    Trainer([one], Rows(site, x), config, RunFolder(out, "train", {}), progress=False).run()
     sae = one.export()
     sae.save(out / "sae")
     return sae

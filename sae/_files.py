@@ -228,9 +228,14 @@ def _kind(tensor: Tensor) -> str:
 
 def missing_file(path: Path) -> UserError:
     """The error for a file that is not in its folder; raise what this returns."""
-    there = path.parent
-    names = ", ".join(sorted(p.name for p in there.iterdir())[:10]) if there.is_dir() else "no such folder"
-    return UserError(f"looked for {path.name} in {str(there)!r}, found {names or 'nothing'}")
+    return UserError(f"looked for {path.name} in {str(path.parent)!r}, found {names_in(path.parent)}")
+
+
+def names_in(folder: Path) -> str:
+    """What a folder holds, for messages: the first ten names."""
+    return (
+        ", ".join(sorted(p.name for p in folder.iterdir())[:10]) or "nothing" if folder.is_dir() else "no such folder"
+    )
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sae._files import TensorSpec, check_type, read_json, read_tensors, write_json, write_tensors
+from sae._files import TensorSpec, check_type, names_in, read_json, read_tensors, write_json, write_tensors
 from sae.activation_functions import CORE, TOPK, ActivationFunction, top_features
 from sae.architectures import nonlinearity
 from sae.errors import UserError
@@ -225,9 +225,8 @@ def read_config(folder: str | Path) -> SAEConfig:
     """The config of the autoencoder in a folder, without its weights."""
     folder = Path(folder)
     if not is_sae_folder(folder):
-        names = ", ".join(sorted(p.name for p in folder.iterdir())[:10]) if folder.is_dir() else "no such folder"
         looked_for = f"looked for {SAE_CONFIG_FILE} and {WEIGHTS_FILE}"
-        raise UserError(f"no autoencoder in {str(folder)!r}: {looked_for}, found {names or 'nothing'}")
+        raise UserError(f"no autoencoder in {str(folder)!r}: {looked_for}, found {names_in(folder)}")
     entries = read_json(folder / SAE_CONFIG_FILE)
     version = entries.pop("schema_version", None)
     if version != SCHEMA_VERSION:

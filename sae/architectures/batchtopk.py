@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from sae.activation_functions import JUMPRELU
-from sae.architectures.base import Architecture
-from sae.architectures.losses import Hyper, Losses, Weights, squared_error
-from sae.sparse.activations import Acts, SparseActs
+from sae.architectures.losses import Hyper, Weights
+from sae.architectures.topk import TopK
+from sae.sparse.activations import SparseActs
 from sae.sparse.encoder_pass import EncoderPass
 from sae.sparse.selection import BatchSelector
 
@@ -22,7 +22,7 @@ MEMORY = 0.99
 """Decay of the running threshold a step."""
 
 
-class BatchTopK(Architecture):
+class BatchTopK(TopK):
     name = "batchtopk"
     nonlinearity = JUMPRELU
 
@@ -36,11 +36,6 @@ class BatchTopK(Architecture):
             candidates = SparseActs.concatenate([selector.candidates(z) for z in encoder.chunks()])
             if selector.enough(candidates):
                 return candidates.largest(hyper.k * n_tokens)
-
-    def loss(self, z: Tensor, acts: Acts, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
-        f = z.relu()
-        x_hat = acts.decode(f, w["W_dec"]) + w["b_dec"]
-        return Losses(squared_error(x, x_hat), x_hat, f)
 
     def observe(self, f: Tensor, state: Mapping[str, Tensor]) -> None:
         if f.numel():

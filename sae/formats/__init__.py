@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 
+from sae._files import names_in
 from sae._run.contents import check_complete
 from sae.autoencoder import SparseAutoencoder, is_sae_folder
 from sae.errors import UserError, unknown
@@ -113,17 +114,10 @@ def save_saes(saes: Mapping[Path, SparseAutoencoder], *, file_format: WrittenFor
 
 def read_folder(path: Path, site: str = "") -> SparseAutoencoder:
     """The autoencoder in a folder or file of any known format; `site` is where it belongs if its files do not say."""
-    return _placed(_read_folder(path), site, str(path))
-
-
-def _read_folder(path: Path) -> SparseAutoencoder:
     for file_format in FORMATS:
         if file_format.recognises(path):
-            return file_format.read(path)
-    if path.is_dir():
-        names = ", ".join(sorted(p.name for p in path.iterdir())[:10]) or "nothing"
-    else:
-        names = path.name
+            return _placed(file_format.read(path), site, str(path))
+    names = names_in(path) if path.is_dir() else path.name
     formats = "; ".join(f"{f.files} ({f.name})" for f in FORMATS)
     raise UserError(f"no autoencoder in {str(path)!r}: looked for {formats}; found {names}")
 

@@ -28,6 +28,8 @@ from sae.autoencoder import SAEConfig, SparseAutoencoder
 from sae.errors import UserError
 from sae.folding import fold_norms
 
+LINEAR = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "decoder.weight"}
+"""Tensors of two `torch.nn.Linear`, by our names for them."""
 MOST_UNPACKED = 16
 """Weights hardly compress: a file that unpacks to more than this many times its size holds something else, ..."""
 FREE_BYTES = 64 * 2**20

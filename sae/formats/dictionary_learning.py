@@ -21,17 +21,16 @@ import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from typing_extensions import TypedDict
 
 from sae._files import atomic_write, write_json
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError, unknown
 from sae.folding import plain_tensors
-from sae.formats.common import build, pick, read_entries, read_pickle, unsupported, whole_number
+from sae.formats.common import LINEAR, build, pick, read_entries, read_pickle, unsupported, whole_number
 from sae.formats.refusals import refusal
 from sae.formats.site_names import dictionary_learning_name, site_named
 from sae.formats.token_normalised import norm_refusal
@@ -42,39 +41,33 @@ NAME = "dictionary_learning"
 WEIGHTS, CONFIG = "ae.pt", "config.json"
 _SNAPSHOT = re.compile(r"ae_\d+\.pt")
 
-_LINEAR = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "decoder.weight"}
-_PARAMETER = {"W_enc": "W_enc", "b_enc": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
-_TENSORS: dict[str, dict[str, str]] = {
-    "AutoEncoder": _LINEAR | {"b_dec": "bias"},
-    "AutoEncoderNew": _LINEAR | {"b_dec": "decoder.bias"},
-    "GatedAutoEncoder": {
-        "W_enc": "encoder.weight",
-        "W_dec": "decoder.weight",
-        "b_dec": "decoder_bias",
-        "b_enc": "mag_bias",
-        "gate_bias": "gate_bias",
-        "magnitude": "r_mag",
-    },
-    "AutoEncoderTopK": _LINEAR | {"b_dec": "b_dec"},
-    "BatchTopKSAE": _LINEAR | {"b_dec": "b_dec", "threshold": "threshold"},
-    "MatryoshkaBatchTopKSAE": _PARAMETER | {"threshold": "threshold"},
-    "JumpReluAutoEncoder": _PARAMETER | {"threshold": "threshold"},
+_GATED = LINEAR | {"b_enc": "mag_bias", "b_dec": "decoder_bias", "gate_bias": "gate_bias", "magnitude": "r_mag"}
+_PARAMETERS = {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")}
+
+
+class _DictClass(NamedTuple):
+    """One of their classes."""
+
+    architecture: str
+    """Our architecture that encodes as it does."""
+    tensors: dict[str, str]
+    """Its tensors, by our names for them."""
+    ignored: tuple[str, ...] = ()
+    """Tensors that change neither x̂ nor f."""
+    subtract_b_dec: bool = True
+    """Whether the decoder bias is subtracted from the input."""
+
+
+_CLASSES = {
+    "AutoEncoder": _DictClass("relu", LINEAR | {"b_dec": "bias"}),
+    "AutoEncoderNew": _DictClass("relu", LINEAR | {"b_dec": "decoder.bias"}, subtract_b_dec=False),
+    "GatedAutoEncoder": _DictClass("gated", _GATED),
+    # the threshold of TopK serves an optional mode of encode, off by default
+    "AutoEncoderTopK": _DictClass("topk", LINEAR | {"b_dec": "b_dec"}, ("k", "threshold")),
+    "BatchTopKSAE": _DictClass("batchtopk", LINEAR | {"b_dec": "b_dec", "threshold": "threshold"}, ("k",)),
+    "MatryoshkaBatchTopKSAE": _DictClass("matryoshka", _PARAMETERS, ("k", "group_sizes")),
+    "JumpReluAutoEncoder": _DictClass("jumprelu", _PARAMETERS, subtract_b_dec=False),
 }
-_IGNORED = {
-    "AutoEncoderTopK": ("k", "threshold"),  # the threshold serves an optional mode of encode, off by default
-    "BatchTopKSAE": ("k",),
-    "MatryoshkaBatchTopKSAE": ("k", "group_sizes"),
-}
-_ARCHITECTURE = {
-    "AutoEncoder": "relu",
-    "AutoEncoderNew": "relu",
-    "GatedAutoEncoder": "gated",
-    "AutoEncoderTopK": "topk",
-    "BatchTopKSAE": "batchtopk",
-    "MatryoshkaBatchTopKSAE": "matryoshka",
-    "JumpReluAutoEncoder": "jumprelu",
-}
-_NOTHING_SUBTRACTED = ("AutoEncoderNew", "JumpReluAutoEncoder")
 
 
 class _Trainer(TypedDict, total=False):
@@ -106,9 +99,10 @@ def read(folder: Path) -> SparseAutoencoder:
     if (folder / CONFIG).is_file():
         trainer = read_entries(folder / CONFIG, _Config).get("trainer", {})
     kind = trainer.get("dict_class") or _class_of(state, path)
-    if kind not in _TENSORS:
-        raise refusal(folder, kind) or unknown(f"dict_class in {folder / CONFIG}", kind, _TENSORS)
-    tensors = pick(state, _TENSORS[kind], source=path, what=f"an {kind}", ignored=_IGNORED.get(kind, ()))
+    if kind not in _CLASSES:
+        raise refusal(folder, kind) or unknown(f"dict_class in {folder / CONFIG}", kind, _CLASSES)
+    dict_class = _CLASSES[kind]
+    tensors = pick(state, dict_class.tensors, source=path, what=f"an {kind}", ignored=dict_class.ignored)
     if "encoder.weight" in state:
         tensors["W_dec"] = tensors["W_dec"].T
     else:
@@ -116,18 +110,19 @@ def read(folder: Path) -> SparseAutoencoder:
     if kind == "GatedAutoEncoder":
         tensors["magnitude"] = tensors["magnitude"].exp()
     if "threshold" in tensors and tensors["threshold"].numel() == 1:
-        _warn_unset(tensors["threshold"], path)
+        if float(tensors["threshold"]) < 0:
+            log.warning("%s: its threshold was never set in training, so every positive feature is active", path)
         tensors["threshold"] = tensors["threshold"].expand(len(tensors["b_enc"]))
     k = trainer.get("k")
     return build(
         tensors,
         source=folder if path.name == WEIGHTS else path,
         file_format=NAME,
-        architecture=_ARCHITECTURE[kind],
-        subtract_b_dec=kind not in _NOTHING_SUBTRACTED,
+        architecture=dict_class.architecture,
+        subtract_b_dec=dict_class.subtract_b_dec,
         k=_k(state, trainer, path) if kind == "AutoEncoderTopK" else k if isinstance(k, int) else None,
         ranked=kind == "AutoEncoderTopK",
-        site=_site(trainer, folder),
+        site=site_named(str(trainer.get("submodule_name") or "")) or site_named(folder.as_posix()),
         model=trainer.get("lm_name") or "",
         notes={"dict_class": kind},
     )
@@ -159,34 +154,22 @@ def _k(state: Mapping[str, Any], trainer: Mapping[str, Any], path: Path) -> int:
     return given[0]
 
 
-def _warn_unset(threshold: Tensor, path: Path) -> None:
-    if float(threshold) < 0:
-        log.warning("%s: its threshold was never set in training, so every positive feature is active", path)
-
-
-def _site(trainer: Mapping[str, Any], folder: Path) -> str:
-    """From the config's submodule, else from the folders."""
-    return site_named(str(trainer.get("submodule_name") or "")) or site_named(folder.as_posix())
-
-
 def write(sae: SparseAutoencoder, folder: Path) -> None:
     """`ae.pt` and `config.json` as dictionary_learning's `load_dictionary` reads them; x̂ and f stay the same."""
-    kind = {"relu": "AutoEncoder", "topk": "AutoEncoderTopK", "jumprelu": "JumpReluAutoEncoder"}
-    kind |= {"gated": "GatedAutoEncoder"}
+    kinds = ("AutoEncoder", "AutoEncoderTopK", "JumpReluAutoEncoder", "GatedAutoEncoder")
     if sae.config.input_norm:
         raise norm_refusal(sae, NAME)
-    name = sae.nonlinearity.name
-    if name not in kind:
+    dict_class = next((kind for kind in kinds if _CLASSES[kind].architecture == sae.nonlinearity.name), None)
+    if dict_class is None:
         raise unsupported(sae, NAME)
-    dict_class = kind[name]
-    tensors = plain_tensors(sae, subtract_b_dec=dict_class not in _NOTHING_SUBTRACTED)
+    tensors = plain_tensors(sae, subtract_b_dec=_CLASSES[dict_class].subtract_b_dec)
     if dict_class == "GatedAutoEncoder":
         tensors["magnitude"] = tensors["magnitude"].log()
     if dict_class == "JumpReluAutoEncoder":
         tensors["W_enc"] = tensors["W_enc"].T
     else:
         tensors["W_dec"] = tensors["W_dec"].T
-    state = {theirs: tensors[ours].contiguous() for ours, theirs in _TENSORS[dict_class].items()}
+    state = {theirs: tensors[ours].contiguous() for ours, theirs in _CLASSES[dict_class].tensors.items()}
     if dict_class == "AutoEncoderTopK":
         assert sae.config.k is not None
         state |= {"k": torch.tensor(sae.config.k, dtype=torch.int), "threshold": torch.tensor(-1.0)}

@@ -25,19 +25,14 @@ from sae._files import read_tensors
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError
 from sae.folding import fold_norms
-from sae.formats.common import build, entry, pick, positive, read_entries
+from sae.formats.common import LINEAR, build, entry, pick, positive, read_entries
 from sae.formats.refusals import refusal, transcoder_refusal
 from sae.formats.site_names import site_named
 
 NAME = "llama_scope"
 CONFIG = "hyperparams.json"
 WEIGHTS = ("checkpoints/pruned.safetensors", "checkpoints/final.safetensors", "sae_weights.safetensors")
-_TENSORS = {
-    "W_enc": "encoder.weight",
-    "b_enc": "encoder.bias",
-    "W_dec": "decoder.weight",
-    "b_dec": "decoder.bias",
-}
+_TENSORS = LINEAR | {"b_dec": "decoder.bias"}
 
 
 class _Config(TypedDict, total=False):

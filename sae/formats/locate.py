@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import list_repo_files, snapshot_download
@@ -27,13 +27,8 @@ from sae.formats.site_names import site_named
 log = logging.getLogger(__name__)
 
 MARKERS = (
-    "sae.safetensors",
-    "sae_weights.safetensors",
-    "ae.pt",
-    "params.npz",
-    "params.safetensors",
-    "hyperparams.json",
-)
+    "sae.safetensors", "sae_weights.safetensors", "ae.pt", "params.npz", "params.safetensors", "hyperparams.json",
+)  # fmt: skip
 """Files an autoencoder's folder is known by."""
 PREFERRED_L0 = 100
 MAX_DEPTH = 6
@@ -51,7 +46,7 @@ def check_source(source: str | Path) -> None:
     if release := released(str(source)):
         raise release
     if str(source).startswith((".", "/", "~")) or _HUB_NAME.fullmatch(str(source)) is None:
-        raise _no_such_path(path)
+        raise UserError(f"no autoencoder at {str(path)!r}: there is no such path{near_paths(path)}")
 
 
 def local_path(source: str | Path, *, site: str = "") -> Path:
@@ -87,13 +82,9 @@ def folders_in(root: Path) -> list[str]:
         inner[:] = sorted(name for name in inner if not name.startswith("."))
         if len(relative.parts) >= MAX_DEPTH:
             inner.clear()
-        if _has_marker(files):
+        if not set(MARKERS).isdisjoint(files):
             folders.append(relative.as_posix())
     return sorted(folders)
-
-
-def _has_marker(names: Iterable[str]) -> bool:
-    return any(name in MARKERS for name in names)
 
 
 def choose(folders: Sequence[str], *, source: str, site: str = "") -> str:
@@ -169,7 +160,3 @@ def _unreachable(repository: str, error: Exception) -> UserError:
 
 def _folder_of(file: str) -> str:
     return PurePosixPath(file).parent.as_posix()
-
-
-def _no_such_path(path: Path) -> UserError:
-    return UserError(f"no autoencoder at {str(path)!r}: there is no such path{near_paths(path)}")

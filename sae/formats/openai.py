@@ -13,18 +13,13 @@ from pathlib import Path
 
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError, unknown
-from sae.formats.common import build, entry, pick, read_pickle, whole_number
+from sae.formats.common import LINEAR, build, entry, pick, read_pickle, whole_number
 from sae.formats.refusals import refusal
 from sae.formats.site_names import site_named
 from sae.formats.token_normalised import NormalisedAutoencoder
 
 NAME = "openai"
-_TENSORS = {
-    "W_enc": "encoder.weight",
-    "b_enc": "latent_bias",
-    "W_dec": "decoder.weight",
-    "b_dec": "pre_bias",
-}
+_TENSORS = LINEAR | {"b_enc": "latent_bias", "b_dec": "pre_bias"}
 _IGNORED = (
     "stats_last_nonzero",
     "latents_activation_frequency",

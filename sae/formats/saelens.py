@@ -53,14 +53,8 @@ _TENSORS = {
     "batchtopk": _CORE | {"threshold": "topk_threshold"},
     "matryoshka_batchtopk": _CORE | {"threshold": "topk_threshold"},
 }
-_ARCHITECTURE = {
-    "standard": "relu",
-    "topk": "topk",
-    "jumprelu": "jumprelu",
-    "gated": "gated",
-    "batchtopk": "batchtopk",
-    "matryoshka_batchtopk": "matryoshka",
-}
+_ARCHITECTURE = {"standard": "relu", "matryoshka_batchtopk": "matryoshka"}
+"""Ours by theirs, where the names differ."""
 _HEADS = {
     "gpt2": "transformer.h.{layer}.attn.c_proj:input",
     "pythia": "gpt_neox.layers.{layer}.attention.dense:input",
@@ -141,7 +135,7 @@ def read(folder: Path) -> SparseAutoencoder:
         tensors,
         source=folder,
         file_format=NAME,
-        architecture=_ARCHITECTURE[architecture],
+        architecture=_ARCHITECTURE.get(architecture, architecture),
         subtract_b_dec=config["apply_b_dec_to_input"],
         k=whole_number(entry(config, "k", source=path), "k", source=path) if architecture == "topk" else None,
         ranked=architecture == "topk" and not config.get("rescale_acts_by_decoder_norm", False),

@@ -13,26 +13,12 @@ from pathlib import PurePosixPath
 
 from sae.model.sites import Site
 
-_KINDS = {
-    "resid_post": "resid",
-    "resid_out": "resid",
-    "resid": "resid",
-    "res": "resid",
-    "R": "resid",
-    "resid_post_mlp": "resid",
-    "mlp_out": "mlp",
-    "mlp": "mlp",
-    "M": "mlp",
-    "resid_delta_mlp": "mlp",
-    "attn_out": "attn",
-    "attention_out": "attn",
-    "attn": "attn",
-    "att": "attn",
-    "attention": "attn",
-    "self_attn": "attn",
-    "A": "attn",
-    "resid_delta_attn": "attn",
+_NAMES = {
+    "resid": ("resid_post", "resid_out", "resid", "res", "R", "resid_post_mlp"),
+    "mlp": ("mlp_out", "mlp", "M", "resid_delta_mlp"),
+    "attn": ("attn_out", "attention_out", "attn", "att", "attention", "self_attn", "A", "resid_delta_attn"),
 }
+_KINDS = {name: kind for kind, names in _NAMES.items() for name in names}
 
 EMBED_HOOKS = ("hook_embed", "embed.hook_out")
 _LEARNED_POSITIONS = r"(distil)?gpt-?2|gpt-neo-|opt-|gelu-|solu-|attn-only|tiny-stories|tinystories-(instruct-)?\d+m"

@@ -31,7 +31,6 @@ from sae._files import (
     write_tensors,
 )
 from sae._run.contents import CHECKPOINTS, check_contents
-from sae._run.contents import remove as remove_contents
 from sae.data.activations import StreamState
 from sae.errors import UserError
 
@@ -104,11 +103,6 @@ def latest(folder: Path) -> Checkpoint | None:
     if folders:
         raise UserError(f"no checkpoint in {str(folder)!r} can be read ({reason}): start again with --overwrite")
     return None
-
-
-def remove(folder: Path) -> None:
-    """Removes all checkpoints, and the folder unless it holds anything else."""
-    remove_contents(folder, CHECKPOINTS)
 
 
 def tensors_of(

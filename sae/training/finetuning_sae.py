@@ -81,7 +81,8 @@ class FinetuningSAE:
     def __call__(self, x: Tensor) -> Reconstruction:
         """x [N, d] -> x̂ [N, d], raw activations both, and the active features."""
         w = self.weights
-        x_c = self._centred(x)
+        x = x.to(w["W_enc"].dtype) / self.scale
+        x_c = x - w["b_dec"] if self.config.subtract_b_dec else x
         acts = self._active(x_c)
         z = acts.encode(w["W_enc"], None, None, x_c)
         if self.nonlinearity.name == GATED.name:
@@ -89,10 +90,6 @@ class FinetuningSAE:
         f = (z + acts.expand(w["b_enc"])).relu()
         x_hat = (acts.decode(f, w["W_dec"]) + w["b_dec"]) * self.scale
         return Reconstruction(x_hat, acts, (f > 0).sum())
-
-    def _centred(self, x: Tensor) -> Tensor:
-        x = x.to(self.weights["W_enc"].dtype) / self.scale
-        return x - self.weights["b_dec"] if self.config.subtract_b_dec else x
 
     @torch.no_grad()
     def _active(self, x_c: Tensor) -> SparseActs:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from sae._files import check_type, parse_json, prepare_folder, write_json
+from sae._run.contents import CHECKPOINTS as CHECKPOINT_FILES
 from sae._run.contents import (
     MAKERS,
     RUN,
@@ -40,7 +41,6 @@ from sae.errors import UserError
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
 from sae.saes import SAEs
-from sae.training import checkpoint as checkpoints
 from sae.training.config import TrainConfig
 
 log = logging.getLogger(__name__)
@@ -164,7 +164,7 @@ class RunFolder:
 
     def tidy(self) -> None:
         """Remove what only an interrupted run needs."""
-        checkpoints.remove(self.checkpoints)
+        remove(self.checkpoints, CHECKPOINT_FILES)
         clean(self.path)
 
     def _joined(self, before: RunEntry | None) -> dict[str, Any]:
@@ -200,7 +200,7 @@ class RunFolder:
 
     def _remove_earlier(self, names: Sequence[str]) -> None:
         """Removes checkpoints, logs, measurements and autoencoders of the run that was here before."""
-        checkpoints.remove(self.checkpoints)
+        remove(self.checkpoints, CHECKPOINT_FILES)
         if self.command == "sweep":
             for name in names:
                 remove(self.path / name, TRAINED)
@@ -270,7 +270,7 @@ def discard_run(folder: Path) -> None:
     makers = {key: {**value, "complete": False, "replaced": sites} for key, value in entries.items() if key in MAKERS}
     if makers:
         write_json(folder / RUN_CONFIG_FILE, {**entries, **makers})
-        checkpoints.remove(folder / CHECKPOINTS)
+        remove(folder / CHECKPOINTS, CHECKPOINT_FILES)
         remove(folder / "saes", Layout(SAES.files, dict.fromkeys(sites, SAE)))
         write_json(folder / RUN_CONFIG_FILE, {key: value for key, value in entries.items() if key not in MAKERS})
 

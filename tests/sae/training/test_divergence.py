@@ -170,7 +170,11 @@ def test_a_packed_line_of_gigabytes_is_refused(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("line", "reason"),
-    [("[" * 100_000, "JSON nested too deeply"), ('{"text": ' + "1" * 5000 + "}", "malformed"), ('"a\\ud800"', "surrogate")],
+    [
+        ("[" * 100_000, "nested too deeply"),
+        ('{"text": ' + "1" * 5000 + "}", "malformed"),
+        ('"a\\ud800"', "surrogate"),
+    ],
 )
 def test_lines_that_are_no_documents_are_located(tmp_path, line, reason):
     (tmp_path / "text.jsonl").write_text(line)

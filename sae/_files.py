@@ -233,9 +233,9 @@ def missing_file(path: Path) -> UserError:
 
 def names_in(folder: Path) -> str:
     """What a folder holds, for messages: the first ten names."""
-    return (
-        ", ".join(sorted(p.name for p in folder.iterdir())[:10]) or "nothing" if folder.is_dir() else "no such folder"
-    )
+    if not folder.is_dir():
+        return "no such folder"
+    return ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
 
 
 def write_text(path: str | Path, text: str) -> None:

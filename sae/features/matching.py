@@ -15,7 +15,7 @@ Shapes: F_a and F_b features of dictionaries a and b, n the features asked about
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,7 @@ from sae.data.text import TextSource
 from sae.errors import UserError
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
-from sae.sparse.segment_ops import group_offsets, weighted_segment_sum
+from sae.sparse.segment_ops import group_offsets, row_blocks, weighted_segment_sum
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -89,7 +89,7 @@ def nearest_features(
     k = min(k, len(other) - (among is None))
     rows, columns = normalize(W_dec[features].float(), dim=-1), normalize(other.float(), dim=-1)
     nearest = []
-    for block in _blocks(len(rows), len(columns), chunk_bytes):
+    for block in row_blocks(len(rows), 4 * len(columns), chunk_bytes):
         cosine = rows[block] @ columns.T  # [block, F_b]
         if among is None:
             cosine.scatter_(1, features[block, None], -torch.inf)
@@ -121,7 +121,7 @@ def _match(block: Callable[[slice], Tensor], n_a: int, n_b: int, chunk_bytes: in
     """Row and column maxima of a similarity matrix [F_a, F_b] given block by block of rows."""
     similarity, partner = [], []
     best = best_row = torch.empty(0)
-    for part in _blocks(n_a, n_b, chunk_bytes):
+    for part in row_blocks(n_a, 4 * n_b, chunk_bytes):
         values = block(part)  # [block, F_b]
         row = values.max(1)
         similarity.append(row.values)
@@ -251,12 +251,6 @@ def split_features(narrow: Tensor, wide: Tensor, *, threshold: float = 0.7) -> d
     for feature in (match.similarity >= threshold).nonzero()[:, 0].tolist():
         wide_of.setdefault(int(match.partner[feature]), []).append(feature)
     return {feature: sorted(pieces) for feature, pieces in sorted(wide_of.items()) if len(pieces) > 1}
-
-
-def _blocks(n_rows: int, n_columns: int, chunk_bytes: int) -> Iterator[slice]:
-    step = max(1, chunk_bytes // (4 * max(n_columns, 1)))
-    for start in range(0, n_rows, step):
-        yield slice(start, min(start + step, n_rows))
 
 
 def _check_width(a: Tensor, b: Tensor) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from sae.errors import UserError
 from sae.model.forward import PROBE_ROWS, padding_tokens, with_gradients
 from sae.model.language_model import LanguageModel, Run
-from sae.model.scales import TOLERANCE, TOLERANCE_16_BIT, block_sums, exactly, is_exact
+from sae.model.scales import TOLERANCE_16_BIT, block_sums, exactly, is_exact, tolerance
 from sae.model.sites import Site
 from sae.model.tokens import Tokens
 
@@ -63,10 +63,6 @@ def relative_difference(x: Tensor, y: Tensor) -> float:
     return float((x - y).abs().max() / y.abs().max().clamp_min(torch.finfo(torch.float32).tiny))
 
 
-def _tolerance(model: LanguageModel) -> float:
-    return TOLERANCE if is_exact(model.dtype) else TOLERANCE_16_BIT
-
-
 def _check_order(model: LanguageModel, tokens: Tokens, logits: Tensor) -> bool:
     """Later tokens change nothing; whether padding does is returned. The last two rows are variants of the first."""
     n = tokens.n_positions - int(tokens.lengths[-1])  # of padding
@@ -82,18 +78,18 @@ def _check_order(model: LanguageModel, tokens: Tokens, logits: Tensor) -> bool:
 
 def _check_sums(model: LanguageModel, activations: dict[Site, Tensor]) -> None:
     """Sites where the architecture has them must add up; of the user's own it is said where they do not."""
-    moved, off = model.moved_sites, []
+    moved, off, allowed = model.moved_sites, [], tolerance(model.dtype)
     for before, added, after in block_sums(model.sites):
         if len({activations[site].shape for site in (before, *added, after)}) == 1:
             total = torch.stack([activations[site].float() for site in (before, *added)]).sum(0)
             difference = relative_difference(total, activations[after])
         else:
             difference = float("inf")
-        if difference <= _tolerance(model):
+        if difference <= allowed:
             continue
         where = ", ".join(f"{site} at {str(model.site_paths[site])!r}" for site in added)
         names = " + ".join(site.name for site in (before, *added))
-        sentence = f"{names} differs from {after} by {difference:.1e} of its size, allowed is {_tolerance(model):.0e}"
+        sentence = f"{names} differs from {after} by {difference:.1e} of its size, allowed is {allowed:.0e}"
         if not moved.keys() & {before, *added, after}:
             raise UserError(f"{sentence} ({where}): give site_paths that fit this model")
         off.append(f"{sentence} ({where})")
@@ -109,7 +105,7 @@ def _check_copies(model: LanguageModel, tokens: Tokens, logits: Tensor) -> None:
         changed = model.run(tokens, edits=dict.fromkeys(sites, torch.clone)).logits
         return relative_difference(changed[:-1], logits[:-1])  # the last row has padding, of which a model may make NaN
 
-    if difference(model.sites) <= _tolerance(model):
+    if difference(model.sites) <= tolerance(model.dtype):
         return
     worst = max(model.sites, key=lambda site: difference((site,)))
     raise UserError(

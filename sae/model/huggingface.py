@@ -29,7 +29,18 @@ SAMPLED_VALUES = 64  # of each parameter, for the fingerprint
 
 def resolve_device(device: str | torch.device) -> torch.device:
     """A device by name, the best there is for auto."""
-    return auto_device() if device == "auto" else _device(device)
+    if device == "auto":
+        return auto_device()
+    try:
+        resolved = torch.device(device)
+    except RuntimeError:
+        raise unknown("device", str(device), ["auto", "cpu", "cuda", "mps"]) from None
+    if resolved.type == "meta":
+        raise UserError("device 'meta' holds no numbers: allowed are auto, cpu, cuda and mps")
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}.get(resolved.type, True)
+    if not available:
+        raise UserError(f"device {str(device)!r} is not available on this machine: allowed are auto and cpu")
+    return resolved
 
 
 def auto_device() -> torch.device:
@@ -68,7 +79,7 @@ def load_hf(
         hf, name = model, getattr(getattr(model, "config", None), "_name_or_path", "")
         marks = fingerprints(hf)
         if device != "auto":
-            hf.to(_device(device))
+            hf.to(resolve_device(device))
         if wanted is not None:
             hf.to(wanted)
     else:
@@ -129,19 +140,6 @@ def max_positions(hf: nn.Module) -> int | None:
             if isinstance(limit := getattr(part, name, None), int) and limit > 0:
                 return limit
     return None
-
-
-def _device(device: str | torch.device) -> torch.device:
-    try:
-        resolved = torch.device(device)
-    except RuntimeError:
-        raise unknown("device", str(device), ["auto", "cpu", "cuda", "mps"]) from None
-    if resolved.type == "meta":
-        raise UserError("device 'meta' holds no numbers: allowed are auto, cpu, cuda and mps")
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}.get(resolved.type, True)
-    if not available:
-        raise UserError(f"device {str(device)!r} is not available on this machine: allowed are auto and cpu")
-    return resolved
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

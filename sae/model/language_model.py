@@ -99,12 +99,12 @@ class LanguageModel:
     @property
     def tokenizer(self) -> Any:
         """The model's own copy of the tokenizer."""
-        return self._text.tokenizer
+        return self.text_coder.tokenizer
 
     @property
     def special_ids(self) -> frozenset[int]:
         """Ids of the tokenizer's special tokens."""
-        return self._text.special_ids
+        return self.text_coder.special_ids
 
     @property
     def device(self) -> torch.device:
@@ -128,7 +128,7 @@ class LanguageModel:
 
     def tokenize(self, texts: Sequence[str], *, max_length: int | None = None) -> Tokens:
         """A left-padded batch on the model's device, with the special tokens the tokenizer itself adds."""
-        tokens = self._text.encode(texts, max_length=max_length)
+        tokens = self.text_coder.encode(texts, max_length=max_length)
         n_known = self.hf.get_input_embeddings().weight.shape[0]
         if (largest := int(tokens.input_ids.max())) >= n_known:
             raise UserError(
@@ -138,16 +138,11 @@ class LanguageModel:
 
     def tokenize_prompts(self, texts: Sequence[str]) -> Tokens:
         """A left-padded batch of prompts, with special tokens in front alone: the last token is the prompt's own."""
-        return Tokens.from_rows(self._text.prompt_ids(texts), pad_id=self._text.pad_id).to(self.device)
-
-    @property
-    def text_coder(self) -> TokenizerWrapper:
-        """Texts and prompts to token ids; UserError for a model without a tokenizer."""
-        return self._text
+        return Tokens.from_rows(self.text_coder.prompt_ids(texts), pad_id=self.text_coder.pad_id).to(self.device)
 
     def token_strings(self, ids: Iterable[int] | Tensor) -> list[str]:
         """The text each token adds to a sentence: " he", not "Ġhe"."""
-        return self._text.strings(ids)
+        return self.text_coder.strings(ids)
 
     def run(
         self,
@@ -353,7 +348,8 @@ class LanguageModel:
         return {site: fitted[id(x)] for site, x in skip.items()}
 
     @property
-    def _text(self) -> TokenizerWrapper:
+    def text_coder(self) -> TokenizerWrapper:
+        """Texts and prompts to token ids; UserError for a model without a tokenizer."""
         if self._coder is None:
             raise UserError(f"model {self.name!r} came without a tokenizer: give one with tokenizer=")
         return self._coder

@@ -62,7 +62,7 @@ def relevance_rules(hf: nn.Module) -> Iterator[None]:
                 stack.callback(module.down_proj.register_forward_pre_hook(_halve_gradient).remove)
             elif isinstance(getattr(module, "gate_up_proj", None), nn.Parameter):  # all experts in one tensor
                 stack.callback(module.register_forward_pre_hook(_halve_gradient).remove)
-            if _has_experts(module):
+            if _has(module, "experts"):
                 for router in (child for part, child in module.named_children() if part.endswith(("gate", "router"))):
                     stack.callback(router.register_forward_hook(_constant_outputs).remove)
         if missing := [kind for kind, n in replaced.items() if not n]:
@@ -222,10 +222,6 @@ def _halve_gradient(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]
 
 
 # ---- experts
-
-
-def _has_experts(module: nn.Module) -> bool:
-    return _has(module, "experts")
 
 
 def _constant_outputs(module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:

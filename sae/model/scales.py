@@ -56,14 +56,17 @@ def exactly(x: Tensor) -> Tensor:
 
 def _allowed(after: Tensor, change: Tensor) -> float:
     """The largest difference that rounding of the stream, and a little of the change itself, explains."""
-    tolerance = TOLERANCE if is_exact(after) else TOLERANCE_16_BIT
-    return tolerance * (float(change.abs().max()) + 0.1 * float(after.abs().max()))
+    return tolerance(after) * (float(change.abs().max()) + 0.1 * float(after.abs().max()))
 
 
 def _nearest(factor: float, constants: Sequence[float], x: Tensor) -> float:
-    near = TOLERANCE if is_exact(x) else TOLERANCE_16_BIT
     best = min(constants, key=lambda constant: abs(constant - factor), default=factor)
-    return best if abs(best - factor) <= near * abs(factor) else float(f"{factor:.6g}")
+    return best if abs(best - factor) <= tolerance(x) * abs(factor) else float(f"{factor:.6g}")
+
+
+def tolerance(x: Tensor | torch.dtype) -> float:
+    """Largest difference that rounding explains, relative to the largest value."""
+    return TOLERANCE if is_exact(x) else TOLERANCE_16_BIT
 
 
 def is_exact(x: Tensor | torch.dtype) -> bool:

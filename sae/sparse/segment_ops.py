@@ -189,18 +189,19 @@ def rows_added(source: Tensor, index: Tensor, offsets: Tensor, weight: Tensor) -
     """Σ_{j in offsets[b]:offsets[b+1]} weight[j] · source[index[j]], [bags, d], by index; no gradient."""
     bag = torch.repeat_interleave(offsets.diff())  # [n]
     out = source.new_zeros(len(offsets) - 1, source.shape[1])
-    for block in _blocks(index, source):
+    for block in row_blocks(len(index), source.shape[1] * source.element_size(), GATHER_BYTES):
         out.index_add_(0, bag[block], source[index[block]] * weight[block, None])
     return out
 
 
 def rows_multiplied(g: Tensor, bag: Tensor, rows: Tensor, index: Tensor) -> Tensor:
     """g[bag[j]] · rows[index[j]] for every entry, [n], by index."""
-    dots = [(g[bag[block]] * rows[index[block]]).sum(1) for block in _blocks(index, rows)]
+    blocks = row_blocks(len(index), rows.shape[1] * rows.element_size(), GATHER_BYTES)
+    dots = [(g[bag[block]] * rows[index[block]]).sum(1) for block in blocks]
     return torch.cat(dots) if dots else g.new_zeros(0)
 
 
-def _blocks(index: Tensor, source: Tensor) -> list[slice]:
-    """Slices of the entries whose gathered rows fit `GATHER_BYTES`."""
-    size = max(1, GATHER_BYTES // (source.shape[1] * source.element_size()))
-    return [slice(start, start + size) for start in range(0, len(index), size)]
+def row_blocks(n_rows: int, row_bytes: int, most_bytes: int) -> list[slice]:
+    """Slices of n rows, each of as many as fit in so many bytes, and of one at least."""
+    size = max(1, most_bytes // max(1, row_bytes))
+    return [slice(start, min(start + size, n_rows)) for start in range(0, n_rows, size)]

@@ -58,12 +58,8 @@ def _tile(source, place, stride, columns, d, there):
 
 
 @triton.jit
-def _bag_sum(
-    out, parts, dots, source, index, weight, offsets, owners, rows, n_parts, d, source_stride, rows_stride,
-    DOTS: tl.constexpr, WINDOW: tl.constexpr, HEIGHT: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-):  # fmt: skip
-    """Programs below n_parts: what a window holds of a long bag, into parts; others: a short bag, into out."""
-    program = tl.program_id(0).to(tl.int64)
+def _entries(program, n_parts, offsets, owners, WINDOW: tl.constexpr):
+    """A program's bag, the entries of it from the first up to the last, and whether it has any to sum."""
     is_part = program < n_parts
     bag = program - n_parts
     if is_part:
@@ -75,6 +71,17 @@ def _bag_sum(
         first, last = tl.maximum(first, begin), tl.minimum(last, begin + WINDOW)
         if program % 2 == 1:
             mine = mine & (tl.load(owners + program - 1) != bag)
+    return bag, first, last, mine
+
+
+@triton.jit
+def _bag_sum(
+    out, parts, dots, source, index, weight, offsets, owners, rows, n_parts, d, source_stride, rows_stride,
+    DOTS: tl.constexpr, WINDOW: tl.constexpr, HEIGHT: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+):  # fmt: skip
+    """Programs below n_parts: what a window holds of a long bag, into parts; others: a short bag, into out."""
+    program = tl.program_id(0).to(tl.int64)
+    bag, first, last, mine = _entries(program, n_parts, offsets, owners, WINDOW)
     if mine:
         one = tl.full([1], 1, tl.int1)
         left, total_left = tl.arange(0, LEFT), tl.zeros([LEFT], tl.float32)
@@ -101,7 +108,7 @@ def _bag_sum(
                     dot += tl.sum(x_right * row_right, 1)
             if DOTS:
                 tl.store(dots + entry, dot, mask=there)
-        if is_part:
+        if program < n_parts:
             tl.store(parts + program * d + left, total_left, mask=left < d)
             if RIGHT:
                 tl.store(parts + program * d + right, total_right, mask=right < d)

@@ -104,10 +104,7 @@ class TrainConfig:
     @property
     def batch(self) -> int:
         """Tokens a step."""
-        if self.batch_size is not None:
-            return self.batch_size
-        wanted = 2 ** int(math.log2(max(1, self.tokens / 1000)))
-        return min(4096, max(512, wanted))
+        return self.batch_size or _batch_for(self.tokens, steps=1000)
 
     @property
     def steps(self) -> int:
@@ -158,15 +155,18 @@ class FinetuneConfig:
     @property
     def batch(self) -> int:
         """Tokens a step, padding counted."""
-        if self.batch_size is not None:
-            return self.batch_size
-        return min(4096, max(512, 2 ** int(math.log2(max(1, self.tokens / 200)))))
+        return self.batch_size or _batch_for(self.tokens, steps=200)
 
     def learning_rate_at(self, share: float, width: int) -> float:
         """The learning rate when that share of the tokens is read, for a site of the given width."""
         peak = self.learning_rate or 0.008 / math.sqrt(width)
         rise = min(1.0, share / self.warmup) if self.warmup else 1.0
         return peak * rise * max(0.0, 1 - max(0.0, share - self.warmup) / max(1e-9, 1 - self.warmup))
+
+
+def _batch_for(tokens: int, *, steps: int) -> int:
+    """The power of two between 512 and 4096 that leaves about so many steps."""
+    return min(4096, max(512, 2 ** int(math.log2(max(1, tokens / steps)))))
 
 
 def with_contexts_of(cache: CachedActivations, config: TrainConfig) -> TrainConfig:

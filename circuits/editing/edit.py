@@ -303,7 +303,10 @@ def measure_edit(
     options = options or EditOptions()
     features = edit.by_span(saes)
     if options.texts and set(features) != {EVERYWHERE}:
-        raise UserError("other text has no spans of the prompts: leave it out, or edit features everywhere")
+        raise UserError(
+            "other text has no spans of the prompts: leave it out, or edit the features at all tokens (--everywhere, "
+            "in Python names without @)"
+        )
     ensure_checked(model, saes, {site for of_span in features.values() for site in of_span})
     m = get_metric(metric or logit_difference)
     texts = list(token_batches(model, sorted(options.texts, key=len), max_tokens=None, batch_size=16))

@@ -14,10 +14,12 @@ import hashlib
 import json
 import math
 import re
+from dataclasses import asdict, replace
 from typing import Any
 
+from graphs.classes import find_classes
 from graphs.drawing.layout import Cell, Layout, layered_layout
-from graphs.drawing.style import position_name, span_words
+from graphs.drawing.style import describe, position_name, span_words
 from graphs.errors import GraphError
 from graphs.feature_graph import METRIC, FeatureGraph, Node
 from graphs.sharing import shared
@@ -38,7 +40,7 @@ def page_data(graph: FeatureGraph, title: str, other: FeatureGraph | None = None
     indices, and its layouts. With `other` the two graphs together, each node and edge marked with where it is.
     """
     drawn = graph if other is None else _union(graph, other)
-    nodes = drawn.nodes()
+    nodes, classes = drawn.nodes(), find_classes(drawn)
     index = {node.id: number for number, node in enumerate(nodes)}
     keys = ("id", "site", "feature", "kind", "position", "effect", "label")
     data = {
@@ -48,11 +50,17 @@ def page_data(graph: FeatureGraph, title: str, other: FeatureGraph | None = None
         "sites": drawn.sites,
         "positions": [[p, position_name(drawn, p), span_words(drawn, p)] for p in drawn.positions],
         "nodes": [
-            {"name": node.name, **{key: getattr(node, key) for key in keys}, "attributes": _attributes(node)}
+            {
+                "name": node.name,
+                "words": describe(drawn, replace(node, label=None)),
+                **{key: getattr(node, key) for key in keys},
+                "attributes": _attributes(node),
+            }
             for node in nodes
         ],
         "edges": [[index[edge.source], index[edge.target], edge.weight, edge.interval] for edge in drawn.edges()],
         "layouts": _layouts(drawn, index),
+        "classes": None if classes is None else asdict(classes),
     }
     if other is not None:
         data["comparison"] = _comparison(graph, other, drawn)

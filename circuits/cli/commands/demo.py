@@ -118,8 +118,17 @@ class _Story:
         )
         self._chapter(
             "ablate",
-            "What becomes of the model without the ten strongest features",
-            AblateCommand(prompts=self.test_prompts, top=10, text=self.valid, generate=2, new_tokens=8, **circuit),
+            "What becomes of the model when its ten strongest features stay at their mean",
+            AblateCommand(
+                prompts=self.test_prompts,
+                top=10,
+                operation="mean",
+                everywhere=True,
+                text=self.valid,
+                generate=2,
+                new_tokens=8,
+                **circuit,
+            ),
         )
         drawing: dict[str, Any] = {"circuit": out, "json": self.options.json}
         self._chapter(
@@ -153,9 +162,9 @@ class _Story:
             f"  {half[0]} nodes from {curve['start_site']} on explain {half[1]:.0%} of the behaviour by themselves."
             if half
             else "  No size that was measured explains half of the behaviour by itself.",
-            f"  Without its ten strongest features {_left(edit)}",
+            f"  With its ten strongest features at their mean {_left(edit)}",
             f"  and accuracy goes from {before['accuracy']:.0%} to {after['accuracy']:.0%};",
-            f"  without ten random features of the same sites {sum(drawn) / len(drawn):.0%} is left.",
+            f"  with ten random features of the same sites at theirs {sum(drawn) / len(drawn):.0%} is left.",
             f"  Open {self.out / 'report.html'} and {self.out / 'graph' / 'circuit.html'}.",
         ]
         return "\n".join(lines)

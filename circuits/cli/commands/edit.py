@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -26,6 +27,8 @@ class _Edit(UsesSaes, Named, HasTestPrompts, RunsCircuit):
     """Edit the n strongest features of the circuit."""
     features: str | None = None
     """Edit these features, such as resid_3/120,mlp_2/7; at a span of the prompts alone, such as resid_3/120@subject."""
+    everywhere: bool = False
+    """Edit the features of a circuit by span or position at all tokens, which --text needs."""
     text: str | None = None
     """Other text on which the cross-entropy is measured, .txt or .jsonl."""
     texts: Positive = 200
@@ -58,7 +61,10 @@ class _Edit(UsesSaes, Named, HasTestPrompts, RunsCircuit):
 
         path, made_with_these = self._file(operation, value)
         circuit = load_circuit(self)
-        names = self.features or circuit.strongest_features(self.top or 0)
+        names: Sequence[str] | str = self.features or circuit.strongest_features(self.top or 0)
+        if self.everywhere:
+            listed = names.split(",") if isinstance(names, str) else names
+            names = list(dict.fromkeys(name.strip().partition("@")[0] for name in listed))
         prompts = circuit.read_prompts(self.prompts, limit=self.examples, need_spans=needs_spans(names))
         options = EditOptions(
             texts=list(islice(TextSource.of(self.text).read(), self.texts)) if self.text else [],

@@ -6,7 +6,7 @@ import { signal } from "@preact/signals";
 import { interpolateRgb } from "d3-interpolate";
 import { scaleLinear } from "d3-scale";
 import {
-  cases,
+  classes,
   circuit,
   classContrast,
   type Edge,
@@ -75,7 +75,7 @@ export const sure = (colours: Theme, value: number) => along(colours.sure, 0, va
 
 /** A class's full colour; two classes take the ends of the diverging scale. */
 export function classColour(colours: Theme, place: number): string {
-  return cases.length === 2 ? diverging(colours, place === 0 ? -0.8 : 0.8) : CLASSES[place % CLASSES.length];
+  return classes.length === 2 ? diverging(colours, place === 0 ? -0.8 : 0.8) : CLASSES[place % CLASSES.length];
 }
 
 /** How far zero is from the interval, as a share of the effect: 0 where the interval touches zero. */
@@ -97,7 +97,7 @@ export function fillOf(node: GraphNode, colours: Theme, by: Lens): string {
   if (by === "class") {
     const contrast = classContrast(node);
     if (!contrast) return colours.page;
-    if (cases.length === 2) return diverging(colours, contrast.strength * (contrast.place === 0 ? -0.8 : 0.8));
+    if (classes.length === 2) return diverging(colours, contrast.strength * (contrast.place === 0 ? -0.8 : 0.8));
     return interpolateRgb(colours.diverging[3], classColour(colours, contrast.place))(contrast.strength);
   }
   return diverging(colours, signedRoot(node.effect, largestEffect));
@@ -107,7 +107,7 @@ export function fillOf(node: GraphNode, colours: Theme, by: Lens): string {
 export function groupFill(members: GraphNode[], effect: number, colours: Theme, by: Lens): string {
   if (by === "effect") return diverging(colours, signedRoot(effect, largestEffect));
   if (by !== "class") return fillOf(members[0], colours, by);
-  const sums = cases.map(() => 0);
+  const sums = classes.map(() => 0);
   let total = 0;
   for (const node of members) {
     const contrast = classContrast(node);
@@ -116,7 +116,7 @@ export function groupFill(members: GraphNode[], effect: number, colours: Theme, 
     total += Math.abs(node.effect);
   }
   if (!total) return colours.page;
-  if (cases.length === 2) return diverging(colours, (0.8 * (sums[1] - sums[0])) / total);
+  if (classes.length === 2) return diverging(colours, (0.8 * (sums[1] - sums[0])) / total);
   const place = sums.indexOf(Math.max(...sums));
   return interpolateRgb(colours.diverging[3], classColour(colours, place))(sums[place] / total);
 }
@@ -155,7 +155,7 @@ export interface Kind {
 /** The kinds of node under a lens. */
 export function kindsOf(by: Lens, colours: Theme): Kind[] {
   if (by === "class")
-    return cases.map((name, place) => ({ key: `class:${name}`, name, colour: classColour(colours, place) }));
+    return classes.map((name, place) => ({ key: `class:${name}`, name, colour: classColour(colours, place) }));
   if (by === "comparison") {
     const names = ["only this graph", "both", `only ${circuit.comparison!.title}`];
     return [-1, 0, 1].map((side, i) => ({ key: `side:${side}`, name: names[i], colour: sideColour(colours, side) }));
@@ -178,5 +178,5 @@ export function isKind(node: GraphNode, key: string): boolean {
   if (what === "side") return nodeSide !== null && nodeSide[node.index] === Number(name);
   if (what === "sure") return (certainty(node) ?? 0) > 0 === (name === "1");
   const contrast = classContrast(node);
-  return contrast !== null && contrast.strength > 0.1 && cases[contrast.place] === name;
+  return contrast !== null && contrast.strength > 0.1 && classes[contrast.place] === name;
 }

@@ -29,6 +29,8 @@ export interface GraphNode {
   position: Position;
   effect: number;
   label: string | null;
+  /** What the feature means where nobody gave it a label. */
+  words: string;
   attributes: Attributes;
   index: number;
   /** 0 for the strongest; the metric has -1. */
@@ -68,15 +70,29 @@ export interface Faithfulness {
   intervals?: { faithfulness?: [number, number][] };
   start_site?: string | null;
 }
+/** Two classes of cases, and for which of them each feature is on: -1 for the first alone, 1 for the second. */
+export interface Classes {
+  names: [string, string];
+  cases: [string[], string[]];
+  contrast: Record<string, number>;
+}
+export interface ExamplePair {
+  case: string;
+  clean: string;
+  clean_answer: string;
+  patch?: string;
+  patch_answer?: string;
+}
 interface Stored {
   title: string;
   key: string;
-  metadata: Record<string, unknown> & { metric?: string; total_effect?: number | null; faithfulness?: Faithfulness };
+  metadata: Record<string, unknown> & { metric?: string; total_effect?: number | null; faithfulness?: Faithfulness; example_pairs?: ExamplePair[] };
   sites: string[];
   positions: [Position, string, string][];
   nodes: Omit<GraphNode, "index" | "rank" | "incoming" | "outgoing">[];
   edges: [number, number, number, Interval][];
   layouts: LayoutData[];
+  classes: Classes | null;
   comparison?: Comparison;
 }
 
@@ -97,6 +113,8 @@ export let nodes: GraphNode[];
 export let edges: Edge[];
 export let ranked: GraphNode[];
 export let cases: string[] = [];
+/** What colours tell apart: two classes of cases where the page has them, else the cases. */
+export let classes: string[] = [];
 export let largestEffect = 0;
 export let largestWeight = 0;
 export const byId = new Map<string, GraphNode>();
@@ -130,10 +148,10 @@ function unpack(stored: Stored): void {
     positionNames.set(position, name);
     spanWords.set(position, words);
   }
-  const given = stored.metadata.cases;
-  const seen = new Set<string>(Array.isArray(given) ? given.map(String) : []);
+  const seen = new Set<string>();
   for (const node of nodes) for (const name of Object.keys(node.attributes.by_case ?? {})) seen.add(name);
   cases = [...seen];
+  classes = stored.classes?.names ?? cases;
   if (stored.comparison) setSides(stored.comparison);
 }
 
@@ -158,8 +176,18 @@ export function activationByCase(node: GraphNode): [string, number][] {
     });
 }
 
-/** The case a feature is active for and how clearly, 0 to 1: (most - mean of the others) / (most + that mean). */
+/** The class that a case belongs to, by its place in `classes`. */
+export function classOf(name: string): number {
+  const split = circuit.classes?.cases;
+  return split ? split.findIndex((side) => side.includes(name)) : cases.indexOf(name);
+}
+
+/** The class a feature is active for and how clearly, 0 to 1; of cases (most - mean of others) / (most + that mean). */
 export function classContrast(node: GraphNode): { place: number; strength: number } | null {
+  if (circuit.classes) {
+    const contrast = circuit.classes.contrast[node.id];
+    return contrast === undefined ? null : { place: contrast > 0 ? 1 : 0, strength: Math.abs(contrast) };
+  }
   const values = activationByCase(node);
   if (values.length < 2) return null;
   const numbers = values.map(([, value]) => Math.max(0, value));

@@ -1,7 +1,7 @@
 // The legend: a lens to colour by, classes to switch on and off, a scale with ticks and units.
 
 import { diverging, edgeWidth, kindsOf, sure, theme } from "./colour";
-import { cases, circuit, largestEffect, largestWeight, nodes, touchesZero } from "./data";
+import { classes, circuit, largestEffect, largestWeight, nodes, touchesZero } from "./data";
 import * as state from "./state";
 import { number, plain, visible } from "./text";
 
@@ -87,7 +87,7 @@ function Scale() {
       (1 + Math.sign(share) * Math.sqrt(Math.abs(share))) / 2,
       number(share * largestEffect),
     ]);
-  } else if (by === "class" && cases.length === 2) {
+  } else if (by === "class" && classes.length === 2) {
     gradient = stops.map((v) => diverging(colours, v * 0.8));
     ticks = [
       [0, "only"],

@@ -65,6 +65,7 @@ function Overview() {
       {circuit.comparison && (
         <p class="hint">Compared with “{circuit.comparison.title}”: what both have has the values of the first.</p>
       )}
+      <Task />
       {circuit.metadata.faithfulness && (
         <section>
           <h3>Faithfulness by size</h3>
@@ -85,6 +86,36 @@ function Overview() {
         Arrow keys go from node to node, Enter pins, Escape lets go, / searches, Ctrl Z undoes.
       </p>
     </article>
+  );
+}
+
+/** Two example pairs with their answers. */
+function Task() {
+  const pairs = circuit.metadata.example_pairs ?? [];
+  if (!pairs.length) return null;
+  const side = (text: string, answer?: string) => (
+    <span dir="auto">
+      {visible(text)}
+      <b>{visible(answer ?? "")}</b>
+    </span>
+  );
+  return (
+    <section>
+      <h3>The task</h3>
+      <dl class="task">
+        {pairs.slice(0, 2).map((pair) => (
+          <>
+            <dt>{visible(pair.case.replaceAll("_", " "))}</dt>
+            <dd>{side(pair.clean, pair.clean_answer)}</dd>
+            {pair.patch && <dd class="patch">{side(pair.patch, pair.patch_answer)}</dd>}
+          </>
+        ))}
+      </dl>
+      <p class="hint">
+        Clean prompt and answer, then the patch prompt. The metric is {visible(circuit.metadata.metric ?? "")}: small
+        while the behaviour is there.
+      </p>
+    </section>
   );
 }
 

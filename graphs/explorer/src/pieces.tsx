@@ -1,7 +1,7 @@
 // Pieces that cards and panel are made of: bars, tokens, contexts, tables of facts, links to nodes.
 
 import { classColour, theme } from "./colour";
-import { activationByCase, cases, type Context, type Edge, type GraphNode, largestEffect, ranked } from "./data";
+import { activationByCase, classOf, type Context, type Edge, type GraphNode, largestEffect, ranked } from "./data";
 import * as state from "./state";
 import { describe, nodeTitle, number, plain, visible } from "./text";
 
@@ -81,7 +81,7 @@ export function ClassBars({ node }: { node: GraphNode }) {
           <tr>
             <th scope="row">{visible(name)}</th>
             <td>
-              <Bar value={value} largest={largest} colour={classColour(theme.value, cases.indexOf(name))} />
+              <Bar value={value} largest={largest} colour={classColour(theme.value, classOf(name))} />
             </td>
             <td class="value">{plain(Number(value.toPrecision(3)))}</td>
           </tr>

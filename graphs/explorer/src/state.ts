@@ -1,7 +1,7 @@
 // What the reader has chosen: signals, kept in the URL with history, and in local storage.
 
 import { batch, signal } from "@preact/signals";
-import { byId, cases, circuit, edges, nodes, nodeSide, ranked } from "./data";
+import { byId, classes, circuit, edges, nodes, nodeSide, ranked } from "./data";
 
 export type Lens = "class" | "effect" | "interval" | "comparison";
 export interface Group {
@@ -44,10 +44,10 @@ const SWITCHES = [
   ["certain", certainOnly],
 ] as const;
 
-export const defaultLens = (): Lens => (nodeSide ? "comparison" : cases.length > 1 ? "class" : "effect");
+export const defaultLens = (): Lens => (nodeSide ? "comparison" : classes.length > 1 ? "class" : "effect");
 export const lenses = (): Lens[] => [
   ...(nodeSide ? (["comparison"] as const) : []),
-  ...(cases.length > 1 ? (["class"] as const) : []),
+  ...(classes.length > 1 ? (["class"] as const) : []),
   "effect",
   ...(nodes.some((node) => node.attributes.interval) ? (["interval"] as const) : []),
 ];

@@ -44,13 +44,13 @@ export const topTokens = (node: GraphNode) =>
 export const promoted = (node: GraphNode, key: "top_logits" | "bottom_logits") =>
   (node.attributes[key] ?? []).map((item) => (Array.isArray(item) ? item : ([item, null] as [string, number | null])));
 
-/** What a feature means in one line: its label, else its top tokens. */
+/** What a feature means in one line: its label, else the words the page has for it. */
 export function describe(node: GraphNode): string {
   const label = labelOf(node);
   if (label) return visible(label);
   if (node.kind === "error") return "SAE error";
   if (node.kind === "metric") return visible(circuit.metadata.metric ?? "metric");
-  return topTokens(node).slice(0, 4).join(" · ");
+  return node.words;
 }
 
 export const nodeTitle = (node: GraphNode) =>
@@ -124,11 +124,13 @@ export function fitDescription(node: GraphNode, size: number, width: number, mos
   if (node.kind === "error" && !labelOf(node) && textWidth(describe(node), size, weight) > width)
     return wrap("error", size, width, most, weight);
   if (labelOf(node) || node.kind !== "feature") return wrap(describe(node), size, width, most, weight);
-  const tokens = topTokens(node).slice(0, 4);
-  if (!tokens.length) return wrap(node.name, size, width, most, weight);
-  for (let n = tokens.length; n > 1; n--) {
-    const fitted = wrap(tokens.slice(0, n).join(" · "), size, width, most, weight);
-    if (fitted.whole) return fitted;
+  const words = describe(node);
+  if (!words) return wrap(node.name, size, width, most, weight);
+  const [tokens, promoted] = words.split(" → ").map((side) => side.split(" · "));
+  for (let n = tokens.length; n > 0; n--) {
+    const shown = [tokens.slice(0, n), ...(promoted ? [promoted.slice(0, n)] : [])];
+    const fitted = wrap(shown.map((side) => side.join(" · ")).join(" → "), size, width, most, weight);
+    if (fitted.whole || n === 1) return fitted;
   }
-  return wrap(tokens[0], size, width, most, weight);
+  return wrap(words, size, width, most, weight);
 }

@@ -14,9 +14,9 @@ from typing import Any
 from circuits.metrics.metrics import Metric, circuit_metric
 from circuits.prompts.dataset import PromptSet, make_prompts
 from circuits.prompts.formats import read_examples
-from sae.autoencoder import SparseAutoencoder
+from sae.autoencoder import WEIGHTS_FILE, SparseAutoencoder
 from sae.errors import UserError
-from sae.formats.locate import check_source
+from sae.formats.locate import check_source, sae_folders
 from sae.model.language_model import LanguageModel
 from sae.model.load import load_model
 from sae.model.sites import Site
@@ -131,6 +131,28 @@ class CircuitSource:
         if path is None:
             limit = metadata["examples"] if limit is None else min(limit, metadata["examples"])
         return make(limit, need_spans or by_span)
+
+
+def has_other_saes(metadata: Mapping[str, Any], circuit: Path) -> bool:
+    """Whether the SAEs that a circuit names were trained again since, so that its features are others now.
+
+    Only those that are newer than the circuit are read, and only those on this machine.
+
+    Args:
+        metadata: of the circuit, with paths as they are now.
+        circuit: its circuit.json.
+    """
+    noted, path = metadata.get("saes_fingerprint"), Path(metadata.get("saes") or "")
+    if not noted or not metadata.get("saes") or not path.is_dir():
+        return False
+    weights = [folder / WEIGHTS_FILE for folder in sae_folders(path)]
+    try:
+        if all(file.stat().st_mtime <= circuit.stat().st_mtime for file in weights if file.is_file()):
+            return False
+        sites = [Site.parse(name) for name in metadata.get("sites", ())] or None
+        return saes_fingerprint(load_saes(path, device="cpu", sites=sites)) != noted
+    except UserError:  # a training that has not ended, or other sites
+        return True
 
 
 def check_widths(n_features: Mapping[Site, int], saes: SAEs, path: str | Path) -> None:

@@ -21,6 +21,7 @@ from graphs.drawing.dot import draw, to_svg
 from graphs.explorer import explore
 from graphs.feature_graph import FeatureGraph, Position, error_node, feature_node, metric_node
 from graphs.pruning import by_edge_threshold, by_top_edges
+from sae._run.outputs import check_output, has_mark
 from sae.errors import UserError
 from sae.model.sites import Site
 
@@ -139,25 +140,33 @@ class CircuitViews:
     # --- pictures, tables and text -------------------------------------------------------------------------------
 
     def plot(
-        self, path: str | Path, *, nodes: int = 40, edges: int = 150, title: str | None = None, **options: Any
-    ) -> Path:
+        self, path: str | Path, *, nodes: int = 40, edges: int = 150, title: str | None = None, overwrite: bool = False,
+        **options: Any,
+    ) -> Path:  # fmt: skip
         """Draw the strongest nodes and edges.
 
         Args:
             path: the file to write: .svg, .png, .pdf or .dot.
             nodes, edges: how many are drawn at most.
             title: heading; that of the circuit by default.
+            overwrite: whether a file is replaced that this program did not write.
             options: as in `graph`, such as `significant=True`.
 
         Returns:
             The path.
+
+        Raises:
+            UserError: for a file of another program, unless `overwrite`, or a link.
         """
+        check_output(path, has_mark(Path(path).suffix), overwrite=overwrite)
         return draw(self._shown(nodes, edges, **options), path, title=title)
 
     def explore(
-        self, path: str | Path, *, nodes: int = 300, edges: int = 3000, title: str | None = None, **options: Any
-    ) -> Path:
+        self, path: str | Path, *, nodes: int = 300, edges: int = 3000, title: str | None = None,
+        overwrite: bool = False, **options: Any,
+    ) -> Path:  # fmt: skip
         """Write one interactive page that needs no server; arguments as in `plot`."""
+        check_output(path, has_mark(".html"), overwrite=overwrite)
         return explore(self._shown(nodes, edges, **options), path, title=title)
 
     def _shown(self, nodes: int, edges: int, **options: Any) -> FeatureGraph:

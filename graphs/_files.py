@@ -10,6 +10,8 @@ import math
 import os
 import secrets
 import stat
+import struct
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -20,6 +22,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from graphs.errors import GraphError
 
+MARK = "sparse-feature-circuits"
+"""How files name the program that made them."""
 MAX_TEXT_BYTES = 2**30
 """No file that is read at once as text is larger."""
 
@@ -56,6 +60,24 @@ def sync(path: Path) -> None:
             os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def marked(content: bytes, kind: str) -> bytes:
+    """A finished drawing or XML document with the mark by which the program knows its files again (`sae._run.outputs`).
+
+    kind: its extension. The same bytes for the same content.
+    """
+    comment = f"Generator: {MARK}".encode()
+    if kind == ".dot":
+        return b"// " + comment + b"\n" + content
+    if kind == ".pdf":
+        return content.rstrip(b"\n") + b"\n%" + comment + b"\n"
+    if kind == ".png":  # a chunk of text after the header, which ends at byte 33: length, name and contents, checksum
+        chunk = b"tEXtSoftware\0" + MARK.encode()
+        text = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        return content[:33] + text + content[33:]
+    declaration, end, document = content.partition(b"?>")
+    return declaration + end + b"\n<!-- " + comment + b" -->" + document
 
 
 def write_text(path: str | Path, text: str) -> None:

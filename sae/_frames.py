@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae._files import write_json
+from sae._run.outputs import check_output, like
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,9 +29,22 @@ class Result:
         """The numbers as a table for the terminal."""
         return frame_text(self.to_frame())
 
-    def save(self, path: str | Path) -> Path:
-        """Write everything as JSON, in one step; returns the path."""
-        write_json(path, self.to_dict())
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write everything as JSON, in one step.
+
+        Args:
+            path: The file. An earlier result of this kind is replaced.
+            overwrite: Whether any other file is replaced as well.
+
+        Returns:
+            The path.
+
+        Raises:
+            UserError: For a file of another kind, unless `overwrite`, or a link.
+        """
+        data = self.to_dict()
+        check_output(path, like(data), overwrite=overwrite)
+        write_json(path, data)
         return Path(path)
 
     def _repr_html_(self) -> str:

@@ -159,7 +159,9 @@ class Overwrites:
     """Leave to replace files."""
 
     overwrite: bool = False
-    """Replace what an earlier run of this command left in the output folder."""
+    """Replace what an earlier run of this command left in the output folder; of a command that writes one file,
+    whatever has its name.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,13 +4,15 @@
 2. The same options replace a result; with others it is only replaced by `--overwrite`, or stays where `--name` gives
    the new one files of its own. Nothing that another program wrote is replaced at all.
 3. A drawing or table beside a result is removed before the result is replaced, so that it is never of an older one.
+4. A command that writes one file asks `output_file` for it, or `circuit_file` where it has a usual name in the run.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from typing import Any
 from circuits.cli.options import Named, plain
 from sae._files import parse_json, read_header, read_text, write_json
 from sae._run.contents import check_no_link
+from sae._run.locks import lock
+from sae._run.outputs import IsOwn, check_output
 from sae.data.text import TextSource
 from sae.errors import UserError
 
@@ -123,3 +127,29 @@ def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterable[st
 def digest_of(values: Mapping[str, Any]) -> str:
     """Six characters that tell sets of options apart."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:6]
+
+
+@contextmanager
+def output_file(path: Path, is_own: IsOwn, *, overwrite: bool) -> Iterator[Path]:
+    """A file to write, checked before any work (`check_output`); its folder is shared until the block ends."""
+    with lock(path.parent, shared=True):
+        check_output(path, is_own, overwrite=overwrite)
+        yield path
+
+
+@contextmanager
+def circuit_file(circuit: Path, out: Path | None, name: str, is_own: IsOwn, *, overwrite: bool) -> Iterator[Path]:
+    """A file to write of a circuit, `graph/NAME` in the run folder where `out` is None; see `output_file`.
+
+    What is in `graph/` under such a name is the run's, whatever it holds.
+    """
+    from circuits.circuit import circuit_folder
+
+    run = circuit_folder(circuit).parent
+    usual, path = run / "graph" / name, out or run / "graph" / name
+    is_usual = path.parent.resolve() == usual.parent.resolve() and path.name.startswith("circuit.")
+    if is_usual:
+        check_no_link(usual.parent)
+    with lock(run if is_usual else path.parent, shared=True):
+        check_output(path, is_own, overwrite=overwrite or is_usual)
+        yield path

@@ -176,8 +176,10 @@ class Comparison(Result):
             rows.append(cells)
         return pd.DataFrame(rows, index=[row.name for row in self.rows], columns=columns)
 
-    def plot(self, path: str | Path) -> Path:
-        """Faithfulness and completeness over circuit size, one line a method, as .svg, .png or .pdf."""
+    def plot(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Faithfulness and completeness over circuit size, one line a method, as .svg, .png or .pdf; `overwrite` as in
+        `save`.
+        """
         figure = Figure(figsize=(10, 4), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
         colours = iter(COLOURS * len(self.rows))
@@ -201,4 +203,4 @@ class Comparison(Result):
         low, high = left.get_ylim()
         left.set(ylabel="share of the behaviour", ylim=(max(low, -0.5), min(high, 1.5)))
         figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", frameon=False)
-        return save_figure(figure, path)
+        return save_figure(figure, path, overwrite=overwrite)

@@ -50,6 +50,7 @@ from circuits.prompts.dataset import PromptSet
 from sae._files import write_tensors
 from sae._frames import Result
 from sae._progress import ProgressBar
+from sae._run.outputs import check_output, has_header
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError
 from sae.model.language_model import LanguageModel
@@ -92,9 +93,10 @@ class LearnedMask(Result):
         strongest = self.to_frame().head(20).set_index("node").rename_axis(None)[["score"]].map("{:.3f}".format)
         return f"loss {self.losses[-1]:.3f} after {len(self.losses)} steps\n{format_table(strongest)}"
 
-    def save(self, path: str | Path) -> Path:
-        """Write nodes, ranks and scores as .safetensors, whose header says `kind: mask`."""
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write nodes, ranks and scores as .safetensors, whose header says `kind: mask`; `overwrite` as in `Result`."""
         path = Path(path)
+        check_output(path, has_header(kind="mask"), overwrite=overwrite)
         tensors = flatten(self.nodes) | {f"{site}/score": scores for site, scores in self.scores.items()}
         write_tensors(path, tensors, metadata={"kind": "mask"})
         return path

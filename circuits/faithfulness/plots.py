@@ -37,9 +37,10 @@ def plot_curves(
     random: Sequence[Sequence[float]],
     random_label: str,
     dashed: tuple[str, float] | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Curves over sizes with their intervals, beside random sets; grey lines at `levels`, a `dashed` one with its name.
-    Written as .svg, .png or .pdf.
+    Written as .svg, .png or .pdf; overwrite: whether in place of another program's file.
     """
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
@@ -60,7 +61,7 @@ def plot_curves(
     axes.minorticks_off()
     quiet(axes, size=10)
     axes.legend(frameon=False)
-    return save_figure(figure, path)
+    return save_figure(figure, path, overwrite=overwrite)
 
 
 def _apart(sizes: Sequence[int]) -> list[int]:

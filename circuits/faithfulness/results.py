@@ -146,8 +146,8 @@ class NodeFaithfulness(Result):
             return f"no intervals over {self.drawn}: none were asked for, or there are too few to tell"
         return f"95 % bootstrap intervals over {self.drawn}; {COVERAGE}"
 
-    def plot(self, path: str | Path) -> Path:
-        """Faithfulness, completeness and random circuits over size, as .svg, .png or .pdf."""
+    def plot(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Faithfulness, completeness and random circuits over size, as .svg, .png or .pdf; `overwrite` as in `save`."""
         bounds = self.intervals
         return plot_curves(
             path,
@@ -160,6 +160,7 @@ class NodeFaithfulness(Result):
             levels=(0, 1),
             random=self.random,
             random_label="random circuits",
+            overwrite=overwrite,
         )
 
 
@@ -218,8 +219,10 @@ class EdgeFaithfulness(Result):
         """What was measured, and the table."""
         return f"edges among the {self.n_nodes} strongest nodes, all other inputs ablated\n{self.table()}"
 
-    def plot(self, path: str | Path) -> Path:
-        """Faithfulness of the strongest and of random edges over their number, as .svg, .png or .pdf."""
+    def plot(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Faithfulness of the strongest and of random edges over their number, as .svg, .png or .pdf; `overwrite` as in
+        `save`.
+        """
         return plot_curves(
             path,
             self.sizes,
@@ -229,6 +232,7 @@ class EdgeFaithfulness(Result):
             random=self.random,
             random_label="random edges",
             dashed=("all nodes joined", self.all_joined),
+            overwrite=overwrite,
         )
 
 

@@ -15,7 +15,8 @@ from pydantic import AfterValidator, Field, FiniteFloat
 from typing_extensions import NotRequired, TypedDict
 
 from circuits.circuit import PARTIAL_FOLDER, circuit_folder
-from circuits.circuit_files import SiteName, check_metadata
+from circuits.circuit_files import SiteName, absolute_in_run, check_metadata
+from circuits.circuit_source import has_other_saes
 from circuits.editing.results import EditReport
 from graphs.feature_graph import FeatureGraph
 from graphs.schema import Count, Index
@@ -129,6 +130,8 @@ class RunFiles:
     """Edits by the name of their file."""
     saes: list[dict[str, Any]]
     """Configs of the autoencoders."""
+    other_saes: bool = False
+    """Whether these are others than the circuit was found with."""
 
 
 def read_run(run_folder: str | Path) -> RunFiles:
@@ -139,7 +142,7 @@ def read_run(run_folder: str | Path) -> RunFiles:
     circuit = folder / "circuit" / "circuit.json"
     if not circuit.is_file() and (circuit.parent / PARTIAL_FOLDER).is_dir():
         circuit_folder(folder)  # says how an interrupted discovery goes on
-    graph = _graph(circuit) if circuit.is_file() else None
+    graph, other_saes = _graph(circuit) if circuit.is_file() else (None, False)
 
     run = RunFiles(
         folder=folder,
@@ -153,6 +156,7 @@ def read_run(run_folder: str | Path) -> RunFiles:
             if _is_of(graph, read_json(path), path)
         },
         saes=[read_json(path / SAE_CONFIG_FILE, SaeFile) for path in sae_folders(folder)] if folder.is_dir() else [],
+        other_saes=other_saes,
     )
     if run.graph is None and run.faithfulness is None and not run.edits and not run.saes:
         raise UserError(f"nothing to report in {str(folder)!r}: give the folder of a run (sfc discover --out RUN)")
@@ -165,12 +169,15 @@ def read_result(path: Path, graph: FeatureGraph | None, schema: Any) -> dict[str
     return check_type(data, schema, path) if data is not None and _is_of(graph, data, path) else None
 
 
-def _graph(path: Path) -> FeatureGraph:
-    """The pruned circuit, with metadata that can be shown and without the folders its paths are in."""
+def _graph(path: Path) -> tuple[FeatureGraph, bool]:
+    """The pruned circuit, with metadata that can be shown and without the folders its paths are in; and whether its
+    autoencoders are others now.
+    """
     graph = FeatureGraph.load(path)
     check_metadata(graph.metadata, path, circuit=False)
+    other_saes = has_other_saes(absolute_in_run(graph.metadata, path.parent.parent), path)
     graph.metadata = shared(graph.metadata)
-    return graph
+    return graph, other_saes
 
 
 def _is_of(graph: FeatureGraph | None, data: dict[str, Any], path: Path) -> bool:

@@ -32,6 +32,7 @@ from graphs.drawing.dot import to_svg
 from graphs.drawing.style import describe, visible
 from graphs.feature_graph import FeatureGraph
 from sae._files import atomic_write
+from sae._run.outputs import check_output, has_mark
 
 SECTIONS = [
     ("circuit", "The circuit"),
@@ -53,8 +54,9 @@ DRAWING_METADATA = ("tokens", "positions", "span_words", "metric", "total_effect
 
 
 def write_report(
-    run_folder: str | Path, *, out: str | Path | None = None, title: str | None = None, features: int = 30
-) -> Path:
+    run_folder: str | Path, *, out: str | Path | None = None, title: str | None = None, features: int = 30,
+    overwrite: bool = False,
+) -> Path:  # fmt: skip
     """Write the report of a run as one HTML file.
 
     Args:
@@ -62,15 +64,18 @@ def write_report(
         out: The file, `report.html` in the run folder by default.
         title: Heading of the page, the circuit's title or the folder's name by default.
         features: How many of the strongest nodes are described; the others are listed.
+        overwrite: Whether a file is replaced that this program did not write.
 
     Returns:
         The file.
 
     Raises:
-        UserError: If the folder holds nothing that a run leaves, or a file in it is damaged.
+        UserError: If the folder holds nothing that a run leaves, a file in it is damaged, or the file to write is
+            another program's.
     """
     run = read_run(run_folder)
     path = Path(out) if out is not None else run.folder / "report.html"
+    check_output(path, has_mark(".html"), overwrite=overwrite)
     title = title or (run.graph.metadata.get("title") if run.graph else None) or run.folder.resolve().name
     page = _environment().get_template("page.html.j2").render(_values(run, features=features), title=title)
     with atomic_write(path) as temporary:

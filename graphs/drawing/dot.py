@@ -18,7 +18,7 @@ from pathlib import Path
 
 import graphviz
 
-from graphs._files import atomic_write, write_text
+from graphs._files import atomic_write, marked
 from graphs.drawing.graphviz import Detail, run_graphviz
 from graphs.drawing.layout import Box
 from graphs.drawing.scene import GUTTER, MARGIN, Scene, make_scene
@@ -112,10 +112,11 @@ def draw(
     if kind not in FORMATS:
         raise GraphError(f"cannot draw into {path.name!r}: its extension must be one of {', '.join(FORMATS)}")
     if kind == ".dot":
-        write_text(path, to_dot(graph, title=title, link=link, colour=colour))
-        return path
+        drawing = to_dot(graph, title=title, link=link, colour=colour).encode(errors="backslashreplace")
+    else:
+        drawing = _drawing(graph, kind[1:], title=title, link=link, colour=colour)
     with atomic_write(path) as temporary:
-        temporary.write_bytes(_drawing(graph, kind[1:], title=title, link=link, colour=colour))
+        temporary.write_bytes(marked(drawing, kind))
     return path
 
 

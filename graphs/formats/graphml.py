@@ -13,7 +13,7 @@ from typing import Any
 
 import networkx as nx
 
-from graphs._files import atomic_write, parse_json, read_text
+from graphs._files import atomic_write, marked, parse_json, read_text
 from graphs.drawing.style import describe, visible
 from graphs.errors import GraphError
 from graphs.feature_graph import NODE_KEYS, SCHEMA_VERSION, FeatureGraph
@@ -42,6 +42,7 @@ def write_graphml(graph: FeatureGraph, path: str | Path) -> None:
         plain.add_edge(names[edge.source], names[edge.target], weight=edge.weight, **bounds)
     with atomic_write(path) as temporary:
         nx.write_graphml_xml(plain, temporary)
+        temporary.write_bytes(marked(temporary.read_bytes(), ".graphml"))
 
 
 def read_graphml(path: str | Path) -> FeatureGraph:

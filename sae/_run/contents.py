@@ -103,10 +103,12 @@ def check_contents(folder: str | Path, layout: Layout) -> None:
         )
 
 
-def check_no_link(folder: Path) -> None:
-    """Raises UserError for a folder inside a run that is a link: what is written there would land elsewhere."""
-    if folder.is_symlink():
-        raise UserError(f"{str(folder)!r} is a link, through which nothing is written: make it a folder, or remove it")
+def check_no_link(path: Path) -> None:
+    """Raises UserError for a file to write, or a folder inside a run, that is a link: what is written would land
+    elsewhere, or in place of the link.
+    """
+    if path.is_symlink():
+        raise UserError(f"{str(path)!r} is a link, through which nothing is written: remove it, or name what it is of")
 
 
 def remove(folder: Path, layout: Layout, *, with_folder: bool = True) -> None:

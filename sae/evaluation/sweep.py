@@ -25,7 +25,7 @@ from typing import Any
 
 from sae._files import check_digest, parse_json, read_header, read_json, read_tensors, write_json, write_tensors
 from sae._progress import ProgressBar
-from sae._run.contents import clean, sweep_layout
+from sae._run.contents import check_no_link, clean, sweep_layout
 from sae.architectures import architecture
 from sae.autoencoder import SAE_CONFIG_FILE, WEIGHTS_FILE
 from sae.data.batches import context_of, token_batches
@@ -82,12 +82,18 @@ def evaluate_sweep(
     context: int | None = None,
     batch_size: int = 16,
     progress: bool = False,
+    overwrite: bool = False,
 ) -> SweepResults:
-    """Measures every config that was not measured on this text before; goes on where a measurement was interrupted."""
+    """Measures every config that was not measured on this text before; goes on where a measurement was interrupted.
+
+    Raises UserError, unless `overwrite`, where one was measured with other settings.
+    """
     context = context_of(model, context)
     clean(sweep.out, sweep_layout([*sweep.configs]))
     measured_on = evaluation_settings(model, held_out.source, tokens=tokens, context=context, start=held_out.start)
     waiting = [name for name in sweep.configs if not same_measurement(_found(sweep, name), measured_on)]
+    for name in waiting if not overwrite else ():
+        _check_replaceable(sweep, name, measured_on)
     begun = [name for name in _Unfinished.names_in(sweep) if name in waiting]
     for names in (begun, [name for name in waiting if name not in begun]):
         if not names:
@@ -137,6 +143,27 @@ def _found(sweep: Sweep, name: str) -> dict[str, Any] | None:
     path = _path(sweep, name)
     measured_on = read_json(path).get("measured_on") if path.is_file() else None
     return measured_on if isinstance(measured_on, dict) else None
+
+
+def _check_replaceable(sweep: Sweep, name: str, measured_on: Mapping[str, Any]) -> None:
+    """UserError where a config was measured with other settings; a sweep that read more of its text starts later."""
+    path = _path(sweep, name)
+    check_no_link(path)
+    if not path.exists():
+        return
+    before = _found(sweep, name)
+    if before is None:
+        raise UserError(f"{str(path)!r} does not say what it was measured on and is not replaced: move it away")
+    differing = [
+        f"{key.replace('_', '-')} {before.get(key)!r}, not {value!r}"
+        for key, value in measured_on.items()
+        if before.get(key) != value and key not in (*NAMES, "start")
+    ]
+    if differing:
+        raise UserError(
+            f"{str(path)!r} holds a measurement with other settings ({', '.join(differing)}): give the same ones, or "
+            "--resume --overwrite to replace it"
+        )
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def plot_site(results: SweepResults, site: str, path: str | Path) -> Path:
         axes.set_ylabel(METRICS[metric], fontsize=9)
     figure.suptitle(site, fontsize=11, fontweight="bold")
     figure.legend(handles=_handles(styles), loc="outside right center", frameon=False, fontsize=8)
-    return save_figure(figure, path)
+    return save_figure(figure, path, overwrite=True)
 
 
 def plot_sites(results: SweepResults, metric: str, path: str | Path) -> Path:
@@ -63,7 +63,7 @@ def plot_sites(results: SweepResults, metric: str, path: str | Path) -> Path:
     figure.supxlabel("L0: active features a token", fontsize=10)
     figure.supylabel(METRICS[metric], fontsize=10)
     figure.legend(handles=_handles(styles), loc="outside right center", frameon=False, fontsize=8)
-    return save_figure(figure, path)
+    return save_figure(figure, path, overwrite=True)
 
 
 def _rows_of_sites(sites: Sequence[str]) -> list[list[str]]:

@@ -48,7 +48,11 @@ def test_a_sweep_is_trained_measured_drawn_and_usable(sfc, model_folder, halves,
     assert sfc("evaluate", *words_alone, "--overwrite").status == 0
 
     trained, measured = times(out, "sae.safetensors"), times(out, "evaluation.json")
-    assert sfc(*words, "--resume").status == 0
+    other = (run / "saes" / "evaluation.json").read_bytes()
+    refused = sfc(*words, "--resume")
+    assert refused.status == 2 and "other settings (text-fingerprint" in refused.err and "--overwrite" in refused.err
+    assert (run / "saes" / "evaluation.json").read_bytes() == other
+    assert sfc(*words, "--resume", "--overwrite").status == 0
     assert times(out, "sae.safetensors") == trained
     again = times(out, "evaluation.json")
     assert [path.parts[-3] for path in again if again[path] != measured[path]] == [NAMES[1]]  # measured on other text

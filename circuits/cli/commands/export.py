@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from circuits.cli.options import Common, HasCircuit, Output
+from circuits.cli.options import Common, HasCircuit, Output, Overwrites
+from circuits.cli.results import circuit_file
+from sae._run.outputs import has_mark, is_json
 from sae.errors import UserError
 
 SUFFIXES = {"eap-ig": "eap_ig.json", "neuronpedia": "neuronpedia.json", "graphml": "graphml"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportCommand(Common, HasCircuit):
+class ExportCommand(Common, Overwrites, HasCircuit):
     """Write the circuit for other programs: EAP-IG and MIB, the viewers of circuit-tracer and Neuronpedia, GraphML."""
 
     format: Literal["eap-ig", "neuronpedia", "graphml"]
@@ -24,16 +26,21 @@ class ExportCommand(Common, HasCircuit):
     """Another place of the model the circuit was found in; eap-ig reads the number of layers and heads from it."""
 
     def run(self) -> Output:
+        self._check()
+        is_own = has_mark(".graphml") if self.format == "graphml" else is_json(_is_exported)
+        name = f"circuit.{SUFFIXES[self.format]}"
+        with circuit_file(self.circuit, self.out, name, is_own, overwrite=self.overwrite) as out:
+            return self._export(out)
+
+    def _export(self, out: Path) -> Output:
         from circuits.circuit import GRAPH_FILE, circuit_folder
         from circuits.circuit_files import absolute_in_run, check_metadata
         from circuits.cli.common import load_model
         from graphs import FeatureGraph, write_eap_ig, write_graphml, write_neuronpedia
 
-        self._check()
         folder = circuit_folder(self.circuit)
         graph = FeatureGraph.load(folder / GRAPH_FILE)
         check_metadata(graph.metadata, folder / GRAPH_FILE, circuit=False)
-        out = self.out or folder.parent / "graph" / f"circuit.{SUFFIXES[self.format]}"
         if self.format == "eap-ig":
             name = self.model or absolute_in_run(graph.metadata, folder.parent).get("model")
             if name is None:
@@ -61,3 +68,11 @@ class ExportCommand(Common, HasCircuit):
         unused += ["device"] if self.device != "auto" else []
         if unused and self.format != "eap-ig":
             raise UserError(f"{unused[0].replace('_', '-')} is given and not used: only format eap-ig reads the model")
+
+
+def _is_exported(entries: dict[str, Any]) -> bool:
+    """Whether a file of another program's format has the entry with what that format has no place for."""
+    from graphs.formats import eap_ig, neuronpedia
+
+    metadata = entries.get("metadata")
+    return eap_ig.EXTRA in entries or (isinstance(metadata, dict) and neuronpedia.EXTRA in metadata)

@@ -8,10 +8,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from circuits.cli.options import Common, HasSites, Output
+from circuits.cli.options import Common, HasSites, Output, Overwrites
+from circuits.cli.results import output_file
 from sae._files import write_json
 from sae._frames import frame_text
 from sae._options import Range, TokenCount
+from sae._run.outputs import like
 from sae.data.text import TextSource
 from sae.errors import UserError
 
@@ -23,9 +25,11 @@ if TYPE_CHECKING:
 
     Dictionaries = Mapping[Site, SparseAutoencoder]
 
+KEYS = ("schema_version", "by", "threshold", "pairs")
+
 
 @dataclass(frozen=True, kw_only=True)
-class MatchCommand(Common, HasSites):
+class MatchCommand(Common, Overwrites, HasSites):
     """Find the same features in two dictionaries: site by site in two runs (other widths, seeds or architectures), or
     from each layer to the next in one run.
     """
@@ -52,6 +56,12 @@ class MatchCommand(Common, HasSites):
     """JSON file for the partner of every feature; none by default."""
 
     def run(self) -> Output:
+        if self.out is None:
+            return self._run()
+        with output_file(self.out, like(KEYS), overwrite=self.overwrite):
+            return self._run()
+
+    def _run(self) -> Output:
         import pandas as pd
 
         model = self._model()
@@ -65,7 +75,7 @@ class MatchCommand(Common, HasSites):
             split = None if entry["split"] is None else len(entry["split"])
             rows.append({"feature of": site_a.name, "partner in": site_b.name, **entry, "split": split})
         text = frame_text(pd.DataFrame(rows), {"split": 0})
-        data: dict[str, Any] = {"schema_version": 1, "by": self.by, "threshold": self.threshold, "pairs": entries}
+        data: dict[str, Any] = dict(zip(KEYS, (1, self.by, self.threshold, entries), strict=True))
         if self.out is not None:
             write_json(self.out, data)
             text += f"\nwrote {self.out}"

@@ -7,8 +7,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from circuits.cli.options import Common, HasModel, Output
+from circuits.cli.options import Common, HasModel, Output, Overwrites
+from circuits.cli.results import output_file
 from sae._options import MANY, LearningRate, Range, Seed
+from sae._run.outputs import has_header
 from sae.errors import UserError, unknown
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ TEXT_KEYS = ("text", "clean_prefix", "clean", "prompt")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeCommand(Common, HasModel):
+class ProbeCommand(Common, Overwrites, HasModel):
     """Learn a linear probe at a site from labelled prompts. Its logit is a metric: sfc discover --metric probe:FILE."""
 
     prompts: str
@@ -50,6 +52,10 @@ class ProbeCommand(Common, HasModel):
     """Seed of the division."""
 
     def run(self) -> Output:
+        with output_file(self.out, has_header("site", "position", "classes"), overwrite=self.overwrite):
+            return self._run()
+
+    def _run(self) -> Output:
         from circuits.cli.common import load_model
         from circuits.metrics.fit_probe import fit_probe, read_site
         from circuits.metrics.probe import save_probe

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from circuits.cli.options import HasCircuit, Output, Prints
+from circuits.cli.options import HasCircuit, Output, Overwrites, Prints
+from circuits.cli.results import circuit_file
 from graphs.schema import Colour
 from sae._options import Count, Magnitude, Positive
-from sae._run.contents import check_no_link
-from sae._run.locks import lock
+from sae._run.outputs import has_mark
 
 if TYPE_CHECKING:
     from graphs import FeatureGraph
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True)
-class _Cut(Prints, HasCircuit):
+class _Cut(Prints, Overwrites, HasCircuit):
     """How much of the circuit is shown."""
 
     node_threshold: Magnitude | None = None
@@ -37,7 +38,8 @@ class _Cut(Prints, HasCircuit):
 
     def cut(self, *, nodes: int | None, edges: int | None) -> FeatureGraph:
         """The graph to show, of at most the nodes that have edges; re-thresholding never runs the model."""
-        from circuits.circuit import Circuit
+        from circuits.circuit import GRAPH_FILE, Circuit, circuit_folder
+        from circuits.circuit_source import has_other_saes
         from graphs.annotations import apply, read_annotations
         from graphs.pruning import reachable
 
@@ -52,6 +54,10 @@ class _Cut(Prints, HasCircuit):
             significant=self.significant,
             attributes=circuit.features,
         )
+        if has_other_saes(circuit.metadata, circuit_folder(self.circuit) / GRAPH_FILE):
+            title = graph.metadata.get("title") or "Feature circuit"
+            graph.metadata = {**graph.metadata, "title": f"{title} (of autoencoders that were trained again since)"}
+            log.warning("the autoencoders were trained again after this circuit was found: discover it again")
         if self.reachable:
             graph = reachable(graph)
         return graph if self.annotations is None else apply(graph, read_annotations(self.annotations))
@@ -75,7 +81,8 @@ class RenderCommand(_Cut):
     def run(self) -> Output:
         from graphs import draw
 
-        with drawing_file(self.circuit, self.out, "circuit.svg") as out:
+        is_own = has_mark(".svg" if self.out is None else self.out.suffix)
+        with circuit_file(self.circuit, self.out, "circuit.svg", is_own, overwrite=self.overwrite) as out:
             graph = self.cut(nodes=self.nodes, edges=self.edges)
             draw(graph, out, colour=self.colour)
         return _wrote(graph, out)
@@ -99,7 +106,8 @@ class ExploreCommand(_Cut):
         from circuits.report.files import Curves, read_result
         from graphs import explore
 
-        with drawing_file(self.circuit, self.out, "circuit.html") as out:
+        is_own = has_mark(".html")
+        with circuit_file(self.circuit, self.out, "circuit.html", is_own, overwrite=self.overwrite) as out:
             graph = self.cut(nodes=self.nodes, edges=self.edges)
             curve = read_result(circuit_folder(self.circuit) / "faithfulness.json", graph, Curves)
             graph.metadata.update({"faithfulness": curve} if curve else {})
@@ -109,18 +117,6 @@ class ExploreCommand(_Cut):
                 other.metadata["title"] = circuit_folder(self.compare).parent.resolve().name
             explore(graph, out, compare_with=other)
         return _wrote(graph, out)
-
-
-@contextmanager
-def drawing_file(circuit: Path, out: Path | None, name: str) -> Iterator[Path]:
-    """The file to write, `graph/NAME` in the run folder where none is given; the folder is locked meanwhile."""
-    from circuits.circuit import circuit_folder
-
-    run = circuit_folder(circuit).parent
-    if out is None:
-        check_no_link(run / "graph")
-    with lock(run if out is None else out.parent, shared=True):
-        yield out or run / "graph" / name
 
 
 def _wrote(graph: FeatureGraph, out: Path) -> Output:

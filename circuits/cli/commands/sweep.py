@@ -77,6 +77,7 @@ class SweepCommand(Common, Overwrites, HasSites, HasTextOrCache):
             tokens=self.eval_tokens,
             context=self.eval_context_length,
             progress=not self.quiet,
+            overwrite=self.overwrite,
         )
         drawn = self._draw(results)
         write_json(self.out / RESULTS_FILE, results.to_dict())

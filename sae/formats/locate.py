@@ -132,10 +132,10 @@ def _download(repository: str, inside: str, revision: str | None, site: str) -> 
         except _UNREACHABLE:
             raise _unreachable(repository, error) from None
         return cached / inside / choose(folders_in(cached / inside), source=repository, site=site)
-    chosen = _folder_inside(repository, files, inside, site)
-    patterns = None if chosen == "." else [chosen, f"{chosen}/*"]
+    folder = _folder_inside(repository, files, inside, site)
+    patterns = None if folder == "." else [folder, f"{folder}/*"]
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns)) / chosen
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns)) / folder
     except _UNREACHABLE as error:
         raise _unreachable(repository, error) from None
 

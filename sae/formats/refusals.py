@@ -36,7 +36,7 @@ _CONTAINED = ("crosslayertranscoder", "transcoder", "crosscoder", "temporal", "m
 def refusal(source: Path, name: str) -> UserError | None:
     """The error for an architecture, class or activation of this name; None where it is not one of those refused."""
     plain = re.sub(r"[^a-z]", "", name.lower())
-    kind = next((part for part in _CONTAINED if part in plain), plain)
+    kind = next((name_part for name_part in _CONTAINED if name_part in plain), plain)
     kind = _ALSO.get(kind, kind)
     return UserError(f"{source} holds {_REASONS[kind]}") if kind in _REASONS else None
 

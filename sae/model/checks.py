@@ -79,18 +79,18 @@ def _check_order(model: LanguageModel, tokens: Tokens, logits: Tensor) -> bool:
 def _check_sums(model: LanguageModel, activations: dict[Site, Tensor]) -> None:
     """Sites where the architecture has them must add up; of the user's own it is said where they do not."""
     moved, off, allowed = model.moved_sites, [], tolerance(model.dtype)
-    for before, added, after in block_sums(model.sites):
-        if len({activations[site].shape for site in (before, *added, after)}) == 1:
-            total = torch.stack([activations[site].float() for site in (before, *added)]).sum(0)
-            difference = relative_difference(total, activations[after])
+    for stream_before, added, stream_after in block_sums(model.sites):
+        if len({activations[site].shape for site in (stream_before, *added, stream_after)}) == 1:
+            total = torch.stack([activations[site].float() for site in (stream_before, *added)]).sum(0)
+            difference = relative_difference(total, activations[stream_after])
         else:
             difference = float("inf")
         if difference <= allowed:
             continue
         where = ", ".join(f"{site} at {str(model.site_paths[site])!r}" for site in added)
-        names = " + ".join(site.name for site in (before, *added))
-        sentence = f"{names} differs from {after} by {difference:.1e} of its size, allowed is {allowed:.0e}"
-        if not moved.keys() & {before, *added, after}:
+        names = " + ".join(site.name for site in (stream_before, *added))
+        sentence = f"{names} differs from {stream_after} by {difference:.1e} of its size, allowed is {allowed:.0e}"
+        if not moved.keys() & {stream_before, *added, stream_after}:
             raise UserError(f"{sentence} ({where}): give site_paths that fit this model")
         off.append(f"{sentence} ({where})")
     if off:

@@ -134,12 +134,13 @@ def run_by_length(tokens: Tokens, run: Callable[[Tokens], Run]) -> Run:
         return scattered(list(zip(groups, values, strict=True)), n_rows=len(tokens), n_positions=n_positions)
 
     activations = {
-        site: together([part.activations[site] for part in runs], tokens.n_positions) for site in runs[0].activations
+        site: together([result.activations[site] for result in runs], tokens.n_positions)
+        for site in runs[0].activations
     }
-    logits = [part.logits for part in runs]
+    logits = [result.logits for result in runs]
     if logits[0].ndim < 3:  # none were asked for
         return Run(activations, logits[0])
-    last_only = all(part.shape[1] == 1 for part in logits)
+    last_only = all(x.shape[1] == 1 for x in logits)
     return Run(activations, together(logits, 1 if last_only else tokens.n_positions))
 
 

@@ -112,15 +112,15 @@ class _Step:
     def split(self, edit: SiteEdit | None, later: SiteEdit | None) -> SiteEdit:
         """The edit of any pass: `edit` sees the prompt's positions, `later` those after them."""
 
-        def part(edit: SiteEdit | None, x: Tensor) -> Tensor:
+        def apply_to(edit: SiteEdit | None, x: Tensor) -> Tensor:
             return x if edit is None or not x.shape[1] else edit(x)
 
         def apply(x: Tensor) -> Tensor:
             first = self.n_prompt + self.passes - 1 - x.shape[1]
             n = max(0, self.n_prompt - first)  # columns of the prompt
             if n in (0, x.shape[1]):
-                return part(edit if n else later, x)
-            return torch.cat([part(edit, x[:, :n]), part(later, x[:, n:])], 1)
+                return apply_to(edit if n else later, x)
+            return torch.cat([apply_to(edit, x[:, :n]), apply_to(later, x[:, n:])], 1)
 
         return apply
 

@@ -74,26 +74,26 @@ def load_hf(
     An object keeps its device where it is "auto", and its number type where that is None or "auto". A loaded model goes
     to `auto_device()`; its weights become float32, but with "auto" stay as stored on a GPU from two billion parameters.
     """
-    wanted = _dtype(dtype)
+    precision = _dtype(dtype)
     if isinstance(model, nn.Module):
         hf, name = model, getattr(getattr(model, "config", None), "_name_or_path", "")
         marks = fingerprints(hf)
         if device != "auto":
             hf.to(resolve_device(device))
-        if wanted is not None:
-            hf.to(wanted)
+        if precision is not None:
+            hf.to(precision)
     else:
         name, resolved = str(model), resolve_device(device)
         hf = pretrained_model(name, None)
         marks = fingerprints(hf)
         n_parameters = sum(parameter.numel() for parameter in hf.parameters())
-        if wanted is None and (dtype is None or resolved.type != "cuda" or n_parameters < FULL_PRECISION_PARAMETERS):
-            wanted = torch.float32
-        if wanted in (torch.float32, torch.float64):
-            hf.to(wanted)
-        elif wanted is not None and any(parameter.dtype != wanted for parameter in hf.parameters()):
+        if precision is None and (dtype is None or resolved.type != "cuda" or n_parameters < FULL_PRECISION_PARAMETERS):
+            precision = torch.float32
+        if precision in (torch.float32, torch.float64):
+            hf.to(precision)
+        elif precision is not None and any(parameter.dtype != precision for parameter in hf.parameters()):
             del hf  # loaded again, for a cast would round rotary frequencies too
-            hf = pretrained_model(name, wanted)
+            hf = pretrained_model(name, precision)
         hf.to(resolved)
     hf.eval().requires_grad_(False)
     if tokenizer is None and name:
@@ -135,9 +135,9 @@ def stored_fingerprints(name: str, marks: tuple[str, ...]) -> tuple[str, ...]:
 def max_positions(hf: nn.Module) -> int | None:
     """The number of positions a model's config allows, its text model's where it has several; None for no bound."""
     config = getattr(hf, "config", None)
-    for part in (config, getattr(config, "text_config", None)):
+    for sub_config in (config, getattr(config, "text_config", None)):
         for name in POSITION_LIMITS:
-            if isinstance(limit := getattr(part, name, None), int) and limit > 0:
+            if isinstance(limit := getattr(sub_config, name, None), int) and limit > 0:
                 return limit
     return None
 

@@ -174,45 +174,45 @@ class LanguageModel:
                 f"no gradient reaches the logits of model {self.name!r}: modules have no backward pass, as quantised "
                 "ones may have; load it in float32 or bfloat16, or use the method exact"
             )
-        edits, skip, wanted = dict(edits or {}), dict(skip or {}), set(capture)
-        self._check_requested(edits, wanted, skip)
+        edits, skip, captured = dict(edits or {}), dict(skip or {}), set(capture)
+        self._check_requested(edits, captured, skip)
         options = {"last_only": last_only, "need_logits": need_logits}
         if not (self.padding_shows and not bool(tokens.attention_mask.all())):
-            return self._run(tokens, wanted, edits, skip, grad=grad, **options)
+            return self._run(tokens, captured, edits, skip, grad=grad, **options)
         if edits or skip or grad:
             raise UserError(
                 f"model {self.name!r} has a state that runs over padding: give prompts of equal length in tokens "
                 f"(these have {', '.join(map(str, sorted(set(tokens.lengths.tolist()))))})"
             )
-        return run_by_length(tokens, lambda rows: self._run(rows, wanted, {}, {}, grad=False, **options))
+        return run_by_length(tokens, lambda rows: self._run(rows, captured, {}, {}, grad=False, **options))
 
     def _run(
-        self, tokens: Tokens, wanted: set[Site], edits: Mapping[Site, SiteEdit], skip: Mapping[Site, Tensor], *,
+        self, tokens: Tokens, captured: set[Site], edits: Mapping[Site, SiteEdit], skip: Mapping[Site, Tensor], *,
         grad: bool, last_only: bool, need_logits: bool,
     ) -> Run:  # fmt: skip
         """One trace: the visits to the sites that something is asked of."""
         hidden = self._hidden_by(skip)
         values = self._fitted({site: x for site, x in skip.items() if site not in hidden}, rows=len(tokens))
         leaf = self._leaf if grad and not any(x.requires_grad for x in values.values()) else None
-        points = [self._hook_points[site] for site in self.sites if site in wanted or site in edits or site in values]
+        points = [self._hook_points[site] for site in self.sites if site in captured or site in edits or site in values]
         if leaf is not None and leaf not in points:
             points.insert(0, leaf)
         activations: dict[Site, Tensor] = {}
 
         def visit(point: HookPoint) -> None:
             site = point.site
-            before = values[site] if site in values else point.read(len(tokens))
-            x = before.detach().requires_grad_(True) if point is leaf else before
+            unedited = values[site] if site in values else point.read(len(tokens))
+            x = unedited.detach().requires_grad_(True) if point is leaf else unedited
             x = edited(x, edits[site], site) if site in edits else x
             if site in values:
                 point.skip(x)
-            elif x is not before or (point.detour and (grad or point.in_place)):
+            elif x is not unedited or (point.detour and (grad or point.in_place)):
                 point.write(x)
-            if site in wanted:
+            if site in captured:
                 activations[site] = x
 
         visits: list[Callable[[], None]] = [partial(visit, point) for point in points]
-        visits += self._left_out(points, {*wanted, *edits, *skip}, last_only=last_only, need_logits=need_logits)
+        visits += self._left_out(points, {*captured, *edits, *skip}, last_only=last_only, need_logits=need_logits)
         logits = self._trace(tokens, visits, grad=grad, last_only=last_only, need_logits=need_logits)
         return Run(activations, logits)
 
@@ -323,13 +323,13 @@ class LanguageModel:
         return {inner for site in skip for inner in self._contains.get(site, ())}
 
     def _check_requested(
-        self, edits: Mapping[Site, SiteEdit], wanted: Iterable[Site] = (), skip: Mapping[Site, Tensor] | None = None
+        self, edits: Mapping[Site, SiteEdit], captured: Iterable[Site] = (), skip: Mapping[Site, Tensor] | None = None
     ) -> None:
         skip = skip or {}
-        for site in [*wanted, *edits, *skip]:
+        for site in [*captured, *edits, *skip]:
             if site not in self._hook_points:
                 raise unknown("site", str(site), [site.name for site in self.sites])
-        unreachable = sorted(self._hidden_by(skip) & {*wanted, *edits})
+        unreachable = sorted(self._hidden_by(skip) & {*captured, *edits})
         if unreachable:
             raise UserError(f"site {str(unreachable[0])!r} is inside a skipped block: it cannot be captured or edited")
 

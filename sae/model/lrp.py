@@ -168,15 +168,15 @@ def constant_factor(x: Tensor, y: Tensor) -> Tensor:
 
 def _constant_part(hf: nn.Module, name: str, module: nn.Module) -> Callable[..., Tensor] | None:
     """A hook under which queries and keys are constants, for the module that computes them; None for others."""
-    parent_name, _, part = name.rpartition(".")
-    if part in ("q_proj", "k_proj"):
+    parent_name, _, child_name = name.rpartition(".")
+    if child_name in ("q_proj", "k_proj"):
         return lambda module, args, out: out.detach()
-    if part in ("c_attn", "Wqkv"):
+    if child_name in ("c_attn", "Wqkv"):
         return _first_of_three(groups=1)
     config: Any = getattr(hf.get_submodule(parent_name), "config", None) or getattr(hf, "config", None)
-    if part == "query_key_value":
+    if child_name == "query_key_value":
         return _first_of_three(groups=config.num_attention_heads)
-    if part == "qkv_proj" and getattr(config, "num_key_value_heads", None):
+    if child_name == "qkv_proj" and getattr(config, "num_key_value_heads", None):
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return _last_columns(config.num_key_value_heads * head)
     return None
@@ -227,7 +227,7 @@ def _halve_gradient(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]
 def _constant_outputs(module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
     """Routing weights are constants."""
     if isinstance(out, tuple):
-        return tuple(part.detach() if isinstance(part, Tensor) else part for part in out)
+        return tuple(value.detach() if isinstance(value, Tensor) else value for value in out)
     return out.detach()
 
 

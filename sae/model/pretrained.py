@@ -127,7 +127,7 @@ def _check_config(path: Path) -> None:
 def _numbers(value: Any, key: str = "") -> list[tuple[str, int | float]]:
     """Every number of nested objects with its key."""
     if isinstance(value, dict):
-        return [entry for name, part in value.items() for entry in _numbers(part, f"{key}.{name}" if key else name)]
+        return [entry for name, member in value.items() for entry in _numbers(member, f"{key}.{name}" if key else name)]
     return [(key, value)] if isinstance(value, (int, float)) and not isinstance(value, bool) else []
 
 

@@ -22,10 +22,10 @@ def block_sums(sites: Sequence[Site]) -> list[tuple[Site, list[Site], Site]]:
     """For each block whose sites are there: the stream before it, what is added, the stream after it."""
     sums = []
     for resid in (site for site in sites if site.kind == "resid" and site.layer is not None):
-        before = Site("resid", resid.layer - 1) if resid.layer else Site("embed")
+        stream_before = Site("resid", resid.layer - 1) if resid.layer else Site("embed")
         added = [site for site in (Site("attn", resid.layer), Site("mlp", resid.layer)) if site in sites]
-        if before in sites and added:
-            sums.append((before, added, resid))
+        if stream_before in sites and added:
+            sums.append((stream_before, added, resid))
     return sums
 
 
@@ -34,15 +34,15 @@ def fit_scales(activations: Mapping[Site, Tensor], constants: Sequence[float]) -
     of the config's constants where one is near.
     """
     scales: dict[Site, float] = {}
-    for before, added, after in block_sums(list(activations)):
+    for stream_before, added, stream_after in block_sums(list(activations)):
         outputs = [exactly(activations[site]) for site in added]
-        if len({activations[site].shape for site in (before, *added, after)}) > 1:
+        if len({activations[site].shape for site in (stream_before, *added, stream_after)}) > 1:
             continue
-        change = exactly(activations[after]) - exactly(activations[before])
-        allowed = _allowed(activations[after], change)
+        change = exactly(activations[stream_after]) - exactly(activations[stream_before])
+        allowed = _allowed(activations[stream_after], change)
         if float((change - torch.stack(outputs).sum(0)).abs().max()) <= allowed:
             continue
-        factors = [_nearest(x, constants, activations[after]) for x in fit_factors(outputs, change)]
+        factors = [_nearest(x, constants, activations[stream_after]) for x in fit_factors(outputs, change)]
         explained = torch.stack([x * output for x, output in zip(factors, outputs, strict=True)]).sum(0)
         if min(factors) >= SMALLEST_SCALE and float((change - explained).abs().max()) <= allowed:
             scales |= dict(zip(added, factors, strict=True))

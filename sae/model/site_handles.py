@@ -49,8 +49,8 @@ def make_hook_point(root: Any, site: Site, path: SitePath) -> HookPoint:
 
 def envoy_of(root: Any, module: str) -> Any:
     """nnsight's handle of a module, whose own name for it differs where the module is called `output` or the like."""
-    wanted = root._module.get_submodule(module)
-    return next(envoy for _, envoy in root.named_modules() if envoy._module is wanted)
+    submodule = root._module.get_submodule(module)
+    return next(envoy for _, envoy in root.named_modules() if envoy._module is submodule)
 
 
 def input_embeddings(root: Any) -> HookPoint:

@@ -242,10 +242,10 @@ def _flat(x: Tensor) -> Tensor:
     return x.detach().cpu().double().flatten(0, -2).clone()
 
 
-def _allowed(y: Tensor, before: Tensor) -> float:
+def _allowed(y: Tensor, stream_before: Tensor) -> float:
     """The largest difference that rounding explains."""
     exact = y.dtype in (torch.float32, torch.float64)
-    change = float((_flat(y) - before).abs().max())
+    change = float((_flat(y) - stream_before).abs().max())
     size = float(y.abs().max())
     return (TOLERANCE if exact else TOLERANCE_16_BIT) * change + (ROUNDING if exact else ROUNDING_16_BIT) * size
 
@@ -263,18 +263,18 @@ def explain(outputs: list[_Output], before: Tensor, after: Tensor, allowed: floa
         for pair in combinations(sorted(distinct, key=lambda one: one.start), 2)
         if single is None or not all(one.module.startswith(f"{single[0].module}.") for one in pair)
     ]
-    chosen = _best(pairs, change, allowed) or single
+    adding_up = _best(pairs, change, allowed) or single
     tried = f"none of {len(distinct)} modules inside, and no two of them, add up to what the block adds to its input"
-    return ({}, tried) if chosen is None else (_kinds(chosen), "")
+    return ({}, tried) if adding_up is None else (_kinds(adding_up), "")
 
 
 def _distinct(outputs: list[_Output]) -> list[_Output]:
     """One of each group of modules with equal outputs: the outermost, of equally deep ones the first."""
-    chosen: list[_Output] = []
+    outermost: list[_Output] = []
     for output in sorted(outputs, key=lambda one: (one.depth, one.start)):
-        if not any(torch.equal(output.value, other.value) for other in chosen):
-            chosen.append(output)
-    return chosen
+        if not any(torch.equal(output.value, other.value) for other in outermost):
+            outermost.append(output)
+    return outermost
 
 
 def _best(groups: Iterator[Any] | list[Any], change: Tensor, allowed: float) -> Any:

@@ -199,10 +199,10 @@ def _sites_of_kind(kind: str, pattern: SitePath, module_names: set[str]) -> dict
     """The sites of one kind: the layers in which the path exists."""
     if kind == "embed":
         return {Site("embed"): pattern}
-    before, layer, after = pattern.module.partition("{layer}")
+    prefix, layer, suffix = pattern.module.partition("{layer}")
     if not layer:
         raise UserError(f"path {pattern.module!r} for {kind!r} needs {{layer}} where the block's index stands")
-    indices = (name[len(before) : len(name) - len(after)] for name in module_names if name.startswith(before))
+    indices = (name[len(prefix) : len(name) - len(suffix)] for name in module_names if name.startswith(prefix))
     layers = sorted({int(index) for index in indices if index.isascii() and index.isdigit()})
     paths = {Site(kind, layer): pattern.at(layer) for layer in layers}
     existing = {site: path for site, path in paths.items() if path.module in module_names}
@@ -220,18 +220,18 @@ def select_sites(spec: str | Site | Iterable[str | Site], available: Sequence[Si
         spec = [spec]
     words: Iterable[str | Site] = spec.split(",") if isinstance(spec, str) else spec
     kinds = {site.kind for site in available}
-    chosen: set[Site] = set()
+    selected: set[Site] = set()
     for word in words:
         text = str(word).strip()
         if text == "all":
-            chosen.update(available)
+            selected.update(available)
         elif text in kinds:
-            chosen.update(site for site in available if site.kind == text)
+            selected.update(site for site in available if site.kind == text)
         elif text:
             matching = [site for site in available if site.name == text.replace(".", "_")]
             if not matching:
                 raise unknown("site", text, dict.fromkeys(["all", *sorted(kinds), *(site.name for site in available)]))
-            chosen.update(matching)
-    if not chosen:
+            selected.update(matching)
+    if not selected:
         raise UserError(f"no site selected by {spec!r}: allowed are all, {', '.join(site.name for site in available)}")
-    return sorted(chosen)
+    return sorted(selected)

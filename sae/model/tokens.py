@@ -138,14 +138,14 @@ class TokenizerWrapper:
         number = {text: index for index, text in enumerate(dict.fromkeys([*texts, *joined]))}
         ids = self.own_ids(list(number))
         pairs = [(ids[number[text]], ids[number[both]]) for text, both in zip(texts, joined, strict=True)]
-        return [both[len(before) :] if both[: len(before)] == before else None for before, both in pairs]
+        return [both[len(text_ids) :] if both[: len(text_ids)] == text_ids else None for text_ids, both in pairs]
 
-    def spelling(self, before: int, text: str) -> int | None:
-        """The one token that writes `text` behind the token `before`, also where the tokenizer would join the two."""
+    def spelling(self, previous: int, text: str) -> int | None:
+        """The one token that writes `text` behind the token `previous`, also where the tokenizer would join the two."""
         names = [self.tokenizer.convert_tokens_to_ids(name) for name in (text, f"##{text}")]
-        joined = self._decode([before]) + text
+        joined = self._decode([previous]) + text
         for token in [*self._ids(text)[-1:], *names]:
-            if token not in (None, self.tokenizer.unk_token_id) and self._decode([before, token]) == joined:
+            if token not in (None, self.tokenizer.unk_token_id) and self._decode([previous, token]) == joined:
                 return token
         return None
 
@@ -164,8 +164,8 @@ class TokenizerWrapper:
             return f"<{token}>"
         if token in self.special_ids or self._anchor is None:
             return raw
-        before = self._ids(self._anchor)
-        start, text = self._decode(before), self._decode([*before, token])
+        anchor_ids = self._ids(self._anchor)
+        start, text = self._decode(anchor_ids), self._decode([*anchor_ids, token])
         piece = text[len(start) :] if text.startswith(start) else self._decode([token])
         readable = piece.isspace() or (piece.isprintable() and "\ufffd" not in piece)
         return piece if piece and readable else raw

@@ -183,7 +183,7 @@ class CircuitViews:
             Columns node, site, feature (None for an error), position (None where positions are summed), effect in
             units of the metric, and the bounds low and high of its interval where there is one.
         """
-        frames = []
+        tables = []
         for site, nodes in self.nodes.items():
             rows = {
                 "node": nodes.ids(site),
@@ -192,14 +192,14 @@ class CircuitViews:
                 "position": [nodes.spans[p] if nodes.spans else p for p in nodes.position.tolist()],
                 "effect": nodes.effect.numpy(),
             }
-            frame = pd.DataFrame(rows)
-            frame.loc[nodes.is_error.numpy(), "feature"] = pd.NA
+            table = pd.DataFrame(rows)
+            table.loc[nodes.is_error.numpy(), "feature"] = pd.NA
             if nodes.summed:
-                frame["position"] = None
+                table["position"] = None
             if site in self.intervals:
-                frame[["low", "high"]] = self.intervals[site].numpy()
-            frames.append(frame)
-        table = pd.concat(frames, ignore_index=True)
+                table[["low", "high"]] = self.intervals[site].numpy()
+            tables.append(table)
+        table = pd.concat(tables, ignore_index=True)
         return table.sort_values("effect", key=abs, ascending=False, kind="stable", ignore_index=True)
 
     to_frame = nodes_frame

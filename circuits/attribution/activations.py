@@ -114,7 +114,7 @@ def capture_activations(
 
     Raises `UserError` naming a site with NaN.
     """
-    clean, m_clean, gradients = _clean_run(model, prompts, metric, sites, gradient)
+    clean, m_clean, gradients = clean_run(model, prompts, metric, sites, gradient)
     if prompts.patch is None:
         biases = as_saes(saes)
         patch = {site: biases.bias(site).to(x).expand_as(x) for site, x in clean.items()}
@@ -126,7 +126,7 @@ def capture_activations(
     return ActivationPair(prompts, clean, other.activations, False, m_clean, m_patch, model.n_layers - 1, gradients)
 
 
-def _clean_run(
+def clean_run(
     model: LanguageModel, prompts: PromptSet, metric: Metric, sites: Sequence[Site], gradient: bool
 ) -> tuple[dict[Site, Tensor], Tensor, dict[Site, Tensor] | None]:
     """x at every site [B, S, d], m [B], and dm/dx per site if it was asked for."""

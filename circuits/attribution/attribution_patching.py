@@ -11,21 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from circuits.attribution.activations import ActivationPair
+from circuits.attribution.activations import ActivationPair, clean_run
 from circuits.metrics.metrics import Metric
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
 
 
-@torch.enable_grad()
 def attribution_patching(
     model: LanguageModel, states: ActivationPair, metric: Metric, *, sites: Sequence[Site]
 ) -> dict[Site, Tensor]:
     """dm/dx at the clean run, [B, S, d] per site: one forward and one backward pass for all sites."""
-    run = model.run(states.tokens, capture=sites, grad=True, last_only=True)
-    m = metric(run.logits[:, -1], states.prompts)
-    gradients = torch.autograd.grad(m.sum(), [run.activations[site] for site in sites])
-    return dict(zip(sites, gradients, strict=True))
+    return clean_run(model, states.prompts, metric, sites, gradient=True)[2] or {}

@@ -86,6 +86,17 @@ class SiteNodes:
 Nodes = dict[Site, SiteNodes]
 
 
+def joined(first: SiteNodes, second: SiteNodes) -> SiteNodes:
+    """The nodes of a site in the first, then those in the second."""
+    return SiteNodes(
+        first.n_features,
+        torch.cat([first.feature, second.feature]),
+        torch.cat([first.position, second.position]),
+        torch.cat([first.effect, second.effect]),
+        first.spans,
+    )
+
+
 def positions_by(aggregation: Aggregation, prompts: PromptSet) -> Tensor | None:
     """[B, S] int64: tokens of a prompt with equal number are one node of a feature; None where all of them are."""
     if aggregation == "sum":

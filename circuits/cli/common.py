@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -76,15 +77,8 @@ def record(run: Path, command: str, options: Any) -> None:
     check_run_config(run)
     commands = read_run_config(run) or {"schema_version": 1}
     commands[command] = {field.name: plain(getattr(options, field.name)) for field in fields(options)}
-    commands["versions"] = {"python": platform.python_version()} | {
-        name: importlib.metadata.version(name) for name in PACKAGES if _installed(name)
-    }
+    versions = commands["versions"] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     write_json(run / "config.json", commands)
-
-
-def _installed(name: str) -> bool:
-    try:
-        importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True

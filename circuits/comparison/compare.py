@@ -25,9 +25,10 @@ from circuits.attribution.nodes import count
 from circuits.comparison.options import MASK, CompareOptions, split
 from circuits.comparison.results import LEVELS, MEAN, NOISING, Comparison, MethodScore
 from circuits.comparison.study import Study, Truth, agreement
-from circuits.faithfulness.nodes import FaithfulnessOptions, measure_faithfulness
+from circuits.faithfulness.nodes import measure_faithfulness
 from circuits.metrics.metrics import get_metric, prepare
 from circuits.metrics.probe import read_by, visible_sites
+from circuits.options import FaithfulnessOptions
 from circuits.prompts.dataset import PromptSet
 from sae._progress import ProgressBar
 from sae.autoencoder import SparseAutoencoder

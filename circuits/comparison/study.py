@@ -20,14 +20,15 @@ from circuits.attribution import ActivationPair, Attribution, SiteEffects, attri
 from circuits.attribution.activation_patching import exact_effects
 from circuits.attribution.activations import site_total_effect
 from circuits.attribution.baselines import activation_difference
-from circuits.attribution.nodes import Nodes, SiteNodes, aggregate, count
+from circuits.attribution.nodes import Nodes, aggregate, count, joined
 from circuits.comparison.options import MASK, CompareOptions
 from circuits.comparison.results import MEAN, NOISING, Agreement
 from circuits.discovery.batching import max_rows
 from circuits.discovery.peak_memory import peak_memory
-from circuits.faithfulness.learned_mask import MaskOptions, learn_node_mask
+from circuits.faithfulness.learned_mask import learn_node_mask
 from circuits.faithfulness.nodes import random_nodes
 from circuits.metrics.metrics import Metric, warn_if_cancelling
+from circuits.options import MaskOptions
 from circuits.prompts.dataset import PromptSet
 from sae.autoencoder import SparseAutoencoder
 from sae.model.language_model import LanguageModel
@@ -214,9 +215,3 @@ def correlation(measure: Callable[..., Any], x: np.ndarray, y: np.ndarray) -> fl
     """`pearsonr` or `spearmanr` of x and y, [n] each; 0 where one of them does not vary."""
     varies = len(x) > 1 and np.ptp(x) > 0 and np.ptp(y) > 0
     return float(measure(x, y).statistic) if varies else 0.0
-
-
-def joined(a: SiteNodes, b: SiteNodes) -> SiteNodes:
-    """The nodes of a site in a, then those in b."""
-    columns = {name: torch.cat([getattr(a, name), getattr(b, name)]) for name in ("feature", "position", "effect")}
-    return SiteNodes(a.n_features, columns["feature"], columns["position"], columns["effect"])

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 
 def peak_memory(function: Callable[[], Any], device: torch.device) -> int:
-    """Bytes of tensors alive at once while `work` runs, beyond those alive before."""
+    """Bytes of tensors alive at once while `function` runs, beyond those alive before."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -34,7 +34,7 @@ class _Watch(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._known: dict[int, weakref.ref] = {}
+        self._counted: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -46,13 +46,13 @@ class _Watch(TorchDispatchMode):
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key = id(storage)
-        if key in self._known and self._known[key]() is storage:
+        if key in self._counted and self._counted[key]() is storage:
             return
         size = storage.nbytes()
 
         def freed(_: Any) -> None:
             self.now -= size
 
-        self._known[key] = weakref.ref(storage, freed)
+        self._counted[key] = weakref.ref(storage, freed)
         self.now += size
         self.peak = max(self.peak, self.now)

@@ -62,8 +62,8 @@ def alone_in_partial(function: Callable[P, R]) -> Callable[P, R]:
 class ResumeFolder:
     """The finished batches of one discovery in a folder of their own."""
 
-    def __init__(self, folder: str | Path, work: Mapping[str, Any], *, resume: bool) -> None:
-        """work: what `work_of` says; resume: go on with the files of the same work instead of starting anew.
+    def __init__(self, folder: str | Path, setting: Mapping[str, Any], *, resume: bool) -> None:
+        """setting: what `work_of` says; resume: go on with the files of the same work instead of starting anew.
 
         Raises UserError for a folder that holds anything but the files of an interrupted discovery.
         """
@@ -78,17 +78,17 @@ class ResumeFolder:
         self._unchecked = {path.name for path in visible(self.folder)} if resume else set()
         noted = self.folder / WORK_FILE
         if resume and noted.is_file():
-            self._check(read_json(noted), dict(work))
+            self._check(read_json(noted), dict(setting))
             remove_temporary(self.folder)
             return
         remove(self.folder, Layout(PARTIAL.files[1:]), with_folder=False)
         prepare_folder(self.folder, overwrite=True)
-        write_json(noted, {"schema_version": SCHEMA_VERSION, **work})
+        write_json(noted, {"schema_version": SCHEMA_VERSION, **setting})
 
-    def _check(self, noted: dict[str, Any], work: dict[str, Any]) -> None:
+    def _check(self, noted: dict[str, Any], setting: dict[str, Any]) -> None:
         if noted.pop("schema_version", None) != SCHEMA_VERSION:
             raise UserError(f"{self.folder / WORK_FILE} is of another version: start again with --overwrite")
-        before, now = _flat(noted), _flat(work)
+        before, now = _flat(noted), _flat(setting)
         for name in sorted(before.keys() | now.keys()):
             if before.get(name) != now.get(name):
                 raise UserError(

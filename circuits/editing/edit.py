@@ -240,15 +240,9 @@ def make_edits(
     check_operation(operation, value)
     if operation == "mean" and means is None:
         raise UserError("the operation 'mean' needs the means of the features: see feature_means")
-    edits: dict[Site, SiteEdit] = {}
-    for site, index in features.items():
-        if operation == "mean":
-            assert means is not None
-            target: Tensor | None = means[site]
-        else:
-            target = None if value is None else torch.tensor(float(value))
-        edits[site] = SiteFeatureEdit(saes[site], index, operation, target)
-    return edits
+    constant = None if value is None else torch.tensor(float(value))
+    targets = means if operation == "mean" and means is not None else dict.fromkeys(features, constant)
+    return {site: SiteFeatureEdit(saes[site], index, operation, targets[site]) for site, index in features.items()}
 
 
 def check_operation(operation: str, value: float | None) -> None:

@@ -164,8 +164,8 @@ class EditReport(Result):
     def from_dict(data: Mapping[str, Any], where: str | Path = "edit") -> EditReport:
         """The report that `to_dict` wrote; `UserError`, naming `where`, for anything else."""
         if data.get("kind") != "edit" or data.get("schema_version") != SCHEMA_VERSION:
-            found = f"{data.get('kind')!r}, version {data.get('schema_version')!r}"
-            raise UserError(f"{where}: not an edit of schema_version {SCHEMA_VERSION}: found {found}")
+            given = f"{data.get('kind')!r}, version {data.get('schema_version')!r}"
+            raise UserError(f"{where}: not an edit of schema_version {SCHEMA_VERSION}: found {given}")
         report = check_type(dict(data), EditReport, where)
         if report.operation not in ACTIONS:
             raise UserError(f"{where}: {unknown('operation', report.operation, ACTIONS)}")
@@ -227,19 +227,19 @@ class EditReport(Result):
 
     def table(self) -> str:
         """Before, after and the random control, one row a quantity."""
-        frame = self.to_frame()
-        digits = [3 if quantity == CE else 2 for quantity in frame["quantity"]]
-        is_metric = frame["quantity"] == self.metric
-        table = pd.DataFrame(index=[self._row_name(row.quantity, row.case) for row in frame.itertuples()])
+        values = self.to_frame()
+        digits = [3 if quantity == CE else 2 for quantity in values["quantity"]]
+        is_metric = values["quantity"] == self.metric
+        table = pd.DataFrame(index=[self._row_name(row.quantity, row.case) for row in values.itertuples()])
         for name in ("before", "after"):
-            table[name] = [f"{value:.{n}f}" for value, n in zip(frame[name], digits, strict=True)]
-        table["left"] = [_percent(left) if shown else "" for left, shown in zip(frame["left"], is_metric, strict=True)]
+            table[name] = [f"{value:.{n}f}" for value, n in zip(values[name], digits, strict=True)]
+        table["left"] = [_percent(left) if shown else "" for left, shown in zip(values["left"], is_metric, strict=True)]
         if self.random:
-            bounds = zip(frame["random_mean"], frame["random_min"], frame["random_max"], digits, strict=True)
+            bounds = zip(values["random_mean"], values["random_min"], values["random_max"], digits, strict=True)
             table[self.random_title()] = [
                 f"{mean:.{n}f} {format_interval((low, high), n)}" for mean, low, high, n in bounds
             ]
-            left = zip(frame["random_left"], is_metric, strict=True)
+            left = zip(values["random_left"], is_metric, strict=True)
             table.insert(4, "left", [_percent(share) if shown else "" for share, shown in left], allow_duplicates=True)
         return format_table(table)
 

@@ -30,10 +30,9 @@ Features = Mapping[Site, Tensor]
 
 def parse_features(names: str | Sequence[str], saes: Mapping[Site, SparseAutoencoder]) -> dict[Site, Tensor]:
     """`"resid_3/120,mlp_2/7"` or a list of such names -> indices by site, in forward order, each once."""
-    parts = names.split(",") if isinstance(names, str) else list(names)
     chosen: dict[Site, list[int]] = {}
-    for name in (part.strip() for part in parts):
-        site, feature = _parse_feature(name, saes)
+    for name in names.split(",") if isinstance(names, str) else names:
+        site, feature = _parse_feature(name.strip(), saes)
         chosen.setdefault(site, []).append(feature)
     if not chosen:
         raise UserError("no features to edit: name some, such as resid_3/120, or take the strongest of a circuit")
@@ -126,7 +125,7 @@ class SpanEdits:
     def __call__(self, prompts: PromptSet) -> dict[Site, SiteEdit]:
         """Edits for `LanguageModel.run` and `generate` of the clean prompts."""
         if self.everywhere:
-            return dict(self.edits.get(EVERYWHERE, {}))
+            return self.later
         where = {span: tokens_at(prompts, span)[..., None] for span in self.edits if span != EVERYWHERE}
         sites = {site for edits in self.edits.values() for site in edits}
 

@@ -41,8 +41,6 @@ from sae.model.language_model import LanguageModel, Tokens
 from sae.model.sites import Site
 from sae.saes import as_saes
 
-"""What `AblationValues` knows; `optimal` are means there until circuits.faithfulness.optimal_ablation fits them."""
-
 
 @dataclass(frozen=True)
 class SiteValues:

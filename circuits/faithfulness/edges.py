@@ -34,18 +34,12 @@ from circuits.attribution.edges import Edges
 from circuits.attribution.nodes import Nodes, count
 from circuits.circuit import Circuit
 from circuits.faithfulness.ablation import AblationValues, NodeTable, Values
-from circuits.faithfulness.nodes import (
-    FaithfulnessOptions,
-    aligned,
-    from_start_site,
-    share_intervals,
-    shares,
-    sizes_within,
-)
+from circuits.faithfulness.nodes import aligned, from_start_site, share_intervals, shares, sizes_within
 from circuits.faithfulness.optimal_ablation import ablation_values
 from circuits.faithfulness.results import EdgeFaithfulness
 from circuits.metrics.metrics import Metric, prepare
 from circuits.metrics.probe import read_by
+from circuits.options import FaithfulnessOptions
 from circuits.prompts.dataset import PromptSet
 from circuits.uncertainty.bootstrap import Bootstrap, prompt_groups, too_few
 from sae._progress import ProgressBar

@@ -85,8 +85,8 @@ class LearnedMask(Result):
             for site, nodes in self.nodes.items()
             for name, score in zip(nodes.ids(site), self.scores[site].tolist(), strict=True)
         ]
-        frame = pd.DataFrame(rows).sort_values("score", ascending=False, kind="stable", ignore_index=True)
-        return frame.assign(rank=range(1, len(frame) + 1))
+        ranking = pd.DataFrame(rows).sort_values("score", ascending=False, kind="stable", ignore_index=True)
+        return ranking.assign(rank=range(1, len(ranking) + 1))
 
     def text(self) -> str:
         """The nodes kept longest, and the last loss."""
@@ -206,7 +206,7 @@ def measure_behaviour(
     gates: Gates, values: AblationValues, prompts: PromptSet, metric: Metric, *, batch_size: int
 ) -> Behaviour:
     """Run the whole model, and the model without any node, on all prompts."""
-    whole, empty, before = [], [], []
+    of_model, of_none, before = [], [], []
     model, first = values.model, gates.table.sites[0]
     none = torch.zeros(1, gates.n, device=model.device)
     earlier = [site for site in model.sites if site < first]
@@ -214,12 +214,12 @@ def measure_behaviour(
     needed = [*blocks[-1:], *(site for site in earlier if not blocks or site > blocks[-1])]
     for batch in prompts.batches(batch_size):
         run = model.run(batch.clean, capture=needed, last_only=True)
-        whole.append(metric(run.logits[:, -1], batch))
+        of_model.append(metric(run.logits[:, -1], batch))
         before.append(run.activations)
         run = model.run(batch.clean, edits=gates.edits(none, values(batch), batch), last_only=True)
-        empty.append(metric(run.logits[:, -1], batch))
-    target = torch.cat(whole)
-    scale = (torch.cat(empty) - target).mean().abs().item()
+        of_none.append(metric(run.logits[:, -1], batch))
+    target = torch.cat(of_model)
+    scale = (torch.cat(of_none) - target).mean().abs().item()
     if scale < 1e-9:
         raise UserError("ablating every node leaves the metric as it is: there is nothing to learn a mask for")
     longest = prompts.clean.n_positions  # a batch is trimmed to its own longest prompt

@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from circuits.attribution.nodes import Nodes, SiteNodes, count, select_nodes
+from circuits.attribution.nodes import Nodes, SiteNodes, count, joined, select_nodes
 from circuits.circuit import Circuit
 from circuits.faithfulness.ablation import AblationValues, ablation_edits
 from circuits.faithfulness.optimal_ablation import Gain, ablation_values, gain
@@ -162,8 +162,8 @@ def _record(
 
 def shares(m: torch.Tensor) -> torch.Tensor:
     """(m(C) - m(0)) / (m(M) - m(0)) for every set C; m [..., 2 + sets] begins with m(M) and m(0)."""
-    whole, empty = m[..., :1], m[..., 1:2]
-    return (m[..., 2:] - empty) / (whole - empty)
+    m_model, m_empty = m[..., :1], m[..., 1:2]
+    return (m[..., 2:] - m_empty) / (m_model - m_empty)
 
 
 def share_intervals(m_all: torch.Tensor, groups: torch.Tensor, bootstrap: Bootstrap) -> torch.Tensor:
@@ -186,8 +186,8 @@ def _intervals(
     weights = [area([0.0] * k + [1.0] + [0.0] * (n - k), [0, *sizes], n_nodes) for k in range(n + 1)]
     inside = torch.tensor(weights, dtype=m_all.dtype)  # [1 + n] of no node, and of each size
     side = torch.where(shares(m_all.mean(1))[:n] <= 1, 1.0, -1.0).to(m_all)  # [n] sign of 1 - f
-    gained, whole = faithful - m_empty, m_model - m_empty
-    areas = torch.stack([inside[1:] @ gained, inside[0] * whole + (inside[1:] * side) @ (whole - gained)])
+    gained, behaviour = faithful - m_empty, m_model - m_empty
+    areas = torch.stack([inside[1:] @ gained, inside[0] * behaviour + (inside[1:] * side) @ (behaviour - gained)])
     bootstrap = Bootstrap(resamples=options.resamples, seed=options.seed)
     bounds = share_intervals(torch.cat([m_all[:2], faithful, without, areas + m_empty]), groups, bootstrap).tolist()
     lowest, highest = bounds[-1]
@@ -201,15 +201,11 @@ def _with_errors(sets: Sequence[tuple[Nodes, bool]], nodes: Nodes, errors: str) 
 
     def add(chosen: Nodes) -> Nodes:
         full = {}
-        for site, site_nodes in nodes.items():
-            kept_or_removed = chosen.get(site, site_nodes[:0])
-            full[site] = SiteNodes(
-                kept_or_removed.n_features,
-                torch.cat([kept_or_removed.feature, torch.tensor([kept_or_removed.n_features])]),
-                torch.cat([kept_or_removed.position, torch.tensor([-1])]),
-                torch.cat([kept_or_removed.effect, torch.zeros(1)]),
-                kept_or_removed.spans,
+        for site, of_site in nodes.items():
+            error = SiteNodes(
+                of_site.n_features, torch.tensor([of_site.n_features]), torch.tensor([-1]), torch.zeros(1)
             )
+            full[site] = joined(chosen.get(site, of_site[:0]), error)
         return full
 
     return [(add(chosen) if keep == (errors == "keep") else chosen, keep) for chosen, keep in sets]

@@ -92,21 +92,17 @@ class NodeFaithfulness(Result):
         """One row a size: nodes, faithfulness, completeness, with their intervals where there are any, and the smallest
         and largest faithfulness of random circuits.
         """
-        frame = pd.DataFrame({"nodes": self.sizes})
+        curves = pd.DataFrame({"nodes": self.sizes})
         for name in ("faithfulness", "completeness"):
-            frame[name] = getattr(self, name)
+            curves[name] = getattr(self, name)
             if self.intervals:
-                frame[[f"{name}_low", f"{name}_high"]] = getattr(self.intervals, name)
-        return _with_random(frame, self.random)
+                curves[[f"{name}_low", f"{name}_high"]] = getattr(self.intervals, name)
+        return _with_random(curves, self.random)
 
     def table(self) -> str:
         """One row a size."""
-        table = pd.DataFrame({"nodes": self.sizes}).astype(str)
-        table["faithfulness"] = [f"{value:.3f}" for value in self.faithfulness]
-        if self.intervals:
-            table["95 %"] = [format_interval(bounds) for bounds in self.intervals.faithfulness]
-        if self.random:
-            table["random"] = _random_ranges(self.random)
+        bounds = self.intervals.faithfulness if self.intervals else []
+        table = _curve_table("nodes", self.sizes, self.faithfulness, bounds, self.random)
         table["completeness"] = [f"{value:.3f}" for value in self.completeness]
         if self.intervals:
             texts = [format_interval(bounds) for bounds in self.intervals.completeness]
@@ -199,19 +195,14 @@ class EdgeFaithfulness(Result):
 
     def to_frame(self) -> pd.DataFrame:
         """One row a size: edges, faithfulness with its interval, and the smallest and largest of random edges."""
-        frame = pd.DataFrame({"edges": self.sizes, "faithfulness": self.faithfulness})
+        curve = pd.DataFrame({"edges": self.sizes, "faithfulness": self.faithfulness})
         if self.intervals:
-            frame[["faithfulness_low", "faithfulness_high"]] = self.intervals
-        return _with_random(frame, self.random)
+            curve[["faithfulness_low", "faithfulness_high"]] = self.intervals
+        return _with_random(curve, self.random)
 
     def table(self) -> str:
         """One row a size, and the ends of the curve in a line."""
-        table = pd.DataFrame({"edges": self.sizes}).astype(str)
-        table["faithfulness"] = [f"{value:.3f}" for value in self.faithfulness]
-        if self.intervals:
-            table["95 %"] = [format_interval(pair) for pair in self.intervals]
-        if self.random:
-            table["random"] = _random_ranges(self.random)
+        table = _curve_table("edges", self.sizes, self.faithfulness, self.intervals, self.random)
         end = f"{self.n_edges} edges have a weight; with all {self.n_nodes} nodes joined {self.all_joined:.3f}"
         return f"{format_table(table)}\n{end}"
 
@@ -255,13 +246,26 @@ def cmd(faithfulness: Sequence[float], sizes: Sequence[int], n_nodes: int) -> fl
     return area([1.0, *(abs(1 - f) for f in faithfulness)], [0, *sizes], n_nodes)
 
 
-def _random_ranges(random: Sequence[Sequence[float]]) -> list[str]:
-    """What random sets had at each size, as `-0.02 to +0.11`."""
-    return [f"{signed(min(values))} to {signed(max(values))}" for values in zip(*random, strict=True)]
+def _curve_table(
+    unit: str,
+    sizes: Sequence[int],
+    faithfulness: Sequence[float],
+    intervals: Sequence[list[float]],
+    random: Sequence[Sequence[float]],
+) -> pd.DataFrame:
+    """Texts, one row a size: faithfulness, its interval, and what random sets had, as `-0.02 to +0.11`."""
+    table = pd.DataFrame({unit: sizes}).astype(str)
+    table["faithfulness"] = [f"{value:.3f}" for value in faithfulness]
+    if intervals:
+        table["95 %"] = [format_interval(bounds) for bounds in intervals]
+    if random:
+        ranges = [(min(values), max(values)) for values in zip(*random, strict=True)]
+        table["random"] = [f"{signed(low)} to {signed(high)}" for low, high in ranges]
+    return table
 
 
-def _with_random(frame: pd.DataFrame, random: Sequence[Sequence[float]]) -> pd.DataFrame:
-    return frame.assign(random_min=np.min(random, 0), random_max=np.max(random, 0)) if random else frame
+def _with_random(curves: pd.DataFrame, random: Sequence[Sequence[float]]) -> pd.DataFrame:
+    return curves.assign(random_min=np.min(random, 0), random_max=np.max(random, 0)) if random else curves
 
 
 def signed(value: float) -> str:

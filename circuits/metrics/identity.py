@@ -71,8 +71,8 @@ def _described(value: Any, module: str | None, depth: int) -> str:
         data = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
         return f"tensor {value.dtype} {tuple(value.shape)} {hashlib.sha256(data).hexdigest()}"
     if isinstance(value, list | tuple | set | frozenset):
-        parts = [inner(item) for item in value]
-        return f"{type(value).__name__}({', '.join(sorted(parts) if isinstance(value, set | frozenset) else parts)})"
+        items = [inner(item) for item in value]
+        return f"{type(value).__name__}({', '.join(sorted(items) if isinstance(value, set | frozenset) else items)})"
     if isinstance(value, Mapping):
         return f"map({', '.join(sorted(f'{inner(key)}: {inner(item)}' for key, item in value.items()))})"
     if isinstance(value, ModuleType):

@@ -327,11 +327,6 @@ def mean_accuracy(model: LanguageModel, prompts: PromptSet, *, batch_size: int =
     return torch.cat([correct(logits, batch) for batch, logits in batches]).float().mean().item()
 
 
-def accuracy(logits: Tensor, prompts: PromptSet) -> float:
-    """Share of prompts answered rightly (see `correct`)."""
-    return correct(logits, prompts).float().mean().item()
-
-
 def _load_module(name: str) -> Any:
     """A module by dotted name, or from a Python file."""
     if not name.endswith(".py"):

@@ -36,8 +36,7 @@ from torch import Tensor
 
 from circuits.prompts.alignment import Group, commonest_fits, length_keys, mask_keys, span_groups, span_keys, words_of
 from circuits.prompts.formats import Example, read_examples
-from circuits.prompts.reader import Reader, Row, check_ids
-from circuits.prompts.selection import choose
+from circuits.prompts.reader import Reader, Row, check_ids, choose
 from circuits.prompts.spans import has_fields, number_spans
 from sae.errors import UserError, unknown
 from sae.model.language_model import LanguageModel, Tokens

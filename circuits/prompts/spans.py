@@ -140,8 +140,8 @@ def template_fields(template: str) -> tuple[tuple[bool, str], ...]:
     if twice or OTHER in names:
         why = f"names {twice!r} twice" if twice else f"uses the name {OTHER!r} of tokens outside all spans"
         raise UserError(f"span template {template!r} {why}: give the field another name")
-    parts = [part for text, name, _, _ in parsed for part in ((False, text), (True, name or ""))]
-    return tuple((is_field, part) for is_field, part in parts if part)
+    pieces = [part for text, name, _, _ in parsed for part in ((False, text), (True, name or ""))]
+    return tuple((is_field, part) for is_field, part in pieces if part)
 
 
 def spans_of_template(template: str, text: str) -> dict[str, Span]:
@@ -150,16 +150,16 @@ def spans_of_template(template: str, text: str) -> dict[str, Span]:
     A field is text that neither begins nor ends with white space. In how many ways the rest of the template fits from
     each character on is counted from its last part to its first, in time parts x characters.
     """
-    parts = template_fields(template)
+    pieces = template_fields(template)
     ways = [[0] * len(text) + [1]]  # ways[0] is of the rest from the present part on; 2 stands for several
-    for is_field, part in reversed(parts):
+    for is_field, part in reversed(pieces):
         ways.insert(0, _ways_of_field(ways[0], text) if is_field else _ways_of_literal(part, ways[0], text))
     if ways[0][0] == 0:
         raise SpanProblem("does not fit the span template")
     if ways[0][0] > 1:
         raise SpanProblem("fits the span template in more than one way")
     spans, start = {}, 0
-    for (is_field, part), behind in zip(parts, ways[1:], strict=True):
+    for (is_field, part), behind in zip(pieces, ways[1:], strict=True):
         end = start + len(part)
         if is_field:
             end = next(i for i in range(start + 1, len(text) + 1) if behind[i] and not text[i - 1].isspace())

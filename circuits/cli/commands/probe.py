@@ -93,7 +93,7 @@ class ProbeCommand(Common, Overwrites, HasModel):
     def _labelled(self) -> tuple[list[Example], list[str]]:
         """Texts and labels of the file."""
         from circuits.prompts.formats import read_rows
-        from circuits.prompts.selection import first_rows
+        from circuits.prompts.reader import first_rows
 
         texts, labels = [], []
         for row, example, where in read_rows(self.prompts, TEXT_KEYS):

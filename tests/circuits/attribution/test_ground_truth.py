@@ -12,7 +12,7 @@ from circuits.attribution.nodes import count
 from circuits.circuit import Circuit
 from circuits.discovery.discover import discover
 from circuits.faithfulness.nodes import FaithfulnessOptions, measure_faithfulness
-from circuits.metrics.metrics import accuracy, last_logits, logit_difference
+from circuits.metrics.metrics import correct, last_logits, logit_difference
 from circuits.options import DiscoverOptions
 from sae.splice import check_saes
 from tests.circuits.ground_truth import GroundTruth, agreement, induction, recovery
@@ -59,7 +59,7 @@ def every_node(task: str, circuit: Circuit) -> set[str]:
 @pytest.mark.parametrize("task", TASKS)
 def test_the_models_do_the_task_and_the_dictionaries_fit(task):
     truth = setting(task)
-    assert accuracy(last_logits(truth.model, truth.prompts), truth.prompts) == 1
+    assert correct(last_logits(truth.model, truth.prompts), truth.prompts).all()
     check_saes(truth.model, truth.saes)
     embed = next(iter(truth.saes))
     x = truth.model.run(truth.prompts.clean, capture=[embed]).activations[embed]

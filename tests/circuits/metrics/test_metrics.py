@@ -79,12 +79,14 @@ def test_last_logits_do_not_depend_on_batching(tiny_model, tiny_prompts):
 def test_accuracy(tiny_prompts, logits):
     clean = logits.gather(1, tiny_prompts.clean_answers[:, None])
     patch = logits.gather(1, tiny_prompts.patch_answers[:, None])
-    assert behaviour.accuracy(logits, tiny_prompts) == pytest.approx((clean > patch).float().mean().item())
+    assert behaviour.correct(logits, tiny_prompts).float().mean().item() == pytest.approx(
+        (clean > patch).float().mean().item()
+    )
     alone = replace(tiny_prompts, patch_answers=None)
     best = logits.clone()
     best[torch.arange(3), alone.clean_answers[:3]] = 100.0
     best[torch.arange(3, 8), (alone.clean_answers[3:] + 1) % logits.shape[1]] = 100.0
-    assert behaviour.accuracy(best, alone) == pytest.approx(3 / 8)
+    assert behaviour.correct(best, alone).float().mean() == pytest.approx(3 / 8)
 
 
 def test_metrics_by_name_and_from_users_files(tmp_path, logits, tiny_prompts):

@@ -6,7 +6,7 @@
    exact effect is the mean of noising and denoising. True nodes are those whose exact effect is at least `--share` of
    the behaviour, |m(patch) - m(clean)|.
 2. Every edge among the strongest `--nodes` nodes of (1) and to the metric is patched by itself in both directions
-   (`tests.path_patching`); true edges likewise.
+   (`circuits.attribution.path_patching`); true edges likewise.
 3. Each method's |effects| and |edge weights| are scored against that: AUROC, precision of as many of the strongest as
    are true, and Pearson correlation with the exact effects. Edges take the method's own gradient where it has one, and
    that at the clean prompt otherwise.
@@ -28,6 +28,7 @@ from circuits.attribution import METHODS, ActivationPair, Attribution, attribute
 from circuits.attribution.baselines import activation_difference
 from circuits.attribution.edges import Edges, edge_effects
 from circuits.attribution.nodes import Nodes, SiteNodes, aggregate, select_nodes
+from circuits.attribution.path_patching import path_effects
 from circuits.metrics.metrics import logit_difference
 from circuits.prompts.dataset import load_prompts
 from examples import agreement
@@ -39,7 +40,6 @@ from sae.saes import load_saes
 from sae.training.config import TrainConfig
 from sae.training.trainer import train_saes
 from tests.circuits.ground_truth import recovery
-from tests.path_patching import path_effects
 
 MAX_ROWS = 512
 

@@ -120,16 +120,10 @@ class _Story:
             "ablate",
             "What becomes of the model when its ten strongest features stay at their mean",
             AblateCommand(
-                prompts=self.test_prompts,
-                top=10,
-                operation="mean",
-                everywhere=True,
-                text=self.valid,
-                generate=2,
-                new_tokens=8,
-                **circuit,
+                prompts=self.test_prompts, top=10, operation="mean", everywhere=True, text=self.valid, generate=2,
+                new_tokens=8, **circuit,
             ),
-        )
+        )  # fmt: skip
         drawing: dict[str, Any] = {"circuit": out, "json": self.options.json}
         self._chapter(
             "draw",

@@ -13,11 +13,11 @@ from circuits.attribution import Attribution, capture_activations
 from circuits.attribution.attribution_patching import attribution_patching
 from circuits.attribution.edges import edge_effects
 from circuits.attribution.nodes import SiteNodes
+from circuits.attribution.path_patching import path_effects
 from circuits.metrics.metrics import logit_difference
 from sae.model.sites import Site
 from tests.circuits.attribution.test_ground_truth import TASKS, edge_scores, found, setting
 from tests.circuits.ground_truth import recovery
-from tests.path_patching import path_effects
 
 
 def some_nodes(saes, *, n: int = 3, position: int = -1):

@@ -245,7 +245,7 @@ class _SiteWindows:
         active = self._asked_about(encoder.encode_sparse(x[row, position]))
         row, position = row[active.token], position[active.token]
         self.n_tokens += int(counted.sum())
-        self.occurrences += tokens.input_ids[counted].bincount(minlength=len(self.occurrences)).cpu()
+        self.occurrences += tokens.input_ids[counted].cpu().bincount(minlength=len(self.occurrences))
         self.count += group_sizes(active.feature, len(self.indices)).cpu()
         self.total.index_add_(0, active.feature.cpu(), active.value.cpu().double())
         self.pairs.add(active.feature, tokens.input_ids[row, position], active.value)

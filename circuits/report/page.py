@@ -28,6 +28,7 @@ from circuits.report.sections import (
     share,
     signed,
 )
+from graphs.classes import find_classes
 from graphs.drawing.dot import to_svg
 from graphs.drawing.style import describe, visible
 from graphs.feature_graph import FeatureGraph
@@ -43,8 +44,8 @@ SECTIONS = [
     ("provenance", "How it was made"),
 ]
 """Anchors, which name the templates, and headings."""
-DRAWN_NODES = 120
-"""Nodes beyond which only the strongest are drawn; the circuit itself may hold more."""
+DRAWN_NODES, DRAWN_EDGES = 40, 150
+"""What is drawn at most, as by `sfc render`; the circuit itself may hold more."""
 CONTEXTS_SHOWN = 3
 """Contexts of a feature that stand open; the others unfold."""
 FEATURES_SHOWN = 20
@@ -110,6 +111,8 @@ def _values(run: RunFiles, *, features: int) -> dict[str, Any]:
         "method": METHOD_NAMES.get(method, method),
         "drawing": drawing(run.graph) if run.graph else "",
         "drawn_nodes": DRAWN_NODES,
+        "drawn_edges": DRAWN_EDGES,
+        "classes": find_classes(run.graph) if run.graph else None,
         "n_nodes": len(nodes),
         "curves": curve_blocks(run),
         "cards": [card(run.graph, node) for node in nodes[:features]] if run.graph else [],
@@ -126,4 +129,4 @@ def drawing(graph: FeatureGraph) -> Markup:
     """The graph as an inline SVG element, without the title and facts that the page has already."""
     plain = graph.subgraph(graph.graph)
     plain.metadata = {key: value for key, value in graph.metadata.items() if key in DRAWING_METADATA}
-    return Markup(to_svg(plain, nodes=DRAWN_NODES))
+    return Markup(to_svg(plain, nodes=DRAWN_NODES, edges=DRAWN_EDGES))

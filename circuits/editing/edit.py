@@ -1,7 +1,7 @@
 """Changing what a model does through its features, and measuring what that did.
 
-1. Choose features by name (`resid_3/120`, or at a span of the prompts alone `resid_3/120@subject`);
-   `Circuit.strongest_features(n)` names the strongest of a circuit.
+1. Choose features by name (`resid_3/120`, at a span of the prompts alone `resid_3/120@subject`, at the tokens
+   generated after them `resid_3/120@generated`); `Circuit.strongest_features(n)` names the strongest of a circuit.
 2. At each of their sites the activation x becomes x' = x + sum_i (f_i' - f_i) W_dec[i]. All other features and the
    error of the autoencoder stay as they are, so the edit does exactly what it says and nothing else:
 
@@ -18,17 +18,15 @@
    continuations (`circuits.editing.measures`); beside it the same edit of equally many random features that are active
    on the prompts (several draws), without which no drop of the metric means anything.
 
-Only the encoder rows of the edited features are computed; where features compete (top k) all of them must be.
-
-Shapes: B prompts, S positions, d model width, F features of a site, n edited features of a site, N tokens.
+Shapes: B prompts, S positions.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -36,12 +34,13 @@ from torch import Tensor
 from circuits.circuit import Circuit, FeatureNames
 from circuits.editing.measures import continuations, measure
 from circuits.editing.random_features import active_features, random_features
-from circuits.editing.results import Behaviour, EditReport
+from circuits.editing.results import Behaviour, Continuation, EditReport
+from circuits.editing.site_edit import check_operation, feature_means, make_edits
 from circuits.editing.targets import (
     EVERYWHERE,
+    GENERATED,
     Features,
     SpanEdits,
-    counted_activations,
     feature_names,
     parse_features,
     split_by_span,
@@ -53,14 +52,11 @@ from circuits.prompts.dataset import PromptSet
 from sae.autoencoder import SparseAutoencoder
 from sae.data.batches import token_batches
 from sae.data.predictions import cross_entropy
-from sae.errors import UserError, unknown
+from sae.errors import UserError
 from sae.model.hook_points import SiteEdit
 from sae.model.language_model import LanguageModel, Tokens
 from sae.model.sites import Site
-from sae.saes import as_saes
 from sae.splice import ensure_checked
-
-NEEDS_VALUE = ("set", "scale", "steer")
 
 SpanFeatures = Mapping[str, Features]
 """Edited features by the span or position of the prompts where they are edited; under "" those edited everywhere."""
@@ -76,7 +72,7 @@ class Edit:
 
     features: str | Sequence[str]
     """Names such as `resid_3/120`, comma-separated or in a list; `resid_3/120@subject` at a span of the prompts alone,
-    `resid_3/120@5` at a position.
+    `resid_3/120@5` at a position, `resid_3/120@generated` at the tokens generated after the prompts.
     """
     operation: Operation = "zero"
     """What the features become: see the head of this module."""
@@ -185,102 +181,6 @@ def _edit(
     return measure_edit(circuit.model, circuit.saes, edit, prompts, options, metric=circuit.metric)
 
 
-# ------------------------------------------------------------------------------------------ the edit itself
-
-
-class SiteFeatureEdit:
-    """x -> x' = x + sum_i (f_i' - f_i) W_dec[i] for the features `index` [n] of one site."""
-
-    def __init__(self, sae: SparseAutoencoder, index: Tensor, operation: Operation, value: Tensor | None = None):
-        self.index = index.to(sae.device)  # [n]
-        self.operation = operation
-        self.value = None if value is None else value.to(sae.device)  # [] or [n]
-        self.competing = sae.nonlinearity.needs_k
-        self.sae = sae if self.competing else sae.restrict(index)
-        self.W_dec = sae.W_dec[self.index]  # [n, d]
-
-    def features(self, x: Tensor) -> Tensor:
-        """f of the edited features: x [..., d] -> [..., n]."""
-        if not self.competing:
-            return self.sae.encode(x)
-        tokens = x.reshape(-1, x.shape[-1])  # [N, d]
-        active = self.sae.encode_sparse(tokens)
-        column = torch.full((self.sae.config.n_features,), -1, device=x.device)  # [F]
-        column[self.index] = torch.arange(len(self.index), device=x.device)
-        edited = column[active.feature] >= 0
-        f = torch.zeros(len(tokens), len(self.index), device=x.device)  # [N, n]
-        f[active.token[edited], column[active.feature[edited]]] = active.value[edited].float()
-        return f.reshape(*x.shape[:-1], -1)
-
-    def change(self, f: Tensor) -> Tensor:
-        """f' - f [..., n]."""
-        if self.operation == "zero":
-            return -f
-        assert self.value is not None
-        if self.operation == "scale":
-            return (self.value - 1) * f
-        return self.value - f
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self.operation == "steer":
-            assert self.value is not None
-            return x + (self.value.expand(len(self.index)) @ self.W_dec).to(x.dtype)
-        return x + (self.change(self.features(x)) @ self.W_dec).to(x.dtype)
-
-
-def make_edits(
-    saes: Mapping[Site, SparseAutoencoder],
-    features: Features,
-    *,
-    operation: Operation = "zero",
-    value: float | None = None,
-    means: Mapping[Site, Tensor] | None = None,
-) -> dict[Site, SiteEdit]:
-    """Edits by site, for `LanguageModel.run` and `LanguageModel.generate`. means: [n] by site, for `mean`."""
-    check_operation(operation, value)
-    if operation == "mean" and means is None:
-        raise UserError("the operation 'mean' needs the means of the features: see feature_means")
-    constant = None if value is None else torch.tensor(float(value))
-    targets = means if operation == "mean" and means is not None else dict.fromkeys(features, constant)
-    return {site: SiteFeatureEdit(saes[site], index, operation, targets[site]) for site, index in features.items()}
-
-
-def check_operation(operation: str, value: float | None) -> None:
-    """`UserError` unless the operation is known and has a value exactly where it needs one."""
-    if operation not in get_args(Operation):
-        raise unknown("operation", operation, get_args(Operation))
-    if operation in NEEDS_VALUE and value is None:
-        raise UserError(f"the operation {operation!r} needs a value")
-    if value is not None and not math.isfinite(value):
-        raise UserError(f"value is {value}: it must be a finite number")
-    if operation not in NEEDS_VALUE and value is not None:
-        raise UserError(f"the operation {operation!r} takes no value (given {value}); {', '.join(NEEDS_VALUE)} do")
-
-
-@torch.no_grad()
-def feature_means(
-    model: LanguageModel,
-    saes: Mapping[Site, SparseAutoencoder],
-    features: Features,
-    batches: Sequence[Tokens],
-    *,
-    where: Sequence[Tensor] | None = None,
-) -> dict[Site, Tensor]:
-    """Mean of each chosen feature over all tokens (special tokens aside) of the batches, or those of `where` ([B, S]
-    bool each): [n] by site.
-    """
-    readers = {site: SiteFeatureEdit(saes[site], index, "zero") for site, index in features.items()}
-    sums = {site: torch.zeros(len(index), device=as_saes(saes).device) for site, index in features.items()}
-    n_tokens = 0
-    masks: Sequence[Tensor | None] = where or [None] * len(batches)
-    for tokens, mask in zip(batches, masks, strict=True):
-        activations = counted_activations(model, tokens, features, mask)
-        n_tokens += len(next(iter(activations.values())))
-        for site, x in activations.items():
-            sums[site] += readers[site].features(x).sum(0)
-    return {site: total / max(n_tokens, 1) for site, total in sums.items()}
-
-
 # ------------------------------------------------------------------------------------------ editing and measuring
 
 
@@ -294,6 +194,19 @@ def measure_edit(
     metric: str | Metric | None = None,
 ) -> EditReport:
     """Edit features of any SAEs and report what that does; metric: the logit difference by default."""
+    return prepare_trial(model, saes, edit, prompts, options, metric=metric).report()
+
+
+def prepare_trial(
+    model: LanguageModel,
+    saes: Mapping[Site, SparseAutoencoder],
+    edit: Edit,
+    prompts: PromptSet,
+    options: EditOptions | None = None,
+    *,
+    metric: str | Metric | None = None,
+) -> Trial:
+    """Check an edit against SAEs and prompts, and make everything ready to measure it; see `measure_edit`."""
     options = options or EditOptions()
     features = edit.by_span(saes)
     if options.texts and set(features) != {EVERYWHERE}:
@@ -301,34 +214,18 @@ def measure_edit(
             "other text has no spans of the prompts: leave it out, or edit the features at all tokens (--everywhere, "
             "in Python names without @)"
         )
+    if GENERATED in features and GENERATED in prompts.spans:
+        raise UserError(
+            f"@{GENERATED} stands for generated tokens, and these prompts have a span of that name: rename it"
+        )
     ensure_checked(model, saes, {site for of_span in features.values() for site in of_span})
     m = get_metric(metric or logit_difference)
     texts = list(token_batches(model, sorted(options.texts, key=len), max_tokens=None, batch_size=16))
-    trial = _Trial(model, saes, prepare(prompts, model, m), texts, edit, m, options)
-    draws = trial.draw_random_features(features)
-    n_edited, n_drawn = _count(features), min(map(_count, draws), default=0)
-    draws = draws if n_drawn else []
-    edits = trial.edits(features)
-    return EditReport(
-        features=_names(features),
-        operation=edit.operation,
-        value=edit.value,
-        metric=metric_title(m, trial.prompts),
-        shares=has_shares(m),
-        n_prompts=len(prompts),
-        n_texts=len(options.texts),
-        before=trial.behaviour(SpanEdits({})),
-        after=trial.behaviour(edits),
-        random=[trial.behaviour(trial.edits(draw)) for draw in draws],
-        random_features=[_names(draw) for draw in draws],
-        random_left=n_drawn if options.n_random and n_drawn < n_edited else None,
-        continuations=continuations(model, trial.prompts, edits, n=options.generate, new_tokens=options.new_tokens),
-        seed=options.seed,
-    )
+    return Trial(model, saes, prepare(prompts, model, m), texts, edit, m, options)
 
 
 @dataclass(frozen=True)
-class _Trial:
+class Trial:
     """One way to edit features, whichever they are, and what is measured of the edited model."""
 
     model: LanguageModel
@@ -340,26 +237,37 @@ class _Trial:
     metric: Metric
     options: EditOptions
 
-    def draw_random_features(self, like: SpanFeatures) -> list[dict[str, dict[Site, Tensor]]]:
-        """Draws of as many random active features as are edited, at the same spans."""
+    @cached_property
+    def features(self) -> SpanFeatures:
+        """The edited features."""
+        return self.edit.by_span(self.saes)
+
+    @cached_property
+    def edits(self) -> SpanEdits:
+        """The edits of these features."""
+        return self.edits_of(self.features)
+
+    @cached_property
+    def draws(self) -> list[dict[str, dict[Site, Tensor]]]:
+        """Draws of as many random active features, at the same spans; fewer where there are not as many."""
         if not self.options.n_random:
             return []
         generator = torch.Generator().manual_seed(self.options.seed)
-        size = self.options.batch_size
+        size, same_sites = self.options.batch_size, self.options.same_sites
         active = {
-            span: active_features(self.model, self.saes, self.prompts, span=span, batch_size=size) for span in like
+            span: active_features(self.model, self.saes, self.prompts, span=span, batch_size=size)
+            for span in self.features
         }
-        same_sites = self.options.same_sites
         return [
             {
                 span: random_features(active[span], features, generator=generator, same_sites=same_sites)
-                for span, features in like.items()
+                for span, features in self.features.items()
             }
             for _ in range(self.options.n_random)
         ]
 
-    def edits(self, features: SpanFeatures) -> SpanEdits:
-        """The edits of features at their spans."""
+    def edits_of(self, features: SpanFeatures) -> SpanEdits:
+        """The same edit of other features."""
         return SpanEdits({span: self._edits_at(span, of_span) for span, of_span in features.items()})
 
     def _edits_at(self, span: str, features: Features) -> dict[Site, SiteEdit]:
@@ -378,6 +286,31 @@ class _Trial:
         scores = measure(self.model, self.prompts, edits=edits, metric=self.metric, batch_size=size)
         ce = cross_entropy(self.model, self.texts, edits=edits(self.prompts[:1])) if self.texts else None
         return replace(scores, ce=ce)
+
+    def report(self, continued: Sequence[Continuation] | None = None) -> EditReport:
+        """Everything that is measured; `continued`: the continuations, where they are there already."""
+        options = self.options
+        n_edited, n_drawn = _count(self.features), min(map(_count, self.draws), default=0)
+        draws = self.draws if n_drawn else []
+        if continued is None:
+            n, new_tokens = options.generate, options.new_tokens
+            continued = continuations(self.model, self.prompts, self.edits, n=n, new_tokens=new_tokens)
+        return EditReport(
+            features=_names(self.features),
+            operation=self.edit.operation,
+            value=self.edit.value,
+            metric=metric_title(self.metric, self.prompts),
+            shares=has_shares(self.metric),
+            n_prompts=len(self.prompts),
+            n_texts=len(options.texts),
+            before=self.behaviour(SpanEdits({})),
+            after=self.behaviour(self.edits),
+            random=[self.behaviour(self.edits_of(draw)) for draw in draws],
+            random_features=[_names(draw) for draw in draws],
+            random_left=n_drawn if options.n_random and n_drawn < n_edited else None,
+            continuations=list(continued),
+            seed=options.seed,
+        )
 
 
 def _count(features: SpanFeatures) -> int:

@@ -5,6 +5,8 @@ Shapes: B prompts, S positions, V tokens of the vocabulary.
 
 from __future__ import annotations
 
+from typing import Any
+
 from circuits.editing.results import Behaviour, Continuation, Score
 from circuits.editing.targets import SpanEdits
 from circuits.metrics import metrics as behaviour
@@ -53,12 +55,16 @@ def continuations(
         return []
     turn = [prompts.cases[:row].count(case) for row, case in enumerate(prompts.cases)]
     chosen = prompts[sorted(range(len(prompts)), key=lambda row: (turn[row], row))[:n]]
-    width = chosen.clean.input_ids.shape[1]
+    before, after = (continued(model, chosen, each, new_tokens=new_tokens) for each in (SpanEdits({}), edits))
+    return [Continuation(*texts) for texts in zip(chosen.texts, before, after, strict=True)]
 
-    def continued(edits: SpanEdits | None) -> list[str]:
-        placed, later = (edits(chosen), edits.later) if edits else ({}, {})
-        ids = model.generate(chosen.clean, max_new_tokens=new_tokens, edits=placed, later_edits=later)  # [n, S + new]
-        return [model.tokenizer.decode(row, skip_special_tokens=True) for row in ids[:, width:].tolist()]
 
-    pairs = zip(chosen.texts, continued(None), continued(edits), strict=True)
-    return [Continuation(prompt, before, after) for prompt, before, after in pairs]
+def continued(
+    model: LanguageModel, prompts: PromptSet, edits: SpanEdits, *, new_tokens: int, **options: Any
+) -> list[str]:
+    """What the edited model says after each prompt, greedily; options: of `LanguageModel.generate`."""
+    width = prompts.clean.n_positions
+    ids = model.generate(
+        prompts.clean, max_new_tokens=new_tokens, edits=edits(prompts), later_edits=edits.later, **options
+    )  # [B, S + new]
+    return [model.tokenizer.decode(row, skip_special_tokens=True) for row in ids[:, width:].tolist()]

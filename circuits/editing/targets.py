@@ -1,5 +1,5 @@
 """Which features are edited, and where: `resid_3/120` everywhere, `resid_3/120@subject` at a named span of the prompts
-alone, `resid_3/120@5` at a token position.
+alone, `resid_3/120@5` at a token position, `resid_3/120@generated` at the tokens that are generated after the prompts.
 
 x' = x + sum over spans of where * (edit(x) - x): what is edited at one span does not see what is at another. Spans
 belong to the prompts: in generation they are the prompt's tokens, never later ones, and other text has none.
@@ -24,6 +24,8 @@ from sae.model.sites import Site
 from sae.saes import as_saes
 
 EVERYWHERE = ""
+GENERATED = "generated"
+"""Where only generated tokens are edited; prompts are not, so that what is measured on them stays as it is."""
 Features = Mapping[Site, Tensor]
 """Chosen features: site -> their indices [n] int64."""
 
@@ -85,14 +87,14 @@ def split_by_span(names: str | Sequence[str]) -> dict[str, list[str]]:
 
 
 def needs_spans(names: str | Sequence[str]) -> bool:
-    """Whether one of the names has a span as its span."""
-    return any(span and not span.isdecimal() for span in split_by_span(names))
+    """Whether one of the names has a span of the prompts as its span."""
+    return any(span not in (EVERYWHERE, GENERATED) and not span.isdecimal() for span in split_by_span(names))
 
 
 def tokens_at(prompts: PromptSet, span: str) -> Tensor:
-    """[B, S] bool: the tokens of a span, real ones everywhere for the empty span."""
+    """[B, S] bool: the tokens of a span; all real ones for the empty span and for `GENERATED`, which continues them."""
     real = prompts.clean.attention_mask.bool()
-    if span == EVERYWHERE:
+    if span in (EVERYWHERE, GENERATED):
         return real
     if span.isdecimal() and span not in prompts.spans:
         inside = (prompts.clean.position_ids == int(span)) & real
@@ -113,35 +115,33 @@ class SpanEdits:
         self.edits = edits
 
     @property
-    def everywhere(self) -> bool:
-        """Whether no edit has a span."""
-        return set(self.edits) <= {EVERYWHERE}
-
-    @property
     def later(self) -> dict[Site, SiteEdit]:
-        """The edits of tokens that are generated after the prompts: those without a span."""
-        return dict(self.edits.get(EVERYWHERE, {}))
+        """The edits of tokens that are generated after the prompts: those without a span, and of `GENERATED`."""
+        return self._joined({EVERYWHERE: None, GENERATED: None})
 
     def __call__(self, prompts: PromptSet) -> dict[Site, SiteEdit]:
         """Edits for `LanguageModel.run` and `generate` of the clean prompts."""
-        if self.everywhere:
-            return self.later
-        where = {span: tokens_at(prompts, span)[..., None] for span in self.edits if span != EVERYWHERE}
-        sites = {site for edits in self.edits.values() for site in edits}
+        spans = [span for span in self.edits if span != GENERATED]
+        return self._joined(
+            {span: None if span == EVERYWHERE else tokens_at(prompts, span)[..., None] for span in spans}
+        )
+
+    def _joined(self, where: Mapping[str, Tensor | None]) -> dict[Site, SiteEdit]:
+        """One edit a site of those at the spans `where`, each at its tokens ([B, S, 1] bool) or at all."""
+        by_span = {span: edits for span, edits in self.edits.items() if span in where}
+        if list(by_span) == [EVERYWHERE]:
+            return dict(by_span[EVERYWHERE])
 
         def edit_of(site: Site) -> SiteEdit:
             def edit(x: Tensor) -> Tensor:
                 result = x
-                for span, edits in self.edits.items():
+                for span, edits in by_span.items():
                     if site not in edits:
                         continue
-                    change = edits[site](x) - x
-                    if span == EVERYWHERE:
-                        result = result + change
-                    else:
-                        result = torch.where(where[span], result + change, result)
+                    changed, tokens = result + (edits[site](x) - x), where[span]
+                    result = changed if tokens is None else torch.where(tokens, changed, result)
                 return result
 
             return edit
 
-        return {site: edit_of(site) for site in sites}
+        return {site: edit_of(site) for edits in by_span.values() for site in edits}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from circuits.cli.options import HasTestPrompts, Named, Output, RunsCircuit, UsesSaes
 from circuits.cli.results import MADE_WITH, different_options, digest_of, made_with, read_result
@@ -18,6 +18,10 @@ from sae._run.locks import lock
 from sae.data.text import TextSource
 from sae.errors import UserError
 
+if TYPE_CHECKING:
+    from circuits.circuit import Circuit
+    from circuits.editing.edit import Trial
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Edit(UsesSaes, Named, HasTestPrompts, RunsCircuit):
@@ -26,7 +30,9 @@ class _Edit(UsesSaes, Named, HasTestPrompts, RunsCircuit):
     top: Positive | None = None
     """Edit the n strongest features of the circuit."""
     features: str | None = None
-    """Edit these features, such as resid_3/120,mlp_2/7; at a span of the prompts alone, such as resid_3/120@subject."""
+    """Edit these features, such as resid_3/120,mlp_2/7; at a span of the prompts alone, such as resid_3/120@subject, or
+    at generated tokens alone, resid_3/120@generated.
+    """
     everywhere: bool = False
     """Edit the features of a circuit by span or position at all tokens, which --text needs."""
     text: str | None = None
@@ -56,11 +62,19 @@ class _Edit(UsesSaes, Named, HasTestPrompts, RunsCircuit):
     def _edit(self, operation: Operation, value: float | None) -> Output:
         from circuits.circuit import circuit_folder
         from circuits.cli.common import load_circuit, record
-        from circuits.editing.edit import Edit, EditOptions, measure_edit
+
+        path, made_with_these = self.file(operation, value)
+        report = self.trial(load_circuit(self), operation, value).report()
+        data = {**report.to_dict(), MADE_WITH: made_with_these}
+        write_json(path, data)
+        record(circuit_folder(self.circuit).parent, f"edit {path.stem}", self)
+        return Output(f"{report.text()}\nwrote {path}", data)
+
+    def trial(self, circuit: Circuit, operation: Operation, value: float | None) -> Trial:
+        """The edit of a circuit that is loaded, ready to be measured."""
+        from circuits.editing.edit import Edit, EditOptions, prepare_trial
         from circuits.editing.targets import needs_spans
 
-        path, made_with_these = self._file(operation, value)
-        circuit = load_circuit(self)
         names: Sequence[str] | str = self.features or circuit.strongest_features(self.top or 0)
         if self.everywhere:
             listed = names.split(",") if isinstance(names, str) else names
@@ -75,13 +89,9 @@ class _Edit(UsesSaes, Named, HasTestPrompts, RunsCircuit):
             seed=self.seed,
         )
         edit = Edit(names, operation, value)
-        report = measure_edit(circuit.model, circuit.saes, edit, prompts, options, metric=circuit.metric)
-        data = {**report.to_dict(), MADE_WITH: made_with_these}
-        write_json(path, data)
-        record(circuit_folder(self.circuit).parent, f"edit {path.stem}", self)
-        return Output(f"{report.text()}\nwrote {path}", data)
+        return prepare_trial(circuit.model, circuit.saes, edit, prompts, options, metric=circuit.metric)
 
-    def _file(self, operation: Operation, value: float | None) -> tuple[Path, dict[str, Any]]:
+    def file(self, operation: Operation, value: float | None) -> tuple[Path, dict[str, Any]]:
         """edits/NAME.json and what it is made with; without a name, one made from the edit, with a digest where there
         is another edit of that name.
         """

@@ -314,6 +314,19 @@ def test_edits_at_a_span_change_its_tokens_alone(tiny_model, tiny_prompts, tiny_
     assert positions.after.overall.metric == pytest.approx(m, abs=1e-4)
 
 
+def test_edits_of_generated_tokens_leave_the_prompts_alone(tiny_model, tiny_prompts, tiny_saes):
+    report = editing.measure_edit(
+        tiny_model, tiny_saes, editing.Edit("resid_1/3@generated", "steer", 60.0), tiny_prompts[:2],
+        editing.EditOptions(n_random=1, generate=1, new_tokens=3),
+    )  # fmt: skip
+    assert report.after.overall == report.before.overall and report.features == ["resid_1/3@generated"]
+    edit = editing.make_edits(tiny_saes, {Site("resid", 1): torch.tensor([3])}, operation="steer", value=60.0)
+    clean = tiny_prompts[0].clean
+    ids = tiny_model.generate(clean, max_new_tokens=3, later_edits=edit)[0, clean.n_positions :].tolist()
+    assert report.continuations[0].after == tiny_model.tokenizer.decode(ids, skip_special_tokens=True)
+    assert report.continuations[0].after != report.continuations[0].before
+
+
 def test_the_mean_of_a_span_is_that_of_its_tokens(tiny_model, tiny_prompts, tiny_saes):
     site = Site.parse("mlp_0")
     x = tiny_model.run(tiny_prompts.clean, capture=[site]).activations[site]

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from sae.evaluation.results import Evaluation
     from sae.features.contexts import FeatureSummaries, FeatureSummary, top_contexts
     from sae.features.matching import Match, match_by_activation, match_features
+    from sae.features.options import FeaturePageOptions
+    from sae.features.page import FeaturePage, FeaturePages
+    from sae.features.pages import feature_pages
     from sae.formats import load_sae, save_sae
     from sae.model.language_model import LanguageModel
     from sae.model.load import load_model
@@ -39,6 +42,9 @@ _MODULES = {
     "evaluation.results": ("Evaluation",),
     "features.contexts": ("FeatureSummaries", "FeatureSummary", "top_contexts"),
     "features.matching": ("Match", "match_by_activation", "match_features"),
+    "features.options": ("FeaturePageOptions",),
+    "features.page": ("FeaturePage", "FeaturePages"),
+    "features.pages": ("feature_pages",),
     "formats": ("load_sae", "save_sae"),
     "model.language_model": ("LanguageModel",),
     "model.load": ("load_model",),
@@ -51,10 +57,10 @@ _MODULES = {
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
-    "Evaluation", "FeatureSummaries", "FeatureSummary", "FinetuneConfig", "LanguageModel", "Match", "SAEConfig", "SAEs",
-    "Site", "SparseAutoencoder", "TextSource", "TrainConfig", "UserError", "evaluate_saes", "finetune_saes",
-    "load_model", "load_sae", "load_saes", "match_by_activation", "match_features", "save_sae", "top_contexts",
-    "train_saes",
+    "Evaluation", "FeaturePage", "FeaturePageOptions", "FeaturePages", "FeatureSummaries", "FeatureSummary",
+    "FinetuneConfig", "LanguageModel", "Match", "SAEConfig", "SAEs", "Site", "SparseAutoencoder", "TextSource",
+    "TrainConfig", "UserError", "evaluate_saes", "feature_pages", "finetune_saes", "load_model", "load_sae",
+    "load_saes", "match_by_activation", "match_features", "save_sae", "top_contexts", "train_saes",
 ]  # fmt: skip
 
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +32,7 @@ from sae.data.batches import counted_tokens, token_batches
 from sae.data.text import TextSource
 from sae.errors import UserError, unknown
 from sae.features.matching import nearest_features
+from sae.features.sketches import TokenSums
 from sae.model.language_model import LanguageModel, Tokens
 from sae.model.sites import Site
 from sae.saes import as_saes
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 CHUNK_BYTES = 64 * 2**20
 POOL_FACTOR = 4
 """Windows kept for each one shown, so that windows with the same words can be dropped."""
-PENDING_PAIRS = 2**20
 NO_TOKEN = -1
 PRIOR = 5
 """Occurrences with activation zero that every token is taken to have beside its own."""
@@ -235,7 +234,7 @@ class _SiteWindows:
         self.peak = torch.zeros(slots, pool)  # [n, P] activation at the peak, 0 where the pool has none yet
         self.window_ids = torch.full((slots, pool, width), NO_TOKEN, dtype=torch.int32)
         self.window_values = torch.zeros(slots, pool, width)
-        self.pairs = _PairSums(vocab_size)
+        self.tokens = TokenSums(slots, vocab_size)
         self.occurrences = torch.zeros(vocab_size, dtype=torch.int64)
 
     def update(self, x: Tensor, tokens: Tokens, counted: Tensor) -> None:
@@ -248,7 +247,7 @@ class _SiteWindows:
         self.occurrences += tokens.input_ids[counted].cpu().bincount(minlength=len(self.occurrences))
         self.count += group_sizes(active.feature, len(self.indices)).cpu()
         self.total.index_add_(0, active.feature.cpu(), active.value.cpu().double())
-        self.pairs.add(active.feature, tokens.input_ids[row, position], active.value)
+        self.tokens.add(active.feature.cpu(), tokens.input_ids[row, position].cpu(), active.value.cpu())
 
         ids = torch.where(tokens.attention_mask.bool(), tokens.input_ids, NO_TOKEN).int().cpu()
         step = max(1, CHUNK_BYTES // (4 * counted.numel()))
@@ -290,7 +289,7 @@ class _SiteWindows:
         index = torch.tensor(self.indices, device=W_dec.device)
         top, bottom = logit_effect(model, W_dec[index], k=n_tokens)
         cosine, neighbour = nearest_features(W_dec, index, k=n_neighbours)
-        top_ids = self.pairs.top(len(self.indices), n_tokens, self.occurrences)
+        top_ids = self.tokens.top(n_tokens, self.occurrences, PRIOR)
         return [
             FeatureSummary(
                 site=self.site.name,
@@ -323,39 +322,3 @@ class _SiteWindows:
         real = self.window_ids[slot, rank] != NO_TOKEN
         ids, values = self.window_ids[slot, rank][real], self.window_values[slot, rank][real]
         return Context(model.token_strings(ids), values.tolist(), int(real[: self.before].sum()))
-
-
-class _PairSums:
-    """Σ of activation by (slot, token id), for the pairs that occurred."""
-
-    def __init__(self, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
-        self._keys: list[Tensor] = []
-        self._values: list[Tensor] = []
-
-    def add(self, slot: Tensor, token_id: Tensor, value: Tensor) -> None:
-        """slot, token_id, value: [n] each."""
-        self._keys.append((slot * self.vocab_size + token_id).cpu())
-        self._values.append(value.cpu().double())
-        if sum(len(keys) for keys in self._keys[1:]) > PENDING_PAIRS:
-            self._compact()
-
-    def _compact(self) -> tuple[Tensor, Tensor]:
-        keys, inverse = torch.cat(self._keys).unique(return_inverse=True)
-        values = torch.zeros(len(keys), dtype=torch.float64).index_add_(0, inverse, torch.cat(self._values))
-        self._keys, self._values = [keys], [values]
-        return keys, values
-
-    def top(self, n_slots: int, k: int, occurrences: Tensor) -> list[list[int]]:
-        """For each slot the up to k token ids with the largest Σ f / (n + PRIOR), given n [V], largest first."""
-        if not self._keys:
-            return [[] for _ in range(n_slots)]
-        keys, values = self._compact()
-        values = values / (occurrences[keys % self.vocab_size] + PRIOR)
-        order = values.argsort(descending=True, stable=True)
-        order = order[torch.div(keys[order], self.vocab_size, rounding_mode="floor").argsort(stable=True)]
-        slots = torch.div(keys[order], self.vocab_size, rounding_mode="floor")
-        starts = torch.searchsorted(slots, torch.arange(n_slots + 1)).tolist()
-        return [
-            (keys[order[start : min(end, start + k)]] % self.vocab_size).tolist() for start, end in pairwise(starts)
-        ]

@@ -15,7 +15,7 @@ Shapes: F_a and F_b features of dictionaries a and b, n the features asked about
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -164,6 +164,19 @@ class ActivationCorrelation:
             chosen = by_feature[(f.token[by_feature] >= start) & (f.token[by_feature] < start + step)]
             offsets = group_offsets(f.feature[chosen], n_a)
             self.products += weighted_segment_sum(dense, f.token[chosen] - start, offsets, f.value[chosen].float())
+
+    def state(self) -> dict[str, Tensor]:
+        """The sums as tensors."""
+        sums = {"n_tokens": torch.tensor(self.n_tokens), "products": self.products}
+        for name, moments in (("a", self._a), ("b", self._b)):
+            sums |= {f"{name}.total": moments.total, f"{name}.squares": moments.squares}
+        return sums
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over what `state` gave."""
+        self.n_tokens, self.products = int(state["n_tokens"]), state["products"]
+        for name, moments in (("a", self._a), ("b", self._b)):
+            moments.total, moments.squares = state[f"{name}.total"], state[f"{name}.squares"]
 
     def rows(self, part: slice) -> Tensor:
         """Correlations of the features of a in the slice with all of b, [block, F_b] float32."""

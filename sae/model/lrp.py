@@ -49,7 +49,7 @@ def relevance_rules(hf: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         replaced = {"norm": 0, "activation": 0, "attention": 0}
         for name, module in hf.named_modules():
-            if rule := _norm_rule(module):
+            if rule := norm_rule(module):
                 replaced["norm"] += 1
                 _linearise(stack, module, rule(module))
             elif _is_activation(module):
@@ -96,7 +96,7 @@ def _linearise(stack: ExitStack, module: nn.Module, linear: Linear) -> None:
 # ---- LN rule
 
 
-def _norm_rule(module: nn.Module) -> Callable[[nn.Module], Linear] | None:
+def norm_rule(module: nn.Module) -> Callable[[nn.Module], Linear] | None:
     """The rule of a norm of the last dimension, by its class; None for anything else."""
     if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
         return None
@@ -108,25 +108,28 @@ def _norm_rule(module: nn.Module) -> Callable[[nn.Module], Linear] | None:
 
 
 def _norm(module: nn.Module) -> Linear:
-    """Whether it takes the mean away, its gain and its bias are what the norm itself makes of three known vectors: some
-    families store the gain minus one, some have none.
-    """
     eps = next((getattr(module, name) for name in ("variance_epsilon", "eps") if getattr(module, name, None)), 0.0)
 
     def linear(x: Tensor, y: Tensor) -> Tensor:
         with torch.no_grad():
-            of_norm = partial(type(module).forward, module)
-            ones = x.new_ones(x.shape[-1])
-            bias = of_norm(torch.zeros_like(ones))
-            centred = bool(((of_norm(ones) - bias).abs() < 1e-2 * of_norm(_spread(ones)).abs().max()).all())
-            probe = _spread(ones) if centred else ones
-            gain = (of_norm(probe) - bias) / probe * (1 + eps) ** 0.5
+            gain, centred = norm_gain(module, x.new_ones(x.shape[-1]), eps)
             wide = x.float()
             square = wide.var(-1, keepdim=True, unbiased=False) if centred else wide.square().mean(-1, keepdim=True)
             scale = torch.rsqrt(square + eps) * gain
         return (x - x.mean(-1, keepdim=True) if centred else x) * scale
 
     return linear
+
+
+def norm_gain(module: nn.Module, ones: Tensor, eps: float = 0.0) -> tuple[Tensor, bool]:
+    """The gain [d] of a norm and whether it takes the mean away, from what it makes of three known vectors (`ones` [d]
+    is one of them): some families store the gain minus one, some have none.
+    """
+    of_norm = partial(type(module).forward, module)
+    bias = of_norm(torch.zeros_like(ones))
+    centred = bool(((of_norm(ones) - bias).abs() < 1e-2 * of_norm(_spread(ones)).abs().max()).all())
+    probe = _spread(ones) if centred else ones
+    return (of_norm(probe) - bias) / probe * (1 + eps) ** 0.5, centred
 
 
 def _spread(ones: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch.nn.functional import cosine_similarity
 from sae.data.batches import token_batches
 from sae.errors import UserError
 from sae.features import contexts as features_module
+from sae.features import sketches
 from sae.features.contexts import top_contexts
 from sae.model.sites import Site
 from tests.sae.evaluation.test_evaluate import random_sae
@@ -44,7 +45,8 @@ def alone(model, sae, site, texts):
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_summaries_equal_a_loop_over_texts(tiny_model, saes, batch_size, monkeypatch):
     monkeypatch.setattr(features_module, "CHUNK_BYTES", 2000 if batch_size == 3 else 64 * 2**20)
-    monkeypatch.setattr(features_module, "PENDING_PAIRS", 10)
+    monkeypatch.setattr(sketches, "PENDING_PAIRS", 10)
+    monkeypatch.setattr(sketches, "DENSE_PAIRS", 0 if batch_size < 8 else 2**24)
     summaries = top_contexts(tiny_model, saes, SENTENCES, ASKED, n=3, before=2, after=1, batch_size=batch_size)
     assert list(summaries) == [(site, i) for site in sorted(ASKED) for i in sorted(ASKED[site])]
     for (site, i), summary in summaries.items():

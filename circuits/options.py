@@ -39,7 +39,8 @@ EdgeActive = Literal["either", "clean"]
 ACTIVE: tuple[str, ...] = get_args(EdgeActive)
 Ablation = Literal["mean", "optimal", "counterfactual", "resample", "zero", "mean-pooled"]
 ABLATIONS: tuple[str, ...] = get_args(Ablation)
-Operation = Literal["zero", "mean", "set", "scale", "steer"]
+Operation = Literal["zero", "mean", "resample", "set", "clamp", "scale", "steer"]
+EditedTokens = Literal["all", "active", "prompt", "generated"]
 Errors = Literal["nodes", "keep", "ablate"]
 
 

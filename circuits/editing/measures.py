@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from circuits.editing.applied import FeatureEdits
 from circuits.editing.results import Behaviour, Continuation, Score
-from circuits.editing.targets import SpanEdits
 from circuits.metrics import metrics as behaviour
 from circuits.metrics.probe import Probe
 from circuits.prompts.dataset import PromptSet
@@ -19,7 +19,7 @@ def measure(
     model: LanguageModel,
     prompts: PromptSet,
     *,
-    edits: SpanEdits | None = None,
+    edits: FeatureEdits | None = None,
     metric: behaviour.Metric = behaviour.logit_difference,
     batch_size: int = 64,
 ) -> Behaviour:
@@ -48,23 +48,23 @@ def measure(
 
 
 def continuations(
-    model: LanguageModel, prompts: PromptSet, edits: SpanEdits, *, n: int, new_tokens: int = 30
+    model: LanguageModel, prompts: PromptSet, edits: FeatureEdits, *, n: int, new_tokens: int = 30
 ) -> list[Continuation]:
     """Greedy continuations of n prompts, the cases taking turns, before and after the edit."""
     if n <= 0:
         return []
     turn = [prompts.cases[:row].count(case) for row, case in enumerate(prompts.cases)]
     chosen = prompts[sorted(range(len(prompts)), key=lambda row: (turn[row], row))[:n]]
-    before, after = (continued(model, chosen, each, new_tokens=new_tokens) for each in (SpanEdits({}), edits))
+    before, after = (continued(model, chosen, each, new_tokens=new_tokens) for each in (None, edits))
     return [Continuation(*texts) for texts in zip(chosen.texts, before, after, strict=True)]
 
 
 def continued(
-    model: LanguageModel, prompts: PromptSet, edits: SpanEdits, *, new_tokens: int, **options: Any
+    model: LanguageModel, prompts: PromptSet, edits: FeatureEdits | None, *, new_tokens: int, **options: Any
 ) -> list[str]:
     """What the edited model says after each prompt, greedily; options: of `LanguageModel.generate`."""
-    width = prompts.clean.n_positions
-    ids = model.generate(
-        prompts.clean, max_new_tokens=new_tokens, edits=edits(prompts), later_edits=edits.later, **options
-    )  # [B, S + new]
-    return [model.tokenizer.decode(row, skip_special_tokens=True) for row in ids[:, width:].tolist()]
+    with model.edited(edits.standing(prompts) if edits else {}):
+        ids = model.generate(prompts.clean, max_new_tokens=new_tokens, **options)  # [B, S + new]
+    return [
+        model.tokenizer.decode(row, skip_special_tokens=True) for row in ids[:, prompts.clean.n_positions :].tolist()
+    ]

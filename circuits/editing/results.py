@@ -24,10 +24,12 @@ SCHEMA_VERSION = 1
 CE = "cross-entropy"
 """On other text, in nats a token."""
 ACTIONS = {
-    "zero": "set to zero", "mean": "set to their mean", "set": "set to {}", "scale": "multiplied by {}",
-    "steer": "steered by {}",
+    "zero": "set to zero", "mean": "set to their mean", "resample": "set to values at other tokens", "set": "set to {}",
+    "clamp": "held to at most {}", "scale": "multiplied by {}", "steer": "steered by {}", "several": "edited",
 }  # fmt: skip
 """Operation -> what was done to the features, in words."""
+SEVERAL = "several"
+"""The operation of a report on several edits."""
 TINY = 0.01
 """Share of the mean size below which a case shows nothing of the behaviour before the edit, so that nothing is left."""
 REVERSED = -0.05
@@ -85,9 +87,9 @@ class EditReport(Result):
     features: list[str]
     """The edited features."""
     operation: str
-    """`zero`, `mean`, `set`, `scale` or `steer`."""
+    """What was done: see `circuits.editing.edit`; `several` for several edits at once."""
     value: float | None
-    """The value of `set`, `scale` and `steer`."""
+    """The value of `set`, `clamp`, `scale` and `steer`."""
     metric: str
     """What `Score.metric` is: `logit difference` of clean minus patch answer, `answer logit` without pairs, or the name
     of another metric.
@@ -114,6 +116,8 @@ class EditReport(Result):
     """Random features there were to draw, where these are fewer than the edited ones."""
     shares: bool = True
     """Whether the metric after the edit over that before is the share of the behaviour that is left."""
+    edits: list[dict[str, Any]] = field(default_factory=list)
+    """The edits as objects, with what they refer to; `load_edits` reads them from the report's file."""
 
     @property
     def remaining(self) -> float | None:

@@ -1,69 +1,183 @@
-"""The edit of one site: x -> x' = x + sum_i (f_i' - f_i) W_dec[i], and the means that features can be set to.
+"""The edit of one site: x -> x' = x + sum_i s (f_i' - f_i) W_dec[i], at the tokens where feature i is edited.
 
-Only the encoder rows of the edited features are computed; where features compete (top k) all of them must be.
+1. `FeatureReader` computes the edited features alone, from their encoder rows. Where features compete (top k), tokens
+   at which none of the edited ones is above zero need no more either; at the others all pre-activations are computed.
+2. `Part` holds features that get the same treatment: f_i', at which tokens, and the strength s. All parts of a site
+   read the same x, and their changes add up.
 
-Shapes: B prompts, S positions, d model width, F features of a site, n edited features of a site, N tokens.
+Shapes: B prompts, n columns, d model width, F features of a site, m edited features, N tokens, R draws.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import get_args
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from circuits.editing.targets import Features, counted_activations
-from circuits.options import Operation
-from sae.autoencoder import SparseAutoencoder
-from sae.errors import UserError, unknown
-from sae.model.hook_points import SiteEdit
-from sae.model.language_model import LanguageModel, Tokens
+from circuits.editing.declaration import check_operation
+from circuits.editing.targets import EVERYWHERE, GENERATED, Features
+from circuits.options import EditedTokens, Operation
+from sae.activation_functions import top_features
+from sae.autoencoder import CHUNK_BYTES, SparseAutoencoder
+from sae.errors import UserError
+from sae.model.hook_points import Columns, SiteEdit
 from sae.model.sites import Site
-from sae.saes import as_saes
 
-NEEDS_VALUE = ("set", "scale", "steer")
+ROW_PRIME, POSITION_PRIME = 1_000_003, 8_191
+"""Tell tokens apart, so that each draws a value of its own, the same with and without a cache and in any batch."""
 
 
-class SiteFeatureEdit:
-    """x -> x' = x + sum_i (f_i' - f_i) W_dec[i] for the features `index` [n] of one site."""
+class FeatureReader:
+    """f of the features `index` [m] of an autoencoder: x [..., d] -> [..., m]."""
 
-    def __init__(self, sae: SparseAutoencoder, index: Tensor, operation: Operation, value: Tensor | None = None):
-        self.index = index.to(sae.device)  # [n]
-        self.operation = operation
-        self.value = None if value is None else value.to(sae.device)  # [] or [n]
+    def __init__(self, sae: SparseAutoencoder, index: Tensor) -> None:
+        self.sae, self.index = sae, index.to(sae.device)
         self.competing = sae.nonlinearity.needs_k
-        self.sae = sae if self.competing else sae.restrict(index)
-        self.W_dec = sae.W_dec[self.index]  # [n, d]
-
-    def features(self, x: Tensor) -> Tensor:
-        """f of the edited features: x [..., d] -> [..., n]."""
-        if not self.competing:
-            return self.sae.encode(x)
-        tokens = x.reshape(-1, x.shape[-1])  # [N, d]
-        active = self.sae.encode_sparse(tokens)
-        column = torch.full((self.sae.config.n_features,), -1, device=x.device)  # [F]
-        column[self.index] = torch.arange(len(self.index), device=x.device)
-        edited = column[active.feature] >= 0
-        f = torch.zeros(len(tokens), len(self.index), device=x.device)  # [N, n]
-        f[active.token[edited], column[active.feature[edited]]] = active.value[edited].float()
-        return f.reshape(*x.shape[:-1], -1)
-
-    def change(self, f: Tensor) -> Tensor:
-        """f' - f [..., n]."""
-        if self.operation == "zero":
-            return -f
-        assert self.value is not None
-        if self.operation == "scale":
-            return (self.value - 1) * f
-        return self.value - f
+        if self.competing:
+            self.W_enc, self.b_enc = sae.W_enc[self.index], sae.b_enc[self.index]
+        else:
+            self.alone = sae.restrict(index)
 
     def __call__(self, x: Tensor) -> Tensor:
+        if not self.competing:
+            return self.alone.encode(x)
+        tokens = self._centred(x.reshape(-1, x.shape[-1]))  # [N, d]
+        f = tokens.new_zeros(len(tokens), len(self.index))
+        rows = (tokens @ self.W_enc.T + self.b_enc > 0).any(-1).nonzero().flatten()
+        for some in rows.split(max(1, CHUNK_BYTES // (4 * self.sae.config.n_features))):
+            f[some] = self._among_all(tokens[some])
+        return f.reshape(*x.shape[:-1], -1)
+
+    def _centred(self, x: Tensor) -> Tensor:
+        x = x.to(self.sae.W_enc.dtype)
+        return x - self.sae.b_dec if self.sae.config.subtract_b_dec else x
+
+    def _among_all(self, x: Tensor) -> Tensor:
+        """[N, m] of centred x [N, d]: the features that are among the k largest of their token."""
+        assert self.sae.config.k is not None
+        z = x @ self.sae.W_enc.T + self.sae.b_enc  # [N, F]
+        value, feature = top_features(z, self.sae.config.k, getattr(self.sae, "rank_scale", None))  # [N, k]
+        column = torch.full((z.shape[-1],), len(self.index), device=z.device)  # of each feature; the last is for others
+        column[self.index] = torch.arange(len(self.index), device=z.device)
+        return z.new_zeros(len(x), len(self.index) + 1).scatter(1, column[feature], value)[:, :-1]
+
+
+class Prompts(Protocol):
+    """What a part asks of the prompts that are edited."""
+
+    def inside(self, columns: Columns, span: str) -> Tensor:
+        """[B, n] bool: which columns are tokens of a span."""
+
+    def means(self, columns: Columns, part: Part) -> Tensor:
+        """[B, n, m] the means of each token's place in its template, the part's own target where it has none."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Features of one site that get the same treatment."""
+
+    index: Tensor
+    """[m] int64 their numbers."""
+    operation: Operation
+    """What they become."""
+    target: Tensor | None = None
+    """What `mean`, `set`, `clamp`, `scale` and `steer` refer to, [] or [m]; for `resample` values to draw, [R, m]."""
+    table: object = None
+    """Means by place in a template, for `Prompts.means`; `target` is taken where there are none."""
+    span: str = EVERYWHERE
+    """Span or position of the prompts, or `GENERATED`; empty for all tokens."""
+    where: EditedTokens = "all"
+    """At which tokens of these."""
+    schedule: tuple[float, ...] = ()
+    """Strength at each generated token, the last going on."""
+    strength: float = 1.0
+    """Strength throughout."""
+    seed: int = 0
+    """Seed of what `resample` draws."""
+
+    @property
+    def reads(self) -> bool:
+        """Whether it depends on the features' values."""
+        return self.operation != "steer" or self.where == "active"
+
+    def change(self, f: Tensor, columns: Columns | None, prompts: Prompts | None) -> Tensor:
+        """f' - f [..., m]."""
+        if self.operation == "zero":
+            return -f
+        assert self.target is not None
         if self.operation == "steer":
-            assert self.value is not None
-            return x + (self.value.expand(len(self.index)) @ self.W_dec).to(x.dtype)
-        return x + (self.change(self.features(x)) @ self.W_dec).to(x.dtype)
+            return self.target.expand(f.shape[-1])
+        if self.operation == "scale":
+            return (self.target - 1) * f
+        if self.operation == "clamp":
+            return torch.minimum(f, self.target.expand_as(f)) - f
+        if self.operation == "resample":
+            assert columns is not None
+            return self.target[self._drawn(columns)] - f
+        by_place = self.table is not None and columns is not None and prompts is not None
+        return (prompts.means(columns, self) if by_place else self.target) - f  # type: ignore[union-attr, arg-type]
+
+    def _drawn(self, columns: Columns) -> Tensor:
+        """[B, n] which of the R values each token takes, by what the prompt says and where the token is."""
+        assert self.target is not None
+        tokens = columns.tokens
+        row = (tokens.input_ids * tokens.attention_mask).sum(-1, keepdim=True)  # [B, 1]
+        return (row * ROW_PRIME + columns.positions * POSITION_PRIME + self.seed) % len(self.target)
+
+    def in_time(self, columns: Columns | None) -> Tensor | float | None:
+        """Strength by prompt and generated token, [n, 1] or one number; None where no column is edited."""
+        if columns is None:
+            return self.strength
+        steps = columns.steps
+        later_only = GENERATED in (self.where, self.span)
+        first_only = self.where == "prompt" or self.span not in (EVERYWHERE, GENERATED)
+        if (steps[-1] < 0 and later_only) or (steps[0] >= 0 and first_only):
+            return None
+        if steps[-1] < 0 or not (later_only or first_only or self.schedule):
+            return self.strength
+        strengths = [float(not later_only) if step < 0 else 0.0 if first_only else self._at(step) for step in steps]
+        return self.strength * torch.tensor(strengths, device=columns.tokens.input_ids.device)[:, None]
+
+    def weight(
+        self, in_time: Tensor | float, f: Tensor, columns: Columns | None, prompts: Prompts | None
+    ) -> Tensor | float:
+        """Strength at each token and feature, [B or 1, n, m or 1] or one number."""
+        weight = in_time
+        if columns is not None and self.span not in (EVERYWHERE, GENERATED):
+            assert prompts is not None
+            weight = prompts.inside(columns, self.span)[..., None] * weight
+        return (f != 0) * weight if self.where == "active" else weight
+
+    def _at(self, step: int) -> float:
+        return self.schedule[min(step, len(self.schedule) - 1)] if self.schedule else 1.0
+
+
+class SiteEdits:
+    """All edits of one site."""
+
+    def __init__(self, sae: SparseAutoencoder, parts: Sequence[Part]) -> None:
+        self.parts = parts
+        self.index = torch.cat([part.index for part in parts]).unique().to(sae.device)  # [m of all parts]
+        self.reader = FeatureReader(sae, self.index) if any(part.reads for part in parts) else None
+        self.columns = [torch.searchsorted(self.index, part.index.to(sae.device)) for part in parts]
+        self.W_dec = [sae.W_dec[part.index.to(sae.device)] for part in parts]  # [m, d] each
+
+    def __call__(self, x: Tensor, columns: Columns | None = None, prompts: Prompts | None = None) -> Tensor:
+        """x' of x [B, n, d]; without columns, every part at every token."""
+        f, total = None, None
+        for part, index, W_dec in zip(self.parts, self.columns, self.W_dec, strict=True):
+            if (in_time := part.in_time(columns)) is None:
+                continue
+            if self.reader is not None and f is None:
+                f = self.reader(x)  # [..., m of all parts]
+            of_part = x.new_zeros(*x.shape[:-1], len(index)) if f is None else f[..., index]
+            weight = part.weight(in_time, of_part, columns, prompts)
+            change = (weight * part.change(of_part, columns, prompts)) @ W_dec  # [..., d]
+            total = change if total is None else total + change
+        return x if total is None else x + total.to(x.dtype)
 
 
 def make_edits(
@@ -74,46 +188,22 @@ def make_edits(
     value: float | None = None,
     means: Mapping[Site, Tensor] | None = None,
 ) -> dict[Site, SiteEdit]:
-    """Edits by site, for `LanguageModel.run` and `LanguageModel.generate`. means: [n] by site, for `mean`."""
+    """Edits by site at every token, for `LanguageModel.run` and `LanguageModel.generate`.
+
+    means: [m] by site, for `mean`. What `resample` draws depends on the token: see `circuits.editing.applied.edited`.
+    """
     check_operation(operation, value)
     if operation == "mean" and means is None:
         raise UserError("the operation 'mean' needs the means of the features: see feature_means")
+    if operation == "resample":
+        raise UserError("the operation 'resample' has to know which token it is at: use edited(model, saes, edits)")
     constant = None if value is None else torch.tensor(float(value))
     targets = means if operation == "mean" and means is not None else dict.fromkeys(features, constant)
-    return {site: SiteFeatureEdit(saes[site], index, operation, targets[site]) for site, index in features.items()}
+    return {
+        site: SiteEdits(saes[site], [Part(index, operation, _on(targets[site], saes[site]))])
+        for site, index in features.items()
+    }
 
 
-def check_operation(operation: str, value: float | None) -> None:
-    """`UserError` unless the operation is known and has a value exactly where it needs one."""
-    if operation not in get_args(Operation):
-        raise unknown("operation", operation, get_args(Operation))
-    if operation in NEEDS_VALUE and value is None:
-        raise UserError(f"the operation {operation!r} needs a value")
-    if value is not None and not math.isfinite(value):
-        raise UserError(f"value is {value}: it must be a finite number")
-    if operation not in NEEDS_VALUE and value is not None:
-        raise UserError(f"the operation {operation!r} takes no value (given {value}); {', '.join(NEEDS_VALUE)} do")
-
-
-@torch.no_grad()
-def feature_means(
-    model: LanguageModel,
-    saes: Mapping[Site, SparseAutoencoder],
-    features: Features,
-    batches: Sequence[Tokens],
-    *,
-    where: Sequence[Tensor] | None = None,
-) -> dict[Site, Tensor]:
-    """Mean of each chosen feature over all tokens (special tokens aside) of the batches, or those of `where` ([B, S]
-    bool each): [n] by site.
-    """
-    readers = {site: SiteFeatureEdit(saes[site], index, "zero") for site, index in features.items()}
-    sums = {site: torch.zeros(len(index), device=as_saes(saes).device) for site, index in features.items()}
-    n_tokens = 0
-    masks: Sequence[Tensor | None] = where or [None] * len(batches)
-    for tokens, mask in zip(batches, masks, strict=True):
-        activations = counted_activations(model, tokens, features, mask)
-        n_tokens += len(next(iter(activations.values())))
-        for site, x in activations.items():
-            sums[site] += readers[site].features(x).sum(0)
-    return {site: total / max(n_tokens, 1) for site, total in sums.items()}
+def _on(target: Tensor | None, sae: SparseAutoencoder) -> Tensor | None:
+    return None if target is None else target.to(sae.device)

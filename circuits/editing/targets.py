@@ -18,7 +18,6 @@ from circuits.prompts.dataset import PromptSet
 from sae.autoencoder import SparseAutoencoder
 from sae.data.batches import counted_tokens
 from sae.errors import UserError, unknown
-from sae.model.hook_points import SiteEdit
 from sae.model.language_model import LanguageModel, Tokens
 from sae.model.sites import Site
 from sae.saes import as_saes
@@ -106,42 +105,3 @@ def tokens_at(prompts: PromptSet, span: str) -> Tensor:
     if span not in prompts.spans:
         raise unknown("span", span, prompts.spans)
     return prompts.span_numbers == prompts.spans.index(span)
-
-
-class SpanEdits:
-    """Edits by span and site; called with prompts they are the edits of a run of these."""
-
-    def __init__(self, edits: Mapping[str, Mapping[Site, SiteEdit]]) -> None:
-        self.edits = edits
-
-    @property
-    def later(self) -> dict[Site, SiteEdit]:
-        """The edits of tokens that are generated after the prompts: those without a span, and of `GENERATED`."""
-        return self._joined({EVERYWHERE: None, GENERATED: None})
-
-    def __call__(self, prompts: PromptSet) -> dict[Site, SiteEdit]:
-        """Edits for `LanguageModel.run` and `generate` of the clean prompts."""
-        spans = [span for span in self.edits if span != GENERATED]
-        return self._joined(
-            {span: None if span == EVERYWHERE else tokens_at(prompts, span)[..., None] for span in spans}
-        )
-
-    def _joined(self, where: Mapping[str, Tensor | None]) -> dict[Site, SiteEdit]:
-        """One edit a site of those at the spans `where`, each at its tokens ([B, S, 1] bool) or at all."""
-        by_span = {span: edits for span, edits in self.edits.items() if span in where}
-        if list(by_span) == [EVERYWHERE]:
-            return dict(by_span[EVERYWHERE])
-
-        def edit_of(site: Site) -> SiteEdit:
-            def edit(x: Tensor) -> Tensor:
-                result = x
-                for span, edits in by_span.items():
-                    if site not in edits:
-                        continue
-                    changed, tokens = result + (edits[site](x) - x), where[span]
-                    result = changed if tokens is None else torch.where(tokens, changed, result)
-                return result
-
-            return edit
-
-        return {site: edit_of(site) for edits in by_span.values() for site in edits}

@@ -4,7 +4,8 @@
    sampling. Its end-of-text ids stay.
 2. A counter of forward passes says where x [B, n, d] stands: after k passes the text has S + k tokens, and x is its
    last n, with a cache or without.
-3. Each site's edit sees the prompt's positions [B, S, d]; another edit, by default the same, the later tokens.
+3. Each site's edit sees the prompt's positions [B, S, d]; another edit, by default the same, the later tokens. Before
+   both come the standing edits (`LanguageModel.edited`), which are told which tokens they see.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from sae.errors import UserError
-from sae.model.hook_points import SiteEdit
+from sae.model.hook_points import Columns, SiteEdit, StandingEdit
 from sae.model.sites import Site
 from sae.model.tokens import Tokens
 
@@ -48,15 +49,18 @@ def generate(
     pad_id: int,
     edits: Mapping[Site, SiteEdit],
     later_edits: Mapping[Site, SiteEdit],
+    standing: Mapping[Site, StandingEdit],
     sampling: Mapping[str, Any],
 ) -> Tensor:
-    """[B, S + new] token ids. `edits` see the prompts' positions, `later_edits` the tokens generated after them."""
+    """[B, S + new] token ids. `edits` see the prompts' positions, `later_edits` the tokens generated after them,
+    `standing` both, before these.
+    """
     _check_options(model, prompts, max_new_tokens, sampling)
     options = {"max_new_tokens": max_new_tokens, "pad_token_id": pad_id, **sampling}
     cause: Exception | None = None
     for cache in ({}, {"use_cache": False}):  # some families cannot continue from their own cache
         try:
-            return _generated(model, prompts, edits, later_edits, {**cache, **options})
+            return _generated(model, prompts, edits, later_edits, standing, {**cache, **options})
         except UserError:
             raise
         except Exception as error:
@@ -70,13 +74,14 @@ def _generated(
     prompts: Tokens,
     edits: Mapping[Site, SiteEdit],
     later_edits: Mapping[Site, SiteEdit],
+    standing: Mapping[Site, StandingEdit],
     options: Mapping[str, Any],
 ) -> Tensor:
-    step = _Step(prompts.n_positions)
+    step = _Step(prompts)
     with torch.no_grad(), _greedy(model.hf), ExitStack() as hooks:
         hooks.callback(model.hf.register_forward_pre_hook(step.count).remove)
-        for site in {**edits, **later_edits}:
-            edit = step.split(edits.get(site), later_edits.get(site))
+        for site in {**standing, **edits, **later_edits}:
+            edit = step.split(edits.get(site), later_edits.get(site), standing.get(site))
             hooks.enter_context(model.hooked(site, edit, rows=len(prompts)))
         ids = model.hf.generate(prompts.input_ids, attention_mask=prompts.attention_mask, **options)
     return ids if isinstance(ids, Tensor) else ids.sequences
@@ -101,23 +106,26 @@ def _check_options(model: Generator, prompts: Tokens, max_new_tokens: int, sampl
 class _Step:
     """Counts forward passes and gives an edit its part of each tensor."""
 
-    def __init__(self, n_prompt: int) -> None:
-        self.n_prompt = n_prompt
+    def __init__(self, prompts: Tokens) -> None:
+        self.prompts = prompts
         self.passes = 0
 
     def count(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         """The model begins a forward pass."""
         self.passes += 1
 
-    def split(self, edit: SiteEdit | None, later: SiteEdit | None) -> SiteEdit:
-        """The edit of any pass: `edit` sees the prompt's positions, `later` those after them."""
+    def split(self, edit: SiteEdit | None, later: SiteEdit | None, standing: StandingEdit | None) -> SiteEdit:
+        """The edit of any pass: `standing` sees everything, then `edit` the prompt's positions, `later` those after."""
+        n_prompt = self.prompts.n_positions
 
         def apply_to(edit: SiteEdit | None, x: Tensor) -> Tensor:
             return x if edit is None or not x.shape[1] else edit(x)
 
         def apply(x: Tensor) -> Tensor:
-            first = self.n_prompt + self.passes - 1 - x.shape[1]
-            n = max(0, self.n_prompt - first)  # columns of the prompt
+            first = n_prompt + self.passes - 1 - x.shape[1]
+            if standing is not None and x.shape[1]:
+                x = standing(x, Columns(self.prompts, first, x.shape[1]))
+            n = max(0, n_prompt - first)  # columns of the prompt
             if n in (0, x.shape[1]):
                 return apply_to(edit if n else later, x)
             return torch.cat([apply_to(edit, x[:, :n]), apply_to(later, x[:, n:])], 1)

@@ -13,7 +13,7 @@ In these three cases the model must go on with what was read, or no gradient wou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +23,65 @@ from torch import Tensor
 
 from sae.errors import UserError
 from sae.model.sites import Site, SitePath
+from sae.model.tokens import Tokens
 
 SiteEdit = Callable[[Tensor], Tensor]
+"""x [B, S, d] -> what stands in its place."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which tokens the n columns of a site's x [B, n, d] are: `tokens` [B, S], and behind them the generated ones."""
+
+    tokens: Tokens
+    """The batch that the model was given, [B, S]."""
+    first: int
+    """Where the first column stands; the first generated token stands at S."""
+    n: int
+    """Number of columns."""
+
+    @property
+    def steps(self) -> range:
+        """Which generated token each column is, from 0; below 0 for those of the batch."""
+        start = self.first - self.tokens.n_positions
+        return range(start, start + self.n)
+
+    @property
+    def positions(self) -> Tensor:
+        """[B, n] int64 index of each token in its text, counted without padding; -1 at padding."""
+        mask = self.tokens.attention_mask
+        given = (mask.cumsum(-1) - 1).masked_fill(mask == 0, -1)  # [B, S]
+        inside = given[:, self.first : self.first + self.n]
+        later = torch.tensor([step for step in self.steps if step >= 0], dtype=torch.int64, device=mask.device)
+        return torch.cat([inside, self.tokens.lengths[:, None] + later], 1)
+
+
+StandingEdit = Callable[[Tensor, Columns], Tensor]
+"""x [B, n, d] and which tokens its columns are -> what stands in its place."""
+
+
+def chained(contexts: Iterable[Mapping[Site, StandingEdit]]) -> dict[Site, StandingEdit]:
+    """Standing edits one after the other, each of what those before left."""
+    chained: dict[Site, StandingEdit] = {}
+    for edits in contexts:
+        for site, edit in edits.items():
+            chained[site] = _then(chained[site], edit) if site in chained else edit
+    return chained
+
+
+def after_standing(
+    standing: Mapping[Site, StandingEdit], edits: Mapping[Site, SiteEdit], columns: Columns
+) -> dict[Site, SiteEdit]:
+    """The edits of a run whose x [B, n, d] has these columns, each after the standing one of its site."""
+    return {**edits, **{site: _before(edit, edits.get(site), columns) for site, edit in standing.items()}}
+
+
+def _before(standing: StandingEdit, edit: SiteEdit | None, columns: Columns) -> SiteEdit:
+    return lambda x: standing(x, columns) if edit is None else edit(standing(x, columns))
+
+
+def _then(first: StandingEdit, second: StandingEdit) -> StandingEdit:
+    return lambda x, columns: second(first(x, columns), columns)
 
 
 @dataclass(frozen=True)

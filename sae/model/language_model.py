@@ -7,6 +7,7 @@
    trace, and the caller differentiates with `torch.autograd.grad`.
 4. `resume_from` gives the tensors that let a run start at a site, from activations that were kept before.
 5. `generate` applies edits at every step with forward hooks, which cost less per token than a trace.
+6. `edited` lets edits stand for all runs and generations of a `with` block.
 
 Examples do not interact, so a batch may hold n copies of the same prompts with different edits.
 """
@@ -15,8 +16,8 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -28,7 +29,7 @@ from sae.errors import UserError, unknown
 from sae.model.first_pass import first_pass
 from sae.model.forward import Run, forward_inputs, outside_inference_mode, probe_tokens, run_by_length
 from sae.model.generation import generate
-from sae.model.hook_points import HookPoint, SiteEdit, edited
+from sae.model.hook_points import Columns, HookPoint, SiteEdit, StandingEdit, after_standing, chained, edited
 from sae.model.huggingface import fingerprints, max_positions, stored_fingerprints
 from sae.model.site_handles import base_path, containment, default_paths, envoy_of, input_embeddings, make_hook_point
 from sae.model.sites import Site, SitePath, site_table
@@ -58,6 +59,7 @@ class LanguageModel:
         if self._coder is not None and self._coder.pad_id >= hf.get_input_embeddings().weight.shape[0]:
             self._coder.pad_id = 0  # added to the tokenizer and not to the model: any id serves under the mask
         self._lock = threading.RLock()
+        self._standing: list[Mapping[Site, StandingEdit]] = []
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that a module is called `output`: `envoy_of` knows
             self._root = NNsight(hf)
@@ -192,6 +194,9 @@ class LanguageModel:
     ) -> Run:  # fmt: skip
         """One trace: the visits to the sites that something is asked of."""
         hidden = self._hidden_by(skip)
+        with self._lock:
+            standing = {site: edit for site, edit in chained(self._standing).items() if site not in {*hidden, *skip}}
+        edits = after_standing(standing, edits, Columns(tokens.to(self.device), 0, tokens.n_positions))
         values = self._fitted({site: x for site, x in skip.items() if site not in hidden}, rows=len(tokens))
         leaf = self._leaf if grad and not any(x.requires_grad for x in values.values()) else None
         points = [self._hook_points[site] for site in self.sites if site in captured or site in edits or site in values]
@@ -215,6 +220,20 @@ class LanguageModel:
         visits += self._left_out(points, {*captured, *edits, *skip}, last_only=last_only, need_logits=need_logits)
         logits = self._trace(tokens, visits, grad=grad, last_only=last_only, need_logits=need_logits)
         return Run(activations, logits)
+
+    @contextmanager
+    def edited(self, edits: Mapping[Site, StandingEdit]) -> Iterator[None]:
+        """Every run and generation has these edits while the context lasts, after those of contexts around it.
+
+        An edit gets x [B, n, d] and its `Columns`. A site whose output is skipped is not edited; other threads wait.
+        """
+        self._check_requested(edits)
+        with self._lock:
+            self._standing.append(edits)
+            try:
+                yield
+            finally:
+                self._standing.pop()
 
     def _evaluation_mode(self) -> None:
         if any(module.training for module in self.hf.modules()):
@@ -265,7 +284,7 @@ class LanguageModel:
         with self._lock:
             return generate(
                 self, prompts.to(self.device), max_new_tokens=max_new_tokens, pad_id=pad_id, edits=edits,
-                later_edits=later, sampling=sampling,
+                later_edits=later, standing=chained(self._standing), sampling=sampling,
             )  # fmt: skip
 
     def hooked(self, site: Site, edit: SiteEdit, *, rows: int) -> AbstractContextManager[None]:
@@ -323,7 +342,7 @@ class LanguageModel:
         return {inner for site in skip for inner in self._contains.get(site, ())}
 
     def _check_requested(
-        self, edits: Mapping[Site, SiteEdit], captured: Iterable[Site] = (), skip: Mapping[Site, Tensor] | None = None
+        self, edits: Iterable[Site], captured: Iterable[Site] = (), skip: Mapping[Site, Tensor] | None = None
     ) -> None:
         skip = skip or {}
         for site in [*captured, *edits, *skip]:

@@ -9,10 +9,14 @@ import torch
 
 from circuits.discovery.discover import discover
 from circuits.editing import edit as editing
+from circuits.editing.applied import feature_means
+from circuits.editing.random_features import active_features, random_features
 from circuits.editing.results import Behaviour, EditReport, Score
-from circuits.editing.targets import needs_spans, split_by_span
+from circuits.editing.site_edit import make_edits
+from circuits.editing.targets import feature_names, needs_spans, parse_features, split_by_span
 from circuits.metrics import metrics as behaviour
 from circuits.options import DiscoverOptions
+from sae.data.predictions import cross_entropy
 from sae.errors import UserError
 from sae.model.sites import Site
 from tests.circuits.conftest import MIXED, with_spans
@@ -53,7 +57,7 @@ def test_an_edit_is_decoding_changed_features_plus_the_error(
     spliced = sae.decode(changed(f, index, operation, value, mean)) + error
 
     features, means = {site: torch.tensor(index)}, {site: mean}
-    edits = editing.make_edits(saes, features, operation=operation, value=value, means=means)
+    edits = make_edits(saes, features, operation=operation, value=value, means=means)
     assert not torch.allclose(spliced, x, atol=1e-4)
     assert_near(edits[site](x), spliced)
 
@@ -65,19 +69,17 @@ def test_an_edit_is_decoding_changed_features_plus_the_error(
 def test_edits_at_several_sites_read_what_earlier_edits_left(tiny_model, tiny_prompts, tiny_saes):
     first, last = Site("resid", 0), Site("resid", 1)
     chosen = {site: torch.arange(48) for site in (first, last)}
-    run = tiny_model.run(tiny_prompts.clean, capture=[last], edits=editing.make_edits(tiny_saes, chosen))
-    before = tiny_model.run(
-        tiny_prompts.clean, capture=[last], edits=editing.make_edits(tiny_saes, {first: chosen[first]})
-    )
+    run = tiny_model.run(tiny_prompts.clean, capture=[last], edits=make_edits(tiny_saes, chosen))
+    before = tiny_model.run(tiny_prompts.clean, capture=[last], edits=make_edits(tiny_saes, {first: chosen[first]}))
     x = before.activations[last]
     features = tiny_saes[last].encode(x)
     assert_near(run.activations[last], x - features @ tiny_saes[last].W_dec)
 
 
 def test_features_are_found_by_name(tiny_saes):
-    chosen = editing.parse_features("resid_1/5, mlp_0/7,resid.1/2,resid_1/5", tiny_saes)
-    assert editing.feature_names(chosen) == ["mlp_0/7", "resid_1/2", "resid_1/5"]
-    assert editing.feature_names(editing.parse_features(["mlp_0/7"], tiny_saes)) == ["mlp_0/7"]
+    chosen = parse_features("resid_1/5, mlp_0/7,resid.1/2,resid_1/5", tiny_saes)
+    assert feature_names(chosen) == ["mlp_0/7", "resid_1/2", "resid_1/5"]
+    assert feature_names(parse_features(["mlp_0/7"], tiny_saes)) == ["mlp_0/7"]
 
 
 @pytest.mark.parametrize(
@@ -94,7 +96,7 @@ def test_features_are_found_by_name(tiny_saes):
 )
 def test_unknown_features(tiny_saes, names, message):
     with pytest.raises(UserError, match=message):
-        editing.parse_features(names, tiny_saes)
+        parse_features(names, tiny_saes)
 
 
 @pytest.mark.parametrize(
@@ -108,20 +110,18 @@ def test_unknown_features(tiny_saes, names, message):
 )
 def test_wrong_operations(tiny_saes, operation, value, message):
     with pytest.raises(UserError, match=message):
-        editing.make_edits(tiny_saes, {}, operation=operation, value=value)
+        make_edits(tiny_saes, {}, operation=operation, value=value)
 
 
 def test_active_features_and_means(tiny_model, tiny_prompts, tiny_saes):
-    active = editing.active_features(tiny_model, tiny_saes, tiny_prompts, batch_size=3)
+    active = active_features(tiny_model, tiny_saes, tiny_prompts, batch_size=3)
     real = tiny_prompts.clean.attention_mask.bool()
     run = tiny_model.run(tiny_prompts.clean, capture=list(tiny_saes))
     for site, sae in tiny_saes.items():
         f = sae.encode(run.activations[site])[real]
         assert active[site].tolist() == (f != 0).any(0).nonzero().flatten().tolist()
         index = torch.tensor([1, 6])
-        means = editing.feature_means(
-            tiny_model, tiny_saes, {site: index}, [batch.clean for batch in tiny_prompts.batches(3)]
-        )
+        means = feature_means(tiny_model, tiny_saes, {site: index}, [batch.clean for batch in tiny_prompts.batches(3)])
         assert_near(means[site], f[:, index].mean(0))
 
 
@@ -133,13 +133,13 @@ def test_random_features_are_active_others(same_sites):
     generator = torch.Generator().manual_seed(0)
     seen = set()
     for _ in range(60):
-        drawn = editing.random_features(active, like, generator=generator, same_sites=same_sites)
+        drawn = random_features(active, like, generator=generator, same_sites=same_sites)
         assert sum(map(len, drawn.values())) == 4
         assert all(torch.isin(index, active[site]).all() for site, index in drawn.items())
-        assert not set(editing.feature_names(drawn)) & set(editing.feature_names(like))
+        assert not set(feature_names(drawn)) & set(feature_names(like))
         if same_sites:
             assert {site: len(index) for site, index in drawn.items()} == {a: 3, b: 1}
-        seen |= set(editing.feature_names(drawn))
+        seen |= set(feature_names(drawn))
     assert len(seen) == (17 + 9 if same_sites else 17 + 9 + 5)
 
 
@@ -153,13 +153,13 @@ def test_cross_entropy_against_single_texts(tiny_model, tiny_prompts):
         for position in range(len(ids) - 1):
             total -= log_p[position, ids[position + 1]].item()
             count += 1
-    assert editing.cross_entropy(tiny_model, [batch]) == pytest.approx(total / count, abs=1e-5)
+    assert cross_entropy(tiny_model, [batch]) == pytest.approx(total / count, abs=1e-5)
 
 
 @pytest.fixture(scope="module")
 def report(tiny_model, tiny_prompts, tiny_saes) -> EditReport:
-    chosen = editing.active_features(tiny_model, tiny_saes, tiny_prompts)
-    names = editing.feature_names(chosen)[::7]
+    chosen = active_features(tiny_model, tiny_saes, tiny_prompts)
+    names = feature_names(chosen)[::7]
     texts = [tiny_model.tokenizer.decode(row) for row in tiny_prompts.clean.input_ids[1::2].tolist()]
     return editing.measure_edit(
         tiny_model,
@@ -171,7 +171,7 @@ def report(tiny_model, tiny_prompts, tiny_saes) -> EditReport:
 
 
 def test_report_agrees_with_a_run_by_hand(report, tiny_model, tiny_prompts, tiny_saes):
-    edits = editing.make_edits(tiny_saes, editing.parse_features(report.features, tiny_saes))
+    edits = make_edits(tiny_saes, parse_features(report.features, tiny_saes))
     rows = torch.arange(len(tiny_prompts))
     for scores, run in [
         (report.before, tiny_model.run(tiny_prompts.clean)),
@@ -245,9 +245,9 @@ def test_nothing_is_left_of_nothing():
 
 
 def test_fewer_random_features_than_edited_ones_are_told(tiny_model, tiny_prompts, tiny_saes):
-    active = editing.active_features(tiny_model, tiny_saes, tiny_prompts)
+    active = active_features(tiny_model, tiny_saes, tiny_prompts)
     site, index = next(iter(active.items()))
-    names = editing.feature_names({site: index})
+    names = feature_names({site: index})
     most = editing.measure_edit(
         tiny_model, tiny_saes, editing.Edit(names[:-2]), tiny_prompts, editing.EditOptions(n_random=2)
     )
@@ -320,7 +320,7 @@ def test_edits_of_generated_tokens_leave_the_prompts_alone(tiny_model, tiny_prom
         editing.EditOptions(n_random=1, generate=1, new_tokens=3),
     )  # fmt: skip
     assert report.after.overall == report.before.overall and report.features == ["resid_1/3@generated"]
-    edit = editing.make_edits(tiny_saes, {Site("resid", 1): torch.tensor([3])}, operation="steer", value=60.0)
+    edit = make_edits(tiny_saes, {Site("resid", 1): torch.tensor([3])}, operation="steer", value=60.0)
     clean = tiny_prompts[0].clean
     ids = tiny_model.generate(clean, max_new_tokens=3, later_edits=edit)[0, clean.n_positions :].tolist()
     assert report.continuations[0].after == tiny_model.tokenizer.decode(ids, skip_special_tokens=True)
@@ -331,9 +331,7 @@ def test_the_mean_of_a_span_is_that_of_its_tokens(tiny_model, tiny_prompts, tiny
     site = Site.parse("mlp_0")
     x = tiny_model.run(tiny_prompts.clean, capture=[site]).activations[site]
     inside = with_spans(tiny_prompts, MIXED).span_numbers == 1
-    means = editing.feature_means(
-        tiny_model, tiny_saes, {site: torch.tensor([3, 5])}, [tiny_prompts.clean], where=[inside]
-    )
+    means = feature_means(tiny_model, tiny_saes, {site: torch.tensor([3, 5])}, [tiny_prompts.clean], where=[inside])
     expected = tiny_saes[site].encode(x)[inside][:, [3, 5]].mean(0)
     torch.testing.assert_close(means[site], expected)
 
@@ -350,7 +348,7 @@ def test_places_that_are_not_there(tiny_model, tiny_prompts, tiny_saes, name, me
         editing.measure_edit(
             tiny_model, tiny_saes, editing.Edit("mlp_0/1@b"), tiny_prompts, editing.EditOptions(n_random=0)
         )
-    with pytest.raises(UserError, match="other text"):
+    with pytest.raises(UserError, match="no spans"):
         editing.measure_edit(
             tiny_model, tiny_saes, editing.Edit("mlp_0/1@b"), tiny_prompts, editing.EditOptions(texts=["the man"])
         )
@@ -362,7 +360,7 @@ def test_a_circuits_features_know_their_model(tiny_model, tiny_prompts, tiny_sae
     circuit = discover(tiny_model, tiny_saes, tiny_prompts, options, progress=False)
     features, few = circuit.strongest_features(2), editing.EditOptions(n_random=0)
     report = editing.ablate(features, options=few)
-    edit = editing.Edit(list(features))
+    edit = editing.Edit(list(features), "mean", by_template=True)
     assert report == editing.measure_edit(tiny_model, tiny_saes, edit, tiny_prompts, few, metric=circuit.metric)
     steered = editing.steer(features[0], tiny_prompts, value=2.0, circuit=circuit, options=few)
     assert (steered.operation, steered.value, steered.features) == ("steer", 2.0, [features[0]])

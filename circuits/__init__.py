@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from circuits.circuit import Circuit
     from circuits.comparison.compare import compare_methods
     from circuits.discovery.discover import discover
-    from circuits.editing.edit import Edit, ablate, steer
+    from circuits.editing.applied import edited
+    from circuits.editing.declaration import Edit, load_edits, save_edits
+    from circuits.editing.edit import ablate, steer
     from circuits.faithfulness.learned_mask import learn_mask
     from circuits.faithfulness.nodes import faithfulness
     from circuits.options import DiscoverOptions
@@ -31,7 +33,9 @@ _MODULES = {
     "circuit": ("Circuit",),
     "comparison.compare": ("compare_methods",),
     "discovery.discover": ("discover",),
-    "editing.edit": ("Edit", "ablate", "steer"),
+    "editing.applied": ("edited",),
+    "editing.declaration": ("Edit", "load_edits", "save_edits"),
+    "editing.edit": ("ablate", "steer"),
     "faithfulness.learned_mask": ("learn_mask",),
     "faithfulness.nodes": ("faithfulness",),
     "options": ("DiscoverOptions",),
@@ -41,8 +45,8 @@ _MODULES = {
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
-    "Circuit", "DiscoverOptions", "Edit", "PromptSet", "ablate", "compare_methods", "discover", "faithfulness",
-    "learn_mask", "load_prompts", "steer", "verify",
+    "Circuit", "DiscoverOptions", "Edit", "PromptSet", "ablate", "compare_methods", "discover", "edited",
+    "faithfulness", "learn_mask", "load_edits", "load_prompts", "save_edits", "steer", "verify",
 ]  # fmt: skip
 
 

@@ -141,7 +141,7 @@ def test_ablate_steer_and_report(sfc, run_folder, text_file):
     )
     data = json.loads(result.out)
     assert result.status == 0 and len(data["features"]) == 3 and len(data["random"]) == 5
-    assert (run_folder / "edits" / "zero_top3.json").is_file()
+    assert (run_folder / "edits" / "mean_top3.json").is_file()
     name = data["features"][0]
     steered = sfc("steer", "--circuit", run_folder, "--features", name, "--value", 2, "--name", "push")
     assert steered.status == 0 and (run_folder / "edits" / "push.json").is_file()

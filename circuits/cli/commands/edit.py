@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from circuits.cli.options import HasTestPrompts, Named, Output, RunsCircuit, UsesSaes
 from circuits.cli.results import MADE_WITH, different_options, digest_of, made_with, read_result
-from circuits.options import Operation
+from circuits.options import EditedTokens, Operation
 from sae._files import write_json
 from sae._options import Activation, Count, Positive, Range, Repeats, Seed
 from sae._run.contents import check_no_link
@@ -20,6 +19,7 @@ from sae.errors import UserError
 
 if TYPE_CHECKING:
     from circuits.circuit import Circuit
+    from circuits.editing.declaration import Edit
     from circuits.editing.edit import Trial
 
 
@@ -33,10 +33,18 @@ class _Edit(UsesSaes, Named, HasTestPrompts, RunsCircuit):
     """Edit these features, such as resid_3/120,mlp_2/7; at a span of the prompts alone, such as resid_3/120@subject, or
     at generated tokens alone, resid_3/120@generated.
     """
+    groups: Path | None = None
+    """Supernodes that the explorer saved; --features may name them."""
+    edit: Path | None = None
+    """Make the edits of this file: a file of edits, or edits/NAME.json of an earlier ablate or steer."""
     everywhere: bool = False
-    """Edit the features of a circuit by span or position at all tokens, which --text needs."""
+    """Edit the features of a circuit by span or position at all tokens."""
+    where: EditedTokens = "all"
+    """At which tokens: all, those where the feature is active, the prompt's alone, or generated ones alone."""
+    relative: bool = False
+    """--value is in units of each feature's largest activation, on --text, else on the prompts."""
     text: str | None = None
-    """Other text on which the cross-entropy is measured, .txt or .jsonl."""
+    """Other text on which the cross-entropy is measured, .txt or .jsonl; edits of spans are at all of its tokens."""
     texts: Positive = 200
     """Texts read of --text."""
     generate: Count = 0
@@ -50,16 +58,18 @@ class _Edit(UsesSaes, Named, HasTestPrompts, RunsCircuit):
     seed: Seed = 0
     """Seed of the random draws."""
 
-    def edit(self, operation: Operation, value: float | None) -> Output:
+    def measured(self, operation: Operation, value: float | None) -> Output:
         """Edit the model, measure what became of it, and write edits/NAME.json."""
         from circuits.circuit import circuit_folder
 
-        if (self.top is None) == (self.features is None):
-            raise UserError("say which features to edit: either --top N or --features resid_3/120,mlp_2/7")
+        if sum(given is not None for given in (self.top, self.features, self.edit)) != 1:
+            raise UserError(
+                "say which features to edit: either --top N, --features resid_3/120,mlp_2/7, or --edit FILE.json"
+            )
         with lock(circuit_folder(self.circuit).parent, shared=True):
-            return self._edit(operation, value)
+            return self._measured(operation, value)
 
-    def _edit(self, operation: Operation, value: float | None) -> Output:
+    def _measured(self, operation: Operation, value: float | None) -> Output:
         from circuits.circuit import circuit_folder
         from circuits.cli.common import load_circuit, record
 
@@ -71,15 +81,13 @@ class _Edit(UsesSaes, Named, HasTestPrompts, RunsCircuit):
         return Output(f"{report.text()}\nwrote {path}", data)
 
     def trial(self, circuit: Circuit, operation: Operation, value: float | None) -> Trial:
-        """The edit of a circuit that is loaded, ready to be measured."""
-        from circuits.editing.edit import Edit, EditOptions, prepare_trial
+        """The edits of a circuit that is loaded, ready to be measured."""
+        from circuits.editing.edit import EditOptions, prepare_trial
         from circuits.editing.targets import needs_spans
 
-        names: Sequence[str] | str = self.features or circuit.strongest_features(self.top or 0)
-        if self.everywhere:
-            listed = names.split(",") if isinstance(names, str) else names
-            names = list(dict.fromkeys(name.strip().partition("@")[0] for name in listed))
-        prompts = circuit.read_prompts(self.prompts, limit=self.examples, need_spans=needs_spans(names))
+        edits = self._edits(circuit, operation, value)
+        need_spans = any(needs_spans(edit.features) for edit in edits)
+        prompts = circuit.read_prompts(self.prompts, limit=self.examples, need_spans=need_spans)
         options = EditOptions(
             texts=list(islice(TextSource.of(self.text).read(), self.texts)) if self.text else [],
             generate=self.generate,
@@ -88,8 +96,20 @@ class _Edit(UsesSaes, Named, HasTestPrompts, RunsCircuit):
             same_sites=not self.random_anywhere,
             seed=self.seed,
         )
-        edit = Edit(names, operation, value)
-        return prepare_trial(circuit.model, circuit.saes, edit, prompts, options, metric=circuit.metric)
+        return prepare_trial(circuit.model, circuit.saes, edits, prompts, options, metric=circuit.metric)
+
+    def _edits(self, circuit: Circuit, operation: Operation, value: float | None) -> list[Edit]:
+        """The edits of the file, or the one that the options describe."""
+        from circuits.editing.declaration import Edit, expanded, load_edits, load_groups
+
+        if self.edit is not None:
+            edits = load_edits(self.edit)
+        else:
+            chosen = self.features or circuit.strongest_features(self.top or 0)
+            names = expanded(chosen, load_groups(self.groups) if self.groups else {})
+            by_template = operation == "mean" and self.text is None
+            edits = [Edit(names, operation, value, self.relative, self.where, by_template=by_template)]
+        return [edit.everywhere() for edit in edits] if self.everywhere else edits
 
     def file(self, operation: Operation, value: float | None) -> tuple[Path, dict[str, Any]]:
         """edits/NAME.json and what it is made with; without a name, one made from the edit, with a digest where there
@@ -102,7 +122,8 @@ class _Edit(UsesSaes, Named, HasTestPrompts, RunsCircuit):
         folder = circuit.parent / "edits"
         options = made_with(self, circuit=circuit_digest(circuit), operation=operation, value=value)
         what = f"top{self.top}" if self.top is not None else f"{self._n_features()}features"
-        name = self.name or f"{operation}{'' if value is None else f'_{value:g}'}_{what}"
+        usual = f"{operation}{'' if value is None else f'_{value:g}'}_{what}" if self.edit is None else self.edit.stem
+        name = self.name or usual
         path = folder / f"{name}.json"
         check_no_link(folder)
         if path.is_file() and (differing := different_options(read_result(path), options)) and not self.overwrite:
@@ -123,13 +144,15 @@ class AblateCommand(_Edit):
     before and after.
     """
 
-    operation: Literal["zero", "mean", "set"] = "zero"
-    """What the features become: zero, their mean (over --text, else over the prompts), or --value."""
+    operation: Literal["mean", "zero", "resample", "set", "clamp"] = "mean"
+    """What the features become: their mean (over --text, else over the prompts at the same place of the same template,
+    or at the span), zero, their activation at random tokens, --value, or at most --value.
+    """
     value: Activation | None = None
-    """Activation for the operation set."""
+    """Activation for the operations set and clamp."""
 
     def run(self) -> Output:
-        return self.edit(self.operation, self.value)
+        return self.measured(self.operation, self.value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,4 +165,4 @@ class SteerCommand(_Edit):
     """steer adds the feature's direction at every token; scale multiplies its activation where it is active."""
 
     def run(self) -> Output:
-        return self.edit(self.operation, self.value)
+        return self.measured(self.operation, self.value)

@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from circuits._tensors import NOT_SAVED, flatten, unflatten
+from circuits.attribution.activations import Setting
 from circuits.attribution.edges import Edges
 from circuits.attribution.effects import SiteEffects
 from circuits.attribution.nodes import Nodes, select_nodes
@@ -105,6 +106,10 @@ class Circuit(CircuitViews):
         Raises UserError where it is not given, or where another one is given.
         """
         return self.metric if given is None else circuit_metric(self.metadata, given=given)
+
+    def setting(self, metric: str | Metric | None = None) -> Setting:
+        """Its model, SAEs and metric, which fit each other, for whatever runs them; `metric` as in `get_metric`."""
+        return Setting.of(self.model, self.saes, self.get_metric(metric), sites=self.effects)
 
     def strongest_features(self, n: int) -> FeatureNames:
         """The n features of largest |effect|, errors left out.

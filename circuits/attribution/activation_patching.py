@@ -21,9 +21,7 @@ from torch import Tensor
 
 from circuits.attribution.activations import ActivationPair
 from circuits.attribution.effects import SiteEffects, feature_deltas, token_chunks
-from circuits.metrics.metrics import Metric
 from sae.autoencoder import SparseAutoencoder
-from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
 
 
@@ -91,19 +89,12 @@ def _written(sae: SparseAutoencoder, changes: SiteEffects, error: Tensor, entry:
 
 @torch.no_grad()
 def exact_effects(
-    model: LanguageModel,
-    sae: SparseAutoencoder,
-    states: ActivationPair,
-    metric: Metric,
-    *,
-    site: Site,
-    positions: Tensor | None,
-    features: Tensor | None = None,
-    max_rows: int = 512,
+    states: ActivationPair, *, site: Site, positions: Tensor | None, features: Tensor | None = None, max_rows: int = 512
 ) -> SiteEffects:
     """Exact effects of one site's nodes. `positions` [B, S] (see `positions_by`): tokens of equal number are
     patched at once, None for all; `features` ([n] int64, F for the error) restricts the work to some nodes.
     """
+    sae = states.setting.saes[site]
     n_positions, n_nodes = states.mask.shape[1], sae.W_dec.shape[0] + 1
     changes, error = _changes(sae, states, site, features)
     example, column = changes.example, changes.position
@@ -123,18 +114,10 @@ def exact_effects(
         x = states.clean[site][owner]
         index = (row[entry] - first, column[entry])
         x = x.index_put(index, _written(sae, changes, error, entry, n_positions).to(x.dtype), accumulate=True)
-        effect[first : first + len(owner)] = _metric_of_rows(model, states, metric, site=site, x=x, owner=owner)
+        effect[first : first + len(owner)] = states.metric_of_rows(site, x, owner) - states.m_clean[owner]
     where, feature = rows // n_nodes, rows % n_nodes
     example, position = where // n_groups, where % n_groups
     if positions is None:
         position = torch.full_like(example, -1)
     example, position, feature = (index.int().cpu() for index in (example, position, feature))
     return SiteEffects(n_nodes - 1, example, position, feature, effect.cpu())
-
-
-def _metric_of_rows(
-    model: LanguageModel, states: ActivationPair, metric: Metric, *, site: Site, x: Tensor, owner: Tensor
-) -> Tensor:
-    """m(row) - m(clean) for rows x [R, S, d] at `site`, row r belonging to example `owner[r]`. [R]"""
-    run = model.run(states.tokens[owner], skip=states.resume(model, site, owner) | {site: x}, last_only=True)
-    return metric(run.logits[:, -1], states.prompts[owner]) - states.m_clean[owner]

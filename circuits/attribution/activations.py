@@ -10,27 +10,65 @@ Legend: B examples, S positions (left-padded), d model width.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from circuits._tensors import NOT_SAVED
-from circuits.metrics.metrics import Metric
+from circuits.metrics.metrics import Metric, get_metric, prepare
+from circuits.metrics.probe import read_by
 from circuits.prompts.dataset import PromptSet
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError
 from sae.model.checks import check_finite
 from sae.model.language_model import LanguageModel, Tokens
 from sae.model.sites import Site
-from sae.saes import as_saes
+from sae.saes import SAEs, as_saes
+from sae.splice import ensure_checked
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is explained by what: a metric of a model, by the features and errors of SAEs."""
+
+    model: LanguageModel
+    """The model as the metric reads it (`circuits.metrics.probe.read_by`)."""
+    saes: SAEs
+    """An autoencoder for every site."""
+    metric: Metric
+    """m(logits [B, V], prompts) -> [B]."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "saes", as_saes(self.saes))
+
+    @staticmethod
+    def of(
+        model: LanguageModel,
+        saes: Mapping[Site, SparseAutoencoder],
+        metric: str | Metric = "logit_difference",
+        *,
+        sites: Iterable[Site] | None = None,
+    ) -> Setting:
+        """The SAEs of some sites, all by default, checked against the model, and a metric, by name or as it is."""
+        m, saes = get_metric(metric), as_saes(saes)
+        if sites is not None and (chosen := list(sites)) != list(saes):
+            saes = saes.subset(chosen)
+        ensure_checked(model, saes, saes)
+        return Setting(read_by(model, m), saes, m)
+
+    def prepare(self, prompts: PromptSet, *, differentiable: bool = False) -> PromptSet:
+        """The prompts with what the metric compares with; see `circuits.metrics.metrics.prepare`."""
+        return prepare(prompts, self.model, self.metric, differentiable=differentiable)
 
 
 @dataclass(frozen=True)
 class ActivationPair:
     """Clean and patch activations of one batch of prompts at the circuit's sites."""
 
+    setting: Setting = field(metadata=NOT_SAVED)
+    """The model they are of, its SAEs and the metric."""
     prompts: PromptSet = field(metadata=NOT_SAVED)
     """The batch."""
     clean: dict[Site, Tensor]
@@ -69,21 +107,31 @@ class ActivationPair:
         if self.prompts.patch is None or self.m_patch is None:
             raise UserError("denoising starts from the patch prompts: these prompts have no patch side")
         prompts = replace(self.prompts, clean=self.prompts.patch, patch=self.prompts.clean)
-        return ActivationPair(prompts, self.patch, self.clean, False, self.m_patch, self.m_clean, self.last_layer)
+        return ActivationPair(
+            self.setting, prompts, self.patch, self.clean, False, self.m_patch, self.m_clean, self.last_layer
+        )
 
     @property
     def mask(self) -> Tensor:
         """[B, S] bool: real tokens, not padding."""
         return self.prompts.clean.attention_mask.bool()
 
-    def resume(self, model: LanguageModel, site: Site, rows: Tensor) -> dict[Site, Tensor]:
-        """The `skip` mapping with which examples `rows` [R] resume at a site from the clean run."""
+    def metric_of_rows(self, site: Site, x: Tensor, rows: Tensor, *, grad: bool = False) -> Tensor:
+        """m of examples `rows` [R] with x [R, S, d] at a site and everything before it from the clean run. [R]"""
         gathered: dict[int, Tensor] = {}
-        skip = model.resume_from(site, self.clean)
-        for x in skip.values():
-            if id(x) not in gathered:
-                gathered[id(x)] = x[rows]
-        return {other: gathered[id(x)] for other, x in skip.items()}
+        model, metric = self.setting.model, self.setting.metric
+        clean = model.resume_from(site, self.clean)
+        for tensor in clean.values():
+            if id(tensor) not in gathered:
+                gathered[id(tensor)] = tensor[rows]
+        skip = {other: gathered[id(tensor)] for other, tensor in clean.items()} | {site: x}
+        run = model.run(self.tokens[rows], skip=skip, grad=grad, last_only=True)
+        return metric(run.logits[:, -1], self.prompts[rows])
+
+    def metric_of_copies(self, logits: Tensor) -> Tensor:
+        """m from the logits [K * B, 1, V] of K copies of the batch, [K, B]."""
+        copies = logits[:, -1].unflatten(0, (-1, len(self.tokens)))
+        return torch.stack([self.setting.metric(rows, self.prompts) for rows in copies])
 
     def live(self, site: Site, gradient: Tensor) -> Tensor:
         """[B, S] bool: tokens through which edges of the site can run, given dm/dx there, [B, S, d].
@@ -102,38 +150,36 @@ class ActivationPair:
 
 
 def capture_activations(
-    model: LanguageModel,
-    saes: Mapping[Site, SparseAutoencoder],
-    prompts: PromptSet,
-    metric: Metric,
-    *,
-    sites: Sequence[Site],
-    gradient: bool = False,
+    setting: Setting, prompts: PromptSet, *, sites: Sequence[Site] | None = None, gradient: bool = False
 ) -> ActivationPair:
-    """Run clean and patch prompts once and keep every site's activations; with `gradient` also dm/dx at the clean run.
+    """Run clean and patch prompts once and keep the activations of some sites, of all SAEs' sites by default; with
+    `gradient` also dm/dx at the clean run.
 
     Raises `UserError` naming a site with NaN.
     """
-    clean, m_clean, gradients = clean_run(model, prompts, metric, sites, gradient)
+    model, saes = setting.model, setting.saes
+    sites = list(saes) if sites is None else sites
+    clean, m_clean, gradients = clean_run(setting, prompts, sites, gradient)
     if prompts.patch is None:
-        biases = as_saes(saes)
-        patch = {site: biases.bias(site).to(x).expand_as(x) for site, x in clean.items()}
-        return ActivationPair(prompts, clean, patch, True, m_clean, None, model.n_layers - 1, gradients)
+        patch = {site: saes.bias(site).to(x).expand_as(x) for site, x in clean.items()}
+        return ActivationPair(setting, prompts, clean, patch, True, m_clean, None, model.n_layers - 1, gradients)
     other = model.run(prompts.patch, capture=sites, last_only=True)
     check_finite(other)
     with torch.no_grad():
-        m_patch = metric(other.logits[:, -1], prompts)
-    return ActivationPair(prompts, clean, other.activations, False, m_clean, m_patch, model.n_layers - 1, gradients)
+        m_patch = setting.metric(other.logits[:, -1], prompts)
+    return ActivationPair(
+        setting, prompts, clean, other.activations, False, m_clean, m_patch, model.n_layers - 1, gradients
+    )
 
 
 def clean_run(
-    model: LanguageModel, prompts: PromptSet, metric: Metric, sites: Sequence[Site], gradient: bool
+    setting: Setting, prompts: PromptSet, sites: Sequence[Site], gradient: bool
 ) -> tuple[dict[Site, Tensor], Tensor, dict[Site, Tensor] | None]:
     """x at every site [B, S, d], m [B], and dm/dx per site if it was asked for."""
     with torch.set_grad_enabled(gradient):
-        run = model.run(prompts.clean, capture=sites, last_only=True, grad=gradient)
+        run = setting.model.run(prompts.clean, capture=sites, last_only=True, grad=gradient)
         check_finite(run)
-        m = metric(run.logits[:, -1], prompts)
+        m = setting.metric(run.logits[:, -1], prompts)
         if not gradient:
             return run.activations, m, None
         gradients = torch.autograd.grad(m.sum(), [run.activations[site] for site in sites])
@@ -141,27 +187,15 @@ def clean_run(
     return activations, m.detach(), dict(zip(sites, gradients, strict=True))
 
 
-def metric_at(
-    model: LanguageModel,
-    states: ActivationPair,
-    metric: Metric,
-    *,
-    site: Site,
-    value: Tensor,
-    copies: int,
-    grad: bool,
-) -> Tensor:
-    """m with the site's output replaced by `value` [copies * B, S, d], everything before it taken from the clean
-    run. [copies, B]
-    """
+def metric_at(states: ActivationPair, value: Tensor, *, site: Site, grad: bool) -> Tensor:
+    """m with the site's output replaced by `value` [K * B, S, d], all before it taken from the clean run. [K, B]"""
+    model = states.setting.model
     skip = model.resume_from(site, states.clean) | {site: value}
-    run = model.run(states.tokens.repeat(copies), skip=skip, grad=grad, last_only=True)
-    logits = run.logits[:, -1].unflatten(0, (copies, len(states.tokens)))
-    return torch.stack([metric(rows, states.prompts) for rows in logits])
+    tokens = states.tokens.repeat(len(value) // len(states.tokens))
+    return states.metric_of_copies(model.run(tokens, skip=skip, grad=grad, last_only=True).logits)
 
 
 @torch.no_grad()
-def site_total_effect(model: LanguageModel, states: ActivationPair, metric: Metric, *, site: Site) -> Tensor:
+def site_total_effect(states: ActivationPair, *, site: Site) -> Tensor:
     """m(the site alone patched) - m(clean), [B]: what the effects of a site must add up to."""
-    patched = metric_at(model, states, metric, site=site, value=states.patch[site], copies=1, grad=False)
-    return patched[0] - states.m_clean
+    return metric_at(states, states.patch[site], site=site, grad=False)[0] - states.m_clean

@@ -14,13 +14,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from circuits.attribution.activations import ActivationPair, clean_run
-from circuits.metrics.metrics import Metric
-from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
 
 
-def attribution_patching(
-    model: LanguageModel, states: ActivationPair, metric: Metric, *, sites: Sequence[Site]
-) -> dict[Site, Tensor]:
+def attribution_patching(states: ActivationPair, *, sites: Sequence[Site]) -> dict[Site, Tensor]:
     """dm/dx at the clean run, [B, S, d] per site: one forward and one backward pass for all sites."""
-    return clean_run(model, states.prompts, metric, sites, gradient=True)[2] or {}
+    return clean_run(states.setting, states.prompts, sites, gradient=True)[2] or {}

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from circuits.attribution.activations import ActivationPair
 from circuits.attribution.effects import SiteEffects, sparse_effects
-from sae.autoencoder import SparseAutoencoder
 from sae.model.sites import Site
 
 
 @torch.no_grad()
-def activation_difference(sae: SparseAutoencoder, states: ActivationPair, *, site: Site) -> SiteEffects:
+def activation_difference(states: ActivationPair, *, site: Site) -> SiteEffects:
     """How far each feature and the error move between clean and patch, at every position."""
+    sae = states.setting.saes[site]
 
     def values(delta: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
         error = (dx - delta @ sae.W_dec).norm(dim=-1)
@@ -32,11 +32,9 @@ def activation_difference(sae: SparseAutoencoder, states: ActivationPair, *, sit
     )
 
 
-def random_effects(
-    sae: SparseAutoencoder, states: ActivationPair, *, site: Site, positions: Tensor | None, seed: int = 0
-) -> SiteEffects:
+def random_effects(states: ActivationPair, *, site: Site, positions: Tensor | None, seed: int = 0) -> SiteEffects:
     """A random effect for every node that differs; tokens with equal `positions` [B, S] are one node, None: all are."""
-    live = activation_difference(sae, states, site=site)
+    live = activation_difference(states, site=site)
     n_nodes = live.n_features + 1
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {site.name}".encode()))
     if positions is None:

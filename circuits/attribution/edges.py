@@ -26,7 +26,7 @@ The effect of the edge u -> d (Marks et al. 2024, eq. 5, direct paths only) is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,15 +36,13 @@ from circuits.attribution.activations import ActivationPair
 from circuits.attribution.feature_effects import EdgeInputs, edge_inputs
 from circuits.attribution.node_effects import Attribution
 from circuits.attribution.nodes import Nodes, SiteNodes
-from circuits.metrics.metrics import Metric
 from circuits.options import ACTIVE, EdgeActive
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import unknown
 from sae.formats.token_normalised import edge_refusal
 from sae.model.forward import with_gradients
-from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
-from sae.saes import as_saes
+from sae.saes import SAEs
 
 Edges = dict[tuple[Site, Site | None], Tensor]
 """(upstream, downstream) -> weights [D, U] over the two sites' selected nodes; downstream None is the metric, [1,
@@ -64,9 +62,7 @@ class CutGraph:
     """The metric, [R * B], a function of the leaves that reach the logits directly."""
 
 
-def cut_forward(
-    model: LanguageModel, states: ActivationPair, metric: Metric, *, sites: Sequence[Site], copies: int = 1
-) -> CutGraph:
+def cut_forward(states: ActivationPair, *, sites: Sequence[Site], copies: int = 1) -> CutGraph:
     """Run `copies` of the clean prompts with every site of `sites` cut."""
     outputs: dict[Site, Tensor] = {}
     leaves: dict[Site, Tensor] = {}
@@ -79,9 +75,9 @@ def cut_forward(
 
         return replace
 
-    run = model.run(states.tokens.repeat(copies), edits={site: cut(site) for site in sites}, grad=True, last_only=True)
-    logits = run.logits[:, -1].unflatten(0, (copies, len(states.tokens)))
-    return CutGraph(outputs, leaves, torch.cat([metric(rows, states.prompts) for rows in logits]))
+    edits = {site: cut(site) for site in sites}
+    run = states.setting.model.run(states.tokens.repeat(copies), edits=edits, grad=True, last_only=True)
+    return CutGraph(outputs, leaves, states.metric_of_copies(run.logits).flatten())
 
 
 @dataclass(frozen=True)
@@ -125,11 +121,7 @@ class NodeVectors:
 
 
 def node_vectors(
-    saes: Mapping[Site, SparseAutoencoder],
-    batches: Sequence[Attribution],
-    nodes: Nodes,
-    *,
-    active: EdgeActive = "either",
+    batches: Sequence[Attribution], nodes: Nodes, *, active: EdgeActive = "either"
 ) -> list[dict[Site, NodeVectors]]:
     """The vectors of the selected nodes of every site, for each batch.
 
@@ -141,24 +133,24 @@ def node_vectors(
     for site, site_nodes in nodes.items():
         for of_batch, batch in zip(vectors, batches, strict=True):
             if len(site_nodes):
-                of_batch[site] = _vectors_of_site(saes[site], batch, site_nodes, site, active=active)
+                of_batch[site] = _vectors_of_site(batch, site_nodes, site, active=active)
     return vectors
 
 
 @torch.no_grad()
-def _vectors_of_site(
-    sae: SparseAutoencoder, batch: Attribution, nodes: SiteNodes, site: Site, *, active: EdgeActive
-) -> NodeVectors:
+def _vectors_of_site(batch: Attribution, nodes: SiteNodes, site: Site, *, active: EdgeActive) -> NodeVectors:
     """The vectors of the selected nodes of one site.
 
     The whole encoder runs only where there are no edge inputs of the site and the error node is among the nodes, or
     features compete.
     """
-    device, states, gradient = sae.W_dec.device, batch.states, batch.gradients[site]
+    states, gradient = batch.states, batch.gradients[site]
+    sae = states.setting.saes[site]
+    device = sae.W_dec.device
     is_error, feature = nodes.is_error.to(device), nodes.feature.to(device).clamp(max=nodes.n_features - 1)
     inputs = batch.edge_inputs.get(site)
     if inputs is None and (is_error.any() or sae.nonlinearity.needs_k):
-        inputs = edge_inputs(sae, states, gradient, site=site, active=active)
+        inputs = edge_inputs(states, gradient, site=site, active=active)
     elif inputs is not None:
         inputs = inputs.to(device)
     f_clean, delta = _selected_acts(sae, states, feature, site, inputs)
@@ -188,20 +180,16 @@ def _selected_acts(
     return f_clean, -f_clean if states.zero_patch else sae.encode_some(patch, feature) - f_clean
 
 
-def check_edges(saes: Mapping[Site, SparseAutoencoder], sites: Iterable[Site], *, edge_nodes: int) -> None:
-    """`UserError` where edges are wanted and the features of a site have none; nothing is computed for it."""
-    saes = as_saes(saes)
-    for site in sites if edge_nodes else ():
+def check_edges(saes: SAEs) -> None:
+    """`UserError` where the features of a site have no edges; nothing is computed for it."""
+    for site in saes:
         if saes.config(site).input_norm:
             raise edge_refusal(site.name)
 
 
 @with_gradients
 def edge_effects(
-    model: LanguageModel,
-    saes: Mapping[Site, SparseAutoencoder],
     batch: Attribution,
-    metric: Metric,
     nodes: Nodes,
     *,
     active: EdgeActive = "either",
@@ -212,7 +200,6 @@ def edge_effects(
     """Edge weights between all selected nodes of one batch, and from them to the metric.
 
     Args:
-        model, saes, metric: what the circuit is of.
         batch: activations, and dm/dx per site as the node method averages it; inputs of edges that it has (for this
             `active`) are used, others computed.
         nodes: the selected nodes of every site. With positions the prompts must be equally long, or have the spans
@@ -226,10 +213,10 @@ def edge_effects(
         Weights of the pairs of sites with a direct path, summed over examples, [D, U], or of each example, [B, D, U].
     """
     sites, states = list(nodes), batch.states
-    vectors = vectors if vectors is not None else node_vectors(saes, [batch], nodes, active=active)[0]
+    vectors = vectors if vectors is not None else node_vectors([batch], nodes, active=active)[0]
     most = max((len(site_nodes) for site_nodes in nodes.values()), default=1)
     lanes = max(1, min(max_rows // len(states.tokens), most))
-    graph = cut_forward(model, states, metric, sites=sites, copies=lanes)
+    graph = cut_forward(states, sites=sites, copies=lanes)
     edges: Edges = {}
     for index, down in enumerate(sites):
         upstream = [site for site in sites[:index] if site in vectors]

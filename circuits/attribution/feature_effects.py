@@ -199,17 +199,12 @@ def contract_gradient(
 
 
 def contract(
-    sae: SparseAutoencoder,
-    states: ActivationPair,
-    gradient: Tensor,
-    *,
-    site: Site,
-    active: EdgeActive | None = None,
+    states: ActivationPair, gradient: Tensor, *, site: Site, active: EdgeActive | None = None
 ) -> tuple[SiteEffects, EdgeInputs | None]:
     """Effects at a site from the gradient [B, S, d] there, and with `active` (where a downstream feature counts as
     active) the inputs of edges, which neurons do not need.
     """
-    clean, patch, mask = states.clean[site], states.patch[site], states.mask
+    sae, clean, patch, mask = states.setting.saes[site], states.clean[site], states.patch[site], states.mask
     if not active or sae.config.architecture == "identity":  # neurons have no errors
         return contract_gradient(sae, clean, patch, gradient, mask=mask, zero_patch=states.zero_patch), None
     live = states.live(site, gradient)
@@ -217,10 +212,9 @@ def contract(
     return _effects(sae, chunks), _edge_inputs(sae, chunks, live)
 
 
-def edge_inputs(
-    sae: SparseAutoencoder, states: ActivationPair, gradient: Tensor, *, site: Site, active: EdgeActive
-) -> EdgeInputs | None:
+def edge_inputs(states: ActivationPair, gradient: Tensor, *, site: Site, active: EdgeActive) -> EdgeInputs | None:
     """The inputs of edges at a site, without the effects; None for neurons."""
+    sae = states.setting.saes[site]
     if sae.config.architecture == "identity":
         return None
     clean, patch, live = states.clean[site], states.patch[site], states.live(site, gradient)

@@ -23,20 +23,19 @@ from torch import Tensor
 
 from circuits.attribution.activations import ActivationPair
 from circuits.attribution.effects import SiteEffects
-from circuits.metrics.metrics import Metric
 from sae.errors import UserError
 from sae.model.hook_points import SiteEdit
-from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
 
 
 @torch.enable_grad()
 def gradients_with_layer_blocked(
-    model: LanguageModel, states: ActivationPair, metric: Metric, *, sites: Sequence[Site]
+    states: ActivationPair, *, sites: Sequence[Site]
 ) -> Iterator[tuple[int, dict[Site, Tensor]]]:
     """For each layer l: dm/dx at the clean run without what goes through layer l's contribution, [B, S, d] per site
     outside that layer's sublayers.
     """
+    model = states.setting.model
     stream = [Site("embed"), *(Site("resid", layer) for layer in range(model.n_layers))]
     if lacking := [site for site in stream if site not in model.sites]:
         raise UserError(
@@ -60,7 +59,7 @@ def gradients_with_layer_blocked(
 
     edits = {site: gate(layer) for layer, site in enumerate(stream, start=-1)}
     run = model.run(states.tokens, capture=sites, edits=edits, grad=True, last_only=True)
-    m = metric(run.logits[:, -1], states.prompts).sum()
+    m = states.setting.metric(run.logits[:, -1], states.prompts).sum()
     for layer in range(model.n_layers):
         blocked = layer
         open_sites = [site for site in sites if site.layer != layer or site.kind == "resid"]

@@ -28,8 +28,6 @@ import torch
 from torch import Tensor
 
 from circuits.attribution.activations import ActivationPair
-from circuits.metrics.metrics import Metric
-from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
 
 MAX_NODES = 100
@@ -62,15 +60,7 @@ def path_scale(states: ActivationPair, totals: Mapping[Site, Tensor]) -> float:
 
 @torch.enable_grad()
 def adaptive_gradient(
-    model: LanguageModel,
-    states: ActivationPair,
-    metric: Metric,
-    *,
-    site: Site,
-    at_clean: Tensor,
-    residual: float,
-    scale: float,
-    max_rows: int = 512,
+    states: ActivationPair, *, site: Site, at_clean: Tensor, residual: float, scale: float, max_rows: int = 512
 ) -> tuple[Tensor, float]:
     """Mean of dm/dx along the path of one site, [B, S, d], and how many nodes a prompt took on average, that at the
     clean run not counted.
@@ -81,7 +71,7 @@ def adaptive_gradient(
     examples = torch.arange(n, device=states.m_clean.device)
     half = torch.full_like(states.m_clean, 0.5)
     nodes = _at_clean(states, site, at_clean)
-    nodes += _evaluate(model, states, metric, site, examples.repeat(2), torch.cat([half, 2 * half]), max_rows)
+    nodes += _evaluate(states, site, examples.repeat(2), torch.cat([half, 2 * half]), max_rows)
     left, middle, right = examples, examples + n, examples + 2 * n
     while True:
         width = nodes.alpha[right] - nodes.alpha[left]
@@ -96,7 +86,7 @@ def adaptive_gradient(
         a, c, b = left[split], middle[split], right[split]
         quarters = torch.cat([nodes.alpha[a] + nodes.alpha[c], nodes.alpha[c] + nodes.alpha[b]]) / 2
         first, k = len(nodes.alpha), len(a)
-        nodes += _evaluate(model, states, metric, site, owner[split].repeat(2), quarters, max_rows)
+        nodes += _evaluate(states, site, owner[split].repeat(2), quarters, max_rows)
         new = torch.arange(first, first + 2 * k, device=left.device)
         left = torch.cat([left[~split], a, c])
         middle = torch.cat([middle[~split], new])
@@ -116,23 +106,13 @@ def _at_clean(states: ActivationPair, site: Site, gradient: Tensor) -> _Nodes:
     return _Nodes(torch.arange(len(m), device=m.device), torch.zeros_like(m), m, slope, gradient)
 
 
-def _evaluate(
-    model: LanguageModel,
-    states: ActivationPair,
-    metric: Metric,
-    site: Site,
-    example: Tensor,
-    alpha: Tensor,
-    max_rows: int,
-) -> _Nodes:
+def _evaluate(states: ActivationPair, site: Site, example: Tensor, alpha: Tensor, max_rows: int) -> _Nodes:
     """m and dm/dx at alpha [n] on the paths of the examples [n]."""
     chunks = []
     for owner, alphas in zip(example.split(max_rows), alpha.split(max_rows), strict=True):
         clean, patch = states.clean[site][owner], states.patch[site][owner]
         leaf = torch.lerp(clean, patch, alphas.to(clean)[:, None, None]).requires_grad_()
-        skip = states.resume(model, site, owner) | {site: leaf}
-        run = model.run(states.tokens[owner], skip=skip, grad=True, last_only=True)
-        m = metric(run.logits[:, -1], states.prompts[owner])
+        m = states.metric_of_rows(site, leaf, owner, grad=True)
         (gradient,) = torch.autograd.grad(m.sum(), leaf)
         slope = ((patch - clean) * gradient).float().sum((1, 2))
         chunks.append(_Nodes(owner, alphas, m.detach().float(), slope, gradient))

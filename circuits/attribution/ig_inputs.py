@@ -19,9 +19,8 @@ from torch import Tensor
 
 from circuits.attribution.activations import ActivationPair
 from circuits.attribution.integrated_gradients import path_chunks
-from circuits.metrics.metrics import Metric
 from sae.errors import UserError
-from sae.model.language_model import LanguageModel, Tokens
+from sae.model.language_model import Tokens
 from sae.model.sites import Site
 
 EMBED = Site("embed")
@@ -29,33 +28,26 @@ EMBED = Site("embed")
 
 @torch.enable_grad()
 def integrated_gradients_of_inputs(
-    model: LanguageModel,
-    states: ActivationPair,
-    metric: Metric,
-    *,
-    sites: Sequence[Site],
-    rule: str = "midpoint",
-    steps: int = 10,
-    max_rows: int = 512,
+    states: ActivationPair, *, sites: Sequence[Site], rule: str = "midpoint", steps: int = 10, max_rows: int = 512
 ) -> dict[Site, Tensor]:
     """Weighted mean of dm/dx along the embedding path, [B, S, d] per site."""
-    clean, patch = _embeddings(model, states)
+    clean, patch = _embeddings(states)
     total = {site: torch.zeros_like(states.clean[site], dtype=torch.float32) for site in sites}
     for weight, leaf in path_chunks(clean, patch, rule, steps, max_rows):
         tokens = states.tokens.repeat(len(weight))
-        run = model.run(tokens, skip={EMBED: leaf}, capture=sites, grad=True, last_only=True)
-        logits = run.logits[:, -1].unflatten(0, (len(weight), -1))
-        m = torch.stack([metric(rows, states.prompts) for rows in logits])  # [K, B]
+        run = states.setting.model.run(tokens, skip={EMBED: leaf}, capture=sites, grad=True, last_only=True)
+        m = states.metric_of_copies(run.logits)  # [K, B]
         gradients = torch.autograd.grad(m.sum(), [run.activations[site] for site in sites])
         for site, gradient in zip(sites, gradients, strict=True):
             total[site] += torch.einsum("k,kbsd->bsd", weight, gradient.unflatten(0, (len(weight), -1)).float())
     return total
 
 
-def _embeddings(model: LanguageModel, states: ActivationPair) -> tuple[Tensor, Tensor]:
+def _embeddings(states: ActivationPair) -> tuple[Tensor, Tensor]:
     """Embeddings of the clean and the patch prompts, [B, S, d]; zero for the latter where there are none."""
     if EMBED in states.clean:
         return states.clean[EMBED], states.patch[EMBED]
+    model = states.setting.model
     if EMBED not in model.sites:
         raise UserError(f"method 'ig-inputs' needs the site 'embed', which model {model.name!r} does not have: use ig")
 

@@ -26,10 +26,8 @@ import torch
 from torch import Tensor
 
 from circuits.attribution.activations import ActivationPair, metric_at
-from circuits.metrics.metrics import Metric
 from circuits.options import RULES
 from sae.errors import unknown
-from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
 
 
@@ -50,14 +48,7 @@ def quadrature(rule: str, steps: int) -> tuple[list[float], list[float]]:
 
 @torch.enable_grad()
 def integrated_gradients(
-    model: LanguageModel,
-    states: ActivationPair,
-    metric: Metric,
-    *,
-    site: Site,
-    rule: str = "midpoint",
-    steps: int = 10,
-    max_rows: int = 512,
+    states: ActivationPair, *, site: Site, rule: str = "midpoint", steps: int = 10, max_rows: int = 512
 ) -> Tensor:
     """Weighted mean of dm/dx along the straight path from the clean to the patch activation of one site, [B, S, d],
     added up in float32 whatever the model computes in.
@@ -66,7 +57,7 @@ def integrated_gradients(
     """
     total = torch.zeros_like(states.clean[site], dtype=torch.float32)
     for weight, leaf in path_chunks(states.clean[site], states.patch[site], rule, steps, max_rows):
-        m = metric_at(model, states, metric, site=site, value=leaf, copies=len(weight), grad=True)
+        m = metric_at(states, leaf, site=site, grad=True)
         (gradient,) = torch.autograd.grad(m.sum(), leaf)
         total += torch.einsum("k,kbsd->bsd", weight, gradient.unflatten(0, (len(weight), -1)).float())
     return total

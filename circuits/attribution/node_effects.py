@@ -28,11 +28,8 @@ from circuits.attribution.ig_inputs import integrated_gradients_of_inputs
 from circuits.attribution.integrated_gradients import integrated_gradients
 from circuits.attribution.nodes import positions_by
 from circuits.attribution.relp import relevance_patching
-from circuits.metrics.metrics import Metric
 from circuits.options import METHODS, EdgeActive, MethodOptions
-from sae.autoencoder import SparseAutoencoder
 from sae.model.forward import with_gradients
-from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
 
 METHOD_NAMES = {
@@ -106,12 +103,9 @@ class Attribution:
 
 @with_gradients
 def attribute(
-    model: LanguageModel,
-    saes: Mapping[Site, SparseAutoencoder],
     states: ActivationPair,
-    metric: Metric,
     *,
-    sites: Sequence[Site],
+    sites: Sequence[Site] | None = None,
     totals: bool = True,
     gradients: bool = True,
     active: EdgeActive | None = None,
@@ -125,19 +119,16 @@ def attribute(
         options: fields of `MethodOptions`, such as `method="attrib"`; see `attribute_batches` for the others.
     """
     return attribute_batches(
-        model, saes, [states], metric, MethodOptions(**options), sites=sites, totals=totals, gradients=gradients,
-        active=active, max_rows=max_rows, seed=seed,
+        [states], MethodOptions(**options), sites=sites, totals=totals, gradients=gradients, active=active,
+        max_rows=max_rows, seed=seed,
     )[0]  # fmt: skip
 
 
 def attribute_batches(
-    model: LanguageModel,
-    saes: Mapping[Site, SparseAutoencoder],
     batches: Sequence[ActivationPair],
-    metric: Metric,
     options: MethodOptions,
     *,
-    sites: Sequence[Site],
+    sites: Sequence[Site] | None = None,
     totals: bool = True,
     gradients: bool = True,
     active: EdgeActive | None = None,
@@ -151,10 +142,9 @@ def attribute_batches(
     layer and batch).
 
     Args:
-        model, saes, metric: what is attributed to what.
-        batches: activations of each batch.
+        batches: activations of each batch, with the model, SAEs and metric they are of.
         options: the method and its options.
-        sites: in forward order.
+        sites: in forward order; those of the activations by default.
         totals: whether site totals are measured.
         gradients: whether dm/dx is taken for edges where the method does not use it.
         active: keep the inputs of edges, with features active where this says, if the method contracts a gradient.
@@ -162,33 +152,31 @@ def attribute_batches(
         seed: seed of `random`.
         progress: called after each site of a batch.
     """
-    run = _Run(model, saes, metric, options, max_rows, seed)
+    sites = list(batches[0].clean) if sites is None and batches else sites or ()
+    method = _Method(options, max_rows, seed)
     results: list[Attribution] = []
     for states in batches:
         result = Attribution(states)
         if gradients or options.method not in WITHOUT_GRADIENT:
-            result.gradients, result.effects = run.at_all_sites(states, sites)
+            result.gradients, result.effects = method.at_all_sites(states, sites)
         if totals or (options.method == "ig-adaptive" and states.m_patch is None):
-            result.site_totals = {site: site_total_effect(model, states, metric, site=site) for site in sites}
+            result.site_totals = {site: site_total_effect(states, site=site) for site in sites}
         for site in sites if options.method in ALONG_PATH else ():
-            result.gradients[site], result.path_nodes[site] = run.along_path(result, site)
+            result.gradients[site], result.path_nodes[site] = method.along_path(result, site)
             progress(site)
         results.append(result)
     for site in sites:
         for result in results:
-            run.effects_of_site(result, site, active)
+            method.add_effects(result, site, active)
             if options.method not in ALONG_PATH:
                 progress(site)
     return results
 
 
 @dataclass(frozen=True)
-class _Run:
-    """A method with what it works on."""
+class _Method:
+    """A node method with its options."""
 
-    model: LanguageModel
-    saes: Mapping[Site, SparseAutoencoder]
-    metric: Metric
     options: MethodOptions
     max_rows: int
     seed: int
@@ -199,64 +187,57 @@ class _Run:
         """Gradients that come for all sites from the same passes, and effects where they are more than those
         contracted.
         """
-        model, metric, options = self.model, self.metric, self.options
+        options = self.options
         if options.method == "ig":
             return {}, {}
         if options.method == "ig-inputs":
             return integrated_gradients_of_inputs(
-                model, states, metric, sites=sites, rule=options.rule, steps=options.steps, max_rows=self.max_rows
+                states, sites=sites, rule=options.rule, steps=options.steps, max_rows=self.max_rows
             ), {}
         if options.method == "relp":
-            return relevance_patching(model, states, metric, sites=sites), {}
-        gradients = dict(states.gradients or attribution_patching(model, states, metric, sites=sites))
-        return gradients, self._gradient_drop(states, sites, gradients) if options.method == "graddrop" else {}
-
-    def _gradient_drop(
-        self, states: ActivationPair, sites: Sequence[Site], gradients: Mapping[Site, Tensor]
-    ) -> dict[Site, SiteEffects]:
-        by_layer: dict[Site, list[SiteEffects]] = {site: [] for site in sites}
-        for _, of_layer in gradients_with_layer_blocked(self.model, states, self.metric, sites=sites):
-            for site, gradient in of_layer.items():
-                by_layer[site].append(contract(self.saes[site], states, gradient, site=site)[0])
-        return {
-            site: mean_magnitude(effects)
-            if effects
-            else contract(self.saes[site], states, gradients[site], site=site)[0]
-            for site, effects in by_layer.items()
-        }
+            return relevance_patching(states, sites=sites), {}
+        gradients = dict(states.gradients or attribution_patching(states, sites=sites))
+        return gradients, _gradient_drop(states, sites, gradients) if options.method == "graddrop" else {}
 
     def along_path(self, result: Attribution, site: Site) -> tuple[Tensor, float]:
         """Mean of dm/dx along the site's own path, [B, S, d], and the nodes a prompt took."""
         states, options = result.states, self.options
         if options.method == "ig":
             return integrated_gradients(
-                self.model, states, self.metric, site=site, rule=options.rule, steps=options.steps,
-                max_rows=self.max_rows,
-            ), options.steps  # fmt: skip
+                states, site=site, rule=options.rule, steps=options.steps, max_rows=self.max_rows
+            ), options.steps
         return adaptive_gradient(
-            self.model, states, self.metric, site=site, at_clean=result.gradients[site], residual=options.residual,
+            states, site=site, at_clean=result.gradients[site], residual=options.residual,
             scale=path_scale(states, result.site_totals), max_rows=self.max_rows,
         )  # fmt: skip
 
-    def effects_of_site(self, result: Attribution, site: Site, active: EdgeActive | None) -> None:
+    def add_effects(self, result: Attribution, site: Site, active: EdgeActive | None) -> None:
         """Add the effects of one site, and the inputs of its edges, to the result of a batch."""
-        method, states = self.options.method, result.states
+        method, states, effects = self.options.method, result.states, result.effects
         positions = positions_by(self.options.aggregation, states.prompts)
         if method == "exact":
-            result.effects[site] = exact_effects(
-                self.model, self.saes[site], states, self.metric, site=site, positions=positions,
-                max_rows=self.max_rows,
-            )  # fmt: skip
+            effects[site] = exact_effects(states, site=site, positions=positions, max_rows=self.max_rows)
         elif method == "random":
-            result.effects[site] = random_effects(
-                self.saes[site], states, site=site, positions=positions, seed=self.seed
-            )
+            effects[site] = random_effects(states, site=site, positions=positions, seed=self.seed)
         elif method == "activation-difference":
-            result.effects[site] = activation_difference(self.saes[site], states, site=site)
-        elif site not in result.effects:
-            gradient = result.gradients[site]
-            result.effects[site], inputs = contract(self.saes[site], states, gradient, site=site, active=active)
+            effects[site] = activation_difference(states, site=site)
+        elif site not in effects:
+            effects[site], inputs = contract(states, result.gradients[site], site=site, active=active)
             if inputs is not None:
                 result.edge_inputs[site] = inputs
         if positions is not None and method not in ("exact", "random"):  # these two have them already
-            result.effects[site] = result.effects[site].at_positions(positions, states.tokens.lengths)
+            effects[site] = effects[site].at_positions(positions, states.tokens.lengths)
+
+
+def _gradient_drop(
+    states: ActivationPair, sites: Sequence[Site], gradients: Mapping[Site, Tensor]
+) -> dict[Site, SiteEffects]:
+    """The effects of `graddrop`; those at the clean run at a site that is inside every layer that is blocked."""
+    by_layer: dict[Site, list[SiteEffects]] = {site: [] for site in sites}
+    for _, of_layer in gradients_with_layer_blocked(states, sites=sites):
+        for site, gradient in of_layer.items():
+            by_layer[site].append(contract(states, gradient, site=site)[0])
+    return {
+        site: mean_magnitude(effects) if effects else contract(states, gradients[site], site=site)[0]
+        for site, effects in by_layer.items()
+    }

@@ -22,7 +22,7 @@ Legend: B prompts, S positions, d model width, n nodes of a site, U upstream and
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -30,23 +30,13 @@ from torch import Tensor
 from circuits.attribution.activations import ActivationPair
 from circuits.attribution.edges import Edges
 from circuits.attribution.nodes import Nodes, SiteNodes
-from circuits.metrics.metrics import Metric
 from sae.autoencoder import SparseAutoencoder
 from sae.model.hook_points import SiteEdit
-from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
 
 
 @torch.no_grad()
-def path_effects(
-    model: LanguageModel,
-    saes: Mapping[Site, SparseAutoencoder],
-    states: ActivationPair,
-    metric: Metric,
-    nodes: Nodes,
-    *,
-    max_rows: int = 512,
-) -> Edges:
+def path_effects(states: ActivationPair, nodes: Nodes, *, max_rows: int = 512) -> Edges:
     """Exact effects of all edges among `nodes` and to the metric, summed over the batch's examples.
 
     `nodes` names every site that counts as a node's site, also those without a node: what is between two of them is
@@ -55,7 +45,7 @@ def path_effects(
     sites = list(nodes)
     batch = len(states.tokens)
     copies = max(1, max_rows // batch)
-    of_site = {site: _Node(saes[site], states, site, here) for site, here in nodes.items() if len(here)}
+    of_site = {site: _Node(states.setting.saes[site], states, site, here) for site, here in nodes.items() if len(here)}
     edges: Edges = {}
     for up in of_site:
         later = [site for site in sites if site > up]
@@ -66,13 +56,13 @@ def path_effects(
         for first in range(0, len(nodes[up]), copies):
             columns = range(first, min(first + copies, len(nodes[up])))
             x = torch.cat([states.clean[up] + of_site[up].change(column) for column in columns])
-            outputs, m = _pinned_run(model, states, metric, up, x, later, copies=len(columns))
+            outputs, m = _pinned_run(states, up, x, later, copies=len(columns))
             for copy, column in enumerate(columns):
                 rows = slice(copy * batch, (copy + 1) * batch)
                 edges[up, None][0, column] = (m[rows] - states.m_clean).double().sum().item()
                 for down in targets:
                     changes = of_site[down].changes(outputs[down][rows])
-                    edges[up, down][:, column] = _effects(model, states, metric, down, changes, max_rows)
+                    edges[up, down][:, column] = _effects(states, down, changes, max_rows)
     return {pair: weights.float() for pair, weights in edges.items()}
 
 
@@ -115,12 +105,12 @@ class _Node:
 
 
 def _pinned_run(
-    model: LanguageModel, states: ActivationPair, metric: Metric, up: Site, x: Tensor, later: Sequence[Site], *,
-    copies: int,
-) -> tuple[dict[Site, Tensor], Tensor]:  # fmt: skip
+    states: ActivationPair, up: Site, x: Tensor, later: Sequence[Site], *, copies: int
+) -> tuple[dict[Site, Tensor], Tensor]:
     """The outputs of every later site, [copies * B, S, d], and the metric [copies * B], when `up` gives on x
     [copies * B, S, d] and all other sites their clean values.
     """
+    model = states.setting.model
     outputs: dict[Site, Tensor] = {}
 
     def pinned(site: Site) -> SiteEdit:
@@ -133,18 +123,10 @@ def _pinned_run(
     skip = model.resume_from(up, {site: states.clean[site].repeat(copies, 1, 1) for site in states.clean if site < up})
     edits = {site: pinned(site) for site in later}
     run = model.run(states.tokens.repeat(copies), skip=skip | {up: x}, edits=edits, last_only=True)
-    logits = run.logits[:, -1].unflatten(0, (copies, -1))
-    return outputs, torch.cat([metric(rows, states.prompts) for rows in logits])
+    return outputs, states.metric_of_copies(run.logits).flatten()
 
 
-def _effects(
-    model: LanguageModel,
-    states: ActivationPair,
-    metric: Metric,
-    site: Site,
-    changes: Sequence[Tensor],
-    max_rows: int,
-) -> Tensor:
+def _effects(states: ActivationPair, site: Site, changes: Sequence[Tensor], max_rows: int) -> Tensor:
     """Sum over prompts of m(x + change) - m(clean) for each change [B, S, d] at a site; prompts whose change is lost
     in the rounding of x are not run. [n]
     """
@@ -156,7 +138,6 @@ def _effects(
         here, row = node[part : part + max_rows], owner[part : part + max_rows]
         x = states.clean[site][row]
         x = x + stacked[here, row].to(x.dtype)
-        run = model.run(states.tokens[row], skip=states.resume(model, site, row) | {site: x}, last_only=True)
-        effect = metric(run.logits[:, -1], states.prompts[row]) - states.m_clean[row]
+        effect = states.metric_of_rows(site, x, row) - states.m_clean[row]
         total.index_add_(0, here.cpu(), effect.double().cpu())
     return total

@@ -17,16 +17,12 @@ from torch import Tensor
 
 from circuits.attribution.activations import ActivationPair
 from circuits.attribution.attribution_patching import attribution_patching
-from circuits.metrics.metrics import Metric
-from sae.model.language_model import LanguageModel
 from sae.model.lrp import check_conserved, relevance_rules
 from sae.model.sites import Site
 
 
-def relevance_patching(
-    model: LanguageModel, states: ActivationPair, metric: Metric, *, sites: Sequence[Site]
-) -> dict[Site, Tensor]:
+def relevance_patching(states: ActivationPair, *, sites: Sequence[Site]) -> dict[Site, Tensor]:
     """The propagation coefficient that takes the place of dm/dx at the clean run, [B, S, d] per site."""
-    check_conserved(model)
-    with relevance_rules(model.hf):
-        return attribution_patching(model, states, metric, sites=sites)
+    check_conserved(states.setting.model)
+    with relevance_rules(states.setting.model.hf):
+        return attribution_patching(states, sites=sites)

@@ -21,13 +21,14 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
+from circuits.attribution.activations import Setting
 from circuits.attribution.nodes import count
 from circuits.comparison.options import MASK, CompareOptions, split
 from circuits.comparison.results import LEVELS, MEAN, NOISING, Comparison, MethodScore
 from circuits.comparison.study import Study, Truth, agreement
 from circuits.faithfulness.nodes import measure_faithfulness
-from circuits.metrics.metrics import get_metric, prepare
-from circuits.metrics.probe import read_by, visible_sites
+from circuits.metrics.metrics import get_metric
+from circuits.metrics.probe import visible_sites
 from circuits.options import FaithfulnessOptions
 from circuits.prompts.dataset import PromptSet
 from sae._progress import ProgressBar
@@ -36,7 +37,6 @@ from sae.model.forward import with_gradients
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site, select_sites
 from sae.neurons import NEURONS, neuron_dictionaries
-from sae.saes import as_saes
 
 ESTIMATES = {
     "ig": MEAN, "ig-adaptive": MEAN, "ig-inputs": MEAN,
@@ -63,18 +63,17 @@ def compare_methods(
     """Every method of the options, found on `train` and scored on `test`."""
     options = options or CompareOptions()
     m = get_metric(options.metric)
-    train, test = prepare(train, model, m), prepare(test, model, m)
     sites = visible_sites(m, model, select_sites(options.sites, list(saes)))
-    model = read_by(model, m)
-    plan: list[tuple[str, Mapping[Site, SparseAutoencoder], list[str]]] = []
+    plan: list[tuple[str, Setting, list[str]]] = []
     if methods := split(options.methods):
-        plan.append((SAES, as_saes(saes).subset(sites), methods))
+        plan.append((SAES, Setting.of(model, saes, m, sites=sites), methods))
     if methods := split(options.neurons):
-        plan.append((NEURONS, neuron_dictionaries(model, sites=sites), methods))
+        plan.append((NEURONS, Setting.of(model, neuron_dictionaries(model, sites=sites), m), methods))
+    train, test = (plan[0][1].prepare(prompts) for prompts in (train, test))
     rows, sampled = [], {}
     with ProgressBar(total=sum(len(methods) for *_, methods in plan), desc="methods", disable=not progress) as bar:
-        for name, dictionary, methods in plan:
-            study = Study(model, dictionary, train, m, options)
+        for name, setting, methods in plan:
+            study = Study(setting, train, options)
             truth = study.truth()
             sampled[name] = sum(int((~nodes.is_error).sum()) for nodes in truth.sample.values())
             for method in methods:
@@ -93,8 +92,8 @@ def _score(study: Study, truth: Truth, test: PromptSet, method: str, dictionary:
         resamples=options.resamples,
     )  # fmt: skip
     curve = measure_faithfulness(
-        study.model, study.saes, nodes, test, scoring, sizes=size_grid(options.circuit_sizes, count(nodes)),
-        reference=study.prompts, metric=study.metric, progress=False,
+        study.setting, nodes, test, scoring, sizes=size_grid(options.circuit_sizes, count(nodes)),
+        reference=study.prompts, progress=False,
     )  # fmt: skip
     learned = method == MASK  # ranks, not effects
     gaps = [abs(nodes[site].effect.double().sum().item() - truth.totals[site]) for site in nodes]

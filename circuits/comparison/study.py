@@ -18,7 +18,7 @@ from scipy.stats import pearsonr, spearmanr
 
 from circuits.attribution import ActivationPair, Attribution, SiteEffects, attribute, capture_activations
 from circuits.attribution.activation_patching import exact_effects
-from circuits.attribution.activations import site_total_effect
+from circuits.attribution.activations import Setting, site_total_effect
 from circuits.attribution.baselines import activation_difference
 from circuits.attribution.nodes import Nodes, aggregate, count, joined
 from circuits.comparison.options import MASK, CompareOptions
@@ -27,11 +27,9 @@ from circuits.discovery.batching import max_rows
 from circuits.discovery.peak_memory import peak_memory
 from circuits.faithfulness.learned_mask import learn_node_mask
 from circuits.faithfulness.nodes import random_nodes
-from circuits.metrics.metrics import Metric, warn_if_cancelling
+from circuits.metrics.metrics import warn_if_cancelling
 from circuits.options import MaskOptions
 from circuits.prompts.dataset import PromptSet
-from sae.autoencoder import SparseAutoencoder
-from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
 
 MEMORY_PROMPTS = 16
@@ -65,24 +63,17 @@ class Truth:
 class Study:
     """One dictionary on the training prompts."""
 
-    def __init__(
-        self,
-        model: LanguageModel,
-        saes: Mapping[Site, SparseAutoencoder],
-        prompts: PromptSet,
-        metric: Metric,
-        options: CompareOptions,
-    ) -> None:
-        self.model, self.saes, self.prompts, self.metric, self.options = model, saes, prompts, metric, options
-        self.rows = max_rows(model, prompts.clean.n_positions, memory=options.memory)
+    def __init__(self, setting: Setting, prompts: PromptSet, options: CompareOptions) -> None:
+        self.setting, self.prompts, self.options = setting, prompts, options
+        self.sites = list(setting.saes)
+        self.rows = max_rows(setting.model, prompts.clean.n_positions, memory=options.memory)
         self._rankings: dict[str, Ranking] = {}
 
     def batches(self) -> Iterator[tuple[torch.Tensor, ActivationPair]]:
         """Index [B] and both ends of every batch, prompts of like length together."""
         order = self.prompts.clean.lengths.argsort(stable=True).cpu()
         for index in order.split(max(1, min(self.rows, 64))):
-            batch = self.prompts[index]
-            yield index, capture_activations(self.model, self.saes, batch, self.metric, sites=list(self.saes))
+            yield index, capture_activations(self.setting, self.prompts[index])
 
     def ranking(self, method: str) -> Ranking:
         """What the method makes of all training prompts; worked out once."""
@@ -91,7 +82,7 @@ class Study:
         return self._rankings[method]
 
     def _effects(self, method: str) -> Ranking:
-        by_batch: dict[Site, list[SiteEffects]] = {site: [] for site in self.saes}
+        by_batch: dict[Site, list[SiteEffects]] = {site: [] for site in self.sites}
         path_nodes: list[float] = []
         start = time.perf_counter()
         for index, states in self.batches():
@@ -101,8 +92,8 @@ class Study:
             if result.path_nodes:
                 path_nodes.append(sum(result.path_nodes.values()) / len(result.path_nodes) * len(index))
         seconds = time.perf_counter() - start
-        states = capture_activations(self.model, self.saes, self._few, self.metric, sites=list(self.saes))
-        peak = peak_memory(lambda: self.attribute(states, method), self.model.device)
+        states = capture_activations(self.setting, self._few)
+        peak = peak_memory(lambda: self.attribute(states, method), self.setting.model.device)
         per_prompt = sum(path_nodes) / len(self.prompts) if path_nodes else None
         return Ranking(self.aggregated(by_batch), seconds, peak, per_prompt)
 
@@ -115,15 +106,14 @@ class Study:
 
         def learn(prompts: PromptSet, learning: MaskOptions) -> Nodes:
             return learn_node_mask(
-                self.model, self.saes, start.nodes, prompts, learning, reference=self.prompts, metric=self.metric,
-                progress=False,
-            ).nodes  # fmt: skip
+                self.setting, start.nodes, prompts, learning, reference=self.prompts, progress=False
+            ).nodes
 
         begin = time.perf_counter()
         nodes = learn(self.prompts, learning)
         seconds = time.perf_counter() - begin + start.seconds
         short = replace(learning, steps=1, batch_size=len(self._few))
-        peak = peak_memory(lambda: learn(self._few, short), self.model.device)
+        peak = peak_memory(lambda: learn(self._few, short), self.setting.model.device)
         return Ranking(nodes, seconds, max(peak, start.peak_bytes), None)
 
     @property
@@ -135,9 +125,8 @@ class Study:
         """The method's effects of one batch, by the passes it uses itself."""
         options = self.options
         return attribute(
-            self.model, self.saes, states, self.metric, sites=list(self.saes), method=method, rule=options.rule,
-            steps=options.steps, residual=options.residual, max_rows=self.rows, seed=options.seed, totals=False,
-            gradients=False,
+            states, method=method, rule=options.rule, steps=options.steps, residual=options.residual,
+            max_rows=self.rows, seed=options.seed, totals=False, gradients=False,
         )  # fmt: skip
 
     def aggregated(self, by_batch: Mapping[Site, Sequence[SiteEffects]]) -> Nodes:
@@ -147,18 +136,17 @@ class Study:
 
     def truth(self) -> Truth:
         """Site totals, and exact effects of a sample of nodes."""
-        model, metric, sites = self.model, self.metric, list(self.saes)
-        n = len(self.prompts)
+        n, sites = len(self.prompts), self.sites
         totals, deltas = dict.fromkeys(sites, 0.0), []
         live: dict[Site, list[SiteEffects]] = {site: [] for site in sites}
         for _, states in self.batches():
             for site in sites:
-                totals[site] += site_total_effect(model, states, metric, site=site).sum().item() / n
-                live[site].append(activation_difference(self.saes[site], states, site=site))
+                totals[site] += site_total_effect(states, site=site).sum().item() / n
+                live[site].append(activation_difference(states, site=site))
             if states.m_patch is not None:
                 deltas.append(states.m_patch - states.m_clean)
         if deltas:
-            warn_if_cancelling(metric, torch.cat(deltas))
+            warn_if_cancelling(self.setting.metric, torch.cat(deltas))
         scale = abs(sum(delta.sum().item() / n for delta in deltas)) or max(abs(value) for value in totals.values())
         generator = torch.Generator().manual_seed(self.options.seed)
         nodes = self.aggregated(live)
@@ -183,9 +171,8 @@ class Study:
             for site, nodes in sample.items():
                 for row, (start, sign) in enumerate(directions):
                     effects = exact_effects(
-                        self.model, self.saes[site], start, self.metric, site=site, positions=None,
-                        features=nodes.feature, max_rows=self.rows,
-                    )  # fmt: skip
+                        start, site=site, positions=None, features=nodes.feature, max_rows=self.rows
+                    )
                     sums[site][row] += sign * effects.summed(1).double()
         exact = torch.cat([sums[site][:, nodes.feature] for site, nodes in sample.items()], 1) / len(self.prompts)
         return {NOISING: exact[0], **({MEAN: exact.mean(0)} if paired else {})}

@@ -14,15 +14,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from circuits.attribution.activations import Setting
+from circuits.attribution.edges import check_edges
 from circuits.discovery.resume import ResumeFolder
-from circuits.metrics.metrics import Metric
-from circuits.metrics.probe import ReadModel
+from circuits.metrics.metrics import Metric, get_metric
+from circuits.metrics.probe import ReadModel, visible_sites
 from circuits.options import DiscoverOptions
 from circuits.prompts.dataset import PromptSet
 from sae.autoencoder import SparseAutoencoder
 from sae.model.language_model import LanguageModel
-from sae.model.sites import Site
-from sae.saes import as_saes
+from sae.model.sites import Site, select_sites
 
 GIB = 2**30
 LOGIT_COPIES = 4
@@ -37,20 +38,40 @@ LANE_TOKENS = 256
 class DiscoveryRun:
     """A discovery: what both passes compute with."""
 
-    model: LanguageModel
-    saes: Mapping[Site, SparseAutoencoder]
+    setting: Setting
     prompts: PromptSet
-    metric: Metric
     options: DiscoverOptions
-    sites: Sequence[Site]
     files: ResumeFolder | None = None
     """Where finished batches go; None keeps them in memory alone."""
     progress: bool = True
 
+    @staticmethod
+    def of(
+        model: LanguageModel,
+        saes: Mapping[Site, SparseAutoencoder],
+        prompts: PromptSet,
+        options: DiscoverOptions,
+        *,
+        metric: str | Metric | None = None,
+        progress: bool = True,
+    ) -> DiscoveryRun:
+        """A discovery over the sites of the options, all of them checked; metric: that of the options by default."""
+        m = get_metric(options.metric if metric is None else metric)
+        sites = visible_sites(m, model, select_sites(options.sites, list(saes)))
+        setting = Setting.of(model, saes, m, sites=sites)
+        if options.edge_nodes:
+            check_edges(setting.saes)
+        return DiscoveryRun(setting, setting.prepare(prompts, differentiable=True), options, progress=progress)
+
+    @property
+    def sites(self) -> list[Site]:
+        """The sites of the circuit, in forward order."""
+        return list(self.setting.saes)
+
     @property
     def rows(self) -> int:
         """Prompts that go through the model at once."""
-        return max_rows(self.model, self.prompts.clean.n_positions, memory=self.options.memory)
+        return max_rows(self.setting.model, self.prompts.clean.n_positions, memory=self.options.memory)
 
     def batches(self) -> list[Tensor]:
         """The numbers of the prompts of each batch, short prompts first."""
@@ -58,8 +79,14 @@ class DiscoveryRun:
         return list(order.split(max(1, min(self.rows, MOST_ROWS))))
 
     def rounds(self, numbers: Sequence[int]) -> Iterator[Sequence[int]]:
-        """The batches that share one reading of the autoencoders."""
-        step = batches_per_round(self.model, self.saes, self.prompts, self.sites, self.rows, memory=self.options.memory)
+        """The batches that share one reading of the autoencoders: those whose clean and patch activations and gradients
+        fit in the memory; one where nothing is streamed.
+        """
+        step, n_positions = 1, self.prompts.clean.n_positions
+        if self.setting.saes.is_lazy:
+            n_prompts = min(self.rows, MOST_ROWS, len(self.prompts))
+            size = 3 * n_prompts * state_bytes(self.setting.model, self.sites, n_positions)
+            step = max(1, int(self.options.memory * GIB / size))
         for start in range(0, len(numbers), step):
             yield numbers[start : start + step]
 
@@ -97,22 +124,6 @@ def logit_bytes(model: LanguageModel, n_positions: int) -> int:
 def state_bytes(model: LanguageModel, sites: Sequence[Site], n_positions: int) -> int:
     """One activation (or gradient) of a prompt at every site."""
     return n_positions * sum(model.widths[site] for site in sites) * model.dtype.itemsize
-
-
-def batches_per_round(
-    model: LanguageModel,
-    saes: Mapping[Site, SparseAutoencoder],
-    prompts: PromptSet,
-    sites: Sequence[Site],
-    rows: int,
-    *,
-    memory: float,
-) -> int:
-    """Batches whose clean and patch activations and gradients fit in `memory` GiB; one where nothing is streamed."""
-    if not as_saes(saes).is_lazy:
-        return 1
-    size = 3 * min(rows, MOST_ROWS, len(prompts)) * state_bytes(model, sites, prompts.clean.n_positions)
-    return max(1, int(memory * GIB / size))
 
 
 def lanes_rows(rows: int, n_positions: int, device: torch.device) -> int:

@@ -16,21 +16,19 @@ from typing import Any
 import torch
 
 from circuits._tensors import flatten
-from circuits.attribution import Attribution, SiteEffects
-from circuits.attribution.nodes import aggregate, select_nodes
+from circuits.attribution import Attribution
+from circuits.attribution.nodes import select_nodes
 from circuits.discovery.batching import GIB, DiscoveryRun
 from circuits.discovery.edge_pass import edge_pass
-from circuits.discovery.node_pass import node_pass
+from circuits.discovery.node_pass import all_effects, node_pass
 from circuits.discovery.peak_memory import peak_memory
-from circuits.metrics.metrics import get_metric, prepare
-from circuits.metrics.probe import read_by, visible_sites
 from circuits.options import DiscoverOptions
 from circuits.prompts.dataset import PromptSet
 from sae.autoencoder import SparseAutoencoder
 from sae.model.forward import with_gradients
 from sae.model.language_model import LanguageModel
-from sae.model.sites import Site, select_sites
-from sae.saes import as_saes, free_memory
+from sae.model.sites import Site
+from sae.saes import free_memory
 
 
 @dataclass(frozen=True)
@@ -96,20 +94,19 @@ def estimate_discovery(
         model, saes, prompts, options: as in `discover`.
         files: whether finished batches go to disk, as `sfc discover` has it.
     """
-    m, saes = get_metric(options.metric), as_saes(saes)
-    sites = visible_sites(m, model, select_sites(options.sites, list(saes)))
-    prompts = prepare(prompts, model, m)
-    run = DiscoveryRun(read_by(model, m), saes, prompts, m, options, sites, progress=False)
+    run = DiscoveryRun.of(model, saes, prompts, options, progress=False)
+    setting, prompts = run.setting, run.prompts
     n_tokens = [len(index) * int(prompts.clean.lengths[index].max()) for index in run.batches()]
     largest = max(range(len(n_tokens)), key=n_tokens.__getitem__)
-    one = DiscoveryRun(run.model, saes, prompts[run.batches()[largest]], m, options, sites, progress=False)
+    one = DiscoveryRun(setting, prompts[run.batches()[largest]], options, progress=False)
 
     results: list[Attribution] = []
     peak = peak_memory(lambda: results.extend(_one_batch(one)[0]), model.device)
-    n_reads = saes.n_reads
+    n_reads = setting.saes.n_reads
     _, seconds = _one_batch(one)
     n_rounds = len(list(run.rounds(range(len(n_tokens)))))
-    reads = (saes.n_reads - n_reads) * n_rounds + (saes.n_staying if saes.is_lazy else 0)
+    staying = setting.saes.n_staying if setting.saes.is_lazy else 0
+    reads = (setting.saes.n_reads - n_reads) * n_rounds + staying
 
     left = _left_behind(results)
     if model.device.type == "cpu":  # it was counted among the tensors of the batch
@@ -123,7 +120,7 @@ def estimate_discovery(
         left |= {"gradients for edges": 0, "kept for edges": 0}
     memory = {
         "model": sum(parameter.numel() * parameter.element_size() for parameter in model.hf.parameters()),
-        "autoencoders": saes.subset(sites).n_bytes,
+        "autoencoders": setting.saes.n_bytes,
         "one batch": peak,
         **left,
     }
@@ -134,17 +131,13 @@ def estimate_discovery(
 
 def _one_batch(run: DiscoveryRun) -> tuple[list[Attribution], dict[str, float]]:
     """Both passes of the only batch of a run: the node pass's result, and the seconds of each."""
-    n, options, start = len(run.prompts), run.options, _now(run.model.device)
+    device, options, start = run.setting.model.device, run.options, _now(run.setting.model.device)
     batches = node_pass(run)
-    effects = {site: SiteEffects.concatenate(batch.effects[site] for batch in batches) for site in run.sites}
-    spans = run.prompts.spans if options.aggregation == "spans" else ()
-    nodes = aggregate(
-        effects, n_examples=n, n_positions=run.prompts.clean.n_positions, aggregation=options.aggregation, spans=spans
-    )
-    middle = _now(run.model.device)
+    _, nodes = all_effects(run, batches)
+    middle = _now(device)
     if options.edge_nodes:
         edge_pass(run, batches, select_nodes(nodes, top=options.edge_nodes))
-    end = _now(run.model.device)
+    end = _now(device)
     return batches, {"nodes": middle - start, "edges": end - middle}
 
 

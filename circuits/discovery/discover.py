@@ -23,27 +23,24 @@ import torch
 from torch import Tensor
 
 from circuits.attribution import Attribution, SiteEffects
-from circuits.attribution.edges import check_edges
-from circuits.attribution.nodes import aggregate, count, select_nodes
+from circuits.attribution.nodes import count, select_nodes
 from circuits.circuit import Circuit
 from circuits.circuit_source import CircuitSource
 from circuits.discovery.batching import DiscoveryRun
 from circuits.discovery.edge_pass import edge_pass
-from circuits.discovery.node_pass import node_pass
+from circuits.discovery.node_pass import all_effects, node_pass
 from circuits.discovery.resume import ResumeFolder, alone_in_partial, interrupted, work_of
 from circuits.metrics.identity import names_code
 from circuits.metrics.metrics import (
     Metric,
-    get_metric,
     logit_difference,
     mean_accuracy,
     metric_fingerprint,
     metric_name,
     metric_title,
-    prepare,
     warn_if_cancelling,
 )
-from circuits.metrics.probe import Probe, read_by, visible_sites
+from circuits.metrics.probe import Probe
 from circuits.options import DiscoverOptions
 from circuits.prompts.dataset import PromptSet
 from circuits.prompts.spans import LAST, OTHER
@@ -52,9 +49,8 @@ from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError
 from sae.model.forward import with_gradients
 from sae.model.language_model import LanguageModel
-from sae.model.sites import Site, select_sites
-from sae.saes import as_saes, saes_fingerprint
-from sae.splice import ensure_checked
+from sae.model.sites import Site
+from sae.saes import saes_fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -103,37 +99,22 @@ def discover(
     """
     options = replace(options or DiscoverOptions(), **changes)
     explained = options.metric if metric is None else metric
-    m = get_metric(explained)
     options = replace(options, metric=metric_name(explained))
-    prompts = prepare(prompts, model, m, differentiable=True)
-    sites = visible_sites(m, model, select_sites(options.sites, list(saes)))
-    ensure_checked(model, saes, sites)
-    check_edges(saes, sites, edge_nodes=options.edge_nodes)
-    spans = _spans(prompts, options.aggregation)
-    accuracy = None if isinstance(m, Probe) else mean_accuracy(model, prompts)
-    run = DiscoveryRun(read_by(model, m), saes, prompts, m, options, sites, progress=progress)
+    run = DiscoveryRun.of(model, saes, prompts, options, metric=explained, progress=progress)
+    prompts = run.prompts
+    _check_aggregation(prompts, options.aggregation)
+    accuracy = None if isinstance(run.setting.metric, Probe) else mean_accuracy(model, prompts)
     if partial is not None:
         run = replace(run, files=_resume_folder(run, partial, resume=resume))
-    return _find_circuit(model, run, spans, {**(provenance or {}), "accuracy": accuracy})
-
-
-def _find_circuit(
-    model: LanguageModel, run: DiscoveryRun, spans: Sequence[str], provenance: Mapping[str, Any]
-) -> Circuit:
-    """Both passes, and the circuit of their results."""
-    options, prompts, sites = run.options, run.prompts, run.sites
     batches = node_pass(run)
-    effects = {site: SiteEffects.concatenate(batch.effects[site] for batch in batches) for site in sites}
-    nodes = aggregate(
-        effects, n_examples=len(prompts), n_positions=prompts.clean.n_positions, aggregation=options.aggregation,
-        spans=spans,
-    )  # fmt: skip
+    effects, nodes = all_effects(run, batches)
     if not count(nodes):
         raise UserError("no node has an effect on the metric: do the prompts differ where the sites can see it?")
     strongest = select_nodes(nodes, top=options.edge_nodes) if options.edge_nodes else {}
     edges, edge_samples = edge_pass(run, batches, strongest) if strongest else ({}, {})
-    metadata = _metadata(model, run, batches, effects, {**provenance, "n_nodes": count(nodes)})
-    source = CircuitSource(model, as_saes(run.saes).subset(sites), run.metric, prompts)
+    provenance = {**(provenance or {}), "accuracy": accuracy, "n_nodes": count(nodes)}
+    metadata = _metadata(model, run, batches, effects, provenance)
+    source = CircuitSource(model, run.setting.saes, run.setting.metric, prompts)
     return Circuit(
         effects, strongest, edges, metadata, edge_samples=edge_samples, groups=prompt_groups(prompts), source=source
     )
@@ -141,14 +122,14 @@ def _find_circuit(
 
 def _resume_folder(run: DiscoveryRun, partial: str | Path, *, resume: bool) -> ResumeFolder:
     """The folder of finished batches; `UserError` where those in it are of another discovery, or cannot be compared."""
-    name, fingerprint = run.options.metric, metric_fingerprint(run.metric)
+    name, fingerprint = run.options.metric, metric_fingerprint(run.setting.metric)
     if resume and names_code(name) and fingerprint is None and interrupted(partial):
         raise UserError(
             f"the metric {name!r} cannot be compared with that of the interrupted discovery (it is no plain Python "
             "function): start again with --overwrite"
         )
     options = asdict(run.options) | {"metric_fingerprint": fingerprint}
-    return ResumeFolder(partial, work_of(run.model, run.saes, run.prompts, options), resume=resume)
+    return ResumeFolder(partial, work_of(run.setting, run.prompts, options), resume=resume)
 
 
 def _metadata(
@@ -159,12 +140,12 @@ def _metadata(
     provenance: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The metadata of the circuit; warns where effects cancel or do not add up."""
-    m, prompts = run.metric, run.prompts
+    m, prompts = run.setting.metric, run.prompts
     cancels, measured = _warn_if_cancelling(m, batches), _of_metric(batches, effects, len(prompts))
     if run.options.method in ADDS_UP and not cancels:  # a total of next to nothing is no measure
         _warn_if_not_adding_up(measured["completeness"])
     if "saes_fingerprint" not in provenance:
-        provenance = {"saes_fingerprint": saes_fingerprint(as_saes(run.saes).subset(run.sites)), **provenance}
+        provenance = {"saes_fingerprint": saes_fingerprint(run.setting.saes), **provenance}
     return {
         "metric": LOGIT_DIFFERENCE if m is logit_difference else metric_title(m, prompts),
         "model": model.name,
@@ -179,14 +160,13 @@ def _metadata(
     }
 
 
-def _spans(prompts: PromptSet, aggregation: str) -> tuple[str, ...]:
-    """The names of the spans nodes are aggregated by; `UserError` where the prompts cannot be aggregated so."""
+def _check_aggregation(prompts: PromptSet, aggregation: str) -> None:
+    """Raise UserError where the prompts cannot be aggregated so."""
     if aggregation == "position" and int(prompts.clean.lengths.min()) != prompts.clean.n_positions:
         lengths = sorted(set(prompts.clean.lengths.tolist()))
         raise UserError(f"aggregation 'position' needs prompts of equal length, found lengths {lengths}: use sum")
     if aggregation == "spans" and prompts.span_numbers is None:
         raise UserError("aggregation 'spans' needs prompts with spans: name them in the file, or give a span template")
-    return prompts.spans if aggregation == "spans" else ()
 
 
 def _of_prompts(model: LanguageModel, prompts: PromptSet, aggregation: str) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def _round(
         for number, index in zip(numbers, indices, strict=True)
         if finished.get(number) is None
     }
-    of_batches = node_vectors(run.saes, list(unfinished.values()), nodes, active=run.options.edge_active)
+    of_batches = node_vectors(list(unfinished.values()), nodes, active=run.options.edge_active)
     vectors = dict(zip(unfinished, of_batches, strict=True))
     for number in numbers:
         if (tensors := finished.get(number)) is not None:
@@ -67,8 +67,8 @@ def _round(
             continue
         batch = unfinished[number]
         edges = edge_effects(
-            run.model, run.saes, batch, run.metric, nodes, vectors=vectors[number],
-            max_rows=lanes_rows(run.rows, batch.states.mask.shape[1], run.model.device),
+            batch, nodes, vectors=vectors[number],
+            max_rows=lanes_rows(run.rows, batch.states.mask.shape[1], run.setting.model.device),
             per_example=keeps_examples(count(nodes), len(run.prompts)),
         )  # fmt: skip
         if run.files is not None:
@@ -80,11 +80,10 @@ def _ready(run: DiscoveryRun, batch: Attribution, index: Tensor, nodes: Nodes) -
     """A batch with the activations that its edges need: off the disk, and computed again where none were kept."""
     prompts = run.prompts[index]
     if run.files is not None:
-        batch = unflatten(Attribution, _copied(flatten(batch)), prompts=prompts)
+        batch = unflatten(Attribution, _copied(flatten(batch)), setting=run.setting, prompts=prompts)
     if batch.edge_inputs:
         return batch
-    states = capture_activations(run.model, run.saes, prompts, run.metric, sites=list(nodes))
-    return replace(batch, states=states)
+    return replace(batch, states=capture_activations(run.setting, prompts, sites=list(nodes)))
 
 
 def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -14,9 +14,11 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from circuits._tensors import flatten, unflatten
-from circuits.attribution import GRADIENT_AT_CLEAN, Attribution, attribute_batches, capture_activations
+from circuits.attribution import GRADIENT_AT_CLEAN, Attribution, SiteEffects, attribute_batches, capture_activations
+from circuits.attribution.nodes import Nodes, aggregate
 from circuits.discovery.batching import GIB, DiscoveryRun
 from sae._progress import ProgressBar
+from sae.model.sites import Site
 
 
 def node_pass(run: DiscoveryRun) -> list[Attribution]:
@@ -25,7 +27,7 @@ def node_pass(run: DiscoveryRun) -> list[Attribution]:
     results: dict[int, Attribution] = {}
     for number, index in enumerate(indices):
         if run.files is not None and (tensors := run.files.get(f"nodes-{number:04}")) is not None:
-            results[number] = unflatten(Attribution, tensors, prompts=run.prompts[index])
+            results[number] = unflatten(Attribution, tensors, setting=run.setting, prompts=run.prompts[index])
     budget = run.options.memory * GIB - sum(batch.n_bytes_for_edges for batch in results.values())
     if any(not batch.edge_inputs for batch in results.values()):
         budget = -1.0  # it was used up before
@@ -41,23 +43,29 @@ def node_pass(run: DiscoveryRun) -> list[Attribution]:
                 if run.files is not None:
                     name = f"nodes-{number:04}"
                     run.files.put(name, flatten(batch))
-                    batch = unflatten(Attribution, run.files.get(name) or {}, prompts=run.prompts[indices[number]])
+                    tensors = run.files.get(name) or {}
+                    prompts = run.prompts[indices[number]]
+                    batch = unflatten(Attribution, tensors, setting=run.setting, prompts=prompts)
                 results[number] = batch
     return [results[number] for number in range(len(indices))]
+
+
+def all_effects(run: DiscoveryRun, batches: Sequence[Attribution]) -> tuple[dict[Site, SiteEffects], Nodes]:
+    """The effects of all batches together, per site, and the nodes they aggregate to."""
+    effects = {site: SiteEffects.concatenate(batch.effects[site] for batch in batches) for site in run.sites}
+    aggregation, prompts = run.options.aggregation, run.prompts
+    nodes = aggregate(
+        effects, n_examples=len(prompts), n_positions=prompts.clean.n_positions, aggregation=aggregation,
+        spans=prompts.spans if aggregation == "spans" else (),
+    )  # fmt: skip
+    return effects, nodes
 
 
 def _round(run: DiscoveryRun, indices: Sequence[Tensor], bar: ProgressBar) -> list[Attribution]:
     """The node effects of the batches of one round."""
     options = run.options
-    batches = [
-        capture_activations(
-            run.model, run.saes, run.prompts[index], run.metric, sites=run.sites,
-            gradient=options.method in GRADIENT_AT_CLEAN,
-        )
-        for index in indices
-    ]  # fmt: skip
-    results = attribute_batches(
-        run.model, run.saes, batches, run.metric, options, sites=run.sites, max_rows=run.rows,
-        active=options.edge_active if options.edge_nodes else None, progress=lambda site: bar.update(),
-    )  # fmt: skip
+    gradient = options.method in GRADIENT_AT_CLEAN
+    batches = [capture_activations(run.setting, run.prompts[index], gradient=gradient) for index in indices]
+    active = options.edge_active if options.edge_nodes else None
+    results = attribute_batches(batches, options, max_rows=run.rows, active=active, progress=lambda site: bar.update())
     return [result.stored(index) for index, result in zip(indices, results, strict=True)]

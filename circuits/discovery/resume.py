@@ -21,6 +21,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from torch import Tensor
 
+from circuits.attribution.activations import Setting
 from circuits.prompts.dataset import PromptSet
 from sae._files import (
     check_digest,
@@ -33,10 +34,8 @@ from sae._files import (
 )
 from sae._run.contents import PARTIAL, Layout, check_contents, check_no_link, remove, visible
 from sae._run.locks import lock
-from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError
-from sae.model.language_model import LanguageModel, Tokens
-from sae.model.sites import Site
+from sae.model.language_model import Tokens
 from sae.saes import saes_fingerprint
 
 log = logging.getLogger(__name__)
@@ -128,18 +127,13 @@ def interrupted(folder: str | Path) -> bool:
     return (Path(folder) / WORK_FILE).is_file()
 
 
-def work_of(
-    model: LanguageModel,
-    saes: Mapping[Site, SparseAutoencoder],
-    prompts: PromptSet,
-    options: Mapping[str, Any],
-) -> dict[str, Any]:
+def work_of(setting: Setting, prompts: PromptSet, options: Mapping[str, Any]) -> dict[str, Any]:
     """What decides every bit of the result: the model and its number type, the autoencoders, prompts and options."""
     return {
-        "model": model.fingerprint,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": model.device.type,
-        "autoencoders": saes_fingerprint(saes),
+        "model": setting.model.fingerprint,
+        "dtype": str(setting.model.dtype).removeprefix("torch."),
+        "device": setting.model.device.type,
+        "autoencoders": saes_fingerprint(setting.saes),
         "prompts": _digest(prompts),
         "options": dict(options),
     }

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 
 import torch
 
+from circuits.attribution.activations import Setting
 from circuits.attribution.nodes import Nodes, SiteNodes
 from circuits.metrics.probe import ReadModel
 from circuits.options import ABLATIONS
@@ -37,7 +38,7 @@ from circuits.prompts.dataset import PromptSet
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError, unknown
 from sae.model.hook_points import SiteEdit
-from sae.model.language_model import LanguageModel, Tokens
+from sae.model.language_model import Tokens
 from sae.model.sites import Site
 from sae.saes import as_saes
 
@@ -132,8 +133,7 @@ class AblationValues:
 
     def __init__(
         self,
-        model: LanguageModel,
-        saes: Mapping[Site, SparseAutoencoder],
+        setting: Setting,
         table: NodeTable,
         kind: str,
         *,
@@ -143,9 +143,9 @@ class AblationValues:
     ) -> None:
         if kind not in ABLATIONS:
             raise unknown("ablation", kind, ABLATIONS)
-        if kind == "optimal" and isinstance(model, ReadModel):
+        if kind == "optimal" and isinstance(setting.model, ReadModel):
             raise UserError("ablation 'optimal' fits constants to the logits, and the metric is a probe: use mean")
-        self.model, self.saes, self.table, self.kind = model, as_saes(saes), table, kind
+        self.setting, self.table, self.kind = setting, table, kind
         self.reference = reference
         self.means: Values = {}
         self.tables: Values = {}
@@ -165,7 +165,7 @@ class AblationValues:
         """Per site x and e [groups, d] and the chosen features [groups, n]: means over the tokens of every group."""
         assert self.reference is not None
         total: dict[Site, list[torch.Tensor]] = {}
-        counts = torch.zeros(len(self.groups), 1, device=self.model.device)
+        counts = torch.zeros(len(self.groups), 1, device=self.setting.model.device)
         for batch in self.reference.batches(batch_size):
             real = batch.clean.attention_mask.bool()
             group = self.groups.of(batch)[real]
@@ -181,8 +181,9 @@ class AblationValues:
 
     @torch.no_grad()
     def _of(self, tokens: Tokens) -> Values:
-        run = self.model.run(tokens, capture=self.table.sites, need_logits=False)
-        return {site: SiteValues.of(self.saes[site], x, self.table.index[site]) for site, x in run.activations.items()}
+        saes, index = self.setting.saes, self.table.index
+        run = self.setting.model.run(tokens, capture=self.table.sites, need_logits=False)
+        return {site: SiteValues.of(saes[site], x, index[site]) for site, x in run.activations.items()}
 
     @torch.no_grad()
     def __call__(self, prompts: PromptSet) -> Values:
@@ -191,7 +192,7 @@ class AblationValues:
             batch, n_positions = len(prompts), prompts.clean.n_positions
             values = {}
             for site in self.table.sites:
-                bias = self.saes.bias(site)
+                bias = self.setting.saes.bias(site)
                 n = len(self.table.index[site])
                 values[site] = SiteValues(
                     bias.expand(batch, n_positions, -1), torch.zeros_like(bias), bias.new_zeros(1, 1, n)

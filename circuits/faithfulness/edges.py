@@ -33,21 +33,17 @@ from torch import Tensor
 from circuits.attribution.edges import Edges
 from circuits.attribution.nodes import Nodes, count
 from circuits.circuit import Circuit
-from circuits.faithfulness.ablation import AblationValues, NodeTable, Values
+from circuits.faithfulness.ablation import AblationValues, Values
 from circuits.faithfulness.nodes import aligned, from_start_site, share_intervals, shares, sizes_within
 from circuits.faithfulness.optimal_ablation import ablation_values
 from circuits.faithfulness.results import EdgeFaithfulness
-from circuits.metrics.metrics import Metric, prepare
-from circuits.metrics.probe import read_by
+from circuits.metrics.metrics import Metric
 from circuits.options import FaithfulnessOptions
 from circuits.prompts.dataset import PromptSet
 from circuits.uncertainty.bootstrap import Bootstrap, prompt_groups, too_few
 from sae._progress import ProgressBar
-from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError
-from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
-from sae.splice import ensure_checked
 
 CircuitEdges = dict[tuple[Site, Site | None], Tensor]
 """(upstream, downstream or None for the metric) -> [D, U] float, 1 where the edge is kept."""
@@ -85,22 +81,20 @@ def edge_faithfulness(
     options = options or FaithfulnessOptions()
     if options.errors != "nodes":
         raise UserError(f"errors is {options.errors!r}: edges are measured with errors as nodes")
-    m = circuit.get_metric(metric)
-    model, saes = circuit.model, circuit.saes.subset(circuit.effects)
-    ensure_checked(model, saes, circuit.nodes)
+    setting = circuit.setting(metric)
     reference = circuit.prompts if reference is None else reference
-    prompts, model = prepare(circuit.prompts if prompts is None else prompts, model, m), read_by(model, m)
+    prompts = setting.prepare(circuit.prompts if prompts is None else prompts)
     nodes, edges = _from_start(circuit, options.start_site)
     n_edges = sum(int(weights.count_nonzero()) for weights in edges.values())
     sizes = sizes_within(sizes, n_edges, of="edges")
     reference, prompts, _ = aligned(reference, prompts, options.ablation)
     values = ablation_values(
-        model, saes, options.ablation, [({}, True), (nodes, True)], nodes=nodes, reference=reference,
+        setting, options.ablation, [({}, True), (nodes, True)], nodes=nodes, reference=reference,
         seed=options.seed, batch_size=options.batch_size, progress=progress,
     )  # fmt: skip
-    setting = _Setting(model, saes, nodes, values.table, m, max_rows)
     sets = _edge_sets(edges, sizes, n_random=options.random, seed=options.seed)
-    m_all = _metrics(setting, values, sets, prompts, batch_size=options.batch_size, progress=progress)
+    study = _Study(values, nodes, max_rows)
+    m_all = _metrics(study, sets, prompts, batch_size=options.batch_size, progress=progress)
     return _record(m_all, sizes, nodes, options, n_edges=n_edges, groups=prompt_groups(prompts))
 
 
@@ -161,38 +155,29 @@ def strongest_edges(edges: Edges, n: int) -> CircuitEdges:
 
 
 @dataclass(frozen=True)
-class _Setting:
+class _Study:
     """What is the same for every set of edges and every batch."""
 
-    model: LanguageModel
-    saes: Mapping[Site, SparseAutoencoder]
+    values: AblationValues
     nodes: Nodes
-    table: NodeTable
-    metric: Metric
     max_rows: int
     """Prompts that go through the model at once."""
 
 
 @torch.no_grad()
 def _metrics(
-    setting: _Setting,
-    values: AblationValues,
-    sets: Sequence[CircuitEdges],
-    prompts: PromptSet,
-    *,
-    batch_size: int,
-    progress: bool,
+    study: _Study, sets: Sequence[CircuitEdges], prompts: PromptSet, *, batch_size: int, progress: bool
 ) -> Tensor:
     """Metric of the plain model and of every set of edges on every prompt, [1 + sets, B] float64."""
-    columns = []
+    columns, setting = [], study.values.setting
     n_batches = -(-len(prompts) // batch_size)
     with ProgressBar(total=n_batches * len(sets), desc="edge faithfulness", unit="set", disable=not progress) as bar:
         for batch in prompts.batches(batch_size):
             plain = setting.model.run(batch.clean, capture=list(setting.saes), last_only=True)
             column = [setting.metric(plain.logits[:, -1], batch)]
-            ablated = values(batch)
+            ablated = study.values(batch)
             for edges in sets:
-                column.append(_EdgeRun(setting, edges, batch, plain.activations, ablated).metric())
+                column.append(_EdgeRun(study, edges, batch, plain.activations, ablated).metric())
                 bar.update()
             columns.append(torch.stack(column).cpu().double())  # MPS has no float64
     return torch.cat(columns, dim=1)
@@ -225,7 +210,7 @@ class _Moved:
 class _EdgeRun:
     """A batch of prompts in a model with only some edges: site by site, each node from what its parents show it."""
 
-    setting: _Setting
+    study: _Study
     edges: CircuitEdges
     """The kept edges."""
     prompts: PromptSet
@@ -237,17 +222,18 @@ class _EdgeRun:
 
     def metric(self) -> Tensor:
         """m with the kept edges, [B]."""
-        model = self.setting.model
-        living = _reaching(self.edges, self.setting.nodes)
-        for site in self.setting.nodes:
+        model, nodes = self.study.values.setting.model, self.study.nodes
+        living = _reaching(self.edges, nodes)
+        for site in nodes:
             self.moved[site] = self._site(site, living[site].nonzero()[:, 0])
         beyond = Site("resid", model.n_layers)
         masks = {up: mask for (up, down), mask in self.edges.items() if down is None}
         run = model.run(self.prompts.clean, skip=self._inputs(beyond, masks, n_groups=1), last_only=True)
-        return self.setting.metric(run.logits[:, -1], self.prompts)
+        return self.study.values.setting.metric(run.logits[:, -1], self.prompts)
 
     def _parents(self, site: Site) -> dict[Site, Site]:
-        return self.setting.model.parents(site, [other for other in self.setting.saes if other < site])
+        setting = self.study.values.setting
+        return setting.model.parents(site, [other for other in setting.saes if other < site])
 
     def _inputs(self, site: Site, masks: Mapping[Site, Tensor], *, n_groups: int) -> dict[Site, Tensor]:
         """The skip mapping with what every direct parent of a site shows to G groups of nodes, [G * B, S, d] each."""
@@ -263,8 +249,8 @@ class _EdgeRun:
 
     def _site(self, site: Site, living: Tensor) -> _Moved:
         """The nodes `living` of a site, each from its own inputs; the others stay at their ablation value."""
-        sae, nodes, ablated = self.setting.saes[site], self.setting.nodes[site], self.ablated[site]
-        index = self.setting.table.index[site]
+        sae, nodes, ablated = self.study.values.setting.saes[site], self.study.nodes[site], self.ablated[site]
+        index = self.study.values.table.index[site]
         where = nodes.where(self.prompts).to(ablated.x)  # [B or 1, S, U]
         is_error = nodes.is_error.to(where.device)
         feature = nodes.feature.to(where.device).clamp(max=nodes.n_features - 1)
@@ -296,8 +282,8 @@ class _EdgeRun:
         rows, group = living.new_zeros(1, 0).float(), torch.zeros_like(living)  # without any edge all see the same
         if widths:
             rows, group = torch.cat(list(incoming.values()), dim=1).unique(dim=0, return_inverse=True)  # [G, all U]
-        model, clean = self.setting.model, self.prompts.clean
-        per_pass = max(1, self.setting.max_rows // len(self.prompts))
+        model, clean = self.study.values.setting.model, self.prompts.clean
+        per_pass = max(1, self.study.max_rows // len(self.prompts))
         for start in range(0, len(rows), per_pass):
             chunk = rows[start : start + per_pass]
             masks = dict(zip(incoming, chunk.split(widths, dim=1), strict=True))

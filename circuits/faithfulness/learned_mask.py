@@ -26,7 +26,6 @@ Legend: B prompts, S positions, d model width, N nodes, n chosen features of a s
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,25 +36,22 @@ from torch.nn.functional import pad
 
 from circuits._results import format_table
 from circuits._tensors import flatten
+from circuits.attribution.activations import Setting
 from circuits.attribution.nodes import Nodes
 from circuits.circuit import Circuit
 from circuits.faithfulness.ablation import AblationValues
 from circuits.faithfulness.mask_gates import Gates, budget_gates, mask_loss, masked_logits
-from circuits.faithfulness.nodes import aligned, from_start_site
+from circuits.faithfulness.nodes import set_up
 from circuits.faithfulness.optimal_ablation import Descent, OptimalValues, dealer
-from circuits.metrics.metrics import Metric, get_metric, kl, prepare
-from circuits.metrics.probe import read_by
+from circuits.metrics.metrics import kl, prepare
 from circuits.options import MaskOptions
 from circuits.prompts.dataset import PromptSet
 from sae._files import write_tensors
 from sae._frames import Result
 from sae._progress import ProgressBar
 from sae._run.outputs import check_output, has_header
-from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError
-from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
-from sae.splice import ensure_checked
 
 STEP_PROMPTS = 64
 """Prompts of a step."""
@@ -126,41 +122,30 @@ def learn_mask(
         UserError: If ablating every node changes nothing.
     """
     prompts = circuit.prompts if prompts is None else prompts
-    return learn_node_mask(
-        circuit.model, circuit.saes, circuit.nodes, prompts, options, reference=reference, metric=circuit.metric,
-        progress=progress,
-    )  # fmt: skip
+    return learn_node_mask(circuit.setting(), circuit.nodes, prompts, options, reference=reference, progress=progress)
 
 
 def learn_node_mask(
-    model: LanguageModel,
-    saes: Mapping[Site, SparseAutoencoder],
+    setting: Setting,
     nodes: Nodes,
     prompts: PromptSet,
     options: MaskOptions | None = None,
     *,
     reference: PromptSet | None = None,
-    metric: str | Metric = "logit_difference",
     progress: bool = True,
 ) -> LearnedMask:
     """`learn_mask` of any nodes with effects, as `Circuit.nodes`."""
     options = options or MaskOptions()
-    m = get_metric(metric)
-    ensure_checked(model, saes, nodes)
-    prompts = prepare(prompts, model, m)
-    model = read_by(model, m)
-    nodes = from_start_site(nodes, options.start_site, errors=options.errors)
-    reference, prompts, _ = aligned(reference or prompts, prompts, options.ablation)
-    gates = Gates(saes, nodes, errors=options.errors)
+    nodes, prompts, reference, _ = set_up(setting, nodes, prompts, reference, options)
+    gates = Gates(setting.saes, nodes, errors=options.errors)
     values = AblationValues(
-        model, saes, gates.table, options.ablation, reference=reference, seed=options.seed,
-        batch_size=options.batch_size,
-    )  # fmt: skip
-    behaviour = measure_behaviour(gates, values, prompts, m, batch_size=options.batch_size)
-    scores = starting_scores(nodes, options.start).to(model.device).requires_grad_(True)
+        setting, gates.table, options.ablation, reference=reference, seed=options.seed, batch_size=options.batch_size
+    )
+    behaviour = measure_behaviour(gates, values, prompts, batch_size=options.batch_size)
+    scores = starting_scores(nodes, options.start).to(setting.model.device).requires_grad_(True)
     if options.ablation == "optimal":
-        prompts = prepare(prompts, model, kl)
-    task = _Task(gates, values, prompts, m, behaviour, options)
+        prompts = prepare(prompts, setting.model, kl)
+    task = _Task(gates, values, prompts, behaviour, options)
     losses = _descend(task, scores, progress=progress)
     return _ranked(nodes, scores.detach().cpu(), losses, options)
 
@@ -202,12 +187,10 @@ class Behaviour:
 
 
 @torch.no_grad()
-def measure_behaviour(
-    gates: Gates, values: AblationValues, prompts: PromptSet, metric: Metric, *, batch_size: int
-) -> Behaviour:
+def measure_behaviour(gates: Gates, values: AblationValues, prompts: PromptSet, *, batch_size: int) -> Behaviour:
     """Run the whole model, and the model without any node, on all prompts."""
     of_model, of_none, before = [], [], []
-    model, first = values.model, gates.table.sites[0]
+    model, metric, first = values.setting.model, values.setting.metric, gates.table.sites[0]
     none = torch.zeros(1, gates.n, device=model.device)
     earlier = [site for site in model.sites if site < first]
     blocks = [site for site in earlier if site.kind == "resid"]
@@ -234,7 +217,6 @@ class _Task:
     gates: Gates
     values: AblationValues
     prompts: PromptSet
-    metric: Metric
     behaviour: Behaviour
     options: MaskOptions
 
@@ -324,9 +306,10 @@ class _Step:
         gates = budget_gates(self.scores, self.budgets[rows.to(self.budgets.device)], temperature=self.temperature)
         chosen, width = index.to(behaviour.target.device), batch.clean.n_positions
         clean = {site: x[chosen, -width:] for site, x in behaviour.before.items()}
-        skip = task.values.model.resume_from(task.gates.table.sites[0], clean)
-        logits = masked_logits(task.values.model, task.gates, gates, batch, (optimal or task.values)(batch), skip=skip)
-        shortfall = (task.metric(logits, batch) - behaviour.target[chosen]) / behaviour.scale
+        model, metric = task.values.setting.model, task.values.setting.metric
+        skip = model.resume_from(task.gates.table.sites[0], clean)
+        logits = masked_logits(model, task.gates, gates, batch, (optimal or task.values)(batch), skip=skip)
+        shortfall = (metric(logits, batch) - behaviour.target[chosen]) / behaviour.scale
         return shortfall, kl(logits, batch) if optimal else shortfall.detach()
 
 

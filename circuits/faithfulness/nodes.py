@@ -19,27 +19,23 @@ with an effect.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
+from circuits.attribution.activations import Setting
 from circuits.attribution.nodes import Nodes, SiteNodes, count, joined, select_nodes
 from circuits.circuit import Circuit
 from circuits.faithfulness.ablation import AblationValues, ablation_edits
 from circuits.faithfulness.optimal_ablation import Gain, ablation_values, gain
 from circuits.faithfulness.results import Intervals, NodeFaithfulness, area
-from circuits.metrics.metrics import Metric, get_metric, prepare
-from circuits.metrics.probe import read_by
-from circuits.options import FaithfulnessOptions
+from circuits.options import AblationOptions, FaithfulnessOptions
 from circuits.prompts.alignment import PositionGroups
 from circuits.prompts.dataset import PromptSet
 from circuits.uncertainty.bootstrap import Bootstrap, group_sums, prompt_groups, too_few, what_is_drawn
 from sae._progress import ProgressBar
-from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError, unknown
-from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
-from sae.splice import ensure_checked
 
 SIZES = (10, 20, 50, 100, 200, 500, 1000)
 """Numbers of nodes that are measured."""
@@ -76,33 +72,25 @@ def faithfulness(
         UserError: If no node has an effect from the start site on, ablating every node changes nothing, or no
             reference prompt has a template of the measured prompts.
     """
-    prompts = circuit.prompts if prompts is None else prompts
-    reference = circuit.prompts if reference is None else reference
     return measure_faithfulness(
-        circuit.model, circuit.saes, circuit.nodes, prompts, options, sizes=sizes, reference=reference,
-        metric=circuit.metric, progress=progress,
+        circuit.setting(), circuit.nodes, circuit.prompts if prompts is None else prompts, options, sizes=sizes,
+        reference=circuit.prompts if reference is None else reference, progress=progress,
     )  # fmt: skip
 
 
 def measure_faithfulness(
-    model: LanguageModel,
-    saes: Mapping[Site, SparseAutoencoder],
+    setting: Setting,
     nodes: Nodes,
     prompts: PromptSet,
     options: FaithfulnessOptions | None = None,
     *,
     sizes: Sequence[int] = SIZES,
     reference: PromptSet | None = None,
-    metric: str | Metric = "logit_difference",
     progress: bool = True,
 ) -> NodeFaithfulness:
     """`faithfulness` of any nodes with effects; reference: the measured prompts themselves by default."""
     options = options or FaithfulnessOptions()
-    m = get_metric(metric)
-    ensure_checked(model, saes, nodes)
-    prompts = prepare(prompts, model, m)
-    model = read_by(model, m)
-    nodes = from_start_site(nodes, options.start_site, errors=options.errors)
+    nodes, prompts, reference, n_uncovered = set_up(setting, nodes, prompts, reference, options)
     n_nodes = count(nodes)
     if n_nodes == 0:
         raise UserError(f"no node has an effect from {options.start_site or 'the first site'} on: start earlier")
@@ -111,18 +99,17 @@ def measure_faithfulness(
     generator = torch.Generator().manual_seed(options.seed)
     drawn = [random_nodes(nodes, size, generator=generator) for _ in range(options.random) for size in sizes]
     sets = [*strongest, *drawn]
-    reference, prompts, uncovered = aligned(reference or prompts, prompts, options.ablation)
     runs = _with_errors([(one, True) for one in ({}, *sets)] + [(one, False) for one in strongest],
                         nodes, options.errors)  # fmt: skip
     curve = runs[: 1 + len(sizes)]  # the empty circuit and the strongest nodes
     values = ablation_values(
-        model, saes, options.ablation, curve, nodes=nodes, named=sets, reference=reference, seed=options.seed,
+        setting, options.ablation, curve, nodes=nodes, named=sets, reference=reference, seed=options.seed,
         batch_size=options.batch_size, progress=progress,
     )  # fmt: skip
-    m_all = _metrics(values, runs, prompts, m, batch_size=options.batch_size, progress=progress)
+    m_all = _metrics(values, runs, prompts, batch_size=options.batch_size, progress=progress)
     gained = gain(values, curve, prompts, batch_size=options.batch_size) if options.ablation == "optimal" else None
     groups = prompt_groups(prompts)
-    return _record(m_all, sizes, nodes, options, groups=groups, n_uncovered=uncovered, gained=gained)
+    return _record(m_all, sizes, nodes, options, groups=groups, n_uncovered=n_uncovered, gained=gained)
 
 
 def _record(
@@ -216,13 +203,12 @@ def _metrics(
     values: AblationValues,
     sets: Sequence[tuple[Nodes, bool]],
     prompts: PromptSet,
-    metric: Metric,
     *,
     batch_size: int,
     progress: bool,
 ) -> torch.Tensor:
     """Metric of the plain model and of every (nodes, keep) on every prompt, [1 + sets, B] float64."""
-    columns, model = [], values.model
+    columns, model, metric = [], values.setting.model, values.setting.metric
     n_batches = -(-len(prompts) // batch_size)
     with ProgressBar(total=n_batches * len(sets), desc="faithfulness", unit="run", disable=not progress) as bar:
         for batch in prompts.batches(batch_size):
@@ -230,7 +216,7 @@ def _metrics(
             column = [metric(plain.logits[:, -1], batch)]
             at = values(batch)
             for nodes, keep in sets:
-                edits = ablation_edits(values.saes, values.table, nodes, at, batch, keep=keep)
+                edits = ablation_edits(values.setting.saes, values.table, nodes, at, batch, keep=keep)
                 run = model.run(batch.clean, edits=edits, last_only=True)
                 column.append(metric(run.logits[:, -1], batch))
                 bar.update()
@@ -262,6 +248,22 @@ def random_nodes(nodes: Nodes, size: int, *, generator: torch.Generator) -> Node
     chosen[torch.randperm(len(chosen), generator=generator)[:size]] = True
     masks = chosen.split([len(site_nodes) for site_nodes in nodes.values()])
     return {site: site_nodes[mask] for (site, site_nodes), mask in zip(nodes.items(), masks, strict=True)}
+
+
+def set_up(
+    setting: Setting,
+    nodes: Nodes,
+    prompts: PromptSet,
+    reference: PromptSet | None,
+    options: AblationOptions,
+) -> tuple[Nodes, PromptSet, PromptSet, int]:
+    """What a measurement with ablated nodes begins with: the nodes from the start site on, the prompts, the reference
+    prompts (the prompts themselves by default), and how many prompts have none of these and are left out.
+    """
+    nodes = from_start_site(nodes, options.start_site, errors=options.errors)
+    prompts = setting.prepare(prompts)
+    reference, prompts, n_uncovered = aligned(reference or prompts, prompts, options.ablation)
+    return nodes, prompts, reference, n_uncovered
 
 
 def aligned(reference: PromptSet, prompts: PromptSet, ablation: str) -> tuple[PromptSet, PromptSet, int]:

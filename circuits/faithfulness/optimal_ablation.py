@@ -25,20 +25,19 @@ M(x), and L is then the mean divergence from that mean: this is what the tests c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
+from circuits.attribution.activations import Setting
 from circuits.attribution.nodes import Nodes
 from circuits.faithfulness.ablation import AblationValues, NodeTable, SiteValues, Values, ablation_edits
 from circuits.metrics.metrics import kl, last_logits
 from circuits.prompts.dataset import PromptSet
 from sae._progress import ProgressBar
-from sae.autoencoder import SparseAutoencoder
 from sae.model.forward import with_gradients
 from sae.model.language_model import LanguageModel, Tokens
-from sae.model.sites import Site
 
 NodeSet = tuple[Nodes, bool]
 """Nodes, and whether they are kept (all others ablated) or removed."""
@@ -83,7 +82,7 @@ class OptimalValues:
         tables = {}
         for site, mean in self.values.tables.items():
             features, error = (shift * self.unit[site] for shift in self.shift[site])
-            decoder = self.values.saes[site].W_dec[self.values.table.index[site]]
+            decoder = self.values.setting.saes[site].W_dec[self.values.table.index[site]]
             tables[site] = SiteValues(mean.x + features @ decoder + error, mean.error + error, mean.features + features)
         return tables
 
@@ -98,8 +97,7 @@ class OptimalValues:
 
 
 def ablation_values(
-    model: LanguageModel,
-    saes: Mapping[Site, SparseAutoencoder],
+    setting: Setting,
     kind: str,
     circuits: Sequence[NodeSet],
     *,
@@ -114,8 +112,8 @@ def ablation_values(
     nodes that are measured with them.
     """
     sets = [nodes] if kind == "optimal" else [*(one for one, _ in circuits), *named]
-    table = NodeTable(saes, sets, sites=list(nodes))
-    values = AblationValues(model, saes, table, kind, reference=reference, seed=seed, batch_size=batch_size)
+    table = NodeTable(setting.saes, sets, sites=list(nodes))
+    values = AblationValues(setting, table, kind, reference=reference, seed=seed, batch_size=batch_size)
     if kind == "optimal":
         options = FitOptions(seed=seed, batch_size=batch_size)
         return fit_optimal_values(values, circuits, reference, options, progress=progress)
@@ -157,7 +155,7 @@ def fit_optimal_values(
 ) -> AblationValues:
     """The ablation values that minimise L over the reference prompts and circuits (2.), from those given."""
     options = options or FitOptions()
-    prompts = both_ends(reference, values.model, batch_size=options.batch_size)
+    prompts = both_ends(reference, values.setting.model, batch_size=options.batch_size)
     descent = Descent(OptimalValues(values), learning_rate=options.learning_rate)
     generator = torch.Generator().manual_seed(options.seed)
     draw = dealer(len(circuits), generator)
@@ -182,8 +180,8 @@ def divergence(
     values: AblationValues, ablated: Values, prompts: PromptSet, nodes: Nodes, *, keep: bool = True, grad: bool = False
 ) -> torch.Tensor:
     """KL(M(x) || M_C(x)) of every prompt, [B], with the ablation values `ablated` of the batch."""
-    edits = ablation_edits(values.saes, values.table, nodes, ablated, prompts, keep=keep)
-    run = values.model.run(prompts.clean, edits=edits, grad=grad, last_only=True)
+    edits = ablation_edits(values.setting.saes, values.table, nodes, ablated, prompts, keep=keep)
+    run = values.setting.model.run(prompts.clean, edits=edits, grad=grad, last_only=True)
     return kl(run.logits[:, -1], prompts)
 
 
@@ -192,7 +190,7 @@ def mean_divergence(
     values: AblationValues, circuits: Sequence[NodeSet], prompts: PromptSet, *, batch_size: int = 64
 ) -> float:
     """L of the ablation values on some prompts, in nats."""
-    prompts = both_ends(prompts, values.model, batch_size=batch_size)
+    prompts = both_ends(prompts, values.setting.model, batch_size=batch_size)
     total = 0.0
     for batch in prompts.batches(batch_size):
         ablated = values(batch)

@@ -27,14 +27,12 @@ from circuits.attribution import SiteEffects, capture_activations
 from circuits.attribution.activation_patching import exact_effects
 from circuits.attribution.nodes import Nodes, SiteNodes, positions_by
 from circuits.circuit import Circuit
-from circuits.metrics.metrics import Metric, prepare
-from circuits.metrics.probe import read_by
+from circuits.metrics.metrics import Metric
 from circuits.prompts.dataset import PromptSet
 from sae._frames import Result
 from sae._progress import ProgressBar
 from sae.errors import UserError
 from sae.model.sites import Site
-from sae.splice import ensure_checked
 
 FACTOR = 2.0
 """Estimates further than this factor from the exact effect disagree in size."""
@@ -143,21 +141,18 @@ def verify(
     """
     if nodes < 1:
         raise UserError(f"verify is {nodes}: at least 1 node can be verified")
-    m = circuit.get_metric(metric)
-    model, saes = circuit.model, circuit.saes
-    ensure_checked(model, saes, circuit.nodes)
-    prompts = prepare(circuit.prompts if prompts is None else prompts, model, m)
-    model = read_by(model, m)
+    setting = circuit.setting(metric)
+    prompts = setting.prepare(circuit.prompts if prompts is None else prompts)
     aggregation = circuit.metadata["options"]["aggregation"]
     chosen = {site: site_nodes for site, site_nodes in circuit.strongest(nodes).items() if len(site_nodes)}
     totals = {site: torch.zeros(len(site_nodes), dtype=torch.float64) for site, site_nodes in chosen.items()}
     n_batches = -(-len(prompts) // batch_size)
     with ProgressBar(total=n_batches * len(chosen), desc="verify", unit="site", disable=not progress) as bar:
         for batch in prompts.batches(batch_size):
-            states = capture_activations(model, saes, batch, m, sites=list(circuit.effects))
+            states = capture_activations(setting, batch)
             for site, site_nodes in chosen.items():
                 effects = exact_effects(
-                    model, saes[site], states, m, site=site, positions=positions_by(aggregation, states.prompts),
+                    states, site=site, positions=positions_by(aggregation, states.prompts),
                     features=site_nodes.feature.unique(), max_rows=max_rows,
                 )  # fmt: skip
                 totals[site] += _total(effects, site_nodes)

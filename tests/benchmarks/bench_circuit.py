@@ -44,7 +44,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from circuits.attribution import ActivationPair, Attribution, attribute, capture_activations
-from circuits.attribution.activations import site_total_effect
+from circuits.attribution.activations import Setting, site_total_effect
 from circuits.attribution.edges import edge_effects
 from circuits.attribution.feature_effects import contract
 from circuits.attribution.nodes import Nodes, aggregate, select_nodes
@@ -130,14 +130,11 @@ class Bench:
 
     def capture(self) -> ActivationPair:
         return capture_activations(
-            self.model, self.saes, self.prompts, logit_difference, sites=self.sites, gradient=True
+            Setting(self.model, self.saes, logit_difference), self.prompts, sites=self.sites, gradient=True
         )
 
     def attribute(self, states: ActivationPair, *, active: str | None = None, **options) -> Attribution:
-        return attribute(
-            self.model, self.saes, states, logit_difference, sites=self.sites, max_rows=self.rows, totals=False,
-            active=active, **options,
-        )  # fmt: skip
+        return attribute(states, sites=self.sites, max_rows=self.rows, totals=False, active=active, **options)
 
     def select(self, found: Attribution) -> Nodes:
         n, n_positions = len(self.prompts), self.prompts.clean.n_positions
@@ -145,7 +142,7 @@ class Bench:
 
     def edges_from(self, found: Attribution, nodes: Nodes) -> None:
         rows = lanes_rows(self.rows, found.states.mask.shape[1], self.model.device)
-        edge_effects(self.model, self.saes, found, logit_difference, nodes, max_rows=rows)
+        edge_effects(found, nodes, max_rows=rows)
 
     def bare(self) -> None:
         """One forward and backward pass of the model itself, gradient at the embedding."""
@@ -183,7 +180,7 @@ class Bench:
             )
             errors.append((off / whole).item())
             summed = ((states.patch[site] - states.clean[site]) * gradients[site]).sum((1, 2)).mean()
-            measured = site_total_effect(self.model, states, logit_difference, site=site).mean()
+            measured = site_total_effect(states, site=site).mean()
             residuals.append(((summed - measured).abs() / total).item())
         return statistics.mean(errors), statistics.mean(residuals)
 

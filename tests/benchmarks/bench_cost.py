@@ -27,7 +27,7 @@ import torch
 from matplotlib.figure import Figure
 
 from circuits.attribution import Attribution, attribute, capture_activations
-from circuits.attribution.activations import site_total_effect
+from circuits.attribution.activations import Setting, site_total_effect
 from circuits.attribution.edges import edge_effects
 from circuits.attribution.nodes import aggregate, select_nodes
 from circuits.discovery.batching import lanes_rows, max_rows
@@ -79,10 +79,10 @@ class Case:
         self.prompts = make_prompts(sizes.prompts, LENGTH, VOCAB, device)
         self.rows = max_rows(self.model, LENGTH, memory=1.0)
         self.sites = self.model.sites
-        self.states = capture_activations(self.model, self.saes, self.prompts, logit_difference, sites=self.sites)
-        found = attribute(
-            self.model, self.saes, self.states, logit_difference, sites=self.sites, method="attrib", totals=False
+        self.states = capture_activations(
+            Setting(self.model, self.saes, logit_difference), self.prompts, sites=self.sites
         )
+        found = attribute(self.states, sites=self.sites, method="attrib", totals=False)
         nodes = aggregate(found.effects, n_examples=sizes.prompts, n_positions=LENGTH)
         self.gradients, self.nodes = found.gradients, select_nodes(nodes, top=sizes.nodes)
 
@@ -90,29 +90,19 @@ class Case:
         """Activations, gradients and effects of all sites, without the totals they are held against."""
         at_clean = method == "attrib"
         states = capture_activations(
-            self.model, self.saes, self.prompts, logit_difference, sites=self.sites, gradient=at_clean
+            Setting(self.model, self.saes, logit_difference), self.prompts, sites=self.sites, gradient=at_clean
         )
-        attribute(
-            self.model, self.saes, states, logit_difference, sites=self.sites, method=method, steps=STEPS, totals=False,
-            max_rows=self.rows,
-        )  # fmt: skip
+        attribute(states, sites=self.sites, method=method, steps=STEPS, totals=False, max_rows=self.rows)  # fmt: skip
 
     def totals(self) -> None:
         """Every site patched whole."""
         for site in self.sites:
-            site_total_effect(self.model, self.states, logit_difference, site=site)
+            site_total_effect(self.states, site=site)
 
     def edges(self) -> None:
         """Edges among the nodes, in batches as `discover` makes them."""
         rows = lanes_rows(self.rows, LENGTH, self.model.device)
-        edge_effects(
-            self.model,
-            self.saes,
-            Attribution(self.states, gradients=self.gradients),
-            logit_difference,
-            self.nodes,
-            max_rows=rows,
-        )
+        edge_effects(Attribution(self.states, gradients=self.gradients), self.nodes, max_rows=rows)
 
     def steps(self, size: str) -> dict[str, Callable[[], None]]:
         """What is timed when `size` varies; edge nodes matter to edges alone."""

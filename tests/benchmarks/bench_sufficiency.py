@@ -24,6 +24,7 @@ from typing import get_args
 
 import torch
 
+from circuits.attribution.activations import Setting
 from circuits.attribution.nodes import Nodes
 from circuits.comparison.compare import LEVELS, nodes_for
 from circuits.discovery.discover import discover
@@ -64,13 +65,13 @@ class Study:
             ablation=self.ablation, start_site=start, errors=errors, random=0, resamples=0
         )  # fmt: skip
         return measure_faithfulness(
-            self.model, saes, nodes, self.test, options, sizes=SIZES, reference=self.train, progress=False
+            Setting.of(self.model, saes), nodes, self.test, options, sizes=SIZES, reference=self.train, progress=False
         )
 
     def mask(self, saes: Mapping[Site, SparseAutoencoder], nodes: Nodes, start: str | None, errors: str) -> Nodes:
         """The ranking of a mask learned on the training prompts."""
         options = MaskOptions(start_site=start, errors=errors, ablation=self.ablation, steps=self.steps)
-        return learn_node_mask(self.model, saes, nodes, self.train, options, progress=False).nodes
+        return learn_node_mask(Setting.of(self.model, saes), nodes, self.train, options, progress=False).nodes
 
 
 def row(name: str, curve: NodeFaithfulness, units: int, shown: tuple[int, ...], seconds: float) -> str:

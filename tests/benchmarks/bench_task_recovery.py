@@ -25,6 +25,7 @@ import torch
 from tqdm import tqdm
 
 from circuits.attribution import METHODS, ActivationPair, Attribution, attribute, capture_activations
+from circuits.attribution.activations import Setting
 from circuits.attribution.baselines import activation_difference
 from circuits.attribution.edges import Edges, edge_effects
 from circuits.attribution.nodes import Nodes, SiteNodes, aggregate, select_nodes
@@ -80,22 +81,19 @@ class Task:
         self.universe = {*self.exact, *node_scores(self._live())}
         self.among = self._strongest(n_edge_nodes)
         there, back = (
-            edge_scores(path_effects(model, saes, end, logit_difference, self.among, max_rows=MAX_ROWS), self.among)
+            edge_scores(path_effects(end, self.among, max_rows=MAX_ROWS), self.among)
             for end in (states, states.reversed())
         )
         self.exact_edges = {pair: (there[pair] - back[pair]) / 2 / self.n for pair in there}
 
     def _nodes(self, method: str, states: ActivationPair) -> Nodes:
-        found = attribute(
-            self.model, self.saes, states, logit_difference, sites=list(self.saes), method=method, max_rows=MAX_ROWS,
-            totals=False,
-        )  # fmt: skip
+        found = attribute(states, sites=list(self.saes), method=method, max_rows=MAX_ROWS, totals=False)  # fmt: skip
         self.gradients = found.gradients
         return aggregate(found.effects, n_examples=self.n, n_positions=states.mask.shape[1])
 
     def _live(self) -> Nodes:
         """Every node that differs between the prompts."""
-        differences = {site: activation_difference(sae, self.states, site=site) for site, sae in self.saes.items()}
+        differences = {site: activation_difference(self.states, site=site) for site, sae in self.saes.items()}
         return aggregate(differences, n_examples=self.n, n_positions=self.states.mask.shape[1])
 
     def _strongest(self, n: int) -> Nodes:
@@ -110,9 +108,7 @@ class Task:
         """A method's effects, and edge weights among the exactly strongest nodes."""
         nodes = node_scores(self._nodes(method, self.states))
         batch = Attribution(self.states, gradients=self.gradients)
-        edges = edge_effects(
-            self.model, self.saes, batch, logit_difference, self.among, active="either", max_rows=MAX_ROWS
-        )
+        edges = edge_effects(batch, self.among, active="either", max_rows=MAX_ROWS)
         weights = edge_scores(edges, self.among)
         return nodes, {pair: weight / self.n for pair, weight in weights.items()}
 
@@ -142,7 +138,7 @@ def main() -> None:
         saes = load_saes(Path(args.saes or folder), device=model.device)
     for name in tqdm(args.tasks, desc="tasks"):
         prompts = load_prompts(agreement.prompts(name, "train"), model, limit=args.pairs)
-        states = capture_activations(model, saes, prompts, logit_difference, sites=list(saes))
+        states = capture_activations(Setting(model, saes, logit_difference), prompts, sites=list(saes))
         task = Task(model, saes, states, n_edge_nodes=args.nodes)
         bound = args.share * abs(task.total)
         n_nodes, n_edges = (sum(abs(v) >= bound for v in x.values()) for x in (task.exact, task.exact_edges))

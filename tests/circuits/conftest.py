@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from circuits.attribution import SiteEffects, capture_activations
+from circuits.attribution.activations import Setting
 from circuits.metrics.metrics import logit_difference
 from circuits.prompts.alignment import span_keys
 from circuits.prompts.dataset import PromptSet
@@ -84,7 +85,7 @@ def tiny_prompts(tiny_model) -> PromptSet:
 
 @pytest.fixture(scope="module")
 def states(tiny_model, tiny_saes, tiny_prompts):
-    return capture_activations(tiny_model, tiny_saes, tiny_prompts, logit_difference, sites=tiny_model.sites)
+    return capture_activations(Setting(tiny_model, tiny_saes, logit_difference), tiny_prompts, sites=tiny_model.sites)
 
 
 def dense(effects: SiteEffects, shape) -> torch.Tensor:

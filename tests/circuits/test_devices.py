@@ -7,6 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from circuits.attribution.activations import Setting
 from circuits.discovery.discover import discover
 from circuits.editing.edit import Edit, EditOptions, measure_edit
 from circuits.faithfulness.edges import edge_faithfulness
@@ -171,12 +172,12 @@ def test_a_circuit_its_tests_and_an_edit(model, saes, small_model, make_saes, ti
         torch.testing.assert_close(circuit.edges[pair], weights, atol=1e-5, rtol=1e-3)
     for ablation in ("mean", "counterfactual", "resample"):
         how = FaithfulnessOptions(ablation=ablation, random=1, resamples=20)
-        measure_faithfulness(model, saes, circuit.nodes, prompts, how, sizes=(5,), progress=False)
+        measure_faithfulness(Setting.of(model, saes), circuit.nodes, prompts, how, sizes=(5,), progress=False)
     edges = edge_faithfulness(circuit, prompts, QUICK, sizes=(20,), progress=False)
     there = edge_faithfulness(expected, tiny_prompts, QUICK, sizes=(20,), progress=False)
     assert edges.faithfulness == pytest.approx(there.faithfulness, abs=1e-3)
     how = MaskOptions(steps=2, batch_size=4, smallest=5)
-    learn_node_mask(model, saes, circuit.nodes, prompts, how, progress=False)
+    learn_node_mask(Setting.of(model, saes), circuit.nodes, prompts, how, progress=False)
     verify(circuit, prompts, nodes=2, progress=False)
     for operation in ("zero", "mean"):
         edit = Edit(["resid_0/3"], operation)

@@ -77,7 +77,6 @@ class DiscoverCommand(UsesSaes, Overwrites, HasSaes, HasModel):
             return self._run(self._folder())
 
     def _run(self, folder: Path) -> Output:
-        from circuits.attribution.edges import check_edges
         from circuits.cli.common import load_checked_saes, load_model
         from circuits.discovery.cost import estimate_discovery
         from circuits.metrics.metrics import absolute, get_metric
@@ -87,7 +86,6 @@ class DiscoverCommand(UsesSaes, Overwrites, HasSaes, HasModel):
 
         model = load_model(self.model, self, saes=self.saes)
         saes = load_checked_saes(model, self.saes, options=self)
-        check_edges(saes, select_sites(self.options.sites, list(saes)), edge_nodes=self.options.edge_nodes)
         metric = get_metric(self.options.metric)
         saes = saes.subset(visible_sites(metric, model, select_sites(self.options.sites, list(saes))))
         options = replace(self.options, metric=absolute(self.options.metric))

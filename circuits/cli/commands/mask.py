@@ -91,8 +91,8 @@ class MaskCommand(Named, HasSizes, HasTestPrompts, RunsCircuit):
             random=0, seed=self.options.seed, batch_size=self.options.batch_size,
         )  # fmt: skip
         return measure_faithfulness(
-            circuit.model, circuit.saes, nodes, prompts, options, sizes=parse_sizes(self.sizes), reference=reference,
-            metric=circuit.metric, progress=not self.quiet,
+            circuit.setting(), nodes, prompts, options, sizes=parse_sizes(self.sizes), reference=reference,
+            progress=not self.quiet,
         )  # fmt: skip
 
 

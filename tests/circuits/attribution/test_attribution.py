@@ -10,7 +10,7 @@ import torch
 
 from circuits.attribution import attribute, capture_activations, contract_gradient
 from circuits.attribution.activation_patching import exact_effects
-from circuits.attribution.activations import site_total_effect
+from circuits.attribution.activations import Setting, site_total_effect
 from circuits.attribution.attribution_patching import attribution_patching
 from circuits.attribution.effects import SiteEffects
 from circuits.attribution.integrated_gradients import integrated_gradients, quadrature
@@ -50,9 +50,7 @@ def test_attribution_patching_is_the_gradient_of_spliced_leaves(tiny_model, tiny
     edits = {site: spliced(site) for site in tiny_model.sites}
     run = tiny_model.run(tiny_prompts.clean, edits=edits, grad=True, last_only=True)
     logit_difference(run.logits[:, -1], tiny_prompts).sum().backward()
-    result = attribute(
-        tiny_model, tiny_saes, states, logit_difference, sites=tiny_model.sites, method="attrib", max_rows=4
-    )
+    result = attribute(states, sites=tiny_model.sites, method="attrib", max_rows=4)
     for site, (f, e) in leaves.items():
         sae, patch = tiny_saes[site], states.patch[site]
         f_patch = sae.encode(patch)
@@ -67,12 +65,12 @@ def test_integrated_gradients_are_complete(make_tiny_model, make_saes, tiny_prom
     """The effects of a site add up to the measured effect of patching it, example by example, as nodes are added."""
     model = make_tiny_model(architecture)
     saes = make_saes(model)
-    states = capture_activations(model, saes, tiny_prompts, logit_difference, sites=model.sites)
+    states = capture_activations(Setting(model, saes, logit_difference), tiny_prompts, sites=model.sites)
     for site in model.sites:
-        measured = site_total_effect(model, states, logit_difference, site=site)
+        measured = site_total_effect(states, site=site)
         gap = {}
         for steps in (2, 40):
-            gradient = integrated_gradients(model, states, logit_difference, site=site, steps=steps, max_rows=24)
+            gradient = integrated_gradients(states, site=site, steps=steps, max_rows=24)
             effects = contract_gradient(saes[site], states.clean[site], states.patch[site], gradient, mask=states.mask)
             gap[steps] = (effects.per_example(len(tiny_prompts)) - measured).abs().max()
         assert gap[40] < 2e-3 * measured.abs().max() + 1e-5, site
@@ -80,16 +78,13 @@ def test_integrated_gradients_are_complete(make_tiny_model, make_saes, tiny_prom
 
 
 def test_patching_the_embedding_is_the_whole_effect(tiny_model, states):
-    total = site_total_effect(tiny_model, states, logit_difference, site=Site("embed"))
+    total = site_total_effect(states, site=Site("embed"))
     assert_near(total, states.m_patch - states.m_clean)
 
 
 def test_chunks_of_rows_change_nothing(tiny_model, states):
     site = Site.parse("mlp_0")
-    whole, parts = (
-        integrated_gradients(tiny_model, states, logit_difference, site=site, steps=5, max_rows=rows)
-        for rows in (1000, 8)
-    )
+    whole, parts = (integrated_gradients(states, site=site, steps=5, max_rows=rows) for rows in (1000, 8))
     assert_near(whole, parts)
 
 
@@ -108,7 +103,7 @@ def test_exact_patching_is_a_loop_over_nodes(tiny_model, tiny_saes, tiny_prompts
     site = Site.parse("attn_1")
     sae = tiny_saes[site]
     positions = positions_by("sum" if joint else "position", states.prompts)
-    effects = exact_effects(tiny_model, sae, states, logit_difference, site=site, positions=positions, max_rows=7)
+    effects = exact_effects(states, site=site, positions=positions, max_rows=7)
     f_clean, f_patch = sae.encode(states.clean[site]), sae.encode(states.patch[site])
     e_delta = (states.patch[site] - sae.decode(f_patch)) - (states.clean[site] - sae.decode(f_clean))
     n_positions = states.mask.shape[1]
@@ -130,11 +125,9 @@ def test_exact_patching_is_a_loop_over_nodes(tiny_model, tiny_saes, tiny_prompts
 
 def test_exact_patching_of_chosen_nodes(tiny_model, tiny_saes, states):
     site = Site.parse("mlp_1")
-    whole = exact_effects(tiny_model, tiny_saes[site], states, logit_difference, site=site, positions=None)
+    whole = exact_effects(states, site=site, positions=None)
     chosen = whole.feature.unique()[:3].long()
-    some = exact_effects(
-        tiny_model, tiny_saes[site], states, logit_difference, site=site, positions=None, features=chosen
-    )
+    some = exact_effects(states, site=site, positions=None, features=chosen)
     assert_near(some.summed(8)[chosen], whole.summed(8)[chosen])
     assert set(some.feature.tolist()) == set(chosen.tolist())
 
@@ -144,13 +137,10 @@ def test_exact_patching_leaves_out_what_nothing_reads(tiny_model, tiny_saes, tin
     """In the last block the metric sees the last position alone: fewer rows, the same effects."""
     site = Site.parse(name)
     known = capture_activations(
-        tiny_model, tiny_saes, tiny_prompts, logit_difference, sites=tiny_model.sites, gradient=True
+        Setting(tiny_model, tiny_saes, logit_difference), tiny_prompts, sites=tiny_model.sites, gradient=True
     )
     for positions in (None, positions_by("position", states.prompts)):
-        whole, fewer = (
-            exact_effects(tiny_model, tiny_saes[site], of, logit_difference, site=site, positions=positions)
-            for of in (states, known)
-        )
+        whole, fewer = (exact_effects(of, site=site, positions=positions) for of in (states, known))
         assert_near(fewer.summed(8), whole.summed(8))
         assert len(fewer.value) < len(whole.value) if site.layer == 1 else len(fewer.value) == len(whole.value)
 
@@ -158,8 +148,8 @@ def test_exact_patching_leaves_out_what_nothing_reads(tiny_model, tiny_saes, tin
 def test_exact_and_gradient_agree_where_the_model_is_nearly_linear(tiny_model, tiny_saes, states):
     """At the last site only the final norm and the unembedding follow."""
     site = tiny_model.sites[-1]
-    exact = exact_effects(tiny_model, tiny_saes[site], states, logit_difference, site=site, positions=None).summed(8)
-    gradient = attribution_patching(tiny_model, states, logit_difference, sites=[site])[site]
+    exact = exact_effects(states, site=site, positions=None).summed(8)
+    gradient = attribution_patching(states, sites=[site])[site]
     estimate = contract_gradient(
         tiny_saes[site], states.clean[site], states.patch[site], gradient, mask=states.mask
     ).summed(8)
@@ -171,8 +161,8 @@ def test_without_patch_prompts_the_patch_state_is_zero(tiny_model, tiny_saes, ti
     site = Site.parse("resid_0")
     sae = copy.deepcopy(tiny_saes[site])
     sae.b_dec *= 50  # a layer norm is too curved near 0 for few quadrature nodes
-    states = capture_activations(tiny_model, {site: sae}, prompts, logit_difference, sites=[site])
-    gradient = integrated_gradients(tiny_model, states, logit_difference, site=site, steps=50)
+    states = capture_activations(Setting(tiny_model, {site: sae}, logit_difference), prompts, sites=[site])
+    gradient = integrated_gradients(states, site=site, steps=50)
     effects = contract_gradient(
         sae, states.clean[site], states.patch[site], gradient, mask=states.mask, zero_patch=states.zero_patch
     )
@@ -180,7 +170,7 @@ def test_without_patch_prompts_the_patch_state_is_zero(tiny_model, tiny_saes, ti
     of_error = -((states.clean[site] - sae.decode(f)) * gradient).sum(-1, keepdim=True)
     expected = left_aligned(torch.cat([-f * (gradient @ sae.W_dec.T), of_error], -1), states.mask)
     assert_near(dense(effects, states.mask.shape), expected)
-    measured = site_total_effect(tiny_model, states, logit_difference, site=site)
+    measured = site_total_effect(states, site=site)
     assert torch.allclose(effects.per_example(8), measured, atol=5e-3 * measured.abs().max().item() + 1e-5)
 
 
@@ -214,8 +204,10 @@ def test_aggregation_and_selection():
 
 def test_the_gradient_of_the_capturing_run_is_that_of_attribution_patching(tiny_model, tiny_saes, tiny_prompts, states):
     sites = tiny_model.sites
-    both = capture_activations(tiny_model, tiny_saes, tiny_prompts, logit_difference, sites=sites, gradient=True)
-    gradients = attribution_patching(tiny_model, states, logit_difference, sites=sites)
+    both = capture_activations(
+        Setting(tiny_model, tiny_saes, logit_difference), tiny_prompts, sites=sites, gradient=True
+    )
+    gradients = attribution_patching(states, sites=sites)
     for site in sites:
         assert torch.equal(both.clean[site], states.clean[site]) and not both.clean[site].requires_grad
         assert_near(both.gradients[site], gradients[site])
@@ -223,11 +215,11 @@ def test_the_gradient_of_the_capturing_run_is_that_of_attribution_patching(tiny_
 
 def test_unknown_method_is_refused(tiny_model, tiny_saes, states):
     with pytest.raises(UserError, match="attrib"):
-        attribute(tiny_model, tiny_saes, states, logit_difference, sites=tiny_model.sites, method="atrib")
+        attribute(states, sites=tiny_model.sites, method="atrib")
 
 
 def test_nan_in_activations_names_the_site(make_tiny_model, make_saes, tiny_prompts):
     model = make_tiny_model("gpt_neox")
     model.hf.gpt_neox.layers[1].mlp.dense_4h_to_h.bias.data[0] = float("nan")
     with pytest.raises(UserError, match="mlp_1"):
-        capture_activations(model, make_saes(model), tiny_prompts, logit_difference, sites=model.sites)
+        capture_activations(Setting(model, make_saes(model), logit_difference), tiny_prompts, sites=model.sites)

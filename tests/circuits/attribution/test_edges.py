@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from circuits.attribution import Attribution, capture_activations, contract_gradient
+from circuits.attribution.activations import Setting
 from circuits.attribution.attribution_patching import attribution_patching
 from circuits.attribution.edges import cut_forward, edge_effects
 from circuits.attribution.feature_effects import contract
@@ -29,8 +30,8 @@ def some_nodes(sae, *, n: int = 6, seed: int = 0, position: int = -1) -> SiteNod
 
 def setting(model, make_saes, prompts, **options):
     saes = make_saes(model, architecture="relu", **options)
-    states = capture_activations(model, saes, prompts, logit_difference, sites=model.sites)
-    gradients = attribution_patching(model, states, logit_difference, sites=model.sites)
+    states = capture_activations(Setting(model, saes, logit_difference), prompts, sites=model.sites)
+    gradients = attribution_patching(states, sites=model.sites)
     return saes, states, gradients
 
 
@@ -67,9 +68,7 @@ def test_edges_are_finite_differences_of_the_cut_model(make_tiny_model, make_sae
     for sae in saes.values():
         sae.double()
     nodes = {site: some_nodes(saes[site], seed=i) for i, site in enumerate(model.sites)}
-    edges = edge_effects(
-        model, saes, Attribution(states, gradients=gradients), logit_difference, nodes, active=active, max_rows=24
-    )
+    edges = edge_effects(Attribution(states, gradients=gradients), nodes, active=active, max_rows=24)
     parallel = architecture == "gpt_neox"
     expected_pairs = {("resid_0", "attn_1"), ("resid_0", "mlp_1"), ("attn_1", "resid_1"), ("mlp_1", "resid_1")}
     expected_pairs |= {("resid_0", "resid_1"), ("embed", "attn_0"), ("embed", "mlp_0"), ("embed", "resid_0")}
@@ -104,10 +103,7 @@ def test_lanes_change_nothing(tiny_model, make_saes, tiny_prompts):
     """One downstream node a backward pass, or all of them in one."""
     saes, states, gradients = setting(tiny_model, make_saes, tiny_prompts)
     nodes = {site: some_nodes(saes[site], seed=i) for i, site in enumerate(tiny_model.sites)}
-    one, many = (
-        edge_effects(tiny_model, saes, Attribution(states, gradients=gradients), logit_difference, nodes, max_rows=rows)
-        for rows in (8, 800)
-    )
+    one, many = (edge_effects(Attribution(states, gradients=gradients), nodes, max_rows=rows) for rows in (8, 800))
     assert one.keys() == many.keys()
     for pair, weights in one.items():
         assert_near(weights, many[pair], msg=pair)
@@ -119,7 +115,7 @@ def test_what_the_node_pass_keeps_changes_nothing(tiny_model, make_saes, tiny_pr
     """Edges from the node pass's codes and errors, without activations where the codes hold all, or from scratch."""
     saes = make_saes(tiny_model, architecture=architecture)
     states = capture_activations(
-        tiny_model, saes, tiny_prompts, logit_difference, sites=tiny_model.sites, gradient=True
+        Setting(tiny_model, saes, logit_difference), tiny_prompts, sites=tiny_model.sites, gradient=True
     )
     nodes = {site: some_nodes(saes[site], seed=i) for i, site in enumerate(tiny_model.sites)}
     inputs = {
@@ -128,8 +124,8 @@ def test_what_the_node_pass_keeps_changes_nothing(tiny_model, make_saes, tiny_pr
     g = states.gradients
     fewer = replace(states, clean={}, patch={}) if architecture == "topk" else states
     batch = Attribution(fewer, gradients=g, edge_inputs=inputs)
-    known = edge_effects(tiny_model, saes, batch, logit_difference, nodes, active=active)
-    scratch = edge_effects(tiny_model, saes, Attribution(states, gradients=g), logit_difference, nodes, active=active)
+    known = edge_effects(batch, nodes, active=active)
+    scratch = edge_effects(Attribution(states, gradients=g), nodes, active=active)
     assert known.keys() == scratch.keys()
     for pair, weights in known.items():
         assert weights.abs().max() > 0
@@ -142,7 +138,7 @@ def test_the_errors_part_is_the_formula(tiny_model, make_saes, tiny_prompts, arc
     """e_patch - e_clean and g - sum_active (W_dec[i] . g) W_enc[i] over all tokens, whatever is left out on the way."""
     saes = make_saes(tiny_model, architecture=architecture)
     states = capture_activations(
-        tiny_model, saes, tiny_prompts, logit_difference, sites=tiny_model.sites, gradient=True
+        Setting(tiny_model, saes, logit_difference), tiny_prompts, sites=tiny_model.sites, gradient=True
     )
     for site in (Site.parse("mlp_0"), tiny_model.sites[-1]):
         sae, g = saes[site], states.gradients[site]
@@ -165,14 +161,14 @@ def test_edges_of_a_batch_are_the_sum_over_its_examples(tiny_model, make_saes, t
     """Examples do not interact; left padding of the shorter ones changes nothing either."""
     saes, states, gradients = setting(tiny_model, make_saes, tiny_prompts)
     nodes = {site: some_nodes(saes[site], seed=i) for i, site in enumerate(tiny_model.sites)}
-    batch = edge_effects(tiny_model, saes, Attribution(states, gradients=gradients), logit_difference, nodes)
+    batch = edge_effects(Attribution(states, gradients=gradients), nodes)
     total = {pair: torch.zeros_like(weights) for pair, weights in batch.items()}
     for row in range(len(tiny_prompts)):
-        alone = capture_activations(tiny_model, saes, tiny_prompts[[row]], logit_difference, sites=tiny_model.sites)
-        g = attribution_patching(tiny_model, alone, logit_difference, sites=tiny_model.sites)
-        for pair, weights in edge_effects(
-            tiny_model, saes, Attribution(alone, gradients=g), logit_difference, nodes
-        ).items():
+        alone = capture_activations(
+            Setting(tiny_model, saes, logit_difference), tiny_prompts[[row]], sites=tiny_model.sites
+        )
+        g = attribution_patching(alone, sites=tiny_model.sites)
+        for pair, weights in edge_effects(Attribution(alone, gradients=g), nodes).items():
             total[pair] += weights
     for pair, weights in batch.items():
         assert torch.allclose(weights, total[pair], atol=2e-5), pair
@@ -182,7 +178,7 @@ def test_edges_to_the_metric_of_the_last_site_are_its_effects(tiny_model, make_s
     saes, states, gradients = setting(tiny_model, make_saes, tiny_prompts)
     last = tiny_model.sites[-1]
     nodes = {site: some_nodes(saes[site], seed=i) for i, site in enumerate(tiny_model.sites)}
-    edges = edge_effects(tiny_model, saes, Attribution(states, gradients=gradients), logit_difference, nodes)
+    edges = edge_effects(Attribution(states, gradients=gradients), nodes)
     effects = contract_gradient(saes[last], states.clean[last], states.patch[last], gradients[last], mask=states.mask)
     expected = effects.summed(1)[nodes[last].feature]
     assert_near(edges[last, None][0], expected)
@@ -193,18 +189,18 @@ def test_without_residual_sites_every_site_reaches_the_metric(tiny_model, make_s
     """Missing sites: the residual stream then carries every path between the sites that are there."""
     sites = [Site.parse(name) for name in ("mlp_0", "attn_1", "mlp_1")]
     saes = {site: sae for site, sae in make_saes(tiny_model, architecture="relu").items() if site in sites}
-    states = capture_activations(tiny_model, saes, tiny_prompts, logit_difference, sites=sites)
-    gradients = attribution_patching(tiny_model, states, logit_difference, sites=sites)
+    states = capture_activations(Setting(tiny_model, saes, logit_difference), tiny_prompts, sites=sites)
+    gradients = attribution_patching(states, sites=sites)
     nodes = {site: some_nodes(saes[site], seed=i) for i, site in enumerate(sites)}
-    edges = edge_effects(tiny_model, saes, Attribution(states, gradients=gradients), logit_difference, nodes)
+    edges = edge_effects(Attribution(states, gradients=gradients), nodes)
     names = {(up.name, down and down.name) for up, down in edges}
     assert names == {("mlp_0", "attn_1"), ("mlp_0", "mlp_1"), ("mlp_0", None), ("attn_1", None), ("mlp_1", None)}
 
 
 def test_the_cut_model_computes_the_same(tiny_model, tiny_saes, tiny_prompts):
     """Cutting changes no value: outputs are the clean activations, the metric is the clean metric."""
-    states = capture_activations(tiny_model, tiny_saes, tiny_prompts, logit_difference, sites=tiny_model.sites)
-    graph = cut_forward(tiny_model, states, logit_difference, sites=tiny_model.sites, copies=2)
+    states = capture_activations(Setting(tiny_model, tiny_saes, logit_difference), tiny_prompts, sites=tiny_model.sites)
+    graph = cut_forward(states, sites=tiny_model.sites, copies=2)
     for site, x in states.clean.items():
         assert_near(graph.outputs[site], x.repeat(2, 1, 1))
     assert_near(graph.m, states.m_clean.repeat(2))

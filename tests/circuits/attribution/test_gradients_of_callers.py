@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from circuits.attribution import attribute, capture_activations
+from circuits.attribution.activations import Setting
 from circuits.attribution.integrated_gradients import integrated_gradients
 from circuits.discovery.discover import discover
 from circuits.faithfulness.learned_mask import MaskOptions, learn_node_mask
@@ -38,12 +39,18 @@ def test_masks_and_constants_are_learned_without_gradients_too(tiny_model, tiny_
     with torch.no_grad():
         nodes = discover(tiny_model, tiny_saes, tiny_prompts, options, progress=False).nodes
         assert len(
-            learn_node_mask(tiny_model, tiny_saes, nodes, tiny_prompts, MaskOptions(steps=1), progress=False).losses
+            learn_node_mask(
+                Setting.of(tiny_model, tiny_saes), nodes, tiny_prompts, MaskOptions(steps=1), progress=False
+            ).losses
         )
         measured = measure_faithfulness(
-            tiny_model, tiny_saes, nodes, tiny_prompts, FaithfulnessOptions(ablation="optimal", random=0), sizes=[5],
+            Setting.of(tiny_model, tiny_saes),
+            nodes,
+            tiny_prompts,
+            FaithfulnessOptions(ablation="optimal", random=0),
+            sizes=[5],
             progress=False,
-        )  # fmt: skip
+        )
     assert measured.gain is not None
 
 
@@ -76,8 +83,8 @@ def test_many_steps_in_bfloat16_add_up_as_few_do(make_tiny_model, make_saes, tin
     site = Site("resid", 0)
 
     def gradient(model: LanguageModel, steps: int) -> torch.Tensor:
-        states = capture_activations(model, make_saes(model), tiny_prompts[:2], logit_difference, sites=[site])
-        return integrated_gradients(model, states, logit_difference, site=site, steps=steps, max_rows=2)
+        states = capture_activations(Setting(model, make_saes(model), logit_difference), tiny_prompts[:2], sites=[site])
+        return integrated_gradients(states, site=site, steps=steps, max_rows=2)
 
     truth, few, many = gradient(exact, 8), gradient(rounded, 8), gradient(rounded, 256)
     assert many.dtype == torch.float32
@@ -87,10 +94,8 @@ def test_many_steps_in_bfloat16_add_up_as_few_do(make_tiny_model, make_saes, tin
 @pytest.mark.parametrize("method", ["exact", "random", "activation-difference"])
 def test_methods_without_a_gradient_can_do_without_one(tiny_model, tiny_saes, tiny_prompts, method, monkeypatch):
     sites = [Site("resid", 1)]
-    states = capture_activations(tiny_model, tiny_saes, tiny_prompts[:2], logit_difference, sites=sites)
+    states = capture_activations(Setting(tiny_model, tiny_saes, logit_difference), tiny_prompts[:2], sites=sites)
     module = sys.modules["circuits.attribution.node_effects"]
     monkeypatch.setattr(module, "attribution_patching", lambda *_, **__: pytest.fail("a pass"))
-    found = attribute(
-        tiny_model, tiny_saes, states, logit_difference, sites=sites, method=method, totals=False, gradients=False
-    )
+    found = attribute(states, sites=sites, method=method, totals=False, gradients=False)
     assert found.gradients == {} and len(found.effects[sites[0]].value)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from circuits.attribution import capture_activations
+from circuits.attribution.activations import Setting
 from circuits.attribution.nodes import count
 from circuits.circuit import Circuit
 from circuits.discovery.discover import discover
@@ -118,7 +119,7 @@ def test_the_distractors_distract(task):
     """How much features change does not tell which of them matter."""
     truth = setting(task)
     sites = list(truth.saes)
-    states = capture_activations(truth.model, truth.saes, truth.prompts, logit_difference, sites=sites)
+    states = capture_activations(Setting(truth.model, truth.saes, logit_difference), truth.prompts, sites=sites)
     change = {}
     for site, sae in truth.saes.items():
         delta = (sae.encode(states.patch[site]) - sae.encode(states.clean[site])).abs().mean(0)  # [S, F]
@@ -146,9 +147,13 @@ def test_the_true_nodes_suffice_and_are_needed(task):
     """As many nodes as are true, everything else at its counterfactual value."""
     truth, circuit = setting(task), found(task)
     result = measure_faithfulness(
-        truth.model, truth.saes, circuit.nodes, truth.prompts, FaithfulnessOptions("counterfactual", random=2),
-        sizes=[len(truth.nodes)], progress=False,
-    )  # fmt: skip
+        Setting.of(truth.model, truth.saes),
+        circuit.nodes,
+        truth.prompts,
+        FaithfulnessOptions("counterfactual", random=2),
+        sizes=[len(truth.nodes)],
+        progress=False,
+    )
     assert result.faithfulness[0] == pytest.approx(1, abs=0.1)
     assert result.completeness[0] == pytest.approx(0, abs=0.1)
     assert max(curve[0] for curve in result.random) < 0.5

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from circuits.attribution import METHODS, attribute, capture_activations
-from circuits.attribution.activations import site_total_effect
+from circuits.attribution.activations import Setting, site_total_effect
 from circuits.attribution.attribution_patching import attribution_patching
 from circuits.attribution.effects import SiteEffects
 from circuits.attribution.graddrop import gradients_with_layer_blocked, mean_magnitude
@@ -37,10 +37,8 @@ def as_set(effects: SiteEffects) -> set[tuple[int, int, int]]:
 @pytest.mark.parametrize("architecture", MODEL_FAMILIES)
 def test_inputs_variant_is_a_loop_over_the_embedding_path(architecture, make_tiny_model, make_saes, tiny_prompts):
     model = make_tiny_model(architecture)
-    states = capture_activations(model, make_saes(model), tiny_prompts, logit_difference, sites=model.sites)
-    found = integrated_gradients_of_inputs(
-        model, states, logit_difference, sites=model.sites, steps=3, rule="left-riemann", max_rows=9
-    )
+    states = capture_activations(Setting(model, make_saes(model), logit_difference), tiny_prompts, sites=model.sites)
+    found = integrated_gradients_of_inputs(states, sites=model.sites, steps=3, rule="left-riemann", max_rows=9)
     expected = {site: torch.zeros_like(x) for site, x in states.clean.items()}
     for alpha in (0, 1 / 3, 2 / 3):
         x = ((1 - alpha) * states.clean[EMBED] + alpha * states.patch[EMBED]).requires_grad_()
@@ -53,17 +51,16 @@ def test_inputs_variant_is_a_loop_over_the_embedding_path(architecture, make_tin
 
 
 def test_inputs_variant_is_integrated_gradients_at_the_embedding(tiny_model, states):
-    found = integrated_gradients_of_inputs(tiny_model, states, logit_difference, sites=[EMBED], steps=4)[EMBED]
-    assert_near(found, integrated_gradients(tiny_model, states, logit_difference, site=EMBED, steps=4))
+    found = integrated_gradients_of_inputs(states, sites=[EMBED], steps=4)[EMBED]
+    assert_near(found, integrated_gradients(states, site=EMBED, steps=4))
 
 
 def test_inputs_variant_finds_the_embedding_of_circuits_without_it(tiny_model, tiny_saes, tiny_prompts, states):
     site = Site.parse("resid_0")
-    few = capture_activations(tiny_model, {site: tiny_saes[site]}, tiny_prompts, logit_difference, sites=[site])
-    found, expected = (
-        integrated_gradients_of_inputs(tiny_model, s, logit_difference, sites=[site], steps=4)[site]
-        for s in (few, states)
+    few = capture_activations(
+        Setting(tiny_model, {site: tiny_saes[site]}, logit_difference), tiny_prompts, sites=[site]
     )
+    found, expected = (integrated_gradients_of_inputs(s, sites=[site], steps=4)[site] for s in (few, states))
     assert_near(found, expected)
 
 
@@ -73,19 +70,18 @@ def test_inputs_variant_finds_the_embedding_of_circuits_without_it(tiny_model, t
 @pytest.mark.parametrize("architecture", ["gpt_neox", "llama"])
 def test_adaptive_reaches_the_residual_with_fewer_nodes(architecture, make_tiny_model, make_saes, tiny_prompts):
     model = make_tiny_model(architecture)
-    states = capture_activations(model, make_saes(model), tiny_prompts, logit_difference, sites=model.sites)
-    at_clean = attribution_patching(model, states, logit_difference, sites=model.sites)
+    states = capture_activations(Setting(model, make_saes(model), logit_difference), tiny_prompts, sites=model.sites)
+    at_clean = attribution_patching(states, sites=model.sites)
     scale = path_scale(states, {})
     used = {}
     for site in model.sites:
-        fine = integrated_gradients(model, states, logit_difference, site=site, steps=100)
-        total = site_total_effect(model, states, logit_difference, site=site)
+        fine = integrated_gradients(states, site=site, steps=100)
+        total = site_total_effect(states, site=site)
         dx = (states.patch[site] - states.clean[site]) * states.mask[..., None]
         for residual in (0.1, 0.01, 1e-3):
             gradient, used[residual, site] = adaptive_gradient(
-                model, states, logit_difference, site=site, at_clean=at_clean[site], residual=residual, scale=scale,
-                max_rows=5,
-            )  # fmt: skip
+                states, site=site, at_clean=at_clean[site], residual=residual, scale=scale, max_rows=5
+            )
             gap = ((dx * gradient).sum((1, 2)) - total).abs().mean()
             assert gap <= residual * scale + 1e-5, site
         assert torch.allclose((dx * gradient).sum(-1), (dx * fine).sum(-1), atol=5e-3 * scale)
@@ -96,11 +92,9 @@ def test_adaptive_reaches_the_residual_with_fewer_nodes(architecture, make_tiny_
 
 def test_adaptive_is_simpsons_rule_where_nothing_is_halved(tiny_model, states):
     site = Site.parse("mlp_0")
-    at_clean = attribution_patching(tiny_model, states, logit_difference, sites=[site])[site]
-    found, n = adaptive_gradient(
-        tiny_model, states, logit_difference, site=site, at_clean=at_clean, residual=0.99, scale=1e6
-    )
-    middle = integrated_gradients(tiny_model, states, logit_difference, site=site, steps=1)
+    at_clean = attribution_patching(states, sites=[site])[site]
+    found, n = adaptive_gradient(states, site=site, at_clean=at_clean, residual=0.99, scale=1e6)
+    middle = integrated_gradients(states, site=site, steps=1)
     end = attribution_end(tiny_model, states, site)
     assert n == 2
     assert_near(found, (at_clean + 4 * middle + end) / 6)
@@ -117,8 +111,8 @@ def test_adaptive_without_patch_prompts(tiny_model, tiny_saes, tiny_prompts):
     prompts = replace(tiny_prompts, patch=None, patch_answers=None)
     sites = [Site.parse("mlp_1"), Site.parse("resid_1")]
     saes = {site: tiny_saes[site] for site in sites}
-    states = capture_activations(tiny_model, saes, prompts, logit_difference, sites=sites)
-    result = attribute(tiny_model, saes, states, logit_difference, sites=sites, method="ig-adaptive", residual=0.02)
+    states = capture_activations(Setting(tiny_model, saes, logit_difference), prompts, sites=sites)
+    result = attribute(states, sites=sites, method="ig-adaptive", residual=0.02)
     scale = max(abs(total.mean().item()) for total in result.site_totals.values())
     for site in sites:
         gap = (result.effects[site].per_example(8) - result.site_totals[site]).abs().mean()
@@ -128,14 +122,10 @@ def test_adaptive_without_patch_prompts(tiny_model, tiny_saes, tiny_prompts):
 
 def test_adaptive_ends_where_no_residual_is_small_enough(tiny_model, states):
     site = Site.parse("mlp_1")
-    at_clean = attribution_patching(tiny_model, states, logit_difference, sites=[site])[site]
-    found, n = adaptive_gradient(
-        tiny_model, states, logit_difference, site=site, at_clean=at_clean, residual=0.1, scale=0.0
-    )
+    at_clean = attribution_patching(states, sites=[site])[site]
+    found, n = adaptive_gradient(states, site=site, at_clean=at_clean, residual=0.1, scale=0.0)
     assert n < 130
-    assert torch.allclose(
-        found, integrated_gradients(tiny_model, states, logit_difference, site=site, steps=50), atol=1e-4
-    )
+    assert torch.allclose(found, integrated_gradients(states, site=site, steps=50), atol=1e-4)
 
 
 # ---- graddrop
@@ -146,8 +136,8 @@ def test_blocked_gradients_are_those_of_a_model_with_detached_sublayers(
     architecture, make_tiny_model, make_saes, tiny_prompts
 ):
     model = make_tiny_model(architecture, layers=3)
-    states = capture_activations(model, make_saes(model), tiny_prompts, logit_difference, sites=model.sites)
-    for layer, found in gradients_with_layer_blocked(model, states, logit_difference, sites=model.sites):
+    states = capture_activations(Setting(model, make_saes(model), logit_difference), tiny_prompts, sites=model.sites)
+    for layer, found in gradients_with_layer_blocked(states, sites=model.sites):
         inner = {Site("attn", layer), Site("mlp", layer)}
         rest = [site for site in model.sites if site not in inner]
         assert list(found) == rest
@@ -161,10 +151,10 @@ def test_blocked_gradients_are_those_of_a_model_with_detached_sublayers(
 def test_graddrop_is_the_mean_magnitude_over_open_layers(make_tiny_model, make_saes, tiny_prompts):
     model = make_tiny_model("llama", layers=3)
     saes = make_saes(model)
-    states = capture_activations(model, saes, tiny_prompts, logit_difference, sites=model.sites)
-    found = attribute(model, saes, states, logit_difference, sites=model.sites, method="graddrop").effects
+    states = capture_activations(Setting(model, saes, logit_difference), tiny_prompts, sites=model.sites)
+    found = attribute(states, sites=model.sites, method="graddrop").effects
     site, sae = Site.parse("attn_1"), saes[Site.parse("attn_1")]
-    runs = dict(gradients_with_layer_blocked(model, states, logit_difference, sites=[site, Site.parse("resid_2")]))
+    runs = dict(gradients_with_layer_blocked(states, sites=[site, Site.parse("resid_2")]))
     delta = sae.encode(states.patch[site]) - sae.encode(states.clean[site])
     parts = torch.stack([delta * (runs[layer][site] @ sae.W_dec.T) for layer in (0, 2)])
     expected = parts.abs().mean(0) * parts.sum(0).sign()
@@ -190,11 +180,11 @@ def test_mean_magnitude_by_hand():
 
 def test_methods_that_need_the_stream_say_so(tiny_model, tiny_saes, tiny_prompts, monkeypatch):
     site = Site.parse("mlp_1")
-    states = capture_activations(tiny_model, tiny_saes, tiny_prompts, logit_difference, sites=[site])
+    states = capture_activations(Setting(tiny_model, tiny_saes, logit_difference), tiny_prompts, sites=[site])
     monkeypatch.setattr(tiny_model, "sites", (site, Site.parse("resid_1")))
     for method, other in (("ig-inputs", "use ig"), ("graddrop", "use attrib")):
         with pytest.raises(UserError, match=f"'embed'.*{other}"):
-            attribute(tiny_model, tiny_saes, states, logit_difference, sites=[site], method=method)
+            attribute(states, sites=[site], method=method)
 
 
 # ---- relp and the baselines
@@ -206,9 +196,9 @@ def test_relevance_patching_is_not_the_gradient_but_agrees_behind_the_last_norm(
 ):
     """Relevance of the whole stream is the same at every depth where a model has no biases."""
     model = make_tiny_model(architecture)
-    states = capture_activations(model, make_saes(model), tiny_prompts, logit_difference, sites=model.sites)
-    relevance = relevance_patching(model, states, logit_difference, sites=model.sites)
-    gradient = attribution_patching(model, states, logit_difference, sites=model.sites)
+    states = capture_activations(Setting(model, make_saes(model), logit_difference), tiny_prompts, sites=model.sites)
+    relevance = relevance_patching(states, sites=model.sites)
+    gradient = attribution_patching(states, sites=model.sites)
     assert not torch.allclose(relevance[EMBED], gradient[EMBED], rtol=0.1)
     if architecture == "gemma2":
         sums = [
@@ -220,9 +210,7 @@ def test_relevance_patching_is_not_the_gradient_but_agrees_behind_the_last_norm(
 
 
 def test_activation_difference_is_what_it_says(tiny_saes, states, tiny_model):
-    found = attribute(
-        tiny_model, tiny_saes, states, logit_difference, sites=tiny_model.sites, method="activation-difference"
-    )
+    found = attribute(states, sites=tiny_model.sites, method="activation-difference")
     site = Site.parse("attn_1")
     sae, effects = tiny_saes[site], found.effects[site]
     f_clean, f_patch = sae.encode(states.clean[site]), sae.encode(states.patch[site])
@@ -237,11 +225,8 @@ def test_activation_difference_is_what_it_says(tiny_saes, states, tiny_model):
 def test_random_ranks_every_live_node_by_one_number(tiny_model, tiny_saes, states, joint):
     """Aggregated over examples (and positions) each node has its own normal number, whatever the batches."""
     options = {"sites": tiny_model.sites, "aggregation": "sum" if joint else "position"}
-    found, other, again = (
-        attribute(tiny_model, tiny_saes, states, logit_difference, method="random", seed=seed, **options).effects
-        for seed in (0, 1, 0)
-    )
-    live = attribute(tiny_model, tiny_saes, states, logit_difference, method="activation-difference", **options).effects
+    found, other, again = (attribute(states, method="random", seed=seed, **options).effects for seed in (0, 1, 0))
+    live = attribute(states, method="activation-difference", **options).effects
     for site in tiny_model.sites:
         assert as_set(found[site]) == as_set(live[site])
         assert torch.equal(found[site].value, again[site].value)
@@ -262,8 +247,8 @@ def test_every_method_runs_on_neurons(method, make_tiny_model, tiny_prompts):
     model = make_tiny_model("llama", layers=3)
     neurons = neuron_dictionaries(model)
     prompts = tiny_prompts[:3]
-    states = capture_activations(model, neurons, prompts, logit_difference, sites=model.sites)
-    result = attribute(model, neurons, states, logit_difference, sites=model.sites, method=method, max_rows=128)
+    states = capture_activations(Setting(model, neurons, logit_difference), prompts, sites=model.sites)
+    result = attribute(states, sites=model.sites, method=method, max_rows=128)
     for site, effects in result.effects.items():
         assert effects.n_features == 32
         assert not (effects.feature == 32).any(), site

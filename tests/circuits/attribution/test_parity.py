@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from circuits.attribution import Attribution, attribute, capture_activations, contract_gradient
+from circuits.attribution.activations import Setting
 from circuits.attribution.attribution_patching import attribution_patching
 from circuits.attribution.edges import cut_forward, edge_effects
 from circuits.attribution.integrated_gradients import integrated_gradients
@@ -101,10 +102,7 @@ def recorded_nodes(tensors, site) -> torch.Tensor:
 
 def test_integrated_gradients(recorded, model, saes, prompts):
     result = attribute(
-        model,
-        saes,
-        capture_activations(model, saes, prompts, logit_difference, sites=model.sites),
-        logit_difference,
+        capture_activations(Setting(model, saes, logit_difference), prompts, sites=model.sites),
         sites=model.sites,
         method="ig",
         rule="left-riemann",
@@ -133,7 +131,7 @@ def test_attribution_patching_with_the_recorded_mlp_gradient(recorded, model, sa
     )
     m = logit_difference(run.logits[:, -1], prompts)
     gradients = torch.autograd.grad(m.sum(), [run.activations[site] for site in model.sites])
-    states = capture_activations(model, saes, prompts, logit_difference, sites=model.sites)
+    states = capture_activations(Setting(model, saes, logit_difference), prompts, sites=model.sites)
     for site, gradient in zip(model.sites, gradients, strict=True):
         effects = contract_gradient(saes[site], states.clean[site], states.patch[site], gradient, mask=states.mask)
         ours = dense(effects, prompts.clean.input_ids.shape)
@@ -142,8 +140,8 @@ def test_attribution_patching_with_the_recorded_mlp_gradient(recorded, model, sa
 
 def test_attribution_patching_agrees_where_nothing_deviates(recorded, model, saes, prompts):
     """No SAE lies between the last layer's sites and the metric, so there the plain method must agree."""
-    states = capture_activations(model, saes, prompts, logit_difference, sites=model.sites)
-    gradients = attribution_patching(model, states, logit_difference, sites=model.sites)
+    states = capture_activations(Setting(model, saes, logit_difference), prompts, sites=model.sites)
+    gradients = attribution_patching(states, sites=model.sites)
     for site in model.sites[-3:]:
         effects = contract_gradient(
             saes[site], states.clean[site], states.patch[site], gradients[site], mask=states.mask
@@ -167,14 +165,13 @@ def test_edges(recorded, model, saes, prompts):
     pairs = {name.removesuffix(".idx") for name in tensors["edges"] if name.endswith(".idx")} - {"resid_1|y"}
     ours = {pair: torch.zeros(shape[0], shape[1] * width, shape[1] * width) for pair in pairs if "agg." not in pair}
     for b in range(len(prompts)):
-        states = capture_activations(model, saes, prompts[[b]], logit_difference, sites=model.sites)
+        states = capture_activations(Setting(model, saes, logit_difference), prompts[[b]], sites=model.sites)
         gradients = {
-            site: integrated_gradients(model, states, logit_difference, site=site, rule="left-riemann", steps=10)
-            for site in model.sites
+            site: integrated_gradients(states, site=site, rule="left-riemann", steps=10) for site in model.sites
         }
         nodes = {site: all_nodes(saes[site], shape[1]) for site in model.sites}
         batch = Attribution(states, gradients=gradients)
-        edges = edge_effects(model, saes, batch, logit_difference, nodes, active="clean")
+        edges = edge_effects(batch, nodes, active="clean")
         for pair in ours:
             up, down = pair.split("|")
             ours[pair][b] = edges[Site.parse(up), Site.parse(down)]
@@ -193,8 +190,8 @@ def test_edges(recorded, model, saes, prompts):
 
 def test_edges_summed_over_positions_are_the_sum(recorded, model, saes, prompts):
     """One product for all positions and examples gives the sum of the single ones."""
-    states = capture_activations(model, saes, prompts, logit_difference, sites=model.sites)
-    gradients = attribution_patching(model, states, logit_difference, sites=model.sites)
+    states = capture_activations(Setting(model, saes, logit_difference), prompts, sites=model.sites)
+    gradients = attribution_patching(states, sites=model.sites)
     width = 65
     by_position = {site: all_nodes(saes[site], states.mask.shape[1]) for site in model.sites}
     summed = {
@@ -202,8 +199,8 @@ def test_edges_summed_over_positions_are_the_sum(recorded, model, saes, prompts)
         for site in model.sites
     }
     batch = Attribution(states, gradients=gradients)
-    one = edge_effects(model, saes, batch, logit_difference, by_position, active="clean")
-    both = edge_effects(model, saes, batch, logit_difference, summed, active="clean")
+    one = edge_effects(batch, by_position, active="clean")
+    both = edge_effects(batch, summed, active="clean")
     assert one.keys() == both.keys()
     for pair, weights in one.items():
         rows = 1 if pair[1] is None else states.mask.shape[1]
@@ -213,8 +210,8 @@ def test_edges_summed_over_positions_are_the_sum(recorded, model, saes, prompts)
 
 def test_error_columns_follow_the_formula(model, saes, prompts):
     """Edges out of an error node: [left * dd/de_u] . (e_patch - e_clean), by one plain backward pass."""
-    states = capture_activations(model, saes, prompts, logit_difference, sites=model.sites)
-    gradients = attribution_patching(model, states, logit_difference, sites=model.sites)
+    states = capture_activations(Setting(model, saes, logit_difference), prompts, sites=model.sites)
+    gradients = attribution_patching(states, sites=model.sites)
     up, down = Site.parse("resid_0"), Site.parse("mlp_1")
     width = 65
     nodes = {
@@ -222,8 +219,8 @@ def test_error_columns_follow_the_formula(model, saes, prompts):
         for site in model.sites
     }
     batch = Attribution(states, gradients=gradients)
-    edges = edge_effects(model, saes, batch, logit_difference, nodes, active="clean")[up, down]
-    graph = cut_forward(model, states, logit_difference, sites=model.sites)
+    edges = edge_effects(batch, nodes, active="clean")[up, down]
+    graph = cut_forward(states, sites=model.sites)
     y = graph.outputs[down]
     f = saes[down].encode(y)
     left = gradients[down] @ saes[down].W_dec.T

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from circuits.attribution import Attribution, capture_activations
+from circuits.attribution.activations import Setting
 from circuits.attribution.attribution_patching import attribution_patching
 from circuits.attribution.edges import edge_effects
 from circuits.attribution.nodes import SiteNodes
@@ -44,9 +45,9 @@ def test_every_edge_is_two_plain_runs(make_tiny_model, make_saes, tiny_prompts, 
     model = make_tiny_model(architecture)
     saes = make_saes(model, architecture="relu")
     prompts = tiny_prompts[1::2]
-    states = capture_activations(model, saes, prompts, logit_difference, sites=model.sites)
+    states = capture_activations(Setting(model, saes, logit_difference), prompts, sites=model.sites)
     nodes = some_nodes(saes, position=position)
-    edges = path_effects(model, saes, states, logit_difference, nodes, max_rows=7)
+    edges = path_effects(states, nodes, max_rows=7)
     at = states.mask[..., None].clone()
     if position >= 0:
         at &= (torch.arange(at.shape[1]) == position)[None, :, None]
@@ -80,15 +81,15 @@ def test_small_steps_give_the_edge_weights(make_tiny_model, make_saes, tiny_prom
     saes = make_saes(model, architecture="relu")
     for sae in saes.values():
         sae.double()
-    states = capture_activations(model, saes, tiny_prompts[1::2], logit_difference, sites=model.sites)
+    states = capture_activations(Setting(model, saes, logit_difference), tiny_prompts[1::2], sites=model.sites)
     h = 1e-4
     near = {site: clean + h * (states.patch[site] - clean) for site, clean in states.clean.items()}
     states = replace(states, patch=near)
     nodes = some_nodes(saes)
-    gradients = attribution_patching(model, states, logit_difference, sites=model.sites)
+    gradients = attribution_patching(states, sites=model.sites)
     batch = Attribution(states, gradients=gradients)
-    estimated = edge_effects(model, saes, batch, logit_difference, nodes, active="clean")
-    exact = path_effects(model, saes, states, logit_difference, nodes)
+    estimated = edge_effects(batch, nodes, active="clean")
+    exact = path_effects(states, nodes)
     assert set(estimated) <= set(exact)
     for pair, weights in estimated.items():
         assert torch.allclose(exact[pair].double(), weights.double(), atol=2e-4 * h, rtol=2e-3), pair
@@ -97,7 +98,7 @@ def test_small_steps_give_the_edge_weights(make_tiny_model, make_saes, tiny_prom
 
 def test_without_a_patch_prompt_features_go_to_zero(tiny_model, tiny_saes, tiny_prompts):
     prompts = replace(tiny_prompts[1::2], patch=None)
-    states = capture_activations(tiny_model, tiny_saes, prompts, logit_difference, sites=tiny_model.sites)
+    states = capture_activations(Setting(tiny_model, tiny_saes, logit_difference), prompts, sites=tiny_model.sites)
     site, down = Site.parse("resid_0"), Site.parse("resid_1")
     sae = tiny_saes[site]
     f = sae.encode(states.clean[site])
@@ -106,7 +107,7 @@ def test_without_a_patch_prompt_features_go_to_zero(tiny_model, tiny_saes, tiny_
     nodes = {site: SiteNodes(sae.config.n_features, one, torch.tensor([-1]), torch.zeros(1))}
     none = torch.zeros(0, dtype=torch.long)
     nodes[down] = SiteNodes(sae.config.n_features, none, none, torch.zeros(0))
-    edges = path_effects(tiny_model, tiny_saes, states, logit_difference, nodes)
+    edges = path_effects(states, nodes)
     without = states.clean[site] - f[..., feature, None] * sae.W_dec[feature] * states.mask[..., None]
     pins = {site: lambda y: without, down: lambda y: states.clean[down]}
     logits = tiny_model.run(prompts.clean, edits=pins).logits[:, -1]
@@ -119,8 +120,8 @@ def test_exact_edges_recover_a_circuit_known_by_construction(task):
     """Between the true nodes and twice as many others."""
     truth, circuit = setting(task), found(task)
     nodes = circuit.strongest(3 * len(truth.nodes))
-    states = capture_activations(truth.model, truth.saes, truth.prompts, logit_difference, sites=list(nodes))
-    edges = path_effects(truth.model, truth.saes, states, logit_difference, nodes)
+    states = capture_activations(Setting(truth.model, truth.saes, logit_difference), truth.prompts, sites=list(nodes))
+    edges = path_effects(states, nodes)
     scores = edge_scores(replace(circuit, edge_nodes=nodes, edges=edges))
     between = [edge for edge in scores if not any("error" in end for end in edge)]
     result = recovery(scores, truth.edges, between)

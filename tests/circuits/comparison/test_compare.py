@@ -13,6 +13,7 @@ from scipy.stats import pearsonr, spearmanr
 
 from circuits.attribution import capture_activations
 from circuits.attribution.activation_patching import exact_effects
+from circuits.attribution.activations import Setting
 from circuits.comparison.compare import compare_methods, nodes_for, size_grid
 from circuits.comparison.options import CompareOptions
 from circuits.comparison.results import MEAN, NOISING
@@ -57,9 +58,13 @@ def test_rows_are_the_circuits_that_discovery_finds(comparison, tiny_model, tiny
         )
         assert row.residual == pytest.approx(circuit.metadata["completeness"]["mean_residual"], abs=1e-6)
         curve = measure_faithfulness(
-            tiny_model, few, circuit.nodes, tiny_prompts, FaithfulnessOptions(random=0, resamples=0), sizes=(5, 20),
+            Setting.of(tiny_model, few),
+            circuit.nodes,
+            tiny_prompts,
+            FaithfulnessOptions(random=0, resamples=0),
+            sizes=(5, 20),
             progress=False,
-        )  # fmt: skip
+        )
         at = [row.curve.sizes.index(size) for size in curve.sizes]
         assert [row.curve.faithfulness[i] for i in at] == pytest.approx(curve.faithfulness, abs=1e-5)
         assert [row.curve.completeness[i] for i in at] == pytest.approx(curve.completeness, abs=1e-5)
@@ -72,11 +77,17 @@ def test_the_row_of_masks_is_what_masks_score(comparison, tiny_model, tiny_saes,
     rows = {row.method: row for row in comparison.rows if row.dictionary == "saes"}
     few = {site: tiny_saes[site] for site in map(Site.parse, ("embed", "attn_0", "resid_1"))}
     effects = discover(tiny_model, few, tiny_prompts, DiscoverOptions(method="attrib", edge_nodes=0), progress=False)
-    mask = learn_node_mask(tiny_model, few, effects.nodes, tiny_prompts, MaskOptions(steps=4), progress=False)
+    mask = learn_node_mask(
+        Setting.of(tiny_model, few), effects.nodes, tiny_prompts, MaskOptions(steps=4), progress=False
+    )
     curve = measure_faithfulness(
-        tiny_model, few, mask.nodes, tiny_prompts, FaithfulnessOptions(random=0, resamples=0), sizes=(5, 20),
+        Setting.of(tiny_model, few),
+        mask.nodes,
+        tiny_prompts,
+        FaithfulnessOptions(random=0, resamples=0),
+        sizes=(5, 20),
         progress=False,
-    )  # fmt: skip
+    )
     row = rows["mask"]
     at = [row.curve.sizes.index(size) for size in curve.sizes]
     assert [row.curve.faithfulness[i] for i in at] == pytest.approx(curve.faithfulness, abs=1e-5)
@@ -100,8 +111,8 @@ def test_exact_patching_agrees_with_itself(comparison):
 def test_denoising_restores_one_node_in_the_patch_run(tiny_model, tiny_saes, tiny_prompts):
     site = Site.parse("attn_1")
     sae = tiny_saes[site]
-    states = capture_activations(tiny_model, tiny_saes, tiny_prompts, logit_difference, sites=tiny_model.sites)
-    back = exact_effects(tiny_model, sae, states.reversed(), logit_difference, site=site, positions=None)
+    states = capture_activations(Setting(tiny_model, tiny_saes, logit_difference), tiny_prompts, sites=tiny_model.sites)
+    back = exact_effects(states.reversed(), site=site, positions=None)
     delta = sae.encode(states.clean[site]) - sae.encode(states.patch[site])
     rows = list(zip(back.example.tolist(), back.feature.tolist(), back.value.tolist(), strict=True))
     assert len(rows) > 20
@@ -123,7 +134,7 @@ def test_one_way_prompts_have_no_denoising(tiny_model, tiny_saes, tiny_prompts):
         CompareOptions(methods="attrib", neurons="", sizes="3", sample=10, ablation="zero"), progress=False,
     )  # fmt: skip
     assert set(found.rows[0].agreement) == {NOISING}
-    states = capture_activations(tiny_model, saes, prompts, logit_difference, sites=list(saes))
+    states = capture_activations(Setting(tiny_model, saes, logit_difference), prompts, sites=list(saes))
     with pytest.raises(UserError, match="patch"):
         states.reversed()
 

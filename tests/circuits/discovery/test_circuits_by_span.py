@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from circuits.attribution.activations import Setting
 from circuits.attribution.nodes import count, select_nodes
 from circuits.circuit import Circuit
 from circuits.discovery.discover import discover
@@ -77,11 +78,10 @@ def test_faithfulness_at_both_ends(tiny_model, tiny_saes, tiny_prompts, kind, ab
     for errors in ("nodes", "ablate"):
         ours, theirs = (
             measure_faithfulness(
-                tiny_model, tiny_saes, circuit.nodes, on, replace(options, errors=errors), sizes=[5, 30],
-                progress=False,
+                circuit.setting(), circuit.nodes, on, replace(options, errors=errors), sizes=[5, 30], progress=False
             )
             for circuit, on in ((spans, spanned), (plain, prompts))
-        )  # fmt: skip
+        )
         assert ours.faithfulness == pytest.approx(theirs.faithfulness, abs=1e-4)
         assert ours.completeness == pytest.approx(theirs.completeness, abs=1e-4)
     ours, theirs = (
@@ -142,7 +142,9 @@ def test_kept_nodes_and_their_means_by_definition(tiny_model, tiny_saes, mixed):
     site = Site.parse("mlp_0")
     chosen = {site: select_nodes({site: nodes[site]}, top=12)[site]}
     table = NodeTable(tiny_saes, [chosen], sites=[site])
-    values = AblationValues(tiny_model, tiny_saes, table, "mean", reference=mixed, batch_size=3)(mixed)
+    values = AblationValues(
+        Setting(tiny_model, tiny_saes, logit_difference), table, "mean", reference=mixed, batch_size=3
+    )(mixed)
     x_all = [tiny_model.run(tokens, capture=[site]).activations[site] for tokens in (mixed.clean, mixed.patch)]
     sae = tiny_saes[site]
 
@@ -209,7 +211,7 @@ def test_exact_effects_patch_a_span_at_once(tiny_model, tiny_saes, mixed):
 def test_masks_by_span_are_the_circuits_whose_faithfulness_is_measured(tiny_model, tiny_saes, mixed):
     nodes = found(tiny_model, tiny_saes, mixed, "spans", edge_nodes=0).nodes
     options = MaskOptions(steps=2, batch_size=4, smallest=5)
-    mask = learn_node_mask(tiny_model, tiny_saes, nodes, mixed, options, progress=False)
+    mask = learn_node_mask(Setting.of(tiny_model, tiny_saes), nodes, mixed, options, progress=False)
     assert count(mask.nodes) == count(nodes)
     named = [name for site, part in mask.nodes.items() for name in part.ids(site)]
     assert sorted(named) == sorted(name for site, part in nodes.items() for name in part.ids(site))
@@ -235,10 +237,10 @@ def test_circuits_and_prompts_of_other_spans(tiny_model, tiny_saes, tiny_prompts
     with pytest.raises(UserError, match="needs prompts with spans"):
         found(tiny_model, tiny_saes, tiny_prompts, "spans")
     with pytest.raises(UserError, match="these prompts have no spans"):
-        measure_faithfulness(tiny_model, tiny_saes, nodes, tiny_prompts, sizes=[5], progress=False)
+        measure_faithfulness(Setting.of(tiny_model, tiny_saes), nodes, tiny_prompts, sizes=[5], progress=False)
     other = with_spans(tiny_prompts, {5: ["a"] * 5, 7: ["x"] * 7})
     with pytest.raises(UserError, match="have the span 'x'"):
-        measure_faithfulness(tiny_model, tiny_saes, nodes, other, sizes=[5], progress=False)
+        measure_faithfulness(Setting.of(tiny_model, tiny_saes), nodes, other, sizes=[5], progress=False)
     fewer = with_spans(tiny_prompts, {5: ["c", "c", "c", "a", "a"], 7: ["c", "c", "c", "c", "a", "a", "a"]})
-    result = measure_faithfulness(tiny_model, tiny_saes, nodes, fewer, sizes=[5], progress=False)
+    result = measure_faithfulness(Setting.of(tiny_model, tiny_saes), nodes, fewer, sizes=[5], progress=False)
     assert result.n_prompts == len(fewer)

@@ -8,6 +8,7 @@ import pytest
 
 from circuits._tensors import flatten
 from circuits.attribution import capture_activations
+from circuits.attribution.activations import Setting
 from circuits.attribution.attribution_patching import attribution_patching
 from circuits.discovery import batching
 from circuits.discovery.batching import backward_bytes, state_bytes
@@ -24,10 +25,10 @@ def test_memory_of_a_backward_pass(make_tiny_model, make_saes, tiny_prompts, arc
     """What a backward pass keeps and activations, by which prompts are batched, against what is allocated."""
     model = make_tiny_model(architecture, layers=4, width=128)
     sites, n, length = list(model.sites), len(tiny_prompts), tiny_prompts.clean.n_positions
-    states = capture_activations(model, make_saes(model), tiny_prompts, logit_difference, sites=sites)
+    states = capture_activations(Setting(model, make_saes(model), logit_difference), tiny_prompts, sites=sites)
     held = sum(x.numel() * x.element_size() for x in states.clean.values())
     assert held == n * state_bytes(model, sites, length)
-    peak = peak_memory(lambda: attribution_patching(model, states, logit_difference, sites=sites), model.device)
+    peak = peak_memory(lambda: attribution_patching(states, sites=sites), model.device)
     assert 0.5 < n * backward_bytes(model, length) / peak < 2
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from circuits.attribution.activations import Setting
 from circuits.attribution.nodes import SiteNodes
 from circuits.discovery.discover import discover
 from circuits.faithfulness.ablation import AblationValues, NodeTable
@@ -79,7 +80,7 @@ def test_node_by_node(make_tiny_model, make_saes, tiny_prompts, architecture, ag
     assert any(nodes.is_error.any() for nodes in circuit.edge_nodes.values())
     whole = {site: every_feature(nodes.n_features) for site, nodes in circuit.nodes.items()}
     table = NodeTable(saes, [whole], sites=list(saes))
-    values = AblationValues(model, saes, table, "mean", reference=prompts)(prompts)
+    values = AblationValues(Setting(model, saes, logit_difference), table, "mean", reference=prompts)(prompts)
     n_edges = sum(int(w.count_nonzero()) for w in circuit.edges.values())
     sizes = [n_edges // 10, n_edges // 3]
     options = FaithfulnessOptions(random=1, batch_size=3, seed=2)
@@ -102,7 +103,7 @@ def test_all_nodes_joined_are_the_nodes_kept(tiny_model, tiny_saes, tiny_prompts
     options = FaithfulnessOptions(ablation, start_site=start_site, random=0)
     edges = edge_faithfulness(circuit, tiny_prompts, options, sizes=[1, 10**6], progress=False)
     nodes = measure_faithfulness(
-        tiny_model, tiny_saes, circuit.edge_nodes, tiny_prompts, options, sizes=[10**6], progress=False
+        Setting.of(tiny_model, tiny_saes), circuit.edge_nodes, tiny_prompts, options, sizes=[10**6], progress=False
     )
     assert edges.n_nodes == nodes.sizes[0]
     assert edges.m_model == pytest.approx(nodes.m_model, abs=1e-5)
@@ -116,7 +117,7 @@ def test_missing_sites_are_computed_through(tiny_model, tiny_saes, tiny_prompts)
     options = FaithfulnessOptions("zero", random=0)
     edges = edge_faithfulness(circuit, tiny_prompts, options, sizes=[5], progress=False)
     nodes = measure_faithfulness(
-        tiny_model, saes, circuit.edge_nodes, tiny_prompts, options, sizes=[10**6], progress=False
+        Setting.of(tiny_model, saes), circuit.edge_nodes, tiny_prompts, options, sizes=[10**6], progress=False
     )
     assert edges.all_joined == pytest.approx(nodes.faithfulness[0], abs=2e-3)
 
@@ -183,6 +184,8 @@ def test_nodes_whose_parents_have_none(tiny_model, tiny_saes, tiny_prompts):
     few = replace(circuit, edge_nodes=nodes, edges=edges)
     found = edge_faithfulness(few, tiny_prompts, options, sizes=[10**6], progress=False
     )  # fmt: skip
-    kept = measure_faithfulness(tiny_model, tiny_saes, nodes, tiny_prompts, options, sizes=[10**6], progress=False)
+    kept = measure_faithfulness(
+        Setting.of(tiny_model, tiny_saes), nodes, tiny_prompts, options, sizes=[10**6], progress=False
+    )
     assert found.n_nodes > 2
     assert found.all_joined == pytest.approx(kept.faithfulness[0], abs=1e-4)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from circuits.attribution.activations import Setting
 from circuits.attribution.nodes import SiteNodes, count, select_nodes
 from circuits.discovery.discover import discover
 from circuits.faithfulness.ablation import AblationValues, ablation_edits
@@ -55,7 +56,9 @@ def gates(tiny_saes, tiny_prompts, nodes):
 
 @pytest.fixture(scope="module")
 def values(tiny_model, tiny_saes, tiny_prompts, gates):
-    return AblationValues(tiny_model, tiny_saes, gates.table, "mean", reference=tiny_prompts)(tiny_prompts)
+    return AblationValues(
+        Setting(tiny_model, tiny_saes, logit_difference), gates.table, "mean", reference=tiny_prompts
+    )(tiny_prompts)
 
 
 def metrics(model, prompts, edits=None):
@@ -65,7 +68,9 @@ def metrics(model, prompts, edits=None):
 def test_all_gates_open_leave_the_model_unchanged(tiny_model, tiny_saes, tiny_prompts):
     whole = every_node(tiny_saes)
     gates = Gates(tiny_saes, whole)
-    values = AblationValues(tiny_model, tiny_saes, gates.table, "mean", reference=tiny_prompts)(tiny_prompts)
+    values = AblationValues(
+        Setting(tiny_model, tiny_saes, logit_difference), gates.table, "mean", reference=tiny_prompts
+    )(tiny_prompts)
     plain = metrics(tiny_model, tiny_prompts)
     opened = metrics(tiny_model, tiny_prompts, gates.edits(torch.ones(1, gates.n), values, tiny_prompts))
     closed = metrics(tiny_model, tiny_prompts, gates.edits(torch.zeros(1, gates.n), values, tiny_prompts))
@@ -76,7 +81,9 @@ def test_all_gates_open_leave_the_model_unchanged(tiny_model, tiny_saes, tiny_pr
 def test_hard_gates_are_the_circuit_whose_faithfulness_is_measured(tiny_model, tiny_saes, tiny_prompts, nodes):
     """Every prompt with its own budget, against `ablation_edits` of the same strongest nodes."""
     gates = Gates(tiny_saes, nodes)
-    values = AblationValues(tiny_model, tiny_saes, gates.table, "mean", reference=tiny_prompts)(tiny_prompts)
+    values = AblationValues(
+        Setting(tiny_model, tiny_saes, logit_difference), gates.table, "mean", reference=tiny_prompts
+    )(tiny_prompts)
     budgets = torch.tensor([1, 5, 20, 60, 5, 20, 60, gates.n])
     at = budget_gates(starting_scores(nodes, "effects"), budgets, temperature=1e-5)
     assert at.sum(1).round().long().tolist() == budgets.tolist()
@@ -93,12 +100,16 @@ def test_nodes_by_position_have_gates_by_position(tiny_model, tiny_saes, tiny_pr
     options = DiscoverOptions(method="attrib", edge_nodes=0, aggregation="position")
     nodes = discover(tiny_model, tiny_saes, prompts, options, progress=False).nodes
     gates = Gates(tiny_saes, nodes)
-    values = AblationValues(tiny_model, tiny_saes, gates.table, "mean", reference=prompts)(prompts)
+    values = AblationValues(Setting(tiny_model, tiny_saes, logit_difference), gates.table, "mean", reference=prompts)(
+        prompts
+    )
     at = budget_gates(starting_scores(nodes, "effects"), torch.tensor([40]), temperature=1e-5)
     edits = ablation_edits(tiny_saes, gates.table, select_nodes(nodes, top=40), values, prompts, keep=True)
     ours = metrics(tiny_model, prompts, gates.edits(at, values, prompts))
     torch.testing.assert_close(ours, metrics(tiny_model, prompts, edits), atol=1e-4, rtol=0)
-    assert count(learn_node_mask(tiny_model, tiny_saes, nodes, prompts, QUICK, progress=False).nodes) == count(nodes)
+    assert count(
+        learn_node_mask(Setting.of(tiny_model, tiny_saes), nodes, prompts, QUICK, progress=False).nodes
+    ) == count(nodes)
 
 
 def test_gradient_against_finite_differences(tiny_model, tiny_saes, tiny_prompts, nodes, gates, values):
@@ -175,7 +186,9 @@ def test_the_true_nodes_are_found_without_attribution():
     """Induction model set by hand, scores alike at the start: what is kept longest are the nodes of its circuit."""
     truth = induction()
     options = MaskOptions(start="equal", steps=40, batch_size=16, smallest=5, largest=100)
-    mask = learn_node_mask(truth.model, truth.saes, every_node(truth.saes), truth.prompts, options, progress=False)
+    mask = learn_node_mask(
+        Setting.of(truth.model, truth.saes), every_node(truth.saes), truth.prompts, options, progress=False
+    )
     scores = {
         name: effect
         for site, here in mask.nodes.items()
@@ -186,7 +199,7 @@ def test_the_true_nodes_are_found_without_attribution():
 
 def test_nothing_before_the_start_site_is_masked(tiny_model, tiny_saes, tiny_prompts, nodes):
     options = MaskOptions(steps=2, batch_size=4, smallest=5, start_site="attn_1")
-    mask = learn_node_mask(tiny_model, tiny_saes, nodes, tiny_prompts, options, progress=False)
+    mask = learn_node_mask(Setting.of(tiny_model, tiny_saes), nodes, tiny_prompts, options, progress=False)
     assert min(mask.nodes) == Site("attn", 1)
 
 
@@ -195,7 +208,9 @@ def test_starting_at_the_first_masked_site_changes_nothing(tiny_model, tiny_saes
     """The metric with everything before taken from the clean run, against that of a whole run."""
     later = from_start_site(nodes, first)
     gates = Gates(tiny_saes, later)
-    reference = AblationValues(tiny_model, tiny_saes, gates.table, "mean", reference=tiny_prompts)
+    reference = AblationValues(
+        Setting(tiny_model, tiny_saes, logit_difference), gates.table, "mean", reference=tiny_prompts
+    )
     before = measure_behaviour(gates, reference, tiny_prompts, logit_difference, batch_size=1).before
     at = budget_gates(starting_scores(later, "effects"), torch.tensor([10]), temperature=1.0)
     skip = tiny_model.resume_from(Site.parse(first), before)
@@ -212,7 +227,7 @@ def test_starting_at_the_first_masked_site_changes_nothing(tiny_model, tiny_saes
 @pytest.mark.parametrize("errors", ["keep", "ablate"])
 def test_errors_that_are_no_nodes(tiny_model, tiny_saes, tiny_prompts, nodes, errors):
     options = MaskOptions(steps=2, batch_size=4, smallest=5, errors=errors)
-    mask = learn_node_mask(tiny_model, tiny_saes, nodes, tiny_prompts, options, progress=False)
+    mask = learn_node_mask(Setting.of(tiny_model, tiny_saes), nodes, tiny_prompts, options, progress=False)
     assert not any(here.is_error.any() for here in mask.nodes.values())
     features = {site: here[~here.is_error] for site, here in nodes.items()}
     gates = Gates(tiny_saes, features, errors=errors)
@@ -222,7 +237,7 @@ def test_errors_that_are_no_nodes(tiny_model, tiny_saes, tiny_prompts, nodes, er
 
 def test_the_ranking_is_a_permutation_of_the_nodes_and_repeats_by_seed(tiny_model, tiny_saes, tiny_prompts, nodes):
     first, again, other = (
-        learn_node_mask(tiny_model, tiny_saes, nodes, tiny_prompts, options, progress=False)
+        learn_node_mask(Setting.of(tiny_model, tiny_saes), nodes, tiny_prompts, options, progress=False)
         for options in (QUICK, QUICK, MaskOptions(steps=4, batch_size=4, smallest=5, seed=1))
     )
     assert first.losses == again.losses != other.losses
@@ -242,7 +257,9 @@ def test_the_ranking_is_a_permutation_of_the_nodes_and_repeats_by_seed(tiny_mode
 )  # fmt: skip
 def test_a_mask_does_not_depend_on_how_many_prompts_run_at_once(tiny_model, tiny_saes, tiny_prompts, nodes, options):
     few, all_of_them = (
-        learn_node_mask(tiny_model, tiny_saes, nodes, tiny_prompts, replace(options, batch_size=size), progress=False)
+        learn_node_mask(
+            Setting.of(tiny_model, tiny_saes), nodes, tiny_prompts, replace(options, batch_size=size), progress=False
+        )
         for size in (3, 64)
     )
     assert few.losses == pytest.approx(all_of_them.losses, rel=1e-3)

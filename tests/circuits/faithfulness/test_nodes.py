@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy.integrate import trapezoid
 
+from circuits.attribution.activations import Setting
 from circuits.attribution.nodes import SiteNodes, count, select_nodes
 from circuits.discovery.discover import discover
 from circuits.faithfulness.ablation import AblationValues, NodeTable, SiteValues, ablation_edits
@@ -45,7 +46,9 @@ def test_mean_ablation_by_its_definition(tiny_model, tiny_saes, tiny_prompts, no
     """x' = f' W_dec + b_dec + e', each feature and the error either as it is or at its mean."""
     chosen = select_nodes(nodes, top=size)
     table = NodeTable(tiny_saes, [chosen], sites=list(nodes))
-    values = AblationValues(tiny_model, tiny_saes, table, "mean", reference=tiny_prompts)(tiny_prompts)
+    values = AblationValues(Setting(tiny_model, tiny_saes, logit_difference), table, "mean", reference=tiny_prompts)(
+        tiny_prompts
+    )
     ours = ablation_edits(tiny_saes, table, chosen, values, tiny_prompts, keep=keep)
 
     def definition(site):
@@ -71,7 +74,9 @@ def test_mean_ablation_by_its_definition(tiny_model, tiny_saes, tiny_prompts, no
 def test_the_pooled_mean_by_its_definition(tiny_model, tiny_saes, tiny_prompts, nodes):
     """One mean over all real tokens of clean and patch prompts, whatever their template and position."""
     table = NodeTable(tiny_saes, [nodes], sites=list(nodes))
-    values = AblationValues(tiny_model, tiny_saes, table, "mean-pooled", reference=tiny_prompts, batch_size=3)
+    values = AblationValues(
+        Setting(tiny_model, tiny_saes, logit_difference), table, "mean-pooled", reference=tiny_prompts, batch_size=3
+    )
     at = values(tiny_prompts[[0, 1]])
     real = tiny_prompts.clean.attention_mask.bool()
     for site, index in table.index.items():
@@ -95,9 +100,13 @@ def test_all_nodes_explain_everything_and_none_nothing(tiny_model, tiny_saes, ti
         feature = torch.arange(n + 1)
         whole[site] = SiteNodes(n, feature, torch.full_like(feature, -1), torch.rand(n + 1) + 0.1)
     result = measure_faithfulness(
-        tiny_model, tiny_saes, whole, tiny_prompts, FaithfulnessOptions(ablation=ablation, random=1, batch_size=3),
-        sizes=[10, 10_000], progress=False,
-    )  # fmt: skip
+        Setting.of(tiny_model, tiny_saes),
+        whole,
+        tiny_prompts,
+        FaithfulnessOptions(ablation=ablation, random=1, batch_size=3),
+        sizes=[10, 10_000],
+        progress=False,
+    )
     assert result.sizes == [10, count(whole)]
     assert result.faithfulness[-1] == pytest.approx(1, abs=1e-3)
     assert result.completeness[-1] == pytest.approx(0, abs=1e-3)
@@ -106,9 +115,13 @@ def test_all_nodes_explain_everything_and_none_nothing(tiny_model, tiny_saes, ti
 
 def test_counterfactual_values_of_everything_give_the_patch_run(tiny_model, tiny_saes, tiny_prompts, nodes):
     result = measure_faithfulness(
-        tiny_model, tiny_saes, nodes, tiny_prompts, FaithfulnessOptions(ablation="counterfactual", random=0),
-        sizes=[10], progress=False,
-    )  # fmt: skip
+        Setting.of(tiny_model, tiny_saes),
+        nodes,
+        tiny_prompts,
+        FaithfulnessOptions(ablation="counterfactual", random=0),
+        sizes=[10],
+        progress=False,
+    )
     patch = tiny_model.run(tiny_prompts.patch, last_only=True).logits[:, -1]
     assert result.m_empty == pytest.approx(logit_difference(patch, tiny_prompts).mean().item(), abs=1e-4)
 
@@ -117,16 +130,20 @@ def test_start_site_leaves_earlier_sites_alone(tiny_model, tiny_saes, tiny_promp
     later = from_start_site(nodes, "attn_1")
     assert [site.name for site in later] == ["attn_1", "mlp_1", "resid_1"]
     result = measure_faithfulness(
-        tiny_model, tiny_saes, nodes, tiny_prompts, FaithfulnessOptions(start_site="attn_1", random=2),
-        sizes=[5, 10], progress=False,
-    )  # fmt: skip
+        Setting.of(tiny_model, tiny_saes),
+        nodes,
+        tiny_prompts,
+        FaithfulnessOptions(start_site="attn_1", random=2),
+        sizes=[5, 10],
+        progress=False,
+    )
     assert result.start_site == "attn_1" and result.n_nodes == count(later)
     assert len(result.random) == 2 and all(len(curve) == 3 for curve in result.random)
     with pytest.raises(UserError, match="attn_1"):
         from_start_site(nodes, "attn_9")
     silent = {site: site_nodes[:0] for site, site_nodes in nodes.items()}
     with pytest.raises(UserError, match="no node has an effect"):
-        measure_faithfulness(tiny_model, tiny_saes, silent, tiny_prompts, progress=False)
+        measure_faithfulness(Setting.of(tiny_model, tiny_saes), silent, tiny_prompts, progress=False)
 
 
 def test_random_nodes_have_the_size_asked_for(nodes):
@@ -138,7 +155,7 @@ def test_padding_does_not_matter(tiny_model, tiny_saes, tiny_prompts, nodes):
     """The ratio over ragged prompts is that of the two lengths' summed metrics, measured apart."""
     options = FaithfulnessOptions(random=0)
     both, short, long = (
-        measure_faithfulness(tiny_model, tiny_saes, nodes, part, options, sizes=[20], progress=False)
+        measure_faithfulness(Setting.of(tiny_model, tiny_saes), nodes, part, options, sizes=[20], progress=False)
         for part in (tiny_prompts, tiny_prompts[0::2], tiny_prompts[1::2])
     )
     for name in ("m_model", "m_empty"):
@@ -155,8 +172,7 @@ def test_prompts_unlike_the_reference(tiny_model, tiny_saes, tiny_prompts, nodes
     options = FaithfulnessOptions(random=0)
     with pytest.raises(UserError, match="counterfactual"):
         measure_faithfulness(
-            tiny_model,
-            tiny_saes,
+            Setting.of(tiny_model, tiny_saes),
             nodes,
             tiny_prompts[0::2],
             options,
@@ -165,7 +181,13 @@ def test_prompts_unlike_the_reference(tiny_model, tiny_saes, tiny_prompts, nodes
             progress=False,
         )
     result = measure_faithfulness(
-        tiny_model, tiny_saes, nodes, tiny_prompts, options, reference=tiny_prompts[1::2], sizes=[5], progress=False
+        Setting.of(tiny_model, tiny_saes),
+        nodes,
+        tiny_prompts,
+        options,
+        reference=tiny_prompts[1::2],
+        sizes=[5],
+        progress=False,
     )
     assert result.n_prompts == 4 and result.n_uncovered == 4
 
@@ -184,9 +206,13 @@ def test_areas():
 def test_areas_are_those_under_the_points_measured(tiny_model, tiny_saes, tiny_prompts, nodes, errors):
     """Held-out prompts, where all nodes do not give the whole model back."""
     result = measure_faithfulness(
-        tiny_model, tiny_saes, nodes, tiny_prompts[::2], FaithfulnessOptions(random=0, ablation="zero", errors=errors),
-        sizes=[5, 20], progress=False,
-    )  # fmt: skip
+        Setting.of(tiny_model, tiny_saes),
+        nodes,
+        tiny_prompts[::2],
+        FaithfulnessOptions(random=0, ablation="zero", errors=errors),
+        sizes=[5, 20],
+        progress=False,
+    )
     assert result.sizes == [5, 20, result.n_nodes]
     if errors == "ablate":
         assert abs(result.faithfulness[-1] - 1) > 0.05
@@ -208,9 +234,13 @@ def test_errors_by_their_definition(tiny_model, tiny_saes, tiny_prompts, aggrega
     options = DiscoverOptions(method="attrib", aggregation=aggregation, edge_nodes=0)
     nodes = discover(tiny_model, tiny_saes, prompts, options, progress=False).nodes
     result = measure_faithfulness(
-        tiny_model, tiny_saes, nodes, prompts, FaithfulnessOptions("zero", errors=errors, random=1),
-        sizes=[20], progress=False,
-    )  # fmt: skip
+        Setting.of(tiny_model, tiny_saes),
+        nodes,
+        prompts,
+        FaithfulnessOptions("zero", errors=errors, random=1),
+        sizes=[20],
+        progress=False,
+    )
     features = {site: site_nodes[~site_nodes.is_error] for site, site_nodes in nodes.items()}
     chosen = select_nodes(features, top=20)
     assert result.n_nodes == count(features) and result.errors == errors
@@ -250,7 +280,13 @@ def test_intervals_against_loops(tiny_model, tiny_saes, tiny_prompts, nodes):
 
     def measure(prompts):
         return measure_faithfulness(
-            tiny_model, tiny_saes, nodes, prompts, options, reference=tiny_prompts, sizes=sizes, progress=False
+            Setting.of(tiny_model, tiny_saes),
+            nodes,
+            prompts,
+            options,
+            reference=tiny_prompts,
+            sizes=sizes,
+            progress=False,
         )
 
     alone = [measure(tiny_prompts[[row]]) for row in range(8)]
@@ -282,7 +318,12 @@ def test_intervals_against_loops(tiny_model, tiny_saes, tiny_prompts, nodes):
 
 def test_plot_and_table(tiny_model, tiny_saes, tiny_prompts, nodes, tmp_path):
     result = measure_faithfulness(
-        tiny_model, tiny_saes, nodes, tiny_prompts, FaithfulnessOptions(random=1), sizes=[5, 10], progress=False
+        Setting.of(tiny_model, tiny_saes),
+        nodes,
+        tiny_prompts,
+        FaithfulnessOptions(random=1),
+        sizes=[5, 10],
+        progress=False,
     )
     assert result.plot(tmp_path / "f.svg").read_text().lstrip().startswith("<?xml")
     assert len(result.table().splitlines()) == 4

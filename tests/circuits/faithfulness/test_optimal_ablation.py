@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from circuits.attribution.activations import Setting
 from circuits.attribution.nodes import SiteNodes, select_nodes
 from circuits.discovery.discover import discover
 from circuits.faithfulness.ablation import AblationValues, NodeTable
@@ -21,6 +22,7 @@ from circuits.faithfulness.optimal_ablation import (
     fit_optimal_values,
     mean_divergence,
 )
+from circuits.metrics.metrics import logit_difference
 from circuits.options import DiscoverOptions
 from circuits.prompts.dataset import PromptSet
 from sae.autoencoder import SAEConfig, SparseAutoencoder
@@ -62,7 +64,9 @@ def linear():
 def fitted(linear, circuits, steps=250):
     model, saes, prompts = linear
     nodes = every_node(saes)
-    values = AblationValues(model, saes, NodeTable(saes, [nodes], sites=[EMBED]), "optimal", reference=prompts)
+    values = AblationValues(
+        Setting(model, saes, logit_difference), NodeTable(saes, [nodes], sites=[EMBED]), "optimal", reference=prompts
+    )
     return values, fit_optimal_values(
         values, circuits, prompts, FitOptions(steps=steps, learning_rate=0.1), progress=False
     )
@@ -136,20 +140,25 @@ def test_faithfulness_with_optimal_constants(tiny_model, tiny_saes, tiny_prompts
     nodes = from_start_site(nodes, "mlp_1")
     options = FaithfulnessOptions(ablation="optimal", errors=errors, random=1, resamples=0, batch_size=8)
     result = measure_faithfulness(
-        tiny_model, tiny_saes, nodes, tiny_prompts, options, sizes=[10, 40], progress=False
-    )  # fmt: skip
+        Setting.of(tiny_model, tiny_saes), nodes, tiny_prompts, options, sizes=[10, 40], progress=False
+    )
     assert result.ablation == "optimal" and result.gain.optimal < result.gain.means
     if errors == "nodes":
         circuits = [({}, True), *((select_nodes(nodes, top=size), True) for size in (10, 40))]
         values = ablation_values(
-            tiny_model, tiny_saes, "optimal", circuits, nodes=nodes, reference=tiny_prompts, batch_size=8,
+            Setting(tiny_model, tiny_saes, logit_difference),
+            "optimal",
+            circuits,
+            nodes=nodes,
+            reference=tiny_prompts,
+            batch_size=8,
             progress=False,
-        )  # fmt: skip
+        )
         clean = replace(tiny_prompts, patch=None, patch_answers=None)
         assert mean_divergence(values, circuits, clean) == pytest.approx(result.gain.optimal, abs=1e-4)
 
 
 def test_masks_learned_with_their_constants(tiny_model, tiny_saes, tiny_prompts, nodes):
     options = MaskOptions(steps=3, batch_size=4, smallest=5, ablation="optimal")
-    mask = learn_node_mask(tiny_model, tiny_saes, nodes, tiny_prompts, options, progress=False)
+    mask = learn_node_mask(Setting.of(tiny_model, tiny_saes), nodes, tiny_prompts, options, progress=False)
     assert mask.options["ablation"] == "optimal" and len(mask.losses) == 3

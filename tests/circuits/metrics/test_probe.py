@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from circuits.attribution import METHODS
+from circuits.attribution.activations import Setting
 from circuits.discovery.discover import discover
 from circuits.faithfulness.edges import edge_faithfulness
 from circuits.faithfulness.learned_mask import MaskOptions, learn_node_mask
@@ -79,29 +80,44 @@ def test_everything_that_is_measured(tiny_model, tiny_saes, tiny_prompts, probe,
     circuit = discover(tiny_model, tiny_saes, tiny_prompts, options, progress=False)
     assert circuit.metadata["completeness"]["worst_residual"] < 0.05
     result = measure_faithfulness(
-        tiny_model, tiny_saes, circuit.nodes, tiny_prompts, FaithfulnessOptions(random=0), sizes=[10, 10_000],
-        metric=options.metric, progress=False,
-    )  # fmt: skip
+        Setting.of(tiny_model, tiny_saes, options.metric),
+        circuit.nodes,
+        tiny_prompts,
+        FaithfulnessOptions(random=0),
+        sizes=[10, 10_000],
+        progress=False,
+    )
     assert result.m_model == pytest.approx(by_hand(tiny_model, probe, tiny_prompts.clean).mean().item(), abs=1e-4)
     edges = edge_faithfulness(circuit, tiny_prompts, FaithfulnessOptions(random=0), sizes=[20], progress=False)
     kept = measure_faithfulness(
-        tiny_model, tiny_saes, circuit.edge_nodes, tiny_prompts, FaithfulnessOptions(random=0), sizes=[10_000],
-        metric=options.metric, progress=False,
-    )  # fmt: skip
+        Setting.of(tiny_model, tiny_saes, options.metric),
+        circuit.edge_nodes,
+        tiny_prompts,
+        FaithfulnessOptions(random=0),
+        sizes=[10_000],
+        progress=False,
+    )
     assert edges.m_model == pytest.approx(result.m_model, abs=1e-4)
     assert edges.all_joined == pytest.approx(kept.faithfulness[0], abs=2e-3)
     exact = verify(circuit, tiny_prompts, nodes=10, max_rows=3, progress=False)
     assert exact.correlation is None or exact.correlation > 0.5
     mask = learn_node_mask(
-        tiny_model, tiny_saes, circuit.nodes, tiny_prompts, MaskOptions(steps=2, batch_size=4), metric=options.metric,
+        Setting.of(tiny_model, tiny_saes, options.metric),
+        circuit.nodes,
+        tiny_prompts,
+        MaskOptions(steps=2, batch_size=4),
         progress=False,
-    )  # fmt: skip
+    )
     assert len(mask.losses) == 2
     with pytest.raises(UserError, match="'optimal' fits constants to the logits"):
         measure_faithfulness(
-            tiny_model, tiny_saes, circuit.nodes, tiny_prompts, FaithfulnessOptions(ablation="optimal"), sizes=[10],
-            metric=options.metric, progress=False,
-        )  # fmt: skip
+            Setting.of(tiny_model, tiny_saes, options.metric),
+            circuit.nodes,
+            tiny_prompts,
+            FaithfulnessOptions(ablation="optimal"),
+            sizes=[10],
+            progress=False,
+        )
 
 
 def test_the_margin_does_not_cancel(tiny_model, tiny_saes, tiny_prompts, probe, tmp_path, caplog):

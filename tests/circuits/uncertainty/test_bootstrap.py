@@ -10,6 +10,7 @@ import pytest
 import scipy.stats
 import torch
 
+from circuits.attribution.activations import Setting
 from circuits.attribution.effects import SiteEffects
 from circuits.attribution.nodes import SiteNodes, aggregate_site, count, distinguishable
 from circuits.circuit import Circuit
@@ -173,9 +174,13 @@ def test_few_prompts_have_no_intervals(tiny_model, tiny_saes, tiny_prompts, rows
     with pytest.raises(UserError, match="too few to tell"):
         circuit.graph(nodes=5, significant=True)
     curve = measure_faithfulness(
-        tiny_model, tiny_saes, circuit.nodes, prompts, FaithfulnessOptions(random=0, ablation="zero"), sizes=[5],
+        Setting.of(tiny_model, tiny_saes),
+        circuit.nodes,
+        prompts,
+        FaithfulnessOptions(random=0, ablation="zero"),
+        sizes=[5],
         progress=False,
-    )  # fmt: skip
+    )
     assert curve.intervals is None and "[" not in curve.table()
 
 

@@ -93,7 +93,7 @@ def joined(first: SiteNodes, second: SiteNodes) -> SiteNodes:
         torch.cat([first.feature, second.feature]),
         torch.cat([first.position, second.position]),
         torch.cat([first.effect, second.effect]),
-        first.spans,
+        first.spans or second.spans,
     )
 
 

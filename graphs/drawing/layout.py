@@ -123,21 +123,7 @@ def layered_layout(
         Rectangles of the nodes, bands, columns and routes.
     """
     rows, columns, width = _rows(graph, cell, aspect=aspect, space=space, padding=padding)
-    boxes: dict[str, Box] = {}
-    bands: list[Band] = []
-    y = 0.0
-    for site, lines in rows:
-        if bands:
-            same_layer = lane_space is not None and layer(site) == layer(bands[-1].site)
-            y += lane_space if same_layer else space  # type: ignore[operator]
-        bottom = y
-        y += padding
-        for slots in lines:
-            for id, x in slots.items():
-                boxes[id] = Box(x, y + cell.height / 2, cell.box, cell.height)
-            y += cell.height + cell.gap
-        y += padding - cell.gap
-        bands.append(Band(site, bottom, y))
+    boxes, bands = _stacked(rows, cell, space, space if lane_space is None else lane_space, padding)
     boxes = _ordered(graph, boxes, columns, sweeps=8)
     top = bands[-1].top if bands else 0.0
     if METRIC in graph:
@@ -161,6 +147,27 @@ def layer(site: str) -> str:
 
 Rows = list[tuple[str, list[dict[str, float]]]]
 """Site by site, bottom to top; a site's sub-rows; in each, node id -> x."""
+
+
+def _stacked(
+    rows: Rows, cell: Cell, space: float, lane_space: float, padding: float
+) -> tuple[dict[str, Box], list[Band]]:
+    """The boxes of all rows and the bands of the sites, bottom to top, for lengths as in `layered_layout`."""
+    boxes: dict[str, Box] = {}
+    bands: list[Band] = []
+    y = 0.0
+    for site, lines in rows:
+        if bands:
+            y += lane_space if layer(site) == layer(bands[-1].site) else space
+        bottom = y
+        y += padding
+        for slots in lines:
+            for id, x in slots.items():
+                boxes[id] = Box(x, y + cell.height / 2, cell.box, cell.height)
+            y += cell.height + cell.gap
+        y += padding - cell.gap
+        bands.append(Band(site, bottom, y))
+    return boxes, bands
 
 
 def _rows(

@@ -63,7 +63,7 @@ class TrainConfig:
     packed: bool = False
     """Pack documents end to end into full contexts instead of one context a document."""
     exclude_special: bool = True
-    """Leave out activations at special tokens, such as BOS; --no-exclude-special keeps them."""
+    """Special tokens, such as BOS, are left out by default; --no-exclude-special keeps their activations."""
     buffer_tokens: TokenCount = 2**16
     """Activations shuffled together; fewer where all sites would need more than 2 GB."""
     centre: Literal["mean", "geometric_median", "zero"] = "mean"
@@ -88,7 +88,7 @@ class TrainConfig:
     dead_tokens: TokenCount | None = None
     """Silent tokens after which a feature counts as dead; a hundredth of `tokens`, at most ten million, by default."""
     autocast: bool = True
-    """Run matrix products on CUDA in bfloat16; --no-autocast keeps the precision of the weights."""
+    """On CUDA, matrix products run in bfloat16 by default; --no-autocast keeps the precision of the weights."""
     log_steps: Positive = 100
     """Steps between lines of the training log."""
     checkpoints: Repeats = 10
@@ -143,7 +143,7 @@ class FinetuneConfig:
     packed: bool = False
     """Pack documents end to end into full contexts instead of one context a document."""
     exclude_special: bool = True
-    """Special tokens, such as BOS, keep their activations; with --no-exclude-special they are reconstructed as well."""
+    """Special tokens, such as BOS, keep their activations by default; --no-exclude-special has them reconstructed too."""
     log_steps: Positive = 20
     """Steps between lines of the log."""
     checkpoints: Repeats = 5

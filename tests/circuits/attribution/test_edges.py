@@ -150,7 +150,7 @@ def test_the_errors_part_is_the_formula(tiny_model, make_saes, tiny_prompts, arc
         assert live.sum() == (states.mask[:, 1:].sum() - 4 if site.name == "mlp_0" else len(states.mask))
         for share in (0.0, 1.0):
             monkeypatch.setattr("circuits.attribution.feature_effects.SPARSE", share)
-            effects, inputs = contract(sae, states, g, site=site, active=active)
+            effects, inputs = contract(states, g, site=site, active=active)
             torch.testing.assert_close(inputs.error_delta, delta, atol=1e-5, rtol=1e-4)
             torch.testing.assert_close(inputs.error_cotangent, cotangent, atol=1e-5, rtol=1e-4)
             expected = ((f_patch - f_clean) * (g @ sae.W_dec.T)).sum((0, 1))

@@ -143,7 +143,7 @@ class FinetuneConfig:
     packed: bool = False
     """Pack documents end to end into full contexts instead of one context a document."""
     exclude_special: bool = True
-    """Special tokens, such as BOS, keep their activations by default; --no-exclude-special has them reconstructed too."""
+    """Special tokens, such as BOS, keep their activations by default; --no-exclude-special reconstructs them too."""
     log_steps: Positive = 20
     """Steps between lines of the log."""
     checkpoints: Repeats = 5

@@ -175,7 +175,7 @@ class Bench:
         errors, residuals = [], []
         for site in self.sites:
             off, whole = (
-                contract(self.saes[site], states, g, site=site)[0].value.norm()
+                contract(states, g, site=site)[0].value.norm()
                 for g in (gradients[site] - reference[site], reference[site])
             )
             errors.append((off / whole).item())

@@ -118,9 +118,7 @@ def test_what_the_node_pass_keeps_changes_nothing(tiny_model, make_saes, tiny_pr
         Setting(tiny_model, saes, logit_difference), tiny_prompts, sites=tiny_model.sites, gradient=True
     )
     nodes = {site: some_nodes(saes[site], seed=i) for i, site in enumerate(tiny_model.sites)}
-    inputs = {
-        site: contract(sae, states, states.gradients[site], site=site, active=active)[1] for site, sae in saes.items()
-    }
+    inputs = {site: contract(states, states.gradients[site], site=site, active=active)[1] for site in saes}
     g = states.gradients
     fewer = replace(states, clean={}, patch={}) if architecture == "topk" else states
     batch = Attribution(fewer, gradients=g, edge_inputs=inputs)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from circuits.circuit_source import CircuitSource
 from circuits.discovery.batching import DiscoveryRun
 from circuits.discovery.edge_pass import edge_pass
 from circuits.discovery.node_pass import all_effects, node_pass
-from circuits.discovery.resume import ResumeFolder, alone_in_partial, interrupted, work_of
+from circuits.discovery.resume import ResumeFolder, interrupted, work_of
 from circuits.metrics.identity import names_code
 from circuits.metrics.metrics import (
     Metric,
@@ -44,7 +45,7 @@ from circuits.metrics.probe import Probe
 from circuits.options import DiscoverOptions
 from circuits.prompts.dataset import PromptSet
 from circuits.prompts.spans import LAST, OTHER
-from circuits.uncertainty.bootstrap import prompt_groups
+from sae._run.locks import lock
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError
 from sae.model.forward import with_gradients
@@ -61,7 +62,6 @@ MEAN_RESIDUAL, WORST_RESIDUAL = 0.03, 0.1
 LOGIT_DIFFERENCE = "logit(patch answer) - logit(clean answer)"
 
 
-@alone_in_partial
 @with_gradients
 def discover(
     model: LanguageModel,
@@ -104,20 +104,19 @@ def discover(
     prompts = run.prompts
     _check_aggregation(prompts, options.aggregation)
     accuracy = None if isinstance(run.setting.metric, Probe) else mean_accuracy(model, prompts)
-    if partial is not None:
-        run = replace(run, files=_resume_folder(run, partial, resume=resume))
-    batches = node_pass(run)
-    effects, nodes = all_effects(run, batches)
-    if not count(nodes):
-        raise UserError("no node has an effect on the metric: do the prompts differ where the sites can see it?")
-    strongest = select_nodes(nodes, top=options.edge_nodes) if options.edge_nodes else {}
-    edges, edge_samples = edge_pass(run, batches, strongest) if strongest else ({}, {})
+    with nullcontext() if partial is None else lock(Path(partial)):  # two discoveries never mix their batches
+        if partial is not None:
+            run = replace(run, files=_resume_folder(run, partial, resume=resume))
+        batches = node_pass(run)
+        effects, nodes = all_effects(run, batches)
+        if not count(nodes):
+            raise UserError("no node has an effect on the metric: do the prompts differ where the sites can see it?")
+        strongest = select_nodes(nodes, top=options.edge_nodes) if options.edge_nodes else {}
+        edges, edge_samples = edge_pass(run, batches, strongest) if strongest else ({}, {})
     provenance = {**(provenance or {}), "accuracy": accuracy, "n_nodes": count(nodes)}
     metadata = _metadata(model, run, batches, effects, provenance)
     source = CircuitSource(model, run.setting.saes, run.setting.metric, prompts)
-    return Circuit(
-        effects, strongest, edges, metadata, edge_samples=edge_samples, groups=prompt_groups(prompts), source=source
-    )
+    return Circuit(effects, strongest, edges, metadata, edge_samples=edge_samples, groups=prompts.groups, source=source)
 
 
 def _resume_folder(run: DiscoveryRun, partial: str | Path, *, resume: bool) -> ResumeFolder:
@@ -144,12 +143,11 @@ def _metadata(
     cancels, measured = _warn_if_cancelling(m, batches), _of_metric(batches, effects, len(prompts))
     if run.options.method in ADDS_UP and not cancels:  # a total of next to nothing is no measure
         _warn_if_not_adding_up(measured["completeness"])
-    if "saes_fingerprint" not in provenance:
-        provenance = {"saes_fingerprint": saes_fingerprint(run.setting.saes), **provenance}
     return {
         "metric": LOGIT_DIFFERENCE if m is logit_difference else metric_title(m, prompts),
         "model": model.name,
         "model_fingerprint": model.fingerprint,
+        "saes_fingerprint": saes_fingerprint(run.setting.saes),
         "dtype": str(model.dtype).removeprefix("torch."),
         **provenance,
         "options": asdict(run.options),

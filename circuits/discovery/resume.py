@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Mapping
 from dataclasses import fields
-from functools import wraps
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 from torch import Tensor
 
@@ -33,29 +31,14 @@ from sae._files import (
     write_tensors,
 )
 from sae._run.contents import PARTIAL, Layout, check_contents, check_no_link, remove, visible
-from sae._run.locks import lock
 from sae.errors import UserError
 from sae.model.language_model import Tokens
 from sae.saes import saes_fingerprint
 
 log = logging.getLogger(__name__)
 
-P = ParamSpec("P")
-R = TypeVar("R")
 WORK_FILE = "partial.json"
 SCHEMA_VERSION = 2
-
-
-def alone_in_partial(function: Callable[P, R]) -> Callable[P, R]:
-    """Lock the folder `partial`, where one is given, while a function runs: two discoveries never mix their batches."""
-
-    @wraps(function)
-    def locked(*args: P.args, **kwargs: P.kwargs) -> R:
-        folder = kwargs.get("partial")
-        with nullcontext() if folder is None else lock(Path(str(folder))):
-            return function(*args, **kwargs)
-
-    return locked
 
 
 class ResumeFolder:

@@ -40,7 +40,7 @@ from circuits.faithfulness.results import EdgeFaithfulness
 from circuits.metrics.metrics import Metric
 from circuits.options import FaithfulnessOptions
 from circuits.prompts.dataset import PromptSet
-from circuits.uncertainty.bootstrap import Bootstrap, prompt_groups, too_few
+from circuits.uncertainty.bootstrap import Bootstrap, too_few
 from sae._progress import ProgressBar
 from sae.errors import UserError
 from sae.model.sites import Site
@@ -95,7 +95,7 @@ def edge_faithfulness(
     sets = _edge_sets(edges, sizes, n_random=options.random, seed=options.seed)
     study = _Study(values, nodes, max_rows)
     m_all = _metrics(study, sets, prompts, batch_size=options.batch_size, progress=progress)
-    return _record(m_all, sizes, nodes, options, n_edges=n_edges, groups=prompt_groups(prompts))
+    return _record(m_all, sizes, nodes, options, n_edges=n_edges, groups=prompts.groups)
 
 
 def _from_start(circuit: Circuit, start_site: str | None) -> tuple[Nodes, Edges]:

@@ -32,7 +32,7 @@ from circuits.faithfulness.results import Intervals, NodeFaithfulness, area
 from circuits.options import AblationOptions, FaithfulnessOptions
 from circuits.prompts.alignment import PositionGroups
 from circuits.prompts.dataset import PromptSet
-from circuits.uncertainty.bootstrap import Bootstrap, group_sums, prompt_groups, too_few, what_is_drawn
+from circuits.uncertainty.bootstrap import Bootstrap, group_sums, too_few, what_is_drawn
 from sae._progress import ProgressBar
 from sae.errors import UserError, unknown
 from sae.model.sites import Site
@@ -108,8 +108,7 @@ def measure_faithfulness(
     )  # fmt: skip
     m_all = _metrics(values, runs, prompts, batch_size=options.batch_size, progress=progress)
     gained = gain(values, curve, prompts, batch_size=options.batch_size) if options.ablation == "optimal" else None
-    groups = prompt_groups(prompts)
-    return _record(m_all, sizes, nodes, options, groups=groups, n_uncovered=n_uncovered, gained=gained)
+    return _record(m_all, sizes, nodes, options, groups=prompts.groups, n_uncovered=n_uncovered, gained=gained)
 
 
 def _record(

@@ -40,15 +40,10 @@ def code_name(metric: Callable[..., Any]) -> str:
     return f"{getattr(target, '__module__', None) or 'unknown'}:{target.__qualname__}"
 
 
-def code_fingerprint(metric: Callable[..., Any]) -> str | None:
-    """A short hash of what a metric computes; None where it cannot be compared (a builtin, an object with state that
-    is no plain value).
+def code_fingerprint(*values: Any) -> str | None:
+    """A short hash of what functions compute, and of plain values and tensors; None where one cannot be compared
+    (a builtin, an object with state that is no plain value).
     """
-    return values_fingerprint(metric)
-
-
-def values_fingerprint(*values: Any) -> str | None:
-    """A short hash of plain values, tensors and functions; None where one of them cannot be compared."""
     try:
         text = "; ".join(_described(value, None, 0) for value in values)
     except _Unknown:

@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from circuits.metrics.identity import code_fingerprint, code_name, names_code, values_fingerprint
+from circuits.metrics.identity import code_fingerprint, code_name, names_code
 from circuits.metrics.probe import Probe, read_by
 from circuits.prompts.dataset import PromptSet
 from sae.errors import UserError, unknown
@@ -161,7 +161,7 @@ def metric_fingerprint(metric: Metric) -> str | None:
     if metric in METRICS.values():
         return None
     if isinstance(metric, Probe):
-        return values_fingerprint(metric.weight, metric.bias, metric.site.name, metric.position, metric.margin)
+        return code_fingerprint(metric.weight, metric.bias, metric.site.name, metric.position, metric.margin)
     return code_fingerprint(metric)
 
 

@@ -34,7 +34,16 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from circuits.prompts.alignment import Group, commonest_fits, length_keys, mask_keys, span_groups, span_keys, words_of
+from circuits.prompts.alignment import (
+    Group,
+    commonest_fits,
+    length_keys,
+    mask_keys,
+    span_groups,
+    span_keys,
+    template_of,
+    words_of,
+)
 from circuits.prompts.formats import Example, read_examples
 from circuits.prompts.reader import Reader, Row, check_ids, choose
 from circuits.prompts.spans import has_fields, number_spans
@@ -185,6 +194,22 @@ class PromptSet:
         fits = commonest_fits(words_of(self.clean), patterns)
         keys = [fit or key for fit, key in zip(fits, otherwise, strict=True)]
         return replace(self, templates=keys, template_rule="mask")
+
+    @property
+    def groups(self) -> Tensor:
+        """[B] int64: the number of the group each prompt is drawn with for intervals: its template, by the name the
+        file gives it or by the words that clean and patch prompts share; its own where prompts have no templates or all
+        have the same one.
+        """
+        names: Sequence[str] = []
+        if self.template_rule == "mask":
+            names = self.templates
+        elif self.template_rule == "field":
+            names = [name.rpartition("/")[0] for name in self.templates]
+        elif self.template_rule == "spans":
+            names = [template_of(name) for name in self.templates]
+        number = {name: n for n, name in enumerate(dict.fromkeys(names))}
+        return torch.tensor([number[name] for name in names]) if len(number) > 1 else torch.arange(len(self))
 
     @property
     def fingerprint(self) -> str:

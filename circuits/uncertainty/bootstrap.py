@@ -4,7 +4,7 @@ Legend: B prompts, G groups, R resamples, n quantities.
 
 1. What is drawn anew is the *group*: prompts of one template share whatever is particular to the template, so that a
    hundred prompts of five templates are closer to five observations than to a hundred. Where prompts share no template,
-   or all have the same one, each prompt is a group by itself (`prompt_groups`).
+   or all have the same one, each prompt is a group by itself (`PromptSet.groups`).
 2. Every quantity is a ratio r = sum_g x_g / sum_g y_g of sums over groups: a mean effect with y the number of prompts,
    faithfulness with x = m(C) - m(0) and y = m(M) - m(0). Numerator and denominator are drawn together.
 3. The interval is the wider one, end by end, of two that agree where effects are normal and many:
@@ -19,15 +19,12 @@ Legend: B prompts, G groups, R resamples, n quantities.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
-from circuits.prompts.alignment import template_of
-from circuits.prompts.dataset import PromptSet
 from sae.errors import UserError
 
 MIN_GROUPS = 5
@@ -99,24 +96,6 @@ def _studentised(shift: Tensor, error: Tensor, plain: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------ groups
-
-
-def prompt_groups(prompts: PromptSet) -> Tensor:
-    """[B] int64: the number of the group each prompt is drawn with: its template, by the name the file gives it or by
-    the words that clean and patch prompts share; its own where prompts have no templates or all have the same one.
-    """
-    if prompts.template_rule == "mask":
-        names: Sequence[str] = prompts.templates
-    elif prompts.template_rule == "field":
-        names = [name.rpartition("/")[0] for name in prompts.templates]
-    elif prompts.template_rule == "spans":
-        names = [template_of(name) for name in prompts.templates]
-    else:
-        names = []
-    number = {name: n for n, name in enumerate(dict.fromkeys(names))}
-    if len(number) < 2:
-        return torch.arange(len(prompts))
-    return torch.tensor([number[name] for name in names])
 
 
 def group_sums(values: Tensor, groups: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ import graphviz
 from graphs._files import atomic_write, marked
 from graphs.drawing.graphviz import Detail, run_graphviz
 from graphs.drawing.layout import Box
-from graphs.drawing.scene import GUTTER, MARGIN, Scene, make_scene
+from graphs.drawing.scene import GUTTER, MARGIN, Scene, add_columns, add_legend, add_title, html_text, make_scene
 from graphs.drawing.style import (
     INK,
     NEGATIVE_EDGE,
@@ -43,7 +43,6 @@ from graphs.drawing.style import (
     visible,
     wrap,
 )
-from graphs.drawing.surroundings import add_columns, add_legend, add_title, html_text
 from graphs.errors import GraphError
 from graphs.feature_graph import Edge, FeatureGraph, Node
 from graphs.pruning import by_top_edges, by_top_nodes

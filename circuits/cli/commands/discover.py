@@ -119,7 +119,7 @@ class DiscoverCommand(UsesSaes, Overwrites, HasSaes, HasModel):
         from circuits.uncertainty.verification import verified, verify
 
         circuit = discover(
-            model, saes, prompts, options, provenance=self._provenance(model, saes, prompts), progress=not self.quiet,
+            model, saes, prompts, options, provenance=self._provenance(prompts), progress=not self.quiet,
             partial=folder / PARTIAL_FOLDER, resume=self.resume,
         )  # fmt: skip
         if self.resamples:
@@ -187,19 +187,13 @@ class DiscoverCommand(UsesSaes, Overwrites, HasSaes, HasModel):
         position = getattr(get_metric(self.options.metric), "position", LAST)
         return self.options.aggregation == "spans" or position != LAST
 
-    def _provenance(
-        self, model: LanguageModel, saes: Mapping[Site, SparseAutoencoder], prompts: PromptSet
-    ) -> dict[str, Any]:
+    def _provenance(self, prompts: PromptSet) -> dict[str, Any]:
         from circuits.cli.common import absolute_path
-        from sae.saes import saes_fingerprint
 
         return {
             "model": absolute_path(self.model),
-            "model_fingerprint": model.fingerprint,
             "site_paths": self.site_paths,
-            "dtype": str(model.dtype).removeprefix("torch."),
             "saes": absolute_path(self.saes),
-            "saes_fingerprint": saes_fingerprint(saes),
             "prompts": absolute_path(self.prompts),
             "prompts_fingerprint": prompts.fingerprint,
             "examples": self.examples,

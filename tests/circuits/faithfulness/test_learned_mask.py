@@ -211,7 +211,7 @@ def test_starting_at_the_first_masked_site_changes_nothing(tiny_model, tiny_saes
     reference = AblationValues(
         Setting(tiny_model, tiny_saes, logit_difference), gates.table, "mean", reference=tiny_prompts
     )
-    before = measure_behaviour(gates, reference, tiny_prompts, logit_difference, batch_size=1).before
+    before = measure_behaviour(gates, reference, tiny_prompts, batch_size=1).before
     at = budget_gates(starting_scores(later, "effects"), torch.tensor([10]), temperature=1.0)
     skip = tiny_model.resume_from(Site.parse(first), before)
     assert skip

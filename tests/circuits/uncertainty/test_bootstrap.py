@@ -17,7 +17,7 @@ from circuits.circuit import Circuit
 from circuits.discovery.discover import discover
 from circuits.faithfulness.nodes import FaithfulnessOptions, measure_faithfulness
 from circuits.options import DiscoverOptions
-from circuits.uncertainty.bootstrap import MIN_ACTIVE, Bootstrap, group_sums, prompt_groups
+from circuits.uncertainty.bootstrap import MIN_ACTIVE, Bootstrap, group_sums
 from circuits.uncertainty.intervals import (
     edge_intervals,
     node_intervals,
@@ -153,7 +153,7 @@ def test_prompts_that_share_a_template_are_no_new_evidence():
 
 def test_groups_are_the_templates_of_the_prompts(tiny_prompts):
     def numbers(rule: str, keys: list[str]) -> list[int]:
-        return prompt_groups(replace(tiny_prompts, template_rule=rule, templates=keys)).tolist()
+        return replace(tiny_prompts, template_rule=rule, templates=keys).groups.tolist()
 
     each = list(range(8))
     assert numbers("length", ["5", "7"] * 4) == each

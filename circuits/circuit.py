@@ -109,7 +109,8 @@ class Circuit(CircuitViews):
 
     def setting(self, metric: str | Metric | None = None) -> Setting:
         """Its model, SAEs and metric, which fit each other, for whatever runs them; `metric` as in `get_metric`."""
-        return Setting.of(self.model, self.saes, self.get_metric(metric), sites=self.effects)
+        m = self.get_metric(metric)  # first: it may be refused before anything is loaded
+        return Setting.of(self.model, self.saes, m, sites=self.effects)
 
     def strongest_features(self, n: int) -> FeatureNames:
         """The n features of largest |effect|, errors left out.

@@ -147,7 +147,7 @@ def _metadata(
         "metric": LOGIT_DIFFERENCE if m is logit_difference else metric_title(m, prompts),
         "model": model.name,
         "model_fingerprint": model.fingerprint,
-        "saes_fingerprint": saes_fingerprint(run.setting.saes),
+        "saes_fingerprint": saes_fingerprint(run.setting.saes.subset(run.sites)),
         "dtype": str(model.dtype).removeprefix("torch."),
         **provenance,
         "options": asdict(run.options),

@@ -30,7 +30,7 @@ from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
 from sae.model.tokens import Tokens
 from sae.saes import SAEs, as_saes
-from sae.sparse.segment_ops import group_offsets, weighted_segment_sum
+from sae.sparse.activations import group_offsets, weighted_segment_sum
 
 log = logging.getLogger(__name__)
 

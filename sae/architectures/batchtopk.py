@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from sae.activation_functions import JUMPRELU
-from sae.architectures.losses import Hyper, Weights
+from sae.architectures.base import Hyper, Weights
 from sae.architectures.topk import TopK
 from sae.sparse.activations import SparseActs
-from sae.sparse.encoder_pass import EncoderPass
-from sae.sparse.selection import BatchSelector
+from sae.sparse.encoder_pass import BatchSelector, EncoderPass
 
 MEMORY = 0.99
 """Decay of the running threshold a step."""

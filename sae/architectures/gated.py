@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from sae.activation_functions import GATED
-from sae.architectures.base import Penalised
-from sae.architectures.losses import Hyper, Losses, Weights, squared_error, where_positive
+from sae.architectures.base import Hyper, Losses, Penalised, Weights, squared_error, where_positive
 from sae.sparse.activations import Acts
 
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from sae.activation_functions import IDENTITY
-from sae.architectures.base import Architecture
-from sae.architectures.losses import Hyper, Losses, Weights, squared_error
+from sae.architectures.base import Architecture, Hyper, Losses, Weights, squared_error
 from sae.sparse.activations import Acts, SparseActs
 from sae.sparse.encoder_pass import EncoderPass
 

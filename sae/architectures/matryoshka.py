@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sae.architectures.base import Hyper, Losses, Weights
 from sae.architectures.batchtopk import BatchTopK
-from sae.architectures.losses import Hyper, Losses, Weights
 from sae.sparse.activations import Acts, SparseActs
 from sae.sparse.encoder_pass import EncoderPass
 

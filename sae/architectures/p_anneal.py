@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 
 from sae.activation_functions import RELU
-from sae.architectures.base import Penalised
-from sae.architectures.losses import Hyper, Losses, Weights, squared_error
+from sae.architectures.base import Hyper, Losses, Penalised, Weights, squared_error
 from sae.sparse.activations import Acts
-from sae.sparse.encoder_pass import linear
-from sae.sparse.selection import above
+from sae.sparse.encoder_pass import above, linear
 
 SMALLEST = 1e-3
 """Activations below this are penalised as if they had this size: the slope of f^p is not bounded at zero."""

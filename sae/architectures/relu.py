@@ -11,8 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from sae.activation_functions import RELU
-from sae.architectures.base import Penalised
-from sae.architectures.losses import Hyper, Losses, Weights, squared_error
+from sae.architectures.base import Hyper, Losses, Penalised, Weights, squared_error
 from sae.sparse.activations import Acts
 
 

@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 
 from sae.activation_functions import TOPK
-from sae.architectures.base import Architecture
-from sae.architectures.losses import Hyper, Losses, Weights, squared_error
+from sae.architectures.base import Architecture, Hyper, Losses, Weights, squared_error
 from sae.sparse.activations import Acts, SparseActs
-from sae.sparse.encoder_pass import EncoderPass
-from sae.sparse.selection import top_k
+from sae.sparse.encoder_pass import EncoderPass, top_k
 
 
 class TopK(Architecture):

@@ -36,7 +36,7 @@ from sae.features.sketches import TokenSums
 from sae.model.language_model import LanguageModel, Tokens
 from sae.model.sites import Site
 from sae.saes import as_saes
-from sae.sparse.segment_ops import group_sizes
+from sae.sparse.activations import group_sizes
 from sae.splice import check_saes
 
 if TYPE_CHECKING:

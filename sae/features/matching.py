@@ -31,7 +31,7 @@ from sae.data.text import TextSource
 from sae.errors import UserError
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
-from sae.sparse.segment_ops import group_offsets, row_blocks, weighted_segment_sum
+from sae.sparse.activations import group_offsets, row_blocks, weighted_segment_sum
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -1,4 +1,4 @@
-"""Triton kernels for the sparse part of a training step on a GPU; `sae.sparse.segment_ops` holds their twins in torch.
+"""Triton kernels for the sparse part of a training step on a GPU; `sae.sparse.activations` holds their twins in torch.
 
 The n entries of a batch lie in bags: those of a token for decoding, those of a feature for gradients of weights.
 
@@ -21,8 +21,8 @@ waits for a result. Programs of windows come first in the grid, since they take 
   bag_sum, decoding                        (n + N) d s    reads W_dec's row for each entry, writes x̂
   bag_sum_and_dots, ∂L/∂W_dec and ∂L/∂f    (2 F + N) d s  reads W_dec and g, writes the gradient
   bag_sum, ∂L/∂W_enc                       (F + N) d s    reads x, writes the gradient
-  project_                                 3 F d s
-  normalise_                               2 F d s
+  remove_parallel_                         3 F d s
+  normalize_rows_                          2 F d s
 
 and 16 n d / WINDOW at most for parts of long bags, written and read. Their twins in torch move (n + N), (n + F + 2 N),
 (F + N), 7 F and 3 F rows of d s bytes.
@@ -40,9 +40,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from sae.sparse import activations as in_torch
 
 WINDOW = 128
 """Entries of a bag above which it is summed in parts."""
@@ -243,3 +246,30 @@ def normalize_rows_(rows: Tensor, smallest: float) -> None:
 def _by_rows(x: Tensor) -> Tensor:
     """x with its rows in one piece each; they may lie anywhere, also on top of each other."""
     return x if x.stride(1) == 1 else x.contiguous()
+
+
+@torch.no_grad()
+def check(device: torch.device | str) -> None:
+    """Raise an AssertionError where the kernels do not agree with torch on a few bags, empty, short and long."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    lengths = torch.tensor([0, 3, 1, 2 * WINDOW + 5, 40, WINDOW + 1, 0])
+    bag = torch.arange(len(lengths)).repeat_interleave(lengths).to(device)
+    offsets = F.pad(lengths.cumsum(0), (1, 0)).to(device)
+    index = torch.randint(50, (len(bag),), generator=generator).to(device)
+    source, rows, weight = normal(50, 96), normal(len(lengths), 96), normal(len(bag))
+    out, dots = bag_sum_and_dots(source, index, offsets, weight, rows)
+    unit, projected = rows.clone(), out.clone()
+    normalize_rows_(unit, in_torch.SMALLEST_NORM)
+    remove_parallel_(projected, unit)
+    with in_torch.using("torch"):
+        twin, twin_out = rows.clone(), in_torch.weighted_segment_sum(source, index, offsets, weight)
+        in_torch.normalize_rows_(twin)
+        twin_projected = twin_out.clone()
+        in_torch.remove_parallel_(twin_projected, twin)
+    expected = (twin_out, (source[index] * rows[bag]).sum(1), twin, twin_projected)
+    for computed, by_torch in zip((out, dots, unit, projected), expected, strict=True):
+        torch.testing.assert_close(computed, by_torch, atol=1e-4, rtol=1e-4)

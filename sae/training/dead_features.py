@@ -1,13 +1,9 @@
-"""Features that fell silent, and two ways in which they come back beside the AuxK loss.
+"""Resampling of dead features (Bricken et al. 2023, "Towards monosemanticity", appendix "Neuron resampling").
 
-1. `wake`: encoder biases of dead features rise until they are active, in place of being learned. AuxK turns a dead
-   feature towards the error; its bias would sink meanwhile, since whatever is forced to be active overshoots, and ever
-   fewer tokens could wake it.
-2. `resample` (Bricken et al. 2023, "Towards monosemanticity", appendix "Neuron resampling"): dead features start again
-   in directions that are badly reconstructed. Tokens are drawn with probability proportional to the square of their
-   loss ‖x − x̂‖², here of one batch; a dead feature's decoder row becomes the unit vector along such a token's error,
-   its encoder row the same direction with `share` times the mean norm of the living encoder rows, its bias zero, and
-   the optimizer's moments of all of them zero.
+They start again in directions that are badly reconstructed. Tokens are drawn with probability proportional to the
+square of their loss ‖x − x̂‖², here of one batch; a dead feature's decoder row becomes the unit vector along such a
+token's error, its encoder row the same direction with `share` times the mean norm of the living encoder rows, its bias
+zero, and the optimizer's moments of all of them zero.
 """
 
 from __future__ import annotations
@@ -18,20 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-WAKING = 0.2
-"""Rise of a dead feature's encoder bias a step, as a share of the learning rate."""
 RESAMPLE_AT = (0.1, 0.2, 0.3, 0.4)
 """Shares of the run after which dead features are resampled, where that is asked for."""
 RESAMPLED_ENCODER = 0.2
 """Norm of a resampled encoder row, relative to the living ones; 1 where features compete for k places."""
-
-
-@torch.no_grad()
-def wake(bias: Tensor, dead: Tensor, learning_rate: float) -> None:
-    """Raises the biases [F] of the features `dead` [n], which get no gradient."""
-    bias[dead] += WAKING * learning_rate
-    if bias.grad is not None:
-        bias.grad[dead] = 0
 
 
 @torch.no_grad()

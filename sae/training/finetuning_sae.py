@@ -31,10 +31,8 @@ from sae.activation_functions import CORE, GATED, IDENTITY, JUMPRELU, RELU, TOPK
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError
 from sae.folding import fold_scale
-from sae.sparse.activations import SparseActs
-from sae.sparse.encoder_pass import EncoderPass
-from sae.sparse.segment_ops import normalize_rows_, remove_parallel_
-from sae.sparse.selection import above, top_k
+from sae.sparse.activations import SparseActs, normalize_rows_, remove_parallel_
+from sae.sparse.encoder_pass import EncoderPass, above, top_k
 
 STEERING = 0.1
 """Share of the estimated way to the wanted L0 that the cuts go in one step."""

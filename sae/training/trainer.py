@@ -2,7 +2,7 @@
 
 1. A buffer is filled with activations of all sites from the same tokens (`sae.data.activations`), and shuffled;
 2. each `TrainingSAE` (one autoencoder at one site) makes the gradients of its batch, and one fused Adam step updates
-   all of them, with the learning rates of `sae.training.schedules`;
+   all of them, with the learning rates of its `Schedule`;
 3. every `log_steps` steps a line a site goes to `saes/training.jsonl`; checkpoints are made at even distances;
 4. at the end each autoencoder is exported to `saes/<site>/`.
 
@@ -135,7 +135,8 @@ class Trainer(TrainingLoop):
         progress: bool,
     ):
         self.saes = [sae for sae in saes if sae.architecture.trained]
-        self.activations, self.config, self.device, self.total = activations, config, saes[0].device, config.steps
+        self.activations, self.config, self.device = activations, config, saes[0].device
+        self.batch, self.total = config.batch, config.steps
         workspace = Workspace()
         for sae in self.saes:
             sae.workspace = workspace
@@ -170,7 +171,7 @@ class Trainer(TrainingLoop):
         """The buffers of all sites, in float32, within the memory allowed."""
         bytes_per_token = 4 * sum(self.activations.widths.values())
         wanted = min(self.config.buffer_tokens, self.config.tokens, BUFFER_BYTES // bytes_per_token)
-        size = max(wanted, MIN_BUFFER_TOKENS, self.config.batch, self.activations.rows_at_once)
+        size = max(wanted, MIN_BUFFER_TOKENS, self.batch, self.activations.rows_at_once)
         self.buffer = {
             site: torch.empty(size, width, device=self.device) for site, width in self.activations.widths.items()
         }
@@ -185,7 +186,7 @@ class Trainer(TrainingLoop):
 
     def _next_rows(self) -> dict[int, Tensor]:
         """Rows of the buffer for the next batch [n], by seed; fills it again when fewer than a batch are left."""
-        batch = self.config.batch
+        batch = self.batch
         if (self.dealt + 1) * batch > self.filled and self.dealt > 0:
             self.position = self.activations.position()
             self.fill, self.dealt = self.fill + 1, 0
@@ -220,7 +221,7 @@ class Trainer(TrainingLoop):
             raise diverged(self.saes[int((~finite).nonzero()[0])].name, self.step, self.files.checkpoints)
 
     def _log(self, lines: TextIO) -> str:
-        now, tokens = time.monotonic(), (self.step - self.logged_step) * self.config.batch
+        now, tokens = time.monotonic(), (self.step - self.logged_step) * self.batch
         speed = tokens / max(now - self.logged_at, 1e-9)
         self.logged_at, self.logged_step = now, self.step
         reports = {sae: sae.report() for sae in self.saes}
@@ -228,7 +229,7 @@ class Trainer(TrainingLoop):
         epoch = self.activations.position().epoch
         for sae, report in reports.items():
             rate = sae.schedule.learning_rate(self.step - 1)
-            line = {"step": self.step, "tokens": self.step * self.config.batch, "site": sae.name, **report}
+            line = {"step": self.step, "tokens": self.step * self.batch, "site": sae.name, **report}
             line |= {"learning_rate": rate, "tokens_per_second": round(speed), "epoch": epoch}
             lines.write(json.dumps(line) + "\n")
         shared = ("loss", "l0", "explained_variance", "dead")  # what every architecture reports

@@ -43,7 +43,7 @@ import torch
 
 from sae.architectures import ARCHITECTURES
 from sae.model.sites import Site
-from sae.sparse.segment_ops import using
+from sae.sparse.activations import using
 from sae.training.config import TrainConfig
 from sae.training.loop import BETAS
 from sae.training.training_sae import TrainingSAE

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from sae.sparse import segment_ops
+from sae.sparse import activations
 from sae.sparse.activations import SparseActs
 from tests.benchmarks.peer_steps import Sizes, Step, seconds
 
@@ -38,7 +38,7 @@ def operations(sizes: Sizes) -> list[Operation]:
     acts = SparseActs.fixed_k(feature, torch.rand(n_tokens, sizes.k, device=device), n_features)
     W_dec, gradient = (torch.randn(n_features, d, device=device) for _ in range(2))
     x = torch.randn(n_tokens, d, device=device)
-    segment_ops.normalize_rows_(W_dec)
+    activations.normalize_rows_(W_dec)
     value, W = acts.z.clone().requires_grad_(), W_dec.clone().requires_grad_()
     out = acts.decode(value, W)
     order, offsets = acts.by_feature
@@ -47,7 +47,7 @@ def operations(sizes: Sizes) -> list[Operation]:
     return [
         Operation(
             "decoding",
-            lambda: segment_ops.weighted_segment_sum(W_dec, acts.feature, acts.bag_offsets, acts.z),
+            lambda: activations.weighted_segment_sum(W_dec, acts.feature, acts.bag_offsets, acts.z),
             read,
             read,
         ),
@@ -55,9 +55,9 @@ def operations(sizes: Sizes) -> list[Operation]:
             "its gradients", lambda: torch.autograd.grad(out, (value, W), x, retain_graph=True),
             n_features + rows_of_both, read + rows_of_both,
         ),
-        Operation("gradient of W_enc", lambda: segment_ops.weighted_segment_sum(*entries), rows_of_both, rows_of_both),
-        Operation("projection", lambda: segment_ops.remove_parallel_(gradient, W_dec), 3 * n_features, 7 * n_features),
-        Operation("normalisation", lambda: segment_ops.normalize_rows_(W_dec), 2 * n_features, 3 * n_features),
+        Operation("gradient of W_enc", lambda: activations.weighted_segment_sum(*entries), rows_of_both, rows_of_both),
+        Operation("projection", lambda: activations.remove_parallel_(gradient, W_dec), 3 * n_features, 7 * n_features),
+        Operation("normalisation", lambda: activations.normalize_rows_(W_dec), 2 * n_features, 3 * n_features),
     ]  # fmt: skip
 
 
@@ -68,7 +68,7 @@ def kernel_times(sizes: Sizes, modes: tuple[str, ...] = ("torch", "auto")) -> st
     for operation in operations(sizes):
         line = f"{operation.name:18s}"
         for mode in modes:
-            with segment_ops.using(mode):
+            with activations.using(mode):
                 time = statistics.median(seconds(operation.step, ROUNDS + 2, sizes)[2:])
             moved = 4e-9 * sizes.width * (operation.by_torch if mode == "torch" else operation.by_kernels)
             line += f"   {1e3 * time:14.3f} {moved:6.2f} {moved / time:6.0f}"

@@ -22,7 +22,7 @@ from sae.features.contexts import top_contexts
 from sae.features.matching import match_by_activation
 from sae.model.sites import Site
 from sae.saes import SAEs, load_saes
-from sae.sparse.segment_ops import group_offsets, rows_added, rows_multiplied, segment_dot, using, weighted_segment_sum
+from sae.sparse.activations import group_offsets, rows_added, rows_multiplied, segment_dot, using, weighted_segment_sum
 from sae.training.config import FinetuneConfig, TrainConfig
 from sae.training.finetuning import finetune_saes
 from sae.training.trainer import train_saes

@@ -6,13 +6,12 @@ import pytest
 import torch
 
 from sae.architectures import ARCHITECTURES, architecture
-from sae.architectures.losses import Hyper
+from sae.architectures.base import Hyper
 from sae.architectures.matryoshka import prefix_ends
 from sae.autoencoder import SAEConfig, SparseAutoencoder
 from sae.errors import UserError
 from sae.sparse.activations import SparseActs, stable_order
-from sae.sparse.encoder_pass import Workspace, row_chunks
-from sae.sparse.selection import BatchSelector, above, top_k
+from sae.sparse.encoder_pass import BatchSelector, Workspace, above, row_chunks, top_k
 from tests.near import assert_near
 
 N, D, F, K = 37, 12, 48, 5

@@ -11,9 +11,9 @@ import torch
 
 from sae.errors import UserError
 from sae.model.sites import Site
-from sae.sparse import segment_ops
+from sae.sparse import activations
 from sae.sparse.activations import SparseActs
-from sae.sparse.selection import above
+from sae.sparse.encoder_pass import above
 from sae.training.config import TrainConfig
 from sae.training.training_sae import TrainingSAE
 
@@ -31,14 +31,14 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """`sae.sparse.triton_kernels` with windows of eight entries, at work wherever `sae.sparse.segment_ops` is asked."""
+    """`sae.sparse.triton_kernels` with windows of eight entries, at work wherever `sae.sparse.activations` is asked."""
     pytest.importorskip("triton", reason="Triton is not installed")
     if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("there is no GPU, and TRITON_INTERPRET is not 1")
     from sae.sparse import triton_kernels as kernels
 
     monkeypatch.setattr(kernels, "WINDOW", 8)
-    with segment_ops.using("triton"):
+    with activations.using("triton"):
         yield kernels
 
 
@@ -71,8 +71,8 @@ def assert_bags_agree(kernels, bags):
     torch.testing.assert_close(out.double(), expected, atol=tolerance * 10, rtol=tolerance)
     expected_dots = (x * bags["rows"].double()[bags["bag"]]).sum(1)
     torch.testing.assert_close(dots.double(), expected_dots, atol=tolerance * 10, rtol=tolerance)
-    with segment_ops.using("torch"):
-        twin = segment_ops.weighted_segment_sum(source, index, offsets, weight)
+    with activations.using("torch"):
+        twin = activations.weighted_segment_sum(source, index, offsets, weight)
     assert twin.dtype == out.dtype
     torch.testing.assert_close(out, twin, atol=tolerance * 10, rtol=tolerance)
 
@@ -119,11 +119,11 @@ def test_projection_and_normalisation_are_those_of_torch(kernels, d):
     unit, gradient = (torch.randn(9, d, generator=generator).to(DEVICE) for _ in range(2))
     unit[4] = 0
     twin, twin_gradient = unit.clone(), gradient.clone()
-    segment_ops.normalize_rows_(unit)
-    segment_ops.remove_parallel_(gradient, unit)
-    with segment_ops.using("torch"):
-        segment_ops.normalize_rows_(twin)
-        segment_ops.remove_parallel_(twin_gradient, twin)
+    activations.normalize_rows_(unit)
+    activations.remove_parallel_(gradient, unit)
+    with activations.using("torch"):
+        activations.normalize_rows_(twin)
+        activations.remove_parallel_(twin_gradient, twin)
     torch.testing.assert_close(unit, twin)
     torch.testing.assert_close(gradient, twin_gradient, atol=1e-5, rtol=1e-5)
 
@@ -169,7 +169,7 @@ def one_step(name, *, cast, dead, mode):
     one.state["l0"].fill_(1)  # the sparse step of architectures that have two
     if dead:
         one.state["silent"][::2] = 10**9
-    with segment_ops.using(mode), torch.autocast(DEVICE, torch.bfloat16) if cast else nullcontext():
+    with activations.using(mode), torch.autocast(DEVICE, torch.bfloat16) if cast else nullcontext():
         one.step(x, 480)
         gradients = {key: weight.grad.clone() for key, weight in one.weights.items()}
         with torch.no_grad():
@@ -207,34 +207,34 @@ def test_every_use_of_rows_asks_for_the_kernels(kernels, monkeypatch):
 
 
 def test_kernels_that_are_wrong_are_found(kernels, monkeypatch):
-    segment_ops.check(kernels, DEVICE)
+    kernels.check(DEVICE)
     monkeypatch.setattr(
         kernels,
         "_owners",
         lambda offsets, n, n_windows: torch.zeros(2 * n_windows, dtype=torch.int64, device=offsets.device),
     )
     with pytest.raises(AssertionError):
-        segment_ops.check(kernels, DEVICE)
+        kernels.check(DEVICE)
 
 
 def test_an_unknown_choice_of_kernels_is_told():
     message = "SFC_KERNELS is 'cuda', allowed are auto, torch, triton"
-    with segment_ops.using("cuda"), pytest.raises(UserError, match=message):
-        segment_ops.kernels_for(torch.zeros(1))
+    with activations.using("cuda"), pytest.raises(UserError, match=message):
+        activations.kernels_for(torch.zeros(1))
 
 
 def test_kernels_that_nothing_can_run_are_told(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with segment_ops.using("triton"), pytest.raises(UserError, match="Triton has no code for 'cpu'"):
-        segment_ops.kernels_for(torch.zeros(1))
+    with activations.using("triton"), pytest.raises(UserError, match="Triton has no code for 'cpu'"):
+        activations.kernels_for(torch.zeros(1))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setitem(sys.modules, "sae.sparse.triton_kernels", None)  # as where Triton is not installed
-    with segment_ops.using("triton"), pytest.raises(UserError, match="Triton cannot be imported"):
-        segment_ops.kernels_for(torch.zeros(1))
+    with activations.using("triton"), pytest.raises(UserError, match="Triton cannot be imported"):
+        activations.kernels_for(torch.zeros(1))
 
 
 def test_numbers_of_double_precision_stay_with_torch(kernels):
-    assert segment_ops.kernels_for(torch.zeros(2, 2, dtype=torch.float64)) is None
+    assert activations.kernels_for(torch.zeros(2, 2, dtype=torch.float64)) is None
 
 
 @pytest.mark.parametrize("name", ["topk", "batchtopk"])

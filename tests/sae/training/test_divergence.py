@@ -22,10 +22,9 @@ from sae.sparse import encoder_pass
 from sae.sparse.encoder_pass import EncoderPass
 from sae.training.config import FinetuneConfig, TrainConfig
 from sae.training.finetuning import finetune_saes
-from sae.training.schedules import Schedule
 from sae.training.sweep import grid, sweep
 from sae.training.trainer import Trainer, train_saes
-from sae.training.training_sae import TrainingSAE
+from sae.training.training_sae import Schedule, TrainingSAE
 
 TEXTS = ["the man sees the dog", "she walks near the old cat .", "kings know queens"] * 60
 SITE = Site.parse("resid_0")

@@ -3,9 +3,9 @@
 1. The path is searched; configs say how large the autoencoders are. Formats of other projects are read once for it.
 2. What fits in the budget as a whole is loaded at once.
 3. Else `SAEs` is lazy: asked for a site, it reads that autoencoder (safetensors are memory-mapped) and moves it to the
-   device. Room for two is set aside, the one in use and the next; the rest of the budget keeps those read first. Work
-   goes over the sites in the same order again and again: throwing out the least recently used would then read every one
-   of them every time.
+   device. Room for two is set aside, the one in use and the next; in the rest of the budget those of the first sites
+   stay. Work goes over the sites in the same order again and again: throwing out the least recently used would then
+   read every one of them every time.
 
 All autoencoders of Gemma 2 2B (26 layers, three sites, width 2,304, 16,384 features) are 24 GB.
 """
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from sae._run.contents import check_complete
-from sae.autoencoder import SAE_CONFIG_FILE, WEIGHTS_FILE, SAEConfig, SparseAutoencoder, read_config
+from sae.autoencoder import SAEConfig, SparseAutoencoder, read_config
 from sae.errors import UserError
 from sae.formats import load_sae, read_folder, site_of
 from sae.formats.locate import folders_in, sae_folders
@@ -55,24 +55,31 @@ class SAEs(Mapping[Site, SparseAutoencoder]):
     def __init__(self, saes: Mapping[Site, SparseAutoencoder]) -> None:
         self.budget: int | None = None
         self.n_reads = 0
-        self._sources: dict[Site, Source] = {}
         self._in_memory = dict(sorted(saes.items()))
+        self._sites = tuple(self._in_memory)
+        self._sources: dict[Site, Source] = {}  # of lazy ones, and what follows
+        self._staying: set[Site] = set()
         self._latest: tuple[Site, SparseAutoencoder] | None = None
         self._biases: dict[Site, Tensor] = {}
-        self._device, self._room = torch.device("cpu"), 0
+        self._device = torch.device("cpu")
 
     @classmethod
     def lazy(cls, sources: Mapping[Site, Source], *, device: str | torch.device, budget: int) -> SAEs:
         """Autoencoders that are read when they are asked for, of which at most `budget` bytes are in memory."""
         saes = cls({})
         saes.budget, saes._sources, saes._device = budget, dict(sorted(sources.items())), torch.device(device)
-        saes._room = budget - 2 * max(source.config.n_bytes for source in sources.values())
-        if saes._room < 0:
-            least = (budget - saes._room) / GIB
+        saes._sites = tuple(saes._sources)
+        least = 2 * max(source.config.n_bytes for source in sources.values())
+        if least > budget:
             raise UserError(
                 f"sae-memory is {budget / GIB:.3g} GiB: it must hold two autoencoders, the one in use and the next, "
-                f"which take {least:.3g} GiB here"
+                f"which take {least / GIB:.3g} GiB here"
             )
+        room = budget - least
+        for site, source in saes._sources.items():
+            if source.config.n_bytes <= room:
+                saes._staying.add(site)
+                room -= source.config.n_bytes
         return saes
 
     @property
@@ -95,45 +102,37 @@ class SAEs(Mapping[Site, SparseAutoencoder]):
         sae = source.read().to(self._device)
         self.n_reads += 1
         self._biases[site] = sae.b_dec.clone()
-        if source.config.n_bytes <= self._room:
-            self._room -= source.config.n_bytes
+        if site in self._staying:
             self._in_memory[site] = sae
         else:
             self._latest = site, sae
         return sae
 
     def __iter__(self) -> Iterator[Site]:
-        return iter(self._sources if self.is_lazy else self._in_memory)
+        return iter(self._sites)
 
     def __len__(self) -> int:
-        return len(self._sources if self.is_lazy else self._in_memory)
+        return len(self._sites)
 
     def __contains__(self, site: object) -> bool:
-        return site in (self._sources if self.is_lazy else self._in_memory)
+        return site in self._sites
 
     def __repr__(self) -> str:
-        lines = (f"  {site}: {config.architecture}, {config.n_features:,} features" for site, config in self._configs())
+        lines = (
+            f"  {site}: {self.config(site).architecture}, {self.config(site).n_features:,} features" for site in self
+        )
         return "\n".join([f"SAEs at {len(self)} sites{', read when needed' if self.is_lazy else ''}", *lines])
-
-    def _configs(self) -> Iterator[tuple[Site, SAEConfig]]:
-        return ((site, self.config(site)) for site in self)
 
     @property
     def n_bytes(self) -> int:
         """Bytes of memory that the autoencoders take at most: all of them, or the budget."""
-        total = sum(config.n_bytes for _, config in self._configs())
+        total = sum(self.config(site).n_bytes for site in self)
         return total if self.budget is None else min(total, self.budget)
 
     @property
     def n_staying(self) -> int:
-        """Number that stay in memory once they were read, when the sites are asked for in order."""
-        if self.budget is None:
-            return len(self)
-        room, n = self.budget - 2 * max(source.config.n_bytes for source in self._sources.values()), 0
-        for source in self._sources.values():
-            fits = source.config.n_bytes <= room
-            room, n = room - fits * source.config.n_bytes, n + fits
-        return n
+        """Number that stay in memory once they were read."""
+        return len(self._staying) if self.is_lazy else len(self)
 
     def config(self, site: Site) -> SAEConfig:
         """The config of a site's autoencoder; nothing is read."""
@@ -208,55 +207,33 @@ def _bytes_at_most(root: Path) -> int:
 def _sources(source: str | Path, sites: set[Site] | None, *, keep: bool) -> dict[Site, Source]:
     """Where the autoencoder of each site is read from; `keep` those that had to be read to know their site."""
     root = Path(source).expanduser()
-    if root.is_dir() and sae_folders(root):
-        folders = find_saes(root, sites=sites)
-        return {
-            site: Source(partial(SparseAutoencoder.load, folder), read_config(folder))
-            for site, folder in folders.items()
-        }
-    names = folders_in(root) if root.is_dir() else []
+    ours = sae_folders(root)
+    folders = ours or [root / folder for folder in folders_in(root)]
     only = next(iter(sites)) if sites is not None and len(sites) == 1 else None
-    if not names:
+    if not folders:
         sae = load_sae(source, site=only, device="cpu")
-        return {site_of(sae, str(source)): _source_of(sae)}
+        return {site_of(sae.config, str(source)): Source(lambda: sae, sae.config)}
+    given = only.name if only is not None and len(folders) == 1 else ""
     sources: dict[Site, Source] = {}
-    given = only.name if only is not None and len(names) == 1 else ""
-    for name in names:
-        sae = read_folder(root / name, given)
-        site = site_of(sae, str(root / name))
+    for folder in folders:
+        if ours:
+            of_folder = Source(partial(SparseAutoencoder.load, folder), read_config(folder))
+        else:
+            sae = read_folder(folder, given)
+            of_folder = Source(partial(_itself, sae) if keep else partial(read_folder, folder, given), sae.config)
+        site = site_of(of_folder.config, str(folder))
         if site in sources:
             raise UserError(f"{str(source)!r} holds several autoencoders for site {site}: name the folder of one")
-        if sites is None or site in sites:
-            sources[site] = _source_of(sae) if keep else Source(partial(read_folder, root / name, given), sae.config)
-    if sites is not None and (missing := sorted(sites - set(sources))):
-        raise UserError(f"{str(source)!r} has no autoencoder for {', '.join(map(str, missing))}")
-    return sources
+        sources[site] = of_folder
+    wanted = set(sources) if sites is None else sites
+    if missing := sorted(wanted - set(sources)):
+        names, has = (", ".join(map(str, listed)) for listed in (missing, sorted(sources)))
+        raise UserError(f"{str(source)!r} has no autoencoder for {names}; it has {has}")
+    return {site: sources[site] for site in wanted}
 
 
-def _source_of(sae: SparseAutoencoder) -> Source:
-    """One that was read already."""
-    return Source(lambda: sae, sae.config)
-
-
-def find_saes(path: str | Path, *, sites: Iterable[Site | str] | None = None) -> dict[Site, Path]:
-    """The folder of each site's autoencoder in our own format, in forward order, where `load_saes` reads it."""
-    folders = sae_folders(path)
-    if not folders:
-        raise UserError(
-            f"no autoencoders in {str(path)!r}: looked for SITE/{SAE_CONFIG_FILE} and SITE/{WEIGHTS_FILE}, "
-            "there and in a saes folder inside"
-        )
-    by_site: dict[Site, Path] = {}
-    for folder in folders:
-        site = Site.parse(read_config(folder).site)
-        if site in by_site:
-            raise UserError(f"{str(path)!r} holds several autoencoders for site {site}; name one of their folders")
-        by_site[site] = folder
-    wanted = set(by_site) if sites is None else {Site.parse(str(site)) for site in sites}
-    if missing := sorted(wanted - set(by_site)):
-        names, has = ", ".join(map(str, missing)), ", ".join(folder.name for folder in folders)
-        raise UserError(f"{str(path)!r} has no autoencoder for {names}; it has {has}")
-    return {site: by_site[site] for site in sorted(wanted)}
+def _itself(sae: SparseAutoencoder) -> SparseAutoencoder:
+    return sae
 
 
 def saes_fingerprint(saes: Mapping[Site, SparseAutoencoder]) -> str:

@@ -17,7 +17,7 @@ import torch
 
 from sae._files import names_in
 from sae._run.contents import check_complete
-from sae.autoencoder import SparseAutoencoder, is_sae_folder
+from sae.autoencoder import SAEConfig, SparseAutoencoder, is_sae_folder
 from sae.errors import UserError, unknown
 from sae.formats import circuit_tracer, dictionary_learning, gemma_scope, llama_scope, openai, saelens, sparsify
 from sae.formats.common import check_same, staged
@@ -134,8 +134,8 @@ def _placed(sae: SparseAutoencoder, site: str, source: str) -> SparseAutoencoder
     return sae
 
 
-def site_of(sae: SparseAutoencoder, source: str) -> Site:
+def site_of(config: SAEConfig, source: str) -> Site:
     """The site that the files at `source` say their autoencoder belongs to."""
-    if not sae.config.site:
+    if not config.site:
         raise UserError(f"nothing at {source!r} says which site its autoencoder belongs to: load it alone, with a site")
-    return Site.parse(sae.config.site)
+    return Site.parse(config.site)

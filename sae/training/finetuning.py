@@ -33,7 +33,7 @@ from torch.nn.functional import cross_entropy, kl_div
 
 from sae._run.locks import lock
 from sae.autoencoder import SparseAutoencoder
-from sae.data.activations import ContextStream, StreamState
+from sae.data.activations import ContextStream
 from sae.data.batches import counted_tokens
 from sae.data.text import TextSource
 from sae.errors import UserError
@@ -207,7 +207,7 @@ def make_trainable(
 class Finetuner(TrainingLoop):
     """Fine-tunes autoencoders that stand in the model together."""
 
-    unit, title = "token", "fine-tune"
+    unit, title, counters = "token", "fine-tune", ("tokens", "logged_tokens")
 
     def __init__(
         self,
@@ -233,7 +233,8 @@ class Finetuner(TrainingLoop):
 
     def run(self) -> None:
         """Fine-tunes to the end, from the last checkpoint if there is one."""
-        self._restore()
+        if self._restore():
+            self.stream.seek(self.position)
         self._run_loop()
 
     def _one_step(self) -> None:
@@ -245,7 +246,7 @@ class Finetuner(TrainingLoop):
             raise diverged(sites[0] if sites else "all sites together", self.step, self.files.checkpoints)
         losses.loss.backward()
         n_tokens = int(counted.sum())
-        self.tokens, self.step = self.tokens + n_tokens, self.step + 1
+        self.tokens, self.step, self.position = self.tokens + n_tokens, self.step + 1, self.stream.state
         for (site, sae), group in zip(self.saes.items(), self.optimizer.param_groups, strict=True):
             group["lr"] = self.config.learning_rate_at(self.tokens / self.config.tokens, sae.config.d_model)
             sae.project()
@@ -275,13 +276,3 @@ class Finetuner(TrainingLoop):
 
     def _tensors(self) -> dict[str, Tensor]:
         return super()._tensors() | {f"sums/{name}": total for name, total in self.sums.items()}
-
-    def _position(self) -> StreamState:
-        return self.stream.state
-
-    def _counters(self) -> dict[str, int]:
-        return {"tokens": self.tokens, "logged_tokens": self.logged_tokens}
-
-    def _restore_counters(self, counters: Mapping[str, int], position: StreamState) -> None:
-        self.tokens, self.logged_tokens = counters["tokens"], counters["logged_tokens"]
-        self.stream.seek(position)

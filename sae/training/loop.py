@@ -47,8 +47,12 @@ class TrainingLoop(ABC):
     """Unit of progress."""
     title: ClassVar[str]
     """Beginning of the progress bar."""
+    counters: ClassVar[tuple[str, ...]]
+    """Attributes, whole numbers, that a resumed run needs beside the step."""
     total: int
     """Units of the whole run."""
+    position = StreamState()
+    """Where in the text a resumed run begins to read."""
 
     def __init__(
         self,
@@ -66,9 +70,9 @@ class TrainingLoop(ABC):
         self.explained: dict[str, float] = {}  # explained variance by name, since the last line of the log
 
     @property
-    @abstractmethod
     def done(self) -> int:
         """Units done."""
+        return self.step
 
     @abstractmethod
     def _one_step(self) -> None:
@@ -77,18 +81,6 @@ class TrainingLoop(ABC):
     @abstractmethod
     def _log(self, lines: TextIO) -> str:
         """Writes a line for each autoencoder and returns the means for the bar."""
-
-    @abstractmethod
-    def _position(self) -> StreamState:
-        """Where in the text a resumed run begins to read."""
-
-    @abstractmethod
-    def _counters(self) -> dict[str, int]:
-        """Whole numbers that a resumed run needs beside the step."""
-
-    @abstractmethod
-    def _restore_counters(self, counters: Mapping[str, int], position: StreamState) -> None:
-        """Takes up what `_counters` and `_position` gave."""
 
     def _run_loop(self) -> None:
         """Steps to the end of the run."""
@@ -135,7 +127,8 @@ class TrainingLoop(ABC):
     def _save(self) -> None:
         self._check_finite()
         log_bytes = self.files.log_path.stat().st_size
-        state = Checkpoint(self.step, self._counters(), self._position(), log_bytes, self._tensors())
+        counters = {name: getattr(self, name) for name in self.counters}
+        state = Checkpoint(self.step, counters, self.position, log_bytes, self._tensors())
         checkpoints.save(self.files.checkpoints, state)
 
     def _restore(self) -> bool:
@@ -144,8 +137,9 @@ class TrainingLoop(ABC):
         if saved is None:
             self.files.log_path.unlink(missing_ok=True)
             return False
-        self.step = saved.step
-        self._restore_counters(saved.counters, saved.position)
+        self.step, self.position = saved.step, saved.position
+        for name in self.counters:
+            setattr(self, name, saved.counters[name])
         for name, sae in self.trained.items():
             checkpoints.make_moments(name, sae.weights, self.optimizer, saved.tensors)
         with torch.no_grad():

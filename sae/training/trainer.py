@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from sae._run.locks import lock
 from sae.autoencoder import SparseAutoencoder
-from sae.data.activations import ActivationSource, ContextStream, ModelActivations, StreamState
+from sae.data.activations import ActivationSource, ContextStream, ModelActivations
 from sae.data.cache import CachedActivations, CachedModel
 from sae.data.text import TextSource
 from sae.errors import UserError
@@ -123,7 +123,7 @@ def open_activations(
 class Trainer(TrainingLoop):
     """Trains autoencoders on the activations of their sites, all from the same tokens."""
 
-    unit, title = "step", "train"
+    unit, title, counters = "step", "train", ("fill", "dealt")
 
     def __init__(
         self,
@@ -145,15 +145,10 @@ class Trainer(TrainingLoop):
         optimizer = torch.optim.Adam(groups or [{"params": []}], betas=BETAS, fused=fused)
         super().__init__({sae.name: sae for sae in self.saes}, optimizer, config, run, progress=progress)
         self.fill = self.dealt = 0  # fills of the buffer, batches taken from the present one
-        self.position = StreamState()  # where in the text that fill began
         self.buffer: dict[Site, Tensor] = {}
         self.orders: dict[int, Tensor] = {}  # by seed, so that each autoencoder reads what it would read alone
         self.filled = 0
         self.logged_at, self.logged_step = time.monotonic(), 0
-
-    @property
-    def done(self) -> int:
-        return self.step
 
     def run(self) -> None:
         """Trains to the end, from the last checkpoint if there is one."""
@@ -236,12 +231,3 @@ class Trainer(TrainingLoop):
         mean = {key: sum(report[key] for report in reports.values()) / len(reports) for key in shared}
         named = f"loss {mean['loss']:.3f}, L0 {mean['l0']:.1f}, explained {mean['explained_variance']:.3f}"
         return f"{named}, dead {mean['dead']:.2f}, {speed:,.0f} tokens/s"
-
-    def _position(self) -> StreamState:
-        return self.position
-
-    def _counters(self) -> dict[str, int]:
-        return {"fill": self.fill, "dealt": self.dealt}
-
-    def _restore_counters(self, counters: Mapping[str, int], position: StreamState) -> None:
-        self.fill, self.dealt, self.position = counters["fill"], counters["dealt"], position

@@ -11,7 +11,7 @@ It works on raw activations: whatever scaling training used is folded into the t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -234,9 +234,6 @@ def read_config(folder: str | Path) -> SAEConfig:
     allowed = {f.name for f in fields(SAEConfig)}
     if surplus := sorted(set(entries) - allowed):
         raise UserError(f"{folder / SAE_CONFIG_FILE} has unknown entries {surplus}, allowed are {sorted(allowed)}")
-    needed = {f.name for f in fields(SAEConfig) if f.default is MISSING and f.default_factory is MISSING}
-    if missing := sorted(needed - set(entries)):
-        raise UserError(f"{folder / SAE_CONFIG_FILE} lacks the entries {missing}")
     return check_type(entries, SAEConfig, folder / SAE_CONFIG_FILE)
 
 

@@ -15,7 +15,7 @@ from sae.activation_functions import JUMPRELU
 from sae.architectures.base import Hyper, Weights
 from sae.architectures.topk import TopK
 from sae.sparse.activations import SparseActs
-from sae.sparse.encoder_pass import BatchSelector, EncoderPass
+from sae.sparse.encoder_pass import EncoderPass, batch_top_k
 
 MEMORY = 0.99
 """Decay of the running threshold a step."""
@@ -29,12 +29,7 @@ class BatchTopK(TopK):
         return {"threshold": torch.tensor(0.0), "n_thresholds": torch.tensor(0.0)}
 
     def select(self, encoder: EncoderPass, w: Weights, hyper: Hyper) -> SparseActs:
-        n_tokens = len(encoder.x_c)
-        selector = BatchSelector(hyper.k, n_tokens)
-        while True:
-            candidates = SparseActs.concatenate([selector.candidates(z) for z in encoder.chunks()])
-            if selector.enough(candidates):
-                return candidates.largest(hyper.k * n_tokens)
+        return batch_top_k(encoder.chunks, hyper.k)
 
     def observe(self, f: Tensor, state: Mapping[str, Tensor]) -> None:
         if f.numel():
@@ -43,5 +38,4 @@ class BatchTopK(TopK):
             state["threshold"].mul_(memory).add_((1 - memory) * f.min())
 
     def export(self, w: Weights, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        tensors = {name: tensor.detach() for name, tensor in w.items()}
-        return tensors | {"threshold": state["threshold"].expand_as(w["b_enc"]).clone()}
+        return super().export(w, state) | {"threshold": state["threshold"].expand_as(w["b_enc"]).clone()}

@@ -41,5 +41,5 @@ class Gated(Penalised):
         return Losses(loss, x_hat, f)
 
     def export(self, w: Weights, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        tensors = {name: tensor.detach() for name, tensor in w.items()}
+        tensors = super().export(w, state)
         return tensors | {"magnitude": tensors.pop("r").exp()}

@@ -25,6 +25,7 @@ from torch import Tensor
 from sae.data.text import TextSource, read_texts
 from sae.model.language_model import LanguageModel
 from sae.model.tokens import Tokens
+from sae.sparse.activations import row_blocks
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +92,5 @@ def counted_predictions(model: LanguageModel, tokens: Tokens, *, special_tokens:
 
 def bounded(model: LanguageModel, tokens: Tokens) -> Iterator[Tokens]:
     """The batch in parts whose logits fit in `LOGIT_BYTES`, one text at least."""
-    rows = max(1, LOGIT_BYTES // (4 * tokens.n_positions * model.vocab_size))
-    for start in range(0, len(tokens), rows):
-        yield tokens[start : start + rows]
+    for rows in row_blocks(len(tokens), 4 * tokens.n_positions * model.vocab_size, LOGIT_BYTES):
+        yield tokens[rows]

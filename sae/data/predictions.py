@@ -22,9 +22,10 @@ from sae.model.hook_points import SiteEdit
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
 from sae.model.tokens import Tokens
+from sae.sparse.activations import row_blocks
 
 CHUNK_BYTES = 64 * 2**20
-"""Largest [rows, V] intermediate of predictions."""
+"""Largest [rows, V] intermediate of predictions, in float32."""
 
 
 def double(x: Tensor) -> Tensor:
@@ -64,18 +65,12 @@ def negative_log_likelihood(log_q: Tensor, targets: Tensor) -> float:
     return -total(log_q.gather(-1, targets[:, None]))
 
 
-def prediction_chunks(n: int, vocabulary: int) -> list[slice]:
-    """Slices of n predictions, each of whose [rows, V] in float32 takes `CHUNK_BYTES` at most."""
-    rows = max(1, CHUNK_BYTES // (4 * vocabulary))
-    return [slice(start, start + rows) for start in range(0, n, rows)]
-
-
 class ModelPredictions:
     """Log-probabilities of next tokens in the untouched model, computed once for all that is compared."""
 
     def __init__(self, logits: Tensor, targets: Tensor) -> None:
         self.targets = targets  # [N] token ids
-        self.parts = prediction_chunks(len(targets), logits.shape[-1])
+        self.parts = row_blocks(len(targets), 4 * logits.shape[-1], CHUNK_BYTES)
         self.log_p = torch.empty(logits.shape, device=logits.device)  # [N, V]
         for part in self.parts:
             self.log_p[part] = logits[part].float().log_softmax(-1)
@@ -129,7 +124,7 @@ def cross_entropy(
                 predicted, wanted = row[counted], targets[counted]
                 sum_ += sum(
                     negative_log_likelihood(predicted[part].float().log_softmax(-1), wanted[part])
-                    for part in prediction_chunks(len(wanted), logits.shape[-1])
+                    for part in row_blocks(len(wanted), 4 * logits.shape[-1], CHUNK_BYTES)
                 )
             n_predictions += int(scored.sum())
     if n_predictions == 0:

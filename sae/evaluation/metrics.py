@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from sae.data.predictions import Totals, double, ratio, total
+from sae.sparse.activations import row_blocks
 
 DENSE_DENSITY = 0.1
 """A feature that is active on more than this share of the tokens is called dense."""
@@ -220,9 +221,6 @@ def error_alignment(
 
     error: [N, d] what the reconstruction misses; W_dec: [F, d]; token, feature: [n].
     """
-    chunk = max(1, chunk_bytes // (8 * error.shape[-1]))
-    products = [
-        torch.einsum("nd,nd->n", error[token[i : i + chunk]], W_dec[feature[i : i + chunk]])
-        for i in range(0, len(token), chunk)
-    ]
+    blocks = row_blocks(len(token), 8 * error.shape[-1], chunk_bytes)
+    products = [torch.einsum("nd,nd->n", error[token[block]], W_dec[feature[block]]) for block in blocks]
     return torch.cat(products) if products else error.new_zeros(0)

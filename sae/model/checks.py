@@ -20,7 +20,7 @@ from torch import Tensor
 from sae.errors import UserError
 from sae.model.forward import PROBE_ROWS, padding_tokens, with_gradients
 from sae.model.language_model import LanguageModel, Run
-from sae.model.scales import TOLERANCE_16_BIT, block_sums, exactly, is_exact, tolerance
+from sae.model.site_search import TOLERANCE_16_BIT, block_sums, exactly, is_exact, tolerance
 from sae.model.sites import Site
 from sae.model.tokens import Tokens
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from sae.errors import UserError
 from sae.model.forward import cannot_run, config_constants
 from sae.model.hook_points import HookPoint, empty_outputs
-from sae.model.scales import fit_scales
+from sae.model.site_search import fit_scales
 from sae.model.sites import Site
 
 Trace = Callable[[Sequence[Callable[[], None]]], Tensor]

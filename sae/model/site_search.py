@@ -12,6 +12,10 @@ outputs of its modules:
    and the other `mlp`, unless their names say the contrary; a lone one is what its name says.
 
 Where blocks differ (attention here, a state space there) each has its own modules.
+
+`fit_scales` finds the constants with which a model multiplies what its sublayers add to the residual stream (Granite,
+Cohere): for each block, stream before + Σ c_i x_i = stream after. Where the plain sum does not explain the stream, the
+factors c_i come from least squares; where one is near a number of the model's config, it is that number.
 """
 
 from __future__ import annotations
@@ -158,9 +162,8 @@ def explain(block: _Call, inside: Sequence[_Call]) -> tuple[dict[str, str], str]
     Pairs come before single modules, unless both of the pair are inside the single one.
     """
     y, change = block.left, _flat(block.left) - _flat(block.entered)
-    exact = y.dtype in (torch.float32, torch.float64)
-    allowed = (TOLERANCE if exact else TOLERANCE_16_BIT) * float(change.abs().max())
-    allowed += (ROUNDING if exact else ROUNDING_16_BIT) * float(y.abs().max())
+    rounding = ROUNDING if is_exact(y) else ROUNDING_16_BIT
+    allowed = tolerance(y) * float(change.abs().max()) + rounding * float(y.abs().max())
     outputs = _distinct([call for call in inside if call.left.shape[-1] == y.shape[-1]])
     single = _best([(output,) for output in outputs.items()], change, allowed)
     pairs = [
@@ -175,7 +178,7 @@ def explain(block: _Call, inside: Sequence[_Call]) -> tuple[dict[str, str], str]
 
 def _flat(x: Tensor) -> Tensor:
     """[B * S, d] float64, on the CPU."""
-    return x.cpu().double().flatten(0, -2)
+    return exactly(x).flatten(0, -2)
 
 
 def _distinct(calls: Sequence[_Call]) -> dict[_Call, Tensor]:
@@ -228,3 +231,62 @@ def _kinds(block: _Call, calls: Sequence[_Call]) -> dict[str, str]:
     reversed_names = is_mlp[0] and not is_attn[0] and is_attn[1] and not is_mlp[1]
     kinds = ("mlp", "attn") if reversed_names else ("attn", "mlp")
     return {kind: call.module for kind, call in zip(kinds, calls, strict=True)}
+
+
+# ---- constants on the way to the residual stream
+
+
+def block_sums(sites: Sequence[Site]) -> list[tuple[Site, list[Site], Site]]:
+    """For each block whose sites are there: the stream before it, what is added, the stream after it."""
+    sums = []
+    for resid in (site for site in sites if site.kind == "resid" and site.layer is not None):
+        stream_before = Site("resid", resid.layer - 1) if resid.layer else Site("embed")
+        added = [site for site in (Site("attn", resid.layer), Site("mlp", resid.layer)) if site in sites]
+        if stream_before in sites and added:
+            sums.append((stream_before, added, resid))
+    return sums
+
+
+def fit_scales(activations: Mapping[Site, Tensor], constants: Sequence[float]) -> dict[Site, float]:
+    """The factors with which attn and mlp are added to the residual stream, where they are not 1 and explain it; one
+    of the config's constants where one is near.
+    """
+    scales: dict[Site, float] = {}
+    for stream_before, added, stream_after in block_sums(list(activations)):
+        outputs = [exactly(activations[site]) for site in added]
+        if len({activations[site].shape for site in (stream_before, *added, stream_after)}) > 1:
+            continue
+        change = exactly(activations[stream_after]) - exactly(activations[stream_before])
+        allowed = _allowed(activations[stream_after], change)
+        if float((change - torch.stack(outputs).sum(0)).abs().max()) <= allowed:
+            continue
+        factors = [_nearest(x, constants, activations[stream_after]) for x in fit_factors(outputs, change)]
+        explained = torch.stack([x * output for x, output in zip(factors, outputs, strict=True)]).sum(0)
+        if min(factors) >= SMALLEST_SCALE and float((change - explained).abs().max()) <= allowed:
+            scales |= dict(zip(added, factors, strict=True))
+    return scales
+
+
+def exactly(x: Tensor) -> Tensor:
+    """In float64, on the CPU: Apple's GPUs have none."""
+    return x.detach().cpu().double()
+
+
+def _allowed(after: Tensor, change: Tensor) -> float:
+    """The largest difference that rounding of the stream, and a little of the change itself, explains."""
+    return tolerance(after) * (float(change.abs().max()) + 0.1 * float(after.abs().max()))
+
+
+def _nearest(factor: float, constants: Sequence[float], x: Tensor) -> float:
+    best = min(constants, key=lambda constant: abs(constant - factor), default=factor)
+    return best if abs(best - factor) <= tolerance(x) * abs(factor) else float(f"{factor:.6g}")
+
+
+def tolerance(x: Tensor | torch.dtype) -> float:
+    """Largest difference that rounding explains, relative to the largest value."""
+    return TOLERANCE if is_exact(x) else TOLERANCE_16_BIT
+
+
+def is_exact(x: Tensor | torch.dtype) -> bool:
+    """Whether numbers have at least the precision of float32."""
+    return (x.dtype if isinstance(x, Tensor) else x) in (torch.float32, torch.float64)

@@ -11,16 +11,16 @@ Entries are selected without sorting those that are certainly not active:
   which are found the same way, so that no selection is from more than about 8 k entries.
 - `above`: every entry over a bound. Columns are looked at in groups of eight first (an elementwise maximum over slabs
   F/8 wide, which is memory-bound); only groups whose maximum is over the bound are read again.
-- `BatchSelector`: the n largest of the whole batch (BatchTopK). A bound below the n-th largest is read from a
-  sample of the group maxima, `above` lists what exceeds it (little more than n entries), and only these are
-  selected from. The result is exact: when fewer than n entries exceed the bound, a lower one is taken.
+- `batch_top_k`: the n largest of the whole batch (BatchTopK). A bound below the n-th largest is read from a sample of
+  the first chunk's group maxima, `above` lists what exceeds it (little more than n entries), and only these are
+  selected from. The result is exact: when fewer than n entries exceed the bound, zero is taken.
 
 Ties are broken arbitrarily, as in `torch.topk`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -172,23 +172,17 @@ def lower_bound(maxima: Tensor, n: int) -> Tensor:
     return sample.topk(rank, sorted=True).values[-1].clamp(min=0) if rank < len(sample) else sample.new_zeros(())
 
 
-class BatchSelector:
-    """The positive entries among the k·N largest of a batch, fed chunk by chunk of rows."""
-
-    def __init__(self, k: int, n_tokens: int):
-        self.k, self.n_tokens = k, n_tokens
-        self.bound: Tensor | None = None
-
-    def candidates(self, z: Tensor) -> SparseActs:
-        """Entries of a chunk z [n, F] that may be among the largest; the first chunk sets the bound."""
-        maxima = group_maxima(z)
-        if self.bound is None:
-            self.bound = lower_bound(maxima, self.k * len(z))
-        return above(z, self.bound, maxima)
-
-    def enough(self, candidates: SparseActs) -> bool:
-        """Whether the candidates of the whole batch hold its largest; if not, the bound becomes 0 for another pass."""
-        assert self.bound is not None
-        enough = len(candidates.z) >= self.k * self.n_tokens or self.bound.item() == 0.0
-        self.bound = self.bound if enough else torch.zeros_like(self.bound)
-        return enough
+def batch_top_k(chunks: Callable[[], Iterable[Tensor]], k: int) -> SparseActs:
+    """The positive entries among the k·N largest of a batch; `chunks` gives its z chunk by chunk of rows, each time."""
+    bound: Tensor | None = None
+    while True:
+        candidates = []
+        for z in chunks():
+            maxima = group_maxima(z)
+            bound = lower_bound(maxima, k * len(z)) if bound is None else bound
+            candidates.append(above(z, bound, maxima))
+        acts = SparseActs.concatenate(candidates)
+        assert bound is not None
+        if len(acts.z) >= k * acts.n_tokens or bound.item() == 0.0:
+            return acts.largest(k * acts.n_tokens)
+        bound = torch.zeros_like(bound)

@@ -11,7 +11,7 @@ from sae.architectures.matryoshka import prefix_ends
 from sae.autoencoder import SAEConfig, SparseAutoencoder
 from sae.errors import UserError
 from sae.sparse.activations import SparseActs, stable_order
-from sae.sparse.encoder_pass import BatchSelector, Workspace, above, row_chunks, top_k
+from sae.sparse.encoder_pass import Workspace, above, batch_top_k, row_chunks, top_k
 from tests.near import assert_near
 
 N, D, F, K = 37, 12, 48, 5
@@ -293,12 +293,7 @@ def test_batch_selection_is_exact_also_when_the_first_chunk_misleads(seed, k):
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn(64, 128, generator=generator)
     z[:16] *= 10  # the bound read from the first chunk is far too high
-    selector = BatchSelector(k, len(z))
-    while True:
-        entries = SparseActs.concatenate([selector.candidates(chunk) for chunk in z.split(16)])
-        if selector.enough(entries):
-            break
-    chosen = entries.largest(k * len(z))
+    chosen = batch_top_k(lambda: z.split(16), k)
     expected = z.flatten().sort(descending=True).values[: k * len(z)]
     assert torch.equal(chosen.z.sort(descending=True).values, expected[expected > 0])
     assert torch.equal(z[chosen.token, chosen.feature], chosen.z)
@@ -306,9 +301,8 @@ def test_batch_selection_is_exact_also_when_the_first_chunk_misleads(seed, k):
 
 def test_one_pass_selects_a_batch_whose_chunks_are_alike():
     z = torch.randn(512, 256, generator=torch.Generator().manual_seed(0))
-    selector = BatchSelector(8, len(z))
-    entries = SparseActs.concatenate([selector.candidates(chunk) for chunk in z.split(128)])
-    assert selector.bound > 0 and selector.enough(entries)
+    passes = iter([z.split(128)])  # the second would end in StopIteration
+    assert len(batch_top_k(lambda: next(passes), 8).z) == 8 * 512
 
 
 @pytest.mark.parametrize(("k", "lift"), [(8, 0.0), (60, 9.0)])
@@ -317,13 +311,8 @@ def test_a_batch_with_fewer_positive_entries_than_wanted_gives_those(k, lift):
     z = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)) - 2
     z[:16] += lift
     assert (z > 0).sum() < k * 64
-    selector = BatchSelector(k, 64)
-    for last in (False, True):
-        entries = SparseActs.concatenate([selector.candidates(chunk) for chunk in z.split(16)])
-        if selector.enough(entries):
-            break
-        assert not last
-    assert torch.equal(entries.largest(k * 64).z.sort().values, z[z > 0].sort().values)
+    passes = iter([z.split(16)] * 2)
+    assert torch.equal(batch_top_k(lambda: next(passes), k).z.sort().values, z[z > 0].sort().values)
 
 
 @pytest.mark.parametrize("n", [40, 2**16, 2**16 + 2])

@@ -7,6 +7,7 @@ the norm of their decoder row. What cannot be read rightly is refused with a sen
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -17,11 +18,12 @@ import torch
 
 from sae._files import names_in
 from sae._run.contents import check_complete
-from sae.autoencoder import SAEConfig, SparseAutoencoder, is_sae_folder
+from sae.autoencoder import SAE_CONFIG_FILE, WEIGHTS_FILE, SAEConfig, SparseAutoencoder
 from sae.errors import UserError, unknown
-from sae.formats import circuit_tracer, dictionary_learning, gemma_scope, llama_scope, openai, saelens, sparsify
+from sae.formats import dictionary_learning, gemma_scope, llama_scope, openai, saelens, sparsify
 from sae.formats.common import check_same, staged
 from sae.formats.locate import local_path
+from sae.formats.refusals import refuse_no_autoencoder
 from sae.formats.site_names import EMBED_HOOKS
 from sae.model.huggingface import resolve_device
 from sae.model.sites import Site
@@ -32,24 +34,30 @@ class Format:
     """A format that can be read."""
 
     name: str
-    """How it is called."""
-    files: str
-    """The files it is known by, for messages."""
-    recognises: Callable[[Path], bool]
-    """Whether a folder or file is in it."""
+    """Its name, for messages."""
+    files: tuple[str, ...]
+    """The files that a folder of it has."""
     read: Callable[[Path], SparseAutoencoder]
-    """The autoencoder there."""
+    """Reads the autoencoder in a folder or file."""
+    file: str = ""
+    """Regular expression of the name of a file that is an autoencoder by itself."""
+
+    def recognises(self, path: Path) -> bool:
+        """Whether a folder or file is in it."""
+        if path.is_file():
+            return re.fullmatch(self.file, path.name) is not None
+        return self.files != () and all((path / name).is_file() for name in self.files)
 
 
-FORMATS: tuple[Format, ...] = (
-    Format("ours", "config.json + sae.safetensors", is_sae_folder, SparseAutoencoder.load),
-    Format("dictionary_learning", "ae.pt + config.json", dictionary_learning.recognises, dictionary_learning.read),
-    Format("SAELens", "cfg.json + sae_weights.safetensors", saelens.recognises, saelens.read),
-    Format("sparsify", "cfg.json + sae.safetensors", sparsify.recognises, sparsify.read),
-    Format("Gemma Scope", "params.npz", gemma_scope.recognises, gemma_scope.read),
-    Format("Llama Scope", "hyperparams.json + checkpoints/final.safetensors", llama_scope.recognises, llama_scope.read),
-    Format("circuit-tracer", "config.yaml", circuit_tracer.recognises, circuit_tracer.read),
-    Format("OpenAI", "autoencoders/LAYER.pt", openai.recognises, openai.read),
+FORMATS = (
+    Format("ours", (SAE_CONFIG_FILE, WEIGHTS_FILE), SparseAutoencoder.load),
+    Format("dictionary_learning", ("ae.pt",), dictionary_learning.read, r"ae_\d+\.pt"),
+    Format("SAELens", ("cfg.json", "sae_weights.safetensors"), saelens.read),
+    Format("sparsify", ("cfg.json", "sae.safetensors"), sparsify.read),
+    Format("Gemma Scope", ("params.npz",), gemma_scope.read),
+    Format("Gemma Scope 2", ("params.safetensors",), gemma_scope.read),
+    Format("Llama Scope", ("hyperparams.json",), llama_scope.read),
+    Format("OpenAI", (), openai.read, r".*\.pt"),
 )
 WrittenFormat = Literal["ours", "saelens", "dictionary_learning"]
 WRITERS: dict[str, Callable[[SparseAutoencoder, Path], object]] = {
@@ -117,8 +125,9 @@ def read_folder(path: Path, site: str = "") -> SparseAutoencoder:
     for file_format in FORMATS:
         if file_format.recognises(path):
             return _placed(file_format.read(path), site, str(path))
+    refuse_no_autoencoder(path)
     names = names_in(path) if path.is_dir() else path.name
-    formats = "; ".join(f"{f.files} ({f.name})" for f in FORMATS)
+    formats = "; ".join(f"{' + '.join(f.files) or 'LAYER.pt'} ({f.name})" for f in FORMATS)
     raise UserError(f"no autoencoder in {str(path)!r}: looked for {formats}; found {names}")
 
 

@@ -18,7 +18,6 @@ raw: the normalisation of training is folded into the biases before the file is 
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,7 +38,6 @@ log = logging.getLogger(__name__)
 
 NAME = "dictionary_learning"
 WEIGHTS, CONFIG = "ae.pt", "config.json"
-_SNAPSHOT = re.compile(r"ae_\d+\.pt")
 
 _GATED = LINEAR | {"b_enc": "mag_bias", "b_dec": "decoder_bias", "gate_bias": "gate_bias", "magnitude": "r_mag"}
 _PARAMETERS = {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")}
@@ -83,11 +81,6 @@ class _Config(TypedDict, total=False):
     """The entry of `config.json` that is read."""
 
     trainer: _Trainer | None
-
-
-def recognises(path: Path) -> bool:
-    """Whether the folder has the files of this format, or the file is a snapshot `checkpoints/ae_5000.pt`."""
-    return (path / WEIGHTS).is_file() or (path.is_file() and _SNAPSHOT.fullmatch(path.name) is not None)
 
 
 def read(folder: Path) -> SparseAutoencoder:

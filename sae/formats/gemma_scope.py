@@ -31,11 +31,6 @@ _TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
 _SKIP = ("affine_skip_connection",)
 
 
-def recognises(folder: Path) -> bool:
-    """Whether the folder has the files of this format."""
-    return (folder / WEIGHTS).is_file() or (folder / WEIGHTS_2).is_file()
-
-
 def read(folder: Path) -> SparseAutoencoder:
     """The autoencoder in a folder with `params.npz` or `params.safetensors`."""
     path = folder / WEIGHTS if (folder / WEIGHTS).is_file() else folder / WEIGHTS_2

@@ -51,11 +51,6 @@ class _Config(TypedDict, total=False):
     dataset_average_activation_norm: dict[str, float] | None
 
 
-def recognises(folder: Path) -> bool:
-    """Whether the folder has the files of this format."""
-    return (folder / CONFIG).is_file()
-
-
 def read(folder: Path) -> SparseAutoencoder:
     """The autoencoder in a folder with `hyperparams.json`."""
     config = read_entries(folder / CONFIG, _Config)

@@ -32,11 +32,6 @@ _IGNORED = (
 _ARCHITECTURE = {"ReLU": "relu", "TopK": "topk", "Identity": "identity"}
 
 
-def recognises(path: Path) -> bool:
-    """Whether the path is a `.pt` file; dictionary_learning's have been recognised before."""
-    return path.suffix == ".pt" and path.is_file()
-
-
 def _elsewhere(path: Path) -> dict[str, str]:
     """TransformerLens' name of a hook point that is no site of ours."""
     for name, hook in (("resid_post_attn", "hook_resid_mid"), ("mlp_post_act", "mlp.hook_post")):

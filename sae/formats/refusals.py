@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -44,3 +45,37 @@ def refusal(source: Path, name: str) -> UserError | None:
 def transcoder_refusal(source: Path) -> UserError:
     """The error for a transcoder; raise what this returns."""
     return UserError(f"{source} holds {_REASONS['transcoder']}")
+
+
+def refuse_no_autoencoder(path: Path) -> None:
+    """`UserError` for a file or folder of circuit-tracer or Language-Model-SAEs that holds no autoencoder of one site.
+
+    circuit-tracer has `config.yaml` with a `model_kind`, `layer_3.safetensors` (a transcoder of one layer), or
+    `W_enc_3.safetensors` and `W_dec_3.safetensors` (a cross-layer transcoder). Language-Model-SAEs writes `config.json`
+    with a `sae_type`, such as crosscoder, clt, lorsa, molt.
+    """
+    files = path.iterdir() if path.is_dir() else [path]
+    names = [file.name for file in files if file.suffix == ".safetensors"]
+    cross_layer = any(name.startswith(("W_enc_", "W_dec_")) for name in names)
+    one_layer = any(name.startswith("layer_") for name in names)
+    kind = "clt" if cross_layer else _sae_type(path)
+    if kind or one_layer or "model_kind" in _head(path / "config.yaml"):
+        raise refusal(path, kind) or transcoder_refusal(path)
+
+
+def _head(path: Path) -> str:
+    """The beginning of a config, "" where there is none."""
+    if not path.is_file():
+        return ""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return file.read(2**16)
+
+
+def _sae_type(path: Path) -> str:
+    """The kind of model that a `config.json` of Language-Model-SAEs names, "" for an autoencoder or none."""
+    try:
+        config = json.loads(_head(path / "config.json") or "{}")
+    except ValueError:
+        return ""
+    name = config.get("sae_type") if isinstance(config, dict) else None
+    return name if isinstance(name, str) and name != "sae" else ""

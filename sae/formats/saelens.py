@@ -98,11 +98,6 @@ class _Config(_Metadata, total=False):
     finetuning_scaling_factor: bool | None
 
 
-def recognises(folder: Path) -> bool:
-    """Whether the folder has the files of this format."""
-    return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
-
-
 def read(folder: Path) -> SparseAutoencoder:
     """The autoencoder in a folder with `cfg.json` and `sae_weights.safetensors`."""
     path = folder / CONFIG

@@ -53,11 +53,6 @@ def _run_transcodes(folder: Path) -> bool:
         return False
 
 
-def recognises(folder: Path) -> bool:
-    """Whether the folder has the files of this format."""
-    return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
-
-
 def read(folder: Path) -> SparseAutoencoder:
     """The autoencoder in a folder with `cfg.json` and `sae.safetensors`."""
     path = folder / CONFIG

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -51,7 +51,7 @@ def probe_tokens(hf: Any) -> Tokens:
     reserved = reserved_ids(getattr(hf, "config", None))
     allowed = torch.tensor([index for index in range(n_tokens) if index not in reserved] or [0])
     draw = torch.randint(len(allowed), (PROBE_ROWS, PROBE_POSITIONS), generator=torch.Generator().manual_seed(0))
-    return every_token(allowed[draw])
+    return Tokens(allowed[draw], torch.ones_like(draw))
 
 
 def padding_tokens(probe: Tokens) -> Tokens:
@@ -64,11 +64,6 @@ def padding_tokens(probe: Tokens) -> Tokens:
     mask = torch.ones(len(rows), len(row), dtype=torch.int64)
     mask[-1, :n] = 0
     return Tokens(torch.stack(rows), mask)
-
-
-def every_token(ids: Tensor) -> Tokens:
-    """A batch without padding."""
-    return Tokens(ids, torch.ones_like(ids))
 
 
 def reserved_ids(config: Any) -> set[int]:
@@ -113,25 +108,18 @@ def config_constants(hf: Any) -> list[float]:
     return [value for entries in configs for value in entries.values() if isinstance(value, float)]
 
 
-def equal_lengths(tokens: Tokens) -> list[Tensor]:
-    """The rows of a batch, grouped by their number of tokens."""
-    lengths = tokens.lengths
-    return [(lengths == n).nonzero().flatten() for n in sorted(set(lengths.tolist()))]
-
-
-def without_padding(tokens: Tokens, rows: Tensor) -> Tokens:
-    """Rows of equal length without the columns before them."""
-    n = int(tokens.lengths[rows[0]])
-    return Tokens(tokens.input_ids[rows, -n:], tokens.attention_mask[rows, -n:])
-
-
 def run_by_length(tokens: Tokens, run: Callable[[Tokens], Run]) -> Run:
     """Activations [B, S, d] and logits of rows of equal length run together without padding, where both are zero."""
-    groups = equal_lengths(tokens)
-    runs = [run(without_padding(tokens, rows)) for rows in groups]
+    lengths = tokens.lengths
+    groups = {n: (lengths == n).nonzero().flatten() for n in sorted(set(lengths.tolist()))}
+    runs = [run(Tokens(tokens.input_ids[rows, -n:], tokens.attention_mask[rows, -n:])) for n, rows in groups.items()]
 
     def together(values: list[Tensor], n_positions: int) -> Tensor:
-        return scattered(list(zip(groups, values, strict=True)), n_rows=len(tokens), n_positions=n_positions)
+        """[B, S, d] of each group's values [n, s, d], which end at the last position."""
+        out = values[0].new_zeros(len(tokens), n_positions, values[0].shape[-1])
+        for rows, x in zip(groups.values(), values, strict=True):
+            out[rows, n_positions - x.shape[1] :] = x
+        return out
 
     activations = {
         site: together([result.activations[site] for result in runs], tokens.n_positions)
@@ -142,11 +130,3 @@ def run_by_length(tokens: Tokens, run: Callable[[Tokens], Run]) -> Run:
         return Run(activations, logits[0])
     last_only = all(x.shape[1] == 1 for x in logits)
     return Run(activations, together(logits, 1 if last_only else tokens.n_positions))
-
-
-def scattered(pieces: Sequence[tuple[Tensor, Tensor]], *, n_rows: int, n_positions: int) -> Tensor:
-    """[B, S, d] of parts (rows [n], values [n, s, d]) that end at the last position; zero before them."""
-    out = pieces[0][1].new_zeros(n_rows, n_positions, pieces[0][1].shape[-1])
-    for rows, values in pieces:
-        out[rows, n_positions - values.shape[1] :] = values
-    return out

@@ -134,12 +134,12 @@ class HookPoint:
             self.write(x)
             return
         if self.body is not None:
-            self.body.skip(_packed(torch.zeros_like(x), self.body_outputs))
-        self.envoy.skip(_packed(self._inward(x), self.outputs))
+            self.body.skip(_replaced(self.body_outputs, torch.zeros_like(x)))
+        self.envoy.skip(_replaced(self.outputs, self._inward(x)))
 
     def pass_through(self) -> None:
         """Do not run the block: its output is its input."""
-        self.envoy.skip(_packed(self.envoy.input, self.outputs))
+        self.envoy.skip(_replaced(self.outputs, self.envoy.input))
 
     def at_last_position(self) -> None:
         """Run a module that takes each token alone at the last position; its output is zero elsewhere."""
@@ -205,11 +205,8 @@ def empty_outputs(value: Any) -> Any:
 
 
 def _replaced(value: Any, x: Tensor) -> Any:
+    """A tuple or list with x for its first entry; x in place of anything else."""
     return _like(value, [x, *value[1:]]) if isinstance(value, (tuple, list)) and len(value) else x
-
-
-def _packed(x: Tensor, outputs: Any) -> Any:
-    return x if outputs is None else _like(outputs, [x, *outputs[1:]])
 
 
 def _like(value: Any, entries: list[Any]) -> Any:

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -40,13 +39,13 @@ def pretrained_model(name: str, dtype: torch.dtype | None) -> nn.Module:
     local = Path(name).is_dir() or not hub_reachable()
     _check_config(Path(name) / "config.json")
 
-    def load() -> tuple[nn.Module, dict[str, Any]]:
-        return AutoModelForCausalLM.from_pretrained(
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype or "auto", local_files_only=local, trust_remote_code=False, output_loading_info=True,
             ignore_mismatched_sizes=True,
         )  # fmt: skip
-
-    model, info = _in_one_sentence(load, "model", name, "config.json and the weights")
+    except Exception as error:
+        raise _not_loaded("model", name, "config.json and the weights", error) from error
     for what, key in (("has no weights for", "missing_keys"), ("has weights of another shape for", "mismatched_keys")):
         if names := sorted(_named(entry) for entry in info.get(key) or ()):
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -69,31 +68,21 @@ def pretrained_tokenizer(name: str, *, required: bool) -> Any:
     folder = Path(name)
     local = folder.is_dir() or not hub_reachable()
 
-    def load() -> Any:
+    try:
         try:
             return AutoTokenizer.from_pretrained(name, local_files_only=local, trust_remote_code=False)
         except Exception:  # the many ways a folder's files can be odd; a bare tokenizer.json still serves
-            if (folder / "tokenizer.json").is_file():
-                return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
-            raise
-
-    if required:
-        return _in_one_sentence(load, "tokenizer of model", name, "tokenizer.json")
-    try:
-        return load()
-    except Exception:
+            if not (folder / "tokenizer.json").is_file():
+                raise
+            return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    except Exception as error:
+        if required:
+            raise _not_loaded("tokenizer of model", name, "tokenizer.json", error) from error
         return None
 
 
-def _in_one_sentence(load: Callable[[], Any], what: str, name: str, contents: str) -> Any:
-    """The result of `load`; `UserError` whatever it raises."""
-    try:
-        return load()
-    except Exception as error:
-        raise _not_loaded(what, name, contents, error) from error
-
-
 def _not_loaded(what: str, name: str, contents: str, error: Exception) -> UserError:
+    """The sentence for whatever the library raised; raise what this returns."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, UnpicklingError):
         lines = ["a .bin file holds more than tensors, and is not opened: it could run code"]

@@ -21,7 +21,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from sae._plotting import COLOURS, PALE, RULE, quiet, save_figure
 from sae.architectures import architecture
-from sae.evaluation.sweep_results import SweepResults, mean
+from sae.evaluation.sweep_results import SweepResults
 from sae.model.sites import Site
 
 METRICS = {"explained_variance": "explained variance", "ce_recovered": "CE recovered"}
@@ -30,7 +30,9 @@ COLUMNS = 6
 """Most panels in a row."""
 FILLED = 0.7
 """Share of the panels that must not be blank for rows of one kind."""
-LightLine = tuple[str, int]
+LINE = ["architecture", "features"]
+"""Columns that tell the lines of a picture apart."""
+Styles = dict[tuple[str, int], dict[str, object]]
 
 
 def plot_site(results: SweepResults, site: str, path: str | Path) -> Path:
@@ -86,12 +88,12 @@ def _even_rows(sites: Sequence[str], most: int) -> list[list[str]]:
     return [list(sites[i : i + length]) for i in range(0, len(sites), length)]
 
 
-def _styles(results: SweepResults) -> dict[LightLine, dict[str, object]]:
+def _styles(results: SweepResults) -> Styles:
     """How each line is drawn: colour by architecture, lightness and marker by width."""
-    lines = list(results.lines())
+    lines = list(dict.fromkeys((row.architecture, row.features) for row in results.rows))
     architectures = [name for name in dict.fromkeys(name for name, _ in lines) if architecture(name).trained]
     widths = sorted({width for name, width in lines if name in architectures})
-    styles: dict[LightLine, dict[str, object]] = {}
+    styles: Styles = {}
     for name, width in lines:
         if name not in architectures:
             styles[name, width] = {"color": PALE, "marker": "x"}
@@ -104,7 +106,7 @@ def _styles(results: SweepResults) -> dict[LightLine, dict[str, object]]:
     return styles
 
 
-def _handles(styles: dict[LightLine, dict[str, object]]) -> list[Line2D]:
+def _handles(styles: Styles) -> list[Line2D]:
     return [
         Line2D([], [], label=f"{name} {width:,}", lw=1.6, ms=4.5, **style)  # type: ignore[arg-type]
         for (name, width), style in styles.items()
@@ -116,27 +118,23 @@ def _panel(
     results: SweepResults,
     site: str,
     metric: str,
-    styles: dict[LightLine, dict[str, object]],
+    styles: Styles,
     *,
     seeds: bool,
 ) -> None:
     """All lines of a site."""
-    asked: set[int] = set()
-    for line, by_k in results.lines(site).items():
-        groups = [by_k[k] for k in sorted(by_k)]
-        asked.update(by_k)
-        x = [mean(row.l0 for row in rows) for rows in groups]
-        y = [mean(getattr(row, metric) for row in rows) for rows in groups]
-        axes.plot(x, y, lw=1.4, ms=4, **styles[line])  # type: ignore[arg-type]
+    frame = results.to_frame().query("site == @site")
+    for line, rows in frame.groupby(LINE, sort=False):
+        means = rows.groupby("k")[["l0", metric]].mean()
+        axes.plot(means["l0"], means[metric], lw=1.4, ms=4, **styles[line])  # type: ignore[arg-type]
         if seeds:
-            points = [row for rows in groups if len(rows) > 1 for row in rows]
-            heights = [getattr(row, metric) for row in points]
-            axes.scatter([row.l0 for row in points], heights, s=5, color=styles[line]["color"], lw=0)  # type: ignore[arg-type]
+            points = rows[rows.groupby("k")["k"].transform("size") > 1]
+            axes.scatter(points["l0"], points[metric], s=5, color=styles[line]["color"], lw=0)  # type: ignore[arg-type]
     low, high = axes.get_ylim()
     if high > 0.97 and math.isfinite(low):
         axes.axhline(1, color=RULE, lw=1, zorder=0)
     axes.set_xscale("log")
-    axes.set_xticks(sorted(asked))
+    axes.set_xticks(sorted(frame["k"].unique()))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_locator(NullLocator())
     quiet(axes)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from sae._files import without_nan
@@ -77,14 +74,6 @@ class SweepResults(Result):
         """Sites in the order of the forward pass."""
         return list(dict.fromkeys(row.site for row in self.rows))
 
-    def lines(self, site: str | None = None) -> dict[tuple[str, int], dict[int, list[SweepRow]]]:
-        """Rows by architecture and width, then by k; of one site or of all."""
-        by_line: dict[tuple[str, int], dict[int, list[SweepRow]]] = {}
-        for row in self.rows:
-            if site in (None, row.site):
-                by_line.setdefault((row.architecture, row.features), {}).setdefault(row.k, []).append(row)
-        return by_line
-
     def to_frame(self) -> pd.DataFrame:
         """A row a config and site."""
         import pandas as pd
@@ -116,9 +105,3 @@ class SweepResults(Result):
     def _where(self) -> str:
         after = f" from document {self.start:,} on" if self.start else ""
         return f"{self.measured_on}{after}{', which they were trained on' if self.seen else ''}"
-
-
-def mean(values: Iterable[float]) -> float:
-    """Mean of the defined values."""
-    defined = [value for value in values if not math.isnan(value)]
-    return fmean(defined) if defined else math.nan

@@ -9,10 +9,9 @@ from sae.architectures.gated import Gated
 from sae.architectures.identity import Identity
 from sae.architectures.jumprelu import JumpReLU
 from sae.architectures.matryoshka import Matryoshka
-from sae.architectures.multi_topk import MultiTopK
 from sae.architectures.p_anneal import PAnneal
 from sae.architectures.relu import ReLU, ReLUUnit
-from sae.architectures.topk import TopK
+from sae.architectures.topk import MultiTopK, TopK
 from sae.errors import unknown
 
 ARCHITECTURES: dict[str, Architecture] = {

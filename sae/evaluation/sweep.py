@@ -18,12 +18,22 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sae._files import check_digest, parse_json, read_header, read_json, read_tensors, write_json, write_tensors
+from sae._files import (
+    check_digest,
+    parse_json,
+    read_header,
+    read_json,
+    read_tensors,
+    without_nan,
+    write_json,
+    write_tensors,
+)
+from sae._frames import Result, frame_text
 from sae._progress import ProgressBar
 from sae._run.contents import check_no_link, clean, sweep_layout
 from sae.architectures import architecture
@@ -33,11 +43,13 @@ from sae.data.text import TextSource
 from sae.errors import UserError
 from sae.evaluation.evaluate import Evaluator
 from sae.evaluation.results import EVALUATION_FILE
-from sae.evaluation.sweep_results import SweepResults, SweepRow
 from sae.model.language_model import LanguageModel
 from sae.model.tokens import Tokens
 from sae.saes import load_saes
 from sae.training.sweep import Sweep
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +60,98 @@ SPLICED = ("ce", "ce_recovered", "kl")
 """Metrics of all sites spliced that the results hold."""
 NAMES = ("model", "text")
 """Settings that other names of the same thing may differ in."""
+SHOWN = {"l0": "L0", "explained_variance": "EV", "ce_recovered": "CE recovered", "dead_fraction": "dead"}
+"""Columns of the tables, by the metrics they show."""
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """One dictionary."""
+
+    name: str
+    """Its config, and the folder of its run."""
+    architecture: str
+    """Architecture."""
+    features: int
+    """Features of the dictionary."""
+    k: int
+    """Active features that were asked for."""
+    seed: int
+    """Seed."""
+    site: str
+    """Site."""
+    l0: float
+    """Mean active features a token."""
+    explained_variance: float
+    """1 − Σ‖x − x̂‖² / Σ‖x − x̄‖²."""
+    ce_recovered: float
+    """(CE_zero − CE) / (CE_zero − CE_model) with this site alone spliced."""
+    kl: float
+    """Mean KL divergence from the model's predictions, in nats."""
+    dead_fraction: float
+    """Share of the features that never fired on the text."""
+
+
+@dataclass(frozen=True)
+class SweepResults(Result):
+    """Metrics of every dictionary of a sweep."""
+
+    rows: tuple[SweepRow, ...]
+    """One a config and site."""
+    spliced: dict[str, dict[str, float]]
+    """By config, with all sites spliced: ce, ce_recovered, kl."""
+    ce_model: float
+    """Cross-entropy of the model itself."""
+    n_tokens: int
+    """Tokens measured."""
+    measured_on: str
+    """Text measured on."""
+    start: int
+    """First document of it."""
+    seen: bool
+    """Whether the dictionaries were trained on it."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON-ready values; undefined numbers are None."""
+        data = {"text" if key == "measured_on" else key: value for key, value in asdict(self).items()}
+        return {"schema_version": 1, **without_nan(json.loads(json.dumps(data)))}
+
+    @property
+    def sites(self) -> list[str]:
+        """Sites in the order of the forward pass."""
+        return list(dict.fromkeys(row.site for row in self.rows))
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row a config and site."""
+        import pandas as pd
+
+        return pd.DataFrame([asdict(row) for row in self.rows])
+
+    def summary(self) -> str:
+        """A line for each architecture, width and k: means over sites and seeds."""
+        means = self._means(["architecture", "features", "k"])
+        together = self.to_frame()[["name", "architecture", "features", "k"]].drop_duplicates()
+        together["all spliced"] = [self.spliced[name]["ce_recovered"] for name in together.pop("name")]
+        keys = ["architecture", "features", "k"]
+        means["all spliced"] = together.groupby(keys, sort=False)["all spliced"].mean().to_numpy()
+        sites = f"{len(self.sites)} sites" if len(self.sites) > 1 else self.sites[0]
+        head = f"means over {sites} and all seeds, {self.n_tokens:,} tokens of {self._where()}"
+        return f"{head}\n{frame_text(means, {'L0': 1})}"
+
+    def text(self) -> str:
+        """The same for each site."""
+        return frame_text(self._means(["site", "architecture", "features", "k"]), {"L0": 1})
+
+    def _means(self, keys: list[str]) -> pd.DataFrame:
+        """Means of what is defined over all rows that share the keys."""
+        frame = self.to_frame()
+        if "site" in keys:
+            frame = frame.sort_values("site", key=lambda names: names.map(self.sites.index), kind="stable")
+        return frame.groupby(keys, sort=False)[list(SHOWN)].mean().rename(columns=SHOWN).reset_index()
+
+    def _where(self) -> str:
+        after = f" from document {self.start:,} on" if self.start else ""
+        return f"{self.measured_on}{after}{', which they were trained on' if self.seen else ''}"
 
 
 @dataclass(frozen=True)

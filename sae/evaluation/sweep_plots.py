@@ -21,7 +21,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from sae._plotting import COLOURS, PALE, RULE, quiet, save_figure
 from sae.architectures import architecture
-from sae.evaluation.sweep_results import SweepResults
+from sae.evaluation.sweep import SweepResults
 from sae.model.sites import Site
 
 METRICS = {"explained_variance": "explained variance", "ce_recovered": "CE recovered"}

@@ -5,6 +5,9 @@
 3. One autoencoder is taken; of several, the one at the site asked for; of several `average_l0_N` in one folder (Gemma
    Scope), the one closest to 100. Anything else is an error that lists them.
 4. Only the chosen folder is downloaded: repositories of autoencoders hold terabytes.
+5. SAELens calls autoencoders by release and id, `gpt2-small-res-jb` and `blocks.8.hook_resid_pre`, neither of which is
+   a path. Such a name is answered with the hub repository that holds the release; the names are those of SAELens'
+   table of releases (`pretrained_saes.yaml`).
 """
 
 from __future__ import annotations
@@ -21,7 +24,6 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from sae._hub import hub_reachable
 from sae.autoencoder import is_sae_folder
 from sae.errors import UserError, near_paths, nearest
-from sae.formats.releases import released
 from sae.formats.site_names import site_named
 
 log = logging.getLogger(__name__)
@@ -160,3 +162,54 @@ def _unreachable(repository: str, error: Exception) -> UserError:
 
 def _folder_of(file: str) -> str:
     return PurePosixPath(file).parent.as_posix()
+
+
+# ---- releases of SAELens
+
+_OPENAI = "jbloom/GPT2-Small-OAI-v5-{1}-{0}-SAEs"
+_REPOSITORIES: tuple[tuple[str, str], ...] = (
+    (r"gpt2-small-res-jb-feature-splitting", "jbloom/GPT2-Small-Feature-Splitting-Experiment-Layer-8"),
+    (r"gpt2-small-res-jb", "jbloom/GPT2-Small-SAEs-Reformatted"),
+    (r"gpt2-small-hook-z-kk", "ckkissane/attn-saes-gpt2-small-all-layers"),
+    (r"gpt2-small-mlp-tm", "tommmcgrath/gpt2-small-mlp-out-saes"),
+    (r"gpt2-small-(resid-post|resid-mid|mlp-out|attn-out)-v5-(32k|128k)", _OPENAI),
+    (r"gemma-2b-res-jb", "jbloom/Gemma-2b-Residual-Stream-SAEs"),
+    (r"gemma-2b-it-res-jb", "jbloom/Gemma-2b-IT-Residual-Stream-SAEs"),
+    (r"mistral-7b-res-wg", "JoshEngels/Mistral-7B-Residual-Stream-SAEs"),
+    (r"pythia-70m-deduped-(res|mlp|att)-sm", "ctigges/pythia-70m-deduped__{0}-sm_processed"),
+    (r"llama-3-8b-it-res-jh", "Juliushanhanhan/llama-3-8b-it-res"),
+    (r"(gemma-scope-[\w.-]+?)(?:-canonical)?", "google/{0}"),
+)
+_LLAMA_SCOPE = {"r": "LXR", "m": "LXM", "a": "LXA"}
+
+
+def repository_of(release: str) -> str:
+    """The hub repository of a SAELens release, "" where the name is none that is known.
+
+    >>> repository_of("gpt2-small-res-jb"), repository_of("gemma-scope-2b-pt-res-canonical")
+    ('jbloom/GPT2-Small-SAEs-Reformatted', 'google/gemma-scope-2b-pt-res')
+    """
+    for pattern, repository in _REPOSITORIES:
+        if match := re.fullmatch(pattern, release):
+            return repository.format(*match.groups())
+    if match := re.fullmatch(r"llama_scope_lx([rma])_(8|32)x", release):
+        return f"fnlp/Llama3_1-8B-Base-{_LLAMA_SCOPE[match[1]]}-{match[2]}x"
+    return ""
+
+
+def released(source: str) -> UserError | None:
+    """The error for a source that begins with a release of SAELens, with what to give instead; else None."""
+    release, _, inside = source.partition("/")
+    repository = repository_of(release)
+    if not repository:
+        return None
+    inside = inside.removesuffix("/canonical").strip("/")
+    return UserError(
+        f"{source!r} is a name of SAELens, not a folder or a hub repository: give {repository}"
+        + (
+            f"/{inside}, or whichever folder of it holds the autoencoder"
+            if inside
+            else " and the folder of an "
+            f"autoencoder in it, such as {repository}/FOLDER, or --site to pick one by its site"
+        )
+    )

@@ -26,12 +26,19 @@ from nnsight import NNsight
 from torch import Tensor
 
 from sae.errors import UserError, unknown
-from sae.model.first_pass import first_pass
 from sae.model.forward import Run, forward_inputs, outside_inference_mode, probe_tokens, run_by_length
 from sae.model.generation import generate
 from sae.model.hook_points import Columns, HookPoint, SiteEdit, StandingEdit, after_standing, chained, edited
 from sae.model.huggingface import fingerprints, max_positions, stored_fingerprints
-from sae.model.site_handles import base_path, containment, default_paths, envoy_of, input_embeddings, make_hook_point
+from sae.model.site_handles import (
+    base_path,
+    containment,
+    default_paths,
+    envoy_of,
+    first_pass,
+    input_embeddings,
+    make_hook_point,
+)
 from sae.model.sites import Site, SitePath, site_table
 from sae.model.tokens import TokenizerWrapper, Tokens
 

@@ -7,9 +7,8 @@ import json
 import pytest
 
 from sae.evaluation.evaluate import Evaluator
-from sae.evaluation.sweep import UNFINISHED
+from sae.evaluation.sweep import UNFINISHED, SweepResults, SweepRow
 from sae.evaluation.sweep_plots import METRICS, plot_site, plot_sites
-from sae.evaluation.sweep_results import SweepResults, SweepRow
 from tests.end_to_end.test_bad_input import sentence
 
 GRID = ["--features", "16,24", "--k", "2,4", "--tokens", 3000, "--context-length", 16, "--eval-tokens", 300]

@@ -19,7 +19,7 @@ from sae.errors import UserError, unknown
 from sae.training.config import ARCHITECTURE_NAMES, ArchitectureName, TrainConfig
 
 if TYPE_CHECKING:
-    from sae.evaluation.sweep_results import SweepResults
+    from sae.evaluation.sweep import SweepResults
     from sae.training.sweep import Sweep
 
 RESULTS_FILE = "sweep.json"

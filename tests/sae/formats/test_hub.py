@@ -15,8 +15,7 @@ from huggingface_hub.errors import (
 from sae.errors import UserError
 from sae.formats import load_sae
 from sae.formats import locate as hub
-from sae.formats.locate import choose, local_path
-from sae.formats.releases import released, repository_of
+from sae.formats.locate import choose, local_path, released, repository_of
 from sae.formats.site_names import dictionary_learning_name, hook_site, site_named, transformer_lens_hook
 from sae.model.sites import Site
 from sae.saes import load_saes

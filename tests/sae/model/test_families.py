@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sae.errors import UserError
+from sae.model.huggingface import pretrained_model, pretrained_tokenizer
 from sae.model.language_model import LanguageModel
 from sae.model.load import load_model
 from sae.model.lrp import check_conserved
-from sae.model.pretrained import pretrained_model, pretrained_tokenizer
 from sae.model.sites import Site
 from sae.model.tokens import Tokens
 from tests.conftest import tiny_hf, word_tokenizer

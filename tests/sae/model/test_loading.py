@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sae.errors import UserError
+from sae.model import huggingface
 from sae.model.hook_points import HookPoint
 from sae.model.huggingface import auto_device, fingerprints
 from sae.model.language_model import LanguageModel
@@ -86,9 +87,7 @@ def test_sites_out_of_order_fail_at_load() -> None:
 
 @pytest.mark.parametrize("name", ["no/such-model-anywhere", "/nonexistent/model", "."])
 def test_unknown_model_is_one_sentence(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from sae.model import pretrained
-
-    monkeypatch.setattr(pretrained, "hub_reachable", lambda: False)
+    monkeypatch.setattr(huggingface, "hub_reachable", lambda: False)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"config\.json and the weights"):
         load_model(name)

@@ -81,7 +81,8 @@ def search_sites(hf: nn.Module, forward: Callable[[], Any], *, rows: int, positi
     if not blocks:
         return Search({})
     once = [call for call in calls.values() if call.count == 1]
-    paths, incomplete = {Site("embed"): _find_embed(once, calls[blocks[0]])}, {}
+    paths = {Site("embed"): _find_embed(once, calls[blocks[0]])}
+    incomplete: dict[int, str] = {}
     for layer, name in enumerate(blocks):
         inside = [call for call in once if call.module.startswith(f"{name}.")]
         kinds, tried = explain(calls[name], inside)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Result:
-    """Something that was measured: `to_frame`, `to_dict`, `text`, `save`, and a table of itself in a notebook."""
+    """Base of all results: `to_frame`, `to_dict`, `text`, `save`, and a table in a notebook."""
 
     def to_frame(self) -> pd.DataFrame:
         """The numbers as a pandas data frame."""

@@ -1,4 +1,4 @@
-"""What an option may be, stated in its type: `steps: Annotated[int, Range(1, 1000)] = 10`, `rule: Literal["a", "b"]`.
+"""Ranges and choices of options, stated in their types: `steps: Annotated[int, Range(1, 1000)] = 10`, `rule: Literal["a", "b"]`.
 
 `check_options` looks at all fields of a dataclass of options; option classes call it when they are made, the command
 line before any work begins, and `--help` shows ranges and choices. The upper ends refuse what would run for days or
@@ -70,7 +70,7 @@ def ranges(options: type) -> dict[str, Range]:
 
 @cache
 def choices(options: type) -> dict[str, tuple[Any, ...]]:
-    """What the fields of `Literal` type of a dataclass may be, by name."""
+    """The values that a dataclass's fields of `Literal` type may have, by name."""
     return {name: allowed for name, hint in field_types(options).items() if (allowed := _choices_in(hint))}
 
 

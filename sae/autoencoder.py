@@ -119,7 +119,7 @@ class SparseAutoencoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where its tensors are."""
+        """Device of its tensors."""
         return self.W_dec.device
 
     def _linear(self, x: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ def fold_scale(tensors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]
 
 
 def fold_norms(tensors: Mapping[str, Tensor], *, ranked: bool = False) -> dict[str, Tensor]:
-    """The same autoencoder with unit decoder rows: f′_i = f_i ‖W_dec[i]‖. Rows that are zero stay zero.
+    """Give the decoder unit rows without changing x̂: f′_i = f_i ‖W_dec[i]‖. Rows that are zero stay zero.
 
     `ranked`: features compete by their size (top k), so a `rank_scale` [F] keeps that order unless all norms are 1.
     """

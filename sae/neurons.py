@@ -16,7 +16,7 @@ from sae.model.sites import Site
 from sae.saes import SAEs
 
 NEURONS = "neurons"
-"""What `--saes` takes in place of a folder."""
+"""Word that `--saes` takes in place of a folder."""
 
 
 def neuron_dictionaries(model: LanguageModel, *, sites: Iterable[Site] | None = None) -> SAEs:

@@ -147,7 +147,7 @@ class SAEs(Mapping[Site, SparseAutoencoder]):
         return self._biases[site]
 
     def subset(self, sites: Iterable[Site]) -> SAEs:
-        """Those of some sites, with the same budget if they are lazy."""
+        """Select some sites; lazy autoencoders keep their budget."""
         if self.budget is None:
             return SAEs({site: self._in_memory[site] for site in sites})
         return SAEs.lazy({site: self._sources[site] for site in sites}, device=self._device, budget=self.budget)
@@ -205,7 +205,7 @@ def _bytes_at_most(root: Path) -> int:
 
 
 def _sources(source: str | Path, sites: set[Site] | None, *, keep: bool) -> dict[Site, Source]:
-    """Where the autoencoder of each site is read from; `keep` those that had to be read to know their site."""
+    """Find the autoencoder of each site on disk; with `keep` those that had to be read for their site stay in memory."""
     root = Path(source).expanduser()
     ours = sae_folders(root)
     folders = ours or [root / folder for folder in folders_in(root)]

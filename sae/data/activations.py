@@ -89,20 +89,17 @@ class ContextStream:
         self._read_from_start, self._has_tokens = state.documents == 0, False
 
     def peek(self) -> list[tuple[int, ...]]:
-        """The contexts of the next forward pass, which stay where they are."""
+        """The contexts of the next forward pass, longest first, which stay where they are."""
         while not self.state.pending:
             self._read_group()
-        return self._batch(self.state.pending)
+        contexts = self.state.pending
+        return list(contexts[: max(1, self.forward_tokens // len(contexts[0]))])
 
     def take(self) -> Tokens:
         """The contexts of the next forward pass, left-padded."""
         rows = self.peek()
         self.state = replace(self.state, pending=self.state.pending[len(rows) :])
         return Tokens.from_rows(rows)
-
-    def _batch(self, contexts: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
-        """The first contexts, longest first, that fit one forward pass."""
-        return list(contexts[: max(1, self.forward_tokens // len(contexts[0]))])
 
     def _read_group(self) -> None:
         if self._documents is None:

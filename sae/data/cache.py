@@ -205,7 +205,7 @@ class CachedActivations:
         return hashlib.sha256(json.dumps(asdict(self.manifest)).encode()).hexdigest()[:16]
 
     def only(self, sites: Iterable[Site]) -> CachedActivations:
-        """The same cache from its beginning, with some of its sites."""
+        """Reopen the cache at its beginning, with some of its sites."""
         return CachedActivations(self.folder, sites=sites, device=self.device)
 
     def _check(self, what: str, name: str, fingerprint: str, made_for: str, noted: str) -> None:

@@ -54,7 +54,7 @@ class TextSource:
 
     @property
     def fingerprint(self) -> str:
-        """The same for the same text under any path: size and samples of a file, else the name."""
+        """Hash of a file's size and samples, which no path changes; else the name."""
         path = Path(self.name)
         if self.digest is not None or self.documents is not None or not path.is_file():
             return self.digest or self.name

@@ -286,7 +286,7 @@ class _Run:
         return [*((site,) for site in self.saes), *map(tuple, self.groups.values())]
 
     def totals(self) -> Iterator[tuple[str, Totals]]:
-        """All of them by name."""
+        """Yield all sums by name."""
         yield "kept", self.kept
         for name, totals in self.together.items():
             yield f"together/{name}", totals

@@ -139,7 +139,7 @@ class SweepResults(Result):
         return f"{head}\n{frame_text(means, {'L0': 1})}"
 
     def text(self) -> str:
-        """The same for each site."""
+        """A line for each site, architecture, width and k: means over seeds."""
         return frame_text(self._means(["site", "architecture", "features", "k"]), {"L0": 1})
 
     def _means(self, keys: list[str]) -> pd.DataFrame:
@@ -290,7 +290,7 @@ class _Unfinished:
 
     @cached_property
     def digest(self) -> str:
-        """The same for the same dictionaries, measured on the same text with the same model."""
+        """Hash of the dictionaries, the text and the model, under whatever names."""
         settings = {key: value for key, value in self.measured_on.items() if key not in NAMES}
         digest = hashlib.sha256(json.dumps([self.names, settings]).encode())
         for name in self.names:

@@ -83,7 +83,7 @@ def _rows_of_sites(sites: Sequence[str]) -> list[list[str]]:
 
 
 def _even_rows(sites: Sequence[str], most: int) -> list[list[str]]:
-    """As few rows of at most `most` sites as possible, of nearly equal length."""
+    """Split sites into the fewest rows of at most `most`, of nearly equal length."""
     length = math.ceil(len(sites) / math.ceil(len(sites) / most))
     return [list(sites[i : i + length]) for i in range(0, len(sites), length)]
 

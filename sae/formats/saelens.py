@@ -143,7 +143,7 @@ def read(folder: Path) -> SparseAutoencoder:
 
 
 def _heads_path(model: str) -> str:
-    """Where TransformerLens' hook_z is, the heads before the output projection; most models call it as Llama does."""
+    """Path of TransformerLens' hook_z, the heads before the output projection; most models call it as Llama does."""
     name = model.rpartition("/")[2].lower()
     return next((path for family, path in _HEADS.items() if name.startswith(family)), _LLAMA_HEADS)
 

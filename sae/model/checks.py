@@ -1,4 +1,4 @@
-"""What must hold of every site of a model, tried on a few random tokens when the model is loaded.
+"""Checks of every site of a model, on a few random tokens when the model is loaded.
 
 1. Activations are finite.
 2. What a token does depends on the tokens before it alone; and on padding not at all, or the model is run without.

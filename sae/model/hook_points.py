@@ -175,12 +175,12 @@ class HookPoint:
             handle.remove()
 
     def _outward(self, value: Tensor, rows: int) -> Tensor:
-        """What the module has -> x [B, S, d]."""
+        """The module's own tensor -> x [B, S, d]."""
         x = value.unflatten(0, (rows, -1)) if self.flat else value
         return x if self.scale == 1.0 else x * self.scale
 
     def _inward(self, x: Tensor) -> Tensor:
-        """x [B, S, d] -> what the module has."""
+        """x [B, S, d] -> the module's own tensor."""
         value = x if self.scale == 1.0 else x / self.scale
         value = value.flatten(0, 1) if self.flat else value
         return value.clone() if self.in_place else value

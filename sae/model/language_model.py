@@ -117,7 +117,7 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go: the device of the first parameter."""
+        """Device of the first parameter, where token ids go."""
         return next(self.hf.parameters()).device
 
     @property

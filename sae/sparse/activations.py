@@ -106,7 +106,7 @@ class SparseActs:
         return SparseActs(token, feature, z, n_tokens=self.n_tokens, n_features=self.n_features)
 
     def at_levels(self, level: Tensor, n_levels: int) -> SparseActs:
-        """The same entries, each in its level [n]."""
+        """Put each entry in its level [n]."""
         order = stable_order(level, n_levels)
         sizes = {"n_tokens": self.n_tokens, "n_features": self.n_features, "n_levels": n_levels}
         return SparseActs(self.token[order], self.feature[order], self.z[order], level=level[order], **sizes)
@@ -302,7 +302,7 @@ def group_sizes(index: Tensor, n: int) -> Tensor:
 
 
 def group_offsets(index: Tensor, n: int, order: Tensor | None = None) -> Tensor:
-    """Where each of the n groups of an index begins, once sorted by `order` if it is not yet, and the end: [n + 1].
+    """Begin of each of the n groups of an index, once sorted by `order` if it is not yet, and the end: [n + 1].
 
     The host of a GPU does not wait for it.
     """

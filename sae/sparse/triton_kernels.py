@@ -156,7 +156,7 @@ def _normalise(rows, d, rows_stride, smallest, BLOCK: tl.constexpr):
 
 
 class Shape(NamedTuple):
-    """What a program of `_bag_sum` holds at a time. Tiles have sizes of powers of two, so a row lies in two of them."""
+    """Entries and columns that a program of `_bag_sum` holds at a time. Tiles have sizes of powers of two, so a row lies in two of them."""
 
     height: int
     """Entries."""
@@ -188,7 +188,7 @@ def weighted_segment_sum(source: Tensor, index: Tensor, offsets: Tensor, weight:
 def bag_sum_and_dots(
     source: Tensor, index: Tensor, offsets: Tensor, weight: Tensor, rows: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The same, and source[index[j]] · rows[bag of j] for every entry: [bags, d], [n]."""
+    """`weighted_segment_sum`, and source[index[j]] · rows[bag of j] for every entry: [bags, d], [n]."""
     out, dots = _launch(source, index, offsets, weight, rows)
     assert dots is not None
     return out, dots

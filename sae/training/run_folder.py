@@ -113,12 +113,12 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """Where its checkpoints are while it runs."""
+        """Folder of its checkpoints while it runs."""
         return self.path / CHECKPOINTS
 
     @property
     def log_path(self) -> Path:
-        """Where its training log is written."""
+        """File of its training log."""
         return self.path / LOGS[self.command]
 
     def load(self, device: torch.device) -> SAEs:

@@ -1,4 +1,4 @@
-"""Ranges and choices of options, stated in their types: `steps: Annotated[int, Range(1, 1000)] = 10`, `rule: Literal["a", "b"]`.
+"""Ranges and choices of options, stated in types: `steps: Annotated[int, Range(1, 1000)] = 10`, `rule: Literal["a"]`.
 
 `check_options` looks at all fields of a dataclass of options; option classes call it when they are made, the command
 line before any work begins, and `--help` shows ranges and choices. The upper ends refuse what would run for days or

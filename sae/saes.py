@@ -205,7 +205,7 @@ def _bytes_at_most(root: Path) -> int:
 
 
 def _sources(source: str | Path, sites: set[Site] | None, *, keep: bool) -> dict[Site, Source]:
-    """Find the autoencoder of each site on disk; with `keep` those that had to be read for their site stay in memory."""
+    """Find the autoencoder of each site; with `keep` those that had to be read for their site stay in memory."""
     root = Path(source).expanduser()
     ours = sae_folders(root)
     folders = ours or [root / folder for folder in folders_in(root)]

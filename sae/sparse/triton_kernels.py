@@ -156,7 +156,7 @@ def _normalise(rows, d, rows_stride, smallest, BLOCK: tl.constexpr):
 
 
 class Shape(NamedTuple):
-    """Entries and columns that a program of `_bag_sum` holds at a time. Tiles have sizes of powers of two, so a row lies in two of them."""
+    """Entries and columns that a program of `_bag_sum` holds; tiles are powers of two, so a row lies in two of them."""
 
     height: int
     """Entries."""

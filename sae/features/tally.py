@@ -35,7 +35,7 @@ from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
 from sae.model.tokens import Tokens
 from sae.saes import SAEs, as_saes
-from sae.sparse.segment_ops import group_sizes
+from sae.sparse.activations import group_sizes
 
 SPARE = 3
 """Strongest contexts kept for each one shown, so that windows with the same words can be dropped."""

@@ -26,6 +26,7 @@ from circuits.attribution.nodes import Nodes, select_nodes
 from circuits.circuit_files import FeaturesFile, absolute_in_run, check_metadata, read_effects, relative_to_run
 from circuits.circuit_source import CircuitSource, check_widths
 from circuits.circuit_views import CircuitViews
+from circuits.labels import Label, LabelsFile
 from circuits.metrics.metrics import Metric, circuit_metric
 from circuits.prompts.dataset import PromptSet
 from graphs.feature_graph import FeatureGraph
@@ -67,6 +68,8 @@ class Circuit(CircuitViews):
     """[B] the number of the template each example is drawn with for intervals; None for each by itself."""
     features: dict[str, Any] = field(default_factory=dict, repr=False, metadata=NOT_SAVED)
     """A description of each feature (`resid_3/120`), such as its top tokens; drawings are labelled by it."""
+    labels: dict[str, Label] = field(default_factory=dict, repr=False, metadata=NOT_SAVED)
+    """What people and programs call its features, as `labels.jsonl` beside the SAEs has it."""
     source: CircuitSource = field(default_factory=CircuitSource, repr=False, compare=False, metadata=NOT_SAVED)
     """The model, SAEs, metric and prompts it was found with, or where they are loaded from."""
 
@@ -193,8 +196,9 @@ class Circuit(CircuitViews):
         features = folder / FEATURES_FILE
         described = read_json(features, FeaturesFile)["features"] if features.is_file() else {}
         circuit = unflatten(
-            Circuit, tensors, metadata=metadata, source=source, features=described, spans=spans, n_features=0
-        )
+            Circuit, tensors, metadata=metadata, source=source, features=described, spans=spans, n_features=0,
+            labels=LabelsFile.of(metadata, folder.parent).read(),
+        )  # fmt: skip
         for site, nodes in circuit.edge_nodes.items():
             circuit.edge_nodes[site] = replace(nodes, n_features=circuit.effects[site].n_features)
         intervals = circuit.intervals

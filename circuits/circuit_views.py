@@ -17,6 +17,7 @@ from circuits._tensors import METRIC
 from circuits.attribution.edges import Edges
 from circuits.attribution.effects import SiteEffects
 from circuits.attribution.nodes import Nodes, aggregate, count, distinguishable, select_nodes
+from circuits.labels import Label, labelled
 from graphs.drawing.dot import draw, to_svg
 from graphs.explorer import explore
 from graphs.feature_graph import FeatureGraph, Position, error_node, feature_node, metric_node
@@ -36,6 +37,7 @@ class CircuitViews:
     intervals: dict[Site, Tensor]
     edge_intervals: Edges
     features: dict[str, Any]
+    labels: dict[str, Label]
 
     @property
     def spans(self) -> tuple[str, ...]:
@@ -80,6 +82,7 @@ class CircuitViews:
         self._add_nodes(graph, shown, attributes or {})
         graph.add_node(metric_node(effect=self.metadata["total_effect"] or 0.0))
         self._add_edges(graph, significant=significant)
+        graph = labelled(graph, self.labels)
         if edge_threshold is not None:
             graph = by_edge_threshold(graph, edge_threshold)
         return graph if edges is None else by_top_edges(graph, edges)
@@ -253,7 +256,11 @@ class CircuitViews:
             for site, nodes in self.strongest(n).items()
             for name, effect in zip(nodes.ids(site), nodes.effect.tolist(), strict=True)
         ]
-        return [f"  {name:<18} {effect:+.4f}" for _, name, effect in sorted(rows, reverse=True)]
+        labels = {name: line["label"] for name, line in self.labels.items()}
+        return [
+            f"  {name:<18} {effect:+.4f}  {labels.get(name.partition('@')[0], '')}".rstrip()
+            for _, name, effect in sorted(rows, reverse=True)
+        ]
 
     def _repr_html_(self) -> str:
         """The drawing, for notebooks."""

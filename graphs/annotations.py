@@ -2,6 +2,8 @@
 
     {"Component": "resid", "Layer": 5, "Feature": 3036, "Name": "resid_5/3036", "Annotation": "plural nouns"}
 
+Lines of a `labels.jsonl` are read too: {"site": "resid_5", "feature": 3036, "label": "plural nouns"}.
+
 `Name` suffices; without it, `Component`, `Layer` (absent for the embedding) and `Feature` spell it. Errors and spans
 have names as well: `resid_5/error`, `resid_5/3036@subject`. The paper's files have rows without an annotation and,
 inside, a row of headings (`"Name": "Name"`): these are skipped and counted.
@@ -36,6 +38,9 @@ class _Line(TypedDict, total=False):
     Feature: int | str | None
     Name: str | None
     Annotation: str | None
+    site: str
+    feature: int | str
+    label: str
 
 
 def read_annotations(path: str | Path) -> dict[str, str]:
@@ -53,6 +58,8 @@ def read_annotations(path: str | Path) -> dict[str, str]:
         if _is_heading(entry):
             skipped["with headings"] += 1
             continue
+        if "label" in entry:
+            entry = {"Name": f"{entry.get('site')}/{entry.get('feature')}", "Annotation": entry["label"]}
         name, annotation = _name(entry, where), (entry.get("Annotation") or "").strip()
         if annotation:
             labels[name] = annotation

@@ -32,15 +32,37 @@ class ContextFile(TypedDict):
     tokens: list[str]
     activations: list[FiniteFloat]
     peak: NotRequired[Index | None]
+    change: NotRequired[list[FiniteFloat | None]]
 
 
 def _one_a_token(context: ContextFile) -> ContextFile:
     n = len(context["tokens"])
     if len(context["activations"]) != n:
         raise ValueError(f"one activation for each of the {n} tokens")
+    if len(context.get("change", context["activations"])) != n:
+        raise ValueError(f"one change for each of the {n} tokens")
     if (context.get("peak") or 0) >= max(n, 1):
         raise ValueError(f"a peak among the {n} tokens")
     return context
+
+
+Contexts = list[Annotated[ContextFile, AfterValidator(_one_a_token)]]
+
+
+class HistogramFile(TypedDict, total=False):
+    """Counts of values between edges; empty where there is nothing to count."""
+
+    edges: list[FiniteFloat]
+    counts: list[FiniteFloat]
+
+
+class SampleFile(TypedDict):
+    """Contexts drawn from an interval of activation."""
+
+    low: FiniteFloat
+    high: FiniteFloat
+    share: FiniteFloat
+    contexts: Contexts
 
 
 class AttributesFile(TypedDict, total=False):
@@ -53,12 +75,20 @@ class AttributesFile(TypedDict, total=False):
     mean_activation: FiniteFloat | None
     disagrees: str
     interval: Interval
-    contexts: list[Annotated[ContextFile, AfterValidator(_one_a_token)]] | None
+    contexts: Contexts | None
     top_tokens: Scored | None
     by_case: dict[str, dict[str, FiniteFloat]]
     top_logits: Scored | None
     bottom_logits: Scored | None
     neighbours: list[tuple[Index, FiniteFloat]] | None
+    quantiles: list[tuple[FiniteFloat, FiniteFloat]]
+    histogram: HistogramFile
+    logit_histogram: HistogramFile
+    samples: list[SampleFile]
+    random: Contexts
+    similar: dict[str, list[tuple[str, FiniteFloat]]]
+    prompt_peaks: dict[str, list[FiniteFloat]]
+    automatic_label: str
 
 
 class NodeFile(TypedDict):

@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from sae._run.contents import check_complete
@@ -240,12 +241,25 @@ def saes_fingerprint(saes: Mapping[Site, SparseAutoencoder]) -> str:
     """A short hash of a sample of all tensors of some autoencoders: a circuit means nothing with others."""
     digest = hashlib.sha256()
     for site in sorted(saes):
-        sae = saes[site]
-        digest.update(f"{site} {sae.config.architecture} {sae.config.k}".encode())
-        for name, tensor in sorted(sae.named_buffers()):
-            sample = tensor.flatten()[:: max(1, tensor.numel() // SAMPLED_VALUES)].float().cpu()
-            digest.update(f"{name} {tuple(tensor.shape)}".encode() + sample.numpy().tobytes())
+        digest.update(_sample(site, saes[site].config, saes[site].named_buffers()))
     return digest.hexdigest()[:16]
+
+
+def stored_fingerprint(folder: str | Path) -> str:
+    """The fingerprint of the one autoencoder in a folder of our own, of which no more is read than is sampled."""
+    config = read_config(folder)
+    with safe_open(Path(folder) / WEIGHTS_FILE, framework="pt") as file:
+        sample = _sample(Site.parse(config.site), config, [(name, file.get_tensor(name)) for name in file.keys()])  # noqa: SIM118
+    return hashlib.sha256(sample).hexdigest()[:16]
+
+
+def _sample(site: Site, config: SAEConfig, tensors: Iterable[tuple[str, Tensor]]) -> bytes:
+    """Site, kind and some values of every tensor."""
+    parts = [f"{site} {config.architecture} {config.k}".encode()]
+    for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
+        sample = tensor.flatten()[:: max(1, tensor.numel() // SAMPLED_VALUES)].float().cpu()
+        parts.append(f"{name} {tuple(tensor.shape)}".encode() + sample.numpy().tobytes())
+    return b"".join(parts)
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -47,8 +47,10 @@ GROUPS = {
     },
     "Pictures": {
         "render": ("render", "RenderCommand", "draw a circuit: svg, png, pdf or dot"),
+        "features": ("features", "FeaturesCommand", "a page for every feature: when it is on and what it does"),
         "explore": ("render", "ExploreCommand", "write it as one interactive page"),
         "report": ("report", "ReportCommand", "everything a run found, on one page"),
+        "labels": ("features", "LabelsCommand", "name features, for all circuits of their autoencoders"),
         "export": ("export", "ExportCommand", "write it for Neuronpedia, circuit-tracer, EAP-IG or networkx"),
     },
     "Edits": {
@@ -61,7 +63,7 @@ GROUPS = {
 }
 """Name of a command -> (file in `circuits.cli.commands`, class, what it does), in groups by the story."""
 COMMANDS = {name: entry for group in GROUPS.values() for name, entry in group.items()}
-RESUMABLE = ("train", "finetune", "sweep", "cache", "discover")
+RESUMABLE = ("train", "finetune", "sweep", "cache", "discover", "features")
 """Commands that go on with `--resume`."""
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc")
 """What torch's errors say where there is no more memory."""

@@ -2,7 +2,8 @@
 
     a_i(c, s) = mean of f_i over all tokens in span s of the clean prompts of case c
 
-Prompts without spans have one span "" of all their tokens. Cases without a name are called "prompts".
+Prompts without spans have one span "" of all their tokens. Cases without a name are called "prompts". `prompt_peaks`
+gives the largest activation on each prompt instead.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from circuits.prompts.dataset import PromptSet
 from sae.autoencoder import SparseAutoencoder
+from sae.data.batches import counted_tokens
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
 
@@ -62,6 +64,39 @@ def mean_activations(
         for site, index in features.items()
         for feature, column in zip(index.tolist(), means[site].T, strict=True)
     }
+
+
+@torch.no_grad()
+def prompt_peaks(
+    model: LanguageModel,
+    saes: Mapping[Site, SparseAutoencoder],
+    prompts: PromptSet,
+    features: Mapping[Site, Tensor],
+) -> dict[str, dict[str, list[float]]]:
+    """The largest activation of some features on the clean side of each prompt, special tokens left out.
+
+    Args:
+        model, saes, prompts, features: as in `mean_activations`.
+
+    Returns:
+        By feature, {case: a number for each of its prompts}.
+    """
+    peaks: dict[Site, list[Tensor]] = {site: [] for site in features}
+    for batch in prompts.batches(BATCH):
+        run = model.run(batch.clean, capture=list(features), need_logits=False)
+        counted = counted_tokens(model, batch.clean.to(model.device))
+        for site, index in features.items():
+            f = saes[site].encode_some(run.activations[site], index) * counted[..., None]
+            peaks[site].append(f.amax(1).cpu())  # [B, n]
+    cases = [case or "prompts" for case in prompts.cases]
+    found: dict[str, dict[str, list[float]]] = {}
+    for site, index in features.items():
+        for feature, column in zip(index.tolist(), torch.cat(peaks[site]).T.tolist(), strict=True):
+            by_case: dict[str, list[float]] = {case: [] for case in dict.fromkeys(cases)}
+            for case, peak in zip(cases, column, strict=True):
+                by_case[case].append(float(f"{peak:.4g}"))
+            found[f"{site.name}/{feature}"] = by_case
+    return found
 
 
 def _by_case(means: list[float], counts: list[float], cases: list[str], spans: tuple[str, ...]) -> ActivityByCase:

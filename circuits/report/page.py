@@ -17,6 +17,7 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from circuits.attribution import METHOD_NAMES
+from circuits.feature_pages import existing_links, read_index
 from circuits.report.files import RunFiles, read_run
 from circuits.report.sections import (
     card,
@@ -78,7 +79,16 @@ def write_report(
     path = Path(out) if out is not None else run.folder / "report.html"
     check_output(path, has_mark(".html"), overwrite=overwrite)
     title = title or (run.graph.metadata.get("title") if run.graph else None) or run.folder.resolve().name
-    page = _environment().get_template("page.html.j2").render(_values(run, features=features), title=title)
+    fingerprint = run.graph.metadata.get("saes_fingerprint") if run.graph else None
+    values = {
+        "title": title,
+        "pages": set((read_index(run.folder, fingerprint) or {}).get("features", ())),
+        "links": existing_links(
+            path,
+            {"circuit": run.folder / "graph" / "circuit.html", "features": run.folder / "features" / "index.html"},
+        ),
+    }
+    page = _environment().get_template("page.html.j2").render(_values(run, features=features), **values)
     with atomic_write(path) as temporary:
         temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
     return path

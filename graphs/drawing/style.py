@@ -87,11 +87,12 @@ def visible(token: str) -> str:
 
 
 def describe(graph: FeatureGraph, node: Node) -> str:
-    """What a feature means in one line: a person's label, failing that the tokens it is strongest on and, in the last
-    third of the sites, after an arrow the tokens it promotes (`She · He → is · has`), failing that nothing.
+    """What a feature means in one line: a person's label, failing that an automatic one, failing that the tokens it is
+    strongest on and, in the last third of the sites, after an arrow the tokens it promotes (`She · He → is · has`),
+    failing that nothing.
     """
-    if node.label:
-        return visible(node.label)
+    if node.label or node.attributes.get("automatic_label"):
+        return visible(node.label or str(node.attributes["automatic_label"]))
     if node.kind == "error":
         return "SAE error"
     if node.kind == "metric":

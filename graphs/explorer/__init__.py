@@ -8,8 +8,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
@@ -21,7 +23,12 @@ from graphs.feature_graph import FeatureGraph
 
 
 def explore(
-    graph: FeatureGraph, path: str | Path, *, title: str | None = None, compare_with: FeatureGraph | None = None
+    graph: FeatureGraph,
+    path: str | Path,
+    *,
+    title: str | None = None,
+    compare_with: FeatureGraph | None = None,
+    links: Mapping[str, str] | None = None,
 ) -> Path:
     """Write a page in which the graph can be explored: filters, search, feature contexts, labels, supernodes.
 
@@ -30,6 +37,7 @@ def explore(
         path: An .html file, which needs no other file and no network.
         title: Heading of the page, `graph.metadata["title"]` by default.
         compare_with: A second graph; the page then tells what is in the first, in both and in the second alone.
+        links: Addresses of other pages of the run, relative to this one: `features`, `report`.
 
     Returns:
         The path.
@@ -37,23 +45,64 @@ def explore(
     Raises:
         GraphError: For another extension, a graph without nodes, or a file that cannot be written.
     """
-    path = Path(path)
-    if path.suffix.lower() not in (".html", ".htm"):
-        raise GraphError(f"cannot write the explorer into {path.name!r}: its extension must be .html")
-    write_text(path, explorer_html(graph, title=title, compare_with=compare_with))
+    path = _html(path)
+    write_text(path, explorer_html(graph, title=title, compare_with=compare_with, links=links))
     return path
 
 
-def explorer_html(graph: FeatureGraph, *, title: str | None = None, compare_with: FeatureGraph | None = None) -> str:
+def explore_features(
+    graph: FeatureGraph, path: str | Path, *, title: str, about: str = "", links: Mapping[str, str] | None = None
+) -> Path:
+    """Write a page with everything that is known of each feature of a graph: a list to choose from, and its contexts.
+
+    Args:
+        graph: The graph; attributes of its nodes as `sae.feature_pages` gives them, `outside` for features that are in
+            no circuit.
+        path: An .html file, which needs no other file and no network.
+        title: Heading of the page.
+        about: What the numbers were counted on.
+        links: Addresses of other pages of the run, relative to this one: `circuit`, `report`.
+
+    Returns:
+        The path.
+
+    Raises:
+        GraphError: For another extension, or a file that cannot be written.
+    """
+    path = _html(path)
+    data = page_data(graph, title, layouts=False) | {"page": "features", "about": about, "links": dict(links or {})}
+    write_text(path, _page(title, data))
+    return path
+
+
+def _html(path: str | Path) -> Path:
+    path = Path(path)
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise GraphError(f"cannot write the explorer into {path.name!r}: its extension must be .html")
+    return path
+
+
+def explorer_html(
+    graph: FeatureGraph,
+    *,
+    title: str | None = None,
+    compare_with: FeatureGraph | None = None,
+    links: Mapping[str, str] | None = None,
+) -> str:
     """The explorer as text."""
     if len(graph) == 0:
         raise GraphError("the graph has no nodes: there is nothing to explore")
     title = str(title if title is not None else graph.metadata.get("title") or "Feature circuit")
+    return _page(title, page_data(graph, title, compare_with) | {"links": dict(links or {})})
+
+
+def _page(title: str, data: Mapping[str, Any]) -> str:
+    """The page with its data."""
     page = Environment(loader=PackageLoader(__name__, ""), autoescape=True, keep_trailing_newline=True)
     return page.get_template("template.html.j2").render(
         title=title.encode("utf-8", "replace").decode("utf-8"),
         style=Markup(_asset("explorer.css")),
-        data=Markup(packed(page_data(graph, title, compare_with))),
+        data=Markup(packed(data)),
         script=Markup(_asset("viewer.js")),
     )
 

@@ -35,7 +35,9 @@ WIDE, TALL = 1.45, 0.62
 _DATA = re.compile(r'(?s)<script type="application/octet-stream" id="circuit">(.*?)</script>')
 
 
-def page_data(graph: FeatureGraph, title: str, other: FeatureGraph | None = None) -> dict[str, Any]:
+def page_data(
+    graph: FeatureGraph, title: str, other: FeatureGraph | None = None, *, layouts: bool = True
+) -> dict[str, Any]:
     """What the page needs, as plain JSON: the graph, with edges as [source, target, weight, interval] by the nodes'
     indices, and its layouts. With `other` the two graphs together, each node and edge marked with where it is.
     """
@@ -59,7 +61,7 @@ def page_data(graph: FeatureGraph, title: str, other: FeatureGraph | None = None
             for node in nodes
         ],
         "edges": [[index[edge.source], index[edge.target], edge.weight, edge.interval] for edge in drawn.edges()],
-        "layouts": _layouts(drawn, index),
+        "layouts": _layouts(drawn, index) if layouts else [],
         "classes": None if classes is None else asdict(classes),
     }
     if other is not None:
@@ -160,7 +162,7 @@ def _layout(layout: Layout, index: dict[str, int], edge_index: dict[tuple[str, s
 def _attributes(node: Node) -> dict[str, Any]:
     """The node's attributes, activations and logits to three figures."""
     attributes = dict(node.attributes)
-    for key in ("contexts", "top_logits", "bottom_logits"):
+    for key in ("contexts", "top_logits", "bottom_logits", "samples", "random", "logit_histogram", "similar"):
         if key in attributes:
             attributes[key] = _rounded(attributes[key])
     return attributes

@@ -49,7 +49,7 @@ class Layout:
 SITE = r"embed|(resid|attn|mlp)_\d+"
 EVALUATION = rf"evaluation{NAMED}\.(json|txt|svg)"
 SAE = Layout((r"config\.json", r"sae\.safetensors", EVALUATION))
-SAES = Layout((r"(training|finetuning)\.jsonl", EVALUATION), {SITE: SAE})
+SAES = Layout((r"(training|finetuning|labels)\.jsonl", EVALUATION), {SITE: SAE})
 CHECKPOINTS = Layout(folders={r"step_\d{8}": Layout((r"state\.json", r"state\.safetensors"))})
 PARTIAL = Layout((r"partial\.json", r"(nodes|edges)-\d{4,}\.safetensors"))
 MEASURED = Layout((
@@ -58,13 +58,15 @@ MEASURED = Layout((
 """What is measured of a circuit and stands beside it."""
 CIRCUIT = Layout((r"circuit\.json", r"effects\.safetensors", r"features\.json", *MEASURED.files), {"partial": PARTIAL})
 COMPARISON = Layout((r"comparison\.(json|txt|svg)",))
+PARTIAL_PAGES = Layout((r"state\.(json|safetensors)",))
+FEATURES = Layout((r"(index|circuit)\.json", r"index\.html", rf"({SITE})\.jsonl"), {"partial": PARTIAL_PAGES})
 CACHE = Layout((r"manifest\.json", r"unfinished\.json", r"shard_\d{5,}\.safetensors"))
 TRAINED = Layout((r"config\.json",), {"saes": SAES, "checkpoints": CHECKPOINTS})
 RUN = Layout(
-    (r"config\.json", r"report\.html"),
+    (r"config\.json", r"report\.html", r"labels\.jsonl"),
     {
         "saes": SAES, "checkpoints": CHECKPOINTS, "circuit": CIRCUIT, "comparison": COMPARISON, "trained": TRAINED,
-        "edits": None, "graph": None, "features": None,
+        "edits": None, "graph": None, "features": FEATURES,
     },
 )  # fmt: skip
 SWEEP_FILES = (r"config\.json", r"training\.jsonl", r"sweep\.(json|txt)", r"unfinished_evaluation\.safetensors")

@@ -14,24 +14,11 @@ import pytest
 from graphs.annotations import read_annotations
 from graphs.explorer import explore
 from graphs.feature_graph import FeatureGraph, feature_node, metric_node
-from tests.graphs.browser import Browser, Page, find_chromium
+from tests.graphs.browser import Page
 from tests.graphs.test_explorer import FOLDER, hostile_graph
 
 POINT = "(id => {{ const at = viewer.stage().{method}(id), r = viewer.stage().front.getBoundingClientRect();"
 POINT += " return [at.x + r.left, at.y + r.top]; }})({id})"
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory) -> Iterator[Browser]:
-    if find_chromium() is None:
-        pytest.skip("no Chromium on the path")
-    try:
-        started = Browser(tmp_path_factory.mktemp("browser"))
-        started.send("Browser.getVersion")
-    except (OSError, RuntimeError, TimeoutError) as error:
-        pytest.skip(f"Chromium does not start: {error}")
-    yield started
-    started.close()
 
 
 @pytest.fixture

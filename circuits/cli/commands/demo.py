@@ -13,6 +13,7 @@ from circuits.cli.commands.discover import DiscoverCommand
 from circuits.cli.commands.edit import AblateCommand
 from circuits.cli.commands.evaluate import EvaluateCommand
 from circuits.cli.commands.faithfulness import FaithfulnessCommand
+from circuits.cli.commands.features import FeaturesCommand
 from circuits.cli.commands.render import ExploreCommand, RenderCommand
 from circuits.cli.commands.report import ReportCommand
 from circuits.cli.commands.train import TrainCommand
@@ -22,6 +23,7 @@ from circuits.options import DiscoverOptions, FaithfulnessOptions
 from sae._options import FeatureCount, TokenCount
 from sae._run.locks import lock
 from sae.errors import UserError
+from sae.features.options import FeaturePageOptions
 from sae.training.config import TrainConfig
 
 BEHAVIOURS = {
@@ -32,6 +34,7 @@ BEHAVIOURS = {
 }
 VERIFIED = 20
 """Nodes that are patched exactly."""
+PAGE_OPTIONS = FeaturePageOptions(tokens=8_000, correlation_tokens=8_000, samples=2)
 START_SITE = "attn_1"
 """Faithfulness is measured from here on: what happens in block 0 is given, as the paper gives its first layers."""
 
@@ -124,6 +127,20 @@ class _Story:
                 new_tokens=8, **circuit,
             ),
         )  # fmt: skip
+        self._show(circuit)
+
+    def _show(self, circuit: dict[str, Any]) -> None:
+        """The chapters that draw and describe the circuit."""
+        out = self.out
+        self._chapter(
+            "features",
+            "Every feature of it on a page of its own, with what becomes of each token without it",
+            FeaturesCommand(
+                text=self.valid,
+                options=FeaturePageOptions(tokens=8_000, correlation_tokens=8_000, samples=2),
+                **circuit,
+            ),
+        )
         drawing: dict[str, Any] = {"circuit": out, "json": self.options.json}
         self._chapter(
             "draw",

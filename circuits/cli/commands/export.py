@@ -36,11 +36,14 @@ class ExportCommand(Common, Overwrites, HasCircuit):
         from circuits.circuit import GRAPH_FILE, circuit_folder
         from circuits.circuit_files import absolute_in_run, check_metadata
         from circuits.cli.common import load_model
+        from circuits.labels import LabelsFile, labelled
         from graphs import FeatureGraph, write_eap_ig, write_graphml, write_neuronpedia
 
         folder = circuit_folder(self.circuit)
         graph = FeatureGraph.load(folder / GRAPH_FILE)
         check_metadata(graph.metadata, folder / GRAPH_FILE, circuit=False)
+        names = LabelsFile.of(absolute_in_run(graph.metadata, folder.parent), folder.parent)
+        graph = labelled(graph, names.read())
         if self.format == "eap-ig":
             name = self.model or absolute_in_run(graph.metadata, folder.parent).get("model")
             if name is None:

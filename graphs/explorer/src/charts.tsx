@@ -2,11 +2,13 @@
 
 import { areaY, dot, lineY, plot, rectY, ruleX, ruleY } from "@observablehq/plot";
 import { useEffect, useRef } from "preact/hooks";
-import { theme } from "./colour";
-import { circuit } from "./data";
+import { classColour, theme } from "./colour";
+import { circuit, classOf, type Counts, type GraphNode } from "./data";
+import { plain } from "./text";
 
 type Marks = NonNullable<Parameters<typeof plot>[0]>;
 
+const WIDTH = 340;
 const HEIGHT = 150;
 
 function Chart({ label, make }: { label: string; make: () => Marks }) {
@@ -15,7 +17,7 @@ function Chart({ label, make }: { label: string; make: () => Marks }) {
   useEffect(() => {
     const draw = () => {
       const style = { background: "none", color: colours.pale, fontSize: "11px" };
-      const chart = plot({ ...make(), width: 320, height: HEIGHT, style });
+      const chart = plot({ ...make(), width: WIDTH, height: HEIGHT, style });
       for (const part of chart.querySelectorAll("g[aria-label]")) part.removeAttribute("aria-label"); // only the whole is named
       chart.setAttribute("role", "img");
       chart.setAttribute("aria-label", label);
@@ -61,16 +63,62 @@ export function FaithfulnessCurve({ shown }: { shown: number }) {
   );
 }
 
-/** Counts of activations between edges. */
-export function Histogram({ edges, counts }: { edges: number[]; counts: number[] }) {
-  const bars = counts.map((count, i) => ({ low: edges[i], high: edges[i + 1], count }));
+/** Counts on a logarithmic scale, stronger activations in a fuller tint; below, every prompt's largest activation. */
+export function ActivationHistogram({ node }: { node: GraphNode }) {
+  const { histogram, quantiles, prompt_peaks: peaks } = node.attributes;
+  const { edges, counts } = histogram!;
+  const most = edges.at(-1)!;
+  const bars = counts.map((count, i) => ({ low: edges[i], high: edges[i + 1], count })).filter((bar) => bar.count);
+  const ticks = Object.entries(peaks ?? {}).flatMap(([name, values]) =>
+    values.filter((value) => value > 0).map((value) => ({ value, colour: classColour(theme.value, classOf(name)) })),
+  );
+  const { accent } = theme.value;
+  return (
+    <>
+      <Chart
+        label={`Histogram of activations from 0 to ${most}`}
+        make={() => ({
+          marginLeft: 46,
+          x: { label: "activation", domain: [0, most], ticks: 5 },
+          y: { label: "tokens", type: "log", ticks: 3, tickFormat: "~s", domain: [ticks.length ? 0.3 : 0.7, Math.max(...counts, 2)] },
+          marks: [
+            rectY(bars, {
+              x1: "low", x2: "high", y1: 0.7, y2: "count", insetLeft: 0.5, insetRight: 0.5,
+              fill: theme.value.dark ? "#e8a032" : "#d68c14",
+              fillOpacity: (bar: { high: number }) => 0.3 + 0.7 * (bar.high / most),
+            }), // prettier-ignore
+            ruleX(quantiles ?? [], { x: (q: [number, number]) => q[1], stroke: accent, strokeDasharray: "2 2", y1: 0.7, y2: Math.max(...counts, 2) }),
+            ruleX(ticks, { x: "value", y1: 0.33, y2: 0.62, stroke: "colour", strokeOpacity: 0.7 }),
+          ],
+        })}
+      />
+      {ticks.length > 0 && (
+        <p class="hint">
+          Dashed: quantiles. Ticks below: the largest activation on each prompt, in the colour of its class.
+        </p>
+      )}
+    </>
+  );
+}
+
+/** The direct effect of one unit on all logits: which there are beside the few that are listed. */
+export function LogitHistogram({ edges, counts }: Counts) {
+  const bars = counts.map((count, i) => ({ low: edges[i], high: edges[i + 1], count })).filter((bar) => bar.count);
   return (
     <Chart
-      label={`Histogram of activations from ${edges[0]} to ${edges.at(-1)}`}
+      label={`Histogram of the effect on all logits, from ${plain(edges[0])} to ${plain(edges.at(-1)!)}`}
       make={() => ({
-        x: { label: "activation" },
-        y: { label: "tokens", ticks: 4 },
-        marks: [rectY(bars, { x1: "low", x2: "high", y: "count", fill: theme.value.positive }), ruleY([0])],
+        marginLeft: 46,
+        x: { label: "logits for one unit", ticks: 5 },
+        y: { label: "tokens", type: "sqrt", ticks: 3, tickFormat: "~s" },
+        marks: [
+          rectY(bars, {
+            x1: "low", x2: "high", y: "count", insetLeft: 0.5, insetRight: 0.5,
+            fill: (bar: { low: number; high: number }) =>
+              bar.low + bar.high < 0 ? theme.value.negative : theme.value.positive,
+          }), // prettier-ignore
+          ruleY([0]),
+        ],
       })}
     />
   );

@@ -6,6 +6,13 @@ export type Interval = [number, number] | null;
 export interface Context {
   tokens: string[];
   activations: number[];
+  peak?: number | null;
+  /** Change of each token's log-probability when the feature is ablated. */
+  change?: (number | null)[];
+}
+export interface Counts {
+  edges: number[];
+  counts: number[];
 }
 export interface Attributes {
   interval?: [number, number];
@@ -16,7 +23,19 @@ export interface Attributes {
   contexts?: Context[];
   /** Mean activation by case, and in it by span ("" where positions are summed). */
   by_case?: Record<string, Record<string, number>>;
-  histogram?: { edges: number[]; counts: number[] };
+  histogram?: Counts;
+  logit_histogram?: Counts;
+  /** (share, activation that such a share of those above zero is below). */
+  quantiles?: [number, number][];
+  max_activation?: number;
+  samples?: { low: number; high: number; share: number; contexts: Context[] }[];
+  random?: Context[];
+  similar?: Record<string, [string, number][]>;
+  /** Largest activation on each prompt, by case. */
+  prompt_peaks?: Record<string, number[]>;
+  /** Whether the feature is in no circuit: it has no effect and no edges then. */
+  outside?: boolean;
+  automatic_label?: string;
   exact_effect?: number;
   [name: string]: unknown;
 }
@@ -94,6 +113,11 @@ interface Stored {
   layouts: LayoutData[];
   classes: Classes | null;
   comparison?: Comparison;
+  /** Which page this is; the explorer where nothing is said. */
+  page?: "features";
+  about?: string;
+  /** Other pages of the run, where they exist. */
+  links?: { circuit?: string; features?: string; report?: string };
 }
 
 const element = document.getElementById("circuit")!;

@@ -1,9 +1,10 @@
-// Starts the page once the circuit is unpacked.
+// Starts the page once its data are unpacked: the explorer, or the feature pages.
 
 import { render } from "preact";
 import { App } from "./app";
-import { ready } from "./data";
+import { circuit, ready } from "./data";
 import { printedSvg } from "./exports";
+import { FeaturePages } from "./features";
 import { setUpKeyboard } from "./keyboard";
 import { scene } from "./scene";
 import { stage } from "./stage";
@@ -11,6 +12,12 @@ import * as state from "./state";
 
 ready.then(() => {
   state.start();
+  if (circuit.page === "features") {
+    render(<FeaturePages />, document.getElementById("app")!);
+    document.documentElement.dataset.page = "features";
+    document.documentElement.dataset.ready = "true";
+    return;
+  }
   render(<App />, document.getElementById("app")!);
   setUpKeyboard();
   addEventListener("beforeprint", () => {

@@ -209,7 +209,15 @@ export function start(): void {
 
 // --- steps --------------------------------------------------------------------------------------------------------------
 
+/** The node of a feature: the strongest where it is at several positions. */
+export const featureNode = (name: string) =>
+  ranked.find((node) => node.name === name) ?? nodes.find((node) => node.name === name);
+
+/** What a click on a feature's name does; the feature pages open it instead. */
+export const opener: { open: ((id: string) => void) | null } = { open: null };
+
 export function togglePin(id: string): void {
+  if (opener.open) return opener.open(id);
   pins.value = pins.value.includes(id) ? pins.value.filter((pin) => pin !== id) : [id, ...pins.value];
   announcement.value = `${id} ${pins.value.includes(id) ? "pinned" : "let go"}`;
   commit();

@@ -44,7 +44,7 @@ export const topTokens = (node: GraphNode) =>
 export const promoted = (node: GraphNode, key: "top_logits" | "bottom_logits") =>
   (node.attributes[key] ?? []).map((item) => (Array.isArray(item) ? item : ([item, null] as [string, number | null])));
 
-/** What a feature means in one line: its label, else the words the page has for it. */
+/** What a feature means in one line: a person's label, else the words the page has for it. */
 export function describe(node: GraphNode): string {
   const label = labelOf(node);
   if (label) return visible(label);

@@ -1,0 +1,285 @@
+"""`sfc features`: a page for every feature; `sfc labels`: what they are called."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from circuits.cli.options import Common, Output, Overwrites, Prints, UsesSaes
+from circuits.cli.results import MADE_WITH, different_options, made_with, output_file
+from sae._files import read_json, write_json
+from sae._options import ContextLength
+from sae._run.contents import FEATURES, PARTIAL_PAGES, check_contents, check_no_link, read_run_config, remove
+from sae._run.locks import lock
+from sae.data.text import TextSource
+from sae.errors import UserError
+from sae.features.options import FeaturePageOptions
+
+if TYPE_CHECKING:
+    from circuits.circuit import Circuit
+    from circuits.labels import Label, LabelsFile
+    from sae.model.language_model import LanguageModel
+    from sae.model.sites import Site
+    from sae.saes import SAEs
+
+STATE_FILE = "state.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeaturesCommand(UsesSaes, Overwrites, Common):
+    """Show every feature on a page of its own: when it is on, in which contexts, and what becomes of each token when it
+    is taken out; for the features of a circuit, or of autoencoders without one.
+    """
+
+    circuit: Path | None = None
+    """Run folder with a circuit (`sfc discover`), whose features are shown."""
+    saes: str | None = None
+    """Autoencoders whose features are shown where there is no circuit; or another place of a circuit's."""
+    model: str | None = None
+    """Their model; by default the one that the circuit or the run names."""
+    text: str | None = None
+    """Text that is read; by default the one the circuit's features were described on, else the autoencoders' own."""
+    features: str | None = None
+    """Features to show, such as resid_3/120,mlp_2/7; those of the circuit that have edges by default."""
+    sites: str | None = None
+    """Show all features of these sites, such as all, resid or resid_3,mlp_2."""
+    context_length: ContextLength = 128
+    """Longest context, in tokens, or less if the model takes less; what comes after it in a text is not read."""
+    out: Path | None = None
+    """Run folder that receives features/; that of the circuit or of the autoencoders by default."""
+    resume: bool = False
+    """Go on with an interrupted reading of the same text, model, autoencoders and options."""
+    options: FeaturePageOptions = field(default_factory=FeaturePageOptions)
+
+    def run(self) -> Output:
+        run = self._run_folder()
+        folder = run / "features"
+        check_no_link(folder)
+        with lock(run, shared=True), lock(folder):
+            check_contents(folder, FEATURES)
+            return self._run(run, folder)
+
+    def _run(self, run: Path, folder: Path) -> Output:
+        from circuits.cli.common import record
+        from circuits.feature_pages import CIRCUIT_FILE, INDEX_FILE, write_circuit_part, write_page
+        from sae.saes import saes_fingerprint
+
+        text = self._text(run)
+        circuit, model, saes = self._load(run)
+        asked = self._asked(circuit, saes)
+        names = [f"{site}/{index}" for site, indices in asked.items() for index in indices]
+        of_saes = {"model_fingerprint": model.fingerprint, "saes_fingerprint": saes_fingerprint(saes)}
+        made = made_with(self, **of_saes, text=text, features=names)
+        made = {name: value for name, value in made.items() if name not in ("resume", "out", "sites", "dtype")}
+        finished = self._begin(folder, made)
+        n_tokens = self._pages(model, saes, text, asked, folder, finished)
+        if circuit is None:
+            (folder / CIRCUIT_FILE).unlink(missing_ok=True)
+        else:
+            write_circuit_part(folder, circuit, asked)
+        title = circuit.metadata.get("title") if circuit is not None else None
+        index = {
+            "schema_version": 1,
+            "title": f"Features of {title or run.resolve().name}",
+            "text": Path(text).name,
+            "n_tokens": n_tokens,
+            "saes_fingerprint": of_saes["saes_fingerprint"],
+            "sites": [site.name for site in asked],
+            "all_sites": [site.name for site in saes],
+            "features": names,
+            "made_with": made,
+        }
+        write_json(folder / INDEX_FILE, index)
+        remove(folder / "partial", PARTIAL_PAGES)
+        record(run, "features", self)
+        page = write_page(run)
+        data = {"out": str(page), "features": len(names), "sites": len(asked), "tokens": n_tokens}
+        return Output(f"{len(names):,} features at {len(asked)} sites, {n_tokens:,} tokens\nwrote {page}", data)
+
+    def _run_folder(self) -> Path:
+        """The folder of the run that receives the pages."""
+        from circuits.circuit import circuit_folder
+        from sae.formats.locate import sae_folders
+
+        if self.features is not None and self.sites is not None:
+            raise UserError("say which features to show by --features or by --sites, not by both")
+        if self.circuit is None and self.saes is None:
+            raise UserError("say whose features to show: --circuit with a run folder, or --saes")
+        if self.out is not None:
+            return self.out
+        if self.circuit is not None:
+            return circuit_folder(self.circuit).parent
+        folder = Path(str(self.saes))
+        if not folder.is_dir() or not sae_folders(folder):
+            raise UserError(f"{self.saes!r} is no run folder of sfc, so that nothing is written there: give --out")
+        return folder.parent if folder.name == "saes" else folder
+
+    def _text(self, run: Path) -> str:
+        """The text to read: the option's, or what an earlier command of the run read."""
+        if self.text is not None:
+            return self.text
+        commands = read_run_config(run)
+        for command in ("discover", "train"):
+            text = commands.get(command, {}).get("text")
+            if isinstance(text, str):
+                return text
+        raise UserError("no text to read: give --text; no earlier command of this run read one")
+
+    def _load(self, run: Path) -> tuple[Circuit | None, LanguageModel, SAEs]:
+        from circuits.circuit import Circuit
+        from circuits.circuit_source import parse_site_paths
+        from circuits.cli.common import load_checked_saes, load_model
+
+        if self.circuit is not None:
+            circuit = Circuit.load(
+                self.circuit, model=self.model, saes=self.saes, device=self.device, dtype=self.dtype,
+                site_paths=parse_site_paths(self.site_paths), sae_memory=self.sae_memory, metric="logit_difference",
+            )  # fmt: skip
+            return circuit, circuit.model, circuit.saes
+        name = self.model or next(
+            (
+                entry["model"]
+                for entry in read_run_config(run).values()
+                if isinstance(entry, dict) and entry.get("model")
+            ),
+            None,
+        )
+        if name is None:
+            raise UserError("the model is missing: give --model")
+        model = load_model(name, self, saes=self.saes)
+        return None, model, load_checked_saes(model, str(self.saes), options=self)
+
+    def _asked(self, circuit: Circuit | None, saes: SAEs) -> dict[Site, list[int]]:
+        """The features to show, by site in forward order."""
+        from circuits.editing.targets import parse_features
+        from sae.model.sites import select_sites
+
+        if self.features is not None:
+            names = [name.strip().partition("@")[0] for name in self.features.split(",") if name.strip()]
+            return {site: index.tolist() for site, index in parse_features(names, saes).items()}
+        if self.sites is not None or circuit is None:
+            chosen = select_sites(self.sites or "all", list(saes))
+            return {site: list(range(saes.config(site).n_features)) for site in chosen}
+        nodes = circuit.edge_nodes or circuit.strongest(100)
+        features = {site: site_nodes.feature[~site_nodes.is_error] for site, site_nodes in nodes.items()}
+        asked = {site: index.unique().tolist() for site, index in sorted(features.items()) if len(index)}
+        if not asked:
+            raise UserError("the circuit has no features, only errors: name some with --features or --sites")
+        return asked
+
+    def _begin(self, folder: Path, made: dict[str, Any]) -> list[str]:
+        """Make the folder ready; names of the sites that an interrupted reading has finished."""
+        from circuits.feature_pages import INDEX_FILE
+
+        partial = folder / "partial" / STATE_FILE
+        if self.resume:
+            if not partial.is_file():
+                raise UserError(f"nothing to resume in {str(folder)!r}: no reading was interrupted there")
+            if differing := different_options(read_json(partial), made):
+                raise UserError(f"the reading in {str(folder)!r} was begun with other options: {differing}")
+            return [path.stem for path in folder.glob("*.jsonl")]
+        if partial.is_file() and not self.overwrite:
+            raise UserError(
+                f"{str(folder)!r} holds an interrupted reading: go on with --resume, or start again with --overwrite"
+            )
+        index = folder / INDEX_FILE
+        if index.is_file() and not self.overwrite and (differing := different_options(read_json(index), made)):
+            raise UserError(f"{str(folder)!r} holds pages of other options ({differing}): --overwrite replaces them")
+        remove(folder, FEATURES, with_folder=False)
+        write_json(partial, {"schema_version": 1, MADE_WITH: made})
+        return []
+
+    def _pages(
+        self, model: LanguageModel, saes: SAEs, text: str, asked: dict[Site, list[int]], folder: Path,
+        finished: list[str],
+    ) -> int:  # fmt: skip
+        """Write the data of every site; the number of tokens that count."""
+        from circuits.feature_pages import write_site
+        from sae._progress import ProgressBar
+        from sae.features.pages import feature_pages_by_site
+
+        n_tokens = 0
+        with ProgressBar(total=self.options.tokens, desc="features", unit="token", disable=self.quiet) as bar:
+            sites = feature_pages_by_site(
+                model, saes, TextSource.of(text).read(), asked, self.options, context=self.context_length,
+                progress=bar.update, partial=folder / "partial", finished=[s for s in asked if s.name in finished],
+            )  # fmt: skip
+            for site, pages in sites:
+                bar.set_postfix_str(f"{site} with its features ablated")
+                write_site(folder, site, pages)
+                n_tokens = pages[0].n_tokens
+        return n_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelsCommand(Prints):
+    """Name features, once for all circuits of their autoencoders: drawings, pages, reports and exports show the names.
+    Without an option, print those there are.
+    """
+
+    circuit: Path | None = None
+    """Run folder with a circuit, whose autoencoders' features are named."""
+    saes: str | None = None
+    """Run folder, or the folder of autoencoders, where there is no circuit."""
+    feature: str | None = None
+    """Feature to name, such as resid_3/120."""
+    label: str | None = None
+    """Its name; an empty one takes the name away."""
+    read: Path | None = None
+    """Names to add: JSON lines that the explorer saved, of the paper's repository, or of another labels.jsonl."""
+    out: Path | None = None
+    """File that receives all names, as JSON lines {"Name": "resid_3/120", "Annotation": "plural nouns"}."""
+    by: str = "a person"
+    """Who gives the names."""
+    automatic: bool = False
+    """The names were not given by a person: they look different, and a person's stand before them."""
+    overwrite: bool = False
+    """Replace --out whatever it holds."""
+
+    def run(self) -> Output:
+        from circuits.labels import LabelsFile
+        from graphs.annotations import read_annotations, write_annotations
+
+        if (self.feature is None) != (self.label is None):
+            raise UserError("to name a feature give both --feature and --label")
+        file = self._file(LabelsFile)
+        new = {} if self.read is None else read_annotations(self.read)
+        new |= {} if self.feature is None or self.label is None else {self.feature: self.label}
+        added = 0
+        if new:
+            with lock(file.path.parent, shared=True):
+                added = file.add(new, by=self.by, automatic=self.automatic)
+        labels = file.read()
+        lines = [f"{name:<18} {line['label']}{_whose(line)}" for name, line in sorted(labels.items())]
+        if self.out is not None:
+            with output_file(self.out, _is_annotations, overwrite=self.overwrite):
+                write_annotations({name: line["label"] for name, line in labels.items()}, self.out)
+            lines.append(f"wrote {self.out}")
+        if new:
+            lines.append(f"{added} new of {len(new)}; wrote {file.path}")
+        return Output("\n".join(lines) or f"no names yet in {file.path}", {"labels": labels, "file": str(file.path)})
+
+    def _file(self, labels_file: type[LabelsFile]) -> LabelsFile:
+        from circuits.circuit import Circuit, circuit_folder
+
+        if self.circuit is not None:
+            circuit = Circuit.load(self.circuit)
+            return labels_file.of(circuit.metadata, circuit_folder(self.circuit).parent)
+        if self.saes is None or not Path(self.saes).is_dir():
+            raise UserError("say whose features to name: --circuit or --saes with a run folder")
+        return labels_file(self.saes, self.saes)
+
+
+def _whose(line: Label) -> str:
+    return f"  ({'automatic, ' if line.get('automatic') else ''}{line.get('by', 'unknown')}, {line.get('date', '')})"
+
+
+def _is_annotations(path: Path) -> bool:
+    from graphs.annotations import read_annotations
+    from graphs.errors import GraphError
+
+    try:
+        return bool(read_annotations(path))
+    except GraphError:
+        return False

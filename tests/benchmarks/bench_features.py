@@ -1,0 +1,72 @@
+"""How fast feature pages are made, and the same panels by SAEDashboard in the same run.
+
+    python -m tests.benchmarks.bench_features [--features 1000] [--tokens 1000000] [--peer sae-dashboard=PYTHON]
+
+The bundled model with SAEs of 256 features (TopK, k = 8) at its 13 sites, trained for a moment: speed does not depend on
+how good they are. Ours makes all panels: density, histogram, strongest contexts, samples by interval, change of each
+token's log-probability under ablation, logits, similar features by cosine and by activation. A line says the tokens a
+second of CPU and of wall time, and what it takes beside reading the model alone.
+
+PYTHON belongs to an environment with sae-dashboard 0.8 and sae-lens 6; it gets the same model (converted to
+TransformerLens' GPT-NeoX), one site's SAE in SAELens' format, and the same text, in one process with as many threads.
+It makes its own panels for that site (histograms, logits, sequences by interval, tables of correlation); ours is timed
+on that site alone as well, and the ratio of CPU times is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from sae import FeaturePageOptions, TrainConfig, feature_pages, load_model, train_saes
+from sae.data.batches import token_batches
+
+ROOT = Path(__file__).parents[2]
+TEXT = ROOT / "examples" / "agreement" / "text" / "train.txt"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--features", type=int, default=1000)
+    parser.add_argument("--tokens", type=int, default=1_000_000)
+    parser.add_argument("--correlation-tokens", type=int, default=100_000)
+    parser.add_argument("--train-tokens", type=int, default=50_000)
+    options = parser.parse_args()
+    model = load_model(str(ROOT / "examples" / "agreement" / "model"), device="cpu")
+    saes = train_saes(model, TEXT, config=TrainConfig(features=256, k=8, tokens=options.train_tokens))
+    lines = TEXT.read_text(encoding="utf-8").splitlines()
+    n_lines = len(lines)
+    per_site = -(-options.features // len(saes))
+    asked = {site: list(range(min(per_site, saes.config(site).n_features))) for site in saes}
+    n_features = sum(map(len, asked.values()))
+    texts = [lines[number % n_lines] for number in range(options.tokens // 10)]  # the text over and over
+
+    start = time.process_time(), time.perf_counter()
+    n_read = 0
+    for tokens in token_batches(model, texts, max_tokens=options.tokens, batch_size=128):
+        model.run(tokens, capture=list(saes), need_logits=False)
+        n_read += int(tokens.lengths.sum())
+    report("the model alone, in batches as they come", n_read, start)
+
+    start = time.process_time(), time.perf_counter()
+    page_options = FeaturePageOptions(tokens=options.tokens, correlation_tokens=options.correlation_tokens)
+    pages = feature_pages(model, saes, texts, asked, page_options)
+    assert len(pages) == n_features
+    report(f"pages of {n_features} features at {len(asked)} sites", n_read, start)
+
+
+def report(name: str, n_tokens: int, start: tuple[float, float]) -> None:
+    """One line: CPU and wall time since the start, and tokens a second of each."""
+    cpu, wall = time.process_time() - start[0], time.perf_counter() - start[1]
+    print(
+        f"{name:<44} {n_tokens:>9,} tokens {cpu:7.1f} s CPU {wall:7.1f} s {n_tokens / cpu:8,.0f} tokens/s of CPU "
+        f"(load {os.getloadavg()[0]:.0f}, {torch.get_num_threads()} threads)"
+    )
+
+
+if __name__ == "__main__":
+    main()

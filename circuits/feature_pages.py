@@ -108,14 +108,16 @@ def read_records(run: str | Path, names: Iterable[str] | None = None) -> Iterato
                     yield name, {**check_type(record, AttributesFile, where), **on_prompts.get(name, {})}
 
 
-def explorer_attributes(circuit: Circuit, run: str | Path) -> dict[str, dict[str, Any]]:
-    """What the explorer shows of each feature: the circuit's own description, and of its page all that is not heavy."""
-    described = {name: dict(entry) for name, entry in circuit.features.items()}
-    if read_index(run, circuit.metadata.get("saes_fingerprint")) is None:
-        return described
-    for name, record in read_records(run, described):
-        described[name] |= {key: value for key, value in record.items() if key not in HEAVY}
-    return described
+def with_pages(graph: FeatureGraph, run: str | Path) -> FeatureGraph:
+    """The graph with what the pages of its features hold, but for what is heavy; as it is where there are none."""
+    if read_index(run, graph.metadata.get("saes_fingerprint")) is None:
+        return graph
+    names = [node.name for node in graph.nodes()]
+    found = {
+        name: {key: value for key, value in record.items() if key not in HEAVY}
+        for name, record in read_records(run, names)
+    }
+    return graph.map_nodes(lambda node: replace(node, attributes={**node.attributes, **found.get(node.name, {})}))
 
 
 def write_page(run: str | Path, *, title: str | None = None) -> Path | None:

@@ -18,6 +18,7 @@ from circuits.circuit import PARTIAL_FOLDER, circuit_folder
 from circuits.circuit_files import SiteName, absolute_in_run, check_metadata
 from circuits.circuit_source import has_other_saes
 from circuits.editing.results import EditReport
+from circuits.feature_pages import with_pages
 from circuits.labels import LabelsFile, labelled
 from graphs.feature_graph import FeatureGraph
 from graphs.schema import Count, Index
@@ -178,7 +179,8 @@ def _graph(path: Path) -> tuple[FeatureGraph, bool]:
     check_metadata(graph.metadata, path, circuit=False)
     metadata = absolute_in_run(graph.metadata, path.parent.parent)
     other_saes = has_other_saes(metadata, path)
-    graph = labelled(graph, LabelsFile.of(metadata, path.parent.parent).read())
+    run = path.parent.parent
+    graph = with_pages(labelled(graph, LabelsFile.of(metadata, run).read()), run)
     graph.metadata = shared(graph.metadata)
     return graph, other_saes
 

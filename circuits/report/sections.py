@@ -6,6 +6,7 @@ Each function takes what the run folder holds and returns what its template name
 from __future__ import annotations
 
 import difflib
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -232,6 +233,11 @@ def card(graph: FeatureGraph, node: Node) -> dict[str, Any]:
         "facts": _facts(node.attributes),
         "tokens": {words: names for words, names in tokens.items() if names},
         "contexts": [split_at_peak(context) for context in contexts],
+        "largest_change": max(
+            (abs(change or 0.0) for context in contexts for change in context.get("change") or ()), default=0.0
+        ),
+        "activations": bars(node.attributes.get("histogram")) if is_feature else [],
+        "most": ((node.attributes.get("histogram") or {}).get("edges") or [0.0])[-1],
         "largest_activation": max((max(context["activations"], default=0.0) for context in contexts), default=0.0),
     }
 
@@ -258,14 +264,42 @@ def _facts(attributes: dict[str, Any]) -> list[str]:
     return facts
 
 
-def split_at_peak(context: dict[str, Any]) -> tuple[list[tuple[str, float]], list[tuple[str, float]]]:
-    """(token, activation) before the strongest one, and from there on; line breaks and tabs as signs."""
+class Token(NamedTuple):
+    """A token of a context."""
+
+    text: str
+    """Readable; line breaks and tabs as signs."""
+    activation: float
+    """Of the feature."""
+    change: float
+    """Of the token's log-probability when the feature is ablated; 0 where that was not measured."""
+
+
+LEAST_CHANGE = 0.02
+"""Changes below this are not underlined."""
+
+
+def split_at_peak(context: dict[str, Any]) -> tuple[list[Token], list[Token]]:
+    """The tokens before the strongest one, and from there on."""
     activations, peak = context["activations"], context.get("peak")
     if peak is None:
         peak = max(range(len(activations)), key=activations.__getitem__)
     shown = ["".join(visible(c) if c in "\n\r\t" else c for c in token) for token in context["tokens"]]
-    tokens = list(zip(shown, activations, strict=True))
+    change = [
+        value if abs(value or 0.0) >= LEAST_CHANGE else 0.0 for value in context.get("change") or [0.0] * len(shown)
+    ]
+    tokens = [Token(*values) for values in zip(shown, activations, change, strict=True)]
     return tokens[:peak], tokens[peak:]
+
+
+def bars(counts: dict[str, Any] | None) -> list[tuple[float, float, float]]:
+    """(left, width, height) of a histogram's bars as shares, heights by the logarithm of the count."""
+    edges, values = (counts or {}).get("edges") or [], (counts or {}).get("counts") or []
+    if len(edges) != len(values) + 1 or not values or edges[-1] <= edges[0]:
+        return []
+    span, most = edges[-1] - edges[0], math.log1p(max(values))
+    rows = zip(edges, edges[1:], values, strict=False)
+    return [((low - edges[0]) / span, (high - low) / span, math.log1p(n) / most) for low, high, n in rows if n > 0]
 
 
 # ------------------------------------------------------------------------------------------ edits

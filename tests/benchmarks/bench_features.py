@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.bench_features [--features 1000] [--tokens 1000000] [--peer sae-dashboard=PYTHON]
 
-The bundled model with SAEs of 256 features (TopK, k = 8) at its 13 sites, trained for a moment: speed does not depend on
-how good they are. Ours makes all panels: density, histogram, strongest contexts, samples by interval, change of each
+The bundled model with SAEs of 256 features (TopK, k = 8) at its 13 sites, trained for a moment: speed does not depend
+on how good they are. Ours makes all panels: density, histogram, strongest contexts, samples by interval, change of each
 token's log-probability under ablation, logits, similar features by cosine and by activation. A line says the tokens a
 second of CPU and of wall time, and what it takes beside reading the model alone.
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import tempfile
 import time
 from pathlib import Path
 
@@ -37,7 +38,9 @@ def main() -> None:
     parser.add_argument("--train-tokens", type=int, default=50_000)
     options = parser.parse_args()
     model = load_model(str(ROOT / "examples" / "agreement" / "model"), device="cpu")
-    saes = train_saes(model, TEXT, config=TrainConfig(features=256, k=8, tokens=options.train_tokens))
+    config = TrainConfig(features=256, k=8, tokens=options.train_tokens)
+    with tempfile.TemporaryDirectory() as folder:
+        saes = train_saes(model, TEXT, config=config, out=Path(folder) / "run")
     lines = TEXT.read_text(encoding="utf-8").splitlines()
     n_lines = len(lines)
     per_site = -(-options.features // len(saes))

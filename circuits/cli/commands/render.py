@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from circuits.cli.options import HasCircuit, Output, Overwrites, Prints
 from circuits.cli.results import circuit_file
@@ -14,7 +14,6 @@ from sae._options import Count, Magnitude, Positive
 from sae._run.outputs import has_mark
 
 if TYPE_CHECKING:
-    from circuits.circuit import Circuit
     from graphs import FeatureGraph
 
 log = logging.getLogger(__name__)
@@ -37,10 +36,8 @@ class _Cut(Prints, Overwrites, HasCircuit):
     otherwise.
     """
 
-    def cut(self, *, nodes: int | None, edges: int | None, with_pages: bool = False) -> FeatureGraph:
-        """The graph to show, of at most the nodes that have edges; re-thresholding never runs the model. `with_pages`:
-        features with what `sfc features` found.
-        """
+    def cut(self, *, nodes: int | None, edges: int | None) -> FeatureGraph:
+        """The graph to show, of at most the nodes that have edges; re-thresholding never runs the model."""
         from circuits.circuit import GRAPH_FILE, Circuit, circuit_folder
         from circuits.circuit_source import has_other_saes
         from graphs.annotations import apply, read_annotations
@@ -55,7 +52,7 @@ class _Cut(Prints, Overwrites, HasCircuit):
             edges=edges,
             edge_threshold=self.edge_threshold,
             significant=self.significant,
-            attributes=self._attributes(circuit) if with_pages else circuit.features,
+            attributes=circuit.features,
         )
         if has_other_saes(circuit.metadata, circuit_folder(self.circuit) / GRAPH_FILE):
             title = graph.metadata.get("title") or "Feature circuit"
@@ -64,12 +61,6 @@ class _Cut(Prints, Overwrites, HasCircuit):
         if self.reachable:
             graph = reachable(graph)
         return graph if self.annotations is None else apply(graph, read_annotations(self.annotations))
-
-    def _attributes(self, circuit: Circuit) -> dict[str, dict[str, Any]]:
-        from circuits.circuit import circuit_folder
-        from circuits.feature_pages import explorer_attributes
-
-        return explorer_attributes(circuit, circuit_folder(self.circuit).parent)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,20 +103,20 @@ class ExploreCommand(_Cut):
 
     def run(self) -> Output:
         from circuits.circuit import circuit_folder
-        from circuits.feature_pages import existing_links, read_index, write_page
+        from circuits.feature_pages import existing_links, read_index, with_pages, write_page
         from circuits.report.files import Curves, read_result
         from graphs import explore
 
         is_own = has_mark(".html")
         with circuit_file(self.circuit, self.out, "circuit.html", is_own, overwrite=self.overwrite) as out:
-            graph = self.cut(nodes=self.nodes, edges=self.edges, with_pages=True)
+            run = circuit_folder(self.circuit).parent
+            graph = with_pages(self.cut(nodes=self.nodes, edges=self.edges), run)
             curve = read_result(circuit_folder(self.circuit) / "faithfulness.json", graph, Curves)
             graph.metadata.update({"faithfulness": curve} if curve else {})
             other = None
             if self.compare is not None:
                 other = replace(self, circuit=self.compare).cut(nodes=self.nodes, edges=self.edges)
                 other.metadata["title"] = circuit_folder(self.compare).parent.resolve().name
-            run = circuit_folder(self.circuit).parent
             fingerprint, is_new = graph.metadata.get("saes_fingerprint"), not out.exists()
             pages = run / "features" / "index.html" if read_index(run, fingerprint) else run / "no pages"
             links = existing_links(out, {"features": pages, "report": run / "report.html"})

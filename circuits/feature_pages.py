@@ -35,7 +35,10 @@ INDEX_FILE = "index.json"
 CIRCUIT_FILE = "circuit.json"
 PAGE_FILE = "index.html"
 HEAVY = ("samples", "random")
-"""Entries of a record that the explorer leaves to the features' own page."""
+"""Entries of a record that explorer and report leave to the features' own page."""
+SHORTENED = {"contexts": 6, "top_logits": 8, "bottom_logits": 8}
+SIMILAR = 4
+"""How much they take of other entries."""
 ON_A_PAGE = 2000
 """Features on one page at most, those of the circuit and then the most frequent."""
 
@@ -112,12 +115,15 @@ def with_pages(graph: FeatureGraph, run: str | Path) -> FeatureGraph:
     """The graph with what the pages of its features hold, but for what is heavy; as it is where there are none."""
     if read_index(run, graph.metadata.get("saes_fingerprint")) is None:
         return graph
-    names = [node.name for node in graph.nodes()]
-    found = {
-        name: {key: value for key, value in record.items() if key not in HEAVY}
-        for name, record in read_records(run, names)
-    }
+    found = {name: _short(record) for name, record in read_records(run, [node.name for node in graph.nodes()])}
     return graph.map_nodes(lambda node: replace(node, attributes={**node.attributes, **found.get(node.name, {})}))
+
+
+def _short(record: Mapping[str, Any]) -> dict[str, Any]:
+    light = {key: value for key, value in record.items() if key not in HEAVY}
+    light |= {key: light[key][:n] for key, n in SHORTENED.items() if light.get(key)}
+    similar = {kind: rows[:SIMILAR] for kind, rows in light.get("similar", {}).items()}
+    return light | ({"similar": similar} if similar else {})
 
 
 def write_page(run: str | Path, *, title: str | None = None) -> Path | None:

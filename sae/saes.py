@@ -23,7 +23,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sae._run.contents import check_complete
-from sae.autoencoder import SAEConfig, SparseAutoencoder, read_config
+from sae.autoencoder import WEIGHTS_FILE, SAEConfig, SparseAutoencoder, read_config
 from sae.errors import UserError
 from sae.formats import load_sae, read_folder, site_of
 from sae.formats.locate import folders_in, sae_folders

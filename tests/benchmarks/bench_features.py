@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from sae import FeaturePageOptions, TrainConfig, feature_pages, load_model, train_saes
+from sae import FeaturePageOptions, TrainConfig, feature_pages, load_model, load_saes, train_saes
 from sae.data.batches import token_batches
 
 ROOT = Path(__file__).parents[2]
@@ -35,12 +35,15 @@ def main() -> None:
     parser.add_argument("--features", type=int, default=1000)
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--correlation-tokens", type=int, default=100_000)
-    parser.add_argument("--train-tokens", type=int, default=50_000)
+    parser.add_argument("--saes", help="run folder of sfc demo; SAEs are trained for a moment otherwise")
     options = parser.parse_args()
     model = load_model(str(ROOT / "examples" / "agreement" / "model"), device="cpu")
-    config = TrainConfig(features=256, k=8, tokens=options.train_tokens)
-    with tempfile.TemporaryDirectory() as folder:
-        saes = train_saes(model, TEXT, config=config, out=Path(folder) / "run")
+    if options.saes is None:
+        config = TrainConfig(features=256, k=8, tokens=50_000)
+        with tempfile.TemporaryDirectory() as folder:
+            saes = train_saes(model, TEXT, config=config, out=Path(folder) / "run")
+    else:
+        saes = load_saes(options.saes, device="cpu")
     lines = TEXT.read_text(encoding="utf-8").splitlines()
     n_lines = len(lines)
     per_site = -(-options.features // len(saes))

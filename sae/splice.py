@@ -27,6 +27,7 @@ from sae.formats.site_names import EMBED_HOOKS
 from sae.model.checks import relative_difference
 from sae.model.hook_points import SiteEdit
 from sae.model.language_model import LanguageModel
+from sae.model.site_search import is_exact
 from sae.model.sites import Site
 from sae.model.tokens import Tokens
 from sae.saes import SAEs, as_saes
@@ -101,7 +102,7 @@ def check_saes(model: LanguageModel, saes: Mapping[Site, SparseAutoencoder], tok
         edits = {site: spliced(site) for site in sites}
         return relative_difference(model.run(batch, edits=edits).logits, plain.logits)
 
-    allowed = TOLERANCE if model.dtype in (torch.float32, torch.float64) else TOLERANCE_16_BIT
+    allowed = TOLERANCE if is_exact(model.dtype) else TOLERANCE_16_BIT
     if difference(saes) <= allowed:
         return
     for site in saes:

@@ -37,6 +37,7 @@ from transformers.activations import ACT2CLS
 from sae.errors import UserError
 from sae.model.forward import with_gradients
 from sae.model.language_model import LanguageModel
+from sae.model.site_search import is_exact
 
 Linear = Callable[[Tensor, Tensor], Tensor]  # (x, y = module(x)) -> a tensor linear in x, with constants read off both
 
@@ -264,8 +265,7 @@ def check_conserved(model: LanguageModel) -> None:
         float((part.detach().cpu().double() * g.cpu().double()).sum()) for part, g in pairs if g is not None
     )
     share = relevance / float(m.detach())
-    exact = model.dtype in (torch.float32, torch.float64)
-    if not abs(share - 1) <= (CONSERVED_WITHIN if exact else CONSERVED_WITHIN_16_BIT):
+    if not abs(share - 1) <= (CONSERVED_WITHIN if is_exact(model.dtype) else CONSERVED_WITHIN_16_BIT):
         raise UserError(
             f"relp does not cover all parts of model {model.name!r}: the relevance of its inputs adds up to "
             f"{share:.3f} times what it is of, and 1 is right: use ig or attrib"

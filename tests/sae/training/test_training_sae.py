@@ -1,11 +1,14 @@
 """One autoencoder in training: how it starts, what is held, what is rescaled and resampled; and its checkpoints."""
 
 import itertools
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import sae
 from sae.data.activations import StreamState
 from sae.model.sites import Site
 from sae.training import checkpoint
@@ -24,6 +27,26 @@ def test_checkpoints_are_evenly_spread_and_the_last_is_of_the_last_step():
         run = SimpleNamespace(total=config.steps, n_checkpoints=config.checkpoints)
         due = [Trainer._checkpoints_due(run, step) for step in range(config.steps + 1)]
         assert {step for step in range(1, 24) if due[step] > due[step - 1]} == steps
+
+
+def test_a_topk_step_goes_through_five_files():
+    """A reader of a step opens no more, dead features and their AuxK loss included."""
+    one, x, files = training_sae(dead_tokens=10), torch.randn(500, 16), set()
+    optimise(one, x, 2)
+    one.state["silent"][:5] = 100
+    before = sys.getprofile()
+    sys.setprofile(lambda frame, event, arg: files.add(Path(frame.f_code.co_filename)))
+    try:
+        with torch.autograd.set_multithreading_enabled(False):
+            one.step(x, 2)
+            one.constrain()
+    finally:
+        sys.setprofile(before)
+    root = Path(sae.__file__).parent
+    assert {str(path.relative_to(root)) for path in files if path.is_relative_to(root)} == {
+        "training/training_sae.py", "architectures/base.py", "architectures/topk.py", "sparse/encoder_pass.py",
+        "sparse/activations.py",
+    }  # fmt: skip
 
 
 def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):

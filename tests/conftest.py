@@ -22,9 +22,11 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from sae.data.activations import ContextStream
 from sae.model import huggingface
 from sae.model.language_model import LanguageModel
 from sae.model.load import load_model
+from sae.training import trainer
 from tests.forked import ForkedCommands
 from tests.workers import pytest_addoption, run_in_workers, wants_workers  # noqa: F401 (the first is a hook)
 
@@ -42,7 +44,10 @@ THREADS = int(os.environ["OMP_NUM_THREADS"])
 """One, since the tests run in two processes; `make test-anywhere` asks for two as well."""
 torch.set_num_threads(THREADS)
 
+os.fsync = lambda handle: None  # it waits for the disk, of which no test takes the power away
 huggingface.auto_device = lambda: torch.device("cpu")  # also where there is a GPU: tests of one name it
+trainer.MIN_BUFFER_TOKENS = 2048  # a run of some thousand tokens reads no more than it needs
+ContextStream.__init__.__kwdefaults__["forward_tokens"] = 2048
 
 FORKED = pytest.StashKey[ForkedCommands]()
 
@@ -98,7 +103,7 @@ def forked(request: pytest.FixtureRequest) -> ForkedCommands:
 
 @pytest.fixture
 def forked_sfc(forked: ForkedCommands) -> Callable[..., Any]:
-    """forked_sfc("train", ..., kill_at=moment) -> status and outputs of `sfc` in a process of its own, which is cheap.
+    """forked_sfc("train", ..., before=function) -> status and outputs of `sfc` in a process of its own, which is cheap.
 
     See `tests.forked.ForkedCommands.run`. Standard output is not a terminal, and there is no GPU.
     """

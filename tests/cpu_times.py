@@ -1,7 +1,7 @@
 """What each test costs in CPU seconds, of the suite and of each file: `python -m pytest -p tests.cpu_times`.
 
-Wall time says little where several programs share the cores. Fixtures count for the test that asks for them first;
-what runs in forks (`tests.forked`) does not count here, nor what comes before the first test.
+Wall time says little where several programs share the cores. Fixtures count for the test that asks for them first,
+commands in forks (`tests.forked`) for the test that runs them. What comes before the first test does not count here.
 """
 
 from __future__ import annotations
@@ -15,15 +15,18 @@ import pytest
 SHOWN = 40
 
 
-def cpu_seconds() -> float:
-    """Of this process and of its children that have ended."""
+def cpu_seconds(config: pytest.Config) -> float:
+    """Of this process, of its children that have ended, and of the commands that ran in forks."""
+    from tests.conftest import FORKED  # which sets what torch reads when it is imported
+
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(one.ru_utime + one.ru_stime for one in used)
+    in_forks = config.stash[FORKED].cpu_seconds if FORKED in config.stash else 0.0
+    return sum(one.ru_utime + one.ru_stime for one in used) + in_forks
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    item.user_properties.append(("before", cpu_seconds()))
+    item.user_properties.append(("before", cpu_seconds(item.config)))
     return (yield)
 
 
@@ -31,7 +34,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[pytest.TestReport]:
     report = yield
     if call.when == "teardown":
-        report.user_properties = [("cpu_seconds", cpu_seconds() - dict(item.user_properties)["before"])]
+        report.user_properties = [("cpu_seconds", cpu_seconds(item.config) - dict(item.user_properties)["before"])]
     return report
 
 

@@ -1,9 +1,10 @@
-"""The command line in processes of their own that need not import anything, and that can be killed.
+"""The command line in processes of their own that need not import anything, and that may be killed
+(`tests.kill_points`).
 
 1. When all tests are collected, and none has run, the test process forks a process that waits: everything is imported
    there, and no thread of torch has started.
 2. Each command is a fork of that process, with its own standard output and error (files), and no GPU.
-3. Its status comes back through a pipe; until then the test may kill it.
+3. Its status comes back through a pipe, with the CPU seconds that it took (`tests.cpu_times`).
 """
 
 from __future__ import annotations
@@ -12,13 +13,11 @@ import importlib
 import os
 import pickle
 import pkgutil
-import select
 import signal
 import socket
 import struct
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -31,8 +30,6 @@ import circuits
 import graphs
 import sae
 from tests.workers import fork
-
-Moment = Callable[[], bool]
 
 
 @dataclass(frozen=True)
@@ -56,6 +53,7 @@ class ForkedCommands:
     """Runs `sfc` in forks of this process as it is now."""
 
     def __init__(self, threads: int) -> None:
+        self.cpu_seconds = 0.0
         self.pipe, theirs = socket.socketpair()
         self.pid = fork()
         if self.pid == 0:
@@ -64,48 +62,29 @@ class ForkedCommands:
         theirs.close()
 
     def run(
-        self,
-        *words: object,
-        kill_at: Moment | None = None,
-        signum: int = signal.SIGKILL,
-        before: Callable[[], None] | None = None,
-        environment: Mapping[str, str] | None = None,
+        self, *words: object, before: Callable[[], None] | None = None, environment: Mapping[str, str] | None = None
     ) -> Result:
-        """Run `sfc` with these words to its end, or send a signal when a moment has come.
+        """Run `sfc` with these words to its end.
 
         Args:
-            kill_at: asked again and again until it is true; the signal is sent then, unless the command has ended.
-            before: called in the new process before the command; a function of a module, since only its name is sent.
+            before: called in the new process before the command; what can be pickled, such as a function of a module.
             environment: variables to add to those of the test.
         """
-        return self._request([str(word) for word in words], kill_at, signum, before, environment)
+        return self._request([str(word) for word in words], before, environment)
 
     def call(self, function: Callable[[], None], *, environment: Mapping[str, str] | None = None) -> Result:
         """Call a function of a module in a process of its own."""
-        return self._request(None, None, 0, function, environment)
+        return self._request(None, function, environment)
 
     def _request(
-        self,
-        words: list[str] | None,
-        kill_at: Moment | None,
-        signum: int,
-        before: Callable[[], None] | None,
-        environment: Mapping[str, str] | None,
+        self, words: list[str] | None, before: Callable[[], None] | None, environment: Mapping[str, str] | None
     ) -> Result:
         with tempfile.TemporaryDirectory() as output:
             request = Request(words, dict(environment or {}), output, before)
             _send(self.pipe, pickle.dumps((request, str(Path.cwd()), dict(os.environ))))
-            pid = pickle.loads(_receive(self.pipe))
-            while kill_at is not None and not self._answered():
-                if kill_at():
-                    os.kill(pid, signum)
-                    break
-                time.sleep(0.0002)
-            status = pickle.loads(_receive(self.pipe))
+            status, seconds = pickle.loads(_receive(self.pipe))
+            self.cpu_seconds += seconds
             return Result(status, *(Path(output, name).read_text("utf-8", "replace") for name in ("out", "err")))
-
-    def _answered(self) -> bool:
-        return bool(select.select([self.pipe], [], [], 0)[0])
 
     def close(self) -> None:
         self.pipe.close()
@@ -133,8 +112,8 @@ def _serve(pipe: socket.socket, threads: int) -> None:
                 os.chdir(folder)
                 torch.set_num_threads(threads)
                 _run(request)
-            _send(pipe, pickle.dumps(child))
-            _send(pipe, pickle.dumps(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
+            _, status, used = os.wait4(child, 0)
+            _send(pipe, pickle.dumps((os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime)))
     except BaseException:
         traceback.print_exc()
     finally:

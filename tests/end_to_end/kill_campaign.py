@@ -2,7 +2,7 @@
 
     KILLS=50 python -m pytest tests/end_to_end/kill_campaign.py -n 0 -s      # a line a job; not part of the suite
 
-A place is a number of file system events of the process (a rename, an fsync, a removal, ...) or a time. A run is killed
+A place is a number of file system events of the process (`tests.kill_points`) or a time. A run is killed
 up to three times before it is left to end. `mask` and the commands on a finished circuit are simply run again; `demo`
 is run again with --overwrite.
 """
@@ -16,7 +16,7 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,31 +25,14 @@ import pytest
 import torch
 
 from sae._files import is_temporary, read_tensors
+from tests.kill_points import Kill, KillAfter
 
 KILLS = int(os.environ.get("KILLS", "50"))
-EVENTS = ("replace", "rename", "unlink", "rmdir", "mkdir", "fsync", "chmod", "remove")
+KILLED = (-signal.SIGKILL, -signal.SIGALRM)
 UNFINISHED = ("checkpoints", "partial", "unfinished.json")
 PICTURES = (".svg", ".png", ".html", ".pdf")
 VARYING = {"tokens_per_second", "seconds", "resume", "overwrite", "estimate"}
 """What two runs of a command need not share."""
-EVENT = "SFC_KILLED_AT_EVENT"
-
-
-def die_at_an_event() -> None:
-    """SIGKILL this process at the file system event whose number stands in the environment."""
-    left = [int(os.environ[EVENT])]
-
-    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **options: Any) -> Any:
-            left[0] -= 1
-            if left[0] <= 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*arguments, **options)
-
-        return call
-
-    for name in EVENTS:
-        setattr(os, name, counted(getattr(os, name)))
 
 
 @dataclass(frozen=True)
@@ -146,13 +129,12 @@ def test_killed(name, jobs, run_folder, forked_sfc, tmp_path, capsys):
         prepare(out)
         for _ in range(3):
             if chance.random() < 0.7:
-                event = {EVENT: str(chance.randint(1, 40))}
-                result = start(out, *job.again, before=die_at_an_event, environment=event)
+                kill = Kill(path=str(tmp_path), count=chance.randint(1, 60))
             else:
-                end = time.monotonic() + chance.uniform(0, took)
-                result = start(out, *job.again, kill_at=lambda end=end: time.monotonic() >= end)
-            killed += result.status == -signal.SIGKILL
-            assert result.status in (0, -signal.SIGKILL), result.err
+                kill = KillAfter(chance.uniform(0, took))
+            result = start(out, *job.again, before=kill)
+            killed += result.status in KILLED
+            assert result.status in (0, *KILLED), result.err
             if result.status == 0:
                 break
         if result.status != 0:

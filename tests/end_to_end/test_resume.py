@@ -7,16 +7,18 @@ import json
 import pytest
 
 from circuits.circuit import Circuit
+from sae._files import is_temporary
 from tests.circuits.discovery.test_resume import same_bits
+from tests.kill_points import Kill
 
-ONE_PROMPT = 2e-4  # GiB: of the tiny model, one prompt a batch
+FOUR_PROMPTS = 2e-4  # GiB: of the tiny model, four prompts a batch
 
 
 @pytest.fixture(scope="module")
 def words(run_folder, model_folder, prompts_file) -> list[str]:
-    """A discovery of some hundred forward and backward passes in eight batches."""
-    words = ["discover", "--model", model_folder, "--saes", run_folder, "--prompts", prompts_file, "--steps", 40]
-    return [str(word) for word in [*words, "--memory", ONE_PROMPT, "--edge-nodes", 30, "--nodes", 20]]
+    """A discovery in four batches, two of nodes and two of edges."""
+    words = ["discover", "--model", model_folder, "--saes", run_folder, "--prompts", prompts_file, "--steps", 10]
+    return [str(word) for word in [*words, "--memory", FOUR_PROMPTS, "--edge-nodes", 30, "--nodes", 20]]
 
 
 def test_killed_and_resumed(sfc, forked_sfc, words, tmp_path):
@@ -25,14 +27,16 @@ def test_killed_and_resumed(sfc, forked_sfc, words, tmp_path):
     assert forked_sfc(*words, "--out", whole).status == 0
     assert not (whole / "circuit" / "partial").exists()
     second = killed / "circuit" / "partial" / "nodes-0001.safetensors"
-    assert forked_sfc(*words, "--out", killed, kill_at=second.exists).status == -9, "it ended before it was killed"
-    finished = len(list(second.parent.glob("*.safetensors")))
-    assert 2 <= finished < 16 and not (killed / "circuit" / "circuit.json").exists()
+    at_edges = Kill("os.rename", r"/edges-0000\.safetensors$")
+    assert forked_sfc(*words, "--out", killed, before=at_edges).status == -9
+    batches = [path for path in second.parent.glob("*.safetensors") if not is_temporary(path)]
+    assert second in batches and len(batches) == 2
+    assert not (killed / "circuit" / "circuit.json").exists()
 
     refused = sfc(*words, "--out", killed)
     assert refused.status == 2 and "--resume" in refused.err
-    other = sfc(*words, "--out", killed, "--resume", "--steps", 41)
-    assert other.status == 2 and "steps 40, not 41" in other.err
+    other = sfc(*words, "--out", killed, "--resume", "--steps", 11)
+    assert other.status == 2 and "steps 10, not 11" in other.err
     assert forked_sfc(*words, "--out", killed, "--resume").status == 0
     assert not second.parent.exists()
     assert same_bits(Circuit.load(whole), Circuit.load(killed))
@@ -57,6 +61,7 @@ def test_autoencoders_streamed_from_disk(sfc, run_folder, words, tmp_path):
 
 def test_estimate_alone(sfc, words, tmp_path):
     """What a discovery will take is said by --estimate, which leaves nothing behind."""
+    words = [*words, "--steps", 2]
     alone = sfc(*words, "--out", tmp_path / "none", "--estimate")
     assert alone.status == 0 and "estimated memory" in alone.out and not (tmp_path / "none").exists()
     data = json.loads(sfc(*words, "--out", tmp_path / "none", "--estimate", "--json").out)["estimate"]

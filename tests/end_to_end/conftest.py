@@ -3,33 +3,73 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
+from copy import deepcopy
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from circuits.cli.main import main
+from sae.model import huggingface
 from sae.model.checks import check_model
 from tests.conftest import tiny_hf, word_tokenizer
 from tests.forked import Result
 
-CHECKED = set()
+CHECKED: set[tuple[object, ...]] = set()
+LOADED: dict[tuple[object, ...], Any] = {}
+DRAWN: set[tuple[object, ...]] = set()
+SAVEFIG = Figure.savefig
+
+
+def check_once(model):
+    """Check the sites of a model when it is loaded for the first time, not by every command again."""
+    key = model.fingerprint, str(model.site_paths), model.dtype, str(model.device)
+    if key not in CHECKED:
+        check_model(model)
+    CHECKED.add(key)
+
+
+def load_once(load: Callable[..., Any]) -> Callable[..., Any]:
+    """A copy of what was loaded from the same files before: to load takes transformers five times longer."""
+
+    def loaded(name: str, *more: Any, **options: Any) -> Any:
+        files = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(Path(name).rglob("*"))]
+        key = load, tuple(files), more, tuple(options.items())
+        if not files or key not in LOADED:
+            result = load(name, *more, **options)
+            if not files:
+                return result
+            LOADED[key] = result
+        return deepcopy(LOADED[key])
+
+    return loaded
+
+
+def draw_once(figure: Figure, file: Path, *, format: str, **options: Any) -> None:
+    """Draw the first picture of a name; the next ones with as many axes are empty pictures of the same format."""
+    key = re.sub(r"\.[0-9a-f]{8}\.tmp", "", file.name), len(figure.axes)
+    if key not in DRAWN:
+        DRAWN.add(key)
+    else:
+        figure = Figure((1, 1))
+    SAVEFIG(figure, file, format=format, **options)
 
 
 @pytest.fixture
 def sfc(capsys, monkeypatch):
     """sfc("train", "--model", ...) -> exit status and what was printed.
 
-    Sites of a model are checked when it is loaded for the first time, not by every command again.
+    What one process does for the first command is not done again: a model is loaded and checked once, a picture is
+    drawn once.
     """
-
-    def check_once(model):
-        key = model.fingerprint, str(model.site_paths), model.dtype, str(model.device)
-        if key not in CHECKED:
-            check_model(model)
-        CHECKED.add(key)
-
     monkeypatch.setattr("sae.model.load.check_model", check_once)
+    monkeypatch.setattr(Figure, "savefig", draw_once)
+    for name in ("pretrained_model", "pretrained_tokenizer"):
+        monkeypatch.setattr(huggingface, name, load_once(getattr(huggingface, name)))
 
     def run(*arguments: object) -> Result:
         with pytest.raises(SystemExit) as stop:
@@ -81,7 +121,7 @@ def run_folder(tmp_path_factory, model_folder, text_file, prompts_file) -> Path:
     """A run with autoencoders and a circuit, made by the command line."""
     run = tmp_path_factory.mktemp("runs") / "near"
     common = ["--model", str(model_folder), "--out", str(run), "--json"]
-    small = ["--features", "48", "--k", "6", "--tokens", "20000", "--context-length", "16"]
+    small = ["--features", "48", "--k", "6", "--tokens", "6000", "--context-length", "16"]
     for arguments in (
         ["train", *common, "--text", str(text_file), *small],
         [

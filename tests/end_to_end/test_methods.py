@@ -16,8 +16,8 @@ def place(model_folder, prompts_file):
 
 def test_compare_methods(sfc, run_folder, place, tmp_path):
     small = ["--methods", "attrib,relp,ig-adaptive", "--neurons", "attrib", "--sizes", "5,10", "--sample", 20]
-    arguments = ["compare-methods", *place, "--saes", run_folder, "--out", tmp_path / "run", *small]
-    result = sfc(*arguments)
+    arguments = ["compare-methods", *place, "--saes", run_folder, "--out", tmp_path / "run"]
+    result = sfc(*arguments, *small)
     assert result.status == 0, result.err
     assert "relp" in result.out and "attrib (neurons)" in result.out and "CPR" in result.out
     folder = tmp_path / "run" / "comparison"
@@ -27,10 +27,11 @@ def test_compare_methods(sfc, run_folder, place, tmp_path):
     assert (folder / "comparison.svg").stat().st_size > 2000
     assert "relp" in (folder / "comparison.txt").read_text()
     assert json.loads((tmp_path / "run" / "config.json").read_text())["compare-methods"]["options"]["sample"] == 20
-    again = sfc(*arguments)
+    again = sfc(*arguments, *small)
     assert again.status == 2
     assert "not empty" in again.err
-    whole = sfc(*arguments, "--overwrite", "--json", "--test", place[-1])
+    small = ["--methods", "attrib", "--sizes", "5", "--sample", 5]
+    whole = sfc(*arguments, *small, "--overwrite", "--json", "--test", place[-1])
     assert json.loads(whole.out)["n_test"] == 8
 
 

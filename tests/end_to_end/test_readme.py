@@ -14,7 +14,11 @@ from sae.errors import UserError
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "tests" / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
-SHORTER = {"tokens=400_000": "tokens=20_000", "limit=100": "limit=30"}
+SHORTER = {
+    "features=256, k=8, tokens=400_000": "features=64, k=8, tokens=3000",
+    "limit=100": "limit=10",
+    'test.jsonl", model)': 'test.jsonl", model, limit=20)',
+}
 
 
 def python_blocks():

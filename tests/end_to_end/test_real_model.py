@@ -28,7 +28,7 @@ def run(shared_dir, tmp_path_factory):
             "--prompts",
             prompts,
             "--examples",
-            40,
+            20,
             "--edge-nodes",
             40,
             "--nodes",
@@ -65,7 +65,7 @@ def test_effects_of_a_site_add_up(run):
 def test_ten_features_carry_the_behaviour_and_random_ones_do_not(sfc, run, shared_dir, test_prompts):
     text = shared_dir / "data" / "tinystories" / "valid.jsonl"
     result = sfc(
-        "ablate", "--circuit", run, "--top", 10, "--prompts", test_prompts, "--text", text, "--texts", 40, "--json"
+        "ablate", "--circuit", run, "--top", 10, "--prompts", test_prompts, "--text", text, "--texts", 20, "--json"
     )
     data = json.loads(result.out)
     before, after = data["before"]["overall"]["metric"], data["after"]["overall"]["metric"]
@@ -77,7 +77,7 @@ def test_ten_features_carry_the_behaviour_and_random_ones_do_not(sfc, run, share
 
 def test_the_circuit_is_faithful_and_random_ones_are_not(sfc, run, test_prompts):
     result = sfc(
-        "faithfulness", "--circuit", run, "--prompts", test_prompts, "--examples", 40, "--start-site", "attn_2",
+        "faithfulness", "--circuit", run, "--prompts", test_prompts, "--examples", 20, "--start-site", "attn_2",
         "--sizes", "20,200,600", "--json",
     )  # fmt: skip
     data = json.loads(result.out)

@@ -17,7 +17,7 @@ from sae.saes import SAEs, Source
 def small(model, prompts, **options) -> DiscoverOptions:
     """Options that put two prompts in a batch."""
     memory = 2.5 * backward_bytes(model, prompts.clean.n_positions) / GIB
-    return DiscoverOptions(**{"edge_nodes": 40, "memory": memory, "method": "attrib", **options})
+    return DiscoverOptions(**{"edge_nodes": 16, "memory": memory, "method": "attrib", **options})
 
 
 def streamed(saes) -> SAEs:

@@ -17,7 +17,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 CIRCUITS = [
     {"n_nodes": 30, "n_edges": 80},
     {"n_nodes": 30, "n_edges": 80, "positions": True},
-    {"n_nodes": 300, "n_edges": 1500, "n_layers": 6},
+    {"n_nodes": 140, "n_edges": 500, "n_layers": 6},
 ]
 
 

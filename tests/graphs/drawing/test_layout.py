@@ -13,18 +13,24 @@ CELL = Cell(width=100, height=40, gap=20, box=88)
 CIRCUITS = [
     {"n_nodes": 30, "n_edges": 80},
     {"n_nodes": 30, "n_edges": 80, "positions": True},
-    {"n_nodes": 300, "n_edges": 1500, "n_layers": 6},
-    {"n_nodes": 300, "n_edges": 1500, "n_layers": 6, "positions": True},
+    {"n_nodes": 120, "n_edges": 600, "n_layers": 6},
+    {"n_nodes": 120, "n_edges": 600, "n_layers": 6, "positions": True},
 ]
+
+
+@pytest.fixture(scope="module", params=CIRCUITS, ids=lambda options: "-".join(map(str, options.values())))
+def drawn(request, make_circuit):
+    """A circuit and its layout."""
+    graph = make_circuit(**request.param)
+    return graph, layered_layout(graph, cell=CELL)
 
 
 def edges_of(box):
     return box.x - box.width / 2, box.x + box.width / 2, box.y - box.height / 2, box.y + box.height / 2
 
 
-@pytest.mark.parametrize("options", CIRCUITS)
-def test_boxes_do_not_overlap_and_stay_on_the_page(make_circuit, options):
-    layout = layered_layout(make_circuit(**options), cell=CELL)
+def test_boxes_do_not_overlap_and_stay_on_the_page(drawn):
+    _, layout = drawn
     for a, b in itertools.combinations(layout.boxes.values(), 2):
         la, ra, ba, ta = edges_of(a)
         lb, rb, bb, tb = edges_of(b)
@@ -34,10 +40,8 @@ def test_boxes_do_not_overlap_and_stay_on_the_page(make_circuit, options):
         assert left >= -1e-9 and right <= layout.width + 1e-9 and bottom >= 0 and top <= layout.height + 1e-9
 
 
-@pytest.mark.parametrize("options", CIRCUITS)
-def test_sites_rise_in_model_order_and_positions_run_left_to_right(make_circuit, options):
-    graph = make_circuit(**options)
-    layout = layered_layout(graph, cell=CELL)
+def test_sites_rise_in_model_order_and_positions_run_left_to_right(drawn):
+    graph, layout = drawn
     for a, b in itertools.combinations(graph.nodes(), 2):
         if graph.rank(a.id) < graph.rank(b.id):
             assert layout.boxes[a.id].y < layout.boxes[b.id].y
@@ -46,10 +50,8 @@ def test_sites_rise_in_model_order_and_positions_run_left_to_right(make_circuit,
     assert [column.position for column in layout.columns] == graph.positions
 
 
-@pytest.mark.parametrize("options", CIRCUITS)
-def test_edges_start_and_end_at_their_nodes_and_pass_beside_all_others(make_circuit, options):
-    graph = make_circuit(**options)
-    layout = layered_layout(graph, cell=CELL)
+def test_edges_start_and_end_at_their_nodes_and_pass_beside_all_others(drawn):
+    _, layout = drawn
     by_height: dict[float, list] = {}
     for box in layout.boxes.values():
         by_height.setdefault(box.y, []).append(box)

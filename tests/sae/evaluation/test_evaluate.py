@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -251,16 +252,16 @@ def test_one_cross_entropy(tiny_model, saes, monkeypatch):
     texts = [*TEXTS, "the old <eos> cat <bos> sings", "the king " * 60]
     batches = list(token_batches(tiny_model, texts, max_tokens=None, batch_size=3))
     assert max(batch.n_positions for batch in batches) == 64 == tiny_model.max_positions  # 120 words in the last text
-    result = evaluate_saes(tiny_model, saes, texts, batch_size=2)
+    result = evaluate_saes(tiny_model, saes, texts, batch_size=2, errors=False)
     assert result.ce_model == pytest.approx(text_cross_entropy(tiny_model, batches), rel=1e-6)
     assert result.ce_model != pytest.approx(
-        evaluate_saes(tiny_model, saes, texts, special_tokens=True).ce_model, rel=1e-4
+        evaluate_saes(tiny_model, saes, texts, special_tokens=True, errors=False).ce_model, rel=1e-4
     )
     together, spliced = spliced_predictions(tiny_model, saes, texts, max_tokens=10_000), result.spliced["all"]
     assert (together["ce"], together["kl"]) == pytest.approx((spliced.ce, spliced.kl), rel=1e-5)
     monkeypatch.setattr("sae.data.batches.LOGIT_BYTES", 1)
     monkeypatch.setattr("sae.data.predictions.CHUNK_BYTES", 4 * tiny_model.vocab_size)
-    again, shapes, run = evaluate_saes(tiny_model, saes, texts), [], tiny_model.run
+    again, shapes, run = evaluate_saes(tiny_model, saes, texts, errors=False), [], tiny_model.run
     assert again.ce_model == pytest.approx(result.ce_model, rel=1e-6) and again.n_tokens == result.n_tokens
     assert again.spliced["all"].kl == pytest.approx(spliced.kl, rel=1e-4)
     monkeypatch.setattr(tiny_model, "run", lambda tokens, **o: shapes.append(len(tokens)) or run(tokens, **o))
@@ -287,8 +288,9 @@ def test_plot_has_a_bar_and_a_histogram_for_every_site(tiny_model, saes, tmp_pat
     assert [axes.get_title().split()[0] for axes in histograms] == SITES
     drawn = [sum(bar.get_height() for bar in axes.patches) for axes in histograms]
     assert drawn == [sum(m.density_histogram.counts) for m in result.sites.values()]
-    for name in ("evaluation.png", "evaluation.svg"):
-        plot_evaluation(result, tmp_path / name)
+    alone = replace(result, sites=dict(list(result.sites.items())[:1]))
+    for name, shown in (("evaluation.svg", result), ("evaluation.png", alone)):
+        plot_evaluation(shown, tmp_path / name)
         assert (tmp_path / name).stat().st_size > 5000
     with pytest.raises(UserError, match="'gif'"):
         plot_evaluation(result, tmp_path / "evaluation.gif")

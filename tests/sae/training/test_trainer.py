@@ -43,8 +43,9 @@ def stories(n=120, seed=0):
 
 
 def small(**options):
-    defaults = {"features": 48, "k": 4, "tokens": 12_000, "batch_size": 512, "log_steps": 5, "dead_tokens": 1500}
-    return TrainConfig(**defaults | options)
+    """23 steps, of which the first fill of the buffer has 16."""
+    defaults = {"features": 48, "k": 4, "tokens": 3000, "batch_size": 128, "buffer_tokens": 2048}
+    return TrainConfig(**defaults | {"log_steps": 5, "dead_tokens": 400} | options)
 
 
 def run(model, out, config, **options):
@@ -94,7 +95,7 @@ def test_what_a_run_leaves_on_disk(tiny_model, tmp_path):
     assert {p.name for p in (tmp_path / "run" / "saes").iterdir()} == {"resid_0", "mlp_1", "training.jsonl"}
     rows = [json.loads(line) for line in (tmp_path / "run" / "saes" / "training.jsonl").read_text().splitlines()]
     assert {row["site"] for row in rows} == {"resid_0", "mlp_1"}
-    assert rows[-1]["step"] == 12_000 // 512
+    assert rows[-1]["step"] == 3000 // 128
     assert {"loss", "l0", "explained_variance", "dead", "tokens_per_second"} <= set(rows[-1])
     assert rows[-1]["explained_variance"] > rows[0]["explained_variance"]
     loaded = load_saes(tmp_path / "run")
@@ -119,7 +120,7 @@ def test_every_row_of_a_fill_is_dealt_once_and_every_fill_and_seed_has_its_order
     monkeypatch.setattr(Trainer, "_one_step", recording)
     monkeypatch.setattr(torch, "randperm", order)
     for seed in (0, 1):
-        run(tiny_model, tmp_path / str(seed), small(seed=seed, tokens=20 * 512, buffer_tokens=1024))
+        run(tiny_model, tmp_path / str(seed), small(seed=seed, tokens=20 * 128))
     for seed, fill in dealt:
         rows, whole = dealt[seed, fill]
         assert len(set(rows)) == len(rows) and (len(rows) == whole or (seed, fill + 1) not in dealt)

@@ -33,6 +33,9 @@ from graphs.feature_graph import FeatureGraph
 from sae._files import TensorSpec, check_tensors, digest_tensors, read_header, read_json, write_tensors
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError
+from sae.features.options import FeaturePageOptions
+from sae.features.page import FeaturePages
+from sae.features.pages import feature_pages
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
 from sae.saes import SAEs
@@ -133,6 +136,29 @@ class Circuit(CircuitViews):
             for name, effect in zip(nodes.ids(site), nodes.effect.tolist(), strict=True)
         ]
         return FeatureNames([name for _, name in sorted(rows, key=lambda row: row[0])], self)
+
+    def feature_pages(
+        self, texts: str | Path | Iterable[str], options: FeaturePageOptions | None = None
+    ) -> FeaturePages:
+        """The pages of its features that have edges: when they are on, in which contexts, and what they do there.
+
+        Args:
+            texts: documents, a .txt or .jsonl file, or a hub data set.
+            options: how much is read and shown.
+
+        Returns:
+            The pages by name, `resid_3/120`; see `sae.feature_pages`.
+
+        Raises:
+            UserError: the text is empty, or the circuit has no features.
+        """
+        return feature_pages(self.model, self.saes, texts, self.features_with_edges(), options)
+
+    def features_with_edges(self) -> dict[Site, list[int]]:
+        """Indices of its features by site: those with edges, or the 100 strongest where edges were not computed."""
+        chosen = self.edge_nodes or self.strongest(100)
+        indices = {site: nodes.feature[~nodes.is_error].unique().tolist() for site, nodes in sorted(chosen.items())}
+        return {site: index for site, index in indices.items() if index}
 
     # --- files --------------------------------------------------------------------------------------------------
 

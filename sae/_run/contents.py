@@ -49,7 +49,9 @@ class Layout:
 SITE = r"embed|(resid|attn|mlp)_\d+"
 EVALUATION = rf"evaluation{NAMED}\.(json|txt|svg)"
 SAE = Layout((r"config\.json", r"sae\.safetensors", EVALUATION))
-SAES = Layout((r"(training|finetuning|labels)\.jsonl", EVALUATION), {SITE: SAE})
+MADE_WITH_SAES = (r"(training|finetuning)\.jsonl", EVALUATION)
+"""Files beside the autoencoders that go with them; names of features that people gave stay."""
+SAES = Layout((*MADE_WITH_SAES, r"labels\.jsonl"), {SITE: SAE})
 CHECKPOINTS = Layout(folders={r"step_\d{8}": Layout((r"state\.json", r"state\.safetensors"))})
 PARTIAL = Layout((r"partial\.json", r"(nodes|edges)-\d{4,}\.safetensors"))
 MEASURED = Layout((

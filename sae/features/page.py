@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 from sae._frames import Result
@@ -62,6 +63,39 @@ class FeaturePage(FeatureSummary):
     def name(self) -> str:
         """`resid_3/120`."""
         return f"{self.site}/{self.index}"
+
+    def _repr_html_(self) -> str:
+        """Its numbers and contexts, for notebooks: shade for activation, underline for the change of log p."""
+        contexts: list[Context] = [*self.contexts, *(context for sample in self.samples for context in sample.contexts)]
+        strongest = max((max(context.activations) for context in contexts), default=0.0) or 1.0
+        largest = max((abs(c or 0.0) for context in contexts for c in _changes(context)), default=0.0) or 1.0
+        facts = f"on at {self.density:.2%} of {self.n_tokens:,} tokens, largest activation {self.max_activation:.3g}"
+        raises, lowers = (_words([t for t, _ in tokens]) for tokens in (self.top_logits, self.bottom_logits))
+        rows = [
+            f"<b>{self.name}</b> {escape(_words(self.top_tokens))}",
+            facts,
+            f"raises {escape(raises)}; lowers {escape(lowers)}",
+        ]
+        rows += [_context_html(context, strongest, largest) for context in self.contexts]
+        for sample in self.samples:
+            rows.append(f"<i>{sample.low:.3g} to {sample.high:.3g}, {sample.share:.2%} of tokens</i>")
+            rows += [_context_html(context, strongest, largest) for context in sample.contexts]
+        return "".join(f'<div dir="auto">{row}</div>' for row in rows)
+
+
+def _changes(context: Context) -> list[float | None]:
+    return context.change if isinstance(context, AblatedContext) else [None] * len(context.tokens)
+
+
+def _context_html(context: Context, strongest: float, largest: float) -> str:
+    """A line of text; strongest, largest: the activation and change that shade and underline a token fully."""
+    spans = []
+    for token, activation, change in zip(context.tokens, context.activations, _changes(context), strict=True):
+        shade = f"background:rgb(214 140 20/{max(0.0, min(1.0, 0.6 * activation / strongest)):.2f})"
+        share = min(1.0, abs(change or 0.0) / largest)
+        line = f";border-bottom:2px solid rgb({'192 92 8' if (change or 0) < 0 else '36 104 176'}/{share:.2f})"
+        spans.append(f'<span style="{shade}{line if share > 0.02 else ""}">{escape(token)}</span>')
+    return "".join(spans)
 
 
 class FeaturePages(dict[str, FeaturePage], Result):

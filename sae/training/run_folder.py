@@ -19,11 +19,11 @@ import torch
 from sae._files import check_type, parse_json, prepare_folder, write_json
 from sae._run.contents import CHECKPOINTS as CHECKPOINT_FILES
 from sae._run.contents import (
+    MADE_WITH_SAES,
     MAKERS,
     RUN,
     RUN_CONFIG_FILE,
     SAE,
-    SAES,
     TRAINED,
     Layout,
     check_contents,
@@ -205,7 +205,7 @@ class RunFolder:
             for name in names:
                 remove(self.path / name, TRAINED)
             return
-        remove(self.path / "saes", Layout(SAES.files, dict.fromkeys(names, SAE)))
+        remove(self.path / "saes", Layout(MADE_WITH_SAES, dict.fromkeys(names, SAE)))
         if self.command == "train":
             remove(self.path / "trained", TRAINED)
 
@@ -271,7 +271,7 @@ def discard_run(folder: Path) -> None:
     if makers:
         write_json(folder / RUN_CONFIG_FILE, {**entries, **makers})
         remove(folder / CHECKPOINTS, CHECKPOINT_FILES)
-        remove(folder / "saes", Layout(SAES.files, dict.fromkeys(sites, SAE)))
+        remove(folder / "saes", Layout(MADE_WITH_SAES, dict.fromkeys(sites, SAE)))
         write_json(folder / RUN_CONFIG_FILE, {key: value for key, value in entries.items() if key not in MAKERS})
 
 

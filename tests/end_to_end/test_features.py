@@ -11,6 +11,7 @@ from circuits.circuit import Circuit
 from circuits.labels import LabelsFile
 from graphs.explorer import unpacked
 from sae.saes import load_saes, saes_fingerprint, stored_fingerprint
+from sae.training.run_folder import discard_run
 
 SMALL = ("--tokens", 600, "--correlation-tokens", 600, "--contexts", 3, "--samples", 1, "--json")
 
@@ -86,11 +87,13 @@ def test_names_belong_to_the_saes_and_outlive_another_circuit(sfc, run, tmp_path
     assert sfc("labels", "--circuit", run, *automatic).status == 0
     assert "kings" in sfc("labels", "--saes", run, "--out", tmp_path / "out.jsonl").out
     assert json.loads((tmp_path / "out.jsonl").read_text())["Name"] == name
+    assert "is not a feature" in sfc("labels", "--saes", run, "--feature", "x", "--label", "y").err
     assert sfc("report", "--circuit", run).status == 0
     assert "&lt;/script&gt;&lt;b&gt;kings" in (run / "report.html").read_text()
     file = LabelsFile(run, run)
     assert file.path == run / "saes" / "labels.jsonl" and len(file.lines()) == 3
     assert file.add({name: ""}, by="anna") == 1 and file.read()[name]["label"] == "guessed"
+    discard_run(run)
+    assert file.path.is_file()  # names stay when the features are trained again
     file.path.write_text(file.path.read_text().replace(str(file.fingerprint(name.split("/")[0])), "0" * 16))
-    assert LabelsFile(run, run).read() == {}  # of SAEs that were trained again
-    assert "is not a feature" in sfc("labels", "--saes", run, "--feature", "x", "--label", "y").err
+    assert file.read() == {}  # of SAEs that were trained again

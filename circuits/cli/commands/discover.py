@@ -217,16 +217,14 @@ def describe_features(
     Returns:
         `resid_3/120` -> its description as plain JSON.
     """
+    import torch
+
     from circuits.discovery.activity import mean_activations
     from sae.features.contexts import top_contexts
 
-    chosen = circuit.edge_nodes or circuit.strongest(100)
-    features = {site: nodes.feature[~nodes.is_error].unique() for site, nodes in chosen.items()}
-    features = {site: index for site, index in features.items() if len(index)}
-    by_case = mean_activations(model, saes, prompts, features)
-    contexts = top_contexts(
-        model, saes, texts or prompts.texts, {site: index.tolist() for site, index in features.items()}
-    )
+    features = circuit.features_with_edges()
+    by_case = mean_activations(model, saes, prompts, {site: torch.tensor(index) for site, index in features.items()})
+    contexts = top_contexts(model, saes, texts or prompts.texts, features)
     described = {f"{site.name}/{feature}": summary.to_dict() for (site, feature), summary in contexts.items()}
     return {
         name: {key: value for key, value in summary.items() if key not in ("site", "index")}

@@ -161,9 +161,7 @@ class FeaturesCommand(UsesSaes, Overwrites, Common):
         if self.sites is not None or circuit is None:
             chosen = select_sites(self.sites or "all", list(saes))
             return {site: list(range(saes.config(site).n_features)) for site in chosen}
-        nodes = circuit.edge_nodes or circuit.strongest(100)
-        features = {site: site_nodes.feature[~site_nodes.is_error] for site, site_nodes in nodes.items()}
-        asked = {site: index.unique().tolist() for site, index in sorted(features.items()) if len(index)}
+        asked = circuit.features_with_edges()
         if not asked:
             raise UserError("the circuit has no features, only errors: name some with --features or --sites")
         return asked

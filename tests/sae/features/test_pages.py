@@ -234,6 +234,14 @@ def test_bins_fold_exactly_and_samples_stay_uniform():
         assert torch.equal(torch.histogram(value[slot == one].double(), edges).hist.long(), histogram.counts[one])
 
 
+def test_pages_show_themselves(pages):
+    frame = pages.to_frame()
+    assert list(frame.index) == list(pages) and frame.loc["mlp_0/11", "density"] == 0
+    html = pages["resid_1/2"]._repr_html_()
+    assert "border-bottom" in html and "221 tokens" in html
+    assert "resid_1/2" in pages._repr_html_() and json.loads(json.dumps(pages.to_dict()))["schema_version"] == 1
+
+
 def test_bad_input(tiny_model, saes):
     with pytest.raises(UserError, match="'mlp_0/24': allowed are 0 to 23"):
         feature_pages(tiny_model, saes, TEXTS, {Site("mlp", 0): [24]})

@@ -29,8 +29,10 @@ from circuits.circuit_views import CircuitViews
 from circuits.labels import Label, LabelsFile
 from circuits.metrics.metrics import Metric, circuit_metric
 from circuits.prompts.dataset import PromptSet
+from graphs._outputs import is_graph
 from graphs.feature_graph import FeatureGraph
 from sae._files import TensorSpec, check_tensors, digest_tensors, read_header, read_json, write_tensors
+from sae._run.outputs import check_output, has_header
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError
 from sae.features.options import FeaturePageOptions
@@ -162,7 +164,7 @@ class Circuit(CircuitViews):
 
     # --- files --------------------------------------------------------------------------------------------------
 
-    def save(self, folder: str | Path, *, graph: FeatureGraph | None = None) -> Path:
+    def save(self, folder: str | Path, *, graph: FeatureGraph | None = None, overwrite: bool = False) -> Path:
         """Write `effects.safetensors`, then `circuit.json`, each in one step.
 
         Both say which circuit they are of (`digest`), so that a new one is never read with half of an old one.
@@ -170,15 +172,24 @@ class Circuit(CircuitViews):
         Args:
             folder: the `circuit` folder of a run.
             graph: the graph as pruned by default; the 100 strongest nodes with 1,000 edges where none is given.
+            overwrite: whether files of these names are replaced that are no circuit.
+
+        Returns:
+            The folder.
+
+        Raises:
+            UserError: for a file of another program, unless `overwrite`, or a link.
         """
         folder = Path(folder)
+        check_output(folder / GRAPH_FILE, is_graph, overwrite=overwrite)
+        check_output(folder / EFFECTS_FILE, has_header("circuit"), overwrite=overwrite)
         graph = graph if graph is not None else self._shown(100, 1000)
         tensors = {name: x.clone() for name, x in flatten(self).items()}
         self.metadata["digest"] = self._digest(tensors)
         write_tensors(folder / EFFECTS_FILE, tensors, metadata={"circuit": self.metadata["digest"]})
         portable = graph.subgraph(graph.graph)
         portable.metadata = relative_to_run({**graph.metadata, "digest": self.metadata["digest"]}, folder.parent)
-        portable.save(folder / GRAPH_FILE)
+        portable.save(folder / GRAPH_FILE, overwrite=True)
         return folder
 
     def _digest(self, tensors: Mapping[str, Tensor]) -> str:

@@ -18,11 +18,12 @@ from circuits.attribution.edges import Edges
 from circuits.attribution.effects import SiteEffects
 from circuits.attribution.nodes import Nodes, aggregate, count, distinguishable, select_nodes
 from circuits.labels import Label, labelled
+from graphs._outputs import has_mark
 from graphs.drawing.dot import draw, to_svg
 from graphs.explorer import explore
 from graphs.feature_graph import FeatureGraph, Position, error_node, feature_node, metric_node
 from graphs.pruning import by_edge_threshold, by_top_edges
-from sae._run.outputs import check_output, has_mark
+from sae._run.outputs import check_output
 from sae.errors import UserError
 from sae.model.sites import Site
 
@@ -162,7 +163,7 @@ class CircuitViews:
             UserError: for a file of another program, unless `overwrite`, or a link.
         """
         check_output(path, has_mark(Path(path).suffix), overwrite=overwrite)
-        return draw(self._shown(nodes, edges, **options), path, title=title)
+        return draw(self._shown(nodes, edges, **options), path, title=title, overwrite=overwrite)
 
     def explore(
         self, path: str | Path, *, nodes: int = 300, edges: int = 3000, title: str | None = None,
@@ -170,7 +171,7 @@ class CircuitViews:
     ) -> Path:  # fmt: skip
         """Write one interactive page that needs no server; arguments as in `plot`."""
         check_output(path, has_mark(".html"), overwrite=overwrite)
-        return explore(self._shown(nodes, edges, **options), path, title=title)
+        return explore(self._shown(nodes, edges, **options), path, title=title, overwrite=overwrite)
 
     def _shown(self, nodes: int, edges: int, **options: Any) -> FeatureGraph:
         """The graph of at most `nodes` nodes that have edges, labelled where it is known what their features do."""

@@ -35,7 +35,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     The file gets the permissions of any new file of this process and is on disk before it has its name.
     """
     target = Path(path)
-    temporary = target.with_name(f".{target.stem}.{secrets.token_hex(4)}.tmp{target.suffix}")
+    temporary = target.with_name(f".{target.stem}.{secrets.token_hex(4)}.sfc.tmp{target.suffix}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()

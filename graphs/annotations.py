@@ -22,6 +22,7 @@ from typing import Any
 from typing_extensions import TypedDict
 
 from graphs._files import parse_json, read_text, write_text
+from graphs._outputs import check_output, is_annotations
 from graphs.errors import GraphError
 from graphs.feature_graph import FeatureGraph
 
@@ -73,8 +74,11 @@ def read_annotations(path: str | Path) -> dict[str, str]:
     return labels
 
 
-def write_annotations(labels: Mapping[str, str], path: str | Path) -> None:
-    """Write labels so that `read_annotations` reads them back."""
+def write_annotations(labels: Mapping[str, str], path: str | Path, *, overwrite: bool = False) -> None:
+    """Write labels so that `read_annotations` reads them back; a GraphError refuses to replace any other file, unless
+    `overwrite`.
+    """
+    check_output(path, is_annotations, overwrite=overwrite)
     write_text(path, "".join(json.dumps(_line(name, text), ensure_ascii=False) + "\n" for name, text in labels.items()))
 
 

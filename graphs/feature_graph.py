@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import networkx as nx
 
 from graphs._files import check_type, read_json, write_json
+from graphs._outputs import check_output, is_graph
 from graphs.errors import GraphError, unknown
 from graphs.schema import SCHEMA_VERSION, GraphFile
 
@@ -285,8 +286,9 @@ class FeatureGraph:
             raise GraphError(f"{source}: {error}") from None
         return graph
 
-    def save(self, path: str | Path) -> None:
-        """Write the graph as JSON; the file is replaced in one step."""
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write the graph as JSON in one step; a GraphError refuses to replace any other file, unless `overwrite`."""
+        check_output(path, is_graph, overwrite=overwrite)
         write_json(path, self.to_json())
 
     @staticmethod

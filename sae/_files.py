@@ -38,12 +38,12 @@ MAX_TEXT_BYTES = 2**30
 """No file that is read at once as text is larger."""
 CHECKSUM = "checksum"
 """Where the header of a safetensors file has the digest of its tensors."""
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp(\..+)?")
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.sfc\.tmp(\..+)?")
 
 
 def temporary_name(path: Path) -> Path:
-    """A new name beside `path` that says what is written there is not finished."""
-    return path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}")
+    """A new name beside `path` that says what is written there is not finished, and by which program."""
+    return path.with_name(f".{path.stem}.{secrets.token_hex(4)}.sfc.tmp{path.suffix}")
 
 
 def is_temporary(path: Path) -> bool:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sae._files import TensorSpec, check_type, names_in, read_json, read_tensors, write_json, write_tensors
+from sae._run.outputs import check_output, like
 from sae.activation_functions import CORE, TOPK, ActivationFunction, top_features
 from sae.architectures import nonlinearity
 from sae.errors import UserError
@@ -200,9 +201,14 @@ class SparseAutoencoder(nn.Module):
             rows = rows * self._buffers_by_name["magnitude"][index, None]
         return rows
 
-    def save(self, folder: str | Path) -> Path:
-        """Writes `config.json` and `sae.safetensors` into the folder, each under a temporary name first."""
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Writes `config.json` and `sae.safetensors` into the folder, each under a temporary name first.
+
+        Raises UserError, unless `overwrite`, where files of these names are no autoencoder of this format.
+        """
         folder = Path(folder)
+        for name in (SAE_CONFIG_FILE, WEIGHTS_FILE):
+            check_output(folder / name, is_own, overwrite=overwrite)
         write_tensors(folder / WEIGHTS_FILE, self._buffers_by_name)
         write_json(folder / SAE_CONFIG_FILE, {"schema_version": SCHEMA_VERSION, **asdict(self.config)})
         return folder
@@ -219,6 +225,11 @@ class SparseAutoencoder(nn.Module):
         kind = nonlinearity(config.architecture)
         tensors = read_tensors(path, tensor_specs(kind), F=config.n_features, d=config.d_model)
         return cls(config, tensors).to(device)
+
+
+def is_own(path: Path) -> bool:
+    """Whether a file is of an autoencoder in this format, which its config says."""
+    return like({"schema_version", *(f.name for f in fields(SAEConfig))})(path.with_name(SAE_CONFIG_FILE))
 
 
 def read_config(folder: str | Path) -> SAEConfig:

@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from circuits.cli.options import Named, plain
-from sae._files import parse_json, read_header, read_text, write_json
-from sae._run.contents import check_no_link
+from sae._files import parse_json, read_header, read_text, write_json, write_text
 from sae._run.locks import lock
-from sae._run.outputs import IsOwn, check_output
+from sae._run.outputs import IsOwn, check_no_link, check_output, is_foreign, recorded
 from sae.data.text import TextSource
 from sae.errors import UserError
 
@@ -64,14 +63,9 @@ class ResultFiles:
 
     def check(self) -> None:
         """Raises UserError, before anything is measured, where a result of other options would be replaced."""
-        self.options.check_name()
-        check_no_link(self.folder)
+        self.check_foreign()
         path = self.path(".json")
         if not path.is_file():
-            others = [self.path(suffix) for suffix in self.suffixes if self.path(suffix).exists()]
-            strangers = [other for other in others if not self._is_interrupted(other)]
-            if strangers and not self.options.overwrite:
-                raise UserError(f"{str(strangers[0])!r} is there without its {path.name}: move it away, or give --name")
             return
         before = read_result(path)
         differing = different_options(before, self.made_with)
@@ -81,17 +75,51 @@ class ResultFiles:
                 "this one files of its own"
             )
 
+    def check_foreign(self) -> None:
+        """Raises UserError where a file of somebody else would be replaced."""
+        self.options.check_name()
+        check_no_link(self.folder)
+        path = self.path(".json")
+        if not path.is_file():
+            others = [self.path(suffix) for suffix in self.suffixes if self.path(suffix).exists()]
+            strangers = [other for other in others if not self._is_interrupted(other)]
+            if strangers and not self.options.overwrite:
+                raise UserError(f"{str(strangers[0])!r} is there without its {path.name}: move it away, or give --name")
+            return
+        read_result(path)
+        foreign = [self.path(suffix) for suffix in self.suffixes if self._is_foreign(self.path(suffix))]
+        if foreign and not self.options.overwrite:
+            raise UserError(
+                f"{str(foreign[0])!r} was not written by this program, or was changed since, and is not replaced: move "
+                "it away, give --name, or --overwrite"
+            )
+
+    def _is_foreign(self, path: Path) -> bool:
+        if path.suffix == ".safetensors":
+            return path.is_file() and not self._is_interrupted(path)
+        return path.is_file() and is_foreign(path)
+
     def _is_interrupted(self, path: Path) -> bool:
         """Whether a file is what this measurement writes before its .json, which it did not get to."""
         return path.suffix == ".safetensors" and read_header(path).get("kind") == self.stem
 
-    def write(self, data: dict[str, Any]) -> dict[str, Any]:
-        """Write the result as JSON, with what it was made with; files beside an older one go first."""
+    def write(self, data: dict[str, Any], *, table: str = "") -> dict[str, Any]:
+        """Write the result as JSON, with what it was made with, and its table as .txt; files beside an older one go
+        first.
+        """
         data = {**data, MADE_WITH: dict(self.made_with)}
         for suffix in self.suffixes[1:]:
             self.path(suffix).unlink(missing_ok=True)
-        write_json(self.path(".json"), data)
-        return data
+        return write_with_table(self.path(".json"), data, table)
+
+
+def write_with_table(path: Path, data: dict[str, Any], table: str) -> dict[str, Any]:
+    """Write a result's JSON, and its table to the file of the same name with .txt, whose digest the JSON says."""
+    data = {**data, **(recorded({".txt": table}) if table else {})}
+    write_json(path, data)
+    if table:
+        write_text(path.with_suffix(".txt"), table)
+    return data
 
 
 def read_result(path: Path) -> dict[str, Any]:

@@ -30,7 +30,8 @@ from sae._files import (
     write_json,
     write_tensors,
 )
-from sae._run.contents import PARTIAL, Layout, check_contents, check_no_link, remove, visible
+from sae._run.contents import PARTIAL, Layout, check_contents, remove, visible
+from sae._run.outputs import check_no_link
 from sae.errors import UserError
 from sae.model.language_model import Tokens
 from sae.saes import saes_fingerprint

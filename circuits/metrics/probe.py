@@ -31,6 +31,7 @@ from torch import Tensor
 from circuits.prompts.dataset import PromptSet
 from circuits.prompts.spans import LAST
 from sae._files import TensorSpec, check_tensors, read_tensors, write_tensors
+from sae._run.outputs import check_output, has_header
 from sae.errors import UserError, unknown
 from sae.model.language_model import LanguageModel, Run, Tokens
 from sae.model.sites import Site
@@ -138,11 +139,19 @@ def _classes(about: Mapping[str, str]) -> list[str]:
     return about["classes"].split(",") if about.get("classes") else []
 
 
+is_probe = has_header("site", "position", "classes")
+"""Whether a file is a probe's."""
+
+
 def save_probe(
     path: str | Path, weight: Tensor, bias: Tensor, *, site: Site, position: str = LAST, classes: Sequence[str] = (),
-    model: LanguageModel | None = None,
+    model: LanguageModel | None = None, overwrite: bool = False,
 ) -> Path:  # fmt: skip
-    """Write weight [d] or [C, d] and bias as `Probe.load` reads them; model: the one it is for, and no other."""
+    """Write weight [d] or [C, d] and bias as `Probe.load` reads them; model: the one it is for, and no other.
+
+    Raises UserError for a file that is no probe, unless `overwrite`.
+    """
+    check_output(path, is_probe, overwrite=overwrite)
     about = {"site": site.name, "position": position, "classes": ",".join(classes)}
     if model is not None:
         about |= {"model": model.fingerprint, "site_path": model.moved_sites.get(site, "")}

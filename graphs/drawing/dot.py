@@ -19,6 +19,7 @@ from pathlib import Path
 import graphviz
 
 from graphs._files import atomic_write, marked
+from graphs._outputs import check_output, has_mark
 from graphs.drawing.graphviz import Detail, run_graphviz
 from graphs.drawing.layout import Box
 from graphs.drawing.scene import GUTTER, MARGIN, Scene, add_columns, add_legend, add_title, html_text, make_scene
@@ -89,6 +90,7 @@ def draw(
     title: str | None = None,
     link: str = "#node-{id}",
     colour: Colour = "class",
+    overwrite: bool = False,
 ) -> Path:
     """Draw the graph into a file.
 
@@ -99,17 +101,19 @@ def draw(
         link: Template of the nodes' hyperlinks in SVG, with `{id}` and `{name}`.
         colour: What colours stand for: "class", the prompts a feature is on for, where the graph knows them
             (`graphs.classes`); or "effect", whether it lowers or raises the metric.
+        overwrite: Whether a file is replaced that this program did not write.
 
     Returns:
         The path.
 
     Raises:
-        GraphError: For another extension, a graph without nodes, or a file that cannot be written.
+        GraphError: For another extension, a graph without nodes, a file that cannot be written or is another program's.
     """
     path = Path(path)
     kind = path.suffix.lower()
     if kind not in FORMATS:
         raise GraphError(f"cannot draw into {path.name!r}: its extension must be one of {', '.join(FORMATS)}")
+    check_output(path, has_mark(kind), overwrite=overwrite)
     if kind == ".dot":
         drawing = to_dot(graph, title=title, link=link, colour=colour).encode(errors="backslashreplace")
     else:

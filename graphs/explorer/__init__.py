@@ -17,6 +17,7 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from graphs._files import write_text
+from graphs._outputs import check_output, has_mark
 from graphs.errors import GraphError
 from graphs.explorer._data import packed, page_data, unpacked
 from graphs.feature_graph import FeatureGraph
@@ -29,6 +30,7 @@ def explore(
     title: str | None = None,
     compare_with: FeatureGraph | None = None,
     links: Mapping[str, str] | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Write a page in which the graph can be explored: filters, search, feature contexts, labels, supernodes.
 
@@ -38,14 +40,16 @@ def explore(
         title: Heading of the page, `graph.metadata["title"]` by default.
         compare_with: A second graph; the page then tells what is in the first, in both and in the second alone.
         links: Addresses of other pages of the run, relative to this one: `features`, `report`.
+        overwrite: Whether a file is replaced that this program did not write.
 
     Returns:
         The path.
 
     Raises:
-        GraphError: For another extension, a graph without nodes, or a file that cannot be written.
+        GraphError: For another extension, a graph without nodes, a file that cannot be written or is another program's.
     """
     path = _html(path)
+    check_output(path, has_mark(".html"), overwrite=overwrite)
     write_text(path, explorer_html(graph, title=title, compare_with=compare_with, links=links))
     return path
 

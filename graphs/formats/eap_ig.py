@@ -28,6 +28,7 @@ from pydantic import Field, FiniteFloat
 from typing_extensions import NotRequired, TypedDict
 
 from graphs._files import check_type, read_json, write_json
+from graphs._outputs import check_output, is_eap_ig
 from graphs.errors import GraphError
 from graphs.feature_graph import METRIC, FeatureGraph, Node, feature_node, metric_node
 from graphs.sharing import shared
@@ -40,8 +41,12 @@ FeatureKey = tuple[str, int]
 """(site, feature)"""
 
 
-def write_eap_ig(graph: FeatureGraph, path: str | Path, **model: Any) -> None:
-    """Write the graph for EAP-IG and MIB; `model` as in `to_eap_ig`."""
+def write_eap_ig(graph: FeatureGraph, path: str | Path, *, overwrite: bool = False, **model: Any) -> None:
+    """Write the graph for EAP-IG and MIB; `model` as in `to_eap_ig`.
+
+    A GraphError refuses to replace another program's file, unless `overwrite`.
+    """
+    check_output(path, is_eap_ig, overwrite=overwrite)
     write_json(path, to_eap_ig(graph, **model))
 
 

@@ -14,14 +14,16 @@ from typing import Any
 import networkx as nx
 
 from graphs._files import atomic_write, marked, parse_json, read_text
+from graphs._outputs import check_output, has_mark
 from graphs.drawing.style import describe, visible
 from graphs.errors import GraphError
 from graphs.feature_graph import NODE_KEYS, SCHEMA_VERSION, FeatureGraph
 from graphs.sharing import shared
 
 
-def write_graphml(graph: FeatureGraph, path: str | Path) -> None:
-    """Write the graph; the file is replaced in one step."""
+def write_graphml(graph: FeatureGraph, path: str | Path, *, overwrite: bool = False) -> None:
+    """Write the graph in one step; a GraphError refuses to replace another program's file, unless `overwrite`."""
+    check_output(path, has_mark(".graphml"), overwrite=overwrite)
     plain = nx.DiGraph()
     rest = {"schema_version": SCHEMA_VERSION, "sites": graph.sites, "metadata": shared(graph.metadata)}
     plain.graph["json"] = json.dumps(rest)  # ASCII only: XML cannot hold control characters, escapes in JSON can

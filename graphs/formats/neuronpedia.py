@@ -24,6 +24,7 @@ from pydantic import FiniteFloat
 from typing_extensions import NotRequired, TypedDict
 
 from graphs._files import check_type, read_json, write_json
+from graphs._outputs import check_output, is_neuronpedia
 from graphs.drawing.style import describe, effect_words, number, position_name
 from graphs.errors import GraphError
 from graphs.feature_graph import (
@@ -45,8 +46,14 @@ KINDS = ("attn", "mlp", "resid")
 FEATURE, ERROR, EMBEDDING, LOGIT = "cross layer transcoder", "mlp reconstruction error", "embedding", "logit"
 
 
-def write_neuronpedia(graph: FeatureGraph, path: str | Path, *, scan: str = "", slug: str = "") -> None:
-    """Write the graph for the viewers; `scan` is their name of the model, `slug` of the graph."""
+def write_neuronpedia(
+    graph: FeatureGraph, path: str | Path, *, scan: str = "", slug: str = "", overwrite: bool = False
+) -> None:
+    """Write the graph for the viewers; `scan` is their name of the model, `slug` of the graph.
+
+    A GraphError refuses to replace another program's file, unless `overwrite`.
+    """
+    check_output(path, is_neuronpedia, overwrite=overwrite)
     write_json(path, to_neuronpedia(graph, scan=scan, slug=slug))
 
 

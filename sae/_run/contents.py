@@ -1,9 +1,11 @@
 """What the program writes in a folder, so that nothing else is ever deleted or overwritten.
 
 1. `Layout` lists the names of files and folders. `RUN` is a run folder, `SAES` its autoencoders, and so on.
-2. `check_contents` refuses a folder that holds anything else, links that lead elsewhere included.
+2. `check_contents` refuses a folder that holds anything else: other names, links that lead elsewhere, and results,
+   tables and drawings of these names that the program did not write.
 3. `remove` deletes what a layout lists, and a folder only once it is empty.
-4. `check_complete` refuses the autoencoders of a run that has not ended.
+4. `clean` removes what a killed process was writing, which its name says, and, where a run is recorded, empty folders.
+5. `check_complete` refuses the autoencoders of a run that has not ended.
 
 Hidden files are nobody's business: they are neither looked at nor removed.
 """
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from sae._files import is_temporary, read_json, remove_temporary
+from sae._run.outputs import is_foreign
 from sae.errors import UserError
 
 RUN_CONFIG_FILE = "config.json"
@@ -71,7 +74,8 @@ RUN = Layout(
         "edits": None, "graph": None, "features": FEATURES,
     },
 )  # fmt: skip
-SWEEP_FILES = (r"config\.json", r"training\.jsonl", r"sweep\.(json|txt)", r"unfinished_evaluation\.safetensors")
+SWEEP_RESULTS = r"sweep\.(json|txt)"
+SWEEP_FILES = (r"config\.json", r"training\.jsonl", SWEEP_RESULTS, r"unfinished_evaluation\.safetensors")
 PLOTS = Layout((r"[\w-]+\.svg",))
 
 
@@ -86,10 +90,22 @@ def visible(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
 
 
+TOLD_BY_CONTENTS = (
+    EVALUATION, SWEEP_RESULTS, *MEASURED.files, *COMPARISON.files, *PLOTS.files, *CIRCUIT.files, *CACHE.files,
+    r"partial\.json", r"report\.html",
+)  # fmt: skip
+"""Names of files that other programs and people use as well."""
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether a file that a layout lists was not written by this program."""
+    return path.is_file() and any(re.fullmatch(name, path.name) for name in TOLD_BY_CONTENTS) and is_foreign(path)
+
+
 def strangers(folder: Path, layout: Layout) -> Iterator[Path]:
     """Files and folders that the layout of their folder does not list."""
     for path in visible(folder):
-        if not layout.lists(path):
+        if not layout.lists(path) or _is_foreign(path):
             yield path
         elif path.is_dir() and (inner := layout.of(path)) is not None:
             yield from strangers(path, inner)
@@ -107,19 +123,11 @@ def check_contents(folder: str | Path, layout: Layout) -> None:
         )
 
 
-def check_no_link(path: Path) -> None:
-    """Raises UserError for a file to write, or a folder inside a run, that is a link: what is written would land
-    elsewhere, or in place of the link.
-    """
-    if path.is_symlink():
-        raise UserError(f"{str(path)!r} is a link, through which nothing is written: remove it, or name what it is of")
-
-
 def remove(folder: Path, layout: Layout, *, with_folder: bool = True) -> None:
     """Deletes the files that a layout lists, and the folder if it is empty then; a link is never followed."""
     if folder.is_symlink() or not folder.is_dir():
         return
-    for path in folder.iterdir():
+    for path in sorted(folder.iterdir(), key=lambda path: path.suffix == ".json"):  # it says whose tables are
         if is_temporary(path) and path.is_file():
             path.unlink(missing_ok=True)
         elif not layout.lists(path):
@@ -134,15 +142,29 @@ def remove(folder: Path, layout: Layout, *, with_folder: bool = True) -> None:
 
 
 def clean(folder: Path, layout: Layout | None = None) -> None:
-    """Removes what killed processes were writing in a run folder and the folders its layout lists."""
-    layout = Layout(folders={**RUN.folders, **SAES.folders}) if layout is None else layout
+    """Removes what killed processes were writing in a folder and those its layout lists; and, where a run is recorded,
+    folders for unfinished work that they emptied.
+    """
+    _clean(
+        folder, Layout(folders={**RUN.folders, **SAES.folders}) if layout is None else layout, is_run=_is_run(folder)
+    )
+
+
+def _clean(folder: Path, layout: Layout, *, is_run: bool) -> None:
     remove_temporary(folder)
     for path in folder.iterdir():
         if path.is_dir() and layout.lists(path):
-            clean(path, layout.of(path) or Layout())
-            if path.name in ("partial", "checkpoints"):
+            _clean(path, layout.of(path) or Layout(), is_run=is_run or _is_run(path))
+            if is_run and path.name in ("partial", "checkpoints"):
                 with suppress(OSError):  # it holds something
                     path.rmdir()
+
+
+def _is_run(folder: Path) -> bool:
+    try:
+        return bool(read_run_config(folder))
+    except UserError:  # a damaged file says nothing
+        return False
 
 
 def read_run_config(folder: Path) -> dict[str, Any]:

@@ -3,17 +3,19 @@
 1. Drawings and pages carry `MARK`. JSON is told by its keys, safetensors by their header.
 2. `check_output` refuses anything else of that name before any work; `--overwrite` (`overwrite=True`) allows it.
 3. Files of earlier versions have no mark: they are told by what only they contain.
+4. A result's table is plain text: the JSON file of the same name says its digest (`recorded`). `is_foreign` tells what
+   has the name of a result and is none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import hashlib
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sae._files import parse_json, read_header, read_text
-from sae._run.contents import check_no_link
 from sae.errors import UserError
 
 MARK = "sparse-feature-circuits"
@@ -41,6 +43,14 @@ _SIGNS: dict[str, tuple[tuple[bytes, ...], ...]] = {
     ".graphml": ((b"<!-- " + _COMMENT,), (b"<graphml", b'attr.name="json"', b'"schema_version"')),
 }
 """By kind of file: sets of bytes; a file with all of one set is the program's own."""
+
+
+def check_no_link(path: Path) -> None:
+    """Raises UserError for a file to write, or a folder inside a run, that is a link: what is written would land
+    elsewhere, or in place of the link.
+    """
+    if path.is_symlink():
+        raise UserError(f"{str(path)!r} is a link, through which nothing is written: remove it, or name what it is of")
 
 
 def check_output(path: str | Path, is_own: IsOwn, *, overwrite: bool = False) -> None:
@@ -102,3 +112,39 @@ def _has_header(path: Path, names: Collection[str], entries: dict[str, str]) -> 
     except UserError:
         return False
     return {*names} <= {*header} and entries.items() <= header.items()
+
+
+RECORDED = "files"
+"""Entry of a result's JSON: by extension, digests of the text files beside it."""
+
+
+def recorded(tables: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """The entry of a result's JSON for text files beside it: {".txt": what it holds} by extension."""
+    return {RECORDED: {suffix: _digest(text.encode()) for suffix, text in tables.items()}}
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether a file with the name of a result is another program's, or was changed by somebody; False for a kind of
+    file, or a damaged one, that cannot be told.
+    """
+    if path.suffix in _SIGNS:
+        return not has_mark(path.suffix)(path)
+    if path.suffix == ".json":
+        return not _json_fits(path, lambda entries: not {"schema_version", "manifest"}.isdisjoint(entries))
+    if path.suffix == ".txt":
+        written = {path.suffix: _digest(path.read_bytes())}
+        return not _json_fits(path.with_suffix(".json"), lambda entries: entries.get(RECORDED, written) == written)
+    return False
+
+
+def _json_fits(path: Path, fits: Callable[[dict[str, Any]], bool]) -> bool:
+    """As `is_json`; a file that is no JSON at all is damaged, and fits."""
+    try:
+        entries = parse_json(read_text(path), path)
+    except UserError:
+        return path.is_file()
+    return isinstance(entries, dict) and fits(entries)

@@ -35,10 +35,12 @@ from sae._files import (
 )
 from sae._frames import Result, frame_text
 from sae._progress import ProgressBar
-from sae._run.contents import check_no_link, clean, sweep_layout
+from sae._run.contents import clean, sweep_layout
+from sae._run.outputs import check_no_link
 from sae.architectures import architecture
 from sae.autoencoder import SAE_CONFIG_FILE, WEIGHTS_FILE
 from sae.data.batches import context_of, token_batches
+from sae.data.cache import CachedModel
 from sae.data.text import TextSource
 from sae.errors import UserError
 from sae.evaluation.evaluate import Evaluator
@@ -195,9 +197,9 @@ def evaluate_sweep(
     context = context_of(model, context)
     clean(sweep.out, sweep_layout([*sweep.configs]))
     measured_on = evaluation_settings(model, held_out.source, tokens=tokens, context=context, start=held_out.start)
-    waiting = [name for name in sweep.configs if not same_measurement(_found(sweep, name), measured_on)]
-    for name in waiting if not overwrite else ():
-        _check_replaceable(sweep, name, measured_on)
+    waiting = [name for name in sweep.configs if not same_measurement(_found(sweep.out, name), measured_on)]
+    if not overwrite:
+        check_measured(sweep.out, waiting, measured_on)
     begun = [name for name in _Unfinished.names_in(sweep) if name in waiting]
     for names in (begun, [name for name in waiting if name not in begun]):
         if not names:
@@ -211,9 +213,9 @@ def evaluate_sweep(
         with ProgressBar(total=tokens, desc=f"measure {len(names)} configs", unit="token", disable=not progress) as bar:
             _measure(measurement, batches, unfinished, bar.update)
         for name, result in measurement.results().items():
-            write_json(_path(sweep, name), {**result.to_dict(), "measured_on": measured_on})
+            write_json(_path(sweep.out, name), {**result.to_dict(), "measured_on": measured_on})
     (sweep.out / UNFINISHED).unlink(missing_ok=True)
-    data = {name: read_json(_path(sweep, name)) for name in sweep.configs}
+    data = {name: read_json(_path(sweep.out, name)) for name in sweep.configs}
     any_one = next(iter(data.values()))
     return SweepResults(
         tuple(row for name, result in data.items() for row in _rows(sweep, name, result)),
@@ -237,31 +239,37 @@ def _measure(
         advance(int(batch.lengths.sum()))
 
 
-def _path(sweep: Sweep, name: str) -> Path:
+def _path(out: Path, name: str) -> Path:
     """The file of a config's results."""
-    return sweep.run(name) / "saes" / EVALUATION_FILE
+    return out / name / "saes" / EVALUATION_FILE
 
 
-def _found(sweep: Sweep, name: str) -> dict[str, Any] | None:
+def _found(out: Path, name: str) -> dict[str, Any] | None:
     """The settings a config was measured with, None if it was not."""
-    path = _path(sweep, name)
+    path = _path(out, name)
     measured_on = read_json(path).get("measured_on") if path.is_file() else None
     return measured_on if isinstance(measured_on, dict) else None
 
 
-def _check_replaceable(sweep: Sweep, name: str, measured_on: Mapping[str, Any]) -> None:
-    """UserError where a config was measured with other settings; a sweep that read more of its text starts later."""
-    path = _path(sweep, name)
+def check_measured(out: Path, names: Iterable[str], measured_on: Mapping[str, Any]) -> None:
+    """UserError where a config of a sweep was measured with other settings; those that are None are not looked at."""
+    for name in names:
+        _check_replaceable(out, name, measured_on)
+
+
+def _check_replaceable(out: Path, name: str, measured_on: Mapping[str, Any]) -> None:
+    """As `check_measured`, for one config. That of a sweep that read more of its text starts later."""
+    path = _path(out, name)
     check_no_link(path)
     if not path.exists():
         return
-    before = _found(sweep, name)
+    before = _found(out, name)
     if before is None:
         raise UserError(f"{str(path)!r} does not say what it was measured on and is not replaced: move it away")
     differing = [
         f"{key.replace('_', '-')} {before.get(key)!r}, not {value!r}"
         for key, value in measured_on.items()
-        if before.get(key) != value and key not in (*NAMES, "start")
+        if value is not None and before.get(key) != value and key not in (*NAMES, "start")
     ]
     if differing:
         raise UserError(
@@ -331,7 +339,7 @@ def _metadata(path: Path) -> dict[str, str]:
 
 
 def evaluation_settings(
-    model: LanguageModel, source: TextSource, *, tokens: int, context: int, start: int = 0
+    model: LanguageModel | CachedModel, source: TextSource, *, tokens: int, context: int, start: int = 0
 ) -> dict[str, Any]:
     """The settings of a measurement: everything it depends on beside the autoencoders."""
     return {

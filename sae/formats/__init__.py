@@ -18,7 +18,8 @@ import torch
 
 from sae._files import names_in
 from sae._run.contents import check_complete
-from sae.autoencoder import SAE_CONFIG_FILE, WEIGHTS_FILE, SAEConfig, SparseAutoencoder
+from sae._run.outputs import IsOwn, check_output
+from sae.autoencoder import SAE_CONFIG_FILE, WEIGHTS_FILE, SAEConfig, SparseAutoencoder, is_own
 from sae.errors import UserError, unknown
 from sae.formats import dictionary_learning, gemma_scope, llama_scope, openai, saelens, sparsify
 from sae.formats.common import check_same, staged
@@ -66,6 +67,11 @@ WRITERS: dict[str, Callable[[SparseAutoencoder, Path], object]] = {
     "dictionary_learning": dictionary_learning.write,
 }
 
+IS_OWN: dict[str, IsOwn] = {
+    "ours": is_own, "saelens": saelens.is_own, "dictionary_learning": dictionary_learning.is_own,
+}  # fmt: skip
+"""By format: whether a file in a folder is what its writer left there."""
+
 
 def load_sae(
     source: str | Path, *, site: str | Site | None = None, device: str | torch.device = "auto"
@@ -89,7 +95,9 @@ def load_sae(
     return read_folder(local_path(source, site=name), name).to(resolve_device(device))
 
 
-def save_sae(sae: SparseAutoencoder, folder: str | Path, *, file_format: WrittenFormat = "ours") -> Path:
+def save_sae(
+    sae: SparseAutoencoder, folder: str | Path, *, file_format: WrittenFormat = "ours", overwrite: bool = False
+) -> Path:
     """Write an autoencoder in our format, SAELens' or dictionary_learning's, so that their code gives the same x̂.
 
     What is written is read back and compared.
@@ -98,17 +106,21 @@ def save_sae(sae: SparseAutoencoder, folder: str | Path, *, file_format: Written
         sae: the autoencoder.
         folder: where its files go.
         file_format: "ours", "saelens" or "dictionary_learning".
+        overwrite: whether files of the same names are replaced that this program did not write.
 
     Returns:
         The folder.
 
     Raises:
-        UserError: the format does not hold such an autoencoder; nothing is left behind.
+        UserError: the format does not hold such an autoencoder (nothing is left behind), or its files would replace
+            another program's.
     """
-    return save_saes({Path(folder): sae}, file_format=file_format)[0]
+    return save_saes({Path(folder): sae}, file_format=file_format, overwrite=overwrite)[0]
 
 
-def save_saes(saes: Mapping[Path, SparseAutoencoder], *, file_format: WrittenFormat) -> list[Path]:
+def save_saes(
+    saes: Mapping[Path, SparseAutoencoder], *, file_format: WrittenFormat, overwrite: bool = False
+) -> list[Path]:
     """Write autoencoders to their folders as `save_sae` does: all of them or none."""
     if file_format not in WRITERS:
         raise unknown("format to write", file_format, WRITERS)
@@ -117,6 +129,8 @@ def save_saes(saes: Mapping[Path, SparseAutoencoder], *, file_format: WrittenFor
             temporary = written.enter_context(staged(folder))
             WRITERS[file_format](sae, temporary)
             check_same(sae, read_folder(temporary).to(sae.device), file_format)
+            for path in temporary.iterdir():
+                check_output(folder / path.name, IS_OWN[file_format], overwrite=overwrite)
     return list(saes)
 
 

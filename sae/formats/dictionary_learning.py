@@ -26,6 +26,7 @@ import torch
 from typing_extensions import TypedDict
 
 from sae._files import atomic_write, write_json
+from sae._run.outputs import is_json
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError, unknown
 from sae.folding import plain_tensors
@@ -38,6 +39,8 @@ log = logging.getLogger(__name__)
 
 NAME = "dictionary_learning"
 WEIGHTS, CONFIG = "ae.pt", "config.json"
+_WRITTEN = {"dict_class", "activation_dim", "dict_size", "k", "layer", "lm_name", "submodule_name"}
+"""What the config that `write` writes says of the trainer."""
 
 _GATED = LINEAR | {"b_enc": "mag_bias", "b_dec": "decoder_bias", "gate_bias": "gate_bias", "magnitude": "r_mag"}
 _PARAMETERS = {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")}
@@ -145,6 +148,16 @@ def _k(state: Mapping[str, Any], trainer: Mapping[str, Any], path: Path) -> int:
     if given[0] != given[-1]:
         raise UserError(f"{path} has k = {given[0]}, its {CONFIG} has {given[1]}: one is of another run")
     return given[0]
+
+
+def is_own(path: Path) -> bool:
+    """Whether a file is of an autoencoder that `write` wrote: the trainers of the library say how they trained."""
+
+    def fits(config: dict[str, Any]) -> bool:
+        trainer = config.get("trainer")
+        return config.get("buffer") == {} and isinstance(trainer, dict) and {*trainer} == _WRITTEN
+
+    return is_json(fits)(path.with_name(CONFIG))
 
 
 def write(sae: SparseAutoencoder, folder: Path) -> None:

@@ -28,6 +28,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from sae._files import TensorSpec, check_tensors, read_tensors, write_json, write_tensors
+from sae._run.outputs import is_json
 from sae.autoencoder import CONTEXT_LENGTH, EXCLUDE_SPECIAL, PREPEND_BOS, SITE_PATH, SparseAutoencoder
 from sae.errors import UserError, unknown
 from sae.folding import fold_norms, fold_scale, plain_tensors
@@ -64,6 +65,8 @@ _TOKEN_NORMS = {"layer_norm": "layer_norm", "constant_norm_rescale": "constant_n
 
 _CONTEXT = {CONTEXT_LENGTH: "context_size", PREPEND_BOS: "prepend_bos", EXCLUDE_SPECIAL: "exclude_special_tokens"}
 """Entries of our `SAEConfig.extra` by their metadata: how the text was read in training."""
+_WRITTEN = {"model_name", "hook_name", "sae_lens_version", *_CONTEXT.values()}
+"""What the metadata that `write` writes say at most."""
 
 
 class _Metadata(TypedDict, total=False):
@@ -210,6 +213,16 @@ def _tensors(state: dict[str, Tensor], config: Mapping[str, Any], folder: Path) 
             tensors = fold_norms(tensors) | {"threshold": threshold}
         tensors["threshold"] = tensors["threshold"].expand(len(tensors["b_enc"]))
     return tensors
+
+
+def is_own(path: Path) -> bool:
+    """Whether a file is of an autoencoder that `write` wrote: SAELens itself says more about the model."""
+
+    def fits(config: dict[str, Any]) -> bool:
+        about = config.get("metadata")
+        return isinstance(about, dict) and about.get("sae_lens_version") == WRITTEN_VERSION and {*about} <= _WRITTEN
+
+    return is_json(fits)(path.with_name(CONFIG))
 
 
 def write(sae: SparseAutoencoder, folder: Path) -> None:

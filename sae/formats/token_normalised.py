@@ -80,7 +80,7 @@ class NormalisedAutoencoder(SparseAutoencoder):
         """There are none: an error that says so."""
         raise edge_refusal(self.config.site)
 
-    def save(self, folder: str | Path) -> Path:
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Our format does not hold the normalisation: an error that says so."""
         raise norm_refusal(self, "our format")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -130,7 +130,7 @@ class RunFolder:
     def save(self, saes: Mapping[Site, SparseAutoencoder]) -> None:
         """Write the autoencoders of the run."""
         for site, sae in saes.items():
-            sae.save(self.path / "saes" / site.name)
+            sae.save(self.path / "saes" / site.name, overwrite=True)  # `start` has looked at what is there
 
     def start(self, *, resume: bool, overwrite: bool) -> None:
         """Make the folder, remove what an earlier run of it left there, and write the settings.
@@ -142,10 +142,9 @@ class RunFolder:
         if resume and before is not None:
             self._check_same(before, but=("config",) if before.complete else ())
         goes_on = before if resume else None
-        listed = [*self.settings["config"], *(before.config if before else ()), *_replaced(before)]
         check_run_folder(
             self.path, self.command, resume=resume, overwrite=overwrite,
-            layout=sweep_layout(listed) if self.command == "sweep" else RUN,
+            layout=_layout_of_sweep(self.path, self.settings["config"]) if self.command == "sweep" else RUN,
         )  # fmt: skip
         if goes_on is None or goes_on.complete:
             replaced = self._replaced(before, resume=resume)
@@ -237,6 +236,18 @@ class RunFolder:
                 raise UserError(
                     f"{begun} and cannot be resumed with {now!r}: give the same options, another folder or --overwrite"
                 )
+
+
+def _layout_of_sweep(folder: Path, names: Iterable[str]) -> Layout:
+    """What a sweep of these configs may find in its folder: its own, and what the sweep before it left."""
+    before = read_entry(folder, "sweep")
+    return sweep_layout([*names, *(before.config if before else ()), *_replaced(before)])
+
+
+def check_sweep_folder(folder: Path, names: Iterable[str]) -> None:
+    """UserError where the folder of a sweep of these configs holds anything else."""
+    check_run_config(folder)
+    check_contents(folder, _layout_of_sweep(folder, names))
 
 
 def check_run_folder(folder: Path, command: str, *, resume: bool, overwrite: bool, layout: Layout = RUN) -> None:

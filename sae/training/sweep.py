@@ -138,7 +138,8 @@ def sweep(
             ]
             Trainer(saes, rows, first, sweep_folder, progress=progress).run()
             for sae in saes:
-                export(sae, model, rows).save(out / sae.name.removesuffix(f"/{sae.site}") / "saes" / sae.site.name)
+                name = sae.name.removesuffix(f"/{sae.site}")
+                runs[name].save({sae.site: export(sae, model, rows)})
             _split_log(sweep_folder.log_path, {name: runs[name].path for name in waiting})
             for name in waiting:
                 runs[name].finish(read=asdict(rows.text_read()))

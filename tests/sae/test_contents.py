@@ -176,3 +176,32 @@ def test_another_config_is_not_overwritten(tmp_path):
     write_json(tmp_path / "config.json", {"model_type": "llama"})
     with pytest.raises(UserError, match="not the config of a run"):
         run_of(tmp_path, "resid_0").start(resume=False, overwrite=True)
+
+
+def test_nothing_is_cleaned_of_a_folder_that_is_no_run(tmp_path):
+    """Another program's unfinished files and empty folders stay; where a run is recorded, empty folders of it go."""
+    write_files(tmp_path, ".notes.1a2b3c4d.tmp.md", "circuit/.thesis.0011aabb.tmp")
+    for folder in ("checkpoints", "circuit/partial", "run/checkpoints", "run/circuit/partial"):
+        (tmp_path / folder).mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    with lock(tmp_path):
+        pass
+    assert sorted(tmp_path.rglob("*")) == before
+    write_json(tmp_path / "run" / "config.json", {"schema_version": 1, "discover": {}})
+    with lock(tmp_path / "run"):
+        pass
+    assert [path.name for path in (tmp_path / "run").rglob("*") if path.is_dir()] == ["circuit"]
+
+
+@pytest.mark.parametrize(
+    "name", ["saes/evaluation.svg", "saes/evaluation_mine.json", "saes/evaluation.txt", "circuit/faithfulness.svg"]
+)
+def test_a_foreign_file_with_the_name_of_a_result_is_not_of_the_run(tmp_path, name):
+    finished_run(tmp_path, "resid_0")
+    write_json(tmp_path / "saes" / "evaluation.json", {"schema_version": 1, "files": {".txt": "of another text"}})
+    write_files(tmp_path, name)
+    if name.endswith(".json"):
+        write_json(tmp_path / name, {"title": "mine"})
+    with pytest.raises(UserError, match="not written by this program"):
+        run_of(tmp_path, "resid_0", k=8).start(resume=False, overwrite=True)
+    assert (tmp_path / name).exists() and (tmp_path / "saes" / "resid_0").exists()

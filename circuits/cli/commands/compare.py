@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from circuits.cli.options import HasModel, HasSaes, Output, Overwrites, UsesSaes
+from circuits.cli.results import write_with_table
 from circuits.comparison.options import CompareOptions
-from sae._files import prepare_folder, write_json, write_text
+from sae._files import prepare_folder
 from sae._options import Positive
-from sae._run.contents import COMPARISON, check_contents, check_no_link, check_run_config, remove
+from sae._run.contents import COMPARISON, check_contents, check_run_config, remove
 from sae._run.locks import lock
+from sae._run.outputs import check_no_link
 
 if TYPE_CHECKING:
     from circuits.prompts.dataset import PromptSet
@@ -58,9 +60,8 @@ class CompareMethodsCommand(UsesSaes, Overwrites, HasSaes, HasModel):
         comparison = compare_methods(model, saes, train, test, self.options, progress=not self.quiet)
         data = comparison.to_dict()
         remove(folder, COMPARISON)  # drawing and table of an earlier one
-        write_json(folder / COMPARISON_FILE, data)
         text = comparison.text()
-        write_text(folder / "comparison.txt", text + "\n")
+        data = write_with_table(folder / COMPARISON_FILE, data, text + "\n")
         drawing = comparison.plot(folder / "comparison.svg")
         record(self.out, "compare-methods", self)
         return Output(f"{text}\nwrote {folder / COMPARISON_FILE} and {drawing}", {**data, "comparison": str(folder)})

@@ -11,8 +11,9 @@ from circuits.cli.options import HasModel, HasSaes, Output, Overwrites, UsesSaes
 from circuits.options import DiscoverOptions
 from sae._files import prepare_folder, read_json, write_json
 from sae._options import Count, Magnitude, Positive, Resamples
-from sae._run.contents import CIRCUIT, MEASURED, check_contents, check_no_link, check_run_config, remove, visible
+from sae._run.contents import CIRCUIT, MEASURED, check_contents, check_run_config, remove, visible
 from sae._run.locks import lock
+from sae._run.outputs import check_no_link
 from sae.data.text import TextSource
 from sae.errors import UserError
 
@@ -238,7 +239,10 @@ def set_edits_aside(run: Path) -> None:
     present circuit alone.
     """
     for path in sorted((run / "edits").glob("*.json")):
-        if read_json(path, Any).get("kind") != "edit":
+        try:
+            if read_json(path).get("kind") != "edit":
+                continue
+        except UserError:  # damaged, or another program's
             continue
         aside = run / "edits" / "earlier" / path.name
         aside.parent.mkdir(exist_ok=True)

@@ -12,8 +12,8 @@ from circuits.cli.results import MADE_WITH, different_options, digest_of, made_w
 from circuits.options import EditedTokens, Operation
 from sae._files import write_json
 from sae._options import Activation, Count, Positive, Range, Repeats, Seed
-from sae._run.contents import check_no_link
 from sae._run.locks import lock
+from sae._run.outputs import check_no_link
 from sae.data.text import TextSource
 from sae.errors import UserError
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from circuits.cli.options import Common, HasModel, HasSaes, HasText, Named, Output
 from circuits.cli.results import ResultFiles, made_with
-from sae._files import write_text
 from sae._options import BatchSize, ContextLength, TokenCount
 from sae._run.contents import check_complete
 from sae._run.locks import lock
@@ -45,12 +44,13 @@ class EvaluateCommand(Common, Named, HasText, HasSaes, HasModel):
         from sae.evaluation.sweep import evaluation_settings
         from sae.saes import saes_fingerprint
 
+        suffixes = (".json", ".txt", ".svg")
+        if folder is not None:
+            ResultFiles(folder, "evaluation", self, {}, suffixes).check_foreign()
         model = load_model(self.model, self, saes=self.saes)
         saes, source = load_checked_saes(model, self.saes), TextSource.of(self.text)
         facts = {"model_fingerprint": model.fingerprint, "saes_fingerprint": saes_fingerprint(saes)}
-        files = ResultFiles(
-            folder or Path(), "evaluation", self, made_with(self, **facts), suffixes=(".json", ".txt", ".svg")
-        )
+        files = ResultFiles(folder or Path(), "evaluation", self, made_with(self, **facts), suffixes)
         if folder is not None:
             files.check()
         context = context_of(model, self.context_length)
@@ -69,8 +69,7 @@ class EvaluateCommand(Common, Named, HasText, HasSaes, HasModel):
         data = {**result.to_dict(), "measured_on": settings}
         text = result.text()
         if folder is not None:
-            data = files.write(data)
-            write_text(files.path(".txt"), text + "\n")
+            data = files.write(data, table=text + "\n")
             picture = plot_evaluation(result, files.path(".svg"))
             text += f"\nwrote {files.path('.json')}, {files.path('.txt').name} and {picture.name}"
         return Output(text, data)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from circuits.cli.options import Common, HasCircuit, Output, Overwrites
 from circuits.cli.results import circuit_file
-from sae._run.outputs import has_mark, is_json
 from sae.errors import UserError
 
 SUFFIXES = {"eap-ig": "eap_ig.json", "neuronpedia": "neuronpedia.json", "graphml": "graphml"}
@@ -27,9 +26,11 @@ class ExportCommand(Common, Overwrites, HasCircuit):
 
     def run(self) -> Output:
         self._check()
-        is_own = has_mark(".graphml") if self.format == "graphml" else is_json(_is_exported)
+        from graphs._outputs import has_mark, is_eap_ig, is_neuronpedia
+
+        marks = {"eap-ig": is_eap_ig, "neuronpedia": is_neuronpedia, "graphml": has_mark(".graphml")}
         name = f"circuit.{SUFFIXES[self.format]}"
-        with circuit_file(self.circuit, self.out, name, is_own, overwrite=self.overwrite) as out:
+        with circuit_file(self.circuit, self.out, name, marks[self.format], overwrite=self.overwrite) as out:
             return self._export(out)
 
     def _export(self, out: Path) -> Output:
@@ -53,15 +54,16 @@ class ExportCommand(Common, Overwrites, HasCircuit):
             write_eap_ig(
                 graph,
                 out,
+                overwrite=True,  # it was checked
                 n_layers=model.n_layers,
                 n_heads=heads,
                 d_model=model.d_model,
                 parallel=model.parallel_blocks,
             )
         elif self.format == "neuronpedia":
-            write_neuronpedia(graph, out)
+            write_neuronpedia(graph, out, overwrite=True)
         else:
-            write_graphml(graph, out)
+            write_graphml(graph, out, overwrite=True)
         nodes, edges = len(graph) - 1, graph.graph.number_of_edges()
         return Output(f"wrote {out} ({nodes} nodes, {edges} edges)", {"out": str(out), "nodes": nodes, "edges": edges})
 
@@ -71,11 +73,3 @@ class ExportCommand(Common, Overwrites, HasCircuit):
         unused += ["device"] if self.device != "auto" else []
         if unused and self.format != "eap-ig":
             raise UserError(f"{unused[0].replace('_', '-')} is given and not used: only format eap-ig reads the model")
-
-
-def _is_exported(entries: dict[str, Any]) -> bool:
-    """Whether a file of another program's format has the entry with what that format has no place for."""
-    from graphs.formats import eap_ig, neuronpedia
-
-    metadata = entries.get("metadata")
-    return eap_ig.EXTRA in entries or (isinstance(metadata, dict) and neuronpedia.EXTRA in metadata)

@@ -11,6 +11,7 @@ from typing_extensions import TypedDict
 from circuits.cli.options import Common, HasModel, HasSites, HasText, Output, Overwrites
 from sae._files import read_json
 from sae._run.contents import RUN_CONFIG_FILE
+from sae._run.locks import lock
 from sae.errors import UserError
 from sae.training.config import FinetuneConfig
 
@@ -31,11 +32,14 @@ class FinetuneCommand(Common, Overwrites, HasSites, HasText, HasModel):
         from circuits.cli.common import absolute_path, load_checked_saes, load_model
         from sae.model.sites import select_sites
         from sae.training.finetuning import finetune_saes
+        from sae.training.run_folder import check_run_folder
 
         source = Path(self.saes)
         run = source.parent if source.name == "saes" else source
         if source.exists() and self.out.resolve() == run.resolve():
             raise UserError(f"out and saes are the same folder, {str(self.out)!r}: give another one, the trained stay")
+        with lock(self.out):
+            check_run_folder(self.out, "finetune", resume=self.resume, overwrite=self.overwrite)
         model = load_model(self.model, self, saes=self.saes)
         sites = None if self.sites == "all" else list(select_sites(self.sites, model.sites))
         saes = load_checked_saes(model, self.saes, sites=sites)

@@ -57,7 +57,9 @@ class MaskCommand(Named, HasSizes, HasTestPrompts, RunsCircuit):
         mask = learn_mask(circuit, learned_on, self.options, progress=not self.quiet)
         seconds = time.perf_counter() - begin
         files.path(".json").unlink(missing_ok=True)  # of the mask before
-        mask.save(files.path(".safetensors"))  # learned scores outlive a measurement that is interrupted
+        mask.save(
+            files.path(".safetensors"), overwrite=True
+        )  # learned scores outlive a measurement that is interrupted
         of_mask, of_effects = (
             self._measured(circuit, nodes, prompts, learned_on) for nodes in (mask.nodes, circuit.nodes)
         )

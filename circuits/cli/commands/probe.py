@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 from circuits.cli.options import Common, HasModel, Output, Overwrites
 from circuits.cli.results import output_file
 from sae._options import MANY, LearningRate, Range, Seed
-from sae._run.outputs import has_header
 from sae.errors import UserError, unknown
 
 if TYPE_CHECKING:
@@ -52,7 +51,9 @@ class ProbeCommand(Common, Overwrites, HasModel):
     """Seed of the division."""
 
     def run(self) -> Output:
-        with output_file(self.out, has_header("site", "position", "classes"), overwrite=self.overwrite):
+        from circuits.metrics.probe import is_probe
+
+        with output_file(self.out, is_probe, overwrite=self.overwrite):
             return self._run()
 
     def _run(self) -> Output:
@@ -75,7 +76,14 @@ class ProbeCommand(Common, Overwrites, HasModel):
             x, [labels[row] for row in with_span], held_out=self.held_out, penalty=self.penalty, seed=self.seed
         )
         save_probe(
-            self.out, fitted.weight, fitted.bias, site=site, position=self.position, classes=fitted.classes, model=model
+            self.out,
+            fitted.weight,
+            fitted.bias,
+            site=site,
+            position=self.position,
+            classes=fitted.classes,
+            model=model,
+            overwrite=self.overwrite,
         )
         data = {
             "out": str(self.out), "site": site.name, "position": self.position, "classes": fitted.classes,

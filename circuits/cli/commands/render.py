@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from circuits.cli.options import HasCircuit, Output, Overwrites, Prints
 from circuits.cli.results import circuit_file
+from graphs._outputs import has_mark
 from graphs.schema import Colour
 from sae._options import Count, Magnitude, Positive
-from sae._run.outputs import has_mark
 
 if TYPE_CHECKING:
     from graphs import FeatureGraph
@@ -84,7 +84,7 @@ class RenderCommand(_Cut):
         is_own = has_mark(".svg" if self.out is None else self.out.suffix)
         with circuit_file(self.circuit, self.out, "circuit.svg", is_own, overwrite=self.overwrite) as out:
             graph = self.cut(nodes=self.nodes, edges=self.edges)
-            draw(graph, out, colour=self.colour)
+            draw(graph, out, colour=self.colour, overwrite=True)  # it was checked
         return _wrote(graph, out)
 
 
@@ -120,7 +120,7 @@ class ExploreCommand(_Cut):
             fingerprint, is_new = graph.metadata.get("saes_fingerprint"), not out.exists()
             pages = run / "features" / "index.html" if read_index(run, fingerprint) else run / "no pages"
             links = existing_links(out, {"features": pages, "report": run / "report.html"})
-            explore(graph, out, compare_with=other, links=links)
+            explore(graph, out, compare_with=other, links=links, overwrite=True)
             if is_new and "features" in links:
                 write_page(run)  # which can lead here now
         return _wrote(graph, out)

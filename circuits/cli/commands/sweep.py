@@ -12,14 +12,17 @@ import tyro
 
 from circuits.cli.commands.cache import open_cache
 from circuits.cli.options import Common, HasSites, HasTextOrCache, Output, Overwrites, need
-from sae._files import write_json, write_text
+from circuits.cli.results import write_with_table
 from sae._options import ContextLength, TokenCount
+from sae._run.locks import lock
 from sae.data.text import TextSource
 from sae.errors import UserError, unknown
 from sae.training.config import ARCHITECTURE_NAMES, ArchitectureName, TrainConfig
 
 if TYPE_CHECKING:
+    from sae.data.cache import CachedModel
     from sae.evaluation.sweep import SweepResults
+    from sae.model.language_model import LanguageModel
     from sae.training.sweep import Sweep
 
 RESULTS_FILE = "sweep.json"
@@ -64,12 +67,16 @@ class SweepCommand(Common, Overwrites, HasSites, HasTextOrCache):
     config: SharedConfig = field(default_factory=SharedConfig)
 
     def run(self) -> Output:
+        with lock(self.out):
+            return self._run()
+
+    def _run(self) -> Output:
         from circuits.cli.common import load_model
         from sae.evaluation.sweep import HeldOut, evaluate_sweep
 
-        trained, source, name = self._train()
-        model = load_model(name, self)
         text = None if self.eval_text is None else TextSource.of(self.eval_text)
+        trained, source, name = self._train(text)
+        model = load_model(name, self)
         results = evaluate_sweep(
             model,
             trained,
@@ -80,16 +87,16 @@ class SweepCommand(Common, Overwrites, HasSites, HasTextOrCache):
             overwrite=self.overwrite,
         )
         drawn = self._draw(results)
-        write_json(self.out / RESULTS_FILE, results.to_dict())
-        write_text(self.out / TABLE_FILE, f"{results.summary()}\n\n{results.text()}\n")
+        write_with_table(self.out / RESULTS_FILE, results.to_dict(), f"{results.summary()}\n\n{results.text()}\n")
         files = f"{self.out / RESULTS_FILE}, {self.out / TABLE_FILE} and {drawn}"
         wrote = f"wrote {files}; a dictionary is --saes {self.out / next(iter(trained.configs))}, and so on"
         return Output(f"{results.summary()}\n{wrote}", {**results.to_dict(), "out": str(self.out)})
 
-    def _train(self) -> tuple[Sweep, TextSource, str]:
+    def _train(self, eval_text: TextSource | None) -> tuple[Sweep, TextSource, str]:
         """The dictionaries, the text they learned from, and the name of the model."""
         from circuits.cli.common import load_model
         from sae.model.sites import select_sites
+        from sae.training.run_folder import check_sweep_folder
         from sae.training.sweep import grid, sweep
 
         configs = grid(
@@ -99,6 +106,7 @@ class SweepCommand(Common, Overwrites, HasSites, HasTextOrCache):
             k=_entries("k", self.k, int),
             seeds=_entries("seeds", self.seeds, int),
         )
+        check_sweep_folder(self.out, configs)
         options: dict[str, Any] = {
             "sites": self.sites,
             "out": self.out,
@@ -108,13 +116,28 @@ class SweepCommand(Common, Overwrites, HasSites, HasTextOrCache):
         }
         if self.cache is not None:
             cache = open_cache(self.cache, model=self.model, text=self.text, sites=self.sites, device=self.device)
+            self._check_measured(configs, cache.model, eval_text or cache.text)
             self._estimate(configs, list(cache.widths.values()))
             trained = sweep(cache.model, cache.text, configs, activations=cache, **options)
             return trained, cache.text, self.model or cache.manifest.model
         name, source = need(self.model, "model"), TextSource.of(need(self.text, "text"))
         model = load_model(name, self)
+        self._check_measured(configs, model, eval_text or source)
         self._estimate(configs, [model.widths[site] for site in select_sites(self.sites, model.sites)])
         return sweep(model, source, configs, **options), source, name
+
+    def _check_measured(
+        self, configs: dict[str, TrainConfig], model: LanguageModel | CachedModel, text: TextSource
+    ) -> None:
+        """UserError, before the work, where a dictionary was measured with other settings."""
+        from sae.data.batches import context_of
+        from sae.data.cache import CachedModel
+        from sae.evaluation.sweep import check_measured, evaluation_settings
+
+        if not self.overwrite:
+            settings = evaluation_settings(model, text, tokens=self.eval_tokens, context=self.eval_context_length)
+            context = None if isinstance(model, CachedModel) else context_of(model, self.eval_context_length)
+            check_measured(self.out, configs, {**settings, "context": context})
 
     def _estimate(self, configs: dict[str, TrainConfig], widths: list[int]) -> None:
         """Say how much is trained, before the work."""

@@ -7,7 +7,7 @@ that made it until it is freed. Scratch space inside an operation is not seen.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -38,10 +38,10 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        inputs = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
-        for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor) and id(x.untyped_storage()) not in inputs:
-                self._count(x.untyped_storage())
+        inputs = {id(storage) for storage in _storages((args, kwargs))}
+        for storage in _storages(out):
+            if id(storage) not in inputs:
+                self._count(storage)
         return out
 
     def _count(self, storage: torch.UntypedStorage) -> None:
@@ -56,3 +56,11 @@ class _Watch(TorchDispatchMode):
         self._counted[key] = weakref.ref(storage, freed)
         self.now += size
         self.peak = max(self.peak, self.now)
+
+
+def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
+    """What holds the numbers of all tensors among some values: of a sparse one, its indices and entries."""
+    for x in tree_leaves(values):
+        if isinstance(x, torch.Tensor):
+            for dense in (x._indices(), x._values()) if x.is_sparse else (x,):
+                yield dense.untyped_storage()

@@ -50,15 +50,15 @@ def relevance_rules(hf: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         replaced = {"norm": 0, "activation": 0, "attention": 0}
         for name, module in hf.named_modules():
-            if rule := norm_rule(module):
+            if constant := _constant_part(hf, name, module):
+                replaced["attention"] += 1
+                stack.callback(module.register_forward_hook(constant).remove)
+            elif rule := norm_rule(module):
                 replaced["norm"] += 1
                 _linearise(stack, module, rule(module))
             elif _is_activation(module):
                 replaced["activation"] += 1
                 _linearise(stack, module, constant_factor)
-            elif constant := _constant_part(hf, name, module):
-                replaced["attention"] += 1
-                stack.callback(module.register_forward_hook(constant).remove)
             if _is_gated_mlp(module):
                 stack.callback(module.down_proj.register_forward_pre_hook(_halve_gradient).remove)
             elif isinstance(getattr(module, "gate_up_proj", None), nn.Parameter):  # all experts in one tensor
@@ -170,37 +170,74 @@ def constant_factor(x: Tensor, y: Tensor) -> Tensor:
 # ---- AH rule
 
 
+CONSTANT = ("q_proj", "k_proj", "q_b_proj", "q_norm", "k_norm", "q_layernorm", "k_layernorm")
+"""Modules whose whole output are queries or keys."""
+Columns = Callable[[int], slice]
+"""The columns of values among so many of queries, keys and values."""
+
+
 def _constant_part(hf: nn.Module, name: str, module: nn.Module) -> Callable[..., Tensor] | None:
     """A hook under which queries and keys are constants, for the module that computes them; None for others."""
     parent_name, _, child_name = name.rpartition(".")
-    if child_name in ("q_proj", "k_proj"):
+    if child_name in CONSTANT:
         return lambda module, args, out: out.detach()
-    if child_name in ("c_attn", "Wqkv"):
-        return _first_of_three(groups=1)
-    config: Any = getattr(hf.get_submodule(parent_name), "config", None) or getattr(hf, "config", None)
-    if child_name == "query_key_value":
-        return _first_of_three(groups=config.num_attention_heads)
-    if child_name == "qkv_proj" and getattr(config, "num_key_value_heads", None):
-        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return _last_columns(config.num_key_value_heads * head)
-    return None
+    if child_name not in _FUSED:
+        return None
+    attention = hf.get_submodule(parent_name)
+    config: Any = getattr(attention, "config", None) or getattr(hf, "config", None)
+    return _only_values(*_FUSED[child_name](attention, config))
 
 
-def _last_columns(n: int) -> Callable[..., Tensor]:
-    """For outputs [..., (queries, keys, values)]: the last n, the values, as they are, the rest constant."""
+def _last_third(width: int) -> slice:
+    return slice(width - width // 3, width)
+
+
+def _joined(attention: Any, config: Any) -> tuple[int, Columns]:
+    """(queries, keys, values), each of all heads; GPT-BigCode has one head of keys and values, or joins by heads."""
+    if getattr(attention, "multi_query", False):
+        return 1, lambda width: slice(width - attention.head_dim, width)
+    return config.num_attention_heads if hasattr(attention, "multi_query") else 1, _last_third
+
+
+def _by_heads(attention: Any, config: Any) -> tuple[int, Columns]:
+    """For each head of keys its queries, the key and the value; the key is every query's own but in Falcon."""
+    groups = getattr(attention, "num_kv_heads", config.num_attention_heads)
+    heads = config.num_attention_heads // groups + 2
+    return groups, lambda width: slice(width - width // heads, width)
+
+
+def _joined_by_sizes(attention: Any, config: Any) -> tuple[int, Columns]:
+    """As `_joined`, with fewer heads of keys and values than of queries; CodeGen has four groups of (q, v, k)."""
+    if not getattr(config, "num_key_value_heads", None):
+        return 4, lambda width: slice(width // 3, width - width // 3)
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 1, lambda width: slice(width - config.num_key_value_heads * head, width)
+
+
+_FUSED: dict[str, Callable[[Any, Any], tuple[int, Columns]]] = {
+    "c_attn": _joined,
+    "Wqkv": _joined,
+    "query_key_value": _by_heads,
+    "qkv_proj": _joined_by_sizes,
+    "kv_a_proj_with_mqa": lambda attention, config: (1, lambda width: slice(0, width - config.qk_rope_head_dim)),
+    "kv_b_proj": lambda attention, config: (
+        config.num_attention_heads,
+        lambda width: slice(width - config.v_head_dim, width),
+    ),
+}
+"""Modules that compute queries, keys and values at once: the groups of their columns, and which of a group are values
+(or, in latent attention, what values are made of).
+"""
+
+
+def _only_values(groups: int, values: Columns) -> Callable[..., Tensor]:
+    """For outputs [..., groups * columns]: these columns of each group as they are, the rest constant."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
-        return torch.cat([out[..., :-n].detach(), out[..., -n:]], -1)
-
-    return hook
-
-
-def _first_of_three(*, groups: int) -> Callable[..., Tensor]:
-    """For outputs [..., groups * (q, k, v)]: q and k constant, v as it is."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
-        q, k, v = out.unflatten(-1, (groups, -1)).chunk(3, dim=-1)
-        return torch.cat([q.detach(), k.detach(), v], -1).flatten(-2)
+        grouped = out.unflatten(-1, (groups, -1))
+        is_value = torch.zeros(grouped.shape[-1], dtype=torch.bool, device=out.device)
+        is_value[values(len(is_value))] = True
+        return torch.where(is_value, grouped, grouped.detach()).flatten(-2)
 
     return hook
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from sae._files import is_temporary, read_json, remove_temporary
-from sae._run.outputs import is_foreign
+from sae._run.outputs import check_no_link, is_foreign
 from sae.errors import UserError
 
 RUN_CONFIG_FILE = "config.json"
@@ -184,8 +184,9 @@ def is_run_config(entries: Mapping[str, Any]) -> bool:
 
 
 def check_run_config(folder: Path) -> None:
-    """Raises UserError for a folder whose `config.json` is not that of a run: it must not be overwritten."""
+    """Raises UserError for a folder whose `config.json` is a link, or not that of a run: it must not be overwritten."""
     path = folder / RUN_CONFIG_FILE
+    check_no_link(path)
     if path.is_file() and not read_run_config(folder):
         raise UserError(
             f"{str(path)!r} is not the config of a run (but of a model?) and is not overwritten: give another folder"

@@ -214,6 +214,8 @@ def edge_effects(
     """
     sites, states = list(nodes), batch.states
     vectors = vectors if vectors is not None else node_vectors([batch], nodes, active=active)[0]
+    if not vectors:  # nothing differs between clean and patch
+        return {}
     most = max((len(site_nodes) for site_nodes in nodes.values()), default=1)
     lanes = max(1, min(max_rows // len(states.tokens), most))
     graph = cut_forward(states, sites=sites, copies=lanes)

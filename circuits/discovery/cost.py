@@ -110,7 +110,7 @@ def estimate_discovery(
 
     left = _left_behind(results)
     if model.device.type == "cpu":  # it was counted among the tensors of the batch
-        peak -= sum(left.values())
+        peak = max(0, peak - sum(left.values()))
     scale = sum(n_tokens) / n_tokens[largest]
     left = {name: int(n * scale) for name, n in left.items()}
     left["kept for edges"] = min(left["kept for edges"], int(options.memory * GIB))

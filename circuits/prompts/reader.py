@@ -80,7 +80,7 @@ class Reader:
         coder = self.model.text_coder
         clean = coder.prompt_ids([example.clean for example in usable])
         patch = coder.prompt_ids([example.patch or "" for example in usable]) if self.paired else clean
-        reasons = [_length_problem(a, b, self.model) for a, b in zip(clean, patch, strict=True)]
+        reasons = [_token_problem(a, b, self.model, paired=self.paired) for a, b in zip(clean, patch, strict=True)]
         fitting = [index for index, reason in enumerate(reasons) if reason is None]
         for index, reason in enumerate(reasons):
             results[numbers[index]] = reason or ""
@@ -153,11 +153,13 @@ def _text_problem(example: Example, *, paired: bool) -> str | None:
     return "clean and patch are the same prompt" if example.clean == example.patch else None
 
 
-def _length_problem(clean: list[int], patch: list[int], model: LanguageModel) -> str | None:
+def _token_problem(clean: list[int], patch: list[int], model: LanguageModel, *, paired: bool) -> str | None:
     if not clean or not patch:
         return "prompt has no tokens"
     if len(clean) != len(patch):
         return "clean and patch differ in token length"
+    if clean == patch and paired:
+        return "clean and patch are the same tokens"
     limit = getattr(model.hf.config, "max_position_embeddings", None)
     return "longer than the model's context" if limit is not None and len(clean) > limit else None
 

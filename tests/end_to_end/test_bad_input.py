@@ -258,6 +258,8 @@ def test_pairs_that_do_not_differ(discover, prompts_file, tmp_path):
     same = [json.dumps(row | {"patch_prefix": row["clean_prefix"]}) for row in rows]
     (tmp_path / "same.jsonl").write_text("\n".join(same))
     assert "same prompt" in sentence(discover(prompts=tmp_path / "same.jsonl"))
+    (tmp_path / "same.jsonl").write_text(json.dumps(rows[0] | {"patch_prefix": rows[0]["clean_prefix"] + " "}))
+    assert "are the same tokens" in sentence(discover(prompts=tmp_path / "same.jsonl"))
 
 
 def test_text_that_is_no_text(sfc, model_folder, tmp_path):

@@ -130,7 +130,7 @@ def test_a_model_without_gradients_is_refused_where_they_are_needed_and_runs_els
     model = load_model(hf, tokenizer=word_tokenizer(), device="cpu")
     assert not model.has_gradients and "what needs gradients will be refused" in caplog.text
     tokens = model.tokenize(["the man near the dogs runs"])
-    with pytest.raises(UserError, match="no gradient reaches the logits.*the method exact"):
+    with pytest.raises(UserError, match=r"no gradient reaches the logits.*the method exact"):
         model.run(tokens, capture=[RESID_0], grad=True)
     assert model.run(tokens, edits={RESID_0: lambda x: x}).logits.isfinite().all()
 

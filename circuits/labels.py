@@ -22,7 +22,7 @@ from typing_extensions import NotRequired, TypedDict
 from graphs.feature_graph import FeatureGraph, Node
 from graphs.schema import Index
 from sae._files import parse_json, read_text, to_json, write_text
-from sae._run.contents import check_no_link
+from sae._run.outputs import check_no_link
 from sae.errors import UserError
 from sae.formats.locate import sae_folders
 from sae.saes import stored_fingerprint

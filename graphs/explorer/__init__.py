@@ -55,7 +55,13 @@ def explore(
 
 
 def explore_features(
-    graph: FeatureGraph, path: str | Path, *, title: str, about: str = "", links: Mapping[str, str] | None = None
+    graph: FeatureGraph,
+    path: str | Path,
+    *,
+    title: str,
+    about: str = "",
+    links: Mapping[str, str] | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Write a page with everything that is known of each feature of a graph: a list to choose from, and its contexts.
 
@@ -66,14 +72,16 @@ def explore_features(
         title: Heading of the page.
         about: What the numbers were counted on.
         links: Addresses of other pages of the run, relative to this one: `circuit`, `report`.
+        overwrite: Whether a file is replaced that this program did not write.
 
     Returns:
         The path.
 
     Raises:
-        GraphError: For another extension, or a file that cannot be written.
+        GraphError: For another extension, or a file that cannot be written or is another program's.
     """
     path = _html(path)
+    check_output(path, has_mark(".html"), overwrite=overwrite)
     data = page_data(graph, title, layouts=False) | {"page": "features", "about": about, "links": dict(links or {})}
     write_text(path, _page(title, data))
     return path

@@ -92,7 +92,7 @@ def visible(folder: Path) -> list[Path]:
 
 TOLD_BY_CONTENTS = (
     EVALUATION, SWEEP_RESULTS, *MEASURED.files, *COMPARISON.files, *PLOTS.files, *CIRCUIT.files, *CACHE.files,
-    r"partial\.json", r"report\.html",
+    r"partial\.json", r"(report|index)\.html",
 )  # fmt: skip
 """Names of files that other programs and people use as well."""
 

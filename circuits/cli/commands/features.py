@@ -10,8 +10,9 @@ from circuits.cli.options import Common, Output, Overwrites, Prints, UsesSaes
 from circuits.cli.results import MADE_WITH, different_options, made_with, output_file
 from sae._files import read_json, write_json
 from sae._options import ContextLength
-from sae._run.contents import FEATURES, PARTIAL_PAGES, check_contents, check_no_link, read_run_config, remove
+from sae._run.contents import FEATURES, PARTIAL_PAGES, check_contents, read_run_config, remove
 from sae._run.locks import lock
+from sae._run.outputs import check_no_link
 from sae.data.text import TextSource
 from sae.errors import UserError
 from sae.features.options import FeaturePageOptions
@@ -252,7 +253,7 @@ class LabelsCommand(Prints):
         lines = [f"{name:<18} {line['label']}{_whose(line)}" for name, line in sorted(labels.items())]
         if self.out is not None:
             with output_file(self.out, _is_annotations, overwrite=self.overwrite):
-                write_annotations({name: line["label"] for name, line in labels.items()}, self.out)
+                write_annotations({name: line["label"] for name, line in labels.items()}, self.out, overwrite=True)
             lines.append(f"wrote {self.out}")
         if new:
             lines.append(f"{added} new of {len(new)}; wrote {file.path}")

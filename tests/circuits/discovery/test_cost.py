@@ -17,6 +17,7 @@ from circuits.discovery.discover import discover
 from circuits.discovery.peak_memory import peak_memory
 from circuits.metrics.metrics import logit_difference
 from circuits.options import DiscoverOptions
+from sae.errors import UserError
 from tests.circuits.discovery.test_resume import streamed
 
 
@@ -57,14 +58,15 @@ def test_memory_as_it_then_is(make_tiny_model, make_saes, tiny_prompts, method, 
     assert written == pytest.approx(on_disk, rel=0.5)  # names and headers outweigh tensors as small as these
 
 
-def test_sparse_tensors_count_and_prompts_that_do_not_differ_have_no_edges(tiny_model, tiny_saes, tiny_prompts):
+def test_estimates_count_sparse_tensors_and_take_prompts_that_do_not_differ(tiny_model, tiny_saes, tiny_prompts):
     lengths = tiny_prompts.clean.lengths
     long = tiny_prompts[(lengths == lengths.max()).nonzero().flatten()]
     same = replace(long, patch=long.clean)
     for prompts in (long, same):
         options = DiscoverOptions(method="attrib", aggregation="position", edge_nodes=10)
         assert estimate_discovery(tiny_model, tiny_saes, prompts, options).memory["one batch"] >= 0
-    assert not discover(tiny_model, tiny_saes, same, options, progress=False).edges
+    with pytest.raises(UserError, match="no node has an effect"):
+        discover(tiny_model, tiny_saes, same, options, progress=False)
 
 
 def test_estimate_of_streamed_autoencoders(tiny_model, tiny_saes, tiny_prompts):

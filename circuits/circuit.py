@@ -22,7 +22,7 @@ from circuits._tensors import NOT_SAVED, flatten, unflatten
 from circuits.attribution.activations import Setting
 from circuits.attribution.edges import Edges
 from circuits.attribution.effects import SiteEffects
-from circuits.attribution.nodes import Nodes, select_nodes
+from circuits.attribution.nodes import Nodes, ranked, select_nodes
 from circuits.circuit_files import FeaturesFile, absolute_in_run, check_metadata, read_effects, relative_to_run
 from circuits.circuit_source import CircuitSource, check_widths
 from circuits.circuit_views import CircuitViews
@@ -131,13 +131,7 @@ class Circuit(CircuitViews):
             together with the circuit, so that `ablate` and `steer` need nothing else.
         """
         features = {site: nodes[~nodes.is_error] for site, nodes in self.nodes.items()}
-        strongest = select_nodes(features, top=n)
-        rows = [
-            (-abs(effect), name)
-            for site, nodes in strongest.items()
-            for name, effect in zip(nodes.ids(site), nodes.effect.tolist(), strict=True)
-        ]
-        return FeatureNames([name for _, name in sorted(rows, key=lambda row: row[0])], self)
+        return FeatureNames([name for name, _ in ranked(select_nodes(features, top=n))], self)
 
     def feature_pages(
         self, texts: str | Path | Iterable[str], options: FeaturePageOptions | None = None

@@ -16,7 +16,7 @@ from torch import Tensor
 from circuits._tensors import METRIC
 from circuits.attribution.edges import Edges
 from circuits.attribution.effects import SiteEffects
-from circuits.attribution.nodes import Nodes, aggregate, count, distinguishable, select_nodes
+from circuits.attribution.nodes import Nodes, aggregate, count, distinguishable, ranked, select_nodes
 from circuits.labels import Label, labelled
 from graphs._outputs import has_mark
 from graphs.drawing.dot import draw, to_svg
@@ -248,20 +248,10 @@ class CircuitViews:
                 f"{errors['largest_share']:.0%} at {errors['largest_site']}"
             )
         lines.append(f"{count(self.nodes)} nodes have an effect; the strongest:")
-        return "\n".join([*lines, *self.strongest_lines(10)])
-
-    def strongest_lines(self, n: int) -> list[str]:
-        """The n strongest nodes with their effects, one line each."""
-        rows = [
-            (abs(effect), name, effect)
-            for site, nodes in self.strongest(n).items()
-            for name, effect in zip(nodes.ids(site), nodes.effect.tolist(), strict=True)
-        ]
         labels = {name: line["label"] for name, line in self.labels.items()}
-        return [
-            f"  {name:<18} {effect:+.4f}  {labels.get(name.partition('@')[0], '')}".rstrip()
-            for _, name, effect in sorted(rows, reverse=True)
-        ]
+        for name, effect in ranked(self.strongest(10)):
+            lines.append(f"  {name:<18} {effect:+.4f}  {labels.get(name.partition('@')[0], '')}".rstrip())
+        return "\n".join(lines)
 
     def _repr_html_(self) -> str:
         """The drawing, for notebooks."""

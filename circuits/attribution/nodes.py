@@ -154,6 +154,16 @@ def select_nodes(nodes: Mapping[Site, SiteNodes], *, top: int | None = None, thr
     return {site: site_nodes[mask] for (site, site_nodes), mask in zip(nodes.items(), masks, strict=True)}
 
 
+def ranked(nodes: Mapping[Site, SiteNodes]) -> list[tuple[str, float]]:
+    """Name and effect of every node, the strongest first."""
+    rows = [
+        row
+        for site, site_nodes in nodes.items()
+        for row in zip(site_nodes.ids(site), site_nodes.effect.tolist(), strict=True)
+    ]
+    return sorted(rows, key=lambda row: -abs(row[1]))
+
+
 def distinguishable(nodes: Nodes, intervals: Mapping[Site, Tensor]) -> Nodes:
     """The nodes whose interval ([n, 2] per site, in their order) leaves out zero."""
     return {site: site_nodes[intervals[site].prod(-1) > 0] for site, site_nodes in nodes.items()}

@@ -23,12 +23,12 @@ from circuits.attribution.baselines import activation_difference
 from circuits.attribution.nodes import Nodes, aggregate, count, joined
 from circuits.comparison.options import MASK, CompareOptions
 from circuits.comparison.results import MEAN, NOISING, Agreement
-from circuits.discovery.batching import max_rows
+from circuits.discovery.batching import DiscoveryRun
 from circuits.discovery.peak_memory import peak_memory
 from circuits.faithfulness.learned_mask import learn_node_mask
 from circuits.faithfulness.nodes import random_nodes
 from circuits.metrics.metrics import warn_if_cancelling
-from circuits.options import MaskOptions
+from circuits.options import DiscoverOptions, MaskOptions
 from circuits.prompts.dataset import PromptSet
 from sae.model.sites import Site
 
@@ -65,14 +65,13 @@ class Study:
 
     def __init__(self, setting: Setting, prompts: PromptSet, options: CompareOptions) -> None:
         self.setting, self.prompts, self.options = setting, prompts, options
-        self.sites = list(setting.saes)
-        self.rows = max_rows(setting.model, prompts.clean.n_positions, memory=options.memory)
+        self.run = DiscoveryRun(setting, prompts, DiscoverOptions(memory=options.memory))
+        self.sites, self.rows = self.run.sites, self.run.rows
         self._rankings: dict[str, Ranking] = {}
 
     def batches(self) -> Iterator[tuple[torch.Tensor, ActivationPair]]:
         """Index [B] and both ends of every batch, prompts of like length together."""
-        order = self.prompts.clean.lengths.argsort(stable=True).cpu()
-        for index in order.split(max(1, min(self.rows, 64))):
+        for index in self.run.batches():
             yield index, capture_activations(self.setting, self.prompts[index])
 
     def ranking(self, method: str) -> Ranking:

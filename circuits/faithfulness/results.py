@@ -40,29 +40,39 @@ class Intervals:
 
 
 @dataclass(frozen=True)
-class NodeFaithfulness(Result):
-    """Curves over circuit sizes; `random` holds one curve a draw."""
+class Faithfulness(Result):
+    """A curve over the number of nodes, or of edges, that are kept."""
 
     sizes: list[int]
-    """Nodes kept; the last is all of them."""
+    """How many are kept; the last number of nodes is all of them."""
     faithfulness: list[float]
-    """(m(C) - m(0)) / (m(M) - m(0)) for the strongest nodes of each size."""
-    completeness: list[float]
-    """The same for everything but these nodes."""
+    """(m(C) - m(0)) / (m(M) - m(0)) for the strongest of each size."""
     random: list[list[float]]
-    """Faithfulness of random circuits: one list over sizes per draw."""
+    """The same for as many drawn at random: one list over sizes a draw."""
     m_model: float
     """Mean metric of the whole model, m(M)."""
     m_empty: float
-    """Mean metric with every node ablated, m(0)."""
+    """Mean metric with none kept, m(0)."""
     ablation: str
-    """What ablated nodes became."""
+    """What ablated nodes, or inputs without an edge, became."""
     start_site: str
-    """First ablated site."""
+    """First site that is ablated."""
     n_nodes: int
-    """Nodes with an effect, from the start site on."""
+    """Nodes with an effect from the start site on, or those between which edges were computed."""
     n_prompts: int
     """Prompts measured."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return {"schema_version": 1, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class NodeFaithfulness(Faithfulness):
+    """Curves over the number of nodes kept."""
+
+    completeness: list[float]
+    """The same share for everything but these nodes."""
     n_uncovered: int
     """Prompts left out because no reference prompt has their template."""
     errors: str = "nodes"
@@ -86,7 +96,7 @@ class NodeFaithfulness(Result):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
-        return {"schema_version": 1, **asdict(self), "cpr": self.cpr, "cmd": self.cmd}
+        return {**super().to_dict(), "cpr": self.cpr, "cmd": self.cmd}
 
     def to_frame(self) -> pd.DataFrame:
         """One row a size: nodes, faithfulness, completeness, with their intervals where there are any, and the smallest
@@ -161,37 +171,15 @@ class NodeFaithfulness(Result):
 
 
 @dataclass(frozen=True)
-class EdgeFaithfulness(Result):
-    """A curve over the number of edges; `random` holds one curve a draw."""
+class EdgeFaithfulness(Faithfulness):
+    """A curve over the number of edges kept."""
 
-    sizes: list[int]
-    """Edges kept."""
-    faithfulness: list[float]
-    """(m(E) - m(0)) / (m(M) - m(0)) for the strongest edges of each size."""
-    random: list[list[float]]
-    """Faithfulness of random edges: one list over sizes per draw."""
     all_joined: float
     """Faithfulness with every node joined to every earlier one, weight or not: that of the nodes."""
     n_edges: int
     """Edges with a weight, from the start site on."""
-    n_nodes: int
-    """Nodes between which edges were computed."""
-    m_model: float
-    """Mean metric of the whole model, m(M)."""
-    m_empty: float
-    """Mean metric without any edge, m(0)."""
-    ablation: str
-    """What the inputs without an edge became."""
-    start_site: str
-    """First site of the circuit."""
-    n_prompts: int
-    """Prompts measured."""
     intervals: list[list[float]]
     """95 % bootstrap interval over the prompts of each size's faithfulness; empty where not computed."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON."""
-        return {"schema_version": 1, **asdict(self)}
 
     def to_frame(self) -> pd.DataFrame:
         """One row a size: edges, faithfulness with its interval, and the smallest and largest of random edges."""

@@ -15,7 +15,6 @@ this node alone does.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,14 +24,13 @@ import torch
 from circuits._results import format_table
 from circuits.attribution import SiteEffects, capture_activations
 from circuits.attribution.activation_patching import exact_effects
-from circuits.attribution.nodes import Nodes, SiteNodes, positions_by
+from circuits.attribution.nodes import SiteNodes, positions_by, ranked
 from circuits.circuit import Circuit
 from circuits.metrics.metrics import Metric
 from circuits.prompts.dataset import PromptSet
 from sae._frames import Result
 from sae._progress import ProgressBar
 from sae.errors import UserError
-from sae.model.sites import Site
 
 FACTOR = 2.0
 """Estimates further than this factor from the exact effect disagree in size."""
@@ -158,18 +156,13 @@ def verify(
                 totals[site] += _total(effects, site_nodes)
                 bar.update()
     shared = circuit.metadata["options"]["method"] in ("ig", "ig-adaptive")
-    return _strongest_first(chosen, {site: total / len(prompts) for site, total in totals.items()}, shared=shared)
-
-
-def _strongest_first(nodes: Nodes, exact: Mapping[Site, torch.Tensor], *, shared: bool) -> Verification:
-    """exact: [n] mean effects in the order of the nodes of each site."""
-    rows = [
-        row
-        for site, of_site in nodes.items()
-        for row in zip(of_site.ids(site), of_site.effect.tolist(), exact[site].tolist(), strict=True)
-    ]
-    names, estimated, effects = zip(*sorted(rows, key=lambda row: -abs(row[1])), strict=True)
-    return Verification(list(names), list(estimated), list(effects), shared=shared)
+    exact = {
+        name: total / len(prompts)
+        for site, site_nodes in chosen.items()
+        for name, total in zip(site_nodes.ids(site), totals[site].tolist(), strict=True)
+    }
+    estimated = dict(ranked(chosen))
+    return Verification(list(estimated), list(estimated.values()), [exact[name] for name in estimated], shared=shared)
 
 
 def _total(effects: SiteEffects, nodes: SiteNodes) -> torch.Tensor:

@@ -1,14 +1,14 @@
 """A probabilistic grammar of simple English whose verbs agree with their subjects across what stands between.
 
-1. A document draws a topic, which makes some nouns and verbs likelier, and a tense, and keeps to them; its one to
-   four sentences speak of someone, who is then taken up by a pronoun of the right gender and number.
+1. A document draws a topic, which makes some nouns and verbs likelier, and a tense, and keeps both. Its one to four
+   sentences are about somebody, whom later sentences may call by a pronoun of the right gender and number.
 2. A noun phrase is a determiner that fits the number of its noun, adjectives, the noun, and sometimes a prepositional
    phrase or a subject or object relative clause, whose own nouns may have another number.
 3. A predicate is a verb with its auxiliaries (is, has, does, will) and complements; verbs and adjectives fit their
    subject.
 
-Every random choice adds its surprisal to `Grammar.surprisal`, so the mean over documents is the entropy of derivations:
-an upper bound, tight up to the hidden choices that the words do not show, on the entropy of the text.
+Every random choice adds its surprisal to `Grammar.surprisal`. The mean over documents is therefore the entropy of the
+derivations, which exceeds the entropy of the text by the choices that the words do not show.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ NAMES = tuple((name, "m") for name in lx.MALE_NAMES.split()) + tuple((name, "f")
 
 
 class Choice:
-    """Options with their probabilities."""
+    """Options and their probabilities."""
 
     def __init__(self, weights: Mapping[Any, float]) -> None:
         total = sum(weights.values())
@@ -114,7 +114,7 @@ TIME = {
 
 @dataclass
 class Referent:
-    """Who or what a noun phrase speaks of."""
+    """The person or thing that a noun phrase refers to."""
 
     number: int
     kind: str
@@ -178,17 +178,17 @@ class Grammar:
         return self.subject_clause(head) if shape == "subject_clause" else []
 
     def prepositional_phrase(self) -> Words:
-        """near the cars: says which one is meant."""
+        """A phrase that says which one is meant: near the cars."""
         kind = self.pick(NEARBY)
         words = [self.pick(PREPOSITION[kind]), *self.noun_phrase(kind)[0]]
         return words + self.place() if kind != PLACE and self.chance(0.08) else words
 
     def place(self) -> Words:
-        """in the garden: says where something happens."""
+        """A phrase that says where something happens: in the garden."""
         return [self.pick(WHERE), *self.noun_phrase(PLACE, number=self.pick(ONE_PLACE))[0]]
 
     def object_clause(self, head: Referent) -> Words:
-        """that the managers like: the verb agrees inside, the head is its object."""
+        """A relative clause whose object is the head: that the managers like. Its verb agrees with its own subject."""
         if self.chance(0.14):
             name, gender = self.pick(NAME)
             words, inner = [name], Referent(SINGULAR, PERSON, gender)
@@ -199,7 +199,7 @@ class Grammar:
         return [relative, *words, *self.verb_group(verb, inner, CLAUSE_ASPECT)]
 
     def subject_clause(self, head: Referent) -> Words:
-        """who likes the managers: the verb agrees with the head."""
+        """A relative clause whose subject is the head, with which its verb agrees: who likes the managers."""
         relative = "who" if head.kind == PERSON and self.chance(0.5) else "that"
         return [relative, *self.predicate(head, short=True, aspect=CLAUSE_ASPECT, role="none")]
 
@@ -222,7 +222,7 @@ class Grammar:
         return table[referent.gender]
 
     def object(self, kind: str, subject: Referent, role: str) -> Words:
-        """A pronoun for what the sentence before spoke of, a reflexive, someone's own, a name or a new noun phrase."""
+        """A pronoun for the object of the sentence before, a reflexive, a possessive and its noun, a name or a phrase."""
         if self.seen is not None and self.seen.kind == kind and self.chance(0.3):
             return [self.pronoun(self.seen, lx.OBJECT_PRONOUN)]
         if kind == PERSON and subject.kind == PERSON and self.chance(0.05):
@@ -255,7 +255,7 @@ class Grammar:
         return [*often, verb.form(number, tense)]
 
     def be_group(self, subject: Referent, aspect: Choice | str) -> Words:
-        """The same for "be" before an adjective or a participle."""
+        """The verb "be" with its auxiliaries, before an adjective or a participle."""
         shape = aspect if isinstance(aspect, str) else self.pick(aspect)
         number, tense = subject.number, self.tense
         if shape == "perfect":
@@ -306,7 +306,7 @@ class Grammar:
     # sentences and documents
 
     def sentence(self, before: Referent | None) -> tuple[Words, Referent]:
-        """One sentence about a new subject or, with a pronoun, about the one before."""
+        """One sentence about a new subject, or about the one before, which a pronoun then names."""
         shape = self.pick(SENTENCE)
         if shape == "existential":
             words, subject = self.noun_phrase(self.pick(SUBJECT), determiners=INDEFINITE)

@@ -97,7 +97,7 @@ def split_words(split: str) -> SplitWords:
 
 
 def items(name: str, split: str, rng: random.Random) -> Iterator[list[dict[str, str]]]:
-    """Pairs of a set without end, those of one item together."""
+    """Yield pairs of a set without end; the pairs of one item follow one another."""
     words = split_words(split)
     while True:
         subject, other = rng.choice(words.people), rng.choice(words.others if name == "nounpp" else words.people)
@@ -135,7 +135,7 @@ def items(name: str, split: str, rng: random.Random) -> Iterator[list[dict[str, 
 
 
 def make_set(name: str, split: str, count: int, *, seed: int) -> list[dict[str, str]]:
-    """`count` distinct pairs."""
+    """Return `count` distinct pairs."""
     rng = random.Random(f"{seed} {name} {split}")
     made: dict[str, dict[str, str]] = {}
     for pairs in items(name, split, rng):

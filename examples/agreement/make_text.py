@@ -32,7 +32,7 @@ class TextConfig:
 
 
 def make_text(config: TextConfig) -> dict[str, list[str]]:
-    """Distinct documents by split."""
+    """Return distinct documents, by split."""
     train = dict.fromkeys(documents(config.train, seed=config.seed))
     valid = dict.fromkeys(line for line in documents(config.valid, seed=config.seed + 1) if line not in train)
     return {"train": list(train), "valid": list(valid)}

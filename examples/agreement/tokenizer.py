@@ -18,7 +18,7 @@ SPACE = "Ġ"  # the byte-level alphabet's letter for a space
 
 
 def build_tokenizer(*, max_length: int) -> PreTrainedTokenizerFast:
-    """The tokenizer, to be saved with `save_tokenizer`."""
+    """Make the tokenizer; `save_tokenizer` saves it."""
     words = [word if word in PUNCTUATION.split() else SPACE + word for word in vocabulary()]
     ids = {token: index for index, token in enumerate([*SPECIAL, *words])}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
@@ -40,7 +40,7 @@ def build_tokenizer(*, max_length: int) -> PreTrainedTokenizerFast:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Writes the tokenizer's files under the class name that all versions of transformers know."""
+    """Write the tokenizer's files under the class name that all versions of transformers know."""
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}

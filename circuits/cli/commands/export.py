@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from circuits.cli.commands.render import wrote
 from circuits.cli.options import Common, HasCircuit, Output, Overwrites
 from circuits.cli.results import circuit_file
 from sae.errors import UserError
@@ -64,8 +65,7 @@ class ExportCommand(Common, Overwrites, HasCircuit):
             write_neuronpedia(graph, out, overwrite=True)
         else:
             write_graphml(graph, out, overwrite=True)
-        nodes, edges = len(graph) - 1, graph.graph.number_of_edges()
-        return Output(f"wrote {out} ({nodes} nodes, {edges} edges)", {"out": str(out), "nodes": nodes, "edges": edges})
+        return wrote(graph, out)
 
     def _check(self) -> None:
         """`UserError` for options of the model where none is read."""

@@ -85,7 +85,7 @@ class RenderCommand(_Cut):
         with circuit_file(self.circuit, self.out, "circuit.svg", is_own, overwrite=self.overwrite) as out:
             graph = self.cut(nodes=self.nodes, edges=self.edges)
             draw(graph, out, colour=self.colour, overwrite=True)  # it was checked
-        return _wrote(graph, out)
+        return wrote(graph, out)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,9 +123,10 @@ class ExploreCommand(_Cut):
             explore(graph, out, compare_with=other, links=links, overwrite=True)
             if is_new and "features" in links:
                 write_page(run)  # which can lead here now
-        return _wrote(graph, out)
+        return wrote(graph, out)
 
 
-def _wrote(graph: FeatureGraph, out: Path) -> Output:
+def wrote(graph: FeatureGraph, out: Path) -> Output:
+    """Say which file was written, and how much is in it."""
     nodes, edges = len(graph) - 1, graph.graph.number_of_edges()
     return Output(f"wrote {out} ({nodes} nodes, {edges} edges)", {"out": str(out), "nodes": nodes, "edges": edges})

@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from scipy.stats import pearsonr, spearmanr
 
-from circuits.attribution import ActivationPair, Attribution, SiteEffects, attribute, capture_activations
 from circuits.attribution.activation_patching import exact_effects
-from circuits.attribution.activations import Setting, site_total_effect
+from circuits.attribution.activations import ActivationPair, Setting, capture_activations, site_total_effect
 from circuits.attribution.baselines import activation_difference
+from circuits.attribution.effects import SiteEffects
+from circuits.attribution.node_effects import Attribution, attribute
 from circuits.attribution.nodes import Nodes, aggregate, count, joined
 from circuits.comparison.options import MASK, CompareOptions
 from circuits.comparison.results import MEAN, NOISING, Agreement

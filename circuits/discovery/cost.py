@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from circuits._tensors import flatten
-from circuits.attribution import Attribution
+from circuits.attribution.node_effects import Attribution
 from circuits.attribution.nodes import select_nodes
 from circuits.discovery.batching import GIB, DiscoveryRun
 from circuits.discovery.edge_pass import edge_pass

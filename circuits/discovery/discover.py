@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from circuits.attribution import Attribution, SiteEffects
+from circuits.attribution.effects import SiteEffects
+from circuits.attribution.node_effects import Attribution
 from circuits.attribution.nodes import count, select_nodes
 from circuits.circuit import Circuit
 from circuits.circuit_source import CircuitSource

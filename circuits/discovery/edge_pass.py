@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from circuits._tensors import flatten, unflatten
-from circuits.attribution import Attribution, capture_activations
+from circuits.attribution.activations import capture_activations
 from circuits.attribution.edges import Edges, edge_effects, node_vectors
+from circuits.attribution.node_effects import Attribution
 from circuits.attribution.nodes import Nodes, count
 from circuits.discovery.batching import DiscoveryRun, lanes_rows
 from sae._progress import ProgressBar

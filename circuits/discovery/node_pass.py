@@ -14,7 +14,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from circuits._tensors import flatten, unflatten
-from circuits.attribution import GRADIENT_AT_CLEAN, Attribution, SiteEffects, attribute_batches, capture_activations
+from circuits.attribution.activations import capture_activations
+from circuits.attribution.effects import SiteEffects
+from circuits.attribution.node_effects import GRADIENT_AT_CLEAN, Attribution, attribute_batches
 from circuits.attribution.nodes import Nodes, aggregate
 from circuits.discovery.batching import GIB, DiscoveryRun
 from sae._progress import ProgressBar

@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
-from circuits.attribution import METHOD_NAMES
+from circuits.attribution.node_effects import METHOD_NAMES
 from circuits.feature_pages import existing_links, read_index
 from circuits.report.files import RunFiles, read_run
 from circuits.report.sections import (

@@ -22,8 +22,9 @@ import pandas as pd
 import torch
 
 from circuits._results import format_table
-from circuits.attribution import SiteEffects, capture_activations
 from circuits.attribution.activation_patching import exact_effects
+from circuits.attribution.activations import capture_activations
+from circuits.attribution.effects import SiteEffects
 from circuits.attribution.nodes import SiteNodes, positions_by, ranked
 from circuits.circuit import Circuit
 from circuits.metrics.metrics import Metric

@@ -222,7 +222,7 @@ class Grammar:
         return table[referent.gender]
 
     def object(self, kind: str, subject: Referent, role: str) -> Words:
-        """A pronoun for the object of the sentence before, a reflexive, a possessive and its noun, a name or a phrase."""
+        """A pronoun for the object of the sentence before, a reflexive, a possessive and a noun, a name or a phrase."""
         if self.seen is not None and self.seen.kind == kind and self.chance(0.3):
             return [self.pronoun(self.seen, lx.OBJECT_PRONOUN)]
         if kind == PERSON and subject.kind == PERSON and self.chance(0.05):

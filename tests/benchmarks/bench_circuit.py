@@ -43,10 +43,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from circuits.attribution import ActivationPair, Attribution, attribute, capture_activations
-from circuits.attribution.activations import Setting, site_total_effect
+from circuits.attribution.activations import ActivationPair, Setting, capture_activations, site_total_effect
 from circuits.attribution.edges import edge_effects
 from circuits.attribution.feature_effects import contract
+from circuits.attribution.node_effects import Attribution, attribute
 from circuits.attribution.nodes import Nodes, aggregate, select_nodes
 from circuits.discovery.batching import lanes_rows, max_rows
 from circuits.metrics.metrics import logit_difference

@@ -26,9 +26,9 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from circuits.attribution import Attribution, attribute, capture_activations
-from circuits.attribution.activations import Setting, site_total_effect
+from circuits.attribution.activations import Setting, capture_activations, site_total_effect
 from circuits.attribution.edges import edge_effects
+from circuits.attribution.node_effects import Attribution, attribute
 from circuits.attribution.nodes import aggregate, select_nodes
 from circuits.discovery.batching import lanes_rows, max_rows
 from circuits.metrics.metrics import logit_difference

@@ -12,9 +12,8 @@ import argparse
 
 import torch
 
-from circuits.attribution import METHODS
 from circuits.discovery.discover import discover
-from circuits.options import DiscoverOptions
+from circuits.options import METHODS, DiscoverOptions
 from tests.circuits.attribution.test_ground_truth import edge_scores, node_scores
 from tests.circuits.ground_truth import GroundTruth, Recovery, agreement, induction, recovery
 

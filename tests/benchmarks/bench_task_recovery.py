@@ -24,13 +24,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from circuits.attribution import METHODS, ActivationPair, Attribution, attribute, capture_activations
-from circuits.attribution.activations import Setting
+from circuits.attribution.activations import ActivationPair, Setting, capture_activations
 from circuits.attribution.baselines import activation_difference
 from circuits.attribution.edges import Edges, edge_effects
+from circuits.attribution.node_effects import Attribution, attribute
 from circuits.attribution.nodes import Nodes, SiteNodes, aggregate, select_nodes
 from circuits.attribution.path_patching import path_effects
 from circuits.metrics.metrics import logit_difference
+from circuits.options import METHODS
 from circuits.prompts.dataset import load_prompts
 from examples import agreement
 from sae.autoencoder import SparseAutoencoder

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from circuits.attribution import SiteEffects, capture_activations
-from circuits.attribution.activations import Setting
+from circuits.attribution.activations import Setting, capture_activations
+from circuits.attribution.effects import SiteEffects
 from circuits.metrics.metrics import logit_difference
 from circuits.prompts.alignment import span_keys
 from circuits.prompts.dataset import PromptSet

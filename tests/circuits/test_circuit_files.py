@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from circuits.attribution import SiteEffects
+from circuits.attribution.effects import SiteEffects
 from circuits.attribution.nodes import SiteNodes
 from circuits.circuit import Circuit
 from graphs.drawing.dot import draw

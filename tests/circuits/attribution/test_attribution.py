@@ -8,12 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from circuits.attribution import attribute, capture_activations, contract_gradient
 from circuits.attribution.activation_patching import exact_effects
-from circuits.attribution.activations import Setting, site_total_effect
+from circuits.attribution.activations import Setting, capture_activations, site_total_effect
 from circuits.attribution.attribution_patching import attribution_patching
 from circuits.attribution.effects import SiteEffects
+from circuits.attribution.feature_effects import contract_gradient
 from circuits.attribution.integrated_gradients import integrated_gradients, quadrature
+from circuits.attribution.node_effects import attribute
 from circuits.attribution.nodes import aggregate_site, positions_by, select_nodes
 from circuits.metrics.metrics import logit_difference
 from sae.errors import UserError

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from circuits.attribution import Attribution, capture_activations, contract_gradient
-from circuits.attribution.activations import Setting
+from circuits.attribution.activations import Setting, capture_activations
 from circuits.attribution.attribution_patching import attribution_patching
 from circuits.attribution.edges import cut_forward, edge_effects
-from circuits.attribution.feature_effects import contract
+from circuits.attribution.feature_effects import contract, contract_gradient
+from circuits.attribution.node_effects import Attribution
 from circuits.attribution.nodes import SiteNodes
 from circuits.metrics.metrics import logit_difference
 from sae.model.sites import Site

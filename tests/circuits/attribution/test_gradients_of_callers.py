@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from circuits.attribution import attribute, capture_activations
-from circuits.attribution.activations import Setting
+from circuits.attribution.activations import Setting, capture_activations
 from circuits.attribution.integrated_gradients import integrated_gradients
+from circuits.attribution.node_effects import attribute
 from circuits.discovery.discover import discover
 from circuits.faithfulness.learned_mask import MaskOptions, learn_node_mask
 from circuits.faithfulness.nodes import FaithfulnessOptions, measure_faithfulness

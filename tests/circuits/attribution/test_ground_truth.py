@@ -7,8 +7,7 @@ from functools import cache
 import pytest
 import torch
 
-from circuits.attribution import capture_activations
-from circuits.attribution.activations import Setting
+from circuits.attribution.activations import Setting, capture_activations
 from circuits.attribution.nodes import count
 from circuits.circuit import Circuit
 from circuits.discovery.discover import discover

@@ -7,16 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from circuits.attribution import METHODS, attribute, capture_activations
-from circuits.attribution.activations import Setting, site_total_effect
+from circuits.attribution.activations import Setting, capture_activations, site_total_effect
 from circuits.attribution.attribution_patching import attribution_patching
 from circuits.attribution.effects import SiteEffects
 from circuits.attribution.graddrop import gradients_with_layer_blocked, mean_magnitude
 from circuits.attribution.ig_adaptive import adaptive_gradient, path_scale
 from circuits.attribution.ig_inputs import integrated_gradients_of_inputs
 from circuits.attribution.integrated_gradients import integrated_gradients
+from circuits.attribution.node_effects import attribute
 from circuits.attribution.relp import relevance_patching
 from circuits.metrics.metrics import logit_difference
+from circuits.options import METHODS
 from sae.errors import UserError
 from sae.model.sites import Site
 from sae.neurons import neuron_dictionaries

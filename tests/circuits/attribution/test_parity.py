@@ -18,11 +18,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from circuits.attribution import Attribution, attribute, capture_activations, contract_gradient
-from circuits.attribution.activations import Setting
+from circuits.attribution.activations import Setting, capture_activations
 from circuits.attribution.attribution_patching import attribution_patching
 from circuits.attribution.edges import cut_forward, edge_effects
+from circuits.attribution.feature_effects import contract_gradient
 from circuits.attribution.integrated_gradients import integrated_gradients
+from circuits.attribution.node_effects import Attribution, attribute
 from circuits.attribution.nodes import SiteNodes
 from circuits.metrics.metrics import logit_difference
 from circuits.prompts.dataset import PromptSet

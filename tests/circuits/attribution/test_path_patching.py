@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from circuits.attribution import Attribution, capture_activations
-from circuits.attribution.activations import Setting
+from circuits.attribution.activations import Setting, capture_activations
 from circuits.attribution.attribution_patching import attribution_patching
 from circuits.attribution.edges import edge_effects
+from circuits.attribution.node_effects import Attribution
 from circuits.attribution.nodes import SiteNodes
 from circuits.attribution.path_patching import path_effects
 from circuits.metrics.metrics import logit_difference

@@ -11,9 +11,8 @@ import pytest
 import torch
 from scipy.stats import pearsonr, spearmanr
 
-from circuits.attribution import capture_activations
 from circuits.attribution.activation_patching import exact_effects
-from circuits.attribution.activations import Setting
+from circuits.attribution.activations import Setting, capture_activations
 from circuits.comparison.compare import compare_methods, nodes_for, size_grid
 from circuits.comparison.options import CompareOptions
 from circuits.comparison.results import MEAN, NOISING

@@ -7,8 +7,7 @@ from dataclasses import replace
 import pytest
 
 from circuits._tensors import flatten
-from circuits.attribution import capture_activations
-from circuits.attribution.activations import Setting
+from circuits.attribution.activations import Setting, capture_activations
 from circuits.attribution.attribution_patching import attribution_patching
 from circuits.discovery import batching
 from circuits.discovery.batching import backward_bytes, state_bytes

@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from circuits.attribution import METHODS
 from circuits.attribution.activations import Setting
 from circuits.discovery.discover import discover
 from circuits.faithfulness.edges import edge_faithfulness
@@ -17,7 +16,7 @@ from circuits.faithfulness.nodes import FaithfulnessOptions, measure_faithfulnes
 from circuits.metrics.fit_probe import fit_probe, read_site
 from circuits.metrics.metrics import absolute, get_metric
 from circuits.metrics.probe import Probe, read_by, save_probe, visible_sites
-from circuits.options import DiscoverOptions
+from circuits.options import METHODS, DiscoverOptions
 from circuits.uncertainty.verification import verify
 from sae.errors import UserError
 from sae.model.sites import Site

@@ -32,11 +32,8 @@ METHODS: tuple[str, ...] = get_args(Method)
 (relp), gradient drop (graddrop), exact patching, and baselines that never look at the metric.
 """
 Rule = Literal["midpoint", "gauss-legendre", "left-riemann"]
-RULES: tuple[str, ...] = get_args(Rule)
 Aggregation = Literal["sum", "position", "spans"]
-AGGREGATIONS: tuple[str, ...] = get_args(Aggregation)
 EdgeActive = Literal["either", "clean"]
-ACTIVE: tuple[str, ...] = get_args(EdgeActive)
 Ablation = Literal["mean", "optimal", "counterfactual", "resample", "zero", "mean-pooled"]
 ABLATIONS: tuple[str, ...] = get_args(Ablation)
 Operation = Literal["zero", "mean", "resample", "set", "clamp", "scale", "steer"]

@@ -36,9 +36,8 @@ from circuits.attribution.activations import ActivationPair
 from circuits.attribution.feature_effects import EdgeInputs, edge_inputs
 from circuits.attribution.node_effects import Attribution
 from circuits.attribution.nodes import Nodes, SiteNodes
-from circuits.options import ACTIVE, EdgeActive
+from circuits.options import EdgeActive
 from sae.autoencoder import SparseAutoencoder
-from sae.errors import unknown
 from sae.formats.token_normalised import edge_refusal
 from sae.model.forward import with_gradients
 from sae.model.sites import Site
@@ -127,8 +126,6 @@ def node_vectors(
 
     An autoencoder is asked for at its site's turn, for all batches one after the other; see `edge_effects`.
     """
-    if active not in ACTIVE:
-        raise unknown("edge-active", active, ACTIVE)
     vectors: list[dict[Site, NodeVectors]] = [{} for _ in batches]
     for site, site_nodes in nodes.items():
         for of_batch, batch in zip(vectors, batches, strict=True):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from circuits.attribution.activations import ActivationPair
 from circuits.attribution.integrated_gradients import path_chunks
+from circuits.options import Rule
 from sae.errors import UserError
 from sae.model.language_model import Tokens
 from sae.model.sites import Site
@@ -28,7 +29,7 @@ EMBED = Site("embed")
 
 @torch.enable_grad()
 def integrated_gradients_of_inputs(
-    states: ActivationPair, *, sites: Sequence[Site], rule: str = "midpoint", steps: int = 10, max_rows: int = 512
+    states: ActivationPair, *, sites: Sequence[Site], rule: Rule = "midpoint", steps: int = 10, max_rows: int = 512
 ) -> dict[Site, Tensor]:
     """Weighted mean of dm/dx along the embedding path, [B, S, d] per site."""
     clean, patch = _embeddings(states)

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from circuits._tensors import NOT_SAVED
 from circuits.attribution.effects import SiteEffects
-from circuits.options import AGGREGATIONS, Aggregation
+from circuits.options import Aggregation
 from circuits.prompts.dataset import PromptSet
-from sae.errors import UserError, unknown
+from sae.errors import UserError
 from sae.model.sites import Site
 
 
@@ -105,13 +105,11 @@ def positions_by(aggregation: Aggregation, prompts: PromptSet) -> Tensor | None:
 
 
 def aggregate_site(
-    effects: SiteEffects, *, n_examples: int, n_positions: int, aggregation: str, spans: Sequence[str] = ()
+    effects: SiteEffects, *, n_examples: int, n_positions: int, aggregation: Aggregation, spans: Sequence[str] = ()
 ) -> SiteNodes:
     """All nodes of a site whose aggregated effect is not zero, strongest first; `spans`: names, for aggregation spans,
     where `effects.position` is the number of the span.
     """
-    if aggregation not in AGGREGATIONS:
-        raise unknown("aggregation", aggregation, AGGREGATIONS)
     if aggregation == "sum":
         feature, effect = effects.by_feature(n_examples)
         feature, effect = feature[effect != 0], effect[effect != 0]
@@ -130,7 +128,7 @@ def aggregate(
     *,
     n_examples: int,
     n_positions: int,
-    aggregation: str = "sum",
+    aggregation: Aggregation = "sum",
     spans: Sequence[str] = (),
 ) -> Nodes:
     """`aggregate_site` for every site."""

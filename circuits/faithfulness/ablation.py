@@ -32,11 +32,11 @@ import torch
 from circuits.attribution.activations import Setting
 from circuits.attribution.nodes import Nodes, SiteNodes
 from circuits.metrics.probe import ReadModel
-from circuits.options import ABLATIONS
+from circuits.options import Ablation
 from circuits.prompts.alignment import PositionGroups
 from circuits.prompts.dataset import PromptSet
 from sae.autoencoder import SparseAutoencoder
-from sae.errors import UserError, unknown
+from sae.errors import UserError
 from sae.model.hook_points import SiteEdit
 from sae.model.language_model import Tokens
 from sae.model.sites import Site
@@ -129,20 +129,18 @@ def ablation_edits(
 
 
 class AblationValues:
-    """Ablation values for any batch of prompts, of one of the kinds in `ABLATIONS`."""
+    """Ablation values for any batch of prompts, of one of the kinds above."""
 
     def __init__(
         self,
         setting: Setting,
         table: NodeTable,
-        kind: str,
+        kind: Ablation,
         *,
         reference: PromptSet | None = None,
         seed: int = 0,
         batch_size: int = 64,
     ) -> None:
-        if kind not in ABLATIONS:
-            raise unknown("ablation", kind, ABLATIONS)
         if kind == "optimal" and isinstance(setting.model, ReadModel):
             raise UserError("ablation 'optimal' fits constants to the logits, and the metric is a probe: use mean")
         self.setting, self.table, self.kind = setting, table, kind

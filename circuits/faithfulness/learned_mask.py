@@ -145,8 +145,7 @@ def learn_node_mask(
     scores = starting_scores(nodes, options.start).to(setting.model.device).requires_grad_(True)
     if options.ablation == "optimal":
         prompts = prepare(prompts, setting.model, kl)
-    task = _Task(gates, values, prompts, behaviour, options)
-    losses = _descend(task, scores, progress=progress)
+    losses = _descend(_Task(gates, values, prompts, behaviour, options, scores), progress=progress)
     return _ranked(nodes, scores.detach().cpu(), losses, options)
 
 
@@ -212,19 +211,20 @@ def measure_behaviour(gates: Gates, values: AblationValues, prompts: PromptSet, 
 
 @dataclass(frozen=True)
 class _Task:
-    """What is the same in every step."""
+    """What is the same in every step, and the scores [N] that are learned."""
 
     gates: Gates
     values: AblationValues
     prompts: PromptSet
     behaviour: Behaviour
     options: MaskOptions
+    scores: torch.Tensor
 
 
 @torch.enable_grad()
-def _descend(task: _Task, scores: torch.Tensor, *, progress: bool) -> list[float]:
+def _descend(task: _Task, *, progress: bool) -> list[float]:
     """Adam on the scores, in place; the loss of every step."""
-    options = task.options
+    options, scores = task.options, task.scores
     generator = torch.Generator().manual_seed(options.seed)
     optimizer = torch.optim.Adam([scores], lr=options.learning_rate, betas=(0.9, 0.95))
     optimal = Descent(OptimalValues(task.values)) if options.ablation == "optimal" else None
@@ -236,7 +236,7 @@ def _descend(task: _Task, scores: torch.Tensor, *, progress: bool) -> list[float
         optimizer.param_groups[0]["lr"] = options.learning_rate * SLOWEST**done
         index = deal()
         budgets = draw_budgets(len(index), smallest=smallest, largest=largest, generator=generator).to(scores.device)
-        drawn = _Step(task, scores, index, budgets, options.temperature * COLDEST**done)
+        drawn = _Step(task, index, budgets, options.temperature * COLDEST**done)
         loss, gradients = drawn.loss_and_gradients(optimal)
         scores.grad = gradients[0]
         optimizer.step()
@@ -252,8 +252,6 @@ class _Step:
     """The prompts of a step with the number of nodes each is given."""
 
     task: _Task
-    scores: torch.Tensor
-    """[N]"""
     index: torch.Tensor
     """[B] the prompts of the step."""
     budgets: torch.Tensor
@@ -269,7 +267,7 @@ class _Step:
             return self._by_batches(batches, optimal)
         shortfall, divergence = self._run(batches[0], optimal)
         loss = self._loss(shortfall)
-        gradients = torch.autograd.grad(loss, self.scores, retain_graph=optimal is not None)
+        gradients = torch.autograd.grad(loss, self.task.scores, retain_graph=optimal is not None)
         return loss.item(), [*gradients, *(optimal.gradients(divergence.mean()) if optimal else ())]
 
     def _by_batches(self, batches: list[torch.Tensor], optimal: Descent | None) -> tuple[float, list[torch.Tensor]]:
@@ -290,7 +288,7 @@ class _Step:
         for rows in batches:
             of_batch, divergence = self._run(rows, optimal)
             weighted = (of_batch * weight[rows]).sum()
-            gradients = [*torch.autograd.grad(weighted, self.scores, retain_graph=optimal is not None)]
+            gradients = [*torch.autograd.grad(weighted, self.task.scores, retain_graph=optimal is not None)]
             gradients += optimal.gradients(divergence.sum() / len(self.index)) if optimal else []
             total = [a + b for a, b in zip(total, gradients, strict=True)] if total else gradients
         return loss.item(), total
@@ -303,7 +301,7 @@ class _Step:
         """(m(C) - m(M)) / scale of the prompts `rows` of the step, and their divergence where values are learned."""
         task, behaviour, index = self.task, self.task.behaviour, self.index[rows]
         batch = task.prompts[index]
-        gates = budget_gates(self.scores, self.budgets[rows.to(self.budgets.device)], temperature=self.temperature)
+        gates = budget_gates(task.scores, self.budgets[rows.to(self.budgets.device)], temperature=self.temperature)
         chosen, width = index.to(behaviour.target.device), batch.clean.n_positions
         clean = {site: x[chosen, -width:] for site, x in behaviour.before.items()}
         model, metric = task.values.setting.model, task.values.setting.metric

@@ -34,6 +34,7 @@ from circuits.attribution.activations import Setting
 from circuits.attribution.nodes import Nodes
 from circuits.faithfulness.ablation import AblationValues, NodeTable, SiteValues, Values, ablation_edits
 from circuits.metrics.metrics import kl, last_logits
+from circuits.options import Ablation
 from circuits.prompts.dataset import PromptSet
 from sae._progress import ProgressBar
 from sae.model.forward import with_gradients
@@ -98,7 +99,7 @@ class OptimalValues:
 
 def ablation_values(
     setting: Setting,
-    kind: str,
+    kind: Ablation,
     circuits: Sequence[NodeSet],
     *,
     nodes: Nodes,

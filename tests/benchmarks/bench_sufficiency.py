@@ -28,11 +28,10 @@ from circuits.attribution.activations import Setting
 from circuits.attribution.nodes import Nodes
 from circuits.comparison.compare import LEVELS, nodes_for
 from circuits.discovery.discover import discover
-from circuits.faithfulness.ablation import ABLATIONS
 from circuits.faithfulness.learned_mask import MaskOptions, learn_node_mask
 from circuits.faithfulness.nodes import FaithfulnessOptions, measure_faithfulness
 from circuits.faithfulness.results import NodeFaithfulness
-from circuits.options import DiscoverOptions, Errors
+from circuits.options import ABLATIONS, DiscoverOptions, Errors
 from circuits.prompts.dataset import PromptSet, load_prompts
 from sae.autoencoder import SparseAutoencoder
 from sae.model.language_model import LanguageModel

@@ -70,7 +70,8 @@ def adaptive_gradient(
     n = len(states.prompts)
     examples = torch.arange(n, device=states.m_clean.device)
     half = torch.full_like(states.m_clean, 0.5)
-    nodes = _at_clean(states, site, at_clean)
+    slope = ((states.patch[site] - states.clean[site]) * at_clean).float().sum((1, 2))
+    nodes = _Nodes(examples, torch.zeros_like(half).float(), states.m_clean.float(), slope, at_clean)
     nodes += _evaluate(states, site, examples.repeat(2), torch.cat([half, 2 * half]), max_rows)
     left, middle, right = examples, examples + n, examples + 2 * n
     while True:
@@ -97,13 +98,6 @@ def adaptive_gradient(
     total = torch.zeros_like(states.clean[site], dtype=torch.float32)
     total.index_add_(0, nodes.example, weight.to(total)[:, None, None] * nodes.gradient)
     return total, len(nodes.alpha) / n - 1
-
-
-def _at_clean(states: ActivationPair, site: Site, gradient: Tensor) -> _Nodes:
-    """The node 0 of every example."""
-    slope = ((states.patch[site] - states.clean[site]) * gradient).float().sum((1, 2))
-    m = states.m_clean.float()
-    return _Nodes(torch.arange(len(m), device=m.device), torch.zeros_like(m), m, slope, gradient)
 
 
 def _evaluate(states: ActivationPair, site: Site, example: Tensor, alpha: Tensor, max_rows: int) -> _Nodes:

@@ -94,7 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (UserError, GraphError) as error:
         _leave(f"sfc: {error}", 2)
     except KeyboardInterrupt:
-        _leave(f"sfc: interrupted; what was finished is on disk{_way_on(words)}", 130)
+        way_on = ": go on with --resume and the same options" if words and words[0] in RESUMABLE else ""
+        _leave(f"sfc: interrupted; what was finished is on disk{way_on}", 130)
     except BrokenPipeError:  # the reader of a help page has gone
         to_nowhere()
     except OSError as error:
@@ -161,10 +162,6 @@ def _check_words(words: Sequence[str]) -> None:
         if any("\ud800" <= character <= "\udfff" for character in word):
             shown = word.encode(errors="surrogateescape").decode(errors="backslashreplace")
             raise UserError(f"the argument '{shown}' is not UTF-8 text: give files and folders names that are")
-
-
-def _way_on(words: Sequence[str]) -> str:
-    return ": go on with --resume and the same options" if words and words[0] in RESUMABLE else ""
 
 
 def _of_the_machine(error: Exception) -> str | None:

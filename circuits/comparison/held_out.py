@@ -10,8 +10,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from circuits.prompts.alignment import words_of
 from circuits.prompts.dataset import PromptSet
 from sae.errors import UserError
@@ -27,7 +25,8 @@ def hold_out_half(prompts: PromptSet) -> tuple[PromptSet, PromptSet]:
         )
     strata: dict[tuple[frozenset[str], str], list[list[int]]] = {}
     for rows in units:
-        strata.setdefault((_cases(prompts, rows), prompts.templates[rows[0]]), []).append(rows)
+        cases = frozenset(prompts.cases[row] for row in rows)
+        strata.setdefault((cases, prompts.templates[rows[0]]), []).append(rows)
     thin: dict[frozenset[str], list[list[int]]] = {}
     for cases, template in [key for key, members in strata.items() if len(members) == 1]:
         thin.setdefault(cases, []).extend(strata.pop((cases, template)))
@@ -49,7 +48,3 @@ def _units(prompts: PromptSet) -> list[list[int]]:
     for row, texts in enumerate(zip(*([" ".join(words) for words in words_of(side)] for side in sides), strict=True)):
         units.setdefault(frozenset(texts), []).append(row)
     return list(units.values())
-
-
-def _cases(prompts: PromptSet, rows: Sequence[int]) -> frozenset[str]:
-    return frozenset(prompts.cases[row] for row in rows)

@@ -183,17 +183,14 @@ def circuit_metric(metadata: Mapping[str, Any], *, given: str | Metric | None = 
     before, now = metadata.get("metric_fingerprint"), metric_fingerprint(metric)
     if before is not None and before != now:
         what = "the same function" if names_code(name) else "the probe it was found with"
+        shown = name if given is None else metric_name(given)
         raise UserError(
-            f"the circuit explains the metric {name!r} with fingerprint {before}, and {_describe(given, name)} now has "
+            f"the circuit explains the metric {name!r} with fingerprint {before}, and {shown!r} now has "
             f"{now or 'none'}: give {what}, or discover the circuit again"
         )
     if before is None and names_code(name):
         log.warning("whether the metric is the one the circuit was found with (%s) cannot be compared", name)
     return metric
-
-
-def _describe(given: str | Metric | None, name: str) -> str:
-    return repr(name if given is None else metric_name(given))
 
 
 def check_values(values: Any, n_prompts: int, metric: Metric, *, differentiable: bool = False) -> None:

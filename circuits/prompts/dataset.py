@@ -285,7 +285,8 @@ def make_prompts(
     )
     rows, rejected = choose(examples, lambda numbers: reader.read([examples[number] for number in numbers]), limit)
     if not rows:
-        raise _none_left(name, rejected)
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in rejected.most_common())
+        raise UserError(f"no usable prompt in {name}: {reasons or 'it is empty'}")
     return _prompt_set(rows, rejected, reader).to(model.device)
 
 
@@ -308,11 +309,6 @@ def _prompt_set(rows: Sequence[Row], rejected: Counter[str], reader: Reader) -> 
         names, numbers = number_spans(spans, prompts.clean.n_positions)
         prompts = replace(prompts, spans=names, span_numbers=numbers)
     return _choose_templates(prompts)
-
-
-def _none_left(name: str, rejected: Counter[str]) -> UserError:
-    reasons = ", ".join(f"{count} x {reason}" for reason, count in rejected.most_common())
-    return UserError(f"no usable prompt in {name}: {reasons or 'it is empty'}")
 
 
 def _answer_tensor(answers: list[list[int]], width: int) -> Tensor:

@@ -52,7 +52,7 @@ def _rows_of_file(path: Path) -> Iterator[tuple[Row, str]]:
     first_line = next((line for line in text.split("\n") if line.strip()), "")
     if path.suffix == ".jsonl" or _is_json_object(first_line):
         return _json_line_rows(text, path)
-    return _json_rows(text, path)
+    return _rows_of_object(_parse(text, path), str(path)) if text.strip() else iter(())
 
 
 def _is_json_object(line: str) -> bool:
@@ -94,11 +94,6 @@ def _json_line_rows(text: str, path: Path) -> Iterator[tuple[Row, str]]:
             yield from _rows_of_object(row, where)  # a whole JSON file on one line
         else:
             yield _check_row(row, where), where
-
-
-def _json_rows(text: str, path: Path) -> Iterator[tuple[Row, str]]:
-    if text.strip():
-        yield from _rows_of_object(_parse(text, path), str(path))
 
 
 def _parse(text: str, where: str | Path) -> Any:

@@ -92,8 +92,8 @@ def apply(graph: FeatureGraph, labels: Mapping[str, str]) -> FeatureGraph:
 
 def unmatched(graph: FeatureGraph, labels: Mapping[str, str]) -> list[str]:
     """The names among the labels that no node of the graph has."""
-    known = {key for node in graph.nodes() for key in (node.id, node.name)}
-    return [name for name in labels if name not in known]
+    names = {key for node in graph.nodes() for key in (node.id, node.name)}
+    return [name for name in labels if name not in names]
 
 
 def _is_heading(entry: Mapping[str, Any]) -> bool:

@@ -116,8 +116,8 @@ class Edge(NamedTuple):
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON; without an interval where there is none."""
-        ends = {"source": self.source, "target": self.target, "weight": self.weight}
-        return ends if self.interval is None else {**ends, "interval": list(self.interval)}
+        entries = {"source": self.source, "target": self.target, "weight": self.weight}
+        return entries if self.interval is None else {**entries, "interval": list(self.interval)}
 
 
 def _bounds(interval: Sequence[float] | None) -> dict[str, float]:
@@ -160,8 +160,8 @@ class FeatureGraph:
         for value in (weight, *(interval or ())):
             if not math.isfinite(value):
                 raise GraphError(f"weight of edge {source} -> {target} is {value}: it must be a finite number")
-        known = {} if interval is None else {"interval": (float(interval[0]), float(interval[1]))}
-        self.graph.add_edge(source, target, weight=float(weight), **known)
+        bounds = {} if interval is None else {"interval": (float(interval[0]), float(interval[1]))}
+        self.graph.add_edge(source, target, weight=float(weight), **bounds)
 
     # --- reading ------------------------------------------------------------------------------------------------
 
@@ -186,7 +186,7 @@ class FeatureGraph:
 
     def edges(self) -> list[Edge]:
         """All edges, in the order of their sources."""
-        return [Edge(source, target, **known) for source, target, known in self.graph.edges(data=True)]
+        return [Edge(source, target, **values) for source, target, values in self.graph.edges(data=True)]
 
     def rank(self, id: str) -> int:
         """Place of the node's site in the forward order; the metric comes after every site."""
@@ -196,10 +196,10 @@ class FeatureGraph:
     @property
     def positions(self) -> list[int | str]:
         """The positions that occur: token positions in order, then spans as `metadata["positions"]` orders them."""
-        found = {node.position: None for node in self.nodes() if node.position is not None}
+        occurring = {node.position: None for node in self.nodes() if node.position is not None}
         given = list(self.metadata.get("positions", ()))
-        order = {name: place for place, name in enumerate([*given, *(p for p in found if p not in given)])}
-        return sorted(found, key=lambda p: (0, p, "") if isinstance(p, int) else (1, order[p], p))
+        order = {name: place for place, name in enumerate([*given, *(p for p in occurring if p not in given)])}
+        return sorted(occurring, key=lambda p: (0, p, "") if isinstance(p, int) else (1, order[p], p))
 
     def nodes_frame(self) -> pd.DataFrame:
         """One row a node: id, site, feature, kind, position, effect, label, and every attribute that is one value or an
@@ -238,9 +238,9 @@ class FeatureGraph:
         for node in self.nodes():
             if node.id in keep:
                 smaller.add_node(node)
-        for source, target, known in self.graph.edges(data=True):
+        for source, target, values in self.graph.edges(data=True):
             if source in keep and target in keep and (allowed is None or (source, target) in allowed):
-                smaller.graph.add_edge(source, target, **known)
+                smaller.graph.add_edge(source, target, **values)
         return smaller
 
     def map_nodes(self, change: Callable[[Node], Node]) -> FeatureGraph:

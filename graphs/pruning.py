@@ -27,8 +27,8 @@ def by_top_nodes(graph: FeatureGraph, n: int) -> FeatureGraph:
     """Keep the `n` nodes of largest |effect| (ties: by order of the graph), and the metric beside them."""
     _check_count(n, "nodes")
     others = [node for node in graph.nodes() if node.kind != "metric"]
-    kept = {node.id for node in heapq.nlargest(n, others, key=lambda node: abs(node.effect))}
-    return graph.subgraph(kept | {METRIC})
+    strongest = {node.id for node in heapq.nlargest(n, others, key=lambda node: abs(node.effect))}
+    return graph.subgraph(strongest | {METRIC})
 
 
 def by_edge_threshold(graph: FeatureGraph, threshold: float) -> FeatureGraph:
@@ -39,8 +39,8 @@ def by_edge_threshold(graph: FeatureGraph, threshold: float) -> FeatureGraph:
 def by_top_edges(graph: FeatureGraph, n: int) -> FeatureGraph:
     """Keep the `n` edges of largest |weight| (ties: by order of the graph); all nodes stay."""
     _check_count(n, "edges")
-    kept = heapq.nlargest(n, graph.edges(), key=lambda edge: abs(edge.weight))
-    return graph.subgraph(graph.graph, edges=[(edge.source, edge.target) for edge in kept])
+    strongest = heapq.nlargest(n, graph.edges(), key=lambda edge: abs(edge.weight))
+    return graph.subgraph(graph.graph, edges=[(edge.source, edge.target) for edge in strongest])
 
 
 def reachable(graph: FeatureGraph) -> FeatureGraph:
@@ -98,8 +98,8 @@ def influence(graph: FeatureGraph, *, node_share: float = 0.8, edge_share: float
         if not 0.0 <= share <= 1.0:
             raise GraphError(f"{name} is {share}: it must lie between 0 and 1")
     scores = influence_scores(graph).nodes
-    kept = _smallest_set({id: score for id, score in scores.items() if id != METRIC}, node_share)
-    smaller = graph.subgraph({METRIC, *kept})
+    chosen = _smallest_set({id: score for id, score in scores.items() if id != METRIC}, node_share)
+    smaller = graph.subgraph({METRIC, *chosen})
     edges = _smallest_set(influence_scores(smaller).edges, edge_share)
     return reachable(smaller.subgraph(smaller.graph, edges=edges))
 
@@ -107,14 +107,14 @@ def influence(graph: FeatureGraph, *, node_share: float = 0.8, edge_share: float
 def _smallest_set(scores: dict, share: float) -> list:
     """The keys of the largest scores whose sum first reaches `share` of the total; keys of score 0 never."""
     needed = share * sum(scores.values()) * (1 - 1e-12) if share < 1 else math.inf  # rounding must not ask for more
-    kept: list = []
+    chosen: list = []
     reached = 0.0
     for key, score in sorted(scores.items(), key=lambda item: -item[1]):
         if score == 0.0 or reached >= needed:
             break
-        kept.append(key)
+        chosen.append(key)
         reached += score
-    return kept
+    return chosen
 
 
 def _check_count(n: int, what: str) -> None:

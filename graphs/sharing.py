@@ -22,8 +22,8 @@ def without_folders(value: Any) -> Any:
         return {key: without_folders(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [without_folders(item) for item in value]
-    found = _PATH.fullmatch(value) if isinstance(value, str) else None
-    if found is None:
+    match = _PATH.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
         return value
     name = re.split(r"[/\\]", value.rstrip("/\\"))[-1]
-    return "this run" if name == "." else (found["kind"] or "") + name
+    return "this run" if name == "." else (match["kind"] or "") + name

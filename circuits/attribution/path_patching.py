@@ -79,7 +79,9 @@ class _Node:
         else:
             f_patch, e_patch = self._read(states.patch[site])
         is_there = nodes.where(states.prompts).to(self.feature.device)  # [B or 1, S, n]
-        self.at = (is_there & states.mask.to(is_there.device)[..., None]).movedim(-1, 0)[..., None]  # [n, B, S, 1]
+        self.is_there = (is_there & states.mask.to(is_there.device)[..., None]).movedim(-1, 0)[
+            ..., None
+        ]  # [n, B, S, 1]
         self.f_delta, self.e_delta = f_patch - self.f_clean, e_patch - self.e_clean
 
     def _read(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,8 +102,8 @@ class _Node:
     def _written(self, node: int, f_delta: Tensor, e_delta: Tensor) -> Tensor:
         feature = int(self.feature[node])
         if feature == self.n_features:
-            return e_delta * self.at[node]
-        return f_delta[..., node, None] * self.sae.W_dec[feature] * self.at[node]
+            return e_delta * self.is_there[node]
+        return f_delta[..., node, None] * self.sae.W_dec[feature] * self.is_there[node]
 
 
 def _pinned_run(

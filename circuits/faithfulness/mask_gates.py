@@ -89,17 +89,17 @@ def budget_gates(scores: torch.Tensor, budgets: torch.Tensor, *, temperature: fl
 def masked_logits(
     model: LanguageModel,
     gates: Gates,
-    at: torch.Tensor,
+    openings: torch.Tensor,
     prompts: PromptSet,
     values: Mapping[Site, SiteValues],
     *,
     skip: Mapping[Site, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Logits after every prompt [B, V] under the gates at [B or 1, N]; skip: what comes before the first masked site,
-    from the clean run.
+    """Logits after every prompt [B, V] with these openings of the gates [B or 1, N]; skip: what comes before the first
+    masked site, from the clean run.
     """
     planted = {site: x.detach().requires_grad_(True) for site, x in (skip or {}).items()}
-    edits = gates.edits(at, values, prompts)
+    edits = gates.edits(openings, values, prompts)
     return model.run(prompts.clean, edits=edits, skip=planted, grad=True, last_only=True).logits[:, -1]
 
 

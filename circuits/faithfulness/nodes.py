@@ -213,9 +213,9 @@ def _metrics(
         for batch in prompts.batches(batch_size):
             plain = model.run(batch.clean, last_only=True)
             column = [metric(plain.logits[:, -1], batch)]
-            at = values(batch)
+            ablated = values(batch)
             for nodes, keep in sets:
-                edits = ablation_edits(values.setting.saes, values.table, nodes, at, batch, keep=keep)
+                edits = ablation_edits(values.setting.saes, values.table, nodes, ablated, batch, keep=keep)
                 run = model.run(batch.clean, edits=edits, last_only=True)
                 column.append(metric(run.logits[:, -1], batch))
                 bar.update()

@@ -221,14 +221,14 @@ def gain(values: AblationValues, circuits: Sequence[NodeSet], prompts: PromptSet
 
 def both_ends(prompts: PromptSet, model: LanguageModel, *, batch_size: int) -> PromptSet:
     """Clean prompts, then patch prompts, each with the model's own distribution after it as the reference of `kl`."""
-    ends = replace(prompts, patch=None, patch_answers=None)
+    both = replace(prompts, patch=None, patch_answers=None)
     if prompts.patch is not None:
         clean, patch = prompts.clean, prompts.patch
         tokens = Tokens(
             torch.cat([clean.input_ids, patch.input_ids]), torch.cat([clean.attention_mask, patch.attention_mask])
         )
-        ends = replace(ends[[*range(len(prompts))] * 2], clean=tokens)
-    return replace(ends, reference=last_logits(model, ends, batch_size=batch_size).log_softmax(-1))
+        both = replace(both[[*range(len(prompts))] * 2], clean=tokens)
+    return replace(both, reference=last_logits(model, both, batch_size=batch_size).log_softmax(-1))
 
 
 def dealer(n: int, generator: torch.Generator, *, size: int = 1) -> Callable[[], torch.Tensor]:

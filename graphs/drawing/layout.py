@@ -319,8 +319,8 @@ def _ports(graph: FeatureGraph, boxes: dict[str, Box], *, side: str) -> dict[tup
         pointed = node.kind == "error" and side == "top"
         room = 0.0 if pointed else box.width * min(0.7, 0.12 * (len(edges) - 1))
         other = (lambda e: boxes[e[1]].x) if side == "top" else (lambda e: boxes[e[0]].x)
-        for place, edge in enumerate(sorted(edges, key=other)):
-            shift = place / (len(edges) - 1) - 0.5 if len(edges) > 1 else 0.0
+        for number, edge in enumerate(sorted(edges, key=other)):
+            shift = number / (len(edges) - 1) - 0.5 if len(edges) > 1 else 0.0
             ports[edge] = box.x + shift * room
     return ports
 
@@ -356,19 +356,19 @@ class _Rows:
     def _free(self, row: int, x: float) -> float:
         """The x nearest to the given one that lies between boxes; edges that share a gap take turns on three tracks."""
         boxes = self.rows[row]
-        place = bisect.bisect_right(boxes, (x, math.inf))
+        first_right = bisect.bisect_right(boxes, (x, math.inf))
         options = []
-        for gap in (place - 1, place, place + 1):
+        for gap in (first_right - 1, first_right, first_right + 1):
             if 0 <= gap <= len(boxes):
                 left = boxes[gap - 1][1] if gap > 0 else -math.inf
                 right = boxes[gap][0] if gap < len(boxes) else math.inf
                 margin = 3.5 + 2.5 * (self.used[row, gap] % 3)
                 inside = min(max(x, left + margin), right - margin) if right - left > 2 * margin else (left + right) / 2
                 options.append((abs(inside - x), inside, gap))
-        _, found, gap = min(options)
-        if found != x:
+        _, nearest, gap = min(options)
+        if nearest != x:
             self.used[row, gap] += 1
-        return found
+        return nearest
 
 
 def smooth(points: list[Point]) -> list[Point]:

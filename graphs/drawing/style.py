@@ -211,14 +211,14 @@ def fit(text: str, size: float, width: float, *, bold: bool = False) -> str:
 
 def wrap(text: str, size: float, width: float, *, lines: int, bold: bool = False) -> list[str]:
     """The text on at most `lines` lines no wider than `width` points, broken at spaces, the last cut if need be."""
-    found: list[str] = []
+    wrapped: list[str] = []
     words = text.split()
-    while words and len(found) < lines - 1:
+    while words and len(wrapped) < lines - 1:
         line = words.pop(0)
         while words and text_width(f"{line} {words[0]}", size, bold=bold) <= width:
             line += " " + words.pop(0)
-        found.append(fit(line, size, width, bold=bold))
-    return [*found, fit(" ".join(words), size, width, bold=bold)] if words else found
+        wrapped.append(fit(line, size, width, bold=bold))
+    return [*wrapped, fit(" ".join(words), size, width, bold=bold)] if words else wrapped
 
 
 def count(n: int, thing: str) -> str:

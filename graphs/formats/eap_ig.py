@@ -201,17 +201,17 @@ def _foreign(data: dict[str, Any]) -> FeatureGraph:
     leaving: dict[FeatureKey, float] = defaultdict(float)
     for (start, _), weight in weights.items():
         leaving[start] += weight
-    kept: dict[FeatureKey, dict[str, Any]] = {
+    in_graph: dict[FeatureKey, dict[str, Any]] = {
         _place(name): node for name, node in data["nodes"].items() if node["in_graph"] and name != LOGITS
     }
-    ends: set[FeatureKey] = {end for pair in weights for end in pair} - {(METRIC, 0)}
+    joined: set[FeatureKey] = {end for pair in weights for end in pair} - {(METRIC, 0)}
     sites = ["embed", *(f"{kind}_{layer}" for layer in range(int(data["cfg"]["n_layers"])) for kind in ("attn", "mlp"))]
     graph = FeatureGraph(sites, metadata={"cfg": data["cfg"], "title": "component circuit"})
-    for site, index in sorted({*kept, *ends}, key=lambda place: (sites.index(place[0]), place[1])):
-        place = (site, index)
-        score: Any = kept.get(place, {}).get("score")
+    for site, index in sorted({*in_graph, *joined}, key=lambda key: (sites.index(key[0]), key[1])):
+        key = (site, index)
+        score: Any = in_graph.get(key, {}).get("score")
         unscored = score is None or math.isnan(score)
-        graph.add_node(feature_node(site, index, effect=leaving[place] if unscored else float(score)))
+        graph.add_node(feature_node(site, index, effect=leaving[key] if unscored else float(score)))
     graph.add_node(metric_node())
     for (start, end), weight in weights.items():
         graph.add_edge(_id(start), _id(end), weight)
@@ -230,5 +230,5 @@ def _place(name: str) -> FeatureKey:
     return f"attn_{int(match['attn'])}", int(match["head"])
 
 
-def _id(place: FeatureKey) -> str:
-    return METRIC if place[0] == METRIC else f"{place[0]}/{place[1]}"
+def _id(key: FeatureKey) -> str:
+    return METRIC if key[0] == METRIC else f"{key[0]}/{key[1]}"

@@ -223,10 +223,10 @@ def from_neuronpedia(data: Any, *, source: str | Path = "graph") -> FeatureGraph
     `logit`, joined to the metric by an edge of its probability; effects are the file's influences.
     """
     head = data.get("metadata") if isinstance(data, dict) else None
-    own = isinstance(head, dict) and EXTRA in head
-    check_type(data, _OwnGraph if own else _ForeignGraph, f"{source}: not a graph of the Neuronpedia schema")
+    is_ours = isinstance(head, dict) and EXTRA in head
+    check_type(data, _OwnGraph if is_ours else _ForeignGraph, f"{source}: not a graph of the Neuronpedia schema")
     try:
-        return _own(data, source) if own else _foreign(data)
+        return _own(data, source) if is_ours else _foreign(data)
     except KeyError as error:
         raise GraphError(f"{source}: a link names the node {error}, and there is none") from None
     except ValueError as error:
@@ -262,15 +262,15 @@ def _foreign(data: dict[str, Any]) -> FeatureGraph:
 
 def _foreign_node(item: dict[str, Any]) -> Node:
     effect = float(item.get("influence") or 0.0)
-    place = int(item["ctx_idx"])
+    position = int(item["ctx_idx"])
     kind = item["feature_type"]
     if kind == ERROR:
-        return error_node(f"mlp_{int(item['layer'])}", effect=effect, position=place)
-    parts = str(item["node_id"]).split("_")
-    if len(parts) != 3 or not parts[1].isdecimal():
+        return error_node(f"mlp_{int(item['layer'])}", effect=effect, position=position)
+    numbers = str(item["node_id"]).split("_")
+    if len(numbers) != 3 or not numbers[1].isdecimal():
         raise GraphError(f"node_id {item['node_id']!r} is not of the form layer_feature_position")
     site = {EMBEDDING: "embed", LOGIT: "logit"}.get(kind) or f"mlp_{int(item['layer'])}"
     activation = item.get("activation")
     attributes = {} if activation is None else {"activation": activation}
-    node = feature_node(site, int(parts[1]), effect=effect, position=place, **attributes)
+    node = feature_node(site, int(numbers[1]), effect=effect, position=position, **attributes)
     return Node(**{**{key: getattr(node, key) for key in NODE_KEYS}, "label": item.get("clerp") or None})

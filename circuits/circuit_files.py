@@ -16,6 +16,7 @@ from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
 from circuits.attribution.effects import ENTRIES
+from circuits.attribution.nodes import COLUMNS
 from graphs.schema import LARGEST, AttributesFile, Count, Index
 from sae._files import TensorSpec, check_tensors, check_type, read_tensors
 from sae.errors import UserError
@@ -23,7 +24,6 @@ from sae.model.sites import Site
 
 PATHS = ("model", "saes", "prompts")
 """Metadata that may be paths."""
-NODES = ("feature", "position", "effect")
 
 
 def _site(name: str) -> str:
@@ -203,8 +203,8 @@ def _positions(metadata: Mapping[str, Any]) -> tuple[int, int]:
 def _check_edge_nodes(
     tensors: Mapping[str, Tensor], site: str, n_features: int, metadata: Mapping[str, Any], path: Path
 ) -> None:
-    names = {name: f"edge_nodes/{site}/{name}" for name in NODES}
-    expected = {names[name]: TensorSpec(("nodes",), "float" if name == "effect" else "int") for name in NODES}
+    names = {name: f"edge_nodes/{site}/{name}" for name in COLUMNS}
+    expected = {names[name]: TensorSpec(("nodes",), "float" if name == "effect" else "int") for name in COLUMNS}
     check_tensors(tensors, expected, path)
     lowest, beyond = _positions(metadata)
     _check_range(tensors, names["feature"], 0, n_features + 1, path)

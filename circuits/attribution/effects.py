@@ -9,7 +9,7 @@ Only features active in the clean or the patch run can have an effect; they are 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -54,16 +54,13 @@ class SiteEffects:
 
     def relabel_examples(self, numbers: Tensor) -> SiteEffects:
         """The same effects with example e called `numbers[e]`."""
-        example = numbers.to(torch.int32)[self.example.long()]
-        return SiteEffects(self.n_features, example, self.position, self.feature, self.value)
+        return replace(self, example=numbers.to(torch.int32)[self.example.long()])
 
     def at_positions(self, positions: Tensor, lengths: Tensor) -> SiteEffects:
         """The same effects with `positions` [B, S] (left-padded, prompts of these lengths [B]) in place of indices."""
         example = self.example.long()
         column = self.position.long() + (positions.shape[1] - lengths.cpu())[example]
-        return SiteEffects(
-            self.n_features, self.example, positions.cpu()[example, column].int(), self.feature, self.value
-        )
+        return replace(self, position=positions.cpu()[example, column].int())
 
     def by_feature(self, n_examples: int) -> tuple[Tensor, Tensor]:
         """(features [k], rising, effects [k]): sum over positions, mean over examples (aggregation `sum`)."""

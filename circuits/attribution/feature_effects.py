@@ -18,8 +18,8 @@ Tokens whose gradient is zero, or at which clean and patch do not differ, have n
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,9 +57,8 @@ class EdgeInputs:
 
     def to(self, device: torch.device | str) -> EdgeInputs:
         """The same on another device."""
-        dense = self.error_delta.to(device), self.error_cotangent.to(device)
-        active = (self.token, self.feature, self.f_clean, self.f_delta)
-        return EdgeInputs(*dense, *(None if x is None else x.to(device) for x in active))
+        moved: dict[str, Any] = {name: x.to(device) for name, x in vars(self).items() if x is not None}
+        return EdgeInputs(**moved)
 
     @property
     def has_acts(self) -> bool:
@@ -69,10 +68,7 @@ class EdgeInputs:
     @property
     def n_bytes(self) -> int:
         """Memory they take."""
-        return sum(x.numel() * x.element_size() for x in self._tensors() if x is not None)
-
-    def _tensors(self) -> list[Tensor | None]:
-        return [getattr(self, entry.name) for entry in fields(self)]
+        return sum(x.numel() * x.element_size() for x in vars(self).values() if x is not None)
 
     def acts(self, feature: Tensor, *, n_features: int) -> tuple[Tensor, Tensor] | None:
         """f_clean and f_patch - f_clean of the features [k], two [B, S, k]; None where they are not kept."""

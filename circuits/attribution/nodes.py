@@ -11,7 +11,8 @@ Legend: B examples, S positions, F features; feature F is the error node.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ from circuits.options import Aggregation
 from circuits.prompts.dataset import PromptSet
 from sae.errors import UserError
 from sae.model.sites import Site
+
+COLUMNS = ("feature", "position", "effect")
+"""The columns of `SiteNodes`."""
 
 
 @dataclass(frozen=True)
@@ -88,13 +92,8 @@ Nodes = dict[Site, SiteNodes]
 
 def joined(first: SiteNodes, second: SiteNodes) -> SiteNodes:
     """The nodes of a site in the first, then those in the second."""
-    return SiteNodes(
-        first.n_features,
-        torch.cat([first.feature, second.feature]),
-        torch.cat([first.position, second.position]),
-        torch.cat([first.effect, second.effect]),
-        first.spans or second.spans,
-    )
+    columns: dict[str, Any] = {name: torch.cat([getattr(first, name), getattr(second, name)]) for name in COLUMNS}
+    return replace(first, spans=first.spans or second.spans, **columns)
 
 
 def positions_by(aggregation: Aggregation, prompts: PromptSet) -> Tensor | None:

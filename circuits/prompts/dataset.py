@@ -104,20 +104,13 @@ class PromptSet:
         else:
             rows = [int(row) for row in index]
         chosen = torch.tensor(rows, dtype=torch.long, device=self.clean.input_ids.device)
-        clean = _trim(self.clean[chosen])
-        start = self.clean.n_positions - clean.n_positions
-        return replace(
-            self,
-            clean=clean,
-            patch=None if self.patch is None else _trim(self.patch[chosen]),
-            clean_answers=self.clean_answers[chosen],
-            patch_answers=None if self.patch_answers is None else self.patch_answers[chosen],
-            cases=[self.cases[row] for row in rows],
-            templates=[self.templates[row] for row in rows],
-            texts=[self.texts[row] for row in rows],
-            reference=None if self.reference is None else self.reference[chosen],
-            span_numbers=None if self.span_numbers is None else self.span_numbers[chosen, start:],
-        )
+        columns: dict[str, Any] = {name: x[chosen] for name, x in vars(self).items() if isinstance(x, Tensor)}
+        columns |= {name: _trim(x[chosen]) for name, x in vars(self).items() if isinstance(x, Tokens)}
+        columns |= {name: [getattr(self, name)[row] for row in rows] for name in ("cases", "templates", "texts")}
+        if self.span_numbers is not None:
+            start = self.clean.n_positions - columns["clean"].n_positions
+            columns["span_numbers"] = columns["span_numbers"][:, start:]
+        return replace(self, **columns)
 
     def batches(self, size: int) -> Iterator[PromptSet]:
         """Consecutive slices of at most `size` prompts, in order, each padded to its own longest prompt."""
@@ -126,15 +119,8 @@ class PromptSet:
 
     def to(self, device: torch.device | str) -> PromptSet:
         """The same prompts with their tensors on `device`."""
-        return replace(
-            self,
-            clean=self.clean.to(device),
-            patch=None if self.patch is None else self.patch.to(device),
-            clean_answers=self.clean_answers.to(device),
-            patch_answers=None if self.patch_answers is None else self.patch_answers.to(device),
-            reference=None if self.reference is None else self.reference.to(device),
-            span_numbers=None if self.span_numbers is None else self.span_numbers.to(device),
-        )
+        moved: dict[str, Any] = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor | Tokens)}
+        return replace(self, **moved)
 
     def positions(self, spans: Sequence[str] = ()) -> Tensor:
         """Where every token is, [B, S] int64: its index in the prompt, -1 at padding; with `spans` the number of its

@@ -135,25 +135,19 @@ def add_columns(dot: graphviz.Digraph, scene: Scene) -> None:
         return
     bottom = scene.layout.bands[0].bottom if scene.layout.bands else 0.0
     top = scene.layout.bands[-1].top if scene.layout.bands else 0.0
-    for number_of_column, column in enumerate(scene.layout.columns):
+    for index, column in enumerate(scene.layout.columns):
         name = fit(position_name(scene.graph, column.position), 11, column.right - column.left - 6, bold=True)
         middle = (column.left + column.right) / 2
-        _add_text(
-            dot, scene, f"column-{number_of_column}-below", html_text(name, 11, INK, bold=True), (middle, bottom - 14)
-        )
+        _add_text(dot, scene, f"column-{index}-below", html_text(name, 11, INK, bold=True), (middle, bottom - 14))
         above = scene.size[1] - scene.below - 56
-        _add_text(dot, scene, f"column-{number_of_column}-above", html_text(name, 11, INK, bold=True), (middle, above))
+        _add_text(dot, scene, f"column-{index}-above", html_text(name, 11, INK, bold=True), (middle, above))
         words = fit(span_words(scene.graph, column.position), 8.5, column.right - column.left - 6)
         if words:
-            _add_text(
-                dot, scene, f"column-{number_of_column}-words", html_text(words, 8.5, PALE_INK), (middle, above - 14)
-            )
-        if number_of_column:
+            _add_text(dot, scene, f"column-{index}-words", html_text(words, 8.5, PALE_INK), (middle, above - 14))
+        if index:
             x, y = scene.point(column.left, (bottom + top) / 2)
             size = {"width": "0.004", "height": f"{(top - bottom) / 72:.3f}", "label": "", "tooltip": " "}
-            dot.node(
-                f"rule-{number_of_column}", pos=f"{x:.1f},{y:.1f}", shape="box", color="#dfe3e9", penwidth="0.5", **size
-            )
+            dot.node(f"rule-{index}", pos=f"{x:.1f},{y:.1f}", shape="box", color="#dfe3e9", penwidth="0.5", **size)
 
 
 def add_title(dot: graphviz.Digraph, scene: Scene, title: str | None) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from circuits import circuit_source
-from circuits.circuit import Circuit
+from circuits.circuit import Circuit, circuit_folder
 from circuits.circuit_source import parse_site_paths
 from circuits.cli.options import Common, RunsCircuit, UsesSaes, plain
 from sae._files import write_json
@@ -51,6 +51,7 @@ def load_checked_saes(
 
 def load_circuit(options: RunsCircuit) -> Circuit:
     """The circuit of a run with its model and SAEs loaded: those it names, unless the options name others."""
+    check_run_config(circuit_folder(options.circuit).parent)  # `record` will add to it
     circuit = Circuit.load(
         options.circuit,
         model=options.model,

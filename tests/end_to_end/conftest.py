@@ -52,7 +52,7 @@ def load_once(load: Callable[..., Any]) -> Callable[..., Any]:
 def draw_once(figure: Figure, file: Any, **options: Any) -> None:
     """Draw the first picture of a name; the next ones with as many axes are empty pictures of the same format."""
     if isinstance(file, Path):
-        key = re.sub(r"\.[0-9a-f]{8}\.tmp", "", file.name), len(figure.axes)
+        key = re.sub(r"\.[0-9a-f]{8}\.sfc\.tmp", "", file.name), len(figure.axes)
         figure = Figure((1, 1)) if key in DRAWN else figure
         DRAWN.add(key)
     SAVEFIG(figure, file, **options)

@@ -28,7 +28,7 @@ from sae.saes import load_saes
 from sae.training.trainer import Trainer
 from tests.kill_points import Kill
 
-TEMPORARY = r"\.[0-9a-f]{8}\.tmp"
+TEMPORARY = r"\.[0-9a-f]{8}\.sfc\.tmp"
 
 
 def write_by_halves(kill: Callable[[], None] | None) -> None:

@@ -19,7 +19,9 @@ from circuits.attribution.effects import SiteEffects
 from circuits.attribution.nodes import Nodes, aggregate, count, distinguishable, ranked, select_nodes
 from circuits.labels import Label, labelled
 from graphs._outputs import has_mark
+from graphs.classes import find_classes
 from graphs.drawing.dot import draw, to_svg
+from graphs.drawing.style import describe
 from graphs.explorer import explore
 from graphs.feature_graph import FeatureGraph, Position, error_node, feature_node, metric_node
 from graphs.pruning import by_edge_threshold, by_top_edges
@@ -248,10 +250,19 @@ class CircuitViews:
                 f"{errors['largest_share']:.0%} at {errors['largest_site']}"
             )
         lines.append(f"{count(self.nodes)} nodes have an effect; the strongest:")
-        labels = {name: line["label"] for name, line in self.labels.items()}
-        for name, effect in ranked(self.strongest(10)):
-            lines.append(f"  {name:<18} {effect:+.4f}  {labels.get(name.partition('@')[0], '')}".rstrip())
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.strongest_lines(10)])
+
+    def strongest_lines(self, n: int) -> list[str]:
+        """The n strongest nodes, one line each: effect, class of prompts it is on for, and what its feature means."""
+        graph = self._shown(max(n, 100), 0)
+        nodes = sorted(graph.nodes(), key=lambda node: (node.kind == "metric", -abs(node.effect)))[:n]
+        classes = find_classes(graph)
+        sides = [classes.side(node.id) if classes else "" for node in nodes]
+        wide, wide_side = max(18, *(len(node.id) for node in nodes)), max(map(len, sides))
+        return [
+            f"  {node.id:<{wide}} {node.effect:+.4f}  {side:<{wide_side}}  {describe(graph, node)}".rstrip()
+            for node, side in zip(nodes, sides, strict=True)
+        ]
 
     def _repr_html_(self) -> str:
         """The drawing, for notebooks."""

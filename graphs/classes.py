@@ -24,6 +24,8 @@ from graphs.feature_graph import FeatureGraph, Node
 
 MOST_CASES = 10
 """With more cases the splits are too many to try, and no two classes would tell them apart."""
+TELLS = 0.5
+"""From this contrast on, three times as strong for one class as for the other, a feature is said to be on for it."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,13 @@ class Classes:
     """The cases of each."""
     contrast: dict[str, float]
     """Node id -> -1 (on for the first class alone) to 1 (for the second); nodes without `by_case` are left out."""
+
+    def side(self, id: str) -> str:
+        """The class that a node's feature is on for; `both` where it hardly tells them apart, nothing where unknown."""
+        if id not in self.contrast:
+            return ""
+        contrast = self.contrast[id]
+        return "both" if abs(contrast) < TELLS else self.names[int(contrast > 0)].replace("_", " ")
 
 
 def find_classes(graph: FeatureGraph) -> Classes | None:

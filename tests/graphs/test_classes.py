@@ -28,6 +28,9 @@ def test_classes_are_what_the_features_tell_apart():
     assert classes.names == ("plural", "singular")
     assert classes.cases == (CASES[:2], CASES[2:])
     assert classes.contrast == {"resid_0/0": -1, "resid_0/1": 1, "resid_0/2": 0, "resid_0/3": 1}
+    assert [classes.side(id) for id in ("resid_0/0", "resid_0/1", "resid_0/2", "metric")] == [
+        "plural", "singular", "both", "",
+    ]  # fmt: skip
 
 
 def test_strong_nodes_count_more():

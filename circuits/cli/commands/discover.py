@@ -99,6 +99,7 @@ class DiscoverCommand(UsesSaes, Overwrites, HasSaes, HasModel):
         circuit = self._discovered(model, saes, prompts, options, folder)
         texts = TextSource.of(self.text).read() if self.text else None
         features = describe_features(model, saes, circuit, prompts, texts=texts)
+        circuit.features.update(features)
         graph = self._write(circuit, features, folder)
         kept = {"nodes": len(graph) - 1, "edges": graph.graph.number_of_edges()}
         data = {**circuit.metadata, "kept": kept, "circuit": str(folder), "estimate": None}

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from circuits import circuit_source
 from circuits.circuit import Circuit, circuit_folder
 from circuits.circuit_source import parse_site_paths
+from circuits.cli.main import COMMANDS
 from circuits.cli.options import Common, RunsCircuit, UsesSaes, plain
 from sae._files import write_json
 from sae._run.contents import check_run_config, read_run_config
@@ -78,8 +80,30 @@ def record(run: Path, command: str, options: Any) -> None:
     check_run_config(run)
     commands = read_run_config(run) or {"schema_version": 1}
     commands[command] = {field.name: plain(getattr(options, field.name)) for field in fields(options)}
+    commands[command]["words"] = command_words(options)
     versions = commands["versions"] = {"python": platform.python_version()}
     for name in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     write_json(run / "config.json", commands)
+
+
+def command_words(command: Any) -> list[str]:
+    """The words that repeat a command: `sfc`, its name, and the options that are not at their default."""
+    name = next(name for name, (_, cls, _) in COMMANDS.items() if cls == type(command).__name__)
+    return ["sfc", name, *_option_words(command)]
+
+
+def _option_words(options: Any) -> Iterator[str]:
+    for field in fields(options):
+        value, name = getattr(options, field.name), field.name.replace("_", "-")
+        if name in ("json", "overwrite", "resume"):
+            continue
+        if is_dataclass(value):
+            yield from _option_words(value)
+        elif value is None or value == (None if field.default is MISSING else field.default):
+            continue
+        elif isinstance(value, bool):
+            yield f"--{name}" if value else f"--no-{name}"
+        else:
+            yield from (f"--{name}", str(value))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,8 +24,10 @@ from graphs.feature_graph import FeatureGraph
 from graphs.schema import Count, Index
 from graphs.sharing import shared
 from sae._files import check_type, read_json
+from sae._run.contents import read_run_config
 from sae.autoencoder import SAE_CONFIG_FILE
 from sae.errors import UserError
+from sae.evaluation.results import EVALUATION_FILE
 from sae.formats.locate import sae_folders
 
 logger = logging.getLogger(__name__)
@@ -105,6 +107,31 @@ def _same_sizes(data: Mapping[str, Any]) -> Mapping[str, Any]:
 MaskCurves = Annotated[MaskFile, AfterValidator(_same_sizes)]
 
 
+class PredictionsFile(TypedDict):
+    """Predictions with x̂ in place of x."""
+
+    ce: Share
+    ce_recovered: Share
+
+
+class SiteQualityFile(TypedDict):
+    """How well one autoencoder stands for the model's activations."""
+
+    l0: Share
+    explained_variance: Share
+    dead_fraction: Share
+    predictions: PredictionsFile
+
+
+class EvaluationFile(TypedDict):
+    """evaluation.json of `sfc evaluate`, as far as pages show it."""
+
+    n_tokens: Index
+    ce_model: FiniteFloat
+    sites: dict[SiteName, SiteQualityFile]
+    spliced: dict[str, PredictionsFile]
+
+
 class SaeFile(TypedDict):
     """config.json of an autoencoder."""
 
@@ -132,6 +159,10 @@ class RunFiles:
     """Edits by the name of their file."""
     saes: list[dict[str, Any]]
     """Configs of the autoencoders."""
+    evaluation: dict[str, Any] | None = None
+    """How well they stand for the model's activations."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """The commands that were run."""
     other_saes: bool = False
     """Whether these are others than the circuit was found with."""
 
@@ -146,6 +177,7 @@ def read_run(run_folder: str | Path) -> RunFiles:
         circuit_folder(folder)  # says how an interrupted discovery goes on
     graph, other_saes = _graph(circuit) if circuit.is_file() else (None, False)
 
+    evaluation = folder / "saes" / EVALUATION_FILE
     run = RunFiles(
         folder=folder,
         graph=graph,
@@ -158,6 +190,8 @@ def read_run(run_folder: str | Path) -> RunFiles:
             if _is_of(graph, read_json(path), path)
         },
         saes=[read_json(path / SAE_CONFIG_FILE, SaeFile) for path in sae_folders(folder)] if folder.is_dir() else [],
+        evaluation=read_json(evaluation, EvaluationFile) if evaluation.is_file() else None,
+        config=read_run_config(folder),
         other_saes=other_saes,
     )
     if run.graph is None and run.faithfulness is None and not run.edits and not run.saes:

@@ -19,16 +19,18 @@ from markupsafe import Markup
 from circuits.attribution.node_effects import METHOD_NAMES
 from circuits.feature_pages import existing_links, read_index
 from circuits.report.files import RunFiles, read_run
+from circuits.report.mechanism import passages, reading_table
+from circuits.report.provenance import command_lines, provenance, sure
 from circuits.report.sections import (
     card,
     curve_blocks,
     edit_block,
     key_figures,
     number,
-    provenance,
     share,
     signed,
 )
+from circuits.report.site_table import site_table
 from graphs.classes import find_classes
 from graphs.drawing.dot import to_svg
 from graphs.drawing.style import describe, visible
@@ -38,15 +40,15 @@ from sae._run.outputs import check_output, has_mark
 
 SECTIONS = [
     ("circuit", "The circuit"),
-    ("faithfulness", "Faithfulness"),
+    ("faithfulness", "How faithful, and how sure"),
+    ("sites", "Site by site: the autoencoders, and the sum check"),
     ("features", "The features"),
     ("edits", "Edits"),
-    ("check", "Do the effects add up?"),
-    ("provenance", "How it was made"),
+    ("provenance", "How to repeat it"),
 ]
 """Anchors, which name the templates, and headings."""
-DRAWN_NODES, DRAWN_EDGES = 40, 150
-"""What is drawn at most, as by `sfc render`; the circuit itself may hold more."""
+DRAWN_NODES, DRAWN_EDGES = 24, 72
+"""What is drawn at most: every word is legible in a column of text, and on paper."""
 CONTEXTS_SHOWN = 3
 """Contexts of a feature that stand open; the others unfold."""
 FEATURES_SHOWN = 20
@@ -110,6 +112,7 @@ def _values(run: RunFiles, *, features: int) -> dict[str, Any]:
     all_nodes = run.graph.nodes() if run.graph else []
     nodes = sorted((node for node in all_nodes if node.kind != "metric"), key=lambda node: -abs(node.effect))
     method = (metadata.get("options") or {}).get("method", "")
+    classes = find_classes(run.graph) if run.graph else None
     by_size = sorted(run.edits, key=lambda name: (len(run.edits[name].features), name))
     return {
         "run": run,
@@ -122,7 +125,11 @@ def _values(run: RunFiles, *, features: int) -> dict[str, Any]:
         "drawing": drawing(run.graph) if run.graph else "",
         "drawn_nodes": DRAWN_NODES,
         "drawn_edges": DRAWN_EDGES,
-        "classes": find_classes(run.graph) if run.graph else None,
+        "classes": classes,
+        "reading": reading_table(run.graph, classes) if run.graph else ([], []),
+        "passages": passages(run.graph) if run.graph else [],
+        "sure": sure(run),
+        "site_table": site_table(run),
         "n_nodes": len(nodes),
         "curves": curve_blocks(run),
         "cards": [card(run.graph, node) for node in nodes[:features]] if run.graph else [],
@@ -132,6 +139,7 @@ def _values(run: RunFiles, *, features: int) -> dict[str, Any]:
         "edits": [edit_block(name, run.edits[name]) for name in by_size],
         "features_shown": FEATURES_SHOWN,
         "facts": provenance(run),
+        "commands": command_lines(run.config, run.folder),
     }
 
 
@@ -139,4 +147,4 @@ def drawing(graph: FeatureGraph) -> Markup:
     """The graph as an inline SVG element, without the title and facts that the page has already."""
     plain = graph.subgraph(graph.graph)
     plain.metadata = {key: value for key, value in graph.metadata.items() if key in DRAWING_METADATA}
-    return Markup(to_svg(plain, nodes=DRAWN_NODES, edges=DRAWN_EDGES))
+    return Markup(to_svg(plain, nodes=DRAWN_NODES, edges=DRAWN_EDGES, portrait=True))

@@ -32,6 +32,8 @@ class Line(NamedTuple):
     """What stands at its end."""
     role: str
     """`circuit` or `complement`, which sets the colour."""
+    bounds: Sequence[Sequence[float | None]] = ()
+    """The interval of each value, drawn as a band."""
 
 
 def curves_plot(
@@ -46,7 +48,7 @@ def curves_plot(
 
     Labels stand at the lines. What is beyond `FAR` is drawn there.
     """
-    lines = [Line(_drawn(curve.values), curve.label, curve.role) for curve in curves]
+    lines = [curve._replace(values=_drawn(curve.values)) for curve in curves]
     draws = [_drawn(values) for values in random]
     salt = "".join([unit, *(curve.label for curve in curves)])  # ids are unique on the page, and the same every time
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 10, "font.family": "sans-serif"}):
@@ -68,6 +70,9 @@ def curves_plot(
             axes.plot(sizes, mean, color=PALE, lw=1.2, ls=(0, (3, 2)))
             ends.append((_last(mean), f"random {unit}", PALE))
         for curve in reversed(lines):
+            if curve.bounds:
+                low, high = zip(*map(_drawn, curve.bounds), strict=True)
+                axes.fill_between(sizes, low, high, color=ROLES[curve.role], alpha=0.18, lw=0)
             width = {"circuit": 2.2, "complement": 1.8}[curve.role]
             axes.plot(sizes, curve.values, color=ROLES[curve.role], lw=width, marker="o", ms=2.3 * width)
         low, high = axes.get_ylim()

@@ -16,9 +16,8 @@ from circuits.editing.results import Continuation, EditReport
 from circuits.report.files import RunFiles
 from circuits.report.plot import Line, curves_plot
 from graphs.classes import case_means
-from graphs.drawing.style import is_late, position_name, visible
+from graphs.drawing.style import describe, is_late, position_name, visible
 from graphs.feature_graph import FeatureGraph, Node
-from sae.model.sites import Site
 
 
 def number(value: float | None, digits: int = 2) -> str:
@@ -84,7 +83,7 @@ def _edit_figure(edits: dict[str, EditReport]) -> Figure:
     shares = [value for value in edit.remaining_by_case.values() if value is not None]
     by_case = f"by case {share(min(shares))} to {share(max(shares))}; " if shares else ""
     n_reversed, n_cases = len(edit.reversed_cases), len(edit.before.by_case)
-    turned = f"reversed in {n_reversed} of {n_cases} cases; " if n_reversed else ""
+    turned = f"flips in {n_reversed} of {n_cases} cases; " if n_reversed else ""
     note = f"{by_case}{turned}{n} {'feature' if n == 1 else 'features'} {edit.action}{beside}"
     return ("–" if edit.remaining is None else share(edit.remaining), "left after an edit", note)
 
@@ -101,7 +100,7 @@ ABLATED = {
 }
 
 
-INTERVALS = "Below each number its 95 % interval, by drawing the prompts anew."
+INTERVALS = "Below each number, and as a band in the picture, its 95 % interval, by drawing the prompts anew."
 Cell = tuple[str, str]
 """A number in a table, and its interval where it is known."""
 
@@ -149,10 +148,13 @@ def _nodes(data: dict[str, Any]) -> CurveBlock:
             f"distance to 1 over the share of all {data['n_nodes']} nodes)."
         )
     lines = [
-        Line(data["faithfulness"], "only the circuit", "circuit"),
-        Line(data["completeness"], "all but the circuit", "complement"),
+        Line(data["faithfulness"], "only the circuit", "circuit", intervals.get("faithfulness") or ()),
+        Line(data["completeness"], "all but the circuit", "complement", intervals.get("completeness") or ()),
     ]
-    plot = curves_plot(data["sizes"], lines, random=data.get("random") or [], unit="nodes")
+    random = data.get("random") or []
+    if data["sizes"][-1] >= data["n_nodes"]:  # all nodes are no draw
+        random = [[*curve[:-1], None] for curve in random]
+    plot = curves_plot(data["sizes"], lines, random=random, unit="nodes")
     return CurveBlock(lead, plot, ["nodes", "faithfulness", "completeness", "random"], rows, captions)
 
 
@@ -166,7 +168,7 @@ def _edges(data: dict[str, Any]) -> CurveBlock:
         [(str(size), ""), _with_interval(data["faithfulness"], data.get("intervals"), row), _random_range(data, row)]
         for row, size in enumerate(data["sizes"])
     ]
-    lines = [Line(data["faithfulness"], "strongest edges", "circuit")]
+    lines = [Line(data["faithfulness"], "strongest edges", "circuit", data.get("intervals") or ())]
     plot = curves_plot(data["sizes"], lines, random=data.get("random") or [], unit="edges", level=data["all_joined"])
     captions = [INTERVALS] if data.get("intervals") else []
     return CurveBlock(lead, plot, ["edges", "faithfulness", "random"], rows, captions)
@@ -229,6 +231,7 @@ def card(graph: FeatureGraph, node: Node) -> dict[str, Any]:
     return {
         "by_case": _bars(case_means(node)),
         "node": node,
+        "words": "" if node.label or node.kind != "feature" else describe(graph, node),
         "position": "" if node.position is None else position_name(graph, node.position),
         "facts": _facts(node.attributes),
         "tokens": {words: names for words, names in tokens.items() if names},
@@ -318,11 +321,21 @@ class EditRow(NamedTuple):
     """Share that the edit leaves, where that is defined."""
     digits: int = 2
     """Digits behind the point."""
+    flips: bool = False
+    """Whether the quantity has the other sign after the edit."""
+    axis: tuple[float, float] = (0.0, 1.0)
+    """Ends of the axis, which the rows of one quantity share; zero lies on it."""
 
     def x(self, value: float, shift: float = 0.0) -> str:
-        """Where a value stands on a line of 180 points that has room for zero and all values."""
-        low, high = min(0.0, *self.values), max(0.0, *self.values)
-        return f"{6 + 168 * (value - low) / ((high - low) or 1.0) + shift:.1f}"
+        """Where a value stands on a line of 180 points."""
+        low, high = self.axis
+        return f"{10 + 160 * (value - low) / ((high - low) or 1.0) + shift:.1f}"
+
+    @property
+    def ticks(self) -> list[float]:
+        """Zero and the ends of the axis, as far as their numbers do not run into one another."""
+        low, high = self.axis
+        return sorted({0.0, *(end for end in self.axis if abs(end) > 0.25 * (high - low))})
 
 
 def edit_block(name: str, edit: EditReport) -> dict[str, Any]:
@@ -332,14 +345,26 @@ def edit_block(name: str, edit: EditReport) -> dict[str, Any]:
     rows = [EditRow(title, [run.size for run in edit.runs], "strong", edit.remaining)]
     for case in cases:
         values = [run.by_case[case].metric for run in edit.runs]
-        rows.append(EditRow(case, values, "case", edit.left(edit.after, case)))
+        left, flips = edit.left(edit.after, case), case in edit.reversed_cases
+        rows.append(EditRow(case.replace("_", " "), values, "case", left, flips=flips))
+    rows = _on_one_axis(rows)
     if edit.before.overall.accuracy is not None:
         rows.append(EditRow("accuracy", [run.overall.accuracy or 0.0 for run in edit.runs], "strong"))
-        rows += [EditRow(case, [run.by_case[case].accuracy or 0.0 for run in edit.runs], "case") for case in cases]
+        rows += [
+            EditRow(case.replace("_", " "), [run.by_case[case].accuracy or 0.0 for run in edit.runs], "case")
+            for case in cases
+        ]
     if edit.before.ce is not None:
         name_of_ce = f"cross-entropy, {edit.n_texts} other texts"
-        rows.append(EditRow(name_of_ce, [run.ce or 0.0 for run in edit.runs], "strong", digits=3))
+        rows += _on_one_axis([EditRow(name_of_ce, [run.ce or 0.0 for run in edit.runs], "strong", digits=3)])
     return {"name": name, "edit": edit, "rows": rows, "samples": [_sample(sample) for sample in edit.continuations]}
+
+
+def _on_one_axis(rows: list[EditRow]) -> list[EditRow]:
+    """The rows with an axis that has room for zero and for all of their values, to two figures."""
+    values = [value for row in rows for value in row.values]
+    low, high = (float(f"{value:.2g}") for value in (min(0.0, *values), max(0.0, *values)))
+    return [row._replace(axis=(min(low, *values), max(high, *values))) for row in rows]
 
 
 def _sample(sample: Continuation) -> dict[str, Any]:
@@ -350,48 +375,3 @@ def _sample(sample: Continuation) -> dict[str, Any]:
         old += [(" ".join(before[a:b]), kind != "equal")] if b > a else []
         new += [(" ".join(after[c:d]), kind != "equal")] if d > c else []
     return {"prompt": sample.prompt, "before": old, "after": new}
-
-
-# ------------------------------------------------------------------------------------------ provenance
-
-NOT_FACTS = (
-    "cases",
-    "completeness",
-    "example_pairs",
-    "sites",
-    "tokens",
-    "templates",
-    "title",
-    "schema_version",
-    "span_words",
-    "need_spans",
-)
-FACT_NAMES = {
-    "n_examples": "prompts used",
-    "n_positions": "longest prompt, tokens",
-    "n_nodes": "nodes with an effect",
-    "m_clean": "metric, clean",
-    "m_patch": "metric, patch",
-    "rejected": "prompts skipped",
-    "positions": "spans",
-}
-
-
-def provenance(run: RunFiles) -> list[tuple[str, Any]]:
-    """What the circuit was made with: names and JSON values."""
-    metadata = run.graph.metadata if run.graph else {}
-    facts = [
-        (FACT_NAMES.get(key, key.replace("_", " ")), value)
-        for key, value in metadata.items()
-        if key not in NOT_FACTS and value not in ({}, [], None)
-    ]
-    if run.saes:
-        kinds = sorted({_sae_text(config) for config in run.saes})
-        sites = ", ".join(map(str, sorted(Site.parse(config["site"]) for config in run.saes)))
-        facts.append(("autoencoders", f"{len(run.saes)}: {'; '.join(kinds)} at {sites}"))
-    return facts
-
-
-def _sae_text(config: dict[str, Any]) -> str:
-    k = f", k = {config['k']}" if config.get("k") else ""
-    return f"{config.get('architecture')} with {config.get('n_features')} features{k}"

@@ -123,18 +123,24 @@ def draw(
     return path
 
 
-def to_svg(graph: FeatureGraph, *, nodes: int, edges: int | None = None, title: str = "") -> str:
-    """The drawing of the strongest `nodes` and `edges` as an `<svg>` element that can stand inside a page."""
+def to_svg(
+    graph: FeatureGraph, *, nodes: int, edges: int | None = None, title: str = "", portrait: bool = False
+) -> str:
+    """The drawing of the strongest `nodes` and `edges` as an `<svg>` element that can stand inside a page.
+
+    `portrait`: whether it is taller than wide.
+    """
     strongest = by_top_nodes(graph, nodes)
     strongest = strongest if edges is None else by_top_edges(strongest, edges)
-    svg = _drawing(strongest, "svg", title=title).decode()
+    svg = _drawing(strongest, "svg", title=title, portrait=portrait).decode()
     return svg[svg.index("<svg") :]
 
 
 def _drawing(
-    graph: FeatureGraph, kind: str, *, title: str | None, link: str = "#node-{id}", colour: Colour = "class"
-) -> bytes:
-    scene = make_scene(graph, link, colour)
+    graph: FeatureGraph, kind: str, *, title: str | None, link: str = "#node-{id}", colour: Colour = "class",
+    portrait: bool = False,
+) -> bytes:  # fmt: skip
+    scene = make_scene(graph, link, colour, portrait=portrait)
     return run_graphviz(_source(scene, title), kind, size=max(scene.size), details=_details(scene))
 
 

@@ -61,6 +61,8 @@ DENSITIES = (
     Density(130, Cell(width=106, height=29, gap=18, box=93), 1, 8.5, 7.0, 24, 10**6),
     Density(10**9, Cell(width=88, height=24, gap=14, box=77), 1, 7.0, 6.0, 20, 80),
 )
+PORTRAIT = Density(10**9, Cell(width=132, height=40, gap=12, box=120), 2, 10.0, 8.0, 20, 10**6)
+"""For a column of text and a sheet of paper, whatever the number of nodes."""
 
 
 @dataclass(frozen=True)
@@ -100,18 +102,20 @@ class Scene:
         return max(self.layout.width + GUTTER + 2 * MARGIN, 590.0), self.layout.height + self.below + above
 
 
-def make_scene(graph: FeatureGraph, link: str, colour: Colour = "class") -> Scene:
+def make_scene(graph: FeatureGraph, link: str, colour: Colour = "class", *, portrait: bool = False) -> Scene:
     """Layout and sizes of a drawing of the graph.
 
-    link: template of the nodes' hyperlinks; colour: what colours stand for, effects where no class is known.
+    link: template of the nodes' hyperlinks; colour: what colours stand for, effects where no class is known;
+    portrait: whether it is taller than wide.
     """
     if len(graph) == 0:
         raise GraphError("the graph has no nodes: there is nothing to draw")
     n_nodes = sum(node.kind != "metric" for node in graph.nodes())
-    density = next(density for density in DENSITIES if n_nodes <= density.up_to)
+    density = PORTRAIT if portrait else next(density for density in DENSITIES if n_nodes <= density.up_to)
     strongest = sorted(graph.nodes(), key=lambda node: -abs(node.effect))[: density.labelled]
     metric = (density.cell.box * 1.7, 2.6 * density.label + 1.4 * density.small + 12)
-    layout = layered_layout(graph, cell=density.cell, metric=metric, space=density.space)
+    shape: dict[str, float] = {"aspect": 0.62, "lane_space": 8.0, "padding": 3.0} if portrait else {}
+    layout = layered_layout(graph, cell=density.cell, metric=metric, space=density.space, **shape)  # type: ignore[arg-type]
     labelled = frozenset(node.id for node in strongest)
     classes = find_classes(graph) if colour == "class" else None
     return Scene(graph, layout, density, labelled, link, largest_effect(graph), largest_weight(graph), classes)
@@ -186,7 +190,7 @@ def add_legend(dot: graphviz.Digraph, scene: Scene) -> None:
     widest = f"edge, widest {number(scene.weight).lstrip('+')}"
     cells += f"<TD>     {lines} {html_text(widest, 8.5, INK)}</TD>" if scene.weight else ""
     if any("exact_effect" in node.attributes for node in scene.graph.nodes()):
-        cells += f"<TD>     {html_text('✓', 8.5, PALE_INK)} {html_text('measured by patching it alone', 8.5, INK)}</TD>"
+        cells += f"<TD>     {html_text('✓', 8.5, PALE_INK)} {html_text('patched alone', 8.5, INK)}</TD>"
     table = f'<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="1"><TR>{cells}</TR></TABLE>'
     _add_text(dot, scene, "legend", table, (scene.layout.width / 2 - GUTTER / 2, 26 - scene.below))
 

@@ -237,6 +237,32 @@ def test_edit_reports_read_what_they_wrote():
         EditReport.from_dict({"kind": "steering", "schema_version": 1})
 
 
+def test_sites_commands_and_what_the_features_tell_apart_are_on_the_page(tmp_path):
+    """Quality of the autoencoders beside the sum check, the features by span and class, flips, and how to repeat it."""
+    graph = FeatureGraph(["embed", "attn_0"], metadata=example_graph().metadata)
+    both = {"singular": {"subject": 3.0, "last": 0.1}, "plural": {"subject": 0.0, "last": 5.0}}
+    graph.add_node(feature_node("embed", 1, effect=2.0, position="subject", by_case=both, top_tokens=[" king"]))
+    graph.add_node(feature_node("attn_0", 2, effect=1.0, position="last", by_case=both, top_tokens=[" are"]))
+    graph.add_node(metric_node(effect=3.74))
+    graph.add_edge("embed/1@subject", "attn_0/2@last", 0.5)
+    graph.save(tmp_path / "circuit" / "circuit.json")
+    predictions = {"ce": 2.5, "ce_recovered": 0.98}
+    quality = {"l0": 7.9, "explained_variance": 0.96, "dead_fraction": 0.34, "predictions": predictions}
+    evaluation = {"n_tokens": 7686, "ce_model": 2.4, "sites": {"embed": quality}, "spliced": {"all": predictions}}
+    write_json(tmp_path / "saes" / "evaluation.json", evaluation)
+    words = ["sfc", "ablate", "--circuit", str(tmp_path), "--prompts", "/home/anna/p.jsonl"]
+    write_json(tmp_path / "config.json", {"schema_version": 1, "edit x": {"words": words}})
+    example_edit().save(tmp_path / "edits" / "x.json")
+    html = write_report(tmp_path).read_text()
+    text = re.sub(r"\s+", " ", Page(html).text)
+    for phrase in (
+        "On 7,686 tokens", "recover 0.980", "0.040", "+0.100", "34 %", "on for plural", "on for singular",
+        "from “subject” to “last” enters by attn_0 (100 %)", "sfc ablate --circuit RUN --prompts p.jsonl", "−27 % flips",
+    ):  # fmt: skip
+        assert phrase in text, phrase
+    assert "anna" not in html
+
+
 SCRIPT = "<img src=x onerror=alert(1)>"
 
 
@@ -273,6 +299,25 @@ def test_no_field_of_any_file_reaches_a_page_as_html(tmp_path):
         "circuit/edge_faithfulness.json": curves | {"n_edges": 9, "all_joined": 0.8, "intervals": [[0.1, 0.2]]},
         "circuit/mask.json": {"held_out": True, "mask": curves, "effects": curves},
         "edits/x.json": replace(example_edit(), operation="set", value=2.0).to_dict(),
+        "saes/evaluation.json": {
+            "n_tokens": 5,
+            "ce_model": 2.0,
+            "spliced": {"all": {"ce": 2.5, "ce_recovered": 0.9}},
+            "sites": {
+                "mlp_0": {
+                    "l0": 2.0,
+                    "explained_variance": 0.9,
+                    "dead_fraction": 0.1,
+                    "predictions": {"ce": 2.5, "ce_recovered": 0.9},
+                }
+            },
+        },
+        "config.json": {
+            "schema_version": 1,
+            "discover": {"words": ["sfc", "discover"]},
+            "versions": {"torch": "2"},
+            "train": {"model": "m", "config": {"features": 3, "l0_loss": "x"}},
+        },
         "saes/mlp_0/config.json": {"site": "mlp_0", "architecture": "topk", "n_features": 8, "k": 2},
     }
     for name, data in files.items():

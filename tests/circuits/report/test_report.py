@@ -257,7 +257,8 @@ def test_sites_commands_and_what_the_features_tell_apart_are_on_the_page(tmp_pat
     text = re.sub(r"\s+", " ", Page(html).text)
     for phrase in (
         "On 7,686 tokens", "recover 0.980", "0.040", "+0.100", "34 %", "on for plural", "on for singular",
-        "from “subject” to “last” enters by attn_0 (100 %)", "sfc ablate --circuit RUN --prompts p.jsonl", "−27 % flips",
+        "−27 % flips",
+        "from “subject” to “last” enters by attn_0 (100 %)", "sfc ablate --circuit RUN --prompts p.jsonl",
     ):  # fmt: skip
         assert phrase in text, phrase
     assert "anna" not in html

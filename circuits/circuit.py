@@ -30,6 +30,7 @@ from circuits.labels import Label, LabelsFile
 from circuits.metrics.metrics import Metric, circuit_metric
 from circuits.prompts.dataset import PromptSet
 from graphs._outputs import is_graph
+from graphs.drawing.style import describe
 from graphs.feature_graph import FeatureGraph
 from sae._files import TensorSpec, check_tensors, digest_tensors, read_header, read_json, write_tensors
 from sae._run.outputs import check_output, has_header
@@ -156,6 +157,9 @@ class Circuit(CircuitViews):
         indices = {site: nodes.feature[~nodes.is_error].unique().tolist() for site, nodes in sorted(chosen.items())}
         return {site: index for site, index in indices.items() if index}
 
+    def _names(self, names: list[str]) -> FeatureNames:
+        return FeatureNames(names, self)
+
     # --- files --------------------------------------------------------------------------------------------------
 
     def save(self, folder: str | Path, *, graph: FeatureGraph | None = None, overwrite: bool = False) -> Path:
@@ -247,6 +251,14 @@ class FeatureNames(list[str]):
     def __init__(self, names: Iterable[str], circuit: Circuit) -> None:
         super().__init__(names)
         self.circuit = circuit
+
+    def _repr_html_(self) -> str:
+        """What each of them means, for notebooks."""
+        table = self.circuit.nodes_frame()
+        graph = self.circuit._shown(len(table), 0)
+        words = {node.id: describe(graph, node) for node in graph.nodes()}
+        table = table[table["node"].isin(self)].assign(words=lambda rows: rows["node"].map(words).fillna(""))
+        return table[["node", "words", "effect"]].to_html(index=False, border=0, float_format="{:+.3g}".format)
 
 
 def circuit_digest(folder: Path) -> str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from torch import Tensor
@@ -22,12 +22,15 @@ from graphs._outputs import has_mark
 from graphs.classes import find_classes
 from graphs.drawing.dot import draw, to_svg
 from graphs.drawing.style import describe
-from graphs.explorer import explore
+from graphs.explorer import explore, explorer_widget
 from graphs.feature_graph import FeatureGraph, Position, error_node, feature_node, metric_node
 from graphs.pruning import by_edge_threshold, by_top_edges
 from sae._run.outputs import check_output
 from sae.errors import UserError
 from sae.model.sites import Site
+
+if TYPE_CHECKING:
+    from anywidget import AnyWidget
 
 
 class CircuitViews:
@@ -168,12 +171,23 @@ class CircuitViews:
         return draw(self._shown(nodes, edges, **options), path, title=title, overwrite=overwrite)
 
     def explore(
-        self, path: str | Path, *, nodes: int = 300, edges: int = 3000, title: str | None = None,
+        self, path: str | Path | None = None, *, nodes: int = 300, edges: int = 3000, title: str | None = None,
         overwrite: bool = False, **options: Any,
-    ) -> Path:  # fmt: skip
-        """Write one interactive page that needs no server; arguments as in `plot`."""
+    ) -> Path | AnyWidget:  # fmt: skip
+        """Write one interactive page that needs no server; arguments as in `plot`.
+
+        Without a path, the same as a widget in a notebook: its `selected` are names of what was clicked, together with
+        the circuit, so that `ablate(widget.selected, prompts)` needs nothing else; `labels` and `groups` are what was
+        named there. Setting them changes the page.
+        """
+        if path is None:
+            return explorer_widget(self._shown(nodes, edges, **options), title=title, names=self._names)
         check_output(path, has_mark(".html"), overwrite=overwrite)
         return explore(self._shown(nodes, edges, **options), path, title=title, overwrite=overwrite)
+
+    def _names(self, names: list[str]) -> list[str]:
+        """Names of nodes, in the form that edits take them in."""
+        return names
 
     def _shown(self, nodes: int, edges: int, **options: Any) -> FeatureGraph:
         """The graph of at most `nodes` nodes that have edges, labelled where it is known what their features do."""

@@ -57,7 +57,8 @@ def reading_table(graph: FeatureGraph, classes: Classes | None) -> tuple[list[st
             by_span[node.position].append(node)
     strongest = sorted(by_span, key=lambda span: -sum(abs(node.effect) for node in by_span[span]))[:SPANS_SHOWN]
     rows = []
-    for span in [span for span in graph.positions if span in strongest] or [None]:
+    shown: list[Position] = [span for span in graph.positions if span in strongest] or [None]
+    for span in shown:
         cells = [
             [
                 (node, describe(graph, node))
@@ -75,9 +76,9 @@ def passages(graph: FeatureGraph) -> list[Passage]:
     """What passes between spans, most first."""
     weights: dict[tuple[Position, Position], dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for edge in graph.edges():
-        source, target = graph.node(edge.source), graph.node(edge.target)
-        if target.kind != "metric" and source.position != target.position:
-            weights[source.position, target.position][target.site] += abs(edge.weight)
+        start, end = graph.node(edge.source), graph.node(edge.target)
+        if end.kind != "metric" and start.position != end.position:
+            weights[start.position, end.position][end.site] += abs(edge.weight)
     totals = {between: sum(sites.values()) for between, sites in weights.items()}
     least = LEAST_SHARE * sum(totals.values())
     told = []
@@ -85,6 +86,6 @@ def passages(graph: FeatureGraph) -> list[Passage]:
         if totals[between] > least:
             sites = sorted(weights[between].items(), key=lambda item: -item[1])[:SITES_SHOWN]
             shares = [(site, weight / totals[between]) for site, weight in sites]
-            names = [position_name(graph, span) for span in between]
-            told.append(Passage(*names, [(site, share) for site, share in shares if share >= LEAST_SHARE]))
+            source, target = (position_name(graph, span) for span in between)
+            told.append(Passage(source, target, [part for part in shares if part[1] >= LEAST_SHARE]))
     return told

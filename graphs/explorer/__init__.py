@@ -3,15 +3,16 @@
 1. `_data.py` gathers the graph and its layouts, compressed and in base64: no text in it can leave its element.
 2. The page is `template.html.j2` with `explorer.css`, that data and `viewer.js`, which esbuild makes of the TypeScript
    in `src/` (`npm ci && npm run build` in this folder); it is committed, so that nobody else needs node.
-3. Labels and supernodes that a reader makes live in the browser's local storage and can be saved to files.
+3. In a notebook `widget.js` shows the same page in a frame.
+4. Labels and supernodes that a reader makes live in the browser's local storage and can be saved to files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
@@ -20,34 +21,43 @@ from graphs._files import write_text
 from graphs._outputs import check_output, has_mark
 from graphs.errors import GraphError
 from graphs.explorer._data import packed, page_data, unpacked
+from graphs.explorer.widget import make_widget
 from graphs.feature_graph import FeatureGraph
+
+if TYPE_CHECKING:
+    from anywidget import AnyWidget
 
 
 def explore(
     graph: FeatureGraph,
-    path: str | Path,
+    path: str | Path | None = None,
     *,
     title: str | None = None,
     compare_with: FeatureGraph | None = None,
     links: Mapping[str, str] | None = None,
     overwrite: bool = False,
-) -> Path:
+) -> Path | AnyWidget:
     """Write a page in which the graph can be explored: filters, search, feature contexts, labels, supernodes.
+
+    Without a path, the same as a widget in a notebook, whose `selected`, `labels` and `groups` are in step with Python
+    (`graphs.explorer.widget`).
 
     Args:
         graph: The graph, with at least one node.
-        path: An .html file, which needs no other file and no network.
+        path: An .html file, which needs no other file and no network; None for a widget.
         title: Heading of the page, `graph.metadata["title"]` by default.
         compare_with: A second graph; the page then tells what is in the first, in both and in the second alone.
         links: Addresses of other pages of the run, relative to this one: `features`, `report`.
         overwrite: Whether a file is replaced that this program did not write.
 
     Returns:
-        The path.
+        The path, or the widget.
 
     Raises:
         GraphError: For another extension, a graph without nodes, a file that cannot be written or is another program's.
     """
+    if path is None:
+        return explorer_widget(graph, title=title, compare_with=compare_with)
     path = _html(path)
     check_output(path, has_mark(".html"), overwrite=overwrite)
     write_text(path, explorer_html(graph, title=title, compare_with=compare_with, links=links))
@@ -117,6 +127,15 @@ def _page(title: str, data: Mapping[str, Any]) -> str:
         data=Markup(packed(data)),
         script=Markup(_asset("viewer.js")),
     )
+
+
+def explorer_widget(
+    graph: FeatureGraph, *, title: str | None = None, compare_with: FeatureGraph | None = None,
+    names: Callable[[list[str]], list[str]] = list,
+) -> AnyWidget:  # fmt: skip
+    """The explorer as a widget; see `graphs.explorer.widget`."""
+    page = explorer_html(graph, title=title, compare_with=compare_with)
+    return make_widget(page, _asset("widget.js"), names=names)
 
 
 def _asset(name: str) -> str:

@@ -12,13 +12,29 @@ from xml.etree import ElementTree
 import pytest
 
 from graphs.annotations import read_annotations
-from graphs.explorer import explore
+from graphs.explorer import explore, explorer_html
 from graphs.feature_graph import FeatureGraph, feature_node, metric_node
 from tests.graphs.browser import Page
 from tests.graphs.test_explorer import FOLDER, hostile_graph
 
 POINT = "(id => {{ const at = viewer.stage().{method}(id), r = viewer.stage().front.getBoundingClientRect();"
 POINT += " return [at.x + r.left, at.y + r.top]; }})({id})"
+
+NOTEBOOK = """(async () => {
+  const listeners = {};
+  Object.assign(window, { traits: %s, saved: 0, inner: null });
+  const model = {
+    get: (name) => traits[name],
+    set: (name, value) => { traits[name] = value; },
+    save_changes: () => { saved++; },
+    on: (event, listener) => { (listeners[event] ??= []).push(listener); },
+    off: () => {},
+  };
+  window.change = (name, value) => { traits[name] = value; for (const f of listeners["change:" + name]) f(); };
+  const module = await import(URL.createObjectURL(new Blob([%s], { type: "text/javascript" })));
+  module.default.render({ model, el: document.body });
+})()"""
+"""A notebook's side of an anywidget."""
 
 
 @pytest.fixture
@@ -329,3 +345,26 @@ def test_no_accessibility_faults(open_page, make_circuit):
             page.settle()
             found = page.evaluate("axe.run().then((r) => r.violations.map((v) => [v.id, v.nodes[0].html]))")
             assert found == [], (dark, step)
+
+
+def test_a_notebooks_widget_is_in_step_with_its_page(browser, tmp_path, make_circuit):
+    """The ES module with a stand-in for a notebook's model: pins, labels and groups go both ways."""
+    graph = make_circuit()
+    first, second = (node.id for node in graph.nodes()[:2])
+    traits = {"page": explorer_html(graph), "height": 600, "selected": [first], "labels": {}, "groups": []}
+    module = (FOLDER / "widget.js").read_text()
+    page = browser.open()
+    (tmp_path / "notebook.html").write_text("<!DOCTYPE html><body>")
+    page.send("Page.navigate", url=(tmp_path / "notebook.html").as_uri())
+    page.wait("document.readyState === 'complete'")
+    page.evaluate(NOTEBOOK % (json.dumps(traits), json.dumps(module)))
+    page.wait("document.body.dataset.ready === 'true'")
+    page.evaluate(f"inner = document.querySelector('iframe').contentWindow.viewer; inner.state.togglePin({second!r})")
+    assert page.evaluate("[traits.selected, saved]") == [[second, first], 1]
+    page.evaluate(
+        f"change('labels', {{'{first}': '<b>x'}}); change('groups', [{{name: 'g', nodes: ['{first}', '?']}}])"
+    )
+    labels, groups = page.evaluate("[inner.state.labels.value, traits.groups]")
+    assert labels == {first: "<b>x"} and groups == [{"name": "g", "nodes": [first], "collapsed": True}]
+    assert page.problems() == []
+    page.close()

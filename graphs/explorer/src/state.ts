@@ -122,6 +122,8 @@ export const future = signal<Snapshot[]>([]);
 
 const snapshot = (): Snapshot => ({ hash: toHash(), labels: labels.value, groups: groups.value });
 const same = (a: Snapshot, b: Snapshot) => a.hash === b.hash && a.labels === b.labels && a.groups === b.groups;
+/** In a notebook's frame there is no address to keep anything in. */
+const framed = location.protocol === "about:";
 const address = (hash: string) => location.pathname + location.search + hash;
 
 /** Ends a step of the reader: it gets its place in the browser's history and can be undone. */
@@ -134,7 +136,7 @@ export function commit(): void {
 }
 
 function arrive(next: Snapshot): void {
-  if (next.hash !== current.hash) history.pushState(null, "", address(next.hash));
+  if (next.hash !== current.hash && !framed) history.pushState(null, "", address(next.hash));
   if (next.labels !== current.labels) store("labels", next.labels);
   if (next.groups !== current.groups) store("groups", next.groups);
   current = next;
@@ -205,6 +207,14 @@ export function start(): void {
     readHash(location.hash);
     current = snapshot();
   });
+}
+
+/** Takes over what Python says, in a notebook; what does not fit the graph is left out. */
+export function take(what: "pins" | "labels" | "groups", value: unknown): void {
+  if (what === "labels") labels.value = asLabels(value) ?? {};
+  else if (what === "groups") groups.value = asGroups(value) ?? [];
+  else pins.value = Array.isArray(value) ? value.filter((id) => byId.has(id)) : [];
+  commit();
 }
 
 // --- steps --------------------------------------------------------------------------------------------------------------

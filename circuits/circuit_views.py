@@ -16,7 +16,7 @@ from torch import Tensor
 from circuits._tensors import METRIC
 from circuits.attribution.edges import Edges
 from circuits.attribution.effects import SiteEffects
-from circuits.attribution.nodes import Nodes, aggregate, count, distinguishable, ranked, select_nodes
+from circuits.attribution.nodes import Nodes, aggregate, count, distinguishable, select_nodes
 from circuits.labels import Label, labelled
 from graphs._outputs import has_mark
 from graphs.classes import find_classes

@@ -35,10 +35,10 @@ def test_memory_of_a_backward_pass(make_tiny_model, make_saes, tiny_prompts, arc
 @pytest.mark.parametrize("method", ["ig", "attrib"])
 def test_memory_as_it_then_is(make_tiny_model, make_saes, tiny_prompts, method, tmp_path, monkeypatch):
     """The peak within a fifth, and files on disk, of a discovery in several batches."""
-    model = make_tiny_model("gpt_neox", layers=2, width=64)
+    model = make_tiny_model("gpt_neox", layers=3, width=64)
     saes = make_saes(model, n_features=256)
     monkeypatch.setattr(batching, "MOST_ROWS", 4)
-    options = DiscoverOptions(method=method, steps=2, edge_nodes=12)
+    options = DiscoverOptions(method=method, steps=3, edge_nodes=40)
     estimate = estimate_discovery(model, saes, tiny_prompts, options, files=False)
     circuits = []
     peak = peak_memory(
@@ -70,7 +70,7 @@ def test_estimates_count_sparse_tensors_and_take_prompts_that_do_not_differ(tiny
 
 def test_estimate_of_streamed_autoencoders(tiny_model, tiny_saes, tiny_prompts):
     saes = streamed(tiny_saes)
-    options = DiscoverOptions(method="attrib", edge_nodes=12)
+    options = DiscoverOptions(method="attrib", edge_nodes=40)
     estimate = estimate_discovery(tiny_model, saes, tiny_prompts, options)
     assert estimate.memory["autoencoders"] == saes.budget
     before = saes.n_reads
@@ -79,7 +79,7 @@ def test_estimate_of_streamed_autoencoders(tiny_model, tiny_saes, tiny_prompts):
 
 
 def test_text_and_advice(tiny_model, tiny_saes, tiny_prompts, monkeypatch):
-    options = DiscoverOptions(method="attrib", edge_nodes=12)
+    options = DiscoverOptions(method="attrib", edge_nodes=40)
     estimate = estimate_discovery(tiny_model, tiny_saes, tiny_prompts, options)
     assert not estimate.advice and "estimated memory" in estimate.text() and "estimated time" in estimate.text()
     assert estimate.to_dict()["peak_bytes"] == estimate.peak == sum(estimate.memory.values())

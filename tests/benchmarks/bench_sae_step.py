@@ -139,6 +139,7 @@ def training_step(state: str, sizes: Sizes, config: TrainConfig, batch: Callable
 def _make_sparse(one: TrainingSAE, x: torch.Tensor, k: int) -> None:
     """Biases with which about k features a token are active, as late in training."""
     x = (x[:256] - one.state["centre"]) / one.state["scale"]
+    one.weights["W_enc"] /= one.weights["W_enc"].norm(dim=1, keepdim=True)  # it starts smaller where all are active
     z = (x @ one.weights["W_enc"].T).flatten()
     cut = z[:: max(1, len(z) // 2**20)].quantile(1 - k / one.n_features)
     for name in ("b_enc", "gate_bias"):

@@ -62,7 +62,7 @@ def test_an_interrupted_reading_goes_on(sfc, run, monkeypatch):
     [
         ((), "say whose features to show"),
         (("--saes", "nowhere"), "'nowhere' is no run folder of sfc"),
-        (("--features", "embed/0", "--sites", "embed", "--saes", "x"), "not by both"),
+        (("--features", "embed/0", "--sites", "embed", "--saes", "x"), "by one of"),
     ],
 )
 def test_bad_words(sfc, words, why):

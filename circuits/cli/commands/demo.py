@@ -34,6 +34,8 @@ BEHAVIOURS = {
 }
 VERIFIED = 20
 """Nodes that are patched exactly."""
+PAGES = 50
+"""Strongest features that get a page."""
 PAGE_OPTIONS = FeaturePageOptions(tokens=8_000, correlation_tokens=8_000, samples=2)
 START_SITE = "attn_1"
 """Faithfulness is measured from here on: what happens in block 0 is given, as the paper gives its first layers."""
@@ -134,7 +136,7 @@ class _Story:
         out = self.out
         self._chapter(
             "features",
-            "Every feature of it on a page of its own, with what becomes of each token without it",
+            "Its strongest features on pages of their own, with what becomes of each token without them",
             FeaturesCommand(
                 text=self.valid,
                 options=FeaturePageOptions(tokens=8_000, correlation_tokens=8_000, samples=2),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from circuits.cli.options import Common, Output, Overwrites, Prints, UsesSaes
 from circuits.cli.results import MADE_WITH, different_options, made_with, output_file
 from sae._files import read_json, write_json
-from sae._options import ContextLength
+from sae._options import ContextLength, Positive
 from sae._run.contents import FEATURES, PARTIAL_PAGES, check_contents, read_run_config, remove
 from sae._run.locks import lock
 from sae._run.outputs import check_no_link
@@ -41,8 +41,10 @@ class FeaturesCommand(UsesSaes, Overwrites, Common):
     """Their model; by default the one that the circuit or the run names."""
     text: str | None = None
     """Text that is read; by default the one the circuit's features were described on, else the autoencoders' own."""
+    top: Positive | None = None
+    """Show the n strongest features of the circuit; all that have edges by default."""
     features: str | None = None
-    """Features to show, such as resid_3/120,mlp_2/7; those of the circuit that have edges by default."""
+    """Features to show, such as resid_3/120,mlp_2/7."""
     sites: str | None = None
     """Show all features of these sites, such as all, resid or resid_3,mlp_2."""
     context_length: ContextLength = 128
@@ -103,8 +105,8 @@ class FeaturesCommand(UsesSaes, Overwrites, Common):
         from circuits.circuit import circuit_folder
         from sae.formats.locate import sae_folders
 
-        if self.features is not None and self.sites is not None:
-            raise UserError("say which features to show by --features or by --sites, not by both")
+        if sum(option is not None for option in (self.features, self.sites, self.top)) > 1:
+            raise UserError("say which features to show by one of --top, --features and --sites")
         if self.circuit is None and self.saes is None:
             raise UserError("say whose features to show: --circuit with a run folder, or --saes")
         if self.out is not None:
@@ -156,8 +158,13 @@ class FeaturesCommand(UsesSaes, Overwrites, Common):
         from circuits.editing.targets import parse_features
         from sae.model.sites import select_sites
 
-        if self.features is not None:
-            names = [name.strip().partition("@")[0] for name in self.features.split(",") if name.strip()]
+        if self.top is not None and circuit is None:
+            raise UserError("only a circuit has strongest features: give --circuit, or --features or --sites")
+        given = self.features.split(",") if self.features is not None else []
+        if self.top is not None and circuit is not None:
+            given = circuit.strongest_features(self.top)
+        if given:
+            names = [name.strip().partition("@")[0] for name in given if name.strip()]
             return {site: index.tolist() for site, index in parse_features(names, saes).items()}
         if self.sites is not None or circuit is None:
             chosen = select_sites(self.sites or "all", list(saes))

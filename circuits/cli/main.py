@@ -56,6 +56,7 @@ GROUPS = {
     "Edits": {
         "ablate": ("edit", "AblateCommand", "take features out of the model, and measure what is left"),
         "steer": ("edit", "SteerCommand", "push the model along features"),
+        "test": ("suite", "TestCommand", "behaviours listed in a YAML file, with pass and fail"),
     },
     "All of it": {
         "demo": ("demo", "DemoCommand", "the whole story on the bundled model, in a few minutes"),
@@ -84,13 +85,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = sys.argv[1:] if arguments is None else list(arguments)
     prepare_streams()
     _prepare_process(words)
+    status = 0
     try:
         _check_words(words)
         if not words or words[0] in ("-h", "--help"):
             say(overview())
         else:
             with terminated_as_interrupted():
-                _run(words)
+                status = _run(words)
     except (UserError, GraphError) as error:
         _leave(f"sfc: {error}", 2)
     except KeyboardInterrupt:
@@ -106,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if (message := _of_the_machine(error)) is None:
             raise
         _leave(f"sfc: {message}", 1)
-    sys.exit(0)
+    sys.exit(status)
 
 
 def overview() -> str:
@@ -117,7 +119,8 @@ def overview() -> str:
     return "\n".join([*lines, "", "sfc COMMAND --help explains every option of a command."]) + "\n"
 
 
-def _run(words: Sequence[str]) -> None:
+def _run(words: Sequence[str]) -> int:
+    """Run a command; its exit status."""
     from circuits.cli.parser import parse
     from sae._options import check_options
 
@@ -126,6 +129,7 @@ def _run(words: Sequence[str]) -> None:
     _keep_freed_memory()
     output = command.run()
     say((json.dumps(output.data) if command.json else printable(output.text)) + "\n")
+    return int(output.failed)
 
 
 def _prepare_process(words: Sequence[str]) -> None:

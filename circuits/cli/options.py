@@ -24,6 +24,8 @@ class Output:
     """For a person."""
     data: dict[str, Any]
     """For a machine: one JSON object; undefined numbers are null."""
+    failed: bool = False
+    """Whether what was tested has failed: the exit status is 1 then."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", without_nan(self.data))

@@ -244,6 +244,12 @@ def _check_span(span: str, prompts: PromptSet | None) -> None:
         raise UserError(f"the span {span!r} is one of prompts: give them with prompts=")
 
 
+def placed(edits: Mapping[Site, StandingEdit], prompts: PromptSet) -> dict[Site, SiteEdit]:
+    """Standing edits as those of a run of the clean prompts."""
+    columns = Columns(prompts.clean, 0, prompts.clean.n_positions)
+    return {site: _at(edit, columns) for site, edit in edits.items()}
+
+
 def _at(edit: StandingEdit, columns: Columns) -> SiteEdit:
     return lambda x: edit(x, columns)
 

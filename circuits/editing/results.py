@@ -16,13 +16,16 @@ from typing import Any
 import pandas as pd
 
 from circuits._results import format_interval, format_table
+from circuits.editing.records import Behaviour, Bias, Choice, Continuation, Dose, Fluency, Intervals
 from sae._files import check_type, read_json, without_nan
-from sae._frames import Result
+from sae._frames import Result, frame_text
 from sae.errors import UserError, unknown
 
 SCHEMA_VERSION = 1
 CE = "cross-entropy"
 """On other text, in nats a token."""
+COSTS = {CE: "ce", "CE at the behaviour's tokens": "ce_behaviour", "CE elsewhere": "ce_elsewhere", "KL": "kl"}
+"""Quantities measured on other text -> their field of `Behaviour`."""
 ACTIONS = {
     "zero": "set to zero", "mean": "set to their mean", "resample": "set to values at other tokens", "set": "set to {}",
     "clamp": "held to at most {}", "scale": "multiplied by {}", "steer": "steered by {}", "several": "edited",
@@ -32,52 +35,12 @@ SEVERAL = "several"
 """The operation of a report on several edits."""
 TINY = 0.01
 """Share of the mean size below which a case shows nothing of the behaviour before the edit, so that nothing is left."""
+SURGICAL_LEFT, SURGICAL_COST, NO_COST = 0.15, 1 / 3, 0.002
+"""A surgical edit leaves at most this share at this share of the cost of zeroing the ten strongest, or at a cost of no
+matter, in nats a token.
+"""
 REVERSED = -0.05
 """A case is called reversed where less than this is left of it."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """The behaviour on one group of prompts."""
-
-    n: int
-    """Number of prompts."""
-    metric: float
-    """Mean of `EditReport.metric`."""
-    accuracy: float | None
-    """Share of prompts with the right answer ahead of the wrong one; without pairs, ahead of all tokens. None where
-    prompts have no answers, for probes.
-    """
-
-
-@dataclass(frozen=True)
-class Behaviour:
-    """The behaviour of the model, edited or not."""
-
-    overall: Score
-    """On all prompts."""
-    by_case: dict[str, Score] = field(default_factory=dict)
-    """On the prompts of each case, where there are several."""
-    ce: float | None = None
-    """Cross-entropy on other text, nats a token; None where no text was given."""
-
-    @property
-    def size(self) -> float:
-        """Mean over cases of |metric|, each case weighing alike; the metric itself where there are no cases."""
-        scores = self.by_case.values()
-        return sum(abs(score.metric) for score in scores) / len(scores) if scores else self.overall.metric
-
-
-@dataclass(frozen=True)
-class Continuation:
-    """What the model says after a prompt."""
-
-    prompt: str
-    """The prompt."""
-    before: str
-    """Greedy continuation of the model as it is."""
-    after: str
-    """Greedy continuation of the edited model."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +81,24 @@ class EditReport(Result):
     """Whether the metric after the edit over that before is the share of the behaviour that is left."""
     edits: list[dict[str, Any]] = field(default_factory=list)
     """The edits as objects, with what they refer to; `load_edits` reads them from the report's file."""
+    random_equal_norm: list[Behaviour] = field(default_factory=list)
+    """The same draws, their changes scaled to the edit's own norm on the prompts."""
+    random_directions: list[Behaviour] = field(default_factory=list)
+    """Random directions, at each token and site as long as the edit's change there."""
+    strongest: Behaviour | None = None
+    """Where features were chosen: the circuit's ten strongest set to zero, to compare with."""
+    intervals: Intervals | None = None
+    """Intervals of what is left; None where there are none."""
+    bias: Bias | None = None
+    """To which answers the edited model leans; None where cases have no two sides."""
+    doses: list[Dose] = field(default_factory=list)
+    """The edit at other strengths."""
+    fluency: list[Fluency] = field(default_factory=list)
+    """Of the continuations before and after."""
+    choice: Choice | None = None
+    """How the features were chosen, where the program chose them."""
+    spread_on_text: bool = False
+    """Whether the edit is of spans, or of some tokens alone, and was made at all tokens of the other text."""
 
     @property
     def remaining(self) -> float | None:
@@ -161,6 +142,8 @@ class EditReport(Result):
             "remaining_by_case": self.remaining_by_case,
             "reversed_cases": self.reversed_cases,
             "ce_increase": self.ce_increase,
+            "ce_elsewhere_increase": self.cost_elsewhere,
+            "is_surgical": self.is_surgical,
         }
         return without_nan({"schema_version": SCHEMA_VERSION, "kind": "edit", **asdict(self), **derived})
 
@@ -226,13 +209,14 @@ class EditReport(Result):
             yield "accuracy", None, [run.overall.accuracy or 0.0 for run in self.runs]
             for case in cases:
                 yield "accuracy", case, [run.by_case[case].accuracy or 0.0 for run in self.runs]
-        if self.before.ce is not None:
-            yield CE, None, [run.ce or 0.0 for run in self.runs]
+        for quantity, name in COSTS.items():
+            if getattr(self.before, name) is not None:
+                yield quantity, None, [getattr(run, name) or 0.0 for run in self.runs]
 
     def table(self) -> str:
         """Before, after and the random control, one row a quantity."""
         values = self.to_frame()
-        digits = [3 if quantity == CE else 2 for quantity in values["quantity"]]
+        digits = [3 if quantity in COSTS else 2 for quantity in values["quantity"]]
         is_metric = values["quantity"] == self.metric
         table = pd.DataFrame(index=[self._row_name(row.quantity, row.case) for row in values.itertuples()])
         for name in ("before", "after"):
@@ -250,13 +234,15 @@ class EditReport(Result):
     def _row_name(self, quantity: str, case: str | None) -> str:
         if isinstance(case, str):
             return f"  {case}"
-        if quantity == CE:
-            return f"CE on {self.n_texts} texts"
+        if quantity in COSTS:
+            return f"CE on {self.n_texts} texts" if quantity == CE else f"  {quantity.removeprefix('CE ')}"
         return f"{quantity}, mean size" if quantity == self.metric and self.before.by_case else quantity
 
     def text(self) -> str:
         """What was edited, the table, what it needs to be read rightly, and the continuations."""
         lines = [self.title(), self.table(), *self.remarks()]
+        if self.doses:
+            lines += ["", frame_text(self.dose_table(), {"left": 2, "scale": 2})]
         for sample in self.continuations:
             lines += ["", sample.prompt, f"  before:{_space(sample.before)}", f"  after: {_space(sample.after)}"]
         return "\n".join(lines)
@@ -267,13 +253,110 @@ class EditReport(Result):
         return f"random features ({len(self.random)} {'draw' if len(self.random) == 1 else 'draws'}{few})"
 
     def remarks(self) -> list[str]:
-        """What the table needs to be read rightly."""
-        remarks = []
+        """What the table needs to be read rightly, and what does not fit into it."""
+        remarks = [*self._about_choice()]
+        if self.intervals is not None and self.intervals.remaining is not None:
+            low, high = self.intervals.remaining
+            remarks.append(f"left: 95 % interval {_percent(low)} to {_percent(high)} over {self.intervals.drawn}")
+        if self.bias is not None and self.before.size > 0:
+            size = self.before.size
+            remarks.append(
+                f"bias: the answers lean to {', '.join(self.bias.towards)} by {self.bias.after:.2f} "
+                f"({_percent(self.bias.after / size)} of the behaviour's size; {self.bias.before:+.2f} before)"
+            )
+        if self.spread_on_text:
+            remarks.append("other text has no spans, and is not generated: there the features are edited at all tokens")
+        controls = (("random features at equal norm", self.random_equal_norm),
+                    ("random directions at equal norm", self.random_directions))  # fmt: skip
+        remarks += [f"{name}: {self._range(runs)}" for name, runs in controls if runs]
         if self.reversed_cases:
             remarks.append(f"reversed: {', '.join(self.reversed_cases)} (the metric has the other sign after the edit)")
+        if self.fluency:
+            before, after = self.fluency
+            remarks.append(
+                f"continuations: perplexity {_number(before.perplexity)} before, {_number(after.perplexity)} after, by "
+                f"the model as it is; repeated threes {_percent(before.repetition)}, {_percent(after.repetition)}"
+            )
         if self.random_left == 0:
             remarks.append("no random features to compare with: all that are active there are edited")
         return remarks
+
+    @property
+    def is_surgical(self) -> bool | None:
+        """Whether a chosen edit leaves at most `SURGICAL_LEFT` at `SURGICAL_COST` of what zeroing the ten strongest
+        features costs elsewhere; None where that was not measured.
+        """
+        of_strongest = None if self.strongest is None else self._cost(self.strongest)
+        cost, left = self._cost(self.after), self.remaining
+        if of_strongest is None or cost is None or left is None:
+            return None
+        return abs(left) <= SURGICAL_LEFT and cost <= max(SURGICAL_COST * of_strongest, NO_COST)
+
+    @property
+    def cost_elsewhere(self) -> float | None:
+        """Cost of the edit at predictions that are none of the behaviour's, nats a token."""
+        return self._cost(self.after)
+
+    def _cost(self, run: Behaviour) -> float | None:
+        """What a run costs elsewhere, nats a token."""
+        if run.ce_elsewhere is None or self.before.ce_elsewhere is None:
+            return None
+        return run.ce_elsewhere - self.before.ce_elsewhere
+
+    def _about_choice(self) -> list[str]:
+        """How the features were chosen, and whether that is surgical."""
+        choice = self.choice
+        if choice is None:
+            return []
+        lines = [
+            f"chosen from {choice.n_candidates} features by {choice.n_trials} trials on training prompts and text, in "
+            f"{choice.seconds:.0f} s; in the order of choice (left and cost elsewhere there):"
+        ]
+        for step in choice.steps:
+            signs = [f"+ {name}" for name in step.added] + [f"- {name}" for name in step.dropped]
+            lines.append(f"  {', '.join(signs):<40} {_percent(step.left):>6} {step.ce_elsewhere:+8.4f}")
+        cost, of_strongest = self._cost(self.after), self.strongest and self._cost(self.strongest)
+        if self.strongest is not None and cost is not None and of_strongest is not None:
+            lines.append(
+                f"elsewhere it costs {cost:+.4f} nats a token; zeroing the ten strongest costs {of_strongest:+.4f} and "
+                f"leaves {_percent(self.left(self.strongest) or 0.0)}"
+            )
+        if self.is_surgical is False:
+            lines.append("this edit is not surgical: what carries the behaviour is needed elsewhere" + self._instead())
+        return lines
+
+    def _instead(self) -> str:
+        """Which features can be had for little, and what they do."""
+        cheap = self.choice.cheap if self.choice is not None else None
+        if cheap is None:
+            return "; no feature before it does without a cost"
+        return (
+            f"; at little cost can be had {', '.join(cheap.added)}, which leave {_percent(cheap.left)} at "
+            f"{cheap.ce_elsewhere:+.4f}"
+        )
+
+    def _range(self, runs: list[Behaviour]) -> str:
+        """What several runs leave, and cost elsewhere, from the smallest to the largest."""
+        shares = [share for share in map(self.left, runs) if share is not None]
+        costs = [cost for cost in map(self._cost, runs) if cost is not None]
+        left = f"{_percent(min(shares))} to {_percent(max(shares))} left" if shares else ""
+        cost = f"CE elsewhere {min(costs):+.3f} to {max(costs):+.3f}" if costs else ""
+        return ", ".join(text for text in (left, cost) if text)
+
+    def dose_table(self) -> pd.DataFrame:
+        """One row a strength: scale, left, by case, and where there is other text the cost elsewhere and KL."""
+        rows = []
+        for dose in self.doses:
+            run = dose.behaviour
+            row: dict[str, Any] = {"scale": dose.scale, "left": self.left(run), self.metric: run.size}
+            row |= {case: score.metric for case, score in run.by_case.items()}
+            row |= {} if run.ce is None else {"CE elsewhere": self._cost(run), "KL": run.kl}
+            rows.append(row)
+        return pd.DataFrame(rows)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
 
 
 def _percent(share: float) -> str:

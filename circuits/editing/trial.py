@@ -5,25 +5,41 @@ Shapes: B prompts, S positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from circuits.editing.applied import FeatureEdits, with_references
+from circuits.editing.applied import FeatureEdits, placed, with_references
+from circuits.editing.controls import change_norm, random_directions
 from circuits.editing.declaration import Edit
-from circuits.editing.measures import continuations, measure
+from circuits.editing.measures import (
+    answers_of,
+    bias,
+    continuations,
+    continued_ids,
+    fluency,
+    in_turn,
+    left_intervals,
+    prompt_values,
+    scored,
+)
 from circuits.editing.random_features import active_features, random_features
-from circuits.editing.results import SEVERAL, Behaviour, Continuation, EditReport
+from circuits.editing.records import Behaviour, Choice, Continuation, Dose, Fluency
+from circuits.editing.results import SEVERAL, EditReport
 from circuits.editing.targets import Features, feature_names
-from circuits.metrics.metrics import Metric, has_shares, metric_title
+from circuits.editing.text_cost import OtherText
+from circuits.metrics.metrics import Edits, Metric, has_shares, logit_difference, metric_title
+from circuits.metrics.probe import Probe
 from circuits.prompts.dataset import PromptSet
 from sae.autoencoder import SparseAutoencoder
-from sae.data.predictions import cross_entropy
+from sae.model.hook_points import SiteEdit, StandingEdit
 from sae.model.language_model import LanguageModel, Tokens
 from sae.model.sites import Site
+
+Standing = Mapping[Site, StandingEdit]
 
 
 @dataclass(frozen=True)
@@ -44,6 +60,12 @@ class EditOptions:
     """Seed of the draws."""
     batch_size: int = 64
     """Prompts that go through the model at once."""
+    scales: Sequence[float] = ()
+    """Strengths at which the edit is measured as well: its changes times these."""
+    answers: Sequence[int] = ()
+    """Further tokens that answer the behaviour, beside those of the prompts: their cost on text is told apart."""
+    resamples: int = 1000
+    """Times the prompts are drawn anew for intervals; 0 for none."""
 
 
 @dataclass(frozen=True)
@@ -120,51 +142,130 @@ class Trial:
             if edit.names
         ]  # fmt: skip
 
-    def _at_work(self, resolved: Sequence[Edit]) -> FeatureEdits:
-        return FeatureEdits(self.model, self.saes, resolved, prompts=self.prompts, seed=self.options.seed)
-
-    def _on_text(self, resolved: Sequence[Edit]) -> FeatureEdits:
-        """The edits as they are on other text, which has no spans and no generated tokens: at all tokens."""
-        if all(edit.is_everywhere for edit in resolved):
-            return self._at_work(resolved)
-        return self._at_work(self._resolved([edit.everywhere() for edit in resolved]))
-
-    def behaviour(self, resolved: Sequence[Edit]) -> Behaviour:
-        """The behaviour of the edited model, with the cross-entropy on the other text where there is any."""
-        size = self.options.batch_size
-        scores = measure(
-            self.model, self.prompts, edits=self._at_work(resolved), metric=self.metric, batch_size=size
+    def _at_work(self, resolved: Sequence[Edit], strength: float = 1.0) -> FeatureEdits:
+        return FeatureEdits(
+            self.model, self.saes, resolved, prompts=self.prompts, strength=strength, seed=self.options.seed
         )  # fmt: skip
-        if not self.texts:
-            return scores
-        with self.model.edited(self._on_text(resolved).standing()):
-            return replace(scores, ce=cross_entropy(self.model, self.texts))
 
-    def report(self, continued: Sequence[Continuation] | None = None) -> EditReport:
-        """Everything that is measured; `continued`: the continuations, where they are there already."""
-        options, first = self.options, self.listed[0]
+    @cached_property
+    def other_text(self) -> OtherText | None:
+        """The other text with the untouched model's predictions; None where there is none."""
+        return OtherText(self.model, self.texts, self._answers()) if self.texts else None
+
+    def _answers(self) -> list[int]:
+        """Tokens that answer the behaviour; none for probes, whose prompts have answers for form's sake alone."""
+        if isinstance(self.metric, Probe):
+            return []
+        return [*answers_of(self.prompts), *self.options.answers]
+
+    def _values(self, edits: Edits | None) -> tuple[Tensor, Tensor | None]:
+        """The metric of every prompt, [B], and whether it is answered rightly, [B]."""
+        return prompt_values(
+            self.model, self.prompts, edits=edits, metric=self.metric, batch_size=self.options.batch_size
+        )  # fmt: skip
+
+    def behaviour(self, resolved: Sequence[Edit], strength: float = 1.0) -> Behaviour:
+        """The behaviour of the edited model, with the cost on the other text where there is any."""
+        edits = self._at_work(resolved, strength)
+        measured = scored(self.prompts, *self._values(edits))
+        return self._with_cost(measured, lambda: self._on_text(resolved, strength).standing())
+
+    def _with_cost(self, measured: Behaviour, on_text: Callable[[], Standing]) -> Behaviour:
+        return measured if self.other_text is None else self.other_text.measured(measured, on_text())
+
+    def _on_text(self, resolved: Sequence[Edit], strength: float = 1.0) -> FeatureEdits:
+        """The edits as they are on other text, which has no spans and no generated tokens: at all tokens."""
+        if not self.is_spread:
+            return self._at_work(resolved, strength)
+        return self._at_work(self._resolved([edit.everywhere() for edit in resolved]), strength)
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether the edits are at all tokens of other text, though not of the prompts."""
+        return not all(edit.is_everywhere for edit in self.listed)
+
+    def _controls(self, draws: Sequence[Sequence[Edit]]) -> dict[str, list[Behaviour]]:
+        """The same edit of random features, that at equal norm, and random directions."""
+        if not draws:
+            return {}
+        batches = list(self.prompts.batches(self.options.batch_size))
+        norm = change_norm(self.model, batches, self.edits.standing(self.prompts))
+        on_text = self._on_text(self.resolved).standing() if self.texts else {}
+        generator = torch.Generator().manual_seed(self.options.seed)
+        controls: dict[str, list[Behaviour]] = {"random": [], "random_equal_norm": [], "random_directions": []}
+        for draw in map(self._resolved, draws):
+            controls["random"].append(self.behaviour(draw))
+            drawn_norm = change_norm(self.model, batches, self._at_work(draw).standing(self.prompts))
+            if drawn_norm > 0:
+                controls["random_equal_norm"].append(self.behaviour(draw, norm / drawn_norm))
+            seed = int(torch.randint(2**31, (), generator=generator))
+            controls["random_directions"].append(self._along_directions(seed, on_text))
+        return controls
+
+    def _along_directions(self, seed: int, on_text: Standing) -> Behaviour:
+        """The behaviour with random directions in place of the edit."""
+        widths = self.model.widths
+
+        def directions(prompts: PromptSet) -> dict[Site, SiteEdit]:
+            return placed(random_directions(self.edits.standing(prompts), widths, seed), prompts)
+
+        measured = scored(self.prompts, *self._values(directions))
+        return self._with_cost(measured, lambda: random_directions(on_text, widths, seed))
+
+    def report(
+        self,
+        continued: Sequence[Continuation] | None = None,
+        *,
+        choice: Choice | None = None,
+        strongest: Sequence[Edit] = (),
+    ) -> EditReport:
+        """Everything that is measured.
+
+        continued: the continuations, where they are there already; choice: how features were chosen; strongest: an
+        edit to compare a choice with.
+        """
+        options, only = self.options, self.listed[0] if len(self.listed) == 1 else None
         names, n_drawn = self._names(self.listed), min((len(self._names(draw)) for draw in self.draws), default=0)
         draws = self.draws if n_drawn else []
         if continued is None:
             n, new_tokens = options.generate, options.new_tokens
             continued = continuations(self.model, self.prompts, self.edits, n=n, new_tokens=new_tokens)
+        values = [self._values(edits) for edits in (None, self.edits)]
+        before = self._with_cost(scored(self.prompts, *values[0]), dict)
+        after = self._with_cost(scored(self.prompts, *values[1]), lambda: self._on_text(self.resolved).standing())
+        shares = has_shares(self.metric)
         return EditReport(
             features=names,
-            operation=first.operation if len(self.listed) == 1 else SEVERAL,
-            value=first.value if len(self.listed) == 1 else None,
+            operation=only.operation if only else SEVERAL,
+            value=only.value if only else None,
             metric=metric_title(self.metric, self.prompts),
-            shares=has_shares(self.metric),
+            shares=shares,
             n_prompts=len(self.prompts),
             n_texts=len(options.texts),
-            before=self.behaviour([]),
-            after=self.behaviour(self.resolved),
-            random=[self.behaviour(self._resolved(draw)) for draw in draws],
+            before=before,
+            after=after,
+            **self._controls(draws) or {"random": []},
             random_features=[self._names(draw) for draw in draws],
             random_left=n_drawn if options.n_random and n_drawn < len(names) else None,
             continuations=list(continued),
             seed=options.seed,
             edits=[edit.to_dict() for edit in self.resolved],
+            intervals=left_intervals(self.prompts, values[0][0], values[1][0], resamples=options.resamples)
+            if shares
+            else None,
+            bias=bias(self.prompts, before, after) if self.metric is logit_difference else None,
+            doses=[Dose(scale, self.behaviour(self.resolved, scale)) for scale in options.scales],
+            fluency=self._fluency() if continued else [],
+            choice=choice,
+            strongest=self.behaviour(self._resolved(strongest)) if strongest else None,
+            spread_on_text=bool(self.texts) and self.is_spread,
         )
+
+    def _fluency(self) -> list[Fluency]:
+        """How good the continuations are as text, before and after."""
+        chosen, new_tokens = in_turn(self.prompts, max(self.options.generate, 1)), self.options.new_tokens
+        ids = (continued_ids(self.model, chosen, edits, new_tokens=new_tokens) for edits in (None, self.edits))
+        return [fluency(self.model, chosen, of_run) for of_run in ids]
 
 
 def _joined(several: Iterable[Features]) -> dict[Site, Tensor]:

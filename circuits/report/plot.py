@@ -85,6 +85,25 @@ def curves_plot(
         return _inline(figure)
 
 
+def doses_plot(scales: Sequence[float], left: Sequence[float | None], costs: Sequence[float | None]) -> Markup:
+    """An `<svg>` element: what an edit leaves of the behaviour, and costs elsewhere, over its strength."""
+    panels = [(left, "share of the behaviour left", CIRCUIT), (costs, "cross-entropy elsewhere, nats", COMPLEMENT)]
+    panels = [panel for panel in panels if len(panel[0])]
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "doses", "font.size": 10, "font.family": "sans-serif"}):
+        figure = Figure(figsize=(3.1 * len(panels), 2.3), layout="constrained")
+        for axes, (values, label, colour) in zip(
+            figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+        ):
+            axes.axhline(0, color=RULE, lw=1, zorder=0)
+            axes.plot(scales, _drawn(values), color=colour, lw=2, marker="o", ms=4)
+            axes.set_xlabel("strength", color=INK)
+            axes.set_title(label, color=INK, fontsize=10, loc="left")
+            axes.tick_params(colors=PALE, length=3)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.spines[["left", "bottom"]].set_color(RULE)
+        return _inline(figure)
+
+
 def _label_axes(axes: Axes, sizes: Sequence[int], unit: str) -> None:
     axes.set_xscale("log")
     axes.set_xticks(sizes, [str(size) for size in sizes])

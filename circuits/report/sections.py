@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from circuits.editing.results import Continuation, EditReport
 from circuits.report.files import RunFiles
-from circuits.report.plot import Line, curves_plot
+from circuits.report.plot import Line, curves_plot, doses_plot
 from graphs.classes import case_means
 from graphs.drawing.style import describe, is_late, position_name, visible
 from graphs.feature_graph import FeatureGraph, Node
@@ -357,7 +357,29 @@ def edit_block(name: str, edit: EditReport) -> dict[str, Any]:
     if edit.before.ce is not None:
         name_of_ce = f"cross-entropy, {edit.n_texts} other texts"
         rows += _on_one_axis([EditRow(name_of_ce, [run.ce or 0.0 for run in edit.runs], "strong", digits=3)])
-    return {"name": name, "edit": edit, "rows": rows, "samples": [_sample(sample) for sample in edit.continuations]}
+        costs = {"at the behaviour's tokens": "ce_behaviour", "elsewhere": "ce_elsewhere", "KL": "kl"}
+        for title, cost in costs.items():
+            if getattr(edit.before, cost) is not None:
+                values = [getattr(run, cost) or 0.0 for run in edit.runs]
+                rows += _on_one_axis([EditRow(title, values, "case", digits=3)])
+    return {
+        "name": name,
+        "edit": edit,
+        "rows": rows,
+        "samples": [_sample(sample) for sample in edit.continuations],
+        "doses": _doses(edit),
+    }
+
+
+def _doses(edit: EditReport) -> dict[str, Any] | None:
+    """The edit at other strengths: a plot of what is left and, where it was measured, of the cost; and a table."""
+    if not edit.doses:
+        return None
+    table = edit.dose_table().sort_values("scale")
+    costs = list(table["CE elsewhere"]) if "CE elsewhere" in table else []
+    rows = [[number(value, 3) for value in row] for row in table.itertuples(index=False)]
+    plot = doses_plot(list(table["scale"]), list(table["left"]), costs) if edit.shares else None
+    return {"columns": list(table.columns), "rows": rows, "plot": plot}
 
 
 def _on_one_axis(rows: list[EditRow]) -> list[EditRow]:

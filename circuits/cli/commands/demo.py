@@ -123,10 +123,10 @@ class _Story:
         )
         self._chapter(
             "ablate",
-            "What becomes of the model when its ten strongest features stay at their mean",
+            "What becomes of the model when a few of them, chosen to cost little elsewhere, stay at their mean",
             AblateCommand(
-                prompts=self.test_prompts, top=10, operation="mean", everywhere=True, text=self.valid, generate=2,
-                new_tokens=8, **circuit,
+                prompts=self.test_prompts, choose="surgical", text=self.valid, generate=2, new_tokens=8, random=3,
+                **circuit,
             ),
         )  # fmt: skip
         self._show(circuit)
@@ -175,12 +175,18 @@ class _Story:
             f"  {half[0]} nodes from {curve['start_site']} on explain {half[1]:.0%} of the behaviour by themselves."
             if half
             else "  No size that was measured explains half of the behaviour by itself.",
-            f"  With its ten strongest features at their mean {_left(edit)}",
-            f"  and accuracy goes from {before['accuracy']:.0%} to {after['accuracy']:.0%};",
-            f"  with ten random features of the same sites at theirs {sum(drawn) / len(drawn):.0%} is left.",
+            f"  With {len(edit['features'])} chosen features at their mean {_left(edit)}",
+            f"  and accuracy goes from {before['accuracy']:.0%} to {after['accuracy']:.0%}; other text costs "
+            f"{edit['ce_elsewhere_increase']:+.3f} nats elsewhere;",
+            f"  with as many random features of the same sites at theirs {_mean(drawn)} is left.",
             f"  Open {self.out / 'report.html'} and {self.out / 'graph' / 'circuit.html'}.",
         ]
         return "\n".join(lines)
+
+
+def _mean(shares: list[float | None]) -> str:
+    defined = [share for share in shares if share is not None]
+    return f"{sum(defined) / len(defined):.0%}" if defined else "-"
 
 
 def _left(edit: dict[str, Any]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -11,7 +13,7 @@ from circuits.cli.options import HasTestPrompts, Named, Output, RunsCircuit, Use
 from circuits.cli.results import MADE_WITH, different_options, digest_of, made_with, read_result
 from circuits.options import EditedTokens, Operation
 from sae._files import write_json
-from sae._options import Activation, Count, Positive, Range, Repeats, Seed
+from sae._options import Activation, Count, Positive, Range, Repeats, Seed, Weight
 from sae._run.locks import lock
 from sae._run.outputs import check_no_link
 from sae.data.text import TextSource
@@ -21,6 +23,11 @@ if TYPE_CHECKING:
     from circuits.circuit import Circuit
     from circuits.editing.declaration import Edit
     from circuits.editing.edit import Trial
+    from circuits.editing.results import EditReport
+
+
+CHOSEN_ON = 100
+"""Texts that features are chosen on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +42,12 @@ class _Edit(UsesSaes, Named, HasTestPrompts, RunsCircuit):
     """
     groups: Path | None = None
     """Supernodes that the explorer saved; --features may name them."""
+    choose: Literal["surgical"] | None = None
+    """surgical: choose features that remove the behaviour in every case and cost little elsewhere, on the prompts the
+    circuit was found on and the texts of --text behind those that are measured (of half of them where there are few).
+    """
+    penalty: Weight = 3.0
+    """With --choose, what a nat of cross-entropy elsewhere weighs against all of the behaviour."""
     edit: Path | None = None
     """Make the edits of this file: a file of edits, or edits/NAME.json of an earlier ablate or steer."""
     everywhere: bool = False
@@ -51,8 +64,10 @@ class _Edit(UsesSaes, Named, HasTestPrompts, RunsCircuit):
     """Prompts that are continued before and after."""
     new_tokens: Annotated[int, Range(1, 10**6)] = 30
     """Length of a continuation."""
+    scales: str | None = None
+    """Strengths at which the edit is measured as well, such as 0,0.5,1,2,4: its changes times these."""
     random: Repeats = 5
-    """Draws of equally many random active features, edited likewise, to compare with."""
+    """Draws of equally many random active features, edited likewise, also at equal norm, and of random directions."""
     random_anywhere: bool = False
     """Draw random features from all sites together instead of as many per site as are edited."""
     seed: Seed = 0
@@ -62,10 +77,14 @@ class _Edit(UsesSaes, Named, HasTestPrompts, RunsCircuit):
         """Edit the model, measure what became of it, and write edits/NAME.json."""
         from circuits.circuit import circuit_folder
 
-        if sum(given is not None for given in (self.top, self.features, self.edit)) != 1:
+        if sum(given is not None for given in (self.top, self.features, self.edit, self.choose)) != 1:
             raise UserError(
-                "say which features to edit: either --top N, --features resid_3/120,mlp_2/7, or --edit FILE.json"
+                "say which features to edit: either --top N, --features resid_3/120,mlp_2/7, --edit FILE.json, or "
+                "--choose surgical"
             )
+        if self.choose is not None and self.text is None:
+            raise UserError("--choose needs --text: what the edit costs elsewhere is measured on it")
+        parse_scales(self.scales)
         with lock(circuit_folder(self.circuit).parent, shared=True):
             return self._measured(operation, value)
 
@@ -74,29 +93,60 @@ class _Edit(UsesSaes, Named, HasTestPrompts, RunsCircuit):
         from circuits.cli.common import load_circuit, record
 
         path, made_with_these = self.file(operation, value)
-        report = self.trial(load_circuit(self), operation, value).report()
+        circuit = load_circuit(self)
+        report = self._chosen(circuit, operation) if self.choose else self.trial(circuit, operation, value).report()
         data = {**report.to_dict(), MADE_WITH: made_with_these}
         write_json(path, data)
         record(circuit_folder(self.circuit).parent, f"edit {path.stem}", self)
         return Output(f"{report.text()}\nwrote {path}", data)
 
-    def trial(self, circuit: Circuit, operation: Operation, value: float | None) -> Trial:
+    def trial(
+        self, circuit: Circuit, operation: Operation, value: float | None, chosen: Sequence[Edit] | None = None
+    ) -> Trial:
         """The edits of a circuit that is loaded, ready to be measured."""
         from circuits.editing.edit import EditOptions, prepare_trial
         from circuits.editing.targets import needs_spans
 
-        edits = self._edits(circuit, operation, value)
+        edits = chosen or self._edits(circuit, operation, value)
         need_spans = any(needs_spans(edit.features) for edit in edits)
         prompts = circuit.read_prompts(self.prompts, limit=self.examples, need_spans=need_spans)
         options = EditOptions(
-            texts=list(islice(TextSource.of(self.text).read(), self.texts)) if self.text else [],
+            texts=self._texts()[0],
             generate=self.generate,
             new_tokens=self.new_tokens,
             n_random=self.random,
             same_sites=not self.random_anywhere,
             seed=self.seed,
+            scales=parse_scales(self.scales),
+            answers=self._answers(circuit) if self.text else (),
         )
         return prepare_trial(circuit.model, circuit.saes, edits, prompts, options, metric=circuit.metric)
+
+    def _texts(self) -> tuple[list[str], list[str]]:
+        """Texts to measure on, and with --choose others to choose on."""
+        if self.text is None:
+            return [], []
+        n = self.texts + (CHOSEN_ON if self.choose else 0)
+        texts = [text for text in islice(TextSource.of(self.text).read(), n) if text.strip()]
+        n_measured = min(self.texts, len(texts) - len(texts) // 2) if self.choose else self.texts
+        return texts[:n_measured], texts[n_measured:]
+
+    def _answers(self, circuit: Circuit) -> list[int]:
+        """Tokens that answer the behaviour in the whole file that the circuit's prompts are of."""
+        from circuits.editing.measures import answers_of
+
+        return answers_of(circuit.read_prompts(circuit.metadata["prompts"]))
+
+    def _chosen(self, circuit: Circuit, operation: Operation) -> EditReport:
+        """Features chosen on training prompts and text, and what their edit does on others."""
+        from circuits.editing.declaration import Edit
+        from circuits.editing.surgical import choose_surgical
+
+        edit, choice = choose_surgical(
+            circuit, texts=self._texts()[1], operation=operation, penalty=self.penalty, answers=self._answers(circuit)
+        )
+        strongest = Edit(list(circuit.strongest_features(10)), "zero").everywhere()
+        return self.trial(circuit, operation, None, [edit]).report(choice=choice, strongest=[strongest])
 
     def _edits(self, circuit: Circuit, operation: Operation, value: float | None) -> list[Edit]:
         """The edits of the file, or the one that the options describe."""
@@ -123,6 +173,7 @@ class _Edit(UsesSaes, Named, HasTestPrompts, RunsCircuit):
         options = made_with(self, circuit=circuit_digest(circuit), operation=operation, value=value)
         what = f"top{self.top}" if self.top is not None else f"{self._n_features()}features"
         usual = f"{operation}{'' if value is None else f'_{value:g}'}_{what}" if self.edit is None else self.edit.stem
+        usual = self.choose or usual
         name = self.name or usual
         path = folder / f"{name}.json"
         check_no_link(folder)
@@ -136,6 +187,18 @@ class _Edit(UsesSaes, Named, HasTestPrompts, RunsCircuit):
 
     def _n_features(self) -> int:
         return len({name.strip() for name in (self.features or "").split(",")})
+
+
+def parse_scales(text: str | None) -> list[float]:
+    """`"0,0.5,1"` -> [0.0, 0.5, 1.0]; `UserError` for anything that is no finite number."""
+    scales = [scale.strip() for scale in (text or "").split(",") if scale.strip()]
+    try:
+        values = [float(scale) for scale in scales]
+    except ValueError:
+        values = [math.nan]
+    if not all(map(math.isfinite, values)):
+        raise UserError(f"scales {text!r}: expected numbers separated by commas, such as 0,0.5,1,2,4")
+    return values
 
 
 @dataclass(frozen=True, kw_only=True)

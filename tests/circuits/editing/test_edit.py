@@ -11,7 +11,8 @@ from circuits.discovery.discover import discover
 from circuits.editing import edit as editing
 from circuits.editing.applied import feature_means
 from circuits.editing.random_features import active_features, random_features
-from circuits.editing.results import Behaviour, EditReport, Score
+from circuits.editing.records import Behaviour, Score
+from circuits.editing.results import EditReport
 from circuits.editing.site_edit import make_edits
 from circuits.editing.targets import feature_names, needs_spans, parse_features, split_by_span
 from circuits.metrics import metrics as behaviour

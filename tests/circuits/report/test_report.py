@@ -9,7 +9,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from circuits.editing.results import Behaviour, Continuation, EditReport, Score
+from circuits.editing.records import Behaviour, Continuation, Score
+from circuits.editing.results import EditReport
 from circuits.report import write_report
 from circuits.report.files import read_run
 from graphs.drawing.dot import draw

@@ -1,0 +1,54 @@
+"""What an edit is compared with beside random features: changes of equal norm, and random directions.
+
+Shapes: B prompts, S positions, n columns, d model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from circuits.prompts.dataset import PromptSet
+from sae.model.hook_points import Columns, StandingEdit
+from sae.model.language_model import LanguageModel
+from sae.model.sites import Site
+
+Standing = Mapping[Site, StandingEdit]
+
+
+@torch.no_grad()
+def change_norm(model: LanguageModel, batches: Iterable[PromptSet], edits: Standing) -> float:
+    """The norm of all changes that edits make to the clean prompts: sqrt(sum ||x' - x||^2) over tokens and sites."""
+    total = [0.0]
+
+    def recording(edit: StandingEdit) -> StandingEdit:
+        def recorded(x: Tensor, columns: Columns) -> Tensor:
+            new = edit(x, columns)
+            real = columns.tokens.attention_mask.bool()
+            total[0] += float((new - x)[real].double().square().sum())
+            return new
+
+        return recorded
+
+    with model.edited({site: recording(edit) for site, edit in edits.items()}):
+        for batch in batches:
+            model.run(batch.clean, last_only=True)
+    return total[0] ** 0.5
+
+
+def random_directions(edits: Standing, widths: Mapping[Site, int], seed: int) -> dict[Site, StandingEdit]:
+    """Edits that move each token as far as `edits` do, along one random direction a site."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = {site: normalize(torch.randn(widths[site], generator=generator), dim=0) for site in edits}
+    return {site: _along(edit, drawn[site]) for site, edit in edits.items()}
+
+
+def _along(edit: StandingEdit, direction: Tensor) -> StandingEdit:
+    def moved(x: Tensor, columns: Columns) -> Tensor:
+        distance = (edit(x, columns) - x).norm(dim=-1, keepdim=True)  # [B, n, 1]
+        return x + distance * direction.to(x)
+
+    return moved

@@ -1,0 +1,251 @@
+"""Choosing which features to edit: those that remove the behaviour in every case and cost little elsewhere.
+
+A set of features is worth, on training prompts and training text,
+
+    left + penalty * cost,   left = rms over cases of |m after| / mean over cases of |m before|,
+
+cost being what the edit adds to the cross-entropy at predictions that are none of the behaviour's, in nats. The root
+mean square over cases grows when a case turns round or is left over, so that "always plural" counts for nothing.
+
+1. Candidates: of the features of largest |effect|, those with most |effect| beyond `penalty` times their side effect to
+   first order, the mean over tokens of |(f' - f) W_dec . dCE/dx|.
+2. Each is tried alone, and the best in pairs: two features often hold one quantity between them.
+3. The set grows greedily from the best of these: in each round the candidates that gained most when they were last
+   tried are tried beside the set, and the best one joins it. After that, features without which it does as well leave.
+4. Several sets are tried in one pass, as copies of the batch with edits of their own.
+
+The sets of the first round also say what can be had for almost nothing (`Choice.cheap`), where nothing surgical can.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, field
+from itertools import combinations
+
+import torch
+
+from circuits.circuit import Circuit
+from circuits.editing.applied import FeatureEdits, with_references
+from circuits.editing.declaration import Edit
+from circuits.editing.measures import answers_of, rows_by_case
+from circuits.editing.records import Choice, Step
+from circuits.editing.site_edit import FeatureReader
+from circuits.editing.text_cost import OtherText, Standing, copies, run_copies
+from circuits.metrics.metrics import Metric, has_shares, prepare
+from circuits.metrics.probe import Probe
+from circuits.options import Operation
+from circuits.prompts.dataset import PromptSet
+from sae.autoencoder import SparseAutoencoder
+from sae.data.batches import token_batches
+from sae.errors import UserError
+from sae.model.forward import with_gradients
+from sae.model.language_model import LanguageModel
+from sae.model.sites import Site
+
+PENALTY = 3.0
+"""What a nat elsewhere weighs: a hundredth of a nat is worth three hundredths of the behaviour."""
+CHEAP = 10
+"""How many times more it weighs for the features that cost least."""
+STRONGEST, CANDIDATES, PAIRED, TRIED, MOST = 200, 30, 6, 8, 16
+"""Features whose side effect is estimated; those tried alone; in pairs; in each round; and how many are chosen."""
+GAIN = 0.005
+"""Share of the behaviour that a step has to gain."""
+BATCH_SIZE = 64
+
+
+def choose_surgical(
+    circuit: Circuit,
+    prompts: PromptSet | None = None,
+    *,
+    texts: Sequence[str],
+    operation: Operation = "mean",
+    penalty: float = PENALTY,
+    answers: Sequence[int] = (),
+) -> tuple[Edit, Choice]:
+    """Choose features of a circuit whose edit removes the behaviour in every case at little cost elsewhere.
+
+    Args:
+        circuit: The circuit, whose model, SAEs, effects and metric are used.
+        prompts: What to choose on; those the circuit was found on by default. Measure on others.
+        texts: Other text to choose on, and to take means from. Measure on other text.
+        operation: What the features become: `mean`, `zero` or `resample`.
+        penalty: What a nat of cross-entropy elsewhere weighs against all of the behaviour.
+        answers: Further tokens that answer the behaviour, beside those of the prompts: not elsewhere.
+
+    Returns:
+        The edit, with what it refers to, and how it was chosen.
+
+    Raises:
+        UserError: Where the metric says nothing of what is left, or the prompts show nothing of the behaviour.
+    """
+    prompts = circuit.prompts if prompts is None else prompts
+    model, saes, metric = circuit.model, circuit.saes, circuit.metric
+    if not has_shares(metric) or isinstance(metric, Probe):
+        raise UserError("features are chosen by the share of the behaviour that is left: this metric has no such share")
+    begin = time.perf_counter()
+    batches = list(token_batches(model, sorted(texts, key=len), max_tokens=None, batch_size=BATCH_SIZE))
+    text = OtherText(model, batches, [*answers_of(prompts), *answers])
+    search = _Search(model, saes, prepare(prompts, model, metric), metric, text, penalty)
+    strongest = effect_by_feature(circuit, STRONGEST)
+    edit = with_references(model, saes, Edit(list(strongest), operation), texts=batches)
+    search.numbers = {name: _alone(edit, name) for name in strongest}
+    candidates = search.screened(strongest)
+    chosen = search.grown(candidates)
+    cheap = search.cheapest(candidates)
+    choice = Choice(
+        chosen, search.steps, penalty, len(candidates), len(search.trials), time.perf_counter() - begin, cheap
+    )  # fmt: skip
+    reference = {name: number for name, number in edit.reference.items() if name in chosen}
+    return Edit(chosen, operation, reference=reference), choice
+
+
+def effect_by_feature(circuit: Circuit, n: int) -> dict[str, float]:
+    """The n features of largest |effect|, summed over the positions or spans where the circuit keeps these apart."""
+    effect: dict[str, float] = {}
+    for site, nodes in circuit.nodes.items():
+        features = nodes[~nodes.is_error]
+        for index, value in zip(features.feature.tolist(), features.effect.tolist(), strict=True):
+            name = f"{site.name}/{index}"
+            effect[name] = effect.get(name, 0.0) + abs(value)
+    return dict(sorted(effect.items(), key=lambda item: -item[1])[:n])
+
+
+def _alone(edit: Edit, name: str) -> Edit:
+    reference = {name: edit.reference[name]} if name in edit.reference else {}
+    return Edit([name], edit.operation, edit.value, reference=reference)
+
+
+@dataclass
+class _Search:
+    """What is tried, and what came of it."""
+
+    model: LanguageModel
+    saes: Mapping[Site, SparseAutoencoder]
+    prompts: PromptSet
+    metric: Metric
+    text: OtherText
+    penalty: float
+    numbers: dict[str, Edit] = field(default_factory=dict)
+    """The edit of each feature alone."""
+    trials: dict[frozenset[str], tuple[float, float]] = field(default_factory=dict)
+    """What each set that was tried leaves, and costs elsewhere."""
+    steps: list[Step] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.size = self._sizes([{}])[1]
+        self.ce = float(self.text.elsewhere([{}])[0])
+        if self.size < 1e-9:
+            raise UserError("these prompts show nothing of the behaviour: there is nothing to remove")
+        self.trials[frozenset()] = (self._sizes([{}])[0][0] / self.size, 0.0)
+
+    def score(self, names: frozenset[str], penalty: float | None = None) -> float:
+        """left + penalty * cost of a set that was tried."""
+        left, cost = self.trials[names]
+        return left + (self.penalty if penalty is None else penalty) * max(cost, 0.0)
+
+    @torch.no_grad()
+    def _sizes(self, several: Sequence[Standing]) -> tuple[list[float], float]:
+        """Root mean square over cases of the mean metric under each of several edits; mean of |that| under the last."""
+        values: list[list[torch.Tensor]] = [[] for _ in several]
+        for batch in self.prompts.batches(BATCH_SIZE):
+            for start, chunk in copies(self.model, several, batch.clean, last_only=True):
+                logits = run_copies(self.model, batch.clean, chunk, last_only=True)[:, :, -1].float()
+                for number, of_copy in enumerate(logits):
+                    values[start + number].append(self.metric(of_copy, batch).double().cpu())
+        cases = rows_by_case(self.prompts).values()
+        by_case = [[torch.cat(of_edit)[rows].mean() for rows in cases] for of_edit in values]
+        sizes = [torch.stack(of_edit).square().mean().sqrt().item() for of_edit in by_case]
+        return sizes, torch.stack(by_case[-1]).abs().mean().item()
+
+    def tried(self, sets: Sequence[frozenset[str]]) -> list[frozenset[str]]:
+        """The sets, after those that are new have been tried."""
+        new = [names for names in dict.fromkeys(sets) if names not in self.trials]
+        if new:
+            edits = [
+                FeatureEdits(self.model, self.saes, [self.numbers[name] for name in sorted(names)]).standing()
+                for names in new
+            ]
+            lefts, costs = self._sizes(edits)[0], self.text.elsewhere(edits)
+            for names, left, cost in zip(new, lefts, costs.tolist(), strict=True):
+                self.trials[names] = (left / self.size, cost - self.ce)
+        return list(sets)
+
+    def screened(self, effect: Mapping[str, float]) -> list[str]:
+        """The candidates, best first by |effect| beyond the penalty for their side effect to first order."""
+        side, largest = self._side_effects(list(effect)), 2 * self.size
+        worth = {name: effect[name] / largest - self.penalty * side[name] for name in effect}
+        return sorted(worth, key=lambda name: -worth[name])[:CANDIDATES]
+
+    @with_gradients
+    def _side_effects(self, names: Sequence[str]) -> dict[str, float]:
+        """Mean over tokens of |(f' - f) W_dec . dCE/dx|, with CE at predictions that are none of the behaviour's."""
+        by_site: dict[Site, list[str]] = {}
+        for name in names:
+            by_site.setdefault(Site.parse(name.partition("/")[0]), []).append(name)
+        total, n_tokens = dict.fromkeys(names, 0.0), 0
+        for number, tokens in enumerate(self.text.batches):
+            run = self.model.run(tokens, capture=list(by_site), grad=True)
+            other, scored = ~self.text.is_answer[number], self.text.scored[number]
+            log_p = run.logits[:, :-1][scored][other].float().log_softmax(-1)
+            loss = -log_p.gather(1, self.text.targets[number][other][:, None]).sum()
+            gradients = torch.autograd.grad(loss, [run.activations[site] for site in by_site], allow_unused=True)
+            real = tokens.attention_mask.bool()
+            n_tokens += int(other.sum())
+            for (site, of_site), gradient in zip(by_site.items(), gradients, strict=True):
+                if gradient is None:
+                    continue
+                index = torch.tensor([int(name.partition("/")[2]) for name in of_site])
+                f = FeatureReader(self.saes[site], index)(run.activations[site].detach()[real])  # [N, m]
+                slope = gradient[real].float() @ self.saes[site].W_dec[index.to(f.device)].T  # [N, m]
+                change = ((self._targets(of_site).to(f) - f) * slope).abs().sum(0)
+                for name, value in zip(of_site, change.tolist(), strict=True):
+                    total[name] += value
+        return {name: value / max(n_tokens, 1) for name, value in total.items()}
+
+    def _targets(self, names: Sequence[str]) -> torch.Tensor:
+        """[m] what each feature becomes: its mean, or that of what is drawn."""
+        numbers = [self.numbers[name].reference.get(name, 0.0) for name in names]
+        return torch.tensor([sum(n) / len(n) if isinstance(n, Sequence) else n for n in numbers])
+
+    def grown(self, candidates: Sequence[str]) -> list[str]:
+        """The chosen features, in the order in which they joined."""
+        nothing: frozenset[str] = frozenset()
+        alone = sorted(self.tried([frozenset([name]) for name in candidates]), key=self.score)
+        pairs = self.tried([a | b for a, b in combinations(alone[:PAIRED], 2)])
+        best = min([*alone, *pairs], key=self.score)
+        chosen, order = best, sorted(best, key=lambda name: self.score(frozenset([name])))
+        self._note(best, added=order)
+        gain = {next(iter(single)): self.score(nothing) - self.score(single) for single in alone}
+        while len(chosen) < MOST:
+            waiting = sorted(gain.keys() - chosen, key=lambda name: -gain[name])[:TRIED]
+            sets = self.tried([chosen | {name} for name in waiting])
+            gain |= {name: self.score(chosen) - self.score(names) for name, names in zip(waiting, sets, strict=True)}
+            name = max(waiting, key=lambda name: gain[name], default="")
+            if not waiting or gain[name] < GAIN:
+                break
+            chosen = chosen | {name}
+            order.append(name)
+            self._note(chosen, added=[name])
+        while len(chosen) > 1:
+            fewer = min(self.tried([chosen - {name} for name in order]), key=self.score)
+            if self.score(fewer) > self.score(chosen):
+                break
+            self._note(fewer, dropped=sorted(chosen - fewer))
+            chosen, order = fewer, [name for name in order if name in fewer]
+        return order
+
+    def cheapest(self, candidates: Sequence[str]) -> Step | None:
+        """What a set can do that is grown at `CHEAP` times the penalty; None where that is nothing."""
+        search = copy(self)
+        search.penalty, search.steps = CHEAP * self.penalty, []
+        names = frozenset(search.grown(candidates))
+        left, cost = self.trials[names]
+        gains = search.score(names) < search.score(frozenset()) - GAIN
+        return Step(sorted(names), [], left, cost) if gains else None
+
+    def _note(self, names: frozenset[str], *, added: Sequence[str] = (), dropped: Sequence[str] = ()) -> None:
+        left, cost = self.trials[names]
+        self.steps.append(Step(list(added), list(dropped), left, cost))

@@ -1,0 +1,54 @@
+"""Edits from the command line: files, chosen features, strengths, and a suite of behaviours."""
+
+from __future__ import annotations
+
+import json
+
+import yaml
+
+from circuits.editing.declaration import load_edits
+
+
+def test_an_edit_is_made_again_from_its_report(sfc, run_folder, text_file):
+    common = ["--circuit", run_folder, "--text", text_file, "--texts", 10, "--random", 1, "--json"]
+    first = json.loads(sfc("ablate", *common, "--top", 2, "--scales", "0,1,2", "--name", "first").out)
+    path = run_folder / "edits" / "first.json"
+    assert load_edits(path)[0].operation == "mean" and len(load_edits(path)[0].reference) == 2
+    again = json.loads(sfc("ablate", *common, "--edit", path, "--name", "again").out)
+    assert again["after"] == first["after"] and [dose["scale"] for dose in first["doses"]] == [0, 1, 2]
+    assert sfc("report", "--circuit", run_folder).status == 0
+    assert "CE elsewhere" in (run_folder / "report.html").read_text()
+    wrong = sfc("ablate", *common, "--top", 2, "--scales", "0,much")
+    assert wrong.status == 2 and "scales '0,much'" in wrong.err
+
+
+def test_features_are_chosen(sfc, run_folder, text_file):
+    words = ["ablate", "--circuit", run_folder, "--choose", "surgical", "--penalty", "0.01", "--random", 1]
+    chosen = sfc(*words, "--text", text_file, "--texts", 10)
+    assert chosen.status == 0 and "in the order of choice" in chosen.out and "zeroing the ten strongest" in chosen.out
+    data = json.loads((run_folder / "edits" / "surgical.json").read_text())
+    assert data["choice"]["features"] == data["edits"][0]["features"] and data["is_surgical"] in (True, False)
+    assert "--text" in sfc(*words).err
+
+
+def test_a_suite_passes_or_fails_line_by_line(sfc, run_folder, model_folder, prompts_file, tmp_path):
+    edit = tmp_path / "edit.json"
+    steered = {"features": ["resid_1/3"], "operation": "steer", "value": 1.0}
+    edit.write_text(json.dumps({"schema_version": 1, "kind": "edits", "edits": [steered]}))
+    behaviours = [
+        {"name": "some are right", "prompts": str(prompts_file), "expect": {"accuracy": 0, "worst_accuracy": ">= 0"}},
+        {"name": "edited", "prompts": str(prompts_file), "edit": "edit.json", "expect": {"left": "> 1000"}},
+    ]
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(yaml.safe_dump({"model": str(model_folder), "saes": str(run_folder), "behaviours": behaviours}))
+    failed = sfc("test", suite)
+    assert failed.status == 1 and failed.out.count("pass  some are right") == 2
+    assert "FAIL  edited: left" in failed.out and "2 of 3 passed" in failed.out
+    suite.write_text(yaml.safe_dump({"model": str(model_folder), "behaviours": behaviours[:1]}))
+    passed = sfc("test", suite, "--json")
+    assert passed.status == 0 and json.loads(passed.out)["passed"]
+    for change, message in (({"expct": {}}, "unknown key 'expct'"), ({"expect": {"accuracy": "good"}}, "'good'"),
+                            ({"expect": {"acuracy": 1}}, "unknown quantity 'acuracy'")):  # fmt: skip
+        suite.write_text(yaml.safe_dump({"model": str(model_folder), "behaviours": [{**behaviours[0], **change}]}))
+        wrong = sfc("test", suite)
+        assert wrong.status == 2 and message in wrong.err

@@ -15,8 +15,7 @@ from circuits.editing.applied import FeatureEdits
 from circuits.editing.records import Behaviour, Bias, Continuation, Fluency, Intervals, Score
 from circuits.metrics import metrics as behaviour
 from circuits.prompts.dataset import PromptSet
-from circuits.uncertainty.bootstrap import Bootstrap, group_sums, prompt_groups, too_few, what_is_drawn
-from sae.model.forward import every_token
+from circuits.uncertainty.bootstrap import Bootstrap, group_sums, too_few, what_is_drawn
 from sae.model.language_model import LanguageModel, Tokens
 
 OF_ANSWERS = (behaviour.logit_difference, behaviour.log_probability)
@@ -68,7 +67,7 @@ def left_intervals(prompts: PromptSet, before: Tensor, after: Tensor, *, resampl
 
     The mean size over cases is a ratio of weighted sums, with the sign that each case has.
     """
-    groups = prompt_groups(prompts)
+    groups = prompts.groups
     drawn = what_is_drawn(groups)
     if not resamples or too_few(groups):
         return None
@@ -183,7 +182,7 @@ def fluency(model: LanguageModel, prompts: PromptSet, ids: Tensor) -> Fluency:
     real = ~torch.isin(ids, special)  # [B, K]
     whole = Tokens(
         torch.cat([prompts.clean.input_ids, ids], 1),
-        torch.cat([prompts.clean.attention_mask, every_token(ids).attention_mask], 1),
+        torch.cat([prompts.clean.attention_mask, torch.ones_like(ids)], 1),
     )
     log_p = model.run(whole).logits[:, prompts.clean.n_positions - 1 : -1].float().log_softmax(-1)  # [B, K, V]
     surprise = -log_p.gather(-1, ids[..., None])[..., 0][real]

@@ -18,8 +18,8 @@ import torch
 from circuits.editing.applied import edited
 from circuits.editing.declaration import Edit
 from sae.autoencoder import SAEConfig, SparseAutoencoder
-from sae.model.forward import every_token
 from sae.model.sites import Site
+from sae.model.tokens import Tokens
 from sae.saes import SAEs
 from tests.benchmarks.bench_model_access import build
 
@@ -62,7 +62,8 @@ def main() -> None:
     names = [f"{site}/{7 * n}" for n in range(10) for site in SITES[n % 3 : n % 3 + 1]]
     print(f"ten features at {', '.join(map(str, SITES))}; aim {TARGET}")
     for rows in (1, 8):
-        prompts = every_token(torch.randint(1000, (rows, 16), generator=torch.Generator().manual_seed(0)))
+        ids = torch.randint(1000, (rows, 16), generator=torch.Generator().manual_seed(0))
+        prompts = Tokens(ids, torch.ones_like(ids))
         for architecture in ("jumprelu", "topk"):
             saes = random_saes(512, architecture)
             for operation, value in (("steer", 4.0), ("scale", 2.0), ("mean", None)):

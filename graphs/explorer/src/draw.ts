@@ -17,7 +17,7 @@ import {
 import type { Pen } from "./pen";
 import type { Item, Link, Scene } from "./scene";
 import { lens } from "./state";
-import { fitDescription, type Fitted, number, textWidth, visible, wrap } from "./text";
+import { fitDescription, type Fitted, labelOf, number, textWidth, visible, wrap } from "./text";
 
 export interface Transform {
   k: number;
@@ -281,7 +281,7 @@ function boxText(
   const centre = x + room + (width - room - 6) / 2 - (metric ? 4 : 0);
   const ink = inkOn(fill);
   for (const text of fitted.lines) {
-    pen.text(text, centre, line, { size, fill: ink, weight: metric ? 650 : 550 });
+    pen.text(text, centre, line, { size, fill: ink, weight: metric ? 650 : weightOf(item) });
     line += size * LEADING;
   }
   if (second.lines.length) pen.text(second.lines[0], centre, line, { size: small, fill: ink });
@@ -303,13 +303,18 @@ function chipText(
   pen.text(fitted.lines[0] ?? "", x + room + (width - room - 5) / 2, y + height / 2 + 3.5, {
     size,
     fill: inkOn(fill),
-    weight: 500,
+    weight: weightOf(item),
   });
   return { ...fitted, size };
 }
 
+/** What a person named is bold, what was found by itself is not. */
+const weightOf = (item: Item) => (item.group || labelOf(item.node) ? 700 : 500);
+
 const description = (item: Item, size: number, width: number, most: number) =>
-  item.group ? wrap(item.group.name, size, width, most, 550) : fitDescription(item.node, size, width, most, 550);
+  item.group
+    ? wrap(item.group.name, size, width, most, weightOf(item))
+    : fitDescription(item.node, size, width, most, weightOf(item));
 
 /** `resid_3/125 +4.70`, or the shortest of it that fits. */
 function secondLine(item: Item, size: number, width: number): string {

@@ -104,7 +104,7 @@ class Circuit(CircuitViews):
         return self.source.get_prompts(self.metadata)
 
     def read_prompts(
-        self, path: str | Path | None = None, *, limit: int | None = None, need_spans: bool = False
+        self, path: str | Path | None = None, *, limit: int | None = None, need_spans: bool | None = None
     ) -> PromptSet:
         """At most `limit` prompts of a file, or of those it was found on; see `CircuitSource.read_prompts`."""
         return self.source.read_prompts(self.metadata, path, limit=limit, need_spans=need_spans)

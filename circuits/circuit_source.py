@@ -104,11 +104,12 @@ class CircuitSource:
         path: str | Path | None = None,
         *,
         limit: int | None = None,
-        need_spans: bool = False,
+        need_spans: bool | None = None,
     ) -> PromptSet:
         """Prompts of a file, or those the circuit was found on, tokenised for its model.
 
-        They have spans where the circuit is by span or they are needed, found by its template if it has one.
+        They have spans where they are needed or the circuit is by span, found by its template if it has one; where
+        `need_spans` is False, prompts of which none has them will do as well.
         Raises UserError where the file of the circuit's own prompts has changed.
         """
         source = path or _named(metadata, "prompts", self.path)
@@ -130,7 +131,12 @@ class CircuitSource:
                 )
         if path is None:
             limit = metadata["examples"] if limit is None else min(limit, metadata["examples"])
-        return make(limit, need_spans or by_span)
+        try:
+            return make(limit, need_spans or by_span)
+        except UserError:
+            if path is None or need_spans is not False:
+                raise
+            return make_prompts(examples, model, limit=limit, name=str(source))
 
 
 def has_other_saes(metadata: Mapping[str, Any], circuit: Path) -> bool:

@@ -49,6 +49,7 @@ GROUPS = {
         "render": ("render", "RenderCommand", "draw a circuit: svg, png, pdf or dot"),
         "features": ("features", "FeaturesCommand", "a page for every feature: when it is on and what it does"),
         "explore": ("render", "ExploreCommand", "write it as one interactive page"),
+        "serve": ("serve", "ServeCommand", "try edits on your own prompts, in the browser"),
         "report": ("report", "ReportCommand", "everything a run found, on one page"),
         "labels": ("features", "LabelsCommand", "name features, for all circuits of their autoencoders"),
         "export": ("export", "ExportCommand", "write it for Neuronpedia, circuit-tracer, EAP-IG or networkx"),

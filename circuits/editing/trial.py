@@ -114,6 +114,10 @@ class Trial:
             for _ in range(self.options.n_random)
         ]
 
+    def edits_of(self, edits: Sequence[Edit]) -> FeatureEdits:
+        """Other edits at work, such as those of a draw."""
+        return self._at_work(self._resolved(edits))
+
     def _drawn(
         self,
         like: Mapping[str, Features],

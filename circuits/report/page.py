@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,20 +81,28 @@ def write_report(
     run = read_run(run_folder)
     path = Path(out) if out is not None else run.folder / "report.html"
     check_output(path, has_mark(".html"), overwrite=overwrite)
-    title = title or (run.graph.metadata.get("title") if run.graph else None) or run.folder.resolve().name
-    fingerprint = run.graph.metadata.get("saes_fingerprint") if run.graph else None
-    values = {
-        "title": title,
-        "pages": set((read_index(run.folder, fingerprint) or {}).get("features", ())),
-        "links": existing_links(
-            path,
-            {"circuit": run.folder / "graph" / "circuit.html", "features": run.folder / "features" / "index.html"},
-        ),
-    }
-    page = _environment().get_template("page.html.j2").render(_values(run, features=features), **values)
+    links = {"circuit": run.folder / "graph" / "circuit.html", "features": run.folder / "features" / "index.html"}
+    page = _page(run, title, features, existing_links(path, links))
     with atomic_write(path) as temporary:
         temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
     return path
+
+
+def report_html(
+    run_folder: str | Path, *, title: str | None = None, features: int = 30, links: Mapping[str, str] | None = None
+) -> str:
+    """The report as text; links: addresses of the pages `circuit` and `features`. See `write_report`."""
+    return _page(read_run(run_folder), title, features, links or {})
+
+
+def _page(run: RunFiles, title: str | None, features: int, links: Mapping[str, str]) -> str:
+    metadata = run.graph.metadata if run.graph else {}
+    values = {
+        "title": title or metadata.get("title") or run.folder.resolve().name,
+        "pages": set((read_index(run.folder, metadata.get("saes_fingerprint")) or {}).get("features", ())),
+        "links": links,
+    }
+    return _environment().get_template("page.html.j2").render(_values(run, features=features), **values)
 
 
 def _environment() -> Environment:

@@ -1,9 +1,10 @@
-// Builds src/main.tsx into viewer.js, with the licences of what it bundles in viewer.licences.txt.
+// Builds src/main.tsx into viewer.js and src/live/main.tsx, the page of `sfc serve`, into live.js, with the licences of
+// what they bundle in viewer.licences.txt.
 import { build } from "esbuild";
 import { existsSync, readFileSync, writeFileSync } from "node:fs";
 
 const result = await build({
-  entryPoints: ["src/main.tsx"],
+  entryPoints: { viewer: "src/main.tsx", live: "src/live/main.tsx" },
   bundle: true,
   minify: true,
   format: "iife",
@@ -13,15 +14,15 @@ const result = await build({
   legalComments: "none",
   charset: "ascii",
   metafile: true,
-  outfile: "viewer.js",
+  outdir: ".",
   banner: {
     js: "/* Built from graphs/explorer/src by `npm run build`; licences of the libraries: viewer.licences.txt */",
   },
   logLevel: "warning",
 });
-const inputs = Object.values(result.metafile.outputs)[0].inputs;
+const inputs = Object.values(result.metafile.outputs).flatMap((output) => Object.entries(output.inputs));
 const packages = new Set();
-for (const [path, { bytesInOutput }] of Object.entries(inputs)) {
+for (const [path, { bytesInOutput }] of inputs) {
   const match = path.match(/.*node_modules\/((?:@[^/]+\/)?[^/]+)/);
   if (match && bytesInOutput) packages.add(match[0]);
 }

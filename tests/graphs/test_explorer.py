@@ -161,5 +161,5 @@ def test_the_bundle_is_what_the_sources_build(tmp_path):
         if installed.returncode:
             pytest.skip(f"the packages of the explorer cannot be installed: {installed.stderr.strip()[-200:]}")
     subprocess.run(["node", "--preserve-symlinks", "build.mjs"], cwd=tmp_path, check=True, timeout=60)
-    for name in ("viewer.js", "viewer.licences.txt"):
+    for name in ("viewer.js", "live.js", "viewer.licences.txt"):
         assert (tmp_path / name).read_text(encoding="utf-8") == (FOLDER / name).read_text(encoding="utf-8")

@@ -106,10 +106,12 @@ class _Edit(UsesSaes, Named, HasTestPrompts, RunsCircuit):
         """The edits of a circuit that is loaded, ready to be measured."""
         from circuits.editing.edit import EditOptions, prepare_trial
         from circuits.editing.targets import needs_spans
+        from circuits.prompts.spans import LAST
 
         edits = chosen or self._edits(circuit, operation, value)
-        need_spans = any(needs_spans(edit.features) for edit in edits)
-        prompts = circuit.read_prompts(self.prompts, limit=self.examples, need_spans=need_spans)
+        at_span = any(needs_spans(edit.features) for edit in edits)
+        at_span = at_span or getattr(circuit.metric, "position", LAST) != LAST
+        prompts = circuit.read_prompts(self.prompts, limit=self.examples, need_spans=at_span)
         options = EditOptions(
             texts=self._texts()[0],
             generate=self.generate,

@@ -103,17 +103,13 @@ class ExploreCommand(_Cut):
 
     def run(self) -> Output:
         from circuits.circuit import circuit_folder
-        from circuits.feature_pages import existing_links, read_index, with_pages, write_page
-        from circuits.report.files import Curves, read_result
+        from circuits.feature_pages import existing_links, read_index, write_page
         from graphs import explore
 
         is_own = has_mark(".html")
         with circuit_file(self.circuit, self.out, "circuit.html", is_own, overwrite=self.overwrite) as out:
             run = circuit_folder(self.circuit).parent
-            graph = with_pages(self.cut(nodes=self.nodes, edges=self.edges), run)
-            curve = read_result(circuit_folder(self.circuit) / "faithfulness.json", graph, Curves)
-            graph.metadata.update({"faithfulness": curve} if curve else {})
-            other = None
+            graph, other = self.graph(), None
             if self.compare is not None:
                 other = replace(self, circuit=self.compare).cut(nodes=self.nodes, edges=self.edges)
                 other.metadata["title"] = circuit_folder(self.compare).parent.resolve().name
@@ -124,6 +120,17 @@ class ExploreCommand(_Cut):
             if is_new and "features" in links:
                 write_page(run)  # which can lead here now
         return wrote(graph, out)
+
+    def graph(self) -> FeatureGraph:
+        """The graph on the page, with what is known of its features and the circuit's curve of faithfulness."""
+        from circuits.circuit import circuit_folder
+        from circuits.feature_pages import with_pages
+        from circuits.report.files import Curves, read_result
+
+        graph = with_pages(self.cut(nodes=self.nodes, edges=self.edges), circuit_folder(self.circuit).parent)
+        curve = read_result(circuit_folder(self.circuit) / "faithfulness.json", graph, Curves)
+        graph.metadata.update({"faithfulness": curve} if curve else {})
+        return graph
 
 
 def wrote(graph: FeatureGraph, out: Path) -> Output:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from circuits._tensors import NOT_SAVED
-from circuits.attribution.effects import SiteEffects
+from circuits.attribution.effects import ENTRIES, SiteEffects
 from circuits.options import Aggregation
 from circuits.prompts.dataset import PromptSet
 from sae.errors import UserError
@@ -88,6 +88,20 @@ class SiteNodes:
 
 
 Nodes = dict[Site, SiteNodes]
+
+
+def effects_of(effects: SiteEffects, nodes: SiteNodes | None) -> SiteEffects:
+    """The effects of some nodes of a site alone; none of a site that has none of them."""
+    feature, position = effects.feature.long(), effects.position.long()
+    if nodes is None:
+        inside = torch.zeros_like(feature, dtype=torch.bool)
+    elif nodes.summed:
+        inside = torch.isin(feature, nodes.feature)
+    else:
+        width = effects.n_features + 1
+        inside = torch.isin(position * width + feature, nodes.position * width + nodes.feature)
+    columns = (getattr(effects, name)[inside] for name in ENTRIES)
+    return SiteEffects(effects.n_features, *columns)
 
 
 def joined(first: SiteNodes, second: SiteNodes) -> SiteNodes:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from circuits.attribution.effects import SiteEffects
 from circuits.attribution.node_effects import Attribution
-from circuits.attribution.nodes import count, select_nodes
+from circuits.attribution.nodes import Nodes, count, select_nodes
 from circuits.circuit import Circuit
 from circuits.circuit_source import CircuitSource
 from circuits.discovery.batching import DiscoveryRun
@@ -75,6 +75,7 @@ def discover(
     progress: bool = True,
     partial: str | Path | None = None,
     resume: bool = False,
+    only: Nodes | None = None,
     **changes: Any,
 ) -> Circuit:
     """Find the circuit behind `prompts`, over the features and errors of `saes` (Marks et al. 2024).
@@ -90,6 +91,7 @@ def discover(
         progress: whether progress bars are shown.
         partial: folder for finished batches; they are the caller's to remove once the circuit is saved.
         resume: go on with the batches that are finished there.
+        only: the nodes that the circuit is of, such as those that a mask keeps; all with an effect by default.
         changes: single fields of `DiscoverOptions`, such as `method="attrib"`, `edge_nodes=100`.
 
     Returns:
@@ -109,13 +111,16 @@ def discover(
         if partial is not None:
             run = replace(run, files=_resume_folder(run, partial, resume=resume))
         batches = node_pass(run)
-        effects, nodes = all_effects(run, batches)
+        every, nodes = all_effects(run, batches)
+        effects = every
+        if only is not None:
+            effects, nodes = all_effects(run, batches, only)
         if not count(nodes):
             raise UserError("no node has an effect on the metric: do the prompts differ where the sites can see it?")
         strongest = select_nodes(nodes, top=options.edge_nodes) if options.edge_nodes else {}
         edges, edge_samples = edge_pass(run, batches, strongest) if strongest else ({}, {})
     provenance = {**(provenance or {}), "accuracy": accuracy, "n_nodes": count(nodes)}
-    metadata = _metadata(model, run, batches, effects, provenance)
+    metadata = _metadata(model, run, batches, every, provenance)
     source = CircuitSource(model, run.setting.saes, run.setting.metric, prompts)
     return Circuit(effects, strongest, edges, metadata, edge_samples=edge_samples, groups=prompts.groups, source=source)
 

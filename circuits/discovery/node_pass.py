@@ -17,7 +17,7 @@ from circuits._tensors import flatten, unflatten
 from circuits.attribution.activations import capture_activations
 from circuits.attribution.effects import SiteEffects
 from circuits.attribution.node_effects import GRADIENT_AT_CLEAN, Attribution, attribute_batches
-from circuits.attribution.nodes import Nodes, aggregate
+from circuits.attribution.nodes import Nodes, aggregate, effects_of
 from circuits.discovery.batching import GIB, DiscoveryRun
 from sae._progress import ProgressBar
 from sae.model.sites import Site
@@ -52,9 +52,15 @@ def node_pass(run: DiscoveryRun) -> list[Attribution]:
     return [results[number] for number in range(len(indices))]
 
 
-def all_effects(run: DiscoveryRun, batches: Sequence[Attribution]) -> tuple[dict[Site, SiteEffects], Nodes]:
-    """The effects of all batches together, per site, and the nodes they aggregate to."""
+def all_effects(
+    run: DiscoveryRun, batches: Sequence[Attribution], only: Nodes | None = None
+) -> tuple[dict[Site, SiteEffects], Nodes]:
+    """The effects of all batches together, per site, those of the nodes `only` where given; and what they aggregate
+    to.
+    """
     effects = {site: SiteEffects.concatenate(batch.effects[site] for batch in batches) for site in run.sites}
+    if only is not None:
+        effects = {site: effects_of(of_site, only.get(site)) for site, of_site in effects.items()}
     aggregation, prompts = run.options.aggregation, run.prompts
     nodes = aggregate(
         effects, n_examples=len(prompts), n_positions=prompts.clean.n_positions, aggregation=aggregation,

@@ -26,7 +26,7 @@ Legend: B prompts, S positions, d model width, N nodes, n chosen features of a s
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +37,15 @@ from torch.nn.functional import pad
 from circuits._results import format_table
 from circuits._tensors import flatten
 from circuits.attribution.activations import Setting
-from circuits.attribution.nodes import Nodes
+from circuits.attribution.nodes import Nodes, select_nodes
 from circuits.circuit import Circuit
+from circuits.discovery.discover import discover
 from circuits.faithfulness.ablation import AblationValues
 from circuits.faithfulness.mask_gates import Gates, budget_gates, mask_loss, masked_logits
 from circuits.faithfulness.nodes import set_up
 from circuits.faithfulness.optimal_ablation import Descent, OptimalValues, dealer
 from circuits.metrics.metrics import kl, prepare
-from circuits.options import MaskOptions
+from circuits.options import DiscoverOptions, MaskOptions
 from circuits.prompts.dataset import PromptSet
 from sae._files import write_tensors
 from sae._frames import Result
@@ -57,6 +58,11 @@ STEP_PROMPTS = 64
 """Prompts of a step."""
 COLDEST, SLOWEST = 0.02, 0.1
 """What is left of temperature and learning rate at the end."""
+
+
+FOUND_WITH = ("model", "saes", "saes_fingerprint", "prompts", "prompts_fingerprint", "examples", "site_paths",
+              "span_template", "need_spans", "title")  # fmt: skip
+"""What a circuit keeps of where it comes from."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +129,24 @@ def learn_mask(
     """
     prompts = circuit.prompts if prompts is None else prompts
     return learn_node_mask(circuit.setting(), circuit.nodes, prompts, options, reference=reference, progress=progress)
+
+
+def mask_circuit(circuit: Circuit, mask: LearnedMask, n: int, *, progress: bool = True) -> Circuit:
+    """The n nodes that a mask keeps longest as a circuit like any other: with their effects, and edges among them.
+
+    The prompts are gone through once more, as when the circuit was found.
+    """
+    metadata = circuit.metadata
+    options = {field.name: metadata["options"][field.name] for field in fields(DiscoverOptions)
+               if field.name in metadata["options"]}  # fmt: skip
+    kept = {key: metadata[key] for key in FOUND_WITH if key in metadata}
+    found = discover(
+        circuit.model, circuit.saes, circuit.prompts, DiscoverOptions(**{**options, "edge_nodes": n}),
+        metric=circuit.metric, provenance={**kept, "mask": {"nodes": n, **mask.options}},
+        only=select_nodes(mask.nodes, top=n), progress=progress,
+    )  # fmt: skip
+    named = {**found.metadata["options"], "metric": metadata["options"]["metric"]}
+    return replace(found, features=circuit.features, metadata={**found.metadata, "options": named})
 
 
 def learn_node_mask(

@@ -67,11 +67,15 @@ PARTIAL_PAGES = Layout((r"state\.(json|safetensors)",))
 FEATURES = Layout((r"(index|circuit)\.json", r"index\.html", rf"({SITE})\.jsonl"), {"partial": PARTIAL_PAGES})
 CACHE = Layout((r"manifest\.json", r"unfinished\.json", r"shard_\d{5,}\.safetensors"))
 TRAINED = Layout((r"config\.json",), {"saes": SAES, "checkpoints": CHECKPOINTS})
+OF_MASK = Layout(
+    (r"config\.json", r"report\.html"), {"circuit": CIRCUIT, "edits": None, "graph": None, "features": FEATURES}
+)  # fmt: skip
+"""A learned mask as a circuit, in a folder like that of a run."""
 RUN = Layout(
     (r"config\.json", r"report\.html", r"labels\.jsonl"),
     {
         "saes": SAES, "checkpoints": CHECKPOINTS, "circuit": CIRCUIT, "comparison": COMPARISON, "trained": TRAINED,
-        "edits": None, "graph": None, "features": FEATURES,
+        "edits": None, "graph": None, "features": FEATURES, rf"mask{NAMED}": OF_MASK,
     },
 )  # fmt: skip
 SWEEP_RESULTS = r"sweep\.(json|txt)"

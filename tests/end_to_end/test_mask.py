@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from safetensors.torch import load_file
 
+from circuits.circuit import Circuit
 from sae.errors import UserError
 
 
@@ -20,7 +22,17 @@ def test_mask_is_learned_and_measured_beside_the_effects(sfc, run_folder, prompt
     tensors = load_file(run_folder / "circuit" / "mask.safetensors")
     n = sum(len(tensor) for name, tensor in tensors.items() if name.endswith("/score"))
     assert n == data["mask"]["n_nodes"] and {name.split("/")[0] for name in tensors} == {"attn_1", "mlp_1", "resid_1"}
-    text = sfc("mask", "--circuit", run_folder, *options)
+    text = sfc("mask", "--circuit", run_folder, *options, "--circuit-nodes", 7)
+    mask = run_folder / "mask"
+    circuit = Circuit.load(mask)
+    kept = set().union(*(nodes.ids(site) for site, nodes in circuit.nodes.items()))
+    assert len(kept) == 7 and all(name.split("_")[0] in ("attn", "mlp", "resid") for name in kept)
+    whole = Circuit.load(run_folder).nodes
+    for site, nodes in circuit.nodes.items():  # the effects they had
+        effects = dict(zip(whole[site].ids(site), whole[site].effect.tolist(), strict=True))
+        assert nodes.effect.tolist() == pytest.approx([effects[name] for name in nodes.ids(site)], rel=1e-3, abs=1e-5)
+    for command in (["render"], ["explore"], ["ablate", "--top", 2, "--random", 0]):
+        assert sfc(*command, "--circuit", mask).status == 0
     assert text.status == 0 and "prompts, those learned on" in text.out and "mask" in text.out
     assert sfc("mask", "--circuit", run_folder, "--smallest", 9, "--largest", 3).status == 2
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from circuits.cli.options import HasSizes, HasTestPrompts, Named, Output, RunsCircuit
 from circuits.cli.results import ResultFiles, made_with
 from circuits.options import FaithfulnessOptions, MaskOptions
-from sae._options import Positive, parse_sizes
+from sae._options import Count, Positive, parse_sizes
 from sae._run.locks import lock
 
 if TYPE_CHECKING:
@@ -30,6 +30,10 @@ class MaskCommand(Named, HasSizes, HasTestPrompts, RunsCircuit):
     """At most this many of the prompts the mask is learned on, the first of the circuit's file; all by default, however
     many effects are from.
     """
+    circuit_nodes: Count = 0
+    """Write the so many nodes that are kept longest as a circuit, RUN/mask, which render, explore, ablate and the like
+    take as --circuit; the prompts are gone through once more. 0 leaves it out.
+    """
     options: MaskOptions = field(default_factory=MaskOptions)
 
     def run(self) -> Output:
@@ -42,7 +46,7 @@ class MaskCommand(Named, HasSizes, HasTestPrompts, RunsCircuit):
     def _run(self, folder: Path) -> Output:
         from circuits.circuit import circuit_digest
         from circuits.cli.common import load_circuit, record
-        from circuits.faithfulness.learned_mask import learn_mask
+        from circuits.faithfulness.learned_mask import learn_mask, mask_circuit
 
         files = ResultFiles(
             folder, "mask", self, made_with(self, circuit=circuit_digest(folder)), suffixes=(".json", ".safetensors")
@@ -75,12 +79,16 @@ class MaskCommand(Named, HasSizes, HasTestPrompts, RunsCircuit):
         }
         data = replace(files, suffixes=(".json",)).write(data)
         record(folder.parent, "mask", self)
+        written = f"wrote {files.path('.json')} and {files.path('.safetensors')}"
+        if self.circuit_nodes:
+            of_nodes = mask_circuit(circuit, mask, self.circuit_nodes, progress=not self.quiet)
+            written += f"\nwrote {of_nodes.save(folder.parent / files.path('').name / 'circuit')}"
         text = (
             f"{of_mask.n_prompts} {'held-out prompts' if self.prompts else 'prompts, those learned on'}; "
             f"{of_mask.setting()}\n"
             f"learned on {len(learned_on)} prompts in {seconds:.0f} s\n"
             f"{table(of_mask, of_effects)}\n"
-            f"wrote {files.path('.json')} and {files.path('.safetensors')}"
+            f"{written}"
         )
         return Output(text, data)
 

@@ -94,11 +94,15 @@ class _Edit(UsesSaes, Named, HasTestPrompts, RunsCircuit):
 
         path, made_with_these = self.file(operation, value)
         circuit = load_circuit(self)
+        self.before_measuring(circuit, operation, value)
         report = self._chosen(circuit, operation) if self.choose else self.trial(circuit, operation, value).report()
         data = {**report.to_dict(), MADE_WITH: made_with_these}
         write_json(path, data)
         record(circuit_folder(self.circuit).parent, f"edit {path.stem}", self)
         return Output(f"{report.text()}\nwrote {path}", data)
+
+    def before_measuring(self, circuit: Circuit, operation: Operation, value: float | None) -> None:
+        """What else is done with the edit."""
 
     def trial(
         self, circuit: Circuit, operation: Operation, value: float | None, chosen: Sequence[Edit] | None = None
@@ -226,8 +230,19 @@ class SteerCommand(_Edit):
 
     value: Activation
     """Strength: what is added, in units of activation, or the factor of --operation scale."""
+    save_model: Path | None = None
+    """Write the edited model as a folder that transformers loads: exact, or refused, for steering attention or MLP
+    outputs at every token, which is another bias.
+    """
     operation: Literal["steer", "scale"] = "steer"
     """steer adds the feature's direction at every token; scale multiplies its activation where it is active."""
 
     def run(self) -> Output:
         return self.measured(self.operation, self.value)
+
+    def before_measuring(self, circuit: Circuit, operation: Operation, value: float | None) -> None:
+        """Save the edited model where that is asked for."""
+        from circuits.editing.saved_model import save_model
+
+        if self.save_model is not None:
+            save_model(circuit.model, circuit.saes, self._edits(circuit, operation, value), self.save_model)

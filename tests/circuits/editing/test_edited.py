@@ -9,8 +9,10 @@ import torch
 
 from circuits.editing.applied import edited, with_references
 from circuits.editing.declaration import Edit, load_edits, save_edits
+from circuits.editing.saved_model import save_model
 from circuits.editing.site_edit import FeatureReader, make_edits
 from sae.errors import UserError
+from sae.model.load import load_model
 from sae.model.sites import Site
 from sae.model.tokens import Tokens
 from tests.circuits.conftest import MIXED, with_spans
@@ -156,3 +158,23 @@ def test_what_an_edit_needs_is_asked_for(tiny_model, tiny_saes, tiny_prompts):
         assert (
             tiny_model.run(Tokens(torch.tensor([[3, 4]]), torch.ones(1, 2, dtype=torch.int64))).logits.isfinite().all()
         )
+
+
+def test_steering_is_saved_as_another_bias(tiny_model, tiny_saes, tiny_prompts, tmp_path):
+    """The saved model gives the logits of the edited one; what is no change of a bias is refused with the reason."""
+    edits = [Edit(["mlp_0/3", "mlp_0/7"], "steer", 2.0), Edit("attn_1/5", "steer", -3.0)]
+    folder = save_model(tiny_model, tiny_saes, edits, tmp_path / "saved")
+    saved = load_model(folder, device="cpu")
+    with edited(tiny_model, tiny_saes, load_edits(folder / "edits.json")):
+        wanted = tiny_model.run(tiny_prompts.clean).logits
+    assert_near(saved.run(tiny_prompts.clean).logits, wanted)
+    assert not torch.allclose(wanted, tiny_model.run(tiny_prompts.clean).logits, atol=1e-3)
+    for edit, message in (
+        (Edit("mlp_0/3"), "depends on how active"),
+        (Edit("mlp_0/3@generated", "steer", 2.0), "some tokens alone"),
+        (Edit("resid_0/3", "steer", 2.0), "sum of several sublayers"),
+    ):
+        with pytest.raises(UserError, match=message):
+            save_model(tiny_model, tiny_saes, edit, tmp_path / "other")
+    with pytest.raises(UserError, match="not empty"):
+        save_model(tiny_model, tiny_saes, edits, folder)

@@ -1,4 +1,4 @@
-"""The explorer in Chromium, where one is installed: what it draws, and that mouse, keyboard and files work."""
+"""The explorer and the report in Chromium, where one is installed: what they draw, and that mouse, keys and files work."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from circuits.report import write_report
 from graphs.annotations import read_annotations
 from graphs.explorer import explore, explorer_html
 from graphs.feature_graph import FeatureGraph, feature_node, metric_node
@@ -368,3 +369,27 @@ def test_a_notebooks_widget_is_in_step_with_its_page(browser, tmp_path, make_cir
     assert labels == {first: "<b>x"} and groups == [{"name": "g", "nodes": [first], "collapsed": True}]
     assert page.problems() == []
     page.close()
+
+
+def test_the_report_shows_hostile_text_as_text_and_has_no_accessibility_faults(browser, tmp_path):
+    """A script in every text, letters that run to the left, a feature that never fires, and a file's name with HTML."""
+    graph = hostile_graph()
+    silent = {"density": 0.0, "max_activation": 0.0, "contexts": [], "top_tokens": [], "by_case": {"b": {"0": 0.0}}}
+    graph.add_node(feature_node("resid_0", 3, effect=0.1, position=1, **silent))
+    run = tmp_path / "<img src=x onerror=hacked=1>"
+    graph.save(run / "circuit" / "circuit.json")
+    path = write_report(run)
+    axe = FOLDER / "node_modules" / "axe-core" / "axe.min.js"
+    for dark, width in ((False, 1400), (True, 390)):
+        page = browser.open(width=width, dark=dark)
+        page.send("Page.navigate", url=path.as_uri())
+        page.wait("document.readyState === 'complete'")
+        page.settle()
+        assert page.evaluate("window.hacked") is None and page.count("img, script") == 0
+        assert "<img src=x" in page.text("#features") and "ملك" in page.text("#features")
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        if axe.is_file():
+            page.evaluate(axe.read_text(encoding="utf-8") + ";0")
+            assert page.evaluate("axe.run().then((r) => r.violations.map((v) => [v.id, v.nodes[0].html]))") == []
+        assert page.problems() == []
+        page.close()

@@ -1,4 +1,4 @@
-"""The explorer and the report in Chromium, where one is installed: what they draw, and that mouse, keys and files work."""
+"""The explorer and the report in Chromium, where one is installed: what they draw; mouse, keys and files work."""
 
 from __future__ import annotations
 

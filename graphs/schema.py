@@ -123,6 +123,7 @@ class MetadataFile(TypedDict, total=False):
     tokens: list[str]
     positions: list[str]
     span_words: dict[str, list[str]]
+    last_span: str | None
 
 
 class GraphFile(TypedDict):

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-OF_PROMPTS = ("title", "metric", "tokens", "positions", "span_words", "templates")
+OF_PROMPTS = ("title", "metric", "tokens", "positions", "span_words", "last_span", "templates")
 """Metadata that are words, in which a slash is no path."""
 _PATH = re.compile(r"(?P<kind>[\w-]{2,}:)?(~|\.|[A-Za-z]:)?[/\\].*", re.DOTALL)
 

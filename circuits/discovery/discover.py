@@ -183,6 +183,7 @@ def _of_prompts(model: LanguageModel, prompts: PromptSet, aggregation: str) -> d
         "tokens": _position_tokens(model, prompts) if aggregation == "position" else [],
         "positions": list(prompts.spans) if by_span else [],
         "span_words": _span_words(model, prompts) if by_span else {},
+        "last_span": _last_span(prompts) if by_span else None,
         "templates": sorted(set(prompts.templates)),
         "cases": dict(Counter(case or "prompts" for case in prompts.cases)),
         "example_pairs": _example_pairs(model, prompts),
@@ -314,6 +315,13 @@ def _span_words(model: LanguageModel, prompts: PromptSet, *, most: int = 3) -> d
         words = Counter("".join(model.token_strings(ids[inside].tolist())).strip() for ids, inside in rows)
         commonest[name] = [word for word, _ in words.most_common(most) if word] if name not in (OTHER, LAST) else []
     return commonest
+
+
+def _last_span(prompts: PromptSet) -> str | None:
+    """The span of the last token, after which the metric is read, where all prompts end in the same."""
+    assert prompts.span_numbers is not None
+    numbers = prompts.span_numbers[:, -1].unique().tolist()  # padding stands on the left
+    return prompts.spans[numbers[0]] if len(numbers) == 1 else None
 
 
 def _position_tokens(model: LanguageModel, prompts: PromptSet) -> list[str]:

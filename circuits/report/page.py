@@ -54,7 +54,7 @@ CONTEXTS_SHOWN = 3
 """Contexts of a feature that stand open; the others unfold."""
 FEATURES_SHOWN = 20
 """Features of an edit that are named."""
-DRAWING_METADATA = ("tokens", "positions", "span_words", "metric", "total_effect")
+DRAWING_METADATA = ("tokens", "positions", "span_words", "last_span", "metric", "total_effect")
 """What the drawing reads; title and facts are on the page already."""
 
 

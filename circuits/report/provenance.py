@@ -15,8 +15,8 @@ from sae.training.config import TrainConfig
 
 NOT_FACTS = (
     "cases", "completeness", "digest", "errors", "example_pairs", "metric_fingerprint", "need_spans", "path_nodes",
-    "schema_version", "sites", "span_words", "templates", "title", "tokens", "total_effect", "uncertainty",
-    "verification",
+    "schema_version", "sites", "span_words", "templates", "title", "tokens", "total_effect",
+    "last_span", "uncertainty", "verification",
 )  # fmt: skip
 """Metadata that another section shows, or that say nothing to a reader."""
 FACT_NAMES = {

@@ -126,9 +126,13 @@ def position_name(graph: FeatureGraph, position: int | str | None) -> str:
 
 
 def span_words(graph: FeatureGraph, position: int | str | None) -> str:
-    """Some words of a named span, `kings, king, clerks …`, as `metadata["span_words"]` gives them; else nothing."""
+    """Some words of a named span, `kings, king, clerks …`, as `metadata["span_words"]` gives them, and whether it is
+    where all prompts end; else nothing.
+    """
     words = graph.metadata.get("span_words", {}).get(position, ())
-    return ", ".join(visible(str(word)) for word in words) + (" …" if words else "")
+    shown = ", ".join(visible(str(word)) for word in words) + (" …" if words else "")
+    is_last = position not in (None, "last") and graph.metadata.get("last_span") == position
+    return " · ".join(part for part in (shown, "last token" if is_last else "") if part)
 
 
 def tooltip(graph: FeatureGraph, node: Node) -> str:

@@ -230,6 +230,7 @@ def test_a_circuit_by_span_keeps_the_names(tiny_model, tiny_saes, mixed, tmp_pat
     assert list(words) == list(mixed.spans)
     assert all(len(shown) <= 3 and all(shown) for shown in words.values()) and len(words["c"][0].split()) in (2, 3)
     drawn = draw(graph, tmp_path / "c.svg").read_text()
+    assert graph.metadata["last_span"] == "end" and ("last token" in drawn) == ("end" in graph.positions)
     assert ", ".join(words[graph.positions[0]]) in drawn
 
 

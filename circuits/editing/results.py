@@ -179,8 +179,8 @@ class EditReport(Result):
 
     def title(self) -> str:
         """`10 features set to zero on 192 prompts`."""
-        n = len(self.features)
-        return f"{n} {'feature' if n == 1 else 'features'} {self.action} on {self.n_prompts} prompts"
+        n, prompts = len(self.features), "prompt" if self.n_prompts == 1 else "prompts"
+        return f"{n} {'feature' if n == 1 else 'features'} {self.action} on {self.n_prompts} {prompts}"
 
     def to_frame(self) -> pd.DataFrame:
         """One row a quantity, of all prompts and by case: quantity, case, before, after, the share left, and of random

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from circuits.cli.commands.render import ExploreCommand
 from circuits.cli.live.jobs import Job
 from circuits.cli.live.requests import FindCircuit, LookAt, TryEdit
 from circuits.cli.options import RunsCircuit, UsesSaes
-from circuits.cli.results import MADE_WITH, digest_of
+from circuits.cli.results import MADE_WITH, digest_of, made_with
 from circuits.discovery.discover import discover
 from circuits.editing.edit import Trial
 from circuits.editing.measures import continued
@@ -222,29 +222,29 @@ class Experiments:
         job.say("report", report=report.to_dict())
 
     def _command(self, request: TryEdit, new_tokens: int) -> AblateCommand | SteerCommand:
+        """The command, under a name of its own for everything that decides what it measures."""
         where = "" if request.where == "everywhere" else f"@{request.where}"
         text = self.text if request.operation == "mean" or not where else None
-        told = {**vars(request), "new_tokens": new_tokens, "text": text, "texts": self.texts}
-        name = f"live_{request.operation}_{digest_of({**told, 'circuit': self.circuit.metadata.get('digest')})}"
         given: dict[str, Any] = {
             **{option.name: getattr(self.options, option.name) for option in fields(UsesSaes) + fields(RunsCircuit)},
             "json": False,
             "features": ",".join(f"{feature}{where}" for feature in request.features),
+            "operation": request.operation,
             "value": request.value,
-            "prompts": str(self.run / "edits" / f"{name}.jsonl"),
             "text": text,
             "texts": self.texts,
             "generate": int(new_tokens > 0),
             "new_tokens": max(1, new_tokens),
-            "name": name,
         }
         if request.operation == "mean" and text is None:
             raise UserError("the mean is taken over held-out text: start sfc serve with --text FILE")
-        if request.operation in ("steer", "scale"):
-            if request.value is None:
-                raise UserError(f"the operation {request.operation!r} needs a value")
-            return SteerCommand(operation=request.operation, **given)
-        return AblateCommand(**given, operation=request.operation)  # type: ignore[arg-type]
+        if request.operation in ("steer", "scale") and request.value is None:
+            raise UserError(f"the operation {request.operation!r} needs a value")
+        kind = SteerCommand if request.operation in ("steer", "scale") else AblateCommand
+        command: AblateCommand | SteerCommand = kind(**given)
+        decides = made_with(command, prompt=self._row(request), circuit=self.circuit.metadata.get("digest"))
+        name = f"live_{request.operation}_{digest_of(decides)}"
+        return replace(command, name=name, prompts=str(self.run / "edits" / f"{name}.jsonl"))
 
     def _row(self, request: TryEdit) -> dict[str, Any]:
         """The prompt as a line of a prompt file, answers as text where the text says which token is meant."""

@@ -261,7 +261,7 @@ class EditReport(Result):
         if self.bias is not None and self.before.size > 0:
             size = self.before.size
             remarks.append(
-                f"bias: the answers lean to {', '.join(self.bias.towards)} by {self.bias.after:.2f} "
+                f"bias: the answers lean to those of {', '.join(self.bias.towards)} by {self.bias.after:.2f} "
                 f"({_percent(self.bias.after / size)} of the behaviour's size; {self.bias.before:+.2f} before)"
             )
         if self.spread_on_text:
@@ -360,7 +360,7 @@ def _number(value: float | None) -> str:
 
 
 def _percent(share: float) -> str:
-    return "-" if math.isnan(share) else f"{100 * share:.0f} %"
+    return "-" if math.isnan(share) else f"{round(100 * share)} %"
 
 
 def _space(text: str) -> str:

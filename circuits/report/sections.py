@@ -379,7 +379,7 @@ def _doses(edit: EditReport) -> dict[str, Any] | None:
     costs = list(table["CE elsewhere"]) if "CE elsewhere" in table else []
     rows = [[number(value, 3) for value in row] for row in table.itertuples(index=False)]
     plot = doses_plot(list(table["scale"]), list(table["left"]), costs) if edit.shares else None
-    return {"columns": list(table.columns), "rows": rows, "plot": plot}
+    return {"columns": [name.replace("_", " ") for name in table.columns], "rows": rows, "plot": plot}
 
 
 def _on_one_axis(rows: list[EditRow]) -> list[EditRow]:

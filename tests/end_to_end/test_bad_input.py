@@ -86,7 +86,7 @@ def test_damaged_autoencoders(discover, run_folder, tmp_path):
     for text, reason in (
         ("[]", "expected an object"),
         (known.replace("48", '"48"'), "key 'n_features' is \"48\""),
-        ('{"schema_version": 1}', "d_model"),
+        ('{"schema_version": 1}', "is missing"),
         (known[:-20], "malformed"),
     ):
         config.write_text(text)

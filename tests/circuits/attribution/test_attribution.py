@@ -17,6 +17,7 @@ from circuits.attribution.integrated_gradients import integrated_gradients, quad
 from circuits.attribution.node_effects import attribute
 from circuits.attribution.nodes import aggregate_site, positions_by, select_nodes
 from circuits.metrics.metrics import logit_difference
+from circuits.options import MethodOptions
 from sae.errors import UserError
 from sae.model.sites import Site
 from tests.circuits.conftest import dense
@@ -94,8 +95,8 @@ def test_quadrature_rules_integrate_polynomials():
         nodes, weights = quadrature(rule, 5)
         integral = sum(w * a**degree for a, w in zip(nodes, weights, strict=True))
         assert integral == pytest.approx(1 / (degree + 1))
-    with pytest.raises(UserError, match="midpoint"):
-        quadrature("midpont", 5)
+    with pytest.raises(UserError, match="did you mean 'midpoint'"):
+        MethodOptions(rule="midpont")
 
 
 @pytest.mark.parametrize("joint", [True, False])

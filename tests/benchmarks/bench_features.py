@@ -1,29 +1,38 @@
-"""How fast feature pages are made, and the same panels by SAEDashboard in the same run.
+"""How fast feature pages are made, beside the model alone and beside SAEDashboard.
 
-    python -m tests.benchmarks.bench_features [--features 1000] [--tokens 1000000] [--peer sae-dashboard=PYTHON]
+    python -m tests.benchmarks.bench_features [--features 1000] [--tokens 1000000] [--saes RUN] [--peer PYTHON]
 
-The bundled model with SAEs of 256 features (TopK, k = 8) at its 13 sites, trained for a moment: speed does not depend
-on how good they are. Ours makes all panels: density, histogram, strongest contexts, samples by interval, change of each
-token's log-probability under ablation, logits, similar features by cosine and by activation. A line says the tokens a
-second of CPU and of wall time, and what it takes beside reading the model alone.
+The bundled model with SAEs of 256 features (TopK, k = 8) at its 13 sites, those of `sfc demo` or some that are trained
+for a moment: speed does not depend on how good they are. Ours makes all panels: density, histogram, strongest contexts,
+samples by interval, change of each token's log-probability under ablation, logits, similar features by cosine and by
+activation. Each line says the tokens a second of CPU.
 
-PYTHON belongs to an environment with sae-dashboard 0.8 and sae-lens 6; it gets the same model (converted to
-TransformerLens' GPT-NeoX), one site's SAE in SAELens' format, and the same text, in one process with as many threads.
-It makes its own panels for that site (histograms, logits, sequences by interval, tables of correlation); ours is timed
-on that site alone as well, and the ratio of CPU times is printed.
+PYTHON belongs to an environment with sae-dashboard 0.8 (`feature_peer.py`). It makes histograms, logits, sequences by
+interval and tables of similar features, one SAE a pass; it has no ablation ("We are not supporting ablation experiments
+for now"). The ratio is its CPU time for the last site, times the number of sites, over ours for all of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import tempfile
 import time
 from pathlib import Path
 
 import torch
 
-from sae import FeaturePageOptions, TrainConfig, feature_pages, load_model, load_saes, train_saes
+from sae import (
+    FeaturePageOptions,
+    SparseAutoencoder,
+    TrainConfig,
+    feature_pages,
+    load_model,
+    load_saes,
+    save_sae,
+    train_saes,
+)
 from sae.data.batches import token_batches
 
 ROOT = Path(__file__).parents[2]
@@ -36,6 +45,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--correlation-tokens", type=int, default=100_000)
     parser.add_argument("--saes", help="run folder of sfc demo; SAEs are trained for a moment otherwise")
+    parser.add_argument("--peer", help="Python of an environment with sae-dashboard")
     options = parser.parse_args()
     model = load_model(str(ROOT / "examples" / "agreement" / "model"), device="cpu")
     if options.saes is None:
@@ -62,16 +72,32 @@ def main() -> None:
     page_options = FeaturePageOptions(tokens=options.tokens, correlation_tokens=options.correlation_tokens)
     pages = feature_pages(model, saes, texts, asked, page_options)
     assert len(pages) == n_features
-    report(f"pages of {n_features} features at {len(asked)} sites", n_read, start)
+    ours = report(f"pages of {n_features} features at {len(asked)} sites", n_read, start)
+    if options.peer:
+        peer = run_peer(options.peer, saes[max(saes)], per_site, options.tokens)
+        print(f"SAEDashboard at {len(asked)} sites takes {peer * len(asked) / ours:.2f} times ours")
 
 
-def report(name: str, n_tokens: int, start: tuple[float, float]) -> None:
-    """One line: CPU and wall time since the start, and tokens a second of each."""
+def run_peer(python: str, sae: SparseAutoencoder, n_features: int, tokens: int) -> float:
+    """Seconds of CPU that SAEDashboard takes for the features of one SAE."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_sae(sae, Path(folder) / "sae", file_format="saelens")
+        words = ["-m", "tests.benchmarks.feature_peer", f"{folder}/sae", str(TEXT), "--features", str(n_features)]
+        done = subprocess.run(
+            [python, *words, "--tokens", str(tokens)], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+    print(*done.stdout.strip().splitlines()[-2:], sep="\n")
+    return float(done.stdout.rpartition(" s CPU")[0].rpartition(" ")[2])
+
+
+def report(name: str, n_tokens: int, start: tuple[float, float]) -> float:
+    """One line: CPU and wall time since the start, and tokens a second; returns the CPU time."""
     cpu, wall = time.process_time() - start[0], time.perf_counter() - start[1]
     print(
         f"{name:<44} {n_tokens:>9,} tokens {cpu:7.1f} s CPU {wall:7.1f} s {n_tokens / cpu:8,.0f} tokens/s of CPU "
         f"(load {os.getloadavg()[0]:.0f}, {torch.get_num_threads()} threads)"
     )
+    return cpu
 
 
 if __name__ == "__main__":

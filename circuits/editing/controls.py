@@ -28,7 +28,7 @@ def change_norm(model: LanguageModel, batches: Iterable[PromptSet], edits: Stand
         def recorded(x: Tensor, columns: Columns) -> Tensor:
             new = edit(x, columns)
             real = columns.tokens.attention_mask.bool()
-            total[0] += float((new - x)[real].double().square().sum())
+            total[0] += float((new - x)[real].cpu().double().square().sum())
             return new
 
         return recorded

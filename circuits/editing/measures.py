@@ -74,8 +74,8 @@ def left_intervals(prompts: PromptSet, before: Tensor, after: Tensor, *, resampl
     bootstrap, cases = Bootstrap(resamples), rows_by_case(prompts)
 
     def interval(weights: Tensor, others: Tensor) -> tuple[float, float] | None:
-        x = group_sums(after.double().cpu() * weights, groups)[:, None]
-        y = group_sums(before.double().cpu() * others, groups)
+        x = group_sums(after.cpu().double() * weights, groups)[:, None]
+        y = group_sums(before.cpu().double() * others, groups)
         low, high = bootstrap.intervals(x, y)[0].tolist()
         return (low, high) if low == low else None
 
@@ -186,7 +186,7 @@ def fluency(model: LanguageModel, prompts: PromptSet, ids: Tensor) -> Fluency:
     )
     log_p = model.run(whole).logits[:, prompts.clean.n_positions - 1 : -1].float().log_softmax(-1)  # [B, K, V]
     surprise = -log_p.gather(-1, ids[..., None])[..., 0][real]
-    perplexity = surprise.double().mean().exp().item() if len(surprise) else None
+    perplexity = surprise.cpu().double().mean().exp().item() if len(surprise) else None
     rows = [[token for token, counts in zip(*row, strict=True) if counts]
             for row in zip(ids.tolist(), real.tolist(), strict=True)]  # fmt: skip
     return Fluency(perplexity, repetition(rows))

@@ -154,7 +154,7 @@ class _Search:
             for start, chunk in copies(self.model, several, batch.clean, last_only=True):
                 logits = run_copies(self.model, batch.clean, chunk, last_only=True)[:, :, -1].float()
                 for number, of_copy in enumerate(logits):
-                    values[start + number].append(self.metric(of_copy, batch).double().cpu())
+                    values[start + number].append(self.metric(of_copy, batch).cpu().double())
         cases = rows_by_case(self.prompts).values()
         by_case = [[torch.cat(of_edit)[rows].mean() for rows in cases] for of_edit in values]
         sizes = [torch.stack(of_edit).square().mean().sqrt().item() for of_edit in by_case]

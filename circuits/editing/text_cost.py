@@ -88,7 +88,7 @@ class OtherText:
                 logits = run_copies(self.model, tokens, chunk)  # [C, B, S, V]
                 for copy, of_copy in enumerate(logits[:, :, :-1]):
                     log_p = of_copy[self.scored[number]][other].float().log_softmax(-1)
-                    total[start + copy] -= log_p.gather(1, targets[other][:, None]).double().sum().cpu()
+                    total[start + copy] -= log_p.gather(1, targets[other][:, None]).cpu().double().sum()
         return total / max(n, 1)
 
 

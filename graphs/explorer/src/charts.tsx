@@ -24,7 +24,11 @@ function Chart({ label, make }: { label: string; make: () => Marks }) {
       host.current?.replaceChildren(chart);
     };
     const waiting = setTimeout(draw, 80); // the circuit is drawn first
-    return () => clearTimeout(waiting);
+    addEventListener("beforeprint", draw);
+    return () => {
+      clearTimeout(waiting);
+      removeEventListener("beforeprint", draw);
+    };
   });
   return <div class="chart" style={{ minHeight: `${HEIGHT}px` }} ref={host} />;
 }

@@ -61,12 +61,14 @@ WORDS = {
     "steer": "--circuit RUN --top 2 --value 1 --name mine",
     "demo": "--out OUT",
 }
+WITHOUT_OUTPUT = {"test", "serve"}
+"""They write nothing by themselves; an edit asked for in the browser is written as `ablate` writes it."""
 OVERWRITING = ("train", "finetune", "sweep", "cache", "convert", "discover", "compare-methods", "demo")
 """Commands of folders: --overwrite is for what the program wrote there, and a file of somebody else stays."""
 
 
 def test_every_command_is_tried():
-    assert {*CASES} == {*WORDS} == {*COMMANDS}
+    assert {*CASES} == {*WORDS} == {*COMMANDS} - WITHOUT_OUTPUT
 
 
 @pytest.mark.parametrize("command", CASES)

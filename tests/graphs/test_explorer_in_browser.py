@@ -86,9 +86,12 @@ def with_classes(graph: FeatureGraph) -> FeatureGraph:
         if node.kind != "feature":
             return node
         values = {"singular": {"": 3.0 * (node.feature % 2 == 0)}, "plural": {"": 2.0 * (node.feature % 2)}}
-        return replace(node, attributes={**node.attributes, "by_case": values})
+        peaks = {case: [mean[""], 5.0] for case, mean in values.items()}
+        return replace(node, attributes={**node.attributes, "by_case": values, "prompt_peaks": peaks})
 
-    return graph.map_nodes(change)
+    graph = graph.map_nodes(change)
+    graph.metadata["example_pairs"] = [{"case": "plural", "clean": "The kings", "clean_answer": " are"}]
+    return graph
 
 
 def test_hostile_text_is_shown_as_text(open_page):
@@ -137,6 +140,12 @@ def test_labels_can_be_read_at_the_start(open_page, make_circuit):
         "viewer.scene.value.items.filter((i) => i.node.kind === 'feature').map((i) => i.node.feature % 2)"
     )
     assert set(kinds) == {0}  # the classes come in the order of their names: plural, singular
+    page.evaluate("(viewer.state.hiddenKinds.value = [], viewer.state.lens.value = 'prompt:0')")
+    page.settle()
+    assert "The kings" in page.text("#lens option:checked")
+    page.click("#legend .kind")  # those that are silent on the prompt
+    features = "viewer.scene.value.items.filter((i) => i.node.kind === 'feature').map((i) => i.node.feature % 2)"
+    assert set(page.evaluate(features)) == {1}
 
 
 def test_hover_click_and_edges(open_page, make_circuit):

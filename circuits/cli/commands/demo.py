@@ -139,7 +139,7 @@ class _Story:
             "Its strongest features on pages of their own, with what becomes of each token without them",
             FeaturesCommand(
                 text=self.valid,
-                top=50,
+                top=100,
                 options=FeaturePageOptions(tokens=8_000, correlation_tokens=8_000, samples=2),
                 **circuit,
             ),

@@ -15,7 +15,7 @@ import {
   largestEffect,
   largestWeight,
 } from "./data";
-import { nodeSide, touchesZero } from "./data";
+import { nodeSide, shareOn, touchesZero } from "./data";
 import { type Lens, lens } from "./state";
 
 export interface Theme {
@@ -86,12 +86,16 @@ export function certainty(node: GraphNode): number | null {
   return Math.min(1, Math.min(Math.abs(interval[0]), Math.abs(interval[1])) / Math.abs(node.effect));
 }
 
+/** Place of the example prompt that a lens shows the activation on; null for other lenses. */
+export const exampleOf = (by: Lens): number | null => (by.startsWith("prompt:") ? Number(by.slice(7)) : null);
+
 /** A node's fill. */
 export function fillOf(node: GraphNode, colours: Theme, by: Lens): string {
   if (node.kind === "metric") return colours.dark ? "#e6eaf0" : "#1d2430";
   if (by === "comparison") return sideColour(colours, nodeSide![node.index]);
-  if (by === "interval") {
-    const value = certainty(node);
+  const example = exampleOf(by);
+  if (example !== null || by === "interval") {
+    const value = example === null ? certainty(node) : shareOn(node, example);
     return value === null ? colours.page : sure(colours, value);
   }
   if (by === "class") {
@@ -165,6 +169,11 @@ export function kindsOf(by: Lens, colours: Theme): Kind[] {
       { key: "sure:0", name: "interval touches zero", colour: colours.page },
       { key: "sure:1", name: "clear of zero", colour: sure(colours, 0.8) },
     ];
+  if (exampleOf(by) !== null)
+    return [
+      { key: "on:0", name: "silent", colour: sure(colours, 0) },
+      { key: "on:1", name: "active", colour: sure(colours, 0.8) },
+    ];
   return [
     { key: "sign:-", name: "lowers the metric", colour: diverging(colours, -0.8) },
     { key: "sign:+", name: "raises the metric", colour: diverging(colours, 0.8) },
@@ -176,6 +185,7 @@ export function isKind(node: GraphNode, key: string): boolean {
   const [what, name] = [key.slice(0, key.indexOf(":")), key.slice(key.indexOf(":") + 1)];
   if (what === "sign") return node.effect < 0 === (name === "-");
   if (what === "side") return nodeSide !== null && nodeSide[node.index] === Number(name);
+  if (what === "on") return ((shareOn(node, exampleOf(lens.value) ?? 0) ?? 0) > 0) === (name === "1");
   if (what === "sure") return (certainty(node) ?? 0) > 0 === (name === "1");
   const contrast = classContrast(node);
   return contrast !== null && contrast.strength > 0.1 && classes[contrast.place] === name;

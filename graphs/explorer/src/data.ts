@@ -139,6 +139,8 @@ export let ranked: GraphNode[];
 export let cases: string[] = [];
 /** What colours tell apart: two classes of cases where the page has them, else the cases. */
 export let classes: string[] = [];
+/** Places of the example prompts in `metadata.example_pairs`. */
+export let examples: number[] = [];
 export let largestEffect = 0;
 export let largestWeight = 0;
 export const byId = new Map<string, GraphNode>();
@@ -176,6 +178,7 @@ function unpack(stored: Stored): void {
   for (const node of nodes) for (const name of Object.keys(node.attributes.by_case ?? {})) seen.add(name);
   cases = [...seen];
   classes = stored.classes?.names ?? cases;
+  examples = (stored.metadata.example_pairs ?? []).map((_, place) => place);
   if (stored.comparison) setSides(stored.comparison);
 }
 
@@ -198,6 +201,14 @@ export function activationByCase(node: GraphNode): [string, number][] {
       const values = Object.values(spans);
       return [name, here ?? values.reduce((sum, value) => sum + value, 0) / Math.max(1, values.length)];
     });
+}
+
+/** A feature's largest activation on an example prompt, as a share of its largest on any prompt; null where not known. */
+export function shareOn(node: GraphNode, example: number): number | null {
+  const peaks = node.attributes.prompt_peaks;
+  const here = peaks?.[circuit.metadata.example_pairs?.[example]?.case ?? ""]?.[0]; // each pair is the first of its case
+  if (!peaks || here === undefined) return null;
+  return here / Math.max(...Object.values(peaks).flat(), Number.MIN_VALUE);
 }
 
 /** The class that a case belongs to, by its place in `classes`. */

@@ -1,11 +1,18 @@
 // The legend: a lens to colour by, classes to switch on and off, a scale with ticks and units.
 
-import { diverging, edgeWidth, kindsOf, sure, theme } from "./colour";
+import { diverging, edgeWidth, exampleOf, kindsOf, sure, theme } from "./colour";
 import { classes, circuit, largestEffect, largestWeight, nodes, touchesZero } from "./data";
 import * as state from "./state";
 import { number, plain, visible } from "./text";
 
-const LENS_NAMES = { class: "class it is on for", effect: "effect", interval: "certainty", comparison: "which graph" };
+const LENS_NAMES: Record<string, string> = {
+  class: "class it is on for", effect: "effect", interval: "certainty", comparison: "which graph",
+}; // prettier-ignore
+function lensName(lens: state.Lens): string {
+  const example = exampleOf(lens);
+  if (example === null) return LENS_NAMES[lens];
+  return `activation on “${visible(circuit.metadata.example_pairs![example].clean)}”`;
+}
 const TICKS = [-1, -0.25, 0, 0.25, 1];
 
 export function Legend() {
@@ -33,7 +40,7 @@ export function Legend() {
           }}
         >
           {choices.map((choice) => (
-            <option value={choice}>{LENS_NAMES[choice]}</option>
+            <option value={choice}>{lensName(choice)}</option>
           ))}
         </select>
       </label>
@@ -94,7 +101,7 @@ function Scale() {
       [0.5, "both alike"],
       [1, "only"],
     ];
-  } else if (by === "interval") {
+  } else if (by === "interval" || exampleOf(by) !== null) {
     gradient = stops.map((v) => sure(colours, (v + 1) / 2));
     ticks = [
       [0, "0"],
@@ -107,7 +114,9 @@ function Scale() {
       ? `effect on ${visible(circuit.metadata.metric ?? "the metric")}`
       : by === "class"
         ? "activation, one class against the other"
-        : "nearest bound over effect";
+        : by === "interval"
+          ? "nearest bound over effect"
+          : "largest activation on this prompt, as a share of the feature's largest on any";
   return (
     <span
       class="scale"

@@ -1,9 +1,10 @@
 // What the reader has chosen: signals, kept in the URL with history, and in local storage.
 
 import { batch, signal } from "@preact/signals";
-import { byId, classes, circuit, edges, nodes, nodeSide, ranked } from "./data";
+import { byId, classes, circuit, edges, examples, nodes, nodeSide, ranked, shareOn } from "./data";
 
-export type Lens = "class" | "effect" | "interval" | "comparison";
+/** What nodes are coloured by; `prompt:1` is their activation on the second example prompt. */
+export type Lens = "class" | "effect" | "interval" | "comparison" | `prompt:${number}`;
 export interface Group {
   name: string;
   nodes: string[];
@@ -50,6 +51,7 @@ export const lenses = (): Lens[] => [
   ...(classes.length > 1 ? (["class"] as const) : []),
   "effect",
   ...(nodes.some((node) => node.attributes.interval) ? (["interval"] as const) : []),
+  ...examples.filter((prompt) => nodes.some((node) => shareOn(node, prompt) !== null)).map((prompt) => `prompt:${prompt}` as const),
 ];
 
 function toHash(): string {

@@ -256,10 +256,10 @@ def test_a_sweep_goes_on_where_it_was_and_grows(tiny_model, tmp_path, monkeypatc
     sweep(tiny_model, TEXTS, large, out=tmp_path / "whole", **options)
     save, out = SparseAutoencoder.save, tmp_path / "sweep"
 
-    def dies(self, folder):
+    def dies(self, folder, **options):
         if "seed1" in str(folder):
             raise KeyboardInterrupt
-        return save(self, folder)
+        return save(self, folder, **options)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(SparseAutoencoder, "save", dies)

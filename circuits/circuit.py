@@ -183,16 +183,16 @@ class Circuit(CircuitViews):
         check_output(folder / EFFECTS_FILE, has_header("circuit"), overwrite=overwrite)
         graph = graph if graph is not None else self._shown(100, 1000)
         tensors = {name: x.clone() for name, x in flatten(self).items()}
-        self.metadata["digest"] = self._digest(tensors)
+        self.metadata["digest"] = self._digest(tensors, folder.parent)
         write_tensors(folder / EFFECTS_FILE, tensors, metadata={"circuit": self.metadata["digest"]})
         portable = graph.subgraph(graph.graph)
         portable.metadata = relative_to_run({**graph.metadata, "digest": self.metadata["digest"]}, folder.parent)
         portable.save(folder / GRAPH_FILE, overwrite=True)
         return folder
 
-    def _digest(self, tensors: Mapping[str, Tensor]) -> str:
-        """A short hash of all tensors and of the metadata."""
-        made_with = {key: value for key, value in self.metadata.items() if key != "digest"}
+    def _digest(self, tensors: Mapping[str, Tensor], run: Path) -> str:
+        """A short hash of all tensors and of the metadata, the same wherever the run folder stands."""
+        made_with = relative_to_run({key: value for key, value in self.metadata.items() if key != "digest"}, run)
         text = json.dumps(made_with, sort_keys=True, default=str) + digest_tensors(tensors)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from circuits.attribution.effects import SiteEffects
 from circuits.attribution.nodes import SiteNodes
-from circuits.circuit import Circuit
+from circuits.circuit import Circuit, circuit_digest
 from graphs.drawing.dot import draw
 from graphs.drawing.style import tooltip
 from graphs.errors import GraphError
@@ -59,6 +59,8 @@ def test_a_run_can_be_moved(folder, tmp_path):
     assert written["saes"] == "./saes" and written["model"] == "/elsewhere/model"
     shutil.copytree(folder, tmp_path / "moved" / "circuit")
     assert Circuit.load(tmp_path / "moved").metadata["saes"] == str(tmp_path / "moved" / "saes")
+    small_circuit(tmp_path / "other").save(tmp_path / "other" / "circuit")
+    assert circuit_digest(tmp_path / "other" / "circuit") == written["digest"]  # of the circuit, not of where it stands
     written["saes"] = "/as/before"
     for old in ("/as/before", "owner/name"):
         change_json(folder / "circuit.json", lambda data, old=old: data["metadata"].update(saes=old))

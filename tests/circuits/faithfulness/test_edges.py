@@ -70,9 +70,8 @@ def sae_values(values, site, feature):
     return values[site].features[..., feature]
 
 
-@pytest.mark.parametrize(
-    ("architecture", "aggregation"), [("gpt_neox", "sum"), ("gpt_neox", "position"), ("llama", "sum")]
-)
+@pytest.mark.parametrize("architecture", ["gpt_neox", "llama"])
+@pytest.mark.parametrize("aggregation", ["sum", "position"])
 def test_node_by_node(make_tiny_model, make_saes, tiny_prompts, architecture, aggregation):
     model = make_tiny_model(architecture)
     saes = make_saes(model)

@@ -38,6 +38,7 @@ from circuits.metrics.metrics import Metric, has_shares, prepare
 from circuits.metrics.probe import Probe
 from circuits.options import Operation
 from circuits.prompts.dataset import PromptSet
+from sae._progress import ProgressBar
 from sae.autoencoder import SparseAutoencoder
 from sae.data.batches import token_batches
 from sae.errors import UserError
@@ -64,6 +65,7 @@ def choose_surgical(
     operation: Operation = "mean",
     penalty: float = PENALTY,
     answers: Sequence[int] = (),
+    progress: bool = True,
 ) -> tuple[Edit, Choice]:
     """Choose features of a circuit whose edit removes the behaviour in every case at little cost elsewhere.
 
@@ -74,6 +76,7 @@ def choose_surgical(
         operation: What the features become: `mean`, `zero` or `resample`.
         penalty: What a nat of cross-entropy elsewhere weighs against all of the behaviour.
         answers: Further tokens that answer the behaviour, beside those of the prompts: not elsewhere.
+        progress: Whether a bar counts the sets that were tried.
 
     Returns:
         The edit, with what it refers to, and how it was chosen.
@@ -88,13 +91,15 @@ def choose_surgical(
     begin = time.perf_counter()
     batches = list(token_batches(model, sorted(texts, key=len), max_tokens=None, batch_size=BATCH_SIZE))
     text = OtherText(model, batches, [*answers_of(prompts), *answers])
-    search = _Search(model, saes, prepare(prompts, model, metric), metric, text, penalty)
+    bar = ProgressBar(desc="choose", unit="set", disable=not progress)
+    search = _Search(model, saes, prepare(prompts, model, metric), metric, text, penalty, bar)
     strongest = effect_by_feature(circuit, STRONGEST)
     edit = with_references(model, saes, Edit(list(strongest), operation), texts=batches)
     search.numbers = {name: _alone(edit, name) for name in strongest}
     candidates = search.screened(strongest)
-    chosen = search.grown(candidates)
-    cheap = search.cheapest(candidates)
+    with bar:
+        chosen = search.grown(candidates)
+        cheap = search.cheapest(candidates)
     choice = Choice(
         chosen, search.steps, penalty, len(candidates), len(search.trials), time.perf_counter() - begin, cheap
     )  # fmt: skip
@@ -128,6 +133,7 @@ class _Search:
     metric: Metric
     text: OtherText
     penalty: float
+    bar: ProgressBar
     numbers: dict[str, Edit] = field(default_factory=dict)
     """The edit of each feature alone."""
     trials: dict[frozenset[str], tuple[float, float]] = field(default_factory=dict)
@@ -171,6 +177,7 @@ class _Search:
             lefts, costs = self._sizes(edits)[0], self.text.elsewhere(edits)
             for names, left, cost in zip(new, lefts, costs.tolist(), strict=True):
                 self.trials[names] = (left / self.size, cost - self.ce)
+            self.bar.update(len(new))
         return list(sets)
 
     def screened(self, effect: Mapping[str, float]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import yaml
 
@@ -20,6 +21,19 @@ def test_an_edit_is_made_again_from_its_report(sfc, run_folder, text_file):
     assert "CE elsewhere" in (run_folder / "report.html").read_text()
     wrong = sfc("ablate", *common, "--top", 2, "--scales", "0,much")
     assert wrong.status == 2 and "scales '0,much'" in wrong.err
+
+
+def test_other_text_does_without_the_circuits_own_prompts(
+    sfc, run_folder, text_file, prompts_file, tmp_path
+):
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    content = json.loads((run / "circuit" / "circuit.json").read_text())
+    content["metadata"]["prompts"] = str(tmp_path / "moved.jsonl")
+    (run / "circuit" / "circuit.json").write_text(json.dumps(content))
+    words = ["ablate", "--circuit", run, "--top", 1, "--random", 0, "--text", text_file, "--texts", 5]
+    assert "moved.jsonl" in sfc(*words).err
+    result = sfc(*words, "--prompts", prompts_file)
+    assert result.status == 0 and "elsewhere" in result.out, result.err
 
 
 def test_features_are_chosen(sfc, run_folder, text_file):

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from graphs._files import atomic_write as graphs_atomic_write
 from sae._files import (
     TensorSpec,
     atomic_write,
@@ -44,6 +45,16 @@ def test_new_file_replaces_the_old_one_and_keeps_its_suffix_meanwhile(tmp_path: 
         temporary.write_text("new")
         assert target.read_text() == "old"
     assert target.read_text() == "new"
+
+
+@pytest.mark.parametrize("write", [atomic_write, graphs_atomic_write])
+def test_a_file_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch, write) -> None:
+    target, synced = tmp_path / "a.json", []
+    target.write_text("old")
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append((os.fstat(handle).st_ino, target.read_text())))
+    with write(target) as temporary:
+        temporary.write_text("new")
+    assert synced[0] == (target.stat().st_ino, "old") and synced[-1] == (tmp_path.stat().st_ino, "new")
 
 
 def test_unserialisable_object_leaves_the_old_json(tmp_path: Path) -> None:

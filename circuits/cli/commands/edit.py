@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -138,10 +139,15 @@ class _Edit(UsesSaes, Named, HasTestPrompts, RunsCircuit):
         return texts[:n_measured], texts[n_measured:]
 
     def _answers(self, circuit: Circuit) -> list[int]:
-        """Tokens that answer the behaviour in the whole file that the circuit's prompts are of."""
+        """Tokens that answer the behaviour in the whole file that the circuit's prompts are of, or where it cannot be read
+        any more in that of `--prompts`.
+        """
         from circuits.editing.measures import answers_of
 
-        return answers_of(circuit.read_prompts(circuit.metadata["prompts"]))
+        for path in (circuit.metadata.get("prompts"), self.prompts):
+            with suppress(UserError):  # what cannot be measured is told where it is
+                return answers_of(circuit.read_prompts(path))
+        return []
 
     def _chosen(self, circuit: Circuit, operation: Operation) -> EditReport:
         """Features chosen on training prompts and text, and what their edit does on others."""
@@ -149,7 +155,12 @@ class _Edit(UsesSaes, Named, HasTestPrompts, RunsCircuit):
         from circuits.editing.surgical import choose_surgical
 
         edit, choice = choose_surgical(
-            circuit, texts=self._texts()[1], operation=operation, penalty=self.penalty, answers=self._answers(circuit)
+            circuit,
+            texts=self._texts()[1],
+            operation=operation,
+            penalty=self.penalty,
+            answers=self._answers(circuit),
+            progress=not self.quiet,
         )
         strongest = Edit(list(circuit.strongest_features(10)), "zero").everywhere()
         return self.trial(circuit, operation, None, [edit]).report(choice=choice, strongest=[strongest])

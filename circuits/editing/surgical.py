@@ -147,10 +147,10 @@ class _Search:
             raise UserError("these prompts show nothing of the behaviour: there is nothing to remove")
         self.trials[frozenset()] = (self._sizes([{}])[0][0] / self.size, 0.0)
 
-    def score(self, names: frozenset[str], penalty: float | None = None) -> float:
+    def score(self, names: frozenset[str]) -> float:
         """left + penalty * cost of a set that was tried."""
         left, cost = self.trials[names]
-        return left + (self.penalty if penalty is None else penalty) * max(cost, 0.0)
+        return left + self.penalty * max(cost, 0.0)
 
     @torch.no_grad()
     def _sizes(self, several: Sequence[Standing]) -> tuple[list[float], float]:

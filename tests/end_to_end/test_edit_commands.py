@@ -7,7 +7,10 @@ import shutil
 
 import yaml
 
+from circuits.circuit import Circuit
+from circuits.cli.commands.edit import AblateCommand
 from circuits.editing.declaration import load_edits
+from circuits.editing.measures import answers_of
 
 
 def test_an_edit_is_made_again_from_its_report(sfc, run_folder, text_file):
@@ -23,9 +26,7 @@ def test_an_edit_is_made_again_from_its_report(sfc, run_folder, text_file):
     assert wrong.status == 2 and "scales '0,much'" in wrong.err
 
 
-def test_other_text_does_without_the_circuits_own_prompts(
-    sfc, run_folder, text_file, prompts_file, tmp_path
-):
+def test_other_text_does_without_the_circuits_own_prompts(sfc, run_folder, text_file, prompts_file, tmp_path):
     run = shutil.copytree(run_folder, tmp_path / "run")
     content = json.loads((run / "circuit" / "circuit.json").read_text())
     content["metadata"]["prompts"] = str(tmp_path / "moved.jsonl")
@@ -34,6 +35,9 @@ def test_other_text_does_without_the_circuits_own_prompts(
     assert "moved.jsonl" in sfc(*words).err
     result = sfc(*words, "--prompts", prompts_file)
     assert result.status == 0 and "elsewhere" in result.out, result.err
+    for folder in (run, run_folder):
+        command = AblateCommand(circuit=folder, prompts=prompts_file)
+        assert command._answers(Circuit.load(folder)) == answers_of(Circuit.load(run_folder).prompts) != []
 
 
 def test_features_are_chosen(sfc, run_folder, text_file):

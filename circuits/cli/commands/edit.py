@@ -139,9 +139,7 @@ class _Edit(UsesSaes, Named, HasTestPrompts, RunsCircuit):
         return texts[:n_measured], texts[n_measured:]
 
     def _answers(self, circuit: Circuit) -> list[int]:
-        """Tokens that answer the behaviour in the whole file that the circuit's prompts are of, or where it cannot be read
-        any more in that of `--prompts`.
-        """
+        """What answers the behaviour in the whole file of the circuit's prompts, or of `--prompts` where it is gone."""
         from circuits.editing.measures import answers_of
 
         for path in (circuit.metadata.get("prompts"), self.prompts):

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from circuits.discovery.activity import mean_activations
+from circuits.discovery.activity import mean_activations, prompt_peaks
 from tests.circuits.conftest import MIXED, with_spans
 
 
@@ -36,6 +36,24 @@ def test_means_by_case_and_span(tiny_model, tiny_saes, tiny_prompts):
                     shown = means[f"{site.name}/{feature}"][case]
                     assert shown.keys() == by_span.keys()
                     torch.testing.assert_close(list(shown.values()), list(by_span.values()), atol=2e-6, rtol=1e-4)
+
+
+def test_peaks_leave_special_tokens_out(tiny_model, tiny_saes, tiny_prompts):
+    ids = tiny_prompts.clean.input_ids.clone()
+    ids[:, 2] = min(tiny_model.special_ids)
+    prompts = replace(tiny_prompts, clean=replace(tiny_prompts.clean, input_ids=ids))
+    site = tiny_model.sites[0]
+    features = torch.arange(tiny_saes[site].config.n_features)
+    peaks = prompt_peaks(tiny_model, tiny_saes, prompts, {site: features})
+    for row, case in enumerate(prompts.cases):
+        one = prompts[row]
+        f = tiny_saes[site].encode(tiny_model.run(one.clean, capture=[site]).activations[site][0])
+        words = [
+            place for place, token in enumerate(one.clean.input_ids[0].tolist()) if token not in tiny_model.special_ids
+        ]
+        place = prompts.cases[:row].count(case)
+        shown = torch.tensor([peaks[f"{site.name}/{feature}"][case][place] for feature in features])
+        torch.testing.assert_close(shown, f[words].amax(0), atol=1e-5, rtol=1e-3)
 
 
 def test_cases_without_a_name_are_called_prompts(tiny_model, tiny_saes, tiny_prompts):

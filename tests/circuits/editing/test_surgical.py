@@ -113,6 +113,9 @@ def test_what_is_said_of_chosen_features_is_so(circuit, tiny_model, tiny_prompts
     assert choice.steps[-1].left == pytest.approx(left, rel=1e-3)
     assert choice.steps[-1].ce_elsewhere == pytest.approx(costs[1] - costs[0], abs=1e-4)
     assert choice.n_trials > choice.n_candidates and left < 1
+    dear, _ = choose_surgical(circuit, texts=texts, operation="zero", penalty=1e4)
+    standing = FeatureEdits(tiny_model, tiny_saes, [dear]).standing()
+    assert text.elsewhere([standing])[0].item() < costs[1]
     monkeypatch.setattr(surgical, "GAIN", 10.0)
     hardly, choice = choose_surgical(circuit, texts=texts, operation="zero")
     assert len(hardly.names) <= 2 and len(choice.steps) >= 1 and choice.cheap is None

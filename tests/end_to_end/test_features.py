@@ -98,3 +98,6 @@ def test_names_belong_to_the_saes_and_outlive_another_circuit(sfc, run, tmp_path
     assert file.path.is_file()  # names stay when the features are trained again
     file.path.write_text(file.path.read_text().replace(str(file.fingerprint(name.split("/")[0])), "0" * 16))
     assert file.read() == {}  # of SAEs that were trained again
+    foreign = [LabelsFile(None, tmp_path, fingerprint) for fingerprint in ("one", "another")]
+    assert foreign[0].add({name: "kings"}, by="anna") == 1 and set(foreign[0].read()) == {name}
+    assert foreign[0].path == foreign[1].path and foreign[1].read() == {}

@@ -9,7 +9,7 @@ import torch
 
 from circuits.discovery.discover import discover
 from circuits.editing import edit as editing
-from circuits.editing.applied import feature_means
+from circuits.editing.applied import feature_means, with_references
 from circuits.editing.random_features import active_features, random_features
 from circuits.editing.records import Behaviour, Score
 from circuits.editing.results import EditReport
@@ -326,6 +326,12 @@ def test_edits_of_generated_tokens_leave_the_prompts_alone(tiny_model, tiny_prom
     ids = tiny_model.generate(clean, max_new_tokens=3, later_edits=edit)[0, clean.n_positions :].tolist()
     assert report.continuations[0].after == tiny_model.tokenizer.decode(ids, skip_special_tokens=True)
     assert report.continuations[0].after != report.continuations[0].before
+    texts = [tiny_prompts.clean]
+    names = ("resid_1/3@generated", "resid_1/3")  # the mean over text is of no place in it
+    means = [
+        with_references(tiny_model, tiny_saes, editing.Edit(name, "mean"), texts=texts).reference for name in names
+    ]
+    assert list(means[0].values()) == list(means[1].values()) and list(means[0]) == [names[0]]
 
 
 def test_the_mean_of_a_span_is_that_of_its_tokens(tiny_model, tiny_prompts, tiny_saes):

@@ -113,14 +113,26 @@ def test_what_is_said_of_chosen_features_is_so(circuit, tiny_model, tiny_prompts
     assert choice.steps[-1].left == pytest.approx(left, rel=1e-3)
     assert choice.steps[-1].ce_elsewhere == pytest.approx(costs[1] - costs[0], abs=1e-4)
     assert choice.n_trials > choice.n_candidates and left < 1
-    dear, _ = choose_surgical(circuit, texts=texts, operation="zero", penalty=1e4)
-    standing = FeatureEdits(tiny_model, tiny_saes, [dear]).standing()
-    assert text.elsewhere([standing])[0].item() < costs[1]
     monkeypatch.setattr(surgical, "GAIN", 10.0)
     hardly, choice = choose_surgical(circuit, texts=texts, operation="zero")
     assert len(hardly.names) <= 2 and len(choice.steps) >= 1 and choice.cheap is None
     with pytest.raises(UserError, match="no such share"):
         choose_surgical(replace(circuit, source=replace(circuit.source, metric=kl)), texts=texts)
+
+
+def test_a_feature_that_is_dear_elsewhere_is_not_chosen(circuit, texts, monkeypatch):
+    monkeypatch.setattr(surgical, "CANDIDATES", 200)  # all of them, whatever their side effect to first order
+    best = choose_surgical(circuit, texts=texts, operation="zero", penalty=0.0)[0].names[0]
+    tried = surgical._Search.tried
+
+    def dear(search, sets):
+        sets = tried(search, sets)
+        search.trials |= {names: (left, 1.0) for names, (left, _) in search.trials.items() if best in names}
+        return sets
+
+    monkeypatch.setattr(surgical._Search, "tried", dear)
+    assert best in choose_surgical(circuit, texts=texts, operation="zero", penalty=0.0)[0].names
+    assert best not in choose_surgical(circuit, texts=texts, operation="zero", penalty=100.0)[0].names
 
 
 def test_an_edit_at_a_span_is_everywhere_on_other_text(tiny_model, tiny_prompts, tiny_saes, texts):

@@ -24,46 +24,54 @@ from sae.training.stopping import terminated_as_interrupted
 
 GROUPS = {
     "Dictionaries": {
-        "train": ("train", "TrainCommand", "train autoencoders at the sites of a model"),
-        "finetune": ("finetune", "FinetuneCommand", "tune them together, all of them in the model"),
-        "sweep": ("sweep", "SweepCommand", "train a grid of them, and plot fidelity against sparsity"),
-        "cache": ("cache", "CacheCommand", "write activations to disk, for several trainings"),
-        "evaluate": ("evaluate", "EvaluateCommand", "how well they stand for the model's activations"),
-        "match": ("match", "MatchCommand", "find the same features in two dictionaries"),
-        "convert": ("convert", "ConvertCommand", "write them in SAELens' or dictionary_learning's format"),
+        "train": ("dictionaries.train", "TrainCommand", "train autoencoders at the sites of a model"),
+        "finetune": ("dictionaries.finetune", "FinetuneCommand", "tune them together, all of them in the model"),
+        "sweep": ("dictionaries.sweep", "SweepCommand", "train a grid of them, and plot fidelity against sparsity"),
+        "cache": ("dictionaries.cache", "CacheCommand", "write activations to disk, for several trainings"),
+        "evaluate": ("dictionaries.evaluate", "EvaluateCommand", "how well they stand for the model's activations"),
+        "match": ("dictionaries.match", "MatchCommand", "find the same features in two dictionaries"),
+        "convert": ("dictionaries.convert", "ConvertCommand", "write them in SAELens' or dictionary_learning's format"),
     },
     "Circuits": {
-        "discover": ("discover", "DiscoverCommand", "find the circuit behind a set of prompts"),
-        "probe": ("probe", "ProbeCommand", "learn a linear probe to be the metric of a circuit"),
+        "discover": ("circuits.discover", "DiscoverCommand", "find the circuit behind a set of prompts"),
+        "probe": ("circuits.probe", "ProbeCommand", "learn a linear probe to be the metric of a circuit"),
     },
     "Tests": {
         "faithfulness": (
-            "faithfulness",
+            "tests.faithfulness",
             "FaithfulnessCommand",
             "how much of the behaviour a circuit explains alone",
         ),
-        "mask": ("mask", "MaskCommand", "learn which nodes to keep, beside the ranking by effects"),
-        "compare-methods": ("compare", "CompareMethodsCommand", "node methods beside each other on held-out prompts"),
+        "mask": ("tests.mask", "MaskCommand", "learn which nodes to keep, beside the ranking by effects"),
+        "compare-methods": (
+            "tests.compare",
+            "CompareMethodsCommand",
+            "node methods beside each other on held-out prompts",
+        ),
     },
     "Pictures": {
-        "render": ("render", "RenderCommand", "draw a circuit: svg, png, pdf or dot"),
-        "features": ("features", "FeaturesCommand", "a page for every feature: when it is on and what it does"),
-        "explore": ("render", "ExploreCommand", "write it as one interactive page"),
-        "serve": ("serve", "ServeCommand", "try edits on your own prompts, in the browser"),
-        "report": ("report", "ReportCommand", "everything a run found, on one page"),
-        "labels": ("features", "LabelsCommand", "name features, for all circuits of their autoencoders"),
-        "export": ("export", "ExportCommand", "write it for Neuronpedia, circuit-tracer, EAP-IG or networkx"),
+        "render": ("pictures.render", "RenderCommand", "draw a circuit: svg, png, pdf or dot"),
+        "features": (
+            "pictures.features",
+            "FeaturesCommand",
+            "a page for every feature: when it is on and what it does",
+        ),
+        "explore": ("pictures.render", "ExploreCommand", "write it as one interactive page"),
+        "serve": ("pictures.serve", "ServeCommand", "try edits on your own prompts, in the browser"),
+        "report": ("pictures.report", "ReportCommand", "everything a run found, on one page"),
+        "labels": ("pictures.features", "LabelsCommand", "name features, for all circuits of their autoencoders"),
+        "export": ("pictures.export", "ExportCommand", "write it for Neuronpedia, circuit-tracer, EAP-IG or networkx"),
     },
     "Edits": {
-        "ablate": ("edit", "AblateCommand", "take features out of the model, and measure what is left"),
-        "steer": ("edit", "SteerCommand", "push the model along features"),
-        "test": ("suite", "TestCommand", "behaviours listed in a YAML file, with pass and fail"),
+        "ablate": ("edits.edit", "AblateCommand", "take features out of the model, and measure what is left"),
+        "steer": ("edits.edit", "SteerCommand", "push the model along features"),
+        "test": ("edits.suite", "TestCommand", "behaviours listed in a YAML file, with pass and fail"),
     },
     "All of it": {
         "demo": ("demo", "DemoCommand", "the whole story on the bundled model, in a few minutes"),
     },
 }
-"""Name of a command -> (file in `circuits.cli.commands`, class, what it does), in groups by the story."""
+"""Name of a command -> (file in `circuits/cli/commands`, class, what it does), in groups by the story."""
 COMMANDS = {name: entry for group in GROUPS.values() for name, entry in group.items()}
 RESUMABLE = ("train", "finetune", "sweep", "cache", "discover", "features")
 """Commands that go on with `--resume`."""

@@ -11,7 +11,7 @@ import torch
 
 from circuits.attribution.nodes import select_nodes
 from circuits.circuit import Circuit
-from circuits.cli.commands.edit import AblateCommand
+from circuits.cli.commands.edits.edit import AblateCommand
 from circuits.cli.common import load_circuit
 from graphs.explorer import unpacked
 from graphs.feature_graph import FeatureGraph

@@ -8,7 +8,7 @@ import shutil
 import yaml
 
 from circuits.circuit import Circuit
-from circuits.cli.commands.edit import AblateCommand
+from circuits.cli.commands.edits.edit import AblateCommand
 from circuits.editing.declaration import load_edits
 from circuits.editing.measures import answers_of
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from circuits.cli.commands.serve import ServeCommand
+from circuits.cli.commands.pictures.serve import ServeCommand
 from circuits.cli.live.app import listen
 from circuits.cli.live.experiments import Experiments
 from circuits.cli.live.jobs import Worker

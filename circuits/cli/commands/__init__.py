@@ -1,1 +1,1 @@
-"""One file a command of `sfc`, two where commands share their options: a dataclass of options with its `run`."""
+"""The commands of `sfc` in the groups of `sfc --help`: dataclasses of options, each with its `run`."""

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from circuits.cli.commands.discover import DiscoverCommand
-from circuits.cli.commands.edit import AblateCommand
-from circuits.cli.commands.evaluate import EvaluateCommand
-from circuits.cli.commands.faithfulness import FaithfulnessCommand
-from circuits.cli.commands.features import FeaturesCommand
-from circuits.cli.commands.render import ExploreCommand, RenderCommand
-from circuits.cli.commands.report import ReportCommand
-from circuits.cli.commands.train import TrainCommand
+from circuits.cli.commands.circuits.discover import DiscoverCommand
+from circuits.cli.commands.dictionaries.evaluate import EvaluateCommand
+from circuits.cli.commands.dictionaries.train import TrainCommand
+from circuits.cli.commands.edits.edit import AblateCommand
+from circuits.cli.commands.pictures.features import FeaturesCommand
+from circuits.cli.commands.pictures.render import ExploreCommand, RenderCommand
+from circuits.cli.commands.pictures.report import ReportCommand
+from circuits.cli.commands.tests.faithfulness import FaithfulnessCommand
 from circuits.cli.options import Common, Output, Overwrites
 from circuits.cli.streams import printable, say
 from circuits.options import DiscoverOptions, FaithfulnessOptions

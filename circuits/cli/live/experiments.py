@@ -22,9 +22,9 @@ from torch import Tensor
 from circuits.attribution.activations import Setting, capture_activations
 from circuits.attribution.node_effects import attribute
 from circuits.circuit import Circuit, circuit_folder
-from circuits.cli.commands.discover import DiscoverCommand, describe_features
-from circuits.cli.commands.edit import AblateCommand, SteerCommand
-from circuits.cli.commands.render import ExploreCommand
+from circuits.cli.commands.circuits.discover import DiscoverCommand, describe_features
+from circuits.cli.commands.edits.edit import AblateCommand, SteerCommand
+from circuits.cli.commands.pictures.render import ExploreCommand
 from circuits.cli.live.jobs import Job
 from circuits.cli.live.requests import FindCircuit, LookAt, TryEdit
 from circuits.cli.options import RunsCircuit, UsesSaes

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from circuits.cli.commands.cache import open_cache
-from circuits.cli.commands.finetune import finetuned_lines, progress_of
+from circuits.cli.commands.dictionaries.cache import open_cache
+from circuits.cli.commands.dictionaries.finetune import finetuned_lines, progress_of
 from circuits.cli.options import Common, HasSites, HasTextOrCache, Output, Overwrites, need
 from sae._options import TokenCount
 from sae._run.locks import lock

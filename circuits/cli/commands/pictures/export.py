@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from circuits.cli.commands.render import wrote
+from circuits.cli.commands.pictures.render import wrote
 from circuits.cli.options import Common, HasCircuit, Output, Overwrites
 from circuits.cli.results import circuit_file
 from sae.errors import UserError

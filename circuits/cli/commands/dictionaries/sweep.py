@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
 
-from circuits.cli.commands.cache import open_cache
+from circuits.cli.commands.dictionaries.cache import open_cache
 from circuits.cli.options import Common, HasSites, HasTextOrCache, Output, Overwrites, need
 from circuits.cli.results import write_with_table
 from sae._options import ContextLength, TokenCount

@@ -1,0 +1,1 @@
+"""Commands that find circuits, one file each."""

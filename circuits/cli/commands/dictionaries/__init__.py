@@ -1,0 +1,1 @@
+"""Commands about feature dictionaries, one file each."""

@@ -1,0 +1,1 @@
+"""Commands that edit the model, one file each, two where they share their options."""

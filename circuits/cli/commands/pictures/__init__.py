@@ -1,0 +1,1 @@
+"""Commands that show and write circuits, one file each, two where they share their options."""

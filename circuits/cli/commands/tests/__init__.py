@@ -1,0 +1,1 @@
+"""Commands that test circuits, one file each."""

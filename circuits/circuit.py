@@ -68,6 +68,10 @@ class Circuit(CircuitViews):
     """Bootstrap interval of every node of `nodes`, [n, 2] in their order; empty where not computed."""
     edge_intervals: Edges = field(default_factory=dict)
     """Bootstrap interval of every edge weight, [D, U, 2] like `edges`; empty where not computed."""
+    edge_cases: Edges = field(default_factory=dict)
+    """Mean weight over the examples of each case, [D, U, C] in the order of `metadata["cases"]`; empty where prompts
+    have no cases, or discovery did not keep the weights of single examples.
+    """
     edge_samples: Edges = field(default_factory=dict, metadata=NOT_SAVED)
     """Edge weights of every example, [N, D, U], as far as discovery kept them; not saved."""
     groups: Tensor | None = None

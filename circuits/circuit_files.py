@@ -166,8 +166,8 @@ def read_effects(path: Path, metadata: Mapping[str, Any]) -> dict[str, Tensor]:
     for name in with_edges:
         _check_edge_nodes(tensors, name, n_features[name], metadata, path)
     for name in tensors:
-        if name.startswith(("edges/", "edge_intervals/")):
-            _check_edges(tensors, name, set(with_edges), path)
+        if name.startswith(("edges/", "edge_intervals/", "edge_cases/")):
+            _check_edges(tensors, name, set(with_edges), len(metadata.get("cases", ())), path)
     return {name: _as_stored(name, x) for name, x in tensors.items()}
 
 
@@ -211,16 +211,22 @@ def _check_edge_nodes(
     _check_range(tensors, names["position"], lowest, 0 if lowest < 0 else beyond, path)
 
 
-def _check_edges(tensors: Mapping[str, Tensor], name: str, sites: Sequence[str] | set[str], path: Path) -> None:
+def _check_edges(
+    tensors: Mapping[str, Tensor], name: str, sites: Sequence[str] | set[str], n_cases: int, path: Path
+) -> None:
     kind, *between = name.split("/")
     if len(between) != 2 or between[0] not in sites or between[1] not in {*sites, "metric"}:
         raise UserError(f"{path}: tensor {name!r} joins no two sites with nodes: expected {kind}/UPSTREAM/DOWNSTREAM")
     up, down = between
     rows = 1 if down == "metric" else len(tensors[f"edge_nodes/{down}/feature"])
     shape = (rows, len(tensors[f"edge_nodes/{up}/feature"]))
-    spec = TensorSpec(shape) if kind == "edges" else TensorSpec((*shape, 2), finite=False)  # NaN: too few to tell
+    spec = {
+        "edges": TensorSpec(shape),
+        "edge_intervals": TensorSpec((*shape, 2), finite=False),  # NaN: too few to tell
+        "edge_cases": TensorSpec((*shape, n_cases)),
+    }[kind]
     check_tensors(tensors, {name: spec}, path)
-    if kind == "edge_intervals" and f"edges/{up}/{down}" not in tensors:
+    if kind != "edges" and f"edges/{up}/{down}" not in tensors:
         raise UserError(f"{path}: tensor {name!r} has no weights, edges/{up}/{down}")
 
 

@@ -42,6 +42,7 @@ class CircuitViews:
     metadata: dict[str, Any]
     intervals: dict[Site, Tensor]
     edge_intervals: Edges
+    edge_cases: Edges
     features: dict[str, Any]
     labels: dict[str, Label]
 
@@ -136,15 +137,20 @@ class CircuitViews:
                 f"edges were computed among the {len(with_edges)} strongest nodes and {without[0]!r} is not one of "
                 "them: keep fewer nodes, or discover again with more edge nodes"
             )
+        cases = list(self.metadata.get("cases", ()))
         for (up, down), weights in self.edges.items():
             targets = ["metric"] if down is None else names[down]
-            bounds = self.edge_intervals.get((up, down))
+            bounds, of_cases = self.edge_intervals.get((up, down)), self.edge_cases.get((up, down))
             is_shown = weights != 0 if bounds is None or not significant else bounds.prod(-1) > 0
             for row, column in is_shown.nonzero().tolist():
                 if names[up][column] in graph and targets[row] in graph:
                     interval = None if bounds is None else tuple(bounds[row, column].tolist())
                     interval = interval if interval and interval[0] == interval[0] else None  # too few to tell
-                    graph.add_edge(names[up][column], targets[row], float(weights[row, column]), interval=interval)
+                    by_case = {} if of_cases is None else dict(zip(cases, of_cases[row, column].tolist(), strict=True))
+                    graph.add_edge(
+                        names[up][column], targets[row], float(weights[row, column]),
+                        interval=interval, by_case=by_case,
+                    )  # fmt: skip
 
     # --- pictures, tables and text -------------------------------------------------------------------------------
 
@@ -228,9 +234,10 @@ class CircuitViews:
         """All edges with a weight, strongest first, one row each.
 
         Returns:
-            Columns source, target (`metric` for the metric), weight in units of the metric, and the bounds low and high
-            of its interval where there is one.
+            Columns source, target (`metric` for the metric), weight in units of the metric, the bounds low and high of
+            its interval where there is one, and `weight (case)`, its mean over the prompts of each case.
         """
+        cases = [f"weight ({case})" for case in self.metadata.get("cases", ())] if self.edge_cases else []
         names = {site: nodes.ids(site) for site, nodes in self.edge_nodes.items()}
         rows: list[dict[str, Any]] = []
         for (up, down), weights in self.edges.items():
@@ -240,8 +247,10 @@ class CircuitViews:
                 row["weight"] = weights[target, source].item()
                 if bounds is not None:
                     row["low"], row["high"] = bounds[target, source].tolist()
+                if (of_cases := self.edge_cases.get((up, down))) is not None:
+                    row |= zip(cases, of_cases[target, source].tolist(), strict=True)
                 rows.append(row)
-        columns = ["source", "target", "weight", *(["low", "high"] if self.edge_intervals else [])]
+        columns = ["source", "target", "weight", *(["low", "high"] if self.edge_intervals else []), *cases]
         table = pd.DataFrame(rows, columns=columns)
         return table.sort_values("weight", key=abs, ascending=False, kind="stable", ignore_index=True)
 

@@ -113,11 +113,14 @@ class Edge(NamedTuple):
     """How much of the change of the metric passes along the edge."""
     interval: tuple[float, float] | None = None
     """Lower and upper bound of the weight, where they are known."""
+    by_case: dict[str, float] | None = None
+    """Mean weight on the prompts of each case, where they are known."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON; without an interval where there is none."""
+        """Plain JSON; without what is not known."""
         entries = {"source": self.source, "target": self.target, "weight": self.weight}
-        return entries if self.interval is None else {**entries, "interval": list(self.interval)}
+        interval = {} if self.interval is None else {"interval": list(self.interval)}
+        return {**entries, **interval, **({"by_case": self.by_case} if self.by_case else {})}
 
 
 def _bounds(interval: Sequence[float] | None) -> dict[str, float]:
@@ -148,20 +151,29 @@ class FeatureGraph:
             raise GraphError(f"node {node.id!r} is already in the graph")
         self.graph.add_node(node.id, node=node)
 
-    def add_edge(self, source: str, target: str, weight: float, *, interval: tuple[float, float] | None = None) -> None:
+    def add_edge(
+        self,
+        source: str,
+        target: str,
+        weight: float,
+        *,
+        interval: Sequence[float] | None = None,
+        by_case: Mapping[str, float] | None = None,
+    ) -> None:
         """Add an edge between two nodes of the graph, from a site to a later one or to the metric, with the bounds of
-        its weight where they are known.
+        its weight and its weight by case where they are known.
         """
         for end in (source, target):
             if end not in self.graph:
                 raise GraphError(f"edge {source} -> {target}: node {end!r} is not in the graph")
         if self.rank(source) >= self.rank(target):
             raise GraphError(f"edge {source} -> {target} does not go forward through the model")
-        for value in (weight, *(interval or ())):
+        for value in (weight, *(interval or ()), *(by_case or {}).values()):
             if not math.isfinite(value):
                 raise GraphError(f"weight of edge {source} -> {target} is {value}: it must be a finite number")
         bounds = {} if interval is None else {"interval": (float(interval[0]), float(interval[1]))}
-        self.graph.add_edge(source, target, weight=float(weight), **bounds)
+        cases = {"by_case": {name: float(value) for name, value in by_case.items()}} if by_case else {}
+        self.graph.add_edge(source, target, weight=float(weight), **bounds, **cases)
 
     # --- reading ------------------------------------------------------------------------------------------------
 
@@ -215,12 +227,21 @@ class FeatureGraph:
         return pd.DataFrame(rows).astype({"feature": "Int64"}) if rows else pd.DataFrame(columns=NODE_KEYS[:-1])
 
     def edges_frame(self) -> pd.DataFrame:
-        """One row an edge: source, target, weight, and the bounds `low` and `high` where they are known."""
+        """One row an edge: source, target, weight, and, where they are known, the bounds `low` and `high` and the
+        weight on the prompts of each case, `weight (case)`.
+        """
         import pandas as pd
 
-        rows = [{**edge._asdict(), **_bounds(edge.interval)} for edge in self.edges()]
-        bounds = ["low", "high"] if any("low" in row for row in rows) else []
-        return pd.DataFrame(rows, columns=["source", "target", "weight", *bounds])
+        rows = [
+            {
+                **edge._asdict(),
+                **_bounds(edge.interval),
+                **{f"weight ({c})": w for c, w in (edge.by_case or {}).items()},
+            }
+            for edge in self.edges()
+        ]
+        more = dict.fromkeys(key for row in rows for key in row if key not in Edge._fields)
+        return pd.DataFrame(rows, columns=["source", "target", "weight", *more])
 
     def _repr_html_(self) -> str:
         """A drawing of the strongest nodes, for notebooks."""
@@ -278,10 +299,8 @@ class FeatureGraph:
             for item in data["nodes"]:
                 graph.add_node(Node(**{key: item[key] for key in NODE_KEYS}))
             for item in data["edges"]:
-                bounds = item.get("interval")
-                graph.add_edge(
-                    item["source"], item["target"], item["weight"], interval=None if bounds is None else tuple(bounds)
-                )
+                given = {key: item.get(key) for key in ("interval", "by_case")}
+                graph.add_edge(item["source"], item["target"], item["weight"], **given)
         except GraphError as error:
             raise GraphError(f"{source}: {error}") from None
         return graph

@@ -111,6 +111,7 @@ class EdgeFile(TypedDict):
     target: str
     weight: FiniteFloat
     interval: NotRequired[Interval | None]
+    by_case: NotRequired[dict[str, FiniteFloat] | None]
 
 
 class MetadataFile(TypedDict, total=False):

@@ -29,7 +29,7 @@ from circuits.attribution.nodes import Nodes, count, select_nodes
 from circuits.circuit import Circuit
 from circuits.circuit_source import CircuitSource
 from circuits.discovery.batching import DiscoveryRun
-from circuits.discovery.edge_pass import edge_pass
+from circuits.discovery.edge_pass import by_case, edge_pass
 from circuits.discovery.node_pass import all_effects, node_pass
 from circuits.discovery.resume import ResumeFolder, interrupted, work_of
 from circuits.metrics.identity import names_code
@@ -122,7 +122,10 @@ def discover(
     provenance = {**(provenance or {}), "accuracy": accuracy, "n_nodes": count(nodes)}
     metadata = _metadata(model, run, batches, every, provenance)
     source = CircuitSource(model, run.setting.saes, run.setting.metric, prompts)
-    return Circuit(effects, strongest, edges, metadata, edge_samples=edge_samples, groups=prompts.groups, source=source)
+    return Circuit(
+        effects, strongest, edges, metadata, edge_cases=by_case(edge_samples, prompts.cases), edge_samples=edge_samples,
+        groups=prompts.groups, source=source,
+    )  # fmt: skip
 
 
 def _resume_folder(run: DiscoveryRun, partial: str | Path, *, resume: bool) -> ResumeFolder:

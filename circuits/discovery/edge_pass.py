@@ -45,6 +45,20 @@ def edge_pass(run: DiscoveryRun, batches: Sequence[Attribution], nodes: Nodes) -
     return mean, {pair: torch.cat(of_batches)[order] for pair, of_batches in samples.items()}
 
 
+def by_case(samples: Edges, cases: Sequence[str]) -> Edges:
+    """Mean edge weights over the examples of each case, [D, U, C], from those of each example, [N, D, U]; none where
+    there is one case. Each case counts by its share of the prompts in the mean over all.
+    """
+    names = [case or "prompts" for case in cases]
+    members = {name: torch.tensor([other == name for other in names]) for name in dict.fromkeys(names)}
+    if len(members) < 2:
+        return {}
+    return {
+        pair: torch.stack([weights[rows].mean(0) for rows in members.values()], dim=-1)
+        for pair, weights in samples.items()
+    }
+
+
 def keeps_examples(n_nodes: int, n_examples: int) -> bool:
     """Whether the weights of every example, at most n^2 / 2 edges each, fit into SAMPLE_BYTES."""
     return 4 * n_examples * n_nodes * (n_nodes + 1) / 2 <= SAMPLE_BYTES

@@ -228,7 +228,7 @@ def _wrapped(
 def _ordered(graph: FeatureGraph, boxes: dict[str, Box], columns: list[Column], *, sweeps: int) -> dict[str, Box]:
     """Let the nodes of each band (or cell) exchange places until edges are short; sub-rows are filled together."""
     near: dict[str, list[tuple[str, float]]] = defaultdict(list)
-    for source, target, weight, _ in graph.edges():
+    for source, target, weight, *_ in graph.edges():
         if METRIC not in (source, target):
             near[source].append((target, abs(weight)))
             near[target].append((source, abs(weight)))

@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from graphs.classes import find_classes
 from graphs.drawing.layout import Cell, Layout, layered_layout
 from graphs.drawing.style import describe, position_name, span_words
 from graphs.errors import GraphError
-from graphs.feature_graph import METRIC, FeatureGraph, Node
+from graphs.feature_graph import METRIC, Edge, FeatureGraph, Node
 from graphs.sharing import shared
 
 SLOT = Cell(width=146, height=45, gap=12, box=134)
@@ -38,11 +39,13 @@ _DATA = re.compile(r'(?s)<script type="application/octet-stream" id="circuit">(.
 def page_data(
     graph: FeatureGraph, title: str, other: FeatureGraph | None = None, *, layouts: bool = True
 ) -> dict[str, Any]:
-    """What the page needs, as plain JSON: the graph, with edges as [source, target, weight, interval] by the nodes'
-    indices, and its layouts. With `other` the two graphs together, each node and edge marked with where it is.
+    """What the page needs, as plain JSON: the graph, with edges as [source, target, weight, interval, weights in the
+    order of `edge_cases`] by the nodes' indices, and its layouts. With `other` the two graphs together, each node and
+    edge marked with where it is.
     """
     drawn = graph if other is None else _union(graph, other)
     nodes, classes = drawn.nodes(), find_classes(drawn)
+    cases = list(dict.fromkeys(case for edge in drawn.edges() for case in edge.by_case or {}))
     index = {node.id: number for number, node in enumerate(nodes)}
     keys = ("id", "site", "feature", "kind", "position", "effect", "label")
     data = {
@@ -60,7 +63,8 @@ def page_data(
             }
             for node in nodes
         ],
-        "edges": [[index[edge.source], index[edge.target], edge.weight, edge.interval] for edge in drawn.edges()],
+        "edges": [_edge(edge, index, cases) for edge in drawn.edges()],
+        "edge_cases": cases,
         "layouts": _layouts(drawn, index) if layouts else [],
         "classes": None if classes is None else asdict(classes),
     }
@@ -84,6 +88,14 @@ def unpacked(html: str) -> dict[str, Any]:
     return json.loads(gzip.decompress(base64.b64decode(element.group(1))))
 
 
+def _edge(edge: Edge, index: Mapping[str, int], cases: Sequence[str]) -> list[Any]:
+    """An edge for the page, its bounds and weights by case in as many digits as are shown."""
+    bounds = None if edge.interval is None else [float(f"{bound:.5g}") for bound in edge.interval]
+    weights = [(edge.by_case or {}).get(case) for case in cases]
+    rounded = [None if weight is None else float(f"{weight:.4g}") for weight in weights]
+    return [index[edge.source], index[edge.target], edge.weight, bounds, *([rounded] if edge.by_case else [])]
+
+
 # --- two graphs -------------------------------------------------------------------------------------------------------
 
 
@@ -96,7 +108,7 @@ def _union(graph: FeatureGraph, other: FeatureGraph) -> FeatureGraph:
     for node in [*graph.nodes(), *(node for node in other.nodes() if node.id not in graph)]:
         union.add_node(node)
     for edge in [*graph.edges(), *(e for e in other.edges() if not graph.graph.has_edge(*e[:2]))]:
-        union.add_edge(edge.source, edge.target, edge.weight, interval=edge.interval)
+        union.add_edge(edge.source, edge.target, edge.weight, interval=edge.interval, by_case=edge.by_case)
     return union
 
 

@@ -136,7 +136,7 @@ def _component_weights(graph: FeatureGraph) -> Weights:
         into[target][source] += weight
         out[source][target] += weight
 
-    for source, target, weight, _ in graph.edges():
+    for source, target, weight, *_ in graph.edges():
         add(name_of[source], name_of[target], weight)
     residual = [node for node in graph.nodes() if _component(node) is None]
     for node in sorted(residual, key=lambda node: graph.rank(node.id)):

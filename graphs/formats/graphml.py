@@ -41,7 +41,8 @@ def write_graphml(graph: FeatureGraph, path: str | Path, *, overwrite: bool = Fa
         plain.add_node(names[node.id], **columns, **{k: v for k, v in optional.items() if v is not None})
     for edge in graph.edges():
         bounds = {} if edge.interval is None else {"low": edge.interval[0], "high": edge.interval[1]}
-        plain.add_edge(names[edge.source], names[edge.target], weight=edge.weight, **bounds)
+        cases = {"by_case": json.dumps(edge.by_case)} if edge.by_case else {}
+        plain.add_edge(names[edge.source], names[edge.target], weight=edge.weight, **bounds, **cases)
     with atomic_write(path) as temporary:
         nx.write_graphml_xml(plain, temporary)
         temporary.write_bytes(marked(temporary.read_bytes(), ".graphml"))
@@ -60,6 +61,7 @@ def read_graphml(path: str | Path) -> FeatureGraph:
                 "target": nodes[v]["id"],
                 "weight": float(columns["weight"]),
                 "interval": [columns["low"], columns["high"]] if "low" in columns else None,
+                "by_case": _json(columns, f"edge {u!r} -> {v!r}", path, "by_case") if "by_case" in columns else None,
             }
             for u, v, columns in plain.edges(data=True)
         ]
@@ -77,8 +79,8 @@ def _parsed(path: str | Path) -> nx.DiGraph:
         raise GraphError(f"{path}: not a GraphML file ({error})") from None
 
 
-def _json(columns: dict[str, Any], owner: str, path: str | Path) -> dict[str, Any]:
-    """The column `json` of a node or of the graph."""
-    if not isinstance(columns.get("json"), str):
-        raise GraphError(f"{path}: {owner} has no column 'json', which write_graphml adds")
-    return parse_json(columns["json"], f"{path}: column 'json' of {owner}", dict[str, Any])
+def _json(columns: dict[str, Any], owner: str, path: str | Path, name: str = "json") -> dict[str, Any]:
+    """A column of JSON of a node, an edge or the graph."""
+    if not isinstance(columns.get(name), str):
+        raise GraphError(f"{path}: {owner} has no column {name!r}, which write_graphml adds")
+    return parse_json(columns[name], f"{path}: column {name!r} of {owner}", dict[str, Any])

@@ -175,6 +175,7 @@ class _Link(TypedDict):
     target: str
     weight: FiniteFloat
     interval: NotRequired[Interval | None]
+    by_case: NotRequired[dict[str, FiniteFloat] | None]
 
 
 class _OwnNode(TypedDict):

@@ -68,7 +68,7 @@ def test_a_circuit_with_few_edge_nodes_is_drawn_by_default(sfc, run_folder, tmp_
     """Fewer nodes have edges than `render` draws: all of them are drawn, and no more."""
     circuit = Circuit.load(run_folder)
     few = select_nodes(circuit.nodes, top=5)
-    small = replace(circuit, edge_nodes=few, edges={}, edge_intervals={})
+    small = replace(circuit, edge_nodes=few, edges={}, edge_intervals={}, edge_cases={})
     small.save(tmp_path / "circuit", graph=small.graph(nodes=5))
     for all_of_them in ([], ["--nodes", "None"]):
         result = sfc("render", "--circuit", tmp_path, "--out", tmp_path / "few.svg", "--json", *all_of_them)

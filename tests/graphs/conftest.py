@@ -148,5 +148,6 @@ def _add_edges(graph: FeatureGraph, rng: random.Random, n: int) -> None:
             size = min(abs(source.effect), abs(target.effect)) * rng.uniform(0.05, 1)
             weight = rng.choice([1, 1, -1]) * size
             interval = (weight - size / 3, weight + size / 2) if n_edges % 2 else None
-            graph.add_edge(source.id, target.id, weight, interval=interval)
+            by_case = {"singular": 1.5 * weight, "plural": 0.5 * weight} if n_edges % 3 else None
+            graph.add_edge(source.id, target.id, weight, interval=interval, by_case=by_case)
             n_edges += 1

@@ -92,8 +92,11 @@ def test_every_node_and_edge_is_in_the_data(make_circuit):
     graph = make_circuit(n_nodes=60, n_edges=200, positions=True)
     data = unpacked(explorer_html(graph))
     assert [node["id"] for node in data["nodes"]] == [node.id for node in graph.nodes()]
-    edges = [(data["nodes"][s]["id"], data["nodes"][t]["id"], *rest) for s, t, *rest in data["edges"]]
-    assert edges == [(*edge[:3], edge.interval and list(edge.interval)) for edge in graph.edges()]
+    for edge, (source, target, weight, interval, *by_case) in zip(graph.edges(), data["edges"], strict=True):
+        assert (data["nodes"][source]["id"], data["nodes"][target]["id"], weight) == edge[:3]
+        assert (interval or []) == pytest.approx(edge.interval or [], rel=1e-4)
+        weights = dict(zip(data["edge_cases"], by_case[0], strict=True)) if by_case else {}
+        assert weights == pytest.approx(edge.by_case or {}, rel=1e-3)
     assert [position for position, *_ in data["positions"]] == graph.positions
     for node, written in zip(graph.nodes(), data["nodes"], strict=True):
         assert written["effect"] == node.effect

@@ -175,6 +175,11 @@ def test_hover_click_and_edges(open_page, make_circuit):
     page.evaluate(f"viewer.state.openEdge.value = '{key}'")
     page.settle()
     assert "weight" in page.text("#panel .edge-card") and page.count("#panel .edge-card .pair > div") == 3
+    with_cases = next(n for n, edge in enumerate(graph.edges()) if edge.by_case)
+    page.evaluate(f"viewer.state.openEdge.value = viewer.scene.value.links.find((l) => l.index === {with_cases}).key")
+    page.settle()
+    assert "weight by case" in page.text("#panel .edge-card")
+    assert "singular" in page.text("#panel .edge-card") and page.count("#panel .edge-card .negative, .positive") >= 2
 
 
 def test_whole_paths_follow_edges_to_the_end(open_page):

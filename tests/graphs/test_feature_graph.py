@@ -16,7 +16,7 @@ def small_graph() -> FeatureGraph:
     graph.add_node(feature_node("embed", 3, effect=0.5, position=1, top_tokens=["x</script>", "é", "\ud800"]))
     graph.add_node(error_node("resid_0", effect=-0.25, position="verb"))
     graph.add_node(metric_node(effect=1.5))
-    graph.add_edge("embed/3@1", "resid_0/error@verb", -0.125)
+    graph.add_edge("embed/3@1", "resid_0/error@verb", -0.125, interval=(-0.5, 0.25), by_case={"a": -0.5, "b": 0.25})
     graph.add_edge("resid_0/error@verb", "metric", 2.0)
     return graph
 

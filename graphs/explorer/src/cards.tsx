@@ -1,8 +1,9 @@
 // What is known of a feature: under the pointer in short, pinned in full; and how one feeds another.
 
-import { circuit, type Edge, type GraphNode, touchesZero } from "./data";
+import { circuit, classOf, type Edge, type GraphNode, touchesZero } from "./data";
 import { EdgeList, evidence, Facts, FeatureSections, LabelEditor, Subtitle } from "./feature";
-import { ClassBars, Contexts, FactTable, Token } from "./pieces";
+import { classColour, theme } from "./colour";
+import { Bar, ClassBars, Contexts, FactTable, Token } from "./pieces";
 import * as state from "./state";
 import { describe, nodeTitle, number, percent, promoted, range, visible } from "./text";
 
@@ -112,6 +113,27 @@ export function PinnedCard({ node }: { node: GraphNode }) {
   );
 }
 
+/** Mean weight of an edge on the prompts of each case: where the sign turns, the two features pass the difference on. */
+function WeightsByCase({ byCase }: { byCase: [string, number | null][] }) {
+  const largest = Math.max(...byCase.map(([, weight]) => Math.abs(weight ?? 0)), 1e-12);
+  return (
+    <table class="bars">
+      <caption>weight by case</caption>
+      <tbody>
+        {byCase.map(([name, weight]) => (
+          <tr>
+            <th scope="row">{visible(name)}</th>
+            <td>
+              <Bar value={weight ?? 0} largest={largest} colour={classColour(theme.value, classOf(name))} />
+            </td>
+            <td class="value">{weight === null ? "–" : number(weight)}</td>
+          </tr>
+        ))}
+      </tbody>
+    </table>
+  );
+}
+
 /** How one feature feeds another. */
 export function EdgeCard({ edge }: { edge: Edge }) {
   const { source, target, weight, interval } = edge;
@@ -169,6 +191,7 @@ export function EdgeCard({ edge }: { edge: Edge }) {
           ],
         ]}
       />
+      {edge.byCase && <WeightsByCase byCase={edge.byCase} />}
       <div class="pair">
         {side(source)}
         <div class="arrow" aria-hidden="true">

@@ -63,6 +63,8 @@ export interface Edge {
   target: GraphNode;
   weight: number;
   interval: Interval;
+  /** Mean weight on the prompts of each case, where it is known. */
+  byCase?: [string, number | null][];
 }
 export interface LayoutData {
   size: number;
@@ -109,7 +111,8 @@ interface Stored {
   sites: string[];
   positions: [Position, string, string][];
   nodes: Omit<GraphNode, "index" | "rank" | "incoming" | "outgoing">[];
-  edges: [number, number, number, Interval][];
+  edges: [number, number, number, Interval, (number | null)[]?][];
+  edge_cases: string[];
   layouts: LayoutData[];
   classes: Classes | null;
   comparison?: Comparison;
@@ -155,8 +158,9 @@ export const bySize = (a: { weight: number }, b: { weight: number }) => Math.abs
 function unpack(stored: Stored): void {
   circuit = stored;
   nodes = stored.nodes.map((node, index) => ({ ...node, index, rank: -1, incoming: [], outgoing: [] }));
-  edges = stored.edges.map(([source, target, weight, interval], index) => {
-    const edge = { index, source: nodes[source], target: nodes[target], weight, interval };
+  edges = stored.edges.map(([source, target, weight, interval, weights], index) => {
+    const byCase = weights && stored.edge_cases.map((name, n) => [name, weights[n]] as [string, number]);
+    const edge = { index, source: nodes[source], target: nodes[target], weight, interval, byCase };
     edge.source.outgoing.push(edge);
     edge.target.incoming.push(edge);
     return edge;

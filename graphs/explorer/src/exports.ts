@@ -141,8 +141,8 @@ export function graphJson(): string {
   const fields = ({ id, site, feature, kind, position, effect, attributes, ...node }: GraphNode) => ({
     id, site, feature, kind, position, effect, label: labelOf(node as GraphNode) || null, attributes,
   }); // prettier-ignore
-  const edges = shownEdges().map(({ source, target, weight, interval }) => ({
-    source: source.id, target: target.id, weight, ...(interval ? { interval } : {}),
+  const edges = shownEdges().map(({ source, target, weight, interval, byCase }) => ({
+    source: source.id, target: target.id, weight, ...(interval ? { interval } : {}), ...(byCase ? { by_case: Object.fromEntries(byCase) } : {}),
   })); // prettier-ignore
   return JSON.stringify({
     schema_version: 1,

@@ -306,11 +306,29 @@ def test_edges_of_a_circuit_have_intervals(tiny_model, tiny_saes, tiny_prompts, 
     assert all(edge.interval and edge.interval[0] * edge.interval[1] > 0 for edge in sure)
 
 
+def test_edges_by_case_are_those_of_the_prompts_of_the_case(tiny_model, tiny_saes, tiny_prompts, tmp_path):
+    options = DiscoverOptions(method="attrib", edge_nodes=40)
+    circuit = discover(tiny_model, tiny_saes, tiny_prompts, options, progress=False)
+    circuit.save(tmp_path / "circuit")
+    frame = Circuit.load(tmp_path).edges_frame()
+    shares = circuit.metadata["cases"]
+    assert_near(
+        sum(torch.tensor(frame[f"weight ({case})"]) * n / 8 for case, n in shares.items()),
+        torch.tensor(frame["weight"]),
+    )
+    rows = [row for row, case in enumerate(tiny_prompts.cases) if case == "b_a"]
+    alone = discover(tiny_model, tiny_saes, tiny_prompts[rows], options, progress=False).edges_frame()
+    both = frame.merge(alone, on=["source", "target"])
+    assert len(both) > 10
+    assert_near(torch.tensor(both["weight (b_a)"]), torch.tensor(both["weight_y"]))
+    assert not discover(tiny_model, tiny_saes, tiny_prompts[rows], options, progress=False).edge_cases  # one case
+
+
 def test_too_many_edges_are_summed(monkeypatch, tiny_model, tiny_saes, tiny_prompts):
     monkeypatch.setattr("circuits.discovery.edge_pass.SAMPLE_BYTES", 1000)
     options = DiscoverOptions(method="attrib", edge_nodes=40)
     circuit = discover(tiny_model, tiny_saes, tiny_prompts, options, progress=False)
-    assert circuit.edges and not circuit.edge_samples
+    assert circuit.edges and not circuit.edge_samples and not circuit.edge_cases
     circuit = with_uncertainty(circuit)
     assert circuit.intervals and not circuit.edge_intervals
     assert "edges" not in uncertainty_line(circuit)

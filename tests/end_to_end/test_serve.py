@@ -300,6 +300,18 @@ def test_an_edit_that_is_cut_off_leaves_the_run_whole(served, monkeypatch):
     assert served.edit(features=["resid_1/7"])["report"]["report"]["features"] == ["resid_1/7"]
 
 
+def test_names_are_those_of_sfc_labels(served, sfc):
+    assert served.client.post("/labels", json={"feature": "resid_1/3", "label": "plural <b>"}).status_code == 200
+    names = json.loads(sfc("labels", "--circuit", served.run, "--json").out)["labels"]
+    assert names["resid_1/3"]["label"] == "plural <b>" == served.client.get("/run").json()["labels"]["resid_1/3"]
+    served.client.post("/labels", json={"feature": "resid_1/3", "label": ""})
+    assert "resid_1/3" not in served.client.get("/run").json()["labels"]
+    for feature in ("resid_1/99999", "../x", "resid_1/error", None):
+        refused = served.client.post("/labels", json={"feature": feature, "label": "x"})
+        assert refused.status_code == 400 and refused.json()["error"]
+    assert "sfc features" in served.client.get("/features").json()["error"]
+
+
 # ---- in a browser
 
 
@@ -330,6 +342,12 @@ def test_a_prompt_is_typed_and_a_feature_ablated(served, page):
         page.wait("document.querySelectorAll('.features li').length > 3 && !document.querySelector('.progress')")
         assert page.evaluate("window.hacked === undefined && !document.querySelector('#app img, #app script')")
     assert page.count(".token") == len(served.experiments.model.tokenize_prompts([PROMPT]).input_ids[0])
+    page.click(".features li .more button")
+    page.settle()
+    page.type("says are")
+    page.key("Enter")
+    page.wait("document.querySelector('.features li .what b').innerText === 'says are'")
+    assert "says are" in {line["label"] for line in served.experiments.labels.read().values()}
     page.click(".features li .pick")
     feature = page.text(".chip")
     page.click("#try")

@@ -3,8 +3,8 @@
 1. A socket of this machine alone (`listen`). Whoever asks must know the token: it stands in the address that is
    printed, and from then on in a cookie. Requests by another name of this machine (DNS rebinding), or on behalf of a
    page from elsewhere, are refused before anything is read of them.
-2. No route takes a path: a page, its script and style, jobs by their number, labels. Only experiments write, into
-   `edits/` of the run.
+2. No route takes a path: a page, its script and style, jobs by their number, names of features. Experiments write into
+   `edits/` of the run; names go where `sfc labels` writes them.
 3. `POST /jobs` begins a job, `GET /jobs/ID` follows it (server-sent events, from any point on), `DELETE` cancels it.
 """
 
@@ -39,7 +39,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from circuits.cli.live.experiments import Experiments
 from circuits.cli.live.jobs import Job, Worker
-from circuits.cli.live.requests import REQUESTS, read_request
+from circuits.cli.live.requests import read_request
 from circuits.report.page import report_html
 from graphs.errors import GraphError
 from sae._files import without_nan
@@ -137,6 +137,8 @@ def make_app(experiments: Experiments, worker: Worker, *, token: str, port: int)
             Route("/jobs/{id}", routes.cancel, methods=["DELETE"]),
             Route("/circuit", routes.circuit),
             Route("/circuits/{id}", routes.circuit),
+            Route("/features", routes.features),
+            Route("/labels", routes.label, methods=["POST"]),
             Route("/report", routes.report),
         ],
         exception_handlers={UserError: _mistake, GraphError: _mistake},
@@ -175,8 +177,8 @@ class _Routes:
     async def begin(self, request: Request) -> Response:
         body = await _read_body(request)
         kind = body.pop("kind", None)
-        if kind not in REQUESTS:
-            raise unknown("kind", str(kind), REQUESTS)
+        if kind not in self.work:
+            raise unknown("kind", str(kind), self.work)
         record, work = read_request(kind, body), self.work[kind]
         return JSONResponse({"id": self.worker.submit(lambda job: work(job, record)).id})
 
@@ -197,15 +199,20 @@ class _Routes:
         return job
 
     async def circuit(self, request: Request) -> Response:
-        """The explorer of the run's circuit, or of one that was found here: only the viewer's script may run."""
+        """The explorer of the run's circuit, or of one that was found here."""
         id = request.path_params.get("id")
         if id is not None and id not in self.experiments.pages:
             raise UserError("this circuit is not open any more: find it again")
-        page = await run_in_threadpool(lambda: self.experiments.pages[id] if id else self.experiments.explorer)
-        script = page.rpartition("</script>")[0].rpartition("<script>")[2]
-        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-        policy = f"script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data: blob:"
-        return HTMLResponse(page, headers={"content-security-policy": POLICY + policy})
+        return _viewer(await run_in_threadpool(lambda: self.experiments.pages[id] if id else self.experiments.explorer))
+
+    async def features(self, request: Request) -> Response:
+        """The feature pages that the run has."""
+        return _viewer(await run_in_threadpool(self.experiments.features_page))
+
+    async def label(self, request: Request) -> Response:
+        """Write down what a feature is called; the overview with the new name."""
+        name = read_request("label", await _read_body(request))
+        return JSONResponse(await run_in_threadpool(self.experiments.name_feature, name.feature, name.label))
 
     async def report(self, request: Request) -> Response:
         page = await run_in_threadpool(report_html, self.experiments.run)
@@ -245,6 +252,14 @@ async def _events(job: Job, number: int) -> AsyncIterator[str]:
         if waited > ALIVE:
             yield ": alive\n\n"
             waited = 0.0
+
+
+def _viewer(page: str) -> Response:
+    """A page of which only the viewer's script, its last, may run."""
+    script = page.rpartition("</script>")[0].rpartition("<script>")[2]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data: blob:"
+    return HTMLResponse(page, headers={"content-security-policy": POLICY + policy})
 
 
 def _asset(name: str) -> str:

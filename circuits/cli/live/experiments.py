@@ -12,8 +12,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
-from functools import cached_property
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,35 +20,30 @@ from torch import Tensor
 
 from circuits.attribution.activations import Setting, capture_activations
 from circuits.attribution.node_effects import attribute
-from circuits.circuit import Circuit, circuit_folder
 from circuits.cli.commands.circuits.discover import DiscoverCommand, describe_features
 from circuits.cli.commands.edits.edit import AblateCommand, SteerCommand
-from circuits.cli.commands.pictures.render import ExploreCommand
 from circuits.cli.live.jobs import Job
+from circuits.cli.live.open_run import OpenRun
 from circuits.cli.live.requests import FindCircuit, LookAt, TryEdit
 from circuits.cli.options import RunsCircuit, UsesSaes
 from circuits.cli.results import MADE_WITH, digest_of, made_with
 from circuits.discovery.discover import discover
 from circuits.editing.edit import Trial
 from circuits.editing.measures import continued
-from circuits.editing.results import Continuation, EditReport
+from circuits.editing.results import Continuation
 from circuits.editing.targets import parse_features
 from circuits.metrics.metrics import last_logits, logit_difference
 from circuits.options import DiscoverOptions
 from circuits.prompts.dataset import PromptSet, load_prompts, make_prompts
 from circuits.prompts.formats import Example
-from graphs.drawing.style import describe
 from graphs.explorer import explorer_html
-from graphs.feature_graph import FeatureGraph
-from sae._files import read_json, write_json, write_text
+from sae._files import write_json, write_text
 from sae._run.contents import check_no_link
 from sae._run.locks import lock
 from sae.data.text import TextSource
 from sae.errors import UserError
 from sae.model.language_model import LanguageModel
 
-MOST_TOKENS = 1024
-"""Longest prompt that is read, where the model could read longer ones."""
 MOST_FEATURES = 20_000
 """Features of a prompt that are sent at most, over all of its tokens."""
 FEATURES_A_TOKEN = 60
@@ -60,64 +54,8 @@ CIRCUITS_KEPT = 10
 
 
 @dataclass
-class Experiments:
+class Experiments(OpenRun):
     """A run with its model loaded, and what a page can do with it."""
-
-    options: RunsCircuit
-    """What the run was opened with."""
-    circuit: Circuit
-    text: str | None = None
-    """Held-out text on which side effects are measured."""
-    texts: int = 50
-    """Texts read of it."""
-    pages: dict[str, str] = field(default_factory=dict)
-    """Explorers of circuits that were found here, by id."""
-
-    @property
-    def model(self) -> LanguageModel:
-        return self.circuit.model
-
-    @cached_property
-    def run(self) -> Path:
-        """The run folder."""
-        return circuit_folder(self.options.circuit).parent
-
-    @property
-    def longest(self) -> int:
-        """Most tokens of a prompt."""
-        return min(MOST_TOKENS, self.model.max_positions or MOST_TOKENS)
-
-    @cached_property
-    def explorer(self) -> str:
-        """The run's circuit as a page of the explorer."""
-        return explorer_html(self.graph)
-
-    @cached_property
-    def graph(self) -> FeatureGraph:
-        """The run's circuit as the explorer shows it."""
-        return ExploreCommand(circuit=self.run).graph()
-
-    def overview(self) -> dict[str, Any]:
-        """What a page shows before anything was asked: the run, its strongest features, and their names."""
-        metadata, graph = self.circuit.metadata, self.graph
-        strongest = sorted(
-            (node for node in graph.nodes() if node.kind == "feature"), key=lambda node: -abs(node.effect)
-        )
-        words = {node.name: describe(graph, node) for node in strongest}
-        effects: dict[str, float] = {}
-        for node in strongest:
-            effects[node.name] = effects.get(node.name, 0.0) + node.effect
-        return {
-            "title": str(metadata.get("title") or self.run.resolve().name),
-            "run": str(self.options.circuit),
-            "model": self.model.name,
-            "sites": [site.name for site in self.circuit.saes],
-            "features": [{"name": name, "words": words[name], "effect": effects[name]} for name in effects],
-            "pairs": metadata.get("example_pairs", []),
-            "text": Path(self.text).name if self.text else None,
-            "texts": self.texts,
-            "longest": self.longest,
-        }
 
     # ------------------------------------------------------------------------------------------ a prompt
 
@@ -332,19 +270,6 @@ class Experiments:
             sae_memory=getattr(options, "sae_memory", None), text=self.text,
             options=DiscoverOptions(method="attrib", sites=sites, edge_nodes=100),
         )  # fmt: skip
-
-    # ------------------------------------------------------------------------------------------ what was done before
-
-    def done(self) -> list[dict[str, Any]]:
-        """The edits of the run, newest first: name, title and what is left."""
-        entries = []
-        for path in sorted((self.run / "edits").glob("*.json"), key=lambda path: -path.stat().st_mtime)[:100]:
-            data = read_json(path)
-            if data.get("kind") == "edit":
-                report = EditReport.from_dict(data, path)
-                prompt = report.continuations[0].prompt if report.n_prompts == 1 and report.continuations else ""
-                entries.append({"name": path.stem, "title": report.title(), "left": report.remaining, "prompt": prompt})
-        return entries
 
 
 class _Streamer:

@@ -51,8 +51,16 @@ class FindCircuit:
     patch_answer: Text
 
 
-REQUESTS: dict[str, Any] = {"prompt": LookAt, "edit": TryEdit, "circuit": FindCircuit}
-"""Records by the kind of job that does what they ask for."""
+@dataclass(frozen=True)
+class NameFeature:
+    """What a feature is called; an empty label takes the name away."""
+
+    feature: Name
+    label: Name
+
+
+REQUESTS: dict[str, Any] = {"prompt": LookAt, "edit": TryEdit, "circuit": FindCircuit, "label": NameFeature}
+"""Records by what they ask for."""
 
 
 def read_request(kind: str, body: Any) -> Any:

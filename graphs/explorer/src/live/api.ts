@@ -22,6 +22,10 @@ export interface Overview {
   model: string;
   sites: string[];
   features: { name: string; words: string; effect: number }[];
+  /** Names that were given to features, of the circuit or not. */
+  labels: Record<string, string>;
+  /** Features that have a page. */
+  with_page: string[];
   pairs: Pair[];
   text: string | null;
   texts: number;
@@ -70,6 +74,7 @@ async function ask<T>(method: string, path: string, body?: unknown): Promise<T> 
 
 export const overview = () => ask<Overview>("GET", "/run");
 export const earlier = () => ask<Done[]>("GET", "/edits");
+export const nameFeature = (feature: string, label: string) => ask<Overview>("POST", "/labels", { feature, label });
 export const cancel = (id: string) => ask("DELETE", `/jobs/${id}`);
 
 // biome-ignore lint: events are told apart by their kind

@@ -269,6 +269,49 @@ function FeatureRow({ feature, most, byEffect }: { feature: [string, number, num
         />
       </span>
       <span class="value">{byEffect ? number(effect) : plain(activation)}</span>
+      <span class="more">
+        <button
+          type="button"
+          class="small"
+          aria-expanded={state.naming.value === name}
+          aria-label={`name ${name}`}
+          onClick={() => (state.naming.value = state.naming.value === name ? null : name)}
+        >
+          name
+        </button>
+        {state.withPage.value.has(name) && (
+          <a class="small" href={`/features#${encodeURIComponent(name)}`} target="_blank" rel="noopener" aria-label={`page of ${name}`}>
+            page
+          </a>
+        )}
+      </span>
+      {state.naming.value === name && <NameForm name={name} />}
     </li>
+  );
+}
+
+/** A field for what a feature is called; an empty name takes the old one away. */
+function NameForm({ name }: { name: string }) {
+  return (
+    <form
+      class="row name-form"
+      onSubmit={(event) => {
+        event.preventDefault();
+        const field = event.currentTarget.elements.namedItem("label") as HTMLInputElement;
+        state.nameFeature(name, field.value.trim());
+      }}
+    >
+      <input
+        type="text"
+        name="label"
+        maxLength={200}
+        ref={(field) => field?.focus()}
+        aria-label={`Name of ${name}`}
+        placeholder="what it stands for"
+        value={state.overview.value?.labels[name] ?? ""}
+      />
+      <button class="small">save</button>
+      <Problem name="label" />
+    </form>
   );
 }

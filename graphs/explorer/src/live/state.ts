@@ -31,7 +31,16 @@ export interface Running {
 }
 
 export const overview = signal<api.Overview | null>(null);
-export const words = computed(() => new Map(overview.value?.features.map((f) => [f.name, f.words]) ?? []));
+export const words = computed(
+  () =>
+    new Map([
+      ...(overview.value?.features.map((f) => [f.name, f.words] as [string, string]) ?? []),
+      ...Object.entries(overview.value?.labels ?? {}),
+    ]),
+);
+export const withPage = computed(() => new Set(overview.value?.with_page ?? []));
+/** The feature that is being named. */
+export const naming = signal<string | null>(null);
 export const effects = computed(() => new Map(overview.value?.features.map((f) => [f.name, f.effect]) ?? []));
 
 export const prompt = signal("");
@@ -170,6 +179,18 @@ export async function findCircuit(): Promise<void> {
 export function toggle(name: string): void {
   chosen.value = chosen.value.includes(name) ? chosen.value.filter((other) => other !== name) : [...chosen.value, name];
   announcement.value = `${chosen.value.length} features to edit`;
+}
+
+/** Writes down what a feature is called, for all circuits of its autoencoders. */
+export async function nameFeature(name: string, label: string): Promise<void> {
+  set(errors, "label", null);
+  try {
+    overview.value = await api.nameFeature(name, label);
+    naming.value = null;
+    announcement.value = label ? `${name} is called ${label}` : `${name} has no name any more`;
+  } catch (error) {
+    set(errors, "label", (error as Error).message);
+  }
 }
 
 export interface Supernode {

@@ -7,7 +7,7 @@ With z = W_enc x + b_enc  [N, F]:
 - jumprelu  f = max(z, 0) · 1[z > θ], one threshold a feature (Rajamanoharan et al. 2024b, arXiv 2407.14435)
 - gated     f = 1[z + gate_bias > 0] · max(magnitude · z + b_enc, 0), where z = W_enc x has no bias
             (Rajamanoharan et al. 2024a, arXiv 2404.16014; magnitude = exp(r_mag))
-- identity  f = z, the neurons themselves
+- identity  f = z, or magnitude · z + b_enc: the neurons themselves
 
 All of them are linear in x where the set of active features does not change, and positively homogeneous in x together
 with the tensors measured in units of activations: `sae.folding` rests on that.
@@ -46,6 +46,7 @@ def _relu(z: Tensor, tensors: Mapping[str, Tensor], k: int | None) -> Tensor:
 
 
 def _identity(z: Tensor, tensors: Mapping[str, Tensor], k: int | None) -> Tensor:
+    z = z * tensors["magnitude"] if "magnitude" in tensors else z
     return z + tensors["b_enc"]
 
 
@@ -67,7 +68,7 @@ def _gated(z: Tensor, tensors: Mapping[str, Tensor], k: int | None) -> Tensor:
 
 
 RELU = ActivationFunction("relu", _relu)
-IDENTITY = ActivationFunction("identity", _identity)
+IDENTITY = ActivationFunction("identity", _identity, optional=("magnitude",))
 TOPK = ActivationFunction("topk", _topk, optional=("rank_scale",), needs_k=True)
 JUMPRELU = ActivationFunction("jumprelu", _jumprelu, extra=("threshold",))
 GATED = ActivationFunction("gated", _gated, extra=("gate_bias", "magnitude"))

@@ -1,11 +1,15 @@
-"""The sparse autoencoder as everyone but its trainer sees it.
+"""The sparse autoencoder as everyone but its trainer sees it, and the transcoder, which reads elsewhere than it writes.
 
 1. z = W_enc (x − b_dec) + b_enc, or without the subtraction (`SAEConfig.subtract_b_dec`);
 2. f = nonlinearity(z), chosen by `SAEConfig.architecture` (see `sae.activation_functions`);
 3. x̂ = f W_dec + b_dec, with unit decoder rows, so that f_i is the length of what feature i writes.
 
+A transcoder (Dunefsky et al. 2024, arXiv 2406.11944) is the same with an x that is read before the MLP
+(`SAEConfig.read`) and a ŷ that stands for what the MLP writes; it may have a skip connection (Paulo et al. 2025, arXiv
+2501.18823): ŷ = f W_dec + b_dec + W_skip x. An autoencoder is the case that both places are the same.
+
 It works on raw activations: whatever scaling training used is folded into the tensors. On disk it is a folder with
-`config.json` and `sae.safetensors`. Shapes: N tokens, d model width, F features.
+`config.json` and `sae.safetensors`. Shapes: N tokens, d width of what is written, r of what is read, F features.
 """
 
 from __future__ import annotations
@@ -13,17 +17,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sae._files import TensorSpec, check_type, names_in, read_json, read_tensors, write_json, write_tensors
 from sae._run.outputs import check_output, like
-from sae.activation_functions import CORE, TOPK, ActivationFunction, top_features
+from sae.activation_functions import CORE, IDENTITY, TOPK, ActivationFunction, top_features
 from sae.architectures import nonlinearity
-from sae.errors import UserError
+from sae.errors import UserError, unknown
+from sae.model.sites import READ_KINDS, Site
 
+ReadKind = Literal["mlp_resid", "mlp_norm", "mlp_in", "mlp_hidden"]
+SKIP = "W_skip"
+"""The tensor of a skip connection, [d, r]."""
 SCHEMA_VERSION = 1
 CHUNK_BYTES = 64 * 2**20
 """Largest [n, F] intermediate where tokens are encoded in chunks."""
@@ -44,7 +52,7 @@ class SAEConfig:
     architecture: str
     """Name of the architecture; decides how pre-activations become features."""
     d_model: int
-    """Width d of the activations it reads and writes."""
+    """Width d of the activations it writes, and reads unless `d_read` says otherwise."""
     n_features: int
     """Number of features F."""
     site: str = ""
@@ -54,7 +62,11 @@ class SAEConfig:
     model_fingerprint: str = ""
     """Fingerprint of that model's config and weights; empty when unknown."""
     subtract_b_dec: bool = True
-    """Whether the decoder bias is subtracted from the input before encoding."""
+    """Whether the decoder bias is subtracted from the input before encoding; never in a transcoder."""
+    read: ReadKind | Literal[""] = ""
+    """Place in its block at which a transcoder reads (see `sae.model.sites.READ_KINDS`); empty for its own site."""
+    d_read: int | None = None
+    """Width r of what a transcoder reads, where that is not d."""
     k: int | None = None
     """Active features a token, where the architecture fixes them."""
     extra: dict[str, Any] = field(default_factory=dict)
@@ -66,9 +78,20 @@ class SAEConfig:
         return str(self.extra.get(INPUT_NORM, ""))
 
     @property
+    def read_width(self) -> int:
+        """Width r of what it reads."""
+        return self.d_read or self.d_model
+
+    def read_site(self, site: Site) -> Site:
+        """Where the dictionary of a site reads: at a place before it, or there."""
+        return Site(self.read, site.layer) if self.read else site
+
+    @property
     def n_bytes(self) -> int:
-        """Bytes its tensors take in memory: two float32 matrices, and up to four vectors."""
-        return 4 * (2 * self.n_features * self.d_model + 3 * self.n_features + self.d_model)
+        """Bytes its tensors take in memory: two float32 matrices, perhaps a third one, and up to four vectors."""
+        skip = self.d_model * self.read_width if self.read else 0
+        matrices = self.n_features * (self.d_model + self.read_width) + skip
+        return 4 * (matrices + 3 * self.n_features + self.d_model)
 
 
 class SparseFeatures(NamedTuple):
@@ -80,9 +103,9 @@ class SparseFeatures(NamedTuple):
 
 
 class SparseAutoencoder(nn.Module):
-    """A trained autoencoder: frozen float32 tensors and three maps between them."""
+    """A trained autoencoder or transcoder: frozen float32 tensors and three maps between them."""
 
-    W_enc: Tensor  # [F, d]
+    W_enc: Tensor  # [F, r]; r = d unless it is a transcoder
     b_enc: Tensor  # [F]
     W_dec: Tensor  # [F, d], unit rows
     b_dec: Tensor  # [d]
@@ -94,12 +117,15 @@ class SparseAutoencoder(nn.Module):
         self._check(tensors)
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor.detach().to(torch.float32).contiguous())
+        self._reads_neurons = self.nonlinearity is IDENTITY and _is_eye(self.W_enc)
 
     def _check(self, tensors: Mapping[str, Tensor]) -> None:
         config, kind = self.config, self.nonlinearity
-        n_features, matrix = config.n_features, (config.n_features, config.d_model)
+        n_features, d, r = config.n_features, config.d_model, config.read_width
         shapes: dict[str, tuple[int, ...]] = dict.fromkeys((*kind.extra, *kind.optional), (n_features,))
-        shapes |= {"W_enc": matrix, "W_dec": matrix, "b_enc": (n_features,), "b_dec": (config.d_model,)}
+        shapes |= {"W_enc": (n_features, r), "W_dec": (n_features, d), "b_enc": (n_features,), "b_dec": (d,)}
+        shapes |= {SKIP: (d, r)} if config.read else {}
+        self._check_read()
         missing = [name for name in (*CORE, *kind.extra) if name not in tensors]
         surplus = [name for name in tensors if name not in shapes]
         if missing or surplus:
@@ -114,34 +140,61 @@ class SparseAutoencoder(nn.Module):
         if kind.needs_k and not (config.k is not None and 1 <= config.k <= n_features):
             raise UserError(f"k of site {config.site!r} is {config.k}, allowed are 1 to {n_features}, its features")
 
+    def _check_read(self) -> None:
+        """Only what an MLP adds to the residual stream is written by transcoders."""
+        config = self.config
+        if config.read and config.read not in READ_KINDS:
+            raise unknown("place to read", config.read, READ_KINDS)
+        if config.read and config.subtract_b_dec:
+            raise UserError("subtract_b_dec of a transcoder is true: it reads something else than it writes")
+        elsewhere = bool(config.site) and Site.parse(config.site).kind != "mlp"
+        if (config.read and elsewhere) or (config.d_read and not config.read):
+            raise UserError(
+                f"the dictionary of site {config.site!r} reads at {config.read or 'that site'!r} with width "
+                f"{config.read_width}: allowed is another place for transcoders of mlp sites alone"
+            )
+
     def extra_repr(self) -> str:
         config = self.config
-        return f"{config.architecture}, site={config.site!r}, d={config.d_model}, F={config.n_features}, k={config.k}"
+        read = f", reads {config.read}" if config.read else ""
+        sizes = f"d={config.d_model}, F={config.n_features}, k={config.k}"
+        return f"{config.architecture}, site={config.site!r}{read}, {sizes}"
 
     @property
     def device(self) -> torch.device:
         """Device of its tensors."""
         return self.W_dec.device
 
+    @property
+    def has_skip(self) -> bool:
+        """Whether it has a skip connection."""
+        return SKIP in self._buffers
+
     def _linear(self, x: Tensor) -> Tensor:
-        """x [..., d] -> z without bias [..., F]."""
+        """x [..., r] -> z without bias [..., F]."""
         x = x.to(self.W_enc.dtype)
+        if self._reads_neurons and not self.config.subtract_b_dec:
+            return x
         return (x - self.b_dec if self.config.subtract_b_dec else x) @ self.W_enc.T
 
     def encode(self, x: Tensor) -> Tensor:
-        """x [..., d] -> f [..., F]."""
+        """x [..., r] -> f [..., F]."""
         return self.nonlinearity.apply(self._linear(x), self._buffers_by_name, self.config.k)
 
     def restrict(self, index: Tensor) -> SparseAutoencoder:
-        """The autoencoder of the features `index` [n] alone; `UserError` where features compete (top k)."""
+        """The autoencoder of the features `index` [n] alone, without a skip connection; `UserError` where features
+        compete (top k).
+        """
         if self.nonlinearity.needs_k:
             raise UserError(f"features of a {self.config.architecture!r} autoencoder compete: none can be taken alone")
         index = index.to(self.device)
-        tensors = {name: x if name == "b_dec" else x[index] for name, x in self._buffers_by_name.items()}
+        tensors = {
+            name: x if name == "b_dec" else x[index] for name, x in self._buffers_by_name.items() if name != SKIP
+        }
         return SparseAutoencoder(replace(self.config, n_features=len(index)), tensors).to(self.W_dec.dtype)
 
     def encode_some(self, x: Tensor, index: Tensor) -> Tensor:
-        """x [..., d] -> f [..., n] of the features `index` [n].
+        """x [..., r] -> f [..., n] of the features `index` [n].
 
         Only their encoder rows are used; where features compete all of them are encoded, chunk of tokens by chunk.
         """
@@ -152,23 +205,32 @@ class SparseAutoencoder(nn.Module):
         return self.encode_and_reconstruct(x, index)[0]
 
     def encode_and_reconstruct(self, x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """x [..., d] -> (f [..., n] of the features `index` [n], x̂ [..., d]), chunk of tokens by chunk: no [..., F]."""
+        """x [..., r] -> (f [..., n] of the features `index` [n], x̂ [..., d]), chunk of tokens by chunk: no [..., F]."""
         index = index.to(self.device)
         rows = max(1, CHUNK_BYTES // (4 * self.config.n_features))
-        some, x_hat = [x.new_zeros(0, len(index))], [x.new_zeros(0, x.shape[-1])]
+        some, x_hat = [x.new_zeros(0, len(index))], [x.new_zeros(0, self.config.d_model)]
         for chunk in x.reshape(-1, x.shape[-1]).split(rows):
             f = self.encode(chunk)
             some.append(f[:, index])
-            x_hat.append(self.decode(f))
-        return torch.cat(some).reshape(*x.shape[:-1], len(index)), torch.cat(x_hat).reshape(x.shape)
+            x_hat.append(self.with_skip(self.decode(f), chunk))
+        return torch.cat(some).reshape(*x.shape[:-1], len(index)), torch.cat(x_hat).reshape(*x.shape[:-1], -1)
 
     def decode(self, f: Tensor) -> Tensor:
-        """f [..., F] -> x̂ [..., d]."""
+        """f [..., F] -> x̂ [..., d], without the skip connection."""
         return f @ self.W_dec + self.b_dec
 
+    def skip(self, x: Tensor) -> Tensor:
+        """x [..., r] -> W_skip x [..., d], the part of x̂ that the skip connection makes."""
+        W_skip = self._buffers_by_name[SKIP]
+        return x.to(W_skip.dtype) @ W_skip.T
+
+    def with_skip(self, x_hat: Tensor, x: Tensor) -> Tensor:
+        """x̂ [..., d] of the features and the bias, with what a skip connection makes of x [..., r] if there is one."""
+        return x_hat + self.skip(x) if self.has_skip else x_hat
+
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., d] -> x̂ [..., d]."""
-        return self.decode(self.encode(x))
+        """x [..., r] -> x̂ [..., d]."""
+        return self.with_skip(self.decode(self.encode(x)), x)
 
     @property
     def _buffers_by_name(self) -> dict[str, Tensor]:
@@ -176,7 +238,7 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def encode_sparse(self, x: Tensor, *, chunk_bytes: int = CHUNK_BYTES) -> SparseFeatures:
-        """x [N, d] -> its nonzero features, in chunks whose [n, F] intermediate has at most `chunk_bytes` bytes."""
+        """x [N, r] -> its nonzero features, in chunks whose [n, F] intermediate has at most `chunk_bytes` bytes."""
         rows = max(1, chunk_bytes // (4 * self.config.n_features))
         chunks = [self._encode_chunk(chunk, i * rows) for i, chunk in enumerate(x.split(rows))]
         return SparseFeatures(*(torch.cat(column) for column in zip(*chunks, strict=True)))
@@ -195,7 +257,7 @@ class SparseAutoencoder(nn.Module):
         return token + start, feature, f[token, feature]
 
     def encoder_rows(self, index: Tensor) -> Tensor:
-        """∂f_i/∂x [n, d] for features i in `index` [n], where they are active."""
+        """∂f_i/∂x [n, r] for features i in `index` [n], where they are active."""
         rows = self.W_enc[index]
         if "magnitude" in self._buffers:
             rows = rows * self._buffers_by_name["magnitude"][index, None]
@@ -223,7 +285,8 @@ class SparseAutoencoder(nn.Module):
                 f"this format does not hold that: convert {config.extra.get('source', 'its own file')!r} to saelens"
             )
         kind = nonlinearity(config.architecture)
-        tensors = read_tensors(path, tensor_specs(kind), F=config.n_features, d=config.d_model)
+        sizes = {"F": config.n_features, "d": config.d_model, "r": config.read_width}
+        tensors = read_tensors(path, tensor_specs(kind), **sizes)
         return cls(config, tensors).to(device)
 
 
@@ -249,9 +312,10 @@ def read_config(folder: str | Path) -> SAEConfig:
 
 
 def tensor_specs(kind: ActivationFunction) -> dict[str, TensorSpec]:
-    """The tensors of an autoencoder with F features of width d."""
-    matrix, vector = TensorSpec(("F", "d")), TensorSpec(("F",))
-    specs = {"W_enc": matrix, "b_enc": vector, "W_dec": matrix, "b_dec": TensorSpec(("d",))}
+    """The tensors of a dictionary with F features that reads width r and writes width d."""
+    vector = TensorSpec(("F",))
+    specs = {"W_enc": TensorSpec(("F", "r")), "b_enc": vector, "W_dec": TensorSpec(("F", "d"))}
+    specs |= {"b_dec": TensorSpec(("d",)), SKIP: TensorSpec(("d", "r"), optional=True)}
     return specs | dict.fromkeys(kind.extra, vector) | dict.fromkeys(kind.optional, replace(vector, optional=True))
 
 
@@ -259,3 +323,9 @@ def is_sae_folder(folder: str | Path) -> bool:
     """Whether a folder holds an autoencoder written by `SparseAutoencoder.save`."""
     folder = Path(folder)
     return (folder / SAE_CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file()
+
+
+def _is_eye(matrix: Tensor) -> bool:
+    """Whether a matrix is the identity."""
+    square = matrix.shape[0] == matrix.shape[1] and bool((matrix.diagonal() == 1).all())
+    return square and int(matrix.count_nonzero()) == len(matrix)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sae._run.contents import check_complete
-from sae.autoencoder import WEIGHTS_FILE, SAEConfig, SparseAutoencoder, read_config
+from sae.autoencoder import WEIGHTS_FILE, ReadKind, SAEConfig, SparseAutoencoder, read_config
 from sae.errors import UserError
 from sae.formats import load_sae, read_folder, site_of
 from sae.formats.locate import folders_in, sae_folders
@@ -139,6 +139,10 @@ class SAEs(Mapping[Site, SparseAutoencoder]):
         """The config of a site's autoencoder; nothing is read."""
         return self._sources[site].config if self.is_lazy else self._in_memory[site].config
 
+    def read_sites(self, sites: Iterable[Site]) -> dict[Site, Site]:
+        """Where the dictionary of each site reads: at the site itself, or for a transcoder at a place before it."""
+        return {site: self.config(site).read_site(site) for site in sites}
+
     def bias(self, site: Site) -> Tensor:
         """b_dec [d] of a site, which stays in memory once the site was read."""
         if not self.is_lazy:
@@ -165,6 +169,7 @@ def load_saes(
     sites: Iterable[Site | str] | None = None,
     device: str | torch.device = "auto",
     budget: float | None = None,
+    read: ReadKind | None = None,
 ) -> SAEs:
     """Load all autoencoders of a run, or of a folder in any known format, by site.
 
@@ -175,6 +180,8 @@ def load_saes(
         device: where their tensors go: a device, or "auto" for cuda, mps or cpu, whichever is there first.
         budget: bytes of memory for them, half of what is free on the device by default. Those that together do not fit
             are read whenever their site is asked for; a single one is always loaded.
+        read: the place at which the transcoders among them read (`sae.model.sites.READ_KINDS`), whatever their files
+            say.
 
     Returns:
         The autoencoders by site, in the order of the forward pass.
@@ -190,6 +197,8 @@ def load_saes(
         budget = float("inf") if free is None else int(SHARE_OF_FREE * free)
     fits = _bytes_at_most(root) <= budget
     sources = _sources(source, None if sites is None else {Site.parse(str(site)) for site in sites}, keep=fits)
+    if read is not None:
+        sources = {site: _reading_at(of_site, read) for site, of_site in sources.items()}
     if fits or len(sources) == 1 or sum(of_site.config.n_bytes for of_site in sources.values()) <= budget:
         return SAEs({site: of_site.read().to(resolved) for site, of_site in sources.items()})
     return SAEs.lazy(sources, device=resolved, budget=int(budget))
@@ -233,6 +242,20 @@ def _sources(source: str | Path, sites: set[Site] | None, *, keep: bool) -> dict
     return {site: sources[site] for site in wanted}
 
 
+def _reading_at(source: Source, read: ReadKind) -> Source:
+    """A transcoder that reads at another place than its files say; an autoencoder as it is."""
+    if not source.config.read:
+        return source
+    config = replace(source.config, read=read)
+
+    def moved() -> SparseAutoencoder:
+        sae = source.read()
+        sae.config = config
+        return sae
+
+    return Source(moved, config)
+
+
 def _itself(sae: SparseAutoencoder) -> SparseAutoencoder:
     return sae
 
@@ -255,7 +278,7 @@ def stored_fingerprint(folder: str | Path) -> str:
 
 def _sample(site: Site, config: SAEConfig, tensors: Iterable[tuple[str, Tensor]]) -> bytes:
     """Site, kind and some values of every tensor."""
-    parts = [f"{site} {config.architecture} {config.k}".encode()]
+    parts = [f"{site} {config.architecture} {config.k}{f' {config.read}' if config.read else ''}".encode()]
     for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
         sample = tensor.flatten()[:: max(1, tensor.numel() // SAMPLED_VALUES)].float().cpu()
         parts.append(f"{name} {tuple(tensor.shape)}".encode() + sample.numpy().tobytes())

@@ -1,6 +1,7 @@
-"""Putting autoencoders into a running model, and the check that they belong there.
+"""Putting autoencoders and transcoders into a running model, and the check that they belong there.
 
-At a site x = x̂ + e, with x̂ what the autoencoder makes of x and e its error. Two edits for `LanguageModel.run`:
+At a site x = x̂ + e, with x̂ what the dictionary makes of what it reads (x itself, or for a transcoder what is at a place
+before the site) and e its error. Two edits for `LanguageModel.run`, by `edits_of`:
 
 1. `replace_with_reconstruction`: x becomes x̂, the error is lost.
 2. `identity_splice`: x becomes x̂ + e, which must leave the logits as they are.
@@ -13,7 +14,7 @@ that name another model, and an x̂ that is further from x than zero is.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -25,11 +26,12 @@ from sae.data.predictions import ModelPredictions, PredictionTotals
 from sae.errors import UserError, unknown
 from sae.formats.site_names import EMBED_HOOKS
 from sae.model.checks import relative_difference
-from sae.model.hook_points import SiteEdit
+from sae.model.hook_points import SiteEdit, with_read
 from sae.model.language_model import LanguageModel
 from sae.model.site_search import is_exact
 from sae.model.sites import Site
 from sae.model.tokens import Tokens
+from sae.read_check import check_reads
 from sae.saes import SAEs, as_saes
 from sae.sparse.activations import group_offsets, weighted_segment_sum
 
@@ -46,26 +48,40 @@ def decode_sparse(sae: SparseAutoencoder, features: SparseFeatures, n_tokens: in
     return sae.b_dec + weighted_segment_sum(sae.W_dec, features.feature, offsets, features.value.to(sae.W_dec.dtype))
 
 
-def reconstruct(sae: SparseAutoencoder, x: Tensor) -> Tensor:
-    """x [N, d] -> x̂ [N, d] in x's precision, without an [N, F] in between."""
-    return decode_sparse(sae, sae.encode_sparse(x), len(x)).to(x.dtype)
+def reconstruct(sae: SparseAutoencoder, x_read: Tensor) -> Tensor:
+    """What is read, [N, r] -> x̂ [N, d] in its precision, without an [N, F] in between."""
+    x_hat = decode_sparse(sae, sae.encode_sparse(x_read), len(x_read))
+    return sae.with_skip(x_hat, x_read).to(x_read.dtype)
 
 
-def replace_with_reconstruction(sae: SparseAutoencoder, where: Tensor | None = None) -> SiteEdit:
+ReadingEdit = Callable[..., Tensor]
+"""(x [B, S, d], what the site's dictionary reads [B, S, r]) -> what stands in place of x; of x alone if it reads x."""
+
+
+def replace_with_reconstruction(sae: SparseAutoencoder, where: Tensor | None = None) -> ReadingEdit:
     """The edit x [B, S, d] -> x̂, at the tokens `where` [B, S] alone if given."""
-    if where is None:
-        return lambda x: sae(x)
-    return lambda x: x.masked_scatter(where[..., None], reconstruct(sae, x[where]))
+
+    def edit(x: Tensor, x_read: Tensor | None = None) -> Tensor:
+        read = x if x_read is None else x_read
+        return sae(read) if where is None else x.masked_scatter(where[..., None], reconstruct(sae, read[where]))
+
+    return edit
 
 
-def identity_splice(sae: SparseAutoencoder) -> SiteEdit:
+def identity_splice(sae: SparseAutoencoder) -> ReadingEdit:
     """The edit x -> x̂ + (x − x̂)."""
 
-    def edit(x: Tensor) -> Tensor:
-        reconstruction = sae(x)
+    def edit(x: Tensor, x_read: Tensor | None = None) -> Tensor:
+        reconstruction = sae(x if x_read is None else x_read)
         return reconstruction + (x.to(reconstruction.dtype) - reconstruction)
 
     return edit
+
+
+def edits_of(saes: Mapping[Site, SparseAutoencoder], edits: Mapping[Site, ReadingEdit]) -> dict[Site, SiteEdit]:
+    """Edits for `LanguageModel.run` at the sites of `edits`, each with what the site's dictionary reads in that run."""
+    reads = as_saes(saes).read_sites(edits)
+    return {place: e for site, edit in edits.items() for place, e in with_read(site, reads[site], edit).items()}
 
 
 def check_saes(model: LanguageModel, saes: Mapping[Site, SparseAutoencoder], tokens: Tokens | None = None) -> None:
@@ -79,7 +95,8 @@ def check_saes(model: LanguageModel, saes: Mapping[Site, SparseAutoencoder], tok
         raise UserError("no autoencoders given: at least one site is needed")
     _check_configs(model, saes)
     batch = model.probe_tokens() if tokens is None else tokens
-    plain = model.run(batch, capture=saes)
+    reads = saes.read_sites(saes)
+    plain = model.run(batch, capture={*saes, *reads.values()})
     real = batch.attention_mask.to(model.device).bool()
     for site in saes:
         if saes.config(site).extra.get("hook") in EMBED_HOOKS:
@@ -88,22 +105,23 @@ def check_saes(model: LanguageModel, saes: Mapping[Site, SparseAutoencoder], tok
         _checked.setdefault(model, WeakSet()).update(saes.values())
     looked_at: set[Site] = set()
 
-    def spliced(site: Site) -> SiteEdit:
-        def edit(x: Tensor) -> Tensor:
+    def spliced(site: Site) -> ReadingEdit:
+        def edit(x: Tensor, x_read: Tensor) -> Tensor:
             sae = saes[site]  # asked for when the forward pass is there: streamed ones take turns
             if site not in looked_at:
                 looked_at.add(site)
-                _warn_if_useless(site, sae, plain.activations[site][real])
-            return identity_splice(sae)(x)
+                _warn_if_useless(site, sae, plain.activations[site][real], plain.activations[reads[site]][real])
+            return identity_splice(sae)(x, x_read)
 
         return edit
 
     def difference(sites: Iterable[Site]) -> float:
-        edits = {site: spliced(site) for site in sites}
+        edits = edits_of(saes, {site: spliced(site) for site in sites})
         return relative_difference(model.run(batch, edits=edits).logits, plain.logits)
 
     allowed = TOLERANCE if is_exact(model.dtype) else TOLERANCE_16_BIT
     if difference(saes) <= allowed:
+        check_reads(model, saes, tokens)
         return
     for site in saes:
         if broken := [name for name, x in saes[site].named_buffers() if not x.isfinite().all()]:
@@ -183,6 +201,11 @@ def _check_made_for(model: LanguageModel, site: Site, config: SAEConfig) -> None
             f"this model was loaded with at {read_at or 'its usual place'}: "
             + (f"give site paths with {site}={made_at}" if made_at else "leave its site path out")
         )
+    if config.read and config.read_width != (width := model.read_width(config.read_site(site))):
+        raise UserError(
+            f"the transcoder of site {str(site)!r} reads width {config.read_width} at {config.read}: allowed is "
+            f"{width}, the width of the model there"
+        )
     if config.d_model != model.widths[site]:
         raise UserError(
             f"the autoencoder of site {str(site)!r} has width {config.d_model}: allowed is {model.widths[site]}, the "
@@ -190,10 +213,10 @@ def _check_made_for(model: LanguageModel, site: Site, config: SAEConfig) -> None
         )
 
 
-def _warn_if_useless(site: Site, sae: SparseAutoencoder, x: Tensor) -> None:
-    """x [N, d] are the activations of the tokens that are not padding."""
+def _warn_if_useless(site: Site, sae: SparseAutoencoder, x: Tensor, x_read: Tensor) -> None:
+    """x [N, d] and x_read [N, r] are the activations of the tokens that are not padding."""
     x = x.float()
-    error, size = float((x - sae(x)).square().sum()), float(x.square().sum())
+    error, size = float((x - sae(x_read.float())).square().sum()), float(x.square().sum())
     if error > size:
         log.warning("site %s: the reconstruction is further from x than zero is (%.2g times)", site, error / size)
 
@@ -214,7 +237,7 @@ def spliced_predictions(
         for tokens in bounded(model, batch.to(model.device)):
             counted, scored = counted_tokens(model, tokens), counted_predictions(model, tokens)
             base = ModelPredictions(model.run(tokens).logits[:, :-1][scored], tokens.input_ids[:, 1:][scored])
-            edits = {site: replace_with_reconstruction(sae, counted) for site, sae in saes.items()}
+            edits = edits_of(saes, {site: replace_with_reconstruction(sae, counted) for site, sae in saes.items()})
             totals.update(model.run(tokens, edits=edits).logits[:, :-1][scored], base)
             n_tokens += int(counted.sum())
     if not n_tokens or not totals.n_predictions:

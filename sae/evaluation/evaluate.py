@@ -37,7 +37,8 @@ from sae.evaluation.results import Evaluation, Predictions, SiteMetrics
 from sae.model.hook_points import SiteEdit
 from sae.model.language_model import LanguageModel, Tokens
 from sae.model.sites import Site
-from sae.splice import check_saes, decode_sparse, replace_with_reconstruction
+from sae.saes import as_saes
+from sae.splice import check_saes, decode_sparse, edits_of, replace_with_reconstruction
 
 Saes = Mapping[Site, SparseAutoencoder]
 
@@ -50,10 +51,10 @@ class _SiteTotals:
         self.reconstruction = ReconstructionTotals()
         self.features = FeatureTotals(sae.config.n_features)
 
-    def update(self, x: Tensor) -> Tensor:
-        """Add tokens x [N, d]; gives x̂ [N, d]."""
-        features = self.sae.encode_sparse(x)
-        x_hat = decode_sparse(self.sae, features, len(x))
+    def update(self, x: Tensor, x_read: Tensor) -> Tensor:
+        """Add tokens x [N, d] with what the dictionary reads of them [N, r]; gives x̂ [N, d]."""
+        features = self.sae.encode_sparse(x_read)
+        x_hat = self.sae.with_skip(decode_sparse(self.sae, features, len(x)), x_read)
         alignment = error_alignment(x.to(x_hat) - x_hat, self.sae.W_dec, features.token, features.feature)
         self.reconstruction.update(x, x_hat)
         self.features.update(features.feature, features.value, len(x), alignment=alignment)
@@ -184,7 +185,7 @@ class Evaluator:
         """The pass that everything is compared with."""
         scored = counted_predictions(self.model, tokens, special_tokens=self.special_tokens)
         residuals = [site for site in self.model.sites if site.kind in ("embed", "resid")]
-        sites = {site for run in self.runs.values() for site in run.saes}
+        sites = {place for run in self.runs.values() for pair in run.reads.items() for place in pair}
         base = self.model.run(tokens, capture={*sites, *residuals})
         logits = base.logits[:, :-1][scored]
         predictions = ModelPredictions(logits, tokens.input_ids[:, 1:][scored])
@@ -197,18 +198,19 @@ class Evaluator:
         counted, identities = batch.counted, dict[Site, SiteEdit]()
         for site, totals in run.sites.items():
             x = batch.activations[site]
-            x_hat = x.masked_scatter(counted[..., None], totals.update(x[counted]))
+            x_read = batch.activations[run.reads[site]]
+            x_hat = x.masked_scatter(counted[..., None], totals.update(x[counted], x_read[counted]))
             skip = {**self.model.resume_from(site, batch.activations), site: x_hat}
             run.alone[site].update(self._logits(batch, skip=skip), batch.predictions)
             identities[site] = _constant(x_hat + (x - x_hat))
         edits = {site: replace_with_reconstruction(sae, counted) for site, sae in run.saes.items()}
         for name, group in run.groups.items():
-            logits = self._logits(batch, edits={site: edits[site] for site in group})
+            logits = self._logits(batch, edits=edits_of(run.saes, {site: edits[site] for site in group}))
             run.together[name].update(logits, batch.predictions)
         run.kept.update(self._logits(batch, edits=identities), batch.predictions)
         for kept_site, error_kept in run.error_kept.items():  # x̂ + e is x: nothing to splice there
             others = {site: edit for site, edit in edits.items() if site != kept_site}
-            error_kept.update(self._logits(batch, edits=others), batch.predictions)
+            error_kept.update(self._logits(batch, edits=edits_of(run.saes, others)), batch.predictions)
 
     def _logits(
         self, batch: _Batch, *, edits: Mapping[Site, SiteEdit] | None = None, skip: Mapping[Site, Tensor] | None = None
@@ -273,6 +275,7 @@ class _Run:
 
     def __init__(self, saes: dict[Site, SparseAutoencoder], *, errors: bool) -> None:
         self.saes = saes
+        self.reads = as_saes(saes).read_sites(saes)
         self.sites = {site: _SiteTotals(sae) for site, sae in saes.items()}
         self.alone = {site: PredictionTotals() for site in saes}
         self.groups = _groups(list(saes))

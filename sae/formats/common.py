@@ -17,14 +17,14 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sae._files import TensorSpec, check_tensors, make_folder, missing_file, read_json, temporary_name
-from sae.autoencoder import SAEConfig, SparseAutoencoder
+from sae.autoencoder import SKIP, ReadKind, SAEConfig, SparseAutoencoder
 from sae.errors import UserError
 from sae.folding import fold_norms
 
@@ -142,7 +142,7 @@ def _check_shapes(tensors: Mapping[str, Any], names: Mapping[str, str], source: 
         elif ours == "threshold" and tensor.numel() == 1:
             shape = ("one",) * tensor.ndim
         else:
-            shape = ("d",) if ours == "b_dec" else ("F",)
+            shape = {"b_dec": ("d",), SKIP: ("d", "d")}.get(ours, ("F",))
         check_tensors({theirs: tensor}, {theirs: TensorSpec(shape)}, source, one=1, **sizes)
 
 
@@ -180,10 +180,12 @@ def build(
     ranked: bool = False,
     site: str = "",
     model: str = "",
+    read: ReadKind | Literal[""] = "",
     notes: Mapping[str, Any] | None = None,
 ) -> SparseAutoencoder:
     """Our autoencoder from tensors W_enc [F, d], W_dec [F, d], b_dec [d], ...: unit rows, shapes checked.
 
+    `read`: the place at which a transcoder reads; it may have W_skip [d, d] (x̂ has x W_skipᵀ).
     `ranked`: a top-k selection went by activations before the decoder was normalised.
     """
     per_feature = tensors["gate_bias"] if "gate_bias" in tensors else tensors["b_enc"]
@@ -194,6 +196,7 @@ def build(
         site=site,
         model=model,
         subtract_b_dec=subtract_b_dec,
+        read=read,
         k=k,
         extra={"format": file_format, "source": str(source), **(notes or {})},
     )
@@ -249,10 +252,15 @@ def check_same(sae: SparseAutoencoder, written: SparseAutoencoder, file_format: 
 def _trial_rows(sae: SparseAutoencoder) -> Tensor:
     """[n, d] activations that make features active, from small to large, the same every time."""
     generator = torch.Generator().manual_seed(0)
-    pairs = torch.randint(len(sae.W_dec), (TRIED_ROWS, 2), generator=generator).to(sae.device)
-    noise = torch.randn(TRIED_ROWS, sae.config.d_model, generator=generator).to(sae.device)
-    directions = sae.W_dec[pairs].sum(1) + noise / sae.config.d_model**0.5
-    return sae.b_dec + torch.logspace(-1, 2, TRIED_ROWS, device=sae.device)[:, None] * directions
+    width, rows = (
+        sae.config.read_width,
+        torch.nn.functional.normalize(sae.W_enc, dim=-1) if sae.config.read else sae.W_dec,
+    )
+    pairs = torch.randint(len(rows), (TRIED_ROWS, 2), generator=generator).to(sae.device)
+    noise = torch.randn(TRIED_ROWS, width, generator=generator).to(sae.device)
+    directions = rows[pairs].sum(1) + noise / width**0.5
+    centre = torch.zeros_like(rows[0]) if sae.config.read else sae.b_dec
+    return centre + torch.logspace(-1, 2, TRIED_ROWS, device=sae.device)[:, None] * directions
 
 
 def unsupported(sae: SparseAutoencoder, file_format: str) -> UserError:

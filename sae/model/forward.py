@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -30,6 +30,24 @@ class Run:
     """The captured sites in forward order, each [B, S, d], after the edit at the site if there was one."""
     logits: Tensor
     """[B, S, V]; [B, 1, V] where only the last position was asked for, empty [0] where none was."""
+
+
+def fitted(skip: Mapping[Site, Tensor], model: Any, *, rows: int) -> dict[Site, Tensor]:
+    """Skip tensors in the number type of a `LanguageModel`, repeated to the rows of the batch; one copy for a shared
+    tensor.
+    """
+    widths, dtype = model.widths, model.dtype
+    copies: dict[int, Tensor] = {}
+    for site, x in skip.items():
+        if x.ndim != 3 or x.shape[-1] != widths[site] or rows % x.shape[0]:
+            raise UserError(
+                f"skip tensor of site {str(site)!r} has shape {list(x.shape)}: allowed is [rows, positions, "
+                f"{widths[site]}] with rows dividing {rows}"
+            )
+        if id(x) not in copies:
+            times = rows // x.shape[0]
+            copies[id(x)] = (x if times == 1 else x.repeat(times, 1, 1)).to(dtype)
+    return {site: copies[id(x)] for site, x in skip.items()}
 
 
 def forward_inputs(module: nn.Module, tokens: Tokens, *, last_only: bool = False) -> dict[str, Any]:

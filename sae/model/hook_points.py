@@ -84,6 +84,24 @@ def _then(first: StandingEdit, second: StandingEdit) -> StandingEdit:
     return lambda x, columns: second(first(x, columns), columns)
 
 
+def with_read(site: Site, read: Site, edit: Callable[..., Tensor]) -> dict[Site, Callable[..., Tensor]]:
+    """The edits of a run that put edit(x, x_read) in place of a site's x, x_read being what is at `read` in that run.
+
+    They serve as `SiteEdit` or, passing the columns on as the last argument, as `StandingEdit`. A run without a cache
+    shows a place two tensors, those of the prompt and those of later tokens, and then the site in the same order.
+    """
+    if read == site:
+        return {site: lambda x, *columns: edit(x, x, *columns)}
+    shown: list[Tensor] = []
+
+    def show(x: Tensor, *columns: Columns) -> Tensor:
+        del shown[: len(shown) - 1]
+        shown.append(x)
+        return x
+
+    return {read: show, site: lambda x, *columns: edit(x, shown.pop(0), *columns)}
+
+
 @dataclass(frozen=True)
 class HookPoint:
     """Module and side of a site in one wrapped model."""
@@ -108,11 +126,15 @@ class HookPoint:
     """What the tensor is multiplied by before it is added to the residual stream."""
     in_place: bool = False
     """Whether the model changes the tensor after the module has returned it."""
+    read_only: bool = False
+    """Whether it is no site but a place that a transcoder reads: an edit there sees x and leaves it as it is."""
+    seen: SiteEdit | None = None
+    """What such a place makes of the module's tensor [B, S, d], such as its norm; None for nothing."""
 
     @property
     def detour(self) -> bool:
         """Whether x is another tensor than the module's: it must be written where its gradient is wanted."""
-        return self.flat or self.scale != 1.0 or self.in_place
+        return not self.read_only and (self.flat or self.scale != 1.0 or self.in_place)
 
     def read(self, rows: int) -> Tensor:
         """The site's x [B, S, d] in a batch of `rows`."""
@@ -157,6 +179,9 @@ class HookPoint:
             return self._inward(edited(self._outward(value, rows), edit, self.site))
 
         def before(module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
+            if self.read_only:
+                edit(self._outward(inputs[0] if inputs else next(iter(named.values())), rows))
+                return inputs, named
             if inputs:
                 return (changed(inputs[0]), *inputs[1:]), named
             name = next(iter(named))
@@ -177,6 +202,8 @@ class HookPoint:
     def _outward(self, value: Tensor, rows: int) -> Tensor:
         """The module's own tensor -> x [B, S, d]."""
         x = value.unflatten(0, (rows, -1)) if self.flat else value
+        if self.read_only:  # a copy: the model may change the residual stream in place
+            return self.seen(x) if self.seen is not None else x.clone()
         return x if self.scale == 1.0 else x * self.scale
 
     def _inward(self, x: Tensor) -> Tensor:

@@ -18,28 +18,32 @@ import threading
 import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from nnsight import NNsight
 from torch import Tensor
 
-from sae.errors import UserError, unknown
-from sae.model.forward import Run, forward_inputs, outside_inference_mode, probe_tokens, run_by_length
+from sae.errors import UserError
+from sae.model.forward import Run, fitted, forward_inputs, outside_inference_mode, probe_tokens, run_by_length
 from sae.model.generation import generate
 from sae.model.hook_points import Columns, HookPoint, SiteEdit, StandingEdit, after_standing, chained, edited
 from sae.model.huggingface import fingerprints, max_positions, stored_fingerprints
 from sae.model.site_handles import (
+    ReadPoints,
     base_path,
     containment,
     default_paths,
     envoy_of,
     first_pass,
     input_embeddings,
+    is_parallel,
     make_hook_point,
+    no_site,
+    read_points,
 )
-from sae.model.sites import Site, SitePath, site_table
+from sae.model.sites import READ_KINDS, Site, SitePath, site_table
 from sae.model.tokens import TokenizerWrapper, Tokens
 
 
@@ -83,7 +87,7 @@ class LanguageModel:
         self._hook_points = shown.hook_points
         self._leaf = self._hook_points.get(Site("embed"), self._leaf)
         self.widths, self.vocab_size, self.d_model = shown.widths, shown.vocab_size, shown.d_model
-        self.parallel_blocks = self._is_parallel()
+        self.parallel_blocks = is_parallel(self)
 
     @property
     def fingerprint(self) -> str:
@@ -204,9 +208,9 @@ class LanguageModel:
         with self._lock:
             standing = {site: edit for site, edit in chained(self._standing).items() if site not in {*hidden, *skip}}
         edits = after_standing(standing, edits, Columns(tokens.to(self.device), 0, tokens.n_positions))
-        values = self._fitted({site: x for site, x in skip.items() if site not in hidden}, rows=len(tokens))
+        values = fitted({site: x for site, x in skip.items() if site not in hidden}, self, rows=len(tokens))
         leaf = self._leaf if grad and not any(x.requires_grad for x in values.values()) else None
-        points = [self._hook_points[site] for site in self.sites if site in captured or site in edits or site in values]
+        points = [self._point(site) for site in sorted({*captured, *edits, *values}, key=self._when)]
         if leaf is not None and leaf not in points:
             points.insert(0, leaf)
         activations: dict[Site, Tensor] = {}
@@ -296,7 +300,31 @@ class LanguageModel:
 
     def hooked(self, site: Site, edit: SiteEdit, *, rows: int) -> AbstractContextManager[None]:
         """Apply the edit at every call of the site's module while the context lasts, outside of `run`."""
-        return self._hook_points[site].hooked(edit, rows=rows)
+        return self._point(site).hooked(edit, rows=rows)
+
+    @cached_property
+    def reads(self) -> ReadPoints:
+        """The places at which transcoders may read, measured when one is first asked for."""
+        self._evaluation_mode()
+        with self._lock, outside_inference_mode(), torch.no_grad():
+            return read_points(self._root, self._hook_points, self.probe_tokens())
+
+    def read_width(self, site: Site) -> int:
+        """Width of a site, or of a place that is read only."""
+        return (self.widths if site in self.widths else self.reads.widths)[self._point(site).site]
+
+    def _point(self, site: Site) -> HookPoint:
+        """The hook point of a site or of a place that is read only; UserError where the model has none."""
+        if site.kind in READ_KINDS and site in self.reads.points:
+            return self.reads.points[site]
+        if site in self._hook_points:
+            return self._hook_points[site]
+        raise no_site(site, self.sites, self.reads.points if site.kind in READ_KINDS else ())
+
+    def _when(self, site: Site) -> tuple[int, float]:
+        """Sorts sites and read places as the forward pass comes to them."""
+        layer, order = site.order
+        return layer, 0.0 if site.kind in READ_KINDS and site in self.reads.early else order
 
     def _trace(
         self,
@@ -341,37 +369,24 @@ class LanguageModel:
     def _unread_mlp(self, requested: set[Site]) -> HookPoint | None:
         """The last block's MLP, if it takes each token alone and nobody asked for it or for what it is added to."""
         point = self._hook_points.get(Site("mlp", self.n_layers - 1))
-        after = {site for site in requested if point and site >= point.site}
+        after = {site for site in requested if point and (site >= point.site or site.kind in READ_KINDS)}
         return point if point and point.token_wise and point.outputs is None and not after else None
 
     def _hidden_by(self, skip: Iterable[Site]) -> set[Site]:
-        """Sites that are never reached, because they are inside a skipped module."""
-        return {inner for site in skip for inner in self._contains.get(site, ())}
+        """Sites and read places that are never reached, because they are inside a skipped module."""
+        hidden = {inner for site in skip for inner in self._contains.get(site, ())}
+        blocks = [site.layer for site in skip if site.kind == "resid" and self._contains.get(site)]
+        hidden |= {Site(kind, layer) for layer in blocks for kind in READ_KINDS}
+        return hidden | {Site("mlp_hidden", site.layer) for site in skip if site.kind == "mlp"}
 
     def _check_requested(
         self, edits: Iterable[Site], captured: Iterable[Site] = (), skip: Mapping[Site, Tensor] | None = None
     ) -> None:
-        skip = skip or {}
-        for site in [*captured, *edits, *skip]:
-            if site not in self._hook_points:
-                raise unknown("site", str(site), [site.name for site in self.sites])
-        unreachable = sorted(self._hidden_by(skip) & {*captured, *edits})
+        for site in [*captured, *edits, *(skip or {})]:
+            self._point(site)
+        unreachable = sorted(self._hidden_by(skip or {}) & {*captured, *edits})
         if unreachable:
             raise UserError(f"site {str(unreachable[0])!r} is inside a skipped block: it cannot be captured or edited")
-
-    def _fitted(self, skip: Mapping[Site, Tensor], *, rows: int) -> dict[Site, Tensor]:
-        """Skip tensors in the model's number type, repeated to the rows of the batch; one copy for a shared tensor."""
-        fitted: dict[int, Tensor] = {}
-        for site, x in skip.items():
-            if x.ndim != 3 or x.shape[-1] != self.widths[site] or rows % x.shape[0]:
-                raise UserError(
-                    f"skip tensor of site {str(site)!r} has shape {list(x.shape)}: allowed is [rows, positions, "
-                    f"{self.widths[site]}] with rows dividing {rows}"
-                )
-            if id(x) not in fitted:
-                copies = rows // x.shape[0]
-                fitted[id(x)] = (x if copies == 1 else x.repeat(copies, 1, 1)).to(self.dtype)
-        return {site: fitted[id(x)] for site, x in skip.items()}
 
     @property
     def text_coder(self) -> TokenizerWrapper:
@@ -379,19 +394,6 @@ class LanguageModel:
         if self._coder is None:
             raise UserError(f"model {self.name!r} came without a tokenizer: give one with tokenizer=")
         return self._coder
-
-    def _is_parallel(self) -> bool:
-        """Whether no MLP reads the attention of its own block, in the first block and in the last."""
-        tokens, layers = self.probe_tokens(), sorted({0, self.n_layers - 1})
-        if any(Site(kind, layer) not in self.widths for kind in ("attn", "mlp") for layer in layers):
-            return False
-        plain = self.run(tokens, capture=[Site("mlp", layer) for layer in layers], need_logits=False).activations
-        for layer in layers:
-            attn, mlp = Site("attn", layer), Site("mlp", layer)
-            run = self.run(tokens, capture=[mlp], edits={attn: torch.zeros_like}, need_logits=False)
-            if not torch.equal(run.activations[mlp], plain[mlp]):
-                return False
-        return True
 
     def probe_tokens(self) -> Tokens:
         """A few random tokens, the same every time."""

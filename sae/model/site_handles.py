@@ -8,18 +8,21 @@ sublayers are multiplied by a constant before they are added, the constant goes 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from sae.errors import UserError
+from sae.errors import UserError, unknown
 from sae.model.forward import cannot_run, config_constants, forward_inputs, probe_tokens
 from sae.model.hook_points import HookPoint, empty_outputs
-from sae.model.site_search import fit_scales, search_sites
-from sae.model.sites import MODEL_FAMILIES, Site, SitePath, model_type, usual_sites
+from sae.model.read_places import LayerReads, layer_reads, seen_at
+from sae.model.site_search import fit_scales, module_calls, search_sites
+from sae.model.sites import MODEL_FAMILIES, READ_KINDS, Site, SitePath, model_type, usual_sites
+from sae.model.tokens import Tokens
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +70,68 @@ def input_embeddings(root: Any) -> HookPoint:
     module = hf.get_input_embeddings()
     path = SitePath(next(name for name, other in hf.named_modules() if other is module))
     return HookPoint(Site("embed"), path, envoy_of(root, path.module))
+
+
+@dataclass(frozen=True)
+class ReadPoints:
+    """The places at which transcoders of the blocks' MLPs may read."""
+
+    points: dict[Site, HookPoint]
+    """Hook point of each place."""
+    early: frozenset[Site]
+    """Those that come before the attention of their block, with which the MLP shares its norm."""
+    layers: dict[int | None, LayerReads]
+    """What was found in each block."""
+    widths: dict[Site, int]
+    """Width of each place."""
+
+
+def read_points(root: Any, points: Mapping[Site, HookPoint], probe: Tokens) -> ReadPoints:
+    """Measure the read places of every block in one forward pass."""
+    hf = root._module
+    rows, positions = probe.input_ids.shape
+    calls = module_calls(hf, lambda: hf(**forward_inputs(hf, probe)), rows=rows, positions=positions)
+    places: dict[Site, HookPoint] = {}
+    early: set[Site] = set()
+    layers: dict[int | None, LayerReads] = {}
+    for site in (site for site in points if site.kind == "mlp" and Site("resid", site.layer) in points):
+        attn = points[of_attn].path if (of_attn := Site("attn", site.layer)) in points else None
+        block = points[Site("resid", site.layer)].path.module
+        layers[site.layer] = reads = layer_reads(hf, calls, block, points[site].path, attn)
+        for kind, path in reads.paths.items():
+            place = Site(kind, site.layer)
+            early |= {place} if reads.early and kind in ("mlp_resid", "mlp_norm") else set()
+            places[place] = HookPoint(
+                place, path, envoy_of(root, path.module), flat=kind in reads.flat, read_only=True,
+                seen=seen_at(kind, reads, hf),
+            )  # fmt: skip
+    widths = {place: calls[point.path.module].entered.shape[-1] for place, point in places.items()}
+    return ReadPoints(places, frozenset(early), layers, widths)
+
+
+def no_site(site: Site, sites: Sequence[Site], places: Iterable[Site]) -> UserError:
+    """The error for a site, or a place that is read only, which the model does not have; raise what this returns."""
+    if site.kind not in READ_KINDS:
+        return unknown("site", str(site), [other.name for other in sites])
+    found = ", ".join(place.kind for place in sorted(places) if place.layer == site.layer)
+    return UserError(
+        f"nothing can be read at {site.kind!r} ({READ_KINDS[site.kind]}) in block {site.layer} of this model: its MLP "
+        f"has {found or 'no such place'}"
+    )
+
+
+def is_parallel(model: Any) -> bool:
+    """Whether no MLP of a `LanguageModel` reads the attention of its own block, in the first block and in the last."""
+    tokens, layers = model.probe_tokens(), sorted({0, model.n_layers - 1})
+    if any(Site(kind, layer) not in model.widths for kind in ("attn", "mlp") for layer in layers):
+        return False
+    plain = model.run(tokens, capture=[Site("mlp", layer) for layer in layers], need_logits=False).activations
+    for layer in layers:
+        attn, mlp = Site("attn", layer), Site("mlp", layer)
+        run = model.run(tokens, capture=[mlp], edits={attn: torch.zeros_like}, need_logits=False)
+        if not torch.equal(run.activations[mlp], plain[mlp]):
+            return False
+    return True
 
 
 def base_path(hf: Any, table: Mapping[Site, SitePath]) -> str:

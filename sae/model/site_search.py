@@ -56,7 +56,7 @@ NOTHING = torch.empty(0)
 
 
 @dataclass(eq=False)
-class _Call:
+class Call:
     """The calls of a module."""
 
     module: str
@@ -69,14 +69,14 @@ class _Call:
     end: int = 0
     """When the last call ended."""
     entered: Tensor = NOTHING
-    """Its input [B, S, d]; empty where it is anything else."""
+    """Its input [B, S, d] or [B * S, d]; empty where it is anything else."""
     left: Tensor = NOTHING
     """Its output [B, S, d] or [B * S, d]; empty where it is anything else."""
 
 
 def search_sites(hf: nn.Module, forward: Callable[[], Any], *, rows: int, positions: int) -> Search:
     """The sites of `hf`; `forward` runs it on a batch of so many rows and positions. Empty paths: no blocks found."""
-    calls = _calls(hf, forward, rows, positions)
+    calls = module_calls(hf, forward, rows=rows, positions=positions)
     blocks = _find_blocks(hf, calls)
     if not blocks:
         return Search({})
@@ -92,16 +92,16 @@ def search_sites(hf: nn.Module, forward: Callable[[], Any], *, rows: int, positi
     return Search(dict(sorted(paths.items())), blocks, incomplete)
 
 
-def _calls(hf: nn.Module, forward: Callable[[], Any], rows: int, positions: int) -> dict[str, _Call]:
+def module_calls(hf: nn.Module, forward: Callable[[], Any], *, rows: int, positions: int) -> dict[str, Call]:
     """Every module that was called in one forward pass, by name."""
-    calls: dict[str, _Call] = {}
+    calls: dict[str, Call] = {}
     clock = iter(range(10**9))
     shapes: list[tuple[int, ...]] = [(rows, positions), (rows * positions,)]
 
     def watch(name: str) -> tuple[Callable[..., None], Callable[..., None]]:
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-            call = calls.setdefault(name, _Call(name, type(module).__name__, next(clock)))
-            call.entered = _copy(args[0] if args else next(iter(kwargs.values()), None), shapes[:1])
+            call = calls.setdefault(name, Call(name, type(module).__name__, next(clock)))
+            call.entered = _copy(args[0] if args else next(iter(kwargs.values()), None), shapes)
             call.count += 1
 
         def after(module: nn.Module, args: Any, output: Any) -> None:
@@ -125,7 +125,7 @@ def _copy(value: Any, shapes: Sequence[tuple[int, ...]]) -> Tensor:
     return value.detach().clone() if fits else NOTHING
 
 
-def _find_blocks(hf: nn.Module, calls: Mapping[str, _Call]) -> list[str]:
+def _find_blocks(hf: nn.Module, calls: Mapping[str, Call]) -> list[str]:
     """Paths of the blocks, in the order in which they are called; empty where there are none."""
     best: list[str] = []
     for name, module in hf.named_modules():
@@ -137,17 +137,17 @@ def _find_blocks(hf: nn.Module, calls: Mapping[str, _Call]) -> list[str]:
     return best
 
 
-def _keeps_shape(call: _Call) -> bool:
+def _keeps_shape(call: Call) -> bool:
     """Whether the module was called once and turned [B, S, d] into [B, S, d]."""
-    return call.count == 1 and call.entered is not NOTHING and call.entered.shape == call.left.shape
+    return call.count == 1 and call.entered.ndim == 3 and call.entered.shape == call.left.shape
 
 
-def _linked(one: _Call, other: _Call) -> bool:
+def _linked(one: Call, other: Call) -> bool:
     """Whether a module's output is the other's input."""
     return torch.equal(one.left.nan_to_num(), other.entered.nan_to_num())
 
 
-def _find_embed(calls: Sequence[_Call], block: _Call) -> SitePath:
+def _find_embed(calls: Sequence[Call], block: Call) -> SitePath:
     """The last module before the first block whose output is the block's input; else that input."""
     earlier = sorted((call for call in calls if call.end < block.start), key=lambda call: call.end)
     same = [call.module for call in earlier if torch.equal(call.left, block.entered)]
@@ -157,7 +157,7 @@ def _find_embed(calls: Sequence[_Call], block: _Call) -> SitePath:
 # ---- contributions
 
 
-def explain(block: _Call, inside: Sequence[_Call]) -> tuple[dict[str, str], str]:
+def explain(block: Call, inside: Sequence[Call]) -> tuple[dict[str, str], str]:
     """Kind of site -> module for one block, and a sentence on what was tried.
 
     Pairs come before single modules, unless both of the pair are inside the single one.
@@ -182,11 +182,11 @@ def _flat(x: Tensor) -> Tensor:
     return exactly(x).flatten(0, -2)
 
 
-def _distinct(calls: Sequence[_Call]) -> dict[_Call, Tensor]:
+def _distinct(calls: Sequence[Call]) -> dict[Call, Tensor]:
     """Modules with their outputs [B * S, d], one of each group with equal ones: the outermost, of equally deep ones the
     first.
     """
-    outermost: dict[_Call, Tensor] = {}
+    outermost: dict[Call, Tensor] = {}
     for call in sorted(calls, key=lambda call: (call.module.count("."), call.start)):
         output = _flat(call.left)
         if not any(torch.equal(output, other) for other in outermost.values()):
@@ -194,7 +194,7 @@ def _distinct(calls: Sequence[_Call]) -> dict[_Call, Tensor]:
     return outermost
 
 
-def _best(groups: Sequence[Sequence[tuple[_Call, Tensor]]], change: Tensor, allowed: float) -> list[_Call] | None:
+def _best(groups: Sequence[Sequence[tuple[Call, Tensor]]], change: Tensor, allowed: float) -> list[Call] | None:
     """The modules whose sum is nearest to the change, if within what is allowed; sums with factors where none is."""
     for scaled in (False, True):
         errors = [_error([output for _, output in group], change, scaled) for group in groups]
@@ -222,7 +222,7 @@ def fit_factors(values: Sequence[Tensor], change: Tensor) -> list[float]:
     return [float(x) for x in torch.linalg.pinv(gram) @ (columns.T @ change.flatten())]
 
 
-def _kinds(block: _Call, calls: Sequence[_Call]) -> dict[str, str]:
+def _kinds(block: Call, calls: Sequence[Call]) -> dict[str, str]:
     """attn and mlp for modules inside a block, in the order of their calls."""
     texts = [f"{call.module.removeprefix(block.module)} {call.class_name}" for call in calls]
     is_mlp = [bool(FEED_FORWARD.search(text)) for text in texts]

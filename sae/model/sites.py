@@ -5,6 +5,7 @@
 2. A `ModelFamily` says under which module paths a family of models keeps them.
 3. `site_table` turns both, and a user's own paths, into one path per site, in the order of the forward pass.
 4. `select_sites` reads what a user asks for: "all", "resid,mlp", "resid_3,mlp_2".
+5. A transcoder writes at `mlp_l` and reads elsewhere in the block: at one of `READ_KINDS`, such as `mlp_in_3`.
 
 Only module paths are handled here; tensors are read and written in `sae.model.language_model`.
 """
@@ -20,6 +21,14 @@ from torch import nn
 from sae.errors import UserError, did_you_mean, nearest, unknown
 
 KIND_ORDER = {"embed": 0, "attn": 1, "mlp": 2, "resid": 3}
+READ_KINDS = {
+    "mlp_resid": "the residual stream that the norm before the MLP takes",
+    "mlp_norm": "that stream normalised, before the norm's gain and bias",
+    "mlp_in": "what the MLP takes, after the norm's gain",
+    "mlp_hidden": "the MLP's hidden neurons, which its last matrix takes",
+}
+"""Places of a block, in forward order, at which a transcoder of its MLP may read; nothing is written there."""
+_ORDER = KIND_ORDER | {kind: 1 + (i + 1) / (len(READ_KINDS) + 1) for i, kind in enumerate(READ_KINDS)}
 
 
 @total_ordering
@@ -28,12 +37,12 @@ class Site:
     """A site of the model; sites sort in the order of the forward pass."""
 
     kind: str
-    """One of embed, attn, mlp, resid."""
+    """One of embed, attn, mlp, resid; one of `READ_KINDS` for a place that is read only."""
     layer: int | None = None
     """The block's index from 0; None for embed alone."""
 
     def __post_init__(self) -> None:
-        if self.kind not in KIND_ORDER:
+        if self.kind not in _ORDER:
             raise unknown("kind of site", self.kind, KIND_ORDER)
         if (self.kind == "embed") != (self.layer is None):
             raise UserError(f"site {self.kind!r} with layer {self.layer}: embed has no layer, all other kinds have one")
@@ -63,11 +72,12 @@ class Site:
     def __lt__(self, other: object) -> bool:
         if not isinstance(other, Site):
             return NotImplemented
-        return self._order < other._order
+        return self.order < other.order
 
     @property
-    def _order(self) -> tuple[int, int]:
-        return (-1 if self.layer is None else self.layer, KIND_ORDER[self.kind])
+    def order(self) -> tuple[int, float]:
+        """Layer and place in it, by which sites sort."""
+        return (-1 if self.layer is None else self.layer, _ORDER[self.kind])
 
 
 @dataclass(frozen=True)

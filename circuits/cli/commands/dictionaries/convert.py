@@ -38,6 +38,9 @@ class ConvertCommand(Prints, Overwrites):
     """Format to write."""
     site: str | None = None
     """Site of a single autoencoder whose files do not say it."""
+    read: Literal["mlp_resid", "mlp_norm", "mlp_in", "mlp_hidden"] | None = None
+    """Place at which transcoders read, whatever their files say: the residual stream before the MLP's norm, normalised
+    before its gain, after it, or the MLP's hidden neurons."""
 
     def run(self) -> Output:
         with lock(self.out):
@@ -48,7 +51,8 @@ class ConvertCommand(Prints, Overwrites):
         from sae.saes import load_saes
 
         self._check()
-        saes = load_saes(self.saes, sites=None if self.site is None else [self.site], device="cpu")
+        sites = None if self.site is None else [self.site]
+        saes = load_saes(self.saes, sites=sites, device="cpu", read=self.read)
         names = [site.name for site in saes]
         new = not self.out.exists() or not any(self.out.iterdir())
         self._remove_earlier()

@@ -44,6 +44,7 @@ from circuits.prompts.alignment import (
     template_of,
     words_of,
 )
+from circuits.prompts.chat import with_rendered_chats
 from circuits.prompts.formats import Example, read_examples
 from circuits.prompts.reader import Reader, Row, check_ids, choose
 from circuits.prompts.spans import has_fields, number_spans
@@ -256,6 +257,7 @@ def make_prompts(
     name: str = "the examples",
 ) -> PromptSet:
     """Tokenise examples; those that cannot be used are counted in `rejected`, and `UserError` if none is left."""
+    examples = with_rendered_chats(examples, model.tokenizer, name)
     check_ids(examples, min(model.vocab_size, len(model.tokenizer)), name)
     need_spans = need_spans or span_template is not None
     with_spans = span_template is not None or any(x.spans or has_fields(x.template) for x in examples)

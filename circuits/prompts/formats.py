@@ -8,7 +8,9 @@
    the second year must exceed. Right are all two-digit years above it, wrong all others, so that the logit difference
    is theirs: the mean logit of the right years minus that of the wrong ones.
 5. **Answer sets** (AutoCircuit): JSON `{"prompts": [{"clean", "corrupt", "answers": [...], "wrong_answers": [...]}]}`.
-6. **MIB rows** (`mib-bench/*` on the hub): `{"prompt", "choices", "answerKey", "*_counterfactual": {...}}`.
+6. **Conversations**: JSON lines `{"messages": [{"role", "content"}], "patch_messages", "clean_answer", "patch_answer",
+   "case"}`, which the model's chat template turns into text (`circuits.prompts.chat`).
+7. **MIB rows** (`mib-bench/*` on the hub): `{"prompt", "choices", "answerKey", "*_counterfactual": {...}}`.
 
 Answers are text or token ids. Rows of every format may name token spans under `"spans"` (see `circuits.prompts.spans`;
 JSON text in a table); AutoCircuit's `word_idxs` are spans of one token. A template with fields, as MIB's rows have,
@@ -58,6 +60,10 @@ class Example:
     """
     spans: Spans = field(default_factory=dict)
     """Where named token spans are in both prompts, see `circuits.prompts.spans`."""
+    messages: tuple[Any, ...] = ()
+    """The clean prompt as a conversation, `{"role", "content"}` each, in place of its text."""
+    patch_messages: tuple[Any, ...] = ()
+    """The contrasting prompt as a conversation."""
 
 
 def read_examples(source: str | Path) -> list[Example]:
@@ -127,7 +133,19 @@ def _as_choices(value: Any) -> list[str]:
     return [str(choice) for choice in choices]
 
 
+def _as_messages(value: Any) -> tuple[dict[str, str], ...]:
+    if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
+        raise ValueError('a list of messages, {"role": "user", "content": "..."} each')
+    for message in value:
+        if set(message) != {"role", "content"} or not all(isinstance(text, str) for text in message.values()):
+            raise ValueError(
+                f'{shorten(json.dumps(message))} among them: a message is {{"role": TEXT, "content": TEXT}}'
+            )
+    return tuple(value)
+
+
 Answers = Annotated[Any, AfterValidator(_as_answers)]
+Messages = Annotated[Any, AfterValidator(_as_messages)]
 TokenIds = Annotated[Any, AfterValidator(_as_ids)]
 Label = Annotated[Any, AfterValidator(_as_label)]
 TwoDigits = Annotated[Any, AfterValidator(_as_two_digits)]
@@ -180,6 +198,24 @@ class _Pair(_Format):
     patch_answer: Answers
     case: Label = ""
     template: Label = ""
+
+
+@dataclass(frozen=True)
+class _Chat:
+    """A prompt, or a minimal pair, that is a conversation."""
+
+    messages: Messages
+    clean_answer: Answers
+    patch_messages: Messages = ()
+    patch_answer: Answers = ()
+    case: Label = ""
+    template: Label = ""
+
+    def example(self) -> Example:
+        return Example(
+            "", self.clean_answer, "" if self.patch_messages else None, self.patch_answer, self.case, self.template,
+            messages=self.messages, patch_messages=self.patch_messages,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -283,6 +319,8 @@ def _mib_prompt(row: Row, where: str) -> _MibPrompt:
 def _schema(row: Row) -> Any:
     """The format of a row by its keys; None where it has none of them."""
     keys = set(row)
+    if "messages" in keys:
+        return _Chat
     if keys & {"clean_prefix", "patch_prefix", "clean_answer", "patch_answer"}:
         return _Pair if "patch_prefix" in keys else _Clean
     if keys & {"correct_idx", "incorrect_idx"}:

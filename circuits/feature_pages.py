@@ -111,11 +111,14 @@ def read_records(run: str | Path, names: Iterable[str] | None = None) -> Iterato
                     yield name, {**check_type(record, AttributesFile, where), **on_prompts.get(name, {})}
 
 
-def with_pages(graph: FeatureGraph, run: str | Path) -> FeatureGraph:
-    """The graph with what the pages of its features hold, but for what is heavy; as it is where there are none."""
+def with_pages(graph: FeatureGraph, run: str | Path, *, whole: bool = False) -> FeatureGraph:
+    """The graph with what the pages of its features hold, but for what is heavy unless `whole`; as it is where there
+    are none.
+    """
     if read_index(run, graph.metadata.get("saes_fingerprint")) is None:
         return graph
-    found = {name: _short(record) for name, record in read_records(run, [node.name for node in graph.nodes()])}
+    records = read_records(run, [node.name for node in graph.nodes()])
+    found = {name: record if whole else _short(record) for name, record in records}
     return graph.map_nodes(lambda node: replace(node, attributes={**node.attributes, **found.get(node.name, {})}))
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from graphs.errors import GraphError
     from graphs.explorer import explore
     from graphs.feature_graph import Edge, FeatureGraph, Node
+    from graphs.formats.circuit_tracer import write_circuit_tracer
     from graphs.formats.eap_ig import read_eap_ig, write_eap_ig
     from graphs.formats.graphml import read_graphml, write_graphml
     from graphs.formats.neuronpedia import read_neuronpedia, write_neuronpedia
@@ -31,6 +32,7 @@ _MODULES = {
     "errors": ("GraphError",),
     "explorer": ("explore",),
     "feature_graph": ("Edge", "FeatureGraph", "Node"),
+    "formats.circuit_tracer": ("write_circuit_tracer",),
     "formats.eap_ig": ("read_eap_ig", "write_eap_ig"),
     "formats.graphml": ("read_graphml", "write_graphml"),
     "formats.neuronpedia": ("read_neuronpedia", "write_neuronpedia"),
@@ -40,8 +42,8 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 
 __all__ = [
     "Edge", "FeatureGraph", "GraphError", "Node", "draw", "explore", "influence", "reachable", "read_annotations",
-    "read_eap_ig", "read_graphml", "read_neuronpedia", "to_dot", "to_svg", "write_annotations", "write_eap_ig",
-    "write_graphml", "write_neuronpedia",
+    "read_eap_ig", "read_graphml", "read_neuronpedia", "to_dot", "to_svg", "write_annotations", "write_circuit_tracer",
+    "write_eap_ig", "write_graphml", "write_neuronpedia",
 ]  # fmt: skip
 
 

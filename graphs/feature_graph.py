@@ -7,7 +7,8 @@
 3. `metadata` is free; what draws the graph reads `title`, `metric` (what the number means), `tokens` (the header of
    position 0, 1, ...), `positions` (the order of named spans), `span_words` (some words of each span),
    `total_effect` (None where there is none: the metric's effect is not shown then), `cases` (the order of the cases
-   of `by_case`) and `faithfulness` (lists `sizes` and `faithfulness`: measured circuits of so many nodes).
+   of `by_case`), `faithfulness` (lists `sizes` and `faithfulness`: measured circuits of so many nodes), `supernodes`
+   (list of `name` and `nodes`, ids) and `pinned` (ids).
 
 The graph itself is a `networkx.DiGraph` at `.graph`: every networkx algorithm applies to it.
 """
@@ -212,6 +213,21 @@ class FeatureGraph:
         given = list(self.metadata.get("positions", ()))
         order = {name: place for place, name in enumerate([*given, *(p for p in occurring if p not in given)])}
         return sorted(occurring, key=lambda p: (0, p, "") if isinstance(p, int) else (1, order[p], p))
+
+    @property
+    def supernodes(self) -> dict[str, list[str]]:
+        """Named groups of nodes, from `metadata["supernodes"]`: name -> ids of its nodes that are in the graph.
+
+        A node is in the first group that names it, the metric in none; groups without a node here are left out.
+        """
+        taken: set[str] = {METRIC}
+        groups: dict[str, list[str]] = {}
+        for group in self.metadata.get("supernodes", ()):
+            members = [id for id in dict.fromkeys(group["nodes"]) if id in self.graph and id not in taken]
+            taken.update(members)
+            if members:
+                groups.setdefault(group["name"], []).extend(members)
+        return groups
 
     def nodes_frame(self) -> pd.DataFrame:
         """One row a node: id, site, feature, kind, position, effect, label, and every attribute that is one value or an

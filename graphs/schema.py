@@ -114,6 +114,14 @@ class EdgeFile(TypedDict):
     by_case: NotRequired[dict[str, FiniteFloat] | None]
 
 
+class SupernodeFile(TypedDict):
+    """A named group of nodes, as the explorer saves it too."""
+
+    name: str
+    nodes: list[str]
+    collapsed: NotRequired[bool]
+
+
 class MetadataFile(TypedDict, total=False):
     """What the drawings read of a graph's metadata."""
 
@@ -125,6 +133,8 @@ class MetadataFile(TypedDict, total=False):
     positions: list[str]
     span_words: dict[str, list[str]]
     last_span: str | None
+    supernodes: list[SupernodeFile]
+    pinned: list[str]
 
 
 class GraphFile(TypedDict):

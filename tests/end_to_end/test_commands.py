@@ -198,7 +198,7 @@ def test_a_circuit_by_span_from_a_template(sfc, run_folder, model_folder, prompt
         assert sfc(command[0], "--circuit", tmp_path, *command[1:]).status == 0
     assert ">subject</text>" in (tmp_path / "c.svg").read_text()
     assert "subject" in (tmp_path / "report.html").read_text()
-    for name in ("graphml", "neuronpedia", "eap-ig"):
+    for name in ("graphml", "neuronpedia", "eap-ig", "circuit-tracer"):
         assert sfc("export", "--circuit", tmp_path, "--format", name).status == 0
 
 

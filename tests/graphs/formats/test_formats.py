@@ -84,12 +84,13 @@ def test_neuronpedia_files_follow_the_schema(make_circuit, options):
     assert (meta["slug"], meta["scan"], meta["schema_version"]) == ("agreement", "toy", 1)
     ids = [node["node_id"] for node in data["nodes"]]
     assert len(set(ids)) == len(ids)
-    for node, item in zip(graph.nodes(), data["nodes"], strict=True):
+    written = [item for item in data["nodes"] if item["feature_type"] != "embedding"]  # beside those of the tokens
+    for node, item in zip(graph.nodes(), written, strict=True):
         assert {"node_id", "feature", "layer", "ctx_idx", "feature_type", "jsNodeId", "clerp"} <= set(item)
         assert isinstance(item["layer"], str) and 0 <= item["ctx_idx"] < len(meta["prompt_tokens"])
         if node.kind == "feature" and node.site != "embed":
             kind, layer = node.site.split("_")
-            row = 3 * int(layer) + {"attn": 0, "mlp": 1, "resid": 2}[kind]
+            row = 3 * int(layer) + {"attn": 1, "mlp": 2, "resid": 3}[kind]
             assert item["layer"] == str(row) and item["feature"] == cantor(row, node.feature)
             assert item["node_id"] == f"{row}_{node.feature}_{item['ctx_idx']}" and node.name in item["clerp"]
             assert item["jsNodeId"] == f"{row}_{node.feature}-0"
@@ -102,19 +103,21 @@ def test_neuronpedia_files_follow_the_schema(make_circuit, options):
 
 
 def test_an_error_and_a_feature_of_row_0_do_not_collide():
-    graph = FeatureGraph(["attn_0", "resid_0"])
-    graph.add_node(feature_node("attn_0", 2, effect=1.0, position=5))
-    graph.add_node(error_node("resid_0", effect=1.0, position=5))  # row 2: circuit-tracer would call both 0_2_5
-    graph.add_edge("attn_0/2@5", "resid_0/error@5", 1.0)
+    graph = FeatureGraph(["embed", "mlp_0"])
+    graph.add_node(feature_node("embed", 2, effect=1.0, position=5))
+    graph.add_node(error_node("mlp_0", effect=1.0, position=5))  # row 2
+    graph.add_edge("embed/2@5", "mlp_0/error@5", 1.0)
     data = to_neuronpedia(graph)
-    assert [node["node_id"] for node in data["nodes"]] == ["0_2_5", "2_-1_5"]
+    ids = [node["node_id"] for node in data["nodes"] if node["feature_type"] != "embedding"]
+    assert ids == ["0_2_5", "2_-1_5"]  # circuit-tracer would call both 0_2_5
     assert same(from_neuronpedia(data), graph)
 
 
 def test_nodes_without_a_position_have_their_own_place_beside_those_with_one():
     data = to_neuronpedia(awkward())
     assert data["metadata"]["prompt_tokens"] == ["s", "v", "all positions"]
-    assert len({node["node_id"] for node in data["nodes"]}) == len(awkward())
+    ids = {node["node_id"] for node in data["nodes"] if node["feature_type"] != "embedding"}
+    assert len(ids) == len(awkward())
 
 
 def test_cantor_pairing_is_one_to_one():
@@ -149,7 +152,7 @@ def test_graphs_of_circuit_tracer_are_read(tmp_path):
     assert graph.sites == ["embed", "mlp_0", "mlp_3", "logit"]
     assert {node.id for node in graph.nodes()} == {"metric", "embed/12@1", "mlp_3/error@1", "mlp_0/4@1", "logit/99@1"}
     feature = graph.node("mlp_0/4@1")
-    assert (feature.label, feature.effect, feature.attributes["activation"]) == ("cats", 0.5, 2.5)
+    assert (feature.label, feature.effect, feature.attributes["activation"]) == ("cats", 0.4, 2.5)  # 0.1 is the error's
     weights = {edge[:2]: edge.weight for edge in graph.edges()}
     assert weights["logit/99@1", "metric"] == 0.75 and weights["mlp_0/4@1", "logit/99@1"] == -2.0
 

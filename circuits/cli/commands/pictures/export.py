@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import shlex
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from circuits.cli.commands.pictures.render import wrote
 from circuits.cli.options import Common, HasCircuit, Output, Overwrites
 from circuits.cli.results import circuit_file
 from sae.errors import UserError
 
+if TYPE_CHECKING:
+    from graphs import FeatureGraph
+
 SUFFIXES = {"eap-ig": "eap_ig.json", "neuronpedia": "neuronpedia.json", "graphml": "graphml"}
+FOLDER = "circuit-tracer"
+"""Of the page's files, in graph/."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportCommand(Common, Overwrites, HasCircuit):
     """Write the circuit for other programs: EAP-IG and MIB, the viewers of circuit-tracer and Neuronpedia, GraphML."""
 
-    format: Literal["eap-ig", "neuronpedia", "graphml"]
-    """Format: eap-ig (also MIB's; projected onto heads and MLPs), neuronpedia (also circuit-tracer's) or graphml."""
+    format: Literal["eap-ig", "neuronpedia", "circuit-tracer", "graphml"]
+    """Format: eap-ig (also MIB's; projected onto heads and MLPs), neuronpedia (a file to upload), circuit-tracer (a
+    folder that its page opens, with the features' contexts) or graphml.
+    """
     out: Path | None = None
-    """File to write; graph/circuit with the format's ending in the run folder by default."""
+    """File to write, graph/circuit with the format's ending in the run folder by default; for circuit-tracer a folder,
+    graph/circuit-tracer.
+    """
+    slug: str | None = None
+    """Name of the graph in the viewers, of letters a to z, digits, and _ . -; by default made of its title."""
+    scan: str | None = None
+    """The viewers' name of the model, such as gemma-2-2b; by default made of the model's."""
+    features_url: str | None = None
+    """For neuronpedia: address of a public folder with the feature files that format circuit-tracer writes, from which
+    it shows contexts.
+    """
     model: str | None = None
     """Another place of the model the circuit was found in; eap-ig reads the number of layers and heads from it."""
 
@@ -29,27 +47,23 @@ class ExportCommand(Common, Overwrites, HasCircuit):
         self._check()
         from graphs._outputs import has_mark, is_eap_ig, is_neuronpedia
 
+        if self.format == FOLDER:
+            return self._export_folder()
         marks = {"eap-ig": is_eap_ig, "neuronpedia": is_neuronpedia, "graphml": has_mark(".graphml")}
         name = f"circuit.{SUFFIXES[self.format]}"
         with circuit_file(self.circuit, self.out, name, marks[self.format], overwrite=self.overwrite) as out:
             return self._export(out)
 
     def _export(self, out: Path) -> Output:
-        from circuits.circuit import GRAPH_FILE, circuit_folder
-        from circuits.circuit_files import absolute_in_run, check_metadata
+        from circuits.circuit import circuit_folder
         from circuits.cli.common import load_model
-        from circuits.labels import LabelsFile, labelled
-        from graphs import FeatureGraph, write_eap_ig, write_graphml, write_neuronpedia
+        from graphs import write_eap_ig, write_graphml, write_neuronpedia
 
-        folder = circuit_folder(self.circuit)
-        graph = FeatureGraph.load(folder / GRAPH_FILE)
-        check_metadata(graph.metadata, folder / GRAPH_FILE, circuit=False)
-        names = LabelsFile.of(absolute_in_run(graph.metadata, folder.parent), folder.parent)
-        graph = labelled(graph, names.read())
+        graph, metadata = self._graph()
         if self.format == "eap-ig":
-            name = self.model or absolute_in_run(graph.metadata, folder.parent).get("model")
+            name = self.model or metadata.get("model")
             if name is None:
-                raise UserError(f"{folder / GRAPH_FILE} names no model: give --model")
+                raise UserError(f"the circuit in {str(circuit_folder(self.circuit))!r} names no model: give --model")
             model = load_model(name, self)
             heads = model.hf.config.num_attention_heads
             write_eap_ig(
@@ -62,14 +76,58 @@ class ExportCommand(Common, Overwrites, HasCircuit):
                 parallel=model.parallel_blocks,
             )
         elif self.format == "neuronpedia":
-            write_neuronpedia(graph, out, overwrite=True)
+            names = {"scan": self.scan or "", "slug": self.slug or "", "features_url": self.features_url or ""}
+            write_neuronpedia(graph, out, overwrite=True, **names)
         else:
             write_graphml(graph, out, overwrite=True)
         return wrote(graph, out)
 
+    def _export_folder(self) -> Output:
+        from circuits.circuit import circuit_folder
+        from circuits.feature_pages import with_pages
+        from graphs import GraphError, write_circuit_tracer
+        from graphs.formats.circuit_tracer import page_address
+        from sae._run.locks import lock
+        from sae._run.outputs import check_no_link
+
+        run = circuit_folder(self.circuit).parent
+        folder = self.out or run / "graph" / FOLDER
+        check_no_link(folder)
+        with lock(run if self.out is None else folder.parent, shared=True):
+            graph = with_pages(self._graph()[0], run, whole=True)
+            try:
+                names = {"scan": self.scan or "", "slug": self.slug or ""}
+                out = write_circuit_tracer(graph, folder, overwrite=self.overwrite, **names)
+            except GraphError as error:
+                raise UserError(str(error).replace("overwrite=True", "--overwrite")) from None
+        address, output = page_address(out), wrote(graph, out)
+        serve = f"circuit-tracer start-server --graph_file_dir {shlex.quote(str(folder))}"
+        text = f"{output.text}\nto see it: {serve}\nand open {address}"
+        return replace(output, text=text, data={**output.data, "folder": str(folder), "address": address})
+
+    def _graph(self) -> tuple[FeatureGraph, dict[str, Any]]:
+        """The graph with the names of its features, and its metadata with paths as they are now."""
+        from circuits.circuit import GRAPH_FILE, circuit_folder
+        from circuits.circuit_files import absolute_in_run, check_metadata
+        from circuits.labels import LabelsFile, labelled
+        from graphs import FeatureGraph
+
+        folder = circuit_folder(self.circuit)
+        graph = FeatureGraph.load(folder / GRAPH_FILE)
+        check_metadata(graph.metadata, folder / GRAPH_FILE, circuit=False)
+        metadata = absolute_in_run(graph.metadata, folder.parent)
+        return labelled(graph, LabelsFile.of(metadata, folder.parent).read()), metadata
+
     def _check(self) -> None:
-        """`UserError` for options of the model where none is read."""
-        unused = [name for name in ("model", "dtype", "site_paths") if getattr(self, name) is not None]
-        unused += ["device"] if self.device != "auto" else []
-        if unused and self.format != "eap-ig":
-            raise UserError(f"{unused[0].replace('_', '-')} is given and not used: only format eap-ig reads the model")
+        """`UserError` for options that the format does not read."""
+        viewers = ("neuronpedia", FOLDER)
+        formats = {
+            **dict.fromkeys(("model", "dtype", "site_paths", "device"), ("eap-ig",)),
+            **dict.fromkeys(("slug", "scan"), viewers),
+            "features_url": ("neuronpedia",),
+        }
+        for name, allowed in formats.items():
+            if getattr(self, name) not in (None, "auto") and self.format not in allowed:
+                option, verb = name.replace("_", "-"), "read" if len(allowed) > 1 else "reads"
+                what = "the model" if allowed == ("eap-ig",) else "it"
+                raise UserError(f"{option} is given and not used: only format {' and '.join(allowed)} {verb} {what}")

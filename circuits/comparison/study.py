@@ -25,12 +25,12 @@ from circuits.attribution.nodes import Nodes, aggregate, count, joined
 from circuits.comparison.options import MASK, CompareOptions
 from circuits.comparison.results import MEAN, NOISING, Agreement
 from circuits.discovery.batching import DiscoveryRun
-from circuits.discovery.peak_memory import peak_memory
 from circuits.faithfulness.learned_mask import learn_node_mask
 from circuits.faithfulness.nodes import random_nodes
 from circuits.metrics.metrics import warn_if_cancelling
 from circuits.options import DiscoverOptions, MaskOptions
 from circuits.prompts.dataset import PromptSet
+from sae._peak_memory import peak_memory
 from sae.model.sites import Site
 
 MEMORY_PROMPTS = 16

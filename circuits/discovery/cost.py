@@ -8,12 +8,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from circuits._tensors import flatten
 from circuits.attribution.node_effects import Attribution
@@ -21,9 +18,10 @@ from circuits.attribution.nodes import select_nodes
 from circuits.discovery.batching import GIB, DiscoveryRun
 from circuits.discovery.edge_pass import edge_pass
 from circuits.discovery.node_pass import all_effects, node_pass
-from circuits.discovery.peak_memory import peak_memory
 from circuits.options import DiscoverOptions
 from circuits.prompts.dataset import PromptSet
+from sae._peak_memory import peak_memory
+from sae._units import duration, seconds_of, size
 from sae.autoencoder import SparseAutoencoder
 from sae.model.forward import with_gradients
 from sae.model.language_model import LanguageModel
@@ -68,13 +66,13 @@ class Estimate:
 
     def text(self) -> str:
         """A few lines for the terminal."""
-        sizes = ", ".join(f"{name} {_size(n)}" for name, n in self.memory.items() if n >= 2**20)
-        times = ", ".join(f"{name} {_duration(s)}" for name, s in self.seconds.items() if s >= 1)
-        free = "" if self.free is None else f"; free beside model and autoencoders: {_size(self.free)}"
+        sizes = ", ".join(f"{name} {size(n)}" for name, n in self.memory.items() if n >= 2**20)
+        times = ", ".join(f"{name} {duration(s)}" for name, s in self.seconds.items() if s >= 1)
+        free = "" if self.free is None else f"; free beside model and autoencoders: {size(self.free)}"
         lines = [
-            f"estimated memory: {_size(self.peak)} ({sizes}){free}",
-            f"estimated time: {_duration(sum(self.seconds.values()))}" + (f" ({times})" if times else ""),
-            f"estimated disk: {_size(self.on_disk)} of finished batches while it runs",
+            f"estimated memory: {size(self.peak)} ({sizes}){free}",
+            f"estimated time: {duration(sum(self.seconds.values()))}" + (f" ({times})" if times else ""),
+            f"estimated disk: {size(self.on_disk)} of finished batches while it runs",
         ]
         return "\n".join([*lines, *self.advice])
 
@@ -131,13 +129,13 @@ def estimate_discovery(
 
 def _one_batch(run: DiscoveryRun) -> tuple[list[Attribution], dict[str, float]]:
     """Both passes of the only batch of a run: the node pass's result, and the seconds of each."""
-    device, options, start = run.setting.model.device, run.options, _now(run.setting.model.device)
+    device, options, start = run.setting.model.device, run.options, seconds_of(run.setting.model.device)
     batches = node_pass(run)
     _, nodes = all_effects(run, batches)
-    middle = _now(device)
+    middle = seconds_of(device)
     if options.edge_nodes:
         edge_pass(run, batches, select_nodes(nodes, top=options.edge_nodes))
-    end = _now(device)
+    end = seconds_of(device)
     return batches, {"nodes": middle - start, "edges": end - middle}
 
 
@@ -166,25 +164,5 @@ def _advice(memory: Mapping[str, int], free: int | None, options: DiscoverOption
     if memory["autoencoders"] > free / 2:
         ways.insert(0, f"--sae-memory below {memory['autoencoders'] / GIB:.2g}")
     return [
-        f"this needs {_size(needed)} beside model and autoencoders, and {_size(free)} are free: try {', '.join(ways)}"
+        f"this needs {size(needed)} beside model and autoencoders, and {size(free)} are free: try {', '.join(ways)}"
     ]
-
-
-def _now(device: torch.device) -> float:
-    """Seconds, once the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-    return time.perf_counter()
-
-
-def _size(n: float) -> str:
-    return f"{n / GIB:.2f} GiB" if n >= GIB / 10 else f"{n / 2**20:.0f} MiB"
-
-
-def _duration(seconds: float) -> str:
-    """`40 s`, `12 min`, `3.5 h`."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -120,6 +120,12 @@ def open_activations(
     return ModelActivations(model, stream, sites, exclude_special=config.exclude_special)
 
 
+def rows_in_buffer(activations: ActivationSource, config: TrainConfig) -> int:
+    """Tokens whose activations, of all sites in float32, are held at once."""
+    wanted = min(config.buffer_tokens, config.tokens, BUFFER_BYTES // (4 * sum(activations.widths.values())))
+    return max(wanted, MIN_BUFFER_TOKENS, config.batch, activations.rows_at_once)
+
+
 class Trainer(TrainingLoop):
     """Trains autoencoders on the activations of their sites, all from the same tokens."""
 
@@ -164,9 +170,7 @@ class Trainer(TrainingLoop):
 
     def _allocate(self) -> None:
         """The buffers of all sites, in float32, within the memory allowed."""
-        bytes_per_token = 4 * sum(self.activations.widths.values())
-        wanted = min(self.config.buffer_tokens, self.config.tokens, BUFFER_BYTES // bytes_per_token)
-        size = max(wanted, MIN_BUFFER_TOKENS, self.batch, self.activations.rows_at_once)
+        size = rows_in_buffer(self.activations, self.config)
         self.buffer = {
             site: torch.empty(size, width, device=self.device) for site, width in self.activations.widths.items()
         }

@@ -18,11 +18,11 @@ from circuits.comparison.options import CompareOptions
 from circuits.comparison.results import MEAN, NOISING
 from circuits.comparison.study import correlation
 from circuits.discovery.discover import discover
-from circuits.discovery.peak_memory import peak_memory
 from circuits.faithfulness.learned_mask import MaskOptions, learn_node_mask
 from circuits.faithfulness.nodes import FaithfulnessOptions, measure_faithfulness
 from circuits.metrics.metrics import logit_difference
 from circuits.options import DiscoverOptions
+from sae._peak_memory import peak_memory
 from sae.errors import UserError
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site

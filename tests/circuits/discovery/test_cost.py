@@ -13,9 +13,9 @@ from circuits.discovery import batching
 from circuits.discovery.batching import backward_bytes, state_bytes
 from circuits.discovery.cost import estimate_discovery
 from circuits.discovery.discover import discover
-from circuits.discovery.peak_memory import peak_memory
 from circuits.metrics.metrics import logit_difference
 from circuits.options import DiscoverOptions
+from sae._peak_memory import peak_memory
 from sae.errors import UserError
 from tests.circuits.discovery.test_resume import streamed
 

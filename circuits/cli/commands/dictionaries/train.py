@@ -28,6 +28,8 @@ class TrainCommand(Common, Overwrites, HasSites, HasTextOrCache):
     """Run folder; autoencoders go to saes/SITE."""
     resume: bool = False
     """Go on from the last checkpoint of an interrupted run with the same options."""
+    estimate: bool = False
+    """Make a few steps, print how much time, memory and disk space all of it takes, and stop; nothing is written."""
     finetune: Literal["none", "kl", "ce"] = "none"
     """Fine-tune afterwards with all autoencoders spliced in, for the model's predictions (kl) or the text (ce)."""
     finetune_tokens: TokenCount | None = None
@@ -38,6 +40,8 @@ class TrainCommand(Common, Overwrites, HasSites, HasTextOrCache):
     def run(self) -> Output:
         from sae.training.run_folder import check_run_folder, discard_run, is_discarding
 
+        if self.estimate:
+            return self._estimate()
         if self.finetune == "none":
             if self.finetune_tokens is not None:
                 raise UserError(f"finetune-tokens is {self.finetune_tokens}: there is none without --finetune kl")
@@ -50,6 +54,20 @@ class TrainCommand(Common, Overwrites, HasSites, HasTextOrCache):
                 discard_run(self.out)
             trained = self._train(self.out / TRAINED)
             return self._finetune(trained, text)
+
+    def _estimate(self) -> Output:
+        from circuits.cli.common import load_model
+        from sae.training.cost import estimate_training
+
+        if self.cache is not None:
+            cache = open_cache(self.cache, model=self.model, text=self.text, sites=self.sites, device=self.device)
+            estimate = estimate_training(
+                cache.model, cache.text, sites=self.sites, config=self.config, activations=cache
+            )
+        else:
+            name, text = need(self.model, "model"), need(self.text, "text")
+            estimate = estimate_training(load_model(name, self), text, sites=self.sites, config=self.config)
+        return Output(estimate.text(), {"estimate": estimate.to_dict()})
 
     def _train(self, out: Path) -> Output:
         from circuits.cli.common import load_model

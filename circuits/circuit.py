@@ -29,9 +29,11 @@ from circuits.circuit_views import CircuitViews
 from circuits.labels import Label, LabelsFile
 from circuits.metrics.metrics import Metric, circuit_metric
 from circuits.prompts.dataset import PromptSet
+from circuits.supernodes import by_name, members, read_supernodes
 from graphs._outputs import is_graph
 from graphs.drawing.style import describe
 from graphs.feature_graph import FeatureGraph
+from graphs.schema import SupernodeFile
 from sae._files import TensorSpec, check_tensors, digest_tensors, read_header, read_json, write_tensors
 from sae._run.outputs import check_output, has_header
 from sae.autoencoder import SparseAutoencoder
@@ -80,6 +82,8 @@ class Circuit(CircuitViews):
     """A description of each feature (`resid_3/120`), such as its top tokens; drawings are labelled by it."""
     labels: dict[str, Label] = field(default_factory=dict, repr=False, metadata=NOT_SAVED)
     """What people and programs call its features, as `labels.jsonl` beside the SAEs has it."""
+    supernodes: list[SupernodeFile] = field(default_factory=list, repr=False, metadata=NOT_SAVED)
+    """Named groups of its nodes, as `supernodes.json` has them (`circuits.supernodes`)."""
     source: CircuitSource = field(default_factory=CircuitSource, repr=False, compare=False, metadata=NOT_SAVED)
     """The model, SAEs, metric and prompts it was found with, or where they are loaded from."""
 
@@ -138,6 +142,20 @@ class Circuit(CircuitViews):
         features = {site: nodes[~nodes.is_error] for site, nodes in self.nodes.items()}
         return FeatureNames([name for name, _ in ranked(select_nodes(features, top=n))], self)
 
+    def supernode(self, name: str) -> FeatureNames:
+        """The features of a supernode.
+
+        Args:
+            name: its name, as it is or as `plural-subject` for "Plural subject".
+
+        Returns:
+            Their names together with the circuit, so that `ablate` and `steer` need nothing else.
+
+        Raises:
+            UserError: there is no such supernode.
+        """
+        return FeatureNames(members(name, by_name(self.supernodes)), self, is_group=True)
+
     def feature_pages(
         self, texts: str | Path | Iterable[str], options: FeaturePageOptions | None = None
     ) -> FeaturePages:
@@ -160,6 +178,16 @@ class Circuit(CircuitViews):
         chosen = self.edge_nodes or self.strongest(100)
         indices = {site: nodes.feature[~nodes.is_error].unique().tolist() for site, nodes in sorted(chosen.items())}
         return {site: index for site, index in indices.items() if index}
+
+    @property
+    def feature_effects(self) -> dict[str, float]:
+        """Effect of every feature, in units of the metric, by its name with its position or span."""
+        features = {site: nodes[~nodes.is_error] for site, nodes in self.nodes.items()}
+        return {
+            name: effect
+            for site, nodes in features.items()
+            for name, effect in zip(nodes.ids(site), nodes.effect.tolist(), strict=True)
+        }
 
     def _names(self, names: list[str]) -> FeatureNames:
         return FeatureNames(names, self)
@@ -190,7 +218,8 @@ class Circuit(CircuitViews):
         self.metadata["digest"] = self._digest(tensors, folder.parent)
         write_tensors(folder / EFFECTS_FILE, tensors, metadata={"circuit": self.metadata["digest"]})
         portable = graph.subgraph(graph.graph)
-        portable.metadata = relative_to_run({**graph.metadata, "digest": self.metadata["digest"]}, folder.parent)
+        metadata = {key: value for key, value in graph.metadata.items() if key != "supernodes"}  # of another file
+        portable.metadata = relative_to_run({**metadata, "digest": self.metadata["digest"]}, folder.parent)
         portable.save(folder / GRAPH_FILE, overwrite=True)
         return folder
 
@@ -237,6 +266,7 @@ class Circuit(CircuitViews):
         circuit = unflatten(
             Circuit, tensors, metadata=metadata, source=source, features=described, spans=spans, n_features=0,
             labels=LabelsFile.of(metadata, folder.parent).read(),
+            supernodes=read_supernodes(folder, metadata.get("digest")),
         )  # fmt: skip
         for site, nodes in circuit.edge_nodes.items():
             circuit.edge_nodes[site] = replace(nodes, n_features=circuit.effects[site].n_features)
@@ -252,9 +282,10 @@ class Circuit(CircuitViews):
 class FeatureNames(list[str]):
     """Names of features (`resid_3/120`), strongest first, with the circuit they are of."""
 
-    def __init__(self, names: Iterable[str], circuit: Circuit) -> None:
+    def __init__(self, names: Iterable[str], circuit: Circuit, *, is_group: bool = False) -> None:
         super().__init__(names)
         self.circuit = circuit
+        self.is_group = is_group
 
     def _repr_html_(self) -> str:
         """What each of them means, for notebooks."""

@@ -25,6 +25,8 @@ from graphs.drawing.style import describe
 from graphs.explorer import explore, explorer_widget
 from graphs.feature_graph import FeatureGraph, Position, error_node, feature_node, metric_node
 from graphs.pruning import by_edge_threshold, by_top_edges
+from graphs.schema import SupernodeFile
+from graphs.supernodes import SIMILARITY, find_supernodes
 from sae._run.outputs import check_output
 from sae.errors import UserError
 from sae.model.sites import Site
@@ -45,6 +47,7 @@ class CircuitViews:
     edge_cases: Edges
     features: dict[str, Any]
     labels: dict[str, Label]
+    supernodes: list[SupernodeFile]
 
     @property
     def spans(self) -> tuple[str, ...]:
@@ -85,7 +88,8 @@ class CircuitViews:
         shown = select_nodes(self.nodes, top=nodes, threshold=node_threshold)
         if significant:
             shown = self._distinguishable(shown)
-        graph = FeatureGraph([site.name for site in self.effects], metadata=self.metadata)
+        metadata = {**self.metadata, **({"supernodes": self.supernodes} if self.supernodes else {})}
+        graph = FeatureGraph([site.name for site in self.effects], metadata=metadata)
         self._add_nodes(graph, shown, attributes or {})
         graph.add_node(metric_node(effect=self.metadata["total_effect"] or 0.0))
         self._add_edges(graph, significant=significant)
@@ -93,6 +97,21 @@ class CircuitViews:
         if edge_threshold is not None:
             graph = by_edge_threshold(graph, edge_threshold)
         return graph if edges is None else by_top_edges(graph, edges)
+
+    def find_supernodes(self, *, nodes: int = 100, similarity: float = SIMILARITY) -> dict[str, list[str]]:
+        """Group features that read and feed the same nodes.
+
+        Args:
+            nodes: how many of the strongest nodes take part, with all edges between them.
+            similarity: the least cosine of the edges of two members, in (0, 1]; see `graphs.supernodes`.
+
+        Returns:
+            Name -> ids of the nodes; nodes of groups that a person made are left out.
+        """
+        by_hand = [id for group in self.supernodes if not group.get("automatic") for id in group["nodes"]]
+        n_with_edges = count(self.edge_nodes)
+        graph = self.graph(nodes=min(nodes, n_with_edges or nodes), attributes=self.features)
+        return find_supernodes(graph, similarity=similarity, apart=by_hand)
 
     def _add_nodes(self, graph: FeatureGraph, shown: Nodes, attributes: Mapping[str, Mapping[str, Any]]) -> None:
         """Add the nodes with what is known of them: attributes, results of verification, intervals."""

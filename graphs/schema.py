@@ -120,6 +120,7 @@ class SupernodeFile(TypedDict):
     name: str
     nodes: list[str]
     collapsed: NotRequired[bool]
+    automatic: NotRequired[bool]
 
 
 class MetadataFile(TypedDict, total=False):

@@ -5,14 +5,15 @@
         {"features": ["my supernode"], "operation": "scale", "value": 0.5, "where": "generated", "schedule": [1, 1, 0]}
     ], "groups": [{"name": "my supernode", "nodes": ["resid_1/4", "resid_1/9@subject"]}]}
 
-`groups` are what the explorer saves as supernodes; a name without a slash is one of them. A report of `sfc ablate` or
-`sfc steer` (edits/NAME.json) holds the edits it was made with, under "edits", and is read as such a file.
+`groups` are what the explorer saves as supernodes; a name without a slash, or `supernode:NAME`, is one of them. A
+report of `sfc ablate` or `sfc steer` (edits/NAME.json) holds the edits it was made with, under "edits", and is read as
+such a file.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -23,6 +24,9 @@ from typing_extensions import NotRequired, TypedDict
 
 from circuits.editing.targets import EVERYWHERE, feature_names, parse_features, split_by_span
 from circuits.options import EditedTokens, Operation
+from circuits.supernodes import SupernodesFile, by_name, members
+from graphs.schema import SupernodeFile
+from graphs.supernodes import PREFIX
 from sae._files import check_type, read_json, write_json
 from sae._run.outputs import check_output, like
 from sae.autoencoder import SparseAutoencoder
@@ -152,26 +156,13 @@ class EditFile(TypedDict):
     reference: NotRequired[dict[str, FiniteFloat | list[FiniteFloat]]]
 
 
-class GroupFile(TypedDict):
-    """A supernode as the explorer saves it."""
-
-    name: str
-    nodes: list[str]
-
-
-class GroupsFile(TypedDict):
-    """The supernodes that the explorer saved."""
-
-    groups: list[GroupFile]
-
-
 class EditsFile(TypedDict):
     """Edits in a file of their own, or in the report of an edit."""
 
     schema_version: Literal[1]
     kind: Literal["edit", "edits"]
     edits: list[EditFile]
-    groups: NotRequired[list[GroupFile]]
+    groups: NotRequired[list[SupernodeFile]]
 
 
 def load_edits(path: str | Path) -> list[Edit]:
@@ -190,7 +181,7 @@ def load_edits(path: str | Path) -> list[Edit]:
         _check_keys(data, EditsFile, str(path))
     for number, edit in enumerate(data["edits"]):
         _check_keys(edit, EditFile, f"{path}: edits[{number}]")
-    groups = _by_name(checked.get("groups", ()))
+    groups = by_name(checked.get("groups", ()))
     try:
         return [_edit(entry, groups) for entry in checked["edits"]]
     except UserError as error:
@@ -213,29 +204,21 @@ def save_edits(edits: Edit | Sequence[Edit], path: str | Path, *, overwrite: boo
 
 def load_groups(path: str | Path) -> dict[str, list[str]]:
     """The supernodes of a file that the explorer saved: name -> its nodes."""
-    return _by_name(read_json(path, GroupsFile)["groups"])
+    return by_name(read_json(path, SupernodesFile)["groups"])
 
 
 def expanded(features: str | Sequence[str], groups: Mapping[str, Sequence[str]]) -> list[str]:
-    """Names of features, each supernode among them (a name without a slash) replaced by the features in it."""
+    """Names of features, each supernode among them (a name without a slash, or `supernode:NAME`) replaced by the
+    features in it.
+    """
     names = features.split(",") if isinstance(features, str) else features
     listed: list[str] = []
     for name in (name.strip() for name in names):
-        if "/" in name or not groups:
-            listed.append(name)
-        elif name not in groups:
-            raise unknown("supernode", name, groups)
+        if name.startswith(PREFIX) or (groups and "/" not in name):
+            listed += members(name.removeprefix(PREFIX), groups)
         else:
-            listed += [node for node in groups[name] if not _is_error(node)]
+            listed.append(name)
     return list(dict.fromkeys(listed))
-
-
-def _is_error(node: str) -> bool:
-    return node.partition("@")[0].endswith("/error") or "/" not in node
-
-
-def _by_name(groups: Iterable[GroupFile]) -> dict[str, list[str]]:
-    return {group["name"]: group["nodes"] for group in groups}
 
 
 def _check_keys(data: Mapping[str, Any], schema: Any, where: str) -> None:

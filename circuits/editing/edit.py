@@ -28,10 +28,12 @@ Shapes: B prompts, S positions.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 from circuits.circuit import Circuit, FeatureNames
 from circuits.editing.declaration import Edit
+from circuits.editing.random_features import draws_of_equal_effect
 from circuits.editing.results import EditReport
 from circuits.editing.targets import GENERATED
 from circuits.editing.trial import EditOptions, Trial
@@ -68,7 +70,8 @@ def ablate(
         options: Other text, continuations and random features to compare with.
 
     Returns:
-        The behaviour before and after, overall and by case, beside the same edit of random features.
+        The behaviour before and after, overall and by case, beside the same edit of random features; of a supernode
+        (`circuit.supernode(name)`) also beside that of other features of the circuit, as many and of the same effect.
 
     Raises:
         UserError: For a name that is no feature, or a value that the operation does not take.
@@ -117,6 +120,12 @@ def _edit(
     if circuit is None:
         raise UserError("whose features are these? Give circuit=, or take circuit.strongest_features(n)")
     prompts = circuit.prompts if prompts is None else prompts
+    if isinstance(features, FeatureNames) and features.is_group:
+        options = options or EditOptions()
+        draws = draws_of_equal_effect(
+            circuit.feature_effects, features, n_draws=options.n_random, seed=options.seed
+        )  # fmt: skip
+        options = replace(options, equal_effect=draws)
     return measure_edit(circuit.model, circuit.saes, edit, prompts, options, metric=circuit.metric)
 
 

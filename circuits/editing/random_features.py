@@ -1,11 +1,13 @@
-"""Random features to compare an edit with: as many, active on the same prompts, none of them edited.
+"""Random features to compare an edit with: as many, active on the same prompts, none of them edited; or of a circuit,
+as many and of the same summed |effect|.
 
 Shapes: B prompts, S positions, n features of a site.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -56,3 +58,66 @@ def random_features(
 
 def _draw(pool: Tensor, n: int, generator: torch.Generator) -> Tensor:
     return pool[torch.randperm(len(pool), generator=generator)[:n]].sort().values
+
+
+CLOSE = 0.01
+"""A draw of the same effect differs from it by at most this share, where the circuit has such features."""
+EXCHANGES = 100
+"""Features that are exchanged at most to bring a draw there."""
+
+
+@dataclass(frozen=True)
+class EffectDraw:
+    """Features of a circuit that are as many as those edited, and of nearly the same summed |effect|."""
+
+    features: list[str]
+    """Their names, `resid_3/120@subject`."""
+    share: float
+    """Their summed |effect| over that of the edited ones."""
+
+
+def draws_of_equal_effect(
+    effects: Mapping[str, float], like: Sequence[str], *, n_draws: int, seed: int
+) -> list[EffectDraw]:
+    """Draw groups of a circuit's features that a group of them is compared with.
+
+    A draw starts from features taken at random, and exchanges one at a time for that which brings the sum nearest.
+
+    Args:
+        effects: Effect of each feature of the circuit, by name.
+        like: The group; none of it is drawn.
+        n_draws: How many draws.
+        seed: Seed of the draws.
+
+    Returns:
+        The draws, none of them twice; none at all where the circuit has too few other features, or not those of `like`.
+    """
+    names = [name for name, effect in effects.items() if effect and name not in set(like)]
+    if not like or not set(like) <= set(effects) or len(names) < len(like):
+        return []
+    sizes = torch.tensor([abs(effects[name]) for name in names], dtype=torch.float64)
+    target = sum(abs(effects[name]) for name in like)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = {
+        tuple(_near(sizes, target, torch.randperm(len(names), generator=generator), len(like)))
+        for _ in range(n_draws if target else 0)
+    }
+    return [
+        EffectDraw([names[i] for i in chosen], float(sizes[list(chosen)].sum()) / target) for chosen in sorted(drawn)
+    ]
+
+
+def _near(sizes: Tensor, target: float, order: Tensor, n: int) -> list[int]:
+    """n of the numbers whose sum is near the target, from the first of a random order on."""
+    inside, outside = order[:n].clone(), order[n:].clone()
+    for _ in range(EXCHANGES):
+        missing = target - sizes[inside].sum()
+        if missing.abs() <= CLOSE * target or not len(outside):
+            break
+        after = (missing - sizes[outside][None] + sizes[inside][:, None]).abs()  # [n, rest]
+        place = int(after.argmin())
+        row, column = divmod(place, len(outside))
+        if after.flatten()[place] >= missing.abs():
+            break
+        inside[row], outside[column] = outside[column].clone(), inside[row].clone()
+    return sorted(inside.tolist())

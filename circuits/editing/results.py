@@ -85,6 +85,12 @@ class EditReport(Result):
     """The same draws, their changes scaled to the edit's own norm on the prompts."""
     random_directions: list[Behaviour] = field(default_factory=list)
     """Random directions, at each token and site as long as the edit's change there."""
+    random_equal_effect: list[Behaviour] = field(default_factory=list)
+    """Of an edited supernode: a draw each of other features of the circuit, as many and of nearly the same summed
+    |effect|.
+    """
+    equal_effect_shares: list[float] = field(default_factory=list)
+    """Summed |effect| of each of these draws over that of the edited features."""
     strongest: Behaviour | None = None
     """Where features were chosen: the circuit's ten strongest set to zero, to compare with."""
     intervals: Intervals | None = None
@@ -267,7 +273,8 @@ class EditReport(Result):
         if self.spread_on_text:
             remarks.append("other text has no spans, and is not generated: there the features are edited at all tokens")
         controls = (("random features at equal norm", self.random_equal_norm),
-                    ("random directions at equal norm", self.random_directions))  # fmt: skip
+                    ("random directions at equal norm", self.random_directions),
+                    (self._equal_effect_title(), self.random_equal_effect))  # fmt: skip
         remarks += [f"{name}: {self._range(runs)}" for name, runs in controls if runs]
         if self.reversed_cases:
             remarks.append(f"reversed: {', '.join(self.reversed_cases)} (the metric has the other sign after the edit)")
@@ -280,6 +287,12 @@ class EditReport(Result):
         if self.random_left == 0:
             remarks.append("no random features to compare with: all that are active there are edited")
         return remarks
+
+    def _equal_effect_title(self) -> str:
+        """What the draws of equal effect are, and how near they come."""
+        shares = self.equal_effect_shares
+        near = f" ({_percent(min(shares))} to {_percent(max(shares))} of it)" if shares else ""
+        return f"other features of the circuit, as many and of the same summed |effect|{near}"
 
     @property
     def is_surgical(self) -> bool | None:

@@ -26,7 +26,7 @@ from circuits.editing.measures import (
     prompt_values,
     scored,
 )
-from circuits.editing.random_features import active_features, random_features
+from circuits.editing.random_features import EffectDraw, active_features, random_features
 from circuits.editing.records import Behaviour, Choice, Continuation, Dose, Fluency
 from circuits.editing.results import SEVERAL, EditReport
 from circuits.editing.targets import Features, feature_names
@@ -64,6 +64,10 @@ class EditOptions:
     """Strengths at which the edit is measured as well: its changes times these."""
     answers: Sequence[int] = ()
     """Further tokens that answer the behaviour, beside those of the prompts: their cost on text is told apart."""
+    equal_effect: Sequence[EffectDraw] = ()
+    """Other features of the circuit, as many and of the same summed |effect|, each draw given the same edit; of a
+    single edit alone.
+    """
     resamples: int = 1000
     """Times the prompts are drawn anew for intervals; 0 for none."""
 
@@ -206,6 +210,10 @@ class Trial:
             controls["random_directions"].append(self._along_directions(seed, on_text))
         return controls
 
+    def _of_equal_effect(self) -> list[Edit]:
+        """The (only) edit with other features of the circuit, of which the options have draws."""
+        return [replace(self.listed[0], features=draw.features, reference={}) for draw in self.options.equal_effect]
+
     def _along_directions(self, seed: int, on_text: Standing) -> Behaviour:
         """The behaviour with random directions in place of the edit."""
         widths = self.model.widths
@@ -249,6 +257,8 @@ class Trial:
             before=before,
             after=after,
             **self._controls(draws) or {"random": []},
+            random_equal_effect=[self.behaviour(self._resolved([edit])) for edit in self._of_equal_effect()],
+            equal_effect_shares=[draw.share for draw in options.equal_effect],
             random_features=[self._names(draw) for draw in draws],
             random_left=n_drawn if options.n_random and n_drawn < len(names) else None,
             continuations=list(continued),

@@ -45,7 +45,7 @@ from graphs.drawing.style import (
     wrap,
 )
 from graphs.errors import GraphError
-from graphs.feature_graph import Edge, FeatureGraph, Node
+from graphs.feature_graph import Edge, FeatureGraph, Node, Position
 from graphs.pruning import by_top_edges, by_top_nodes
 from graphs.schema import Colour
 
@@ -183,8 +183,48 @@ def _add_bands(dot: graphviz.Digraph, scene: Scene) -> None:
                 id=f"site-{band.site}",
                 tooltip=band.site,
             )
+            runs = _supernode_runs(scene, members[band.site])
+            for number, (name, nodes) in enumerate(runs):
+                with cluster.subgraph(name=f"cluster_{band.site}_{number}") as inner:
+                    _add_outline(inner, scene, name, nodes)
+            inside = {node.id for _, nodes in runs for node in nodes}
             for node in sorted(members[band.site], key=lambda node: scene.layout.boxes[node.id].x):
-                _add_node(cluster, scene, node)
+                if node.id not in inside:
+                    _add_node(cluster, scene, node)
+
+
+def _supernode_runs(scene: Scene, nodes: list[Node]) -> list[tuple[str, list[Node]]]:
+    """The nodes of each supernode, if it has several here, among those of a site that stand side by side: in one row of
+    one column.
+    """
+    supernode = {id: name for name, ids in scene.graph.supernodes.items() if len(ids) > 1 for id in ids}
+    runs: dict[tuple[str, float, Position], list[Node]] = {}
+    for node in nodes:
+        if node.id in supernode:
+            runs.setdefault((supernode[node.id], scene.layout.boxes[node.id].y, node.position), []).append(node)
+    return [(name, run) for (name, *_), run in runs.items()]
+
+
+def _add_outline(dot: graphviz.Digraph, scene: Scene, name: str, nodes: list[Node]) -> None:
+    """A cluster around the nodes of a supernode that stand side by side, with its name above them."""
+    boxes = [scene.layout.boxes[node.id] for node in nodes]
+    size, pad = scene.density.small, 3.5
+    left, right = min(box.x - box.width / 2 for box in boxes), max(box.x + box.width / 2 for box in boxes)
+    (x0, y0) = scene.point(left - pad, boxes[0].y - boxes[0].height / 2 - pad)
+    (x1, y1) = scene.point(right + pad, boxes[0].y + boxes[0].height / 2 + pad + 1.25 * size)
+    shown = fit(visible(name), size, right - left, bold=True)
+    dot.attr(
+        label=f"<{html_text(shown, size, INK, bold=True)}>",
+        bb=f"{x0:.1f},{y0:.1f},{x1:.1f},{y1:.1f}",
+        lp=f"{(x0 + x1) / 2:.1f},{y1 - 0.75 * size:.1f}",
+        style="rounded,filled",
+        bgcolor="#e3e7ee",
+        pencolor="#8d97a5",
+        id=f"supernode-{nodes[0].id}",
+        tooltip=_quoted(name),
+    )
+    for node in sorted(nodes, key=lambda node: scene.layout.boxes[node.id].x):
+        _add_node(dot, scene, node)
 
 
 def _add_node(dot: graphviz.Digraph, scene: Scene, node: Node) -> None:

@@ -4,7 +4,7 @@
    the drawing comes near a given aspect ratio.
 2. In a circuit by position, one column a position; each cell (site, position) is wrapped in the same way.
 3. Within a band (or a cell) nodes are ordered by sweeps: each node moves towards the |weight|-mean of its neighbours
-   (Sugiyama, Tagawa, Toda 1981), then takes the nearest free slot.
+   (Sugiyama, Tagawa, Toda 1981), then takes the nearest free slot. Nodes of a supernode stay side by side.
 4. An edge leaves from the top of its source and enters at the bottom of its target. On its way it goes through the
    gaps between the boxes of every row it crosses, so that it never seems to touch a node it does not belong to.
 
@@ -237,15 +237,30 @@ def _ordered(graph: FeatureGraph, boxes: dict[str, Box], columns: list[Column], 
         if node.id in boxes:
             groups[node.site, node.position].append(node)
     order = sorted(groups, key=lambda key: graph.sites.index(key[0]))
+    supernode = {id: name for name, ids in graph.supernodes.items() for id in ids}
     placed = dict(boxes)
     for sweep in range(sweeps):
         for key in order if sweep % 2 == 0 else reversed(order):
             members = [node.id for node in groups[key]]
             slots = sorted((boxes[id] for id in members), key=lambda box: (box.x, box.y))
             wanted = {id: _mean_x(near[id], placed, default=placed[id].x) for id in members}
-            for id, slot in zip(sorted(members, key=lambda id: (wanted[id], id)), slots, strict=True):
+            for id, slot in zip(_side_by_side(wanted, supernode), slots, strict=True):
                 placed[id] = slot
     return placed if columns else _spread(graph, placed, near)
+
+
+def _side_by_side(wanted: dict[str, float], supernode: dict[str, str]) -> list[str]:
+    """Nodes by where they want to be, those of a supernode together where they want to be on average."""
+    together: dict[str, list[float]] = defaultdict(list)
+    for id, x in wanted.items():
+        together[supernode.get(id, id)].append(x)
+    mean = {name: sum(values) / len(values) for name, values in together.items()}
+
+    def key(id: str) -> tuple[float, str, float, str]:
+        name = supernode.get(id, id)
+        return mean[name], name, wanted[id], id
+
+    return sorted(wanted, key=key)
 
 
 def _mean_x(neighbours: Iterable[tuple[str, float]], placed: dict[str, Box], *, default: float) -> float:

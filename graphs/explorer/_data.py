@@ -28,6 +28,8 @@ from graphs.sharing import shared
 SLOT = Cell(width=146, height=45, gap=12, box=134)
 METRIC_BOX = (340.0, 40.0)
 SPACE, LANE_SPACE, PADDING = 22.0, 12.0, 4.0
+OWN_ENTRIES = ("title", "tokens", "positions", "supernodes")
+"""Metadata that the page has elsewhere."""
 SMALLEST, GROWTH, LARGEST_ROUTED, LARGEST_TALL = 8, 1.35, 160, 60
 """Nodes of the smallest layout, factor from one to the next, largest with routed edges, largest of the tall shape."""
 ROUTED_PER_NODE = 4
@@ -48,10 +50,13 @@ def page_data(
     cases = list(dict.fromkeys(case for edge in drawn.edges() for case in edge.by_case or {}))
     index = {node.id: number for number, node in enumerate(nodes)}
     keys = ("id", "site", "feature", "kind", "position", "effect", "label")
+    groups = [{"name": name, "nodes": ids, "collapsed": True} for name, ids in drawn.supernodes.items() if len(ids) > 1]
+    key = "\n".join([title, *index, *([json.dumps(groups)] if groups else [])])
     data = {
         "title": title,
-        "key": hashlib.sha256("\n".join([title, *index]).encode("utf-8", "replace")).hexdigest()[:16],
-        "metadata": {k: v for k, v in shared(graph.metadata).items() if k not in ("title", "tokens", "positions")},
+        "key": hashlib.sha256(key.encode("utf-8", "replace")).hexdigest()[:16],
+        "groups": groups,
+        "metadata": {k: v for k, v in shared(graph.metadata).items() if k not in OWN_ENTRIES},
         "sites": drawn.sites,
         "positions": [[p, position_name(drawn, p), span_words(drawn, p)] for p in drawn.positions],
         "nodes": [

@@ -61,7 +61,10 @@ MEASURED = Layout((
     rf"(edge_)?faithfulness{NAMED}\.(json|svg)", rf"mask{NAMED}\.(json|safetensors)",
 ))  # fmt: skip
 """What is measured of a circuit and stands beside it."""
-CIRCUIT = Layout((r"circuit\.json", r"effects\.safetensors", r"features\.json", *MEASURED.files), {"partial": PARTIAL})
+CIRCUIT = Layout(
+    (r"circuit\.json", r"effects\.safetensors", r"features\.json", r"supernodes\.json", *MEASURED.files),
+    {"partial": PARTIAL},
+)
 COMPARISON = Layout((r"comparison\.(json|txt|svg)",))
 PARTIAL_PAGES = Layout((r"state\.(json|safetensors)",))
 FEATURES = Layout((r"(index|circuit)\.json", r"index\.html", rf"({SITE})\.jsonl"), {"partial": PARTIAL_PAGES})

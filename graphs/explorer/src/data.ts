@@ -116,6 +116,8 @@ interface Stored {
   layouts: LayoutData[];
   classes: Classes | null;
   comparison?: Comparison;
+  /** Supernodes that the circuit has; a reader's own take their place. */
+  groups?: { name: string; nodes: string[]; collapsed: boolean }[];
   /** Which page this is; the explorer where nothing is said. */
   page?: "features";
   about?: string;

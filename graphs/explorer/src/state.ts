@@ -202,7 +202,7 @@ export function asGroups(value: unknown): Group[] | null {
 
 export function start(): void {
   labels.value = stored("labels", asLabels, {});
-  groups.value = stored("groups", asGroups, []);
+  groups.value = stored("groups", asGroups, asGroups(circuit.groups) ?? []);
   readHash(location.hash);
   current = snapshot();
   addEventListener("popstate", () => {

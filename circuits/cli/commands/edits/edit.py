@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from circuits.circuit import Circuit
     from circuits.editing.declaration import Edit
     from circuits.editing.edit import Trial
+    from circuits.editing.random_features import EffectDraw
     from circuits.editing.results import EditReport
 
 
@@ -39,10 +40,10 @@ class _Edit(UsesSaes, Named, HasTestPrompts, RunsCircuit):
     """Edit the n strongest features of the circuit."""
     features: str | None = None
     """Edit these features, such as resid_3/120,mlp_2/7; at a span of the prompts alone, such as resid_3/120@subject, or
-    at generated tokens alone, resid_3/120@generated.
+    at generated tokens alone, resid_3/120@generated; or those of a supernode, supernode:plural-subject.
     """
     groups: Path | None = None
-    """Supernodes that the explorer saved; --features may name them."""
+    """Supernodes that the explorer saved, beside those of the circuit; --features may name them."""
     choose: Literal["surgical"] | None = None
     """surgical: choose features that remove the behaviour in every case and cost little elsewhere, on the prompts the
     circuit was found on and the texts of --text behind those that are measured (of half of them where there are few).
@@ -126,8 +127,19 @@ class _Edit(UsesSaes, Named, HasTestPrompts, RunsCircuit):
             seed=self.seed,
             scales=parse_scales(self.scales),
             answers=self._answers(circuit) if self.text else (),
+            equal_effect=self._of_equal_effect(circuit, edits),
         )
         return prepare_trial(circuit.model, circuit.saes, edits, prompts, options, metric=circuit.metric)
+
+    def _of_equal_effect(self, circuit: Circuit, edits: Sequence[Edit]) -> list[EffectDraw]:
+        """Groups to compare an edited supernode with; none for other edits."""
+        from circuits.editing.random_features import draws_of_equal_effect
+
+        names = [name.strip() for name in (self.features or "").split(",")]
+        is_group = len(edits) == 1 and any(name and "/" not in name for name in names)
+        if not is_group:
+            return []
+        return draws_of_equal_effect(circuit.feature_effects, edits[0].names, n_draws=self.random, seed=self.seed)
 
     def _texts(self) -> tuple[list[str], list[str]]:
         """Texts to measure on, and with --choose others to choose on."""
@@ -166,12 +178,14 @@ class _Edit(UsesSaes, Named, HasTestPrompts, RunsCircuit):
     def _edits(self, circuit: Circuit, operation: Operation, value: float | None) -> list[Edit]:
         """The edits of the file, or the one that the options describe."""
         from circuits.editing.declaration import Edit, expanded, load_edits, load_groups
+        from circuits.supernodes import by_name
 
         if self.edit is not None:
             edits = load_edits(self.edit)
         else:
             chosen = self.features or circuit.strongest_features(self.top or 0)
-            names = expanded(chosen, load_groups(self.groups) if self.groups else {})
+            groups = by_name(circuit.supernodes) | (load_groups(self.groups) if self.groups else {})
+            names = expanded(chosen, groups)
             by_template = operation == "mean" and self.text is None
             edits = [Edit(names, operation, value, self.relative, self.where, by_template=by_template)]
         return [edit.everywhere() for edit in edits] if self.everywhere else edits

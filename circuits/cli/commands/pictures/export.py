@@ -110,12 +110,15 @@ class ExportCommand(Common, Overwrites, HasCircuit):
         from circuits.circuit import GRAPH_FILE, circuit_folder
         from circuits.circuit_files import absolute_in_run, check_metadata
         from circuits.labels import LabelsFile, labelled
+        from circuits.supernodes import read_supernodes
         from graphs import FeatureGraph
 
         folder = circuit_folder(self.circuit)
         graph = FeatureGraph.load(folder / GRAPH_FILE)
         check_metadata(graph.metadata, folder / GRAPH_FILE, circuit=False)
         metadata = absolute_in_run(graph.metadata, folder.parent)
+        if groups := read_supernodes(folder, metadata.get("digest")):
+            graph.metadata["supernodes"] = groups
         return labelled(graph, LabelsFile.of(metadata, folder.parent).read()), metadata
 
     def _check(self) -> None:

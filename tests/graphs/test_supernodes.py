@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import random
+import re
+
+import numpy as np
+import pytest
+from sklearn.metrics import adjusted_rand_score
+
+from graphs.drawing.dot import to_dot
+from graphs.errors import GraphError
+from graphs.explorer import explorer_html
+from graphs.explorer._data import unpacked
+from graphs.feature_graph import FeatureGraph, Node, error_node, feature_node, metric_node
+from graphs.supernodes import find_named, find_supernodes, slug
+
+GROUPS, SIZE = 6, 5
+
+
+def planted(seed: int, *, noise: float = 0.25, shuffled: int | None = None) -> tuple[FeatureGraph, dict[str, int]]:
+    """A graph in which every feature of a planted group reads and feeds the same nodes by nearly the same shares, with
+    an error that does as group 0, and the group of every feature.
+    """
+    rng = np.random.default_rng(seed)
+    graph = FeatureGraph(["embed", "mlp_0", "resid_0"])
+    nodes = [feature_node("embed", i, effect=1.0, top_tokens=[f" in{i}"]) for i in range(12)]
+    nodes += [feature_node("resid_0", i, effect=1.0) for i in range(12)] + [metric_node(effect=1.0)]
+    ends, edges, group_of = [node.id for node in nodes], [], {}
+    profiles = rng.normal(size=(GROUPS, len(ends))) * (rng.random((GROUPS, len(ends))) < 0.4)
+    for number in range(GROUPS * SIZE + 1):
+        group = number % GROUPS
+        is_error = number == GROUPS * SIZE
+        words = [f" word{group}", f" other{number}"]
+        node = (
+            error_node("mlp_0", effect=0.5) if is_error else feature_node("mlp_0", number, effect=0.5, top_tokens=words)
+        )
+        nodes.append(node)
+        if not is_error:
+            group_of[node.id] = group
+        weights = profiles[group] * rng.uniform(0.5, 2) * (1 + noise * rng.normal(size=len(ends)))
+        for end, weight in zip(ends, weights.tolist(), strict=True):
+            if weight:
+                edges.append((end, node.id, weight) if end.startswith("embed") else (node.id, end, weight))
+    if shuffled is not None:
+        random.Random(shuffled).shuffle(nodes)
+        random.Random(shuffled).shuffle(edges)
+    for node in nodes:
+        graph.add_node(node)
+    for edge in edges:
+        graph.add_edge(*edge)
+    return graph, group_of
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_planted_groups_are_recovered(seed):
+    graph, group_of = planted(seed)
+    groups = find_supernodes(graph)
+    number = {id: place for place, ids in enumerate(groups.values()) for id in ids}
+    found = [number.get(id, -1 - place) for place, id in enumerate(group_of)]
+    assert adjusted_rand_score(list(group_of.values()), found) >= 0.95
+    assert not any(id.endswith("error") or id == "metric" for id in number)
+    words = {f"word{group_of[ids[0]]}" for ids in groups.values() if ids[0] in group_of}
+    assert words <= {name.split(" ")[0] for name in groups}  # what the members share comes first
+
+
+def test_the_order_of_nodes_and_edges_changes_nothing():
+    groups = find_supernodes(planted(1)[0])
+    for shuffled in range(3):
+        other = find_supernodes(planted(1, shuffled=shuffled)[0])
+        assert other == groups and list(other) == list(groups)
+
+
+def test_similar_edges_of_the_other_sign_are_no_group():
+    graph = FeatureGraph(["mlp_0"])
+    for feature, weight in enumerate((1.0, 2.0, -1.0, 0.0)):
+        graph.add_node(feature_node("mlp_0", feature, effect=weight))
+    graph.add_node(metric_node(effect=1.0))
+    for feature, weight in enumerate((1.0, 2.0, -1.0)):
+        graph.add_edge(f"mlp_0/{feature}", "metric", weight)
+    assert list(find_supernodes(graph).values()) == [["mlp_0/0", "mlp_0/1"]]
+    assert find_supernodes(graph, apart=["mlp_0/1"]) == {}
+    for similarity in (0.0, 1.5):
+        with pytest.raises(GraphError, match=f"similarity is {similarity}"):
+            find_supernodes(graph, similarity=similarity)
+
+
+def labelled(labels: list[str | None]) -> FeatureGraph:
+    graph = FeatureGraph(["mlp_0"])
+    for feature, label in enumerate(labels):
+        node = feature_node("mlp_0", feature, effect=1.0)
+        graph.add_node(Node(node.id, node.site, node.feature, node.kind, None, 1.0, label, {}))
+    graph.add_node(metric_node(effect=1.0))
+    for feature in range(len(labels)):
+        graph.add_edge(f"mlp_0/{feature}", "metric", 1.0)
+    return graph
+
+
+def test_names_come_from_labels_and_can_be_typed():
+    (name,) = find_supernodes(labelled(["Plural, subject/verb", "Plural, subject/verb", "x"]))
+    assert name == "Plural subject verb" and slug(name) == "plural-subject-verb"
+    assert find_named("supernode:plural-subject-verb", {name: []}) == name == find_named(name, {name: []})
+    assert find_named("plural", {name: []}) is None
+    assert list(find_supernodes(labelled([None, None]))) == ["features of mlp_0"]
+
+
+def test_they_are_drawn_as_clusters_and_open_as_boxes():
+    graph = labelled(["a", "b", "c"])
+    graph.metadata["supernodes"] = [
+        {"name": "two of them", "nodes": ["mlp_0/0", "mlp_0/2", "mlp_0/9"]},
+        {"name": "twice", "nodes": ["mlp_0/2", "metric"]},
+        {"name": "one", "nodes": ["mlp_0/1"]},
+    ]
+    assert graph.supernodes == {"two of them": ["mlp_0/0", "mlp_0/2"], "one": ["mlp_0/1"]}
+    dot = to_dot(graph)
+    clusters = re.findall(r"(?s)cluster_mlp_0_\d \{(.*?)\}", dot)  # one a row in which it has nodes
+    assert clusters and all("two of them" in cluster for cluster in clusters)
+    assert {id for id in ("mlp_0/0", "mlp_0/1", "mlp_0/2") if f"drawn-{id}" in "".join(clusters)} == {
+        "mlp_0/0",
+        "mlp_0/2",
+    }
+    data = unpacked(explorer_html(graph))
+    assert data["groups"] == [{"name": "two of them", "nodes": ["mlp_0/0", "mlp_0/2"], "collapsed": True}]
+    plain = graph.subgraph(graph.graph)
+    plain.metadata = {}
+    assert unpacked(explorer_html(plain))["key"] != data["key"]  # what a reader grouped is of other supernodes

@@ -116,8 +116,8 @@ class LanguageModel:
 
     @property
     def special_ids(self) -> frozenset[int]:
-        """Ids of the tokenizer's special tokens."""
-        return self.text_coder.special_ids
+        """Ids of the tokenizer's special tokens; none without a tokenizer."""
+        return self._coder.special_ids if self._coder is not None else frozenset()
 
     @property
     def device(self) -> torch.device:
@@ -154,8 +154,10 @@ class LanguageModel:
         return Tokens.from_rows(self.text_coder.prompt_ids(texts), pad_id=self.text_coder.pad_id).to(self.device)
 
     def token_strings(self, ids: Iterable[int] | Tensor) -> list[str]:
-        """The text each token adds to a sentence: " he", not "Ġhe"."""
-        return self.text_coder.strings(ids)
+        """The text each token adds to a sentence: " he", not "Ġhe"; "#17" where the model has no tokenizer."""
+        if self._coder is None:
+            return [f"#{id}" for id in (ids.tolist() if isinstance(ids, Tensor) else ids)]
+        return self._coder.strings(ids)
 
     def run(
         self,

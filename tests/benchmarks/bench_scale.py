@@ -62,7 +62,7 @@ def run(job: str, args: argparse.Namespace) -> dict[str, Any]:
     options = options_of(job, args)
     cuda = model.device.type == "cuda"
     started = time.perf_counter() if cuda else time.process_time()
-    with patch("circuits.discovery.cost.time.perf_counter", time.perf_counter if cuda else time.process_time):
+    with patch("sae._units.time.perf_counter", time.perf_counter if cuda else time.process_time):
         estimate = estimate_discovery(model, saes, prompts, options)  # in the seconds it is held against
     estimated_in = (time.perf_counter() if cuda else time.process_time()) - started
     if cuda:

@@ -16,6 +16,7 @@ from circuits.metrics.metrics import last_logits, logit_difference
 from circuits.options import DiscoverOptions
 from graphs.feature_graph import FeatureGraph
 from sae.errors import UserError
+from sae.model.load import load_model
 from tests.near import assert_near
 
 
@@ -90,6 +91,22 @@ def test_save_and_load(circuit, tmp_path):
     assert FeatureGraph.load(tmp_path / "circuit" / "circuit.json").to_json() == circuit.graph(nodes=20).to_json()
     with pytest.raises(UserError, match=r"effects\.safetensors"):
         Circuit.load(tmp_path / "nowhere")
+
+
+def test_models_without_a_tokenizer_will_do(circuit, tiny_model, tiny_saes, tiny_prompts, tmp_path):
+    bare = load_model(tiny_model.hf, device="cpu", check=False)
+    again = discover(bare, tiny_saes, tiny_prompts, DiscoverOptions(edge_nodes=40), progress=False)
+    assert again.strongest_features(10) == circuit.strongest_features(10)
+    assert all(pair["clean_answer"].startswith("#") for pair in again.metadata["example_pairs"])
+    assert again.text() and Circuit.load(again.save(tmp_path / "circuit")).nodes_frame().equals(again.nodes_frame())
+    by_position = discover(
+        bare,
+        tiny_saes,
+        tiny_prompts[tiny_prompts.clean.lengths == 7],
+        DiscoverOptions(edge_nodes=0, aggregation="position"),
+        progress=False,
+    )
+    assert by_position.metadata["tokens"][0].startswith("#")
 
 
 def test_positions(tiny_model, tiny_saes, tiny_prompts):

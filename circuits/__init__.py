@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from circuits.circuit import Circuit
+    from circuits.comparison.circuits import compare_circuits
     from circuits.comparison.compare import compare_methods
     from circuits.discovery.discover import discover
     from circuits.editing.applied import edited
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "circuit": ("Circuit",),
+    "comparison.circuits": ("compare_circuits",),
     "comparison.compare": ("compare_methods",),
     "discovery.discover": ("discover",),
     "editing.applied": ("edited",),
@@ -45,8 +47,9 @@ _MODULES = {
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
-    "Circuit", "DiscoverOptions", "Edit", "PromptSet", "ablate", "compare_methods", "discover", "edited",
-    "faithfulness", "learn_mask", "load_edits", "load_prompts", "save_edits", "steer", "verify",
+    "Circuit", "DiscoverOptions", "Edit", "PromptSet", "ablate", "compare_circuits", "compare_methods",
+    "discover", "edited", "faithfulness", "learn_mask", "load_edits", "load_prompts", "save_edits", "steer",
+    "verify",
 ]  # fmt: skip
 
 

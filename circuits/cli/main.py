@@ -48,6 +48,11 @@ GROUPS = {
             "CompareMethodsCommand",
             "node methods beside each other on held-out prompts",
         ),
+        "compare-circuits": (
+            "tests.circuits",
+            "CompareCircuitsCommand",
+            "whether circuits of tasks or seeds are one mechanism",
+        ),
     },
     "Pictures": {
         "render": ("pictures.render", "RenderCommand", "draw a circuit: svg, png, pdf or dot"),
@@ -125,7 +130,7 @@ def overview() -> str:
     """All commands, one a line, in groups by the story."""
     lines = ["Find, draw and edit sparse feature circuits in language models.", "", "usage: sfc COMMAND [OPTIONS]"]
     for group, commands in GROUPS.items():
-        lines += ["", group, *(f"  {name:<16}{does}" for name, (_, _, does) in commands.items())]
+        lines += ["", group, *(f"  {name:<18}{does}" for name, (_, _, does) in commands.items())]
     return "\n".join([*lines, "", "sfc COMMAND --help explains every option of a command."]) + "\n"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from circuits.options import METHODS, AblationOptions, BehaviourOptions, Method, QuadratureOptions
-from sae._options import Count, DescentSteps, Resamples, Seed, check_options, parse_sizes
+from sae._options import BatchSize, Count, DescentSteps, Positive, Resamples, Seed, check_options, parse_sizes
 from sae.errors import UserError, unknown
 
 MASK = "mask"
@@ -52,3 +52,26 @@ class CompareOptions(AblationOptions, BehaviourOptions, QuadratureOptions):
 def split(text: str) -> list[str]:
     """Comma-separated words, each once."""
     return list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+
+
+@dataclass(frozen=True)
+class CompareCircuitsOptions(AblationOptions):
+    """How circuits are compared with one another."""
+
+    nodes: Positive = 100
+    """Nodes of each circuit that are compared, the strongest."""
+    edges: Positive = 1000
+    """Edges of each circuit that are compared, the strongest."""
+    shuffles: Resamples = 1000
+    """Times the features of each site change names at random, to tell overlap from chance; 0 leaves that out."""
+    examples: Positive = 100
+    """Prompts of each circuit on which features are matched and circuits tested, at most."""
+    transfer: bool = True
+    """Whether each circuit's nodes are tested on the other's prompts."""
+    batch_size: BatchSize = 64
+    """Prompts that go through the model at once."""
+    seed: Seed = 0
+    """Seed of the shuffles and of random circuits."""
+
+    def __post_init__(self) -> None:
+        check_options(self)

@@ -66,6 +66,7 @@ CIRCUIT = Layout(
     {"partial": PARTIAL},
 )
 COMPARISON = Layout((r"comparison\.(json|txt|svg)",))
+COMPARED_CIRCUITS = Layout((r"circuits\.(json|txt)", r"circuits_\d+_\d+\.html"))
 PARTIAL_PAGES = Layout((r"state\.(json|safetensors)",))
 FEATURES = Layout((r"(index|circuit)\.json", r"index\.html", rf"({SITE})\.jsonl"), {"partial": PARTIAL_PAGES})
 CACHE = Layout((r"manifest\.json", r"unfinished\.json", r"shard_\d{5,}\.safetensors"))
@@ -98,8 +99,8 @@ def visible(folder: Path) -> list[Path]:
 
 
 TOLD_BY_CONTENTS = (
-    EVALUATION, SWEEP_RESULTS, *MEASURED.files, *COMPARISON.files, *PLOTS.files, *CIRCUIT.files, *CACHE.files,
-    r"partial\.json", r"(report|index)\.html",
+    EVALUATION, SWEEP_RESULTS, *MEASURED.files, *COMPARISON.files, *COMPARED_CIRCUITS.files, *PLOTS.files,
+    *CIRCUIT.files, *CACHE.files, r"partial\.json", r"(report|index)\.html",
 )  # fmt: skip
 """Names of files that other programs and people use as well."""
 

@@ -28,6 +28,7 @@ CASES = {
     "faithfulness": [("RUN/circuit/faithfulness.json", NOTES), ("RUN/circuit/faithfulness.svg", SVG)],
     "mask": [("RUN/circuit/mask.json", NOTES), ("RUN/circuit/mask.safetensors", "")],
     "compare-methods": [("OUT/comparison/comparison.svg", SVG), ("OUT/comparison/comparison.txt", "x")],
+    "compare-circuits": [("OUT/circuits.json", NOTES), ("OUT/circuits_1_2.html", "<html>"), ("OUT/x.txt", "x")],
     "render": [("OUT.svg", SVG)],
     "explore": [("OUT.html", "<html>")],
     "report": [("RUN/report.html", "<html>")],
@@ -52,6 +53,7 @@ WORDS = {
     "faithfulness": "--circuit RUN --sizes 5",
     "mask": "--circuit RUN --steps 1",
     "compare-methods": "--model MODEL --saes RUN --prompts PROMPTS --out OUT",
+    "compare-circuits": "RUN RUN --out OUT",
     "render": "--circuit RUN --out OUT.svg",
     "explore": "--circuit RUN --out OUT.html",
     "report": "--circuit RUN",
@@ -65,7 +67,17 @@ WORDS = {
 }
 WITHOUT_OUTPUT = {"test", "serve"}
 """They write nothing by themselves; an edit asked for in the browser is written as `ablate` writes it."""
-OVERWRITING = ("train", "finetune", "sweep", "cache", "convert", "discover", "compare-methods", "demo")
+OVERWRITING = (
+    "train",
+    "finetune",
+    "sweep",
+    "cache",
+    "convert",
+    "discover",
+    "compare-methods",
+    "compare-circuits",
+    "demo",
+)
 """Commands of folders: --overwrite is for what the program wrote there, and a file of somebody else stays."""
 
 

@@ -35,6 +35,18 @@ def test_compare_methods(sfc, run_folder, place, tmp_path):
     assert json.loads(whole.out)["n_test"] == 8
 
 
+def test_compare_circuits(sfc, run_folder, tmp_path):
+    small = ["--nodes", 10, "--shuffles", 20]
+    result = sfc("compare-circuits", run_folder, run_folder / "circuit", "--out", tmp_path / "both", *small)
+    assert result.status == 0, result.err
+    assert sorted(path.name for path in (tmp_path / "both").iterdir() if path.suffix) == [
+        "circuits.json", "circuits.txt", "circuits_1_2.html"
+    ]  # fmt: skip
+    data = json.loads((tmp_path / "both" / "circuits.json").read_text())
+    assert data["pairs"][0]["overlap"]["nodes"]["value"] == 1 and data["pages"] == ["circuits_1_2.html"]
+    assert sfc("compare-circuits", run_folder).status == 2
+
+
 def test_unknown_method_is_one_sentence(sfc, run_folder, place, tmp_path):
     result = sfc("compare-methods", *place, "--saes", run_folder, "--out", tmp_path, "--methods", "ig,relpp")
     assert result.status == 2 and "relp" in result.err and "Traceback" not in result.err

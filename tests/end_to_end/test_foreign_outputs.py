@@ -90,7 +90,7 @@ def test_a_file_of_somebody_else_is_kept(
     sfc, command, tmp_path, monkeypatch, run_folder, model_folder, prompts_file, text_file
 ):
     monkeypatch.setattr("sae.model.load.check_model", lambda model: None)
-    monkeypatch.setattr(LanguageModel, "_is_parallel", lambda model: False)
+    monkeypatch.setattr("sae.model.language_model.is_parallel", lambda model: False)
     monkeypatch.setattr(LanguageModel, "run", lambda *args, **options: pytest.fail("something is computed"))
     run = tmp_path / "run"
     shutil.copytree(run_folder, run)

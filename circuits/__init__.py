@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from circuits.options import DiscoverOptions
     from circuits.prompts.dataset import PromptSet, load_prompts
     from circuits.uncertainty.verification import verify
+    from circuits.validity.validate import validate
 
 _MODULES = {
     "circuit": ("Circuit",),
@@ -43,13 +44,14 @@ _MODULES = {
     "options": ("DiscoverOptions",),
     "prompts.dataset": ("PromptSet", "load_prompts"),
     "uncertainty.verification": ("verify",),
+    "validity.validate": ("validate",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "Circuit", "DiscoverOptions", "Edit", "PromptSet", "ablate", "compare_circuits", "compare_methods",
     "discover", "edited", "faithfulness", "learn_mask", "load_edits", "load_prompts", "save_edits", "steer",
-    "verify",
+    "validate", "verify",
 ]  # fmt: skip
 
 

@@ -133,6 +133,29 @@ class FaithfulnessOptions(AblationOptions):
 
 
 @dataclass(frozen=True)
+class ValidityOptions(AblationOptions):
+    """How a circuit is put to the test."""
+
+    nodes: Positive = 100
+    """Nodes of the circuit that is tested: the strongest."""
+    removed: Positive = 20
+    """Strongest nodes that are ablated to see what takes over."""
+    families: Annotated[int, Range(1, 50)] = 4
+    """Most families of prompts that are looked for; 1 looks for none."""
+    verify: Count = 20
+    """Strongest nodes that are patched exactly, unless discovery did so; 0 leaves it out."""
+    resamples: Annotated[int, Range(2, 10**6)] = 1000
+    """Times the prompts, or their templates where they share them, are drawn anew (not for fewer than 5 of them)."""
+    seed: Seed = 0
+    """Seed of resampling."""
+    batch_size: BatchSize = 64
+    """Prompts that go through the model at once."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclass(frozen=True)
 class MaskOptions(AblationOptions):
     """How a mask is learned; ablated nodes are the masked ones, and optimal constants are learned with the mask."""
 

@@ -14,8 +14,8 @@ PACKAGES = ("sae", "graphs", "circuits")
 ORDER = {
     "sae": ("sparse", "architectures", "model", "data", "formats", "features", "training", "evaluation"),
     "circuits": (
-        "prompts", "metrics", "attribution", "uncertainty", "discovery", "faithfulness", "editing", "comparison",
-        "report", "cli",
+        "prompts", "metrics", "attribution", "uncertainty", "discovery", "faithfulness", "validity", "editing",
+        "comparison", "report", "cli",
     ),
 }  # fmt: skip
 """Sub-packages that use one another, each only those before it."""

@@ -161,6 +161,11 @@ def select_nodes(nodes: Mapping[Site, SiteNodes], *, top: int | None = None, thr
     if top is not None and top < len(magnitudes):
         strongest = magnitudes.argsort(descending=True, stable=True)[:top]
         keep &= torch.zeros_like(keep).index_fill_(0, strongest, True)
+    return masked_nodes(nodes, keep)
+
+
+def masked_nodes(nodes: Mapping[Site, SiteNodes], keep: Tensor) -> Nodes:
+    """The nodes at which `keep` [n] is true, counted over all sites in their order."""
     masks = keep.split([len(site_nodes) for site_nodes in nodes.values()])
     return {site: site_nodes[mask] for (site, site_nodes), mask in zip(nodes.items(), masks, strict=True)}
 

@@ -42,6 +42,7 @@ GROUPS = {
             "FaithfulnessCommand",
             "how much of the behaviour a circuit explains alone",
         ),
+        "validate": ("tests.validate", "ValidateCommand", "how far to trust a circuit, a verdict a line"),
         "mask": ("tests.mask", "MaskCommand", "learn which nodes to keep, beside the ranking by effects"),
         "compare-methods": (
             "tests.compare",

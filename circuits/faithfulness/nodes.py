@@ -24,10 +24,10 @@ from collections.abc import Sequence
 import torch
 
 from circuits.attribution.activations import Setting
-from circuits.attribution.nodes import Nodes, SiteNodes, count, joined, select_nodes
+from circuits.attribution.nodes import Nodes, SiteNodes, count, joined, masked_nodes, select_nodes
 from circuits.circuit import Circuit
 from circuits.faithfulness.ablation import AblationValues, ablation_edits
-from circuits.faithfulness.optimal_ablation import Gain, ablation_values, gain
+from circuits.faithfulness.optimal_ablation import Gain, NodeSet, ablation_values, gain
 from circuits.faithfulness.results import Intervals, NodeFaithfulness, area
 from circuits.options import AblationOptions, FaithfulnessOptions
 from circuits.prompts.alignment import PositionGroups
@@ -146,6 +146,29 @@ def _record(
     )
 
 
+def metrics_of_sets(
+    setting: Setting,
+    sets: Sequence[NodeSet],
+    prompts: PromptSet,
+    options: AblationOptions,
+    *,
+    nodes: Nodes,
+    reference: PromptSet,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> torch.Tensor:
+    """m of the whole model, of no node, and of every set (nodes, whether they are kept or removed) on every prompt,
+    [2 + sets, B]; nodes, prompts and reference as `set_up` gives them.
+    """
+    runs = _with_errors([({}, True), *sets], nodes, options.errors)
+    values = ablation_values(
+        setting, options.ablation, runs, nodes=nodes, named=[chosen for chosen, _ in sets], reference=reference,
+        seed=seed, batch_size=batch_size, progress=progress,
+    )  # fmt: skip
+    return _metrics(values, runs, prompts, batch_size=batch_size, progress=progress)
+
+
 def shares(m: torch.Tensor) -> torch.Tensor:
     """(m(C) - m(0)) / (m(M) - m(0)) for every set C; m [..., 2 + sets] begins with m(M) and m(0)."""
     m_model, m_empty = m[..., :1], m[..., 1:2]
@@ -245,8 +268,7 @@ def random_nodes(nodes: Nodes, size: int, *, generator: torch.Generator) -> Node
     """`size` nodes drawn uniformly from all nodes with an effect."""
     chosen = torch.zeros(count(nodes), dtype=torch.bool)
     chosen[torch.randperm(len(chosen), generator=generator)[:size]] = True
-    masks = chosen.split([len(site_nodes) for site_nodes in nodes.values()])
-    return {site: site_nodes[mask] for (site, site_nodes), mask in zip(nodes.items(), masks, strict=True)}
+    return masked_nodes(nodes, chosen)
 
 
 def set_up(

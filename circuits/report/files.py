@@ -1,4 +1,4 @@
-"""What the report reads of a run folder: `circuit/circuit.json` and the curves beside it, `edits/*.json`, `saes/`.
+"""What the report reads of a run folder: `circuit/circuit.json` and the results beside it, `edits/*.json`, `saes/`.
 
 Each file is checked against a type. Numbers are finite; a share that was not defined is null.
 """
@@ -9,7 +9,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, FiniteFloat
 from typing_extensions import NotRequired, TypedDict
@@ -123,6 +123,69 @@ class SiteQualityFile(TypedDict):
     predictions: PredictionsFile
 
 
+class CheckFile(TypedDict):
+    """One line of validity.json."""
+
+    name: str
+    question: str
+    verdict: Literal["holds", "doubtful", "fails", "untold"]
+    words: str
+    value: Share
+    interval: tuple[Share, Share] | None
+    bar: Share
+
+
+class FamiliesFile(TypedDict):
+    """Families of prompts."""
+
+    sizes: list[Index]
+    cases: list[dict[str, Index]]
+    examples: list[str]
+    faithfulness: list[list[Share]]
+
+
+class BackupsFile(TypedDict):
+    """Nodes whose effects grow."""
+
+    removed: Index
+    names: list[str]
+    before: list[FiniteFloat]
+    after: list[FiniteFloat]
+
+
+class WorstPromptFile(TypedDict):
+    """A prompt of which the circuit explains little."""
+
+    text: str
+    case: str
+    faithfulness: Share
+
+
+class PromptSpreadFile(TypedDict):
+    """Faithfulness prompt by prompt."""
+
+    worst: list[WorstPromptFile]
+
+
+def _one_a_family(families: Mapping[str, Any]) -> Mapping[str, Any]:
+    n = len(families["sizes"])
+    if any(len(families[name]) != n for name in ("cases", "examples")) or len(families["faithfulness"]) not in (0, n):
+        raise ValueError(f"one entry for each of the {n} families")
+    return families
+
+
+class ValidityFile(TypedDict):
+    """validity.json of `sfc validate`, as far as pages show it."""
+
+    checks: list[CheckFile]
+    nodes: Index
+    n_prompts: Index
+    drawn: str
+    families: Annotated[FamiliesFile, AfterValidator(_one_a_family)] | None
+    backups: BackupsFile | None
+    prompts: PromptSpreadFile | None
+
+
 class EvaluationFile(TypedDict):
     """evaluation.json of `sfc evaluate`, as far as pages show it."""
 
@@ -163,6 +226,8 @@ class RunFiles:
     """How well they stand for the model's activations."""
     config: dict[str, Any] = field(default_factory=dict)
     """The commands that were run."""
+    validity: dict[str, Any] | None = None
+    """How far to trust the circuit."""
     other_saes: bool = False
     """Whether these are others than the circuit was found with."""
 
@@ -192,6 +257,7 @@ def read_run(run_folder: str | Path) -> RunFiles:
         saes=[read_json(path / SAE_CONFIG_FILE, SaeFile) for path in sae_folders(folder)] if folder.is_dir() else [],
         evaluation=read_json(evaluation, EvaluationFile) if evaluation.is_file() else None,
         config=read_run_config(folder),
+        validity=read_result(folder / "circuit" / "validity.json", graph, ValidityFile),
         other_saes=other_saes,
     )
     if run.graph is None and run.faithfulness is None and not run.edits and not run.saes:

@@ -32,6 +32,7 @@ from circuits.report.sections import (
     signed,
 )
 from circuits.report.site_table import site_table
+from circuits.report.validity import validity_block
 from graphs.classes import find_classes
 from graphs.drawing.dot import to_svg
 from graphs.drawing.style import describe, visible
@@ -42,6 +43,7 @@ from sae._run.outputs import check_output, has_mark
 SECTIONS = [
     ("circuit", "The circuit"),
     ("faithfulness", "How faithful, and how sure"),
+    ("validity", "How far to trust it"),
     ("sites", "Site by site: the autoencoders, and the sum check"),
     ("features", "The features"),
     ("edits", "Edits"),
@@ -139,6 +141,7 @@ def _values(run: RunFiles, *, features: int) -> dict[str, Any]:
         "passages": passages(run.graph) if run.graph else [],
         "sure": sure(run),
         "site_table": site_table(run),
+        "validity": validity_block(run),
         "n_nodes": len(nodes),
         "curves": curve_blocks(run),
         "cards": [card(run.graph, node) for node in nodes[:features]] if run.graph else [],

@@ -30,7 +30,7 @@ FACT_NAMES = {
 }
 
 
-ORDER = ("train", "finetune", "evaluate", "discover", "faithfulness", "mask", "edit")
+ORDER = ("train", "finetune", "evaluate", "discover", "faithfulness", "validate", "mask", "edit")
 """Commands as they follow one another."""
 
 

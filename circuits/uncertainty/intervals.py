@@ -32,7 +32,7 @@ from sae.model.sites import Site
 
 CHUNK_BYTES = 64 * 2**20
 CANDIDATES = 20_000
-"""Split halves are compared among this many strongest nodes of the whole."""
+"""Circuits of parts of the prompts are compared among this many strongest nodes of the whole."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,17 @@ def example_values(effects: SiteEffects, nodes: SiteNodes, n_examples: int, *, r
         yield values.index_put_(index, effects.value[is_chosen], accumulate=True)
 
 
+def strongest_values(effects: Mapping[Site, SiteEffects], nodes: Nodes, n_examples: int) -> tuple[Nodes, Tensor]:
+    """The strongest of the nodes, `CANDIDATES` at most, and their effects per example, [B, n] site by site."""
+    candidates = select_nodes(nodes, top=CANDIDATES)
+    chunks = [
+        chunk
+        for site, site_nodes in candidates.items()
+        for chunk in example_values(effects[site], site_nodes, n_examples, rows=n_examples)
+    ]
+    return candidates, torch.cat(chunks, dim=1)
+
+
 def split_half(
     effects: Mapping[Site, SiteEffects],
     nodes: Nodes,
@@ -141,15 +152,7 @@ def split_half(
     sizes = sorted({size for size in sizes if size < n_nodes}) or [n_nodes]
     if n_examples < 4 or not n_nodes:
         return None
-    candidates = select_nodes(nodes, top=CANDIDATES)
-    values = torch.cat(
-        [
-            chunk
-            for site, site_nodes in candidates.items()
-            for chunk in example_values(effects[site], site_nodes, n_examples, rows=n_examples)
-        ],
-        dim=1,
-    )  # [B, n]
+    values = strongest_values(effects, nodes, n_examples)[1]  # [B, n]
     generator = torch.Generator().manual_seed(seed)
     half = n_examples // 2
     overlaps, correlations = torch.zeros(len(sizes)), 0.0

@@ -93,3 +93,17 @@ def test_export_has_a_place_of_its_own(sfc, run_folder):
     data = json.loads((run_folder / "graph" / "circuit.eap_ig.json").read_text())
     assert result["out"].endswith("circuit.eap_ig.json")
     assert data["cfg"] == {"n_layers": 2, "n_heads": 4, "parallel_attn_mlp": True, "d_model": 32}
+
+
+def test_how_far_to_trust_a_circuit(sfc, run_folder, prompts_file):
+    options = ["--circuit", run_folder, "--nodes", 10, "--removed", 3, "--verify", 3, "--resamples", 20, "--overwrite"]
+    options += ["--paraphrases", prompts_file, "--other-saes", run_folder]
+    result = sfc("validate", *options, "--json")
+    assert result.status == 0
+    data = json.loads(result.out)
+    assert data == json.loads((run_folder / "circuit" / "validity.json").read_text())
+    checks = {check["name"]: check for check in data["checks"]}
+    assert checks["other-saes"]["value"] == 1 and checks["families"]["verdict"] == "untold"  # 8 prompts are too few
+    assert sfc("report", "--circuit", run_folder, "--overwrite").status == 0
+    page = (run_folder / "report.html").read_text()
+    assert all(check["question"] in page for check in checks.values())

@@ -60,6 +60,7 @@ def base(tmp_path_factory, run_folder, model_folder, prompts_file, text_file):
     run = folder / "run"
     for words in (
         ["faithfulness", "--sizes", "5", "--random", "1", "--resamples", "20", "--edges", "--edge-sizes", "9"],
+        ["validate", "--nodes", "5", "--removed", "2", "--verify", "2", "--resamples", "9"],
         ["mask", "--sizes", "5", "--steps", "1", "--examples", "4"],
         ["ablate", "--top", "2", "--random", "1", "--examples", "4"],
         ["export", "--format", "graphml"],
@@ -67,7 +68,12 @@ def base(tmp_path_factory, run_folder, model_folder, prompts_file, text_file):
         ["convert", "--format", "saelens", "--out", str(folder / "saelens"), "--saes", str(run)],
     ):
         place = [] if words[0] == "convert" else ["--circuit", str(run)]
-        if words[0] in ("faithfulness", "mask", "ablate"):  # other tests may have written theirs into the run
+        if words[0] in (
+            "faithfulness",
+            "validate",
+            "mask",
+            "ablate",
+        ):  # others may have written theirs
             place.append("--overwrite")
         with pytest.raises(SystemExit) as stop:
             main([words[0], *place, *words[1:]])

@@ -17,9 +17,10 @@ from circuits.cli.commands.pictures.features import FeaturesCommand
 from circuits.cli.commands.pictures.render import ExploreCommand, RenderCommand
 from circuits.cli.commands.pictures.report import ReportCommand
 from circuits.cli.commands.tests.faithfulness import FaithfulnessCommand
+from circuits.cli.commands.tests.validate import ValidateCommand
 from circuits.cli.options import Common, Output, Overwrites
 from circuits.cli.streams import printable, say
-from circuits.options import DiscoverOptions, FaithfulnessOptions
+from circuits.options import DiscoverOptions, FaithfulnessOptions, ValidityOptions
 from sae._options import FeatureCount, TokenCount
 from sae._run.locks import lock
 from sae.errors import UserError
@@ -120,6 +121,11 @@ class _Story:
             FaithfulnessCommand(
                 prompts=self.test_prompts, options=FaithfulnessOptions(start_site=START_SITE), **circuit
             ),
+        )
+        self._chapter(
+            "validate",
+            "How far to trust it: other samples, families of prompts, backups, single prompts, exact patching",
+            ValidateCommand(prompts=self.test_prompts, options=ValidityOptions(start_site=START_SITE), **circuit),
         )
         self._chapter(
             "ablate",

@@ -1,0 +1,1 @@
+"""How far to trust a circuit: what it says of other samples, phrasings, families of prompts and autoencoders."""

@@ -1,0 +1,206 @@
+"""Verdicts of the validity report on transformers whose circuit was planted, and its numbers by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import adjusted_rand_score
+
+from circuits.attribution.nodes import select_nodes
+from circuits.discovery.discover import discover
+from circuits.faithfulness.nodes import faithfulness, metrics_of_sets, set_up
+from circuits.options import FaithfulnessOptions, ValidityOptions
+from circuits.uncertainty.bootstrap import Bootstrap
+from circuits.validity.overlap import NodeValues, jaccard, overlap_between, resample_overlap
+from circuits.validity.results import judge
+from circuits.validity.validate import validate
+from sae.autoencoder import SparseAutoencoder
+from tests.circuits.ground_truth import GroundTruth, Head, Layer, Neuron, Plan, _prompts, agreement, build
+
+NUMBERS = ("sg", "pl")
+NOUNS = ("boy", "girl", "dog", "cat")
+VERB = {"sg": "runs", "pl": "run"}
+EMBED = {"bos": {}, "then": {}, "runs": {}, "run": {}, "first?": {"first?": 1.0}, "second?": {"second?": 1.0}} | {
+    f"{noun}_{number}": {noun: 1.0, number: 1.0} for noun in NOUNS for number in NUMBERS
+}
+PLACES = [f"p{n}" for n in range(6)]
+TINY = ValidityOptions(nodes=10, removed=10, verify=10, resamples=200)
+
+
+def pairs(model, asked: list[str], rows: int):
+    """`bos NOUN NOUN first?`: the verb agrees with the noun asked for, and the pair flips that noun's number."""
+    random = np.random.default_rng(0)
+    prompts = []
+    for row in range(rows):
+        question, (one, other) = asked[row % len(asked)], random.permutation(NUMBERS)
+        nouns, noise = random.choice(NOUNS, 2), random.choice(NUMBERS, 2)
+        clean, patch = ([f"{noun}_{number}" for noun, number in zip(nouns, noise, strict=True)] for _ in range(2))
+        at = 0 if question == "first?" else 1
+        clean[at], patch[at] = f"{nouns[at]}_{one}", f"{nouns[at]}_{other}"
+        end = ["first?"] if at == 0 else ["then", "second?"]  # of another length, and so of another template
+        prompts.append((["bos", *clean, *end], ["bos", *patch, *end], VERB[one], VERB[other]))
+    return _prompts(model, prompts)
+
+
+def two_mechanisms() -> GroundTruth:
+    """Two heads, each asked by its own last word, look at a noun each and write the number in features of their own."""
+    heads = [
+        Head([(own, place, 16.0), (other, "p0", 16.0)], {number: f"{own}_{number}" for number in NUMBERS})
+        for own, other, place in (("first?", "second?", "p1"), ("second?", "first?", "p2"))
+    ]
+    unembed = {VERB[number]: {f"{asked}_{number}": 2.0 for asked in ("first?", "second?")} for number in NUMBERS}
+    model, saes, features = build(Plan(EMBED, [{place: 1.0} for place in PLACES], [Layer(heads)], unembed))
+    return GroundTruth(model, saes, pairs(model, ["first?", "second?"], 40), features)
+
+
+def with_backup() -> GroundTruth:
+    """Two heads carry the number; what the second carries is read only where the first one's reader is silent."""
+    heads = [
+        Head([("first?", "p1", 16.0)], {number: f"{route}_{number}" for number in NUMBERS})
+        for route in ("main", "spare")
+    ]
+    readers = [Neuron({f"main_{number}": 1.0}, 0.0, {f"verb_{number}": 1.0}) for number in NUMBERS]
+    spare = [
+        Neuron({f"spare_{number}": 1.0, f"verb_{number}": -1.0}, -0.1, {f"again_{number}": 2.0}) for number in NUMBERS
+    ]
+    plan = Plan(
+        EMBED, [{place: 1.0} for place in PLACES], [Layer(heads), Layer([], readers), Layer([], spare)],
+        {VERB[number]: {f"verb_{number}": 2.0, f"again_{number}": 2.0} for number in NUMBERS},
+    )  # fmt: skip
+    model, saes, features = build(plan)
+    return GroundTruth(model, saes, pairs(model, ["first?"], 32), features)
+
+
+@pytest.fixture(scope="module")
+def planted():
+    """One mechanism, by position."""
+    truth = agreement()
+    return discover(truth.model, truth.saes, truth.prompts, aggregation="position", edge_nodes=0, progress=False)
+
+
+@pytest.fixture(scope="module")
+def report(planted):
+    return validate(planted, options=TINY, progress=False)
+
+
+def test_a_planted_circuit_holds(report):
+    verdicts = {check.name: check.verdict for check in report.checks}
+    assert set(verdicts) == {"faithfulness", "prompts", "resamples", "families", "backups", "sums", "exact"}
+    assert set(verdicts.values()) == {"holds"}, report.text()
+    assert report.families.sizes == [32] and not report.backups.names
+    assert all(check.name in report.text() and check.words for check in report.checks)
+    assert report.to_frame()["value"].notna().all()
+
+
+def test_numbers_are_those_of_their_own_commands(planted, report):
+    curve = faithfulness(planted, options=FaithfulnessOptions(random=0, resamples=200), sizes=[10], progress=False)
+    check = report.check("faithfulness")
+    assert check.value == pytest.approx(curve.faithfulness[0])
+    assert check.interval == pytest.approx(curve.intervals.faithfulness[0])
+    assert report.backups.left == pytest.approx(curve.completeness[0], abs=1e-6)
+    assert report.check("sums").value == planted.metadata["completeness"]["mean_residual"]
+
+
+def test_two_planted_mechanisms_are_told_apart():
+    truth = two_mechanisms()
+    circuit = discover(truth.model, truth.saes, truth.prompts, edge_nodes=0, progress=False)
+    report = validate(circuit, options=replace(TINY, nodes=6, verify=0), progress=False)
+    asked = [text.split()[-1] for text in truth.prompts.texts]
+    assert adjusted_rand_score(asked, report.families.labels) >= 0.95
+    check = report.check("families")
+    assert check.verdict == "fails" and "2 mechanisms" in check.words
+    matrix = np.array(report.families.faithfulness)
+    assert matrix.diagonal().min() > 0.9 and abs(matrix[~np.eye(2, dtype=bool)]).max() < 0.1
+    questions = [asked[report.families.labels.index(n)] for n in (0, 1)]
+    for question, names in zip(questions, report.families.names, strict=True):
+        assert {truth.node(site, f"{question}_{n}") for site in ("attn_0", "resid_0") for n in NUMBERS} <= set(names)
+    assert "on" in report.text() and "family 2, 20 prompts" in report.text()
+
+
+def test_a_planted_backup_is_found():
+    truth = with_backup()
+    circuit = discover(truth.model, truth.saes, truth.prompts, edge_nodes=0, progress=False)
+    report = validate(circuit, options=replace(TINY, start_site="attn_0", verify=0), progress=False)
+    check, found = report.check("backups"), report.backups
+    spare = {
+        truth.node(site, f"{name}_{number}")
+        for number in NUMBERS
+        for name, sites in (("spare", ("attn_0", "resid_0", "resid_1")), ("again", ("mlp_2", "resid_2")))
+        for site in sites
+    }
+    assert check.verdict == "fails" and "take over" in check.words
+    assert spare <= set(found.names)
+    assert found.left > 0.5 and abs(found.left_without_backups) < 0.1 and found.left_without_next > 0.5
+
+
+# ------------------------------------------------------------------------------------------ elsewhere
+
+
+def test_the_same_dictionaries_in_another_order_are_the_same_circuit(planted):
+    def shuffled(sae):
+        order = torch.randperm(sae.config.n_features, generator=torch.Generator().manual_seed(0))
+        tensors = {name: x[order] if len(x) == len(order) else x for name, x in sae.state_dict().items()}
+        return SparseAutoencoder(sae.config, tensors)
+
+    others = {site: shuffled(sae) for site, sae in planted.saes.items()}
+    report = validate(
+        planted, options=replace(TINY, verify=0), other_saes=others, paraphrases=planted.prompts, progress=False
+    )
+    check = report.check("other-saes")
+    assert check.verdict == "holds" and check.value == 1.0 and check.interval == (1.0, 1.0)
+    assert check.words.startswith("100 % of its features")
+    check = report.check("paraphrases")
+    assert check.verdict == "holds" and check.words.endswith("1.00")
+
+
+# ------------------------------------------------------------------------------------------ by hand
+
+
+def test_overlap_of_resamples_by_hand():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(12, 30, generator=generator) + torch.linspace(0, 2, 30)
+    groups = torch.arange(12) // 2
+    nodes = NodeValues([str(n) for n in range(30)], values, groups)
+    bootstrap = Bootstrap(resamples=50)
+    sets = []
+    for counts in bootstrap.counts(6).int().tolist():
+        rows = [row for group, n in enumerate(counts) for row in [2 * group, 2 * group + 1] * n]
+        sets.append(set(values[rows].mean(0).abs().topk(5).indices.tolist()))
+    pairs = [len(a & b) / len(a | b) for a, b in zip(sets, [sets[-1], *sets[:-1]], strict=True)]
+    found = resample_overlap(nodes, 5, bootstrap)
+    assert found.value == pytest.approx(np.mean(pairs))
+    assert found.interval == pytest.approx(tuple(np.quantile(pairs, [0.025, 0.975])))
+    assert found.core == sum(sum(n in one for one in sets) >= 0.95 * 50 for n in range(30))
+    assert resample_overlap(replace(nodes, groups=groups // 2), 5, bootstrap).interval is None
+    other = replace(nodes, names=[str(n + 3) for n in range(30)])
+    best = set(values.mean(0).abs().topk(5).indices.tolist())
+    moved = {n + 3 for n in best}
+    assert overlap_between(nodes, other, 5, bootstrap).value == pytest.approx(len(best & moved) / len(best | moved))
+    assert jaccard(torch.tensor([[True, True, False]]), torch.tensor([[True, False, False]])).tolist() == [0.5]
+
+
+def test_worst_prompts_and_their_shares(planted, report):
+    """The share of the prompt listed first, from runs of it alone with the ablation values of all."""
+    worst = report.prompts.worst[0]
+    row = planted.prompts.texts.index(worst.text)
+    nodes, one, reference, _ = set_up(planted.setting(), planted.nodes, planted.prompts[[row]], planted.prompts, TINY)
+    m = metrics_of_sets(
+        planted.setting(), [(select_nodes(nodes, top=10), True)], one, TINY, nodes=nodes, reference=reference,
+        progress=False,
+    )[:, 0]  # fmt: skip
+    assert worst.faithfulness == pytest.approx(float((m[2] - m[1]) / (m[0] - m[1])), abs=1e-4)
+    shares = [prompt.faithfulness for prompt in report.prompts.worst]
+    assert shares == sorted(shares) and shares[0] <= report.prompts.quartiles[0]
+
+
+@pytest.mark.parametrize(
+    ("value", "interval", "at_most", "verdict"),
+    [(0.9, (0.85, 0.95), False, "holds"), (0.9, (0.7, 0.95), False, "doubtful"), (0.5, (0.4, 0.6), False, "fails"),
+     (0.5, None, False, "fails"), (0.1, (0.0, 0.2), True, "holds"), (0.9, (0.8, 1.0), True, "doubtful"),
+     (0.9, (0.85, 1.0), True, "fails"), (float("nan"), None, False, "untold")],
+)  # fmt: skip
+def test_verdicts(value, interval, at_most, verdict):
+    assert judge(value, 0.8, interval, at_most=at_most) == verdict

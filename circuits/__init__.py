@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from circuits.circuit import Circuit
     from circuits.comparison.circuits import compare_circuits
     from circuits.comparison.compare import compare_methods
+    from circuits.debiasing.options import ShiftOptions
+    from circuits.debiasing.shift import shift
+    from circuits.debiasing.targeted import targeted_perturbation
     from circuits.discovery.discover import discover
     from circuits.editing.applied import edited
     from circuits.editing.declaration import Edit, load_edits, save_edits
@@ -43,15 +46,18 @@ _MODULES = {
     "faithfulness.nodes": ("faithfulness",),
     "options": ("DiscoverOptions",),
     "prompts.dataset": ("PromptSet", "load_prompts"),
+    "debiasing.options": ("ShiftOptions",),
+    "debiasing.shift": ("shift",),
+    "debiasing.targeted": ("targeted_perturbation",),
     "uncertainty.verification": ("verify",),
     "validity.validate": ("validate",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
-    "Circuit", "DiscoverOptions", "Edit", "PromptSet", "ablate", "compare_circuits", "compare_methods",
-    "discover", "edited", "faithfulness", "learn_mask", "load_edits", "load_prompts", "save_edits", "steer",
-    "validate", "verify",
+    "Circuit", "DiscoverOptions", "Edit", "PromptSet", "ShiftOptions", "ablate", "compare_circuits", "compare_methods",
+    "discover", "edited", "faithfulness", "learn_mask", "load_edits", "load_prompts", "save_edits", "shift", "steer",
+    "targeted_perturbation", "validate", "verify",
 ]  # fmt: skip
 
 

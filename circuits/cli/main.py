@@ -72,6 +72,8 @@ GROUPS = {
     "Edits": {
         "ablate": ("edits.edit", "AblateCommand", "take features out of the model, and measure what is left"),
         "steer": ("edits.edit", "SteerCommand", "push the model along features"),
+        "shift": ("edits.shift", "ShiftCommand", "take from a probe the features it should not use"),
+        "tpp": ("edits.shift", "TppCommand", "are the features of a class of that class alone?"),
         "test": ("edits.suite", "TestCommand", "behaviours listed in a YAML file, with pass and fail"),
     },
     "All of it": {

@@ -29,7 +29,7 @@ UNIMPORTANT = ("circuit", "device", "json", "model", "name", "out", "overwrite",
 MADE_WITH = "made_with"
 
 
-def made_with(options: Any, **more: Any) -> dict[str, Any]:
+def made_with(options: Any, /, **more: Any) -> dict[str, Any]:
     """What a result depends on: the options of a command and `more`; a file is told by its name and a digest."""
     chosen = {field.name: getattr(options, field.name) for field in fields(options) if field.name not in UNIMPORTANT}
     return json.loads(json.dumps({name: _told(value) for name, value in {**chosen, **more}.items()}))

@@ -25,9 +25,13 @@ FORMAT_KEYS = {
 """Keys any of which tells that an object is a prompt; MIB's rows are known by `*_counterfactual`."""
 
 
-def file_rows(source: str | Path, *, hub: bool = True) -> Iterator[tuple[Row, str]]:
-    """Every row of a file, or with `hub` of a data set there, and where it stands; `UserError` where malformed."""
+def file_rows(source: str | Path, *, hub: bool = True, folders: bool = False) -> Iterator[tuple[Row, str]]:
+    """Every row of a file, or with `hub` of a data set there, or with `folders` of one in a folder, `FOLDER:split`; and
+    where it stands. `UserError` where malformed.
+    """
     path = Path(source)
+    if folders and Path(str(source).partition(":")[0]).is_dir():
+        return _hub_rows(str(source))
     if path.is_dir():
         raise UserError(f"{path} is a folder, not a prompt file")
     if path.exists():

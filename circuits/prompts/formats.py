@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -74,9 +74,19 @@ def read_examples(source: str | Path) -> list[Example]:
     return examples
 
 
-def read_rows(source: str | Path, text_keys: Sequence[str]) -> Iterator[tuple[Row, Example, str]]:
-    """Rows of any file with a text, which need no answers: the row, its text with spans and template, and its place."""
-    for row, where in file_rows(source, hub=False):
+def read_rows(
+    source: str | Path, text_keys: Sequence[str], *, data_sets: bool = False
+) -> Iterator[tuple[Row, Example, str]]:
+    """Rows of any file with a text, which need no answers: the row, its text with spans and template, and its place.
+
+    data_sets: whether `source` may also be a folder with a data set (`FOLDER:split`), or one of the hub.
+    """
+    return rows_with_text(file_rows(source, hub=data_sets, folders=data_sets), text_keys)
+
+
+def rows_with_text(rows: Iterable[tuple[Row, str]], text_keys: Sequence[str]) -> Iterator[tuple[Row, Example, str]]:
+    """As `read_rows`, of rows that are there already."""
+    for row, where in rows:
         key = next((key for key in text_keys if row.get(key)), None)
         if key is None:
             raise UserError(f"{where}: no text (found {sorted(row)}), expected one of {', '.join(text_keys)}")

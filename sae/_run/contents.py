@@ -60,6 +60,7 @@ PARTIAL = Layout((r"partial\.json", r"(nodes|edges)-\d{4,}\.safetensors"))
 MEASURED = Layout((
     rf"(edge_)?faithfulness{NAMED}\.(json|svg)", rf"mask{NAMED}\.(json|safetensors)",
     rf"validity{NAMED}\.json",
+    rf"shift{NAMED}\.(json|svg)", r"probe\.safetensors",
 ))  # fmt: skip
 """What is measured of a circuit and stands beside it."""
 CIRCUIT = Layout(

@@ -39,6 +39,8 @@ CASES = {
     "export": [("OUT", NOTES)],
     "ablate": [("RUN/edits/mine.json", NOTES)],
     "steer": [("RUN/edits/mine.json", NOTES)],
+    "shift": [("OUT/circuit/shift.json", NOTES), ("OUT/circuit/shift.svg", SVG), ("OUT/circuit/circuit.json", NOTES)],
+    "tpp": [("OUT", NOTES)],
     "demo": [("OUT/thesis.tex", "x"), ("OUT/report.html", "<html>")],
 }
 WORDS = {
@@ -65,6 +67,8 @@ WORDS = {
     "export": "--circuit RUN --format neuronpedia --out OUT",
     "ablate": "--circuit RUN --top 2 --name mine",
     "steer": "--circuit RUN --top 2 --value 1 --name mine",
+    "shift": "--model MODEL --saes RUN --data PROMPTS --out OUT",
+    "tpp": "--model MODEL --saes RUN --data PROMPTS --out OUT",
     "demo": "--out OUT",
 }
 WITHOUT_OUTPUT = {"test", "serve"}
@@ -78,6 +82,7 @@ OVERWRITING = (
     "discover",
     "compare-methods",
     "compare-circuits",
+    "shift",
     "demo",
 )
 """Commands of folders: --overwrite is for what the program wrote there, and a file of somebody else stays."""

@@ -1,0 +1,190 @@
+"""A probe on a model that is edited or not: read, trained, scored.
+
+1. `Study` holds the model, its SAEs, the texts and where the probe reads.
+2. `x` reads the probe's input for texts, with features ablated; `fit` trains a probe on it.
+3. `scored` compares a probe's answers with both labels, group by group, with intervals over texts.
+
+Shapes: B texts, d model width, n ablated features, R draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from circuits.circuit import Circuit
+from circuits.debiasing.data import Pairing, TextSet, span_read
+from circuits.debiasing.options import LAST, MEAN, ShiftOptions
+from circuits.debiasing.results import ProbeScore
+from circuits.discovery.discover import discover
+from circuits.editing.applied import edited, with_references
+from circuits.editing.declaration import Edit
+from circuits.editing.targets import tokens_at
+from circuits.metrics.fit_probe import FittedProbe, fit_probe, read_site
+from circuits.metrics.probe import Probe
+from circuits.options import DiscoverOptions
+from circuits.uncertainty.bootstrap import Bootstrap
+from sae.autoencoder import SparseAutoencoder
+from sae.errors import unknown
+from sae.model.language_model import LanguageModel
+from sae.model.sites import Site
+
+SAEs = Mapping[Site, SparseAutoencoder]
+
+
+def probe_site(model: LanguageModel, name: str | None) -> Site:
+    """The site of that name; by default the residual stream two thirds up."""
+    by_name = {site.name: site for site in model.sites}
+    if name is None:
+        streams = [site.name for site in model.sites if site.kind == "resid"]
+        name = streams[round(2 / 3 * (len(streams) - 1))]
+    if name not in by_name:
+        raise unknown("site", name, by_name)
+    return by_name[name]
+
+
+def read_texts(model: LanguageModel, texts: TextSet, site: Site, position: str) -> Tensor:
+    """The input of a probe, [B, d]."""
+    inside = None if position == LAST else tokens_at(texts.prompts, span_read(position))
+    return read_site(model, texts.prompts.clean, site, inside)
+
+
+@dataclass(frozen=True)
+class Study:
+    """What every probe of a report has in common."""
+
+    model: LanguageModel
+    """The model."""
+    saes: SAEs
+    """Its SAEs."""
+    options: ShiftOptions
+    """Options."""
+    pairing: Pairing
+    """Which labels go together."""
+    site: Site
+    """Where the probe reads."""
+    ambiguous: TextSet
+    """Texts in which the labels agree, as many of each class."""
+    test: TextSet
+    """Texts of all groups."""
+    balanced: TextSet | None
+    """Other texts of all groups, as many of each; None where there are none."""
+
+    @property
+    def position(self) -> str:
+        """Which token the probe reads."""
+        return self.options.position
+
+    def x(self, texts: TextSet, edit: Edit | None = None, saes: SAEs | None = None) -> Tensor:
+        """The probe's input, [B, d], in the edited model."""
+        block = nullcontext() if edit is None else edited(self.model, saes or self.saes, edit, prompts=texts.prompts)
+        with block:
+            return read_texts(self.model, texts, self.site, self.position)
+
+    def fit(self, x: Tensor, labels: Sequence[str]) -> FittedProbe:
+        """A probe of x [B, d]."""
+        return fit_probe(x, labels, penalty=self.options.penalty, seed=self.options.seed)
+
+    @cached_property
+    def original(self) -> FittedProbe:
+        """The probe that was trained on the ambiguous texts."""
+        return self.fit(self.x(self.ambiguous), self.ambiguous.intended)
+
+    def probe(self, name: str = "probe's margin") -> Probe:
+        """The original probe as a metric."""
+        span = LAST if self.position == LAST else span_read(self.position)
+        return Probe(self.original.weight, self.original.bias, self.site, span, name, margin=True)
+
+    def by_spurious(self, texts: TextSet) -> list[str]:
+        """The class that goes with the spurious label of each text."""
+        classes = dict(zip(self.pairing.spurious, self.pairing.classes, strict=True))
+        return [classes[label] for label in texts.spurious]
+
+    def circuit(
+        self,
+        probe: Probe | str,
+        texts: TextSet | None = None,
+        *,
+        towards_spurious: bool = False,
+        saes: SAEs | None = None,
+        sites: str | None = None,
+        progress: bool = False,
+    ) -> Circuit:
+        """The circuit of the margin of a probe, or of its file, on the first of some texts, the ambiguous ones by
+        default.
+
+        towards_spurious: whether the margin is towards the spurious label, instead of the probe's own answer.
+        """
+        texts = (texts or self.ambiguous).first(self.options.circuit_texts)
+        prompts = texts.prompts
+        if towards_spurious:
+            signs = [[1.0 if label == self.pairing.classes[1] else -1.0] for label in self.by_spurious(texts)]
+            prompts = replace(prompts, reference=torch.tensor(signs, device=self.model.device))  # [B, 1]
+        options = DiscoverOptions(
+            sites=sites or self.options.sites, method=self.options.method, steps=self.options.steps,
+            memory=self.options.memory, aggregation="sum" if self.position == MEAN else "spans", edge_nodes=0,
+        )  # fmt: skip
+        return discover(self.model, saes or self.saes, prompts, options, metric=probe, progress=progress)
+
+    def ablation(self, names: Sequence[str], saes: SAEs | None = None) -> Edit | None:
+        """The edit that takes features to their mean over the ambiguous texts, or to zero."""
+        if not names:
+            return None
+        edit = Edit(list(names), self.options.operation)
+        return with_references(self.model, saes or self.saes, edit, prompts=self.ambiguous.prompts)
+
+    @property
+    def read_spans(self) -> set[str]:
+        """The spans of the tokens that the probe reads, empty where features have none."""
+        if self.position != LAST:
+            return {"" if self.position == MEAN else self.position}
+        prompts = self.ambiguous.prompts
+        assert prompts.span_numbers is not None
+        return {prompts.spans[number] for number in prompts.span_numbers[:, -1].unique().tolist()}
+
+    # --- scores
+
+    def answers(self, probe: FittedProbe, x: Tensor) -> list[str]:
+        """What a probe says of x [B, d]."""
+        positive = (x @ probe.weight + probe.bias > 0).tolist()
+        return [probe.classes[int(is_second)] for is_second in positive]
+
+    def scored(self, name: str, answers: Sequence[Sequence[str]], n_features: int | None = None) -> ProbeScore:
+        """How often answers (one list a draw) fit both labels of the test texts."""
+        intended = torch.tensor(
+            [[a == b for a, b in zip(of_draw, self.test.intended, strict=True)] for of_draw in answers]
+        )
+        by_spurious = self.by_spurious(self.test)
+        spurious = torch.tensor([[a == b for a, b in zip(of_draw, by_spurious, strict=True)] for of_draw in answers])
+        right, leaning = intended.float().mean(0), spurious.float().mean(0)  # [B] each
+        names = self.test.prompts.cases
+        rows = {name: torch.tensor([one == name for one in names]) for name in sorted(set(names))}
+        weight = sum(mask.float() / mask.sum() for mask in rows.values())  # [B] groups weigh alike
+        by_group = {group: right[mask].mean().item() for group, mask in rows.items()}
+        worst = min(by_group, key=lambda group: by_group[group])
+        return ProbeScore(
+            name=name,
+            intended=sum(by_group.values()) / len(by_group),
+            spurious=sum(leaning[mask].mean().item() for mask in rows.values()) / len(rows),
+            worst_group=by_group[worst],
+            by_group=by_group,
+            intended_interval=self._interval(right, torch.as_tensor(weight)),
+            worst_group_interval=self._interval(right[rows[worst]], torch.ones(int(rows[worst].sum()))),
+            n_features=n_features,
+        )
+
+    def _interval(self, right: Tensor, weight: Tensor) -> tuple[float, float] | None:
+        """95 % interval of a weighted mean over texts, within 0 and 1."""
+        if not self.options.resamples:
+            return None
+        bootstrap = Bootstrap(resamples=self.options.resamples, seed=self.options.seed)
+        bounds = bootstrap.intervals((right * weight)[:, None], weight)[0]
+        if bounds.isnan().any():
+            return None
+        low, high = bounds.clamp(0, 1).tolist()
+        return low, high

@@ -17,6 +17,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from circuits.behaviours.find import find_behaviours
+    from circuits.behaviours.options import BehaviourSearchOptions
     from circuits.circuit import Circuit
     from circuits.comparison.circuits import compare_circuits
     from circuits.comparison.compare import compare_methods
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     from circuits.validity.validate import validate
 
 _MODULES = {
+    "behaviours.find": ("find_behaviours",),
+    "behaviours.options": ("BehaviourSearchOptions",),
     "circuit": ("Circuit",),
     "comparison.circuits": ("compare_circuits",),
     "comparison.compare": ("compare_methods",),
@@ -55,9 +59,9 @@ _MODULES = {
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
-    "Circuit", "DiscoverOptions", "Edit", "PromptSet", "ShiftOptions", "ablate", "compare_circuits", "compare_methods",
-    "discover", "edited", "faithfulness", "learn_mask", "load_edits", "load_prompts", "save_edits", "shift", "steer",
-    "targeted_perturbation", "validate", "verify",
+    "BehaviourSearchOptions", "Circuit", "DiscoverOptions", "Edit", "PromptSet", "ShiftOptions", "ablate",
+    "compare_circuits", "compare_methods", "discover", "edited", "faithfulness", "find_behaviours", "learn_mask",
+    "load_edits", "load_prompts", "save_edits", "shift", "steer", "targeted_perturbation", "validate", "verify",
 ]  # fmt: skip
 
 

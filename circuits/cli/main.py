@@ -34,6 +34,7 @@ GROUPS = {
     },
     "Circuits": {
         "discover": ("circuits.discover", "DiscoverCommand", "find the circuit behind a set of prompts"),
+        "behaviours": ("circuits.behaviours", "BehavioursCommand", "find behaviours nobody listed, a circuit for each"),
         "probe": ("circuits.probe", "ProbeCommand", "learn a linear probe to be the metric of a circuit"),
     },
     "Tests": {
@@ -82,7 +83,7 @@ GROUPS = {
 }
 """Name of a command -> (file in `circuits/cli/commands`, class, what it does), in groups by the story."""
 COMMANDS = {name: entry for group in GROUPS.values() for name, entry in group.items()}
-RESUMABLE = ("train", "finetune", "sweep", "cache", "discover", "features")
+RESUMABLE = ("train", "finetune", "sweep", "cache", "discover", "behaviours", "features")
 """Commands that go on with `--resume`."""
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc")
 """What torch's errors say where there is no more memory."""

@@ -84,6 +84,14 @@ RUN = Layout(
         "edits": None, "graph": None, "features": FEATURES, rf"mask{NAMED}": OF_MASK,
     },
 )  # fmt: skip
+BEHAVIOUR = Layout(
+    (r"config\.json", r"report\.html", r"prompts\.jsonl"),
+    {"circuit": CIRCUIT, "edits": None, "graph": None, "features": FEATURES},
+)
+"""A cluster of contexts with its circuit, in a folder like that of a run."""
+BEHAVIOURS = Layout(
+    (r"config\.json", r"behaviours\.(json|txt)", r"index\.html"), {"partial": PARTIAL, r"cluster_\d+": BEHAVIOUR}
+)
 SWEEP_RESULTS = r"sweep\.(json|txt)"
 SWEEP_FILES = (r"config\.json", r"training\.jsonl", SWEEP_RESULTS, r"unfinished_evaluation\.safetensors")
 PLOTS = Layout((r"[\w-]+\.svg",))
@@ -102,7 +110,7 @@ def visible(folder: Path) -> list[Path]:
 
 TOLD_BY_CONTENTS = (
     EVALUATION, SWEEP_RESULTS, *MEASURED.files, *COMPARISON.files, *COMPARED_CIRCUITS.files, *PLOTS.files,
-    *CIRCUIT.files, *CACHE.files, r"partial\.json", r"(report|index)\.html",
+    BEHAVIOURS.files[1], *CIRCUIT.files, *CACHE.files, r"partial\.json", r"(report|index)\.html",
 )  # fmt: skip
 """Names of files that other programs and people use as well."""
 

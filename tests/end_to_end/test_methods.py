@@ -47,6 +47,24 @@ def test_compare_circuits(sfc, run_folder, tmp_path):
     assert sfc("compare-circuits", run_folder).status == 2
 
 
+def test_behaviours(sfc, run_folder, model_folder, text_file, tmp_path):
+    """Clusters of contexts are circuits that every command takes."""
+    out, place = tmp_path / "found", ["--model", model_folder, "--saes", run_folder, "--text", text_file]
+    small = ["--contexts", 40, "--tokens", 400, "--clusters", 3, "--circuits", 1, "--nodes", 10, "--surprise", 20]
+    arguments = ["behaviours", *place, "--out", out, *small]
+    result = sfc(*arguments)
+    assert result.status == 0, result.err
+    data = json.loads((out / "behaviours.json").read_text())
+    assert sum(len(one["members"]) for one in data["clusters"]) == data["n_contexts"] == 40
+    assert data["clusters"][0]["circuit"] == "cluster_01/circuit" and not (out / "partial").exists()
+    assert "open its circuit" in (out / "index.html").read_text()
+    assert sfc("render", "--circuit", out / "cluster_01").status == 0
+    measured = sfc("faithfulness", "--circuit", out / "cluster_01", "--sizes", 5, "--random", 0, "--ablation", "zero")
+    assert measured.status == 0, measured.err
+    assert sfc(*arguments).status == 2 and "ended" in sfc(*arguments, "--resume").err
+    assert sfc(*arguments, "--overwrite", "--json").status == 0
+
+
 def test_unknown_method_is_one_sentence(sfc, run_folder, place, tmp_path):
     result = sfc("compare-methods", *place, "--saes", run_folder, "--out", tmp_path, "--methods", "ig,relpp")
     assert result.status == 2 and "relp" in result.err and "Traceback" not in result.err

@@ -1,0 +1,56 @@
+"""What `sfc behaviours` is asked for; no torch is imported here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from circuits.options import Method
+from sae._options import ContextLength, Count, Gibibytes, Magnitude, Positive, Seed, TokenCount, check_options
+
+Represent = Literal["effects", "activations", "gradients"]
+Project = Literal["svd", "random"]
+Clustering = Literal["agglomerative", "spectral", "kmeans"]
+
+
+@dataclass(frozen=True)
+class BehaviourSearchOptions:
+    """Which contexts are taken, what makes two of them alike, and what is found of each cluster."""
+
+    surprise: Magnitude = 0.5
+    """Contexts are those whose next token the model predicts with -log p below this, in nats."""
+    tokens: TokenCount = 50_000
+    """Tokens of the text that are read for contexts."""
+    contexts: Positive = 2000
+    """Contexts drawn at random from those that are predicted well, at most."""
+    context_length: ContextLength = 64
+    """Tokens of a document that are read, its first."""
+    represent: Represent = "effects"
+    """What a context is represented by: effects (of features on log p of the next token, by attribution patching),
+    activations (of features), or gradients (of log p, at the last token of every site).
+    """
+    project: Project = "svd"
+    """How the vectors are made short: svd (truncated) or random (sparse random projection)."""
+    dimensions: Positive = 100
+    """Length of the projected vectors."""
+    cluster: Clustering = "agglomerative"
+    """Method: agglomerative (average linkage by cosine; of more than 4,000 contexts it joins the centres of mini-batch
+    k-means), spectral (angular similarity; for a few thousand contexts), or kmeans (mini-batch).
+    """
+    clusters: Positive = 25
+    """How many clusters."""
+    circuits: Count = 10
+    """Clusters that get a circuit, the highest in rank; 0 for none."""
+    examples: Positive = 40
+    """Contexts of a cluster on which its circuit is found, those nearest to its middle."""
+    nodes: Positive = 60
+    """Strongest nodes of a circuit, among which edges are computed."""
+    method: Method = "attrib"
+    """Node method of the circuits, as in sfc discover."""
+    memory: Gibibytes = 2.0
+    """Budget in GiB for what the model keeps during a forward and backward pass."""
+    seed: Seed = 0
+    """Seed of the draw, the projection and the clustering."""
+
+    def __post_init__(self) -> None:
+        check_options(self)

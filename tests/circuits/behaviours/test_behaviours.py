@@ -1,0 +1,120 @@
+"""Behaviours found in a text: contexts, vectors and clusters against brute force, and an interrupted search."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+
+import circuits.behaviours.find as find
+from circuits.attribution.activations import Setting, capture_activations
+from circuits.attribution.node_effects import attribute
+from circuits.behaviours.clusters import cluster_vectors, project, ranked_clusters
+from circuits.behaviours.contexts import read_contexts
+from circuits.behaviours.options import BehaviourSearchOptions
+from circuits.behaviours.representation import context_vectors
+from sae.errors import UserError
+from sae.model.tokens import Tokens
+
+TEXTS = [
+    "the king near the boys runs the dog",
+    "the dogs see the men",
+    " ",
+    "the boy near the king sees a dog",
+] * 3
+OPTIONS = BehaviourSearchOptions(
+    surprise=20, contexts=24, context_length=8, clusters=4, circuits=2, examples=4, nodes=5, dimensions=6
+)
+
+
+@pytest.fixture(scope="module")
+def setting(tiny_model, tiny_saes):
+    return Setting.of(tiny_model, tiny_saes, "log_probability")
+
+
+@pytest.fixture(scope="module")
+def contexts(setting):
+    return read_contexts(setting.model, TEXTS, OPTIONS)
+
+
+def test_contexts_are_tokens_of_the_text_with_their_surprise(setting, contexts):
+    model, texts = setting.model, [text for text in TEXTS if text.strip()]
+    rows = [model.tokenize([text]).input_ids[0].tolist() for text in texts]
+    assert len(contexts) == 24 and contexts.n_below == contexts.n_tokens
+    answers = contexts.prompts.clean_answers.tolist()
+    for i in (0, 5, 23):
+        ids, end = rows[contexts.document[i]], contexts.position[i]
+        assert ids[end] == answers[i] and contexts.prompts.texts[i].split() == texts[contexts.document[i]].split()[:end]
+        logits = model.run(Tokens.from_rows([ids[:end]])).logits[0, -1]
+        assert contexts.surprise[i] == pytest.approx(-logits.log_softmax(-1)[answers[i]].item(), abs=1e-4)
+    with pytest.raises(UserError, match="none of"):
+        read_contexts(model, TEXTS, BehaviourSearchOptions(surprise=1e-9))
+
+
+def test_vectors_are_effects_of_single_contexts(setting, contexts):
+    vectors = context_vectors(setting, contexts.prompts, OPTIONS, progress=False)
+    assert np.allclose(np.asarray(vectors.multiply(vectors).sum(1)), 1)
+    one = contexts.prompts[7]
+    effects = attribute(capture_activations(setting, one, gradient=True), method="attrib", totals=False).effects
+    expected, start, last = np.zeros(vectors.shape[1]), 0, int(one.clean.lengths[0]) - 1
+    for of_site in effects.values():
+        for position, feature, value in zip(of_site.position, of_site.feature, of_site.value, strict=True):
+            if feature < of_site.n_features:
+                expected[start + int(feature) + of_site.n_features * int(position == last)] += float(value)
+        start += 2 * of_site.n_features
+    expected = np.sign(expected) * np.sqrt(np.abs(expected))
+    assert np.allclose(vectors[7].toarray()[0], expected / np.linalg.norm(expected), atol=1e-4)
+    widths = sum(setting.model.widths[site] for site in setting.saes)
+    for represent, width in (("activations", vectors.shape[1]), ("gradients", widths)):
+        options = BehaviourSearchOptions(represent=represent)
+        assert context_vectors(setting, contexts.prompts, options, progress=False).shape == (24, width)
+
+
+@pytest.mark.parametrize("cluster", ["agglomerative", "spectral", "kmeans"])
+@pytest.mark.parametrize("by", ["svd", "random"])
+def test_planted_clusters_are_found(cluster, by):
+    generator = np.random.default_rng(0)
+    planted = np.repeat([0, 1, 2], [60, 30, 10])
+    vectors = np.zeros((100, 60))
+    vectors[np.arange(100)[:, None], 20 * planted[:, None] + np.arange(20)] = 1 + 0.3 * generator.random((100, 20))
+    options = BehaviourSearchOptions(cluster=cluster, project=by, clusters=3, dimensions=30)
+    z = project(sp.csr_matrix(vectors), options)
+    labels = cluster_vectors(z, options)
+    assert all(len(set(labels[planted == group])) == 1 for group in range(3)) and len(set(labels)) == 3
+    clusters = ranked_clusters(z, labels, [f"w{group}" for group in planted])
+    assert sorted(len(one.members) for one in clusters) == [10, 30, 60] and clusters[0].answer_purity == 1
+    for one in clusters:
+        inside = z[one.members]
+        assert one.purity == pytest.approx((inside @ inside.T).mean())
+        assert one.score == pytest.approx(one.purity * np.log2(len(one.members)))
+
+
+def test_an_interrupted_search_ends_the_same(setting, tmp_path, monkeypatch):
+    model, saes = setting.model, setting.saes
+    whole = find.find_behaviours(model, saes, TEXTS, OPTIONS, out=tmp_path / "whole", progress=False)
+    assert sorted(whole.labels) == sorted(rank for one in whole.clusters for rank in [one.rank] * len(one.members))
+    assert whole.agreement(whole.answers) <= 1 == whole.agreement([str(label) for label in whole.labels])
+    done, discover = [], find.discover
+
+    def once(*arguments, **options):
+        if done:
+            raise KeyboardInterrupt
+        done.append(1)
+        return discover(*arguments, **options)
+
+    monkeypatch.setattr(find, "discover", once)
+    with pytest.raises(KeyboardInterrupt):
+        find.find_behaviours(model, saes, TEXTS, OPTIONS, out=tmp_path / "killed", progress=False)
+    monkeypatch.setattr(find, "discover", discover)
+    monkeypatch.setattr("circuits.behaviours.representation.capture_activations", lambda *a, **k: pytest.fail("again"))
+    resumed = find.find_behaviours(model, saes, TEXTS, OPTIONS, out=tmp_path / "killed", resume=True, progress=False)
+    assert resumed.to_dict() == whole.to_dict()
+    for rank, circuit in whole.circuits.items():
+        assert circuit.nodes_frame().equals(resumed.circuits[rank].nodes_frame())
+    folder = tmp_path / "killed"
+    assert 'href="cluster_01/graph/circuit.html"' in resumed.write_page(folder).read_text()
+    assert (folder / "cluster_02" / "graph" / "circuit.html").is_file()
+    lines = (folder / "cluster_01" / "prompts.jsonl").read_text().splitlines()
+    assert {*json.loads(lines[0])} == {"clean_prefix", "clean_answer"}

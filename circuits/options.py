@@ -25,11 +25,12 @@ from sae._options import (
 from sae.errors import UserError
 
 Method = Literal[
-    "ig", "ig-adaptive", "ig-inputs", "attrib", "relp", "graddrop", "exact", "activation-difference", "random"
+    "ig", "ig-adaptive", "ig-inputs", "attrib", "relp", "gim", "graddrop", "exact", "activation-difference", "random"
 ]
 METHODS: tuple[str, ...] = get_args(Method)
 """Node methods: integrated gradients (ig, ig-adaptive, ig-inputs), attribution patching (attrib), relevance patching
-(relp), gradient drop (graddrop), exact patching, and baselines that never look at the metric.
+(relp), gradient interaction modifications (gim), gradient drop (graddrop), exact patching, and baselines that never
+look at the metric.
 """
 Rule = Literal["midpoint", "gauss-legendre", "left-riemann"]
 Aggregation = Literal["sum", "position", "spans"]
@@ -58,8 +59,8 @@ class MethodOptions(QuadratureOptions):
     """How node effects are estimated."""
 
     method: Method = "ig"
-    """Node method: ig (integrated gradients), ig-adaptive, ig-inputs, attrib (attribution patching), relp, graddrop,
-    exact (patch every node), or the baselines activation-difference and random.
+    """Node method: ig (integrated gradients), ig-adaptive, ig-inputs, attrib (attribution patching), relp, gim,
+    graddrop, exact (patch every node), or the baselines activation-difference and random.
     """
     aggregation: Aggregation = "sum"
     """sum over positions; position for prompts of equal length; spans for prompts with named token spans."""

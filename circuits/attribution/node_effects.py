@@ -22,6 +22,7 @@ from circuits.attribution.attribution_patching import attribution_patching
 from circuits.attribution.baselines import activation_difference, random_effects
 from circuits.attribution.effects import SiteEffects
 from circuits.attribution.feature_effects import EdgeInputs, contract
+from circuits.attribution.gim import gim_patching
 from circuits.attribution.graddrop import gradients_with_layer_blocked, mean_magnitude
 from circuits.attribution.ig_adaptive import adaptive_gradient, path_scale
 from circuits.attribution.ig_inputs import integrated_gradients_of_inputs
@@ -38,6 +39,7 @@ METHOD_NAMES = {
     "ig-inputs": "integrated gradients along the embedding path",
     "attrib": "attribution patching",
     "relp": "relevance patching",
+    "gim": "gradient interaction modifications",
     "graddrop": "attribution patching with gradient drop",
     "exact": "exact activation patching",
     "activation-difference": "activation difference",
@@ -47,7 +49,7 @@ METHOD_NAMES = {
 
 WITHOUT_GRADIENT = ("exact", "activation-difference", "random")
 """Methods that take no gradient for their effects."""
-GRADIENT_AT_CLEAN = tuple(name for name in METHODS if name not in ("ig", "ig-inputs", "relp"))
+GRADIENT_AT_CLEAN = tuple(name for name in METHODS if name not in ("ig", "ig-inputs", "relp", "gim"))
 """Methods that take dm/dx at the clean run, for their effects or for the edges after them."""
 ALONG_PATH = ("ig", "ig-adaptive")
 """Methods that take the gradient along each site's own path, site by site."""
@@ -196,6 +198,8 @@ class _Method:
             ), {}
         if options.method == "relp":
             return relevance_patching(states, sites=sites), {}
+        if options.method == "gim":
+            return gim_patching(states, sites=sites), {}
         gradients = dict(states.gradients or attribution_patching(states, sites=sites))
         return gradients, _gradient_drop(states, sites, gradients) if options.method == "graddrop" else {}
 

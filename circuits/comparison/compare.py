@@ -40,7 +40,7 @@ from sae.neurons import NEURONS, neuron_dictionaries
 
 ESTIMATES = {
     "ig": MEAN, "ig-adaptive": MEAN, "ig-inputs": MEAN,
-    "attrib": NOISING, "relp": NOISING, "graddrop": NOISING, "exact": NOISING,
+    "attrib": NOISING, "relp": NOISING, "gim": NOISING, "graddrop": NOISING, "exact": NOISING,
 }  # fmt: skip
 """Exact quantity each method estimates: noising, or the mean of noising and denoising. Baselines estimate none."""
 UNSIGNED = ("activation-difference",)

@@ -17,7 +17,7 @@ RANKINGS = (*METHODS, MASK)
 class CompareOptions(AblationOptions, BehaviourOptions, QuadratureOptions):
     """What is compared, and how circuits are scored."""
 
-    methods: str = "ig,ig-adaptive,ig-inputs,attrib,relp,graddrop,mask,activation-difference,random"
+    methods: str = "ig,ig-adaptive,ig-inputs,attrib,relp,gim,graddrop,mask,activation-difference,random"
     """Node methods, comma-separated; exact is one as well, and mask learns which nodes to keep."""
     neurons: str = "ig"
     """Methods that are also run on neurons; an empty text for none."""

@@ -55,14 +55,12 @@ def relevance_rules(hf: nn.Module) -> Iterator[None]:
                 stack.callback(module.register_forward_hook(constant).remove)
             elif rule := norm_rule(module):
                 replaced["norm"] += 1
-                _linearise(stack, module, rule(module))
+                linearise(stack, module, rule(module))
             elif _is_activation(module):
                 replaced["activation"] += 1
-                _linearise(stack, module, constant_factor)
-            if _is_gated_mlp(module):
-                stack.callback(module.down_proj.register_forward_pre_hook(_halve_gradient).remove)
-            elif isinstance(getattr(module, "gate_up_proj", None), nn.Parameter):  # all experts in one tensor
-                stack.callback(module.register_forward_pre_hook(_halve_gradient).remove)
+                linearise(stack, module, constant_factor)
+            if (product := gated_product(module)) is not None:
+                stack.callback(product.register_forward_pre_hook(_halve_gradient).remove)
             if _has(module, "experts"):
                 for router in (child for part, child in module.named_children() if part.endswith(("gate", "router"))):
                     stack.callback(router.register_forward_hook(_constant_outputs).remove)
@@ -73,7 +71,7 @@ def relevance_rules(hf: nn.Module) -> Iterator[None]:
         yield
 
 
-def _linearise(stack: ExitStack, module: nn.Module, linear: Linear) -> None:
+def linearise(stack: ExitStack, module: nn.Module, linear: Linear) -> None:
     """y keeps its value; its gradient goes to x through `linear` alone."""
     inputs: list[Tensor] = []
 
@@ -170,7 +168,8 @@ def constant_factor(x: Tensor, y: Tensor) -> Tensor:
 # ---- AH rule
 
 
-CONSTANT = ("q_proj", "k_proj", "q_b_proj", "q_norm", "k_norm", "q_layernorm", "k_layernorm")
+QUERIES_AND_KEYS = ("q_proj", "k_proj", "q_b_proj")
+CONSTANT = (*QUERIES_AND_KEYS, "q_norm", "k_norm", "q_layernorm", "k_layernorm")
 """Modules whose whole output are queries or keys."""
 Columns = Callable[[int], slice]
 """The columns of values among so many of queries, keys and values."""
@@ -178,14 +177,23 @@ Columns = Callable[[int], slice]
 
 def _constant_part(hf: nn.Module, name: str, module: nn.Module) -> Callable[..., Tensor] | None:
     """A hook under which queries and keys are constants, for the module that computes them; None for others."""
-    parent_name, _, child_name = name.rpartition(".")
+    child_name = name.rpartition(".")[2]
     if child_name in CONSTANT:
         return lambda module, args, out: out.detach()
+    columns = fused_columns(hf, name)
+    return None if columns is None else _only_values(*columns)
+
+
+def fused_columns(hf: nn.Module, name: str) -> tuple[int, Columns] | None:
+    """Of a module that computes values together with queries or keys: the groups of its columns, and which of a group
+    are values; None for any other module.
+    """
+    parent_name, _, child_name = name.rpartition(".")
     if child_name not in _FUSED:
         return None
     attention = hf.get_submodule(parent_name)
     config: Any = getattr(attention, "config", None) or getattr(hf, "config", None)
-    return _only_values(*_FUSED[child_name](attention, config))
+    return _FUSED[child_name](attention, config)
 
 
 def _last_third(width: int) -> slice:
@@ -245,6 +253,15 @@ def _only_values(groups: int, values: Columns) -> Callable[..., Tensor]:
 # ---- half rule
 
 
+def gated_product(module: nn.Module) -> nn.Module | None:
+    """The module whose input has half the gradient when each factor of a gated MLP's product has half of its own; None
+    where there is no gate. Of experts that are all in one tensor it is the whole, whose input reaches both factors.
+    """
+    if _is_gated_mlp(module):
+        return module.get_submodule("down_proj")
+    return module if isinstance(getattr(module, "gate_up_proj", None), nn.Parameter) else None
+
+
 def _is_gated_mlp(module: nn.Module) -> bool:
     names = {name for name in ("gate_proj", "up_proj", "gate_up_proj", "down_proj") if _has(module, name)}
     return names in ({"gate_proj", "up_proj", "down_proj"}, {"gate_up_proj", "down_proj"})
@@ -255,9 +272,7 @@ def _has(module: nn.Module, name: str) -> bool:
 
 
 def _halve_gradient(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Half the gradient for the product is half the gradient for each of its factors; at the input of a gated MLP
-    without biases, whose output is quadratic in it, it is the same.
-    """
+    """Half the gradient for the product is half the gradient for each of its factors."""
     h = args[0]
     return (h.detach() + 0.5 * (h - h.detach()), *args[1:])
 

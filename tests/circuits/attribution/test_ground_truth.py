@@ -67,7 +67,7 @@ def test_the_models_do_the_task_and_the_dictionaries_fit(task):
     assert torch.allclose(f, f.round(), atol=0.1) and f.max() > 0.9  # there or not there
 
 
-@pytest.mark.parametrize("method", ["ig", "ig-adaptive", "ig-inputs", "attrib", "exact"])
+@pytest.mark.parametrize("method", ["ig", "ig-adaptive", "ig-inputs", "attrib", "gim", "exact"])
 @pytest.mark.parametrize("task", TASKS)
 def test_nodes_are_recovered(task, method):
     circuit = found(task, method)

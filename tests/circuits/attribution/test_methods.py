@@ -10,6 +10,7 @@ import torch
 from circuits.attribution.activations import Setting, capture_activations, site_total_effect
 from circuits.attribution.attribution_patching import attribution_patching
 from circuits.attribution.effects import SiteEffects
+from circuits.attribution.gim import gim_patching
 from circuits.attribution.graddrop import gradients_with_layer_blocked, mean_magnitude
 from circuits.attribution.ig_adaptive import adaptive_gradient, path_scale
 from circuits.attribution.ig_inputs import integrated_gradients_of_inputs
@@ -19,6 +20,7 @@ from circuits.attribution.relp import relevance_patching
 from circuits.metrics.metrics import logit_difference
 from circuits.options import METHODS
 from sae.errors import UserError
+from sae.model.gim import gim_rules
 from sae.model.sites import Site
 from sae.neurons import neuron_dictionaries
 from tests.circuits.conftest import dense
@@ -208,6 +210,14 @@ def test_relevance_patching_is_not_the_gradient_but_agrees_behind_the_last_norm(
             if site.kind in ("embed", "resid")
         ]
         assert all(torch.allclose(total, sums[0], rtol=1e-3, atol=1e-4) for total in sums)
+
+
+def test_gim_is_attribution_patching_under_its_rules(tiny_model, states):
+    found = gim_patching(states, sites=tiny_model.sites)
+    with gim_rules(tiny_model.hf):
+        expected = attribution_patching(states, sites=tiny_model.sites)
+    assert all(torch.equal(found[site], expected[site]) for site in tiny_model.sites)
+    assert not torch.allclose(found[EMBED], attribution_patching(states, sites=[EMBED])[EMBED], rtol=0.1)
 
 
 def test_activation_difference_is_what_it_says(tiny_saes, states, tiny_model):

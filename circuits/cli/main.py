@@ -132,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def overview() -> str:
     """All commands, one a line, in groups by the story."""
-    lines = ["Find, draw and edit sparse feature circuits in language models.", "", "usage: sfc COMMAND [OPTIONS]", ""]
+    lines = ["Find, draw and edit sparse feature circuits in language models.", "usage: sfc COMMAND [OPTIONS]", ""]
     for group, commands in GROUPS.items():
         lines += [group, *(f"  {name:<18}{does}" for name, (_, _, does) in commands.items())]
     return "\n".join([*lines, "", "sfc COMMAND --help explains every option of a command."]) + "\n"

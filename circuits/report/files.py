@@ -15,7 +15,7 @@ from pydantic import AfterValidator, Field, FiniteFloat
 from typing_extensions import NotRequired, TypedDict
 
 from circuits.circuit import PARTIAL_FOLDER, circuit_folder
-from circuits.circuit_files import SiteName, absolute_in_run, check_metadata
+from circuits._circuit_files import SiteName, absolute_in_run, check_metadata
 from circuits.circuit_source import has_other_saes
 from circuits.editing.results import EditReport
 from circuits.feature_pages import with_pages

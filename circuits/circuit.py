@@ -18,12 +18,12 @@ from typing import Any
 
 from torch import Tensor
 
+from circuits._circuit_files import FeaturesFile, absolute_in_run, check_metadata, read_effects, relative_to_run
 from circuits._tensors import NOT_SAVED, flatten, unflatten
 from circuits.attribution.activations import Setting
 from circuits.attribution.edges import Edges
 from circuits.attribution.effects import SiteEffects
 from circuits.attribution.nodes import Nodes, ranked, select_nodes
-from circuits._circuit_files import FeaturesFile, absolute_in_run, check_metadata, read_effects, relative_to_run
 from circuits.circuit_source import CircuitSource, check_widths
 from circuits.circuit_views import CircuitViews
 from circuits.labels import Label, LabelsFile

@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, FiniteFloat
 from typing_extensions import NotRequired, TypedDict
 
-from circuits.circuit import PARTIAL_FOLDER, circuit_folder
 from circuits._circuit_files import SiteName, absolute_in_run, check_metadata
+from circuits.circuit import PARTIAL_FOLDER, circuit_folder
 from circuits.circuit_source import has_other_saes
 from circuits.editing.results import EditReport
 from circuits.feature_pages import with_pages

@@ -224,6 +224,10 @@ class SparseAutoencoder(nn.Module):
         W_skip = self._buffers_by_name[SKIP]
         return x.to(W_skip.dtype) @ W_skip.T
 
+    def skip_gradient(self, g: Tensor) -> Tensor:
+        """∂(g · W_skip x)/∂x [..., r] for g [..., d]."""
+        return g @ self._buffers_by_name[SKIP]
+
     def with_skip(self, x_hat: Tensor, x: Tensor) -> Tensor:
         """x̂ [..., d] of the features and the bias, with what a skip connection makes of x [..., r] if there is one."""
         return x_hat + self.skip(x) if self.has_skip else x_hat

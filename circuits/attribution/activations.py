@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from circuits._tensors import NOT_SAVED
+from circuits.attribution.effects import SiteStates
 from circuits.metrics.metrics import Metric, get_metric, prepare
 from circuits.metrics.probe import read_by
 from circuits.prompts.dataset import PromptSet
@@ -24,7 +25,7 @@ from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError
 from sae.model.checks import check_finite
 from sae.model.language_model import LanguageModel, Tokens
-from sae.model.sites import Site
+from sae.model.sites import READ_KINDS, Site
 from sae.saes import SAEs, as_saes
 from sae.splice import ensure_checked
 
@@ -72,9 +73,9 @@ class ActivationPair:
     prompts: PromptSet = field(metadata=NOT_SAVED)
     """The batch."""
     clean: dict[Site, Tensor]
-    """x on the clean prompts, [B, S, d] per site."""
+    """x on the clean prompts, [B, S, d] per site; and [B, S, r] at each place that a transcoder reads."""
     patch: dict[Site, Tensor]
-    """x on the patch prompts, [B, S, d]; `b_dec` everywhere where there are no patch prompts."""
+    """The same on the patch prompts; where there are none `b_dec` everywhere, and zero at places that are read only."""
     zero_patch: bool
     """True where there are no patch prompts: its patch features are then 0 by definition."""
     m_clean: Tensor
@@ -89,6 +90,16 @@ class ActivationPair:
     @property
     def tokens(self) -> Tokens:
         return self.prompts.clean
+
+    @property
+    def sites(self) -> list[Site]:
+        """The sites whose activations are there, in forward order."""
+        return [site for site in self.clean if site.kind not in READ_KINDS]
+
+    def of_site(self, site: Site) -> SiteStates:
+        """A site in both runs, with what its dictionary reads."""
+        read = self.setting.saes.config(site).read_site(site)
+        return SiteStates(self.clean[site], self.patch[site], self.clean[read], self.patch[read], self.zero_patch)
 
     def stored_without(self, sites: Collection[Site]) -> ActivationPair:
         """The same on the CPU, without the activations of these sites and without gradients."""
@@ -152,8 +163,8 @@ class ActivationPair:
 def capture_activations(
     setting: Setting, prompts: PromptSet, *, sites: Sequence[Site] | None = None, gradient: bool = False
 ) -> ActivationPair:
-    """Run clean and patch prompts once and keep the activations of some sites, of all SAEs' sites by default; with
-    `gradient` also dm/dx at the clean run.
+    """Run clean and patch prompts once and keep the activations of some sites, of all SAEs' sites by default, and of
+    the places that transcoders read for them; with `gradient` also dm/dx at the clean run, at the sites.
 
     Raises `UserError` naming a site with NaN.
     """
@@ -161,9 +172,12 @@ def capture_activations(
     sites = list(saes) if sites is None else sites
     clean, m_clean, gradients = clean_run(setting, prompts, sites, gradient)
     if prompts.patch is None:
-        patch = {site: saes.bias(site).to(x).expand_as(x) for site, x in clean.items()}
+        patch = {
+            site: torch.zeros_like(x) if site.kind in READ_KINDS else saes.bias(site).to(x).expand_as(x)
+            for site, x in clean.items()
+        }
         return ActivationPair(setting, prompts, clean, patch, True, m_clean, None, model.n_layers - 1, gradients)
-    other = model.run(prompts.patch, capture=sites, last_only=True)
+    other = model.run(prompts.patch, capture=_with_reads(setting, sites), last_only=True)
     check_finite(other)
     with torch.no_grad():
         m_patch = setting.metric(other.logits[:, -1], prompts)
@@ -175,9 +189,11 @@ def capture_activations(
 def clean_run(
     setting: Setting, prompts: PromptSet, sites: Sequence[Site], gradient: bool
 ) -> tuple[dict[Site, Tensor], Tensor, dict[Site, Tensor] | None]:
-    """x at every site [B, S, d], m [B], and dm/dx per site if it was asked for."""
+    """x at every site [B, S, d] and at the places that transcoders read for them, m [B], and dm/dx per site if it was
+    asked for.
+    """
     with torch.set_grad_enabled(gradient):
-        run = setting.model.run(prompts.clean, capture=sites, last_only=True, grad=gradient)
+        run = setting.model.run(prompts.clean, capture=_with_reads(setting, sites), last_only=True, grad=gradient)
         check_finite(run)
         m = setting.metric(run.logits[:, -1], prompts)
         if not gradient:
@@ -185,6 +201,12 @@ def clean_run(
         gradients = torch.autograd.grad(m.sum(), [run.activations[site] for site in sites])
     activations = {site: x.detach() for site, x in run.activations.items()}
     return activations, m.detach(), dict(zip(sites, gradients, strict=True))
+
+
+def _with_reads(setting: Setting, sites: Sequence[Site]) -> set[Site]:
+    """Some sites, and the places that their dictionaries read."""
+    with_sae = [site for site in sites if site in setting.saes]
+    return {*sites, *setting.saes.read_sites(with_sae).values()}
 
 
 def metric_at(states: ActivationPair, value: Tensor, *, site: Site, grad: bool) -> Tensor:

@@ -20,22 +20,18 @@ from sae.model.sites import Site
 
 @torch.no_grad()
 def activation_difference(states: ActivationPair, *, site: Site) -> SiteEffects:
-    """How far each feature and the error move between clean and patch, at every position."""
-    sae = states.setting.saes[site]
+    """How far each feature, the error and a skip connection's part move between clean and patch, at every position."""
 
-    def values(delta: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
-        error = (dx - delta @ sae.W_dec).norm(dim=-1)
-        return delta.abs_(), error
+    def values(delta: Tensor, error: Tensor, skip: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        return delta.abs_(), error.norm(dim=-1), None if skip is None else skip.norm(dim=-1)
 
-    return sparse_effects(
-        sae, states.clean[site], states.patch[site], values, mask=states.mask, zero_patch=states.zero_patch
-    )
+    return sparse_effects(states.setting.saes[site], states.of_site(site), values, mask=states.mask)
 
 
 def random_effects(states: ActivationPair, *, site: Site, positions: Tensor | None, seed: int = 0) -> SiteEffects:
     """A random effect for every node that differs; tokens with equal `positions` [B, S] are one node, None: all are."""
     live = activation_difference(states, site=site)
-    n_nodes = live.n_features + 1
+    n_nodes = live.n_nodes
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {site.name}".encode()))
     if positions is None:
         node, drawn = live.feature.long(), torch.randn(n_nodes, generator=generator)

@@ -19,7 +19,10 @@ The effect of the edge u -> d (Marks et al. 2024, eq. 5, direct paths only) is
 3. R downstream nodes share a backward pass: the forward pass runs R copies of the batch, one lane each.
 4. The gradient at a parent's leaf, [R, B, S, d], is contracted with the upstream decoder rows and deltas before it
    is stored: [D, U].
-5. The metric is a downstream node as well: its edges are the direct effects of the sites that reach the logits. For
+5. A transcoder's feature reads before its MLP: its cotangent goes in there, and not through the MLP's gradient. Its
+   error y - y_hat(x_read) takes g at the site and the other terms where it reads; a skip connection, a node between the
+   two, takes W_skip^T g there.
+6. The metric is a downstream node as well: its edges are the direct effects of the sites that reach the logits. For
    the last site every path is direct, so there the edges are the node effects themselves, with the node method's own
    gradient.
 """
@@ -33,6 +36,7 @@ import torch
 from torch import Tensor
 
 from circuits.attribution.activations import ActivationPair
+from circuits.attribution.effects import skip_delta
 from circuits.attribution.feature_effects import EdgeInputs, edge_inputs
 from circuits.attribution.node_effects import Attribution
 from circuits.attribution.nodes import Nodes, SiteNodes
@@ -54,7 +58,9 @@ class CutGraph:
     """One forward pass in which every site's output is replaced by a leaf."""
 
     outputs: dict[Site, Tensor]
-    """The output of each site as a function of the leaves before it, [R * B, S, d], with its graph."""
+    """The output of each site as a function of the leaves before it, [R * B, S, d], with its graph; and what each
+    transcoder reads, [R * B, S, r].
+    """
     leaves: dict[Site, Tensor]
     """The leaf that went on in its place, [R * B, S, d]."""
     m: Tensor
@@ -75,8 +81,27 @@ def cut_forward(states: ActivationPair, *, sites: Sequence[Site], copies: int = 
         return replace
 
     edits = {site: cut(site) for site in sites}
-    run = states.setting.model.run(states.tokens.repeat(copies), edits=edits, grad=True, last_only=True)
+    reads = {read for site, read in states.setting.saes.read_sites(sites).items() if read != site}
+    tokens = states.tokens.repeat(copies)
+    run = states.setting.model.run(tokens, edits=edits, capture=reads, grad=True, last_only=True)
+    outputs |= run.activations
     return CutGraph(outputs, leaves, states.metric_of_copies(run.logits).flatten())
+
+
+@dataclass(frozen=True)
+class OtherNode:
+    """A node of a site that is no feature: the error, or what a skip connection writes."""
+
+    where: Tensor
+    """[B or 1, S, n] 1 where it is, in its column among the n selected nodes of the site; else 0."""
+    delta: Tensor
+    """[B, S, d] its value in the patch run less that in the clean run."""
+    cotangent: Tensor
+    """[B, S, r] at the place that is read; of an error g - sum_active (W_dec[i] . g) W_enc[i] (a transcoder's without g
+    and with -W_skip^T g), of a skip connection W_skip^T g.
+    """
+    at_site: Tensor | None = None
+    """[B, S, d] g, the cotangent of a transcoder's error at its site."""
 
 
 @dataclass(frozen=True)
@@ -84,27 +109,28 @@ class NodeVectors:
     """The n selected nodes of a site, as upstream and as downstream nodes of edges."""
 
     decoder: Tensor
-    """[n, d] decoder rows; zero for the error node."""
+    """[n, d] decoder rows; zero for nodes that are no features."""
     delta: Tensor
-    """[B, S, n] f_patch - f_clean where the node is; zero for the error node."""
+    """[B, S, n] f_patch - f_clean where the node is; zero for nodes that are no features."""
     gain: Tensor
-    """[B, S, n] (W_dec . g) where the feature counts as active, else 0; zero for the error node."""
+    """[B, S, n] (W_dec . g) where the feature counts as active, else 0; zero for nodes that are no features."""
     encoder: Tensor
-    """[n, d] encoder rows; zero for the error node."""
-    error_at: Tensor
-    """[B or 1, S, n] 1 where an error node is, else 0."""
-    error_delta: Tensor | None
-    """[B, S, d] e_patch - e_clean; None where no error node is selected."""
-    error_cotangent: Tensor | None
-    """[B, S, d] g - sum_active (W_dec[i] . g) W_enc[i]; None where no error node is selected."""
+    """[n, r] encoder rows; zero for nodes that are no features."""
+    others: Sequence[OtherNode]
+    """The error and the skip connection, as far as they are selected."""
 
-    def cotangents(self, nodes: slice) -> Tensor:
-        """[R, B, S, d] for a slice of R nodes."""
+    def cotangents(self, nodes: slice) -> tuple[Tensor, Tensor | None]:
+        """For a slice of R nodes, [R, B, S, r] at the place that is read, and [R, B, S, d] at the site itself where
+        that is another place and a node has one there.
+        """
         cotangent = torch.einsum("bsr,rd->rbsd", self.gain[..., nodes], self.encoder[nodes])
-        if self.error_cotangent is not None:
-            error_at = self.error_at[..., nodes]  # [B or 1, S, R]
-            cotangent += error_at.movedim(-1, 0)[..., None] * self.error_cotangent
-        return cotangent
+        at_site: Tensor | None = None
+        for other in self.others:
+            where = other.where[..., nodes].movedim(-1, 0)[..., None]  # [R, B or 1, S, 1]
+            cotangent += where * other.cotangent
+            if other.at_site is not None and bool(where.any()):
+                at_site = where * other.at_site
+        return cotangent, at_site
 
     def contract(self, gradient: Tensor, *, per_example: bool = False) -> Tensor:
         """Edge weights from the gradient at this site's leaf, [R, B, S, d]: summed over examples, [R, n], or of each,
@@ -113,9 +139,9 @@ class NodeVectors:
         out = "brn" if per_example else "rn"
         gradient = gradient.to(self.decoder)
         weight = torch.einsum(f"rbsn,bsn->{out}", gradient @ self.decoder.T, self.delta)
-        if self.error_delta is not None:
-            along = torch.einsum("rbsd,bsd->rbs", gradient, self.error_delta)
-            weight += torch.einsum(f"rbs,bsn->{out}", along, self.error_at.expand(len(self.error_delta), -1, -1))
+        for other in self.others:
+            along = torch.einsum("rbsd,bsd->rbs", gradient, other.delta)
+            weight += torch.einsum(f"rbs,bsn->{out}", along, other.where.expand(len(other.delta), -1, -1))
         return weight
 
 
@@ -144,7 +170,8 @@ def _vectors_of_site(batch: Attribution, nodes: SiteNodes, site: Site, *, active
     states, gradient = batch.states, batch.gradients[site]
     sae = states.setting.saes[site]
     device = sae.W_dec.device
-    is_error, feature = nodes.is_error.to(device), nodes.feature.to(device).clamp(max=nodes.n_features - 1)
+    is_feature, feature = nodes.is_feature.to(device), nodes.feature.to(device).clamp(max=nodes.n_features - 1)
+    is_error = nodes.is_error.to(device)
     inputs = batch.edge_inputs.get(site)
     if inputs is None and (is_error.any() or sae.nonlinearity.needs_k):
         inputs = edge_inputs(states, gradient, site=site, active=active)
@@ -152,18 +179,36 @@ def _vectors_of_site(batch: Attribution, nodes: SiteNodes, site: Site, *, active
         inputs = inputs.to(device)
     f_clean, delta = _selected_acts(sae, states, feature, site, inputs)
     awake = (f_clean != 0) | (delta != 0) if active == "either" else f_clean != 0
-    decoder = sae.W_dec[feature] * ~is_error[:, None]
+    decoder = sae.W_dec[feature] * is_feature[:, None]
     is_there = nodes.where(states.prompts).to(device, sae.W_dec.dtype)  # [B or 1, S, n]
     is_real = states.mask.to(device)[:, :, None].to(sae.W_dec.dtype)
     return NodeVectors(
         decoder=decoder,
-        delta=delta * is_real * is_there * ~is_error,
+        delta=delta * is_real * is_there * is_feature,
         gain=(gradient.to(decoder) @ decoder.T) * awake * is_real * is_there,
-        encoder=sae.encoder_rows(feature) * ~is_error[:, None],
-        error_at=is_there * is_error,
-        error_delta=inputs.error_delta if inputs and is_error.any() else None,
-        error_cotangent=inputs.error_cotangent if inputs and is_error.any() else None,
+        encoder=sae.encoder_rows(feature) * is_feature[:, None],
+        others=_other_nodes(batch, nodes, site, is_there, inputs),
     )
+
+
+def _other_nodes(
+    batch: Attribution, nodes: SiteNodes, site: Site, is_there: Tensor, inputs: EdgeInputs | None
+) -> list[OtherNode]:
+    """The error and the skip connection, if they are among the nodes; is_there: [B or 1, S, n]."""
+    states, others = batch.states, []
+    sae = states.setting.saes[site]
+    is_error, is_skip = nodes.is_error.to(is_there.device), nodes.is_skip.to(is_there.device)
+    g = batch.gradients[site].to(sae.W_dec)
+    if inputs is not None and is_error.any():
+        at_site = g * states.live(site, g)[..., None] if sae.config.read else None
+        others.append(OtherNode(is_there * is_error, inputs.error_delta, inputs.error_cotangent, at_site))
+    if is_skip.any():
+        read, real = sae.config.read_site(site), states.mask.to(sae.W_dec)[..., None]
+        x_read = states.clean[read].to(sae.W_dec), states.patch[read].to(sae.W_dec)
+        delta = skip_delta(sae, *x_read, zero_patch=states.zero_patch)
+        assert delta is not None
+        others.append(OtherNode(is_there * is_skip, delta * real, sae.skip_gradient(g) * real))
+    return others
 
 
 def _selected_acts(
@@ -172,9 +217,11 @@ def _selected_acts(
     """f_clean and f_patch - f_clean of the features [n], two [B, S, n]."""
     if inputs and (acts := inputs.acts(feature, n_features=len(sae.W_dec))):
         return acts
-    clean, patch = states.clean[site].to(sae.W_dec), states.patch[site].to(sae.W_dec)
-    f_clean = sae.encode_some(clean, feature)
-    return f_clean, -f_clean if states.zero_patch else sae.encode_some(patch, feature) - f_clean
+    of_site = states.of_site(site)
+    f_clean = sae.encode_some(of_site.read_clean.to(sae.W_dec), feature)
+    if states.zero_patch:
+        return f_clean, -f_clean
+    return f_clean, sae.encode_some(of_site.read_patch.to(sae.W_dec), feature) - f_clean
 
 
 def check_edges(saes: SAEs) -> None:
@@ -219,12 +266,14 @@ def edge_effects(
     edges: Edges = {}
     for index, down in enumerate(sites):
         upstream = [site for site in sites[:index] if site in vectors]
-        if down not in vectors or not upstream or not graph.outputs[down].requires_grad:
+        read = states.setting.saes.config(down).read_site(down)
+        if down not in vectors or not upstream or not graph.outputs[read].requires_grad:
             continue
         weights: dict[Site, list[Tensor]] = {}
         for start in range(0, len(nodes[down]), lanes):
-            cotangent = vectors[down].cotangents(slice(start, start + lanes))
-            for up, gradient in _pull_back(graph, graph.outputs[down], cotangent, lanes, upstream).items():
+            at_read, at_site = vectors[down].cotangents(slice(start, start + lanes))
+            entered = {read: at_read} if at_site is None else {read: at_read, down: at_site}
+            for up, gradient in _pull_back(graph, entered, lanes, upstream).items():
                 weights.setdefault(up, []).append(vectors[up].contract(gradient, per_example=per_example).cpu())
         edges |= {(up, down): torch.cat(of_pair, dim=-2) for up, of_pair in weights.items()}
     for site, gradient in _metric_gradients(graph, lanes, list(vectors), batch.gradients).items():
@@ -238,7 +287,7 @@ def _metric_gradients(
     """The metric's gradient [1, B, S, d] along direct paths to every site that reaches the logits directly."""
     first_lane = torch.zeros_like(graph.m).unflatten(0, (lanes, -1))
     first_lane[0] = 1
-    direct = _vjp(graph.m, [graph.leaves[site] for site in sites], first_lane.flatten())
+    direct = _vjp([graph.m], [graph.leaves[site] for site in sites], [first_lane.flatten()])
     last = list(graph.leaves)[-1]
     return {
         site: gradients[site][None] if site == last else gradient.unflatten(0, (lanes, -1))[:1]
@@ -248,16 +297,19 @@ def _metric_gradients(
 
 
 def _pull_back(
-    graph: CutGraph, output: Tensor, cotangent: Tensor, lanes: int, upstream: Sequence[Site]
+    graph: CutGraph, cotangents: Mapping[Site, Tensor], lanes: int, upstream: Sequence[Site]
 ) -> dict[Site, Tensor]:
-    """The gradient [R, B, S, d] at each direct parent's leaf for R <= lanes cotangents [R, B, S, d] at one site's
-    output.
+    """The gradient [R, B, S, d] at each direct parent's leaf for R <= lanes cotangents [R, B, S, d] at a site's output,
+    or at it and at the place that its transcoder reads.
     """
-    used = len(cotangent)  # the last lanes may be empty; the graph has them all the same
-    full = cotangent.new_zeros(lanes, *cotangent.shape[1:])
-    full[:used] = cotangent
+    outputs, full = [graph.outputs[site] for site in cotangents], []
+    for cotangent, output in zip(cotangents.values(), outputs, strict=True):
+        used = len(cotangent)  # the last lanes may be empty; the graph has them all the same
+        lanes_of = cotangent.new_zeros(lanes, *cotangent.shape[1:])
+        lanes_of[:used] = cotangent
+        full.append(lanes_of.flatten(0, 1).to(output.dtype))
     leaves = [graph.leaves[site] for site in upstream]
-    gradients = _vjp(output, leaves, full.flatten(0, 1).to(output.dtype))
+    gradients = _vjp(outputs, leaves, full)
     return {
         site: gradient.unflatten(0, (lanes, -1))[:used]
         for site, gradient in zip(upstream, gradients, strict=True)
@@ -265,6 +317,8 @@ def _pull_back(
     }
 
 
-def _vjp(output: Tensor, leaves: Sequence[Tensor], cotangent: Tensor) -> tuple[Tensor | None, ...]:
-    """cotangent . d output / d leaf for every leaf; None where no path leads to it."""
-    return torch.autograd.grad(output, leaves, cotangent, retain_graph=True, allow_unused=True)
+def _vjp(
+    outputs: Sequence[Tensor], leaves: Sequence[Tensor], cotangents: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """sum of cotangent . d output / d leaf for every leaf; None where no path leads to it."""
+    return torch.autograd.grad(outputs, leaves, cotangents, retain_graph=True, allow_unused=True)

@@ -1,6 +1,7 @@
 """Effects of features and errors, sparse, without a dense [B, S, F] tensor.
 
-Legend: B examples, S positions, N = B * S tokens, d model width, F features; index F stands for the error node.
+Legend: B examples, S positions, N = B * S tokens, d model width, r width that the site's dictionary reads, F features;
+index F stands for the error node, F + 1 for what a transcoder's skip connection writes.
 
 Only features active in the clean or the patch run can have an effect; they are found chunk of tokens by chunk
 (`circuits.attribution.feature_effects`, and `sparse_effects` here for formulas of the changes alone).
@@ -30,7 +31,7 @@ class SiteEffects:
     """
 
     n_features: int
-    """F; `feature == F` is the error node."""
+    """F; `feature == F` is the error node, F + 1 that of the skip connection."""
     example: Tensor
     """[n] int32."""
     position: Tensor
@@ -68,15 +69,20 @@ class SiteEffects:
         total = torch.zeros(len(feature), dtype=torch.float64).index_add_(0, entry, self.value.double())
         return feature, (total / n_examples).float()
 
+    @property
+    def n_nodes(self) -> int:
+        """Numbers that nodes may have: F + 1, or F + 2 where there are effects of a skip connection."""
+        return max(self.n_features, int(self.feature.max()) if len(self.feature) else 0) + 1
+
     def summed(self, n_examples: int) -> Tensor:
-        """`by_feature` for all features, [F + 1]."""
+        """`by_feature` for all nodes, [F + 1], or [F + 2] with a skip connection."""
         feature, effect = self.by_feature(n_examples)
-        return torch.zeros(self.n_features + 1).index_copy_(0, feature, effect)
+        return torch.zeros(self.n_nodes).index_copy_(0, feature, effect)
 
     def by_position(self, n_examples: int, n_positions: int) -> Tensor:
-        """Sparse COO [S, F + 1]: mean over examples at each position or span (aggregation `position` or `spans`)."""
+        """Sparse COO [S, nodes]: mean over examples at each position or span (aggregation `position` or `spans`)."""
         index = torch.stack([self.position.long(), self.feature.long()])
-        size = (n_positions, self.n_features + 1)
+        size = (n_positions, self.n_nodes)
         mean = self.value.double() / n_examples
         return torch.sparse_coo_tensor(index, mean, size, check_invariants=True).coalesce().float()
 
@@ -87,6 +93,33 @@ class SiteEffects:
         )
 
 
+@dataclass(frozen=True)
+class SiteStates:
+    """A site in the clean and in the patch run: what is written there, and what its dictionary reads for it."""
+
+    clean: Tensor
+    """[B, S, d]."""
+    patch: Tensor
+    """[B, S, d]."""
+    read_clean: Tensor
+    """[B, S, r]: the clean tensor itself for an autoencoder."""
+    read_patch: Tensor
+    """[B, S, r]."""
+    zero_patch: bool = False
+    """Whether features and what a skip connection writes are zero in the patch run, whatever is read."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Clean, patch, and what is read in both."""
+        return self.clean, self.patch, self.read_clean, self.read_patch
+
+    @property
+    def differ(self) -> Tensor:
+        """[B, S] bool: tokens at which anything differs between the two runs."""
+        differ = (self.clean != self.patch).any(-1)
+        return differ if self.read_clean is self.clean else differ | (self.read_clean != self.read_patch).any(-1)
+
+
 def token_chunks(n_tokens: int, n_features: int) -> Iterator[slice]:
     """Slices of tokens such that a float32 [chunk, F] tensor stays under `CHUNK_BYTES`."""
     step = max(1, CHUNK_BYTES // (4 * n_features))
@@ -95,9 +128,18 @@ def token_chunks(n_tokens: int, n_features: int) -> Iterator[slice]:
 
 
 def feature_deltas(sae: SparseAutoencoder, x_clean: Tensor, x_patch: Tensor, *, zero_patch: bool) -> Tensor:
-    """f_patch - f_clean, [..., F]; with `zero_patch` the patch features are 0 whatever the encoder says of `b_dec`."""
+    """f_patch - f_clean, [..., F], of what is read, [..., r]; with `zero_patch` the patch features are 0 whatever the
+    encoder says of `b_dec`.
+    """
     clean = sae.encode(x_clean)
     return clean.neg_() if zero_patch else sae.encode(x_patch).sub_(clean)
+
+
+def skip_delta(sae: SparseAutoencoder, x_clean: Tensor, x_patch: Tensor, *, zero_patch: bool) -> Tensor | None:
+    """How what a skip connection writes changes, [..., d], by what is read, [..., r]; None where there is none."""
+    if not sae.has_skip:
+        return None
+    return -sae.skip(x_clean) if zero_patch else sae.skip(x_patch - x_clean)
 
 
 def token_indices(live: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,6 +155,7 @@ def to_sparse(
     error: Tensor,
     *,
     columns: Tensor | None = None,
+    skip: Tensor | None = None,
 ) -> SiteEffects:
     """The entries that are not zero, on the CPU.
 
@@ -122,45 +165,44 @@ def to_sparse(
         value: effects of features, [n, F], or of the features `columns` [k] alone, [n, k].
         error: effects of the error, [n].
         columns: numbers of the features that `value` is about; all by default.
+        skip: effects of a skip connection, [n].
     """
     n_features = sae.W_dec.shape[0]
     token, column = value.nonzero(as_tuple=True)
     wrong = error[:0] if sae.config.architecture == "identity" else error
     error_token = wrong.nonzero()[:, 0]
-    owner = torch.cat([token, error_token])
+    skipped = error[:0] if skip is None else skip
+    skip_token = skipped.nonzero()[:, 0]
+    owner = torch.cat([token, error_token, skip_token])
     feature = column if columns is None else columns[column]
+    others = torch.full_like(error_token, n_features), torch.full_like(skip_token, n_features + 1)
     return SiteEffects(
         n_features,
         tokens[0].to(owner.device)[owner].cpu(),
         tokens[1].to(owner.device)[owner].cpu(),
-        torch.cat([feature, torch.full_like(error_token, n_features)]).int().cpu(),
-        torch.cat([value[token, column], error[error_token]]).float().cpu(),
+        torch.cat([feature, *others]).int().cpu(),
+        torch.cat([value[token, column], error[error_token], skipped[skip_token]]).float().cpu(),
     )
 
 
-Values = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Values = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor | None]]
 
 
-def sparse_effects(
-    sae: SparseAutoencoder,
-    x_clean: Tensor,
-    x_patch: Tensor,
-    values: Values,
-    *,
-    mask: Tensor,
-    zero_patch: bool = False,
-) -> SiteEffects:
+def sparse_effects(sae: SparseAutoencoder, of_site: SiteStates, values: Values, *, mask: Tensor) -> SiteEffects:
     """Effects by any formula of the changes, evaluated chunk of tokens by chunk.
 
-    values(f_patch - f_clean [n, F], x_patch - x_clean [n, d]) -> (effects of the features [n, F], of the errors [n]).
+    values(f_patch - f_clean [n, F], e_patch - e_clean [n, d], how the skip connection's part changes [n, d] or None) ->
+    (effects of the features [n, F], of the errors [n], of the skip connection [n] or None).
     """
-    live = mask & (x_clean != x_patch).any(-1)
-    clean, patch = (x.to(sae.W_dec)[live] for x in (x_clean, x_patch))
+    live = mask & of_site.differ
+    clean, patch, read_clean, read_patch = (x.to(sae.W_dec)[live] for x in of_site.tensors)
     example, position = token_indices(live, mask)
-    n_features = sae.W_dec.shape[0]
+    n_features, zero_patch = sae.W_dec.shape[0], of_site.zero_patch
     chunks = []
     for chunk in token_chunks(len(clean), n_features):
-        delta = feature_deltas(sae, clean[chunk], patch[chunk], zero_patch=zero_patch)
-        value, error = values(delta, patch[chunk] - clean[chunk])
-        chunks.append(to_sparse(sae, (example[chunk], position[chunk]), value, error))
+        delta = feature_deltas(sae, read_clean[chunk], read_patch[chunk], zero_patch=zero_patch)
+        skip = skip_delta(sae, read_clean[chunk], read_patch[chunk], zero_patch=zero_patch)
+        error = patch[chunk] - clean[chunk] - delta @ sae.W_dec
+        value, error, skip = values(delta, error if skip is None else error - skip, skip)
+        chunks.append(to_sparse(sae, (example[chunk], position[chunk]), value, error, skip=skip))
     return SiteEffects.concatenate(chunks, n_features)

@@ -154,7 +154,7 @@ def attribute_batches(
         seed: seed of `random`.
         progress: called after each site of a batch.
     """
-    sites = list(batches[0].clean) if sites is None and batches else sites or ()
+    sites = batches[0].sites if sites is None and batches else sites or ()
     method = _Method(options, max_rows, seed)
     results: list[Attribution] = []
     for states in batches:

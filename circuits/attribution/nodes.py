@@ -1,6 +1,6 @@
 """From per-example effects to the nodes of a circuit.
 
-Legend: B examples, S positions, F features; feature F is the error node.
+Legend: B examples, S positions, F features; feature F is the error node, F + 1 that of a skip connection.
 
 1. Aggregate: `sum` adds an example's positions up and averages over examples, one number a (site, feature);
    `position` averages over equally long prompts, one number a (site, position, feature) (Marks et al. 2024, section
@@ -33,7 +33,7 @@ class SiteNodes:
     """Nodes of one site with their aggregated effects, strongest first."""
 
     n_features: int = field(metadata=NOT_SAVED)
-    """F; `feature == F` is the error node."""
+    """F; `feature == F` is the error node, F + 1 what a skip connection writes."""
     feature: Tensor
     """[n] int64."""
     position: Tensor
@@ -54,11 +54,23 @@ class SiteNodes:
         """[n] bool."""
         return self.feature == self.n_features
 
+    @property
+    def is_skip(self) -> Tensor:
+        """[n] bool: what a transcoder's skip connection writes."""
+        return self.feature > self.n_features
+
+    @property
+    def is_feature(self) -> Tensor:
+        """[n] bool: neither of these."""
+        return self.feature < self.n_features
+
     def ids(self, site: Site) -> list[str]:
-        """Node names: `resid_3/120`, `resid_3/error`, with a position `resid_3/120@5` or span `resid_3/120@verb`."""
-        names = []
+        """Node names: `resid_3/120`, `resid_3/error`, `mlp_3/skip`, with a position `resid_3/120@5` or a span
+        `resid_3/120@verb`.
+        """
+        names, others = [], {self.n_features: "error", self.n_features + 1: "skip"}
         for feature, position in zip(self.feature.tolist(), self.position.tolist(), strict=True):
-            name = f"{site.name}/{'error' if feature == self.n_features else feature}"
+            name = f"{site.name}/{others.get(feature, feature)}"
             where = self.spans[position] if self.spans and position >= 0 else position
             names.append(name if position < 0 else f"{name}@{where}")
         return names
@@ -98,7 +110,7 @@ def effects_of(effects: SiteEffects, nodes: SiteNodes | None) -> SiteEffects:
     elif nodes.summed:
         inside = torch.isin(feature, nodes.feature)
     else:
-        width = effects.n_features + 1
+        width = effects.n_features + 2
         inside = torch.isin(position * width + feature, nodes.position * width + nodes.feature)
     columns = (getattr(effects, name)[inside] for name in ENTRIES)
     return SiteEffects(effects.n_features, *columns)

@@ -61,7 +61,8 @@ def path_effects(states: ActivationPair, nodes: Nodes, *, max_rows: int = 512) -
                 rows = slice(copy * batch, (copy + 1) * batch)
                 edges[up, None][0, column] = (m[rows] - states.m_clean).double().sum().item()
                 for down in targets:
-                    changes = of_site[down].changes(outputs[down][rows])
+                    read = states.setting.saes.config(down).read_site(down)
+                    changes = of_site[down].changes(outputs[down][rows], outputs[read][rows])
                     edges[up, down][:, column] = _effects(states, down, changes, max_rows)
     return {pair: weights.float() for pair, weights in edges.items()}
 
@@ -71,46 +72,53 @@ class _Node:
 
     def __init__(self, sae: SparseAutoencoder, states: ActivationPair, site: Site, nodes: SiteNodes) -> None:
         self.sae, self.n_features = sae, nodes.n_features
-        self.clean = states.clean[site]
         self.feature = nodes.feature.to(sae.W_dec.device)
-        self.f_clean, self.e_clean = self._read(self.clean)
-        if states.zero_patch:
-            f_patch, e_patch = torch.zeros_like(self.f_clean), torch.zeros_like(self.e_clean)
-        else:
-            f_patch, e_patch = self._read(states.patch[site])
+        of_site = states.of_site(site)
+        self.clean_values = self._values(of_site.clean, of_site.read_clean)
+        patch = [torch.zeros_like(value) for value in self.clean_values]
+        if not states.zero_patch:
+            patch = list(self._values(of_site.patch, of_site.read_patch))
         is_there = nodes.where(states.prompts).to(self.feature.device)  # [B or 1, S, n]
         self.is_there = (is_there & states.mask.to(is_there.device)[..., None]).movedim(-1, 0)[
             ..., None
         ]  # [n, B, S, 1]
-        self.f_delta, self.e_delta = f_patch - self.f_clean, e_patch - self.e_clean
+        self.deltas = self._deltas(patch)
 
-    def _read(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(f [B, S, n] of this site's features, e [B, S, d]) of x [B, S, d]."""
+    def _values(self, x: Tensor, x_read: Tensor) -> tuple[Tensor, ...]:
+        """(f [B, S, n] of this site's features, e [B, S, d], what a skip connection writes [B, S, d]) of x [B, S, d] and
+        of what is read for it [B, S, r].
+        """
         features = self.feature.clamp(max=self.n_features - 1)
-        f, x_hat = self.sae.encode_and_reconstruct(x, features)
-        return f, x.to(x_hat) - x_hat
+        f, x_hat = self.sae.encode_and_reconstruct(x_read, features)
+        error = x.to(x_hat) - x_hat
+        return f, error, self.sae.skip(x_read) if self.sae.has_skip else torch.zeros_like(error)
+
+    def _deltas(self, values: Sequence[Tensor]) -> list[Tensor]:
+        return [value - clean for value, clean in zip(values, self.clean_values, strict=True)]
 
     def change(self, node: int) -> Tensor:
         """The change of x when the node goes from clean to patch, [B, S, d]."""
-        return self._written(node, self.f_delta, self.e_delta)
+        return self._written(node, self.deltas)
 
-    def changes(self, y: Tensor) -> list[Tensor]:
-        """What each node adds to x when the site computes y [B, S, d] in place of the clean x; [B, S, d] each."""
-        f, e = self._read(y)
-        return [self._written(node, f - self.f_clean, e - self.e_clean) for node in range(len(self.feature))]
+    def changes(self, y: Tensor, y_read: Tensor) -> list[Tensor]:
+        """What each node adds to x when the site computes y [B, S, d] in place of the clean x, and the place that its
+        dictionary reads y_read; [B, S, d] each.
+        """
+        deltas = self._deltas(self._values(y, y_read))
+        return [self._written(node, deltas) for node in range(len(self.feature))]
 
-    def _written(self, node: int, f_delta: Tensor, e_delta: Tensor) -> Tensor:
-        feature = int(self.feature[node])
-        if feature == self.n_features:
-            return e_delta * self.is_there[node]
+    def _written(self, node: int, deltas: Sequence[Tensor]) -> Tensor:
+        feature, f_delta = int(self.feature[node]), deltas[0]
+        if feature >= self.n_features:
+            return deltas[1 + feature - self.n_features] * self.is_there[node]
         return f_delta[..., node, None] * self.sae.W_dec[feature] * self.is_there[node]
 
 
 def _pinned_run(
     states: ActivationPair, up: Site, x: Tensor, later: Sequence[Site], *, copies: int
 ) -> tuple[dict[Site, Tensor], Tensor]:
-    """The outputs of every later site, [copies * B, S, d], and the metric [copies * B], when `up` gives on x
-    [copies * B, S, d] and all other sites their clean values.
+    """The outputs of every later site, [copies * B, S, d], what its dictionary reads, and the metric [copies * B], when
+    `up` gives on x [copies * B, S, d] and all other sites their clean values.
     """
     model = states.setting.model
     outputs: dict[Site, Tensor] = {}
@@ -122,9 +130,12 @@ def _pinned_run(
 
         return edit
 
-    skip = model.resume_from(up, {site: states.clean[site].repeat(copies, 1, 1) for site in states.clean if site < up})
+    skip = model.resume_from(up, {site: states.clean[site].repeat(copies, 1, 1) for site in states.sites if site < up})
     edits = {site: pinned(site) for site in later}
-    run = model.run(states.tokens.repeat(copies), skip=skip | {up: x}, edits=edits, last_only=True)
+    reads = {read for site, read in states.setting.saes.read_sites(later).items() if read != site}
+    tokens = states.tokens.repeat(copies)
+    run = model.run(tokens, skip=skip | {up: x}, edits=edits, capture=reads, last_only=True)
+    outputs |= run.activations
     return outputs, states.metric_of_copies(run.logits).flatten()
 
 

@@ -110,7 +110,7 @@ def edge_intervals(samples: Edges, *, groups: Tensor | None = None, bootstrap: B
 def example_values(effects: SiteEffects, nodes: SiteNodes, n_examples: int, *, rows: int) -> Iterator[Tensor]:
     """Effects of the nodes per example, [B, n] for a chunk of nodes at a time; a [rows, n] tensor fits the budget."""
     by_position = bool((nodes.position >= 0).any())
-    stride = nodes.n_features + 1
+    stride = nodes.n_features + 2
 
     def keys(position: Tensor, feature: Tensor) -> Tensor:
         return position.long() * stride + feature.long() if by_position else feature.long()

@@ -57,11 +57,12 @@ class Site:
         """Read a name, `resid_3` or `resid.3`."""
         if isinstance(text, Site):
             return text
-        kind, _, layer = text.strip().replace(".", "_").partition("_")
-        if kind == "embed" and not layer:
+        kind, _, layer = text.strip().replace(".", "_").rpartition("_")
+        if (kind, layer) == ("", "embed"):
             return cls("embed")
-        if kind in KIND_ORDER and kind != "embed" and layer.isascii() and layer.isdigit() and len(layer) < 7:
+        if kind in _ORDER and kind != "embed" and layer.isascii() and layer.isdigit() and len(layer) < 7:
             return cls(kind, int(layer))
+        kind, _, layer = text.strip().replace(".", "_").partition("_")
         matches = nearest(kind, KIND_ORDER, n=1)
         hint = f"; did you mean {'_'.join([*matches, layer] if layer else matches)!r}?" if matches else ""
         raise UserError(f"unknown site {text!r}: allowed are embed, attn_N, mlp_N and resid_N with N a layer{hint}")

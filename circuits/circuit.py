@@ -139,7 +139,7 @@ class Circuit(CircuitViews):
             Their names, each with its position or span where the circuit keeps these apart (`resid_3/120@subject`),
             together with the circuit, so that `ablate` and `steer` need nothing else.
         """
-        features = {site: nodes[~nodes.is_error] for site, nodes in self.nodes.items()}
+        features = {site: nodes[nodes.is_feature] for site, nodes in self.nodes.items()}
         return FeatureNames([name for name, _ in ranked(select_nodes(features, top=n))], self)
 
     def supernode(self, name: str) -> FeatureNames:
@@ -176,7 +176,7 @@ class Circuit(CircuitViews):
     def features_with_edges(self) -> dict[Site, list[int]]:
         """Indices of its features by site: those with edges, or the 100 strongest where edges were not computed."""
         chosen = self.edge_nodes or self.strongest(100)
-        indices = {site: nodes.feature[~nodes.is_error].unique().tolist() for site, nodes in sorted(chosen.items())}
+        indices = {site: nodes.feature[nodes.is_feature].unique().tolist() for site, nodes in sorted(chosen.items())}
         return {site: index for site, index in indices.items() if index}
 
     @property

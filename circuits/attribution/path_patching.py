@@ -85,8 +85,8 @@ class _Node:
         self.deltas = self._deltas(patch)
 
     def _values(self, x: Tensor, x_read: Tensor) -> tuple[Tensor, ...]:
-        """(f [B, S, n] of this site's features, e [B, S, d], what a skip connection writes [B, S, d]) of x [B, S, d] and
-        of what is read for it [B, S, r].
+        """(f [B, S, n] of this site's features, e [B, S, d], what a skip connection writes [B, S, d]) of x [B, S, d],
+        and of what is read for it [B, S, r].
         """
         features = self.feature.clamp(max=self.n_features - 1)
         f, x_hat = self.sae.encode_and_reconstruct(x_read, features)

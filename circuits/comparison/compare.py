@@ -75,7 +75,7 @@ def compare_methods(
         for name, setting, methods in plan:
             study = Study(setting, train, options)
             truth = study.truth()
-            sampled[name] = sum(int((~nodes.is_error).sum()) for nodes in truth.sample.values())
+            sampled[name] = sum(int(nodes.is_feature.sum()) for nodes in truth.sample.values())
             for method in methods:
                 bar.set_postfix_str(f"{method} on {name}")
                 rows.append(_score(study, truth, test, method, name))

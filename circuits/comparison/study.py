@@ -150,7 +150,7 @@ class Study:
         scale = abs(sum(delta.sum().item() / n for delta in deltas)) or max(abs(value) for value in totals.values())
         generator = torch.Generator().manual_seed(self.options.seed)
         nodes = self.aggregated(live)
-        features = {site: of_site[~of_site.is_error] for site, of_site in nodes.items()}
+        features = {site: of_site[of_site.is_feature] for site, of_site in nodes.items()}
         drawn = random_nodes(features, min(self.options.sample, count(features)), generator=generator)
         if not self.options.sample:
             return Truth(totals, scale, drawn, {})
@@ -164,7 +164,7 @@ class Study:
         """
         paired = self.prompts.patch is not None
         sums = {
-            site: torch.zeros(1 + paired, nodes.n_features + 1, dtype=torch.float64) for site, nodes in sample.items()
+            site: torch.zeros(1 + paired, nodes.n_features + 2, dtype=torch.float64) for site, nodes in sample.items()
         }
         for _, states in self.batches():
             directions = [(states, 1), (states.reversed(), -1)] if paired else [(states, 1)]
@@ -173,7 +173,7 @@ class Study:
                     effects = exact_effects(
                         start, site=site, positions=None, features=nodes.feature, max_rows=self.rows
                     )
-                    sums[site][row] += sign * effects.summed(1).double()
+                    sums[site][row, : effects.n_nodes] += sign * effects.summed(1).double()
         exact = torch.cat([sums[site][:, nodes.feature] for site, nodes in sample.items()], 1) / len(self.prompts)
         return {NOISING: exact[0], **({MEAN: exact.mean(0)} if paired else {})}
 
@@ -185,7 +185,7 @@ def agreement(nodes: Nodes, truth: Truth, *, unsigned: bool) -> dict[str, Agreem
     is_error = torch.cat([sample.is_error for sample in truth.sample.values()])
     estimated = []
     for site, sample in truth.sample.items():
-        effect = torch.zeros(sample.n_features + 1, dtype=torch.float64)
+        effect = torch.zeros(sample.n_features + 2, dtype=torch.float64)
         effect[nodes[site].feature] = nodes[site].effect.double()
         estimated.append(effect[sample.feature])
     x = torch.cat(estimated)

@@ -18,6 +18,7 @@ from sae.autoencoder import SparseAutoencoder
 from sae.data.batches import counted_tokens
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
+from sae.saes import as_saes
 
 ActivityByCase = dict[str, dict[str, float]]
 """case -> span -> mean activation."""
@@ -47,16 +48,16 @@ def mean_activations(
     spans = prompts.spans or ("",)
     n_groups = len(cases) * len(spans)
     sums = {site: torch.zeros(n_groups, len(index), dtype=torch.float64) for site, index in features.items()}
-    counts = torch.zeros(n_groups, dtype=torch.float64)
+    counts, reads = torch.zeros(n_groups, dtype=torch.float64), as_saes(saes).read_sites(features)
     for batch in prompts.batches(BATCH):
-        run = model.run(batch.clean, capture=list(features), need_logits=False)
+        run = model.run(batch.clean, capture=reads.values(), need_logits=False)
         span = batch.positions(batch.spans) if batch.spans else batch.positions().clamp(max=0)  # [B, S]; -1 at padding
         case = torch.tensor([cases.index(name) for name in batch.cases], device=span.device)
         real = span >= 0
         group = (case[:, None] * len(spans) + span)[real].cpu()
         counts.index_add_(0, group, torch.ones(len(group), dtype=torch.float64))
         for site, index in features.items():
-            f = saes[site].encode_some(run.activations[site][real], index)
+            f = saes[site].encode_some(run.activations[reads[site]][real], index)
             sums[site].index_add_(0, group, f.cpu().double())
     means = {site: total / counts.clamp(min=1)[:, None] for site, total in sums.items()}
     return {
@@ -82,11 +83,12 @@ def prompt_peaks(
         By feature, {case: a number for each of its prompts}.
     """
     peaks: dict[Site, list[Tensor]] = {site: [] for site in features}
+    reads = as_saes(saes).read_sites(features)
     for batch in prompts.batches(BATCH):
-        run = model.run(batch.clean, capture=list(features), need_logits=False)
+        run = model.run(batch.clean, capture=reads.values(), need_logits=False)
         counted = counted_tokens(model, batch.clean.to(model.device))
         for site, index in features.items():
-            f = saes[site].encode_some(run.activations[site], index) * counted[..., None]
+            f = saes[site].encode_some(run.activations[reads[site]], index) * counted[..., None]
             peaks[site].append(f.amax(1).cpu())  # [B, n]
     cases = [case or "prompts" for case in prompts.cases]
     found: dict[str, dict[str, list[float]]] = {}

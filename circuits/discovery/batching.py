@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,7 +85,8 @@ class DiscoveryRun:
         step, n_positions = 1, self.prompts.clean.n_positions
         if self.setting.saes.is_lazy:
             n_prompts = min(self.rows, MOST_ROWS, len(self.prompts))
-            size = 3 * n_prompts * state_bytes(self.setting.model, self.sites, n_positions)
+            reads = self.setting.saes.read_sites(self.sites)
+            size = 3 * n_prompts * state_bytes(self.setting.model, {*reads, *reads.values()}, n_positions)
             step = max(1, int(self.options.memory * GIB / size))
         for start in range(0, len(numbers), step):
             yield numbers[start : start + step]
@@ -121,9 +122,9 @@ def logit_bytes(model: LanguageModel, n_positions: int) -> int:
     return LOGIT_COPIES * 4 * model.vocab_size * (1 if last_only else n_positions)
 
 
-def state_bytes(model: LanguageModel, sites: Sequence[Site], n_positions: int) -> int:
-    """One activation (or gradient) of a prompt at every site."""
-    return n_positions * sum(model.widths[site] for site in sites) * model.dtype.itemsize
+def state_bytes(model: LanguageModel, sites: Iterable[Site], n_positions: int) -> int:
+    """One activation (or gradient) of a prompt at every site, and at every place that a transcoder reads."""
+    return n_positions * sum(model.read_width(site) for site in sites) * model.dtype.itemsize
 
 
 def lanes_rows(rows: int, n_positions: int, device: torch.device) -> int:

@@ -10,7 +10,7 @@ Shapes: B prompts, S positions, n columns, m edited features of a site, G places
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,13 +20,13 @@ from torch import Tensor
 
 from circuits.editing.declaration import Edit, load_edits
 from circuits.editing.site_edit import FeatureReader, Part, SiteEdits
-from circuits.editing.targets import EVERYWHERE, GENERATED, Features, counted_activations, tokens_at
+from circuits.editing.targets import EVERYWHERE, GENERATED, Features, counted_inputs, tokens_at
 from circuits.prompts.alignment import PositionGroups
 from circuits.prompts.dataset import PromptSet
 from sae.autoencoder import SparseAutoencoder
 from sae.data.batches import token_batches
 from sae.errors import UserError
-from sae.model.hook_points import Columns, SiteEdit, StandingEdit
+from sae.model.hook_points import Columns, SiteEdit, StandingEdit, with_read
 from sae.model.language_model import LanguageModel, Tokens
 from sae.model.sites import Site
 from sae.saes import as_saes
@@ -126,7 +126,7 @@ def feature_reference(
     generator, n_tokens = torch.Generator().manual_seed(seed), 0
     masks: Sequence[Tensor | None] = where or [None] * len(batches)
     for tokens, mask in zip(batches, masks, strict=True):
-        activations = counted_activations(model, tokens, features, mask)
+        activations = counted_inputs(model, tokens, as_saes(saes).read_sites(features), mask)
         n_of_batch = len(next(iter(activations.values())))
         n_tokens += n_of_batch
         order = torch.randperm(n_of_batch, generator=generator)
@@ -173,17 +173,17 @@ def template_means(
     """The means of each chosen feature by place, of all sites from the same passes."""
     groups = PositionGroups(prompts)
     readers = {site: FeatureReader(saes[site], index) for site, index in features.items()}
-    device = as_saes(saes).device
+    device, reads = as_saes(saes).device, as_saes(saes).read_sites(features)
     sums = {site: torch.zeros(len(groups), len(index), device=device) for site, index in features.items()}
     counts = torch.zeros(len(groups), 1, device=device)
     for batch in prompts.batches(BATCH_SIZE):
         real = batch.clean.attention_mask.bool()
         group = groups.of(batch)[real].to(device)
         for tokens in [batch.clean] if batch.patch is None else [batch.clean, batch.patch]:
-            run = model.run(tokens, capture=list(features), need_logits=False)
+            run = model.run(tokens, capture=reads.values(), need_logits=False)
             counts.index_add_(0, group, torch.ones(len(group), 1, device=device))
-            for site, x in run.activations.items():
-                sums[site].index_add_(0, group, readers[site](x[real]).float())
+            for site, read in reads.items():
+                sums[site].index_add_(0, group, readers[site](run.activations[read][real]).float())
     return {site: TemplateMeans(groups, total / counts) for site, total in sums.items()}
 
 
@@ -218,6 +218,7 @@ class FeatureEdits:
                     )  # fmt: skip
                     parts.setdefault(site, []).append(part)
         self.sites = {site: SiteEdits(saes[site], of_site) for site, of_site in parts.items()}
+        self.reads = as_saes(saes).read_sites(parts)
 
     def __bool__(self) -> bool:
         return bool(self.sites)
@@ -228,12 +229,18 @@ class FeatureEdits:
         at_work = {
             site for site, edits in self.sites.items() if any(p.in_time(columns) is not None for p in edits.parts)
         }
-        return {site: _at(edit, columns) for site, edit in self.standing(prompts).items() if site in at_work}
+        return placed(self._standing(at_work, prompts), prompts)
 
     def standing(self, prompts: PromptSet | None = None) -> dict[Site, StandingEdit]:
         """Edits for `LanguageModel.edited`; a text that is none of the prompts has no spans and no templates."""
-        lookup = _Lookup(prompts)
-        return {site: _standing(edits, lookup) for site, edits in self.sites.items()}
+        return self._standing(self.sites, prompts)
+
+    def _standing(self, sites: Iterable[Site], prompts: PromptSet | None) -> dict[Site, StandingEdit]:
+        """Those of some sites, and what their dictionaries read."""
+        lookup, standing = _Lookup(prompts), dict[Site, StandingEdit]()
+        for site in sites:
+            standing |= with_read(site, self.reads[site], _standing(self.sites[site], lookup))
+        return standing
 
 
 def _check_span(span: str, prompts: PromptSet | None) -> None:
@@ -254,8 +261,8 @@ def _at(edit: StandingEdit, columns: Columns) -> SiteEdit:
     return lambda x: edit(x, columns)
 
 
-def _standing(edits: SiteEdits, lookup: _Lookup) -> StandingEdit:
-    return lambda x, columns: edits(x, columns, lookup)
+def _standing(edits: SiteEdits, lookup: _Lookup) -> Callable[[Tensor, Tensor, Columns], Tensor]:
+    return lambda x, x_read, columns: edits(x, x_read, columns, lookup)
 
 
 def _target(edit: Edit, site: Site, span: str, index: Tensor, device: torch.device) -> Tensor | None:

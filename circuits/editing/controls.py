@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 from circuits.prompts.dataset import PromptSet
 from sae.model.hook_points import Columns, StandingEdit
 from sae.model.language_model import LanguageModel
-from sae.model.sites import Site
+from sae.model.sites import READ_KINDS, Site
 
 Standing = Mapping[Site, StandingEdit]
 
@@ -42,8 +42,9 @@ def change_norm(model: LanguageModel, batches: Iterable[PromptSet], edits: Stand
 def random_directions(edits: Standing, widths: Mapping[Site, int], seed: int) -> dict[Site, StandingEdit]:
     """Edits that move each token as far as `edits` do, along one random direction a site."""
     generator = torch.Generator().manual_seed(seed)
-    drawn = {site: normalize(torch.randn(widths[site], generator=generator), dim=0) for site in edits}
-    return {site: _along(edit, drawn[site]) for site, edit in edits.items()}
+    sites = [site for site in edits if site.kind not in READ_KINDS]
+    drawn = {site: normalize(torch.randn(widths[site], generator=generator), dim=0) for site in sites}
+    return {site: _along(edit, drawn[site]) if site in drawn else edit for site, edit in edits.items()}
 
 
 def _along(edit: StandingEdit, direction: Tensor) -> StandingEdit:

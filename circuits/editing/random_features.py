@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from circuits.editing.targets import EVERYWHERE, Features, counted_activations, tokens_at
+from circuits.editing.targets import EVERYWHERE, Features, counted_inputs, tokens_at
 from circuits.prompts.dataset import PromptSet
 from sae.autoencoder import SparseAutoencoder
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
+from sae.saes import as_saes
 
 
 def active_features(
@@ -31,8 +32,9 @@ def active_features(
     at least one of its tokens.
     """
     active: dict[Site, list[Tensor]] = {site: [] for site in saes}
+    reads = as_saes(saes).read_sites(saes)
     for batch in prompts.batches(batch_size):
-        for site, x in counted_activations(model, batch.clean, saes, tokens_at(batch, span)).items():
+        for site, x in counted_inputs(model, batch.clean, reads, tokens_at(batch, span)).items():
             active[site].append(saes[site].encode_sparse(x).feature.unique())
     return {site: torch.cat(of_batches).unique().cpu() for site, of_batches in active.items()}
 

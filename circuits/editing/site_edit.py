@@ -1,11 +1,14 @@
 """The edit of one site: x -> x' = x + sum_i s (f_i' - f_i) W_dec[i], at the tokens where feature i is edited.
 
+A transcoder's features are computed from what it reads before the MLP, and written where it writes.
+
 1. `FeatureReader` computes the edited features alone, from their encoder rows. Where features compete (top k), tokens
    at which none of the edited ones is above zero need no more either; at the others all pre-activations are computed.
 2. `Part` holds features that get the same treatment: f_i', at which tokens, and the strength s. All parts of a site
    read the same x, and their changes add up.
 
-Shapes: B prompts, n columns, d model width, F features of a site, m edited features, N tokens, R draws.
+Shapes: B prompts, n columns, d model width, r width that is read (d but for transcoders), F features of a site, m edited
+features, N tokens, R draws.
 """
 
 from __future__ import annotations
@@ -25,13 +28,14 @@ from sae.autoencoder import CHUNK_BYTES, SparseAutoencoder
 from sae.errors import UserError
 from sae.model.hook_points import Columns, SiteEdit
 from sae.model.sites import Site
+from sae.splice import edits_of
 
 ROW_PRIME, POSITION_PRIME = 1_000_003, 8_191
 """Tell tokens apart, so that each draws a value of its own, the same with and without a cache and in any batch."""
 
 
 class FeatureReader:
-    """f of the features `index` [m] of an autoencoder: x [..., d] -> [..., m]."""
+    """f of the features `index` [m] of a dictionary: what it reads, [..., r] -> [..., m]."""
 
     def __init__(self, sae: SparseAutoencoder, index: Tensor) -> None:
         self.sae, self.index = sae, index.to(sae.device)
@@ -165,14 +169,16 @@ class SiteEdits:
         self.columns = [torch.searchsorted(self.index, part.index.to(sae.device)) for part in parts]
         self.W_dec = [sae.W_dec[part.index.to(sae.device)] for part in parts]  # [m, d] each
 
-    def __call__(self, x: Tensor, columns: Columns | None = None, prompts: Prompts | None = None) -> Tensor:
-        """x' of x [B, n, d]; without columns, every part at every token."""
+    def __call__(
+        self, x: Tensor, x_read: Tensor, columns: Columns | None = None, prompts: Prompts | None = None
+    ) -> Tensor:
+        """x' of x [B, n, d] and of what the dictionary reads [B, n, r]; without columns, every part at every token."""
         f, total = None, None
         for part, index, W_dec in zip(self.parts, self.columns, self.W_dec, strict=True):
             if (in_time := part.in_time(columns)) is None:
                 continue
             if self.reader is not None and f is None:
-                f = self.reader(x)  # [..., m of all parts]
+                f = self.reader(x_read)  # [..., m of all parts]
             of_part = x.new_zeros(*x.shape[:-1], len(index)) if f is None else f[..., index]
             weight = part.weight(in_time, of_part, columns, prompts)
             change = (weight * part.change(of_part, columns, prompts)) @ W_dec  # [..., d]
@@ -199,10 +205,11 @@ def make_edits(
         raise UserError("the operation 'resample' has to know which token it is at: use edited(model, saes, edits)")
     constant = None if value is None else torch.tensor(float(value))
     targets = means if operation == "mean" and means is not None else dict.fromkeys(features, constant)
-    return {
+    edits = {
         site: SiteEdits(saes[site], [Part(index, operation, _on(targets[site], saes[site]))])
         for site, index in features.items()
     }
+    return edits_of(saes, edits)
 
 
 def _on(target: Tensor | None, sae: SparseAutoencoder) -> Tensor | None:

@@ -45,6 +45,7 @@ from sae.errors import UserError
 from sae.model.forward import with_gradients
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
+from sae.saes import as_saes
 
 PENALTY = 3.0
 """What a nat elsewhere weighs: a hundredth of a nat is worth three hundredths of the behaviour."""
@@ -111,7 +112,7 @@ def effect_by_feature(circuit: Circuit, n: int) -> dict[str, float]:
     """The n features of largest |effect|, summed over the positions or spans where the circuit keeps these apart."""
     effect: dict[str, float] = {}
     for site, nodes in circuit.nodes.items():
-        features = nodes[~nodes.is_error]
+        features = nodes[nodes.is_feature]
         for index, value in zip(features.feature.tolist(), features.effect.tolist(), strict=True):
             name = f"{site.name}/{index}"
             effect[name] = effect.get(name, 0.0) + abs(value)
@@ -194,7 +195,8 @@ class _Search:
             by_site.setdefault(Site.parse(name.partition("/")[0]), []).append(name)
         total, n_tokens = dict.fromkeys(names, 0.0), 0
         for number, tokens in enumerate(self.text.batches):
-            run = self.model.run(tokens, capture=list(by_site), grad=True)
+            reads = as_saes(self.saes).read_sites(by_site)
+            run = self.model.run(tokens, capture={*by_site, *reads.values()}, grad=True)
             other, scored = ~self.text.is_answer[number], self.text.scored[number]
             log_p = run.logits[:, :-1][scored][other].float().log_softmax(-1)
             loss = -log_p.gather(1, self.text.targets[number][other][:, None]).sum()
@@ -205,7 +207,7 @@ class _Search:
                 if gradient is None:
                     continue
                 index = torch.tensor([int(name.partition("/")[2]) for name in of_site])
-                f = FeatureReader(self.saes[site], index)(run.activations[site].detach()[real])  # [N, m]
+                f = FeatureReader(self.saes[site], index)(run.activations[reads[site]].detach()[real])  # [N, m]
                 slope = gradient[real].float() @ self.saes[site].W_dec[index.to(f.device)].T  # [N, m]
                 change = ((self._targets(of_site).to(f) - f) * slope).abs().sum(0)
                 for name, value in zip(of_site, change.tolist(), strict=True):

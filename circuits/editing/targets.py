@@ -58,15 +58,17 @@ def _parse_feature(name: str, saes: Mapping[Site, SparseAutoencoder]) -> tuple[S
     return site, int(index)
 
 
-def counted_activations(
-    model: LanguageModel, tokens: Tokens, sites: Mapping[Site, object], where: Tensor | None = None
+def counted_inputs(
+    model: LanguageModel, tokens: Tokens, reads: Mapping[Site, Site], where: Tensor | None = None
 ) -> dict[Site, Tensor]:
-    """x [N, d] by site at the tokens (of `where` [B, S]) that are neither padding nor special."""
+    """What the dictionary of each site reads (`SAEs.read_sites`), [N, r] at the tokens (of `where` [B, S]) that are
+    neither padding nor special.
+    """
     counted = counted_tokens(model, tokens)  # [B, S]
     counted = counted if where is None else counted & where
     with torch.no_grad():
-        run = model.run(tokens, capture=list(sites), need_logits=False)
-    return {site: x[counted] for site, x in run.activations.items()}
+        run = model.run(tokens, capture=reads.values(), need_logits=False)
+    return {site: run.activations[read][counted] for site, read in sorted(reads.items())}
 
 
 def feature_names(features: Features) -> list[str]:

@@ -8,7 +8,8 @@ affine,
     only the nodes C kept:  x' = x0 + sum_{i in C} (f_i - f0_i) W_dec[i]  (+ e - e0 if the error is in C)
     the nodes C removed:    x' = x  - sum_{i in C} (f_i - f0_i) W_dec[i]  (- e + e0 if the error is in C)
 
-where f and e are recomputed from the x that arrives, so what was ablated before has its effect. Ablation values:
+where f and e are recomputed from the x that arrives (a transcoder's f from what arrives where it reads), so what was
+ablated before has its effect. What a skip connection writes is a node like the error. Ablation values:
 
 - `mean`: mean over the reference prompts (clean and patch), group by group (circuits.prompts.alignment): the same
   template and position, or span and position in it.
@@ -17,13 +18,13 @@ where f and e are recomputed from the x that arrives, so what was ablated before
 - `mean-pooled`: one mean over all templates and positions. It destroys what all prompts share and tells little.
 - `counterfactual`: the values of the pair's other prompt.
 - `resample`: the values of a random reference prompt with the same template.
-- `zero`: f0 = 0 and e0 = 0, so x0 = b_dec.
+- `zero`: f0 = 0 and e0 = 0 (and nothing from a skip connection), so x0 = b_dec.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 
@@ -41,22 +42,31 @@ from sae.model.hook_points import SiteEdit
 from sae.model.language_model import Tokens
 from sae.model.sites import Site
 from sae.saes import as_saes
+from sae.splice import ReadingEdit, edits_of
 
 
 @dataclass(frozen=True)
 class SiteValues:
-    """Values of one site for a batch: x and e [B, S, d], and the chosen features f [B, S, n]."""
+    """Values of one site for a batch: x and e [B, S, d], the chosen features f [B, S, n], and what a skip connection
+    writes [B, S, d], if there is one.
+    """
 
     x: torch.Tensor
     error: torch.Tensor
     features: torch.Tensor
+    skip: torch.Tensor | None = None
 
     @staticmethod
-    def of(sae: SparseAutoencoder, x: torch.Tensor, index: torch.Tensor) -> SiteValues:
-        """Encode x [B, S, d] and keep the features `index` [n]."""
-        f, x_hat = sae.encode_and_reconstruct(x, index)
+    def of(sae: SparseAutoencoder, x: torch.Tensor, x_read: torch.Tensor, index: torch.Tensor) -> SiteValues:
+        """Encode what is read for x [B, S, d], and keep the features `index` [n]."""
+        f, x_hat = sae.encode_and_reconstruct(x_read, index)
         x = x.to(x_hat)  # sums over prompts need more than 16 bits
-        return SiteValues(x, x - x_hat, f)
+        return SiteValues(x, x - x_hat, f, sae.skip(x_read) if sae.has_skip else None)
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> SiteValues:
+        """The function of every tensor."""
+        skip = None if self.skip is None else function(self.skip)
+        return SiteValues(function(self.x), function(self.error), function(self.features), skip)
 
 
 Values = dict[Site, SiteValues]
@@ -70,18 +80,22 @@ class NodeTable:
         self.index: dict[Site, torch.Tensor] = {}
         device = as_saes(saes).device
         for site in self.sites:
-            named = [nodes[site].feature[~nodes[site].is_error] for nodes in sets if site in nodes]
+            named = [nodes[site].feature[nodes[site].is_feature] for nodes in sets if site in nodes]
             union = torch.cat(named).unique() if named else torch.empty(0, dtype=torch.long)
             self.index[site] = union.to(device)
 
-    def masks(self, site: Site, nodes: SiteNodes | None, prompts: PromptSet) -> tuple[torch.Tensor, torch.Tensor]:
-        """([B or 1, S or 1, n], [B or 1, S or 1, 1]) floats: 1 where a feature, and the error, belongs to the set."""
+    def masks(
+        self, site: Site, nodes: SiteNodes | None, prompts: PromptSet
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """([B or 1, S or 1, n], and twice [B or 1, S or 1, 1]) floats: 1 where a feature, the error, and the skip
+        connection belong to the set.
+        """
         index = self.index[site]
         if nodes is None or len(nodes) == 0:
-            return index.new_zeros(1, 1, len(index), dtype=torch.float), index.new_zeros(1, 1, 1, dtype=torch.float)
-        feature, position = nodes.feature.to(index.device), nodes.position.to(index.device)
-        width = len(index) + 1  # the error is the last column
-        column = torch.searchsorted(index, feature)  # an error's F comes behind every feature
+            none = index.new_zeros(1, 1, 1, dtype=torch.float)
+            return index.new_zeros(1, 1, len(index), dtype=torch.float), none, none
+        column, position = self.columns(site, nodes), nodes.position.to(index.device)
+        width = len(index) + 2
         anywhere = position < 0
         if nodes.summed:
             table, row = torch.zeros(1, width, device=index.device), torch.zeros(1, 1, dtype=torch.long)
@@ -91,7 +105,13 @@ class NodeTable:
         table[position[~anywhere], column[~anywhere]] = 1
         table[:, column[anywhere]] = 1
         chosen = table[row]  # padding takes the last row, where no node is by its position
-        return chosen[..., :-1], chosen[..., -1:]
+        return chosen[..., :-2], chosen[..., -2:-1], chosen[..., -1:]
+
+    def columns(self, site: Site, nodes: SiteNodes) -> torch.Tensor:
+        """[nodes] int64: where each is among the n features of the table, the error and the skip connection."""
+        index = self.index[site]
+        column = torch.searchsorted(index, nodes.feature.to(index.device))  # an error's F comes behind every feature
+        return column + nodes.is_skip.to(index.device)
 
 
 def ablation_edits(
@@ -107,25 +127,27 @@ def ablation_edits(
     sites.
     """
 
-    def edit_of(site: Site) -> SiteEdit:
+    def edit_of(site: Site) -> ReadingEdit:
         index, ablated = table.index[site], values[site]
-        features, error = table.masks(site, nodes.get(site), prompts)
-        with_error = bool(error.any())
+        features, error, skip = table.masks(site, nodes.get(site), prompts)
+        with_error, with_skip = bool(error.any()), bool(skip.any())
 
-        def edit(x: torch.Tensor) -> torch.Tensor:
-            if not keep and not len(index) and not with_error:
+        def edit(x: torch.Tensor, x_read: torch.Tensor) -> torch.Tensor:
+            if not (keep or len(index) or with_error or with_skip):
                 return x
             sae = saes[site]
             if with_error:
-                f, x_hat = sae.encode_and_reconstruct(x, index)
+                f, x_hat = sae.encode_and_reconstruct(x_read, index)
                 change = ((f - ablated.features) * features) @ sae.W_dec[index] + (x - x_hat - ablated.error) * error
             else:
-                change = ((sae.encode_some(x, index) - ablated.features) * features) @ sae.W_dec[index]
+                change = ((sae.encode_some(x_read, index) - ablated.features) * features) @ sae.W_dec[index]
+            if with_skip and ablated.skip is not None:
+                change = change + (sae.skip(x_read) - ablated.skip) * skip
             return (ablated.x + change if keep else x - change).to(x.dtype)
 
         return edit
 
-    return {site: edit_of(site) for site in table.sites}
+    return edits_of(saes, {site: edit_of(site) for site in table.sites})
 
 
 class AblationValues:
@@ -170,7 +192,7 @@ class AblationValues:
             for tokens in [batch.clean] if batch.patch is None else [batch.clean, batch.patch]:
                 counts.index_add_(0, group, torch.ones(len(group), 1, device=counts.device))
                 for site, measured in self._of(tokens).items():
-                    values = [value[real] for value in (measured.x, measured.error, measured.features)]
+                    values = [value[real] for value in vars(measured).values() if value is not None]
                     sums = total.setdefault(site, [x.new_zeros(len(self.groups), x.shape[-1]) for x in values])
                     for of_groups, x in zip(sums, values, strict=True):
                         of_groups.index_add_(0, group, x)
@@ -180,8 +202,9 @@ class AblationValues:
     @torch.no_grad()
     def _of(self, tokens: Tokens) -> Values:
         saes, index = self.setting.saes, self.table.index
-        run = self.setting.model.run(tokens, capture=self.table.sites, need_logits=False)
-        return {site: SiteValues.of(saes[site], x, index[site]) for site, x in run.activations.items()}
+        reads = saes.read_sites(self.table.sites)
+        x = self.setting.model.run(tokens, capture={*reads, *reads.values()}, need_logits=False).activations
+        return {site: SiteValues.of(saes[site], x[site], x[read], index[site]) for site, read in reads.items()}
 
     @torch.no_grad()
     def __call__(self, prompts: PromptSet) -> Values:
@@ -191,9 +214,9 @@ class AblationValues:
             values = {}
             for site in self.table.sites:
                 bias = self.setting.saes.bias(site)
-                n = len(self.table.index[site])
+                n, nothing = len(self.table.index[site]), torch.zeros_like(bias)
                 values[site] = SiteValues(
-                    bias.expand(batch, n_positions, -1), torch.zeros_like(bias), bias.new_zeros(1, 1, n)
+                    bias.expand(batch, n_positions, -1), nothing, bias.new_zeros(1, 1, n), nothing
                 )
             return values
         if self.kind == "counterfactual":
@@ -220,10 +243,7 @@ class AblationValues:
         """Values for a batch from tables of x and e [groups, d] and the chosen features [groups, n]; 0 at padding."""
         group = self.groups.of(prompts)  # [B, S]
         is_real = (group >= 0)[..., None]
-        return {
-            site: SiteValues(*(table[group] * is_real for table in (of_site.x, of_site.error, of_site.features)))
-            for site, of_site in tables.items()
-        }
+        return {site: of_site.map(lambda table: table[group] * is_real) for site, of_site in tables.items()}
 
     def with_tables(self, tables: Values) -> AblationValues:
         """The same with other tables."""

@@ -173,7 +173,8 @@ def _metrics(
     n_batches = -(-len(prompts) // batch_size)
     with ProgressBar(total=n_batches * len(sets), desc="edge faithfulness", unit="set", disable=not progress) as bar:
         for batch in prompts.batches(batch_size):
-            plain = setting.model.run(batch.clean, capture=list(setting.saes), last_only=True)
+            reads = setting.saes.read_sites(setting.saes)
+            plain = setting.model.run(batch.clean, capture={*reads, *reads.values()}, last_only=True)
             column = [setting.metric(plain.logits[:, -1], batch)]
             ablated = study.values(batch)
             for edges in sets:
@@ -190,19 +191,18 @@ class _Moved:
     rest: Tensor
     """x0, [B, S, d]."""
     delta: Tensor
-    """a - a0 of every node where it is, [B, S, U]; 0 for error nodes."""
+    """a - a0 of every node where it is, [B, S, U]; 0 for nodes that are no features."""
     decoder: Tensor
     """[U, d]."""
-    error: Tensor
-    """e - e0, [B, S, d]; 0 without error nodes."""
-    has_error: Tensor
-    """[B or 1, S, U] 1 where an error node is."""
+    others: Sequence[tuple[Tensor, Tensor]]
+    """For the error, and for a skip connection: e - e0 [B, S, d], and [B or 1, S, U] 1 where it is a node."""
 
     def seen(self, mask: Tensor) -> Tensor:
         """x with only the nodes of mask [G, U] away from their ablation value, [G, B, S, d]."""
         x = self.rest + (self.delta * mask[:, None, None, :]) @ self.decoder
-        if self.has_error.any():
-            x = x + torch.einsum("gu,bsu->gbs", mask, self.has_error)[..., None] * self.error
+        for moved, where in self.others:
+            if where.any():
+                x = x + torch.einsum("gu,bsu->gbs", mask, where)[..., None] * moved
         return x
 
 
@@ -215,7 +215,7 @@ class _EdgeRun:
     """The kept edges."""
     prompts: PromptSet
     clean: Mapping[Site, Tensor]
-    """x [B, S, d] of every site in the whole model."""
+    """x [B, S, d] of every site in the whole model, and what is read for it."""
     ablated: Values
     moved: dict[Site, _Moved] = field(default_factory=dict)
     """The sites that are done."""
@@ -252,30 +252,37 @@ class _EdgeRun:
         sae, nodes, ablated = self.study.values.setting.saes[site], self.study.nodes[site], self.ablated[site]
         index = self.study.values.table.index[site]
         where = nodes.where(self.prompts).to(ablated.x)  # [B or 1, S, U]
-        is_error = nodes.is_error.to(where.device)
+        is_feature = nodes.is_feature.to(where.device)
         feature = nodes.feature.to(where.device).clamp(max=nodes.n_features - 1)
         column = torch.searchsorted(index, feature).clamp(max=max(len(index) - 1, 0))
         batch, n_positions = self.prompts.clean.input_ids.shape
         delta = ablated.x.new_zeros(batch, n_positions, len(nodes))
-        error = ablated.x.new_zeros(batch, n_positions, ablated.x.shape[-1])
-        for members, y in self._outputs(site, living):
-            errors = nodes.is_error[members]
-            features = members[~errors]
+        error, skip = (ablated.x.new_zeros(batch, n_positions, ablated.x.shape[-1]) for _ in range(2))
+        for members, y, y_read in self._outputs(site, living):
+            features = members[nodes.is_feature[members]]
             if len(features):
-                f = sae.encode_some(y, feature[features]) - ablated.features[..., column[features]]
+                f = sae.encode_some(y_read, feature[features]) - ablated.features[..., column[features]]
                 delta[..., features] = f.to(delta) * where[..., features]
-            for number in members[errors].tolist():
-                off = y - sae.decode(sae.encode(y)).to(y) - ablated.error
+            for number in members[nodes.is_error[members]].tolist():
+                off = y - sae(y_read).to(y) - ablated.error
                 error += off * where[..., number, None]
-        decoder = sae.W_dec[feature].to(delta) * ~is_error[:, None]
-        return _Moved(ablated.x.expand(batch, n_positions, -1), delta, decoder, error, where * is_error)
+            for number in members[nodes.is_skip[members]].tolist():
+                assert ablated.skip is not None
+                skip += (sae.skip(y_read) - ablated.skip) * where[..., number, None]
+        decoder = sae.W_dec[feature].to(delta) * is_feature[:, None]
+        is_error, is_skip = (chosen.to(where.device) for chosen in (nodes.is_error, nodes.is_skip))
+        others = [(error, where * is_error), (skip, where * is_skip)]
+        return _Moved(ablated.x.expand(batch, n_positions, -1), delta, decoder, others)
 
-    def _outputs(self, site: Site, living: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """(numbers of the nodes that see the same inputs, the site's output for them [B, S, d])."""
+    def _outputs(self, site: Site, living: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(numbers of the nodes that see the same inputs, the site's output for them [B, S, d], and what its dictionary
+        reads for it).
+        """
+        read = self.study.values.setting.saes.config(site).read_site(site)
         if not len(living):
             return
         if not any(parent in self.moved for parent in self._parents(site).values()):
-            yield living, self.clean[site]
+            yield living, self.clean[site], self.clean[read]
             return
         incoming = {up: mask[living] for (up, down), mask in self.edges.items() if down == site}
         widths = [mask.shape[1] for mask in incoming.values()]
@@ -288,10 +295,10 @@ class _EdgeRun:
             chunk = rows[start : start + per_pass]
             masks = dict(zip(incoming, chunk.split(widths, dim=1), strict=True))
             skip = self._inputs(site, masks, n_groups=len(chunk))
-            run = model.run(clean.repeat(len(chunk)), capture=[site], skip=skip, need_logits=False)
-            outputs = run.activations[site].unflatten(0, (len(chunk), -1))
-            for number, y in enumerate(outputs, start=start):
-                yield living[group == number], y
+            run = model.run(clean.repeat(len(chunk)), capture={site, read}, skip=skip, need_logits=False)
+            y, y_read = (run.activations[place].unflatten(0, (len(chunk), -1)) for place in (site, read))
+            for number in range(len(chunk)):
+                yield living[group == start + number], y[number], y_read[number]
 
 
 def _reaching(edges: CircuitEdges, nodes: Nodes) -> dict[Site, Tensor]:

@@ -12,14 +12,15 @@ from circuits.prompts.dataset import PromptSet
 from sae.autoencoder import SparseAutoencoder
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
+from sae.splice import ReadingEdit, edits_of
 
 GROUP = 16
 """Prompts whose mean metric is matched."""
 
 
 class Gates:
-    """Where every node's gate goes: nodes of all sites in one vector [N] -> per site [B, 1 or S, n] and error gates
-    [B, 1 or S, 1], the same at all tokens of a node's position or span.
+    """Where every node's gate goes: nodes of all sites in one vector [N] -> per site [B, 1 or S, n] and gates of the
+    error and of a skip connection, [B, 1 or S, 1] each, the same at all tokens of a node's position or span.
     """
 
     def __init__(
@@ -36,15 +37,14 @@ class Gates:
         first = 0
         for site, of_site in nodes.items():
             index = self.table.index[site]
-            width = len(index) + 1  # the error's gate is the last column
-            feature = of_site.feature.to(index.device)
-            column = torch.searchsorted(index, feature)  # an error's F comes behind every feature
+            width = len(index) + 2  # the last columns are the gates of the error and of a skip connection
+            column = self.table.columns(site, of_site)
             entry = of_site.position.to(index.device).clamp(min=0) * width + column
             self._members[site] = (torch.arange(first, first + len(of_site), device=index.device), entry, width)
             first += len(of_site)
 
-    def of(self, site: Site, gates: torch.Tensor, prompts: PromptSet) -> tuple[torch.Tensor, torch.Tensor]:
-        """gates [B or 1, N] -> (features [B or 1, 1 or S, n], error [B or 1, 1 or S, 1])."""
+    def of(self, site: Site, gates: torch.Tensor, prompts: PromptSet) -> tuple[torch.Tensor, ...]:
+        """gates [B or 1, N] -> (features [B or 1, 1 or S, n], error and skip connection, [B or 1, 1 or S, 1] each)."""
         members, entry, width = self._members[site]
         nodes = self.nodes[site]
         row = torch.zeros(1, 1, dtype=torch.long) if nodes.summed else nodes.token_positions(prompts)  # [B or 1, S]
@@ -52,30 +52,33 @@ class Gates:
         grid = gates.new_zeros(len(gates), n_rows * width).index_copy(1, entry, gates[:, members])
         grid = grid.view(len(gates), n_rows, width).expand(max(len(gates), len(row)), -1, -1)
         grid = grid[torch.arange(len(grid))[:, None], row]
-        error = grid[..., -1:]
+        error = grid[..., -2:-1]
         if self.errors != "nodes":
             error = torch.full_like(error, float(self.errors == "keep"))
-        return grid[..., :-1], error
+        return grid[..., :-2], error, grid[..., -1:]
 
     def edits(self, gates: torch.Tensor, values: Mapping[Site, SiteValues], prompts: PromptSet) -> dict[Site, SiteEdit]:
         """Edits for `LanguageModel.run` under the gates [B or 1, N] of every prompt."""
 
-        def edit_of(site: Site) -> SiteEdit:
+        def edit_of(site: Site) -> ReadingEdit:
             sae, index, ablated = self.saes[site], self.table.index[site], values[site]
-            features, error = self.of(site, gates, prompts)
+            features, error, skip = self.of(site, gates, prompts)
             with_error = self.errors == "keep" or bool(self.nodes[site].is_error.any())
+            with_skip = bool(self.nodes[site].is_skip.any())
 
-            def edit(x: torch.Tensor) -> torch.Tensor:
-                f = sae.encode(x) if with_error else None
-                chosen = sae.encode_some(x, index) if f is None else f[..., index]
+            def edit(x: torch.Tensor, x_read: torch.Tensor) -> torch.Tensor:
+                f = sae.encode(x_read) if with_error else None
+                chosen = sae.encode_some(x_read, index) if f is None else f[..., index]
                 change = ((chosen - ablated.features) * features) @ sae.W_dec[index]
                 if f is not None:
-                    change = change + (x - sae.decode(f) - ablated.error) * error
+                    change = change + (x - sae.with_skip(sae.decode(f), x_read) - ablated.error) * error
+                if with_skip and ablated.skip is not None:
+                    change = change + (sae.skip(x_read) - ablated.skip) * skip
                 return (ablated.x + change).to(x.dtype)
 
             return edit
 
-        return {site: edit_of(site) for site in self.table.sites}
+        return edits_of(self.saes, {site: edit_of(site) for site in self.table.sites})
 
 
 def budget_gates(scores: torch.Tensor, budgets: torch.Tensor, *, temperature: float) -> torch.Tensor:

@@ -69,22 +69,24 @@ class OptimalValues:
         self.values = values
         self.unit = {site: mean.x.square().mean(-1, keepdim=True).sqrt() for site, mean in values.tables.items()}
         self.shift = {
-            site: (torch.zeros_like(mean.features), torch.zeros_like(mean.error))
+            site: [torch.zeros_like(x) for x in (mean.features, mean.error, mean.skip) if x is not None]
             for site, mean in values.tables.items()
-        }  # features [groups, n], error [groups, d]
+        }  # features [groups, n], error [groups, d], and a skip connection's part [groups, d]
 
     @property
     def parameters(self) -> list[torch.Tensor]:
         """What gradient descent moves; asks for gradients."""
-        return [tensor.requires_grad_(True) for pair in self.shift.values() for tensor in pair]
+        return [tensor.requires_grad_(True) for of_site in self.shift.values() for tensor in of_site]
 
     def tables(self) -> Values:
         """x0 and e0 [groups, d] and f0 [groups, n] of every site."""
         tables = {}
         for site, mean in self.values.tables.items():
-            features, error = (shift * self.unit[site] for shift in self.shift[site])
+            features, error, *skip = (shift * self.unit[site] for shift in self.shift[site])
             decoder = self.values.setting.saes[site].W_dec[self.values.table.index[site]]
-            tables[site] = SiteValues(mean.x + features @ decoder + error, mean.error + error, mean.features + features)
+            x = mean.x + features @ decoder + error + sum(skip)
+            shifted = mean.skip if mean.skip is None else mean.skip + skip[0]
+            tables[site] = SiteValues(x, mean.error + error, mean.features + features, shifted)
         return tables
 
     def __call__(self, prompts: PromptSet) -> Values:

@@ -82,12 +82,13 @@ def _measure(
     place = {pair: number for number, pair in enumerate(unique)}
     text = torch.tensor([place[row.text, row.length] for row in rows], device=model.device)  # [R]
     parents = set(model.parents(site, model.sites).values())
-    base = model.run(tokens, capture={site, *parents})
+    read = sae.config.read_site(site)
+    base = model.run(tokens, capture={site, read, *parents})
 
     slots, column = torch.tensor([row.slot for row in rows]).unique(return_inverse=True)
     index = torch.tensor(features)[slots].to(sae.device)
     counted = tokens.attention_mask.bool() & ~special(model, tokens.input_ids)
-    encoded = sae.encode_some(base.activations[site], index) * counted[..., None]  # [U, S, distinct features]
+    encoded = sae.encode_some(base.activations[read], index) * counted[..., None]  # [U, S, distinct features]
     column = column.to(model.device)
     f = encoded[text, :, column]  # [R, S]
     removed = f[..., None] * sae.W_dec[index[column]][:, None]  # [R, S, d]

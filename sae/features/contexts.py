@@ -167,13 +167,14 @@ def top_contexts(
     sizes = {"n": n, "before": before, "after": after, "vocab_size": model.vocab_size}
     asked = {site: sorted(set(indices)) for site, indices in sorted(features.items()) if len(indices)}
     watched = {site: _SiteWindows(saes, site, indices, **sizes) for site, indices in asked.items()}
+    reads = as_saes(saes).read_sites(watched)
     limits: dict[str, Any] = {"max_tokens": max_tokens, "batch_size": batch_size, "context": context}
     for tokens in token_batches(model, texts, **limits):
         tokens = tokens.to(model.device)
         counted = counted_tokens(model, tokens, special_tokens=special_tokens)
-        run = model.run(tokens, capture=watched, need_logits=False)
+        run = model.run(tokens, capture=reads.values(), need_logits=False)
         for site, windows in watched.items():
-            windows.update(run.activations[site], tokens, counted)
+            windows.update(run.activations[reads[site]], tokens, counted)
         if progress is not None:
             progress(int(tokens.lengths.sum()))
     summaries = (windows.summaries(model, n_tokens=n_tokens, n_neighbours=n_neighbours) for windows in watched.values())
@@ -238,7 +239,7 @@ class _SiteWindows:
         self.occurrences = torch.zeros(vocab_size, dtype=torch.int64)
 
     def update(self, x: Tensor, tokens: Tokens, counted: Tensor) -> None:
-        """Add a batch. x: [B, S, d]; counted: [B, S] bool, the tokens that count."""
+        """Add a batch. x: [B, S, r], what the dictionary reads; counted: [B, S] bool, the tokens that count."""
         row, position = counted.nonzero(as_tuple=True)  # [N] each
         encoder = self.saes[self.site] if self.alone is None else self.alone
         active = self._asked_about(encoder.encode_sparse(x[row, position]))

@@ -235,13 +235,14 @@ def match_by_activation(
         UserError: the text is empty.
     """
     (site_a, sae_a), (site_b, sae_b) = a, b
+    read_a, read_b = sae_a.config.read_site(site_a), sae_b.config.read_site(site_b)
     sums = ActivationCorrelation(sae_a.config.n_features, sae_b.config.n_features, device=model.device)
     for tokens in token_batches(model, texts, max_tokens=max_tokens, batch_size=batch_size, context=context):
         tokens = tokens.to(model.device)
         counted = counted_tokens(model, tokens, special_tokens=special_tokens)
-        run = model.run(tokens, capture={site_a, site_b}, need_logits=False)
-        f = sae_a.encode_sparse(run.activations[site_a][counted])
-        g = sae_b.encode_sparse(run.activations[site_b][counted])
+        run = model.run(tokens, capture={read_a, read_b}, need_logits=False)
+        f = sae_a.encode_sparse(run.activations[read_a][counted])
+        g = sae_b.encode_sparse(run.activations[read_b][counted])
         sums.update(f, g, int(counted.sum()))
     if not sums.n_tokens:
         raise UserError("no tokens to match features on: the text is empty")

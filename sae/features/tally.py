@@ -167,7 +167,13 @@ class TextPass:
     def update(self, tokens: Tokens) -> None:
         """Adds a batch of texts, in forward passes of texts of about equal length."""
         order = tokens.lengths.argsort(descending=True, stable=True)
-        most = max(1, min(PASS_TOKENS, CAPTURE_BYTES // (4 * sum(self.model.widths[site] for site in self.saes))))
+        most = max(
+            1,
+            min(
+                PASS_TOKENS,
+                CAPTURE_BYTES // (4 * sum(map(self.model.read_width, self.saes.read_sites(self.saes).values()))),
+            ),
+        )
         start = 0
         while start < len(order):
             longest = int(tokens.lengths[order[start]])
@@ -189,13 +195,14 @@ class TextPass:
         correlates = self.correlates
         near = {other for tally in self.tallies.values() for other in tally.others} if correlates else set()
         sites = [site for site in self.saes if site in self.tallies or site in near]
-        run = self.model.run(tokens, capture=sites, need_logits=False)
+        reads = self.saes.read_sites(sites)
+        run = self.model.run(tokens, capture=reads.values(), need_logits=False)
         rows, positions = counted.nonzero(as_tuple=True)
         padding = tokens.n_positions - tokens.lengths
         ids, positions, rows = tokens.input_ids[rows, positions].cpu(), (positions - padding[rows]).cpu(), rows.cpu()
         every: dict[Site, SparseFeatures] = {}
         for site in sites:
-            x = run.activations[site][counted]
+            x = run.activations[reads[site]][counted]
             if site in near:
                 every[site] = self.saes[site].encode_sparse(x)
             if site in self.tallies:

@@ -87,15 +87,16 @@ def _then(first: StandingEdit, second: StandingEdit) -> StandingEdit:
 def with_read(site: Site, read: Site, edit: Callable[..., Tensor]) -> dict[Site, Callable[..., Tensor]]:
     """The edits of a run that put edit(x, x_read) in place of a site's x, x_read being what is at `read` in that run.
 
-    They serve as `SiteEdit` or, passing the columns on as the last argument, as `StandingEdit`. A run without a cache
-    shows a place two tensors, those of the prompt and those of later tokens, and then the site in the same order.
+    They serve as `SiteEdit` or, passing the columns on as the last argument, as `StandingEdit`. A pass may show them
+    several parts of a tensor (of copies of a batch, of a prompt and what follows it), the site's in the same order.
     """
     if read == site:
         return {site: lambda x, *columns: edit(x, x, *columns)}
     shown: list[Tensor] = []
 
     def show(x: Tensor, *columns: Columns) -> Tensor:
-        del shown[: len(shown) - 1]
+        if shown and shown[0].untyped_storage().data_ptr() != x.untyped_storage().data_ptr():
+            shown.clear()  # of an earlier pass, in which the site was skipped
         shown.append(x)
         return x
 

@@ -224,7 +224,7 @@ class LanguageModel:
             x = edited(x, edits[site], site) if site in edits else x
             if site in values:
                 point.skip(x)
-            elif x is not unedited or (point.detour and (grad or point.in_place)):
+            elif not point.read_only and (x is not unedited or (point.detour and (grad or point.in_place))):
                 point.write(x)
             if site in captured:
                 activations[site] = x

@@ -125,7 +125,7 @@ class Experiments(OpenRun):
             effects = result.effects[site]
             entries = zip(effects.position.tolist(), effects.feature.tolist(), effects.value.tolist(), strict=True)
             effect_of = {(position, feature): value for position, feature, value in entries}
-            active = sae.encode_sparse(states.clean[site][0])
+            active = sae.encode_sparse(states.of_site(site).read_clean[0])
             columns = (active.token.tolist(), active.feature.tolist(), active.value.tolist())
             for token, feature, value in zip(*columns, strict=True):
                 of_token[token].append((f"{site}/{feature}", value, effect_of.get((token, feature), 0.0)))

@@ -231,7 +231,7 @@ def test_errors_that_are_no_nodes(tiny_model, tiny_saes, tiny_prompts, nodes, er
     assert not any(here.is_error.any() for here in mask.nodes.values())
     features = {site: here[~here.is_error] for site, here in nodes.items()}
     gates = Gates(tiny_saes, features, errors=errors)
-    _, error = gates.of(Site("resid", 0), torch.zeros(1, gates.n), tiny_prompts)
+    _, error, _ = gates.of(Site("resid", 0), torch.zeros(1, gates.n), tiny_prompts)
     assert error.unique().tolist() == [1.0 if errors == "keep" else 0.0]
 
 

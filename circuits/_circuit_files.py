@@ -188,7 +188,7 @@ def _check_site(tensors: Mapping[str, Tensor], site: str, metadata: Mapping[str,
     if not 1 <= n_features < LARGEST:
         raise UserError(f"{path}: tensor {names['n_features']!r} is {n_features}: no autoencoder has as many features")
     _check_range(tensors, names["example"], 0, metadata["n_examples"], path)
-    _check_range(tensors, names["feature"], 0, n_features + 1, path)
+    _check_range(tensors, names["feature"], 0, n_features + 2, path)
     _check_range(tensors, names["position"], *_positions(metadata), path)
     return n_features
 
@@ -207,7 +207,7 @@ def _check_edge_nodes(
     expected = {names[name]: TensorSpec(("nodes",), "float" if name == "effect" else "int") for name in COLUMNS}
     check_tensors(tensors, expected, path)
     lowest, beyond = _positions(metadata)
-    _check_range(tensors, names["feature"], 0, n_features + 1, path)
+    _check_range(tensors, names["feature"], 0, n_features + 2, path)
     _check_range(tensors, names["position"], lowest, 0 if lowest < 0 else beyond, path)
 
 

@@ -23,7 +23,7 @@ from graphs.classes import find_classes
 from graphs.drawing.dot import draw, to_svg
 from graphs.drawing.style import describe
 from graphs.explorer import explore, explorer_widget
-from graphs.feature_graph import FeatureGraph, Position, error_node, feature_node, metric_node
+from graphs.feature_graph import FeatureGraph, Position, error_node, feature_node, metric_node, skip_node
 from graphs.pruning import by_edge_threshold, by_top_edges
 from graphs.schema import SupernodeFile
 from graphs.supernodes import SIMILARITY, find_supernodes
@@ -122,8 +122,9 @@ class CircuitViews:
             for name, (feature, position, effect) in zip(nodes.ids(site), rows, strict=True):
                 where: Position = None if position < 0 else nodes.spans[position] if nodes.spans else position
                 measured = {**verified.get(name, {}), **bounds.get(name, {})}
-                if feature == nodes.n_features:
-                    graph.add_node(error_node(site.name, effect=effect, position=where, **measured))
+                if feature >= nodes.n_features:
+                    other = error_node if feature == nodes.n_features else skip_node
+                    graph.add_node(other(site.name, effect=effect, position=where, **measured))
                 else:
                     measured = {**attributes.get(f"{site.name}/{feature}", {}), **measured}
                     graph.add_node(feature_node(site.name, feature, effect=effect, position=where, **measured))
@@ -225,8 +226,8 @@ class CircuitViews:
         """All nodes with an effect, strongest first, one row each.
 
         Returns:
-            Columns node, site, feature (None for an error), position (None where positions are summed), effect in
-            units of the metric, and the bounds low and high of its interval where there is one.
+            Columns node, site, feature (None for an error or a skip connection), position (None where positions are
+            summed), effect in units of the metric, and the bounds low and high of its interval where there is one.
         """
         tables = []
         for site, nodes in self.nodes.items():
@@ -238,7 +239,7 @@ class CircuitViews:
                 "effect": nodes.effect.numpy(),
             }
             table = pd.DataFrame(rows)
-            table.loc[nodes.is_error.numpy(), "feature"] = pd.NA
+            table.loc[~nodes.is_feature.numpy(), "feature"] = pd.NA
             if nodes.summed:
                 table["position"] = None
             if site in self.intervals:

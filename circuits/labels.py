@@ -19,7 +19,7 @@ from typing import Literal
 
 from typing_extensions import NotRequired, TypedDict
 
-from graphs.feature_graph import FeatureGraph, Node
+from graphs.feature_graph import OTHERS, FeatureGraph, Node
 from graphs.schema import Index
 from sae._files import parse_json, read_text, to_json, write_text
 from sae._run.outputs import check_no_link
@@ -34,7 +34,7 @@ class Label(TypedDict):
     """A line of the file."""
 
     site: str
-    feature: Index | Literal["error"]
+    feature: Index | Literal["error", "skip"]
     label: str
     by: NotRequired[str]
     date: NotRequired[str]
@@ -109,14 +109,14 @@ class LabelsFile:
             write_text(self.path, "\n".join(lines) + "\n")
         return len(new)
 
-    def _parse(self, name: str) -> tuple[str, int | Literal["error"]]:
+    def _parse(self, name: str) -> tuple[str, int | Literal["error", "skip"]]:
         site, _, rest = name.partition("/")
         feature = rest.partition("@")[0]
-        if not (feature.isdecimal() or feature == "error"):
+        if not (feature.isdecimal() or feature in OTHERS):
             raise UserError(f"{name!r} is not a feature: write site/index, such as resid_3/120")
         if self._folders and site not in self._folders:
             raise UserError(f"{name!r} is of no site that has an autoencoder here: {', '.join(self._folders)} have one")
-        return site, "error" if feature == "error" else int(feature)
+        return site, int(feature) if feature.isdecimal() else "error" if feature == "error" else "skip"
 
 
 def labelled(graph: FeatureGraph, labels: Mapping[str, Label]) -> FeatureGraph:

@@ -112,7 +112,7 @@ def _name(entry: Mapping[str, Any], where: str) -> str:
 
 def _spelt(entry: Mapping[str, Any]) -> str | None:
     component, layer, feature = (entry.get(key) for key in ("Component", "Layer", "Feature"))
-    if not component or feature in (None, "") or not re.fullmatch(r"[0-9]+|error", str(feature)):
+    if not component or feature in (None, "") or not re.fullmatch(r"[0-9]+|error|skip", str(feature)):
         return None
     return f"{component}/{feature}" if layer in (None, "") or component == "embed" else f"{component}_{layer}/{feature}"
 

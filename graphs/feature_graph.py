@@ -1,7 +1,8 @@
 """The feature graph: what a circuit is once the model has been put away.
 
-1. Nodes are features (`resid_3/120`), SAE errors (`resid_3/error`) and one output node (`metric`); each carries its
-   effect on the metric and, in a circuit by position, where it sits (`resid_3/120@5`).
+1. Nodes are features (`resid_3/120`), SAE errors (`resid_3/error`), what skip connections of transcoders write
+   (`mlp_3/skip`) and one output node (`metric`); each carries its effect on the metric and, in a circuit by position,
+   where it sits (`resid_3/120@5`).
 2. Edges run from a site to a later one, weighted by how much of the metric's change passes along them. Sites are
    kept in the model's forward order, so the graph has no cycles.
 3. `metadata` is free; what draws the graph reads `title`, `metric` (what the number means), `tokens` (the header of
@@ -32,7 +33,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 METRIC = "metric"
-KINDS = ("feature", "error", "metric")
+KINDS = ("feature", "error", "skip", "metric")
+OTHERS = ("error", "skip")
+"""Kinds of nodes of a site that are no features: their id names the kind in place of an index."""
 NODE_KEYS = ("id", "site", "feature", "kind", "position", "effect", "label", "attributes")
 
 Position = int | str | None
@@ -52,8 +55,8 @@ class Node:
     site: str
     """The site the node lives at, `resid_3`; `metric` for the output node."""
     feature: int | None
-    """Index of the feature in its SAE; None for errors and the output node."""
-    kind: Literal["feature", "error", "metric"]
+    """Index of the feature in its SAE; None for errors, skip connections and the output node."""
+    kind: Literal["feature", "error", "skip", "metric"]
     """What the node is."""
     position: Position = None
     """Token position or span name, None when positions are summed."""
@@ -72,9 +75,9 @@ class Node:
         if self.kind == "metric":
             expected = METRIC
         else:
-            if (self.feature is None) != (self.kind == "error"):
+            if (self.feature is None) != (self.kind in OTHERS):
                 raise GraphError(f"node {self.id!r} of kind {self.kind!r} has feature {self.feature!r}")
-            expected = node_id(self.site, "error" if self.feature is None else self.feature, self.position)
+            expected = node_id(self.site, self.kind if self.feature is None else self.feature, self.position)
         if self.id != expected:
             raise GraphError(f"node id {self.id!r} does not match its fields, which spell {expected!r}")
         if not math.isfinite(self.effect):
@@ -85,7 +88,7 @@ class Node:
         """The id without the position: `resid_3/120`."""
         if self.kind == "metric":
             return METRIC
-        return node_id(self.site, "error" if self.feature is None else self.feature)
+        return node_id(self.site, self.kind if self.feature is None else self.feature)
 
 
 def feature_node(site: str, feature: int, *, effect: float, position: Position = None, **attributes: Any) -> Node:
@@ -96,6 +99,11 @@ def feature_node(site: str, feature: int, *, effect: float, position: Position =
 def error_node(site: str, *, effect: float, position: Position = None, **attributes: Any) -> Node:
     """An error's node with its id spelt out; `attributes` are stored as they are."""
     return Node(node_id(site, "error", position), site, None, "error", position, effect, None, attributes)
+
+
+def skip_node(site: str, *, effect: float, position: Position = None, **attributes: Any) -> Node:
+    """The node of what a transcoder's skip connection writes, with its id spelt out."""
+    return Node(node_id(site, "skip", position), site, None, "skip", position, effect, None, attributes)
 
 
 def metric_node(*, effect: float = 0.0, **attributes: Any) -> Node:

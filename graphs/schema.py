@@ -97,7 +97,7 @@ class NodeFile(TypedDict):
     id: str
     site: str
     feature: Index | None
-    kind: Literal["feature", "error", "metric"]
+    kind: Literal["feature", "error", "skip", "metric"]
     position: TokenPosition | str | None
     effect: FiniteFloat
     label: str | None

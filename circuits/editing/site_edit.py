@@ -7,8 +7,8 @@ A transcoder's features are computed from what it reads before the MLP, and writ
 2. `Part` holds features that get the same treatment: f_i', at which tokens, and the strength s. All parts of a site
    read the same x, and their changes add up.
 
-Shapes: B prompts, n columns, d model width, r width that is read (d but for transcoders), F features of a site, m edited
-features, N tokens, R draws.
+Shapes: B prompts, n columns, d model width, r width that is read (d but for transcoders), F features of a site, m
+edited features, N tokens, R draws.
 """
 
 from __future__ import annotations

@@ -49,8 +49,9 @@ def _parse_feature(name: str, saes: Mapping[Site, SparseAutoencoder]) -> tuple[S
     if site_name not in by_name:
         raise unknown("site", site_name, by_name)
     site = by_name[site_name]
-    if index == "error":
-        raise UserError(f"{name!r} is the error of its site, not a feature: only features can be edited")
+    if index in ("error", "skip"):
+        what = "error" if index == "error" else "skip connection"
+        raise UserError(f"{name!r} is the {what} of its site, not a feature: only features can be edited")
     n_features = as_saes(saes).config(site).n_features
     if not index.isdecimal() or int(index) >= n_features:
         hint = f"; did you mean '{site}/{n_features - 1}'?" if index.isdecimal() else ""

@@ -36,7 +36,7 @@ from circuits.report.validity import validity_block
 from graphs.classes import find_classes
 from graphs.drawing.dot import to_svg
 from graphs.drawing.style import describe, visible
-from graphs.feature_graph import FeatureGraph
+from graphs.feature_graph import OTHERS, FeatureGraph
 from sae._files import atomic_write
 from sae._run.outputs import check_output, has_mark
 
@@ -131,7 +131,7 @@ def _values(run: RunFiles, *, features: int) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "sections": SECTIONS,
         "figures": key_figures(run),
-        "kinds": {kind: sum(node.kind == kind for node in nodes) for kind in ("feature", "error")},
+        "kinds": {kind: sum(node.kind == kind for node in nodes) for kind in ("feature", *OTHERS)},
         "method": METHOD_NAMES.get(method, method),
         "drawing": drawing(run.graph) if run.graph else "",
         "drawn_nodes": DRAWN_NODES,

@@ -111,4 +111,5 @@ def sure(run: RunFiles) -> list[str]:
 
 def _sae_text(config: dict[str, Any]) -> str:
     k = f", k = {config['k']}" if config.get("k") else ""
-    return f"{config.get('architecture')} with {config.get('n_features')} features{k}"
+    read = f" (transcoder, reads {config['read']})" if config.get("read") else ""
+    return f"{config.get('architecture')} with {config.get('n_features')} features{k}{read}"

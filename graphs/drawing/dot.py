@@ -4,7 +4,7 @@
    tells every Graphviz program to keep them (`dot -Tsvg circuit.dot` gives the same picture).
 2. Sites are clusters, bottom to top in model order. Features are rounded boxes, coloured by the class of prompts they
    are on for, with a bar as long as their |effect|; where classes are not known, or by `colour="effect"`, coloured by
-   sign and size of the effect. SAE errors are triangles; the metric is on top. Edges grow with the weight.
+   sign and size of the effect. SAE errors are triangles, skip connections diamonds; the metric is on top. Edges grow with the weight.
 3. The more nodes, the smaller the boxes and the shorter their labels; in large graphs only the strongest keep a label,
    the others their id. Everything is in the tooltips of the SVG.
 
@@ -45,7 +45,7 @@ from graphs.drawing.style import (
     wrap,
 )
 from graphs.errors import GraphError
-from graphs.feature_graph import Edge, FeatureGraph, Node, Position
+from graphs.feature_graph import OTHERS, Edge, FeatureGraph, Node, Position
 from graphs.pruning import by_top_edges, by_top_nodes
 from graphs.schema import Colour
 
@@ -231,14 +231,13 @@ def _add_node(dot: graphviz.Digraph, scene: Scene, node: Node) -> None:
     box = scene.layout.boxes[node.id]
     fill, border = _colours(scene, node)
     ink = ink_on(fill)
-    if node.kind == "error":
+    if node.kind in OTHERS:
         box = Box(box.x, box.y, min(box.width, box.height * 1.9), box.height)
         small = scene.density.small
-        words = (" ", *(("error",) if scene.density.lines > 1 else ()), effect_number(node))
-        text = "<BR/>".join(
-            html_text(word, small * 0.85, ink) for word in words
-        )  # the blank line moves the others down
-        shape = {"shape": "triangle"}
+        words = (" ", *((node.kind,) if scene.density.lines > 1 else ()), effect_number(node))
+        words = words[1:] if node.kind == "skip" else words  # the blank line moves the others down in a triangle
+        text = "<BR/>".join(html_text(word, small * 0.85, ink) for word in words)
+        shape = {"shape": "triangle" if node.kind == "error" else "diamond"}
     else:
         text = _feature_text(scene, node, box, ink)
         shape = {"shape": "box", "style": "rounded,filled"}

@@ -331,7 +331,7 @@ def _ports(graph: FeatureGraph, boxes: dict[str, Box], *, side: str) -> dict[tup
     ports = {}
     for id, edges in groups.items():
         box, node = boxes[id], graph.node(id)
-        pointed = node.kind == "error" and side == "top"
+        pointed = (node.kind == "error" and side == "top") or node.kind == "skip"
         room = 0.0 if pointed else box.width * min(0.7, 0.12 * (len(edges) - 1))
         other = (lambda e: boxes[e[1]].x) if side == "top" else (lambda e: boxes[e[0]].x)
         for number, edge in enumerate(sorted(edges, key=other)):

@@ -29,7 +29,7 @@ from graphs.drawing.style import (
     visible,
 )
 from graphs.errors import GraphError
-from graphs.feature_graph import FeatureGraph
+from graphs.feature_graph import OTHERS, FeatureGraph
 from graphs.schema import Colour
 
 GUTTER, MARGIN = 62.0, 14.0
@@ -159,8 +159,9 @@ def add_title(dot: graphviz.Digraph, scene: Scene, title: str | None) -> None:
     metadata = scene.graph.metadata
     title = visible(str(title if title is not None else metadata.get("title") or ""))
     features = sum(node.kind == "feature" for node in scene.graph.nodes())
-    errors = sum(node.kind == "error" for node in scene.graph.nodes())
-    counted = ((features, "feature"), (errors, "error"), (len(scene.graph.edges()), "edge"))
+    errors, skips = (sum(node.kind == kind for node in scene.graph.nodes()) for kind in OTHERS)
+    counted = [(features, "feature"), (errors, "error"), (len(scene.graph.edges()), "edge")]
+    counted[2:2] = [(skips, "skip connection")] if skips else []
     facts = " · ".join(count(n, thing) for n, thing in counted)
     if isinstance(metadata.get("method"), str):
         facts += f" · {visible(metadata['method'])}"
@@ -185,6 +186,8 @@ def add_legend(dot: graphviz.Digraph, scene: Scene) -> None:
         values = [html_text(number(value), 8.5, PALE_INK) for value in (-scene.effect, scene.effect)]
         cells = f"<TD>{low}  {values[0]} </TD>{swatches}<TD> {values[1]}  {high}</TD>"
     cells += f"<TD>     {html_text('▲', 9, PALE_INK)} {html_text('SAE error', 8.5, INK)}</TD>"
+    if any(node.kind == "skip" for node in scene.graph.nodes()):
+        cells += f"<TD>     {html_text('◆', 9, PALE_INK)} {html_text('skip connection', 8.5, INK)}</TD>"
     lines = html_text("━", 11, NEGATIVE_EDGE) + html_text("━", 11, POSITIVE_EDGE)
     lines = lines if scene.classes is None else html_text("━", 11, PLAIN_EDGE)
     widest = f"edge, widest {number(scene.weight).lstrip('+')}"

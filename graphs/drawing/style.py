@@ -12,7 +12,7 @@ import math
 import unicodedata
 from collections.abc import Iterable
 
-from graphs.feature_graph import FeatureGraph, Node
+from graphs.feature_graph import OTHERS, FeatureGraph, Node
 
 DIVERGING = ("#a84d04", "#e08a2e", "#fbd9ae", "#f7f7f5", "#cfe0ef", "#6aa5d2", "#1c5fa8")
 """From the most negative to the most positive value."""
@@ -93,8 +93,8 @@ def describe(graph: FeatureGraph, node: Node) -> str:
     """
     if node.label or node.attributes.get("automatic_label"):
         return visible(node.label or str(node.attributes["automatic_label"]))
-    if node.kind == "error":
-        return "SAE error"
+    if node.kind in OTHERS:
+        return "SAE error" if node.kind == "error" else "skip connection"
     if node.kind == "metric":
         return "metric"
     tokens, promoted = (_first_words(node.attributes.get(key)) for key in ("top_tokens", "top_logits"))

@@ -70,6 +70,7 @@ class Viewer:
         if node.kind == "metric":
             return LOGIT
         feature, error = self.types.get(node.site.partition("_")[0], self.types[""])
+        error = self.types[""][1] if node.kind == "skip" else error  # whose text is not written over
         return feature if node.kind == "feature" else error
 
 

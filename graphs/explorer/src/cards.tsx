@@ -100,6 +100,9 @@ export function PinnedCard({ node }: { node: GraphNode }) {
       {node.kind === "error" && (
         <p class="hint">What the SAE of this site misses: the activation minus its reconstruction.</p>
       )}
+      {node.kind === "skip" && (
+        <p class="hint">What the skip connection of this site's transcoder writes: a linear map of what it reads.</p>
+      )}
       {circuit.links?.features && node.attributes.quantiles && (
         <p class="hint">
           <a href={`${circuit.links.features}#${encodeURIComponent(node.name)}`}>Everything about this feature</a>

@@ -44,7 +44,7 @@ export interface GraphNode {
   name: string;
   site: string;
   feature: number | null;
-  kind: "feature" | "error" | "metric";
+  kind: "feature" | "error" | "skip" | "metric";
   position: Position;
   effect: number;
   label: string | null;

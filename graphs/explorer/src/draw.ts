@@ -17,7 +17,7 @@ import {
 import type { Pen } from "./pen";
 import type { Item, Link, Scene } from "./scene";
 import { lens } from "./state";
-import { fitDescription, type Fitted, labelOf, number, textWidth, visible, wrap } from "./text";
+import { fitDescription, type Fitted, isOther, labelOf, number, textWidth, visible, wrap } from "./text";
 
 export interface Transform {
   k: number;
@@ -187,7 +187,7 @@ export function drawItem(pen: Pen, item: Item, t: Transform, colours: Theme, loo
   if (item.group) pen.rect(x + 4, y - 4, width, height, radius, { fill: colours.surface, stroke: colours.pale });
   pen.rect(x, y, width, height, radius, shape);
   marks(pen, item, x, y, width, height, fill);
-  const room = item.node.kind === "error" && !item.group ? 26 : 14;
+  const room = isOther(item.node) && !item.group ? 26 : 14;
   const lines =
     detail === "box"
       ? boxText(pen, item, t.k, x, y, width, height, room, fill)
@@ -206,10 +206,12 @@ function dot(pen: Pen, item: Item, x: number, y: number, radius: number, shape: 
   if (item.node.kind === "metric") pen.rect(x - radius * 2, y - radius, radius * 4, radius * 2, radius / 2, shape);
   else if (item.node.kind === "error")
     pen.polygon([x, y - radius * 1.2, x + radius * 1.15, y + radius, x - radius * 1.15, y + radius], shape);
+  else if (item.node.kind === "skip")
+    pen.polygon([x, y - radius * 1.2, x + radius * 1.2, y, x, y + radius * 1.2, x - radius * 1.2, y], shape);
   else pen.circle(x, y, radius, shape);
 }
 
-/** |effect| as a bar on the left, a triangle for an error, hatching for a feature that is on at many tokens. */
+/** |effect| as a bar on the left, a triangle for an error, a diamond for a skip connection, hatching for a feature that is on at many tokens. */
 function marks(pen: Pen, item: Item, x: number, y: number, width: number, height: number, fill: string): void {
   if (item.node.kind === "metric") return;
   const ink = inkOn(fill);
@@ -217,9 +219,11 @@ function marks(pen: Pen, item: Item, x: number, y: number, width: number, height
   const room = height - 10;
   pen.rect(x + 4, y + 5, 3, room, 1.5, { fill: ink, alpha: 0.16 });
   pen.rect(x + 4, y + 5 + room * (1 - share), 3, room * share, 1.5, { fill: ink, alpha: 0.75 });
-  if (item.node.kind === "error" && !item.group) {
+  if (isOther(item.node) && !item.group) {
     const [cx, cy, s] = [x + 18, y + height / 2, Math.min(7, height / 4)];
-    pen.polygon([cx, cy - s, cx + s * 1.1, cy + s * 0.8, cx - s * 1.1, cy + s * 0.8], {
+    const triangle = [cx, cy - s, cx + s * 1.1, cy + s * 0.8, cx - s * 1.1, cy + s * 0.8];
+    const diamond = [cx, cy - s * 1.1, cx + s * 1.1, cy, cx, cy + s * 1.1, cx - s * 1.1, cy];
+    pen.polygon(item.node.kind === "error" ? triangle : diamond, {
       stroke: ink,
       width: 1.3,
       alpha: 0.85,
@@ -243,7 +247,7 @@ interface Written extends Fitted {
 /** Whether a node's description is written in full when its box of this size is drawn at scale k. */
 export function isWhole(node: GraphNode, k: number, [width, height]: [number, number]): boolean {
   const item = { node, group: null } as unknown as Item;
-  const room = node.kind === "error" ? 26 : 14;
+  const room = isOther(node) ? 26 : 14;
   const detail = detailAt(width * k, height * k);
   if (detail === "dot") return false;
   if (detail === "chip") return description(item, SMALLEST_TEXT, width * k - room - 5, 1).whole;

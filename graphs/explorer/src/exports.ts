@@ -227,7 +227,7 @@ export function annotationLines(): string {
     const place = {
       Component: component,
       Layer: layer === undefined ? null : Number(layer),
-      Feature: node.feature ?? "error",
+      Feature: node.feature ?? node.kind,
     };
     lines.set(node.name, JSON.stringify({ ...place, Name: node.name, Annotation: labelOf(node), Notes: "" }));
   }

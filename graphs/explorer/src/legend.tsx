@@ -61,6 +61,11 @@ export function Legend() {
       <span>
         <b>△</b> SAE error
       </span>
+      {circuit.nodes.some((node) => node.kind === "skip") && (
+        <span>
+          <b>◇</b> skip connection
+        </span>
+      )}
       {unsure && (
         <span>
           <i class="hollow" />

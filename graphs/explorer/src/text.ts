@@ -15,11 +15,14 @@ export const topTokens = (node: GraphNode) =>
 export const promoted = (node: GraphNode, key: "top_logits" | "bottom_logits") =>
   (node.attributes[key] ?? []).map((item) => (Array.isArray(item) ? item : ([item, null] as [string, number | null])));
 
+/** Whether a node of a site is no feature: what the SAE misses, or what a transcoder's skip connection writes. */
+export const isOther = (node: GraphNode) => node.kind === "error" || node.kind === "skip";
+
 /** What a feature means in one line: a person's label, else the words the page has for it. */
 export function describe(node: GraphNode): string {
   const label = labelOf(node);
   if (label) return visible(label);
-  if (node.kind === "error") return "SAE error";
+  if (isOther(node)) return node.kind === "error" ? "SAE error" : "skip connection";
   if (node.kind === "metric") return visible(circuit.metadata.metric ?? "metric");
   return node.words;
 }
@@ -92,8 +95,8 @@ export function wrap(text: string, size: number, width: number, most: number, we
 
 /** The node's description in a box: of its top tokens as many as fit, a label cut only if it must be. */
 export function fitDescription(node: GraphNode, size: number, width: number, most: number, weight = 500): Fitted {
-  if (node.kind === "error" && !labelOf(node) && textWidth(describe(node), size, weight) > width)
-    return wrap("error", size, width, most, weight);
+  if (isOther(node) && !labelOf(node) && textWidth(describe(node), size, weight) > width)
+    return wrap(node.kind, size, width, most, weight);
   if (labelOf(node) || node.kind !== "feature") return wrap(describe(node), size, width, most, weight);
   const words = describe(node);
   if (!words) return wrap(node.name, size, width, most, weight);

@@ -188,9 +188,14 @@ def _check_site(tensors: Mapping[str, Tensor], site: str, metadata: Mapping[str,
     if not 1 <= n_features < LARGEST:
         raise UserError(f"{path}: tensor {names['n_features']!r} is {n_features}: no autoencoder has as many features")
     _check_range(tensors, names["example"], 0, metadata["n_examples"], path)
-    _check_range(tensors, names["feature"], 0, n_features + 2, path)
+    _check_range(tensors, names["feature"], 0, _beyond(site, n_features), path)
     _check_range(tensors, names["position"], *_positions(metadata), path)
     return n_features
+
+
+def _beyond(site: str, n_features: int) -> int:
+    """The first number that no node of a site has: features, the error, and at an MLP a skip connection."""
+    return n_features + (2 if site.startswith("mlp_") else 1)
 
 
 def _positions(metadata: Mapping[str, Any]) -> tuple[int, int]:
@@ -207,7 +212,7 @@ def _check_edge_nodes(
     expected = {names[name]: TensorSpec(("nodes",), "float" if name == "effect" else "int") for name in COLUMNS}
     check_tensors(tensors, expected, path)
     lowest, beyond = _positions(metadata)
-    _check_range(tensors, names["feature"], 0, n_features + 2, path)
+    _check_range(tensors, names["feature"], 0, _beyond(site, n_features), path)
     _check_range(tensors, names["position"], lowest, 0 if lowest < 0 else beyond, path)
 
 

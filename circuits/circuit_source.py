@@ -20,7 +20,7 @@ from sae.formats.locate import check_source, sae_folders
 from sae.model.language_model import LanguageModel
 from sae.model.load import load_model
 from sae.model.sites import Site
-from sae.neurons import NEURONS, neuron_dictionaries
+from sae.neurons import DICTIONARIES
 from sae.saes import GIB, SAEs, as_saes, load_saes, saes_fingerprint
 from sae.splice import check_saes
 
@@ -54,7 +54,7 @@ class CircuitSource:
         """The model, loaded the first time; `UserError` where it is another one than the circuit was found in."""
         if not isinstance(self.model, LanguageModel):
             name = self.model or _named(metadata, "model", self.path)
-            if isinstance(saes := self.saes or metadata.get("saes"), str | Path) and str(saes) != NEURONS:
+            if isinstance(saes := self.saes or metadata.get("saes"), str | Path) and str(saes) not in DICTIONARIES:
                 check_source(saes)  # a wrong name is told before the model is loaded
             self.model = load_model(
                 name,
@@ -185,8 +185,8 @@ def load_checked_saes(
         sae_memory: GiB beyond which they are read site by site; half of what is free by default.
         stream: whether they may be read site by site; else all are loaded.
     """
-    if str(path) == NEURONS:
-        return neuron_dictionaries(model, sites=sites)
+    if str(path) in DICTIONARIES:
+        return DICTIONARIES[str(path)](model, sites=sites)
     budget = None if sae_memory is None else sae_memory * GIB
     saes = load_saes(path, device=model.device, sites=sites, budget=budget if stream else float("inf"))
     check_saes(model, saes)

@@ -21,7 +21,7 @@ from sae.formats.locate import check_source
 from sae.model import load
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
-from sae.neurons import NEURONS
+from sae.neurons import DICTIONARIES
 from sae.saes import SAEs
 
 PACKAGES = ("sparse-feature-circuits", "torch", "transformers", "nnsight", "numpy")
@@ -32,7 +32,7 @@ def load_model(name: str, options: Common, *, saes: str | Path | None = None) ->
 
     `saes` are looked for first: a name that is wrong is told before the model is loaded.
     """
-    if saes is not None and str(saes) != NEURONS:
+    if saes is not None and str(saes) not in DICTIONARIES:
         check_source(saes)
     paths = parse_site_paths(options.site_paths)
     return load.load_model(name, device=options.device, dtype=options.dtype or "float32", site_paths=paths)
@@ -41,7 +41,8 @@ def load_model(name: str, options: Common, *, saes: str | Path | None = None) ->
 def load_checked_saes(
     model: LanguageModel, path: str | Path, *, sites: list[Site] | None = None, options: Common | None = None
 ) -> SAEs:
-    """The SAEs of a run, checked against the model they are attached to; its neurons for `neurons`.
+    """The SAEs of a run, checked against the model they are attached to; its neurons for `neurons`, or those inside
+    its MLPs for `mlp-neurons`.
 
     Where the command can take them one by one (`UsesSaes`), those that do not fit in its `sae_memory` are streamed.
     """

@@ -114,7 +114,7 @@ class HasSaes:
 
     saes: str
     """Autoencoders: a run folder (`sfc train`) or the folder inside it; dictionaries of another project in a folder, or
-    on the hub as owner/repository/folder; or neurons.
+    on the hub as owner/repository/folder; neurons, or mlp-neurons for those inside the MLPs.
     """
 
 

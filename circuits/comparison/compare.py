@@ -36,7 +36,7 @@ from sae.autoencoder import SparseAutoencoder
 from sae.model.forward import with_gradients
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site, select_sites
-from sae.neurons import NEURONS, neuron_dictionaries
+from sae.neurons import DICTIONARIES, MLP_NEURONS, NEURONS
 
 ESTIMATES = {
     "ig": MEAN, "ig-adaptive": MEAN, "ig-inputs": MEAN,
@@ -67,8 +67,9 @@ def compare_methods(
     plan: list[tuple[str, Setting, list[str]]] = []
     if methods := split(options.methods):
         plan.append((SAES, Setting.of(model, saes, m, sites=sites), methods))
-    if methods := split(options.neurons):
-        plan.append((NEURONS, Setting.of(model, neuron_dictionaries(model, sites=sites), m), methods))
+    for name, chosen in ((NEURONS, options.neurons), (MLP_NEURONS, options.mlp_neurons)):
+        if methods := split(chosen):
+            plan.append((name, Setting.of(model, DICTIONARIES[name](model, sites=sites), m), methods))
     train, test = (plan[0][1].prepare(prompts) for prompts in (train, test))
     rows, sampled = [], {}
     with ProgressBar(total=sum(len(methods) for *_, methods in plan), desc="methods", disable=not progress) as bar:

@@ -21,6 +21,8 @@ class CompareOptions(AblationOptions, BehaviourOptions, QuadratureOptions):
     """Node methods, comma-separated; exact is one as well, and mask learns which nodes to keep."""
     neurons: str = "ig"
     """Methods that are also run on neurons; an empty text for none."""
+    mlp_neurons: str = ""
+    """Methods that are also run on the hidden neurons of the MLPs; none by default."""
     sizes: str = "10,20,50,100,200,500"
     """Circuit sizes of the table; the curve is measured in between and up to all nodes."""
     sample: Count = 1000
@@ -35,10 +37,10 @@ class CompareOptions(AblationOptions, BehaviourOptions, QuadratureOptions):
     """Times the held-out prompts are drawn anew for 95 % intervals of CPR and CMD; 0 leaves them out."""
 
     def __post_init__(self) -> None:
-        for method in [*split(self.methods), *split(self.neurons)]:
+        for method in [*split(self.methods), *split(self.neurons), *split(self.mlp_neurons)]:
             if method not in RANKINGS:
                 raise unknown("method", method, RANKINGS)
-        if not split(self.methods) and not split(self.neurons):
+        if not (split(self.methods) or split(self.neurons) or split(self.mlp_neurons)):
             raise UserError(f"methods is empty: give some of {', '.join(RANKINGS)}")
         check_options(self)
         self.circuit_sizes  # noqa: B018

@@ -15,13 +15,15 @@ from circuits.comparison.options import CompareOptions
 from circuits.faithfulness.results import NodeFaithfulness
 from sae._frames import Result
 from sae._plotting import COLOURS, PALE, RULE, quiet, save_figure
-from sae.neurons import NEURONS
+from sae.neurons import DICTIONARIES, MLP_NEURONS, NEURONS
 
 NOISING, MEAN = "noising", "mean"
 """Exact quantities: one node set to its patch value in the clean run, and the mean of that and of denoising."""
 LEVELS = (0.8, 0.95)
 """Shares of the behaviour for which the number of nodes is told."""
 BASELINES = ("random", "activation-difference")
+LINES = {NEURONS: "--", MLP_NEURONS: "-."}
+"""Line styles of the plot by dictionary; features have whole lines."""
 OF_CURVE = ("sizes", "faithfulness", "completeness", "n_nodes", "cpr", "cmd", "m_model", "m_empty")
 """What JSON has of a curve."""
 
@@ -73,7 +75,7 @@ class MethodScore:
     @property
     def name(self) -> str:
         """`ig`, `ig (neurons)`"""
-        return f"{self.method} ({self.dictionary})" if self.dictionary == NEURONS else self.method
+        return f"{self.method} ({self.dictionary})" if self.dictionary in DICTIONARIES else self.method
 
     def at_size(self, curve: Sequence[float], size: int) -> float | None:
         """The value of a curve at a size; None where the dictionary has fewer nodes."""
@@ -189,7 +191,7 @@ class Comparison(Result):
                 colour_of[row.method] = PALE if row.method in BASELINES else next(colours)
             style = {
                 "color": colour_of[row.method],
-                "ls": ":" if row.method == "random" else "--" if row.dictionary == NEURONS else "-",
+                "ls": ":" if row.method == "random" else LINES.get(row.dictionary, "-"),
                 "lw": 1.2 if row.method in BASELINES else 1.8,
             }
             left.plot(row.curve.sizes, row.curve.faithfulness, label=row.name, **style)

@@ -57,8 +57,11 @@ class SiteValues:
     skip: torch.Tensor | None = None
 
     @staticmethod
-    def of(sae: SparseAutoencoder, x: torch.Tensor, x_read: torch.Tensor, index: torch.Tensor) -> SiteValues:
-        """Encode what is read for x [B, S, d], and keep the features `index` [n]."""
+    def of(
+        sae: SparseAutoencoder, x: torch.Tensor, index: torch.Tensor, x_read: torch.Tensor | None = None
+    ) -> SiteValues:
+        """Encode what is read for x [B, S, d], by default x, and keep the features `index` [n]."""
+        x_read = x if x_read is None else x_read
         f, x_hat = sae.encode_and_reconstruct(x_read, index)
         x = x.to(x_hat)  # sums over prompts need more than 16 bits
         return SiteValues(x, x - x_hat, f, sae.skip(x_read) if sae.has_skip else None)
@@ -204,7 +207,7 @@ class AblationValues:
         saes, index = self.setting.saes, self.table.index
         reads = saes.read_sites(self.table.sites)
         x = self.setting.model.run(tokens, capture={*reads, *reads.values()}, need_logits=False).activations
-        return {site: SiteValues.of(saes[site], x[site], x[read], index[site]) for site, read in reads.items()}
+        return {site: SiteValues.of(saes[site], x[site], index[site], x[read]) for site, read in reads.items()}
 
     @torch.no_grad()
     def __call__(self, prompts: PromptSet) -> Values:

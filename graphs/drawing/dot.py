@@ -4,7 +4,8 @@
    tells every Graphviz program to keep them (`dot -Tsvg circuit.dot` gives the same picture).
 2. Sites are clusters, bottom to top in model order. Features are rounded boxes, coloured by the class of prompts they
    are on for, with a bar as long as their |effect|; where classes are not known, or by `colour="effect"`, coloured by
-   sign and size of the effect. SAE errors are triangles, skip connections diamonds; the metric is on top. Edges grow with the weight.
+   sign and size of the effect. SAE errors are triangles, skip connections diamonds; the metric is on top. Edges grow
+   with the weight.
 3. The more nodes, the smaller the boxes and the shorter their labels; in large graphs only the strongest keep a label,
    the others their id. Everything is in the tooltips of the SVG.
 

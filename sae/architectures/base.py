@@ -164,21 +164,30 @@ class Architecture(ABC):
         dead: Tensor | None = None,
         dense: bool = False,
         workspace: Workspace | None = None,
+        x_read: Tensor | None = None,
     ) -> StepStats:
         """Gradients of the mean loss over x [N, d] into `.grad` of the weights; `dead` [n] are features for AuxK.
 
-        `dense` takes whole products, which is faster while many features are active; there is no AuxK then.
+        `dense` takes whole products, which is faster while many features are active; there is no AuxK then. A
+        transcoder reads `x_read` [N, r] and reconstructs x; with a weight `W_skip` [d, r], x − W_skip x_read.
         """
         x_c = x - w["b_dec"].detach() if self.subtract_b_dec else x
+        x_c = x_c if x_read is None else x_read
         if dense:
             chunks = row_chunks(len(x), len(w["W_enc"]), x.device, cpu_bytes=DENSE_CHUNK_BYTES)
             acts = DenseActs()
-            stats = [self._backward(acts, None, x[i], x_c[i], w, hyper, state, n_tokens=len(x)) for i in chunks]
+            read = x_read is not None
+            stats = [
+                self._backward(acts, None, x[i], x_c[i], w, hyper, state, n_tokens=len(x), elsewhere=read)
+                for i in chunks
+            ]
             return StepStats(*(torch.stack(column).sum(0) for column in zip(*stats, strict=True)))
         encoder = EncoderPass(x_c, w["W_enc"], self.bias(w), dead=dead, k_aux=hyper.k_aux, workspace=workspace)
         with torch.no_grad():
             selected = self.select(encoder, w, hyper)
-        return self._backward(selected, encoder.aux_acts(), x, x_c, w, hyper, state, n_tokens=len(x))
+        return self._backward(
+            selected, encoder.aux_acts(), x, x_c, w, hyper, state, n_tokens=len(x), elsewhere=x_read is not None
+        )
 
     def _backward(
         self,
@@ -191,9 +200,13 @@ class Architecture(ABC):
         state: Mapping[str, Tensor],
         *,
         n_tokens: int,
+        elsewhere: bool,
     ) -> StepStats:
-        """Gradients of what tokens x [n, d] add to the mean over a batch of `n_tokens`."""
-        b_dec = w["b_dec"] if self.subtract_b_dec else None
+        """Gradients of what tokens x [n, d] add to the mean over a batch of `n_tokens`; `elsewhere`: x_c is what a
+        transcoder reads.
+        """
+        b_dec = w["b_dec"] if self.subtract_b_dec and not elsewhere else None
+        x = x - x_c @ w["W_skip"].T if "W_skip" in w else x
         z = acts.encode(w["W_enc"], self.bias(w), b_dec, x_c)
         loss, x_hat, f = self.loss(z, acts, x, w, hyper)
         error = (x - x_hat).detach()

@@ -55,9 +55,9 @@ class _NestedError(torch.autograd.Function):
         return torch.dot(flat, flat) / len(out), x_hat
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:  # type: ignore[override]
         error = ctx.error
         for level in reversed(range(len(error) - 1)):
             error[level].add_(error[level + 1])
         d_out = error.mul_(2 / len(error) * g)
-        return d_out, d_out[0].sum(0), None
+        return d_out, d_out[0].sum(0), -d_out[0] if ctx.needs_input_grad[2] else None

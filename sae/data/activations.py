@@ -171,7 +171,7 @@ class ModelActivations:
         self, model: LanguageModel, stream: ContextStream, sites: Sequence[Site], *, exclude_special: bool = True
     ):
         self.model, self.stream, self.sites = model, stream, tuple(sites)
-        self.widths = {site: model.widths[site] for site in sites}
+        self.widths = {site: model.read_width(site) for site in sites}
         self.rows_at_once = max(stream.forward_tokens, stream.context_length)
         self.exclude_special = exclude_special
         self.reading: dict[str, Any] = {

@@ -33,7 +33,7 @@ from sae.data.activations import StreamState, TextRead
 from sae.data.text import TextSource
 from sae.errors import UserError
 from sae.model.language_model import LanguageModel
-from sae.model.sites import Site, select_sites
+from sae.model.sites import READ_KINDS, Site, select_sites
 
 MANIFEST, UNFINISHED = "manifest.json", "unfinished.json"
 StoredDtype = Literal["bfloat16", "float32", "float16"]
@@ -111,8 +111,8 @@ class CachedModel:
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """The cached sites."""
-        return tuple(self.widths)
+        """The cached sites, at which dictionaries may be trained; places that are read only are none."""
+        return tuple(site for site in self.widths if site.kind not in READ_KINDS)
 
 
 def bytes_text(n_bytes: int) -> str:

@@ -48,7 +48,7 @@ from sae.data.cache import (
 from sae.data.text import TextSource
 from sae.errors import UserError
 from sae.model.language_model import LanguageModel
-from sae.model.sites import Site, select_sites
+from sae.model.sites import READ_KINDS, Site, select_sites
 
 SHARD_TOKENS = 2**16
 SHARD_BYTES = 2**30
@@ -80,10 +80,12 @@ def write_cache(
     """Runs the model once over the text and writes the activations of the sites to `out`.
 
     At least `tokens` tokens, up to one forward pass more; fewer where the text ends before, for a cache holds no
-    text twice.
+    text twice. Places that transcoders read are named beside the sites: "mlp,mlp_in".
     """
     _check_options(dtype, tokens, shard_tokens)
-    chosen, source, out = select_sites(sites, model.sites), TextSource.of(texts), Path(out)
+    named = sites if isinstance(sites, str) else ",".join(map(str, sites))
+    reads = [place for kind in READ_KINDS if kind in named for place in model.reads.points if place.kind == kind]
+    chosen, source, out = select_sites(sites, [*model.sites, *reads]), TextSource.of(texts), Path(out)
     stream = ContextStream(model, source, context_length=context_length, packed=packed)
     activations = ModelActivations(model, stream, chosen, exclude_special=exclude_special)
     begun = Manifest(

@@ -64,6 +64,8 @@ class LayerReads:
     """Path of a norm after it; "" for none."""
     post_norm: Norm | None = None
     """That norm; None also where it could not be told."""
+    scale: float = 1.0
+    """What the MLP's output is multiplied by before it is added to the residual stream."""
 
 
 def layer_reads(
@@ -179,7 +181,7 @@ def _normalised_neurons(down: Any, norm: Norm, h: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def down_projection(reads: LayerReads, hf: nn.Module, scale: float) -> DownProjection | None:
+def down_projection(reads: LayerReads, hf: nn.Module) -> DownProjection | None:
     """The down projection with the gain of a norm after it and the model's factor; None where it is not linear."""
     if "mlp_hidden" not in reads.paths or (reads.post and (reads.post_norm is None or reads.post_norm.centred)):
         return None
@@ -193,4 +195,4 @@ def down_projection(reads: LayerReads, hf: nn.Module, scale: float) -> DownProje
             return None
         ones = torch.ones(1, 1, W.shape[1], dtype=module.weight.dtype, device=W.device)
         W = W * hf.get_submodule(reads.post)(ones)[0, 0].float() * (1 + reads.post_norm.epsilon) ** 0.5
-    return DownProjection(W * scale, b * scale)
+    return DownProjection(W * reads.scale, b * reads.scale)

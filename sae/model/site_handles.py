@@ -97,7 +97,8 @@ def read_points(root: Any, points: Mapping[Site, HookPoint], probe: Tokens) -> R
     for site in (site for site in points if site.kind == "mlp" and Site("resid", site.layer) in points):
         attn = points[of_attn].path if (of_attn := Site("attn", site.layer)) in points else None
         block = points[Site("resid", site.layer)].path.module
-        layers[site.layer] = reads = layer_reads(hf, calls, block, points[site].path, attn)
+        reads = replace(layer_reads(hf, calls, block, points[site].path, attn), scale=points[site].scale)
+        layers[site.layer] = reads
         for kind, path in reads.paths.items():
             place = Site(kind, site.layer)
             early |= {place} if reads.early and kind in ("mlp_resid", "mlp_norm") else set()

@@ -40,6 +40,13 @@ class TrainConfig:
 
     architecture: ArchitectureName = "topk"
     """Architecture of the autoencoders; identity takes the model's own coordinates."""
+    kind: Literal["sae", "transcoder"] = "sae"
+    """Dictionaries of the MLPs: sae reads what the MLP adds to the residual stream, transcoder what it reads."""
+    skip: bool = False
+    """Transcoders have a skip connection as well, a linear map from what they read to what they write."""
+    read: Literal["mlp_resid", "mlp_norm", "mlp_in"] = "mlp_in"
+    """Place at which transcoders read: the residual stream before the MLP's norm (mlp_resid), normalised before its
+    gain (mlp_norm), or after it (mlp_in)."""
     features: FeatureCount = 1024
     """Features of each autoencoder."""
     k: FeatureCount = 32
@@ -98,6 +105,13 @@ class TrainConfig:
         check_options(self)
         if self.k_start is not None and self.k_start < self.k:
             raise UserError(f"k-start is {self.k_start} and k is {self.k}: k falls to k, so it starts there or above")
+        if self.kind == "sae" and (self.skip or self.read != "mlp_in"):
+            wrong = "skip is on" if self.skip else f"read is {self.read!r}"
+            raise UserError(f"{wrong}, and kind is 'sae': give --kind transcoder, which alone reads another place")
+        if self.kind == "transcoder" and self.architecture == "identity":
+            raise UserError("architecture is 'identity' and kind 'transcoder': --saes mlp-neurons are these, untrained")
+        if self.kind == "transcoder" and self.revival == "resample":
+            raise UserError("revival is 'resample' and kind 'transcoder': errors are no directions to read; take auxk")
         if self.architecture != "identity" and self.features < self.k:
             raise UserError(f"features is {self.features} and k is {self.k}: k is at most the number of features")
 

@@ -31,8 +31,7 @@ from sae.saes import free_memory
 from sae.training.checkpoint import N_CHECKPOINTS
 from sae.training.config import TrainConfig, with_contexts_of
 from sae.training.run_folder import RunFolder
-from sae.training.trainer import MIN_BUFFER_TOKENS, Trainer, open_activations, rows_in_buffer
-from sae.training.training_sae import TrainingSAE
+from sae.training.trainer import MIN_BUFFER_TOKENS, Trainer, begin, open_activations, rows_in_buffer
 
 WARM_UP, MEASURED = 2, 5
 """Steps that are made before the clock runs, and while it does."""
@@ -120,7 +119,7 @@ def estimate_training(
     config = config if activations is None else with_contexts_of(activations, config)
     chosen = select_sites(sites, model.sites)
     rows = open_activations(model, source, chosen, config, cache=activations)
-    saes = [TrainingSAE(site.name, site, model.widths[site], config, model.device) for site in chosen]
+    saes = [begin(site.name, site, rows, config, model.device) for site in chosen]
     small = replace(config, buffer_tokens=max(MIN_BUFFER_TOKENS, 2 * config.batch))
     trial = _Trial(saes, rows, small, RunFolder(Path(), "train", {}), progress=False)
     reading, step, peak = trial.measure()
@@ -158,7 +157,7 @@ class _Trial(Trainer):
         if not self.saes:  # nothing is trained at identities
             return reading, 0.0, 0
         for sae in self.saes:
-            sae.prepare(self.buffer[sae.site][: self.filled])
+            sae.prepare(self.buffer[sae.site][: self.filled], self.buffer[sae.read_site][: self.filled])
         steps = []
         for _ in range(WARM_UP + MEASURED):
             start = seconds_of(self.device)

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal, NamedTuple, TextIO
@@ -39,11 +39,11 @@ from sae.data.text import TextSource
 from sae.errors import UserError
 from sae.model.checks import check_finite
 from sae.model.forward import with_gradients
-from sae.model.hook_points import SiteEdit
+from sae.model.hook_points import SiteEdit, with_read
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
 from sae.model.tokens import Tokens
-from sae.saes import SAEs, saes_fingerprint
+from sae.saes import SAEs, as_saes, saes_fingerprint
 from sae.splice import check_saes, spliced_predictions
 from sae.training.config import FinetuneConfig
 from sae.training.finetuning_sae import FinetuningSAE, Reconstruction, check_trainable
@@ -77,15 +77,18 @@ def spliced_loss(
     config: FinetuneConfig,
 ) -> SplicedLoss:
     """The loss of a batch with x replaced at the counted tokens [B, S]; see the head of this file."""
-    clean = model.run(tokens, capture=saes)
+    reads = {site: sae.config.read_site(site) for site, sae in saes.items()}
+    clean = model.run(tokens, capture={*reads, *reads.values()})
     check_finite(clean)
-    edits = {site: _splice(sae, counted) for site, sae in saes.items()}
+    edits: dict[Site, SiteEdit] = {}
+    for site, sae in saes.items():
+        edits |= with_read(site, reads[site], _splice(sae, counted))
     logits = model.run(tokens, edits=edits, grad=True).logits
     prediction = prediction_loss(config.loss, logits, clean.logits, tokens)
     reconstructions, unexplained = {}, {}
     for site, sae in saes.items():
         x = clean.activations[site][counted]
-        reconstructions[site] = sae(x)
+        reconstructions[site] = sae(clean.activations[reads[site]][counted])
         unexplained[site] = (x - reconstructions[site].x_hat).square().sum() / (max(1, len(x)) * sae.scale**2)
     mean = torch.stack(list(unexplained.values())).mean()
     balance = (mean / prediction.clamp(min=1e-12)).detach()
@@ -103,8 +106,8 @@ def prediction_loss(kind: Literal["kl", "ce"], logits: Tensor, model_logits: Ten
     return cross_entropy(logits[:, :-1][scored], tokens.input_ids[:, 1:][scored])
 
 
-def _splice(sae: FinetuningSAE, counted: Tensor) -> SiteEdit:
-    return lambda x: x.masked_scatter(counted[..., None], sae(x[counted]).x_hat.to(x.dtype))
+def _splice(sae: FinetuningSAE, counted: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda x, x_read: x.masked_scatter(counted[..., None], sae(x_read[counted]).x_hat.to(x.dtype))
 
 
 @with_gradients
@@ -183,25 +186,30 @@ def make_trainable(
 ) -> dict[Site, FinetuningSAE]:
     """Trainable autoencoders with scale and L0 measured on the first batches; the text is then where it was."""
     start, n = stream.state, 0
-    sums = {site: [torch.zeros((), device=model.device) for _ in range(3)] for site in saes}
+    reads = as_saes(saes).read_sites(saes)
+    sums = {place: [torch.zeros((), device=model.device) for _ in range(2)] for place in {*reads, *reads.values()}}
+    n_active = dict.fromkeys(saes, 0)
     for _ in range(MEASURED_BATCHES):
         tokens = stream.take().to(model.device)
         counted = counted_tokens(model, tokens, special_tokens=not config.exclude_special)
         n += int(counted.sum())
-        for site, x in model.run(tokens, capture=saes, need_logits=False).activations.items():
-            x = x[counted].to(saes[site].W_dec.dtype)
-            n_active = len(saes[site].encode_sparse(x).value)
-            total, squares, active = sums[site]
-            sums[site] = [total + x.sum(0), squares + x.square().sum(), active + n_active]
+        run = model.run(tokens, capture=sums, need_logits=False)
+        for place, (total, squares) in sums.items():
+            x = run.activations[place][counted].float()
+            sums[place] = [total + x.sum(0), squares + x.square().sum()]
+        for site, read in reads.items():
+            n_active[site] += len(saes[site].encode_sparse(run.activations[read][counted].float()).value)
     stream.seek(start)
     if not n:
         raise UserError(f"the text {stream.source.name!r} begins with nothing but special tokens")
-    trainable = {}
-    for site, sae in saes.items():
-        total, squares, active = sums[site]
-        variance = (squares - total.square().sum() / n) / n
-        trainable[site] = FinetuningSAE(sae, scale=variance.clamp(min=1e-12).sqrt().item(), l0=active.item() / n)
-    return trainable
+    scales = {
+        place: ((squares - total.square().sum() / n) / n).clamp(min=1e-12).sqrt().item()
+        for place, (total, squares) in sums.items()
+    }
+    return {
+        site: FinetuningSAE(sae, scale=scales[site], l0=n_active[site] / n, read_scale=scales[reads[site]])
+        for site, sae in saes.items()
+    }
 
 
 class Finetuner(TrainingLoop):

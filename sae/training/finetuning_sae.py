@@ -21,14 +21,14 @@ N tokens, d width, F features.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sae.activation_functions import CORE, GATED, IDENTITY, JUMPRELU, RELU, TOPK
-from sae.autoencoder import SparseAutoencoder
+from sae.autoencoder import SKIP, SparseAutoencoder
 from sae.errors import UserError
 from sae.folding import fold_scale
 from sae.sparse.activations import SparseActs, normalize_rows_, remove_parallel_
@@ -65,28 +65,32 @@ def check_trainable(saes: Iterable[SparseAutoencoder]) -> None:
 class FinetuningSAE:
     """An autoencoder whose weights can be moved; `state` are the tensors that move without a gradient."""
 
-    def __init__(self, sae: SparseAutoencoder, *, scale: float, l0: float):
-        """`scale` is the root of the variance Σ_d of x, `l0` the mean number of active features to keep."""
+    def __init__(self, sae: SparseAutoencoder, *, scale: float, l0: float, read_scale: float | None = None):
+        """`scale` is the root of the variance Σ_d of x, `l0` the mean number of active features to keep; `read_scale`
+        as `scale`, of what a transcoder reads.
+        """
         check_trainable([sae])
         self.config, self.nonlinearity = sae.config, sae.nonlinearity
-        self.scale, self.l0 = scale, l0
+        self.scale, self.l0, self.read_scale = scale, l0, read_scale or scale
         tensors = {name: tensor.detach() for name, tensor in sae.named_buffers()}
-        tensors = fold_scale(tensors, 1 / scale)
+        tensors = _scaled_maps(fold_scale(tensors, 1 / scale), self.read_scale / scale)
         trained = (*CORE, "magnitude") if self.nonlinearity.name == GATED.name else CORE
+        trained = (*trained, SKIP) if sae.has_skip else trained
         self.weights = {name: tensors[name].clone().requires_grad_() for name in trained}
         self.state = {name: tensor.clone() for name, tensor in tensors.items() if name not in trained}
 
     def __call__(self, x: Tensor) -> Reconstruction:
-        """x [N, d] -> x̂ [N, d], raw activations both, and the active features."""
+        """What is read, x [N, r] -> x̂ [N, d], raw activations both, and the active features."""
         w = self.weights
-        x = x.to(w["W_enc"].dtype) / self.scale
+        x = x.to(w["W_enc"].dtype) / self.read_scale
         x_c = x - w["b_dec"] if self.config.subtract_b_dec else x
         acts = self._active(x_c)
         z = acts.encode(w["W_enc"], None, None, x_c)
         if self.nonlinearity.name == GATED.name:
             z = z * acts.expand(w["magnitude"])
         f = (z + acts.expand(w["b_enc"])).relu()
-        x_hat = (acts.decode(f, w["W_dec"]) + w["b_dec"]) * self.scale
+        x_hat = acts.decode(f, w["W_dec"]) + w["b_dec"]
+        x_hat = (x_hat + x @ w[SKIP].T if SKIP in w else x_hat) * self.scale
         return Reconstruction(x_hat, acts, (f > 0).sum())
 
     @torch.no_grad()
@@ -153,4 +157,10 @@ class FinetuningSAE:
     def export(self) -> SparseAutoencoder:
         """The autoencoder on raw activations."""
         tensors = {name: tensor.detach().clone() for name, tensor in (self.weights | self.state).items()}
+        tensors = _scaled_maps(tensors, self.scale / self.read_scale)
         return SparseAutoencoder(self.config, fold_scale(tensors, self.scale))
+
+
+def _scaled_maps(tensors: Mapping[str, Tensor], ratio: float) -> dict[str, Tensor]:
+    """The maps from what is read, in units in which it is 1 / ratio as large."""
+    return {name: tensor * ratio if name in ("W_enc", SKIP) else tensor for name, tensor in tensors.items()}

@@ -29,11 +29,11 @@ from sae.model.language_model import LanguageModel
 from sae.model.sites import Site, select_sites
 from sae.training.config import ArchitectureName, TrainConfig, with_contexts_of
 from sae.training.run_folder import RunFolder, read_entry, read_log, run_settings
-from sae.training.trainer import Trainer, export, open_activations
-from sae.training.training_sae import TrainingSAE
+from sae.training.trainer import Trainer, begin, export, open_activations
 
 SHARED = (
     "tokens", "batch_size", "context_length", "packed", "exclude_special", "buffer_tokens", "log_steps", "checkpoints",
+    "kind", "read",
 )  # fmt: skip
 """Options that all configs of a sweep have in common."""
 BYTES_PER_WEIGHT = 16
@@ -132,9 +132,7 @@ def sweep(
             for name in waiting:
                 runs[name].start(resume=resume, overwrite=overwrite)
             saes = [
-                TrainingSAE(f"{name}/{site}", site, model.widths[site], configs[name], model.device)
-                for name in waiting
-                for site in chosen
+                begin(f"{name}/{site}", site, rows, configs[name], model.device) for name in waiting for site in chosen
             ]
             Trainer(saes, rows, first, sweep_folder, progress=progress).run()
             for sae in saes:

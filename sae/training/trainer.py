@@ -60,7 +60,8 @@ def train_saes(
     progress: bool = True,
     activations: CachedActivations | None = None,
 ) -> SAEs:
-    """Train a sparse autoencoder at each site, all from the same forward passes of the model over a text.
+    """Train a sparse autoencoder at each site, all from the same forward passes of the model over a text; at the MLPs
+    transcoders, where the config says so.
 
     Args:
         model: the model; `cache.model` with `activations`, which is never run.
@@ -88,12 +89,25 @@ def train_saes(
             return run.load(model.device)
         rows = open_activations(model, source, chosen, config, cache=activations)
         run.start(resume=resume, overwrite=overwrite)
-        saes = [TrainingSAE(site.name, site, model.widths[site], config, model.device) for site in chosen]
+        saes = [begin(site.name, site, rows, config, model.device) for site in chosen]
         Trainer(saes, rows, config, run, progress=progress).run()
         exported = SAEs({sae.site: export(sae, model, rows) for sae in saes})
         run.save(exported)
         run.finish(read=asdict(rows.text_read()))
     return exported
+
+
+def read_site(site: Site, config: TrainConfig) -> Site:
+    """Where the dictionary of a site reads: a transcoder's, of an MLP, before it."""
+    return Site(config.read, site.layer) if config.kind == "transcoder" and site.kind == "mlp" else site
+
+
+def begin(name: str, site: Site, rows: ActivationSource, config: TrainConfig, device: torch.device) -> TrainingSAE:
+    """The dictionary of a site before its first step."""
+    read = read_site(site, config)
+    return TrainingSAE(
+        name, site, rows.widths[site], config, device, read_width=None if read == site else rows.widths[read]
+    )
 
 
 def export(sae: TrainingSAE, model: LanguageModel | CachedModel, rows: ActivationSource) -> SparseAutoencoder:
@@ -110,7 +124,13 @@ def open_activations(
     *,
     cache: CachedActivations | None,
 ) -> ActivationSource:
-    """Activations for a trainer: the cache if there is one, else forward passes of the model over the text."""
+    """Activations for a trainer, of the sites and of what transcoders of them read: the cache if there is one, else
+    forward passes of the model over the text.
+    """
+    reads = {read_site(site, config) for site in sites}
+    if config.kind == "transcoder" and reads == {*sites}:
+        raise UserError(f"kind is 'transcoder' and none of {', '.join(map(str, sites))} is an MLP: choose mlp sites")
+    sites = sorted({*sites, *reads})
     if cache is not None:
         return cache.only(sites)
     if isinstance(model, CachedModel):
@@ -163,7 +183,7 @@ class Trainer(TrainingLoop):
         self._fill()
         if not restored:
             for sae in self.saes:
-                sae.prepare(self.buffer[sae.site][: self.filled])
+                sae.prepare(self.buffer[sae.site][: self.filled], self.buffer[sae.read_site][: self.filled])
         if self.saes:
             self.logged_at, self.logged_step = time.monotonic(), self.step
             self._run_loop()
@@ -202,7 +222,8 @@ class Trainer(TrainingLoop):
                 x = self.buffer[sae.site][rows[sae.config.seed]]
                 if self.step in sae.resample_steps:
                     sae.resample(x, self.optimizer.state, self.step)
-                sae.step(x, self.step)
+                x_read = None if sae.read_width is None else self.buffer[sae.read_site][rows[sae.config.seed]]
+                sae.step(x, self.step, x_read)
         if self.device.type == "cpu" or self.step % DEAD_LOOKS == 0:  # a look at a number waits for the device
             self._check_losses()
         for group in self.optimizer.param_groups:

@@ -34,7 +34,7 @@ from torch import Tensor
 from sae.activation_functions import TOPK
 from sae.architectures import architecture
 from sae.architectures.base import Hyper, StepStats
-from sae.autoencoder import SITE_PATH, SAEConfig, SparseAutoencoder
+from sae.autoencoder import SITE_PATH, SKIP, SAEConfig, SparseAutoencoder
 from sae.folding import fold_norms, fold_scale
 from sae.model.sites import Site
 from sae.sparse.activations import normalize_rows_, remove_parallel_
@@ -128,7 +128,19 @@ class Schedule:
 class TrainingSAE:
     """The training state of one autoencoder at one site."""
 
-    def __init__(self, name: str, site: Site, width: int, config: TrainConfig, device: torch.device):
+    def __init__(
+        self,
+        name: str,
+        site: Site,
+        width: int,
+        config: TrainConfig,
+        device: torch.device,
+        *,
+        read_width: int | None = None,
+    ):
+        """`read_width`: of what a transcoder reads; None for an autoencoder."""
+        self.read_width = read_width
+        self.read_site = site if read_width is None else Site(config.read, site.layer)
         self.name, self.site, self.width, self.config, self.device = name, site, width, config, device
         self.architecture, self.schedule = architecture(config.architecture), Schedule(config, width)
         self.n_features, self.dead_after = self.schedule.n_features, config.dead_after
@@ -151,16 +163,23 @@ class TrainingSAE:
             "sum_x2": torch.zeros(()),
             "n_tokens": torch.zeros(()),
         }
+        if read_width is not None:
+            self.state |= {"read_centre": torch.zeros(read_width), "read_scale": torch.ones(())}
         self.state = {key: tensor.to(device) for key, tensor in self.state.items()}
         self.state |= {f"extra.{key}": tensor for key, tensor in extra.items()}
         self.dead: Tensor | None = None
         self.workspace = Workspace()
 
+    @property
+    def unit_decoder(self) -> bool:
+        """Whether decoder rows are held at unit norm."""
+        return self.architecture.unit_decoder and self.read_width is None
+
     def _initial(self) -> dict[str, Tensor]:
         seed = zlib.crc32(f"{self.config.seed} {self.site}".encode())
         generator = torch.Generator().manual_seed(seed)
         if self.architecture.trained:
-            rows = torch.randn(self.n_features, self.width, generator=generator)
+            rows = torch.randn(self.n_features, self.read_width or self.width, generator=generator)
             rows *= self.architecture.decoder_norm / rows.norm(dim=1, keepdim=True)
         else:
             rows = torch.eye(self.width)
@@ -168,6 +187,9 @@ class TrainingSAE:
         tensors |= {"W_dec": rows.clone(), "b_dec": torch.zeros(self.width)} | self.architecture.extra_weights(
             self.n_features
         )
+        if self.read_width is not None:  # what it reads says nothing of the directions it has to write
+            tensors["W_dec"] = torch.zeros(self.n_features, self.width)
+            tensors |= {"W_skip": torch.zeros(self.width, self.read_width)} if self.config.skip else {}
         return {key: tensor.to(self.device) for key, tensor in tensors.items()}
 
     def _initial_encoder(self) -> float:
@@ -180,9 +202,14 @@ class TrainingSAE:
             return 1.0
         return min(1.0, 2 * self.width / self.n_features)
 
-    def prepare(self, x: Tensor) -> None:
-        """Centre and scale from activations x [n, d]."""
+    def prepare(self, x: Tensor, x_read: Tensor | None = None) -> None:
+        """Centre and scale from activations x [n, d], and from what a transcoder reads [n, r]."""
         x = x.float()
+        if x_read is not None and self.read_width is not None:
+            read_centre = x_read.float().mean(0)
+            self.state["read_centre"].copy_(read_centre)
+            size = (x_read.float() - read_centre).square().sum(1).mean().sqrt()
+            self.state["read_scale"].copy_(size.clamp(min=1e-6))
         if self.config.centre == "zero" or not self.architecture.trained:
             centre = torch.zeros_like(x[0])
         else:
@@ -191,23 +218,28 @@ class TrainingSAE:
         if self.architecture.trained:
             self.state["scale"].copy_((x - centre).square().sum(1).mean().sqrt().clamp(min=1e-6))
 
-    def step(self, x: Tensor, step: int) -> None:
-        """Makes the gradients of step 0, 1, ... from a batch x [n, d] of raw activations, and counts."""
+    def step(self, x: Tensor, step: int, x_read: Tensor | None = None) -> None:
+        """Makes the gradients of step 0, 1, ... from a batch x [n, d] of raw activations, with what a transcoder reads
+        [n, r], and counts.
+        """
         state = self.state
         x = (x - state["centre"]) / state["scale"]
+        if x_read is not None and self.read_width is not None:
+            x_read = (x_read - state["read_centre"]) / state["read_scale"]
         dense = not self.architecture.fixed_k and state["l0"].item() > DENSE_ABOVE * self.n_features
         if self.schedule.k_aux and (step % DEAD_LOOKS == 0 or x.device.type == "cpu"):
             self._find_dead()
         hyper = self.schedule.hyper(step, state["sparsity"])
         stats = self.architecture.step(
-            x, self.weights, hyper, self.extra_state, dead=self.dead, dense=dense, workspace=self.workspace
-        )
+            x, self.weights, hyper, self.extra_state, dead=self.dead, dense=dense, workspace=self.workspace,
+            x_read=x_read,
+        )  # fmt: skip
         previous_l0 = state["l0"].clone()
         self._count(x, stats)
         if not self.architecture.fixed_k:
-            self._adjust_penalty(x, step, hyper, previous_l0)
+            self._adjust_penalty(x if x_read is None else x_read, step, hyper, previous_l0)
         rows, bias = self.weights["W_dec"], self.architecture.bias(self.weights)
-        if self.architecture.unit_decoder and rows.grad is not None:
+        if self.unit_decoder and rows.grad is not None:
             with torch.no_grad():  # the part along the rows would only change their norm
                 remove_parallel_(rows.grad, rows)
         if self.dead is not None and bias is not None:
@@ -234,7 +266,10 @@ class TrainingSAE:
         if self.schedule.steered:
             factor: Tensor | float = self.schedule.steering(previous_l0, self.state["l0"], hyper.p - following.p)
         elif self.config.sparsity is not None:
-            factor = self.architecture.rescaling(x, self.weights, hyper, following)
+            weights: dict[str, Tensor] = self.weights
+            if self.read_width is not None:  # nothing is subtracted from what is read
+                weights = weights | {"b_dec": torch.zeros_like(self.state["read_centre"])}
+            factor = self.architecture.rescaling(x, weights, hyper, following)
         else:
             return
         self.state["sparsity"].mul_(factor)
@@ -253,10 +288,16 @@ class TrainingSAE:
 
     @torch.no_grad()
     def constrain(self) -> None:
-        """Restores what must hold after each optimizer step: unit decoder rows, weights in their ranges."""
+        """Restores what must hold after each optimizer step: unit decoder rows, weights in their ranges.
+
+        A transcoder's rows start at zero and are at most as long: else a penalty on activations would make rows long
+        in place of activations sparse.
+        """
         rows = self.weights["W_dec"]
-        if self.architecture.unit_decoder:
+        if self.unit_decoder:
             normalize_rows_(rows)
+        elif self.architecture.unit_decoder:
+            rows.div_(rows.norm(dim=1, keepdim=True).clamp(min=1.0))
         self.architecture.constrain(self.weights)
 
     @torch.no_grad()
@@ -299,9 +340,11 @@ class TrainingSAE:
         exported = architecture.export(self.weights, self.extra_state)
         tensors = {key: tensor.clone() for key, tensor in exported.items()}
         tensors = fold_scale(tensors, scale)
-        if not architecture.unit_decoder:
+        if self.read_width is not None:
+            tensors = self._folded_reading(tensors, scale)
+        if not self.unit_decoder:
             tensors = fold_norms(tensors, ranked=architecture.nonlinearity.name == TOPK.name)
-        if not architecture.subtract_b_dec:
+        if self.read_width is None and not architecture.subtract_b_dec:
             tensors["b_enc"] = tensors["b_enc"] - tensors["W_enc"] @ self.state["centre"]
         tensors["b_dec"] = tensors["b_dec"] + self.state["centre"]
         config = SAEConfig(
@@ -311,11 +354,27 @@ class TrainingSAE:
             site=self.site.name,
             model=model,
             model_fingerprint=fingerprint,
-            subtract_b_dec=architecture.subtract_b_dec,
+            subtract_b_dec=architecture.subtract_b_dec and self.read_width is None,
+            read=self.config.read if self.read_width is not None else "",
+            d_read=None if self.read_width in (None, self.width) else self.read_width,
             k=self.config.k if architecture.fixed_k and architecture.trained else None,
             extra={"training": asdict(self.config), SITE_PATH: site_path, **(reading or {})},
         )
         return SparseAutoencoder(config, tensors)
+
+    def _folded_reading(self, tensors: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+        """Encoder and skip connection for what is read as it is: W′ = W s / s_r and biases less W′ c_r, with the centre
+        c_r and scale s_r of what is read and the scale s of what is written, which the biases have already.
+        """
+        centre, ratio = self.state["read_centre"], scale / self.state["read_scale"].item()
+        tensors = tensors | {key: tensors[key] * ratio for key in ("W_enc", SKIP) if key in tensors}
+        shift = tensors["W_enc"] @ centre  # [F]
+        if "gate_bias" in tensors:
+            tensors["gate_bias"] = tensors["gate_bias"] - shift
+        tensors["b_enc"] = tensors["b_enc"] - shift * tensors.get("magnitude", torch.ones_like(shift))
+        if SKIP in tensors:
+            tensors["b_dec"] = tensors["b_dec"] - tensors[SKIP] @ centre
+        return tensors
 
 
 def geometric_median(x: Tensor, *, steps: int = MEDIAN_STEPS) -> Tensor:

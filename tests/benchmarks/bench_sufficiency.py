@@ -5,7 +5,7 @@ finds circuits on the training pairs and scores them on the test pairs, from `at
 
 - features ranked by integrated gradients and by learned masks, with the autoencoders' errors as nodes, all kept, and
   all ablated;
-- neurons, ranked by both.
+- neurons, and the hidden neurons of the MLPs, ranked by both.
 
 Columns: faithfulness at some sizes; nodes needed for .8 and .95 (log-linear between measured sizes) and their share of
 all units there are at these sites; what is left without the 10, 20 and 50 strongest nodes. Without `--saes`,
@@ -37,7 +37,7 @@ from sae.autoencoder import SparseAutoencoder
 from sae.model.language_model import LanguageModel
 from sae.model.load import load_model
 from sae.model.sites import Site
-from sae.neurons import NEURONS, neuron_dictionaries
+from sae.neurons import DICTIONARIES
 from sae.saes import load_saes
 from sae.training.config import TrainConfig
 from sae.training.trainer import train_saes
@@ -113,14 +113,15 @@ def table(study: Study, dictionaries: list[Found], start: str | None) -> None:
     for found in dictionaries:
         sites = [site for site in found.saes if start is None or site >= Site.parse(start)]
         features = sum(len(found.saes[site].W_dec) for site in sites)
-        for errors in study.errors if found.name != NEURONS else ["nodes"]:
-            label = f"errors {errors}" if found.name != NEURONS else NEURONS
+        for errors in study.errors if found.name not in DICTIONARIES else ["nodes"]:
+            label = f"errors {errors}" if found.name not in DICTIONARIES else found.name
             units = features + len(sites) * (label == "errors nodes")
             for method in ("ig", "mask"):
                 begin = time.perf_counter()
-                ranked = found.nodes if method == "ig" else study.mask(found.saes, found.nodes, start, errors)
+                first = None if start is None else sites[0].name
+                ranked = found.nodes if method == "ig" else study.mask(found.saes, found.nodes, first, errors)
                 seconds = found.seconds + time.perf_counter() - begin
-                curve = study.curve(found.saes, ranked, start, errors)
+                curve = study.curve(found.saes, ranked, first, errors)
                 print(row(f"{label}, {method}", curve, units, shown, seconds), flush=True)
 
 
@@ -152,9 +153,10 @@ def main() -> None:
     found_on = load_prompts(pairs / "train.jsonl", model, limit=args.examples)
     test = load_prompts(pairs / "test.jsonl", model)
     study = Study(model, found_on, test, args.ablation, args.errors, args.steps)
-    both = [Found.of(study, "features", saes), Found.of(study, NEURONS, neuron_dictionaries(model))]
+    bases = [Found.of(study, "features", saes)]
+    bases += [Found.of(study, name, make(model)) for name, make in DICTIONARIES.items()]
     for start in args.starts:
-        table(study, both, None if start == "all" else start)
+        table(study, bases, None if start == "all" else start)
 
 
 if __name__ == "__main__":

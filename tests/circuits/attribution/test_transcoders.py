@@ -19,6 +19,7 @@ from sae.autoencoder import SAEConfig, SparseAutoencoder
 from sae.folding import fold_norms
 from sae.model.load import load_model
 from sae.model.sites import Site
+from sae.neurons import mlp_neuron_dictionaries
 from sae.saes import SAEs
 from tests.conftest import tiny_hf, word_tokenizer
 from tests.near import assert_near
@@ -160,6 +161,22 @@ def test_neurons_of_a_plain_mlp_have_no_error_and_its_jacobian(tiny_prompts):
     f_delta = saes[MLP_0].encode(states.patch[Site("mlp_in", 0)]) - saes[MLP_0].encode(states.clean[Site("mlp_in", 0)])
     expected = ((jacobian @ saes[MLP_0].W_dec.T) * f_delta * real).sum((0, 1))
     assert_near(edges.sum(0), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_hidden_neurons_have_no_error_and_add_up_to_the_site(make_tiny_model, tiny_prompts, family):
+    """Gated, without a norm behind the MLP and with one; edges run from neurons to neurons."""
+    model = make_tiny_model(family)
+    saes = mlp_neuron_dictionaries(model)
+    states = capture_activations(Setting(model, saes, logit_difference), tiny_prompts)
+    result = attribute(states, method="attrib")
+    for site, effects in result.effects.items():
+        assert int(effects.feature.max()) < saes[site].config.n_features == 64
+        change = (states.patch[site] - states.clean[site]) * states.mask[..., None]
+        assert_near(effects.per_example(len(tiny_prompts)), (change * result.gradients[site]).sum((1, 2)))
+    every = torch.arange(64)
+    nodes = {site: SiteNodes(64, every, torch.full((64,), -1), torch.zeros(64)) for site in saes}
+    assert edge_effects(result, nodes)[MLP_0, MLP_1].abs().max() > 0
 
 
 def test_path_patching_of_a_site_to_the_metric_is_exact_patching(make_tiny_model, make_saes, tiny_prompts):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from sae.errors import UserError
 from sae.model.huggingface import pretrained_model, pretrained_tokenizer
-from sae.model.language_model import LanguageModel
+from sae.model.language_model import LanguageModel, Run
 from sae.model.load import load_model
 from sae.model.lrp import check_conserved
 from sae.model.sites import Site
 from sae.model.tokens import Tokens
+from sae.neurons import mlp_neuron_dictionaries
 from tests.conftest import tiny_hf, word_tokenizer
 from tests.tiny_models import FAMILIES, tiny_model
 
@@ -49,6 +51,28 @@ def test_sites_are_found_and_add_up(family: str) -> None:
     assert torch.allclose(
         model.run(tokens, edits={first: torch.zeros_like}).logits, model.run(tokens, skip=skip).logits, atol=1e-4
     )
+    check_hidden_neurons(model, run)
+
+
+EXPERTS_LATER = ("deepseek_v3", "jamba", "llama4_text")
+WITHOUT_NEURONS = {"mamba": "no MLPs", "gpt_oss": "mixture", "mixtral": "mixture", "qwen3_moe": "mixture"}
+
+
+def check_hidden_neurons(model: LanguageModel, run: Run) -> None:
+    """What the MLP adds is made of its hidden neurons, gated or not, behind a norm or not; experts are refused."""
+    sites = [site for site in model.sites if site.kind == "mlp"]
+    sites = (
+        sites[:1]
+        if type(model.hf.config).__name__ in ("DeepseekV3Config", "JambaConfig", "Llama4TextConfig")
+        else sites
+    )
+    reason = WITHOUT_NEURONS.get(model.hf.config.model_type)
+    with pytest.raises(UserError, match=reason) if reason else nullcontext():
+        for site, sae in mlp_neuron_dictionaries(model, sites=sites).items():
+            place = Site("mlp_hidden", site.layer)
+            n = model.run(model.tokenize(TEXTS), capture=[place], need_logits=False).activations[place]
+            x = run.activations[site].detach()
+            torch.testing.assert_close(sae(n), x, atol=1e-5 * float(x.abs().max()), rtol=1e-4)
 
 
 def test_what_is_added_is_not_what_the_module_returns() -> None:

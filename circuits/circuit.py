@@ -182,7 +182,7 @@ class Circuit(CircuitViews):
     @property
     def feature_effects(self) -> dict[str, float]:
         """Effect of every feature, in units of the metric, by its name with its position or span."""
-        features = {site: nodes[~nodes.is_error] for site, nodes in self.nodes.items()}
+        features = {site: nodes[nodes.is_feature] for site, nodes in self.nodes.items()}
         return {
             name: effect
             for site, nodes in features.items()

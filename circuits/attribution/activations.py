@@ -172,12 +172,9 @@ def capture_activations(
     sites = list(saes) if sites is None else sites
     clean, m_clean, gradients = clean_run(setting, prompts, sites, gradient)
     if prompts.patch is None:
-        patch = {
-            site: torch.zeros_like(x) if site.kind in READ_KINDS else saes.bias(site).to(x).expand_as(x)
-            for site, x in clean.items()
-        }
+        patch = nothing(setting, clean)
         return ActivationPair(setting, prompts, clean, patch, True, m_clean, None, model.n_layers - 1, gradients)
-    other = model.run(prompts.patch, capture=_with_reads(setting, sites), last_only=True)
+    other = model.run(prompts.patch, capture=with_reads(setting, sites), last_only=True)
     check_finite(other)
     with torch.no_grad():
         m_patch = setting.metric(other.logits[:, -1], prompts)
@@ -193,7 +190,7 @@ def clean_run(
     asked for.
     """
     with torch.set_grad_enabled(gradient):
-        run = setting.model.run(prompts.clean, capture=_with_reads(setting, sites), last_only=True, grad=gradient)
+        run = setting.model.run(prompts.clean, capture=with_reads(setting, sites), last_only=True, grad=gradient)
         check_finite(run)
         m = setting.metric(run.logits[:, -1], prompts)
         if not gradient:
@@ -203,7 +200,15 @@ def clean_run(
     return activations, m.detach(), dict(zip(sites, gradients, strict=True))
 
 
-def _with_reads(setting: Setting, sites: Sequence[Site]) -> set[Site]:
+def nothing(setting: Setting, clean: Mapping[Site, Tensor]) -> dict[Site, Tensor]:
+    """The patch activations where there are no patch prompts: `b_dec` at every site, zero at places that are read."""
+    return {
+        site: torch.zeros_like(x) if site.kind in READ_KINDS else setting.saes.bias(site).to(x).expand_as(x)
+        for site, x in clean.items()
+    }
+
+
+def with_reads(setting: Setting, sites: Sequence[Site]) -> set[Site]:
     """Some sites, and the places that their dictionaries read."""
     with_sae = [site for site in sites if site in setting.saes]
     return {*sites, *setting.saes.read_sites(with_sae).values()}

@@ -87,7 +87,7 @@ def _entries(setting: Setting, batch: PromptSet, represent: Represent) -> dict[s
     if represent == "effects":
         effects = attribute_batches([states], MethodOptions(method="attrib"), totals=False)[0].effects
     else:
-        effects = {site: _activations(states, site) for site in states.clean}
+        effects = {site: _activations(states, site) for site in states.sites}
     rows, columns, values, width = [], [], [], 0
     for of_site in effects.values():
         is_feature = of_site.feature < of_site.n_features
@@ -104,6 +104,6 @@ def _entries(setting: Setting, batch: PromptSet, represent: Represent) -> dict[s
 def _activations(states: ActivationPair, site: Site) -> SiteEffects:
     """Activations of the features of a site as if they were effects."""
     sae, mask = states.setting.saes[site], states.mask
-    x = states.clean[site][mask]
+    x = states.of_site(site).read_clean[mask]
     f = sae.encode(x.to(sae.W_dec))
     return to_sparse(sae, token_indices(mask, mask), f, f.new_zeros(len(f)))

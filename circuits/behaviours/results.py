@@ -146,7 +146,8 @@ class Behaviours(Result):
         features = []
         if circuit is not None:
             graph = circuit._shown(self.options.nodes, 0)
-            shown = [name for name, _ in ranked(circuit.strongest(self.options.nodes)) if "/error" not in name][:SHOWN]
+            strongest = {s: nodes[nodes.is_feature] for s, nodes in circuit.strongest(self.options.nodes).items()}
+            shown = [name for name, _ in ranked(strongest)][:SHOWN]
             nodes = [graph.node(name) for name in shown if name in graph]
             features = [(node.id, describe(graph, node), node.effect) for node in nodes]
         return {"cluster": cluster, "answers": answers, "lines": lines, "features": features, "link": link}

@@ -139,7 +139,7 @@ def _summed(circuit: Circuit) -> Nodes:
 
 def _matched(nodes: Nodes, partners: Partners, n: int) -> float:
     """Share of the |effect| of the n strongest features that have a partner."""
-    chosen = select_nodes({site: of_site[~of_site.is_error] for site, of_site in nodes.items()}, top=n)
+    chosen = select_nodes({site: of_site[of_site.is_feature] for site, of_site in nodes.items()}, top=n)
     found, total = 0.0, 0.0
     for site, of_site in chosen.items():
         for feature, effect in zip(of_site.feature.tolist(), of_site.effect.abs().tolist(), strict=True):
@@ -190,8 +190,8 @@ def _translated(chosen: Nodes, own: Nodes, partners: Partners) -> Nodes:
             continue
         to = partners.get(site, {})
         features = [
-            of_site.n_features if error else to.get(feature, -1)
-            for feature, error in zip(nodes.feature.tolist(), nodes.is_error.tolist(), strict=True)
+            to.get(feature, -1) if feature < nodes.n_features else of_site.n_features + feature - nodes.n_features
+            for feature in nodes.feature.tolist()
         ]
         feature = torch.tensor(features, dtype=torch.long)
         has = feature >= 0

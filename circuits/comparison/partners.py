@@ -90,7 +90,7 @@ def find_partners(a: Circuit, b: Circuit, *, prompts: int) -> tuple[Partners, fl
 
 def _features(nodes: SiteNodes) -> Tensor:
     """The numbers of at most `MOST` features of a site, those of the largest |effect|, rising."""
-    features = nodes.feature[~nodes.is_error]  # strongest first
+    features = nodes.feature[nodes.is_feature]  # strongest first
     first = dict.fromkeys(features.tolist())
     return torch.tensor(sorted(list(first)[:MOST]), dtype=torch.long)
 
@@ -102,7 +102,7 @@ def _correlations(
     sums = {site: ActivationCorrelation(len(of_a), len(of_b)) for site, (of_a, of_b) in in_play.items()}
     batches = [batch for circuit in (a, b) for batch in circuit.prompts[:prompts].batches(BATCH)]
     for tokens in [side for batch in batches for side in (batch.clean, batch.patch) if side is not None]:
-        runs = [_activations(one.model, tokens, list(in_play)) for one in (a, b)]
+        runs = [_inputs(one.model, tokens, one.saes.read_sites(in_play)) for one in (a, b)]
         for site, (of_a, of_b) in in_play.items():
             f, g = (
                 _sparse(one.saes[site].encode_some(x[site], features.to(x[site].device)))
@@ -113,11 +113,11 @@ def _correlations(
 
 
 @torch.no_grad()
-def _activations(model: LanguageModel, tokens: Tokens, sites: list[Site]) -> dict[Site, Tensor]:
-    """x [N, d] of all tokens of a batch but padding, per site."""
-    run = model.run(tokens.to(model.device), capture=sites, need_logits=False)
+def _inputs(model: LanguageModel, tokens: Tokens, reads: Mapping[Site, Site]) -> dict[Site, Tensor]:
+    """What the dictionary of each site reads, [N, r] of all tokens of a batch but padding."""
+    run = model.run(tokens.to(model.device), capture=reads.values(), need_logits=False)
     real = tokens.attention_mask.bool().to(model.device)
-    return {site: run.activations[site][real] for site in sites}
+    return {site: run.activations[read][real] for site, read in reads.items()}
 
 
 def _sparse(f: Tensor) -> SparseFeatures:

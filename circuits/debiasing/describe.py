@@ -19,6 +19,7 @@ from sae.autoencoder import SparseAutoencoder
 from sae.data.batches import counted_tokens
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
+from sae.saes import as_saes
 
 SHOWN = 5
 """Contexts that are shown."""
@@ -45,13 +46,16 @@ def _over_tokens(
     token = torch.zeros(len(prompts), len(names), dtype=torch.int64)
     for start in range(0, len(prompts), BATCH):
         batch = prompts[start : start + BATCH]
-        run = model.run(batch.clean, capture=sites, need_logits=False)
+        reads = as_saes(saes).read_sites(sites)
+        run = model.run(batch.clean, capture=reads.values(), need_logits=False)
         counted = counted_tokens(model, batch.clean)
         padding = prompts.clean.n_positions - batch.clean.n_positions
         for span, features in by_span.items():
             inside = counted & tokens_at(batch, span) if span else counted  # [B, S]
             for site, index in features.items():
-                f = FeatureReader(saes[site], index)(run.activations[site]).float() * inside[..., None]  # [B, S, m]
+                f = (
+                    FeatureReader(saes[site], index)(run.activations[reads[site]]).float() * inside[..., None]
+                )  # [B, S, m]
                 chosen = [column[f"{site}/{feature}{'@' + span if span else ''}"] for feature in index.tolist()]
                 rows = slice(start, start + len(batch))
                 mean[rows, chosen] = (f.sum(1) / inside.sum(1, keepdim=True).clamp(min=1)).cpu()

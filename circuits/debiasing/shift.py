@@ -216,7 +216,7 @@ def measure(
 def _effects(study: Study, circuit: Circuit) -> dict[str, float]:
     """The strongest features of a circuit that are judged, with their effects; errors left out."""
     spans = study.read_spans if study.options.tokens == "read" else None
-    features = {site: nodes[~nodes.is_error] for site, nodes in circuit.nodes.items()}
+    features = {site: nodes[nodes.is_feature] for site, nodes in circuit.nodes.items()}
     rows = [row for row in ranked(features) if spans is None or row[0].partition("@")[2] in spans]
     return dict(rows[: study.options.features])
 
@@ -307,5 +307,5 @@ def _most_towards(circuit: Circuit, n: int) -> list[str]:
     """The n features whose ablation raises the metric most."""
     features: dict[Site, SiteNodes] = {}
     for site, nodes in circuit.nodes.items():
-        features[site] = nodes[~nodes.is_error & (nodes.effect > 0)]
+        features[site] = nodes[nodes.is_feature & (nodes.effect > 0)]
     return [name for name, _ in ranked(features)[:n]]

@@ -138,7 +138,9 @@ def _read(model: LanguageModel, saes: SAEs, texts: TextSet, site: Any, position:
     """Mean activation of the site [B, d] and of its features [B, F] over the tokens that are read."""
     xs, fs = [], []
     for batch in texts.prompts.batches(BATCH):
-        x = model.run(batch.clean, capture=[site], need_logits=False).activations[site].float()
+        read = saes[site].config.read_site(site)
+        run = model.run(batch.clean, capture={site, read}, need_logits=False)
+        x = run.activations[site].float()
         inside = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
         if position == LAST:
             inside[:, -1] = True
@@ -147,7 +149,7 @@ def _read(model: LanguageModel, saes: SAEs, texts: TextSet, site: Any, position:
         rows = torch.arange(len(x), device=x.device)[:, None].expand_as(inside)[inside]  # [n] text of each token
         share = 1 / inside.sum(1).float()[rows][:, None]
         xs.append(torch.zeros(len(x), x.shape[-1], device=x.device).index_add_(0, rows, x[inside] * share))
-        f = saes[site].encode(x[inside]).float()
+        f = saes[site].encode(run.activations[read][inside].float()).float()
         fs.append(torch.zeros(len(x), f.shape[-1], device=x.device).index_add_(0, rows, f * share))
     return torch.cat(xs).cpu(), torch.cat(fs).cpu()
 

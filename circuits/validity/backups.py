@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from circuits.attribution.activations import ActivationPair, Setting
+from circuits.attribution.activations import ActivationPair, Setting, nothing, with_reads
 from circuits.attribution.effects import SiteEffects
 from circuits.attribution.feature_effects import contract
 from circuits.attribution.nodes import Nodes, aggregate, joined, ranked
@@ -76,19 +76,19 @@ def _run_both(
             return {}
         return ablation_edits(setting.saes, values.table, removed, values(prompts), prompts, keep=False)
 
-    model = setting.model
+    model, places = setting.model, with_reads(setting, sites)
     with torch.enable_grad():
-        run = model.run(batch.clean, capture=sites, edits=edits(batch), last_only=True, grad=True)
+        run = model.run(batch.clean, capture=places, edits=edits(batch), last_only=True, grad=True)
         m = setting.metric(run.logits[:, -1], batch)
         gradients = torch.autograd.grad(m.sum(), [run.activations[site] for site in sites])
     clean = {site: x.detach() for site, x in run.activations.items()}
     by_site = dict(zip(sites, gradients, strict=True))
     if batch.patch is None:
-        patch = {site: setting.saes.bias(site).to(x).expand_as(x) for site, x in clean.items()}
+        patch = nothing(setting, clean)
         return ActivationPair(setting, batch, clean, patch, True, m.detach(), None), by_site
     other = replace(batch, clean=batch.patch, patch=batch.clean)
     with torch.no_grad():
-        patched = model.run(batch.patch, capture=sites, edits=edits(other), last_only=True)
+        patched = model.run(batch.patch, capture=places, edits=edits(other), last_only=True)
         m_patch = setting.metric(patched.logits[:, -1], batch)
     return ActivationPair(setting, batch, clean, patched.activations, False, m.detach(), m_patch), by_site
 

@@ -76,7 +76,7 @@ def in_other_saes(
         NodeValues(names, own.values, own.groups), _values(other, options), options.nodes, _bootstrap(options)
     )
     chosen = own.strongest(options.nodes).nonzero()[:, 0].tolist()
-    features = [names[column] for column in chosen if not own.names[column].endswith("/error")]
+    features = [names[column] for column in chosen if not own.names[column].endswith(("/error", "/skip"))]
     matched = sum(not name.startswith(UNMATCHED) for name in features) / max(len(features), 1)
     explained = _explained(other, other.nodes, circuit.prompts, options, progress=progress)
     return Elsewhere(overlap, *explained, matched)
@@ -134,7 +134,7 @@ def _partners(a: SparseAutoencoder, b: SparseAutoencoder) -> Tensor:
 def _renamed(name: str, partner: Mapping[Site, Tensor]) -> str:
     """The name of a node's partner in the other autoencoders; one that nothing else has where there is none."""
     site, _, feature = name.partition("/")
-    if feature == "error":
+    if feature in ("error", "skip"):
         return name
     number = int(partner[Site.parse(site)][int(feature)])
     return f"{site}/{number}" if number >= 0 else UNMATCHED + name

@@ -313,15 +313,14 @@ class LanguageModel:
 
     def read_width(self, site: Site) -> int:
         """Width of a site, or of a place that is read only."""
-        return (self.widths if site in self.widths else self.reads.widths)[self._point(site).site]
+        return self.reads.widths[self._point(site).site] if site.kind in READ_KINDS else self.widths[site]
 
     def _point(self, site: Site) -> HookPoint:
         """The hook point of a site or of a place that is read only; UserError where the model has none."""
-        if site.kind in READ_KINDS and site in self.reads.points:
-            return self.reads.points[site]
-        if site in self._hook_points:
-            return self._hook_points[site]
-        raise no_site(site, self.sites, self.reads.points if site.kind in READ_KINDS else ())
+        points = self.reads.points if site.kind in READ_KINDS else self._hook_points
+        if site not in points:
+            raise no_site(site, self.sites, points)
+        return points[site]
 
     def _when(self, site: Site) -> tuple[int, float]:
         """Sorts sites and read places as the forward pass comes to them."""
@@ -386,8 +385,7 @@ class LanguageModel:
     ) -> None:
         for site in [*captured, *edits, *(skip or {})]:
             self._point(site)
-        unreachable = sorted(self._hidden_by(skip or {}) & {*captured, *edits})
-        if unreachable:
+        if unreachable := sorted(self._hidden_by(skip or {}) & {*captured, *edits}):
             raise UserError(f"site {str(unreachable[0])!r} is inside a skipped block: it cannot be captured or edited")
 
     @property

@@ -12,6 +12,7 @@ setup(
     package_dir=BUNDLED,
     package_data={
         "": ["*.j2", "*.css", "*.js", "*.licences.txt", "templates/*", "py.typed"],
+        "sae.formats": ["releases.json"],
         "circuits.bundled.model": ["*"],
         "circuits.bundled.prompts": ["*/*.jsonl"],
         "circuits.bundled.text": ["*.txt"],

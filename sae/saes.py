@@ -13,7 +13,7 @@ All autoencoders of Gemma 2 2B (26 layers, three sites, width 2,304, 16,384 feat
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,10 +23,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sae._run.contents import check_complete
-from sae.autoencoder import WEIGHTS_FILE, ReadKind, SAEConfig, SparseAutoencoder, read_config
+from sae.autoencoder import WEIGHTS_FILE, ReadKind, SAEConfig, SparseAutoencoder, is_sae_folder, read_config
 from sae.errors import UserError
-from sae.formats import load_sae, read_folder, site_of
-from sae.formats.locate import folders_in, sae_folders
+from sae.formats import read_folder, site_of
+from sae.formats.locate import Located, located
+from sae.formats.sets import split_source
 from sae.model.huggingface import resolve_device
 from sae.model.sites import Site
 
@@ -175,7 +176,8 @@ def load_saes(
 
     Args:
         source: a run folder, its `saes` folder, a folder of autoencoders in another project's format (see
-            `sae.formats`), one autoencoder, or `owner/repository/folder` on the hub.
+            `sae.formats`), one autoencoder, `owner/repository/folder` on the hub, or a name of `sfc saes`; with
+            `?width=16k&l0=small` behind it one of several a site (`sae.formats.sets`), and several between commas.
         sites: the sites to load; all that are there by default.
         device: where their tensors go: a device, or "auto" for cuda, mps or cpu, whichever is there first.
         budget: bytes of memory for them, half of what is free on the device by default. Those that together do not fit
@@ -190,13 +192,16 @@ def load_saes(
         UserError: nothing is there, a site is missing or is there twice, a file is damaged, or an earlier command that
             writes the folder did not finish.
     """
-    root, resolved = Path(source).expanduser(), resolve_device(device)
-    check_complete(root)
+    resolved = resolve_device(device)
+    for part, _ in split_source(str(source)):
+        check_complete(Path(part).expanduser())
     if budget is None:
         free = free_memory(resolved)
         budget = float("inf") if free is None else int(SHARE_OF_FREE * free)
-    fits = _bytes_at_most(root) <= budget
-    sources = _sources(source, None if sites is None else {Site.parse(str(site)) for site in sites}, keep=fits)
+    wanted = None if sites is None else {Site.parse(str(site)) for site in sites}
+    dictionaries = located(source, None if wanted is None else sorted(site.name for site in wanted))
+    fits = _bytes_at_most(dictionaries) <= budget
+    sources = _sources(source, dictionaries, wanted, keep=fits)
     if read is not None:
         sources = {site: _reading_at(of_site, read) for site, of_site in sources.items()}
     if fits or len(sources) == 1 or sum(of_site.config.n_bytes for of_site in sources.values()) <= budget:
@@ -204,42 +209,40 @@ def load_saes(
     return SAEs.lazy(sources, device=resolved, budget=int(budget))
 
 
-def _bytes_at_most(root: Path) -> int:
-    """Bytes that the autoencoders below a folder take in float32 at most, whatever they are stored in: twice those on
-    disk.
-    """
-    if not root.is_dir():
-        return 0
-    folders = sae_folders(root) or [root / folder for folder in folders_in(root)]
-    return 2 * sum(path.stat().st_size for folder in folders for path in folder.iterdir() if path.is_file())
+def _bytes_at_most(dictionaries: Iterable[Located]) -> int:
+    """Bytes that dictionaries take in float32 at most, whatever they are stored in: twice those on disk."""
+    paths = [path for each in dictionaries for path in (each.path.iterdir() if each.path.is_dir() else [each.path])]
+    return 2 * sum(path.stat().st_size for path in paths if path.is_file())
 
 
-def _sources(source: str | Path, sites: set[Site] | None, *, keep: bool) -> dict[Site, Source]:
-    """Find the autoencoder of each site; with `keep` those that had to be read for their site stay in memory."""
-    root = Path(source).expanduser()
-    ours = sae_folders(root)
-    folders = ours or [root / folder for folder in folders_in(root)]
-    only = next(iter(sites)) if sites is not None and len(sites) == 1 else None
-    if not folders:
-        sae = load_sae(source, site=only, device="cpu")
-        return {site_of(sae.config, str(source)): Source(lambda: sae, sae.config)}
-    given = only.name if only is not None and len(folders) == 1 else ""
+def _sources(
+    source: str | Path, dictionaries: Sequence[Located], sites: set[Site] | None, *, keep: bool
+) -> dict[Site, Source]:
+    """The dictionary of each site; with `keep` those that had to be read for their site stay in memory."""
+    only = next(iter(sites)).name if sites is not None and len(sites) == 1 and len(dictionaries) == 1 else ""
     sources: dict[Site, Source] = {}
-    for folder in folders:
-        if ours:
-            of_folder = Source(partial(SparseAutoencoder.load, folder), read_config(folder))
+    for each in dictionaries:
+        if is_sae_folder(each.path):
+            of_path = Source(partial(SparseAutoencoder.load, each.path), read_config(each.path))
         else:
-            sae = read_folder(folder, given)
-            of_folder = Source(partial(_itself, sae) if keep else partial(read_folder, folder, given), sae.config)
-        site = site_of(of_folder.config, str(folder))
+            of_path = _read_source(each.path, each.site or only, keep=keep)
+        if each.read is not None:
+            of_path = _reading_at(of_path, each.read)
+        site = site_of(of_path.config, str(each.path))
         if site in sources:
             raise UserError(f"{str(source)!r} holds several autoencoders for site {site}: name the folder of one")
-        sources[site] = of_folder
+        sources[site] = of_path
     wanted = set(sources) if sites is None else sites
     if missing := sorted(wanted - set(sources)):
         names, has = (", ".join(map(str, listed)) for listed in (missing, sorted(sources)))
         raise UserError(f"{str(source)!r} has no autoencoder for {names}; it has {has}")
     return {site: sources[site] for site in wanted}
+
+
+def _read_source(path: Path, site: str, *, keep: bool) -> Source:
+    """A dictionary of another project, read once for what it is."""
+    sae = read_folder(path, site)
+    return Source(partial(_itself, sae) if keep else partial(read_folder, path, site), sae.config)
 
 
 def _reading_at(source: Source, read: ReadKind) -> Source:

@@ -72,8 +72,10 @@ def load_circuit(options: RunsCircuit) -> Circuit:
 
 def absolute_path(name: str | Path) -> str:
     """An existing path made absolute, so that a run can be read from another folder; a hub name as it is."""
-    path = Path(name)
-    return str(path.resolve()) if path.exists() else str(name)
+    parts = [part.partition("?") for part in str(name).split(",")]
+    if Path(name).exists() or not all(Path(path).exists() for path, _, _ in parts):
+        return str(Path(name).resolve()) if Path(name).exists() else str(name)
+    return ",".join(f"{Path(path).resolve()}{mark}{query}" for path, mark, query in parts)
 
 
 def record(run: Path, command: str, options: Any) -> None:

@@ -30,6 +30,7 @@ GROUPS = {
         "cache": ("dictionaries.cache", "CacheCommand", "write activations to disk, for several trainings"),
         "evaluate": ("dictionaries.evaluate", "EvaluateCommand", "how well they stand for the model's activations"),
         "match": ("dictionaries.match", "MatchCommand", "find the same features in two dictionaries"),
+        "saes": ("dictionaries.saes", "SaesCommand", "list released dictionaries, by the names that --saes takes"),
         "convert": ("dictionaries.convert", "ConvertCommand", "write them in SAELens' or dictionary_learning's format"),
     },
     "Circuits": {

@@ -113,9 +113,20 @@ class HasSaes:
     """Autoencoders by where they are."""
 
     saes: str
-    """Autoencoders: a run folder (`sfc train`) or the folder inside it; dictionaries of another project in a folder, or
-    on the hub as owner/repository/folder; neurons, or mlp-neurons for those inside the MLPs.
+    """Autoencoders: a run folder (`sfc train`) or the folder inside it; dictionaries of another project in a folder, on
+    the hub as owner/repository/folder, or by a name that `sfc saes` lists, several between commas; neurons, or
+    mlp-neurons for those inside the MLPs.
     """
+    width: str | None = None
+    """Of a set with several widths, such as Gemma Scope: how many features, 16k or 16384."""
+    l0: str | None = None
+    """Of a set with several sparsities: small, medium or big, or a number, of which the nearest is taken."""
+
+    def __post_init__(self) -> None:
+        from sae.formats.sets import with_choice
+
+        if self.width or self.l0:  # the name of the set says it from here on, in circuits too
+            object.__setattr__(self, "saes", with_choice(self.saes, width=self.width, l0=self.l0))
 
 
 @dataclass(frozen=True, kw_only=True)

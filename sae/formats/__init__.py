@@ -21,7 +21,17 @@ from sae._run.contents import check_complete
 from sae._run.outputs import IsOwn, check_output
 from sae.autoencoder import SAE_CONFIG_FILE, WEIGHTS_FILE, SAEConfig, SparseAutoencoder, is_own
 from sae.errors import UserError, unknown
-from sae.formats import dictionary_learning, gemma_scope, llama_scope, openai, saelens, sparsify
+from sae.formats import (
+    circuit_tracer,
+    dictionary_learning,
+    gemma_scope,
+    llama_scope,
+    openai,
+    qwen_scope,
+    saelens,
+    sparsify,
+    transcoder_circuits,
+)  # fmt: skip
 from sae.formats.common import check_same, staged
 from sae.formats.locate import local_path
 from sae.formats.refusals import refuse_no_autoencoder
@@ -42,6 +52,8 @@ class Format:
     """Reads the autoencoder in a folder or file."""
     file: str = ""
     """Regular expression of the name of a file that is an autoencoder by itself."""
+    shown: str = "LAYER.pt"
+    """Such a name, for messages."""
 
     def recognises(self, path: Path) -> bool:
         """Whether a folder or file is in it."""
@@ -58,6 +70,11 @@ FORMATS = (
     Format("Gemma Scope", ("params.npz",), gemma_scope.read),
     Format("Gemma Scope 2", ("params.safetensors",), gemma_scope.read),
     Format("Llama Scope", ("hyperparams.json",), llama_scope.read),
+    Format("circuit-tracer", (), circuit_tracer.read, circuit_tracer.FILE, "layer_N.safetensors"),
+    Format("Qwen Scope", (), qwen_scope.read, qwen_scope.FILE, "layerN.sae.pt"),
+    Format(
+        "transcoder_circuits", (), transcoder_circuits.read, transcoder_circuits.FILE, "final_sparse_autoencoder_*.pt"
+    ),
     Format("OpenAI", (), openai.read, r".*\.pt"),
 )
 WrittenFormat = Literal["ours", "saelens", "dictionary_learning"]
@@ -141,7 +158,7 @@ def read_folder(path: Path, site: str = "") -> SparseAutoencoder:
             return _placed(file_format.read(path), site, str(path))
     refuse_no_autoencoder(path)
     names = names_in(path) if path.is_dir() else path.name
-    formats = "; ".join(f"{' + '.join(f.files) or 'LAYER.pt'} ({f.name})" for f in FORMATS)
+    formats = "; ".join(f"{' + '.join(f.files) or f.shown} ({f.name})" for f in FORMATS)
     raise UserError(f"no autoencoder in {str(path)!r}: looked for {formats}; found {names}")
 
 

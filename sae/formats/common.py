@@ -142,7 +142,7 @@ def _check_shapes(tensors: Mapping[str, Any], names: Mapping[str, str], source: 
         elif ours == "threshold" and tensor.numel() == 1:
             shape = ("one",) * tensor.ndim
         else:
-            shape = {"b_dec": ("d",), SKIP: ("d", "d")}.get(ours, ("F",))
+            shape = {"b_dec": ("d",), "centre": ("d",), SKIP: ("d", "d")}.get(ours, ("F",))
         check_tensors({theirs: tensor}, {theirs: TensorSpec(shape)}, source, one=1, **sizes)
 
 

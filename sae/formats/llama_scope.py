@@ -8,7 +8,7 @@ average norm of √d and outputs likewise, s_in = √d / norm_in and s_out = √
 3. f = z 1[z > jump_relu_threshold]: one threshold, in units of x and of unit rows, so it is not scaled with 1 and 2.
 
 A topk file with a threshold above 0 is read as jumprelu, as its owners do. A file with different input and output hooks
-is a transcoder.
+is a transcoder, whose input hook is one before the MLP.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError
 from sae.folding import fold_norms
 from sae.formats.common import LINEAR, build, entry, pick, positive, read_entries
-from sae.formats.refusals import refusal, transcoder_refusal
-from sae.formats.site_names import site_named
+from sae.formats.refusals import refusal
+from sae.formats.site_names import read_place, site_named
 
 NAME = "llama_scope"
 CONFIG = "hyperparams.json"
@@ -57,8 +57,10 @@ def read(folder: Path) -> SparseAutoencoder:
     if kind := config.get("sae_type", "sae").replace("sae", ""):
         raise refusal(folder, kind) or UserError(f"{folder / CONFIG} has sae_type {kind!r}: allowed is sae")
     hook = entry(config, "hook_point_in", source=folder / CONFIG)
-    if config.get("hook_point_out", hook) != hook:
-        raise transcoder_refusal(folder)
+    out = config.get("hook_point_out", hook)
+    place = "" if out == hook else read_place(hook)
+    if out != hook and not place:
+        raise UserError(f"{folder / CONFIG} has hook_point_in {hook!r}: transcoders read before the MLP here")
     if config.get("use_glu_encoder"):
         raise UserError(f"{folder / CONFIG} has use_glu_encoder: allowed is a linear encoder")
     weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), folder / WEIGHTS[1])
@@ -86,7 +88,8 @@ def read(folder: Path) -> SparseAutoencoder:
         subtract_b_dec=bool(config.get("apply_decoder_bias_to_pre_encoder", False)),
         k=config.get("top_k") if architecture == "topk" else None,
         ranked=architecture == "topk" and not unit_rows,
-        site=site_named(hook),
+        site=site_named(out),
+        read=place,  # type: ignore[arg-type]
         model="meta-llama/Llama-3.1-8B" if "Llama3_1-8B" in folder.as_posix() else "",
         notes={"hook": hook},
     )

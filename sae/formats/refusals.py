@@ -9,29 +9,25 @@ from pathlib import Path
 from sae.errors import UserError
 
 _REASONS = {
-    "transcoder": "a transcoder, which reads at one site and writes at another: only autoencoders, which "
-    "rebuild what they read, can be used here",
-    "crosscoder": "a crosscoder, which reads and writes several layers at once: only autoencoders of one site can be "
+    "molt": "a mixture of linear transforms (MOLT), whose parts are no single directions: only dictionaries of "
+    "features with one direction each can be used here",
+    "crosscoder": "a crosscoder, which reads and writes several layers at once: only dictionaries of one site can be "
     "used here",
-    "clt": "a cross-layer transcoder, which reads one layer and writes all that follow: only autoencoders, which "
-    "rebuild what they read, can be used here",
+    "clt": "a cross-layer transcoder, which reads one layer and writes all that follow: only dictionaries that write "
+    "at one site can be used here",
     "lorsa": "a low-rank sparse attention layer (Lorsa), which moves information between tokens: only autoencoders, "
     "which take each token alone, can be used here",
     "temporal": "a temporal autoencoder, whose features depend on earlier tokens: only autoencoders that take each "
     "token alone can be used here",
     "matchingpursuit": "a matching pursuit autoencoder, which picks features one after another from what the ones "
     "before left: its features are no function of one linear map, as those used here are",
-    "abstopk": "an AbsTopK autoencoder, whose features are the k largest in size and may be negative: only features "
-    "that are zero or positive can be used here",
     "groupmax": "an autoencoder with groupmax, which keeps the largest feature of each group: there is no such "
     "activation here",
     "tanhrelu": "an autoencoder with tanh-relu, whose features saturate: they are not linear in the activations where "
     "they are active, as those used here are",
-    "skip": "an autoencoder with a skip connection: what it writes is not made of features alone, so that their "
-    "effects would not add up",
 }
-_ALSO = {"crosslayertranscoder": "clt", "lowranksparseattention": "lorsa", "molt": "transcoder"}
-_CONTAINED = ("crosslayertranscoder", "transcoder", "crosscoder", "temporal", "matchingpursuit", "lorsa")
+_ALSO = {"crosslayertranscoder": "clt", "lowranksparseattention": "lorsa"}
+_CONTAINED = ("crosslayertranscoder", "crosscoder", "temporal", "matchingpursuit", "lorsa")
 
 
 def refusal(source: Path, name: str) -> UserError | None:
@@ -42,25 +38,19 @@ def refusal(source: Path, name: str) -> UserError | None:
     return UserError(f"{source} holds {_REASONS[kind]}") if kind in _REASONS else None
 
 
-def transcoder_refusal(source: Path) -> UserError:
-    """The error for a transcoder; raise what this returns."""
-    return UserError(f"{source} holds {_REASONS['transcoder']}")
-
-
 def refuse_no_autoencoder(path: Path) -> None:
     """`UserError` for a file or folder of circuit-tracer or Language-Model-SAEs that holds no autoencoder of one site.
 
-    circuit-tracer has `config.yaml` with a `model_kind`, `layer_3.safetensors` (a transcoder of one layer), or
-    `W_enc_3.safetensors` and `W_dec_3.safetensors` (a cross-layer transcoder). Language-Model-SAEs writes `config.json`
-    with a `sae_type`, such as crosscoder, clt, lorsa, molt.
+    circuit-tracer has `W_enc_3.safetensors` and `W_dec_3.safetensors` (a cross-layer transcoder), Gemma Scope 2
+    `params_layer_3.safetensors` of the same and of crosscoders, with a `type` in `config.json`. Language-Model-SAEs
+    writes `config.json` with a `sae_type`, such as crosscoder, clt, lorsa, molt.
     """
     files = path.iterdir() if path.is_dir() else [path]
     names = [file.name for file in files if file.suffix == ".safetensors"]
     cross_layer = any(name.startswith(("W_enc_", "W_dec_")) for name in names)
-    one_layer = any(name.startswith("layer_") for name in names)
-    kind = "clt" if cross_layer else _sae_type(path)
-    if kind or one_layer or "model_kind" in _head(path / "config.yaml"):
-        raise refusal(path, kind) or transcoder_refusal(path)
+    kind = "clt" if cross_layer or "cross_layer" in _head(path / "config.yaml") else _sae_type(path)
+    if kind and (error := refusal(path, kind)):
+        raise error
 
 
 def _head(path: Path) -> str:
@@ -72,10 +62,10 @@ def _head(path: Path) -> str:
 
 
 def _sae_type(path: Path) -> str:
-    """The kind of model that a `config.json` of Language-Model-SAEs names, "" for an autoencoder or none."""
+    """The kind of model that a `config.json` names, "" for an autoencoder or none."""
     try:
         config = json.loads(_head(path / "config.json") or "{}")
     except ValueError:
         return ""
-    name = config.get("sae_type") if isinstance(config, dict) else None
-    return name if isinstance(name, str) and name != "sae" else ""
+    names = (config.get("sae_type"), config.get("type")) if isinstance(config, dict) else ()
+    return next((name for name in names if isinstance(name, str) and name != "sae"), "")

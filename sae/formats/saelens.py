@@ -6,6 +6,10 @@ W_enc is [d, F], W_dec [F, d]; x is centred by b_dec where `apply_b_dec_to_input
 - topk       f = the k largest of z (of z ‖W_dec‖ where `rescale_acts_by_decoder_norm`), after relu;  b_enc
 - jumprelu   f = relu(z) 1[z > threshold];  b_enc, threshold (log_threshold in older training files)
 - gated      f = 1[x W_enc + b_gate > 0] relu(e^r_mag x W_enc + b_mag);  b_gate, b_mag, r_mag
+- transcoder, skip_transcoder: as standard; jumprelu_transcoder, jumprelu_skip_transcoder: as jumprelu. They read at
+             `hook_name` and write at `hook_name_out`; with a skip, W_skip [d_out, d_in], x̂ has x W_skipᵀ as well
+- abstopk    f = the k entries of z of largest |z|, with their sign. Read as topk with 2 F features, F for the entries
+             above zero and F, with the other sign, for those below (feature F + i is −i): x̂ is the same
 - batchtopk, matryoshka_batchtopk: training files, with one `topk_threshold` on activations of unit decoder rows where
   rescaled; the released form of both is jumprelu.
 
@@ -21,7 +25,7 @@ import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,12 +33,20 @@ from typing_extensions import TypedDict
 
 from sae._files import TensorSpec, check_tensors, read_tensors, write_json, write_tensors
 from sae._run.outputs import is_json
-from sae.autoencoder import CONTEXT_LENGTH, EXCLUDE_SPECIAL, PREPEND_BOS, SITE_PATH, SparseAutoencoder
+from sae.autoencoder import (
+    CONTEXT_LENGTH,
+    EXCLUDE_SPECIAL,
+    PREPEND_BOS,
+    SITE_PATH,
+    SKIP,
+    ReadKind,
+    SparseAutoencoder,
+)  # fmt: skip
 from sae.errors import UserError, unknown
 from sae.folding import fold_norms, fold_scale, plain_tensors
 from sae.formats.common import build, entry, pick, positive, read_entries, unsupported, whole_number
 from sae.formats.refusals import refusal
-from sae.formats.site_names import hook_site, transformer_lens_hook
+from sae.formats.site_names import hook_site, read_place, transformer_lens_hook
 from sae.formats.token_normalised import NormalisedAutoencoder
 from sae.model.sites import SitePath
 
@@ -53,8 +65,16 @@ _TENSORS = {
     "gated": _CORE | {"b_enc": "b_mag", "gate_bias": "b_gate", "magnitude": "r_mag"},
     "batchtopk": _CORE | {"threshold": "topk_threshold"},
     "matryoshka_batchtopk": _CORE | {"threshold": "topk_threshold"},
+    "abstopk": _CORE,
+    "transcoder": _CORE,
+    "skip_transcoder": _CORE | {SKIP: "W_skip"},
+    "jumprelu_transcoder": _CORE | {"threshold": "threshold"},
+    "jumprelu_skip_transcoder": _CORE | {"threshold": "threshold", SKIP: "W_skip"},
 }
-_ARCHITECTURE = {"standard": "relu", "matryoshka_batchtopk": "matryoshka"}
+_ARCHITECTURE = {
+    "standard": "relu", "matryoshka_batchtopk": "matryoshka", "abstopk": "topk", "transcoder": "relu",
+    "skip_transcoder": "relu", "jumprelu_transcoder": "jumprelu", "jumprelu_skip_transcoder": "jumprelu",
+}  # fmt: skip
 """Ours by theirs, where the names differ."""
 _HEADS = {
     "gpt2": "transformer.h.{layer}.attn.c_proj:input",
@@ -74,6 +94,7 @@ class _Metadata(TypedDict, total=False):
 
     model_name: str | None
     hook_name: str | None
+    hook_name_out: str | None
     hook_head_index: int | None
     sae_lens_version: str | None
     context_size: int | None
@@ -89,6 +110,7 @@ class _Config(_Metadata, total=False):
     architecture: str | None
     d_in: int | None
     d_sae: int | None
+    d_out: int | None
     apply_b_dec_to_input: bool | None
     normalize_activations: str | bool | None
     activation_fn: str | None
@@ -109,7 +131,8 @@ def read(folder: Path) -> SparseAutoencoder:
     _refuse(config, folder)
     tensors = _tensors(read_tensors(folder / WEIGHTS), config, folder)
     n_features, width = len(tensors["b_enc"]), len(tensors["b_dec"])
-    for name, size in (("d_in", width), ("d_sae", n_features)):
+    n_theirs = n_features // 2 if architecture == "abstopk" else n_features
+    for name, size in (("d_in", tensors["W_enc"].shape[-1]), ("d_sae", n_theirs), ("d_out", width)):
         if config.get(name, size) != size:
             raise UserError(f"{path} says {name} = {config[name]}, the tensors of {WEIGHTS} say {size}")
     if config["normalize_activations"] == "expected_average_only_in":
@@ -126,23 +149,39 @@ def read(folder: Path) -> SparseAutoencoder:
     notes: dict[str, Any] = {"hook": hook, "version": names.get("sae_lens_version")}
     notes |= {ours: names[theirs] for ours, theirs in _CONTEXT.items() if names.get(theirs) is not None}
     site = hook_site(hook, names.get("model_name") or "")
+    place: ReadKind | Literal[""] = ""
+    if architecture.endswith("transcoder"):
+        site, place = _transcoder_places(hook, names, path)
     if heads := re.fullmatch(r"blocks\.(\d+)\.attn\.hook_z", hook):
         site = f"attn_{heads[1]}"
         notes[SITE_PATH] = str(SitePath.parse(_heads_path(names.get("model_name") or "")).at(int(heads[1])))
+    is_topk = architecture in ("topk", "abstopk")
     sae = build(
         tensors,
         source=folder,
         file_format=NAME,
         architecture=_ARCHITECTURE.get(architecture, architecture),
         subtract_b_dec=config["apply_b_dec_to_input"],
-        k=whole_number(entry(config, "k", source=path), "k", source=path) if architecture == "topk" else None,
-        ranked=architecture == "topk" and not config.get("rescale_acts_by_decoder_norm", False),
+        k=whole_number(entry(config, "k", source=path), "k", source=path) if is_topk else None,
+        ranked=is_topk and not config.get("rescale_acts_by_decoder_norm", False),
         site=site,
+        read=place,
         model=names.get("model_name") or "",
         notes=notes,
     )
     norm = _TOKEN_NORMS.get(str(config["normalize_activations"]))
     return NormalisedAutoencoder(sae, norm=norm) if norm else sae
+
+
+def _transcoder_places(hook: str, names: Mapping[str, Any], path: Path) -> tuple[str, ReadKind]:
+    """Where a transcoder writes and reads."""
+    out = names.get("hook_name_out") or ""
+    site, place = hook_site(out, names.get("model_name") or ""), read_place(hook)
+    if not site.startswith("mlp"):
+        raise UserError(f"{path} has hook_name_out {out!r}: transcoders write at the output of an MLP here")
+    if not place:
+        raise UserError(f"{path} has hook_name {hook!r}: transcoders read before the MLP here")
+    return site, place  # type: ignore[return-value]
 
 
 def _heads_path(model: str) -> str:
@@ -159,7 +198,8 @@ def _upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
     new.setdefault("metadata", {key: new.get(key) for key in _Metadata.__annotations__})
     new["metadata"].setdefault("sae_lens_version", new.get("sae_lens_version"))
     new.setdefault("architecture", "standard")
-    new.setdefault("apply_b_dec_to_input", True)
+    is_transcoder = str(new["architecture"]).endswith("transcoder")
+    new.setdefault("apply_b_dec_to_input", not is_transcoder)
     if new.get("activation_fn", "relu") == "topk":
         new["architecture"] = "topk"
         new["k"] = new.get("activation_fn_kwargs", {}).get("k", new.get("k"))
@@ -177,6 +217,8 @@ def _refuse(config: Mapping[str, Any], folder: Path) -> None:
         raise refusal(folder, activation) or UserError(
             f"{path} has activation_fn {activation!r}: allowed are relu and topk"
         )
+    if architecture.endswith("transcoder") and config["apply_b_dec_to_input"]:
+        raise UserError(f"{path} has apply_b_dec_to_input: no transcoder subtracts the bias of what it writes")
     if config["metadata"].get("hook_head_index") is not None:
         raise UserError(f"{path} is for a single attention head, which is no site: allowed are whole sublayers")
     norm = config["normalize_activations"]
@@ -201,6 +243,8 @@ def _tensors(state: dict[str, Tensor], config: Mapping[str, Any], folder: Path) 
         check_tensors({"scaling_factor": per_feature}, {"scaling_factor": TensorSpec((len(state["W_dec"]),))}, path)
     tensors = pick(state, _TENSORS[architecture], source=path, what=f"a {architecture} autoencoder")
     tensors["W_enc"] = tensors["W_enc"].T
+    if architecture == "abstopk":
+        tensors |= {name: torch.cat([tensors[name], -tensors[name]]) for name in ("W_enc", "b_enc", "W_dec")}
     if "magnitude" in tensors:
         tensors["magnitude"] = tensors["magnitude"].exp()
     if per_feature is not None and not torch.allclose(per_feature, torch.ones_like(per_feature)):

@@ -75,6 +75,45 @@ def site_named(text: str) -> str:
     return ""
 
 
+_FILES: list[tuple[str, str]] = [
+    (r"gemma-scope-[\w.-]*-transcoders\b.*/layer_(\d+)(?:/|$)", "mlp_{}"),
+    (r"(?:^|/)transcoder(?:_all)?/layer_(\d+)_width_", "mlp_{}"),
+    (r"(?:^|/)layer_(\d+)\.safetensors$", "mlp_{}"),
+    (r"(?:^|/)layer(\d+)\.sae\.pt$", "resid_{}"),
+    (r"_blocks\.(\d+)\.ln2\.hook_normalized_\d+\.pt$", "mlp_{}"),
+    (r"(?:^|/)((?:resid|mlp|attn)_out_layer\d+|embed)/\d+_\d+$", "{}"),
+]
+
+
+def dictionary_site(path: str) -> str:
+    """The site that the path of a dictionary says, transcoders among them, or "": `site_named`, and layouts of whole
+    sets.
+
+    >>> dictionary_site("google/gemma-scope-2-1b-pt/transcoder_all/layer_7_width_16k_l0_small")
+    'mlp_7'
+    """
+    for pattern, name in _FILES:
+        if match := re.search(pattern, path):
+            return name.format(match[1]) if name != "{}" else site_named(match[1])
+    return site_named(path)
+
+
+def read_place(hook: str) -> str:
+    """The place of a block, as `sae.model.sites.READ_KINDS` calls it, that a transcoder's hook reads; "" for another.
+
+    >>> read_place("blocks.3.ln2.hook_normalized"), read_place("model.layers.3.pre_feedforward_layernorm.output")
+    ('mlp_norm', 'mlp_in')
+    """
+    return next((place for pattern, place in _READ_HOOKS if re.search(pattern, hook)), "")
+
+
+_READ_HOOKS = (
+    (r"ln2\.hook_normalized$", "mlp_norm"),
+    (r"(mlp\.hook_in|pre_feedforward_layernorm\.output|ln2\.hook_out)$", "mlp_in"),
+    (r"(hook_resid_mid|hook_mlp_in)$", "mlp_resid"),
+)
+
+
 def transformer_lens_hook(site: str) -> str:
     """The TransformerLens name of a site, "" for none.
 

@@ -3,7 +3,10 @@
 Tensors: encoder.weight [F, d], encoder.bias [F], W_dec [F, d] (not transposed), b_dec [d].
 f = the k largest of relu(W (x − b_dec) + b); x̂ = f W_dec + b_dec. `num_latents` 0 means d_in · expansion_factor.
 The decoder is at unit norm where `normalize_decoder`; elsewhere the selection goes by activations as they are.
-Transcoders of before February 2025 say so in the `config.json` of the run, in the folder around.
+
+A transcoder (`transcode`) reads what the module takes and writes what it gives, nothing is subtracted; with
+`skip_connection` x̂ has x W_skipᵀ as well. Those of before February 2025 say so in the `config.json` of the run, in the
+folder around; and what has a skip connection is a transcoder, whatever else is said.
 """
 
 from __future__ import annotations
@@ -13,10 +16,10 @@ from pathlib import Path
 from typing_extensions import TypedDict
 
 from sae._files import read_json, read_tensors
-from sae.autoencoder import SparseAutoencoder
+from sae.autoencoder import SKIP, SparseAutoencoder
 from sae.errors import UserError
 from sae.formats.common import build, entry, pick, read_entries
-from sae.formats.refusals import refusal, transcoder_refusal
+from sae.formats.refusals import refusal
 from sae.formats.site_names import site_named
 
 NAME = "sparsify"
@@ -53,17 +56,24 @@ def _run_transcodes(folder: Path) -> bool:
         return False
 
 
+def _site(folder: Path, transcodes: bool) -> str:
+    """The site that the folder is called by; a transcoder of anything but an MLP is refused."""
+    site = site_named(folder.name)
+    if transcodes and site and not site.startswith("mlp"):
+        raise UserError(f"{folder} holds a transcoder of {folder.name}: only those of an MLP can be used here")
+    return site
+
+
 def read(folder: Path) -> SparseAutoencoder:
     """The autoencoder in a folder with `cfg.json` and `sae.safetensors`."""
     path = folder / CONFIG
     config = read_entries(path, _Config)
-    if config.get("transcode") or _run_transcodes(folder):
-        raise transcoder_refusal(folder)
-    if config.get("skip_connection"):
-        raise refusal(folder, "skip") or transcoder_refusal(folder)
+    has_skip = bool(config.get("skip_connection"))
+    transcodes = bool(config.get("transcode")) or has_skip or _run_transcodes(folder)
     if (activation := config.get("activation", "topk")) != "topk":
         raise refusal(folder, activation) or UserError(f"{path} has activation {activation!r}: allowed is topk")
-    tensors = pick(read_tensors(folder / WEIGHTS), _TENSORS, source=folder / WEIGHTS, what="a sparse coder")
+    names = _TENSORS | ({SKIP: "W_skip"} if has_skip else {})
+    tensors = pick(read_tensors(folder / WEIGHTS), names, source=folder / WEIGHTS, what="a sparse coder")
     n_features = config.get("num_latents") or entry(config, "d_in", source=path) * config.get("expansion_factor", 32)
     if n_features != len(tensors["b_enc"]):
         raise UserError(f"{path} says {n_features} latents, the tensors of {WEIGHTS} say {len(tensors['b_enc'])}")
@@ -75,9 +85,10 @@ def read(folder: Path) -> SparseAutoencoder:
         source=folder,
         file_format=NAME,
         architecture="topk",
-        subtract_b_dec=True,
+        subtract_b_dec=not transcodes,
         k=k,
         ranked=True,
-        site=site_named(folder.name),
+        site=_site(folder, transcodes),
+        read="mlp_in" if transcodes else "",
         notes={"module": folder.name},
     )

@@ -6,9 +6,11 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from sae.autoencoder import SparseAutoencoder
 from sae.formats import load_sae, save_sae
+from sae.formats.releases import releases
 from sae.model.load import load_model
 from tests.sae.evaluation.test_evaluate import random_sae
 
@@ -149,3 +151,32 @@ def test_converted_autoencoders_give_the_same(sfc, runs, tmp_path, file_format):
         new, old = load_sae(tmp_path / "new" / site), load_sae(runs[0], site=site)
         assert new.config.site == site
         torch.testing.assert_close(new(x), old(x), atol=1e-5, rtol=1e-5)
+
+
+def test_sfc_lists_releases(sfc):
+    everything = json.loads(sfc("saes", "--json").out)["releases"]
+    assert {row["name"] for row in everything} == {*releases()}
+    some = sfc("saes", "--model", "gemma-3-1b")
+    assert some.status == 0 and "google/gemma-scope-2-1b-pt" in some.out and "Qwen" not in some.out
+    assert sfc("saes", "--model", "gema-3").status == 2
+
+
+def test_a_whole_set_is_chosen_by_width_and_l0(sfc, model_folder, prompts_file, text_file, tmp_path):
+    """The circuit remembers the choice."""
+    root = tmp_path / "gemma-scope-2-1b-pt"
+    for layer in range(2):
+        for width in ("16k", "65k"):
+            sae = random_sae(f"resid_{layer}", D, seed=layer)
+            state = {"w_enc": sae.W_enc.T.contiguous(), "w_dec": sae.W_dec, "b_enc": sae.b_enc, "b_dec": sae.b_dec}
+            state["threshold"] = torch.zeros(sae.config.n_features)
+            folder = root / "resid_post_all" / f"layer_{layer}_width_{width}_l0_small"
+            folder.mkdir(parents=True)
+            save_file(state, folder / "params.safetensors")
+    common = ["--model", model_folder, "--saes", root]
+    refused = sfc("evaluate", *common, "--text", text_file, "--out", tmp_path / "e")
+    assert refused.status == 2 and "choose one: --width 16k, 65k" in refused.err
+    words = ["--prompts", prompts_file, "--method", "attrib", "--edge-nodes", 5, "--nodes", 5]
+    found = sfc("discover", *common, "--width", "16k", "--l0", "small", *words, "--out", tmp_path / "run", "--json")
+    assert found.status == 0 and json.loads(found.out)["sites"] == ["resid_0", "resid_1"]
+    assert json.loads(found.out)["saes"] == f"{root}?width=16k&l0=small"
+    assert sfc("faithfulness", "--circuit", tmp_path / "run", "--sizes", 3).status == 0

@@ -73,7 +73,7 @@ WORDS = {
     "tpp": "--model MODEL --saes RUN --data PROMPTS --out OUT",
     "demo": "--out OUT",
 }
-WITHOUT_OUTPUT = {"test", "serve"}
+WITHOUT_OUTPUT = {"test", "serve", "saes"}
 """They write nothing by themselves; an edit asked for in the browser is written as `ablate` writes it."""
 OVERWRITING = (
     "train",

@@ -5,17 +5,20 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub.errors import (
     HfHubHTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
+from safetensors.torch import save_file
 
 from sae.errors import UserError
 from sae.formats import load_sae
 from sae.formats import locate as hub
-from sae.formats.locate import choose, local_path, released, repository_of
+from sae.formats.locate import choose, local_path
+from sae.formats.releases import released, repository_of
 from sae.formats.site_names import dictionary_learning_name, hook_site, site_named, transformer_lens_hook
 from sae.model.sites import Site
 from sae.saes import load_saes
@@ -74,6 +77,32 @@ def test_a_site_picks_the_folder_and_a_revision_is_passed_on(repository):
     assert load_sae("hf://someone/saes@v1.0", site="resid_3").config.extra["module"] == "layers.3"
     assert calls == [("someone/saes", "v1.0", ["layers.3", "layers.3/*"])]
     assert list(load_saes("someone/saes", sites=["mlp_3"])) == [Site("mlp", 3)]
+
+
+def test_a_whole_repository_is_a_set(repository):
+    _, _, calls = repository
+    assert [str(site) for site in load_saes("someone/saes")] == ["mlp_3", "resid_3"]
+    assert calls == [("someone/saes", None, ["layers.3", "layers.3/*", "layers.3.mlp", "layers.3.mlp/*"])]
+
+
+def test_a_set_may_name_files_of_other_repositories(repository):
+    root, _, calls = repository
+    for folder in ("layers.3", "layers.3.mlp"):
+        shutil.rmtree(root / folder)
+    (root / "config.yaml").write_text(
+        "model_kind: transcoder_set\nfeature_input_hook: ln2.hook_normalized\ntranscoders:\n"
+        "- hf://someone/saes/b/layer_0.safetensors\n- hf://someone/saes/b/layer_1.safetensors?revision=v1\n"
+    )
+    for folder in ("b", "sets"):
+        (root / folder).mkdir()
+    (root / "config.yaml").rename(root / "sets" / "config.yaml")
+    for layer in range(2):
+        state = {"W_enc": torch.ones(4, 3), "W_dec": torch.ones(4, 3), "b_enc": torch.ones(4), "b_dec": torch.ones(3)}
+        save_file(state, root / "b" / f"layer_{layer}.safetensors")
+    saes = load_saes("someone/saes/sets")
+    assert [(str(site), saes.config(site).read) for site in saes] == [("mlp_0", "mlp_norm"), ("mlp_1", "mlp_norm")]
+    assert calls[1] == ("someone/saes", None, ["b/layer_0.safetensors", "b/config.yaml", "b/config.json"])
+    assert calls[2][1] == "v1"
 
 
 def test_several_autoencoders_are_listed_not_downloaded(repository):

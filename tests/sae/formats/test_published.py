@@ -1,11 +1,14 @@
 """Released files whose owners are no package to record, against their forward pass as published."""
 
 import json
+import sys
+import types
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from sae.errors import UserError
 from sae.evaluation.evaluate import evaluate_saes
@@ -70,11 +73,61 @@ def test_gemma_scope_takes_the_l0_closest_to_100(random, tmp_path):
         load_sae(tmp_path / "gemma-scope-2b-pt-res")
 
 
-def test_gemma_scope_transcoders_are_refused(random, tmp_path):
-    folder = tmp_path / "gemma-scope-2b-pt-transcoders" / "layer_5" / "width_16k" / "average_l0_20"
-    gemma_scope(folder, random)
-    with pytest.raises(UserError, match=r"transcoder"):
-        load_sae(folder)
+@pytest.mark.parametrize(
+    ("release", "folder", "read", "affine"),
+    [
+        ("gemma-scope-2b-pt-transcoders", "layer_5/width_16k/average_l0_20", "mlp_norm", False),
+        ("gemma-scope-2-1b-pt", "transcoder_all/layer_5_width_16k_l0_small", "mlp_in", False),
+        ("gemma-scope-2-1b-pt", "transcoder_all/layer_5_width_16k_l0_small_affine", "mlp_in", True),
+    ],
+)
+def test_gemma_scope_transcoders(release, folder, read, affine, random, tmp_path):
+    path, second = tmp_path / release / folder, "scope-2-" in release
+    b_enc, b_dec, threshold, W_enc, W_dec = gemma_scope(
+        path, random, prefix="w_" if second else "W_", safetensors=second
+    )
+    skip = random(D, D) if affine else torch.zeros(D, D)
+    if affine:
+        save_file(
+            load_file(path / "params.safetensors") | {"affine_skip_connection": skip}, path / "params.safetensors"
+        )
+    sae, x = load_sae(path), random(N, D)
+    z = x @ W_enc + b_enc
+    f = z.relu() * (z > threshold)
+    assert (sae.config.site, sae.config.read) == ("mlp_5", read)
+    assert torch.allclose(sae(x), f @ W_dec + b_dec + x @ skip, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("hooks", "site", "read"),
+    [
+        (("output", "output"), "resid_7", ""),
+        (("self_attn.o_proj.input", "self_attn.o_proj.input"), "attn_7", ""),
+        (("post_feedforward_layernorm.output",) * 2, "mlp_7", ""),
+        (("pre_feedforward_layernorm.output", "post_feedforward_layernorm.output"), "mlp_7", "mlp_in"),
+    ],
+)
+def test_gemma_scope_2_says_what_it_is_wherever_the_folder_is(hooks, site, read, random, tmp_path):
+    """Even in a folder called by another kind."""
+    path = tmp_path / "my transcoder" / "layer_1_width_16k"
+    gemma_scope(path, random, prefix="w_", safetensors=True)
+    hook_in, hook_out = (f"model.layers.7.{hook}" for hook in hooks)
+    config = {"hf_hook_point_in": hook_in, "hf_hook_point_out": hook_out, "model_name": "google/gemma-3-1b-pt"}
+    (path / "config.json").write_text(json.dumps(config | {"type": "transcoder" if read else "sae", "l0": 20.5}))
+    sae = load_sae(path)
+    assert (sae.config.site, sae.config.read, sae.config.model) == (site, read, "google/gemma-3-1b-pt")
+    assert ("site_path" in sae.config.extra) == (site == "attn_7")
+    for entries, message in (
+        ({"type": "clt"}, "cross-layer transcoder"),
+        ({"type": "crosscoder"}, "crosscoder"),
+        ({"hf_hook_point_in": [hook_in, hook_in]}, "crosscoder"),
+        ({"hf_hook_point_out": "model.norm.output"}, "no site here"),
+        ({"hf_hook_point_in": "model.layers.3.input"}, "reads before the MLP"),
+        ({"architecture": "topk"}, "allowed is jump_relu"),
+    ):
+        (path / "config.json").write_text(json.dumps(config | entries))
+        with pytest.raises(UserError, match=message):
+            load_sae(path)
 
 
 # Llama Scope
@@ -131,8 +184,13 @@ def test_llama_scope(unit_norm, random, tmp_path):
     assert torch.allclose(sae.encode(x), f * written, atol=1e-4)
     assert torch.allclose(sae(x), (f @ state["decoder.weight"].T + state["decoder.bias"]) / s, atol=1e-4)
     (folder / "hyperparams.json").write_text(json.dumps(config | {"hook_point_out": "blocks.15.hook_mlp_out"}))
-    with pytest.raises(UserError, match=r"transcoder"):
+    with pytest.raises(UserError, match=r"hook_point_in 'blocks.15.hook_resid_post': transcoders read before the MLP"):
         load_sae(folder)
+    hooks = {"hook_point_in": "blocks.15.hook_resid_mid", "hook_point_out": "blocks.15.hook_mlp_out"}
+    (folder / "hyperparams.json").write_text(json.dumps(config | hooks))
+    transcoder = load_sae(folder)
+    assert (transcoder.config.site, transcoder.config.read) == ("mlp_15", "mlp_resid")
+    assert torch.allclose(transcoder(x), sae(x), atol=1e-5)
     (folder / "hyperparams.json").write_text(json.dumps(config | {"norm_activation": "token-wise"}))
     with pytest.raises(UserError, match=r"norm_activation 'token-wise'"):
         load_sae(folder)
@@ -221,12 +279,115 @@ def test_a_normalised_autoencoder_can_be_evaluated_and_described(tiny_model):
 # circuit-tracer
 
 
-@pytest.mark.parametrize("file", ["config.yaml", "layer_3.safetensors", "W_enc_0.safetensors"])
-def test_circuit_tracer_is_refused_with_a_sentence(file, tmp_path):
+@pytest.mark.parametrize("file", ["config.yaml", "W_enc_0.safetensors"])
+def test_cross_layer_transcoders_are_refused_with_a_sentence(file, tmp_path):
     if file.endswith("yaml"):
-        (tmp_path / file).write_text("model_kind: transcoder_set\nmodel_name: google/gemma-2-2b\n")
+        (tmp_path / file).write_text("model_kind: cross_layer_transcoder\nmodel_name: google/gemma-2-2b\n")
     else:
         save_file({"W_enc": torch.zeros(2, 2)}, tmp_path / file)
     for path in (tmp_path, tmp_path / file) if file != "config.yaml" else (tmp_path,):
-        with pytest.raises(UserError, match=r"only autoencoders, which rebuild what they read"):
+        with pytest.raises(UserError, match=r"only dictionaries that write at one site"):
             load_sae(path)
+
+
+@pytest.mark.parametrize("kind", ["relu", "jumprelu", "topk", "k in the config"])
+@pytest.mark.parametrize(
+    ("hook", "read"), [("ln2.hook_normalized", "mlp_norm"), ("hook_resid_mid", "mlp_resid"), ("", "mlp_in")]
+)
+def test_circuit_tracer(kind, hook, read, random, tmp_path):
+    """Its formula: act(x W_encᵀ + b_enc) W_dec + b_dec + x W_skipᵀ."""
+    state = {
+        "W_enc": random(F, D),
+        "W_dec": random(F, D),
+        "b_enc": random(F),
+        "b_dec": random(D),
+        "W_skip": random(D, D),
+    }
+    extra = {"jumprelu": {"activation_function.threshold": random(F).abs()}, "topk": {"k": torch.tensor(K)}}.get(
+        kind, {}
+    )
+    save_file(state | extra, tmp_path / "layer_3.safetensors")
+    config = [f"feature_input_hook: {hook}"] if hook else []
+    config += [f"activation: topk\nk: {K}"] if kind == "k in the config" else []
+    (tmp_path / "config.yaml").write_text("\n".join(["model_kind: transcoder_set", *config]))
+    for path in (tmp_path / "layer_3.safetensors", tmp_path):
+        sae = load_sae(path)
+        assert (sae.config.site, sae.config.read) == ("mlp_3", read)
+    x = random(N, D)
+    z = x @ state["W_enc"].T + state["b_enc"]
+    f = z.relu()
+    if kind == "jumprelu":
+        f = z * (z > extra["activation_function.threshold"])
+    elif kind != "relu":
+        f = torch.zeros_like(z).scatter(1, (top := z.relu().topk(K)).indices, top.values)
+    assert torch.allclose(sae(x), f @ state["W_dec"] + state["b_dec"] + x @ state["W_skip"].T, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("feature_input_hook: attn.hook_q", "transcoders read before the MLP here"),
+        ("feature_output_hook: hook_attn_out", "transcoders write at hook_mlp_out"),
+        ("activation: topk", "neither it nor config.yaml has k"),
+        ("activation: gelu", "unknown activation"),
+        ("k: [", "not YAML"),
+        ("- k", "config.yaml"),
+    ],
+)
+def test_sets_of_circuit_tracer_that_cannot_be_read(config, message, random, tmp_path):
+    state = {"W_enc": random(F, D), "W_dec": random(F, D), "b_enc": random(F), "b_dec": random(D)}
+    save_file(state, tmp_path / "layer_0.safetensors")
+    (tmp_path / "config.yaml").write_text(config)
+    with pytest.raises(UserError, match=message):
+        load_sae(tmp_path)
+
+
+# Qwen Scope
+
+
+def test_qwen_scope(random, tmp_path):
+    folder = tmp_path / f"SAE-Res-Qwen3-1.7B-Base-W32K-L0_{K}"
+    folder.mkdir()
+    state = {"W_enc": random(F, D), "W_dec": random(D, F), "b_enc": random(F), "b_dec": random(D)}
+    torch.save(state, folder / "layer3.sae.pt")
+    sae, x = load_sae(folder / "layer3.sae.pt"), random(N, D)
+    z = (x @ state["W_enc"].T + state["b_enc"]).relu()
+    f = torch.zeros_like(z).scatter(1, (top := z.topk(K)).indices, top.values)
+    assert torch.allclose(sae(x), f @ state["W_dec"].T + state["b_dec"], atol=1e-5)
+    assert (sae.config.site, sae.config.model, sae.config.k) == ("resid_3", "Qwen/Qwen3-1.7B-Base", K)
+    moved = folder.rename(tmp_path / "moved")
+    with pytest.raises(UserError, match=r"nothing says how many features"):
+        load_sae(moved)
+    (moved / "config.json").write_text(json.dumps({"k": K, "base_model": "Qwen/Qwen3-1.7B-Base", "d_model": D}))
+    assert load_sae(moved).config.k == K
+    torch.save(state | {"config": Fraction(1, 2)}, moved / "layer3.sae.pt")
+    with pytest.raises(UserError, match=r"Python objects beside tensors"):
+        load_sae(moved)
+
+
+# Dunefsky, Chlenski, Nanda
+
+
+def test_transcoders_of_gpt2(random, tmp_path, monkeypatch):
+    """Their config is an object of a class that is not there when the file is read."""
+    module = types.ModuleType("sae_training.config")
+    exec("class LanguageModelSAERunnerConfig: pass", module.__dict__)
+    module.LanguageModelSAERunnerConfig.__module__ = "sae_training.config"
+    monkeypatch.setitem(sys.modules, "sae_training", types.ModuleType("sae_training"))
+    monkeypatch.setitem(sys.modules, "sae_training.config", module)
+    config = module.LanguageModelSAERunnerConfig()
+    config.dtype, config.device, config.d_in = torch.float32, torch.device("cpu"), D
+    state = {
+        "W_enc": random(D, F),
+        "b_enc": random(F),
+        "W_dec": random(F, D),
+        "b_dec": random(D),
+        "b_dec_out": random(D),
+    }
+    path = tmp_path / f"final_sparse_autoencoder_gpt2-small_blocks.8.ln2.hook_normalized_{F}.pt"
+    torch.save({"cfg": config, "state_dict": state}, path)
+    monkeypatch.delitem(sys.modules, "sae_training.config")
+    sae, x = load_sae(tmp_path), random(N, D)
+    f = ((x - state["b_dec"]) @ state["W_enc"] + state["b_enc"]).relu()
+    assert torch.allclose(sae(x), f @ state["W_dec"] + state["b_dec_out"], atol=1e-5)
+    assert (sae.config.site, sae.config.read, sae.config.model) == ("mlp_8", "mlp_norm", "gpt2")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sae.errors import UserError
 from sae.formats import load_sae, save_sae
@@ -82,10 +82,68 @@ def test_token_wise_normalisation_is_the_owners(folder):
         sae.save("anywhere")
 
 
-@pytest.mark.parametrize("folder", ["saelens/transcoder", "sparsify/layers.4.transcoder"])
-def test_transcoders_are_refused(folder):
-    with pytest.raises(UserError, match=r"holds a transcoder"):
-        load_sae(RECORDED / folder)
+@pytest.mark.parametrize("says", ["cfg.json", "only the skip connection", "the run's config.json"])
+def test_sparsifys_transcoders_are_the_owners(says, tmp_path):
+    """Those of before February 2025 say it elsewhere, or nowhere."""
+    folder = tmp_path / "layers.4.mlp"
+    shutil.copytree(RECORDED / "sparsify/layers.4.transcoder", folder)
+    config = json.loads((folder / "cfg.json").read_text())
+    if says != "cfg.json":
+        (folder / "cfg.json").write_text(
+            json.dumps({key: value for key, value in config.items() if key != "transcode"})
+        )
+    if says == "the run's config.json":
+        (tmp_path / "config.json").write_text('{"transcode": true}')
+    sae, expected = load_sae(folder), load_file(folder / "expected.safetensors")
+    agrees(sae, expected)
+    assert (sae.config.site, sae.config.read) == ("mlp_4", "mlp_in")
+    with pytest.raises(UserError, match=r"only those of an MLP"):
+        load_sae(folder.rename(tmp_path / "layers.4"))
+
+
+@pytest.mark.parametrize(
+    "architecture", ["transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder"]
+)
+def test_saelens_transcoders(architecture, tmp_path):
+    """Against SAELens' formula, with the weights that it wrote."""
+    folder = tmp_path / "sae"
+    shutil.copytree(RECORDED / "saelens/transcoder", folder)
+    with pytest.raises(UserError, match=r"hook_name_out ''"):
+        load_sae(folder)
+    config, state = json.loads((folder / "cfg.json").read_text()), load_file(folder / "sae_weights.safetensors")
+    config["metadata"] |= {"hook_name": "blocks.3.ln2.hook_normalized", "hook_name_out": "blocks.3.hook_mlp_out"}
+    (folder / "cfg.json").write_text(json.dumps(config | {"architecture": architecture}))
+    generator = torch.Generator().manual_seed(0)
+    x, skip = torch.randn(24, 16, generator=generator), torch.zeros(16, 16)
+    z = x @ state["W_enc"] + state["b_enc"]
+    f = z.relu()
+    if "jumprelu" in architecture:
+        state["threshold"] = torch.rand(48, generator=generator)
+        f = z.relu() * (z > state["threshold"])
+    if "skip" in architecture:
+        state["W_skip"] = skip = torch.randn(16, 16, generator=generator)
+    save_file(state, folder / "sae_weights.safetensors")
+    sae = load_sae(folder)
+    assert (sae.config.site, sae.config.read) == ("mlp_3", "mlp_norm")
+    assert torch.allclose(sae(x), f @ state["W_dec"] + state["b_dec"] + x @ skip.T, atol=1e-5)
+    (folder / "cfg.json").write_text(json.dumps(config | {"architecture": architecture, "apply_b_dec_to_input": True}))
+    with pytest.raises(UserError, match=r"apply_b_dec_to_input"):
+        load_sae(folder)
+
+
+def test_saelens_abstopk_keeps_the_largest_of_either_sign(tmp_path):
+    folder = tmp_path / "sae"
+    shutil.copytree(RECORDED / "saelens/topk", folder)
+    config, state = json.loads((folder / "cfg.json").read_text()), load_file(folder / "sae_weights.safetensors")
+    (folder / "cfg.json").write_text(json.dumps(config | {"architecture": "abstopk"}))
+    sae, x = load_sae(folder), torch.randn(24, 16, generator=torch.Generator().manual_seed(0))
+    z = (x - (state["b_dec"] if config["apply_b_dec_to_input"] else 0)) @ state["W_enc"] + state["b_enc"]
+    score = z.abs() * (state["W_dec"].norm(dim=-1) if config.get("rescale_acts_by_decoder_norm") else 1)
+    chosen = score.topk(config["k"]).indices
+    f = torch.zeros_like(z).scatter(1, chosen, z.gather(1, chosen))
+    assert torch.allclose(sae(x), f @ state["W_dec"] + state["b_dec"], atol=1e-5)
+    g = sae.encode(x) / torch.cat([state["W_dec"].norm(dim=-1)] * 2)
+    assert torch.allclose(g[:, :48] - g[:, 48:], f, atol=1e-5) and bool((g >= 0).all())
 
 
 def test_what_the_files_say_is_kept():

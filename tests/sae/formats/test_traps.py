@@ -170,9 +170,9 @@ def test_log_threshold_of_training_files(tmp_path):
     [
         ({"architecture": "temporal"}, "holds a temporal autoencoder, whose features depend on earlier tokens"),
         ({"architecture": "matching_pursuit"}, "holds a matching pursuit autoencoder"),
-        ({"architecture": "abstopk"}, "holds an AbsTopK autoencoder"),
+        ({"architecture": "crosscoder"}, "holds a crosscoder"),
         ({"architecture": "jumprelv"}, "unknown architecture .*did you mean 'jumprelu'"),
-        ({"architecture": "skip_transcoder"}, "holds a transcoder"),
+        ({"architecture": "skip_transcoder"}, "apply_b_dec_to_input: no transcoder"),
         ({"activation_fn": "tanh-relu"}, "autoencoder with tanh-relu"),
         ({"normalize_activations": "covariance_whitening"}, "unknown normalize_activations"),
         ({"normalize_activations": "expected_average_only_in"}, "activation_scaler.json"),
@@ -244,7 +244,7 @@ def test_sparsify_decoder_is_not_transposed_when_square(tmp_path, random):
     (tmp_path / "layers.0" / "cfg.json").write_text(json.dumps({"d_in": D, "num_latents": D, "activation": "groupmax"}))
     with pytest.raises(UserError, match=r"autoencoder with groupmax"):
         load_sae(tmp_path)
-    for entry, message in (("skip_connection", "with a skip connection"), ("transcode", "holds a transcoder")):
+    for entry, message in (("skip_connection", "missing W_skip"), ("transcode", "holds a transcoder of layers.0")):
         (tmp_path / "layers.0" / "cfg.json").write_text(json.dumps({"d_in": D, "num_latents": D, "k": K, entry: True}))
         with pytest.raises(UserError, match=message):
             load_sae(tmp_path)

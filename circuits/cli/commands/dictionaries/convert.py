@@ -36,6 +36,10 @@ class ConvertCommand(Prints, Overwrites):
     """Folder; an autoencoder goes to SITE inside."""
     format: Literal["ours", "saelens", "dictionary_learning"]
     """Format to write."""
+    width: str | None = None
+    """Of a set with several widths, such as Gemma Scope: how many features, 16k or 16384."""
+    l0: str | None = None
+    """Of a set with several sparsities: small, medium or big, or a number, of which the nearest is taken."""
     site: str | None = None
     """Site of a single autoencoder whose files do not say it."""
     read: Literal["mlp_resid", "mlp_norm", "mlp_in", "mlp_hidden"] | None = None
@@ -48,15 +52,17 @@ class ConvertCommand(Prints, Overwrites):
 
     def _run(self) -> Output:
         from sae.formats import save_saes
+        from sae.formats.sets import with_choice
         from sae.saes import load_saes
 
         self._check()
         sites = None if self.site is None else [self.site]
-        saes = load_saes(self.saes, sites=sites, device="cpu", read=self.read)
+        source = with_choice(self.saes, width=self.width, l0=self.l0)
+        saes = load_saes(source, sites=sites, device="cpu", read=self.read)
         names = [site.name for site in saes]
         new = not self.out.exists() or not any(self.out.iterdir())
         self._remove_earlier()
-        entry = {"saes": self.saes, "format": self.format, "sites": names}
+        entry = {"saes": source, "format": self.format, "sites": names}
         self._note({**entry, "complete": False})
         try:
             save_saes({self.out / site.name: sae for site, sae in saes.items()}, file_format=self.format)

@@ -26,10 +26,9 @@ from circuits.attribution.effects import SiteEffects
 from circuits.attribution.nodes import Nodes, ranked, select_nodes
 from circuits.circuit_source import CircuitSource, check_widths
 from circuits.circuit_views import CircuitViews
-from circuits.labels import Label, LabelsFile
+from circuits.labels import Label, LabelsFile, group_members, groups_by_name, read_supernodes
 from circuits.metrics.metrics import Metric, circuit_metric
 from circuits.prompts.dataset import PromptSet
-from circuits.supernodes import by_name, members, read_supernodes
 from graphs._outputs import is_graph
 from graphs.drawing.style import describe
 from graphs.feature_graph import FeatureGraph
@@ -83,7 +82,7 @@ class Circuit(CircuitViews):
     labels: dict[str, Label] = field(default_factory=dict, repr=False, metadata=NOT_SAVED)
     """What people and programs call its features, as `labels.jsonl` beside the SAEs has it."""
     supernodes: list[SupernodeFile] = field(default_factory=list, repr=False, metadata=NOT_SAVED)
-    """Named groups of its nodes, as `supernodes.json` has them (`circuits.supernodes`)."""
+    """Named groups of its nodes, as `supernodes.json` has them (`circuits.labels`)."""
     source: CircuitSource = field(default_factory=CircuitSource, repr=False, compare=False, metadata=NOT_SAVED)
     """The model, SAEs, metric and prompts it was found with, or where they are loaded from."""
 
@@ -154,7 +153,7 @@ class Circuit(CircuitViews):
         Raises:
             UserError: there is no such supernode.
         """
-        return FeatureNames(members(name, by_name(self.supernodes)), self, is_group=True)
+        return FeatureNames(group_members(name, groups_by_name(self.supernodes)), self, is_group=True)
 
     def feature_pages(
         self, texts: str | Path | Iterable[str], options: FeaturePageOptions | None = None

@@ -136,7 +136,7 @@ def overview() -> str:
     lines = ["Find, draw and edit sparse feature circuits in language models.", "usage: sfc COMMAND [OPTIONS]", ""]
     for group, commands in GROUPS.items():
         lines += [group, *(f"  {name:<18}{does}" for name, (_, _, does) in commands.items())]
-    return "\n".join([*lines, "", "sfc COMMAND --help explains every option of a command."]) + "\n"
+    return "\n".join([*lines, "sfc COMMAND --help explains every option of a command."]) + "\n"
 
 
 def _run(words: Sequence[str]) -> int:

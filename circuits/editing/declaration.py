@@ -23,8 +23,8 @@ from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
 from circuits.editing.targets import EVERYWHERE, feature_names, parse_features, split_by_span
+from circuits.labels import SupernodesFile, group_members, groups_by_name
 from circuits.options import EditedTokens, Operation
-from circuits.supernodes import SupernodesFile, by_name, members
 from graphs.schema import SupernodeFile
 from graphs.supernodes import PREFIX
 from sae._files import check_type, read_json, write_json
@@ -181,7 +181,7 @@ def load_edits(path: str | Path) -> list[Edit]:
         _check_keys(data, EditsFile, str(path))
     for number, edit in enumerate(data["edits"]):
         _check_keys(edit, EditFile, f"{path}: edits[{number}]")
-    groups = by_name(checked.get("groups", ()))
+    groups = groups_by_name(checked.get("groups", ()))
     try:
         return [_edit(entry, groups) for entry in checked["edits"]]
     except UserError as error:
@@ -204,7 +204,7 @@ def save_edits(edits: Edit | Sequence[Edit], path: str | Path, *, overwrite: boo
 
 def load_groups(path: str | Path) -> dict[str, list[str]]:
     """The supernodes of a file that the explorer saved: name -> its nodes."""
-    return by_name(read_json(path, SupernodesFile)["groups"])
+    return groups_by_name(read_json(path, SupernodesFile)["groups"])
 
 
 def expanded(features: str | Sequence[str], groups: Mapping[str, Sequence[str]]) -> list[str]:
@@ -215,7 +215,7 @@ def expanded(features: str | Sequence[str], groups: Mapping[str, Sequence[str]])
     listed: list[str] = []
     for name in (name.strip() for name in names):
         if name.startswith(PREFIX) or (groups and "/" not in name):
-            listed += members(name.removeprefix(PREFIX), groups)
+            listed += group_members(name.removeprefix(PREFIX), groups)
         else:
             listed.append(name)
     return list(dict.fromkeys(listed))

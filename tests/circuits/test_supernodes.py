@@ -5,7 +5,7 @@ import json
 import pytest
 
 from circuits.editing.random_features import draws_of_equal_effect
-from circuits.supernodes import SUPERNODES_FILE, read_supernodes, with_named, write_supernodes
+from circuits.labels import SUPERNODES_FILE, read_supernodes, with_group, write_supernodes
 from sae.errors import UserError
 
 
@@ -26,17 +26,17 @@ def test_groups_of_people_stay_and_automatic_ones_are_of_one_circuit(tmp_path):
 
 
 def test_groups_are_made_changed_and_removed_by_name():
-    groups = with_named([group("old", "a/1", "a/2")], "new one", ["a/2", "a/3", "a/2"], ["a/1", "a/2", "a/3"])
+    groups = with_group([group("old", "a/1", "a/2")], "new one", ["a/2", "a/3", "a/2"], ["a/1", "a/2", "a/3"])
     assert [(g["name"], g["nodes"]) for g in groups] == [("new one", ["a/2", "a/3"]), ("old", ["a/1"])]
-    assert [g["name"] for g in with_named(groups, "old", ["a/2"], ["a/2"])] == ["old", "new one"]
-    assert [g["name"] for g in with_named(groups, "new-one", [], [])] == ["old"]
+    assert [g["name"] for g in with_group(groups, "old", ["a/2"], ["a/2"])] == ["old", "new one"]
+    assert [g["name"] for g in with_group(groups, "new-one", [], [])] == ["old"]
     for name, nodes, said in (
         ("a/b", ["a/1"], "no name"),
         ("x", ["a/9"], "'a/9' is no node"),
         ("x", [], "no supernode 'x'"),
     ):
         with pytest.raises(UserError, match=said):
-            with_named(groups, name, nodes, ["a/1"])
+            with_group(groups, name, nodes, ["a/1"])
 
 
 def test_draws_of_equal_effect_are_as_many_and_come_near():

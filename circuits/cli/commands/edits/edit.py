@@ -178,13 +178,13 @@ class _Edit(UsesSaes, Named, HasTestPrompts, RunsCircuit):
     def _edits(self, circuit: Circuit, operation: Operation, value: float | None) -> list[Edit]:
         """The edits of the file, or the one that the options describe."""
         from circuits.editing.declaration import Edit, expanded, load_edits, load_groups
-        from circuits.supernodes import by_name
+        from circuits.labels import groups_by_name
 
         if self.edit is not None:
             edits = load_edits(self.edit)
         else:
             chosen = self.features or circuit.strongest_features(self.top or 0)
-            groups = by_name(circuit.supernodes) | (load_groups(self.groups) if self.groups else {})
+            groups = groups_by_name(circuit.supernodes) | (load_groups(self.groups) if self.groups else {})
             names = expanded(chosen, groups)
             by_template = operation == "mean" and self.text is None
             edits = [Edit(names, operation, value, self.relative, self.where, by_template=by_template)]

@@ -109,8 +109,7 @@ class ExportCommand(Common, Overwrites, HasCircuit):
         """The graph with the names of its features, and its metadata with paths as they are now."""
         from circuits._circuit_files import absolute_in_run, check_metadata
         from circuits.circuit import GRAPH_FILE, circuit_folder
-        from circuits.labels import LabelsFile, labelled
-        from circuits.supernodes import read_supernodes
+        from circuits.labels import LabelsFile, labelled, read_supernodes
         from graphs import FeatureGraph
 
         folder = circuit_folder(self.circuit)

@@ -39,7 +39,7 @@ class SupernodesCommand(Prints, HasCircuit):
 
     def run(self) -> Output:
         from circuits.circuit import Circuit, circuit_folder
-        from circuits.supernodes import as_groups, without_members, write_supernodes
+        from circuits.labels import as_groups, without_members, write_supernodes
 
         if self.members is not None and self.name is None:
             raise UserError("members are given without a name of their group: give --name as well")
@@ -59,12 +59,12 @@ class SupernodesCommand(Prints, HasCircuit):
 
     def _by_hand(self, circuit: Circuit) -> list[SupernodeFile] | None:
         """The groups with those that a person gives; None where none are given."""
-        from circuits.supernodes import with_named, without_members
+        from circuits.labels import with_group, without_members
 
         if self.name is not None:
             names = [name.strip() for name in (self.members or "").split(",") if name.strip()]
             known = [id for site, nodes in circuit.nodes.items() for id in nodes.ids(site)]
-            return with_named(circuit.supernodes, self.name, names, known)
+            return with_group(circuit.supernodes, self.name, names, known)
         if self.read is None:
             return None
         given = _read(self.read)
@@ -74,7 +74,7 @@ class SupernodesCommand(Prints, HasCircuit):
 
 def _read(path: Path) -> list[SupernodeFile]:
     """The groups of a file of the explorer or of a viewer; UserError where it holds none."""
-    from circuits.supernodes import SupernodesFile, as_groups
+    from circuits.labels import SupernodesFile, as_groups
     from graphs.formats.neuronpedia import from_neuronpedia
     from sae._files import check_type, read_json
 

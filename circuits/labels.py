@@ -29,6 +29,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import FiniteFloat
 from typing_extensions import NotRequired, TypedDict
 
 from graphs.feature_graph import OTHERS, FeatureGraph, Node
@@ -53,6 +54,7 @@ class Label(TypedDict):
     date: NotRequired[str]
     automatic: NotRequired[bool]
     saes: NotRequired[str | None]
+    score: NotRequired[FiniteFloat | None]
 
 
 class LabelsFile:
@@ -99,8 +101,11 @@ class LabelsFile:
         ordered = sorted(chosen.items(), key=lambda entry: not entry[0][1])  # a person's come last and stay
         return {name: line for (name, _), line in ordered if line["label"].strip()}
 
-    def add(self, labels: Mapping[str, str], *, by: str, automatic: bool = False) -> int:
-        """Write names down, `{"resid_3/120": "plural nouns"}`; those that are there already are left out.
+    def add(
+        self, labels: Mapping[str, str], *, by: str, automatic: bool = False, scores: Mapping[str, float] | None = None
+    ) -> int:
+        """Write names down, `{"resid_3/120": "plural nouns"}`, with how good each was found to be where that is in
+        `scores`; those that are there already are left out.
 
         Returns how many were new. Raises UserError for a name of no feature, or of a site without an SAE.
         """
@@ -108,14 +113,15 @@ class LabelsFile:
         for name, text in labels.items():
             site, feature = self._parse(name)
             known = here.get(f"{site}/{feature}")
-            if text.strip() == (known["label"] if known else "") and (not known or not known.get("automatic")):
+            score = (scores or {}).get(name)
+            is_there = text.strip() == (known["label"] if known else "") and (not known or not known.get("automatic"))
+            if is_there and score in (None, known.get("score") if known else None):
                 continue
-            new.append(
-                Label(
-                    site=site, feature=feature, label=text.strip(), by=by, date=datetime.date.today().isoformat(),
-                    automatic=automatic, saes=self.fingerprint(site),
-                )
+            line = Label(
+                site=site, feature=feature, label=text.strip(), by=by, date=datetime.date.today().isoformat(),
+                automatic=automatic, saes=self.fingerprint(site),
             )  # fmt: skip
+            new.append(line if score is None else {**line, "score": score})
         if new:
             check_no_link(self.path)
             lines = [to_json(line) for line in [*self.lines(), *new]]

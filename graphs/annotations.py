@@ -2,7 +2,8 @@
 
     {"Component": "resid", "Layer": 5, "Feature": 3036, "Name": "resid_5/3036", "Annotation": "plural nouns"}
 
-Lines of a `labels.jsonl` are read too: {"site": "resid_5", "feature": 3036, "label": "plural nouns"}.
+Lines of a `labels.jsonl` are read too, and those of `sfc labels --contexts` when a labeller has filled them in:
+{"site": "resid_5", "feature": 3036, "label": "plural nouns", "score": 0.9}.
 
 `Name` suffices; without it, `Component`, `Layer` (absent for the embedding) and `Feature` spell it. Errors and spans
 have names as well: `resid_5/error`, `resid_5/3036@subject`. The paper's files have rows without an annotation and,
@@ -15,10 +16,11 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import FiniteFloat
 from typing_extensions import TypedDict
 
 from graphs._files import parse_json, read_text, write_text
@@ -41,7 +43,8 @@ class _Line(TypedDict, total=False):
     Annotation: str | None
     site: str
     feature: int | str
-    label: str
+    label: str | None
+    score: FiniteFloat | None
 
 
 def read_annotations(path: str | Path) -> dict[str, str]:
@@ -51,16 +54,10 @@ def read_annotations(path: str | Path) -> dict[str, str]:
     """
     labels: dict[str, str] = {}
     skipped: Counter[str] = Counter()
-    for number, line in enumerate(read_text(path).removeprefix("\ufeff").split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        entry = parse_json(line, where, _Line)
+    for where, entry in _lines(path):
         if _is_heading(entry):
             skipped["with headings"] += 1
             continue
-        if "label" in entry:
-            entry = {"Name": f"{entry.get('site')}/{entry.get('feature')}", "Annotation": entry["label"]}
         name, annotation = _name(entry, where), (entry.get("Annotation") or "").strip()
         if annotation:
             labels[name] = annotation
@@ -72,6 +69,23 @@ def read_annotations(path: str | Path) -> dict[str, str]:
         counts = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
         logger.warning("%s: %d annotations; skipped lines: %s", path, len(labels), counts)
     return labels
+
+
+def read_scores(path: str | Path) -> dict[str, float]:
+    """Feature name -> how good its label was found to be, of the lines that have a `score`, the last one counting."""
+    return {_name(entry, where): entry["score"] for where, entry in _lines(path) if entry.get("score") is not None}
+
+
+def _lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every line of a file with its place, those of a `labels.jsonl` in the words of the paper's repository."""
+    for number, line in enumerate(read_text(path).removeprefix("\ufeff").split("\n"), start=1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            entry = parse_json(line, where, _Line)
+            if "label" in entry:
+                name = f"{entry.get('site')}/{entry.get('feature')}"
+                entry = {"Name": name, "Annotation": entry["label"], "score": entry.get("score")}
+            yield where, entry
 
 
 def write_annotations(labels: Mapping[str, str], path: str | Path, *, overwrite: bool = False) -> None:

@@ -67,7 +67,7 @@ GROUPS = {
         "explore": ("pictures.render", "ExploreCommand", "write it as one interactive page"),
         "serve": ("pictures.serve", "ServeCommand", "try edits on your own prompts, in the browser"),
         "report": ("pictures.report", "ReportCommand", "everything a run found, on one page"),
-        "labels": ("pictures.features", "LabelsCommand", "name features, for all circuits of their autoencoders"),
+        "labels": ("pictures.labels", "LabelsCommand", "name features, for all circuits of their autoencoders"),
         "supernodes": ("pictures.supernodes", "SupernodesCommand", "group features that do the same, to be one"),
         "export": ("pictures.export", "ExportCommand", "write it for Neuronpedia, circuit-tracer, EAP-IG or networkx"),
     },

@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from circuits.cli.commands.pictures.render import wrote
 from circuits.cli.options import Common, HasCircuit, Output, Overwrites
 from circuits.cli.results import circuit_file
+from sae._options import ContextLength, TokenCount
 from sae.errors import UserError
 
 if TYPE_CHECKING:
     from graphs import FeatureGraph
 
 SUFFIXES = {"eap-ig": "eap_ig.json", "neuronpedia": "neuronpedia.json", "graphml": "graphml"}
+MODEL = ("model", "dtype", "site_paths", "device")
+DELPHI = "delphi"
 FOLDER = "circuit-tracer"
 """Of the page's files, in graph/."""
 
@@ -24,13 +27,14 @@ FOLDER = "circuit-tracer"
 class ExportCommand(Common, Overwrites, HasCircuit):
     """Write the circuit for other programs: EAP-IG and MIB, the viewers of circuit-tracer and Neuronpedia, GraphML."""
 
-    format: Literal["eap-ig", "neuronpedia", "circuit-tracer", "graphml"]
+    format: Literal["eap-ig", "neuronpedia", "circuit-tracer", "graphml", "delphi"]
     """Format: eap-ig (also MIB's; projected onto heads and MLPs), neuronpedia (a file to upload), circuit-tracer (a
-    folder that its page opens, with the features' contexts) or graphml.
+    folder that its page opens, with the features' contexts), graphml, or delphi (a folder with the activations of the
+    circuit's features on --text, from which delphi explains and scores them).
     """
     out: Path | None = None
-    """File to write, graph/circuit with the format's ending in the run folder by default; for circuit-tracer a folder,
-    graph/circuit-tracer.
+    """File to write, graph/circuit with the format's ending in the run folder by default; for circuit-tracer and delphi
+    a folder, graph/circuit-tracer or graph/delphi.
     """
     slug: str | None = None
     """Name of the graph in the viewers, of letters a to z, digits, and _ . -; by default made of its title."""
@@ -40,6 +44,12 @@ class ExportCommand(Common, Overwrites, HasCircuit):
     """For neuronpedia: address of a public folder with the feature files that format circuit-tracer writes, from which
     it shows contexts.
     """
+    text: str | None = None
+    """For delphi: text, .txt or .jsonl, or a hub data set."""
+    tokens: TokenCount | None = None
+    """For delphi: tokens of the text that are read at most, 1,000,000 by default."""
+    context_length: ContextLength | None = None
+    """For delphi: tokens of a row, 256 by default."""
     model: str | None = None
     """Another place of the model the circuit was found in; eap-ig reads the number of layers and heads from it."""
 
@@ -49,6 +59,8 @@ class ExportCommand(Common, Overwrites, HasCircuit):
 
         if self.format == FOLDER:
             return self._export_folder()
+        if self.format == DELPHI:
+            return self._export_delphi()
         marks = {"eap-ig": is_eap_ig, "neuronpedia": is_neuronpedia, "graphml": has_mark(".graphml")}
         name = f"circuit.{SUFFIXES[self.format]}"
         with circuit_file(self.circuit, self.out, name, marks[self.format], overwrite=self.overwrite) as out:
@@ -105,6 +117,33 @@ class ExportCommand(Common, Overwrites, HasCircuit):
         text = f"{output.text}\nto see it: {serve}\nand open {address}"
         return replace(output, text=text, data={**output.data, "folder": str(folder), "address": address})
 
+    def _export_delphi(self) -> Output:
+        from circuits.circuit import Circuit, circuit_folder
+        from circuits.circuit_source import parse_site_paths
+        from sae._run.locks import lock
+        from sae._run.outputs import check_no_link
+        from sae.data.batches import context_of
+        from sae.features.delphi import write_delphi_cache
+
+        if self.text is None:
+            raise UserError("delphi explains features from text: give --text")
+        folder = self.out or circuit_folder(self.circuit).parent / "graph" / DELPHI
+        check_no_link(folder)
+        with lock(circuit_folder(self.circuit).parent, shared=True):
+            circuit = Circuit.load(
+                self.circuit, model=self.model, device=self.device, dtype=self.dtype,
+                site_paths=parse_site_paths(self.site_paths),
+            )  # fmt: skip
+            features = circuit.features_with_edges()
+            length = context_of(circuit.model, self.context_length or 256)
+            write_delphi_cache(
+                circuit.model, circuit.saes.subset(features), self.text, folder, features=features,
+                n_tokens=self.tokens or 10**6, length=length, overwrite=self.overwrite,
+            )  # fmt: skip
+        n = sum(map(len, features.values()))
+        text = f"wrote {folder} ({n} features at {len(features)} sites); delphi reads it as raw_dir"
+        return Output(text, {"out": str(folder), "features": n, "sites": [site.name for site in features]})
+
     def _graph(self) -> tuple[FeatureGraph, dict[str, Any]]:
         """The graph with the names of its features, and its metadata with paths as they are now."""
         from circuits._circuit_files import absolute_in_run, check_metadata
@@ -124,12 +163,14 @@ class ExportCommand(Common, Overwrites, HasCircuit):
         """`UserError` for options that the format does not read."""
         viewers = ("neuronpedia", FOLDER)
         formats = {
-            **dict.fromkeys(("model", "dtype", "site_paths", "device"), ("eap-ig",)),
+            **dict.fromkeys(MODEL, ("eap-ig", DELPHI)),
+            **dict.fromkeys(("text", "tokens", "context_length"), (DELPHI,)),
             **dict.fromkeys(("slug", "scan"), viewers),
             "features_url": ("neuronpedia",),
         }
         for name, allowed in formats.items():
             if getattr(self, name) not in (None, "auto") and self.format not in allowed:
-                option, verb = name.replace("_", "-"), "read" if len(allowed) > 1 else "reads"
-                what = "the model" if allowed == ("eap-ig",) else "it"
-                raise UserError(f"{option} is given and not used: only format {' and '.join(allowed)} {verb} {what}")
+                what = "the model" if name in MODEL else "it"
+                readers = " and ".join(allowed)
+                option = name.replace("_", "-")
+                raise UserError(f"{option} is given and not used: only format {readers} reads {what}")

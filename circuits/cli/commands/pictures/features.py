@@ -1,4 +1,4 @@
-"""`sfc features`: a page for every feature; `sfc labels`: what they are called."""
+"""`sfc features`: a page for every feature."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from circuits.cli.options import Common, Output, Overwrites, Prints, UsesSaes
-from circuits.cli.results import MADE_WITH, different_options, made_with, output_file
+from circuits.cli.options import Common, Output, Overwrites, UsesSaes
+from circuits.cli.results import MADE_WITH, different_options, made_with
 from sae._files import read_json, write_json
 from sae._options import ContextLength, Positive
 from sae._run.contents import FEATURES, PARTIAL_PAGES, check_contents, read_run_config, remove
@@ -19,7 +19,6 @@ from sae.features.options import FeaturePageOptions
 
 if TYPE_CHECKING:
     from circuits.circuit import Circuit
-    from circuits.labels import Label, LabelsFile
     from sae.model.language_model import LanguageModel
     from sae.model.sites import Site
     from sae.saes import SAEs
@@ -216,76 +215,3 @@ class FeaturesCommand(UsesSaes, Overwrites, Common):
                 write_site(folder, site, pages)
                 n_tokens = pages[0].n_tokens
         return n_tokens
-
-
-@dataclass(frozen=True, kw_only=True)
-class LabelsCommand(Prints):
-    """Name features, once for all circuits of their autoencoders: drawings, pages, reports and exports show the names.
-    Without an option, print those there are.
-    """
-
-    circuit: Path | None = None
-    """Run folder with a circuit, whose autoencoders' features are named."""
-    saes: str | None = None
-    """Run folder, or the folder of autoencoders, where there is no circuit."""
-    feature: str | None = None
-    """Feature to name, such as resid_3/120."""
-    label: str | None = None
-    """Its name; an empty one takes the name away."""
-    read: Path | None = None
-    """Names to add: JSON lines that the explorer saved, of the paper's repository, or of another labels.jsonl."""
-    out: Path | None = None
-    """File that receives all names, as JSON lines {"Name": "resid_3/120", "Annotation": "plural nouns"}."""
-    by: str = "a person"
-    """Who gives the names."""
-    automatic: bool = False
-    """The names were not given by a person: they look different, and a person's stand before them."""
-    overwrite: bool = False
-    """Replace --out whatever it holds."""
-
-    def run(self) -> Output:
-        from circuits.labels import LabelsFile
-        from graphs.annotations import read_annotations, write_annotations
-
-        if (self.feature is None) != (self.label is None):
-            raise UserError("to name a feature give both --feature and --label")
-        file = self._file(LabelsFile)
-        new = {} if self.read is None else read_annotations(self.read)
-        new |= {} if self.feature is None or self.label is None else {self.feature: self.label}
-        added = 0
-        if new:
-            with lock(file.path.parent, shared=True):
-                added = file.add(new, by=self.by, automatic=self.automatic)
-        labels = file.read()
-        lines = [f"{name:<18} {line['label']}{_whose(line)}" for name, line in sorted(labels.items())]
-        if self.out is not None:
-            with output_file(self.out, _is_annotations, overwrite=self.overwrite):
-                write_annotations({name: line["label"] for name, line in labels.items()}, self.out, overwrite=True)
-            lines.append(f"wrote {self.out}")
-        if new:
-            lines.append(f"{added} new of {len(new)}; wrote {file.path}")
-        return Output("\n".join(lines) or f"no names yet in {file.path}", {"labels": labels, "file": str(file.path)})
-
-    def _file(self, labels_file: type[LabelsFile]) -> LabelsFile:
-        from circuits.circuit import Circuit, circuit_folder
-
-        if self.circuit is not None:
-            circuit = Circuit.load(self.circuit)
-            return labels_file.of(circuit.metadata, circuit_folder(self.circuit).parent)
-        if self.saes is None or not Path(self.saes).is_dir():
-            raise UserError("say whose features to name: --circuit or --saes with a run folder")
-        return labels_file(self.saes, self.saes)
-
-
-def _whose(line: Label) -> str:
-    return f"  ({'automatic, ' if line.get('automatic') else ''}{line.get('by', 'unknown')}, {line.get('date', '')})"
-
-
-def _is_annotations(path: Path) -> bool:
-    from graphs.annotations import read_annotations
-    from graphs.errors import GraphError
-
-    try:
-        return bool(read_annotations(path))
-    except GraphError:
-        return False

@@ -37,7 +37,7 @@ class BehaviourSearchOptions:
     """Method: agglomerative (average linkage by cosine; of more than 4,000 contexts it joins the centres of mini-batch
     k-means), spectral (angular similarity; for a few thousand contexts), or kmeans (mini-batch).
     """
-    clusters: Positive = 25
+    clusters: Positive = 20
     """How many clusters."""
     circuits: Count = 10
     """Clusters that get a circuit, the highest in rank; 0 for none."""

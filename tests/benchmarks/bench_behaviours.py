@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=1500)
     parser.add_argument("--contexts", type=int, default=3000)
     parser.add_argument("--surprise", type=float, nargs="*", default=(1.0, 2.0))
-    parser.add_argument("--clusters", type=int, nargs="*", default=(15, 25, 40))
+    parser.add_argument("--clusters", type=int, nargs="*", default=(15, 20, 30))
     asked = parser.parse_args()
     model = load_model(str(MODEL))
     setting = Setting.of(model, load_saes(asked.saes), "log_probability")

@@ -64,7 +64,7 @@ def test_vectors_are_effects_of_single_contexts(setting, contexts):
             if feature < of_site.n_features:
                 expected[start + int(feature) + of_site.n_features * int(position == last)] += float(value)
         start += 2 * of_site.n_features
-    expected = np.sign(expected) * np.sqrt(np.abs(expected))
+    expected = np.sqrt(expected.clip(min=0))
     assert np.allclose(vectors[7].toarray()[0], expected / np.linalg.norm(expected), atol=1e-4)
     widths = sum(setting.model.widths[site] for site in setting.saes)
     for represent, width in (("activations", vectors.shape[1]), ("gradients", widths)):

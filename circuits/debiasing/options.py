@@ -113,4 +113,8 @@ class PerturbationOptions(ReadOptions):
     intended: str = "label"
     """Key of the label."""
     sizes: str = "2,5,10,20,50"
-    """Numbers of features that are zeroed, comma-separated."""
+    """Numbers of features that are ablated, comma-separated."""
+    operation: Literal["zero", "mean"] = "zero"
+    """What they become: zero, as in SAEBench, or their mean over the training texts, which leaves thresholds where they
+    are.
+    """

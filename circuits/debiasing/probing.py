@@ -9,8 +9,9 @@ Shapes: B texts, d model width, n ablated features, R draws.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -35,6 +36,17 @@ from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
 
 SAEs = Mapping[Site, SparseAutoencoder]
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """No warnings of discoveries."""
+    log = logging.getLogger(discover.__module__)
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def probe_site(model: LanguageModel, name: str | None) -> Site:
@@ -114,11 +126,13 @@ class Study:
         saes: SAEs | None = None,
         sites: str | None = None,
         progress: bool = False,
+        warn: bool = False,
     ) -> Circuit:
         """The circuit of the margin of a probe, or of its file, on the first of some texts, the ambiguous ones by
         default.
 
         towards_spurious: whether the margin is towards the spurious label, instead of the probe's own answer.
+        warn: whether to say where effects do not add up; towards the spurious label they cancel, as they should.
         """
         texts = (texts or self.ambiguous).first(self.options.circuit_texts)
         prompts = texts.prompts
@@ -129,7 +143,8 @@ class Study:
             sites=sites or self.options.sites, method=self.options.method, steps=self.options.steps,
             memory=self.options.memory, aggregation="sum" if self.position == MEAN else "spans", edge_nodes=0,
         )  # fmt: skip
-        return discover(self.model, saes or self.saes, prompts, options, metric=probe, progress=progress)
+        with nullcontext() if warn else _unwarned():
+            return discover(self.model, saes or self.saes, prompts, options, metric=probe, progress=progress)
 
     def ablation(self, names: Sequence[str], saes: SAEs | None = None) -> Edit | None:
         """The edit that takes features to their mean over the ambiguous texts, or to zero."""

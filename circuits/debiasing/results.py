@@ -205,7 +205,7 @@ class ShiftReport(Result):
 
 @dataclass(frozen=True)
 class PerturbationReport(Result):
-    """Targeted probe perturbation: does zeroing one class's features hurt its probe alone?"""
+    """Targeted probe perturbation: does ablating one class's features hurt its probe alone?"""
 
     site: str
     """Where the probes read, and the autoencoder stands."""
@@ -214,11 +214,11 @@ class PerturbationReport(Result):
     classes: list[str]
     """The classes."""
     sizes: list[int]
-    """Numbers of features zeroed."""
+    """Numbers of features ablated."""
     accuracy: list[float]
-    """Accuracy of each class's probe on balanced test texts, nothing zeroed."""
+    """Accuracy of each class's probe on balanced test texts, nothing ablated."""
     drops: list[list[list[float]]]
-    """[size][class whose features are zeroed][class of the probe] loss of accuracy."""
+    """[size][class whose features are ablated][class of the probe] loss of accuracy."""
     features: list[list[str]]
     """The features of each class, strongest first."""
     n_train: int
@@ -227,7 +227,7 @@ class PerturbationReport(Result):
     """Texts tested on."""
 
     def on_target(self, size: int) -> float:
-        """Mean loss of the probe whose features are zeroed."""
+        """Mean loss of the probe whose features are ablated."""
         table = self.drops[self.sizes.index(size)]
         return sum(table[one][one] for one in range(len(table))) / len(table)
 

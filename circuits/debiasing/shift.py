@@ -95,7 +95,7 @@ def shift(
     """
     options = replace(options or ShiftOptions(), **changes)
     prepared = prepare(model, saes, data, test, options, concept=concept, judge=judge)
-    circuit = prepared.study.circuit(prepared.study.probe(), progress=progress)
+    circuit = prepared.study.circuit(prepared.study.probe(), progress=progress, warn=True)
     return measure(prepared, circuit, judge=judge, labels=labels)
 
 

@@ -2,7 +2,7 @@
 
 1. For each class a probe tells its texts from as many others, at one site.
 2. The n features of a class are those with the largest |mean difference of activation x (probe . W_dec)|.
-3. They are set to zero at that site, the error of the autoencoder stays, and all probes are tested:
+3. They are set to zero (or to their mean) at that site, the error of the autoencoder stays, and all probes are tested:
 
        TPP(n) = mean over classes i of [drop of probe i when i's features go]
               - mean over i != j of     [drop of probe j when i's features go]
@@ -10,8 +10,8 @@
    with accuracies on as many test texts of the class as of others. 1/2 is the most there can be, for features that are
    of their class alone; 0 says that they are of no class in particular.
 
-Everything behind the site is a linear read-out, so that no pass is run again: zeroing feature f of a text, whose mean
-activation over the tokens that are read is a_f, takes a_f (probe . W_dec[f]) from the probe's output.
+Everything behind the site is a linear read-out, so that no pass is run again: taking feature f of a text from its mean
+activation over the tokens that are read, a_f, to c changes the probe's output by (c - a_f) (probe . W_dec[f]).
 
 Shapes: B texts, d model width, F features, C classes.
 """
@@ -55,7 +55,7 @@ def targeted_perturbation(
         saes: SAEs, of which that of the probe's site is used.
         data: Texts with a label of three or more classes, as for `shift`.
         test: Other texts with the label; a share of `data` by default.
-        options: Key of the label, where the probes read, and how many features are zeroed.
+        options: Key of the label, where the probes read, and how many features are ablated.
         changes: Single fields of `PerturbationOptions`.
 
     Returns:
@@ -88,8 +88,10 @@ def targeted_perturbation(
         probes.append(probe)
     tests = [_against_others(sets[1].intended, one, options.seed) for one in classes]
 
-    def accuracies(zeroed: Tensor) -> list[float]:
-        return [_accuracy(*pair, test_x, test_f, W_dec, zeroed) for pair in zip(probes, tests, strict=True)]
+    moved = test_f - (f.mean(0) if options.operation == "mean" else 0)  # [B, F] what ablation takes away
+
+    def accuracies(ablated: Tensor) -> list[float]:
+        return [_accuracy(*pair, test_x, moved, W_dec, ablated) for pair in zip(probes, tests, strict=True)]
 
     plain = accuracies(torch.zeros(0, dtype=torch.int64))
     drops = [
@@ -154,9 +156,10 @@ def _read(model: LanguageModel, saes: SAEs, texts: TextSet, site: Any, position:
     return torch.cat(xs).cpu(), torch.cat(fs).cpu()
 
 
-def _accuracy(probe: FittedProbe, rows: Rows, x: Tensor, f: Tensor, W_dec: Tensor, zeroed: Tensor) -> float:
-    """Accuracy of a probe on test texts, with some features set to zero."""
+def _accuracy(probe: FittedProbe, rows: Rows, x: Tensor, moved: Tensor, W_dec: Tensor, ablated: Tensor) -> float:
+    """Accuracy of a probe on test texts, with `moved` [B, F] taken away from some features."""
     numbers, labels = rows
-    output = x[numbers] @ probe.weight + probe.bias - f[numbers][:, zeroed] @ (W_dec[zeroed] @ probe.weight)
+    lost = moved[numbers][:, ablated] @ (W_dec[ablated] @ probe.weight)  # [n]
+    output = x[numbers] @ probe.weight + probe.bias - lost
     answers = [probe.classes[int(is_second)] for is_second in (output > 0).tolist()]
     return sum(a == b for a, b in zip(answers, labels, strict=True)) / len(labels)

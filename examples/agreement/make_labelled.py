@@ -9,6 +9,8 @@ A probe of the number of the subject that was trained where it agrees with somet
 2. `subject`: the probe reads the adverb, to which attention has to bring everything. Every text has a person and a
    thing, so that no word says which of them is the subject: what is spurious has to be computed.
 3. Nouns of the test split occur in no other. The `concept` split has the spurious label alone.
+
+A third set, `kind`, has one label, for `sfc tpp`: whether the subject is a person, an animal or a thing.
 """
 
 from __future__ import annotations
@@ -22,12 +24,13 @@ from pathlib import Path
 
 import tyro
 
-from examples.agreement.lexicon import FREQUENCY, PLURAL, SINGULAR, THING, Noun
+from examples.agreement.lexicon import ANIMAL, FREQUENCY, PERSON, PLURAL, SINGULAR, THING, Noun
 from examples.agreement.make_prompts import NUMBER_NAMES, PREPOSITIONS, SplitWords, split_words
 
 log = logging.getLogger(__name__)
 SETS = ("attractor", "subject")
 SPLITS = ("train", "concept", "test")
+KINDS = (PERSON, ANIMAL, THING)
 TEMPLATE = "The {subject} {preposition} the {attractor}"
 GROUPS = tuple((subject, other) for subject in (SINGULAR, PLURAL) for other in (SINGULAR, PLURAL))
 
@@ -96,15 +99,30 @@ def _subject(
     return {"text": f"{text} {rng.choice(FREQUENCY.split())}", **labels}
 
 
+def kinds(split: str, count: int, *, seed: int = 0) -> list[dict[str, str]]:
+    """`count` sentences with the kind of their subject, split "train" or "test"."""
+    rng = random.Random(f"{seed} kind {split}")
+    words = split_words("test" if split == "test" else "train")
+    nouns = {kind: [noun for noun in (*words.people, *words.others) if noun.kind == kind] for kind in KINDS}
+    texts = []
+    for number in range(count):
+        kind, other_kind = KINDS[number % 3], rng.choice(KINDS)
+        subject, other = (rng.choice(nouns[one]).form(rng.choice((SINGULAR, PLURAL))) for one in (kind, other_kind))
+        text = f"{_phrase(subject, other, rng)} {rng.choice(FREQUENCY.split())}"
+        texts.append({"text": text, "label": kind})
+    return texts
+
+
 def write(config: LabelledConfig) -> None:
-    """Write every split of both sets."""
+    """Write every split of every set."""
     config.out.mkdir(parents=True, exist_ok=True)
-    for name in SETS:
-        for split in SPLITS:
-            texts = labelled(name, split, getattr(config, split), seed=config.seed)
-            path = config.out / f"{name}_{split}.jsonl"
-            path.write_text("".join(json.dumps(text) + "\n" for text in texts))
-            log.info("%s: %d texts", path, len(texts))
+    sets = {(name, split): labelled(name, split, getattr(config, split), seed=config.seed)
+            for name in SETS for split in SPLITS}  # fmt: skip
+    sets |= {("kind", split): kinds(split, getattr(config, split), seed=config.seed) for split in ("train", "test")}
+    for (name, split), texts in sets.items():
+        path = config.out / f"{name}_{split}.jsonl"
+        path.write_text("".join(json.dumps(text) + "\n" for text in texts))
+        log.info("%s: %d texts", path, len(texts))
 
 
 if __name__ == "__main__":

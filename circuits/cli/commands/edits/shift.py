@@ -139,7 +139,7 @@ class ShiftCommand(Named, _Labelled):
             file, probe.weight, probe.bias, site=probe.site, position=probe.position, classes=study.original.classes,
             model=study.model, overwrite=True,
         )  # fmt: skip
-        circuit = study.circuit(f"probe-margin:{file.resolve()}", progress=not self.quiet)
+        circuit = study.circuit(f"probe-margin:{file.resolve()}", progress=not self.quiet, warn=True)
         circuit.metadata.update(
             model=absolute_path(self.model), saes=absolute_path(self.saes), site_paths=self.site_paths,
             shift=found_with, title=f"probe of {self.options.intended} in {Path(self.model).name}",

@@ -13,7 +13,6 @@ from sae._options import (
     Positive,
     Range,
     Repeats,
-    Resamples,
     Seed,
     Share,
     Steps,
@@ -95,8 +94,6 @@ class ShiftOptions(ReadOptions):
     """What features become: their mean over the ambiguous texts (at their span), or zero."""
     random: Repeats = 5
     """Draws of equally many random active features to compare with; 0 leaves them out."""
-    resamples: Resamples = 1000
-    """Times the test texts are drawn anew for 95 % intervals; 0 leaves intervals out."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

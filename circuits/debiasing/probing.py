@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
+from scipy.stats import beta
 from torch import Tensor
 
 from circuits.circuit import Circuit
@@ -29,13 +30,13 @@ from circuits.editing.targets import tokens_at
 from circuits.metrics.fit_probe import FittedProbe, fit_probe, read_site
 from circuits.metrics.probe import Probe
 from circuits.options import DiscoverOptions
-from circuits.uncertainty.bootstrap import Bootstrap
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import unknown
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
 
 SAEs = Mapping[Site, SparseAutoencoder]
+TAIL = 0.025
 
 
 @contextmanager
@@ -188,18 +189,18 @@ class Study:
             spurious=sum(leaning[mask].mean().item() for mask in rows.values()) / len(rows),
             worst_group=by_group[worst],
             by_group=by_group,
-            intended_interval=self._interval(right, torch.as_tensor(weight)),
-            worst_group_interval=self._interval(right[rows[worst]], torch.ones(int(rows[worst].sum()))),
+            intended_interval=interval(right, torch.as_tensor(weight)),
+            worst_group_interval=interval(right[rows[worst]], torch.ones(int(rows[worst].sum()))),
             n_features=n_features,
         )
 
-    def _interval(self, right: Tensor, weight: Tensor) -> tuple[float, float] | None:
-        """95 % interval of a weighted mean over texts, within 0 and 1."""
-        if not self.options.resamples:
-            return None
-        bootstrap = Bootstrap(resamples=self.options.resamples, seed=self.options.seed)
-        bounds = bootstrap.intervals((right * weight)[:, None], weight)[0]
-        if bounds.isnan().any():
-            return None
-        low, high = bounds.clamp(0, 1).tolist()
-        return low, high
+
+def interval(right: Tensor, weight: Tensor) -> tuple[float, float]:
+    """95 % interval of a weighted share over texts (Clopper and Pearson 1934), for right and weight [B].
+
+    As many texts count as equal weights would need for the same variance: (sum w)^2 / sum w^2.
+    """
+    n = (weight.sum() ** 2 / weight.square().sum()).item()
+    k = n * (right @ weight / weight.sum()).item()
+    low = 0.0 if k <= 0 else float(beta.ppf(TAIL, k, n - k + 1))
+    return low, 1.0 if k >= n else float(beta.ppf(1 - TAIL, k + 1, max(n - k, 1e-9)))

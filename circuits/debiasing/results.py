@@ -49,9 +49,9 @@ class ProbeScore:
     """Accuracy on the intended label in the group where that is smallest."""
     by_group: dict[str, float]
     """Accuracy on the intended label in every group."""
-    intended_interval: tuple[float, float] | None = None
+    intended_interval: tuple[float, float]
     """95 % interval over test texts."""
-    worst_group_interval: tuple[float, float] | None = None
+    worst_group_interval: tuple[float, float]
     """95 % interval over the test texts of the group."""
     n_features: int | None = None
     """Features, or neurons, that were ablated, or read; None where the model is as it was."""
@@ -153,7 +153,7 @@ class ShiftReport(Result):
         """
         rows = []
         for score in self.scores:
-            low, high = score.intended_interval or (None, None)
+            low, high = score.intended_interval
             row = {
                 "probe": score.name,
                 "features": score.n_features,
@@ -163,7 +163,7 @@ class ShiftReport(Result):
             }
             row |= {"spurious": score.spurious, "worst_group": score.worst_group, **score.by_group}
             rows.append(row)
-        return pd.DataFrame(rows).astype({"features": "Int64", "low": float, "high": float})
+        return pd.DataFrame(rows).astype({"features": "Int64"})
 
     def features_frame(self) -> pd.DataFrame:
         """One row a judged feature."""
@@ -186,8 +186,8 @@ class ShiftReport(Result):
         for name in (SHIFT, RETRAINED):
             share, row = self.share_closed(name), self.score(name)
             if share is not None and row is not None:
-                interval = f" {format_interval(row.intended_interval)}" if row.intended_interval else ""
-                lines.append(f"{name}: {row.intended:.3f}{interval} right, {share:.0%} of the way to the oracle")
+                interval = format_interval(row.intended_interval)
+                lines.append(f"{name}: {row.intended:.3f} {interval} right, {share:.0%} of the way to the oracle")
         return lines
 
     def text(self) -> str:

@@ -17,6 +17,7 @@ from typing_extensions import NotRequired, TypedDict
 from circuits._circuit_files import SiteName, absolute_in_run, check_metadata
 from circuits.circuit import PARTIAL_FOLDER, circuit_folder
 from circuits.circuit_source import has_other_saes
+from circuits.debiasing.results import ShiftReport
 from circuits.editing.results import EditReport
 from circuits.feature_pages import with_pages
 from circuits.labels import LabelsFile, labelled
@@ -226,6 +227,8 @@ class RunFiles:
     """How well they stand for the model's activations."""
     config: dict[str, Any] = field(default_factory=dict)
     """The commands that were run."""
+    shifts: dict[str, ShiftReport] = field(default_factory=dict)
+    """Debiased probes, by the name of their file."""
     validity: dict[str, Any] | None = None
     """How far to trust the circuit."""
     other_saes: bool = False
@@ -257,6 +260,11 @@ def read_run(run_folder: str | Path) -> RunFiles:
         saes=[read_json(path / SAE_CONFIG_FILE, SaeFile) for path in sae_folders(folder)] if folder.is_dir() else [],
         evaluation=read_json(evaluation, EvaluationFile) if evaluation.is_file() else None,
         config=read_run_config(folder),
+        shifts={
+            path.stem: ShiftReport.load(path)
+            for path in sorted((folder / "circuit").glob("shift*.json"))
+            if _is_of(graph, read_json(path), path)
+        },
         validity=read_result(folder / "circuit" / "validity.json", graph, ValidityFile),
         other_saes=other_saes,
     )

@@ -17,7 +17,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
+from circuits._results import format_interval
 from circuits.attribution.node_effects import METHOD_NAMES
+from circuits.debiasing.results import EXPLAINED, ShiftReport
 from circuits.feature_pages import existing_links, read_index
 from circuits.report.files import RunFiles, read_run
 from circuits.report.mechanism import passages, reading_table
@@ -149,10 +151,24 @@ def _values(run: RunFiles, *, features: int) -> dict[str, Any]:
         "weaker": nodes[features:],
         "contexts_shown": CONTEXTS_SHOWN,
         "edits": [edit_block(name, run.edits[name]) for name in by_size],
+        "shifts": [shift_block(run.shifts[name]) for name in run.shifts],
         "features_shown": FEATURES_SHOWN,
         "facts": provenance(run),
         "commands": command_lines(run.config, run.folder),
     }
+
+
+def shift_block(report: ShiftReport) -> dict[str, Any]:
+    """A debiased probe: heading, a row a probe with what was done, and the features that were ablated."""
+    groups = list(report.scores[0].by_group)
+    rows = []
+    for score in report.scores:
+        interval = format_interval(score.intended_interval, 2)
+        cells = [number(score.spurious, 2), number(score.worst_group, 2)]
+        cells += [number(score.by_group[group], 2) for group in groups]
+        rows.append((score, EXPLAINED.get(score.name, ""), number(score.intended, 2), interval, cells))
+    columns = ["spurious", "worst group", *(group.replace("_", ", ") for group in groups)]
+    return {"report": report, "columns": columns, "rows": rows}
 
 
 def drawing(graph: FeatureGraph) -> Markup:

@@ -9,12 +9,14 @@ from itertools import product
 import pandas as pd
 import pytest
 import torch
+from scipy.stats import binomtest
 
 from circuits import ShiftOptions, shift, targeted_perturbation
 from circuits.debiasing import results
 from circuits.debiasing.data import Pairing, divided, equal_groups, read_labelled, text_set
 from circuits.debiasing.judges import by_program, correlation
 from circuits.debiasing.plots import plot_shift
+from circuits.debiasing.probing import interval
 from circuits.debiasing.results import JudgedFeature, ShiftReport
 from circuits.debiasing.shift import prepare
 from circuits.debiasing.targeted import _against_others
@@ -101,7 +103,7 @@ def test_judges(tiny_model, tiny_saes, report, tmp_path):
     word = report.features[0].tokens[0]
 
     def judged(**judge):
-        options = {"random": 0, "resamples": 0, **judge}
+        options = {"random": 0, **judge}
         return shift(tiny_model, tiny_saes, ROWS, options=OPTIONS, progress=False, **options)
 
     def of_list(one):
@@ -145,6 +147,13 @@ def test_programs_that_do_not_answer():
             by_program(features, command, timeout)
 
 
+def test_intervals_are_those_of_scipy():
+    right = torch.tensor([1.0] * 18 + [0.0] * 2)
+    exact = binomtest(18, 20).proportion_ci(method="exact")
+    assert interval(right, torch.ones(20)) == pytest.approx((exact.low, exact.high))
+    assert interval(torch.ones(5), torch.tensor([1.0, 1, 2, 2, 1]))[1] == 1 > interval(torch.ones(5), torch.ones(5))[0]
+
+
 def test_correlation_is_that_of_pandas():
     f = torch.randn(30, 3, generator=torch.Generator().manual_seed(1))
     f[:, 2] = 1.0
@@ -172,7 +181,7 @@ def test_bias_in_bios(tiny_model, tiny_saes, tmp_path, monkeypatch):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = ShiftOptions(
         intended="profession", spurious="gender", classes="21,13", concept_data="rest", sites="resid", method="attrib",
-        steps=1, features=6, random=0, resamples=0, circuit_texts=8, site="resid_0",
+        steps=1, features=6, random=0, circuit_texts=8, site="resid_0",
     )  # fmt: skip
     report = shift(tiny_model, tiny_saes, folder, f"{folder}:test", options, progress=False)
     assert report.classes == ("13", "21") and report.pairs == ("1", "0") and report.position == "mean"

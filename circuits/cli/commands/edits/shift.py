@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sae.saes import SAEs
 
 JUDGING = ("features", "tokens", "drop", "keywords", "concept_data", "threshold", "program", "timeout", "operation",
-           "random", "resamples")  # fmt: skip
+           "random")  # fmt: skip
 """Options that the circuit does not depend on."""
 KEYS_OF_TPP = ("schema_version", "kind", "site", "position", "classes", "sizes", "accuracy", "drops", "features", "tpp")
 """What the file of `sfc tpp` is told by."""

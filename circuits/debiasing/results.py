@@ -140,7 +140,10 @@ class ShiftReport(Result):
         if data.get("kind") != "shift" or data.get("schema_version") != SCHEMA_VERSION:
             given = f"{data.get('kind')!r}, version {data.get('schema_version')!r}"
             raise UserError(f"{where}: not a SHIFT of schema_version {SCHEMA_VERSION}: found {given}")
-        return check_type(dict(data), ShiftReport, where)
+        report: ShiftReport = check_type(dict(data), ShiftReport, where)
+        if len({tuple(score.by_group) for score in report.scores}) != 1:
+            raise UserError(f"{where}: scores must be some, and of the same groups")
+        return report
 
     @staticmethod
     def load(path: str | Path) -> ShiftReport:

@@ -87,8 +87,9 @@ def test_everything_is_reported(report, tmp_path):
     feature = report.features[0]
     assert feature.contexts and "«" in feature.contexts[0] and set(feature.by_class) == set(NOUNS)
     assert plot_shift(report, tmp_path / "shift.svg").is_file()
-    with pytest.raises(UserError, match="not a SHIFT"):
-        ShiftReport.from_dict({"kind": "edit"})
+    for wrong, message in (({"kind": "edit"}, "not a SHIFT"), ({**report.to_dict(), "scores": []}, "same groups")):
+        with pytest.raises(UserError, match=message):
+            ShiftReport.from_dict(wrong)
 
 
 def test_judges(tiny_model, tiny_saes, report, tmp_path):

@@ -77,15 +77,17 @@ FORMATS = (
     ),
     Format("OpenAI", (), openai.read, r".*\.pt"),
 )
-WrittenFormat = Literal["ours", "saelens", "dictionary_learning"]
+WrittenFormat = Literal["ours", "saelens", "dictionary_learning", "circuit_tracer"]
 WRITERS: dict[str, Callable[[SparseAutoencoder, Path], object]] = {
     "ours": lambda sae, folder: sae.save(folder),  # that of the autoencoder's own class
     "saelens": saelens.write,
     "dictionary_learning": dictionary_learning.write,
+    "circuit_tracer": circuit_tracer.write,
 }
 
 IS_OWN: dict[str, IsOwn] = {
     "ours": is_own, "saelens": saelens.is_own, "dictionary_learning": dictionary_learning.is_own,
+    "circuit_tracer": circuit_tracer.is_own,
 }  # fmt: skip
 """By format: whether a file in a folder is what its writer left there."""
 
@@ -115,14 +117,15 @@ def load_sae(
 def save_sae(
     sae: SparseAutoencoder, folder: str | Path, *, file_format: WrittenFormat = "ours", overwrite: bool = False
 ) -> Path:
-    """Write an autoencoder in our format, SAELens' or dictionary_learning's, so that their code gives the same x̂.
+    """Write a dictionary in our format, SAELens' or dictionary_learning's, a transcoder in circuit-tracer's as well, so
+    that their code gives the same x̂.
 
     What is written is read back and compared.
 
     Args:
         sae: the autoencoder.
         folder: where its files go.
-        file_format: "ours", "saelens" or "dictionary_learning".
+        file_format: "ours", "saelens", "dictionary_learning" or "circuit_tracer".
         overwrite: whether files of the same names are replaced that this program did not write.
 
     Returns:
@@ -145,7 +148,8 @@ def save_saes(
         for folder, sae in saes.items():
             temporary = written.enter_context(staged(folder))
             WRITERS[file_format](sae, temporary)
-            check_same(sae, read_folder(temporary).to(sae.device), file_format)
+            layer = next(temporary.glob("layer_*.safetensors"), temporary)
+            check_same(sae, read_folder(layer).to(sae.device), file_format)
             for path in temporary.iterdir():
                 check_output(folder / path.name, IS_OWN[file_format], overwrite=overwrite)
     return list(saes)

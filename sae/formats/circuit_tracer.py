@@ -11,18 +11,23 @@ the MLP takes. A cross-layer transcoder (`W_enc_3.safetensors`) is refused.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from typing_extensions import TypedDict
 
-from sae._files import check_type, read_tensors, read_text
+from sae._files import check_type, read_tensors, read_text, write_tensors, write_text
+from sae._run.outputs import has_header
 from sae.autoencoder import SKIP, ReadKind, SparseAutoencoder
 from sae.errors import UserError, unknown
-from sae.formats.common import build, pick, whole_number
+from sae.folding import plain_tensors
+from sae.formats.common import build, pick, transcoder_hook, unsupported, whole_number
 from sae.formats.refusals import refusal
 from sae.formats.site_names import read_place
+from sae.model.sites import Site
 
 NAME = "circuit_tracer"
 CONFIG = "config.yaml"
@@ -101,3 +106,42 @@ def read(path: Path) -> SparseAutoencoder:
         model=str(config.get("model_name", "")),
         read=input_place(config, path.parent) or "mlp_in",
     )
+
+
+# ---- writing
+
+WRITTEN = "# Written by sfc convert"
+"""First line of a `config.yaml` that is written here."""
+GENERATOR = {"generator": "sfc"}
+"""In the header of a file of tensors that is written here."""
+
+
+def is_own(path: Path) -> bool:
+    """Whether a file is what `write` or `write_set` left there."""
+    if path.suffix == ".yaml":
+        return path.is_file() and read_text(path).startswith(WRITTEN)
+    return has_header(**GENERATOR)(path)
+
+
+def write(sae: SparseAutoencoder, folder: Path) -> None:
+    """`layer_3.safetensors` and the `config.yaml` of a set of this one transcoder; ŷ and f stay the same."""
+    if not sae.config.read or sae.nonlinearity.name not in ("relu", "topk", "jumprelu"):
+        raise unsupported(sae, NAME)
+    hook = transcoder_hook(sae, NAME)
+    tensors = plain_tensors(sae, subtract_b_dec=False)
+    state = {theirs: tensors[ours].contiguous() for ours, theirs in _TENSORS.items()}
+    state |= {theirs: tensors[ours].contiguous() for ours, theirs in _OPTIONAL.items() if ours in tensors}
+    name = f"layer_{Site.parse(sae.config.site).layer}.safetensors"
+    if sae.nonlinearity.name == "topk":
+        state["k"] = torch.tensor(sae.config.k)
+    write_tensors(folder / name, state, metadata=GENERATOR)
+    write_set(folder, [name], hook, model=sae.config.model)
+
+
+def write_set(folder: Path, files: Sequence[str], hook: str, *, model: str) -> None:
+    """The `config.yaml` of transcoders, in the order of the layers, that all read at a hook of their block."""
+    config = {
+        "model_name": model, "model_kind": "transcoder_set", "feature_input_hook": hook.split(".", 2)[2],
+        "feature_output_hook": "hook_mlp_out", "transcoders": list(files),
+    }  # fmt: skip
+    write_text(folder / CONFIG, f"{WRITTEN}\n{yaml.safe_dump(config, sort_keys=False)}")

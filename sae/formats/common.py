@@ -27,6 +27,8 @@ from sae._files import TensorSpec, check_tensors, make_folder, missing_file, rea
 from sae.autoencoder import SKIP, ReadKind, SAEConfig, SparseAutoencoder
 from sae.errors import UserError
 from sae.folding import fold_norms
+from sae.formats.site_names import READ_HOOKS
+from sae.model.sites import Site
 
 LINEAR = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "decoder.weight"}
 """Tensors of two `torch.nn.Linear`, by our names for them."""
@@ -263,8 +265,18 @@ def _trial_rows(sae: SparseAutoencoder) -> Tensor:
     return centre + torch.logspace(-1, 2, TRIED_ROWS, device=sae.device)[:, None] * directions
 
 
+def transcoder_hook(sae: SparseAutoencoder, file_format: str) -> str:
+    """TransformerLens' name of the place that a transcoder reads; UserError for one that a format has no name for."""
+    site = Site.parse(sae.config.site) if sae.config.site else None
+    if site is None or sae.config.read not in READ_HOOKS:
+        raise UserError(
+            f"the transcoder of site {sae.config.site!r} reads {sae.config.read}, for which {file_format} has no name: "
+            "save it in our own format"
+        )
+    return f"blocks.{site.layer}.{READ_HOOKS[sae.config.read]}"
+
+
 def unsupported(sae: SparseAutoencoder, file_format: str) -> UserError:
     """The format has no such architecture."""
-    return UserError(
-        f"{file_format} has no class for a {sae.config.architecture!r} autoencoder: save it in our own format"
-    )
+    kind = "transcoder" if sae.config.read else "autoencoder"
+    return UserError(f"{file_format} has no class for a {sae.config.architecture!r} {kind}: save it in our own format")

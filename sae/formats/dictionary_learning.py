@@ -166,7 +166,7 @@ def write(sae: SparseAutoencoder, folder: Path) -> None:
     if sae.config.input_norm:
         raise norm_refusal(sae, NAME)
     dict_class = next((kind for kind in kinds if _CLASSES[kind].architecture == sae.nonlinearity.name), None)
-    if dict_class is None:
+    if dict_class is None or sae.config.read:
         raise unsupported(sae, NAME)
     tensors = plain_tensors(sae, subtract_b_dec=_CLASSES[dict_class].subtract_b_dec)
     if dict_class == "GatedAutoEncoder":

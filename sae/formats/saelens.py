@@ -44,7 +44,7 @@ from sae.autoencoder import (
 )  # fmt: skip
 from sae.errors import UserError, unknown
 from sae.folding import fold_norms, fold_scale, plain_tensors
-from sae.formats.common import build, entry, pick, positive, read_entries, unsupported, whole_number
+from sae.formats.common import build, entry, pick, positive, read_entries, transcoder_hook, unsupported, whole_number
 from sae.formats.refusals import refusal
 from sae.formats.site_names import hook_site, read_place, transformer_lens_hook
 from sae.formats.token_normalised import NormalisedAutoencoder
@@ -85,7 +85,7 @@ _TOKEN_NORMS = {"layer_norm": "layer_norm", "constant_norm_rescale": "constant_n
 
 _CONTEXT = {CONTEXT_LENGTH: "context_size", PREPEND_BOS: "prepend_bos", EXCLUDE_SPECIAL: "exclude_special_tokens"}
 """Entries of our `SAEConfig.extra` by their metadata: how the text was read in training."""
-_WRITTEN = {"model_name", "hook_name", "sae_lens_version", *_CONTEXT.values()}
+_WRITTEN = {"model_name", "hook_name", "hook_name_out", "sae_lens_version", *_CONTEXT.values()}
 """What the metadata that `write` writes say at most."""
 
 
@@ -272,6 +272,11 @@ def is_own(path: Path) -> bool:
 def write(sae: SparseAutoencoder, folder: Path) -> None:
     """`cfg.json` and `sae_weights.safetensors` as SAELens 6 reads them; x̂ and f stay the same."""
     names = {"relu": "standard", "topk": "topk", "jumprelu": "jumprelu", "gated": "gated"}
+    hooks = {"hook_name": transformer_lens_hook(sae.config.site)}
+    if sae.config.read:
+        middle = "skip_transcoder" if sae.has_skip else "transcoder"
+        names = {"relu": middle, "jumprelu": f"jumprelu_{middle}"}
+        hooks = {"hook_name": transcoder_hook(sae, NAME), "hook_name_out": hooks["hook_name"]}
     if sae.nonlinearity.name not in names:
         raise unsupported(sae, NAME)
     norm = next((theirs for theirs, ours in _TOKEN_NORMS.items() if ours == sae.config.input_norm), "none")
@@ -284,7 +289,7 @@ def write(sae: SparseAutoencoder, folder: Path) -> None:
     state = {theirs: tensors[ours].contiguous() for ours, theirs in _TENSORS[architecture].items()}
     config: dict[str, Any] = {
         "architecture": architecture,
-        "d_in": sae.config.d_model,
+        "d_in": sae.config.read_width,
         "d_sae": sae.config.n_features,
         "dtype": "float32",
         "device": "cpu",
@@ -293,11 +298,13 @@ def write(sae: SparseAutoencoder, folder: Path) -> None:
         "reshape_activations": "none",
         "metadata": {
             "model_name": sae.config.model,
-            "hook_name": transformer_lens_hook(sae.config.site),
+            **hooks,
             "sae_lens_version": WRITTEN_VERSION,
             **{theirs: extra[ours] for ours, theirs in _CONTEXT.items() if extra.get(ours) is not None},
         },
     }
+    if sae.config.read:
+        config["d_out"] = sae.config.d_model
     if architecture == "topk":
         config |= {"k": sae.config.k, "rescale_acts_by_decoder_norm": False}
     write_tensors(folder / WEIGHTS, state)

@@ -114,6 +114,10 @@ _READ_HOOKS = (
 )
 
 
+READ_HOOKS = {"mlp_norm": "ln2.hook_normalized", "mlp_in": "mlp.hook_in", "mlp_resid": "hook_resid_mid"}
+"""TransformerLens' names, inside a block, of the places that a transcoder reads."""
+
+
 def transformer_lens_hook(site: str) -> str:
     """The TransformerLens name of a site, "" for none.
 

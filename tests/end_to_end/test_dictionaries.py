@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 
 from sae.autoencoder import SparseAutoencoder
 from sae.formats import load_sae, save_sae
 from sae.formats.releases import releases
 from sae.model.load import load_model
+from sae.model.sites import Site
+from sae.saes import load_saes
 from tests.sae.evaluation.test_evaluate import random_sae
+from tests.sae.test_transcoders import transcoder
 
 D, F = 32, 24
 ORDER = torch.randperm(F, generator=torch.Generator().manual_seed(1))
@@ -180,3 +185,19 @@ def test_a_whole_set_is_chosen_by_width_and_l0(sfc, model_folder, prompts_file, 
     assert found.status == 0 and json.loads(found.out)["sites"] == ["resid_0", "resid_1"]
     assert json.loads(found.out)["saes"] == f"{root}?width=16k&l0=small"
     assert sfc("faithfulness", "--circuit", tmp_path / "run", "--sizes", 3).status == 0
+
+
+def test_transcoders_become_a_set_of_circuit_tracer(sfc, tmp_path):
+    """A file a layer, and a config.yaml that names them; written again it replaces what it wrote."""
+    for layer in (0, 1):
+        transcoder("mlp_norm", site=Site("mlp", layer), skip=True).save(tmp_path / "ours" / f"mlp_{layer}")
+    words = ("convert", "--saes", tmp_path / "ours", "--format", "circuit_tracer", "--out", tmp_path / "set")
+    assert sfc(*words).status == 0 and sfc(*words, "--overwrite").status == 0
+    config = yaml.safe_load((tmp_path / "set" / "config.yaml").read_text())
+    assert config["feature_input_hook"] == "ln2.hook_normalized" and len(config["transcoders"]) == 2
+    assert all(Path(path).is_file() for path in config["transcoders"])
+    layer_1 = load_sae(config["transcoders"][1])
+    assert (layer_1.config.site, layer_1.config.read, layer_1.has_skip) == ("mlp_1", "mlp_norm", True)
+    words = ("convert", "--saes", tmp_path / "ours", "--format", "ours", "--read", "mlp_in")
+    done = sfc(*words, "--out", tmp_path / "moved")
+    assert done.status == 0 and load_saes(tmp_path / "moved").config(Site("mlp", 0)).read == "mlp_in"

@@ -12,6 +12,7 @@ import torch
 from sae.autoencoder import SAEConfig, SparseAutoencoder
 from sae.errors import UserError
 from sae.evaluation.evaluate import evaluate_saes
+from sae.formats import load_sae, save_sae
 from sae.model.language_model import LanguageModel
 from sae.model.sites import READ_KINDS, Site
 from sae.saes import SAEs, load_saes
@@ -142,3 +143,21 @@ def test_what_is_no_transcoder_of_the_model_is_one_sentence(tiny_model: Language
         transcoder(site=Site("resid", 0))
     with pytest.raises(UserError, match="nothing can be read at 'mlp_in'"):
         tiny_model.run(tiny_model.probe_tokens(), capture=[Site("mlp_in", 7)])
+
+
+@pytest.mark.parametrize("read", ["mlp_norm", "mlp_resid"])
+@pytest.mark.parametrize(("architecture", "skip"), [("relu", False), ("jumprelu", True), ("topk", True)])
+def test_transcoders_are_written_for_other_projects(architecture: str, skip: bool, read: str, tmp_path: Path) -> None:
+    """What is written is read back with the same outputs, site and read place; SAELens has no TopK transcoder."""
+    sae = transcoder(read, architecture=architecture, skip=skip)
+    for file_format in ("circuit_tracer", "saelens") if architecture != "topk" else ("circuit_tracer",):
+        save_sae(sae, tmp_path / file_format, file_format=file_format)  # type: ignore[arg-type]
+        layer = tmp_path / file_format / "layer_1.safetensors"
+        again = load_sae(layer if layer.is_file() else tmp_path / file_format)
+        assert (again.config.site, again.config.read, again.has_skip) == ("mlp_1", read, skip)
+        x = torch.randn(20, 32)
+        torch.testing.assert_close(again(x), sae(x))
+    with pytest.raises(UserError, match=r"reads mlp_hidden, for which \w+ has no name"):
+        save_sae(transcoder("mlp_hidden"), tmp_path / "no", file_format="saelens")
+    with pytest.raises(UserError, match=r"dictionary_learning has no class for a '\w+' transcoder"):
+        save_sae(sae, tmp_path / "no", file_format="dictionary_learning")

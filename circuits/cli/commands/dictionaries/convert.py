@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from circuits.cli.options import Output, Overwrites, Prints
 from sae._files import prepare_folder, write_json
@@ -21,9 +21,14 @@ from sae._run.contents import (
 from sae._run.locks import lock
 from sae.errors import UserError
 
-CONVERTED_SAE = Layout((r"(config|cfg)\.json", r"(sae|sae_weights)\.safetensors", r"ae\.pt", EVALUATION))
+if TYPE_CHECKING:
+    from sae.saes import SAEs
+
+CONVERTED_SAE = Layout(
+    (r"(config|cfg)\.json", r"(sae|sae_weights|layer_\d+)\.safetensors", r"ae\.pt", r"config\.yaml", EVALUATION)
+)
 """The folder of a site, in any format that can be written."""
-CONVERTED = Layout((r"config\.json", EVALUATION))
+CONVERTED = Layout((r"config\.(json|yaml)", EVALUATION))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +39,8 @@ class ConvertCommand(Prints, Overwrites):
     """Autoencoders: a run folder, a folder or file of any known format, or owner/repository/folder on the hub."""
     out: Path
     """Folder; an autoencoder goes to SITE inside."""
-    format: Literal["ours", "saelens", "dictionary_learning"]
-    """Format to write."""
+    format: Literal["ours", "saelens", "dictionary_learning", "circuit_tracer"]
+    """Format to write; circuit_tracer of transcoders alone, with a config.yaml that names all of them."""
     width: str | None = None
     """Of a set with several widths, such as Gemma Scope: how many features, 16k or 16384."""
     l0: str | None = None
@@ -66,6 +71,8 @@ class ConvertCommand(Prints, Overwrites):
         self._note({**entry, "complete": False})
         try:
             save_saes({self.out / site.name: sae for site, sae in saes.items()}, file_format=self.format)
+            if self.format == "circuit_tracer":
+                self._write_set(saes)
         except UserError:
             if new:
                 (self.out / RUN_CONFIG_FILE).unlink()
@@ -73,6 +80,19 @@ class ConvertCommand(Prints, Overwrites):
         self._note({**entry, "complete": True})
         text = f"wrote {', '.join(names)} to {self.out} as {self.format}"
         return Output(text, {"out": str(self.out), "format": self.format, "sites": names})
+
+    def _write_set(self, saes: SAEs) -> None:
+        """The `config.yaml` of all transcoders; circuit-tracer takes paths as they stand, so they are absolute."""
+        from sae.formats import circuit_tracer
+        from sae.formats.common import transcoder_hook
+
+        files = [str((self.out / site.name / f"layer_{site.layer}.safetensors").resolve()) for site in saes]
+        hooks = {transcoder_hook(sae, circuit_tracer.NAME).split(".", 2)[2] for sae in saes.values()}
+        if len(hooks) > 1:
+            raise UserError(f"transcoders of one set read at one place, these at {', '.join(sorted(hooks))}")
+        first = next(iter(saes.values()))
+        hook = transcoder_hook(first, circuit_tracer.NAME)
+        circuit_tracer.write_set(self.out, files, hook, model=first.config.model)
 
     def _check(self) -> None:
         """Refuse a folder that holds anything but autoencoders that this command wrote."""

@@ -22,7 +22,7 @@ from sae._options import (
     Steps,
     check_options,
 )  # fmt: skip
-from sae.errors import UserError
+from sae.errors import UserError, unknown
 
 Method = Literal[
     "ig", "ig-adaptive", "ig-inputs", "attrib", "relp", "gim", "graddrop", "exact", "activation-difference", "random"
@@ -32,6 +32,27 @@ METHODS: tuple[str, ...] = get_args(Method)
 (relp), gradient interaction modifications (gim), gradient drop (graddrop), exact patching, and baselines that never
 look at the metric.
 """
+ENSEMBLE = "ensemble:"
+"""How the name of an ensemble begins: `ensemble:attrib,relp,gim`, or with + for the commas."""
+
+
+def members(method: str) -> tuple[str, ...]:
+    """The methods of an ensemble; of any other method itself."""
+    if not method.startswith(ENSEMBLE):
+        return (method,)
+    return tuple(name.strip() for name in method.removeprefix(ENSEMBLE).replace("+", ",").split(","))
+
+
+def check_method(method: str, *others: str) -> None:
+    """Raise UserError for a name that is none of the methods, an ensemble of some, or one of the others."""
+    names = members(method)
+    for name in names:
+        if name not in (*METHODS, *others):
+            raise unknown("method", name, [*METHODS, *others])
+    if method.startswith(ENSEMBLE) and (len({*names}) < 2 or len({*names}) < len(names) or {*names} & {*others}):
+        raise UserError(f"method is {method!r}: an ensemble is of two or more methods, such as ensemble:ig-inputs,gim")
+
+
 Rule = Literal["midpoint", "gauss-legendre", "left-riemann"]
 Aggregation = Literal["sum", "position", "spans"]
 EdgeActive = Literal["either", "clean"]
@@ -58,15 +79,17 @@ class QuadratureOptions:
 class MethodOptions(QuadratureOptions):
     """How node effects are estimated."""
 
-    method: Method = "ig"
+    method: str = "ig"
     """Node method: ig (integrated gradients), ig-adaptive, ig-inputs, attrib (attribution patching), relp, gim,
-    graddrop, exact (patch every node), or the baselines activation-difference and random.
+    graddrop, exact (patch every node), the baselines activation-difference and random, or the mean of several, each
+    normalised, such as ensemble:ig-inputs,gim.
     """
     aggregation: Aggregation = "sum"
     """sum over positions; position for prompts of equal length; spans for prompts with named token spans."""
 
     def __post_init__(self) -> None:
         check_options(self)
+        check_method(self.method)
 
 
 @dataclass(frozen=True)

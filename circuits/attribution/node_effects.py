@@ -29,7 +29,7 @@ from circuits.attribution.ig_inputs import integrated_gradients_of_inputs
 from circuits.attribution.integrated_gradients import integrated_gradients
 from circuits.attribution.nodes import positions_by
 from circuits.attribution.relp import relevance_patching
-from circuits.options import METHODS, EdgeActive, MethodOptions
+from circuits.options import METHODS, EdgeActive, MethodOptions, members
 from sae.model.forward import with_gradients
 from sae.model.sites import Site
 
@@ -46,6 +46,13 @@ METHOD_NAMES = {
     "random": "random",
 }
 """Every method with what it is called in words."""
+
+
+def method_title(method: str) -> str:
+    """A method in words; of an ensemble all that are in it."""
+    names = [METHOD_NAMES.get(name, name) for name in members(method)]
+    return names[0] if len(names) == 1 else f"the mean of {', '.join(names[:-1])} and {names[-1]}"
+
 
 WITHOUT_GRADIENT = ("exact", "activation-difference", "random")
 """Methods that take no gradient for their effects."""

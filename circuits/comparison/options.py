@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from circuits.options import METHODS, AblationOptions, BehaviourOptions, Method, QuadratureOptions
+from circuits.options import (
+    METHODS,
+    AblationOptions,
+    BehaviourOptions,
+    Method,
+    QuadratureOptions,
+    check_method,
+)  # fmt: skip
 from sae._options import BatchSize, Count, DescentSteps, Positive, Resamples, Seed, check_options, parse_sizes
-from sae.errors import UserError, unknown
+from sae.errors import UserError
 
 MASK = "mask"
+SIGNS = "signs:"
+"""How the name of sign-consistent selection by a method's effects begins."""
 RANKINGS = (*METHODS, MASK)
 """Whatever ranks nodes: the node methods, and learned masks."""
 
@@ -18,7 +27,9 @@ class CompareOptions(AblationOptions, BehaviourOptions, QuadratureOptions):
     """What is compared, and how circuits are scored."""
 
     methods: str = "ig,ig-adaptive,ig-inputs,attrib,relp,gim,graddrop,mask,activation-difference,random"
-    """Node methods, comma-separated; exact is one as well, and mask learns which nodes to keep."""
+    """Node methods, comma-separated; exact is one as well. mask learns which nodes to keep, ensemble:ig-inputs+gim is
+    the mean of several, each normalised, and signs:gim takes nodes first that keep their sign on every draw of prompts.
+    """
     neurons: str = "ig"
     """Methods that are also run on neurons; an empty text for none."""
     mlp_neurons: str = ""
@@ -38,8 +49,9 @@ class CompareOptions(AblationOptions, BehaviourOptions, QuadratureOptions):
 
     def __post_init__(self) -> None:
         for method in [*split(self.methods), *split(self.neurons), *split(self.mlp_neurons)]:
-            if method not in RANKINGS:
-                raise unknown("method", method, RANKINGS)
+            check_method(method.removeprefix(SIGNS), MASK)
+            if method == SIGNS + MASK:
+                raise UserError(f"method is {method!r}: a mask has no effects whose signs could differ")
         if not (split(self.methods) or split(self.neurons) or split(self.mlp_neurons)):
             raise UserError(f"methods is empty: give some of {', '.join(RANKINGS)}")
         check_options(self)

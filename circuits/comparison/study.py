@@ -20,16 +20,19 @@ from circuits.attribution.activation_patching import exact_effects
 from circuits.attribution.activations import ActivationPair, Setting, capture_activations, site_total_effect
 from circuits.attribution.baselines import activation_difference
 from circuits.attribution.effects import SiteEffects
+from circuits.attribution.ensemble import combined_nodes, ensemble_weights, weighted_effects
 from circuits.attribution.node_effects import Attribution, attribute
 from circuits.attribution.nodes import Nodes, aggregate, count, joined
-from circuits.comparison.options import MASK, CompareOptions
+from circuits.comparison.options import MASK, SIGNS, CompareOptions
 from circuits.comparison.results import MEAN, NOISING, Agreement
 from circuits.discovery.batching import DiscoveryRun
 from circuits.faithfulness.learned_mask import learn_node_mask
 from circuits.faithfulness.nodes import random_nodes
 from circuits.metrics.metrics import warn_if_cancelling
-from circuits.options import DiscoverOptions, MaskOptions
+from circuits.options import DiscoverOptions, MaskOptions, members
 from circuits.prompts.dataset import PromptSet
+from circuits.uncertainty.bootstrap import Bootstrap
+from circuits.uncertainty.signs import consistent_first
 from sae._peak_memory import peak_memory
 from sae.model.sites import Site
 
@@ -69,6 +72,7 @@ class Study:
         self.run = DiscoveryRun(setting, prompts, DiscoverOptions(memory=options.memory))
         self.sites, self.rows = self.run.sites, self.run.rows
         self._rankings: dict[str, Ranking] = {}
+        self._site_effects: dict[str, dict[Site, SiteEffects]] = {}  # of every prompt, by method
 
     def batches(self) -> Iterator[tuple[torch.Tensor, ActivationPair]]:
         """Index [B] and both ends of every batch, prompts of like length together."""
@@ -78,8 +82,31 @@ class Study:
     def ranking(self, method: str) -> Ranking:
         """What the method makes of all training prompts; worked out once."""
         if method not in self._rankings:
-            self._rankings[method] = self._mask() if method == MASK else self._effects(method)
+            self._rankings[method] = self._rank(method)
         return self._rankings[method]
+
+    def _rank(self, method: str) -> Ranking:
+        if method == MASK:
+            return self._mask()
+        if method.startswith(SIGNS):
+            return self._by_signs(method.removeprefix(SIGNS))
+        return self._effects(method) if len(members(method)) == 1 else self._ensemble(members(method))
+
+    def _by_signs(self, method: str) -> Ranking:
+        """Nodes that keep their sign first."""
+        start, begin = self.ranking(method), time.perf_counter()
+        bootstrap = Bootstrap(resamples=max(self.options.resamples, 100), seed=self.options.seed)
+        weights = ensemble_weights([self.ranking(name).nodes for name in members(method)])
+        effects = weighted_effects([self._site_effects[name] for name in members(method)], weights)
+        nodes = consistent_first(effects, start.nodes, groups=self.prompts.groups, bootstrap=bootstrap)
+        return replace(start, nodes=nodes, seconds=start.seconds + time.perf_counter() - begin)
+
+    def _ensemble(self, names: Sequence[str]) -> Ranking:
+        """The mean of the normalised effects of several methods, which takes the time of all of them."""
+        rankings = [self.ranking(name) for name in names]
+        seconds = sum(ranking.seconds for ranking in rankings)
+        peak_bytes = max(ranking.peak_bytes for ranking in rankings)
+        return Ranking(combined_nodes([ranking.nodes for ranking in rankings]), seconds, peak_bytes, None)
 
     def _effects(self, method: str) -> Ranking:
         by_batch: dict[Site, list[SiteEffects]] = {site: [] for site in self.sites}
@@ -95,6 +122,7 @@ class Study:
         states = capture_activations(self.setting, self._few)
         peak = peak_memory(lambda: self.attribute(states, method), self.setting.model.device)
         per_prompt = sum(path_nodes) / len(self.prompts) if path_nodes else None
+        self._site_effects[method] = {site: SiteEffects.concatenate(of_site) for site, of_site in by_batch.items()}
         return Ranking(self.aggregated(by_batch), seconds, peak, per_prompt)
 
     def _mask(self) -> Ranking:

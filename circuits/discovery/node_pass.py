@@ -10,25 +10,42 @@ would else compute again: on the CPU, or on disk where there are files.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
 from circuits._tensors import flatten, unflatten
 from circuits.attribution.activations import capture_activations
 from circuits.attribution.effects import SiteEffects
+from circuits.attribution.ensemble import combined_batches, ensemble_weights
 from circuits.attribution.node_effects import GRADIENT_AT_CLEAN, Attribution, attribute_batches
 from circuits.attribution.nodes import Nodes, aggregate, effects_of
 from circuits.discovery.batching import GIB, DiscoveryRun
+from circuits.options import members
 from sae._progress import ProgressBar
 from sae.model.sites import Site
+
+MOST_BATCHES = 10**6
+"""Files of the methods of an ensemble are numbered this far apart."""
 
 
 def node_pass(run: DiscoveryRun) -> list[Attribution]:
     """The effects of every batch, in the order of `DiscoveryRun.batches`."""
+    names = members(run.options.method)
+    if len(names) == 1:
+        return _pass(run)
+    alone = [replace(run, options=replace(run.options, method=name, edge_nodes=0)) for name in names]
+    passes = [_pass(one, first=number * MOST_BATCHES) for number, one in enumerate(alone)]
+    weights = ensemble_weights([all_effects(run, batches)[1] for batches in passes])
+    return combined_batches(passes, weights)
+
+
+def _pass(run: DiscoveryRun, first: int = 0) -> list[Attribution]:
+    """The effects of one method; `first`: the number that the file of the first batch has."""
     indices = run.batches()
     results: dict[int, Attribution] = {}
     for number, index in enumerate(indices):
-        if run.files is not None and (tensors := run.files.get(f"nodes-{number:04}")) is not None:
+        if run.files is not None and (tensors := run.files.get(f"nodes-{first + number:04}")) is not None:
             results[number] = unflatten(Attribution, tensors, setting=run.setting, prompts=run.prompts[index])
     budget = run.options.memory * GIB - sum(batch.n_bytes_for_edges for batch in results.values())
     if any(not batch.edge_inputs for batch in results.values()):
@@ -43,7 +60,7 @@ def node_pass(run: DiscoveryRun) -> list[Attribution]:
                 budget -= batch.n_bytes_for_edges
                 batch = batch if budget >= 0 else batch.without_edge_inputs()
                 if run.files is not None:
-                    name = f"nodes-{number:04}"
+                    name = f"nodes-{first + number:04}"
                     run.files.put(name, flatten(batch))
                     tensors = run.files.get(name) or {}
                     prompts = run.prompts[indices[number]]

@@ -18,7 +18,7 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from circuits._results import format_interval
-from circuits.attribution.node_effects import METHOD_NAMES
+from circuits.attribution.node_effects import method_title
 from circuits.debiasing.results import EXPLAINED, ShiftReport
 from circuits.feature_pages import existing_links, read_index
 from circuits.report.files import RunFiles, read_run
@@ -134,7 +134,7 @@ def _values(run: RunFiles, *, features: int) -> dict[str, Any]:
         "sections": SECTIONS,
         "figures": key_figures(run),
         "kinds": {kind: sum(node.kind == kind for node in nodes) for kind in ("feature", *OTHERS)},
-        "method": METHOD_NAMES.get(method, method),
+        "method": method_title(method),
         "drawing": drawing(run.graph) if run.graph else "",
         "drawn_nodes": DRAWN_NODES,
         "drawn_edges": DRAWN_EDGES,

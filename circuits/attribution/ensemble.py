@@ -76,7 +76,7 @@ def combined_nodes(nodes: Sequence[Nodes]) -> Nodes:
 
 def _combined_site(site: Site, nodes: Sequence[Mapping[Site, SiteNodes]], weights: Sequence[float]) -> SiteNodes:
     n_features = nodes[0][site].n_features
-    effect = torch.zeros(n_features + 1)
+    effect = torch.zeros(n_features + 2)  # with the error and the skip connection
     for of_method, weight in zip(nodes, weights, strict=True):
         effect.index_add_(0, of_method[site].feature, weight * of_method[site].effect)
     feature = effect.abs().argsort(descending=True, stable=True)

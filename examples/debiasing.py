@@ -12,6 +12,7 @@ Leaves attractor.svg and subject.svg, a row a probe, and .json files with every 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +49,7 @@ class DebiasingConfig:
     """quadrature nodes of the circuits"""
 
 
-def debias(config: DebiasingConfig) -> dict[str, ShiftReport]:
+def debias(config: DebiasingConfig, sets: Sequence[str] = SETS) -> dict[str, ShiftReport]:
     """Tell the story; the report of each set of texts."""
     model = load_model(str(agreement.MODEL))
     if config.saes is not None:
@@ -57,7 +58,7 @@ def debias(config: DebiasingConfig) -> dict[str, ShiftReport]:
         training = TrainConfig(features=256, k=8, tokens=config.tokens)
         saes = train_saes(model, str(agreement.text("train")), sites="embed,resid", config=training, out=config.out)
     reports = {}
-    for name in SETS:
+    for name in sets:
         train, concept, test = (labelled(name, split, getattr(config, split)) for split in ("train", "concept", "test"))
         options = ShiftOptions(site=PROBES[name], sites="resid", position="last", tokens="read", steps=config.steps)
         report = shift(model, saes, train, test, options, concept=concept, progress=False)

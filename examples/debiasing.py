@@ -47,6 +47,8 @@ class DebiasingConfig:
     """texts to test on"""
     steps: int = 10
     """quadrature nodes of the circuits"""
+    seed: int = 0
+    """of the texts"""
 
 
 def debias(config: DebiasingConfig, sets: Sequence[str] = SETS) -> dict[str, ShiftReport]:
@@ -59,7 +61,9 @@ def debias(config: DebiasingConfig, sets: Sequence[str] = SETS) -> dict[str, Shi
         saes = train_saes(model, str(agreement.text("train")), sites="embed,resid", config=training, out=config.out)
     reports = {}
     for name in sets:
-        train, concept, test = (labelled(name, split, getattr(config, split)) for split in ("train", "concept", "test"))
+        train, concept, test = (
+            labelled(name, split, getattr(config, split), seed=config.seed) for split in ("train", "concept", "test")
+        )
         options = ShiftOptions(site=PROBES[name], sites="resid", position="last", tokens="read", steps=config.steps)
         report = shift(model, saes, train, test, options, concept=concept, progress=False)
         config.out.mkdir(parents=True, exist_ok=True)

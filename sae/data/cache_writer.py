@@ -83,9 +83,7 @@ def write_cache(
     text twice. Places that transcoders read are named beside the sites: "mlp,mlp_in".
     """
     _check_options(dtype, tokens, shard_tokens)
-    named = sites if isinstance(sites, str) else ",".join(map(str, sites))
-    reads = [place for kind in READ_KINDS if kind in named for place in model.reads.points if place.kind == kind]
-    chosen, source, out = select_sites(sites, [*model.sites, *reads]), TextSource.of(texts), Path(out)
+    chosen, source, out = select_places(model, sites), TextSource.of(texts), Path(out)
     stream = ContextStream(model, source, context_length=context_length, packed=packed)
     activations = ModelActivations(model, stream, chosen, exclude_special=exclude_special)
     begun = Manifest(
@@ -111,6 +109,13 @@ def write_cache(
         manifest = _write_shards(activations, begun, out, shard_tokens, progress)
         _finish(manifest, out)
     return manifest
+
+
+def select_places(model: LanguageModel, sites: str | Sequence[str | Site]) -> list[Site]:
+    """The sites that a user asks for, with the places that transcoders read where they are named: "all,mlp_in"."""
+    named = sites if isinstance(sites, str) else ",".join(map(str, sites))
+    reads = [place for kind in READ_KINDS if kind in named for place in model.reads.points if place.kind == kind]
+    return select_sites(sites, [*model.sites, *reads])
 
 
 def _check_options(dtype: str, tokens: int, shard_tokens: int) -> None:

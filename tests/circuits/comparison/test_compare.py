@@ -44,6 +44,15 @@ def comparison(tiny_model, tiny_saes, tiny_prompts):
     return compare_methods(tiny_model, few, tiny_prompts, tiny_prompts, OPTIONS, progress=False)
 
 
+def test_hidden_neurons_of_the_mlps_are_a_basis_of_their_own(tiny_model, tiny_saes, tiny_prompts):
+    """All sites but the MLPs are whole; with all neurons kept nothing is ablated, and there is no error."""
+    options = CompareOptions(methods="", neurons="", mlp_neurons="attrib", sizes="5", sample=0, resamples=0)
+    compared = compare_methods(tiny_model, tiny_saes, tiny_prompts, tiny_prompts, options, progress=False)
+    (row,) = compared.rows
+    assert row.name == "attrib (mlp-neurons)" and row.curve.start_site == "mlp_0"
+    assert row.curve.faithfulness[-1] == pytest.approx(1.0, abs=1e-3)
+
+
 def test_rows_are_the_circuits_that_discovery_finds(comparison, tiny_model, tiny_saes, tiny_prompts):
     """Same nodes, residuals and faithfulness as `discover` and `measure_faithfulness` give."""
     assert [(row.method, row.dictionary) for row in comparison.rows] == [

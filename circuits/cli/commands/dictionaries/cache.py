@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheCommand(Common, Overwrites, HasSites, HasText, HasModel):
-    """Write the activations of a model to disk once, for `sfc train --cache` and `sfc sweep --cache`."""
+    """Write the activations of a model to disk once, for `sfc train --cache` and `sfc sweep --cache`; for transcoders
+    with what they read: `--sites all,mlp_in`.
+    """
 
     out: Path
     """Folder of the cache."""
@@ -34,12 +36,11 @@ class CacheCommand(Common, Overwrites, HasSites, HasText, HasModel):
     def run(self) -> Output:
         from circuits.cli.common import load_model
         from sae.data.cache import bytes_text
-        from sae.data.cache_writer import cache_bytes, write_cache
-        from sae.model.sites import select_sites
+        from sae.data.cache_writer import cache_bytes, select_places, write_cache
 
         model = load_model(self.model, self)
-        sites = select_sites(self.sites, model.sites)
-        size = cache_bytes((model.widths[site] for site in sites), self.tokens, self.stored_dtype)
+        sites = select_places(model, self.sites)
+        size = cache_bytes(map(model.read_width, sites), self.tokens, self.stored_dtype)
         if not self.quiet:
             sys.stderr.write(f"{self.tokens:,} tokens at {len(sites)} sites: {bytes_text(size)} on disk\n")
         manifest = write_cache(

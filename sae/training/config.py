@@ -59,7 +59,7 @@ class TrainConfig:
     """Tokens a step; by default as many as leave a thousand steps, between 512 and 4096."""
     learning_rate: LearningRate | None = None
     """Peak learning rate of Adam; by default 0.048 / sqrt(width), or 0.064 / sqrt(width) where a penalty makes features
-    sparse, times sqrt(1000 / steps), which is at most 2."""
+    sparse, times sqrt(1000 / steps), which is at most 2; twice that for transcoders with exactly k features."""
     warmup: Share = 0.05
     """Share of the steps over which learning rate and sparsity penalty rise linearly."""
     decay: Share | None = None

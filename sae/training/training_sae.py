@@ -64,6 +64,8 @@ FARTHEST = 3.0
 """The largest |log(L0 / k)| that counts."""
 LARGEST_CHANGE = 0.3
 """Largest change of the logarithm of that weight a step."""
+TRANSCODER_RATE = 2.0
+"""Factor on the usual learning rate of a transcoder with k active features: its decoder has a way to go from zero."""
 BANDWIDTH = 0.8
 """JumpReLU's bandwidth in units of 1/√width, the spread of a random direction's pre-activations."""
 
@@ -71,9 +73,10 @@ BANDWIDTH = 0.8
 class Schedule:
     """The schedules of one autoencoder."""
 
-    def __init__(self, config: TrainConfig, width: int) -> None:
+    def __init__(self, config: TrainConfig, width: int, *, transcoder: bool = False) -> None:
         self.config, self.width, self.steps = config, width, config.steps
         self.architecture = architecture(config.architecture)
+        self.rate_factor = TRANSCODER_RATE if transcoder and self.architecture.fixed_k else 1.0
         self.n_features = config.features if self.architecture.trained else width
         revival = self.architecture.revival if config.revival == "auto" else config.revival
         self.k_aux = config.k_aux if revival == "auxk" else 0
@@ -88,7 +91,7 @@ class Schedule:
         usual = self.architecture.learning_rate / math.sqrt(self.width * max(steps, FEWEST_RATE_STEPS) / RATE_STEPS)
         rise = min(1.0, (step + 1) / max(1.0, config.warmup * steps))
         fall = min(1.0, (steps - step) / max(1.0, decay * steps))
-        return (config.learning_rate or usual) * rise * fall
+        return (config.learning_rate or usual * self.rate_factor) * rise * fall
 
     def first_sparsity(self) -> float:
         """Weight of the penalty at the start, before its warm-up."""
@@ -142,7 +145,10 @@ class TrainingSAE:
         self.read_width = read_width
         self.read_site = site if read_width is None else Site(config.read, site.layer)
         self.name, self.site, self.width, self.config, self.device = name, site, width, config, device
-        self.architecture, self.schedule = architecture(config.architecture), Schedule(config, width)
+        self.architecture, self.schedule = (
+            architecture(config.architecture),
+            Schedule(config, width, transcoder=read_width is not None),
+        )
         self.n_features, self.dead_after = self.schedule.n_features, config.dead_after
         self.resample_steps = (
             {round(share * config.steps) for share in RESAMPLE_AT} if config.revival == "resample" else set()

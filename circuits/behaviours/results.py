@@ -141,7 +141,8 @@ class Behaviours(Result):
         """What the page shows of a cluster."""
         n = len(cluster.members)
         answers = [(visible(answer).strip() or "space", count / n) for answer, count in cluster.answers]
-        lines = [(self._window(i, WINDOW), visible(self.answers[i])) for i in cluster.members[:SHOWN]]
+        distinct = dict.fromkeys((self._window(i, WINDOW), visible(self.answers[i])) for i in cluster.members)
+        lines = list(distinct)[:SHOWN]
         circuit = self.circuits.get(cluster.rank)
         features = []
         if circuit is not None:

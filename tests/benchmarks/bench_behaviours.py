@@ -47,6 +47,7 @@ def residual_vectors(model: LanguageModel, contexts: Contexts, sites: list[Site]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--saes", required=True, help="run folder of a demo")
+    parser.add_argument("--represent", nargs="*", default=("effects", "activations", "gradients"))
     parser.add_argument("--documents", type=int, default=1500)
     parser.add_argument("--contexts", type=int, default=3000)
     parser.add_argument("--surprise", type=float, nargs="*", default=(1.0, 2.0))
@@ -68,7 +69,7 @@ def main() -> None:
         print(f"\n-log p below {surprise:g}: {len(contexts)} contexts of {n_rules} rules, {n_answers} answers")
         print(f"the answer itself: {by_answer:.3f}\n{'adjusted mutual information with the rules at K =':50}", end="")
         print("".join(f"{k:>8}" for k in asked.clusters), flush=True)
-        for represent in ("effects", "activations", "gradients"):
+        for represent in asked.represent:
             started = time.monotonic()
             chosen = replace(options, represent=represent)
             z = project(context_vectors(setting, contexts.prompts, chosen, progress=False), chosen)

@@ -20,7 +20,7 @@ from circuits.circuit_source import has_other_saes
 from circuits.debiasing.results import ShiftReport
 from circuits.editing.results import EditReport
 from circuits.feature_pages import with_pages
-from circuits.labels import LabelsFile, labelled
+from circuits.labels import LabelsFile, labelled, read_supernodes
 from graphs.feature_graph import FeatureGraph
 from graphs.schema import Count, Index
 from graphs.sharing import shared
@@ -289,7 +289,8 @@ def _graph(path: Path) -> tuple[FeatureGraph, bool]:
     other_saes = has_other_saes(metadata, path)
     run = path.parent.parent
     graph = with_pages(labelled(graph, LabelsFile.of(metadata, run).read()), run)
-    graph.metadata = shared(graph.metadata)
+    groups = read_supernodes(path.parent, metadata.get("digest"))
+    graph.metadata = {**shared(graph.metadata), **({"supernodes": groups} if groups else {})}
     return graph, other_saes
 
 

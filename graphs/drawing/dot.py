@@ -23,7 +23,17 @@ from graphs._files import atomic_write, marked
 from graphs._outputs import check_output, has_mark
 from graphs.drawing.graphviz import Detail, run_graphviz
 from graphs.drawing.layout import Box
-from graphs.drawing.scene import GUTTER, MARGIN, Scene, add_columns, add_legend, add_title, html_text, make_scene
+from graphs.drawing.scene import (
+    GUTTER,
+    MARGIN,
+    OUTLINE,
+    Scene,
+    add_columns,
+    add_legend,
+    add_title,
+    html_text,
+    make_scene,
+)
 from graphs.drawing.style import (
     INK,
     NEGATIVE_EDGE,
@@ -209,10 +219,10 @@ def _supernode_runs(scene: Scene, nodes: list[Node]) -> list[tuple[str, list[Nod
 def _add_outline(dot: graphviz.Digraph, scene: Scene, name: str, nodes: list[Node]) -> None:
     """A cluster around the nodes of a supernode that stand side by side, with its name above them."""
     boxes = [scene.layout.boxes[node.id] for node in nodes]
-    size, pad = scene.density.small, 3.5
+    size = scene.density.small
     left, right = min(box.x - box.width / 2 for box in boxes), max(box.x + box.width / 2 for box in boxes)
-    (x0, y0) = scene.point(left - pad, boxes[0].y - boxes[0].height / 2 - pad)
-    (x1, y1) = scene.point(right + pad, boxes[0].y + boxes[0].height / 2 + pad + 1.25 * size)
+    (x0, y0) = scene.point(left - OUTLINE, boxes[0].y - boxes[0].height / 2 - OUTLINE)
+    (x1, y1) = scene.point(right + OUTLINE, boxes[0].y + boxes[0].height / 2 + OUTLINE + 1.25 * size)
     shown = fit(visible(name), size, right - left, bold=True)
     dot.attr(
         label=f"<{html_text(shown, size, INK, bold=True)}>",

@@ -5,7 +5,7 @@ around the graph: columns, title and legend.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 import graphviz
@@ -33,6 +33,8 @@ from graphs.feature_graph import OTHERS, FeatureGraph
 from graphs.schema import Colour
 
 GUTTER, MARGIN = 62.0, 14.0
+OUTLINE = 3.5
+"""Between the boxes of a supernode and its outline."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,10 @@ def make_scene(graph: FeatureGraph, link: str, colour: Colour = "class", *, port
     strongest = sorted(graph.nodes(), key=lambda node: -abs(node.effect))[: density.labelled]
     metric = (density.cell.box * 1.7, 2.6 * density.label + 1.4 * density.small + 12)
     shape: dict[str, float] = {"aspect": 0.62, "lane_space": 8.0, "padding": 3.0} if portrait else {}
+    if any(len(ids) > 1 for ids in graph.supernodes.values()):  # their outlines and names need room above each row
+        name = OUTLINE + 1.25 * density.small
+        density = replace(density, cell=replace(density.cell, gap=max(density.cell.gap, name + OUTLINE + 3)))
+        shape["padding"] = name + 1
     layout = layered_layout(graph, cell=density.cell, metric=metric, space=density.space, **shape)  # type: ignore[arg-type]
     labelled = frozenset(node.id for node in strongest)
     classes = find_classes(graph) if colour == "class" else None

@@ -56,11 +56,15 @@ def read_set(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         return {}
+    text = read_text(path)
     try:
-        loaded = yaml.safe_load(read_text(path))
-    except yaml.YAMLError as error:
+        has_aliases = any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader))
+        loaded = None if has_aliases else yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: not YAML ({reason[:120]})") from None
+    if has_aliases:  # a few lines of them can stand for terabytes
+        raise UserError(f"{path}: repeats parts of itself by aliases: write it without * and &")
     config = {key: value for key, value in check_type(loaded, SetConfig, path).items() if value is not None}
     kind = config.get("model_kind", "transcoder_set")
     if kind != "transcoder_set":

@@ -331,6 +331,9 @@ def test_circuit_tracer(kind, hook, read, random, tmp_path):
         ("activation: topk", "neither it nor config.yaml has k"),
         ("activation: gelu", "unknown activation"),
         ("k: [", "not YAML"),
+        ("[" * 5000, "not YAML"),
+        ("k: " + "9" * 5000, "not YAML"),
+        ("a: &a [1]\nb: *a", "by aliases"),
         ("- k", "config.yaml"),
     ],
 )

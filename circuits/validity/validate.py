@@ -76,6 +76,8 @@ def validate(
     """
     options = options or ValidityOptions()
     study = _Study.of(circuit, prompts, options, reference, metric, progress)
+    if paraphrases is not None:
+        next(iter(study.nodes.values())).where(paraphrases)  # whether they have its spans is told before any work
     measured, spread = study.faithfulness()
     families, of_families = study.families()
     backups, of_backups = study.backups()

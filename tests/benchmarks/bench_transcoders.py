@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -94,7 +95,8 @@ def sparsify_saes(
         job = {"cache": str(cache.folder.resolve()), "layer": site.layer, "features": config.features, "k": config.k,
                "batch": config.batch, "steps": config.steps, "skip": skip,
                "out": str((out / site.name).resolve())}  # fmt: skip
-        subprocess.run([python, __file__, json.dumps(job)], check=True, stdout=subprocess.DEVNULL)
+        plain = {**os.environ, "SPARSIFY_DISABLE_TRITON": "1"}  # its kernels need a GPU
+        subprocess.run([python, __file__, json.dumps(job)], check=True, stdout=subprocess.DEVNULL, env=plain)
         tensors = load_file(next((out / site.name).rglob("sae.safetensors")))
         renamed = {"W_enc": tensors["encoder.weight"], "b_enc": tensors["encoder.bias"], "W_dec": tensors["W_dec"],
                    "b_dec": tensors["b_dec"]}  # fmt: skip

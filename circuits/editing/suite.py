@@ -27,7 +27,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import FiniteFloat
 from typing_extensions import NotRequired, TypedDict
 
@@ -35,7 +34,8 @@ from circuits.editing.declaration import load_edits
 from circuits.editing.edit import EditOptions, prepare_trial
 from circuits.editing.results import EditReport
 from circuits.prompts.dataset import load_prompts
-from sae._files import check_type, read_text
+from sae._files import check_type
+from sae._yaml import read_yaml
 from sae.autoencoder import SparseAutoencoder
 from sae.data.text import TextSource
 from sae.errors import UserError, unknown
@@ -96,10 +96,7 @@ class Suite:
     @staticmethod
     def load(path: str | Path) -> Suite:
         """Read a suite; `UserError`, naming file and key, for anything that does not fit."""
-        try:
-            data = yaml.safe_load(read_text(Path(path)))
-        except yaml.YAMLError as error:
-            raise UserError(f"{path}: no YAML: {' '.join(str(error).split())}") from None
+        data = read_yaml(path)
         content: SuiteFile = check_type(data, SuiteFile, path)
         for number, behaviour in enumerate(data["behaviours"]):
             where = f"{path}: behaviours[{number}]"

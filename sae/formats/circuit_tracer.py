@@ -19,8 +19,9 @@ import torch
 import yaml
 from typing_extensions import TypedDict
 
-from sae._files import check_type, read_tensors, read_text, write_tensors, write_text
+from sae._files import read_tensors, read_text, write_tensors, write_text
 from sae._run.outputs import has_header
+from sae._yaml import read_yaml
 from sae.autoencoder import SKIP, ReadKind, SparseAutoencoder
 from sae.errors import UserError, unknown
 from sae.folding import plain_tensors
@@ -56,16 +57,7 @@ def read_set(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         return {}
-    text = read_text(path)
-    try:
-        has_aliases = any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader))
-        loaded = None if has_aliases else yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: not YAML ({reason[:120]})") from None
-    if has_aliases:  # a few lines of them can stand for terabytes
-        raise UserError(f"{path}: repeats parts of itself by aliases: write it without * and &")
-    config = {key: value for key, value in check_type(loaded, SetConfig, path).items() if value is not None}
+    config = {key: value for key, value in read_yaml(path, SetConfig).items() if value is not None}
     kind = config.get("model_kind", "transcoder_set")
     if kind != "transcoder_set":
         raise refusal(folder, kind) or unknown(f"model_kind in {path}", kind, ("transcoder_set",))

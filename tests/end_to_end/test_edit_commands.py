@@ -70,3 +70,7 @@ def test_a_suite_passes_or_fails_line_by_line(sfc, run_folder, model_folder, pro
         suite.write_text(yaml.safe_dump({"model": str(model_folder), "behaviours": [{**behaviours[0], **change}]}))
         wrong = sfc("test", suite)
         assert wrong.status == 2 and message in wrong.err
+    for text in ("[" * 3000, f"model: {'9' * 5000}", "model: &a [x]\nbehaviours: [*a, *a]", "behaviours: {", "\x07"):
+        suite.write_text(text)
+        wrong = sfc("test", suite)
+        assert wrong.status == 2 and "suite.yaml" in wrong.err and "Traceback" not in wrong.err

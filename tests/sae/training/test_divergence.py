@@ -85,7 +85,7 @@ def test_an_autoencoder_worse_than_the_mean_is_warned_of(tiny_model, tmp_path, c
 
 def test_identity_is_never_trained(tiny_model, tmp_path, monkeypatch):
     stepped, step = set(), TrainingSAE.step
-    monkeypatch.setattr(TrainingSAE, "step", lambda self, x, n: (stepped.add(self.name), step(self, x, n))[1])
+    monkeypatch.setattr(TrainingSAE, "step", lambda self, *x: (stepped.add(self.name), step(self, *x))[1])
     configs = grid(CONFIG, architectures=("topk", "identity"), features=(24,), k=(3,))
     done = sweep(tiny_model, TEXTS, configs, sites="resid_0", out=tmp_path, progress=False)
     assert stepped == {"topk-24-k3-seed0/resid_0"}

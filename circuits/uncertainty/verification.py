@@ -25,7 +25,7 @@ from circuits._results import format_table
 from circuits.attribution.activation_patching import exact_effects
 from circuits.attribution.activations import capture_activations
 from circuits.attribution.effects import SiteEffects
-from circuits.attribution.nodes import SiteNodes, positions_by, ranked
+from circuits.attribution.nodes import SiteNodes, ranked
 from circuits.circuit import Circuit
 from circuits.metrics.metrics import Metric
 from circuits.prompts.dataset import PromptSet
@@ -142,7 +142,6 @@ def verify(
         raise UserError(f"verify is {nodes}: at least 1 node can be verified")
     setting = circuit.setting(metric)
     prompts = setting.prepare(circuit.prompts if prompts is None else prompts)
-    aggregation = circuit.metadata["options"]["aggregation"]
     chosen = {site: site_nodes for site, site_nodes in circuit.strongest(nodes).items() if len(site_nodes)}
     totals = {site: torch.zeros(len(site_nodes), dtype=torch.float64) for site, site_nodes in chosen.items()}
     n_batches = -(-len(prompts) // batch_size)
@@ -150,8 +149,9 @@ def verify(
         for batch in prompts.batches(batch_size):
             states = capture_activations(setting, batch)
             for site, site_nodes in chosen.items():
+                where = None if site_nodes.summed else site_nodes.token_positions(states.prompts)
                 effects = exact_effects(
-                    states, site=site, positions=positions_by(aggregation, states.prompts),
+                    states, site=site, positions=where if where is None else where.expand(len(batch), -1),
                     features=site_nodes.feature.unique(), max_rows=max_rows,
                 )  # fmt: skip
                 totals[site] += _total(effects, site_nodes)

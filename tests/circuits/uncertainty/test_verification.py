@@ -62,6 +62,17 @@ def test_the_exact_method_agrees_with_itself(tiny_model, tiny_saes, tiny_prompts
     assert result.summary() == "verified 20 nodes by exact patching, correlation 1.000: all agree"
 
 
+def test_spans_are_known_by_name_whatever_their_order(tiny_model, tiny_saes, tiny_prompts):
+    mask = tiny_prompts.clean.attention_mask
+    numbers = torch.where(mask.bool(), (mask.cumsum(1) > 2).long(), -1)  # two tokens of "first", the others "rest"
+    prompts = replace(tiny_prompts, spans=("first", "rest"), span_numbers=numbers)
+    turned = replace(prompts, spans=("rest", "first"), span_numbers=torch.where(numbers < 0, -1, 1 - numbers))
+    options = DiscoverOptions(method="attrib", aggregation="spans", edge_nodes=0)
+    circuit = discover(tiny_model, tiny_saes, prompts, options, progress=False)
+    one, other = (verify(circuit, given, nodes=6, progress=False) for given in (prompts, turned))
+    assert one.names == other.names and other.exact == pytest.approx(one.exact, abs=1e-6)
+
+
 def test_wrong_estimates_are_marked_and_kept_with_the_graph(tiny_model, tiny_saes, tiny_prompts, tmp_path):
     """One estimate's sign is turned and another one's size trebled."""
     circuit = discover(

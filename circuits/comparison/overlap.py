@@ -33,9 +33,10 @@ from circuits.comparison.partners import Partners
 from sae.model.sites import Site
 
 Name = tuple[str, int, str]
-"""Site, feature (-1: the error) and span ("" where positions are summed)."""
+"""Site, feature (ERROR, SKIP: what is none) and span ("" where positions are summed)."""
 METRIC: Name = ("metric", -1, "")
-ERROR = -1
+ERROR, SKIP = OTHERS = (-1, -2)
+"""Numbers of the error and of the skip connection, which are the same nodes whatever the features are."""
 Floats: TypeAlias = NDArray[np.float64]
 Integers: TypeAlias = NDArray[np.int64]
 
@@ -89,8 +90,8 @@ def profile(circuit: Circuit, nodes: Nodes, *, n_edges: int, partners: Partners 
     """
 
     def name(site: Site, feature: int, position: int, spans: tuple[str, ...], n_features: int) -> Name:
-        if feature == n_features:
-            feature = ERROR
+        if feature >= n_features:
+            feature = OTHERS[feature - n_features]
         elif partners is not None:
             feature = partners.get(site, {}).get(feature, own_number(feature))
         return site.name, feature, spans[position] if spans and position >= 0 and by_span else ""
@@ -118,8 +119,10 @@ def profile(circuit: Circuit, nodes: Nodes, *, n_edges: int, partners: Partners 
 
 
 def own_number(feature: int) -> int:
-    """The number that a feature of the second circuit goes by where it has no partner: none of the first's."""
-    return -2 - feature
+    """The number that a feature of the second circuit goes by where it has no partner, none of the first's; from that
+    number, the feature.
+    """
+    return -1 - len(OTHERS) - feature
 
 
 def measure_overlap(a: Profile, b: Profile, *, n: int, shuffles: int, seed: int) -> Overlap:
@@ -149,8 +152,8 @@ class Names:
     def __init__(self, profiles: Sequence[Profile]) -> None:
         ends = [name for one in profiles for edge in one.edges for name in edge]
         occurring = dict.fromkeys([*(name for one in profiles for name in one.effects), *ends, METRIC])
-        spans = sorted({span for _, feature, span in occurring if feature != ERROR}) or [""]
-        features = dict.fromkeys((site, feature) for site, feature, _ in occurring if feature != ERROR)
+        spans = sorted({span for _, feature, span in occurring if feature not in OTHERS}) or [""]
+        features = dict.fromkeys((site, feature) for site, feature, _ in occurring if feature not in OTHERS)
         every = [(*feature, span) for feature in features for span in spans]
         self.number = {name: index for index, name in enumerate(dict.fromkeys([*every, *occurring]))}
         rows: dict[str, list[list[int]]] = {}
@@ -171,7 +174,7 @@ class Names:
         return effects, np.array(ends, dtype=np.int64).reshape(-1, 2), np.array(list(circuit.edges.values()))
 
     def shuffled(self, generator: np.random.Generator) -> Integers:
-        """[N] the new number of each name: features of a site change names, spans and errors keep theirs."""
+        """[N] the new number of each name: features of a site change names, spans, errors and skips keep theirs."""
         new = np.arange(len(self))
         for table in self.tables:
             new[table] = generator.permutation(table)  # rows

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from circuits.circuit import Circuit
-from circuits.comparison.overlap import ERROR, METRIC, Name, Profile
+from circuits.comparison.overlap import ERROR, METRIC, OTHERS, Name, Profile, own_number
 from circuits.comparison.partners import Partners
 from graphs.drawing.style import describe
-from graphs.feature_graph import FeatureGraph, error_node, feature_node, metric_node
+from graphs.feature_graph import FeatureGraph, error_node, feature_node, metric_node, skip_node
 
 NODES, EDGES = 150, 1500
 """Nodes and edges of each circuit in the picture, at most."""
@@ -36,11 +36,11 @@ def named_graph(
     for name, effect in strongest:
         site, feature, span = name
         position = span or None
-        if feature == ERROR:
-            node = error_node(site, effect=effect, position=position)
+        if feature in OTHERS:
+            node = (error_node if feature == ERROR else skip_node)(site, effect=effect, position=position)
         else:
-            number = feature if feature >= 0 else (widths or {}).get(site, 0) - 2 - feature
-            original = own.get((site, feature), feature) if feature >= 0 else -2 - feature
+            number = feature if feature >= 0 else (widths or {}).get(site, 0) + own_number(feature)
+            original = own.get((site, feature), feature) if feature >= 0 else own_number(feature)
             about = circuit.features.get(f"{site}/{original}", {})
             node = feature_node(site, number, effect=effect, position=position, **about)
             origin = f"{site}/{original} of {title}"

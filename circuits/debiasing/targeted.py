@@ -82,9 +82,7 @@ def targeted_perturbation(
     for one in classes:
         rows, labels = _against_others(sets[0].intended, one, options.seed)
         probe = fit_probe(x[rows], labels, penalty=options.penalty, seed=options.seed)
-        is_one = torch.tensor([label == one for label in labels])
-        difference = f[rows][is_one].mean(0) - f[rows][~is_one].mean(0)  # [F]
-        orders.append((difference * (W_dec @ probe.weight)).abs().argsort(descending=True))
+        orders.append(by_share(f[rows], torch.tensor([label == one for label in labels]), W_dec @ probe.weight))
         probes.append(probe)
     tests = [_against_others(sets[1].intended, one, options.seed) for one in classes]
 
@@ -101,6 +99,19 @@ def targeted_perturbation(
     return PerturbationReport(
         site.name, options.position, classes, list(sizes), plain, drops, names, len(sets[0]), len(sets[1])
     )
+
+
+def by_share(f: Tensor, is_one: Tensor, output: Tensor) -> Tensor:
+    """[F] features by what they give of the difference that a probe sees between a class and the others, most first:
+    |mean f on the class − mean f elsewhere| · |W_dec · probe|.
+
+    Args:
+        f: activations [B, F].
+        is_one: whether each text is of the class, [B] bool.
+        output: what a unit of each feature adds to the probe's output, W_dec · probe [F].
+    """
+    difference = f[is_one].mean(0) - f[~is_one].mean(0)
+    return (difference * output).abs().argsort(descending=True)
 
 
 Rows = tuple[list[int], list[str]]

@@ -74,3 +74,4 @@ def test_a_suite_passes_or_fails_line_by_line(sfc, run_folder, model_folder, pro
         suite.write_text(text)
         wrong = sfc("test", suite)
         assert wrong.status == 2 and "suite.yaml" in wrong.err and "Traceback" not in wrong.err
+        assert ("aliases" in wrong.err) == ("&a" in text)

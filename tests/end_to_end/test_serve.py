@@ -304,6 +304,10 @@ def test_names_are_those_of_sfc_labels(served, sfc):
     assert served.client.post("/labels", json={"feature": "resid_1/3", "label": "plural <b>"}).status_code == 200
     names = json.loads(sfc("labels", "--circuit", served.run, "--json").out)["labels"]
     assert names["resid_1/3"]["label"] == "plural <b>" == served.client.get("/run").json()["labels"]["resid_1/3"]
+    shown = next(node.name for node in served.experiments.graph.nodes() if node.kind == "feature")
+    served.client.post("/labels", json={"feature": shown, "label": "in the drawing"})
+    assert "in the drawing" in {node.label for node in served.experiments.graph.nodes()}
+    served.client.post("/labels", json={"feature": shown, "label": ""})
     served.client.post("/labels", json={"feature": "resid_1/3", "label": ""})
     assert "resid_1/3" not in served.client.get("/run").json()["labels"]
     for feature in ("resid_1/99999", "../x", "resid_1/error", None):

@@ -63,6 +63,32 @@ def test_planted_groups_are_recovered(seed):
     assert words <= {name.split(" ")[0] for name in groups}  # what the members share comes first
 
 
+def small(edges: dict[tuple[str, str], float]) -> FeatureGraph:
+    """Features of mlp_0 between others, with the edges given as weights by their ends."""
+    graph = FeatureGraph(["embed", "mlp_0", "resid_0"])
+    for site in graph.sites:
+        for i in range(4):
+            graph.add_node(feature_node(site, i, effect=1.0))
+    for (source, target), weight in edges.items():
+        graph.add_edge(source, target, weight)
+    return graph
+
+
+def test_what_is_read_counts_as_much_as_what_is_fed_however_large():
+    """Two features that read different nodes by small weights and feed the same by large ones have a cosine of 1/2."""
+    edges = {("embed/0", "mlp_0/0"): 0.01, ("embed/1", "mlp_0/1"): 0.01}
+    edges |= {("mlp_0/0", "resid_0/0"): 100.0, ("mlp_0/1", "resid_0/0"): 100.0}
+    assert not [ids for ids in find_supernodes(small(edges), similarity=0.6).values() if "mlp_0/0" in ids]
+    assert ["mlp_0/0", "mlp_0/1"] in find_supernodes(small(edges), similarity=0.49).values()
+
+
+def test_every_two_members_are_alike():
+    """Of a chain in which neighbours are alike (cosine .71) and the ends are not (0) only two are joined."""
+    edges = {("embed/0", "mlp_0/0"): 1, ("embed/0", "mlp_0/1"): 1, ("embed/1", "mlp_0/1"): 1, ("embed/1", "mlp_0/2"): 1}
+    groups = find_supernodes(small(edges), similarity=0.7)
+    assert [len(ids) for ids in groups.values() if ids[0].startswith("mlp_0")] == [2]
+
+
 def test_the_order_of_nodes_and_edges_changes_nothing():
     groups = find_supernodes(planted(1)[0])
     for shuffled in range(3):

@@ -7,6 +7,8 @@ import json
 import numpy as np
 import pytest
 import scipy.sparse as sp
+from scipy.cluster.hierarchy import fcluster, linkage
+from sklearn.metrics import adjusted_rand_score
 
 import circuits.behaviours.find as find
 from circuits.attribution.activations import Setting, capture_activations
@@ -118,3 +120,15 @@ def test_an_interrupted_search_ends_the_same(setting, tmp_path, monkeypatch):
     assert (folder / "cluster_02" / "graph" / "circuit.html").is_file()
     lines = (folder / "cluster_01" / "prompts.jsonl").read_text().splitlines()
     assert {*json.loads(lines[0])} == {"clean_prefix", "clean_answer"}
+
+
+def test_clusters_are_those_of_average_linkage():
+    """Against scipy's, on vectors where other linkages give other clusters."""
+    z = np.random.default_rng(1).normal(size=(40, 4))
+    z /= np.linalg.norm(z, axis=1, keepdims=True)
+    ours = cluster_vectors(z, BehaviourSearchOptions(clusters=5, cluster="agglomerative"))
+    agreement = {
+        method: adjusted_rand_score(ours, fcluster(linkage(z, method, metric="cosine"), 5, criterion="maxclust"))
+        for method in ("average", "single", "complete")
+    }
+    assert agreement["average"] == pytest.approx(1) and max(agreement["single"], agreement["complete"]) < 0.99

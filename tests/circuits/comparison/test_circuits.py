@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from circuits import compare_circuits, discover
+from circuits.attribution.nodes import SiteNodes
 from circuits.comparison.circuit_results import Transfer
 from circuits.comparison.circuits import verdict
 from circuits.comparison.options import CompareCircuitsOptions
-from circuits.comparison.overlap import ERROR, METRIC, Names, Profile, measure_overlap
+from circuits.comparison.overlap import (
+    ERROR,
+    METRIC,
+    OTHERS,
+    SKIP,
+    Names,
+    Profile,
+    measure_overlap,
+    own_number,
+    profile,
+)
 from circuits.comparison.partners import find_partners
+from circuits.comparison.union import named_graph
 from graphs.explorer import unpacked
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError
+from sae.model.sites import Site
 from sae.saes import SAEs
 
 OPTIONS = CompareCircuitsOptions(nodes=40, shuffles=99)
@@ -112,3 +127,24 @@ def test_circuits_without_a_common_site_are_refused(tiny_model, tiny_saes, tiny_
     without = CompareCircuitsOptions(nodes=20, shuffles=0, transfer=False)
     pair = compare_circuits(circuit, some, options=without, progress=False).pairs[0]
     assert pair.verdict == "unknown" and pair.overlap.edges is None and pair.there is None
+
+
+def test_nodes_go_by_site_feature_and_span_errors_and_skips_by_what_they_are():
+    """With partners a feature without one has a name of its own, and is drawn beyond those of the first circuit."""
+    site, n_features = Site.parse("mlp_1"), 8
+    feature, position = torch.tensor([3, 3, 5, n_features, n_features + 1]), torch.tensor([0, 1, 1, 1, 1])
+    nodes = {site: SiteNodes(n_features, feature, position, torch.tensor([5.0, 4, 3, 2, 1]), ("first", "rest"))}
+    circuit = SimpleNamespace(edge_nodes={}, edges={}, features={}, metadata={})
+    plain = profile(circuit, nodes, n_edges=0).effects
+    of_others = [("mlp_1", ERROR, "rest"), ("mlp_1", SKIP, "rest")]
+    assert list(plain) == [("mlp_1", 3, "first"), ("mlp_1", 3, "rest"), ("mlp_1", 5, "rest"), *of_others]
+    paired = profile(circuit, nodes, n_edges=0, partners={site: {3: 6}})
+    assert [name[1] for name in paired.effects] == [6, 6, own_number(5), ERROR, SKIP] and own_number(5) < min(OTHERS)
+    graph = named_graph(
+        circuit, paired, sites=["mlp_1"], title="two", widths={"mlp_1": n_features}, partners={site: {3: 6}}
+    )
+    assert [node.id for node in graph.nodes() if node.kind != "metric"] == [
+        "mlp_1/6@first", "mlp_1/6@rest", "mlp_1/13@rest", "mlp_1/error@rest", "mlp_1/skip@rest",
+    ]  # fmt: skip
+    moved = Names([paired]).shuffled(np.random.default_rng(0))
+    assert all(moved[number] == number for name, number in Names([paired]).number.items() if name[1] in OTHERS)

@@ -19,7 +19,7 @@ from circuits.debiasing.plots import plot_shift
 from circuits.debiasing.probing import interval
 from circuits.debiasing.results import JudgedFeature, ShiftReport
 from circuits.debiasing.shift import prepare
-from circuits.debiasing.targeted import _against_others
+from circuits.debiasing.targeted import _against_others, by_share
 from circuits.editing.applied import edited
 from circuits.editing.declaration import Edit
 from circuits.metrics.fit_probe import fit_probe, read_site
@@ -217,3 +217,9 @@ def test_targeted_probes_are_those_of_edited_runs(tiny_model, tiny_saes):
     assert report.score(3) == pytest.approx(on - off) and "tpp" in report.text()
     with pytest.raises(UserError, match="three classes"):
         targeted_perturbation(tiny_model, tiny_saes, rows, rows, classes="man,men")
+
+
+def test_features_of_a_probe_are_ranked_by_what_they_add_to_the_difference_it_sees():
+    f = torch.tensor([[9.0, 1.0, 5.0], [9.0, 3.0, 5.0], [0.0, 0.0, 5.0]])  # differences 9, 2 and 0
+    is_one = torch.tensor([True, True, False])
+    assert by_share(f, is_one, torch.tensor([0.1, -1.0, 7.0])).tolist() == [1, 0, 2]

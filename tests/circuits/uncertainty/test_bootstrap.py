@@ -311,6 +311,9 @@ def test_edges_by_case_are_those_of_the_prompts_of_the_case(tiny_model, tiny_sae
     circuit = discover(tiny_model, tiny_saes, tiny_prompts, options, progress=False)
     circuit.save(tmp_path / "circuit")
     frame = Circuit.load(tmp_path).edges_frame()
+    rows_of = frame.set_index(["source", "target"])
+    for edge in Circuit.load(tmp_path).graph(nodes=40).edges():
+        assert edge.by_case == {case: rows_of.loc[edge[:2], f"weight ({case})"] for case in circuit.metadata["cases"]}
     shares = circuit.metadata["cases"]
     assert_near(
         sum(torch.tensor(frame[f"weight ({case})"]) * n / 8 for case, n in shares.items()),

@@ -46,10 +46,24 @@ def test_sizes_are_those_of_the_training(tiny_model, tmp_path, monkeypatch, arch
         assert estimate.disk == {"autoencoders": 0, "checkpoints": 0} and estimate.seconds["autoencoders"] == 0
         return
     assert estimate.disk["autoencoders"] == pytest.approx(n_written, rel=0.1)
+    n_weights = estimate.memory["weights"]
+    assert n_weights == estimate.disk["autoencoders"]
+    assert estimate.memory["Adam's moments"] == pytest.approx(2 * n_weights, rel=0.2)  # and a few counters
     assert estimate.disk["checkpoints"] == 3 * checkpoints[0]
     gradients = estimate.disk["autoencoders"]
     assert gradients <= estimate.memory["gradients and intermediates"] < 40 * gradients
     assert "tokens/s" in estimate.text() and estimate.to_dict()["total_seconds"] > 0
+
+
+def test_time_is_that_of_all_tokens_and_all_steps(tiny_model, monkeypatch):
+    """With a clock that goes on by a second whenever it is read."""
+    ticks = iter(range(10**6))
+    monkeypatch.setattr("sae.training.cost.seconds_of", lambda device: float(next(ticks)))
+    config = TrainConfig(features=48, k=4, tokens=30_000, batch_size=128)
+    estimate = estimate_training(tiny_model, stories(), sites="resid_0,mlp_1", config=config)
+    assert estimate.seconds["autoencoders"] == config.steps == 234
+    n_read = 120 * 12  # the whole text, in one fill of the buffer
+    assert estimate.seconds["model"] == pytest.approx(30_000 / n_read)
 
 
 def test_what_cannot_be_trained_is_told(tiny_model):

@@ -210,7 +210,7 @@ def agreement(nodes: Nodes, truth: Truth, *, unsigned: bool) -> dict[str, Agreem
     """Correlation of the method's effects with each exact quantity over the sampled nodes."""
     if not truth.exact:
         return {}
-    is_error = torch.cat([sample.is_error for sample in truth.sample.values()])
+    kinds = [torch.cat([getattr(of, name) for of in truth.sample.values()]) for name in ("is_feature", "is_error")]
     estimated = []
     for site, sample in truth.sample.items():
         effect = torch.zeros(sample.n_features + 2, dtype=torch.float64)
@@ -220,7 +220,7 @@ def agreement(nodes: Nodes, truth: Truth, *, unsigned: bool) -> dict[str, Agreem
     agreements = {}
     for quantity, exact in truth.exact.items():
         y = exact.abs() if unsigned else exact
-        (f, g), (e, h) = ((x[chosen].numpy(), y[chosen].numpy()) for chosen in (~is_error, is_error))
+        (f, g), (e, h) = ((x[chosen].numpy(), y[chosen].numpy()) for chosen in kinds)
         of_errors = correlation(pearsonr, e, h) if len(e) > 2 else None
         agreements[quantity] = Agreement(correlation(pearsonr, f, g), correlation(spearmanr, f, g), of_errors)
     return agreements

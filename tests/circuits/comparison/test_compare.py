@@ -13,10 +13,11 @@ from scipy.stats import pearsonr, spearmanr
 
 from circuits.attribution.activation_patching import exact_effects
 from circuits.attribution.activations import Setting, capture_activations
+from circuits.attribution.nodes import SiteNodes
 from circuits.comparison.compare import compare_methods, nodes_for, size_grid
 from circuits.comparison.options import CompareOptions
 from circuits.comparison.results import MEAN, NOISING
-from circuits.comparison.study import correlation
+from circuits.comparison.study import Truth, agreement, correlation
 from circuits.discovery.discover import discover
 from circuits.faithfulness.learned_mask import MaskOptions, learn_node_mask
 from circuits.faithfulness.nodes import FaithfulnessOptions, measure_faithfulness
@@ -151,6 +152,17 @@ def test_what_does_not_vary_correlates_with_nothing():
     x = np.arange(4.0)
     assert correlation(spearmanr, x, -x) == pytest.approx(-1)
     assert correlation(pearsonr, np.ones(4), x) == correlation(spearmanr, x, np.ones(4)) == 0
+
+
+def test_a_skip_connection_is_no_feature_whose_estimate_is_judged():
+    """Features 0 to 3 of mlp_1 are estimated exactly; its error (4) and its skip connection (5) are far off."""
+    site, feature = Site.parse("mlp_1"), torch.arange(6)
+    exact = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], dtype=torch.float64)
+    nodes = SiteNodes(4, feature, torch.full_like(feature, -1), torch.tensor([1.0, 2.0, 3.0, 4.0, -5.0, -90.0]))
+    truth = Truth({site: 1.0}, 1.0, {site: nodes}, {NOISING: exact})
+    judged = agreement({site: nodes}, truth, unsigned=False)[NOISING]
+    assert judged.pearson == pytest.approx(1) and judged.spearman == pytest.approx(1)
+    assert judged.errors is None  # one error varies with nothing
 
 
 def test_nodes_for_a_level():

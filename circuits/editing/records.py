@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+COMMON = 0.25
+"""Share of a text's predictions from which on the behaviour's answers are not told apart from other tokens."""
+
 
 @dataclass(frozen=True)
 class Score:
@@ -119,7 +122,9 @@ class Choice:
     seconds: float
     """How long it took."""
     cheap: Step | None = None
-    """Where the choice is not surgical: what the features that cost least can do."""
+    """What features before the dearest of the choice can do at little cost; None where that is nothing."""
+    dearest: str | None = None
+    """The chosen feature that costs most elsewhere by itself."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 
 from circuits._results import format_interval, format_table
-from circuits.editing.records import Behaviour, Bias, Choice, Continuation, Dose, Fluency, Intervals
+from circuits.editing.records import COMMON, Behaviour, Bias, Choice, Continuation, Dose, Fluency, Intervals
 from sae._files import check_type, read_json, without_nan
 from sae._frames import Result, frame_text
 from sae.errors import UserError, unknown
@@ -105,6 +105,10 @@ class EditReport(Result):
     """How the features were chosen, where the program chose them."""
     spread_on_text: bool = False
     """Whether the edit is of spans, or of some tokens alone, and was made at all tokens of the other text."""
+    answer_share: float | None = None
+    """Share of the other text's predictions that are of the behaviour's answers; above a quarter they count like all
+    others, as cost elsewhere.
+    """
 
     @property
     def remaining(self) -> float | None:
@@ -270,6 +274,11 @@ class EditReport(Result):
                 f"bias: the answers lean to those of {', '.join(self.bias.towards)} by {self.bias.after:.2f} "
                 f"({_percent(self.bias.after / size)} of the behaviour's size; {self.bias.before:+.2f} before)"
             )
+        if (self.answer_share or 0.0) > COMMON:
+            remarks.append(
+                f"answers of the behaviour are {_percent(self.answer_share or 0.0)} of the other text: too common there "
+                "to tell their cost apart"
+            )
         if self.spread_on_text:
             remarks.append("other text has no spans, and is not generated: there the features are edited at all tokens")
         controls = (("random features at equal norm", self.random_equal_norm),
@@ -335,17 +344,28 @@ class EditReport(Result):
                 f"leaves {_percent(self.left(self.strongest) or 0.0)}"
             )
         if self.is_surgical is False:
-            lines.append("this edit is not surgical: what carries the behaviour is needed elsewhere" + self._instead())
+            lines.append(self._not_surgical())
         return lines
 
-    def _instead(self) -> str:
-        """Which features can be had for little, and what they do."""
-        cheap = self.choice.cheap if self.choice is not None else None
+    def _not_surgical(self) -> str:
+        """What the edit leaves and costs beside the bars, and which earlier features would do instead."""
+        assert self.strongest is not None and self.choice is not None
+        cost, of_strongest = self._cost(self.after) or 0.0, self._cost(self.strongest) or 0.0
+        dearest, cheap = self.choice.dearest, self.choice.cheap
+        bar = max(SURGICAL_COST * of_strongest, NO_COST)
+        text = (
+            f"this edit is not surgical: it leaves {_percent(self.remaining or 0.0)} and costs {cost:+.4f} elsewhere, "
+            f"where the bar is {_percent(SURGICAL_LEFT)} at {bar:+.4f}, a third of what zeroing the ten strongest costs"
+        )
+        if cost > bar and dearest:
+            text += f", for what {dearest} writes is needed elsewhere"
         if cheap is None:
-            return "; no feature before it does without a cost"
+            return f"{text}; no feature before it takes any of the behaviour away at little cost"
+        enough = abs(cheap.left) <= SURGICAL_LEFT and cheap.ce_elsewhere <= bar
+        which = "surgical would be" if enough else "the best at little cost are"
         return (
-            f"; at little cost can be had {', '.join(cheap.added)}, which leave {_percent(cheap.left)} at "
-            f"{cheap.ce_elsewhere:+.4f}"
+            f"{text}; of the features before {dearest or 'it'} {which} {', '.join(cheap.added)}, which leave "
+            f"{_percent(cheap.left)} at {cheap.ce_elsewhere:+.4f}"
         )
 
     def _range(self, runs: list[Behaviour]) -> str:

@@ -14,7 +14,9 @@ mean square over cases grows when a case turns round or is left over, so that "a
    tried are tried beside the set, and the best one joins it. After that, features without which it does as well leave.
 4. Several sets are tried in one pass, as copies of the batch with edits of their own.
 
-The sets of the first round also say what can be had for almost nothing (`Choice.cheap`), where nothing surgical can.
+5. Where nothing surgical can be had, because a late feature writes what much else needs as well, features before it
+   may still be had for almost nothing: a set of them is grown in the same way at `CHEAP` times the penalty. It is
+   chosen where it is worth more, else the report names it.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ from sae.saes import as_saes
 PENALTY = 3.0
 """What a nat elsewhere weighs: a hundredth of a nat is worth three hundredths of the behaviour."""
 CHEAP = 10
-"""How many times more it weighs for the features that cost least."""
+"""How many times more it weighs for the features before the dearest."""
 STRONGEST, CANDIDATES, PAIRED, TRIED, MOST = 200, 30, 6, 8, 16
 """Features whose side effect is estimated; those tried alone; in pairs; in each round; and how many are chosen."""
 GAIN = 0.005
@@ -99,10 +101,10 @@ def choose_surgical(
     search.numbers = {name: _alone(edit, name) for name in strongest}
     candidates = search.screened(strongest)
     with bar:
-        chosen = search.grown(candidates)
-        cheap = search.cheapest(candidates)
+        chosen, dearest, earlier = search.chosen(candidates, strongest)
     choice = Choice(
-        chosen, search.steps, penalty, len(candidates), len(search.trials), time.perf_counter() - begin, cheap
+        chosen, search.steps, penalty, len(candidates), len(search.trials), time.perf_counter() - begin, earlier,
+        dearest,
     )  # fmt: skip
     reference = {name: number for name, number in edit.reference.items() if name in chosen}
     return Edit(chosen, operation, reference=reference), choice
@@ -117,6 +119,12 @@ def effect_by_feature(circuit: Circuit, n: int) -> dict[str, float]:
             name = f"{site.name}/{index}"
             effect[name] = effect.get(name, 0.0) + abs(value)
     return dict(sorted(effect.items(), key=lambda item: -item[1])[:n])
+
+
+def before(name: str, effect: Mapping[str, float]) -> dict[str, float]:
+    """The features at earlier sites than a feature's, with their effects."""
+    site = Site.parse(name.partition("/")[0])
+    return {other: value for other, value in effect.items() if Site.parse(other.partition("/")[0]) < site}
 
 
 def _alone(edit: Edit, name: str) -> Edit:
@@ -246,14 +254,28 @@ class _Search:
             chosen, order = fewer, [name for name in order if name in fewer]
         return order
 
-    def cheapest(self, candidates: Sequence[str]) -> Step | None:
-        """What a set can do that is grown at `CHEAP` times the penalty; None where that is nothing."""
+    def chosen(self, candidates: Sequence[str], effect: Mapping[str, float]) -> tuple[list[str], str, Step | None]:
+        """The chosen features, that of them which costs most elsewhere alone, and what features before it can do at
+        little cost; these are chosen instead where they are worth more.
+        """
+        chosen = self.grown(candidates)
+        while True:
+            dearest = max(chosen, key=lambda name: self.trials[frozenset([name])][1])
+            earlier, steps = self.cheapest(before(dearest, effect))
+            if earlier is None or self.score(frozenset(earlier.added)) >= self.score(frozenset(chosen)):
+                return chosen, dearest, earlier
+            chosen, self.steps = earlier.added, steps
+
+    def cheapest(self, effect: Mapping[str, float]) -> tuple[Step | None, list[Step]]:
+        """What a set of these features can do that is grown at `CHEAP` times the penalty, None where that is nothing,
+        and the steps to it.
+        """
         search = copy(self)
         search.penalty, search.steps = CHEAP * self.penalty, []
-        names = frozenset(search.grown(candidates))
-        left, cost = self.trials[names]
-        gains = search.score(names) < search.score(frozenset()) - GAIN
-        return Step(sorted(names), [], left, cost) if gains else None
+        names = search.grown(search.screened(effect)) if effect else []
+        left, cost = self.trials[frozenset(names)]
+        gains = search.score(frozenset(names)) < search.score(frozenset()) - GAIN
+        return Step(names, [], left, cost) if gains else None, search.steps
 
     def _note(self, names: frozenset[str], *, added: Sequence[str] = (), dropped: Sequence[str] = ()) -> None:
         left, cost = self.trials[names]

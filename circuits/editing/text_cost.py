@@ -1,7 +1,8 @@
 """What an edit costs on other text: cross-entropy at the behaviour's tokens and at all others, and KL divergence.
 
 The behaviour's tokens are the predictions whose next token is one of its answers: that these suffer is what the edit is
-for. All sums are over predictions that count (`sae.data.batches`).
+for. Where such tokens are common, as letters are on a character model, they are mostly no answer there, and count like
+all others. All sums are over predictions that count (`sae.data.batches`).
 
 Shapes: N predictions, V vocabulary, C edited copies.
 """
@@ -14,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from circuits.editing.records import Behaviour
+from circuits.editing.records import COMMON, Behaviour
 from sae.data.batches import LOGIT_BYTES, bounded, counted_predictions
 from sae.data.predictions import ModelPredictions, PredictionTotals
 from sae.errors import UserError
@@ -38,10 +39,13 @@ class OtherText:
         self.scored = [counted_predictions(model, tokens) for tokens in self.batches]
         answer_ids = torch.tensor(sorted(set(answers)), dtype=torch.int64, device=model.device)
         targets = [tokens.input_ids[:, 1:][scored] for tokens, scored in zip(self.batches, self.scored, strict=True)]
-        self.is_answer = [torch.isin(target, answer_ids) for target in targets]
-        self.targets = targets
         if not sum(map(len, targets)):
             raise UserError("the text for the cross-entropy holds no next token to predict")
+        self.is_answer = [torch.isin(target, answer_ids) for target in targets]
+        self.targets = targets
+        self.answer_share = float(torch.cat(self.is_answer).float().mean())
+        if self.answer_share > COMMON:
+            self.is_answer = [torch.zeros_like(answers) for answers in self.is_answer]
         kept = 4 * sum(map(len, targets)) * model.vocab_size <= KEPT_BYTES
         self._clean = [self._predictions(number) for number in range(len(self.batches))] if kept else None
 

@@ -273,6 +273,7 @@ class Trial:
             choice=choice,
             strongest=self.behaviour(self._resolved(strongest)) if strongest else None,
             spread_on_text=bool(self.texts) and self.is_spread,
+            answer_share=self.other_text.answer_share if self.other_text else None,
         )
 
     def _fluency(self) -> list[Fluency]:

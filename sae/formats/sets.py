@@ -129,8 +129,11 @@ def _asked(entries: Sequence[Entry], source: str, choice: Choice) -> list[Entry]
 
 
 def _same_width(there: str, asked: str) -> bool:
-    thousands = f"{int(asked) // 1024}k" if asked.isdecimal() else asked
-    return there in (asked, thousands)
+    """Whether two ways of writing a width mean the same: 65536 is 64k or 65k, 1048576 is 1m."""
+    if not asked.isdecimal():
+        return there == asked
+    width = int(asked)
+    return there in (asked, f"{width // 1024}k", f"{width // 1000}k", f"{width // 1024**2}m")
 
 
 def _one(entries: list[Entry], site: str, source: str, choice: Choice) -> Entry:

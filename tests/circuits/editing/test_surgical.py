@@ -22,6 +22,7 @@ from circuits.metrics.metrics import kl, prepare, values_and_correct
 from circuits.options import DiscoverOptions
 from sae.data.batches import counted_predictions
 from sae.errors import UserError
+from tests.circuits.ground_truth import GroundTruth, Head, Layer, Neuron, Plan, _prompts, build
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +134,61 @@ def test_a_feature_that_is_dear_elsewhere_is_not_chosen(circuit, texts, monkeypa
     monkeypatch.setattr(surgical._Search, "tried", dear)
     assert best in choose_surgical(circuit, texts=texts, operation="zero", penalty=0.0)[0].names
     assert best not in choose_surgical(circuit, texts=texts, operation="zero", penalty=100.0)[0].names
+
+
+LETTERS = "abcdef"
+
+
+@pytest.fixture(scope="module")
+def copying():
+    """A circuit of copying the first letter, carried late by what every prediction of a letter needs.
+
+    One head copies the letter into features, another copies it again where dictionaries see nothing, nor do they see
+    how both find it; neurons make `say_x` of these, and of the letter before x.
+    """
+    places = [f"p{n}" for n in range(12)]
+    heads = [Head([("copy", "p1", 16.0)], {x: f"{route}_{x}" for x in LETTERS}) for route in ("copied", "hidden")]
+    says = [
+        Neuron({f"copied_{x}": 1.0, f"hidden_{x}": 1.0, before: 1.0}, 0.0, {f"say_{x}": 1.0})
+        for before, x in zip(LETTERS, LETTERS[1:] + LETTERS[:1], strict=True)
+    ]
+    plan = Plan(
+        {"bos": {}, "copy": {"copy": 1.0}} | {x: {x: 1.0} for x in LETTERS}, [{place: 1.0} for place in places],
+        [Layer(heads), Layer([], says)], {x: {f"say_{x}": 4.0} for x in LETTERS},
+    )  # fmt: skip
+    model, saes, features = build(plan)
+    for site, names in features.items():
+        seen = [n for n, name in enumerate(names) if name[0] not in "hp" and name != "copy"]
+        saes[site] = saes[site].restrict(torch.tensor([*seen, *range(len(names), len(saes[site].W_dec))]))
+        features[site] = [names[n] for n in seen]
+    pairs = [("ab"[n % 2], "cdef"[n % 4], "ba"[n % 2]) for n in range(24)]
+    rows = [(["bos", a, x, x, "copy"], ["bos", b, x, x, "copy"], a, b) for a, x, b in pairs]
+    prompts = _prompts(model, rows)
+    circuit = discover(model, saes, prompts, edge_nodes=0, method="attrib", progress=False)
+    return GroundTruth(model, saes, prompts, features), circuit
+
+
+def test_late_features_are_not_surgical_and_earlier_ones_are_named(copying):
+    truth, circuit = copying
+    texts = ["bos " + " ".join((LETTERS * 3)[start : start + 10]) for start in range(6)]
+    edit, choice = choose_surgical(circuit, texts=texts, penalty=1.0, progress=False)
+    late = {truth.node(site, f"say_{x}") for site in ("mlp_1", "resid_1") for x in "ab"}
+    assert late & set(edit.names) and choice.dearest in late
+    strongest = Edit(list(circuit.strongest_features(10)), "zero")
+    options = editing.EditOptions(texts=texts, n_random=0, resamples=0)
+    trial = editing.prepare_trial(truth.model, truth.saes, edit, truth.prompts, options, metric=circuit.metric)
+    report = trial.report(choice=choice, strongest=[strongest])
+    assert report.is_surgical is False and report.answer_share == pytest.approx(1 / 3, abs=0.05)
+    assert report.after.ce_behaviour is None and report.cost_elsewhere == pytest.approx(report.ce_increase)
+    copied = {truth.node(site, f"copied_{x}") for site in ("attn_0", "resid_0") for x in "ab"}
+    assert choice.cheap.left < 0.6 and choice.cheap.ce_elsewhere < 0.01
+    assert copied & set(choice.cheap.added) and not late & set(choice.cheap.added)
+    (sentence,) = [line for line in report.text().splitlines() if "not surgical" in line]
+    assert f"costs {report.cost_elsewhere:+.4f} elsewhere" in sentence and "the bar is 15 % at" in sentence
+    assert f"of the features before {choice.dearest}" in sentence and ", ".join(choice.cheap.added) in sentence
+    assert "answers of the behaviour are 33 % of the other text" in report.text()
+    dear = choose_surgical(circuit, texts=texts, penalty=3.0, progress=False)[0]
+    assert set(dear.names) & copied and not set(dear.names) & late
 
 
 def test_an_edit_at_a_span_is_everywhere_on_other_text(tiny_model, tiny_prompts, tiny_saes, texts):

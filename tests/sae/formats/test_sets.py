@@ -31,7 +31,10 @@ def test_one_dictionary_a_site_is_chosen():
         f"{kind}_all/layer_{n}_width_16k_l0_small" for kind in ("resid_post", "attn_out", "mlp_out") for n in range(3)
     ]
     assert choose_set(PATHS, GS2, Choice("16384", "big"), ["mlp_2"]) == ["mlp_out_all/layer_2_width_16k_l0_big"]
-    assert choose_set(PATHS, GS2, Choice("65k", "medium")) == ["resid_post/layer_1_width_65k_l0_medium"]
+    for width in ("65k", "65536"):
+        assert choose_set(PATHS, GS2, Choice(width, "medium")) == ["resid_post/layer_1_width_65k_l0_medium"]
+    of_other_seeds = [path for path in reversed(PATHS) if path.startswith("resid_post/")]
+    assert choose_set(of_other_seeds, GS2, Choice("16k", "small")) == ["resid_post/layer_1_width_16k_l0_small"]
     transcoders = [path for path in PATHS if path.startswith("transcoder")]
     assert choose_set(transcoders, GS2, Choice("16k", "small"))[1] == "transcoder_all/layer_1_width_16k_l0_small"
     affine = choose_set(transcoders, GS2, Choice("16k", "small", affine="1"))

@@ -276,7 +276,7 @@ class EditReport(Result):
             )
         if (self.answer_share or 0.0) > COMMON:
             remarks.append(
-                f"answers of the behaviour are {_percent(self.answer_share or 0.0)} of the other text: too common there "
+                f"answers of the behaviour are {_percent(self.answer_share or 0.0)} of the text: too common there "
                 "to tell their cost apart"
             )
         if self.spread_on_text:

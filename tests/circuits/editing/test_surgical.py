@@ -186,7 +186,7 @@ def test_late_features_are_not_surgical_and_earlier_ones_are_named(copying):
     (sentence,) = [line for line in report.text().splitlines() if "not surgical" in line]
     assert f"costs {report.cost_elsewhere:+.4f} elsewhere" in sentence and "the bar is 15 % at" in sentence
     assert f"of the features before {choice.dearest}" in sentence and ", ".join(choice.cheap.added) in sentence
-    assert "answers of the behaviour are 33 % of the other text" in report.text()
+    assert "answers of the behaviour are 33 % of the text" in report.text()
     dear = choose_surgical(circuit, texts=texts, penalty=3.0, progress=False)[0]
     assert set(dear.names) & copied and not set(dear.names) & late
 

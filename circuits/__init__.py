@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from circuits.behaviours.find import find_behaviours
     from circuits.behaviours.options import BehaviourSearchOptions
+    from circuits.benchmark.options import SuiteOptions
+    from circuits.benchmark.suite import evaluate_suite
     from circuits.circuit import Circuit
     from circuits.comparison.circuits import compare_circuits
     from circuits.comparison.compare import compare_methods
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
 _MODULES = {
     "behaviours.find": ("find_behaviours",),
     "behaviours.options": ("BehaviourSearchOptions",),
+    "benchmark.options": ("SuiteOptions",),
+    "benchmark.suite": ("evaluate_suite",),
     "circuit": ("Circuit",),
     "comparison.circuits": ("compare_circuits",),
     "comparison.compare": ("compare_methods",),
@@ -59,9 +63,10 @@ _MODULES = {
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
-    "BehaviourSearchOptions", "Circuit", "DiscoverOptions", "Edit", "PromptSet", "ShiftOptions", "ablate",
-    "compare_circuits", "compare_methods", "discover", "edited", "faithfulness", "find_behaviours", "learn_mask",
-    "load_edits", "load_prompts", "save_edits", "shift", "steer", "targeted_perturbation", "validate", "verify",
+    "BehaviourSearchOptions", "Circuit", "DiscoverOptions", "Edit", "PromptSet", "ShiftOptions", "SuiteOptions",
+    "ablate", "compare_circuits", "compare_methods", "discover", "edited", "evaluate_suite", "faithfulness",
+    "find_behaviours", "learn_mask", "load_edits", "load_prompts", "save_edits", "shift", "steer",
+    "targeted_perturbation", "validate", "verify",
 ]  # fmt: skip
 
 

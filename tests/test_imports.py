@@ -15,7 +15,7 @@ ORDER = {
     "sae": ("sparse", "architectures", "model", "data", "formats", "features", "training", "evaluation"),
     "circuits": (
         "prompts", "metrics", "attribution", "uncertainty", "discovery", "faithfulness", "validity", "editing",
-        "debiasing", "comparison", "behaviours", "report", "cli",
+        "debiasing", "benchmark", "comparison", "behaviours", "report", "cli",
     ),
 }  # fmt: skip
 """Sub-packages that use one another, each only those before it."""

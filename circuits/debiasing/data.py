@@ -168,25 +168,34 @@ class TextSet:
     def __len__(self) -> int:
         return len(self.intended)
 
+    @property
+    def labelled(self) -> list[Labelled]:
+        """The texts with their labels, without spans."""
+        labels = zip(self.prompts.texts, self.intended, self.spurious, strict=True)
+        return [Labelled(Example(text, ()), *both) for text, *both in labels]
+
     def first(self, n: int) -> TextSet:
         """At most n of the texts, of each group by its share."""
         rows = first_rows(self.prompts.cases, n)
         return TextSet(self.prompts[rows], [self.intended[row] for row in rows], [self.spurious[row] for row in rows])
 
 
-def text_set(texts: Sequence[Labelled], model: LanguageModel, position: str, *, name: str) -> TextSet:
+def text_set(
+    texts: Sequence[Labelled], model: LanguageModel, position: str, *, name: str, context: int | None = None
+) -> TextSet:
     """The texts as one batch; those that do not fit in the model's context, or lack the probe's span, are left out.
 
-    position: `last`, `mean`, or the span that the probe reads.
+    position: `last`, `mean`, or the span that the probe reads; context: tokens after which a text is cut.
     """
-    spans = _spans([text.example for text in texts], model, position)
+    spans = [row[:context] for row in _spans([text.example for text in texts], model, position)]
     longest = model.max_positions or 10**9
     rows = [row for row, of_row in enumerate(spans) if 0 < len(of_row) <= longest and _has(of_row, position)]
     if not rows:
         raise UserError(f"none of the {len(texts)} texts {name} has {position!r} tokens that the model can read")
     kept = [texts[row] for row in rows]
     pad = model.text_coder.pad_id
-    clean = Tokens.from_rows(model.text_coder.prompt_ids([text.example.clean for text in kept]), pad_id=pad)
+    ids = [row[:context] for row in model.text_coder.prompt_ids([text.example.clean for text in kept])]
+    clean = Tokens.from_rows(ids, pad_id=pad)
     names, numbers = number_spans([spans[row] for row in rows], clean.n_positions)
     prompts = PromptSet(
         clean=clean,

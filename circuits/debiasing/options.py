@@ -115,3 +115,7 @@ class PerturbationOptions(ReadOptions):
     """What they become: zero, as in SAEBench, or their mean over the training texts, which leaves thresholds where they
     are.
     """
+    rank: Literal["absolute", "positive"] = "absolute"
+    """Features of a class: absolute, by |difference of activation x output of the probe|; positive, those that are more
+    active on the class and push its probe up, as in SAEBench.
+    """

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from scipy.stats import beta
@@ -37,6 +38,8 @@ from sae.model.sites import Site
 
 SAEs = Mapping[Site, SparseAutoencoder]
 TAIL = 0.025
+BATCH = 64
+"""Texts that go through the model at once."""
 
 
 @contextmanager
@@ -65,6 +68,36 @@ def read_texts(model: LanguageModel, texts: TextSet, site: Site, position: str) 
     """The input of a probe, [B, d]."""
     inside = None if position == LAST else tokens_at(texts.prompts, span_read(position))
     return read_site(model, texts.prompts.clean, site, inside)
+
+
+class Pooled(NamedTuple):
+    """What B texts make of a site: means over the tokens that are read."""
+
+    x: Tensor  # [B, d] the activation
+    f: Tensor  # [B, F] the features of its autoencoder
+
+
+@torch.no_grad()
+def read_features(model: LanguageModel, saes: SAEs, texts: TextSet, site: Site, position: str) -> Pooled:
+    """Mean activation of a site, and of its features, over the tokens of each text that a probe reads."""
+    sae, read = saes[site], saes[site].config.read_site(site)
+    xs, fs = [], []
+    for batch in texts.prompts.batches(BATCH):
+        run = model.run(batch.clean, capture={site, read}, need_logits=False)
+        x = run.activations[site].float()  # [B, S, d]
+        inside = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
+        if position == LAST:
+            inside[:, -1] = True
+        else:
+            inside = tokens_at(batch, span_read(position))
+        rows = torch.arange(len(x), device=x.device)[:, None].expand_as(inside)[inside]  # [n] text of each token
+        share = 1 / inside.sum(1).float()[rows]  # [n]
+        xs.append(torch.zeros(len(x), x.shape[-1], device=x.device).index_add_(0, rows, x[inside] * share[:, None]))
+        active = sae.encode_sparse(run.activations[read][inside])
+        f = torch.zeros(len(x), sae.config.n_features, device=x.device)
+        values = active.value.float() * share[active.token]
+        fs.append(f.index_put_((rows[active.token], active.feature), values, accumulate=True))
+    return Pooled(torch.cat(xs).cpu(), torch.cat(fs).cpu())
 
 
 @dataclass(frozen=True)

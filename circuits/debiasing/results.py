@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -228,6 +229,8 @@ class PerturbationReport(Result):
     """Texts learned from."""
     n_test: int
     """Texts tested on."""
+    intervals: list[tuple[float, float]] = field(default_factory=list)
+    """[size] 95 % interval of TPP over test texts."""
 
     def on_target(self, size: int) -> float:
         """Mean loss of the probe whose features are ablated."""
@@ -250,9 +253,12 @@ class PerturbationReport(Result):
         return {"schema_version": SCHEMA_VERSION, "kind": "targeted probe perturbation", **asdict(self), **derived}
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a number of features: loss of accuracy on target, off target, and their difference."""
-        rows = [(size, self.on_target(size), self.off_target(size), self.score(size)) for size in self.sizes]
-        return pd.DataFrame(rows, columns=["features", "on_target", "off_target", "tpp"])
+        """One row a number of features: loss of accuracy on target, off target, their difference, and its interval."""
+        rows = [
+            (size, self.on_target(size), self.off_target(size), self.score(size), *bounds)
+            for size, bounds in zip(self.sizes, self.intervals or [(math.nan, math.nan)] * len(self.sizes), strict=True)
+        ]
+        return pd.DataFrame(rows, columns=["features", "on_target", "off_target", "tpp", "low", "high"])
 
     def text(self) -> str:
         """The table, with the accuracy that the probes begin at."""

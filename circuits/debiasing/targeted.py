@@ -1,7 +1,8 @@
 """Targeted probe perturbation (TPP; Karvonen et al. 2025, SAEBench): SHIFT's question for several classes at once.
 
 1. For each class a probe tells its texts from as many others, at one site.
-2. The n features of a class are those with the largest |mean difference of activation x (probe . W_dec)|.
+2. The n features of a class are those with the largest |mean difference of activation x (probe . W_dec)|; `by_push`
+   takes SAEBench's, which are more active on the class and push its probe up.
 3. They are set to zero (or to their mean) at that site, the error of the autoencoder stays, and all probes are tested:
 
        TPP(n) = mean over classes i of [drop of probe i when i's features go]
@@ -19,25 +20,24 @@ Shapes: B texts, d model width, F features, C classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from circuits.debiasing.data import Labelled, Source, TextSet, read_labelled, span_read, text_set
-from circuits.debiasing.options import LAST, PerturbationOptions
-from circuits.debiasing.probing import SAEs, probe_site
+from circuits.debiasing.data import Labelled, Source, read_labelled, text_set
+from circuits.debiasing.options import PerturbationOptions
+from circuits.debiasing.probing import Pooled, SAEs, probe_site, read_features
 from circuits.debiasing.results import PerturbationReport
-from circuits.editing.targets import tokens_at
 from circuits.metrics.fit_probe import FittedProbe, fit_probe
 from circuits.prompts.reader import first_rows
+from circuits.uncertainty.bootstrap import Bootstrap
 from sae._options import parse_sizes
 from sae.errors import UserError, unknown
 from sae.model.language_model import LanguageModel
+from sae.model.sites import Site
 from sae.splice import ensure_checked
-
-BATCH = 64
 
 
 def targeted_perturbation(
@@ -75,30 +75,69 @@ def targeted_perturbation(
         shown = ", ".join(classes[:8])
         raise UserError(f"targeted perturbation needs three classes or more, and no others to test on: found {shown}")
     sets = [text_set(rows, model, options.position, name="with labels") for rows in (train, held_out)]
-    (x, f), (test_x, test_f) = (_read(model, saes, texts, site, options.position) for texts in sets)
-    sizes = parse_sizes(options.sizes)
-    W_dec = saes[site].W_dec.float().cpu()
+    learned, tested = (
+        Perturbed(read_features(model, saes, texts, site, options.position), texts.intended) for texts in sets
+    )
+    return perturb(learned, tested, saes[site].W_dec.float().cpu(), site, options)
+
+
+@dataclass(frozen=True)
+class Perturbed:
+    """Texts as probes of several classes read them."""
+
+    read: Pooled
+    """Activations and features."""
+    labels: Sequence[str]
+    """The class of each."""
+
+
+def perturb(
+    train: Perturbed, test: Perturbed, W_dec: Tensor, site: Site, options: PerturbationOptions
+) -> PerturbationReport:
+    """Train a probe a class, ablate the features of each in turn, and test them all.
+
+    W_dec: [F, d] decoder rows of the site's autoencoder.
+    """
+    classes, sizes = sorted(set(train.labels)), parse_sizes(options.sizes)
     probes, orders = [], []
     for one in classes:
-        rows, labels = _against_others(sets[0].intended, one, options.seed)
-        probe = fit_probe(x[rows], labels, penalty=options.penalty, seed=options.seed)
-        orders.append(by_share(f[rows], torch.tensor([label == one for label in labels]), W_dec @ probe.weight))
+        rows, labels = against_others(train.labels, one, options.seed)
+        probe = fit_probe(train.read.x[rows], labels, penalty=options.penalty, seed=options.seed)
+        is_one = torch.tensor([label == one for label in labels])
+        rank = by_push if options.rank == "positive" else by_share
+        orders.append(rank(train.read.f[rows], is_one, W_dec @ probe.weight * (1 if probe.classes[1] == one else -1)))
         probes.append(probe)
-    tests = [_against_others(sets[1].intended, one, options.seed) for one in classes]
+    tests = [against_others(test.labels, one, options.seed) for one in classes]
+    moved = test.read.f - (train.read.f.mean(0) if options.operation == "mean" else 0)  # [B, F] what ablation takes
 
-    moved = test_f - (f.mean(0) if options.operation == "mean" else 0)  # [B, F] what ablation takes away
+    def right(ablated: Tensor) -> list[Tensor]:
+        return [_right(*pair, test.read.x, moved, W_dec, ablated) for pair in zip(probes, tests, strict=True)]
 
-    def accuracies(ablated: Tensor) -> list[float]:
-        return [_accuracy(*pair, test_x, moved, W_dec, ablated) for pair in zip(probes, tests, strict=True)]
-
-    plain = accuracies(torch.zeros(0, dtype=torch.int64))
-    drops = [
-        [[a - b for a, b in zip(plain, accuracies(order[:size]), strict=True)] for order in orders] for size in sizes
-    ]
-    names = [[f"{site}/{feature}" for feature in order[: max(sizes)].tolist()] for order in orders]
+    plain = right(torch.zeros(0, dtype=torch.int64))
+    lost = [[[a - b for a, b in zip(plain, right(order[:n]), strict=True)] for order in orders] for n in sizes]
+    rows_of = [torch.tensor(rows) for rows, _ in tests]
     return PerturbationReport(
-        site.name, options.position, classes, list(sizes), plain, drops, names, len(sets[0]), len(sets[1])
-    )
+        site.name, options.position, classes, list(sizes), [one.mean().item() for one in plain],
+        [[[one.mean().item() for one in of_probe] for of_probe in of_size] for of_size in lost],
+        [[f"{site}/{feature}" for feature in order[: max(sizes)].tolist()] for order in orders],
+        len(train.labels), len(test.labels),
+        [_interval(of_size, rows_of, len(test.labels), options.seed) for of_size in lost],
+    )  # fmt: skip
+
+
+def _interval(lost: Sequence[Sequence[Tensor]], rows: Sequence[Tensor], n_texts: int, seed: int) -> tuple[float, float]:
+    """95 % interval of TPP over test texts: TPP is the mean of one number a text, its share in all the drops.
+
+    lost: [class ablated][class of the probe] loss of each test text, [n]; rows: the texts of each probe.
+    """
+    n = len(lost)
+    share = torch.zeros(n_texts, dtype=torch.float64)
+    for target, of_probe in enumerate(lost):
+        for probe, values in enumerate(of_probe):
+            weight = 1 / n if target == probe else -1 / (n * (n - 1))
+            share.index_add_(0, rows[probe], weight * values.double() / len(values))
+    low, high = Bootstrap(seed=seed).intervals(share[:, None], torch.full((n_texts,), 1 / n_texts).double())[0].tolist()
+    return low, high
 
 
 def by_share(f: Tensor, is_one: Tensor, output: Tensor) -> Tensor:
@@ -112,6 +151,16 @@ def by_share(f: Tensor, is_one: Tensor, output: Tensor) -> Tensor:
     """
     difference = f[is_one].mean(0) - f[~is_one].mean(0)
     return (difference * output).abs().argsort(descending=True)
+
+
+def by_push(f: Tensor, is_one: Tensor, output: Tensor) -> Tensor:
+    """[n] features that push a probe towards a class, most first, as SAEBench takes them: those more active on the
+    class, by (mean f on it − mean f elsewhere) · (W_dec · probe), as far as that is above zero; see `by_share`.
+
+    output: what a unit of each feature adds towards the class.
+    """
+    push = (f[is_one].mean(0) - f[~is_one].mean(0)).clamp(min=0) * output
+    return push.argsort(descending=True)[: int((push > 0).sum())]
 
 
 Rows = tuple[list[int], list[str]]
@@ -137,7 +186,7 @@ def _divided(data: Source, test: Source | None, options: PerturbationOptions) ->
     return [texts[row] for row in order[n_test:]], [texts[row] for row in order[:n_test]]
 
 
-def _against_others(labels: Sequence[str], one: str, seed: int) -> Rows:
+def against_others(labels: Sequence[str], one: str, seed: int) -> Rows:
     """The texts of a class and as many of all others, drawn at random."""
     own = [row for row, label in enumerate(labels) if label == one]
     rest = [row for row, label in enumerate(labels) if label != one]
@@ -146,31 +195,9 @@ def _against_others(labels: Sequence[str], one: str, seed: int) -> Rows:
     return own[:n] + [rest[number] for number in order[:n]], [one] * n + [f"not {one}"] * n
 
 
-@torch.no_grad()
-def _read(model: LanguageModel, saes: SAEs, texts: TextSet, site: Any, position: str) -> tuple[Tensor, Tensor]:
-    """Mean activation of the site [B, d] and of its features [B, F] over the tokens that are read."""
-    xs, fs = [], []
-    for batch in texts.prompts.batches(BATCH):
-        read = saes[site].config.read_site(site)
-        run = model.run(batch.clean, capture={site, read}, need_logits=False)
-        x = run.activations[site].float()
-        inside = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
-        if position == LAST:
-            inside[:, -1] = True
-        else:
-            inside = tokens_at(batch, span_read(position))
-        rows = torch.arange(len(x), device=x.device)[:, None].expand_as(inside)[inside]  # [n] text of each token
-        share = 1 / inside.sum(1).float()[rows][:, None]
-        xs.append(torch.zeros(len(x), x.shape[-1], device=x.device).index_add_(0, rows, x[inside] * share))
-        f = saes[site].encode(run.activations[read][inside].float()).float()
-        fs.append(torch.zeros(len(x), f.shape[-1], device=x.device).index_add_(0, rows, f * share))
-    return torch.cat(xs).cpu(), torch.cat(fs).cpu()
-
-
-def _accuracy(probe: FittedProbe, rows: Rows, x: Tensor, moved: Tensor, W_dec: Tensor, ablated: Tensor) -> float:
-    """Accuracy of a probe on test texts, with `moved` [B, F] taken away from some features."""
+def _right(probe: FittedProbe, rows: Rows, x: Tensor, moved: Tensor, W_dec: Tensor, ablated: Tensor) -> Tensor:
+    """Whether a probe is right on test texts, [n] 1 or 0, with `moved` [B, F] taken away from some features."""
     numbers, labels = rows
     lost = moved[numbers][:, ablated] @ (W_dec[ablated] @ probe.weight)  # [n]
     output = x[numbers] @ probe.weight + probe.bias - lost
-    answers = [probe.classes[int(is_second)] for is_second in (output > 0).tolist()]
-    return sum(a == b for a, b in zip(answers, labels, strict=True)) / len(labels)
+    return ((output > 0) == torch.tensor([label == probe.classes[1] for label in labels])).float()

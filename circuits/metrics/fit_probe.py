@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +19,10 @@ from torch import Tensor
 from sae.errors import UserError
 from sae.model.language_model import LanguageModel, Tokens
 from sae.model.sites import Site
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,6 @@ def fit_probe(
 
     held_out: share of the prompts it is scored on; penalty: inverse strength of the L2 penalty, scikit-learn's C.
     """
-    from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import train_test_split
 
     classes = sorted(set(labels))
@@ -75,12 +79,27 @@ def fit_probe(
     train_x, test_x, train_y, test_y = train_test_split(
         features, given, test_size=max(held_out, len(classes) / len(given)), random_state=seed, stratify=given
     )
-    mean, scale = train_x.mean(0), train_x.std(0).clip(min=1e-6)
-    regression = LogisticRegression(C=penalty, max_iter=2000).fit((train_x - mean) / scale, train_y)
-    accuracy = regression.score((test_x - mean) / scale, test_y)
-    weight = torch.from_numpy(regression.coef_ / scale)  # [1 or C, d]
-    bias = torch.from_numpy(regression.intercept_) - weight @ torch.from_numpy(mean)
-    if len(classes) == 2:
-        weight, bias = weight[0], bias[0]
+    weight, bias = regress(train_x, train_y, penalty=penalty)
+    output = torch.einsum("bd,...d->b...", torch.from_numpy(test_x), weight) + bias  # [n] or [n, C]
+    given_y = output > 0 if len(classes) == 2 else output.argmax(-1)
+    accuracy = float((given_y == torch.tensor(test_y)).double().mean())
     commonest = max(test_y.count(number) for number in range(len(classes))) / len(test_y)
     return FittedProbe(weight.float(), bias.float(), classes, accuracy, commonest, len(train_y), len(test_y))
+
+
+def regress(
+    x: NDArray[np.float64], y: Sequence[int], *, penalty: float = 1.0, balanced: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Weight [d] and bias [] of a logistic regression on x [B, d] standardised, in raw coordinates, float64; [C, d] and
+    [C] for C > 2 classes.
+
+    penalty: inverse strength of the L2 penalty, scikit-learn's C; balanced: whether classes weigh alike.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    mean, scale = x.mean(0), x.std(0).clip(min=1e-6)
+    weights = "balanced" if balanced else None
+    regression = LogisticRegression(C=penalty, max_iter=2000, class_weight=weights).fit((x - mean) / scale, y)
+    weight = torch.from_numpy(regression.coef_ / scale)  # [1 or C, d]
+    bias = torch.from_numpy(regression.intercept_) - weight @ torch.from_numpy(mean)
+    return (weight[0], bias[0]) if len(weight) == 1 else (weight, bias)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sae._files import parse_json, read_text, shorten
+from sae._files import MAX_TEXT_BYTES, parse_json, read_text, shorten
 from sae._hub import hub_data_set
 from sae.errors import UserError, near_paths
 
@@ -50,13 +50,30 @@ def is_row(content: Row) -> bool:
 
 
 def _rows_of_file(path: Path) -> Iterator[tuple[Row, str]]:
-    text = read_text(path).removeprefix("\ufeff")  # the byte order mark that some editors write
-    if path.suffix in _TABLES:
+    text = (_zstd_text(path) if path.suffix == ".zst" else read_text(path)).removeprefix("\ufeff")  # a byte order mark
+    if path.with_suffix("" if path.suffix == ".zst" else path.suffix).suffix in _TABLES:
         return _table_rows(text, path)
     first_line = next((line for line in text.split("\n") if line.strip()), "")
     if path.suffix == ".jsonl" or _is_json_object(first_line):
         return _json_line_rows(text, path)
     return _rows_of_object(_parse(text, path), str(path)) if text.strip() else iter(())
+
+
+def _zstd_text(path: Path) -> str:
+    """The text of a file that zstd has compressed, such as the tables of sae-probes."""
+    import pyarrow
+
+    try:
+        with pyarrow.input_stream(str(path), compression="zstd") as stream:
+            data = stream.read(MAX_TEXT_BYTES + 1)
+    except OSError as error:
+        raise UserError(f"cannot read {str(path)!r} as zstd: {str(error).strip()}") from None
+    if len(data) > MAX_TEXT_BYTES:
+        raise UserError(f"{str(path)!r} has more than {MAX_TEXT_BYTES / 2**20:,.0f} MiB of text: split it")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
 
 
 def _is_json_object(line: str) -> bool:

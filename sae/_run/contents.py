@@ -50,7 +50,7 @@ class Layout:
 
 
 SITE = r"embed|(resid|attn|mlp)_\d+"
-EVALUATION = rf"evaluation{NAMED}\.(json|txt|svg)"
+EVALUATION = rf"evaluation{NAMED}\.(json|txt|svg|suite\.svg)"
 SAE = Layout((r"config\.json", r"sae\.safetensors", EVALUATION))
 MADE_WITH_SAES = (r"(training|finetuning)\.jsonl", EVALUATION)
 """Files beside the autoencoders that go with them; names of features that people gave stay."""

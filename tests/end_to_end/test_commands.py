@@ -41,6 +41,25 @@ def test_evaluate(sfc, run_folder, model_folder, text_file):
     assert (run_folder / "saes" / "evaluation.svg").is_file() and "error matters" in result.out
 
 
+def test_evaluate_on_tasks_and_beside_another_seed(sfc, run_folder, model_folder, text_file, tmp_path):
+    """The tasks join the numbers on text; other options are told apart, and of tasks only where there are some."""
+    texts = tmp_path / "animals.jsonl"
+    rows = [{"text": f"the {noun} {word}", "label": noun in ("dog", "cat")} for noun in ("dog", "cat", "man", "king")
+            for word in ("runs", "sees", "walks", "sings", "likes")]  # fmt: skip
+    texts.write_text("\n".join(map(json.dumps, rows)))
+    words = ["evaluate", "--model", model_folder, "--saes", run_folder, "--text", text_file, "--tokens", 300,
+             "--skip-errors", "--out", tmp_path / "out"]  # fmt: skip
+    tasks = ["--suite", texts, "--suite-sites", "resid_1", "--other", run_folder]
+    result = sfc(*words, *tasks)
+    assert result.status == 0 and "sparse probing" in result.out and "evaluation.suite.svg" in result.out, result.err
+    suite = json.loads((tmp_path / "out" / "evaluation.json").read_text())["suite"]
+    assert {entry["site"] for entry in suite["probing"]} == {"resid_1"} and "absorption" in suite["left_out"]
+    assert all(entry["similarity"] > 0.999 for entry in suite["stability"]) and len(suite["stability"]) > 3
+    assert "--overwrite replaces it" in sfc(*words, *tasks, "--probe-sizes", "3").err
+    assert sfc(*words, "--overwrite").status == 0 and not (tmp_path / "out" / "evaluation.suite.svg").exists()
+    assert sfc(*words, "--probe-sizes", "3").status == 0  # an option of tasks says nothing where there are none
+
+
 def test_faithfulness_reads_model_and_saes_from_the_circuit(sfc, run_folder, prompts_file):
     result = sfc(
         "faithfulness", "--circuit", run_folder, "--sizes", "5,20", "--start-site", "attn_1", "--json", "--overwrite"

@@ -20,7 +20,12 @@ CASES = {
     "finetune": [("OUT/saes/notes.txt", "x")],
     "sweep": [("OUT/plots/mine.svg", SVG), ("OUT/sweep.json", NOTES), ("OUT/sweep.txt", "x")],
     "cache": [("OUT/manifest.json", NOTES)],
-    "evaluate": [("OUT/evaluation.svg", SVG), ("OUT/evaluation.json", NOTES), ("OUT/evaluation.txt", "x")],
+    "evaluate": [
+        ("OUT/evaluation.svg", SVG),
+        ("OUT/evaluation.json", NOTES),
+        ("OUT/evaluation.txt", "x"),
+        ("OUT/evaluation.suite.svg", SVG),
+    ],
     "match": [("OUT", NOTES)],
     "convert": [("OUT/resid_0/cfg.json", NOTES)],
     "discover": [("OUT/circuit/circuit.json", NOTES), ("OUT/circuit/faithfulness.svg", SVG)],

@@ -19,7 +19,7 @@ from circuits.debiasing.plots import plot_shift
 from circuits.debiasing.probing import interval
 from circuits.debiasing.results import JudgedFeature, ShiftReport
 from circuits.debiasing.shift import prepare
-from circuits.debiasing.targeted import _against_others, by_share
+from circuits.debiasing.targeted import against_others, by_share
 from circuits.editing.applied import edited
 from circuits.editing.declaration import Edit
 from circuits.metrics.fit_probe import fit_probe, read_site
@@ -205,7 +205,7 @@ def test_targeted_probes_are_those_of_edited_runs(tiny_model, tiny_saes):
     inside = texts.prompts.span_numbers == texts.prompts.spans.index("text")
     x = read_site(tiny_model, texts.prompts.clean, Site.parse("resid_1"), inside)
     for number, one in enumerate(report.classes):
-        chosen, labels = _against_others(texts.intended, one, 0)
+        chosen, labels = against_others(texts.intended, one, 0)
         probe = fit_probe(x[chosen], labels)
         for target in range(3):
             with edited(tiny_model, tiny_saes, Edit(report.features[target], "zero")):

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from circuits.debiasing.options import ShiftOptions
     from circuits.debiasing.shift import shift
     from circuits.debiasing.targeted import targeted_perturbation
+    from circuits.discovery.attention.head_loadings import head_loadings
+    from circuits.discovery.attention.qk import qk_attribution
     from circuits.discovery.discover import discover
     from circuits.editing.applied import edited
     from circuits.editing.declaration import Edit, load_edits, save_edits
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
     from circuits.validity.validate import validate
 
 _MODULES = {
+    "discovery.attention.head_loadings": ("head_loadings",),
+    "discovery.attention.qk": ("qk_attribution",),
     "behaviours.find": ("find_behaviours",),
     "behaviours.options": ("BehaviourSearchOptions",),
     "benchmark.options": ("SuiteOptions",),
@@ -65,8 +69,8 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 __all__ = [
     "BehaviourSearchOptions", "Circuit", "DiscoverOptions", "Edit", "PromptSet", "ShiftOptions", "SuiteOptions",
     "ablate", "compare_circuits", "compare_methods", "discover", "edited", "evaluate_suite", "faithfulness",
-    "find_behaviours", "learn_mask", "load_edits", "load_prompts", "save_edits", "shift", "steer",
-    "targeted_perturbation", "validate", "verify",
+    "find_behaviours", "head_loadings", "learn_mask", "load_edits", "load_prompts", "qk_attribution", "save_edits",
+    "shift", "steer", "targeted_perturbation", "validate", "verify",
 ]  # fmt: skip
 
 

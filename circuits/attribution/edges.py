@@ -273,15 +273,15 @@ def edge_effects(
         for start in range(0, len(nodes[down]), lanes):
             at_read, at_site = vectors[down].cotangents(slice(start, start + lanes))
             entered = {read: at_read} if at_site is None else {read: at_read, down: at_site}
-            for up, gradient in _pull_back(graph, entered, lanes, upstream).items():
+            for up, gradient in pull_back(graph, entered, lanes, upstream).items():
                 weights.setdefault(up, []).append(vectors[up].contract(gradient, per_example=per_example).cpu())
         edges |= {(up, down): torch.cat(of_pair, dim=-2) for up, of_pair in weights.items()}
-    for site, gradient in _metric_gradients(graph, lanes, list(vectors), batch.gradients).items():
+    for site, gradient in metric_gradients(graph, lanes, list(vectors), batch.gradients).items():
         edges[site, None] = vectors[site].contract(gradient, per_example=per_example).cpu().contiguous()
     return edges
 
 
-def _metric_gradients(
+def metric_gradients(
     graph: CutGraph, lanes: int, sites: Sequence[Site], gradients: Mapping[Site, Tensor]
 ) -> dict[Site, Tensor]:
     """The metric's gradient [1, B, S, d] along direct paths to every site that reaches the logits directly."""
@@ -296,7 +296,7 @@ def _metric_gradients(
     }
 
 
-def _pull_back(
+def pull_back(
     graph: CutGraph, cotangents: Mapping[Site, Tensor], lanes: int, upstream: Sequence[Site]
 ) -> dict[Site, Tensor]:
     """The gradient [R, B, S, d] at each direct parent's leaf for R <= lanes cotangents [R, B, S, d] at a site's output,

@@ -70,7 +70,7 @@ def _round(
     """The edges of the batches of one round, in order; those that are finished from their files."""
     finished = {n: run.files.get(f"edges-{n:04}") for n in numbers} if run.files is not None else {}
     unfinished = {
-        number: _ready(run, batches[number], index, nodes)
+        number: ready_for_edges(run, batches[number], index, nodes)
         for number, index in zip(numbers, indices, strict=True)
         if finished.get(number) is None
     }
@@ -91,7 +91,7 @@ def _round(
         yield edges
 
 
-def _ready(run: DiscoveryRun, batch: Attribution, index: Tensor, nodes: Nodes) -> Attribution:
+def ready_for_edges(run: DiscoveryRun, batch: Attribution, index: Tensor, nodes: Nodes) -> Attribution:
     """A batch with the activations that its edges need: off the disk, and computed again where none were kept."""
     prompts = run.prompts[index]
     if run.files is not None:

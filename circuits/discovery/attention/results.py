@@ -1,0 +1,180 @@
+"""What is said of attention: pairs of features behind a score, and heads behind edges."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import pandas as pd
+
+from sae._frames import Result, frame_text
+
+PAIRS_KEPT = 50
+"""Pairs, and features of a side, that a file holds; the rest is one number."""
+PAIRS_SHOWN = 10
+"""Those that the terminal shows."""
+
+
+@dataclass(frozen=True)
+class QKPair:
+    """A pair of features, errors or biases behind a score."""
+
+    query: str
+    """What is read at the query's token: `resid_1/120`, `resid_1/error` or `resid_1/bias`."""
+    key: str
+    """What is read at the key's token."""
+    contribution: float
+    """Part of the score, mean over prompts (0 where the pair does not occur)."""
+    share: float = 1.0
+    """In which share of the prompts it occurs; of both keys together where two are compared, up to 2."""
+
+
+@dataclass(frozen=True)
+class QKTerm:
+    """All pairs of one feature of the query's or of the key's side."""
+
+    node: str
+    """The feature."""
+    contribution: float
+    """Their sum, mean over prompts."""
+
+
+@dataclass(frozen=True)
+class HeadAttention:
+    """How much a head attends to a token."""
+
+    layer: int
+    """Its layer."""
+    head: int
+    """Its number."""
+    weight: float
+    """Mean attention to the key."""
+    than_weight: float | None = None
+    """Mean attention to the other token, where two are compared."""
+
+
+@dataclass(frozen=True, repr=False)
+class QKAttribution(Result):
+    """The score of one head for a query and a key, split over pairs of features."""
+
+    layer: int
+    """Layer of the attention."""
+    head: int
+    """The head."""
+    site: str
+    """Site whose features the layer reads."""
+    query: str
+    """The token that looks."""
+    key: str
+    """The token that is looked at."""
+    than: str | None
+    """The token whose score is taken away; None where the score itself is explained."""
+    n_prompts: int
+    """Prompts in the means."""
+    left_out: int
+    """Prompts without these tokens."""
+    score: float
+    """Mean score before the softmax (less that of the other key): what all pairs add up to."""
+    weight: float
+    """Mean attention to the key, after the softmax."""
+    than_weight: float | None
+    """Mean attention to the other token."""
+    softcap: float | None
+    """Where the model caps scores, c tanh(score / c); what is explained is the score before it."""
+    pairs: list[QKPair] = field(default_factory=list)
+    """All pairs, the largest first."""
+    queries: list[QKTerm] = field(default_factory=list)
+    """Their sums by what is read at the query."""
+    keys: list[QKTerm] = field(default_factory=list)
+    """Their sums by what is read at the key."""
+
+    @property
+    def title(self) -> str:
+        """`attn_2 head 1 from last to subject rather than attractor`."""
+        rather = "" if self.than is None else f" rather than {self.than}"
+        return f"attn_{self.layer} head {self.head} from {self.query} to {self.key}{rather}"
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a pair: query, key, contribution and share."""
+        return pd.DataFrame([asdict(pair) for pair in self.pairs], columns=["query", "key", "contribution", "share"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON with the largest pairs, and the sum of the others as `rest`."""
+        data = {**asdict(self), "title": self.title}
+        for name in ("pairs", "queries", "keys"):
+            data[name] = data[name][:PAIRS_KEPT]
+        return data | {"n_pairs": len(self.pairs), "rest": sum(p.contribution for p in self.pairs[PAIRS_KEPT:])}
+
+    def text(self) -> str:
+        """The score and the attention, the largest pairs, and the largest features of either side."""
+        kind = "score" if self.than is None else "difference of scores"
+        weights = f"attention {self.weight:.3f}"
+        weights += "" if self.than is None else f", {self.than_weight:.3f} to {self.than}"
+        cap = "" if self.softcap is None else f"; before the soft cap at {self.softcap:g}"
+        head = f"{self.title}: {kind} {self.score:+.3f}, {weights} ({self.n_prompts} prompts{cap})"
+        return "\n".join([head, *self._tables()])
+
+    def _tables(self) -> Iterable[str]:
+        shown = self.to_frame().head(PAIRS_SHOWN)
+        rest = self.score - float(shown["contribution"].sum())
+        last = pd.DataFrame([{"query": f"{len(self.pairs) - len(shown)} others", "key": "", "contribution": rest}])
+        yield frame_text(pd.concat([shown[["query", "key", "contribution"]], last], ignore_index=True))
+        sides = zip(self.queries[:PAIRS_SHOWN], self.keys[:PAIRS_SHOWN], strict=False)
+        rows = [(q.node, q.contribution, k.node, k.contribution) for q, k in sides]
+        yield frame_text(pd.DataFrame(rows, columns=["at the query", "sum", "at the key", "sum "]))
+
+
+@dataclass(frozen=True)
+class EdgeLoading:
+    """One edge into or out of an attention site, split over its heads."""
+
+    source: str
+    """The node that it comes from."""
+    target: str
+    """The node that it goes to, or `metric`."""
+    site: str
+    """The attention site whose heads it is split over: that of the target, or that of the source."""
+    weight: float
+    """The edge: mean over prompts, in units of the metric."""
+    heads: list[float]
+    """What passes through each head."""
+    rest: float
+    """What does not: with the heads' it adds up to the edge."""
+
+    @property
+    def is_into(self) -> bool:
+        """Whether the heads are those of the target's site."""
+        return self.target.startswith(f"{self.site}/")
+
+
+@dataclass(frozen=True, repr=False)
+class HeadLoadings(Result):
+    """The strongest edges into and out of attention sites, split over heads."""
+
+    edges: list[EdgeLoading]
+    """The strongest first; an edge from one attention site to another is there twice."""
+    n_prompts: int
+    """Prompts in the means."""
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row an edge: source, target, heads of (the site), weight, a column for each head, and rest."""
+        rows = [
+            {
+                "source": edge.source, "target": edge.target, "heads of": edge.site, "weight": edge.weight,
+                **{f"head {number}": value for number, value in enumerate(edge.heads)}, "rest": edge.rest,
+            }
+            for edge in self.edges
+        ]  # fmt: skip
+        frame = pd.DataFrame(rows)
+        return frame[[*(name for name in frame if name != "rest"), "rest"]] if rows else frame
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return asdict(self)
+
+    def text(self) -> str:
+        """A row an edge."""
+        if not self.edges:
+            return "no edge of this circuit goes into or out of an attention site"
+        return f"edges into and out of attention, by head ({self.n_prompts} prompts)\n{frame_text(self.to_frame())}"

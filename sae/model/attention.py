@@ -1,0 +1,161 @@
+"""The heads of a model's attention modules in one run: queries, keys, what each head writes, and its weights.
+
+Attention modules of transformers compute queries and keys, norms and rotary positions included, and call a function
+that the model's config names. While `attention_heads` lasts the name is one of ours: it keeps what it is called with,
+with the graph that leads there, and computes the same by the architecture's own written-out attention, which says the
+weights. `frozen_norms` makes norms of a backward pass constants, so that queries and keys are affine in the residual
+stream that the layer reads.
+
+Legend: B examples, S positions, H heads of queries, G heads of keys (H is a multiple of G), d_h width of a head.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+from sae.errors import UserError
+from sae.model.lrp import linearise, norm_rule
+from sae.model.site_search import is_exact
+
+NAME = "sfc_attention_heads"
+LARGE_WEIGHT = 1e-4
+"""Attention weights above this are compared with the scores."""
+AGREE_WITHIN, AGREE_WITHIN_16_BIT = 1e-3, 0.2
+"""How far logarithms of weights and scores may be apart."""
+
+
+@dataclass(frozen=True)
+class AttentionHeads:
+    """The heads of one attention module in one run."""
+
+    query: Tensor
+    """[B, H, S, d_h] as keys are multiplied with it: after norms and rotary positions."""
+    key: Tensor
+    """[B, G, S, d_h] of the same kind."""
+    output: Tensor
+    """[B, S, H, d_v] what each head gives to the output projection: its weights times its values."""
+    weights: Tensor
+    """[B, H, S, S] attention of each query position to each key position."""
+    scale: float
+    """What a query times a key is multiplied by to be a score."""
+    softcap: float | None
+    """Where scores are capped, c tanh(score / c); None where they are not."""
+
+    @property
+    def n_heads(self) -> int:
+        """Number of query heads H."""
+        return self.query.shape[1]
+
+    def key_of(self, head: int) -> Tensor:
+        """[B, S, d_h] the keys that a query head meets; grouped heads share one."""
+        return self.key[:, head * self.key.shape[1] // self.n_heads]
+
+    def scores(self, head: int, rows: Tensor) -> Tensor:
+        """[B, S] score of every key for the query at column `rows` [B] of each example, before a soft cap, in float64:
+        scale * (q . k).
+        """
+        example = torch.arange(len(rows), device=rows.device)
+        query = self.query[example, head, rows].double()
+        return self.scale * torch.einsum("bd,bsd->bs", query, self.key_of(head).double())
+
+    def capped(self, scores: Tensor) -> Tensor:
+        """What the softmax takes of scores."""
+        return scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
+
+    def check(self, head: int, rows: Tensor, name: str) -> None:
+        """`UserError` unless the model's weights at these query columns are the softmax of the scores: something else
+        is added to the scores then, such as a bias that depends on the distance.
+        """
+        example = torch.arange(len(rows), device=rows.device)
+        weights = self.weights[example, head, rows].double()  # [B, S]
+        large = weights > LARGE_WEIGHT
+        gap = torch.where(large, weights.clamp(min=LARGE_WEIGHT).log() - self.capped(self.scores(head, rows)), 0.0)
+        mean = gap.sum(-1, keepdim=True) / large.sum(-1, keepdim=True).clamp(min=1)
+        worst = torch.where(large, (gap - mean).abs(), 0.0).max()
+        if worst > (AGREE_WITHIN if is_exact(self.query.dtype) else AGREE_WITHIN_16_BIT):
+            raise UserError(
+                f"attention scores of {name} are more than queries times keys (a bias of positions is added, for "
+                "example): they cannot be split over pairs of features"
+            )
+
+
+_HEADS: WeakKeyDictionary[nn.Module, dict[int, AttentionHeads]] = WeakKeyDictionary()
+"""Attention modules of a model whose heads are kept, with where."""
+
+
+@contextmanager
+def attention_heads(hf: nn.Module) -> Iterator[dict[int, AttentionHeads]]:
+    """Yields a mapping that every run of the model in this context fills: number of the layer -> its heads."""
+    heads: dict[int, AttentionHeads] = {}
+    modules = [module for module in hf.modules() if isinstance(getattr(module, "layer_idx", None), int)]
+    configs: list[Any] = []
+    for module in hf.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, "_attn_implementation") and not any(config is other for other in configs):
+            configs.append(config)
+    names = [config._attn_implementation for config in configs]
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, eager_mask)
+    try:
+        for config in configs:
+            config._attn_implementation = NAME
+        _HEADS.update(dict.fromkeys(modules, heads))
+        yield heads
+    finally:
+        for module in modules:
+            _HEADS.pop(module, None)
+        for config, name in zip(configs, names, strict=True):  # a config sets those inside it, which come later
+            config._attn_implementation = name
+
+
+def heads_of(heads: dict[int, AttentionHeads], layer: int, name: str) -> AttentionHeads:
+    """The heads of a layer after a run; UserError for a model whose attention modules work another way."""
+    if layer not in heads:
+        raise UserError(
+            f"the heads of attn_{layer} of model {name!r} cannot be seen: its attention does not call one of "
+            "transformers' attention functions"
+        )
+    return heads[layer]
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, **options: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What the architecture's written-out attention computes; the heads are kept where somebody waits for them."""
+    output, weights = _written_out(module)(module, query, key, value, attention_mask, scaling=scaling, **options)
+    if module in _HEADS:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        heads = AttentionHeads(query, key, output, weights, float(scale), options.get("softcap"))
+        _HEADS[module][int(module.layer_idx)] = heads  # type: ignore[arg-type]
+    return output, weights
+
+
+def _written_out(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The function of the module's own file that computes attention step by step."""
+    for cls in type(module).__mro__:
+        if function := getattr(sys.modules[cls.__module__], "eager_attention_forward", None):
+            return function
+    raise UserError(
+        f"{type(module).__name__} has no attention that is written out step by step: its heads are not seen"
+    )
+
+
+@contextmanager
+def frozen_norms(hf: nn.Module) -> Iterator[None]:
+    """Gradients taken of runs in this context take the scale of every norm for a constant, as that of the run."""
+    with ExitStack() as stack:
+        for module in hf.modules():
+            if rule := norm_rule(module):
+                linearise(stack, module, rule(module))
+        yield

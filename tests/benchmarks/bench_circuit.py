@@ -178,7 +178,8 @@ class Bench:
                 contract(states, g, site=site)[0].value.norm()
                 for g in (gradients[site] - reference[site], reference[site])
             )
-            errors.append((off / whole).item())
+            if whole > 0:  # nothing flows from the patched position to some sites of a single layer
+                errors.append((off / whole).item())
             summed = ((states.patch[site] - states.clean[site]) * gradients[site]).sum((1, 2)).mean()
             measured = site_total_effect(states, site=site).mean()
             residuals.append(((summed - measured).abs() / total).item())
@@ -214,7 +215,10 @@ class PapersCode:
             [python, str(Path(paper_steps.__file__).resolve())], cwd=checkout, env=environment, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
-        self.ask({"folder": str(folder), "threads": torch.get_num_threads(), "nodes": bench.top})
+        self.ask(
+            {"folder": str(folder), "threads": torch.get_num_threads(), "nodes": bench.top}
+            | {"device": str(bench.model.device)}
+        )
 
     def ask(self, request: Any) -> dict[str, Any]:
         assert self.process.stdin is not None and self.process.stdout is not None

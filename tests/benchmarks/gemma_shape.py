@@ -37,8 +37,8 @@ def circuit_sites(model: LanguageModel) -> list[Site]:
 
 def random_sae(site: Site, width: int, n_features: int, *, threshold: float, device: str = "cpu") -> SparseAutoencoder:
     """JumpReLU with a random dictionary: activations of unit directions are about normal, so `threshold` sets L0."""
-    generator = torch.Generator().manual_seed(zlib.crc32(site.name.encode()))
-    W_dec = torch.nn.functional.normalize(torch.randn(n_features, width, generator=generator), dim=-1)
+    generator = torch.Generator(device).manual_seed(zlib.crc32(site.name.encode()))
+    W_dec = torch.nn.functional.normalize(torch.randn(n_features, width, generator=generator, device=device), dim=-1)
     tensors = {
         "W_enc": W_dec.clone(), "b_enc": torch.zeros(n_features), "W_dec": W_dec, "b_dec": torch.zeros(width),
         "threshold": torch.full((n_features,), threshold),
@@ -53,8 +53,8 @@ def write_saes(folder: Path, model: LanguageModel, n_features: int, *, l0: int, 
     activations = model.run(tokens, capture=sites, need_logits=False).activations
     for site in sites:
         if not (folder / "saes" / site.name / "sae.safetensors").exists():
-            sae = random_sae(site, model.widths[site], n_features, threshold=0.0)
-            x = activations[site].flatten(0, 1)[:64].float().cpu()
+            sae = random_sae(site, model.widths[site], n_features, threshold=0.0, device=str(model.device))
+            x = activations[site].flatten(0, 1)[:64].float()
             threshold = torch.quantile((x @ sae.W_enc.T).flatten()[:1_000_000], 1 - l0 / n_features).item()
             sae.threshold.fill_(max(threshold, 1e-6))  # type: ignore[operator, union-attr]
             sae.save(folder / "saes" / site.name)

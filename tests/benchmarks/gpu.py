@@ -1,13 +1,13 @@
 """What needs a GPU, in one script of at most 8 minutes: correctness of the kernels, speed, memory.
 
-    python -m tests.benchmarks.gpu --out gpu.json [--peer sparsify=ENV/bin/python]
+    python -m tests.benchmarks.gpu --out gpu.json [--peer sparsify=PYTHON] [--peer feature_circuits=PYTHON,CHECKOUT]
 
 1. `kernels`: Triton's kernels beside their twins in torch: their own check, and the gradients of a TopK step with AuxK.
 2. `step`: a TopK step of 65,536 features on width 2,304 in bf16, with kernels and with torch, and the encoder's product
-   as a share of it (`bench_sae_step`); sparsify's step beside it where its Python is given.
+   as a share of it (`bench_sae_step`); beside it the steps of the packages whose Python is given.
 3. `training`: all 19 sites of a model of 6 layers and width 512 with 32,768 features each: tokens a second, the model's
    share of the time, memory (`sae.training.cost`).
-4. `circuit`: a whole circuit on that model's shape (`bench_circuit`).
+4. `circuit`: a whole circuit on that model's shape (`bench_circuit`), beside the paper's code where it is given.
 5. `scale`: a circuit on Gemma 2 2B's shape, 26 layers with 16,384 features at 78 sites, peak memory against the
    estimate (`bench_scale`).
 
@@ -45,7 +45,7 @@ LARGE: dict[str, Sequence[str]] = {
     "circuit": ("tests.benchmarks.bench_circuit", "--device", "cuda", "--memory", "16"),
     "scale": (
         "tests.benchmarks.bench_scale", "--device", "cuda", "--layers", "26", "--prompts", "32", "--vocab", "256000",
-        "--memory", "8", "--sae-memory", "30", "--jobs", "attrib",
+        "--memory", "8", "--sae-memory", "30", "--threads", "8", "--jobs", "attrib,relp,attrib + edges",
     ),
 }  # fmt: skip
 SMALL: dict[str, Sequence[str]] = {
@@ -144,7 +144,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("gpu.json"), help="what was measured, and where to go on")
     parser.add_argument("--small", action="store_true", help="all of it in small, on a CPU")
     parser.add_argument("--only", help="names of steps, separated by commas")
-    parser.add_argument("--peer", help="PACKAGE=PYTHON of bench_sae_step")
+    parser.add_argument("--peer", action="append", default=[], help="as --peer of bench_sae_step and bench_circuit")
     parser.add_argument("--one", choices=("kernels", "training"), help=argparse.SUPPRESS)
     parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)
     for name in ("width", "layers", "features", "batch"):
@@ -165,7 +165,8 @@ def main() -> None:
     results: dict[str, Any] = read_json(options.out) if options.out.is_file() else {"schema_version": 1}
     results["device"] = "cpu" if options.small else torch.cuda.get_device_name()
     for name in names:
-        words = [*steps[name], *(["--peer", options.peer] if options.peer and name == "step" else [])]
+        peers = [peer for peer in options.peer if peer_of(peer) == name]
+        words = [*steps[name], *(word for peer in peers for word in ("--peer", peer))]
         words += ["--folder", f"{options.out}.saes"] if name == "scale" else []
         if (done := results.get(name)) and done["words"] == words and done["status"] == 0:
             print(f"{name}: done before, {done['seconds']:.0f} s")
@@ -176,6 +177,11 @@ def main() -> None:
         print(results[name]["output"], flush=True)
     print(f"\n{results['device']}: " + ", ".join(f"{name} {results[name]['seconds']:.0f} s" for name in names))
     sys.exit(any(results[name]["status"] for name in names))
+
+
+def peer_of(peer: str) -> str:
+    """The step that a package is timed in."""
+    return "circuit" if peer.startswith("feature_circuits=") else "step"
 
 
 def run(words: Sequence[str]) -> dict[str, Any]:

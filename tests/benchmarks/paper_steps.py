@@ -30,17 +30,18 @@ NODE_EFFECTS = "paper_effects.safetensors"
 class PaperCode:
     """The model, dictionaries and prompts of a folder, in the classes of the paper's code."""
 
-    def __init__(self, folder: Path, nodes: int) -> None:
+    def __init__(self, folder: Path, nodes: int, device: str) -> None:
         import attribution
         import circuit
         from loading_utils import Submodule
 
         facts = json.loads((folder / "facts.json").read_text())
         self.attribution, self.circuit_module, self.n_nodes = attribution, circuit, nodes
-        self.model, self.head = load_model(facts["model"], load_file(folder / "model.safetensors"))
-        prompts = load_file(folder / "prompts.safetensors")
+        self.device = device
+        self.model, self.head = load_model(facts["model"], load_file(folder / "model.safetensors"), device)
+        prompts = load_file(folder / "prompts.safetensors", device=device)
         self.clean, self.patch, self.answers = prompts["clean"], prompts["patch"], prompts["answers"]
-        tensors, self.dictionaries = load_file(folder / "saes.safetensors"), {}
+        tensors, self.dictionaries = load_file(folder / "saes.safetensors", device=device), {}
         inner, modules = self.model.gpt_neox, {}
         modules["embed"] = Submodule(name="embed", submodule=inner.embed_in)
         for i in range(facts["model"]["num_hidden_layers"]):
@@ -65,19 +66,25 @@ class PaperCode:
             method=method,
         )  # fmt: skip
 
+    def clock(self) -> float:
+        """Seconds, once the device has done all that was asked of it."""
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
     def attribution_patching(self) -> dict[str, float]:
-        started = time.perf_counter()
+        started = self.clock()
         self.effects("attrib")
-        return {"attribution patching": time.perf_counter() - started}
+        return {"attribution patching": self.clock() - started}
 
     def circuit(self) -> dict[str, float]:
         """Seconds of the whole, of its integrated gradients and of its edges."""
         nodes, patching_effect = [], self.circuit_module.patching_effect
 
         def timed(*args: Any, **options: Any) -> Any:
-            started = time.perf_counter()
+            started = self.clock()
             out = patching_effect(*args, **options)
-            nodes.append(time.perf_counter() - started)
+            nodes.append(self.clock() - started)
             return out
 
         if self.threshold is None:
@@ -87,12 +94,12 @@ class PaperCode:
             for kind in ("attn", "mlp", "resid")
         }
         self.circuit_module.patching_effect = timed
-        started = time.perf_counter()
+        started = self.clock()
         self.circuit_module.get_circuit(
             self.clean, self.patch, self.model, self.modules["embed"], kinds["attn"], kinds["mlp"], kinds["resid"],
             self.dictionaries, self.metric, parallel_attn=True, node_threshold=self.threshold,
         )  # fmt: skip
-        seconds = time.perf_counter() - started
+        seconds = self.clock() - started
         self.circuit_module.patching_effect = patching_effect
         return {"circuit": seconds, "integrated gradients": sum(nodes), "edges": seconds - sum(nodes)}
 
@@ -105,12 +112,12 @@ class PaperCode:
     def write_effects(self, folder: Path) -> dict[str, float]:
         """Integrated gradients of every feature and error, [B, S, F + 1] a site."""
         effects = self.effects("ig").effects
-        tensors = {module.name: effect.to_tensor().detach().contiguous() for module, effect in effects.items()}
+        tensors = {module.name: effect.to_tensor().detach().cpu().contiguous() for module, effect in effects.items()}
         save_file(tensors, folder / NODE_EFFECTS)
         return {}
 
 
-def load_model(facts: dict[str, Any], weights: dict[str, torch.Tensor]) -> tuple[Any, str]:
+def load_model(facts: dict[str, Any], weights: dict[str, torch.Tensor], device: str) -> tuple[Any, str]:
     """A GPT-NeoX in nnsight's wrapper, with a tokenizer that only has to pad rows that are equally long; and what its
     unembedding is called there (`lm_head` in later transformers)."""
     from nnsight import LanguageModel
@@ -121,6 +128,7 @@ def load_model(facts: dict[str, Any], weights: dict[str, torch.Tensor]) -> tuple
     head = "embed_out" if hasattr(hf, "embed_out") else "lm_head"
     hf.load_state_dict({name.replace("embed_out.", f"{head}."): tensor for name, tensor in weights.items()})
     words = Tokenizer(models.WordLevel({str(i): i for i in range(facts["vocab_size"])}, unk_token="0"))
+    hf.to(device)
     return LanguageModel(hf, tokenizer=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0")), head
 
 
@@ -133,7 +141,7 @@ def load_dictionary(tensors: dict[str, torch.Tensor], name: str) -> Any:
     dictionary.load_state_dict(
         {"bias": b_dec, "encoder.weight": W_enc, "encoder.bias": b_enc + W_enc @ b_dec, "decoder.weight": W_dec.T}
     )
-    return dictionary
+    return dictionary.to(W_enc.device)
 
 
 def serve(lines: TextIO, answers: TextIO) -> None:
@@ -146,7 +154,7 @@ def serve(lines: TextIO, answers: TextIO) -> None:
     given = json.loads(lines.readline())
     torch.set_num_threads(given["threads"])
     folder = Path(given["folder"])
-    code = PaperCode(folder, given["nodes"])
+    code = PaperCode(folder, given["nodes"], given["device"])
     steps: dict[str, Callable[[], dict[str, float]]] = {
         "attribution patching": code.attribution_patching,
         "circuit": code.circuit,

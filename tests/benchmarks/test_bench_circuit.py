@@ -71,7 +71,7 @@ def test_the_papers_code_is_called_with_our_inputs(checkout, tmp_path):
     sizes = {"layers": 1, "width": 16, "features": 8, "prompts": 2, "length": 4, "vocab": 20, "nodes": 3}
     bench = Bench(Namespace(**sizes, memory=1.0, device="cpu"))
     write_inputs(bench, tmp_path)
-    given = {"folder": str(tmp_path), "threads": torch.get_num_threads(), "nodes": 4}
+    given = {"folder": str(tmp_path), "threads": torch.get_num_threads(), "nodes": 4, "device": "cpu"}
     answers = io.StringIO()
     steps = ["attribution patching", "circuit", "effects"]
     paper_steps.serve(io.StringIO("\n".join(map(json.dumps, [given, *steps]))), answers)

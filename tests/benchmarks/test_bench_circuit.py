@@ -82,7 +82,7 @@ def test_the_papers_code_is_called_with_our_inputs(checkout, tmp_path):
     assert checkout[0] == ("attrib", sites) and checkout[1] == ("ig", sites)
     assert checkout[2] == {"parallel_attn": True, "node_threshold": 4.0}  # 24 effects, 0 to 5 at each of four sites
     assert load_file(tmp_path / paper_steps.NODE_EFFECTS).keys() == set(sites)
-    code = paper_steps.PaperCode(tmp_path, 4)
+    code = paper_steps.PaperCode(tmp_path, 4, "cpu")
     ids, sae = bench.prompts.clean.input_ids, bench.saes[bench.model.sites[0]]
     torch.testing.assert_close(code.model._module(ids).logits, bench.model.hf(ids).logits)
     theirs = code.dictionaries[code.modules["embed"]]

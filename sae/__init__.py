@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from sae.saes import SAEs, load_saes
     from sae.training.config import FinetuneConfig, TrainConfig
     from sae.training.finetuning import finetune_saes
-    from sae.training.trainer import train_saes
+    from sae.training.train import train_saes
 
 _MODULES = {
     "autoencoder": ("SAEConfig", "SparseAutoencoder"),
@@ -52,7 +52,7 @@ _MODULES = {
     "saes": ("SAEs", "load_saes"),
     "training.config": ("FinetuneConfig", "TrainConfig"),
     "training.finetuning": ("finetune_saes",),
-    "training.trainer": ("train_saes",),
+    "training.train": ("train_saes",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

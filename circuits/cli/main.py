@@ -15,12 +15,16 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from circuits.cli.streams import Printable, prepare_streams, printable, say, say_error, to_nowhere
 from graphs.errors import GraphError
+from sae._run import processes
 from sae.errors import UserError, did_you_mean, nearest
 from sae.training.stopping import terminated_as_interrupted
+
+if TYPE_CHECKING:
+    from circuits.cli.options import Output
 
 GROUPS = {
     "Dictionaries": {
@@ -84,6 +88,8 @@ GROUPS = {
 }
 """Name of a command -> (file in `circuits/cli/commands`, class, what it does), in groups by the story."""
 COMMANDS = {name: entry for group in GROUPS.values() for name, entry in group.items()}
+SHARED = ("train", "discover")
+"""Commands whose work several processes can share."""
 RESUMABLE = ("train", "finetune", "sweep", "cache", "discover", "behaviours", "features")
 """Commands that go on with `--resume`."""
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc")
@@ -146,9 +152,21 @@ def _run(words: Sequence[str]) -> int:
 
     command = parse(command_class(words[0]), words[1:], prog=f"sfc {words[0]}")
     check_options(command)
+    if words[0] in SHARED and (n := processes.to_launch(command.processes)):
+        return processes.launch(words, n)
     _keep_freed_memory()
-    output = command.run()
-    say((json.dumps(output.data) if command.json else printable(output.text)) + "\n")
+    if not processes.launched():
+        return _say(command.run(), as_json=command.json)
+    if words[0] not in SHARED:
+        raise UserError(f"sfc {words[0]} runs in one process, not by torchrun: only {' and '.join(SHARED)} share work")
+    with processes.joined(command.device) as others:
+        output = command.run()
+        return _say(output, as_json=command.json) if others.is_first else 0
+
+
+def _say(output: Output, *, as_json: bool) -> int:
+    """Print what a command has to say; its exit status."""
+    say((json.dumps(output.data) if as_json else printable(output.text)) + "\n")
     return int(output.failed)
 
 
@@ -156,11 +174,11 @@ def _prepare_process(words: Sequence[str]) -> None:
     """Set what must be set before torch and transformers are imported, unless the environment says otherwise.
 
     Idle threads sleep: where cores are shared, spinning costs ten times the work. What Apple's GPUs cannot do, the CPU
-    does. Libraries draw no bars of their own where nobody watches.
+    does. Libraries draw no bars of their own where nobody watches, or another process draws them.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
-    if "--json" in words or not sys.stderr.isatty():
+    if "--json" in words or not sys.stderr.isatty() or not processes.speaks():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Printable("%(levelname)s: %(message)s"))
@@ -202,5 +220,8 @@ def _of_the_machine(error: Exception) -> str | None:
 
 
 def _leave(message: str, status: int) -> None:
-    say_error(printable(message) + "\n")
+    """End with a sentence, which one of several processes says."""
+    is_first, status = processes.failed(status)
+    if is_first:
+        say_error(printable(message) + "\n")
     sys.exit(status)

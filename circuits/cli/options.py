@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from sae._files import without_nan
 from sae._options import Positive, Range
+from sae._run.processes import current
 from sae.errors import UserError
 
 
@@ -41,7 +42,7 @@ class Prints:
     @property
     def quiet(self) -> bool:
         """Whether progress is left out."""
-        return self.json
+        return self.json or not current().is_first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +68,16 @@ class UsesSaes(Common):
     sae_memory: Annotated[float, Range(0, 10**6)] | None = None
     """Memory for autoencoders in GiB: where they do not fit they are read from disk whenever their site is at work.
     Half of what is free by default.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharesWork:
+    """Options of commands whose work several processes can share."""
+
+    processes: Annotated[int, Range(1, 1024)] | None = None
+    """Processes of this machine that share the work, each with a GPU of its own where there are GPUs: calls torchrun,
+    which also starts them on several machines.
     """
 
 

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ from circuits.metrics.metrics import Metric, get_metric
 from circuits.metrics.probe import ReadModel, visible_sites
 from circuits.options import DiscoverOptions
 from circuits.prompts.dataset import PromptSet
+from sae._run.processes import Processes, current
 from sae.autoencoder import SparseAutoencoder
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site, select_sites
@@ -78,18 +79,23 @@ class DiscoveryRun:
         order = self.prompts.clean.lengths.argsort(stable=True).cpu()
         return list(order.split(max(1, min(self.rows, MOST_ROWS))))
 
-    def rounds(self, numbers: Sequence[int]) -> Iterator[Sequence[int]]:
+    @property
+    def processes(self) -> Processes:
+        """Those that share the batches, through the files; without files each process makes all of them."""
+        return Processes() if self.files is None else current()
+
+    def rounds(self, numbers: Sequence[int]) -> list[Sequence[int]]:
         """The batches that share one reading of the autoencoders: those whose clean and patch activations and gradients
-        fit in the memory; one where nothing is streamed.
+        fit in the memory, and no more than leave some for every process; one where nothing is streamed.
         """
         step, n_positions = 1, self.prompts.clean.n_positions
         if self.setting.saes.is_lazy:
             n_prompts = min(self.rows, MOST_ROWS, len(self.prompts))
             reads = self.setting.saes.read_sites(self.sites)
             size = 3 * n_prompts * state_bytes(self.setting.model, {*reads, *reads.values()}, n_positions)
-            step = max(1, int(self.options.memory * GIB / size))
-        for start in range(0, len(numbers), step):
-            yield numbers[start : start + step]
+            step = min(int(self.options.memory * GIB / size), -(-len(numbers) // self.processes.size))
+        step = max(1, step)
+        return [numbers[start : start + step] for start in range(0, len(numbers), step)]
 
 
 def max_rows(model: LanguageModel, n_positions: int, *, memory: float) -> int:

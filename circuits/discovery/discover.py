@@ -7,7 +7,8 @@
    graph (`circuits.attribution.edges`). Where they fit, the weights of every example are kept for intervals
    (`circuits.uncertainty.intervals`).
 
-Finished batches can be kept in a folder (`circuits.discovery.resume`), from which an interrupted discovery goes on.
+Finished batches can be kept in a folder (`circuits.discovery.resume`), from which an interrupted discovery goes on, and
+over which several processes (`sae._run.processes`) share the batches; each of them then returns the same circuit.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ from circuits.options import DiscoverOptions
 from circuits.prompts.dataset import PromptSet
 from circuits.prompts.spans import LAST, OTHER
 from sae._run.locks import lock
+from sae._run.processes import current
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError
 from sae.model.forward import with_gradients
@@ -136,8 +138,8 @@ def _resume_folder(run: DiscoveryRun, partial: str | Path, *, resume: bool) -> R
             f"the metric {name!r} cannot be compared with that of the interrupted discovery (it is no plain Python "
             "function): start again with --overwrite"
         )
-    options = asdict(run.options) | {"metric_fingerprint": fingerprint}
-    return ResumeFolder(partial, work_of(run.setting, run.prompts, options), resume=resume)
+    work = work_of(run.setting, run.prompts, asdict(run.options) | {"metric_fingerprint": fingerprint})
+    return current().by_first(lambda: ResumeFolder(partial, work, resume=resume))
 
 
 def _metadata(

@@ -1,6 +1,8 @@
 """The edge pass of a discovery: the cut graph of every batch, after what the edges need of every site.
 
-Finished batches go to the `ResumeFolder`, if there is one, as in the node pass.
+Finished batches go to the `ResumeFolder`, if there is one, as in the node pass. Where several processes share the work,
+each makes rounds of batches until there are none left; then every one adds up all of them, in their order, from the
+files: the sums are those of one process to the bit.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ def edge_pass(run: DiscoveryRun, batches: Sequence[Attribution], nodes: Nodes) -
     total: Edges = {}
     samples: dict[tuple[Site, Site | None], list[Tensor]] = {}
     with ProgressBar(total=len(indices), desc="edges", unit="batch", disable=not run.progress) as bar:
+        if run.processes.size > 1:
+            _share_out(run, indices, batches, nodes, bar)
         for numbers in run.rounds(range(len(indices))):
             for edges in _round(run, numbers, [indices[n] for n in numbers], batches, nodes):
                 for pair, weights in edges.items():
@@ -39,10 +43,25 @@ def edge_pass(run: DiscoveryRun, batches: Sequence[Attribution], nodes: Nodes) -
                         samples.setdefault(pair, []).append(weights)
                         weights = weights.sum(0)
                     total[pair] = total[pair] + weights if pair in total else weights
-                bar.update()
+                bar.update(int(bar.n < len(indices)))
     order = torch.cat(indices).argsort()  # from the order of the batches to that of the prompts
     mean = {pair: weights / len(run.prompts) for pair, weights in total.items()}
     return mean, {pair: torch.cat(of_batches)[order] for pair, of_batches in samples.items()}
+
+
+def _share_out(
+    run: DiscoveryRun, indices: Sequence[Tensor], batches: Sequence[Attribution], nodes: Nodes, bar: ProgressBar
+) -> None:
+    """Write the files of all batches, this process those that it is the first to ask for."""
+    assert run.files is not None
+    files, processes = run.files, run.processes
+    unfinished = processes.by_first(lambda: [n for n in range(len(indices)) if files.get(f"edges-{n:04}") is None])
+    rounds, n_finished = run.rounds(unfinished), len(indices) - len(unfinished)
+    for turn in processes.dealt(len(rounds), "edges"):
+        bar.update(n_finished + unfinished.index(rounds[turn][0]) - bar.n)
+        for _ in _round(run, rounds[turn], [indices[n] for n in rounds[turn]], batches, nodes):
+            bar.update()
+    processes.gathered(None)
 
 
 def by_case(samples: Edges, cases: Sequence[str]) -> Edges:

@@ -3,6 +3,9 @@
 The results of a batch go to the `ResumeFolder`, if there is one, and are taken from there where an interrupted
 discovery goes on. Everything the edges need of the node pass is among them, so that edges come out the same to the bit.
 
+Where several processes share the work, each makes rounds of batches until there are none left, and reads those of the
+others from their files.
+
 Between the passes lie the sparse effects, one gradient [B, S, d] per site, and within the memory budget what the edges
 would else compute again: on the CPU, or on disk where there are files.
 """
@@ -23,6 +26,7 @@ from circuits.attribution.nodes import Nodes, aggregate, effects_of
 from circuits.discovery.batching import GIB, DiscoveryRun
 from circuits.options import members
 from sae._progress import ProgressBar
+from sae.errors import UserError
 from sae.model.sites import Site
 
 MOST_BATCHES = 10**6
@@ -42,31 +46,52 @@ def node_pass(run: DiscoveryRun) -> list[Attribution]:
 
 def _pass(run: DiscoveryRun, first: int = 0) -> list[Attribution]:
     """The effects of one method; `first`: the number that the file of the first batch has."""
-    indices = run.batches()
+    indices, n_sites, processes = run.batches(), len(run.sites), run.processes
+    names = [f"nodes-{first + number:04}" for number in range(len(indices))]
     results: dict[int, Attribution] = {}
     for number, index in enumerate(indices):
-        if run.files is not None and (tensors := run.files.get(f"nodes-{first + number:04}")) is not None:
-            results[number] = unflatten(Attribution, tensors, setting=run.setting, prompts=run.prompts[index])
+        if (batch := _stored(run, names[number], index)) is not None:
+            results[number] = batch
     budget = run.options.memory * GIB - sum(batch.n_bytes_for_edges for batch in results.values())
+    budget /= processes.size
     if any(not batch.edge_inputs for batch in results.values()):
         budget = -1.0  # it was used up before
-    unfinished = [number for number in range(len(indices)) if number not in results]
+    unfinished = processes.by_first(lambda: [number for number in range(len(indices)) if number not in results])
+    rounds, n_finished = run.rounds(unfinished), len(indices) - len(unfinished)
     with ProgressBar(
-        total=len(indices) * len(run.sites), initial=len(results) * len(run.sites),
+        total=len(indices) * n_sites, initial=n_finished * n_sites,
         desc=f"nodes ({run.options.method})", unit="site", disable=not run.progress,
     ) as bar:  # fmt: skip
-        for numbers in run.rounds(unfinished):
-            for number, batch in zip(numbers, _round(run, [indices[n] for n in numbers], bar), strict=True):
-                budget -= batch.n_bytes_for_edges
-                batch = batch if budget >= 0 else batch.without_edge_inputs()
+        for turn in processes.dealt(len(rounds), names[0]):
+            numbers = rounds[turn]
+            bar.update((n_finished + unfinished.index(numbers[0])) * n_sites - bar.n)  # what others have taken
+            for number, made in zip(numbers, _round(run, [indices[n] for n in numbers], bar), strict=True):
+                budget -= made.n_bytes_for_edges
+                batch = made if budget >= 0 else made.without_edge_inputs()
                 if run.files is not None:
-                    name = f"nodes-{first + number:04}"
-                    run.files.put(name, flatten(batch))
-                    tensors = run.files.get(name) or {}
-                    prompts = run.prompts[indices[number]]
-                    batch = unflatten(Attribution, tensors, setting=run.setting, prompts=prompts)
+                    run.files.put(names[number], flatten(batch))
+                    batch = _finished(run, names[number], indices[number])
                 results[number] = batch
+        processes.gathered(None)
+        bar.update(len(indices) * n_sites - bar.n)
+    results |= {n: _finished(run, names[n], indices[n]) for n in unfinished if n not in results}  # by others
     return [results[number] for number in range(len(indices))]
+
+
+def _stored(run: DiscoveryRun, name: str, index: Tensor) -> Attribution | None:
+    """A batch from its file; None where it is not finished."""
+    tensors = None if run.files is None else run.files.get(name)
+    return None if tensors is None else unflatten(Attribution, tensors, setting=run.setting, prompts=run.prompts[index])
+
+
+def _finished(run: DiscoveryRun, name: str, index: Tensor) -> Attribution:
+    batch = _stored(run, name, index)
+    if batch is None:
+        raise UserError(
+            f"the finished batch {name!r} cannot be read again: the run must lie on a file system that all processes "
+            "share"
+        )
+    return batch
 
 
 def all_effects(

@@ -55,7 +55,7 @@ SAE = Layout((r"config\.json", r"sae\.safetensors", EVALUATION))
 MADE_WITH_SAES = (r"(training|finetuning)\.jsonl", EVALUATION)
 """Files beside the autoencoders that go with them; names of features that people gave stay."""
 SAES = Layout((*MADE_WITH_SAES, r"labels\.jsonl"), {SITE: SAE})
-CHECKPOINTS = Layout(folders={r"step_\d{8}": Layout((r"state\.json", r"state\.safetensors"))})
+CHECKPOINTS = Layout(folders={r"step_\d{8}": Layout((r"state\.json", r"state(-\d+-of-\d+)?\.safetensors"))})
 PARTIAL = Layout((r"partial\.json", r"(nodes|edges)-\d{4,}\.safetensors"))
 MEASURED = Layout((
     rf"(edge_)?faithfulness{NAMED}\.(json|svg)", rf"mask{NAMED}\.(json|safetensors)",

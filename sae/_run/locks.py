@@ -21,6 +21,7 @@ from pathlib import Path
 
 from sae._files import make_folder
 from sae._run.contents import clean
+from sae._run.processes import current
 from sae.errors import UserError
 
 try:
@@ -39,11 +40,12 @@ def lock(folder: str | Path, *, shared: bool = False) -> Iterator[Path]:
     """Have a folder, made where there is none, to write to until the block ends; taken again inside, it stays taken.
 
     shared: beside others that share it; of a folder that is not there nothing is taken.
+    Of several processes of one command the first takes it, for all of them.
     Raises UserError where another process has it.
     """
     folder = Path(folder)
     is_new = not folder.exists()
-    if shared and is_new:
+    if (shared and is_new) or not current().is_first:
         yield folder
         return
     path = make_folder(folder).resolve()

@@ -195,20 +195,34 @@ class ModelActivations:
 
         Also writes the token ids [n] of the rows if asked to.
         """
-        capacity = len(next(iter(buffer.values())))
+        n = 0
+        for tokens, keep in self.batches(len(next(iter(buffer.values()))), one_epoch=one_epoch):
+            rows = slice(n, n + int(keep.sum()))
+            for site, x in self.forward(tokens, keep).items():
+                buffer[site][rows] = x
+            if ids is not None:
+                ids[rows] = tokens.input_ids[keep].to(ids.device)
+            n = rows.stop
+        return n
+
+    def batches(self, capacity: int, *, one_epoch: bool = False) -> Iterator[tuple[Tokens, Tensor]]:
+        """The contexts of the next forward passes and which of their tokens count [B, S], as many as fit into
+        `capacity` rows; with `one_epoch` until the text ends for the first time.
+        """
         n = barren = 0
         while sum(map(len, self.stream.peek())) <= capacity - n and not (one_epoch and self.stream.state.epoch):
-            tokens = self.stream.take().to(self.model.device)
-            keep = counted_tokens(self.model, tokens, special_tokens=not self.exclude_special)  # [B, S]
-            run = self.model.run(tokens, capture=self.sites, need_logits=False)
-            check_finite(run)
+            tokens = self.stream.take()
+            keep = counted_tokens(self.model, tokens, special_tokens=not self.exclude_special)
+            yield tokens, keep
             rows = int(keep.sum())
-            for site, x in run.activations.items():
-                buffer[site][n : n + rows] = x[keep]
-            if ids is not None:
-                ids[n : n + rows] = tokens.input_ids[keep]
             n += rows
             barren = 0 if rows else barren + 1
             if barren > GROUP_DOCUMENTS and n == 0:
                 raise UserError(f"the text {self.stream.source.name!r} has nothing but special tokens")
-        return n
+
+    def forward(self, tokens: Tokens, keep: Tensor) -> dict[Site, Tensor]:
+        """Activations [n, width] of the n tokens that count, by site."""
+        run = self.model.run(tokens.to(self.model.device), capture=self.sites, need_logits=False)
+        check_finite(run)
+        counted = keep.to(self.model.device)
+        return {site: x[counted] for site, x in run.activations.items()}

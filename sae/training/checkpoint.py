@@ -3,7 +3,8 @@
 `checkpoints/step_00001200/{state.safetensors, state.json}` is written under a temporary name and renamed; the last two
 stay, and where the last one is damaged the one before serves. Everything that training reads is in it or follows from
 it: weights, Adam's moments and step counts, counters, the step, and the position in the text at which the present fill
-of the buffer began.
+of the buffer began. Where several processes train, each writes the tensors that it has to a file of its own,
+`state-2-of-8.safetensors`; any number of processes goes on from all of them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +32,7 @@ from sae._files import (
     write_tensors,
 )
 from sae._run.contents import CHECKPOINTS, check_contents
+from sae._run.processes import Processes
 from sae.data.activations import StreamState
 from sae.errors import UserError
 
@@ -67,28 +69,49 @@ class _Entries:
     log_bytes: int
     checksum: str
     """Digest of the tensors and of the other entries."""
+    files: int = 1
+    """Files of tensors, one of each process."""
 
 
-def save(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Writes a checkpoint and removes all but the last two."""
-    make_folder(folder)
+def save(folder: Path, checkpoint: Checkpoint, processes: Processes | None = None) -> Path:
+    """Writes a checkpoint and removes all but the last two; each of `processes` its tensors, the first all else."""
+    processes = processes or Processes()
     final = folder / f"step_{checkpoint.step:08d}"
+    temporary = processes.by_first(lambda: _temporary_folder(final))
+    try:
+        write_tensors(temporary / _tensor_file(processes.rank, processes.size), checkpoint.tensors)
+        digests = processes.gathered(digest_tensors(checkpoint.tensors))
+        if processes.is_first:
+            _complete(temporary, final, checkpoint, digests)
+    finally:
+        if processes.is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return final
+
+
+def _temporary_folder(final: Path) -> Path:
+    make_folder(final.parent)
     temporary = temporary_name(final)
     temporary.mkdir()
-    try:
-        write_tensors(temporary / "state.safetensors", checkpoint.tensors)
-        entries = {key: value for key, value in vars(checkpoint).items() if key not in ("tensors", "position")}
-        entries = {"schema_version": 2, **entries, "position": asdict(checkpoint.position)}
-        write_json(temporary / "state.json", {**entries, "checksum": _checksum(entries, checkpoint.tensors)})
-        if final.exists():  # damaged, so that training went on from an earlier one
-            shutil.rmtree(final.rename(temporary_name(final)), ignore_errors=True)
-        temporary.rename(final)
-        sync(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    for old in _folders(folder)[:-N_CHECKPOINTS]:
+    return temporary
+
+
+def _tensor_file(rank: int, size: int) -> str:
+    return "state.safetensors" if size == 1 else f"state-{rank + 1}-of-{size}.safetensors"
+
+
+def _complete(temporary: Path, final: Path, checkpoint: Checkpoint, digests: Sequence[str]) -> None:
+    """Says what the tensors are of, and gives the folder its name."""
+    entries = {key: value for key, value in vars(checkpoint).items() if key not in ("tensors", "position")}
+    entries = {"schema_version": 2, **entries, "position": asdict(checkpoint.position)}
+    entries |= {} if len(digests) == 1 else {"files": len(digests)}
+    write_json(temporary / "state.json", {**entries, "checksum": _checksum(entries, digests)})
+    if final.exists():  # damaged, so that training went on from an earlier one
+        shutil.rmtree(final.rename(temporary_name(final)), ignore_errors=True)
+    temporary.rename(final)
+    sync(final.parent)
+    for old in _folders(final.parent)[:-N_CHECKPOINTS]:
         shutil.rmtree(old.rename(temporary_name(old)), ignore_errors=True)
-    return final
 
 
 def latest(folder: Path) -> Checkpoint | None:
@@ -147,16 +170,19 @@ def cut_log(path: Path, n_bytes: int) -> None:
 
 def _read(path: Path) -> Checkpoint:
     check_contents(path, CHECKPOINTS.of(path) or CHECKPOINTS)
-    tensors = read_tensors(path / "state.safetensors")
     noted = read_json(path / "state.json", _Entries)
+    files = [read_tensors(path / _tensor_file(rank, noted.files)) for rank in range(noted.files)]
     entries = {key: value for key, value in asdict(noted).items() if key != "checksum"}
-    if noted.checksum != _checksum(entries, tensors):
+    if noted.files == 1:
+        del entries["files"]
+    if noted.checksum != _checksum(entries, [digest_tensors(tensors) for tensors in files]):
         raise UserError(f"{path} is damaged: its checksum is not that of its contents")
+    tensors = {name: tensor for of_process in files for name, tensor in of_process.items()}
     return Checkpoint(noted.step, noted.counters, noted.position, noted.log_bytes, tensors)
 
 
-def _checksum(entries: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    text = json.dumps(entries, sort_keys=True) + digest_tensors(tensors)
+def _checksum(entries: Mapping[str, Any], digests: Sequence[str]) -> str:
+    text = json.dumps(entries, sort_keys=True) + "".join(digests)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

@@ -4,12 +4,14 @@
 2. Checkpoints are made at even distances. The first Ctrl-C or SIGTERM asks the loop to stop after the present step and
    to leave a checkpoint; the second stops at once.
 3. A run goes on from its last checkpoint. The log is cut to what it was then.
-4. Losses or weights that are not finite end the run with a sentence; what was saved before stays.
+4. Of several processes (`sae._run.processes`) the first writes the log and speaks; all stop after the same step.
+5. Losses or weights that are not finite end the run with a sentence; what was saved before stays.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,16 +21,19 @@ import torch
 from torch import Tensor
 
 from sae._progress import ProgressBar
+from sae._run.processes import Processes
 from sae.data.activations import StreamState
 from sae.errors import UserError
 from sae.training import checkpoint as checkpoints
 from sae.training.checkpoint import Checkpoint
 from sae.training.config import FinetuneConfig, TrainConfig
 from sae.training.run_folder import RunFolder
-from sae.training.stopping import stopping
+from sae.training.stopping import Stop, stopping
 
 log = logging.getLogger(__name__)
 
+STOP_STEPS = 16
+"""Steps after which several processes ask one another whether to stop."""
 BETAS = (0.9, 0.99)
 """Adam's decay rates; .999 remembers the large gradients of the start too long."""
 
@@ -53,6 +58,8 @@ class TrainingLoop(ABC):
     """Units of the whole run."""
     position = StreamState()
     """Where in the text a resumed run begins to read."""
+    processes = Processes()
+    """Those that share the work."""
 
     def __init__(
         self,
@@ -68,6 +75,11 @@ class TrainingLoop(ABC):
         self.files, self.progress = run, progress
         self.step = 0
         self.explained: dict[str, float] = {}  # explained variance by name, since the last line of the log
+
+    @property
+    def savers(self) -> Processes:
+        """Processes that each have tensors to save."""
+        return self.processes
 
     @property
     def done(self) -> int:
@@ -89,23 +101,31 @@ class TrainingLoop(ABC):
             total=self.total, initial=self.done, unit=self.unit, desc=self.title, disable=not self.progress
         )
         try:
-            with bar, self.files.log_path.open("a", encoding="utf-8") as lines, stopping() as stop:
+            log_path = self.files.log_path if self.processes.is_first else Path(os.devnull)
+            with bar, log_path.open("a", encoding="utf-8") as lines, stopping() as stop:
                 while self.done < self.total:
                     done = self.done
                     self._one_step()
                     bar.update(min(self.done, self.total) - done)
                     if self.step % self.log_steps == 0 or self.done >= self.total:
                         bar.set_postfix_str(self._log(lines))
-                    if stop or self._checkpoints_due(done) < self._checkpoints_due(self.done):
+                    stops = self._stops(stop)
+                    if stops or self._checkpoints_due(done) < self._checkpoints_due(self.done):
                         lines.flush()
                         self._save()
-                    if stop and self.done < self.total:
+                    if stops and self.done < self.total:
                         raise KeyboardInterrupt
             self._check_finite()
             warn_of_useless(self.explained)
         except KeyboardInterrupt:
             log.warning("interrupted after %d of %d %ss; the last checkpoint stands", self.done, self.total, self.unit)
             raise
+
+    def _stops(self, stop: Stop) -> bool:
+        """Whether to stop after this step; of several processes, whether any was asked to, every few steps."""
+        if self.processes.size == 1:
+            return bool(stop)
+        return self.step % STOP_STEPS == 0 and any(self.processes.gathered(bool(stop)))
 
     def _checkpoints_due(self, done: int) -> int:
         """Checkpoints of the run that are due once so much is done."""
@@ -129,13 +149,13 @@ class TrainingLoop(ABC):
         log_bytes = self.files.log_path.stat().st_size
         counters = {name: getattr(self, name) for name in self.counters}
         state = Checkpoint(self.step, counters, self.position, log_bytes, self._tensors())
-        checkpoints.save(self.files.checkpoints, state)
+        checkpoints.save(self.files.checkpoints, state, self.savers)
 
     def _restore(self) -> bool:
         """Puts the last checkpoint in force; False if there is none."""
         saved = checkpoints.latest(self.files.checkpoints)
         if saved is None:
-            self.files.log_path.unlink(missing_ok=True)
+            self.processes.by_first(lambda: self.files.log_path.unlink(missing_ok=True))
             return False
         self.step, self.position = saved.step, saved.position
         for name in self.counters:
@@ -144,7 +164,7 @@ class TrainingLoop(ABC):
             checkpoints.make_moments(name, sae.weights, self.optimizer, saved.tensors)
         with torch.no_grad():
             checkpoints.put_in_force(self._tensors(), saved, self.files.checkpoints)
-        checkpoints.cut_log(self.files.log_path, saved.log_bytes)
+        self.processes.by_first(lambda: checkpoints.cut_log(self.files.log_path, saved.log_bytes))
         log.info("resumed after %d of %d %ss", self.done, self.total, self.unit)
         return True
 

@@ -4,7 +4,7 @@
 2. each `TrainingSAE` (one autoencoder at one site) makes the gradients of its batch, and one fused Adam step updates
    all of them, with the learning rates of its `Schedule`;
 3. every `log_steps` steps a line a site goes to `saes/training.jsonl`; checkpoints are made at even distances;
-4. at the end each autoencoder is exported to `saes/<site>/`.
+4. `export` makes of each the autoencoder that is saved.
 
 A run that was interrupted goes on with `resume=True` from its last checkpoint, and on a CPU gives the same bits as one
 that was not: the order of activations is a function of the seed and the number of the fill, and the fill is made again.
@@ -15,29 +15,25 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
-from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 
-from sae._run.locks import lock
+from sae._run.processes import Processes
 from sae.autoencoder import SparseAutoencoder
 from sae.data.activations import ActivationSource, ContextStream, ModelActivations
 from sae.data.cache import CachedActivations, CachedModel
 from sae.data.text import TextSource
 from sae.errors import UserError
-from sae.model.forward import with_gradients
 from sae.model.language_model import LanguageModel
-from sae.model.sites import Site, select_sites
-from sae.saes import SAEs
+from sae.model.sites import Site
 from sae.sparse.encoder_pass import Workspace
-from sae.training.config import TrainConfig, with_contexts_of
+from sae.training.config import TrainConfig
 from sae.training.loop import BETAS, TrainingLoop, diverged
-from sae.training.run_folder import RunFolder, run_settings
+from sae.training.run_folder import RunFolder
 from sae.training.training_sae import DEAD_LOOKS, TrainingSAE
 
 log = logging.getLogger(__name__)
@@ -45,56 +41,6 @@ log = logging.getLogger(__name__)
 BUFFER_BYTES = 2 * 2**30
 MIN_BUFFER_TOKENS = 8192
 """However many sites there are, and never less than one forward pass gives: every fill makes progress."""
-
-
-@with_gradients
-def train_saes(
-    model: LanguageModel | CachedModel,
-    texts: str | Path | Iterable[str] | TextSource,
-    *,
-    sites: str | Sequence[str | Site] = "all",
-    config: TrainConfig | None = None,
-    out: str | Path,
-    resume: bool = False,
-    overwrite: bool = False,
-    progress: bool = True,
-    activations: CachedActivations | None = None,
-) -> SAEs:
-    """Train a sparse autoencoder at each site, all from the same forward passes of the model over a text; at the MLPs
-    transcoders, where the config says so.
-
-    Args:
-        model: the model; `cache.model` with `activations`, which is never run.
-        texts: documents, a .txt or .jsonl file, or a hub data set; read again from its beginning where it is too short.
-        sites: "all", a kind such as "resid", or sites such as ["resid_3", "mlp_2"].
-        config: size, architecture and length of the training; see `TrainConfig`, whose defaults the command has too.
-        out: the run folder: autoencoders go to `out`/saes/<site>, the log to `out`/saes/training.jsonl.
-        resume, overwrite: go on with an interrupted run of the same options, or replace an earlier run in `out`.
-        progress: whether to show a bar on standard error.
-        activations: a cache to read instead of running the model.
-
-    Returns:
-        The autoencoders by site, in the order of the forward pass, with unit decoder rows, for raw activations.
-
-    Raises:
-        UserError: an option or a site does not exist, the folder holds something else, or training diverges.
-    """
-    config, out, source = config or TrainConfig(), Path(out), TextSource.of(texts)
-    chosen = select_sites(sites, model.sites)
-    config = config if activations is None else with_contexts_of(activations, config)
-    cache = None if activations is None else activations.identity
-    run = RunFolder(out, "train", run_settings(model, source, chosen, config, cache=cache))
-    with lock(out):
-        if resume and run.finished():
-            return run.load(model.device)
-        rows = open_activations(model, source, chosen, config, cache=activations)
-        run.start(resume=resume, overwrite=overwrite)
-        saes = [begin(site.name, site, rows, config, model.device) for site in chosen]
-        Trainer(saes, rows, config, run, progress=progress).run()
-        exported = SAEs({sae.site: export(sae, model, rows) for sae in saes})
-        run.save(exported)
-        run.finish(read=asdict(rows.text_read()))
-    return exported
 
 
 def read_site(site: Site, config: TrainConfig) -> Site:
@@ -146,6 +92,11 @@ def rows_in_buffer(activations: ActivationSource, config: TrainConfig) -> int:
     return max(wanted, MIN_BUFFER_TOKENS, config.batch, activations.rows_at_once)
 
 
+def order_of_rows(seed: int, fill: int, n: int) -> Tensor:
+    """The order [n] in which the rows of a fill of the buffer are dealt out."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(1_000_003 * seed + fill))
+
+
 class Trainer(TrainingLoop):
     """Trains autoencoders on the activations of their sites, all from the same tokens."""
 
@@ -159,7 +110,11 @@ class Trainer(TrainingLoop):
         run: RunFolder,
         *,
         progress: bool,
+        processes: Processes | None = None,
     ):
+        """processes: those that share the work; `saes` are this one's."""
+        self.processes = processes or Processes()
+        self.held = {site for sae in saes for site in (sae.site, sae.read_site)}
         self.saes = [sae for sae in saes if sae.architecture.trained]
         self.activations, self.config, self.device = activations, config, saes[0].device
         self.batch, self.total = config.batch, config.steps
@@ -179,29 +134,35 @@ class Trainer(TrainingLoop):
     def run(self) -> None:
         """Trains to the end, from the last checkpoint if there is one."""
         self._allocate()
-        restored = self._restore()
-        self._fill()
-        if not restored:
-            for sae in self.saes:
-                sae.prepare(self.buffer[sae.site][: self.filled], self.buffer[sae.read_site][: self.filled])
+        if self._restore():
+            self._fill()
+        else:
+            self._prepare()
         if self.saes:
             self.logged_at, self.logged_step = time.monotonic(), self.step
             self._run_loop()
 
     def _allocate(self) -> None:
-        """The buffers of all sites, in float32, within the memory allowed."""
+        """The buffers of the sites that it needs, in float32; those of all sites are within the memory allowed."""
         size = rows_in_buffer(self.activations, self.config)
         self.buffer = {
-            site: torch.empty(size, width, device=self.device) for site, width in self.activations.widths.items()
+            site: torch.empty(size, width, device=self.device)
+            for site, width in self.activations.widths.items()
+            if site in self.held
         }
+
+    def _prepare(self) -> None:
+        """Fills the buffer for the first time, and takes centre and scale of each site from it."""
+        self._fill()
+        for sae in self.saes:
+            sae.prepare(self.buffer[sae.site][: self.filled], self.buffer[sae.read_site][: self.filled])
 
     def _fill(self) -> None:
         """Fills the buffer from the present position and deals the rows out in a new order."""
         self.activations.seek(self.position)
         self.filled = self.activations.fill(self.buffer)
         for seed in {sae.config.seed for sae in self.saes}:
-            generator = torch.Generator().manual_seed(1_000_003 * seed + self.fill)
-            self.orders[seed] = torch.randperm(self.filled, generator=generator).to(self.device)
+            self.orders[seed] = order_of_rows(seed, self.fill, self.filled).to(self.device)
 
     def _next_rows(self) -> dict[int, Tensor]:
         """Rows of the buffer for the next batch [n], by seed; fills it again when fewer than a batch are left."""
@@ -214,7 +175,8 @@ class Trainer(TrainingLoop):
         self.dealt += 1
         return {seed: order[dealt] for seed, order in self.orders.items()}
 
-    def _one_step(self) -> None:
+    def _make_gradients(self) -> None:
+        """Gradients of all autoencoders from the next batch."""
         rows = self._next_rows()
         casts = self.config.autocast and self.device.type == "cuda"
         with torch.autocast("cuda", torch.bfloat16) if casts else nullcontext():
@@ -224,6 +186,9 @@ class Trainer(TrainingLoop):
                     sae.resample(x, self.optimizer.state, self.step)
                 x_read = None if sae.read_width is None else self.buffer[sae.read_site][rows[sae.config.seed]]
                 sae.step(x, self.step, x_read)
+
+    def _one_step(self) -> None:
+        self._make_gradients()
         if self.device.type == "cpu" or self.step % DEAD_LOOKS == 0:  # a look at a number waits for the device
             self._check_losses()
         for group in self.optimizer.param_groups:
@@ -244,15 +209,15 @@ class Trainer(TrainingLoop):
         now, tokens = time.monotonic(), (self.step - self.logged_step) * self.batch
         speed = tokens / max(now - self.logged_at, 1e-9)
         self.logged_at, self.logged_step = now, self.step
-        reports = {sae: sae.report() for sae in self.saes}
-        self.explained = {sae.name: report["explained_variance"] for sae, report in reports.items()}
-        epoch = self.activations.position().epoch
-        for sae, report in reports.items():
-            rate = sae.schedule.learning_rate(self.step - 1)
-            line = {"step": self.step, "tokens": self.step * self.batch, "site": sae.name, **report}
-            line |= {"learning_rate": rate, "tokens_per_second": round(speed), "epoch": epoch}
-            lines.write(json.dumps(line) + "\n")
+        mine: dict[str, dict[str, Any]] = {}
+        for sae in self.saes:
+            line = {"step": self.step, "tokens": self.step * self.batch, "site": sae.name, **sae.report()}
+            line |= {"learning_rate": sae.schedule.learning_rate(self.step - 1), "tokens_per_second": round(speed)}
+            mine[sae.name] = line | {"epoch": self.activations.position().epoch}
+        of_all = {name: line for of_process in self.processes.gathered(mine) for name, line in of_process.items()}
+        lines.writelines(json.dumps(line) + "\n" for line in of_all.values())
+        self.explained = {name: line["explained_variance"] for name, line in of_all.items()}
         shared = ("loss", "l0", "explained_variance", "dead")  # what every architecture reports
-        mean = {key: sum(report[key] for report in reports.values()) / len(reports) for key in shared}
+        mean = {key: sum(line[key] for line in of_all.values()) / len(of_all) for key in shared}
         named = f"loss {mean['loss']:.3f}, L0 {mean['l0']:.1f}, explained {mean['explained_variance']:.3f}"
         return f"{named}, dead {mean['dead']:.2f}, {speed:,.0f} tokens/s"

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -175,6 +175,7 @@ class TrainingSAE:
         self.state |= {f"extra.{key}": tensor for key, tensor in extra.items()}
         self.dead: Tensor | None = None
         self.workspace = Workspace()
+        self.sum_over_processes: Callable[[Sequence[Tensor]], Sequence[Tensor]] = lambda tensors: tensors
 
     @property
     def unit_decoder(self) -> bool:
@@ -256,15 +257,17 @@ class TrainingSAE:
 
     def _count(self, x: Tensor, stats: StepStats) -> None:
         """Takes a batch of scaled activations x [n, d] into the counters."""
-        state = self.state
-        state["silent"].add_(len(x)).mul_(stats.fired == 0)
-        state["l0"].copy_(stats.fired.sum() / len(x))
-        state["loss"].add_(stats.loss)
-        state["squared_error"].add_(stats.squared_error)
-        state["active"].add_(stats.fired.sum())
-        state["sum_x"].add_(x.sum(0))
-        state["sum_x2"].add_(x.square().sum())
-        state["n_tokens"].add_(len(x))
+        state, n_tokens = self.state, torch.tensor(float(len(x)), device=x.device)
+        sums = [stats.fired, stats.loss, stats.squared_error, x.sum(0), x.square().sum(), n_tokens]
+        fired, loss, squared_error, sum_x, sum_x2, n_tokens = self.sum_over_processes(sums)
+        state["silent"].add_(n_tokens).mul_(fired == 0)
+        state["l0"].copy_(fired.sum() / n_tokens)
+        state["loss"].add_(loss)
+        state["squared_error"].add_(squared_error)
+        state["active"].add_(fired.sum())
+        state["sum_x"].add_(sum_x)
+        state["sum_x2"].add_(sum_x2)
+        state["n_tokens"].add_(n_tokens)
 
     def _adjust_penalty(self, x: Tensor, step: int, hyper: Hyper, previous_l0: Tensor) -> None:
         """Steers the weight of the penalty, or rescales a fixed one to the penalty of the next step."""

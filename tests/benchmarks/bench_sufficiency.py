@@ -40,7 +40,7 @@ from sae.model.sites import Site
 from sae.neurons import DICTIONARIES
 from sae.saes import load_saes
 from sae.training.config import TrainConfig
-from sae.training.trainer import train_saes
+from sae.training.train import train_saes
 
 SIZES = (10, 20, 50, 75, 100, 130, 180, 240, 320, 450, 600, 750, 900, 1200, 1500)
 SHOWN = {"all sites": (100, 180, 450, 900, 1500), "attn_2": (50, 100, 180, 450)}

@@ -40,7 +40,7 @@ from sae.model.load import load_model
 from sae.model.sites import Site
 from sae.saes import load_saes
 from sae.training.config import TrainConfig
-from sae.training.trainer import train_saes
+from sae.training.train import train_saes
 from tests.circuits.ground_truth import recovery
 
 MAX_ROWS = 512

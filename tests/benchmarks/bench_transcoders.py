@@ -34,7 +34,7 @@ from sae.model.language_model import LanguageModel
 from sae.model.load import load_model
 from sae.model.sites import Site
 from sae.training.config import TrainConfig
-from sae.training.trainer import train_saes
+from sae.training.train import train_saes
 
 OURS: dict[str, dict[str, object]] = {
     "autoencoder of the output": {},

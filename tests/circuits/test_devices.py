@@ -25,7 +25,7 @@ from sae.saes import SAEs, load_saes
 from sae.sparse.activations import group_offsets, rows_added, rows_multiplied, segment_dot, using, weighted_segment_sum
 from sae.training.config import FinetuneConfig, TrainConfig
 from sae.training.finetuning import finetune_saes
-from sae.training.trainer import train_saes
+from sae.training.train import train_saes
 from tests.conftest import WORDS
 from tests.simulated_device import simulated_device
 

@@ -20,7 +20,7 @@ from sae.model.sites import Site
 from sae.saes import load_saes
 from sae.training.config import TrainConfig
 from sae.training.sweep import grid, sweep
-from sae.training.trainer import train_saes
+from sae.training.train import train_saes
 
 TEXTS = [
     "the man sees the dog",

@@ -7,7 +7,8 @@ from sae.errors import UserError
 from sae.training import checkpoint
 from sae.training.config import TrainConfig
 from sae.training.cost import estimate_training
-from sae.training.trainer import Trainer, train_saes
+from sae.training.train import train_saes
+from sae.training.trainer import Trainer
 from tests.sae.training.test_trainer import stories
 
 

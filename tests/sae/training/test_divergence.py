@@ -23,7 +23,8 @@ from sae.sparse.encoder_pass import EncoderPass
 from sae.training.config import FinetuneConfig, TrainConfig
 from sae.training.finetuning import finetune_saes
 from sae.training.sweep import grid, sweep
-from sae.training.trainer import Trainer, train_saes
+from sae.training.train import train_saes
+from sae.training.trainer import Trainer
 from sae.training.training_sae import Schedule, TrainingSAE
 
 TEXTS = ["the man sees the dog", "she walks near the old cat .", "kings know queens"] * 60

@@ -20,7 +20,7 @@ from sae.saes import load_saes
 from sae.training.config import FinetuneConfig, TrainConfig
 from sae.training.finetuning import Finetuner, finetune_saes, make_trainable, prediction_loss, spliced_loss
 from sae.training.finetuning_sae import FinetuningSAE
-from sae.training.trainer import train_saes
+from sae.training.train import train_saes
 from tests.sae.training.test_trainer import stories
 
 SITES = "embed,attn_0,resid_0,mlp_1"

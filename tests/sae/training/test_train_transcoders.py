@@ -16,7 +16,7 @@ from sae.training.finetuning import finetune_saes
 from sae.training.finetuning_sae import FinetuningSAE
 from sae.training.loop import BETAS
 from sae.training.sweep import grid, sweep
-from sae.training.trainer import train_saes
+from sae.training.train import train_saes
 from sae.training.training_sae import TrainingSAE
 from tests.sae.training.test_trainer import Stopped, stop_after, stories
 

@@ -12,7 +12,8 @@ from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
 from sae.saes import load_saes
 from sae.training.config import TrainConfig
-from sae.training.trainer import Trainer, train_saes
+from sae.training.train import train_saes
+from sae.training.trainer import Trainer
 from sae.training.training_sae import Schedule, TrainingSAE, geometric_median
 from tests.benchmarks.training_memory import training_memory
 

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from circuits.cli.options import HasModel, HasSaes, Output, Overwrites, UsesSaes
+from circuits.cli.options import HasModel, HasSaes, Output, Overwrites, SharesWork, UsesSaes
 from circuits.options import DiscoverOptions
 from sae._files import prepare_folder, read_json, write_json
 from sae._options import Count, Magnitude, Positive, Resamples
 from sae._run.contents import CIRCUIT, MEASURED, check_contents, check_run_config, remove, visible
 from sae._run.locks import lock
 from sae._run.outputs import check_no_link
+from sae._run.processes import current
 from sae.data.text import TextSource
 from sae.errors import UserError
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiscoverCommand(UsesSaes, Overwrites, HasSaes, HasModel):
+class DiscoverCommand(UsesSaes, Overwrites, SharesWork, HasSaes, HasModel):
     """Find the circuit behind a set of prompts: effects of all features and errors, edges among the strongest."""
 
     prompts: str
@@ -75,11 +76,13 @@ class DiscoverCommand(UsesSaes, Overwrites, HasSaes, HasModel):
         if self.estimate:
             return self._run(self.out / "circuit")
         with lock(self.out):
-            return self._run(self._folder())
+            return self._run(current().by_first(self._folder))
 
     def _run(self, folder: Path) -> Output:
+        from circuits.circuit import PARTIAL_FOLDER
         from circuits.cli.common import load_checked_saes, load_model
         from circuits.discovery.cost import estimate_discovery
+        from circuits.discovery.discover import discover
         from circuits.metrics.metrics import absolute, get_metric
         from circuits.metrics.probe import visible_sites
         from circuits.prompts.dataset import load_prompts
@@ -96,7 +99,13 @@ class DiscoverCommand(UsesSaes, Overwrites, HasSaes, HasModel):
         if self.estimate:
             estimate = estimate_discovery(model, saes, prompts, self.options)
             return Output(estimate.text(), {"estimate": estimate.to_dict()})
-        circuit = self._discovered(model, saes, prompts, options, folder)
+        circuit = discover(
+            model, saes, prompts, options, provenance=self._provenance(prompts), progress=not self.quiet,
+            partial=folder / PARTIAL_FOLDER, resume=self.resume,
+        )  # fmt: skip
+        if not current().is_first:  # the others have done their share
+            return Output("", {})
+        circuit = self._examined(circuit, prompts)
         texts = TextSource.of(self.text).read() if self.text else None
         features = describe_features(model, saes, circuit, prompts, texts=texts)
         circuit.features.update(features)
@@ -105,25 +114,12 @@ class DiscoverCommand(UsesSaes, Overwrites, HasSaes, HasModel):
         data = {**circuit.metadata, "kept": kept, "circuit": str(folder), "estimate": None}
         return Output(_summary(circuit, prompts, folder, kept), data)
 
-    def _discovered(
-        self,
-        model: LanguageModel,
-        saes: Mapping[Site, SparseAutoencoder],
-        prompts: PromptSet,
-        options: DiscoverOptions,
-        folder: Path,
-    ) -> Circuit:
-        """The circuit, with its intervals and the strongest nodes verified."""
-        from circuits.circuit import PARTIAL_FOLDER
-        from circuits.discovery.discover import discover
+    def _examined(self, circuit: Circuit, prompts: PromptSet) -> Circuit:
+        """The circuit with its intervals, and the strongest nodes verified."""
         from circuits.uncertainty.bootstrap import Bootstrap
         from circuits.uncertainty.intervals import with_uncertainty
         from circuits.uncertainty.verification import verified, verify
 
-        circuit = discover(
-            model, saes, prompts, options, provenance=self._provenance(prompts), progress=not self.quiet,
-            partial=folder / PARTIAL_FOLDER, resume=self.resume,
-        )  # fmt: skip
         if self.resamples:
             circuit = with_uncertainty(circuit, Bootstrap(resamples=self.resamples))
         if not self.verify:
@@ -175,6 +171,8 @@ class DiscoverCommand(UsesSaes, Overwrites, HasSaes, HasModel):
         return prepare_folder(folder, overwrite=self.overwrite or self.resume)
 
     def _check(self) -> None:
+        if self.estimate and (self.processes or current().size > 1):
+            raise UserError("estimate is on, which one process makes: leave out --processes, or torchrun")
         if self.node_threshold is None and 0 < self.options.edge_nodes < self.nodes:
             raise UserError(
                 f"nodes is {self.nodes}, but edges are computed among {self.options.edge_nodes} nodes alone: "

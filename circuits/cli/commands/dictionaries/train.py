@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 from circuits.cli.commands.dictionaries.cache import open_cache
 from circuits.cli.commands.dictionaries.finetune import finetuned_lines, progress_of
-from circuits.cli.options import Common, HasSites, HasTextOrCache, Output, Overwrites, need
+from circuits.cli.options import Common, HasSites, HasTextOrCache, Output, Overwrites, SharesWork, need
 from sae._options import TokenCount
 from sae._run.locks import lock
+from sae._run.processes import current
 from sae.errors import UserError
 from sae.training.config import FinetuneConfig, TrainConfig
 
@@ -21,7 +22,7 @@ FINETUNED = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainCommand(Common, Overwrites, HasSites, HasTextOrCache):
+class TrainCommand(Common, Overwrites, SharesWork, HasSites, HasTextOrCache):
     """Train a sparse autoencoder at every chosen site, all from one forward pass of the model over the text."""
 
     out: Path
@@ -35,11 +36,19 @@ class TrainCommand(Common, Overwrites, HasSites, HasTextOrCache):
     finetune_tokens: TokenCount | None = None
     """Tokens to fine-tune on, beside those of training; a fifth of these by default. `sfc finetune` has more options.
     """
+    parallel: Literal["sites", "data"] | None = None
+    """What several processes share out: sites, each training some of them, to the same bits as one process; or data,
+    each training all on its share of every batch, the same up to rounding, but not batchtopk, matryoshka, resampling or
+    a cache. Sites by default where there is one for each process.
+    """
     config: TrainConfig = field(default_factory=TrainConfig)
 
     def run(self) -> Output:
         from sae.training.run_folder import check_run_folder, discard_run, is_discarding
 
+        if current().size > 1 and (self.estimate or self.finetune != "none"):
+            option = "estimate is on" if self.estimate else f"finetune is {self.finetune!r}"
+            raise UserError(f"{option}, which is for one process: leave out --processes, or torchrun")
         if self.estimate:
             return self._estimate()
         if self.finetune == "none":
@@ -71,7 +80,7 @@ class TrainCommand(Common, Overwrites, HasSites, HasTextOrCache):
 
     def _train(self, out: Path) -> Output:
         from circuits.cli.common import load_model
-        from sae.training.trainer import train_saes
+        from sae.training.train import train_saes
 
         options: dict[str, Any] = {
             "sites": self.sites,
@@ -80,6 +89,7 @@ class TrainCommand(Common, Overwrites, HasSites, HasTextOrCache):
             "resume": self.resume,
             "overwrite": self.overwrite,
             "progress": not self.quiet,
+            "parallel": self.parallel,
         }
         if self.cache is not None:
             cache = open_cache(self.cache, model=self.model, text=self.text, sites=self.sites, device=self.device)
@@ -87,6 +97,8 @@ class TrainCommand(Common, Overwrites, HasSites, HasTextOrCache):
         else:
             name, text = need(self.model, "model"), need(self.text, "text")
             train_saes(load_model(name, self), text, **options)
+        if not current().is_first:
+            return Output("", {})
         last = last_lines(out / "saes" / "training.jsonl")
         rows = [
             f"  {line['site']:<9} explained variance {_shown(line, 'explained_variance', '.3f')}  "

@@ -1,0 +1,139 @@
+"""Training by several processes: what each of them trains, and what is not possible.
+
+- sites: each process trains its share of the sites, on activations of forward passes that all of them make
+  (`sae.data.shared_activations`). The bits are those of one process.
+- data: each process has all autoencoders, and makes the gradients of its share of every batch; their mean moves the
+  weights, which stay the same in all of them. Batches are those of one process, so that results agree but for the
+  order of sums. AuxK reconstructs the errors of the first tokens of each share, normalised by their variance.
+
+N tokens, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sae._run.processes import Processes
+from sae.data.shared_activations import SharedActivations
+from sae.errors import UserError
+from sae.model.sites import Site
+from sae.training.config import TrainConfig
+from sae.training.trainer import Trainer, order_of_rows
+
+Parallel = Literal["sites", "data"]
+"""What several processes share out."""
+OVER_BATCHES = ("batchtopk", "matryoshka")
+"""Architectures that choose their active features over a whole batch."""
+
+
+def share_sites(sites: Sequence[Site], n: int) -> list[Sequence[Site]]:
+    """The sites of each of n processes: neighbours, about as many for all."""
+    ends = [len(sites) * rank // n for rank in range(n + 1)]
+    return [sites[start:end] for start, end in pairwise(ends)]
+
+
+def choose_parallel(
+    wanted: Parallel | None, sites: Sequence[Site], config: TrainConfig, processes: Processes, *, cached: bool
+) -> Parallel:
+    """What is shared out: sites by default where there is one for each process. UserError for what is not possible."""
+    n = processes.size
+    parallel = wanted or ("sites" if len(sites) >= n else "data")
+    if n == 1:
+        return "sites"
+    if parallel == "sites":
+        if len(sites) < n:
+            raise UserError(f"parallel is 'sites', of which there are {len(sites)} for {n} processes: start fewer")
+        return parallel
+    reason = None
+    if cached:
+        reason = "activations are read from a cache, which only sites can be read from apart"
+    elif config.architecture in OVER_BATCHES:
+        reason = f"architecture is {config.architecture!r}, which chooses its features over the whole batch"
+    elif config.revival == "resample":
+        reason = "revival is 'resample', which draws from the errors of the whole batch"
+    elif config.architecture == "p_anneal" and config.sparsity is not None:
+        reason = "a fixed weight of p_anneal is rescaled on tokens of the whole batch"
+    elif config.architecture == "identity":
+        reason = "architecture is 'identity', of which nothing is trained"
+    elif config.batch < n:
+        reason = f"a batch has {config.batch} tokens"
+    if reason is not None:
+        raise UserError(
+            f"{n} processes cannot share the data: {reason}; start at most {len(sites)}, with a site or more for each"
+        )
+    return parallel
+
+
+class DataTrainer(Trainer):
+    """One of several processes that train the same autoencoders, each on its share of every batch."""
+
+    activations: SharedActivations
+
+    @property
+    def savers(self) -> Processes:
+        """The first process alone has all there is."""
+        return Processes()
+
+    def _save(self) -> None:
+        self.processes.by_first(super()._save)
+
+    def _allocate(self) -> None:
+        super()._allocate()
+        for sae in self.saes:
+            sae.sum_over_processes = self._sums
+
+    def _prepare(self) -> None:
+        """Centre and scale of each site by one process, from all its rows; then rows for all sites."""
+        self.activations.by_site()
+        super()._fill()
+        mine = share_sites([sae.site for sae in self.saes], self.processes.size)[self.processes.rank]
+        for sae in self.saes:
+            is_mine = sae.site in mine
+            if is_mine:
+                sae.prepare(self.buffer[sae.site][: self.filled], self.buffer[sae.read_site][: self.filled])
+            for key in sorted({"centre", "scale", "read_centre", "read_scale"} & sae.state.keys()):
+                self.processes.sum_(sae.state[key].mul_(is_mine))
+        self._fill()
+
+    def _fill(self) -> None:
+        self.activations.by_row(self._receivers)
+        super()._fill()
+
+    def _receivers(self, n: int) -> Tensor:
+        """The process [n] in whose share of a step each row of a fill is; -1 for rows that no step takes."""
+        receivers = torch.full((n,), -1)
+        (order,) = (order_of_rows(seed, self.fill, n) for seed in {sae.config.seed for sae in self.saes})
+        for start in range(0, max(1, n - self.batch + 1), self.batch):
+            for rank, rows in enumerate(self._shares(order[start : start + self.batch])):
+                receivers[rows] = rank
+        return receivers
+
+    def _shares(self, rows: Tensor) -> Sequence[Tensor]:
+        return rows.tensor_split(self.processes.size)
+
+    def _next_rows(self) -> dict[int, Tensor]:
+        return {seed: self._shares(rows)[self.processes.rank] for seed, rows in super()._next_rows().items()}
+
+    def _make_gradients(self) -> None:
+        """The gradients of the mean over the whole batch: those of the shares, weighted by their tokens, added up."""
+        super()._make_gradients()
+        share = len(self._shares(torch.empty(self.batch))[self.processes.rank]) / self.batch
+        for sae in self.saes:
+            weights = list(sae.weights.values())
+            here = [float(weight.grad is not None) for weight in weights]
+            anywhere = self.processes.sum_(torch.tensor(here, device=self.device)).tolist()
+            moved = [weight for weight, n in zip(weights, anywhere, strict=True) if n]
+            gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in moved]
+            for weight, total in zip(moved, self._sums([share * gradient for gradient in gradients]), strict=True):
+                weight.grad = total
+
+    def _sums(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The sums of tensors over all processes, by one message."""
+        flat = self.processes.sum_(torch.cat([tensor.flatten().float() for tensor in tensors]))
+        blocks = flat.split([tensor.numel() for tensor in tensors])
+        return [block.view_as(tensor) for block, tensor in zip(blocks, tensors, strict=True)]

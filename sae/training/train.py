@@ -1,0 +1,90 @@
+"""Training of the dictionaries of a run, by one process or several.
+
+1. What several processes share out is chosen (`sae.training.parallel`); the first of them looks after the folder.
+2. `Trainer` trains those of this process.
+3. Each is exported to `saes/<site>/`; once all are there, the run is marked as complete.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from sae._run.locks import lock
+from sae._run.processes import current
+from sae.data.activations import ModelActivations
+from sae.data.cache import CachedActivations, CachedModel
+from sae.data.shared_activations import SharedActivations
+from sae.data.text import TextSource
+from sae.model.forward import with_gradients
+from sae.model.language_model import LanguageModel
+from sae.model.sites import Site, select_sites
+from sae.saes import SAEs
+from sae.training.config import TrainConfig, with_contexts_of
+from sae.training.parallel import DataTrainer, Parallel, choose_parallel, share_sites
+from sae.training.run_folder import RunFolder, run_settings
+from sae.training.trainer import Trainer, begin, export, open_activations, read_site
+
+
+@with_gradients
+def train_saes(
+    model: LanguageModel | CachedModel,
+    texts: str | Path | Iterable[str] | TextSource,
+    *,
+    sites: str | Sequence[str | Site] = "all",
+    config: TrainConfig | None = None,
+    out: str | Path,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+    activations: CachedActivations | None = None,
+    parallel: Parallel | None = None,
+) -> SAEs:
+    """Train a sparse autoencoder at each site, all from the same forward passes of the model over a text; at the MLPs
+    transcoders, where the config says so.
+
+    Args:
+        model: the model; `cache.model` with `activations`, which is never run.
+        texts: documents, a .txt or .jsonl file, or a hub data set; read again from its beginning where it is too short.
+        sites: "all", a kind such as "resid", or sites such as ["resid_3", "mlp_2"].
+        config: size, architecture and length of the training; see `TrainConfig`, whose defaults the command has too.
+        out: the run folder: autoencoders go to `out`/saes/<site>, the log to `out`/saes/training.jsonl.
+        resume, overwrite: go on with an interrupted run of the same options, or replace an earlier run in `out`.
+        progress: whether to show a bar on standard error.
+        activations: a cache to read instead of running the model.
+        parallel: what several processes (`sfc train --processes`) share out: sites, each training some of them, or
+            data, each training all on its share of every batch; sites by default where there is one for each.
+
+    Returns:
+        The autoencoders by site, in the order of the forward pass, with unit decoder rows, for raw activations; of
+        several processes each returns those that it trained.
+
+    Raises:
+        UserError: an option or a site does not exist, the folder holds something else, or training diverges.
+    """
+    config, out, source, processes = config or TrainConfig(), Path(out), TextSource.of(texts), current()
+    chosen = select_sites(sites, model.sites)
+    config = config if activations is None else with_contexts_of(activations, config)
+    cache = None if activations is None else activations.identity
+    parallel = choose_parallel(parallel, chosen, config, processes, cached=cache is not None)
+    run = RunFolder(out, "train", run_settings(model, source, chosen, config, cache=cache))
+    with lock(out):
+        if processes.by_first(lambda: resume and run.finished()):
+            return run.load(model.device)
+        shares = share_sites(chosen, processes.size)
+        rows = open_activations(model, source, chosen, config, cache=activations)
+        if processes.size > 1 and isinstance(rows, ModelActivations):
+            needed = [{place for site in share for place in (site, read_site(site, config))} for share in shares]
+            rows = SharedActivations(rows, processes, needed)
+        processes.by_first(lambda: run.start(resume=resume, overwrite=overwrite))
+        mine = shares[processes.rank] if parallel == "sites" else chosen
+        saes = [begin(site.name, site, rows, config, model.device) for site in mine]
+        trainer = Trainer if parallel == "sites" else DataTrainer
+        trainer(saes, rows, config, run, progress=progress, processes=processes).run()
+        exported = SAEs({sae.site: export(sae, model, rows) for sae in saes})
+        if parallel == "sites" or processes.is_first:
+            run.save(exported)
+        processes.gathered(None)
+        processes.by_first(lambda: run.finish(read=asdict(rows.text_read())))
+    return exported

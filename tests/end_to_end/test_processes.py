@@ -1,0 +1,92 @@
+"""Several processes share a training or a discovery, to the results of one."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import FORKED
+from tests.ranks import sfc_in_ranks
+
+SMALL = "--features 48 --k 4 --tokens 5000 --batch-size 128 --context-length 16 --log-steps 1 --dead-tokens 500".split()
+
+
+@pytest.fixture
+def in_ranks(forked):
+    return partial(sfc_in_ranks, forked)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def autoencoders(run: Path) -> dict[str, bytes]:
+    return {name: data for name, data in contents(run / "saes").items() if name != "training.jsonl"}
+
+
+def training_log(run: Path) -> list[dict[str, float]]:
+    lines = map(json.loads, (run / "saes" / "training.jsonl").read_text().splitlines())
+    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def words(model_folder, text_file) -> list[str]:
+    return ["train", "--model", str(model_folder), "--text", str(text_file), "--sites", "attn_0,resid", *SMALL]
+
+
+@pytest.fixture(scope="module")
+def alone(request, words, tmp_path_factory) -> Path:
+    """What one process makes."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    assert request.config.stash[FORKED].run(*words, "--out", run).status == 0
+    return run
+
+
+def test_sites_of_several_processes(in_ranks, words, alone, tmp_path):
+    """One of two processes is killed, and three go on: the bits of one process."""
+    run = tmp_path / "run"
+    killed = in_ranks(2, *words, "--out", run, kill_after=25)
+    assert killed.status and killed.err.count("another process of this command has ended") == 1
+    newest = max((run / "checkpoints").iterdir())
+    names = {"state.json", "state-1-of-2.safetensors", "state-2-of-2.safetensors"}
+    assert {path.name for path in newest.iterdir()} == names
+    resumed = in_ranks(3, *words, "--out", run, "--resume")
+    assert resumed.status == 0 and resumed.out.count("wrote") == 1
+    assert autoencoders(run) == autoencoders(alone)
+    assert training_log(run) == training_log(alone)
+    assert {path.name for path in run.iterdir()} == {"config.json", "saes"}
+
+
+def test_data_of_several_processes(in_ranks, forked_sfc, words, alone, tmp_path):
+    """The same batches as in one process, and the same step from them; a killed run is ended by one process."""
+    run = tmp_path / "run"
+    assert in_ranks(2, *words, "--parallel", "data", "--out", run, kill_after=25).status
+    first, second = ([line for line in training_log(alone) if line["step"] == step] for step in (1, 2))
+    for line, expected in zip(training_log(run), [*first, *second], strict=False):
+        site, expected_site = line.pop("site"), expected.pop("site")
+        assert site == expected_site
+        assert line == pytest.approx(expected, rel=1e-5 if line["step"] == 1 else 1e-3)
+    assert forked_sfc(*words, "--out", run, "--resume").status == 0
+    assert {line["step"] for line in training_log(run)} == {line["step"] for line in training_log(alone)}
+
+
+def test_what_cannot_be_shared(in_ranks, words, tmp_path):
+    refused = in_ranks(2, *words, "--parallel", "data", "--architecture", "batchtopk", "--out", tmp_path / "run")
+    assert refused.status == 2 and refused.err.count("batchtopk") == 1
+    alone = in_ranks(2, "render", "--circuit", tmp_path)
+    assert alone.status == 2 and alone.err.count("runs in one process") == 1
+
+
+def test_prompts_of_several_processes(in_ranks, forked_sfc, run_folder, model_folder, prompts_file, tmp_path):
+    """One of two processes is killed, and three go on: the files of one process."""
+    words = ["discover", "--model", model_folder, "--saes", run_folder, "--prompts", prompts_file, "--steps", 4]
+    words += ["--memory", 1e-4, "--edge-nodes", 30, "--nodes", 20]  # two prompts a batch
+    assert forked_sfc(*words, "--out", tmp_path / "alone").status == 0
+    run = tmp_path / "run"
+    killed = in_ranks(2, *words, "--out", run, kill_after=1)
+    assert killed.status and list((run / "circuit" / "partial").glob("nodes-*.safetensors"))
+    assert in_ranks(3, *words, "--out", run, "--resume").status == 0
+    assert contents(run / "circuit") == contents(tmp_path / "alone" / "circuit")

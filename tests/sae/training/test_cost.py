@@ -28,9 +28,9 @@ def test_sizes_are_those_of_the_training(tiny_model, tmp_path, monkeypatch, arch
         buffers.append(sum(x.numel() * x.element_size() for x in trainer.buffer.values()))
         fill(trainer)
 
-    def noted_save(folder, state):
+    def noted_save(folder, state, processes):
         checkpoints.append(sum(t.numel() * t.element_size() for t in state.tensors.values()))
-        return save(folder, state)
+        return save(folder, state, processes)
 
     monkeypatch.setattr(Trainer, "_fill", noted_fill)
     monkeypatch.setattr(checkpoint, "save", noted_save)

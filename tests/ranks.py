@@ -1,4 +1,4 @@
-"""`sfc` as several processes, as torchrun starts them, without its imports: forks that share a store of small values."""
+"""`sfc` as several processes, as torchrun starts them, but without imports: forks that share a store of values."""
 
 from __future__ import annotations
 

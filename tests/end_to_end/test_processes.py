@@ -12,21 +12,6 @@ from tests.conftest import FORKED
 from tests.ranks import sfc_in_ranks
 
 SMALL = ["--features", 48, "--k", 4, "--tokens", 5000, "--batch-size", 128, "--context-length", 16, "--log-steps", 1]
-    "--features",
-    "48",
-    "--k",
-    "4",
-    "--tokens",
-    "5000",
-    "--batch-size",
-    "128",
-    "--context-length",
-    "16",
-    "--log-steps",
-    "1",
-    "--dead-tokens",
-    "500",
-]
 
 
 @pytest.fixture
@@ -49,7 +34,7 @@ def training_log(run: Path) -> list[dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def words(model_folder, text_file) -> list[object]:
-    return ["train", "--model", model_folder, "--text", text_file, "--sites", "attn_0,resid", *SMALL, "--dead-tokens", 500]
+    return ["train", "--model", model_folder, "--text", text_file, "--sites", "attn_0,resid", *SMALL]
 
 
 @pytest.fixture(scope="module")

@@ -208,3 +208,33 @@ class MaskOptions(AblationOptions):
         check_options(self)
         if self.smallest is not None and self.largest is not None and self.largest < self.smallest:
             raise UserError(f"largest is {self.largest}: it must be at least smallest, {self.smallest}")
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """Which attention is explained; the heads that carry the circuit's strongest edges by default."""
+
+    query: str | None = None
+    """Token that looks: the name of a span, an index such as -1, last, or a word; the circuit's edges say by default.
+    """
+    key: str | None = None
+    """Token that is looked at."""
+    than: str | None = None
+    """Another token: explain why the query looks at the key rather than at this one."""
+    layer: Count | None = None
+    """Layer of the head, from 0; by default the head is taken that looks most from query to key."""
+    head: Count | None = None
+    """Number of the head, from 0."""
+    edges: Positive = 10
+    """Edges into attention sites that are split over heads where no query is given, and as many out of them."""
+    scores: Positive = 3
+    """Heads, with a query and a key, whose scores are explained then."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if (self.query is None) != (self.key is None):
+            raise UserError(f"query is {self.query!r}, key {self.key!r}: give both, or neither")
+        if self.query is None and not (self.than is self.layer is self.head is None):
+            raise UserError("than, layer and head are of one query and key: give these too")
+        if self.head is not None and self.layer is None:
+            raise UserError(f"head is {self.head}: give its layer too")

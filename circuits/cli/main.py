@@ -41,6 +41,7 @@ GROUPS = {
         "discover": ("circuits.discover", "DiscoverCommand", "find the circuit behind a set of prompts"),
         "behaviours": ("circuits.behaviours", "BehavioursCommand", "find behaviours nobody listed, a circuit for each"),
         "probe": ("circuits.probe", "ProbeCommand", "learn a linear probe to be the metric of a circuit"),
+        "attention": ("circuits.attention", "AttentionCommand", "why heads look there: features behind their scores"),
     },
     "Tests": {
         "faithfulness": (
@@ -139,10 +140,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def overview() -> str:
     """All commands, one a line, in groups by the story."""
-    lines = ["Find, draw and edit sparse feature circuits in language models.", "usage: sfc COMMAND [OPTIONS]", ""]
+    lines = ["Find, draw and edit sparse feature circuits in language models."]
+    lines += ["usage: sfc COMMAND [OPTIONS]     sfc COMMAND --help explains every option", ""]
     for group, commands in GROUPS.items():
         lines += [group, *(f"  {name:<18}{does}" for name, (_, _, does) in commands.items())]
-    return "\n".join([*lines, "sfc COMMAND --help explains every option of a command."]) + "\n"
+    return "\n".join(lines) + "\n"
 
 
 def _run(words: Sequence[str]) -> int:

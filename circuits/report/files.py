@@ -18,6 +18,7 @@ from circuits._circuit_files import SiteName, absolute_in_run, check_metadata
 from circuits.circuit import PARTIAL_FOLDER, circuit_folder
 from circuits.circuit_source import has_other_saes
 from circuits.debiasing.results import ShiftReport
+from circuits.discovery.attention.stored import AttentionFile, read_attention
 from circuits.editing.results import EditReport
 from circuits.feature_pages import with_pages
 from circuits.labels import LabelsFile, labelled, read_supernodes
@@ -231,6 +232,8 @@ class RunFiles:
     """Debiased probes, by the name of their file."""
     validity: dict[str, Any] | None = None
     """How far to trust the circuit."""
+    attention: list[AttentionFile] = field(default_factory=list)
+    """Why attention looks there."""
     other_saes: bool = False
     """Whether these are others than the circuit was found with."""
 
@@ -266,6 +269,7 @@ def read_run(run_folder: str | Path) -> RunFiles:
             if _is_of(graph, read_json(path), path)
         },
         validity=read_result(folder / "circuit" / "validity.json", graph, ValidityFile),
+        attention=read_attention(folder / "circuit", graph.metadata.get("digest") if graph else None),
         other_saes=other_saes,
     )
     if run.graph is None and run.faithfulness is None and not run.edits and not run.saes:

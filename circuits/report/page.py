@@ -21,6 +21,7 @@ from circuits._results import format_interval
 from circuits.attribution.node_effects import method_title
 from circuits.debiasing.results import EXPLAINED, ShiftReport
 from circuits.feature_pages import existing_links, read_index
+from circuits.report.attention import attention_block
 from circuits.report.files import RunFiles, read_run
 from circuits.report.mechanism import passages, reading_table
 from circuits.report.provenance import command_lines, provenance, sure
@@ -46,6 +47,7 @@ SECTIONS = [
     ("circuit", "The circuit"),
     ("faithfulness", "How faithful, and how sure"),
     ("validity", "How far to trust it"),
+    ("attention", "Why attention looks there"),
     ("sites", "Site by site: the autoencoders, and the sum check"),
     ("features", "The features"),
     ("edits", "Edits"),
@@ -144,6 +146,7 @@ def _values(run: RunFiles, *, features: int) -> dict[str, Any]:
         "sure": sure(run),
         "site_table": site_table(run),
         "validity": validity_block(run),
+        "attention": attention_block(run),
         "n_nodes": len(nodes),
         "curves": curve_blocks(run),
         "cards": [card(run.graph, node) for node in nodes[:features]] if run.graph else [],

@@ -14,7 +14,8 @@ The viewers know one number per layer, token positions of one prompt, and transc
    node, so that a node is shown where it is at most the threshold.
 5. Supernodes (`graphs.supernodes`) and `metadata["pinned"]` are `qParams`; members are pinned too, since the viewers
    draw pinned nodes alone.
-6. What the schema has no room for stands beside it under `sparse_feature_circuit`, which the viewers ignore and the
+6. `qk_tracing_results` of attention nodes: see `graphs.formats.qk_tracing`.
+7. What the schema has no room for stands beside it under `sparse_feature_circuit`, which the viewers ignore and the
    reader uses to rebuild the same graph.
 
 Graphs made by circuit-tracer and by Neuronpedia are read as well: see `graphs.formats.attribution_graph`.
@@ -43,6 +44,8 @@ from graphs.formats.attribution_graph import (
     LORSA_ERROR,
     from_neuronpedia,
 )
+from graphs.formats.qk_tracing import BIAS, add_qk_tracing
+from graphs.formats.qk_tracing import KEY as QK_TRACING
 from graphs.sharing import shared
 
 KINDS = ("attn", "mlp", "resid")
@@ -72,6 +75,11 @@ class Viewer:
         feature, error = self.types.get(node.site.partition("_")[0], self.types[""])
         error = self.types[""][1] if node.kind == "skip" else error  # whose text is not written over
         return feature if node.kind == "feature" else error
+
+    def of_name(self, site: str, what: str) -> str:
+        """The type of a feature, an error or a bias of a site."""
+        feature, error = self.types.get(site.partition("_")[0], self.types[""])
+        return {"error": error, BIAS: BIAS}.get(what, feature)
 
 
 NEURONPEDIA = Viewer({"attn": (LORSA, LORSA_ERROR), "mlp": (FEATURE, ERROR), "": (FEATURE, OTHER_ERROR)})
@@ -121,6 +129,7 @@ def to_neuronpedia(
 ) -> dict[str, Any]:
     """The graph as the viewers' dictionary; arguments as in `write_neuronpedia`."""
     metadata = shared(graph.metadata)
+    traces = metadata.pop(QK_TRACING, {})
     tokens, position_places = _places(graph)
     rows, last = _rows(graph)
     metric_place = len(tokens) - 1
@@ -145,7 +154,13 @@ def to_neuronpedia(
         EXTRA: {"schema_version": SCHEMA_VERSION, "sites": graph.sites, "metadata": metadata},
     }
     links = [{**edge.to_json(), "source": ids[edge.source], "target": ids[edge.target]} for edge in graph.edges()]
-    return {"metadata": head, "qParams": _viewer_state(graph, ids), "nodes": nodes, "links": links}
+    data = {"metadata": head, "qParams": _viewer_state(graph, ids), "nodes": nodes, "links": links}
+
+    def locate(site: str, position: Position) -> tuple[int, int] | None:
+        return (rows[site], position_places[position]) if site in rows and position in position_places else None
+
+    add_qk_tracing(data, traces, ids, locate, viewer.of_name)
+    return data
 
 
 def viewer_name(name: str, what: str) -> str:

@@ -59,7 +59,7 @@ CHECKPOINTS = Layout(folders={r"step_\d{8}": Layout((r"state\.json", r"state(-\d
 PARTIAL = Layout((r"partial\.json", r"(nodes|edges)-\d{4,}\.safetensors"))
 MEASURED = Layout((
     rf"(edge_)?faithfulness{NAMED}\.(json|svg)", rf"mask{NAMED}\.(json|safetensors)",
-    rf"validity{NAMED}\.json",
+    rf"(validity|attention){NAMED}\.json",
     rf"shift{NAMED}\.(json|svg)", r"probe\.safetensors",
 ))  # fmt: skip
 """What is measured of a circuit and stands beside it."""

@@ -213,12 +213,28 @@ def test_a_circuit_by_span_from_a_template(sfc, run_folder, model_folder, prompt
     assert pooled.status == 0 and "mean-pooled" in pooled.out
     masked = sfc("mask", "--circuit", tmp_path, "--steps", 2, "--smallest", 3, "--sizes", "5")
     assert masked.status == 0
+    title = explain_attention(sfc, tmp_path)
     for command in (["render", "--out", tmp_path / "c.svg"], ["explore"], ["report"]):
         assert sfc(command[0], "--circuit", tmp_path, *command[1:]).status == 0
     assert ">subject</text>" in (tmp_path / "c.svg").read_text()
-    assert "subject" in (tmp_path / "report.html").read_text()
+    assert (tmp_path / "report.html").read_text().count(f"<h3>{title}</h3>") == 2
     for name in ("graphml", "neuronpedia", "eap-ig", "circuit-tracer"):
         assert sfc("export", "--circuit", tmp_path, "--format", name).status == 0
+    exported = json.loads((tmp_path / "graph" / "circuit.neuronpedia.json").read_text())
+    traced = [node["qk_tracing_results"] for node in exported["nodes"] if "qk_tracing_results" in node]
+    ids = {node["node_id"] for node in exported["nodes"]} | {*exported["qk_only_nodes"]}
+    assert traced and all({*pair[:2]} <= ids for pair in traced[0]["pair_wise_contributors"])
+
+
+def explain_attention(sfc, run) -> str:
+    """Explain the heads that carry most, then one of them by name; what its score is called."""
+    data = json.loads(sfc("attention", "--circuit", run, "--edges", 6, "--scores", 2, "--json").out)
+    assert data == json.loads((run / "circuit" / "attention.json").read_text()) and data["loadings"]["edges"]
+    score = data["scores"][0]
+    options = ["--query", score["query"], "--key", score["key"], "--layer", score["layer"], "--head", score["head"]]
+    asked = sfc("attention", "--circuit", run, *options, "--name", "asked")
+    assert asked.status == 0 and f"{score['title']}: score {score['score']:+.3f}" in asked.out
+    return score["title"]
 
 
 def test_a_probe_is_learned_and_explained(sfc, run_folder, model_folder, prompts_file, tmp_path):

@@ -107,3 +107,16 @@ def test_how_far_to_trust_a_circuit(sfc, run_folder, prompts_file):
     assert sfc("report", "--circuit", run_folder, "--overwrite").status == 0
     page = (run_folder / "report.html").read_text()
     assert all(check["question"] in page for check in checks.values())
+
+
+def test_why_attention_looks_there(sfc, run_folder):
+    """Of a circuit that adds up positions the edges are split; queries and keys have to be named."""
+    result = sfc("attention", "--circuit", run_folder, "--edges", 3, "--examples", 4, "--overwrite")
+    assert result.status == 0 and "give --query and --key" in result.out and "head 3" in result.out
+    for words, why in (
+        (["--query", "last"], "give both"),
+        (["--head", 1], "give these too"),
+        (["--query", "last", "--key", 0, "--layer", 7], "layers 0, 1 with heads 0 to 3"),
+    ):
+        refused = sfc("attention", "--circuit", run_folder, *words, "--name", "other")
+        assert refused.status == 2 and refused.err.count("sfc:") == 1 and why in refused.err

@@ -61,6 +61,7 @@ def base(tmp_path_factory, run_folder, model_folder, prompts_file, text_file):
     for words in (
         ["faithfulness", "--sizes", "5", "--random", "1", "--resamples", "20", "--edges", "--edge-sizes", "9"],
         ["validate", "--nodes", "5", "--removed", "2", "--verify", "2", "--resamples", "9"],
+        ["attention", "--query", "last", "--key", "0", "--layer", "1", "--examples", "2"],
         ["mask", "--sizes", "5", "--steps", "1", "--examples", "4"],
         ["ablate", "--top", "2", "--random", "1", "--examples", "4"],
         ["export", "--format", "graphml"],
@@ -71,6 +72,7 @@ def base(tmp_path_factory, run_folder, model_folder, prompts_file, text_file):
         if words[0] in (
             "faithfulness",
             "validate",
+            "attention",
             "mask",
             "ablate",
         ):  # others may have written theirs

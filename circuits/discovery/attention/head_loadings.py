@@ -26,6 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -52,6 +53,7 @@ from sae.sparse.activations import group_offsets, rows_added, rows_multiplied
 if TYPE_CHECKING:
     from circuits.circuit import Circuit
 
+ATTENTION = "attn"
 Pair = tuple[Site, Site | None, Site]
 """Upstream site, downstream site or None for the metric, and the one of the two whose heads are meant."""
 Split = dict[Pair, Tensor]
@@ -62,7 +64,7 @@ def head_loadings(
     circuit: Circuit,
     prompts: PromptSet | None = None,
     *,
-    edges: int = 20,
+    edges: int = 10,
     metric: str | Metric | None = None,
     progress: bool = True,
 ) -> HeadLoadings:
@@ -71,7 +73,7 @@ def head_loadings(
     Args:
         circuit: The circuit, whose model, SAEs, metric and node method are used.
         prompts: The prompts; those the circuit was found on by default, of which the weights are the circuit's.
-        edges: How many edges.
+        edges: How many edges into attention sites, and as many out of them.
         metric: The circuit's own, given again where it is Python code and the circuit is from a file.
         progress: Whether to show a progress bar.
 
@@ -111,10 +113,10 @@ def head_loadings(
 
 
 def _chosen(circuit: Circuit, n: int) -> tuple[Nodes, set[tuple[str, str]]]:
-    """The strongest edges that touch an attention site, and of every site the nodes that they join."""
+    """The n strongest edges into attention sites and those out of them, and of every site the nodes they join."""
     frame = circuit.edges_frame()
-    touches = frame["source"].str.startswith("attn_") | frame["target"].str.startswith("attn_")
-    rows = frame[touches].head(n)
+    ends = (frame["target"], frame["source"])
+    rows = pd.concat([frame[end.str.startswith(f"{ATTENTION}_")].head(n) for end in ends])
     joined = {*rows["source"], *rows["target"]}
     nodes = {
         site: site_nodes[torch.tensor([name in joined for name in site_nodes.ids(site)], dtype=torch.bool)]
@@ -132,7 +134,7 @@ def batch_loadings(batch: Attribution, nodes: Nodes, *, options: DiscoverOptions
     lanes = max(1, min(max_rows // len(states.tokens), max(map(len, nodes.values()))))
     with attention_heads(model.hf) as kept:
         graph = cut_forward(states, sites=sites, copies=lanes)
-    heads = {site: heads_of(kept, int(site.layer or 0), model.name) for site in sites if site.kind == "attn"}
+    heads = {site: heads_of(kept, int(site.layer or 0), model.name) for site in sites if site.kind == ATTENTION}
     by_head = {site: _by_head(batch, nodes, site, vectors[site]) for site in heads if site in vectors}
     result: Split = {}
     for index, down in enumerate(sites):

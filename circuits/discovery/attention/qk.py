@@ -25,7 +25,8 @@ bias.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
 
 BATCH_SIZE = 32
 """Prompts in a forward pass."""
+WORDS = 3
+"""Tokens that a feature is told by."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ class Terms:
     """[n] int64 feature; F for the error, F + 1 for the bias."""
     vector: Tensor
     """[n, d_h] float64."""
+    activation: Tensor
+    """[n] of features; 0 for the others."""
 
 
 @dataclass(frozen=True)
@@ -141,12 +146,16 @@ def qk_attribution(
     sae = circuit.saes[site]
     columns, prompts, left_out = _columns(model, prompts, [query, key, *([] if than is None else [than])])
     sums: list[PairScores] = []
+    words = Words(), Words()  # of the query's side and of the key's
     totals = torch.zeros(2, 2, dtype=torch.float64)  # score and weight, of key and of than
     softcap = None
     with ProgressBar(total=len(prompts), desc="scores", unit="prompt", disable=not progress) as bar:
         for batch, of_batch in _batches(prompts, columns):
             result = _batch(model, sae, batch, site, layer, head, of_batch)
             sums.append(PairScores.sum(result.pairs))
+            for number, of_column in enumerate(result.terms):
+                ids = batch.clean.input_ids.gather(1, of_batch[:, number : number + 1])[:, 0]
+                words[min(number, 1)].add(ids, of_column)
             totals += result.totals
             softcap = result.softcap
             bar.update(len(batch))
@@ -155,8 +164,9 @@ def qk_attribution(
     return QKAttribution(
         layer=layer, head=head, site=site.name, query=query, key=key, than=than, n_prompts=n, left_out=left_out,
         score=score - other_score, weight=weight, than_weight=None if than is None else other_weight, softcap=softcap,
-        pairs=_named_pairs(pairs, site, sae, n), queries=_marginals(pairs, "query", site, sae, n),
-        keys=_marginals(pairs, "key", site, sae, n),
+        pairs=_named_pairs(pairs, site, sae, n),
+        queries=_marginals(pairs, pairs.query, site, sae, n, words[0].texts(model)),
+        keys=_marginals(pairs, pairs.key, site, sae, n, words[1].texts(model)),
     )  # fmt: skip
 
 
@@ -215,6 +225,7 @@ class _BatchScores:
     pairs: list[PairScores]
     totals: Tensor  # [2, 2] score and weight, added up over prompts, of the key and of the other one
     softcap: float | None
+    terms: list[list[Terms]]  # of the query, the key and the other key, each of every example
 
 
 @with_gradients
@@ -234,14 +245,15 @@ def _batch(
     example = torch.arange(len(rows), device=rows.device)
     scores, weights = heads.scores(head, rows).detach(), heads.weights[example, head, rows].detach()
     queries = terms(heads.query[:, head], x, rows, sae, f"queries of {name}")
-    pairs, totals = [], torch.zeros(2, 2, dtype=torch.float64)
+    pairs, totals, of_tokens = [], torch.zeros(2, 2, dtype=torch.float64), [queries]
     for index, column in enumerate(columns.T[1:]):
         keys = terms(heads.key_of(head), x, column, sae, f"keys of {name}")
+        of_tokens.append(keys)
         sign = 1 if index == 0 else -1
         pairs += [PairScores.of(q, k, heads.scale, sign=sign) for q, k in zip(queries, keys, strict=True)]
         for n, values in enumerate((scores, weights)):
             totals[index, n] = values[example, column].double().sum().cpu()
-    return _BatchScores(pairs, totals, heads.softcap)
+    return _BatchScores(pairs, totals, heads.softcap, of_tokens)
 
 
 def terms(states: Tensor, x: Tensor, column: Tensor, sae: SparseAutoencoder, name: str) -> list[Terms]:
@@ -270,7 +282,8 @@ def terms(states: Tensor, x: Tensor, column: Tensor, sae: SparseAutoencoder, nam
         vectors = torch.cat([written, error[None], b_dec[None]]) @ A.T  # [n + 2, d_h]
         vectors[-1] += state - A @ x_one
         others = torch.tensor([len(sae.W_dec), len(sae.W_dec) + 1], device=active.device)
-        result.append(Terms(torch.cat([active, others]), vectors))
+        activation = torch.cat([of_example[active], torch.zeros_like(others)])
+        result.append(Terms(torch.cat([active, others]), vectors, activation))
     return result
 
 
@@ -305,9 +318,33 @@ def _named_pairs(pairs: PairScores, site: Site, sae: SparseAutoencoder, n: int) 
     return [QKPair(_name(site, sae, q), _name(site, sae, k), value, share) for q, k, value, share in rows]
 
 
-def _marginals(pairs: PairScores, side: str, site: Site, sae: SparseAutoencoder, n: int) -> list[QKTerm]:
-    names, entry = getattr(pairs, side).unique(return_inverse=True)
+def _marginals(
+    pairs: PairScores, side: Tensor, site: Site, sae: SparseAutoencoder, n: int, words: Mapping[int, list[str]]
+) -> list[QKTerm]:
+    """Sums of the pairs by their feature on one side, [pairs], over n prompts."""
+    names, entry = side.unique(return_inverse=True)
     total = torch.zeros(len(names), dtype=torch.float64).index_add_(0, entry, pairs.value) / n
     order = total.abs().argsort(descending=True, stable=True)
     rows = zip(names[order].tolist(), total[order].tolist(), strict=True)
-    return [QKTerm(_name(site, sae, feature), value) for feature, value in rows]
+    return [QKTerm(_name(site, sae, feature), value, words.get(feature, [])) for feature, value in rows]
+
+
+class Words:
+    """The tokens at which features are active, with the sum of their activations."""
+
+    def __init__(self) -> None:
+        self.activation: defaultdict[int, Counter[int]] = defaultdict(Counter)
+
+    def add(self, ids: Tensor, terms: Sequence[Terms]) -> None:
+        """Add the terms at one token of each example; ids: [B]."""
+        for id, of_example in zip(ids.tolist(), terms, strict=True):
+            for feature, value in zip(of_example.name.tolist(), of_example.activation.tolist(), strict=True):
+                if value:
+                    self.activation[feature][id] += value
+
+    def texts(self, model: LanguageModel) -> dict[int, list[str]]:
+        """Feature -> the tokens it is strongest on, as text."""
+        return {
+            feature: model.token_strings([id for id, _ in of_feature.most_common(WORDS)])
+            for feature, of_feature in self.activation.items()
+        }

@@ -14,6 +14,8 @@ PAIRS_KEPT = 50
 """Pairs, and features of a side, that a file holds; the rest is one number."""
 PAIRS_SHOWN = 10
 """Those that the terminal shows."""
+HEADS_SHOWN = 6
+"""Heads that it shows."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class QKTerm:
     """The feature."""
     contribution: float
     """Their sum, mean over prompts."""
+    words: list[str] = field(default_factory=list)
+    """The prompts' tokens, there, that the feature is strongest on."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,21 @@ class QKAttribution(Result):
         data = {**asdict(self), "title": self.title}
         for name in ("pairs", "queries", "keys"):
             data[name] = data[name][:PAIRS_KEPT]
+        table = self.matrix()
+        data["matrix"] = {"queries": [*table.index], "keys": [*table.columns], "values": table.to_numpy().tolist()}
         return data | {"n_pairs": len(self.pairs), "rest": sum(p.contribution for p in self.pairs[PAIRS_KEPT:])}
+
+    def matrix(self, n: int = 6) -> pd.DataFrame:
+        """The pairs of the n largest features at the query (rows) and at the key (columns), the others added up as
+        `others`: all cells add up to the score.
+        """
+        frame = self.to_frame()
+        for side, terms in (("query", self.queries), ("key", self.keys)):
+            names = [term.node for term in terms[:n]]
+            frame[side] = frame[side].where(frame[side].isin(names), "others")
+        table = frame.pivot_table("contribution", "query", "key", aggfunc="sum", fill_value=0.0)
+        rows, columns = ([term.node for term in terms[:n]] + ["others"] for terms in (self.queries, self.keys))
+        return table.reindex(index=rows, columns=columns, fill_value=0.0)
 
     def text(self) -> str:
         """The score and the attention, the largest pairs, and the largest features of either side."""
@@ -116,13 +134,24 @@ class QKAttribution(Result):
         return "\n".join([head, *self._tables()])
 
     def _tables(self) -> Iterable[str]:
-        shown = self.to_frame().head(PAIRS_SHOWN)
+        sides = [{term.node: _spoken(term) for term in terms} for terms in (self.queries, self.keys)]
+        shown = self.to_frame().head(PAIRS_SHOWN)[["query", "key", "contribution"]]
         rest = self.score - float(shown["contribution"].sum())
-        last = pd.DataFrame([{"query": f"{len(self.pairs) - len(shown)} others", "key": "", "contribution": rest}])
-        yield frame_text(pd.concat([shown[["query", "key", "contribution"]], last], ignore_index=True))
-        sides = zip(self.queries[:PAIRS_SHOWN], self.keys[:PAIRS_SHOWN], strict=False)
-        rows = [(q.node, q.contribution, k.node, k.contribution) for q, k in sides]
+        for side, names in zip(("query", "key"), sides, strict=True):
+            shown[side] = shown[side].map(names)
+        others = {"query": f"{len(self.pairs) - len(shown)} other pairs", "key": "", "contribution": rest}
+        shown.loc[len(shown)] = others
+        yield frame_text(shown)
+        rows = [
+            (_spoken(q), q.contribution, _spoken(k), k.contribution)
+            for q, k in zip(self.queries[:PAIRS_SHOWN], self.keys[:PAIRS_SHOWN], strict=False)
+        ]
         yield frame_text(pd.DataFrame(rows, columns=["at the query", "sum", "at the key", "sum "]))
+
+
+def _spoken(term: QKTerm) -> str:
+    """The name of a feature with the tokens it is on."""
+    return f"{term.node} {' · '.join(word.strip() for word in term.words)}".strip()
 
 
 @dataclass(frozen=True)
@@ -178,3 +207,44 @@ class HeadLoadings(Result):
         if not self.edges:
             return "no edge of this circuit goes into or out of an attention site"
         return f"edges into and out of attention, by head ({self.n_prompts} prompts)\n{frame_text(self.to_frame())}"
+
+
+@dataclass(frozen=True, repr=False)
+class AttentionReport(Result):
+    """Heads behind edges, and features behind scores."""
+
+    loadings: HeadLoadings | None
+    """Edges by head; None where one score was asked for."""
+    scores: list[QKAttribution]
+    """Scores by pairs of features."""
+    looking: list[HeadAttention]
+    """How much every head attends to the key that was asked for, the most first."""
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a pair of each score: where (head, query, key), query, key, contribution and share."""
+        frames = [score.to_frame().assign(where=score.title) for score in self.scores]
+        columns = ["where", "query", "key", "contribution", "share"]
+        return pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return {
+            "schema_version": 1,
+            "loadings": None if self.loadings is None else self.loadings.to_dict(),
+            "scores": [score.to_dict() for score in self.scores],
+            "looking": [asdict(row) for row in self.looking],
+        }
+
+    def text(self) -> str:
+        """The edges by head, the heads that look at the key, and the scores."""
+        blocks = [] if self.loadings is None else [self.loadings.text()]
+        if self.looking:
+            shown = pd.DataFrame([asdict(row) for row in self.looking[:HEADS_SHOWN]]).dropna(axis="columns")
+            names = {"weight": f"to {self.scores[0].key}", "than_weight": f"to {self.scores[0].than}"}
+            blocks.append(f"attention from {self.scores[0].query}\n{frame_text(shown.rename(columns=names))}")
+        blocks += [score.text() for score in self.scores]
+        if self.loadings is not None and self.loadings.edges and not self.scores:
+            blocks.append(
+                "this circuit adds up positions: give --query and --key to see why a head looks from one to the other"
+            )
+        return "\n\n".join(blocks)

@@ -21,6 +21,8 @@ MODEL = ("model", "dtype", "site_paths", "device")
 DELPHI = "delphi"
 FOLDER = "circuit-tracer"
 """Of the page's files, in graph/."""
+VIEWERS = ("neuronpedia", FOLDER)
+"""Formats of the viewers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +150,7 @@ class ExportCommand(Common, Overwrites, HasCircuit):
         """The graph with the names of its features, and its metadata with paths as they are now."""
         from circuits._circuit_files import absolute_in_run, check_metadata
         from circuits.circuit import GRAPH_FILE, circuit_folder
+        from circuits.discovery.attention.stored import with_traces
         from circuits.labels import LabelsFile, labelled, read_supernodes
         from graphs import FeatureGraph
 
@@ -157,15 +160,15 @@ class ExportCommand(Common, Overwrites, HasCircuit):
         metadata = absolute_in_run(graph.metadata, folder.parent)
         if groups := read_supernodes(folder, metadata.get("digest")):
             graph.metadata["supernodes"] = groups
+        graph = with_traces(graph, folder) if self.format in VIEWERS else graph
         return labelled(graph, LabelsFile.of(metadata, folder.parent).read()), metadata
 
     def _check(self) -> None:
         """`UserError` for options that the format does not read."""
-        viewers = ("neuronpedia", FOLDER)
         formats = {
             **dict.fromkeys(MODEL, ("eap-ig", DELPHI)),
             **dict.fromkeys(("text", "tokens", "context_length"), (DELPHI,)),
-            **dict.fromkeys(("slug", "scan"), viewers),
+            **dict.fromkeys(("slug", "scan"), VIEWERS),
             "features_url": ("neuronpedia",),
         }
         for name, allowed in formats.items():

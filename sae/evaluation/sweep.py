@@ -7,7 +7,7 @@
    there and ends in the same bits. The file says what it belongs to: model, text, and a digest of the dictionaries.
 3. Results go to NAME/saes/evaluation.json with what they were measured on. What is there is not measured again.
 4. Held out is the text that is given, else what comes in the training text after the documents that were read.
-5. `SweepResults` has a row a config and site, as JSON and as tables; `sae.evaluation.sweep_plots` draws it.
+5. `SweepResults` has a row a config and site (`sae.evaluation.sweep_results`); `sae.evaluation.sweep_plots` draws it.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sae._files import (
     check_digest,
@@ -29,15 +29,12 @@ from sae._files import (
     read_header,
     read_json,
     read_tensors,
-    without_nan,
     write_json,
     write_tensors,
 )
-from sae._frames import Result, frame_text
 from sae._progress import ProgressBar
 from sae._run.contents import clean, sweep_layout
 from sae._run.outputs import check_no_link
-from sae.architectures import architecture
 from sae.autoencoder import SAE_CONFIG_FILE, WEIGHTS_FILE
 from sae.data.batches import context_of, token_batches
 from sae.data.cache import CachedModel
@@ -45,115 +42,19 @@ from sae.data.text import TextSource
 from sae.errors import UserError
 from sae.evaluation.evaluate import Evaluator
 from sae.evaluation.results import EVALUATION_FILE
+from sae.evaluation.sweep_results import SPLICED, SweepResults, SweepRow, number, rows_of
 from sae.model.language_model import LanguageModel
 from sae.model.tokens import Tokens
 from sae.saes import load_saes
 from sae.training.sweep import Sweep
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 log = logging.getLogger(__name__)
 
 UNFINISHED = "unfinished_evaluation.safetensors"
 SAVING = 0.05
 """Largest share of the time that writing sums to disk may take."""
-SPLICED = ("ce", "ce_recovered", "kl")
-"""Metrics of all sites spliced that the results hold."""
 NAMES = ("model", "text")
 """Settings that other names of the same thing may differ in."""
-SHOWN = {"l0": "L0", "explained_variance": "EV", "ce_recovered": "CE recovered", "dead_fraction": "dead"}
-"""Columns of the tables, by the metrics they show."""
-
-
-@dataclass(frozen=True)
-class SweepRow:
-    """One dictionary."""
-
-    name: str
-    """Its config, and the folder of its run."""
-    architecture: str
-    """Architecture."""
-    features: int
-    """Features of the dictionary."""
-    k: int
-    """Active features that were asked for."""
-    seed: int
-    """Seed."""
-    site: str
-    """Site."""
-    l0: float
-    """Mean active features a token."""
-    explained_variance: float
-    """1 − Σ‖x − x̂‖² / Σ‖x − x̄‖²."""
-    ce_recovered: float
-    """(CE_zero − CE) / (CE_zero − CE_model) with this site alone spliced."""
-    kl: float
-    """Mean KL divergence from the model's predictions, in nats."""
-    dead_fraction: float
-    """Share of the features that never fired on the text."""
-
-
-@dataclass(frozen=True)
-class SweepResults(Result):
-    """Metrics of every dictionary of a sweep."""
-
-    rows: tuple[SweepRow, ...]
-    """One a config and site."""
-    spliced: dict[str, dict[str, float]]
-    """By config, with all sites spliced: ce, ce_recovered, kl."""
-    ce_model: float
-    """Cross-entropy of the model itself."""
-    n_tokens: int
-    """Tokens measured."""
-    measured_on: str
-    """Text measured on."""
-    start: int
-    """First document of it."""
-    seen: bool
-    """Whether the dictionaries were trained on it."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON-ready values; undefined numbers are None."""
-        data = {"text" if key == "measured_on" else key: value for key, value in asdict(self).items()}
-        return {"schema_version": 1, **without_nan(json.loads(json.dumps(data)))}
-
-    @property
-    def sites(self) -> list[str]:
-        """Sites in the order of the forward pass."""
-        return list(dict.fromkeys(row.site for row in self.rows))
-
-    def to_frame(self) -> pd.DataFrame:
-        """A row a config and site."""
-        import pandas as pd
-
-        return pd.DataFrame([asdict(row) for row in self.rows])
-
-    def summary(self) -> str:
-        """A line for each architecture, width and k: means over sites and seeds."""
-        means = self._means(["architecture", "features", "k"])
-        together = self.to_frame()[["name", "architecture", "features", "k"]].drop_duplicates()
-        together["all spliced"] = [self.spliced[name]["ce_recovered"] for name in together.pop("name")]
-        keys = ["architecture", "features", "k"]
-        means["all spliced"] = together.groupby(keys, sort=False)["all spliced"].mean().to_numpy()
-        sites = f"{len(self.sites)} sites" if len(self.sites) > 1 else self.sites[0]
-        head = f"means over {sites} and all seeds, {self.n_tokens:,} tokens of {self._where()}"
-        return f"{head}\n{frame_text(means, {'L0': 1})}"
-
-    def text(self) -> str:
-        """A line for each site, architecture, width and k: means over seeds."""
-        return frame_text(self._means(["site", "architecture", "features", "k"]), {"L0": 1})
-
-    def _means(self, keys: list[str]) -> pd.DataFrame:
-        """Means of what is defined over all rows that share the keys."""
-        frame = self.to_frame()
-        if "site" in keys:
-            frame = frame.sort_values("site", key=lambda names: names.map(self.sites.index), kind="stable")
-        return frame.groupby(keys, sort=False)[list(SHOWN)].mean().rename(columns=SHOWN).reset_index()
-
-    def _where(self) -> str:
-        after = f" from document {self.start:,} on" if self.start else ""
-        return f"{self.measured_on}{after}{', which they were trained on' if self.seen else ''}"
 
 
 @dataclass(frozen=True)
@@ -218,8 +119,8 @@ def evaluate_sweep(
     data = {name: read_json(_path(sweep.out, name)) for name in sweep.configs}
     any_one = next(iter(data.values()))
     return SweepResults(
-        tuple(row for name, result in data.items() for row in _rows(sweep, name, result)),
-        {name: {key: _number(result["spliced"]["all"][key]) for key in SPLICED} for name, result in data.items()},
+        tuple(row for name, result in data.items() for row in rows_of(sweep, name, result)),
+        {name: {key: number(result["spliced"]["all"][key]) for key in SPLICED} for name, result in data.items()},
         any_one["ce_model"], any_one["n_tokens"], held_out.source.name, held_out.start, held_out.seen,
     )  # fmt: skip
 
@@ -358,27 +259,21 @@ def same_measurement(one: dict[str, Any] | None, other: dict[str, Any]) -> bool:
     return one is not None and all(one.get(key) == other[key] for key in other if key not in NAMES)
 
 
-def _rows(sweep: Sweep, name: str, data: dict[str, Any]) -> list[SweepRow]:
-    """The rows of a config, from its evaluation.json."""
-    config = sweep.configs[name]
-    return [
-        SweepRow(
-            name=name,
-            architecture=config.architecture,
-            features=metrics["n_features"],
-            k=config.k if architecture(config.architecture).trained else metrics["n_features"],
-            seed=config.seed,
-            site=site,
-            l0=_number(metrics["l0"]),
-            explained_variance=_number(metrics["explained_variance"]),
-            ce_recovered=_number(metrics["predictions"]["ce_recovered"]),
-            kl=_number(metrics["predictions"]["kl"]),
-            dead_fraction=_number(metrics["dead_fraction"]),
-        )
-        for site, metrics in data["sites"].items()
-    ]
+def measured_rows(out: str, measured_on: Mapping[str, Any]) -> list[SweepRow]:
+    """The rows of the finished sweep in a folder; UserError where it was measured in another model or on another text.
 
-
-def _number(value: float | None) -> float:
-    """JSON's null is undefined."""
-    return math.nan if value is None else value
+    Where it begins in the text, and how many tokens were measured, may differ; those that are None are not looked at.
+    """
+    sweep, rows = Sweep.load(out), list[SweepRow]()
+    for name in sweep.configs:
+        before = _found(sweep.out, name)
+        if before is None:
+            raise UserError(f"{str(sweep.out / name)!r} was not measured: run that sweep again with --resume")
+        for key in ("model_fingerprint", "text_fingerprint", "context"):
+            if measured_on.get(key) not in (None, before.get(key)):
+                raise UserError(
+                    f"{str(sweep.out / name)!r} was measured with {key.replace('_', '-')} {before.get(key)!r}, not "
+                    f"{measured_on[key]!r}: scaling laws compare sweeps on one text, give the same --eval-text"
+                )
+        rows += rows_of(sweep, name, read_json(_path(sweep.out, name)))
+    return rows

@@ -2,6 +2,7 @@
 
 1. `plot_site`: explained variance and CE recovered against L0 at one site, beside each other.
 2. `plot_sites`: one of the two at all sites, a row a kind of site and a column a layer.
+3. `plot_laws`: what is left unexplained against width, a row a site, with the scaling laws as lines.
 
 Colour is the architecture; darker lines with fuller markers are wider dictionaries. Small points are single seeds,
 lines go through their means. Points of one line are in the order of the k they were trained for.
@@ -12,17 +13,24 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from sae._plotting import COLOURS, PALE, RULE, quiet, save_figure
 from sae.architectures import architecture
-from sae.evaluation.sweep import SweepResults
+from sae.evaluation.scaling import METRICS as SCALED
+from sae.evaluation.scaling import NAMES, POWER, ScalingLaw, law_of
+from sae.evaluation.sweep_results import SweepResults
 from sae.model.sites import Site
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 METRICS = {"explained_variance": "explained variance", "ce_recovered": "CE recovered"}
 MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -30,6 +38,10 @@ COLUMNS = 6
 """Most panels in a row."""
 FILLED = 0.7
 """Share of the panels that must not be blank for rows of one kind."""
+LAWS = {"unexplained_variance": "1 − EV", "ce_lost": "1 − CE recovered", "dead_fraction": "dead features"}
+"""Titles of the panels of scaling laws."""
+ALONG = {"features": "features n", "k": "active features k", "tokens": "tokens T"}
+SHORT = {"features": "n", "k": "k", "tokens": "T"}
 LINE = ["architecture", "features"]
 """Columns that tell the lines of a picture apart."""
 Styles = dict[tuple[str, int], dict[str, object]]
@@ -66,6 +78,69 @@ def plot_sites(results: SweepResults, metric: str, path: str | Path) -> Path:
     figure.supylabel(METRICS[metric], fontsize=10)
     figure.legend(handles=_handles(styles), loc="outside right center", frameon=False, fontsize=8)
     return save_figure(figure, path, overwrite=True)
+
+
+def plot_laws(rows: pd.DataFrame, laws: Sequence[ScalingLaw], architecture: str, path: str | Path) -> Path:
+    """The dictionaries of one architecture and the laws fitted to them, as .svg, .png or .pdf.
+
+    Along is the width, or where there is only one the sparsity, else the tokens; colours tell the other two.
+    """
+    rows = rows[rows["architecture"] == architecture]
+    along, *others = sorted(ALONG, key=lambda name: rows[name].nunique() < 2)
+    sites = [site for site in dict.fromkeys(rows["site"]) if any(law.site == site for law in laws)]
+    figure = Figure(figsize=(10.5, 2.5 * len(sites) + 0.5), layout="constrained")
+    grid = figure.subplots(len(sites), len(LAWS), squeeze=False, sharex=True)
+    for panels, site in zip(grid, sites, strict=True):
+        for axes, (metric, title) in zip(panels, LAWS.items(), strict=True):
+            law = law_of(laws, {"architecture": architecture, "site": site, "metric": metric})
+            _law_panel(axes, rows[rows["site"] == site], law, metric, along, others)
+            axes.set_title(f"{site}: {title}\n{_exponents(law)}", fontsize=8, loc="left")
+    for axes in grid[-1]:
+        axes.set_xlabel(ALONG[along], fontsize=9)
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
+    return save_figure(figure, path, overwrite=True)
+
+
+def _exponents(law: ScalingLaw | None) -> str:
+    """The exponents of a law with their standard errors, and its error."""
+    if law is None:
+        return "too few points to fit"
+    shown = [f"{NAMES[name]} {law.parameters[name]:.2f}±{law.errors[name]:.2f}"
+             for name in POWER if name in law.parameters]  # fmt: skip
+    return f"{', '.join(shown)}; error {law.error:.2g}"
+
+
+def _law_panel(
+    axes: Axes, rows: pd.DataFrame, law: ScalingLaw | None, metric: str, along: str, others: Sequence[str]
+) -> None:
+    """Points and the law of one number; a colour a sparsity, lighter for fewer tokens."""
+    column = SCALED[metric]
+    groups = list(rows.groupby(others, sort=True))
+    hues = {value: i for i, value in enumerate(sorted(rows[others[0]].unique()))}
+    shades = {value: i for i, value in enumerate(sorted(rows[others[1]].unique(), reverse=True))}
+    for (first, second), group in groups:
+        pale = 0.6 * shades[second] / max(1, len(shades) - 1)
+        colour = tuple(channel + pale * (1 - channel) for channel in to_rgb(COLOURS[hues[first] % len(COLOURS)]))
+        values = group[column] if metric == column else 1 - group[column]
+        told = [f"{SHORT[name]} {value:,}" for name, value in zip(others, (first, second), strict=True)
+                if rows[name].nunique() > 1]  # fmt: skip
+        axes.plot(group[along], values, "o", ms=4, color=colour, label=", ".join(told) or "measured")
+        if law is not None:
+            ends = [float(math.log(rows[along].min())), float(math.log(rows[along].max()))]
+            x = np.exp(np.linspace(*ends, 60))
+            at = {along: x, others[0]: np.full_like(x, first), others[1]: np.full_like(x, max(second, 1))}
+            axes.plot(x, law(at["features"], at["k"], at["tokens"]), lw=1.2, color=colour)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted(rows[along].unique()))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    if metric != column and (rows[column] < 1).any():
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0, 7.0)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
+    quiet(axes, size=7.5)
 
 
 def _rows_of_sites(sites: Sequence[str]) -> list[list[str]]:

@@ -40,6 +40,13 @@ def test_a_sweep_is_trained_measured_drawn_and_usable(sfc, model_folder, halves,
     }  # fmt: skip
     for row in data["rows"]:
         assert row["l0"] == pytest.approx(row["k"], abs=0.5) and row["explained_variance"] > 0
+    assert data["laws"] == [] and {row["tokens"] for row in data["rows"]} == {3000}  # four are too few for any law
+    beside = sfc("sweep", "--model", model_folder, "--text", halves[1], "--out", tmp_path / "other", "--beside", out)
+    assert (
+        beside.status == 2
+        and "scaling laws compare sweeps on one text" in beside.err
+        and not (tmp_path / "other").exists()
+    )
     run = out / NAMES[1]
     words_alone = ["--model", model_folder, "--saes", run, "--text", halves[1], "--tokens", 100]
     refused = sfc("evaluate", *words_alone)
@@ -82,6 +89,12 @@ def test_interrupted_measuring_goes_on(sfc, model_folder, halves, tmp_path, monk
     again = sfc(*words, "--resume")
     assert {path: path.read_bytes() for path in in_two} == in_two and again.out == result.out
     assert measured == [0] * 3 + [len(NAMES)] * 3  # in all, of which the first run finished one
+    shorter = [str(word).replace("3000", "2000").replace("16,24", "16") for word in words if word != "--json"]
+    shorter[shorter.index("--out") + 1] = tmp_path / "shorter"
+    fitted = sfc(*shorter, "--beside", tmp_path / "s")
+    assert fitted.status == 0 and "β_T" in fitted.out and (tmp_path / "shorter/plots/scaling-topk.svg").is_file()
+    law = json.loads((tmp_path / "shorter" / "sweep.json").read_text())["laws"][0]
+    assert law["points"] == 6 and set(law["errors"]) == {"alpha", "beta_n", "beta_k", "beta_T"}
 
 
 def test_a_begun_measurement_is_finished_before_a_larger_grid(sfc, model_folder, halves, tmp_path, monkeypatch):

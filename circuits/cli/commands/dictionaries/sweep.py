@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,6 +20,8 @@ from sae.errors import UserError, unknown
 from sae.training.config import ARCHITECTURE_NAMES, ArchitectureName, TrainConfig
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from sae.data.cache import CachedModel
     from sae.evaluation.sweep import SweepResults
     from sae.model.language_model import LanguageModel
@@ -43,7 +45,7 @@ class SharedConfig(TrainConfig):
 @dataclass(frozen=True, kw_only=True)
 class SweepCommand(Common, Overwrites, HasSites, HasTextOrCache):
     """Train a grid of autoencoders at every chosen site, all from one forward pass of the model over the text, and plot
-    how fidelity depends on sparsity on held-out text.
+    how fidelity depends on sparsity on held-out text; scaling laws say how it depends on width, sparsity and tokens.
     """
 
     out: Path
@@ -62,6 +64,10 @@ class SweepCommand(Common, Overwrites, HasSites, HasTextOrCache):
     """Tokens measured."""
     eval_context_length: ContextLength = 128
     """Longest context measured, in tokens; what comes after it in a text is not read."""
+    beside: str | None = None
+    """Finished sweeps with other --tokens and the same --eval-text, several between commas, whose dictionaries join the
+    scaling laws.
+    """
     resume: bool = False
     """Go on with an interrupted sweep, or add to a finished one; nothing is trained or measured twice."""
     config: SharedConfig = field(default_factory=SharedConfig)
@@ -86,11 +92,14 @@ class SweepCommand(Common, Overwrites, HasSites, HasTextOrCache):
             progress=not self.quiet,
             overwrite=self.overwrite,
         )
-        drawn = self._draw(results)
-        write_with_table(self.out / RESULTS_FILE, results.to_dict(), f"{results.summary()}\n\n{results.text()}\n")
+        results, rows = self._with_laws(results)
+        drawn = self._draw(results, rows)
+        tables = [results.summary(), results.text(), *filter(None, [results.laws_text()])]
+        write_with_table(self.out / RESULTS_FILE, results.to_dict(), "\n\n".join(tables) + "\n")
         files = f"{self.out / RESULTS_FILE}, {self.out / TABLE_FILE} and {drawn}"
         wrote = f"wrote {files}; a dictionary is --saes {self.out / next(iter(trained.configs))}, and so on"
-        return Output(f"{results.summary()}\n{wrote}", {**results.to_dict(), "out": str(self.out)})
+        laws = f"\n\n{results.laws_text()}" if results.laws else ""
+        return Output(f"{results.summary()}{laws}\n{wrote}", {**results.to_dict(), "out": str(self.out)})
 
     def _train(self, eval_text: TextSource | None) -> tuple[Sweep, TextSource, str]:
         """The dictionaries, the text they learned from, and the name of the model."""
@@ -129,15 +138,20 @@ class SweepCommand(Common, Overwrites, HasSites, HasTextOrCache):
     def _check_measured(
         self, configs: dict[str, TrainConfig], model: LanguageModel | CachedModel, text: TextSource
     ) -> None:
-        """UserError, before the work, where a dictionary was measured with other settings."""
+        """UserError, before the work, where a dictionary here or of a sweep beside was measured with other settings."""
         from sae.data.batches import context_of
         from sae.data.cache import CachedModel
-        from sae.evaluation.sweep import check_measured, evaluation_settings
+        from sae.evaluation.sweep import check_measured, evaluation_settings, measured_rows
 
+        settings = evaluation_settings(model, text, tokens=self.eval_tokens, context=self.eval_context_length)
+        settings["context"] = None if isinstance(model, CachedModel) else context_of(model, self.eval_context_length)
+        for folder in self._beside():
+            measured_rows(folder, settings)
         if not self.overwrite:
-            settings = evaluation_settings(model, text, tokens=self.eval_tokens, context=self.eval_context_length)
-            context = None if isinstance(model, CachedModel) else context_of(model, self.eval_context_length)
-            check_measured(self.out, configs, {**settings, "context": context})
+            check_measured(self.out, configs, settings)
+
+    def _beside(self) -> list[str]:
+        return [folder.strip() for folder in (self.beside or "").split(",") if folder.strip()]
 
     def _estimate(self, configs: dict[str, TrainConfig], widths: list[int]) -> None:
         """Say how much is trained, before the work."""
@@ -149,11 +163,28 @@ class SweepCommand(Common, Overwrites, HasSites, HasTextOrCache):
                 f"{len(configs)} dictionaries at {len(widths)} sites: {size:.2f} GB of weights, gradients and moments\n"
             )
 
-    def _draw(self, results: SweepResults) -> Path:
-        """Both measures over all sites, and a plot a site."""
-        from sae.evaluation.sweep_plots import METRICS, plot_site, plot_sites
+    def _with_laws(self, results: SweepResults) -> tuple[SweepResults, pd.DataFrame]:
+        """The results with the laws that these and other sweeps' dictionaries follow, and all of these, a row each."""
+        import pandas as pd
+
+        from sae.architectures import architecture
+        from sae.evaluation.scaling import fit_laws
+        from sae.evaluation.sweep import measured_rows
+
+        rows = list(results.rows)
+        for folder in self._beside():
+            rows += measured_rows(folder, {})
+        frame = pd.DataFrame([asdict(row) for row in rows])
+        learned = frame[[architecture(name).trained for name in frame["architecture"]]]
+        return replace(results, laws=fit_laws(learned)), learned
+
+    def _draw(self, results: SweepResults, rows: pd.DataFrame) -> Path:
+        """Both measures over all sites, a plot a site, and the scaling laws of each architecture."""
+        from sae.evaluation.sweep_plots import METRICS, plot_laws, plot_site, plot_sites
 
         folder = self.out / "plots"
+        for name in dict.fromkeys(law.architecture for law in results.laws):
+            plot_laws(rows, results.laws, name, folder / f"scaling-{name}.svg")
         for metric in METRICS:
             plot_sites(results, metric, folder / f"{metric}.svg")
         for site in results.sites:

@@ -20,15 +20,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     import pandas as pd
 
-Array = NDArray[np.float64]
+Array: TypeAlias = "np.ndarray[Any, np.dtype[np.float64]]"
 DEAD = "dead_fraction"
 METRICS = {"unexplained_variance": "explained_variance", "ce_lost": "ce_recovered", DEAD: DEAD}
 """What is fitted, and the column that it comes from: 1 − that, but for dead features."""
@@ -96,7 +95,7 @@ class _Grid:
 
 def _value(names: Sequence[str], theta: Array, grid: _Grid) -> Array:
     """L [points] of parameters by name."""
-    given = dict(zip(names, theta, strict=True))
+    given = dict(zip(names, theta.tolist(), strict=True))
     n, k, T = np.log(grid.n), np.log(grid.k), np.log(grid.T)
     terms = {"alpha": np.ones_like(n), "beta_n": n, "beta_k": k, "gamma": n * k, "beta_T": T}
     power = sum((given[name] * term for name, term in terms.items() if name in given), np.zeros_like(n))

@@ -97,7 +97,7 @@ def plot_laws(rows: pd.DataFrame, laws: Sequence[ScalingLaw], architecture: str,
             axes.set_title(f"{site}: {title}\n{_exponents(law)}", fontsize=8, loc="left")
     for axes in grid[-1]:
         axes.set_xlabel(ALONG[along], fontsize=9)
-    handles, labels = grid[0, 0].get_legend_handles_labels()
+    handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
     return save_figure(figure, path, overwrite=True)
 
@@ -127,8 +127,7 @@ def _law_panel(
                 if rows[name].nunique() > 1]  # fmt: skip
         axes.plot(group[along], values, "o", ms=4, color=colour, label=", ".join(told) or "measured")
         if law is not None:
-            ends = [float(math.log(rows[along].min())), float(math.log(rows[along].max()))]
-            x = np.exp(np.linspace(*ends, 60))
+            x = np.geomspace(float(rows[along].min()), float(rows[along].max()), 60)
             at = {along: x, others[0]: np.full_like(x, first), others[1]: np.full_like(x, max(second, 1))}
             axes.plot(x, law(at["features"], at["k"], at["tokens"]), lw=1.2, color=colour)
     axes.set_xscale("log", base=2)

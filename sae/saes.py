@@ -23,6 +23,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sae._run.contents import check_complete
+from sae._run.processes import current
 from sae.autoencoder import WEIGHTS_FILE, ReadKind, SAEConfig, SparseAutoencoder, is_sae_folder, read_config
 from sae.errors import UserError
 from sae.formats import read_folder, site_of
@@ -295,7 +296,8 @@ def free_memory(device: torch.device) -> int | None:
         return torch.cuda.mem_get_info(device)[0] + cached
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
-    return _available()
+    available = _available()
+    return None if available is None else available // current().n_local  # processes share what a machine has
 
 
 def _available() -> int | None:

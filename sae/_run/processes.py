@@ -171,7 +171,7 @@ def launch(words: Sequence[str], n: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // n)))
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # each process says what it has to say
+    logging.disable(logging.ERROR)  # of torchrun: each process says what it has to say
     options = ["--standalone", "--nproc-per-node", str(n), "-m", "circuits.cli", *words]
     try:
         torchrun.run(torchrun.parse_args(options))

@@ -16,7 +16,7 @@ and learning rates and penalties mean the same at every site of every model. N t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from sae.activation_functions import ActivationFunction
 from sae.sparse.activations import Acts, DenseActs, SparseActs
-from sae.sparse.encoder_pass import EncoderPass, Workspace, above, row_chunks
+from sae.sparse.encoder_pass import AUX_TOKENS, EncoderPass, Workspace, above, row_chunks
 
 DENSE_CHUNK_BYTES = 24 * 2**20
 """Largest [rows, F] intermediate of a dense step on a CPU: blocks that the C library uses again instead of handing out
@@ -72,6 +72,32 @@ class StepStats(NamedTuple):
     fired: Tensor  # [F], tokens on which each feature was active
 
 
+@dataclass(frozen=True)
+class BatchShare:
+    """The tokens of a batch that this process has: by default all of them."""
+
+    weight: float = 1.0
+    """How large a part of all they are."""
+    aux_tokens: int = AUX_TOKENS
+    """How many of them AuxK is estimated from, the first."""
+    sum_over_processes: Callable[[Sequence[Tensor]], Sequence[Tensor]] | None = None
+    """Sums of tensors over all processes; None where there is one."""
+
+    def sums(self, *tensors: Tensor) -> Sequence[Tensor]:
+        """Sums over the whole batch from those over its tokens here."""
+        return tensors if self.sum_over_processes is None else self.sum_over_processes(tensors)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean [d] over all tokens of the batch, of x [n, d] here."""
+        if self.sum_over_processes is None:
+            return x.mean(0)
+        total, n = self.sums(x.sum(0), x.new_tensor(float(len(x))))
+        return total / n
+
+
+WHOLE = BatchShare()
+
+
 def squared_error(x: Tensor, x_hat: Tensor) -> Tensor:
     """Σ over tokens of ‖x − x̂‖²: a scalar."""
     return (x - x_hat).square().sum()
@@ -82,9 +108,11 @@ def where_positive(value: Tensor, of: Tensor) -> Tensor:
     return torch.ops.aten.threshold_backward(value, of, 0)
 
 
-def aux_loss(z: Tensor, acts: SparseActs, error: Tensor, W_dec: Tensor) -> Tensor:
-    """Σ‖e − ê‖² / Σ‖e − ē‖² with ê = Σ max(z, 0) W_dec over the dead features' entries; e [N, d] is a constant."""
-    variance = (error - error.mean(0)).square().sum()
+def aux_loss(z: Tensor, acts: SparseActs, error: Tensor, W_dec: Tensor, share: BatchShare = WHOLE) -> Tensor:
+    """Σ‖e − ê‖² / Σ‖e − ē‖² with ê = Σ max(z, 0) W_dec over the dead features' entries; e [N, d] is a constant. The
+    sum below the line is over the whole batch, so that those of several processes add up.
+    """
+    (variance,) = share.sums((error - share.mean(error)).square().sum())
     return squared_error(error, acts.decode(z.relu(), W_dec)) / variance.clamp(min=1e-12)
 
 
@@ -165,6 +193,7 @@ class Architecture(ABC):
         dense: bool = False,
         workspace: Workspace | None = None,
         x_read: Tensor | None = None,
+        share: BatchShare = WHOLE,
     ) -> StepStats:
         """Gradients of the mean loss over x [N, d] into `.grad` of the weights; `dead` [n] are features for AuxK.
 
@@ -178,16 +207,20 @@ class Architecture(ABC):
             acts = DenseActs()
             read = x_read is not None
             stats = [
-                self._backward(acts, None, x[i], x_c[i], w, hyper, state, n_tokens=len(x), elsewhere=read)
+                self._backward(acts, None, x[i], x_c[i], w, hyper, state, n_tokens=len(x), elsewhere=read, share=share)
                 for i in chunks
             ]
             return StepStats(*(torch.stack(column).sum(0) for column in zip(*stats, strict=True)))
-        encoder = EncoderPass(x_c, w["W_enc"], self.bias(w), dead=dead, k_aux=hyper.k_aux, workspace=workspace)
+        encoder = EncoderPass(
+            x_c, w["W_enc"], self.bias(w), dead=dead, k_aux=hyper.k_aux, workspace=workspace,
+            aux_tokens=share.aux_tokens,
+        )  # fmt: skip
         with torch.no_grad():
             selected = self.select(encoder, w, hyper)
         return self._backward(
-            selected, encoder.aux_acts(), x, x_c, w, hyper, state, n_tokens=len(x), elsewhere=x_read is not None
-        )
+            selected, encoder.aux_acts(), x, x_c, w, hyper, state, n_tokens=len(x), elsewhere=x_read is not None,
+            share=share,
+        )  # fmt: skip
 
     def _backward(
         self,
@@ -201,6 +234,7 @@ class Architecture(ABC):
         *,
         n_tokens: int,
         elsewhere: bool,
+        share: BatchShare,
     ) -> StepStats:
         """Gradients of what tokens x [n, d] add to the mean over a batch of `n_tokens`; `elsewhere`: x_c is what a
         transcoder reads.
@@ -212,7 +246,8 @@ class Architecture(ABC):
         error = (x - x_hat).detach()
         if aux is not None:
             z_aux = aux.encode(w["W_enc"], self.bias(w), b_dec, x_c[: aux.n_tokens])
-            loss = loss + hyper.aux_alpha * n_tokens * aux_loss(z_aux, aux, error[: aux.n_tokens], w["W_dec"])
+            of_errors = aux_loss(z_aux, aux, error[: aux.n_tokens], w["W_dec"], share)
+            loss = loss + hyper.aux_alpha * (n_tokens / share.weight) * of_errors
         (loss / n_tokens).backward()
         with torch.no_grad():
             self.observe(f, state)

@@ -91,7 +91,9 @@ class EncoderPass:
         dead: Tensor | None = None,
         k_aux: int = 0,
         workspace: Workspace | None = None,
+        aux_tokens: int = AUX_TOKENS,
     ):
+        self.aux_tokens = aux_tokens
         self.workspace = workspace or Workspace()
         self.x_c, self.W_enc, self.bias = x_c, W_enc.detach(), None if bias is None else bias.detach()
         self.dead = dead  # [n_dead] indices, sorted
@@ -113,8 +115,8 @@ class EncoderPass:
                 z = F.linear(x_c, self.W_enc, bias)
             else:
                 z = linear(x_c, self.W_enc, bias, out=self.workspace.take(len(x_c), len(self.W_enc), self.W_enc))
-            if self.k_aux and self.dead is not None and rows.start < AUX_TOKENS:
-                dead_z = z[: AUX_TOKENS - rows.start, self.dead]  # [n, n_dead]
+            if self.k_aux and self.dead is not None and rows.start < self.aux_tokens:
+                dead_z = z[: self.aux_tokens - rows.start, self.dead]  # [n, n_dead]
                 dead_z = dead_z if lowest is None else dead_z + lowest[self.dead]
                 value, index = top_k(dead_z, self.k_aux)
                 self._aux.append((value, self.dead[index]))

@@ -3,8 +3,8 @@
 - sites: each process trains its share of the sites, on activations of forward passes that all of them make
   (`sae.data.shared_activations`). The bits are those of one process.
 - data: each process has all autoencoders, and makes the gradients of its share of every batch; their mean moves the
-  weights, which stay the same in all of them. Batches are those of one process, so that results agree but for the
-  order of sums. AuxK reconstructs the errors of the first tokens of each share, normalised by their variance.
+  weights, which stay the same in all of them. Batches, and the tokens for AuxK, are those of one process, so that
+  results agree but for the order of sums.
 
 N tokens, F features.
 """
@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 
 from sae._run.processes import Processes
+from sae.architectures.base import BatchShare
 from sae.data.shared_activations import SharedActivations
 from sae.errors import UserError
 from sae.model.sites import Site
+from sae.sparse.encoder_pass import AUX_TOKENS
 from sae.training.config import TrainConfig
 from sae.training.trainer import Trainer, order_of_rows
 
@@ -82,11 +84,6 @@ class DataTrainer(Trainer):
     def _save(self) -> None:
         self.processes.by_first(super()._save)
 
-    def _allocate(self) -> None:
-        super()._allocate()
-        for sae in self.saes:
-            sae.sum_over_processes = self._sums
-
     def _prepare(self) -> None:
         """Centre and scale of each site by one process, from all its rows; then rows for all sites."""
         self.activations.by_site()
@@ -114,22 +111,28 @@ class DataTrainer(Trainer):
         return receivers
 
     def _shares(self, rows: Tensor) -> Sequence[Tensor]:
-        return rows.tensor_split(self.processes.size)
+        """The rows of a batch for each process, in turns: each gets as many of the first, which AuxK reads."""
+        return [rows[rank :: self.processes.size] for rank in range(self.processes.size)]
 
     def _next_rows(self) -> dict[int, Tensor]:
-        return {seed: self._shares(rows)[self.processes.rank] for seed, rows in super()._next_rows().items()}
+        ((seed, rows),) = super()._next_rows().items()
+        mine = self._shares(rows)[self.processes.rank]
+        n_aux = len(self._shares(torch.empty(AUX_TOKENS))[self.processes.rank])
+        for sae in self.saes:
+            sae.share = BatchShare(len(mine) / len(rows), n_aux, self._sums)
+        return {seed: mine}
 
     def _make_gradients(self) -> None:
         """The gradients of the mean over the whole batch: those of the shares, weighted by their tokens, added up."""
         super()._make_gradients()
-        share = len(self._shares(torch.empty(self.batch))[self.processes.rank]) / self.batch
         for sae in self.saes:
             weights = list(sae.weights.values())
             here = [float(weight.grad is not None) for weight in weights]
             anywhere = self.processes.sum_(torch.tensor(here, device=self.device)).tolist()
             moved = [weight for weight, n in zip(weights, anywhere, strict=True) if n]
             gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in moved]
-            for weight, total in zip(moved, self._sums([share * gradient for gradient in gradients]), strict=True):
+            totals = self._sums([sae.share.weight * gradient for gradient in gradients])
+            for weight, total in zip(moved, totals, strict=True):
                 weight.grad = total
 
     def _sums(self, tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -33,7 +33,7 @@ from torch import Tensor
 
 from sae.activation_functions import TOPK
 from sae.architectures import architecture
-from sae.architectures.base import Hyper, StepStats
+from sae.architectures.base import WHOLE, Hyper, StepStats
 from sae.autoencoder import SITE_PATH, SKIP, SAEConfig, SparseAutoencoder
 from sae.folding import fold_norms, fold_scale
 from sae.model.sites import Site
@@ -175,7 +175,7 @@ class TrainingSAE:
         self.state |= {f"extra.{key}": tensor for key, tensor in extra.items()}
         self.dead: Tensor | None = None
         self.workspace = Workspace()
-        self.sum_over_processes: Callable[[Sequence[Tensor]], Sequence[Tensor]] = lambda tensors: tensors
+        self.share = WHOLE
 
     @property
     def unit_decoder(self) -> bool:
@@ -239,7 +239,7 @@ class TrainingSAE:
         hyper = self.schedule.hyper(step, state["sparsity"])
         stats = self.architecture.step(
             x, self.weights, hyper, self.extra_state, dead=self.dead, dense=dense, workspace=self.workspace,
-            x_read=x_read,
+            x_read=x_read, share=self.share,
         )  # fmt: skip
         previous_l0 = state["l0"].clone()
         self._count(x, stats)
@@ -258,8 +258,9 @@ class TrainingSAE:
     def _count(self, x: Tensor, stats: StepStats) -> None:
         """Takes a batch of scaled activations x [n, d] into the counters."""
         state, n_tokens = self.state, torch.tensor(float(len(x)), device=x.device)
-        sums = [stats.fired, stats.loss, stats.squared_error, x.sum(0), x.square().sum(), n_tokens]
-        fired, loss, squared_error, sum_x, sum_x2, n_tokens = self.sum_over_processes(sums)
+        fired, loss, squared_error, sum_x, sum_x2, n_tokens = self.share.sums(
+            stats.fired, stats.loss, stats.squared_error, x.sum(0), x.square().sum(), n_tokens
+        )
         state["silent"].add_(n_tokens).mul_(fired == 0)
         state["l0"].copy_(fired.sum() / n_tokens)
         state["loss"].add_(loss)

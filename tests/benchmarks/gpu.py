@@ -31,6 +31,7 @@ from typing import Any
 import torch
 
 from sae._files import read_json, write_json
+from sae.model.language_model import LanguageModel
 
 SELF = "tests.benchmarks.gpu"
 LARGE: dict[str, Sequence[str]] = {
@@ -104,14 +105,12 @@ def kernels(options: argparse.Namespace) -> dict[str, Any]:
     return {"largest difference": max(differences.values()), **differences}
 
 
-def training(options: argparse.Namespace) -> dict[str, Any]:
-    """The estimate of training all sites of a random model, from a few steps."""
+def random_model(width: int, layers: int, device: str) -> tuple[LanguageModel, list[str]]:
+    """A GPT-NeoX of random weights, and text for it."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
     from sae.model.load import load_model
-    from sae.training.config import TrainConfig
-    from sae.training.cost import estimate_training
 
     vocab = {"<unk>": 0} | {f"w{n}": n for n in range(1, 5000)}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
@@ -119,16 +118,26 @@ def training(options: argparse.Namespace) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     words = torch.randint(1, len(vocab), (4096, 100), generator=generator).tolist()
     config = GPTNeoXConfig(
-        vocab_size=len(vocab), hidden_size=options.width, num_hidden_layers=options.layers, num_attention_heads=8,
-        intermediate_size=4 * options.width, max_position_embeddings=128,
+        vocab_size=len(vocab), hidden_size=width, num_hidden_layers=layers, num_attention_heads=8,
+        intermediate_size=4 * width, max_position_embeddings=128,
     )  # fmt: skip
+    torch.manual_seed(0)
     model = load_model(
-        GPTNeoXForCausalLM(config).eval(), device=options.device,
+        GPTNeoXForCausalLM(config).eval(), device=device,
         tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>"),
     )  # fmt: skip
+    return model, [" ".join(f"w{n}" for n in row) for row in words]
+
+
+def training(options: argparse.Namespace) -> dict[str, Any]:
+    """The estimate of training all sites of a random model, from a few steps."""
+    from sae.training.config import TrainConfig
+    from sae.training.cost import estimate_training
+
+    model, texts = random_model(options.width, options.layers, options.device)
     estimate = estimate_training(
         model,
-        [" ".join(f"w{n}" for n in row) for row in words],
+        texts,
         config=TrainConfig(
             features=options.features, k=min(32, options.features // 4), tokens=100_000_000, batch_size=options.batch,
             buffer_tokens=65_536, autocast=model.device.type == "cuda",

@@ -12,6 +12,7 @@ from tests.conftest import FORKED
 from tests.ranks import sfc_in_ranks
 
 SMALL = ["--features", 48, "--k", 4, "--tokens", 5000, "--batch-size", 128, "--context-length", 16, "--log-steps", 1]
+SMALL += ["--dead-tokens", 400]
 
 
 @pytest.fixture
@@ -64,11 +65,13 @@ def test_data_of_several_processes(in_ranks, forked_sfc, words, alone, tmp_path)
     """The same batches as in one process, and the same step from them; a killed run is ended by one process."""
     run = tmp_path / "run"
     assert in_ranks(2, *words, "--parallel", "data", "--out", run, kill_after=25).status
-    first, second = ([line for line in training_log(alone) if line["step"] == step] for step in (1, 2))
-    for line, expected in zip(training_log(run), [*first, *second], strict=False):
-        site, expected_site = line.pop("site"), expected.pop("site")
-        assert site == expected_site
+    pairs = list(zip(training_log(run), training_log(alone), strict=False))
+    for line, expected in pairs[:6]:  # three sites, two steps
+        assert line.pop("site") == expected.pop("site")
         assert line == pytest.approx(expected, rel=1e-5 if line["step"] == 1 else 1e-3)
+    for line, expected in pairs[6:30]:  # features die after four steps
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-2)
+    assert pairs[29][0]["dead"] > 0
     assert forked_sfc(*words, "--out", run, "--resume").status == 0
     assert {line["step"] for line in training_log(run)} == {line["step"] for line in training_log(alone)}
 

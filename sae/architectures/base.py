@@ -25,7 +25,7 @@ from torch import Tensor
 
 from sae.activation_functions import ActivationFunction
 from sae.sparse.activations import Acts, DenseActs, SparseActs
-from sae.sparse.encoder_pass import AUX_TOKENS, EncoderPass, Workspace, above, row_chunks
+from sae.sparse.encoder_pass import EncoderPass, Workspace, above, row_chunks
 
 DENSE_CHUNK_BYTES = 24 * 2**20
 """Largest [rows, F] intermediate of a dense step on a CPU: blocks that the C library uses again instead of handing out
@@ -78,8 +78,8 @@ class BatchShare:
 
     weight: float = 1.0
     """How large a part of all they are."""
-    aux_tokens: int = AUX_TOKENS
-    """How many of them AuxK is estimated from, the first."""
+    aux_tokens: int | None = None
+    """How many of them, the first, AuxK is estimated from; None for `AUX_TOKENS`."""
     sum_over_processes: Callable[[Sequence[Tensor]], Sequence[Tensor]] | None = None
     """Sums of tensors over all processes; None where there is one."""
 

@@ -91,9 +91,10 @@ class EncoderPass:
         dead: Tensor | None = None,
         k_aux: int = 0,
         workspace: Workspace | None = None,
-        aux_tokens: int = AUX_TOKENS,
+        aux_tokens: int | None = None,
     ):
-        self.aux_tokens = aux_tokens
+        """aux_tokens: the tokens, of the first, that AuxK reads; AUX_TOKENS by default."""
+        self.aux_tokens = AUX_TOKENS if aux_tokens is None else aux_tokens
         self.workspace = workspace or Workspace()
         self.x_c, self.W_enc, self.bias = x_c, W_enc.detach(), None if bias is None else bias.detach()
         self.dead = dead  # [n_dead] indices, sorted

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,9 +66,9 @@ class SiteEffects:
 
     def by_feature(self, n_examples: int) -> tuple[Tensor, Tensor]:
         """(features [k], rising, effects [k]): sum over positions, mean over examples (aggregation `sum`)."""
-        feature, entry = self.feature.long().unique(return_inverse=True)
-        total = torch.zeros(len(feature), dtype=torch.float64).index_add_(0, entry, self.value.double())
-        return feature, (total / n_examples).float()
+        feature = torch.from_numpy(np.bincount(self.feature.numpy())).nonzero()[:, 0]
+        total = torch.from_numpy(np.bincount(self.feature.numpy(), weights=self.value.numpy()))  # in float64
+        return feature, (total[feature] / n_examples).float()
 
     @property
     def n_nodes(self) -> int:

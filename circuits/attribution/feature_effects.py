@@ -231,6 +231,7 @@ def edge_inputs(states: ActivationPair, gradient: Tensor, *, site: Site, active:
     sae = states.setting.saes[site]
     if sae.config.architecture == "identity":
         return None
+    gradient = gradient.to(states.mask.device)  # stored ones are on the CPU
     live = states.live(site, gradient)
     chunks = _contract(sae, states.of_site(site), gradient, live, states.mask, active=active, effects=False)
     return _edge_inputs(sae, list(chunks), live)

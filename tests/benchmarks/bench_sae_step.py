@@ -46,7 +46,7 @@ from sae.model.sites import Site
 from sae.sparse.activations import using
 from sae.training.config import TrainConfig
 from sae.training.loop import BETAS
-from sae.training.training_sae import TrainingSAE
+from sae.training.training_sae import DEAD_LOOKS, TrainingSAE
 from tests.benchmarks import peer_steps
 from tests.benchmarks.kernel_times import kernel_times
 from tests.benchmarks.peer_steps import PACKAGES, Sizes, Step
@@ -122,12 +122,14 @@ def training_step(state: str, sizes: Sizes, config: TrainConfig, batch: Callable
     if not one.architecture.fixed_k and not dense:
         _make_sparse(one, batch(), sizes.k)
 
+    step = iter(range(DEAD_LOOKS * (config.steps // 2 // DEAD_LOOKS), 10**9))
+
     def run() -> None:
         if dead:
             one.state["silent"][::2] = peer_steps.LONG_AGO
         with using(mode):
             with sizes.autocast():
-                one.step(batch(), config.steps // 2)
+                one.step(batch(), next(step))
             optimizer.step()
             optimizer.zero_grad()
             one.constrain()

@@ -78,7 +78,7 @@ def kernels(options: argparse.Namespace) -> dict[str, Any]:
     from sae.model.sites import Site
     from sae.sparse import activations
     from sae.training.config import TrainConfig
-    from sae.training.training_sae import TrainingSAE
+    from sae.training.training_sae import DEAD_LOOKS, TrainingSAE
 
     device = torch.device(options.device)
     if device.type == "cpu":
@@ -95,7 +95,7 @@ def kernels(options: argparse.Namespace) -> dict[str, Any]:
         sae = TrainingSAE("site", Site.parse("resid_0"), options.width, config, device)
         sae.state["silent"][: options.features // 2] = 10**9
         with activations.using(mode):
-            sae.step(x, 1)
+            sae.step(x, DEAD_LOOKS)
         gradients[mode] = {name: weight.grad.clone() for name, weight in sae.weights.items()}
     differences = {
         name: float((gradients["triton"][name] - g).norm() / g.norm().clamp(min=1e-30))

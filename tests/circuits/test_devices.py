@@ -161,6 +161,12 @@ def test_evaluation_contexts_and_matches(model, saes, small_model, make_saes):
 
 
 @only_mps
+def test_an_ensemble_whose_edges_take_stored_gradients(model, saes, tiny_prompts):
+    options = DiscoverOptions(method="ensemble:attrib,activation-difference", nodes=5, edge_nodes=5)
+    circuit = discover(model, saes, tiny_prompts[:2].to(model.device), options, progress=False)
+    assert circuit.edges
+
+
 def test_a_circuit_its_tests_and_an_edit(model, saes, small_model, make_saes, tiny_prompts):
     options, prompts = DiscoverOptions(steps=2, edge_nodes=20), tiny_prompts.to(model.device)
     circuit = discover(model, saes, prompts, options, progress=False)

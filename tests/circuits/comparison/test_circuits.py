@@ -20,6 +20,7 @@ from circuits.comparison.overlap import (
     SKIP,
     Names,
     Profile,
+    _tested,
     measure_overlap,
     own_number,
     profile,
@@ -111,6 +112,11 @@ def test_shuffles_keep_sites_spans_and_errors():
             assert to[1] == moved[site, feature, "a"][1]  # the same feature at every span
 
 
+def test_a_shuffle_that_reaches_the_value_counts():
+    tested = _tested([1.0, 1.0, 0.5, 0.0])
+    assert (tested.value, tested.chance, tested.p) == (1.0, 0.5, 2 / 4)
+
+
 def test_verdicts():
     carries, fails = Transfer(0.9, 1.0, None), Transfer(0.1, 1.0, None)
     assert verdict(0.01, carries, carries) == "same"
@@ -134,7 +140,10 @@ def test_nodes_go_by_site_feature_and_span_errors_and_skips_by_what_they_are():
     site, n_features = Site.parse("mlp_1"), 8
     feature, position = torch.tensor([3, 3, 5, n_features, n_features + 1]), torch.tensor([0, 1, 1, 1, 1])
     nodes = {site: SiteNodes(n_features, feature, position, torch.tensor([5.0, 4, 3, 2, 1]), ("first", "rest"))}
-    circuit = SimpleNamespace(edge_nodes={}, edges={}, features={}, metadata={})
+    circuit = SimpleNamespace(edge_nodes=nodes, edges={}, features={}, metadata={})
+    circuit.edges[site, None] = torch.tensor([[1.0, -5.0, 2.0, -0.5, -3.0]])
+    strongest = profile(circuit, nodes, n_edges=2).edges
+    assert strongest == {(("mlp_1", 3, "rest"), METRIC): -5.0, (("mlp_1", SKIP, "rest"), METRIC): -3.0}
     plain = profile(circuit, nodes, n_edges=0).effects
     of_others = [("mlp_1", ERROR, "rest"), ("mlp_1", SKIP, "rest")]
     assert list(plain) == [("mlp_1", 3, "first"), ("mlp_1", 3, "rest"), ("mlp_1", 5, "rest"), *of_others]

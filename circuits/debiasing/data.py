@@ -28,7 +28,7 @@ from circuits.prompts.alignment import length_keys
 from circuits.prompts.dataset import PromptSet
 from circuits.prompts.formats import Example, read_rows, rows_with_text
 from circuits.prompts.reader import find_spans, first_rows
-from circuits.prompts.spans import has_fields, number_spans
+from circuits.prompts.spans import OTHER, has_fields, number_spans
 from sae.errors import UserError
 from sae.model.language_model import LanguageModel
 from sae.model.tokens import Tokens
@@ -210,6 +210,28 @@ def text_set(
         span_numbers=numbers,
     )
     return TextSet(prompts.to(model.device), [text.intended for text in kept], [text.spurious for text in kept])
+
+
+def prompt_rows(texts: TextSet) -> list[dict[str, Any]]:
+    """The texts as lines of a prompt file, spans as ranges of tokens; the answer, which probes do not read, is token 0.
+
+    Raises UserError for a span in several pieces, which a line cannot say.
+    """
+    prompts, rows = texts.prompts, []
+    assert prompts.span_numbers is not None
+    first = prompts.clean.n_positions - prompts.clean.lengths
+    for row, (text, case) in enumerate(zip(prompts.texts, prompts.cases, strict=True)):
+        numbers = prompts.span_numbers[row, int(first[row]) :].tolist()
+        spans = {}
+        for number, name in enumerate(prompts.spans):
+            tokens = [at for at, of_token in enumerate(numbers) if of_token == number]
+            if name == OTHER or not tokens:
+                continue
+            if tokens != list(range(tokens[0], tokens[-1] + 1)):
+                raise UserError(f"span {name!r} of {text!r:.60} is in several pieces")
+            spans[name] = {"tokens": [tokens[0], tokens[-1] + 1]}
+        rows.append({"clean_prefix": text, "clean_answer": 0, "case": case, "spans": spans})
+    return rows
 
 
 def span_read(position: str) -> str:

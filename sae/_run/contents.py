@@ -60,7 +60,7 @@ PARTIAL = Layout((r"partial\.json", r"(nodes|edges)-\d{4,}\.safetensors"))
 MEASURED = Layout((
     rf"(edge_)?faithfulness{NAMED}\.(json|svg)", rf"mask{NAMED}\.(json|safetensors)",
     rf"(validity|attention){NAMED}\.json",
-    rf"shift{NAMED}\.(json|svg)", r"probe\.safetensors",
+    rf"shift{NAMED}\.(json|svg)", r"probe\.safetensors", r"probe_texts\.jsonl",
 ))  # fmt: skip
 """What is measured of a circuit and stands beside it."""
 CIRCUIT = Layout(

@@ -39,6 +39,14 @@ def test_a_probe_is_debiased(sfc, run_folder, model_folder, labelled_file, tmp_p
     found = effects.stat().st_mtime_ns
     name = json.loads((out / "circuit" / "shift.json").read_text())["features"][0]["feature"]
     assert name.partition("@")[2] in ("other", "first", "last") and sfc("report", "--circuit", out).status == 0
+    of_circuit = json.loads((out / "circuit" / "circuit.json").read_text())["metadata"]
+    alone = sfc("faithfulness", "--circuit", out, "--sizes", 5, "--random", 0, "--json")  # on the texts it was found on
+    assert json.loads(alone.out)["n_prompts"] == of_circuit["n_examples"], alone.err
+    edited = sfc("ablate", "--circuit", out, "--top", 2, "--random", 0, "--json")
+    assert edited.status == 0 and json.loads(edited.out)["before"]["overall"]["accuracy"] is None, edited.err
+    assert json.loads(edited.out)["before"]["overall"]["metric"] == pytest.approx(of_circuit["m_clean"], rel=1e-3)
+    without = sfc("faithfulness", "--circuit", out, "--edges", "--name", "edges")
+    assert without.status == 2 and "no edges" in without.err
     drop.write_text(name)
     refused = sfc(*words, "--drop", drop)
     assert refused.status == 2 and "drop None, not 'drop.txt" in refused.err and "--name gives" in refused.err

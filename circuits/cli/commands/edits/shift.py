@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from circuits.cli.options import HasModel, HasSaes, Named, Output, Overwrites, UsesSaes, plain
 from circuits.cli.results import ResultFiles, different_options, made_with, output_file
 from circuits.debiasing.options import PerturbationOptions, ShiftOptions
-from sae._files import make_folder, write_json
+from sae._files import make_folder, write_json, write_text
 from sae._run.contents import CIRCUIT, MEASURED, check_contents, check_run_config, remove
 from sae._run.locks import lock
 from sae._run.outputs import check_no_link, like
@@ -17,6 +18,8 @@ from sae.errors import UserError
 
 if TYPE_CHECKING:
     from circuits.circuit import Circuit
+    from circuits.debiasing.data import TextSet
+    from circuits.debiasing.probing import Study
     from circuits.debiasing.shift import Prepared
     from sae.saes import SAEs
 
@@ -144,8 +147,9 @@ class ShiftCommand(Named, _Labelled):
             model=absolute_path(self.model), saes=absolute_path(self.saes), site_paths=self.site_paths,
             shift=found_with, title=f"probe of {self.options.intended} in {Path(self.model).name}",
         )  # fmt: skip
-        texts = study.ambiguous.first(self.options.circuit_texts).prompts
-        features = describe_features(study.model, study.saes, circuit, texts, texts=None)
+        texts = study.ambiguous.first(self.options.circuit_texts)
+        circuit.metadata.update(_as_prompts(texts, study, folder / "probe_texts.jsonl"))
+        features = describe_features(study.model, study.saes, circuit, texts.prompts, texts=None)
         circuit.features.update(features)
         write_json(folder / FEATURES_FILE, {"schema_version": 1, "features": features})
         circuit.save(folder)
@@ -162,6 +166,22 @@ class ShiftCommand(Named, _Labelled):
             "texts": study.ambiguous.prompts.fingerprint, "labels": len(set(study.ambiguous.intended)),
             "model_fingerprint": study.model.fingerprint, "saes_fingerprint": saes_fingerprint(study.saes),
         }  # fmt: skip
+
+
+def _as_prompts(texts: TextSet, study: Study, file: Path) -> dict[str, Any]:
+    """Write the texts that a circuit was found on as a prompt file; returns what a circuit says of it, so that other
+    commands read them.
+    """
+    from circuits.debiasing.data import prompt_rows
+    from circuits.prompts.dataset import load_prompts
+
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in prompt_rows(texts)]
+    write_text(file, "".join(lines))
+    prompts = load_prompts(file, study.model, need_spans=True)
+    return {
+        "prompts": str(file.resolve()), "prompts_fingerprint": prompts.fingerprint, "examples": len(prompts),
+        "span_template": None, "need_spans": True,
+    }  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

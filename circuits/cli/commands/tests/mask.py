@@ -53,7 +53,7 @@ class MaskCommand(Named, HasSizes, HasTestPrompts, RunsCircuit):
         )
         files.check()
         circuit = load_circuit(self)
-        learned_on = circuit.read_prompts(circuit.metadata["prompts"], limit=self.learn_examples)
+        learned_on = circuit.read_prompts(circuit.metadata.get("prompts"), limit=self.learn_examples)
         prompts = learned_on[: self.examples]
         if self.prompts:
             prompts = circuit.read_prompts(self.prompts, limit=self.examples)

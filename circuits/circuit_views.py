@@ -287,11 +287,12 @@ class CircuitViews:
                 f"{sums['mean_residual']:.2%} of the total on average, {sums['worst_residual']:.2%} at worst "
                 f"({sums['worst_site']})"
             )
-        if errors := meta.get("errors"):
-            lines.append(
-                f"through error nodes: {errors['mean_share']:.0%} of the total effect on average over sites, "
-                f"{errors['largest_share']:.0%} at {errors['largest_site']}"
-            )
+        for key, what in (("errors", "error nodes"), ("skips", "skip connections")):
+            if shares := meta.get(key):
+                lines.append(
+                    f"through {what}: {shares['mean_share']:.0%} of the total effect on average over sites, "
+                    f"{shares['largest_share']:.0%} at {shares['largest_site']}"
+                )
         lines.append(f"{count(self.nodes)} nodes have an effect; the strongest:")
         return "\n".join([*lines, *self.strongest_lines(10)])
 

@@ -225,16 +225,20 @@ def _of_metric(batches: Sequence[Attribution], effects: Mapping[Site, SiteEffect
     means = _metric_means(batches, n_examples)
     totals = {site: torch.cat([batch.site_totals[site] for batch in batches]) for site in effects}
     scale = abs(means["total_effect"] or 0.0) or max(abs(total.double().mean().item()) for total in totals.values())
-    return means | {
-        "completeness": _sum_check(effects, totals, n_examples, scale),
-        "errors": _error_shares(effects, n_examples, scale),
-    }
+    with_skip = {site: of_site for site, of_site in effects.items() if (of_site.feature > of_site.n_features).any()}
+    return (
+        means
+        | {"completeness": _sum_check(effects, totals, n_examples, scale)}
+        | {"errors": _shares(effects, n_examples, scale)}
+        | ({"skips": _shares(with_skip, n_examples, scale, beyond=1)} if with_skip else {})
+    )
 
 
-def _error_shares(effects: Mapping[Site, SiteEffects], n_examples: int, scale: float) -> dict[str, Any]:
-    """The sum of the effects of each site's error node, in units of `scale`."""
+def _shares(effects: Mapping[Site, SiteEffects], n_examples: int, scale: float, *, beyond: int = 0) -> dict[str, Any]:
+    """The sum of the effects of each site's error node, or its skip connection (`beyond` 1), in units of `scale`."""
     sums = {
-        site: of_site.value[of_site.feature == of_site.n_features].double().sum() for site, of_site in effects.items()
+        site: of_site.value[of_site.feature == of_site.n_features + beyond].double().sum()
+        for site, of_site in effects.items()
     }
     shares = {site: total.item() / n_examples / (scale or 1.0) for site, total in sums.items()}
     largest = max(shares, key=lambda site: abs(shares[site]))

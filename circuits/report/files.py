@@ -204,6 +204,7 @@ class SaeFile(TypedDict):
     architecture: NotRequired[str]
     n_features: NotRequired[Index]
     k: NotRequired[FiniteFloat | None]
+    read: NotRequired[str | None]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from sae.training.config import TrainConfig
 
 NOT_FACTS = (
     "cases", "completeness", "digest", "errors", "example_pairs", "metric_fingerprint", "need_spans", "path_nodes",
-    "schema_version", "sites", "span_words", "templates", "title", "tokens", "total_effect",
+    "schema_version", "sites", "skips", "span_words", "templates", "title", "tokens", "total_effect",
     "last_span", "uncertainty", "verification",
 )  # fmt: skip
 """Metadata that another section shows, or that say nothing to a reader."""
@@ -86,9 +86,11 @@ def provenance(run: RunFiles) -> list[tuple[str, Any]]:
     if isinstance(versions, dict):
         facts.append(("versions", versions))
     if run.saes:
-        kinds = sorted({_sae_text(config) for config in run.saes})
-        sites = ", ".join(map(str, sorted(Site.parse(config["site"]) for config in run.saes)))
-        facts.append(("autoencoders", f"{len(run.saes)}: {'; '.join(kinds)} at {sites}"))
+        kinds: dict[str, list[Site]] = {}
+        for config in run.saes:
+            kinds.setdefault(_sae_text(config), []).append(Site.parse(config["site"]))
+        texts = [f"{len(sites)}: {kind} at {', '.join(map(str, sorted(sites)))}" for kind, sites in kinds.items()]
+        facts.append(("autoencoders", "; ".join(texts)))
     return facts
 
 
@@ -110,6 +112,6 @@ def sure(run: RunFiles) -> list[str]:
 
 
 def _sae_text(config: dict[str, Any]) -> str:
-    k = f", k = {config['k']}" if config.get("k") else ""
+    k = f", k = {config['k']:g}" if config.get("k") else ""
     read = f" (transcoder, reads {config['read']})" if config.get("read") else ""
     return f"{config.get('architecture')} with {config.get('n_features')} features{k}{read}"

@@ -40,12 +40,14 @@ from graphs.drawing.style import (
     PALE_INK,
     PLAIN_EDGE,
     POSITIVE_EDGE,
+    RULE,
     describe,
     diverging_colour,
     effect_number,
     effect_words,
     fit,
     ink_on,
+    mixed,
     number,
     position_name,
     scale_colour,
@@ -266,6 +268,8 @@ def _add_node(dot: graphviz.Digraph, scene: Scene, node: Node) -> None:
 
 def _colours(scene: Scene, node: Node) -> tuple[str, str]:
     """Colours of a node's face and border."""
+    if scene.classes is not None and node.kind in OTHERS:  # no class: the larger the effect, the darker the border
+        return scale_colour(0.0), mixed(RULE, INK, abs(signed_root(node.effect, scene.effect)))
     if scene.classes is not None:
         contrast = scene.classes.contrast.get(node.id, 0.0)
         strength = 0.3 + 0.7 * abs(signed_root(node.effect, scene.effect))

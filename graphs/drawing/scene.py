@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from functools import cached_property
 from html import escape
 
 import graphviz
@@ -26,13 +27,14 @@ from graphs.drawing.style import (
     number,
     position_name,
     span_words,
+    text_width,
     visible,
 )
 from graphs.errors import GraphError
 from graphs.feature_graph import OTHERS, FeatureGraph
 from graphs.schema import Colour
 
-GUTTER, MARGIN = 62.0, 14.0
+GUTTER, MARGIN, SPACE = 62.0, 14.0, 14.0
 OUTLINE = 3.5
 """Between the boxes of a supernode and its outline."""
 
@@ -97,11 +99,12 @@ class Scene:
         """Height under the first site: legend, and the tokens of a circuit by position."""
         return 66.0 + (24.0 if self.layout.columns else 0.0)
 
-    @property
+    @cached_property
     def size(self) -> Point:
         """Width and height of the page."""
         above = 58.0 + (24.0 if self.layout.columns else 0.0)
-        return max(self.layout.width + GUTTER + 2 * MARGIN, 590.0), self.layout.height + self.below + above
+        width = max(self.layout.width + GUTTER + 2 * MARGIN, 590.0, _legend(self)[1] + 2 * MARGIN)
+        return width, self.layout.height + self.below + above
 
 
 def make_scene(graph: FeatureGraph, link: str, colour: Colour = "class", *, portrait: bool = False) -> Scene:
@@ -180,28 +183,36 @@ def add_title(dot: graphviz.Digraph, scene: Scene, title: str | None) -> None:
 
 
 def add_legend(dot: graphviz.Digraph, scene: Scene) -> None:
-    """Colour scale with its ends in numbers, the triangle, and edge signs."""
-    swatches = "".join(f'<TD BGCOLOR="{colour}" WIDTH="18" HEIGHT="9" FIXEDSIZE="TRUE"></TD>' for colour in DIVERGING)
-    if scene.classes is not None:
-        low, high = (html_text(f"on for {visible(fit(name, 8.5, 150))}", 8.5, INK) for name in scene.classes.names)
-        cells = f"<TD>{low}  </TD>{swatches}<TD>  {high}</TD>"
-        longest = f"|effect|, the longest {number(scene.effect).lstrip('+')}"
-        cells += f"<TD>     {html_text('▬', 8.5, PALE_INK)} {html_text(longest, 8.5, INK)}</TD>"
-    else:
-        low, high = (html_text(words, 8.5, INK) for words in ("lowers the metric", "raises the metric"))
-        values = [html_text(number(value), 8.5, PALE_INK) for value in (-scene.effect, scene.effect)]
-        cells = f"<TD>{low}  {values[0]} </TD>{swatches}<TD> {values[1]}  {high}</TD>"
-    cells += f"<TD>     {html_text('▲', 9, PALE_INK)} {html_text('SAE error', 8.5, INK)}</TD>"
-    if any(node.kind == "skip" for node in scene.graph.nodes()):
-        cells += f"<TD>     {html_text('◆', 9, PALE_INK)} {html_text('skip connection', 8.5, INK)}</TD>"
-    lines = html_text("━", 11, NEGATIVE_EDGE) + html_text("━", 11, POSITIVE_EDGE)
-    lines = lines if scene.classes is None else html_text("━", 11, PLAIN_EDGE)
-    widest = f"edge, widest {number(scene.weight).lstrip('+')}"
-    cells += f"<TD>     {lines} {html_text(widest, 8.5, INK)}</TD>" if scene.weight else ""
-    if any("exact_effect" in node.attributes for node in scene.graph.nodes()):
-        cells += f"<TD>     {html_text('✓', 8.5, PALE_INK)} {html_text('patched alone', 8.5, INK)}</TD>"
+    """Colour scale with its ends in words, the signs of nodes, and edges."""
+    cells, _ = _legend(scene)
     table = f'<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="1"><TR>{cells}</TR></TABLE>'
     _add_text(dot, scene, "legend", table, (scene.layout.width / 2 - GUTTER / 2, 26 - scene.below))
+
+
+def _legend(scene: Scene) -> tuple[str, float]:
+    """The cells of the legend, and how wide they are together."""
+    kinds = {node.kind for node in scene.graph.nodes()}
+    if scene.classes is not None:
+        low, high = (f"on for {visible(fit(name, 8.5, 150))}" for name in scene.classes.names)
+        signs = [("▬", PALE_INK, f"|effect|, the longest {number(scene.effect).lstrip('+')}")]
+    else:
+        low, high = f"lowers the metric  {number(-scene.effect)}", f"{number(scene.effect)}  raises the metric"
+        signs = []
+    signs += [("▲", PALE_INK, "SAE error")]
+    signs += [("◆", PALE_INK, "skip connection")] if "skip" in kinds else []
+    if scene.weight:
+        signs += [("━", PLAIN_EDGE, f"edge, widest {number(scene.weight).lstrip('+')}")]
+    if any("exact_effect" in node.attributes for node in scene.graph.nodes()):
+        signs += [("✓", PALE_INK, "patched alone")]
+    swatches = "".join(f'<TD BGCOLOR="{colour}" WIDTH="18" HEIGHT="9" FIXEDSIZE="TRUE"></TD>' for colour in DIVERGING)
+    cells = f"<TD>{html_text(low, 8.5, INK)}  </TD>{swatches}<TD>  {html_text(high, 8.5, INK)}</TD>"
+    for sign, colour, words in signs:
+        mark = html_text(sign, 11 if sign == "━" else 9, colour)
+        if sign == "━" and scene.classes is None:
+            mark = html_text(sign, 11, NEGATIVE_EDGE) + html_text(sign, 11, POSITIVE_EDGE)
+        cells += f"<TD>     {mark} {html_text(words, 8.5, INK)}</TD>"
+    texts = [low, high, *(f"     {sign} {words}" for sign, _, words in signs)]
+    return cells, sum(text_width(text, 8.5) + SPACE for text in texts) + 18 * len(DIVERGING)
 
 
 def _add_text(dot: graphviz.Digraph, scene: Scene, name: str, html: str, at: Point) -> None:

@@ -33,9 +33,13 @@ def scale_colour(share: float) -> str:
     """`#rrggbb` for a share of the scale, from −1 to 1."""
     step = (min(max(share, -1.0), 1.0) + 1) / 2 * (len(DIVERGING) - 1)
     low = min(int(step), len(DIVERGING) - 2)
-    start, end = (_rgb(DIVERGING[low + n]) for n in (0, 1))
-    mixed = (round(a + (b - a) * (step - low)) for a, b in zip(start, end, strict=True))
-    return "#{:02x}{:02x}{:02x}".format(*mixed)
+    return mixed(DIVERGING[low], DIVERGING[low + 1], step - low)
+
+
+def mixed(start: str, end: str, share: float) -> str:
+    """The colour between two, `share` of the way from `start` to `end`."""
+    channels = (round(a + (b - a) * share) for a, b in zip(_rgb(start), _rgb(end), strict=True))
+    return "#{:02x}{:02x}{:02x}".format(*channels)
 
 
 def signed_root(value: float, largest: float) -> float:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from circuits import Circuit, ablate, discover, faithfulness, learn_mask
+from circuits.attribution.nodes import ranked
 from circuits.editing.applied import FeatureEdits
 from circuits.editing.declaration import Edit
 from circuits.editing.trial import EditOptions
@@ -50,6 +51,12 @@ def test_skip_connections_are_nodes_that_survive_the_file(circuit, tmp_path):
     for site, nodes in circuit.nodes.items():
         assert torch.equal(again.nodes[site].feature, nodes.feature)
         assert_near(again.nodes[site].effect, nodes.effect)
+    shares, total = circuit.metadata["skips"], circuit.metadata["total_effect"]
+    effects = {name: effect for name, effect in ranked(circuit.nodes) if name.endswith("/skip")}
+    assert {f"{site}/skip": share * abs(total) for site, share in shares["sites"].items()} == pytest.approx(
+        effects, rel=1e-3
+    )
+    assert "through skip connections: " in circuit.text()
     frame = circuit.nodes_frame().set_index("node")
     assert frame.feature.isna()["mlp_1/skip"] and not frame.feature.isna().all()
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from functools import cached_property
 from html import escape
 
 import graphviz
@@ -99,12 +98,11 @@ class Scene:
         """Height under the first site: legend, and the tokens of a circuit by position."""
         return 66.0 + (24.0 if self.layout.columns else 0.0)
 
-    @cached_property
+    @property
     def size(self) -> Point:
         """Width and height of the page."""
         above = 58.0 + (24.0 if self.layout.columns else 0.0)
-        width = max(self.layout.width + GUTTER + 2 * MARGIN, 590.0, _legend(self)[1] + 2 * MARGIN)
-        return width, self.layout.height + self.below + above
+        return max(self.layout.width + GUTTER + 2 * MARGIN, 590.0), self.layout.height + self.below + above
 
 
 def make_scene(graph: FeatureGraph, link: str, colour: Colour = "class", *, portrait: bool = False) -> Scene:
@@ -183,14 +181,18 @@ def add_title(dot: graphviz.Digraph, scene: Scene, title: str | None) -> None:
 
 
 def add_legend(dot: graphviz.Digraph, scene: Scene) -> None:
-    """Colour scale with its ends in words, the signs of nodes, and edges."""
-    cells, _ = _legend(scene)
-    table = f'<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="1"><TR>{cells}</TR></TABLE>'
-    _add_text(dot, scene, "legend", table, (scene.layout.width / 2 - GUTTER / 2, 26 - scene.below))
+    """Colour scale with its ends in words, the signs of nodes, and edges: in one row, or in two where it is narrow."""
+    scale, signs, width = _legend(scene)
+    rows = [("legend", scale + signs, 26)]
+    if width > scene.size[0] - 2 * MARGIN:
+        rows = [("legend", scale, 34), ("legend-signs", signs, 16)]
+    for name, cells, height in rows:
+        table = f'<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="1"><TR>{cells}</TR></TABLE>'
+        _add_text(dot, scene, name, table, (scene.layout.width / 2 - GUTTER / 2, height - scene.below))
 
 
-def _legend(scene: Scene) -> tuple[str, float]:
-    """The cells of the legend, and how wide they are together."""
+def _legend(scene: Scene) -> tuple[str, str, float]:
+    """The cells of the colour scale, those of the signs, and how wide they are together."""
     kinds = {node.kind for node in scene.graph.nodes()}
     if scene.classes is not None:
         low, high = (f"on for {visible(fit(name, 8.5, 150))}" for name in scene.classes.names)
@@ -205,14 +207,15 @@ def _legend(scene: Scene) -> tuple[str, float]:
     if any("exact_effect" in node.attributes for node in scene.graph.nodes()):
         signs += [("✓", PALE_INK, "patched alone")]
     swatches = "".join(f'<TD BGCOLOR="{colour}" WIDTH="18" HEIGHT="9" FIXEDSIZE="TRUE"></TD>' for colour in DIVERGING)
-    cells = f"<TD>{html_text(low, 8.5, INK)}  </TD>{swatches}<TD>  {html_text(high, 8.5, INK)}</TD>"
+    scale = f"<TD>{html_text(low, 8.5, INK)}  </TD>{swatches}<TD>  {html_text(high, 8.5, INK)}</TD>"
+    cells = ""
     for sign, colour, words in signs:
         mark = html_text(sign, 11 if sign == "━" else 9, colour)
         if sign == "━" and scene.classes is None:
             mark = html_text(sign, 11, NEGATIVE_EDGE) + html_text(sign, 11, POSITIVE_EDGE)
         cells += f"<TD>     {mark} {html_text(words, 8.5, INK)}</TD>"
     texts = [low, high, *(f"     {sign} {words}" for sign, _, words in signs)]
-    return cells, sum(text_width(text, 8.5) + SPACE for text in texts) + 18 * len(DIVERGING)
+    return scale, cells, sum(text_width(text, 8.5) + SPACE for text in texts) + 18 * len(DIVERGING)
 
 
 def _add_text(dot: graphviz.Digraph, scene: Scene, name: str, html: str, at: Point) -> None:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from examples import attractor, behaviours, mended_attractor, pronoun_gender, tinystories
+from examples import attention, attractor, behaviours, mended_attractor, pronoun_gender, tinystories
 from examples.agreement import MODEL, text
 from sae import TrainConfig, load_model, train_saes
 
@@ -31,6 +31,13 @@ def tinystories_saes(tmp_path_factory, shared_dir):
 def test_attractor(agreement_saes, tmp_path, capsys):
     drawing = attractor.main(tmp_path, agreement_saes, examples=8)
     assert "attractor" in capsys.readouterr().out and "<svg" in drawing.read_text()
+
+
+def test_attention(agreement_saes, tmp_path, capsys):
+    picture = attention.main(tmp_path, agreement_saes, examples=8)
+    told = capsys.readouterr().out
+    assert "rather than attractor: difference of scores" in told and told.count("as it is") == 2
+    assert "before the softmax" in picture.read_text()
 
 
 def test_behaviours(agreement_saes, tmp_path, capsys):

@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 
 BATCH_SIZE = 32
 """Prompts in a forward pass."""
+LANE_BYTES = 2**28
+"""Most that the derivatives of several entries of a query take at once."""
 WORDS = 3
 """Tokens that a feature is told by."""
 
@@ -269,8 +271,7 @@ def terms(states: Tensor, x: Tensor, column: Tensor, sae: SparseAutoencoder, nam
     example = torch.arange(len(column), device=column.device)
     chosen = states[example, column]  # [B, d_h]
     _check_affine(chosen, x, column, name)
-    rows = [torch.autograd.grad(entry.sum(), x, retain_graph=True)[0][example, column] for entry in chosen.unbind(1)]
-    matrix = torch.stack(rows, dim=1).double()  # [B, d_h, d]
+    matrix = _jacobian(chosen, x, column).double()  # [B, d_h, d]
     x_at, chosen = x[example, column].detach().double(), chosen.detach().double()
     f = sae.encode(x_at.to(sae.W_dec)).double()  # [B, F]
     result = []
@@ -285,6 +286,19 @@ def terms(states: Tensor, x: Tensor, column: Tensor, sae: SparseAutoencoder, nam
         activation = torch.cat([of_example[active], torch.zeros_like(others)])
         result.append(Terms(torch.cat([active, others]), vectors, activation))
     return result
+
+
+def _jacobian(chosen: Tensor, x: Tensor, column: Tensor) -> Tensor:
+    """[B, d_h, d] derivatives of states [B, d_h] with respect to x [B, S, d] at each example's column [B]."""
+    example = torch.arange(len(column), device=column.device)
+    entries = torch.eye(chosen.shape[1], dtype=chosen.dtype, device=chosen.device)
+    lanes = max(1, LANE_BYTES // (4 * x.numel() * x.element_size()))  # queries, keys and values are as wide as x each
+    rows = []
+    for some in entries.split(lanes):
+        directions = some[:, None].expand(-1, len(column), -1)  # [R, B, d_h]
+        (gradient,) = torch.autograd.grad(chosen, x, directions, retain_graph=True, is_grads_batched=True)
+        rows.append(gradient[:, example, column])
+    return torch.cat(rows).movedim(0, 1)
 
 
 def _check_affine(chosen: Tensor, x: Tensor, column: Tensor, name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -123,6 +124,23 @@ class QKAttribution(Result):
         table = frame.pivot_table("contribution", "query", "key", aggfunc="sum", fill_value=0.0)
         rows, columns = ([term.node for term in terms[:n]] + ["others"] for terms in (self.queries, self.keys))
         return table.reindex(index=rows, columns=columns, fill_value=0.0)
+
+    def plot(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Draw the largest pairs as a coloured table.
+
+        Args:
+            path: The file to write: .svg, .png or .pdf.
+            overwrite: Whether a file is replaced that this program did not write.
+
+        Returns:
+            The path.
+
+        Raises:
+            UserError: For a file of another program, unless `overwrite`, or a link.
+        """
+        from circuits.discovery.attention.plots import plot_scores
+
+        return plot_scores(self, path, overwrite=overwrite)
 
     def text(self) -> str:
         """The score and the attention, the largest pairs, and the largest features of either side."""

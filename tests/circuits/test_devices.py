@@ -162,7 +162,7 @@ def test_evaluation_contexts_and_matches(model, saes, small_model, make_saes):
 
 @only_mps
 def test_an_ensemble_whose_edges_take_stored_gradients(model, saes, tiny_prompts):
-    options = DiscoverOptions(method="ensemble:attrib,activation-difference", nodes=5, edge_nodes=5)
+    options = DiscoverOptions(method="ensemble:attrib,activation-difference", edge_nodes=5)
     circuit = discover(model, saes, tiny_prompts[:2].to(model.device), options, progress=False)
     assert circuit.edges
 

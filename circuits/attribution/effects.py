@@ -51,6 +51,8 @@ class SiteEffects:
         if not several:
             none = torch.zeros(0, dtype=torch.int32)
             return SiteEffects(n_features or 0, none, none, none, torch.zeros(0))
+        if len(several) == 1:
+            return several[0]
         columns = (torch.cat([getattr(part, name) for part in several]) for name in ENTRIES)
         return SiteEffects(several[0].n_features, *columns)
 
@@ -65,9 +67,9 @@ class SiteEffects:
         return replace(self, position=positions.cpu()[example, column].int())
 
     def by_feature(self, n_examples: int) -> tuple[Tensor, Tensor]:
-        """(features [k], rising, effects [k]): sum over positions, mean over examples (aggregation `sum`)."""
-        feature = torch.from_numpy(np.bincount(self.feature.numpy())).nonzero()[:, 0]
+        """(features [k], rising, effects [k], none 0): sum over positions, mean over examples (aggregation `sum`)."""
         total = torch.from_numpy(np.bincount(self.feature.numpy(), weights=self.value.numpy()))  # in float64
+        feature = total.nonzero()[:, 0]
         return feature, (total[feature] / n_examples).float()
 
     @property

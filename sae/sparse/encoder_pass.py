@@ -7,8 +7,9 @@ matrix, so short chunks are slow.
 
 Entries are selected without sorting those that are certainly not active:
 
-- `top_k`: the k largest of each token. On a CPU they are looked for in the k groups of columns with the largest maxima,
-  which are found the same way, so that no selection is from more than about 8 k entries.
+- `top_k`: the k largest of each token are looked for in the k groups of columns with the largest maxima, which are
+  found the same way, so that no selection is from more than about 8 k entries. On CUDA groups are of 16: on an H200,
+  64 of 65,536 for 4,096 tokens take .70 ms in place of torch.topk's 2.0.
 - `above`: every entry over a bound. Columns are looked at in groups of eight first (an elementwise maximum over slabs
   F/8 wide, which is memory-bound); only groups whose maximum is over the bound are read again.
 - `batch_top_k`: the n largest of the whole batch (BatchTopK). A bound below the n-th largest is read from a sample of
@@ -37,6 +38,8 @@ GPU_CHUNK_BYTES = 2 * 2**30
 MIN_CHUNK_ROWS = 256
 GROUP = 8
 """Entries looked at together."""
+CUDA_GROUP = 16
+"""The same in `top_k` on CUDA."""
 SAMPLE = 2**16
 """Group maxima sorted to find a bound."""
 MARGIN = 1.3
@@ -136,13 +139,13 @@ class EncoderPass:
 
 def top_k(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Values and features [N, k] of the k largest z [N, F] of each token, in no order."""
-    maxima = group_maxima(z)
-    n_groups = maxima.shape[1]
-    if z.device.type != "cpu" or n_groups == z.shape[1] or n_groups < 2 * k:
+    size = GROUP if z.device.type == "cpu" else CUDA_GROUP
+    n_groups, rest = divmod(z.shape[1], size)
+    if rest or n_groups < 2 * k or z.device.type == "mps":
         value, feature = z.topk(k, dim=-1, sorted=False)
         return value, feature
-    _, group = top_k(maxima, k)
-    members = torch.arange(0, z.shape[1], n_groups)[:, None] + group[:, None]  # [N, g, k]
+    _, group = top_k(z.view(len(z), size, n_groups).amax(1), k)
+    members = torch.arange(0, z.shape[1], n_groups, device=z.device)[:, None] + group[:, None]  # [N, g, k]
     members = members.flatten(1)
     value, column = z.gather(1, members).topk(k, dim=-1, sorted=False)
     return value, members.gather(1, column)

@@ -10,6 +10,7 @@ from sae.architectures.base import Hyper
 from sae.architectures.matryoshka import prefix_ends
 from sae.autoencoder import SAEConfig, SparseAutoencoder
 from sae.errors import UserError
+from sae.sparse import encoder_pass
 from sae.sparse.activations import SparseActs, stable_order
 from sae.sparse.encoder_pass import Workspace, above, batch_top_k, row_chunks, top_k
 from tests.near import assert_near
@@ -321,8 +322,10 @@ def test_order_is_stable_also_for_many_values(n):
     assert stable_order(index, n).tolist() == [3, 1, 4, 5, 0, 2]
 
 
-@pytest.mark.parametrize("n_features", [6, 50, 64, 96, 256])
-def test_top_k_keeps_the_largest(n_features):
+@pytest.mark.parametrize("group", [encoder_pass.GROUP, encoder_pass.CUDA_GROUP])
+@pytest.mark.parametrize("n_features", [6, 50, 64, 96, 256, 512])
+def test_top_k_keeps_the_largest(n_features, group, monkeypatch):
+    monkeypatch.setattr(encoder_pass, "GROUP", group)
     z = torch.randn(9, n_features)
     value, feature = top_k(z, 6)
     assert torch.equal(value.sort(descending=True).values, z.sort(descending=True).values[:, :6])

@@ -61,12 +61,17 @@ class AttentionHeads:
         return self.key[:, head * self.key.shape[1] // self.n_heads]
 
     def scores(self, head: int, rows: Tensor) -> Tensor:
-        """[B, S] score of every key for the query at column `rows` [B] of each example, before a soft cap, in float64:
-        scale * (q . k).
+        """[B, S] score of every key for the query at column `rows` [B] of each example, before a soft cap: scale * (q .
+        k); float64 on the CPU.
         """
         example = torch.arange(len(rows), device=rows.device)
-        query = self.query[example, head, rows].double()
-        return self.scale * torch.einsum("bd,bsd->bs", query, self.key_of(head).double())
+        query, keys = (x.detach().cpu().double() for x in (self.query[example, head, rows], self.key_of(head)))
+        return self.scale * torch.einsum("bd,bsd->bs", query, keys)
+
+    def weights_at(self, head: int, rows: Tensor) -> Tensor:
+        """[B, S] attention of the query at column `rows` [B] of each example; float64 on the CPU."""
+        example = torch.arange(len(rows), device=rows.device)
+        return self.weights[example, head, rows].detach().cpu().double()
 
     def capped(self, scores: Tensor) -> Tensor:
         """What the softmax takes of scores."""
@@ -76,8 +81,7 @@ class AttentionHeads:
         """`UserError` unless the model's weights at these query columns are the softmax of the scores: something else
         is added to the scores then, such as a bias that depends on the distance.
         """
-        example = torch.arange(len(rows), device=rows.device)
-        weights = self.weights[example, head, rows].double()  # [B, S]
+        weights = self.weights_at(head, rows)
         large = weights > LARGE_WEIGHT
         gap = torch.where(large, weights.clamp(min=LARGE_WEIGHT).log() - self.capped(self.scores(head, rows)), 0.0)
         mean = gap.sum(-1, keepdim=True) / large.sum(-1, keepdim=True).clamp(min=1)

@@ -133,8 +133,8 @@ def norm_gain(module: nn.Module, ones: Tensor, eps: float = 0.0) -> tuple[Tensor
 
 def _spread(ones: Tensor) -> Tensor:
     """A vector of mean 0 and variance 1 without a zero."""
-    x = torch.arange(len(ones), device=ones.device, dtype=torch.float64).sqrt()
-    return ((x - x.mean()) / x.std(unbiased=False)).to(ones.dtype)
+    x = torch.arange(len(ones), dtype=torch.float64).sqrt()  # on the CPU: MPS has no float64
+    return ((x - x.mean()) / x.std(unbiased=False)).to(ones)
 
 
 # ---- identity rule

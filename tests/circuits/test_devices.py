@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from circuits.attribution.activations import Setting
+from circuits.discovery.attention.explain import explain_attention
+from circuits.discovery.attention.head_loadings import head_loadings
 from circuits.discovery.discover import discover
 from circuits.editing.edit import Edit, EditOptions, measure_edit
 from circuits.faithfulness.edges import edge_faithfulness
 from circuits.faithfulness.learned_mask import MaskOptions, learn_node_mask
 from circuits.faithfulness.nodes import FaithfulnessOptions, measure_faithfulness
-from circuits.options import DiscoverOptions
+from circuits.options import AttentionOptions, DiscoverOptions
 from circuits.uncertainty.verification import verify
 from sae.data.cache import CachedActivations
 from sae.data.cache_writer import write_cache
@@ -158,6 +160,25 @@ def test_evaluation_contexts_and_matches(model, saes, small_model, make_saes):
     match = match_by_activation(model, (SITE, saes[SITE]), (OTHER, saes[OTHER]), TEXT[:6])
     there = match_by_activation(small_model, (SITE, here[SITE]), (OTHER, here[OTHER]), TEXT[:6])
     torch.testing.assert_close(match.similarity.cpu(), there.similarity, atol=1e-4, rtol=1e-4)
+
+
+@only_mps
+def test_why_attention_looks_there(model, saes, small_model, make_saes, tiny_prompts):
+    here = make_saes(small_model, architecture="jumprelu")
+    reports = []
+    for m, dictionaries, prompts in (
+        (model, saes, tiny_prompts[:2].to(model.device)),
+        (small_model, here, tiny_prompts[:2]),
+    ):
+        circuit = discover(m, dictionaries, prompts, method="attrib", edge_nodes=12, progress=False)
+        report = explain_attention(circuit, prompts, AttentionOptions(query="last", key="1"), progress=False)
+        reports.append((head_loadings(circuit, prompts, edges=2, progress=False).edges, report.scores[0]))
+    (edges, score), (expected_edges, expected) = reports
+    assert edges and [edge.heads for edge in edges] == [pytest.approx(e.heads, abs=1e-5) for e in expected_edges]
+    assert score.score == pytest.approx(expected.score, abs=1e-4)
+    assert [pair.contribution for pair in score.pairs] == pytest.approx(
+        [p.contribution for p in expected.pairs], abs=1e-4
+    )
 
 
 @only_mps

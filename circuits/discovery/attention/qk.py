@@ -62,7 +62,7 @@ class Terms:
     name: Tensor
     """[n] int64 feature; F for the error, F + 1 for the bias."""
     vector: Tensor
-    """[n, d_h] float64."""
+    """[n, d_h] float64, on the CPU."""
     activation: Tensor
     """[n] of features; 0 for the others."""
 
@@ -85,7 +85,7 @@ class PairScores:
         """All pairs of one example."""
         value = sign * scale * (query.vector @ key.vector.T)
         names = torch.meshgrid(query.name, key.name, indexing="ij")
-        return PairScores(*(x.flatten().cpu() for x in (*names, value, torch.ones_like(value, dtype=torch.int64))))
+        return PairScores(*(x.flatten() for x in (*names, value, torch.ones_like(value, dtype=torch.int64))))
 
     @staticmethod
     def sum(several: Iterable[PairScores]) -> PairScores:
@@ -189,7 +189,7 @@ def heads_looking(
                 model.run(batch.clean, capture=[model.sites[-1]], need_logits=False)
             heads_of(heads, min(heads, default=0), model.name)
             for layer, of_layer in heads.items():
-                to = [of_layer.weights[example, :, rows, column].double().sum(0).cpu() for column in others]  # [H] each
+                to = [of_layer.weights[example, :, rows, column].cpu().double().sum(0) for column in others]  # [H] each
                 totals[layer] = totals.get(layer, torch.zeros(())) + torch.stack(to)
     rows = [
         HeadAttention(layer, head, *(value / len(prompts) for value in of_head))
@@ -244,8 +244,7 @@ def _batch(
         raise UserError(f"head is {head}: attn_{layer} has heads 0 to {heads.n_heads - 1}")
     name, rows = f"attn_{layer} of model {model.name!r}", columns[:, 0]
     heads.check(head, rows, name)
-    example = torch.arange(len(rows), device=rows.device)
-    scores, weights = heads.scores(head, rows).detach(), heads.weights[example, head, rows].detach()
+    measured = heads.scores(head, rows), heads.weights_at(head, rows)
     queries = terms(heads.query[:, head], x, rows, sae, f"queries of {name}")
     pairs, totals, of_tokens = [], torch.zeros(2, 2, dtype=torch.float64), [queries]
     for index, column in enumerate(columns.T[1:]):
@@ -253,8 +252,8 @@ def _batch(
         of_tokens.append(keys)
         sign = 1 if index == 0 else -1
         pairs += [PairScores.of(q, k, heads.scale, sign=sign) for q, k in zip(queries, keys, strict=True)]
-        for n, values in enumerate((scores, weights)):
-            totals[index, n] = values[example, column].double().sum().cpu()
+        for n, values in enumerate(measured):
+            totals[index, n] = values.gather(1, column[:, None].cpu()).sum()
     return _BatchScores(pairs, totals, heads.softcap, of_tokens)
 
 
@@ -271,19 +270,18 @@ def terms(states: Tensor, x: Tensor, column: Tensor, sae: SparseAutoencoder, nam
     example = torch.arange(len(column), device=column.device)
     chosen = states[example, column]  # [B, d_h]
     _check_affine(chosen, x, column, name)
-    matrix = _jacobian(chosen, x, column).double()  # [B, d_h, d]
-    x_at, chosen = x[example, column].detach().double(), chosen.detach().double()
-    f = sae.encode(x_at.to(sae.W_dec)).double()  # [B, F]
+    matrix = _jacobian(chosen, x, column).cpu().double()  # [B, d_h, d]
+    x_at = x[example, column].detach()
+    f = sae.encode(x_at.to(sae.W_dec)).cpu().double()  # [B, F]
+    b_dec, others = sae.b_dec.cpu().double(), torch.tensor([len(sae.W_dec), len(sae.W_dec) + 1])
     result = []
-    for of_example, x_one, A, state in zip(f, x_at, matrix, chosen, strict=True):
+    for of_example, x_one, A, state in zip(f, x_at.cpu().double(), matrix, chosen.detach().cpu().double(), strict=True):
         active = of_example.nonzero()[:, 0]
-        written = of_example[active, None] * sae.W_dec[active].double()  # [n, d]
-        b_dec = sae.b_dec.double()
+        written = of_example[active, None] * sae.W_dec[active.to(sae.device)].cpu().double()  # [n, d]
         error = x_one - written.sum(0) - b_dec
         vectors = torch.cat([written, error[None], b_dec[None]]) @ A.T  # [n + 2, d_h]
         vectors[-1] += state - A @ x_one
-        others = torch.tensor([len(sae.W_dec), len(sae.W_dec) + 1], device=active.device)
-        activation = torch.cat([of_example[active], torch.zeros_like(others)])
+        activation = torch.cat([of_example[active], torch.zeros(2, dtype=of_example.dtype)])
         result.append(Terms(torch.cat([active, others]), vectors, activation))
     return result
 

@@ -46,6 +46,10 @@ class FeaturesCommand(UsesSaes, Overwrites, Common):
     """Features to show, such as resid_3/120,mlp_2/7."""
     sites: str | None = None
     """Show all features of these sites, such as all, resid or resid_3,mlp_2."""
+    groups: bool = False
+    """Find groups of features, of all at the sites shown, that form a plane together, such as a circle: groups.json and
+    .svg beside the pages.
+    """
     context_length: ContextLength = 128
     """Longest context, in tokens, or less if the model takes less; what comes after it in a text is not read."""
     out: Path | None = None
@@ -73,7 +77,8 @@ class FeaturesCommand(UsesSaes, Overwrites, Common):
         names = [f"{site}/{index}" for site, indices in asked.items() for index in indices]
         of_saes = {"model_fingerprint": model.fingerprint, "saes_fingerprint": saes_fingerprint(saes)}
         made = made_with(self, **of_saes, text=text, features=names)
-        made = {name: value for name, value in made.items() if name not in ("resume", "out", "sites", "dtype")}
+        dropped = ("resume", "out", "sites", "dtype", *(() if self.groups else ("groups",)))
+        made = {name: value for name, value in made.items() if name not in dropped}
         finished = self._begin(folder, made)
         n_tokens = self._pages(model, saes, text, asked, folder, finished)
         if circuit is None:
@@ -97,7 +102,24 @@ class FeaturesCommand(UsesSaes, Overwrites, Common):
         record(run, "features", self)
         page = write_page(run)
         data = {"out": str(page), "features": len(names), "sites": len(asked), "tokens": n_tokens}
-        return Output(f"{len(names):,} features at {len(asked)} sites, {n_tokens:,} tokens\nwrote {page}", data)
+        more = self._groups(model, saes, text, list(asked), folder) if self.groups else ""
+        return Output(f"{len(names):,} features at {len(asked)} sites, {n_tokens:,} tokens\n{more}wrote {page}", data)
+
+    def _groups(self, model: LanguageModel, saes: SAEs, text: str, sites: list[Site], folder: Path) -> str:
+        """Find groups of features and draw them; what there is to say of them."""
+        from sae._progress import ProgressBar
+        from sae.features.group_plots import plot_groups
+        from sae.features.groups import MOST_TOKENS, find_groups
+
+        n = min(self.options.tokens, MOST_TOKENS)
+        with ProgressBar(total=n, desc="groups", unit="token", disable=self.quiet) as bar:
+            groups = find_groups(
+                model, saes, TextSource.of(text).read(), sites=sites, max_tokens=n, context=self.context_length,
+                progress=bar.update,
+            )  # fmt: skip
+        path = groups.save(folder / "groups.json", overwrite=True)
+        picture = plot_groups(groups, folder / "groups.svg", overwrite=True)
+        return f"{groups.text()}\nwrote {path} and {picture.name}\n"
 
     def _run_folder(self) -> Path:
         """The folder of the run that receives the pages."""

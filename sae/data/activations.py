@@ -84,7 +84,9 @@ class ContextStream:
         self.prepends_bos = bool(self._prefix)
 
     def seek(self, state: StreamState) -> None:
-        """Goes on from a position."""
+        """Goes on from a position; from where it is without opening the text again."""
+        if state == self.state:
+            return
         self.state, self._documents = state, None
         self._read_from_start, self._has_tokens = state.documents == 0, False
 

@@ -1,7 +1,7 @@
 """Activations from forward passes that several processes share.
 
-1. Every process reads the whole text and plans the same forward passes as one process would, so that a position in the
-   text means the same however many there are.
+1. The first process reads the text, plans the forward passes that one process would make, and sends their tokens to
+   the others: a position in the text means the same however many there are.
 2. In turns, each runs the model on one batch of contexts, and sends its rows on: to each process those of the sites
    that it trains (`by_site`), or the rows, at all sites, of its share of every training step (`by_row`).
 3. A row lies in every buffer where it would lie in that of one process; rows and sites of others are left as they were.
@@ -18,6 +18,7 @@ from torch import Tensor
 from sae._run.processes import Processes
 from sae.data.activations import ModelActivations
 from sae.model.sites import Site
+from sae.model.tokens import Tokens
 
 Receivers = Callable[[int], Tensor]
 """From the number n of rows of a fill to the process [n] that each is for, -1 for none."""
@@ -44,7 +45,7 @@ class SharedActivations(ModelActivations):
         """As in `ModelActivations`, but only what is for this process arrives."""
         assert ids is None and not one_epoch
         rank, size = self.processes.rank, self.processes.size
-        planned = list(self.batches(len(next(iter(buffer.values())))))
+        planned = self._plan(len(next(iter(buffer.values()))))
         ends = [0, *accumulate(int(keep.sum()) for _, keep in planned)]
         rows = [torch.arange(start, end) for start, end in pairwise(ends)]
         receivers = None if self.receivers is None else self.receivers(ends[-1])
@@ -53,6 +54,14 @@ class SharedActivations(ModelActivations):
             activations = self.forward(*planned[mine]) if mine < len(planned) else {}
             self._exchange(activations, rows[first : first + size], receivers, buffer)
         return ends[-1]
+
+    def _plan(self, capacity: int) -> list[tuple[Tokens, Tensor]]:
+        """The batches of a fill, and the position in the text after them, as the first process reads them."""
+        planned, state, length = self.processes.by_first(
+            lambda: (list(self.batches(capacity)), self.stream.state, self.stream.length)
+        )
+        self.stream.state, self.stream.length = state, length
+        return planned
 
     def _exchange(
         self,

@@ -133,6 +133,17 @@ def test_seeking_makes_the_same_fill_again(tiny_model):
     assert second.position() == first.position()
 
 
+def test_the_text_is_opened_once_where_fills_follow_one_another(tiny_model, monkeypatch):
+    starts, read = [], TextSource.read
+    monkeypatch.setattr(TextSource, "read", lambda self, start=0: starts.append(start) or read(self, start))
+    stream = ContextStream(tiny_model, TextSource.of(["the man"] * 600))
+    activations = ModelActivations(tiny_model, stream, [Site.parse("resid_0")])
+    for _ in range(3):
+        activations.seek(activations.position())
+        assert activations.fill(buffers(activations, 256))
+    assert activations.position().documents > 64 and starts == [0]
+
+
 def _tuples(record):
     pending = tuple(map(tuple, record["pending"]))
     return record | {"pending": pending, "rest": tuple(record["rest"])}

@@ -154,16 +154,25 @@ def _run(words: Sequence[str]) -> int:
 
     command = parse(command_class(words[0]), words[1:], prog=f"sfc {words[0]}")
     check_options(command)
-    if words[0] in SHARED and (n := processes.to_launch(command.processes)):
+    n = processes.to_launch(command.processes) if words[0] in SHARED else 0
+    if n or processes.launched():
+        _check_shared(words[0], command)
+    if n:
         return processes.launch(words, n)
     _keep_freed_memory()
     if not processes.launched():
         return _say(command.run(), as_json=command.json)
-    if words[0] not in SHARED:
-        raise UserError(f"sfc {words[0]} runs in one process, not by torchrun: only {' and '.join(SHARED)} share work")
     with processes.joined(command.device) as others:
         output = command.run()
         return _say(output, as_json=command.json) if others.is_first else 0
+
+
+def _check_shared(name: str, command: Any) -> None:
+    """UserError for a command, or an option of it, that several processes do not share."""
+    if name not in SHARED:
+        raise UserError(f"sfc {name} runs in one process, not by torchrun: only {' and '.join(SHARED)} share work")
+    if (option := command.for_one_process()) is not None:
+        raise UserError(f"{option}, which is for one process: leave out --processes, or torchrun")
 
 
 def _say(output: Output, *, as_json: bool) -> int:

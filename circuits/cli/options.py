@@ -80,6 +80,10 @@ class SharesWork:
     which also starts them on several machines.
     """
 
+    def for_one_process(self) -> str | None:
+        """An option that was given and whose work is not shared, such as "estimate is on"."""
+        return None
+
 
 @dataclass(frozen=True, kw_only=True)
 class HasModel:

@@ -76,7 +76,10 @@ def test_data_of_several_processes(in_ranks, forked_sfc, words, alone, tmp_path)
     assert {line["step"] for line in training_log(run)} == {line["step"] for line in training_log(alone)}
 
 
-def test_what_cannot_be_shared(in_ranks, words, tmp_path):
+def test_what_cannot_be_shared(sfc, in_ranks, words, tmp_path):
+    for option in (["--estimate"], ["--finetune", "kl"]):
+        early = sfc(*words, *option, "--processes", 2, "--out", tmp_path / "run")
+        assert early.status == 2 and "for one process" in early.err
     refused = in_ranks(2, *words, "--parallel", "data", "--architecture", "batchtopk", "--out", tmp_path / "run")
     assert refused.status == 2 and refused.err.count("batchtopk") == 1
     alone = in_ranks(2, "render", "--circuit", tmp_path)

@@ -170,9 +170,10 @@ class DiscoverCommand(UsesSaes, Overwrites, SharesWork, HasSaes, HasModel):
             raise UserError(f"nothing to resume in {str(folder)!r}: {why}; --overwrite begins again")
         return prepare_folder(folder, overwrite=self.overwrite or self.resume)
 
+    def for_one_process(self) -> str | None:
+        return "estimate is on" if self.estimate else None
+
     def _check(self) -> None:
-        if self.estimate and (self.processes or current().size > 1):
-            raise UserError("estimate is on, which one process makes: leave out --processes, or torchrun")
         if self.node_threshold is None and 0 < self.options.edge_nodes < self.nodes:
             raise UserError(
                 f"nodes is {self.nodes}, but edges are computed among {self.options.edge_nodes} nodes alone: "

@@ -46,9 +46,6 @@ class TrainCommand(Common, Overwrites, SharesWork, HasSites, HasTextOrCache):
     def run(self) -> Output:
         from sae.training.run_folder import check_run_folder, discard_run, is_discarding
 
-        if current().size > 1 and (self.estimate or self.finetune != "none"):
-            option = "estimate is on" if self.estimate else f"finetune is {self.finetune!r}"
-            raise UserError(f"{option}, which is for one process: leave out --processes, or torchrun")
         if self.estimate:
             return self._estimate()
         if self.finetune == "none":
@@ -63,6 +60,11 @@ class TrainCommand(Common, Overwrites, SharesWork, HasSites, HasTextOrCache):
                 discard_run(self.out)
             trained = self._train(self.out / TRAINED)
             return self._finetune(trained, text)
+
+    def for_one_process(self) -> str | None:
+        return (
+            "estimate is on" if self.estimate else None if self.finetune == "none" else f"finetune is {self.finetune!r}"
+        )
 
     def _estimate(self) -> Output:
         from circuits.cli.common import load_model

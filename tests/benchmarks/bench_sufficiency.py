@@ -1,4 +1,4 @@
-"""How few nodes suffice for a behaviour of a real model, and how few are necessary: features beside neurons.
+"""How few nodes suffice for a behaviour, and how few are necessary: features beside neurons.
 
 `python -m tests.benchmarks.bench_sufficiency --saes RUN` takes the shared TinyStories model and its pronoun pairs,
 finds circuits on the training pairs and scores them on the test pairs, from `attn_2` on and for all sites:
@@ -10,6 +10,7 @@ finds circuits on the training pairs and scores them on the test pairs, from `at
 Columns: faithfulness at some sizes; nodes needed for .8 and .95 (log-linear between measured sizes) and their share of
 all units there are at these sites; what is left without the 10, 20 and 50 strongest nodes. Without `--saes`,
 dictionaries are trained first (TopK, 512 features, k 8, 500,000 tokens). Without the model it says so and ends.
+`--task nounpp` takes a task of the bundled model instead (`--saes runs/demo`).
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ from sae.training.train import train_saes
 
 SIZES = (10, 20, 50, 75, 100, 130, 180, 240, 320, 450, 600, 750, 900, 1200, 1500)
 SHOWN = {"all sites": (100, 180, 450, 900, 1500), "attn_2": (50, 100, 180, 450)}
+OF_TASKS = (10, 20, 50, 100, 240)
+"""Sizes that are shown for tasks of the bundled model."""
+AGREEMENT = Path("examples/agreement")
 WITHOUT = (10, 20, 50)
 
 
@@ -103,10 +107,9 @@ class Found:
         return Found(name, saes, nodes, time.perf_counter() - begin)
 
 
-def table(study: Study, dictionaries: list[Found], start: str | None) -> None:
+def table(study: Study, dictionaries: list[Found], start: str | None, shown: tuple[int, ...]) -> None:
     """Print one table: all rows from a start site on."""
     name = start or "all sites"
-    shown = SHOWN.get(name, SHOWN["attn_2"])
     head = [*map(str, shown), *(text for level in LEVELS for text in (f"n({level})", "")), *(f"-{n}" for n in WITHOUT)]
     print(f"\n{name}, others ablated by {study.ablation}: {len(study.train)} training, {len(study.test)} test pairs")
     print(f"{'':<26}" + "".join(f"{cell:>7}" for cell in [*head, "s"]), flush=True)
@@ -136,8 +139,12 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=MaskOptions.steps, help="steps of learned masks")
     parser.add_argument("--examples", type=int, help="training pairs; all by default")
+    parser.add_argument("--task", help="a task of the bundled model, such as nounpp, in place of the shared one's")
     args = parser.parse_args()
     folder, data = args.shared / "models" / "tinystories-260k", args.shared / "data"
+    text, pairs = data / "tinystories" / "train.jsonl", data / "pronoun_gender"
+    if args.task:
+        folder, text, pairs = AGREEMENT / "model", AGREEMENT / "text" / "train.txt", AGREEMENT / "prompts" / args.task
     if not folder.is_dir():
         print(f"no model in {str(folder)!r}: nothing to measure")
         return
@@ -148,15 +155,15 @@ def main() -> None:
     else:
         with tempfile.TemporaryDirectory() as out:
             config = TrainConfig(features=512, k=8, tokens=500_000)
-            saes = train_saes(model, str(data / "tinystories" / "train.jsonl"), config=config, out=out)
-    pairs = data / "pronoun_gender"
+            saes = train_saes(model, str(text), config=config, out=out)
     found_on = load_prompts(pairs / "train.jsonl", model, limit=args.examples)
     test = load_prompts(pairs / "test.jsonl", model)
     study = Study(model, found_on, test, args.ablation, args.errors, args.steps)
     bases = [Found.of(study, "features", saes)]
     bases += [Found.of(study, name, make(model)) for name, make in DICTIONARIES.items()]
     for start in args.starts:
-        table(study, bases, None if start == "all" else start)
+        shown = OF_TASKS if args.task else SHOWN["all sites" if start == "all" else "attn_2"]
+        table(study, bases, None if start == "all" else start, shown)
 
 
 if __name__ == "__main__":

@@ -126,7 +126,8 @@ def test_names_come_from_labels_and_can_be_typed():
     assert name == "Plural subject verb" and slug(name) == "plural-subject-verb"
     assert find_named("supernode:plural-subject-verb", {name: []}) == name == find_named(name, {name: []})
     assert find_named("plural", {name: []}) is None
-    assert list(find_supernodes(labelled([None, None]))) == ["features of mlp_0"]
+    for few in ([None, None], ["x", None, None]):  # a label of the fewest names nothing
+        assert list(find_supernodes(labelled(few))) == ["features of mlp_0"]
 
 
 def test_they_are_drawn_as_clusters_and_open_as_boxes():

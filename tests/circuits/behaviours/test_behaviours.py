@@ -91,6 +91,8 @@ def test_planted_clusters_are_found(cluster, by):
         inside = z[one.members]
         assert one.purity == pytest.approx((inside @ inside.T).mean())
         assert one.score == pytest.approx(one.purity * np.log2(len(one.members)))
+    (together,) = ranked_clusters(z, np.zeros(100, dtype=np.int64), ["a"] * 30 + ["b"] * 70)
+    assert together.answers == [("b", 70), ("a", 30)] and together.answer_purity == 0.7
 
 
 def test_an_interrupted_search_ends_the_same(setting, tmp_path, monkeypatch):

@@ -9,15 +9,20 @@ import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score
 
-from circuits.attribution.nodes import select_nodes
+from circuits.attribution.nodes import SiteNodes, select_nodes
 from circuits.discovery.discover import discover
 from circuits.faithfulness.nodes import faithfulness, metrics_of_sets, set_up
 from circuits.options import FaithfulnessOptions, ValidityOptions
 from circuits.uncertainty.bootstrap import Bootstrap
+from circuits.uncertainty.verification import Verification
+from circuits.validity import checks
+from circuits.validity.backups import grown, next_strongest
+from circuits.validity.families import _half, _transfer, cluster_prompts
 from circuits.validity.overlap import NodeValues, jaccard, overlap_between, resample_overlap
-from circuits.validity.results import judge
+from circuits.validity.results import Backups, judge
 from circuits.validity.validate import validate
 from sae.autoencoder import SparseAutoencoder
+from sae.model.sites import Site
 from tests.circuits.ground_truth import GroundTruth, Head, Layer, Neuron, Plan, _prompts, agreement, build
 
 NUMBERS = ("sg", "pl")
@@ -204,3 +209,74 @@ def test_worst_prompts_and_their_shares(planted, report):
 )  # fmt: skip
 def test_verdicts(value, interval, at_most, verdict):
     assert judge(value, 0.8, interval, at_most=at_most) == verdict
+
+
+def test_families_are_far_apart_and_large_enough():
+    """Two groups of directions: .05 apart they are one family, at a right angle two, with three prompts in one none."""
+    noise = 0.01 * torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+
+    def grouped(n: int, cosine: float) -> torch.Tensor:
+        values = noise.clone()
+        values[:, 0] += 1
+        values[:n, :2] += torch.tensor([cosine - 1, (1 - cosine**2) ** 0.5])
+        return values
+
+    assert set(cluster_prompts(grouped(8, 0.95), 3).labels) == {0}
+    split = cluster_prompts(grouped(7, 0.0), 3)
+    assert split.labels == [1] * 7 + [0] * 9 and split.silhouette > 0.9
+    assert set(cluster_prompts(grouped(3, 0.0), 3).labels) == {0}
+    assert cluster_prompts(grouped(3, 0.0)[:11], 3).likeness is None
+
+
+def test_halves_go_by_template_where_there_are_several():
+    inside = torch.tensor([True] * 6 + [False] * 2)
+    groups = torch.tensor([5, 5, 5, 7, 7, 9, 5, 7])
+    assert _half(inside, groups, 0).tolist() == [0, 1, 2, 5] and _half(inside, groups, 1).tolist() == [3, 4]
+    same = torch.zeros(8, dtype=torch.long)
+    assert _half(inside, same, 0).tolist() == [0, 2, 4] and _half(inside, same, 1).tolist() == [1, 3, 5]
+
+
+def test_transfer_by_hand():
+    """m of the whole model, of no node, and of the circuits of three families, on two prompts of each."""
+    family = torch.tensor([0, 0, 1, 1, 2, 2])
+    m = torch.full((5, 6), 2.0)
+    m[0], m[1] = 10.0, 2.0
+    for number, own in enumerate((6.0, 10.0, 4.0)):
+        m[2 + number, family == number] = own  # restores 4, 8 and 2
+    m[2, family == 1] = 8.0  # the first circuit restores 6 of the second family's 8
+    value, interval = _transfer(m, family, torch.zeros(6), ValidityOptions())
+    assert value == pytest.approx((2 * 6 / 2) / (2 * (4 + 8 + 2))) and interval is None
+    _, interval = _transfer(m.repeat(1, 3), family.repeat(3), torch.arange(18), ValidityOptions(resamples=200))
+    assert interval is not None and interval[0] < value < interval[1]
+
+
+def test_what_may_be_left_and_missed_is_held_against_a_bar_from_above():
+    def backups(left: float, beside: float, alone: float) -> checks.Check:
+        return checks.backups(Backups(20, ["a/1"], [0.1], [0.5], left, beside, alone), None)
+
+    assert backups(0.1, 0.0, 0.0).verdict == "holds" and "nothing takes over" in backups(0.1, 0.0, 0.0).words
+    assert backups(0.5, 0.1, 0.4).verdict == "fails" and "take over" in backups(0.5, 0.1, 0.4).words
+    assert "the rest is spread" in backups(0.5, 0.4, 0.1).words
+    sums = {"completeness": {"mean_residual": 0.01, "worst_residual": 0.5, "worst_site": "embed"}}
+    assert checks.sum_check(sums, adds_up=True, bar=0.05).verdict == "holds"
+    assert checks.sum_check(sums, adds_up=True, bar=0.005).verdict == "fails"
+    shared = {"names": ["a", "b", "c", "d"], "estimated": [1.0, 1.0, 1.0, 1.0], "exact": [5.0, 1.0, 1.0, -1.0]}
+    assert checks.exact(Verification(**shared, shared=True)).value == 0.75  # shares are compared by their sign alone
+    assert checks.exact(Verification(**shared, shared=False)).value == 0.5
+
+
+def test_backups_are_what_grows_towards_the_behaviour():
+    site = Site.parse("mlp_0")
+
+    def nodes(*effects: float) -> dict[Site, SiteNodes]:
+        feature = torch.arange(len(effects))
+        return {site: SiteNodes(8, feature, torch.full_like(feature, -1), torch.tensor(effects))}
+
+    before, after = nodes(-1.0, -0.2, 0.3, 0.0, -0.1), nodes(-3.0, -0.6, -0.4, 0.5, -0.105)
+    removed = {site: before[site][:1]}
+    rows = grown(before, after, removed, scale=-1.0, most=9)
+    assert [(name, round(old, 3), round(new, 3)) for name, old, new in rows] == [
+        ("mlp_0/1", -0.2, -0.6), ("mlp_0/2", 0.3, -0.4),
+    ]  # fmt: skip
+    assert [name for name, _, _ in grown(before, after, removed, scale=1.0, most=9)] == ["mlp_0/3"]
+    assert next_strongest(before, removed, 2)[site].feature.tolist() == [1, 2]

@@ -214,7 +214,7 @@ class FeatureEdits:
                     target = _target(edit, site, span, index, as_saes(saes).device)
                     part = Part(
                         index, edit.operation, target, tables.get(site), span, edit.where, tuple(edit.schedule),
-                        strength, seed,
+                        strength * edit.strength, seed,
                     )  # fmt: skip
                     parts.setdefault(site, []).append(part)
         self.sites = {site: SiteEdits(saes[site], of_site) for site, of_site in parts.items()}

@@ -61,6 +61,8 @@ class Edit:
     """At which tokens: all, those where the feature is active, the prompt's alone, or generated ones alone."""
     schedule: Sequence[float] = ()
     """Strength at the first, second, ... generated token, the last going on; 1 throughout where it is empty."""
+    strength: float = 1.0
+    """What the change is multiplied by at every token: `mean` at 2 mirrors a feature about its mean."""
     by_template: bool = False
     """Whether `mean` is, at tokens of the prompts, over those at the same place of the same template (or span)."""
     reference: Reference = field(default_factory=dict)
@@ -76,6 +78,8 @@ class Edit:
             raise UserError(f"the value of {self.operation!r} is never relative: of {', '.join(CAN_BE_RELATIVE)} alone")
         if self.by_template and self.operation != "mean":
             raise UserError(f"by_template is about the operation 'mean', not {self.operation!r}: leave it out")
+        if not math.isfinite(self.strength):
+            raise UserError(f"strength is {self.strength}: it must be a finite number")
         if any(not math.isfinite(strength) for strength in self.schedule):
             raise UserError(f"schedule is {list(self.schedule)}: it must be finite numbers")
 
@@ -152,6 +156,7 @@ class EditFile(TypedDict):
     relative: NotRequired[bool]
     where: NotRequired[EditedTokens]
     schedule: NotRequired[list[FiniteFloat]]
+    strength: NotRequired[FiniteFloat]
     by_template: NotRequired[bool]
     reference: NotRequired[dict[str, FiniteFloat | list[FiniteFloat]]]
 

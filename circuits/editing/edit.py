@@ -15,6 +15,7 @@
    | `scale` | value * f_i |
    | `steer` | f_i + value, whether the feature is active or not |
 
+   `Edit.strength` multiplies the change: `mean` at 2 mirrors f_i about its mean (`circuits.editing.flipping`).
    f_i is read from the activation the edited model has at that point, at every position, in generation too, unless the
    edit says otherwise: `Edit` has all that can be said of where, when and how strongly. `edited` lets edits stand while
    the caller does as he likes with the model.

@@ -16,6 +16,7 @@ from typing import Any
 import pandas as pd
 
 from circuits._results import format_interval, format_table
+from circuits.editing.choice_text import NO_COST, SURGICAL_COST, SURGICAL_LEFT, about_choice
 from circuits.editing.records import COMMON, Behaviour, Bias, Choice, Continuation, Dose, Fluency, Intervals
 from sae._files import check_type, read_json, without_nan
 from sae._frames import Result, frame_text
@@ -35,10 +36,6 @@ SEVERAL = "several"
 """The operation of a report on several edits."""
 TINY = 0.01
 """Share of the mean size below which a case shows nothing of the behaviour before the edit, so that nothing is left."""
-SURGICAL_LEFT, SURGICAL_COST, NO_COST = 0.15, 1 / 3, 0.002
-"""A surgical edit leaves at most this share at this share of the cost of zeroing the ten strongest, or at a cost of no
-matter, in nats a token.
-"""
 REVERSED = -0.05
 """A case is called reversed where less than this is left of it."""
 
@@ -154,6 +151,7 @@ class EditReport(Result):
             "ce_increase": self.ce_increase,
             "ce_elsewhere_increase": self.cost_elsewhere,
             "is_surgical": self.is_surgical,
+            "flipped": self.flipped,
         }
         return without_nan({"schema_version": SCHEMA_VERSION, "kind": "edit", **asdict(self), **derived})
 
@@ -185,7 +183,15 @@ class EditReport(Result):
     @property
     def action(self) -> str:
         """What was done to the features, in words: `set to zero`."""
-        return ACTIONS[self.operation].format(self.value)
+        strength = self.edits[0].get("strength", 1.0) if len(self.edits) == 1 else 1.0
+        times = "" if strength == 1 else f", change times {strength:g},"
+        return ACTIONS[self.operation].format(self.value) + times
+
+    @property
+    def flipped(self) -> float | None:
+        """Share of the prompts in which the other answer is ahead after the edit; None where there are not two."""
+        accuracy = self.after.overall.accuracy
+        return None if accuracy is None or self.metric != "logit difference" else 1 - accuracy
 
     def title(self) -> str:
         """`10 features set to zero on 192 prompts`."""
@@ -274,6 +280,12 @@ class EditReport(Result):
                 f"bias: the answers lean to those of {', '.join(self.bias.towards)} by {self.bias.after:.2f} "
                 f"({_percent(self.bias.after / size)} of the behaviour's size; {self.bias.before:+.2f} before)"
             )
+        if self.flipped is not None and self.flipped > 0.5:
+            by_case = ", ".join(
+                f"{case} {_percent(1 - (of.accuracy or 0.0))}" for case, of in self.after.by_case.items()
+            )
+            cost = "" if self.cost_elsewhere is None else f", at {self.cost_elsewhere:+.4f} nats a token elsewhere"
+            remarks.append(f"flipped: the other answer is ahead on {_percent(self.flipped)} ({by_case}){cost}")
         if (self.answer_share or 0.0) > COMMON:
             remarks.append(
                 f"answers of the behaviour are {_percent(self.answer_share or 0.0)} of the text: too common there "
@@ -327,46 +339,10 @@ class EditReport(Result):
 
     def _about_choice(self) -> list[str]:
         """How the features were chosen, and whether that is surgical."""
-        choice = self.choice
-        if choice is None:
+        if self.choice is None:
             return []
-        lines = [
-            f"chosen from {choice.n_candidates} features by {choice.n_trials} trials on training prompts and text, in "
-            f"{choice.seconds:.0f} s; in the order of choice (left and cost elsewhere there):"
-        ]
-        for step in choice.steps:
-            signs = [f"+ {name}" for name in step.added] + [f"- {name}" for name in step.dropped]
-            lines.append(f"  {', '.join(signs):<40} {_percent(step.left):>6} {step.ce_elsewhere:+8.4f}")
-        cost, of_strongest = self._cost(self.after), self.strongest and self._cost(self.strongest)
-        if self.strongest is not None and cost is not None and of_strongest is not None:
-            lines.append(
-                f"elsewhere it costs {cost:+.4f} nats a token; zeroing the ten strongest costs {of_strongest:+.4f} and "
-                f"leaves {_percent(self.left(self.strongest) or 0.0)}"
-            )
-        if self.is_surgical is False:
-            lines.append(self._not_surgical())
-        return lines
-
-    def _not_surgical(self) -> str:
-        """What the edit leaves and costs beside the bars, and which earlier features would do instead."""
-        assert self.strongest is not None and self.choice is not None
-        cost, of_strongest = self._cost(self.after) or 0.0, self._cost(self.strongest) or 0.0
-        dearest, cheap = self.choice.dearest, self.choice.cheap
-        bar = max(SURGICAL_COST * of_strongest, NO_COST)
-        text = (
-            f"this edit is not surgical: it leaves {_percent(self.remaining or 0.0)} and costs {cost:+.4f} elsewhere, "
-            f"where the bar is {_percent(SURGICAL_LEFT)} at {bar:+.4f}, a third of what zeroing the ten strongest costs"
-        )
-        if cost > bar and dearest:
-            text += f", for what {dearest} writes is needed elsewhere"
-        if cheap is None:
-            return f"{text}; no feature before it takes any of the behaviour away at little cost"
-        enough = abs(cheap.left) <= SURGICAL_LEFT and cheap.ce_elsewhere <= bar
-        which = "surgical would be" if enough else "the best at little cost are"
-        return (
-            f"{text}; of the features before {dearest or 'it'} {which} {', '.join(cheap.added)}, which leave "
-            f"{_percent(cheap.left)} at {cheap.ce_elsewhere:+.4f}"
-        )
+        measured = [(self._cost(run), self.left(run)) for run in (self.after, self.strongest) if run is not None]
+        return about_choice(self.choice, *measured, surgical=self.is_surgical)
 
     def _range(self, runs: list[Behaviour]) -> str:
         """What several runs leave, and cost elsewhere, from the smallest to the largest."""

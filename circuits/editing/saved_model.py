@@ -83,7 +83,7 @@ def _vectors(edits: Sequence[Edit], saes: Mapping[Site, SparseAutoencoder]) -> d
             raise UserError("the value is relative to the largest activation: give it as it is to save a model")
         for features in edit.by_span(saes).values():
             for site, index in features.items():
-                added = (edit.value or 0.0) * saes[site].W_dec[index.to(saes[site].device)].sum(0)
+                added = edit.strength * (edit.value or 0.0) * saes[site].W_dec[index.to(saes[site].device)].sum(0)
                 vectors[site] = vectors[site] + added if site in vectors else added
     return vectors
 

@@ -45,6 +45,10 @@ def test_features_are_chosen(sfc, run_folder, text_file):
     chosen = sfc(*words, "--text", text_file, "--texts", 10)
     assert chosen.status == 0 and "in the order of choice" in chosen.out and "zeroing the ten strongest" in chosen.out
     data = json.loads((run_folder / "edits" / "surgical.json").read_text())
+    flip = sfc("steer", "--circuit", run_folder, "--choose", "flip", "--text", text_file, "--random", 0, "--json")
+    assert flip.status == 0 and json.loads(flip.out)["edits"][0]["strength"] > 1, flip.err
+    wrong = sfc("steer", "--circuit", run_folder, "--choose", "surgical", "--text", text_file)
+    assert wrong.status == 2 and "here it can be flip" in wrong.err
     assert data["choice"]["features"] == data["edits"][0]["features"] and data["is_surgical"] in (True, False)
     assert "--text" in sfc(*words).err
 

@@ -12,7 +12,8 @@ from circuits.editing import edit as editing
 from circuits.editing import surgical
 from circuits.editing.applied import FeatureEdits, edited
 from circuits.editing.controls import change_norm, random_directions
-from circuits.editing.declaration import Edit
+from circuits.editing.declaration import Edit, load_edits, save_edits
+from circuits.editing.flipping import choose_flipping
 from circuits.editing.measures import answer_sides, answers_of, fluency, repetition
 from circuits.editing.records import Behaviour, Score
 from circuits.editing.results import EditReport
@@ -189,6 +190,24 @@ def test_late_features_are_not_surgical_and_earlier_ones_are_named(copying):
     assert "answers of the behaviour are 33 % of the text" in report.text()
     dear = choose_surgical(circuit, texts=texts, penalty=3.0, progress=False)[0]
     assert set(dear.names) & copied and not set(dear.names) & late
+
+
+def test_answers_are_turned_round_by_features_of_one_site(copying, tmp_path):
+    truth, circuit = copying
+    texts = ["bos " + " ".join((LETTERS * 3)[start : start + 10]) for start in range(6)]
+    edit = choose_flipping(circuit, texts=texts)
+    assert len({name.partition("/")[0] for name in edit.names}) == 1 and edit.strength > 1
+    options = editing.EditOptions(n_random=0, resamples=0)
+    trial = editing.prepare_trial(truth.model, truth.saes, edit, truth.prompts, options, metric=circuit.metric)
+    report = trial.report()
+    assert report.flipped == 1 and "flipped: the other answer is ahead on 100 %" in report.text()
+    assert f"change times {edit.strength:g}, on 24 prompts" in report.title()
+    plain = replace(trial, listed=[replace(edit, strength=1.0)])
+    twice = plain.behaviour(plain.resolved, edit.strength)  # as if all changes were larger
+    assert twice.overall.metric == pytest.approx(report.after.overall.metric, rel=1e-4)
+    assert load_edits(save_edits(edit, tmp_path / "edit.json")) == [edit]
+    with pytest.raises(UserError, match="both answers"):
+        choose_flipping(circuit, replace(truth.prompts, patch_answers=None), texts=texts)
 
 
 def test_an_edit_at_a_span_is_everywhere_on_other_text(tiny_model, tiny_prompts, tiny_saes, texts):

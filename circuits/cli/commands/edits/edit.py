@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from circuits.cli.options import HasTestPrompts, Named, Output, RunsCircuit, UsesSaes
 from circuits.cli.results import MADE_WITH, different_options, digest_of, made_with, read_result
@@ -44,12 +44,14 @@ class _Edit(UsesSaes, Named, HasTestPrompts, RunsCircuit):
     """
     groups: Path | None = None
     """Supernodes that the explorer saved, beside those of the circuit; --features may name them."""
-    choose: Literal["surgical"] | None = None
-    """surgical: choose features that remove the behaviour in every case and cost little elsewhere, on the prompts the
-    circuit was found on and the texts of --text behind those that are measured (of half of them where there are few).
+    choose: Literal["surgical", "flip"] | None = None
+    """surgical, of ablate: choose features that remove the behaviour in every case and cost little elsewhere; flip, of
+    steer: features of one site and the strength at which, mirrored about their mean, they turn the answers round. On
+    the prompts the circuit was found on and the texts of --text behind those that are measured (of half of them where
+    there are few).
     """
     penalty: Weight = 3.0
-    """With --choose, what a nat of cross-entropy elsewhere weighs against all of the behaviour."""
+    """With --choose surgical, what a nat of cross-entropy elsewhere weighs against all of the behaviour."""
     edit: Path | None = None
     """Make the edits of this file: a file of edits, or edits/NAME.json of an earlier ablate or steer."""
     everywhere: bool = False
@@ -74,6 +76,8 @@ class _Edit(UsesSaes, Named, HasTestPrompts, RunsCircuit):
     """Draw random features from all sites together instead of as many per site as are edited."""
     seed: Seed = 0
     """Seed of the random draws."""
+    choices: ClassVar[str] = "surgical"
+    """What --choose can be."""
 
     def measured(self, operation: Operation, value: float | None) -> Output:
         """Edit the model, measure what became of it, and write edits/NAME.json."""
@@ -82,8 +86,10 @@ class _Edit(UsesSaes, Named, HasTestPrompts, RunsCircuit):
         if sum(given is not None for given in (self.top, self.features, self.edit, self.choose)) != 1:
             raise UserError(
                 "say which features to edit: either --top N, --features resid_3/120,mlp_2/7, --edit FILE.json, or "
-                "--choose surgical"
+                f"--choose {self.choices}"
             )
+        if self.choose not in (None, self.choices):
+            raise UserError(f"--choose {self.choose} is of another command: here it can be {self.choices}")
         if self.choose is not None and self.text is None:
             raise UserError("--choose needs --text: what the edit costs elsewhere is measured on it")
         parse_scales(self.scales)
@@ -162,8 +168,12 @@ class _Edit(UsesSaes, Named, HasTestPrompts, RunsCircuit):
     def _chosen(self, circuit: Circuit, operation: Operation) -> EditReport:
         """Features chosen on training prompts and text, and what their edit does on others."""
         from circuits.editing.declaration import Edit
+        from circuits.editing.flipping import choose_flipping
         from circuits.editing.surgical import choose_surgical
 
+        if self.choose == "flip":
+            flipping = choose_flipping(circuit, texts=self._texts()[1], answers=self._answers(circuit))
+            return self.trial(circuit, "mean", None, [flipping]).report()
         edit, choice = choose_surgical(
             circuit,
             texts=self._texts()[1],
@@ -249,14 +259,17 @@ class AblateCommand(_Edit):
 
 @dataclass(frozen=True, kw_only=True)
 class SteerCommand(_Edit):
-    """Push the model along features: add --value times the decoder row everywhere, or scale the activation."""
+    """Push the model along features: add --value times the decoder row everywhere, or scale the activation; or with
+    --choose flip turn its answers round.
+    """
 
-    value: Activation
+    value: Activation | None = None
     """Strength: what is added, in units of activation, or the factor of --operation scale."""
     save_model: Path | None = None
     """Write the edited model as a folder that transformers loads: exact, or refused, for steering attention or MLP
     outputs at every token, which is another bias.
     """
+    choices: ClassVar[str] = "flip"
     operation: Literal["steer", "scale"] = "steer"
     """steer adds the feature's direction at every token; scale multiplies its activation where it is active."""
 
@@ -267,5 +280,7 @@ class SteerCommand(_Edit):
         """Save the edited model where that is asked for."""
         from circuits.editing.saved_model import save_model
 
+        if self.save_model is not None and self.choose:
+            raise UserError("--save-model saves what is added everywhere alone: --choose flip depends on the features")
         if self.save_model is not None:
             save_model(circuit.model, circuit.saes, self._edits(circuit, operation, value), self.save_model)

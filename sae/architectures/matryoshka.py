@@ -31,8 +31,10 @@ class Matryoshka(BatchTopK):
 
     def select(self, encoder: EncoderPass, w: Weights, hyper: Hyper) -> SparseActs:
         acts = super().select(encoder, w, hyper)
-        ends = torch.tensor(prefix_ends(len(encoder.W_enc)), device=acts.feature.device)
-        return acts.at_levels(torch.bucketize(acts.feature, ends, right=True), n_levels=len(ends) + 1)
+        ends, level = prefix_ends(len(encoder.W_enc)), torch.zeros_like(acts.feature)
+        for end in ends:
+            level += acts.feature >= end
+        return acts.at_levels(level, n_levels=len(ends) + 1)
 
     def loss(self, z: Tensor, acts: Acts, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
         f = z.relu()

@@ -257,7 +257,7 @@ class TrainingSAE:
 
     def _count(self, x: Tensor, stats: StepStats) -> None:
         """Takes a batch of scaled activations x [n, d] into the counters."""
-        state, n_tokens = self.state, torch.tensor(float(len(x)), device=x.device)
+        state, n_tokens = self.state, torch.full((), float(len(x)), device=x.device)  # a copy would be waited for
         fired, loss, squared_error, sum_x, sum_x2, n_tokens = self.share.sums(
             stats.fired, stats.loss, stats.squared_error, x.sum(0), x.square().sum(), n_tokens
         )

@@ -241,7 +241,7 @@ def test_numbers_of_double_precision_stay_with_torch(kernels):
     assert activations.kernels_for(torch.zeros(2, 2, dtype=torch.float64)) is None
 
 
-@pytest.mark.parametrize("name", ["topk", "batchtopk"])
+@pytest.mark.parametrize("name", ["topk", "batchtopk", "matryoshka"])
 def test_a_step_on_a_gpu_waits_for_sizes_of_a_selection_only(name, monkeypatch):
     """On the meta device nothing has a value, so whatever the host asks for raises; nonzero is let through."""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
@@ -250,6 +250,7 @@ def test_a_step_on_a_gpu_waits_for_sizes_of_a_selection_only(name, monkeypatch):
         monkeypatch.setattr("torch.fx.experimental._config.meta_nonzero_assume_all_nonzero", True)
     config = TrainConfig(architecture=name, features=512, k=16, batch_size=64, tokens=64_000)
     one = TrainingSAE("site", Site.parse("resid_0"), 32, config, torch.device("meta"))
+    monkeypatch.setattr(torch, "tensor", None)  # torch waits until a number of the host is copied
     one.step(torch.randn(64, 32, device="meta"), 1)
     one.constrain()
     assert one.weights["W_enc"].grad.shape == (512, 32)

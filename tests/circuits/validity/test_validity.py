@@ -224,6 +224,9 @@ def test_families_are_far_apart_and_large_enough():
     assert set(cluster_prompts(grouped(8, 0.95), 3).labels) == {0}
     split = cluster_prompts(grouped(7, 0.0), 3)
     assert split.labels == [1] * 7 + [0] * 9 and split.silhouette > 0.9
+    three = grouped(8, 0.0)  # two groups .15 apart, and one at a right angle: two families, not three
+    three[12:, 0], three[12:, 2] = 0.85 + noise[12:, 0], (1 - 0.85**2) ** 0.5 + noise[12:, 2]
+    assert cluster_prompts(three, 3).labels == [0] * 8 + [1] * 8
     assert set(cluster_prompts(grouped(3, 0.0), 3).labels) == {0}
     assert cluster_prompts(grouped(3, 0.0)[:11], 3).likeness is None
 

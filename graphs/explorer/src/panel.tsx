@@ -51,6 +51,7 @@ function Overview() {
   const facts: [string, string][] = [
     ["features", String(number("feature"))],
     ["errors", String(number("error"))],
+    ...(number("skip") ? [["skips", String(number("skip"))] as [string, string]] : []),
     ["edges", String(edges.length)],
     ...Object.entries(circuit.metadata)
       .filter(([, value]) => ["string", "number", "boolean"].includes(typeof value))

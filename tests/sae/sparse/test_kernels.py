@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.fx.experimental import _config as fx_config
 
 from sae.errors import UserError
 from sae.model.sites import Site
@@ -246,12 +247,11 @@ def test_a_step_on_a_gpu_waits_for_sizes_of_a_selection_only(name, monkeypatch):
     """On the meta device nothing has a value, so whatever the host asks for raises; nonzero is let through."""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
     monkeypatch.setattr(torch, "autocast", lambda *a, **k: nullcontext())
-    if name != "topk":
-        monkeypatch.setattr("torch.fx.experimental._config.meta_nonzero_assume_all_nonzero", True)
     config = TrainConfig(architecture=name, features=512, k=16, batch_size=64, tokens=64_000)
     one = TrainingSAE("site", Site.parse("resid_0"), 32, config, torch.device("meta"))
     monkeypatch.setattr(torch, "tensor", None)  # torch waits until a number of the host is copied
-    one.step(torch.randn(64, 32, device="meta"), 1)
+    with fx_config.patch(meta_nonzero_assume_all_nonzero=name != "topk"):
+        one.step(torch.randn(64, 32, device="meta"), 1)
     one.constrain()
     assert one.weights["W_enc"].grad.shape == (512, 32)
 

@@ -23,6 +23,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from circuits.circuit import Circuit
 from circuits.discovery.activity import mean_activations, prompt_peaks
+from circuits.discovery.attention.stored import with_attention
 from graphs.explorer import explore_features
 from graphs.feature_graph import FeatureGraph, feature_node
 from graphs.schema import AttributesFile
@@ -112,9 +113,10 @@ def read_records(run: str | Path, names: Iterable[str] | None = None) -> Iterato
 
 
 def with_pages(graph: FeatureGraph, run: str | Path, *, whole: bool = False) -> FeatureGraph:
-    """The graph with what the pages of its features hold, but for what is heavy unless `whole`; as it is where there
-    are none.
+    """The graph with what the pages of its features hold, but for what is heavy unless `whole`, as far as there are
+    pages; and with what its features add to attention scores (`sfc attention`).
     """
+    graph = with_attention(graph, Path(run) / "circuit")
     if read_index(run, graph.metadata.get("saes_fingerprint")) is None:
         return graph
     records = read_records(run, [node.name for node in graph.nodes()])
@@ -139,7 +141,7 @@ def write_page(run: str | Path, *, title: str | None = None) -> Path | None:
     circuit = Circuit.load(run) if has_circuit else None
     if circuit is not None and read_index(run, circuit.metadata.get("saes_fingerprint")) is None:
         circuit = None  # of other SAEs
-    graph = pages_graph(circuit, index, dict(read_records(run)))
+    graph = with_attention(pages_graph(circuit, index, dict(read_records(run))), run / "circuit")
     heading = title or index.get("title") or run.resolve().name
     links = existing_links(path, {"circuit": run / "graph" / "circuit.html", "report": run / "report.html"})
     about = f"{index.get('n_tokens', 0):,} tokens of {Path(str(index.get('text', 'a text'))).name}"

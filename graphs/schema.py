@@ -88,6 +88,7 @@ class AttributesFile(TypedDict, total=False):
     random: Contexts
     similar: dict[str, list[tuple[str, FiniteFloat]]]
     prompt_peaks: dict[str, list[FiniteFloat]]
+    attention: dict[str, list[tuple[str, FiniteFloat]]]
     automatic_label: str
 
 

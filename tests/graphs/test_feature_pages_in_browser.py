@@ -24,6 +24,7 @@ FULL = {
     "bottom_logits": [("b", -0.9)], "top_tokens": ["ملوك", HOSTILE], "prompt_peaks": {"one": [1.5, 0.0], "two": [0.2]},
     "by_case": {"one": {"subject": 2.0, "verb": 0.0}, "two": {"subject": 0.1, "verb": 0.0}},
     "similar": {"decoder": [("resid_0/3", 0.8), ("attn_0/9", 0.5)], "activation": [("resid_0/3", 0.7)]},
+    "attention": {"attn_1 head 0 looks here": [("resid_0/3", 0.75), ("resid_0/bias " + HOSTILE, -0.25)]},
 }  # fmt: skip
 NEVER = {"density": 0.0, "max_activation": 0.0, "top_logits": [("a", 1.0)], "bottom_logits": [("b", -1.0)]}
 
@@ -70,6 +71,7 @@ def test_a_page_shows_everything_and_texts_are_inert(pages):
     text = page.text("#feature")
     assert HOSTILE.split("{{")[0] in text and "ملوك" in text and "labelled" in text and "Never on at verb" in text
     assert "effect +1.50" in text and "rank 1 of 2" in text and "4 % of tokens" in text and "attn_0/9" in text
+    assert "ATTN_1 HEAD 0 LOOKS HERE" in text and "resid_0/bias" in text and "−0.25" in text
     assert page.count("#feature .context") == 3 and page.count("#feature .reading u.change.negative") == 4
     assert page.evaluate("document.querySelector('.context mark').title").startswith("activation 2; log p −0.90")
     assert page.count(".bars tbody tr") == 3 and page.count("#feature svg [stroke='#2468b0'], #feature rect") > 3

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from circuits.cli.commands.circuits.attention import AttentionCommand
 from circuits.cli.commands.circuits.discover import DiscoverCommand
 from circuits.cli.commands.dictionaries.evaluate import EvaluateCommand
 from circuits.cli.commands.dictionaries.train import TrainCommand
@@ -126,6 +127,11 @@ class _Story:
             "validate",
             "How far to trust it: other samples, families of prompts, backups, single prompts, exact patching",
             ValidateCommand(prompts=self.test_prompts, options=ValidityOptions(start_site=START_SITE), **circuit),
+        )
+        self._chapter(
+            "attention",
+            "Why attention looks there: the heads behind its edges, and the features behind the scores of these heads",
+            AttentionCommand(prompts=self.test_prompts, examples=100, **circuit),
         )
         self._chapter(
             "ablate",

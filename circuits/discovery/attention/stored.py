@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, FiniteFloat
 from typing_extensions import NotRequired, TypedDict
 
-from graphs.feature_graph import FeatureGraph
+from graphs.feature_graph import FeatureGraph, Node
 from graphs.formats.qk_tracing import KEY, QKTracing
 from graphs.schema import Index
 from sae._files import check_type, read_json
 
 TRACED = 10
 """Pairs, and features of a side, that an exported node names."""
+
+
+HEADS_OF_A_FEATURE, PARTNERS = 4, 5
+"""Scores on the page of a feature, and features that it pairs with in each."""
+LEAST_SHARE = 0.15
+"""Pairs that add less than this share of a feature's largest are not on its page."""
 
 
 class EdgeFile(TypedDict):
@@ -128,6 +135,43 @@ def with_traces(graph: FeatureGraph, folder: Path) -> FeatureGraph:
     if traces:
         graph.metadata[KEY] = traces
     return graph
+
+
+def with_attention(graph: FeatureGraph, folder: Path) -> FeatureGraph:
+    """The graph with what each feature adds to scores as an attribute of its nodes, `attention`: which head looks
+    where, with the features that it pairs with there and what the pair adds.
+    """
+    in_graph = {node.name for node in graph.nodes()}
+    partners: dict[str, dict[str, list[tuple[str, float]]]] = {}
+    for score in (score for file in read_attention(folder, graph.metadata.get("digest")) for score in file["scores"]):
+        where = f"attn_{score['layer']} head {score['head']}"
+        rather = "" if score["than"] is None else f" rather than {score['than']}"
+        looks = f"{where} looks from here ({score['query']}) to {score['key']}{rather}"
+        is_seen = f"{where} looks here ({score['key']}{rather}) from {score['query']}"
+        queries, keys = _words(score["queries"]), _words(score["keys"])
+        for pair in score["pairs"]:
+            query, key, value = pair["query"], pair["key"], pair["contribution"]
+            for name, partner, words, title in ((query, key, keys, looks), (key, query, queries, is_seen)):
+                told = partner if partner in in_graph else f"{partner} {words.get(partner, '')}".strip()
+                partners.setdefault(name, {}).setdefault(title, []).append((told, value))
+    if not partners:
+        return graph
+
+    def change(node: Node) -> Node:
+        titles = partners.get(node.name) if node.kind == "feature" else None
+        if titles is None:
+            return node
+        strongest = sorted(titles, key=lambda title: -abs(titles[title][0][1]))[:HEADS_OF_A_FEATURE]
+        least = LEAST_SHARE * abs(titles[strongest[0]][0][1])
+        shown = {title: [row for row in titles[title][:PARTNERS] if abs(row[1]) >= least] for title in strongest}
+        attention = {title: rows for title, rows in shown.items() if rows}
+        return replace(node, attributes={**node.attributes, "attention": attention})
+
+    return graph.map_nodes(change)
+
+
+def _words(terms: list[TermFile]) -> dict[str, str]:
+    return {term["node"]: " · ".join(word.strip() for word in term["words"]) for term in terms}
 
 
 def _carried(score: ScoreFile, edges: list[EdgeFile]) -> float:

@@ -31,6 +31,8 @@ export interface Attributes {
   samples?: { low: number; high: number; share: number; contexts: Context[] }[];
   random?: Context[];
   similar?: Record<string, [string, number][]>;
+  /** Which head looks where -> the features that this one pairs with there, and what the pair adds to the score. */
+  attention?: Record<string, [string, number][]>;
   /** Largest activation on each prompt, by case. */
   prompt_peaks?: Record<string, number[]>;
   /** Whether the feature is in no circuit: it has no effect and no edges then. */

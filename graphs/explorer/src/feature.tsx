@@ -46,6 +46,7 @@ export function FeatureSections({ node, full = false }: { node: GraphNode; full?
         <StrongestContexts node={node} />
         <Effects node={node} />
         <TopTokens node={node} />
+        <Attention node={node} />
         <Similar node={node} />
       </>
     );
@@ -59,6 +60,7 @@ export function FeatureSections({ node, full = false }: { node: GraphNode; full?
             <EdgeList title="Feeds" edges={node.outgoing} end="target" />
           </>
         )}
+        <Attention node={node} />
         <Similar node={node} />
       </div>
       <div class="reading">
@@ -196,7 +198,7 @@ function Similar({ node }: { node: GraphNode }) {
           <h3 title={what}>{title}</h3>
           <ol class="links">
             {similar[kind].slice(0, LISTED).map(([name, value]) => (
-              <SimilarLink name={name} value={value} />
+              <FeatureLink name={name} value={value} largest={1} />
             ))}
           </ol>
         </section>
@@ -205,15 +207,36 @@ function Similar({ node }: { node: GraphNode }) {
   );
 }
 
-function SimilarLink({ name, value }: { name: string; value: number }) {
+/** Why attention looks there: what this feature and another add to a head's score together. */
+function Attention({ node }: { node: GraphNode }) {
+  const scores = Object.entries(node.attributes.attention ?? {});
+  const largest = Math.max(...scores.flatMap(([, pairs]) => pairs.map(([, value]) => Math.abs(value))));
+  return (
+    <>
+      {scores.map(([title, pairs]) => (
+        <section>
+          <h3 title="what the pair adds to the score before the softmax">{title}, by pairing with</h3>
+          <ol class="links">
+            {pairs.map(([name, value]) => (
+              <FeatureLink name={name} value={value} largest={largest} />
+            ))}
+          </ol>
+        </section>
+      ))}
+    </>
+  );
+}
+
+/** A feature of the graph, or of another place, with a number. */
+function FeatureLink({ name, value, largest }: { name: string; value: number; largest: number }) {
   const node = state.featureNode(name);
-  if (node) return <NodeLink node={node} value={value} largest={1} />;
+  if (node) return <NodeLink node={node} value={value} largest={largest} />;
   return (
     <li class="link">
       <span class="who">
         <small>{name}</small>
       </span>
-      <Bar value={value} largest={1} />
+      <Bar value={value} largest={largest} />
       <span class="value">{number(value)}</span>
     </li>
   );

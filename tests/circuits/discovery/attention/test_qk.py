@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -11,6 +12,8 @@ from pytest import approx
 
 from circuits.discovery.attention import qk
 from circuits.discovery.attention.qk import heads_looking, qk_attribution
+from circuits.discovery.attention.stored import with_attention
+from graphs.feature_graph import FeatureGraph, feature_node
 from sae.errors import UserError
 from sae.model.load import load_model
 from tests.circuits.conftest import MIXED, with_spans
@@ -182,3 +185,20 @@ def test_what_cannot_be_split_is_told_in_a_sentence(tiny_model, tiny_saes, make_
     )
     monkeypatch.setattr(qk, "frozen_norms", lambda hf: nullcontext())
     assert "not affine in the residual stream" in told()
+
+
+def test_pages_tell_each_feature_what_it_pairs_with(tmp_path):
+    """Words stand for partners that are not in the graph; pairs that add little beside the largest are left out."""
+    pairs = [("a/1", "a/2", 2.0), ("a/1", "a/bias", -1.0), ("a/3", "a/2", 0.1)]
+    score = {
+        "layer": 1, "head": 0, "site": "a", "query": "end", "key": "b", "than": None, "title": "t", "n_prompts": 1,
+        "score": 1.1, "weight": 0.5, "than_weight": None, "n_pairs": 3,
+        "pairs": [dict(zip(("query", "key", "contribution"), pair, strict=True)) for pair in pairs],
+        "queries": [{"node": "a/1", "contribution": 1.0, "words": [" cat"]}], "keys": [],
+        "matrix": {"queries": [], "keys": [], "values": []},
+    }  # fmt: skip
+    (tmp_path / "attention.json").write_text(json.dumps({"loadings": None, "scores": [score]}))
+    graph = FeatureGraph(["a"])
+    graph.add_node(feature_node("a", 2, effect=1.0))
+    (node,) = with_attention(graph, tmp_path).nodes()
+    assert node.attributes["attention"] == {"attn_1 head 0 looks here (b) from end": [("a/1 cat", 2.0)]}

@@ -24,6 +24,7 @@ from circuits.debiasing.targeted import against_others, by_push
 from circuits.editing.applied import edited
 from circuits.editing.declaration import Edit
 from circuits.metrics.fit_probe import read_site
+from examples.agreement.make_labelled import LabelledConfig, write
 from sae.errors import UserError
 from sae.evaluation.stability import feature_stability
 from sae.model.sites import Site
@@ -271,3 +272,14 @@ def test_stability_is_that_of_a_loop(tiny_model, tiny_saes, make_saes):
     assert result.matched == pytest.approx(sum(mutual) / len(mutual)) and 0 < result.matched < 1
     with pytest.raises(UserError, match="none of the other"):
         feature_stability(tiny_model, {RESID: one}, {"b": SAEs({Site.parse("mlp_0"): other})}, text)
+
+
+def test_texts_of_the_bundled_grammar(tmp_path):
+    """Halves of a set belong together, and a second label is seen where it is."""
+    config = LabelledConfig(out=tmp_path, train=60, concept=40, test=40)
+    write(config)
+    sets = dict(read_data_sets(str(tmp_path), SuiteOptions()))
+    assert {name for name, data in sets.items() if not isinstance(data, str)} == {"attractor", "subject", "kind"}
+    assert sets["attractor"].has_spurious and sets["subject"].has_spurious and not sets["kind"].has_spurious
+    assert len({text.intended for text in sets["kind"].train}) == 3 and len(sets["kind"].test) == 40
+    assert "give --label" in sets["attractor_concept"]

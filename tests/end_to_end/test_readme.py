@@ -66,7 +66,10 @@ def test_commands_and_options_exist(page):
         assert not [word for word in words if word.startswith("--") and word not in allowed], (command, words)
 
 
-BENCHMARKS = {"--peer", "--layers", "--threads", "--clock", "--rates", "--width", "--batch", "--only", "--sparsify"}
+BENCHMARKS = {
+    "--peer", "--layers", "--threads", "--clock", "--rates", "--width", "--batch", "--only", "--small", "--sparsify",
+    "--starts", "--steer", "--task",
+}  # fmt: skip
 """Options of scripts in tests/benchmarks."""
 
 

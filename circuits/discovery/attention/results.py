@@ -138,9 +138,15 @@ class QKAttribution(Result):
         Raises:
             UserError: For a file of another program, unless `overwrite`, or a link.
         """
-        from circuits.discovery.attention.plots import plot_scores
+        from circuits.discovery.attention.plots import Side, plot_pairs
 
-        return plot_scores(self, path, overwrite=overwrite)
+        table = self.matrix()
+        than = "" if self.than is None else f" less {self.than}"
+        return plot_pairs(
+            path, table.to_numpy(), title=f"{self.title}: {self.score:+.2f} before the softmax",
+            rows=Side(f"at the {self.query}", _labels(self.queries, table.index)),
+            columns=Side(f"at the {self.key}{than}", _labels(self.keys, table.columns)), overwrite=overwrite,
+        )  # fmt: skip
 
     def text(self) -> str:
         """The score and the attention, the largest pairs, and the largest features of either side."""
@@ -165,6 +171,12 @@ class QKAttribution(Result):
             for q, k in zip(self.queries[:PAIRS_SHOWN], self.keys[:PAIRS_SHOWN], strict=False)
         ]
         yield frame_text(pd.DataFrame(rows, columns=["at the query", "sum", "at the key", "sum "]))
+
+
+def _labels(terms: Iterable[QKTerm], names: Iterable[str]) -> list[list[str]]:
+    """Numbers of features, each with the first two tokens it is on."""
+    words = {term.node: [word.strip() for word in term.words[:2]] for term in terms}
+    return [[name.rpartition("/")[2], *words.get(name, [])] for name in names]
 
 
 def _spoken(term: QKTerm) -> str:

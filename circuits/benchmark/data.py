@@ -115,7 +115,7 @@ def _data_set(name: str, train: str, test: str | None, options: SuiteOptions) ->
     row = first[0]
     label = options.label or next((key for key in LABEL_KEYS if row.get(key) is not None), None)
     if label is None:
-        return f"no label {', '.join(LABEL_KEYS)} among {sorted(row)}: give --label"
+        return f"its texts have none of the keys {', '.join(LABEL_KEYS)} (found {', '.join(sorted(row))}): give --label"
     spurious = options.spurious if row.get(options.spurious) is not None and label != options.spurious else None
     texts = read_labelled(train, intended=label, spurious=spurious)
     others = None if test is None else read_labelled(test, intended=label, spurious=spurious)

@@ -96,6 +96,7 @@ class _Study:
 
     circuit: Circuit
     setting: Setting
+    metric: str | Metric | None  # as it was given
     options: ValidityOptions
     nodes: Nodes  # with an effect, from the start site on
     prompts: PromptSet  # measured on
@@ -122,7 +123,7 @@ class _Study:
         names = [name for site, of_site in candidates.items() for name in of_site.ids(site)]
         groups = torch.arange(n_examples) if circuit.groups is None else circuit.groups
         of_prompts = NodeValues(names, values, groups)
-        return _Study(circuit, setting, options, nodes, tested, keyed, candidates, of_prompts, progress)
+        return _Study(circuit, setting, metric, options, nodes, tested, keyed, candidates, of_prompts, progress)
 
     @property
     def strongest(self) -> Nodes:
@@ -218,7 +219,7 @@ class _Study:
             return [checks.exact(Verification(names, [effects[name] for name in names], exact, shared=shared))]
         if not n:
             return []
-        return [checks.exact(verify(circuit, nodes=n, metric=self.setting.metric, progress=self.progress))]
+        return [checks.exact(verify(circuit, nodes=n, metric=self.metric, progress=self.progress))]
 
 
 def _spread(m: Tensor, prompts: PromptSet) -> tuple[PromptSpread, Tensor]:

@@ -45,6 +45,9 @@ def test_a_probe_is_debiased(sfc, run_folder, model_folder, labelled_file, tmp_p
     edited = sfc("ablate", "--circuit", out, "--top", 2, "--random", 0, "--json")
     assert edited.status == 0 and json.loads(edited.out)["before"]["overall"]["accuracy"] is None, edited.err
     assert json.loads(edited.out)["before"]["overall"]["metric"] == pytest.approx(of_circuit["m_clean"], rel=1e-3)
+    few = ("--nodes", 5, "--removed", 3, "--verify", 3, "--resamples", 20)
+    validated = sfc("validate", "--circuit", out, *few)
+    assert validated.status == 0 and "exact: " in validated.out, validated.err
     without = sfc("faithfulness", "--circuit", out, "--edges", "--name", "edges")
     assert without.status == 2 and "no edges" in without.err
     drop.write_text(name)

@@ -69,8 +69,8 @@ def add_qk_tracing(
 
     def translated(row: tuple[Any, ...]) -> list[Any] | None:
         *names, value = row
-        found = [viewer_id(name) for name in names]
-        return None if None in found else [*found, value]
+        viewer_ids = [viewer_id(name) for name in names]
+        return None if None in viewer_ids else [*viewer_ids, value]
 
     for id, trace in traces.items():
         if id in ids:

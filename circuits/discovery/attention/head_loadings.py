@@ -114,9 +114,9 @@ def head_loadings(
 
 def _chosen(circuit: Circuit, n: int) -> tuple[Nodes, set[tuple[str, str]]]:
     """The n strongest edges into attention sites and those out of them, and of every site the nodes they join."""
-    frame = circuit.edges_frame()
-    ends = (frame["target"], frame["source"])
-    rows = pd.concat([frame[end.str.startswith(f"{ATTENTION}_")].head(n) for end in ends])
+    edges = circuit.edges_frame()
+    sides = (edges["target"], edges["source"])
+    rows = pd.concat([edges[side.str.startswith(f"{ATTENTION}_")].head(n) for side in sides])
     joined = {*rows["source"], *rows["target"]}
     nodes = {
         site: site_nodes[torch.tensor([name in joined for name in site_nodes.ids(site)], dtype=torch.bool)]
@@ -132,9 +132,9 @@ def batch_loadings(batch: Attribution, nodes: Nodes, *, options: DiscoverOptions
     model = states.setting.model
     vectors = node_vectors([batch], nodes, active=options.edge_active)[0]
     lanes = max(1, min(max_rows // len(states.tokens), max(map(len, nodes.values()))))
-    with attention_heads(model.hf) as kept:
+    with attention_heads(model.hf) as by_layer:
         graph = cut_forward(states, sites=sites, copies=lanes)
-    heads = {site: heads_of(kept, int(site.layer or 0), model.name) for site in sites if site.kind == ATTENTION}
+    heads = {site: heads_of(by_layer, int(site.layer or 0), model.name) for site in sites if site.kind == ATTENTION}
     by_head = {site: _by_head(batch, nodes, site, vectors[site]) for site in heads if site in vectors}
     result: Split = {}
     for index, down in enumerate(sites):
@@ -181,9 +181,9 @@ def _into(
     return {up: torch.stack(of_heads) for up, of_heads in weights.items()}
 
 
-def _contracted(whole: NodeVectors, by_head: list[NodeVectors], gradient: Tensor) -> Tensor:
+def _contracted(of_site: NodeVectors, by_head: list[NodeVectors], gradient: Tensor) -> Tensor:
     """[H + 1, R, n] of the heads' changes and of the whole one, for the gradient at the site's leaf [R, B, S, d]."""
-    return torch.stack([vectors.contract(gradient).cpu() for vectors in (*by_head, whole)])
+    return torch.stack([vectors.contract(gradient).cpu() for vectors in (*by_head, of_site)])
 
 
 # ---- the changes of a site's nodes, by head
@@ -213,10 +213,10 @@ def site_by_head(model: LanguageModel, tokens: Tokens, site: Site) -> SiteHeads:
         outputs.append(x)
         return x
 
-    with attention_heads(model.hf) as kept, frozen_norms(model.hf), model.hooked(site, keep, rows=len(tokens)):
+    with attention_heads(model.hf) as by_layer, frozen_norms(model.hf), model.hooked(site, keep, rows=len(tokens)):
         model.run(tokens, capture=[site], grad=True, need_logits=False)
     (x,) = outputs
-    z = heads_of(kept, int(site.layer or 0), model.name).output  # [B, S, H, d_v]
+    z = heads_of(by_layer, int(site.layer or 0), model.name).output  # [B, S, H, d_v]
     v = torch.zeros_like(x, requires_grad=True)
     (pulled,) = torch.autograd.grad([x], [z], [v], create_graph=True)
 

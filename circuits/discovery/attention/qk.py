@@ -90,13 +90,13 @@ class PairScores:
     @staticmethod
     def sum(several: Iterable[PairScores]) -> PairScores:
         """Pairs of the same names added up."""
-        parts = list(several)
-        query, key = (torch.cat([getattr(part, name) for part in parts]) for name in ("query", "key"))
+        listed = list(several)
+        query, key = (torch.cat([getattr(part, name) for part in listed]) for name in ("query", "key"))
         names, entry = torch.stack([query, key]).unique(dim=1, return_inverse=True)
         value = torch.zeros(names.shape[1], dtype=torch.float64)
-        value.index_add_(0, entry, torch.cat([part.value for part in parts]))
+        value.index_add_(0, entry, torch.cat([part.value for part in listed]))
         count = torch.zeros(names.shape[1], dtype=torch.int64)
-        count.index_add_(0, entry, torch.cat([part.count for part in parts]))
+        count.index_add_(0, entry, torch.cat([part.count for part in listed]))
         return PairScores(names[0], names[1], value, count)
 
 
@@ -235,11 +235,11 @@ def _batch(
     model: LanguageModel, sae: SparseAutoencoder, prompts: PromptSet, site: Site, layer: int, head: int, columns: Tensor
 ) -> _BatchScores:
     """Pairs of every example of a batch; columns: [B, 2 or 3] of the query, the key and the other key."""
-    with attention_heads(model.hf) as kept, frozen_norms(model.hf):
+    with attention_heads(model.hf) as by_layer, frozen_norms(model.hf):
         x = model.run(prompts.clean, capture=[site, Site("attn", layer)], grad=True, need_logits=False).activations[
             site
         ]
-    heads = heads_of(kept, layer, model.name)
+    heads = heads_of(by_layer, layer, model.name)
     if not 0 <= head < heads.n_heads:
         raise UserError(f"head is {head}: attn_{layer} has heads 0 to {heads.n_heads - 1}")
     name, rows = f"attn_{layer} of model {model.name!r}", columns[:, 0]

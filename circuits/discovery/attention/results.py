@@ -117,11 +117,11 @@ class QKAttribution(Result):
         """The pairs of the n largest features at the query (rows) and at the key (columns), the others added up as
         `others`: all cells add up to the score.
         """
-        frame = self.to_frame()
+        pairs = self.to_frame()
         for side, terms in (("query", self.queries), ("key", self.keys)):
             names = [term.node for term in terms[:n]]
-            frame[side] = frame[side].where(frame[side].isin(names), "others")
-        table = frame.pivot_table("contribution", "query", "key", aggfunc="sum", fill_value=0.0)
+            pairs[side] = pairs[side].where(pairs[side].isin(names), "others")
+        table = pairs.pivot_table("contribution", "query", "key", aggfunc="sum", fill_value=0.0)
         rows, columns = ([term.node for term in terms[:n]] + ["others"] for terms in (self.queries, self.keys))
         return table.reindex(index=rows, columns=columns, fill_value=0.0)
 
@@ -225,8 +225,8 @@ class HeadLoadings(Result):
             }
             for edge in self.edges
         ]  # fmt: skip
-        frame = pd.DataFrame(rows)
-        return frame[[*(name for name in frame if name != "rest"), "rest"]] if rows else frame
+        table = pd.DataFrame(rows)
+        return table[[*(name for name in table if name != "rest"), "rest"]] if rows else table
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""

@@ -29,15 +29,15 @@ def token_columns(model: LanguageModel, prompts: PromptSet, name: str) -> Tensor
         index, lengths = int(name), prompts.clean.lengths.to(columns.device)
         column = n_positions + index if index < 0 else n_positions - lengths + index
         inside = (-lengths <= index) & (index < lengths)
-        found = torch.where(inside, column, -1)
+        chosen = torch.where(inside, column, -1)
     elif name == "last":
         return torch.full((len(prompts),), n_positions - 1, device=columns.device)
     else:
-        found = _columns_of_word(model, prompts, name).to(columns.device)
-    if not bool((found >= 0).any()):
+        chosen = _columns_of_word(model, prompts, name).to(columns.device)
+    if not bool((chosen >= 0).any()):
         names = [*prompts.spans, *(() if "last" in prompts.spans else ("last",)), "an index such as 2 or -1"]
         raise unknown("token", name, [*names, "a word that stands once in a prompt"])
-    return found
+    return chosen
 
 
 def _columns_of_word(model: LanguageModel, prompts: PromptSet, word: str) -> Tensor:

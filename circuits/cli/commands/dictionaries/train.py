@@ -62,9 +62,9 @@ class TrainCommand(Common, Overwrites, SharesWork, HasSites, HasTextOrCache):
             return self._finetune(trained, text)
 
     def for_one_process(self) -> str | None:
-        return (
-            "estimate is on" if self.estimate else None if self.finetune == "none" else f"finetune is {self.finetune!r}"
-        )
+        if self.estimate:
+            return "estimate is on"
+        return None if self.finetune == "none" else f"finetune is {self.finetune!r}"
 
     def _estimate(self) -> Output:
         from circuits.cli.common import load_model

@@ -10,7 +10,7 @@ import traceback
 
 from torch.distributed import TCPStore
 
-from circuits.discovery.resume import ResumeFolder
+from sae._run.processes import Processes
 from sae.training.trainer import Trainer
 from tests.forked import ForkedCommands, Result
 from tests.workers import fork
@@ -20,7 +20,8 @@ def sfc_in_ranks(forked: ForkedCommands, n: int, *words: object, kill_after: int
     """Run `sfc` with these words in n processes; the status is that of the first of them that fails.
 
     Args:
-        kill_after: kill the second process after this many training steps, or finished batches of a discovery.
+        kill_after: kill the second process after this many training steps, or once it has taken so many batches of a
+            discovery.
     """
     task = json.dumps([n, [str(word) for word in words], kill_after])
     return forked.call(run_ranks, environment={"RANKS": task})
@@ -52,7 +53,7 @@ def fork_rank(rank: int, n: int, port: int, words: list[str], kill_after: int) -
     try:
         if kill_after:
             _die_after(Trainer, "_one_step", kill_after)
-            _die_after(ResumeFolder, "put", kill_after)
+            _die_after(Processes, "_next", kill_after)
         from circuits.cli.main import main
 
         main(words)
@@ -70,10 +71,11 @@ def _die_after(owner: type, name: str, times: int) -> None:
     """Kill this process when a method has been called so many times."""
     method, calls = getattr(owner, name), []
 
-    def counted(*arguments: object) -> None:
-        method(*arguments)
+    def counted(*arguments: object) -> object:
+        result = method(*arguments)
         calls.append(name)
         if len(calls) == times:
             os.kill(os.getpid(), signal.SIGKILL)
+        return result
 
     setattr(owner, name, counted)

@@ -11,8 +11,9 @@ Legend: B prompts, G groups, R resamples, n quantities.
    - the studentised bootstrap (Efron 1982; Hall 1988): of each resample t = (r* - r) / se*, with se the standard error
      of a ratio; from r - t_(.975) se to r - t_(.025) se. It follows the skewness that percentiles of r* miss.
    - Student's interval r -+ t_(G-1) se, for the few groups and the rare activity where se* is itself a guess.
-4. With fewer than `MIN_GROUPS` groups, or for a node that has an effect in fewer than `MIN_ACTIVE` of them, no interval
-   means what it says: there is none (NaN).
+4. With fewer than `MIN_GROUPS` groups, for a node that has an effect in fewer than `MIN_ACTIVE` of them, or where the
+   groups that differ are so few that many resamples have none of them, no interval means what it says: there is none
+   (NaN).
 
 `python -m tests.benchmarks.bench_coverage` measures how often intervals hold the truth.
 """
@@ -33,6 +34,8 @@ COVERAGE = "in simulations .95 to .99 of them hold the truth, .90 for under 30 p
 """What `tests.benchmarks.bench_coverage` measures."""
 MIN_ACTIVE = 5
 """Fewest groups in which a node must have an effect for an interval."""
+FAR = 1e6
+"""t of a resample that is shifted and has no spread."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,8 @@ class Bootstrap:
         return counts.scatter_add_(1, drawn, torch.ones_like(counts))
 
     def intervals(self, x: Tensor, y: Tensor, *, min_active: int = 0) -> Tensor:
-        """[n, 2] intervals of sum_g x / sum_g y, for x [G, n] and y [G]; NaN where `MIN_GROUPS` or `min_active` (the
-        fewest groups in which x must differ from zero) say that there is none.
+        """[n, 2] intervals of sum_g x / sum_g y, for x [G, n] and y [G]; NaN where `MIN_GROUPS`, `min_active` (the
+        fewest groups in which x must differ from zero) or resamples without spread say that there is none.
         """
         n_groups = len(x)
         if n_groups < MIN_GROUPS or not x.shape[1]:
@@ -81,8 +84,8 @@ class Bootstrap:
         low, high = torch.quantile(t, torch.tensor([tail, 1 - tail], dtype=t.dtype, device=t.device), dim=0)
         student = float(stdtrit(n_groups - 1, 1 - tail))
         bounds = [ratio - high.clamp(min=student) * error, ratio - low.clamp(max=-student) * error]
-        active = (x != 0).sum(0) >= min_active
-        return torch.where(active[:, None], torch.stack(bounds, dim=1), torch.nan)
+        is_told = ((x != 0).sum(0) >= min_active) & (low > -FAR / 1000) & (high < FAR / 1000)
+        return torch.where(is_told[:, None], torch.stack(bounds, dim=1), torch.nan)
 
 
 def _studentised(shift: Tensor, error: Tensor, plain: Tensor) -> Tensor:
@@ -91,7 +94,7 @@ def _studentised(shift: Tensor, error: Tensor, plain: Tensor) -> Tensor:
     plain: [n] the error without resampling, to tell rounding from spread.
     """
     flat = error <= 1e-6 * plain
-    far = torch.where(shift.abs() <= 1e-6 * plain, 0.0, shift.sign() * 1e6).to(shift)
+    far = torch.where(shift.abs() <= 1e-6 * plain, 0.0, shift.sign() * FAR).to(shift)
     return torch.where(flat, far, shift / error.masked_fill(flat, 1.0))
 
 

@@ -139,7 +139,7 @@ def _transfer(m: Tensor, family: Tensor, groups: Tensor, options: ValidityOption
         return value, None
     bootstrap = Bootstrap(resamples=options.resamples, seed=options.seed)
     low, high = bootstrap.intervals(group_sums(others[:, None], groups), group_sums(own, groups))[0].tolist()
-    return value, (low, high)
+    return value, (low, high) if low == low else None
 
 
 def _described(

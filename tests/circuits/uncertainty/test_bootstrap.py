@@ -184,6 +184,17 @@ def test_few_prompts_have_no_intervals(tiny_model, tiny_saes, tiny_prompts, rows
     assert curve.intervals is None and "[" not in curve.table()
 
 
+@pytest.mark.parametrize(("different", "told"), [(0, True), (1, False), (3, False), (40, True)])
+def test_a_few_prompts_that_differ_have_no_interval(different, told):
+    """Of 200 alike; with three that are not, a resample in twenty has none of them, and so no spread to measure by."""
+    x = torch.full((200, 1), 0.5).double()
+    x[:different] += 0.5
+    low, high = Bootstrap().intervals(x, torch.ones(200).double())[0].tolist()
+    assert (low == low and high == high) == told
+    if told:
+        assert 0.4 < low <= x.mean() <= high < 0.8
+
+
 def test_one_example_proves_nothing():
     """A feature that only ever mattered in one prompt of fifty is not distinguishable; one that always did is."""
     table = torch.zeros(50, 3)

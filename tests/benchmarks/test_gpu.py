@@ -2,48 +2,35 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import os
 import runpy
 import sys
-import traceback
+from functools import partial
 
 import pytest
 
 from tests.benchmarks import gpu
-from tests.workers import fork
 
 
-def in_a_fork(words, folder):
-    """What `gpu.run` gives, by a fork of this process, which has imported everything."""
-    file = folder / "output"
-    pid = fork()
-    if pid == 0:
-        output, status = io.StringIO(), 0
-        try:
-            sys.argv = list(words)
-            with contextlib.redirect_stdout(output):
-                runpy.run_module(words[0], run_name="__main__", alter_sys=True)
-        except SystemExit as end:
-            status = int(end.code or 0)
-        except BaseException:
-            status = 1
-            output.write(traceback.format_exc())
-        file.write_text(output.getvalue())
-        os._exit(status)
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    return {"words": list(words), "status": status, "seconds": 0.0, "output": file.read_text()}
+def run_module(words):
+    sys.argv = list(words)
+    runpy.run_module(words[0], run_name="__main__", alter_sys=True)
 
 
-def test_every_step_runs_in_small(tmp_path, monkeypatch, capsys):
+def test_every_step_runs_in_small(tmp_path, monkeypatch, capsys, forked):
+    """In forks of a process that has imported everything and in which no thread of autograd has started."""
     pytest.importorskip("triton")
     ran = []
 
     def run(words):
         ran.append(words[0])
-        return in_a_fork(words, tmp_path)
+        done = forked.call(partial(run_module, words))
+        return {
+            "words": list(words),
+            "status": done.status,
+            "seconds": 0.0,
+            "output": done.out + done.err * bool(done.status),
+        }
 
     monkeypatch.setattr(gpu, "run", run)
     monkeypatch.setattr(sys, "argv", ["gpu", "--small", "--out", str(tmp_path / "gpu.json")])

@@ -5,6 +5,7 @@
     features/circuit.json    what only a circuit has: each feature's mean activation by case and span, and its largest
                              activation on every prompt
     features/index.html      all of it on one page
+    features/automata.svg    features that make one another come next, where they were looked for
 
 The data are of the SAEs (their fingerprint is in `index.json`), effects and edges of the circuit that is there when the
 page is written. Explorer and report read the same files.
@@ -24,10 +25,13 @@ from typing_extensions import NotRequired, TypedDict
 from circuits.circuit import Circuit
 from circuits.discovery.activity import mean_activations, prompt_peaks
 from circuits.discovery.attention.stored import with_attention
+from circuits.labels import Label
+from graphs.drawing.automata import Machine, Way, draw_automata
 from graphs.explorer import explore_features
 from graphs.feature_graph import FeatureGraph, feature_node
 from graphs.schema import AttributesFile
 from sae._files import atomic_write, check_type, parse_json, read_json, to_json, write_json
+from sae.features.automata import Automata
 from sae.features.page import SCHEMA_VERSION, FeaturePage
 from sae.model.sites import Site
 
@@ -40,6 +44,8 @@ HEAVY = ("samples", "random")
 SHORTENED = {"contexts": 6, "top_logits": 8, "bottom_logits": 8}
 SIMILAR = 4
 """How much they take of other entries."""
+DRAWN = 8
+"""Automata in the picture."""
 ON_A_PAGE = 2000
 """Features on one page at most, those of the circuit and then the most frequent."""
 
@@ -172,3 +178,26 @@ def existing_links(page: Path, files: Mapping[str, Path]) -> dict[str, str]:
     return {
         name: Path(os.path.relpath(path.resolve(), folder)).as_posix() for name, path in files.items() if path.is_file()
     }
+
+
+def draw_automata_of(automata: Automata, path: Path, labels: Mapping[str, Label]) -> Path:
+    """Draw the first automata, states by their labels, else by the tokens that they are on."""
+    machines = []
+    for number, automaton in enumerate(automata.automata[:DRAWN], start=1):
+        states = {}
+        for state in automaton.states:
+            name = f"{automaton.site}/{state.feature}"
+            states[name] = (labels[name]["label"] if name in labels else "", automata.words(state.token_ids))
+        ways = []
+        for way in automaton.transitions:
+            source, target = f"{automaton.site}/{way.source}", f"{automaton.site}/{way.target}"
+            words = automata.words(way.token_ids)
+            about = (
+                f"{source} raises {target}: by {way.raised:.2f} ± {1.96 * way.raised_error:.2f} of its maximum in the "
+            )
+            about += (
+                f"text ({way.count} tokens), by {way.effect:.2f} ± {1.96 * way.effect_error:.2f} through the model's "
+            )
+            ways.append(Way(source, target, way.effect, f"{way.effect:.2f}  {words}", f"{about}predictions: {words}"))
+        machines.append(Machine(f"{number}  {automaton.kind} at {automaton.site}", states, ways))
+    return draw_automata(machines, path, overwrite=True)

@@ -39,11 +39,11 @@ _FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "/Library/Fonts",
 
 _PROGRAM = """
 import sys
-kind, resolution, *sys.path = sys.argv[1:]
+kind, program, resolution, *sys.path = sys.argv[1:]
 from pygraphviz import AGraph
 graph = AGraph(string=sys.stdin.buffer.read().decode())
 graph.graph_attr["dpi"] = resolution
-sys.stdout.buffer.write(graph.draw(format=kind, prog="nop2"))
+sys.stdout.buffer.write(graph.draw(format=kind, prog=program))
 """
 """What the other process runs: DOT in, a drawing out. It is given the paths, so that it skips looking for them."""
 
@@ -58,14 +58,15 @@ class Detail:
     """Where its lines of text are centred; Graphviz places them by the widths of its own font."""
 
 
-def run_graphviz(source: str, kind: str, *, size: float, details: Mapping[str, Detail]) -> bytes:
-    """Render DOT text that carries positions (`layout=nop2`) as `kind`: svg, png or pdf.
+def run_graphviz(source: str, kind: str, *, size: float, details: Mapping[str, Detail], program: str = "nop2") -> bytes:
+    """Render DOT text as `kind`: svg, png or pdf.
 
-    size: the longer side in points, which bounds the resolution of a png; details: those of SVG elements, by their id.
+    size: the longer side in points, which bounds the resolution of a png; details: those of SVG elements, by their id;
+    program: that of Graphviz which lays it out, by default the one that keeps the positions in the text.
     """
     resolution = max(36, min(RESOLUTION, int(MAX_PIXELS * 72 / size))) if kind == "png" else 72
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-I", "-S", "-c", _PROGRAM, kind, str(resolution), *sys.path]
+        command = [sys.executable, "-I", "-S", "-c", _PROGRAM, kind, program, str(resolution), *sys.path]
         environment = {**os.environ, **_fonts(Path(folder))}
         done = subprocess.run(command, input=source.encode(), capture_output=True, env=environment, check=False)
     lines = done.stderr.decode(errors="replace").splitlines()

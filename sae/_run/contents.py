@@ -71,7 +71,8 @@ COMPARISON = Layout((r"comparison\.(json|txt|svg)",))
 COMPARED_CIRCUITS = Layout((r"circuits\.(json|txt)", r"circuits_\d+_\d+\.html"))
 PARTIAL_PAGES = Layout((r"state\.(json|safetensors)",))
 FEATURES = Layout(
-    (r"(index|circuit)\.json", r"index\.html", r"groups\.(json|svg)", rf"({SITE})\.jsonl"), {"partial": PARTIAL_PAGES}
+    (r"(index|circuit)\.json", r"index\.html", r"(groups|automata)\.(json|svg)", rf"({SITE})\.jsonl"),
+    {"partial": PARTIAL_PAGES},
 )
 CACHE = Layout((r"manifest\.json", r"unfinished\.json", r"shard_\d{5,}\.safetensors"))
 TRAINED = Layout((r"config\.json",), {"saes": SAES, "checkpoints": CHECKPOINTS})

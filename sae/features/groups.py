@@ -30,10 +30,9 @@ from torch import Tensor
 from sae._files import without_nan
 from sae._frames import Result, frame_text
 from sae.autoencoder import SparseAutoencoder, SparseFeatures
-from sae.data.batches import counted_tokens, token_batches
 from sae.data.text import TextSource
-from sae.errors import UserError
 from sae.features.matching import nearest_features
+from sae.features.reading import read_features
 from sae.features.reducibility import Reducibility, reducibility
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
@@ -201,26 +200,13 @@ def find_groups(
         UserError: the text is empty.
     """
     chosen = list(saes if sites is None else sites)
-    reads = {site: saes[site].config.read_site(site) for site in chosen}
-    parts: dict[Site, list[SparseFeatures]] = {site: [] for site in chosen}
-    ids, n_tokens = [], 0
-    for tokens in token_batches(model, texts, max_tokens=max_tokens, batch_size=batch_size, context=context):
-        tokens = tokens.to(model.device)
-        counted = counted_tokens(model, tokens)
-        activations = model.run(tokens, capture=set(reads.values()), need_logits=False).activations
-        for site in chosen:
-            f = saes[site].encode_sparse(activations[reads[site]][counted])
-            parts[site].append(SparseFeatures(f.token.cpu() + n_tokens, f.feature.cpu(), f.value.float().cpu()))
-        ids.append(tokens.input_ids[counted].cpu())
-        n_tokens += int(counted.sum())
-        if progress is not None:
-            progress(int(tokens.lengths.sum()))
-    if not n_tokens:
-        raise UserError("no tokens to find groups of features on: the text is empty")
-    groups, untested, all_ids = list[FeatureGroup](), dict[str, int](), torch.cat(ids)
-    for site in chosen:
-        f = SparseFeatures(*(torch.cat(column) for column in zip(*parts.pop(site), strict=True)))
-        found, left = groups_of(f, n_tokens, saes[site].W_dec.float().cpu(), site=site.name, token_ids=all_ids)
+    reading = read_features(
+        model, saes, texts, chosen, max_tokens=max_tokens, batch_size=batch_size, context=context, progress=progress
+    )
+    groups, untested, n_tokens = list[FeatureGroup](), dict[str, int](), reading.n_tokens
+    for site, f in reading.features.items():
+        W_dec = saes[site].W_dec.float().cpu()
+        found, left = groups_of(f, n_tokens, W_dec, site=site.name, token_ids=reading.token_ids)
         groups += found
         untested[site.name] = left
     groups.sort(key=lambda group: (not group.is_irreducible, -(group.best.test.score if group.best else 0)))

@@ -56,11 +56,15 @@ def test_an_interrupted_reading_goes_on(sfc, run, monkeypatch):
     assert "contexts 3, not 4" in sfc(*words, "--resume", "--contexts", 4).err
     assert sfc(*words, "--resume").status == 0
     assert (run / "features" / "resid_1.jsonl").is_file() and not (run / "features" / "circuit.json").exists()
-    grouped = sfc(*words, "--groups", "--overwrite")
+    grouped = sfc(*words, "--groups", "--automata", "--overwrite")
     groups = json.loads((run / "features" / "groups.json").read_text())
     assert grouped.status == 0 and groups["n_tokens"] > 400 and (run / "features" / "groups.svg").is_file(), grouped.err
+    automata = json.loads((run / "features" / "automata.json").read_text())
+    assert automata["n_tokens"] == groups["n_tokens"] and set(automata["of_model"]) == {"embed", "resid_1"}
+    assert (run / "features" / "automata.svg").is_file()
     assert "groups True, not None" in sfc(*words).err
     assert sfc(*words, "--overwrite").status == 0 and not (run / "features" / "groups.json").exists()
+    assert not (run / "features" / "automata.svg").exists()
 
 
 @pytest.mark.parametrize(

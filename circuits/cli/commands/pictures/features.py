@@ -50,6 +50,10 @@ class FeaturesCommand(UsesSaes, Overwrites, Common):
     """Find groups of features, of all at the sites shown, that form a plane together, such as a circle: groups.json and
     .svg beside the pages.
     """
+    automata: bool = False
+    """Find features that make one another come next, as the states of an automaton do, at each of the sites shown:
+    automata.json and .svg beside the pages.
+    """
     context_length: ContextLength = 128
     """Longest context, in tokens, or less if the model takes less; what comes after it in a text is not read."""
     out: Path | None = None
@@ -77,7 +81,13 @@ class FeaturesCommand(UsesSaes, Overwrites, Common):
         names = [f"{site}/{index}" for site, indices in asked.items() for index in indices]
         of_saes = {"model_fingerprint": model.fingerprint, "saes_fingerprint": saes_fingerprint(saes)}
         made = made_with(self, **of_saes, text=text, features=names)
-        dropped = ("resume", "out", "sites", "dtype", *(() if self.groups else ("groups",)))
+        dropped = (
+            "resume",
+            "out",
+            "sites",
+            "dtype",
+            *(name for name in ("groups", "automata") if not getattr(self, name)),
+        )
         made = {name: value for name, value in made.items() if name not in dropped}
         finished = self._begin(folder, made)
         n_tokens = self._pages(model, saes, text, asked, folder, finished)
@@ -103,6 +113,7 @@ class FeaturesCommand(UsesSaes, Overwrites, Common):
         page = write_page(run)
         data = {"out": str(page), "features": len(names), "sites": len(asked), "tokens": n_tokens}
         more = self._groups(model, saes, text, list(asked), folder) if self.groups else ""
+        more += self._automata(circuit, model, saes, text, list(asked), folder) if self.automata else ""
         return Output(f"{len(names):,} features at {len(asked)} sites, {n_tokens:,} tokens\n{more}wrote {page}", data)
 
     def _groups(self, model: LanguageModel, saes: SAEs, text: str, sites: list[Site], folder: Path) -> str:
@@ -120,6 +131,28 @@ class FeaturesCommand(UsesSaes, Overwrites, Common):
         path = groups.save(folder / "groups.json", overwrite=True)
         picture = plot_groups(groups, folder / "groups.svg", overwrite=True)
         return f"{groups.text()}\nwrote {path} and {picture.name}\n"
+
+    def _automata(
+        self, circuit: Circuit | None, model: LanguageModel, saes: SAEs, text: str, sites: list[Site], folder: Path
+    ) -> str:
+        """Find automata of features and draw them; what there is to say of them."""
+        from circuits.feature_pages import draw_automata_of
+        from circuits.labels import LabelsFile
+        from sae._progress import ProgressBar
+        from sae.features.automata import find_automata
+        from sae.features.groups import MOST_TOKENS
+
+        n = min(self.options.tokens, MOST_TOKENS)
+        with ProgressBar(total=n, desc="automata", unit="token", disable=self.quiet) as bar:
+            automata = find_automata(
+                model, saes, TextSource.of(text).read(), sites=sites, max_tokens=n, context=self.context_length,
+                seed=self.options.seed, progress=bar.update,
+            )  # fmt: skip
+        path = automata.save(folder / "automata.json", overwrite=True)
+        run = folder.parent
+        labels = LabelsFile(self.saes, run) if circuit is None else LabelsFile.of(circuit.metadata, run)
+        picture = draw_automata_of(automata, folder / "automata.svg", labels.read())
+        return f"{automata.text()}\nwrote {path} and {picture.name}\n"
 
     def _run_folder(self) -> Path:
         """The folder of the run that receives the pages."""

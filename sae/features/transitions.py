@@ -17,8 +17,8 @@
 
        M[A, B] = Σ_v Δp_A(v) E[f_B | token v] / max f_B
 
-   Its error is over the sample. Two features may follow each other in the text without M: then the model's
-   predictions do not go through A.
+   with E[f_B] for tokens that the text lacks. Its error is over the sample. Two features may follow each other in the
+   text without M: then the model's predictions do not go through A.
 
 Shapes: N tokens, P pairs of tokens, F features, G texts, K transitions, V vocabulary, R contexts in the sample.
 """

@@ -40,7 +40,11 @@ CASES = {
     "render": [("OUT.svg", SVG)],
     "explore": [("OUT.html", "<html>")],
     "report": [("RUN/report.html", "<html>")],
-    "features": [("RUN/features/index.html", "<html>"), ("RUN/features/notes.txt", "x")],
+    "features": [
+        ("RUN/features/index.html", "<html>"),
+        ("RUN/features/notes.txt", "x"),
+        ("RUN/features/automata.svg", SVG),
+    ],
     "labels": [("OUT", NOTES)],
     "supernodes": [("RUN/circuit/supernodes.json", NOTES)],
     "export": [("OUT", NOTES)],

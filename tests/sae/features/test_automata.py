@@ -13,6 +13,7 @@ from sae.features.automata import find_automata, joined
 from sae.features.transitions import Transition, raised_in_text
 from sae.model.load import load_model
 from sae.model.sites import Site
+from sae.model.tokens import Tokens
 from tests.conftest import WORDS, tiny_hf, word_tokenizer
 
 CYCLE, PAIR = (0, 1, 2), (3, 4)
@@ -69,6 +70,16 @@ def test_a_planted_cycle_is_found_and_what_the_model_does_not_predict_is_not(pla
     assert [state.token_ids[0] for state in automaton.states] == [TOKENS[state.feature] for state in automaton.states]
     for way in automaton.transitions:
         assert way.token_ids == [TOKENS[way.target]] and way.raised > 0.4 and 0.2 < way.effect <= 1
+        alone = Tokens.from_rows([[TOKENS[way.source]]])  # the feature is the word, and all that the model sees
+        with_and_without = [
+            model.run(alone, edits={RESID: lambda x, n=n: x - n * sae.decode(sae.encode(x))}).logits for n in (0, 1)
+        ]
+        p, p_without = (logits[0, -1].softmax(-1) for logits in with_and_without)
+        mean = next(state.fires for state in automaton.states if state.feature == way.target) / result.n_tokens
+        of_token = torch.full_like(p, mean)  # where the text lacks a token
+        of_token[TOKENS] = 0
+        of_token[TOKENS[way.target]] = 1
+        assert way.effect == pytest.approx(float((p - p_without) @ of_token), abs=1e-3)
     assert result.of_text == {"resid_1": 5} and result.of_model == {"resid_1": 3}  # with the pair, there and back
     assert "1 automata" in result.text() and result.to_dict()["automata"][0]["kind"] == "cycle"
 

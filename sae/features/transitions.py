@@ -264,6 +264,6 @@ def _gained(model: LanguageModel, site: Site, removed: Tensor, reading: Reading,
         base = model.run(batch, capture={site, *parents}, last_only=True)
         skip = model.resume_from(site, {parent: base.activations[parent] for parent in parents})
         edited = model.run(batch, edits={site: without}, skip=skip, last_only=True)
-        p, p_without = (run.logits[:, -1].double().softmax(-1).cpu() for run in (base, edited))
+        p, p_without = (run.logits[:, -1].cpu().double().softmax(-1) for run in (base, edited))
         gained[same] = (p - p_without).numpy()
     return gained

@@ -100,7 +100,7 @@ class Probe:
         tensors, about = _read(path)
         weight, bias = tensors["weight"], tensors["bias"].flatten()
         classes = _classes(about)
-        name = f"logit of probe {path.stem}"
+        name = f"logit of {path.stem if path.stem == 'probe' else f'probe {path.stem}'}"
         if weight.dim() == 2 and len(weight) == 1:
             weight = weight[0]
         if weight.dim() == 2:

@@ -124,8 +124,8 @@ class Automata(Result):
     def text(self) -> str:
         """The transitions of the first automata as a table, and how many there are."""
         n = Counter(automaton.kind for automaton in self.automata)
-        kinds = ", ".join(f"{n[kind]} {kind}s" for kind in ("cycle", "chain", "loop"))
-        head = f"{len(self.automata)} automata of features on {self.n_tokens:,} tokens: {kinds}; of "
+        kinds = ", ".join(f"{n[kind]} {kind}{'s' * (n[kind] != 1)}" for kind in ("cycle", "chain", "loop"))
+        head = f"automata of features on {self.n_tokens:,} tokens: {kinds}; of "
         head += f"{sum(self.of_text.values()):,} transitions in the text {sum(self.of_model.values()):,} go through "
         head += "the model's predictions"
         return f"{head}\n{frame_text(self.to_frame().head(16))}" if self.automata else head

@@ -81,13 +81,13 @@ def test_a_planted_cycle_is_found_and_what_the_model_does_not_predict_is_not(pla
         of_token[TOKENS[way.target]] = 1
         assert way.effect == pytest.approx(float((p - p_without) @ of_token), abs=1e-3)
     assert result.of_text == {"resid_1": 5} and result.of_model == {"resid_1": 3}  # with the pair, there and back
-    assert "1 automata" in result.text() and result.to_dict()["automata"][0]["kind"] == "cycle"
+    assert "1 cycle, 0 chains, 0 loops" in result.text() and result.to_dict()["automata"][0]["kind"] == "cycle"
 
 
 def test_shuffled_text_has_no_automata(planted):
     model, sae = planted
     result = find_automata(model, {RESID: sae}, text(shuffled=True))
-    assert result.automata == [] and result.of_text == {"resid_1": 0} and "0 automata" in result.text()
+    assert result.automata == [] and result.of_text == {"resid_1": 0} and "0 cycles, 0 chains, 0 loops" in result.text()
 
 
 def test_transitions_are_those_of_brute_force():

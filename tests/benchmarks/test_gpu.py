@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 
 from tests.benchmarks import gpu
+from tests.benchmarks.kernel_times import other_tiles
 
 
 def run_module(words):
@@ -46,3 +47,9 @@ def test_every_step_runs_in_small(tmp_path, monkeypatch, capsys, forked):
     assert 0 <= difference < 1e-4
     assert "tokens/s" in results["training"]["output"] and "attrib" in results["scale"]["output"]
     assert set(gpu.SMALL) == set(gpu.LARGE)
+
+
+def test_other_tiles_change_what_the_kernels_have():
+    kernels = pytest.importorskip("sae.sparse.triton_kernels")
+    for _, values in other_tiles():
+        assert values and all(type(value) is type(getattr(kernels, name)) for name, value in values.items())

@@ -130,8 +130,8 @@ def test_user_site_paths_hold_for_all_commands(sfc, model_folder, text_file, pro
     train = ["--features", 24, "--k", 4, "--tokens", 4000, "--context-length", 16]
     words = ["--model", model_folder, "--out", tmp_path, *paths]
     assert sfc("train", *words, "--text", text_file, *train, "--sites", "mlp,resid").status == 0
-    found = sfc("discover", *words, "--saes", tmp_path, "--prompts", prompts_file, "--edge-nodes", 30, "--nodes", 20)
-    assert found.status == 0
+    found = sfc("discover", *words, "--saes", tmp_path, "--prompts", prompts_file, "--edge-nodes", 30, "--json")
+    assert json.loads(found.out)["kept"]["nodes"] == 30  # no more than have edges
     assert sfc("ablate", "--circuit", tmp_path, "--top", 2, "--random", 1).status == 0
 
 

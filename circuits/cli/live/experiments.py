@@ -249,7 +249,7 @@ class Experiments(OpenRun):
         job.say("progress", share=0.6)
         yield
         features = describe_features(self.model, self.circuit.saes, circuit, prompts, texts=self._read_texts())
-        graph = circuit.graph(nodes=command.nodes, edges=command.edges, attributes=features)
+        graph = circuit.graph(nodes=command.most_nodes, edges=command.edges, attributes=features)
         graph.metadata["title"] = f"{request.clean}{request.clean_answer} / {request.patch}{request.patch_answer}"
         while len(self.pages) >= CIRCUITS_KEPT:
             del self.pages[next(iter(self.pages))]

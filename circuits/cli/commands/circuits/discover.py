@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from sae.model.sites import Site
 
 
+NODES = 100
+"""Nodes of a graph by default."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DiscoverCommand(UsesSaes, Overwrites, SharesWork, HasSaes, HasModel):
     """Find the circuit behind a set of prompts: effects of all features and errors, edges among the strongest."""
@@ -43,8 +47,10 @@ class DiscoverCommand(UsesSaes, Overwrites, SharesWork, HasSaes, HasModel):
     """Template that finds the token spans of all prompts, such as "The {subject} near the {attractor}"; otherwise the
     prompts' own "spans" or templates do.
     """
-    nodes: Positive = 100
-    """Nodes kept in circuit.json, the strongest; every node's effect stays in effects.safetensors."""
+    nodes: Positive | None = None
+    """Nodes kept in circuit.json, the strongest: 100 by default, or as many as have edges (--edge-nodes) where they are
+    fewer; every node's effect stays in effects.safetensors.
+    """
     node_threshold: Magnitude | None = None
     """Keep nodes with a larger |effect| than this instead."""
     edges: Count | None = 1000
@@ -134,7 +140,7 @@ class DiscoverCommand(UsesSaes, Overwrites, SharesWork, HasSaes, HasModel):
 
         by_threshold = self.node_threshold is not None
         graph = circuit.graph(
-            nodes=self.options.edge_nodes or None if by_threshold else self.nodes,
+            nodes=self.options.edge_nodes or None if by_threshold else self.most_nodes,
             node_threshold=self.node_threshold,
             edges=self.edges if self.edge_threshold is None else None,
             edge_threshold=self.edge_threshold,
@@ -173,8 +179,13 @@ class DiscoverCommand(UsesSaes, Overwrites, SharesWork, HasSaes, HasModel):
     def for_one_process(self) -> str | None:
         return "estimate is on" if self.estimate else None
 
+    @property
+    def most_nodes(self) -> int:
+        """Nodes kept where there is no threshold."""
+        return self.nodes or min(NODES, self.options.edge_nodes or NODES)
+
     def _check(self) -> None:
-        if self.node_threshold is None and 0 < self.options.edge_nodes < self.nodes:
+        if self.node_threshold is None and self.nodes and 0 < self.options.edge_nodes < self.nodes:
             raise UserError(
                 f"nodes is {self.nodes}, but edges are computed among {self.options.edge_nodes} nodes alone: "
                 f"give --edge-nodes {self.nodes} as well"

@@ -27,6 +27,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from inspect import Parameter, signature
 from typing import Any
 from weakref import WeakSet
 
@@ -96,8 +97,11 @@ def linearise(stack: ExitStack, module: nn.Module, linear: Linear) -> None:
 
 
 def norm_rule(module: nn.Module) -> Callable[[nn.Module], Linear] | None:
-    """The rule of a norm of the last dimension, by its class; None for anything else."""
+    """The rule of a norm of the last dimension, by its class; None for anything else, such as a norm with a gate."""
     if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
+        return None
+    needed = [name for name, x in signature(type(module).forward).parameters.items() if x.default is Parameter.empty]
+    if len(needed) > 2:  # self, x
         return None
     if isinstance(module, nn.LayerNorm) or "RMSNorm" in type(module).__name__:
         return _norm

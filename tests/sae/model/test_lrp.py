@@ -7,11 +7,13 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.olmo_hybrid.modeling_olmo_hybrid import OlmoHybridRMSNormGated
 
 from sae.errors import UserError
 from sae.model.language_model import LanguageModel
 from sae.model.load import load_model
-from sae.model.lrp import relevance_rules
+from sae.model.lrp import norm_rule, relevance_rules
 from sae.model.sites import Site
 from tests.conftest import MODEL_FAMILIES, tiny_hf, word_tokenizer
 
@@ -173,3 +175,9 @@ def test_models_without_known_parts_are_refused():
     hf.model.layers = nn.ModuleList([nn.Linear(32, 32)])
     with pytest.raises(UserError, match="activation and attention"), relevance_rules(hf):
         pass
+
+
+def test_a_norm_with_a_gate_is_no_norm():
+    """It is a product of two inputs, which no rule covers: a model with it is refused, not run without the gate."""
+    assert norm_rule(OlmoHybridRMSNormGated(8)) is None
+    assert norm_rule(LlamaRMSNorm(8)) is not None

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 
 def peak_memory(function: Callable[[], Any], device: torch.device) -> int:
@@ -38,29 +37,37 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        inputs = {id(storage) for storage in _storages((args, kwargs))}
-        for storage in _storages(out):
-            if id(storage) not in inputs:
-                self._count(storage)
+        if new := [storage for storage in _storages(out) if not self._is_counted(storage)]:
+            inputs = {id(storage) for storage in _storages((args, kwargs))}  # an output may be a view of one
+            for storage in new:
+                if id(storage) not in inputs and not self._is_counted(storage):
+                    self._count(storage)
         return out
 
+    def _is_counted(self, storage: torch.UntypedStorage) -> bool:
+        reference = self._counted.get(id(storage))
+        return reference is not None and reference() is storage
+
     def _count(self, storage: torch.UntypedStorage) -> None:
-        key = id(storage)
-        if key in self._counted and self._counted[key]() is storage:
-            return
         size = storage.nbytes()
 
         def freed(_: Any) -> None:
             self.now -= size
 
-        self._counted[key] = weakref.ref(storage, freed)
+        self._counted[id(storage)] = weakref.ref(storage, freed)
         self.now += size
         self.peak = max(self.peak, self.now)
 
 
 def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
-    """What holds the numbers of all tensors among some values: of a sparse one, its indices and entries."""
-    for x in tree_leaves(values):
-        if isinstance(x, torch.Tensor):
-            for dense in (x._indices(), x._values()) if x.is_sparse else (x,):
-                yield dense.untyped_storage()
+    """What holds the numbers of all tensors among an operation's arguments or results: of a sparse one, its indices
+    and entries.
+    """
+    if isinstance(values, torch.Tensor):
+        for dense in (values._indices(), values._values()) if values.is_sparse else (values,):
+            yield dense.untyped_storage()
+    elif isinstance(values, (tuple, list)):
+        for value in values:
+            yield from _storages(value)
+    elif isinstance(values, dict):
+        yield from _storages(tuple(values.values()))

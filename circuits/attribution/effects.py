@@ -68,9 +68,10 @@ class SiteEffects:
 
     def by_feature(self, n_examples: int) -> tuple[Tensor, Tensor]:
         """(features [k], rising, effects [k], none 0): sum over positions, mean over examples (aggregation `sum`)."""
-        total = torch.from_numpy(np.bincount(self.feature.numpy(), weights=self.value.numpy()))  # in float64
-        feature = total.nonzero()[:, 0]
-        return feature, (total[feature] / n_examples).float()
+        numbers, entries = np.unique(self.feature.numpy(), return_inverse=True)
+        total = torch.from_numpy(np.bincount(entries, weights=self.value.numpy()))  # in float64
+        feature = torch.from_numpy(numbers).long()[total != 0]
+        return feature, (total[total != 0] / n_examples).float()
 
     @property
     def n_nodes(self) -> int:

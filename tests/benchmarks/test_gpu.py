@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import runpy
+import subprocess
 import sys
+from contextlib import redirect_stdout
 from functools import partial
 
 import pytest
@@ -14,8 +17,15 @@ from tests.benchmarks.kernel_times import other_tiles
 
 
 def run_module(words):
-    sys.argv = list(words)
+    """`python -m`, in this process; so is what it runs in processes of its own."""
+    sys.argv, subprocess.run = list(words), run_here
     runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+
+
+def run_here(command, **_):
+    with redirect_stdout(io.StringIO()) as said:
+        run_module(command[2:])
+    return subprocess.CompletedProcess(command, 0, said.getvalue().encode())
 
 
 def test_every_step_runs_in_small(tmp_path, monkeypatch, capsys, forked):

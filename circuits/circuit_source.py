@@ -17,6 +17,7 @@ from circuits.prompts.formats import read_examples
 from sae.autoencoder import WEIGHTS_FILE, SparseAutoencoder
 from sae.errors import UserError
 from sae.formats.locate import check_source, sae_folders
+from sae.model.device_map import DeviceMap
 from sae.model.language_model import LanguageModel
 from sae.model.load import load_model
 from sae.model.sites import Site
@@ -43,6 +44,8 @@ class CircuitSource:
     """Device for the model and the SAEs."""
     dtype: str | None = None
     """Number type of the model; None for the one the circuit was found in."""
+    device_map: DeviceMap | None = None
+    """How the model is spread over devices, in place of `device`."""
     site_paths: Mapping[str, str] | None = None
     """Where sites are; None for where they were when the circuit was found."""
     sae_memory: float | None = None
@@ -60,6 +63,7 @@ class CircuitSource:
                 name,
                 device=self.device,
                 dtype=self.dtype or metadata.get("dtype") or "float32",
+                device_map=self.device_map,
                 site_paths=self.site_paths or parse_site_paths(metadata.get("site_paths")),
             )
             noted = metadata.get("model_fingerprint")

@@ -26,6 +26,7 @@ from sae.data.predictions import ModelPredictions, PredictionTotals
 from sae.errors import UserError, unknown
 from sae.formats.site_names import EMBED_HOOKS
 from sae.model.checks import relative_difference
+from sae.model.device_map import weight_of
 from sae.model.hook_points import SiteEdit, with_read
 from sae.model.language_model import LanguageModel
 from sae.model.site_search import is_exact
@@ -174,7 +175,9 @@ def _short(model: str) -> str:
 
 def _check_embedding(model: LanguageModel, x: Tensor, ids: Tensor) -> None:
     """TransformerLens' `hook_embed` is the token embedding alone, up to a factor. x: [N, d]; ids: [N]."""
-    rows, x = model.hf.get_input_embeddings().weight.detach()[ids].to(x.device).float(), x.float()
+    weight = weight_of(model.hf.get_input_embeddings())
+    assert weight is not None
+    rows, x = weight.detach()[ids].to(x.device).float(), x.float()
     if rows.shape == x.shape:
         factor = (x * rows).sum() / rows.square().sum()
         if (x - factor * rows).norm() > EMBEDDING_TOLERANCE * x.norm():

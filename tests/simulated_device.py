@@ -223,3 +223,16 @@ def simulated_device(name: str) -> Iterator[torch.device]:
         stack.enter_context(_Dispatch())
         stack.enter_context(_Names())
         yield torch.device(name, 0)
+
+
+def bring(module: torch.nn.Module, device: torch.device | str) -> None:
+    """Move a module of a model to a device, and from now on what it is called with, as accelerate's hooks do."""
+    module.to(device)
+
+    def moved(x: Any) -> Any:
+        return x.to(device) if isinstance(x, torch.Tensor) else x
+
+    def before(module: Any, args: Any, kwargs: Any) -> Any:
+        return tree_map(moved, args), tree_map(moved, kwargs)
+
+    module.register_forward_pre_hook(before, with_kwargs=True)

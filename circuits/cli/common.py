@@ -35,7 +35,9 @@ def load_model(name: str, options: Common, *, saes: str | Path | None = None) ->
     if saes is not None and str(saes) not in DICTIONARIES:
         check_source(saes)
     paths = parse_site_paths(options.site_paths)
-    return load.load_model(name, device=options.device, dtype=options.dtype or "float32", site_paths=paths)
+    return load.load_model(
+        name, device=options.device, dtype=options.dtype or "float32", device_map=options.device_map, site_paths=paths
+    )
 
 
 def load_checked_saes(
@@ -62,6 +64,7 @@ def load_circuit(options: RunsCircuit) -> Circuit:
         metric=options.metric,
         device=options.device,
         dtype=options.dtype,
+        device_map=options.device_map,
         site_paths=parse_site_paths(options.site_paths),
         sae_memory=options.sae_memory if isinstance(options, UsesSaes) else None,
         stream=isinstance(options, UsesSaes),

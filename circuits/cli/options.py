@@ -55,6 +55,10 @@ class Common(Prints):
     """Precision of the model's weights: by default that of the circuit a command works on, else float32; auto is
     float32, on a GPU the files' own from 2 billion parameters on.
     """
+    device_map: str | None = None
+    """Spread the model over devices, main memory and disk with accelerate, in place of --device: auto, balanced,
+    balanced_low_0 or sequential, disk, or modules, such as model.embed_tokens=cuda:0,model.layers=cuda:1,...
+    """
     site_paths: str | None = None
     """Where sites are in a model whose architecture is not known, or elsewhere than usual, such as
     resid=model.layers.{layer},attn=model.layers.{layer}.self_attn.o_proj:input.

@@ -23,6 +23,7 @@ from circuits.prompts.dataset import PromptSet
 from sae._peak_memory import peak_memory
 from sae._units import duration, seconds_of, size
 from sae.autoencoder import SparseAutoencoder
+from sae.model.device_map import bytes_at_home
 from sae.model.forward import with_gradients
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
@@ -117,7 +118,7 @@ def estimate_discovery(
     if files:  # they are mapped from disk where they are used
         left |= {"gradients for edges": 0, "kept for edges": 0}
     memory = {
-        "model": sum(parameter.numel() * parameter.element_size() for parameter in model.hf.parameters()),
+        "model": bytes_at_home(model.hf),
         "autoencoders": setting.saes.n_bytes,
         "one batch": peak,
         **left,

@@ -20,6 +20,7 @@ from circuits.editing.declaration import Edit, save_edits
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError
 from sae.model.checks import relative_difference
+from sae.model.device_map import is_spread
 from sae.model.language_model import LanguageModel
 from sae.model.load import load_model
 from sae.model.sites import Site
@@ -50,6 +51,8 @@ def save_model(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{str(folder)!r} is there and not empty: give another folder for the model")
     vectors = _vectors(listed, saes)
+    if is_spread(model.hf):
+        raise UserError("a model that a device map has spread cannot be saved: load it on one device, such as cpu")
     hf = copy.deepcopy(model.hf)
     with torch.no_grad():
         for site, vector in vectors.items():

@@ -114,6 +114,10 @@ class CachedModel:
         """The cached sites, at which dictionaries may be trained; places that are read only are none."""
         return tuple(site for site in self.widths if site.kind not in READ_KINDS)
 
+    def device_of(self, site: Site) -> torch.device:
+        """Where to train the dictionary of a site."""
+        return self.device
+
 
 def bytes_text(n_bytes: int) -> str:
     """A number of bytes for a person.

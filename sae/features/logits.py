@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sae.model.device_map import weight_of
 from sae.model.forward import forward_inputs
 from sae.model.language_model import LanguageModel
 from sae.model.lrp import norm_gain, norm_rule
@@ -28,9 +29,9 @@ def final_gain(model: LanguageModel) -> tuple[Tensor, bool]:
 
     It is the last norm that runs in a forward pass, unless that is inside the last block.
     """
-    called: list[str] = []
+    called: list[tuple[str, torch.device]] = []
     hooks = [
-        module.register_forward_hook(lambda *_, name=name: called.append(name))
+        module.register_forward_hook(lambda *of_call, name=name: called.append((name, of_call[-1].device)))
         for name, module in model.hf.named_modules()
         if norm_rule(module)
     ]
@@ -39,22 +40,23 @@ def final_gain(model: LanguageModel) -> tuple[Tensor, bool]:
     finally:
         for hook in hooks:
             hook.remove()
-    weight = model.hf.get_output_embeddings().weight
-    ones = torch.ones(model.d_model, device=weight.device, dtype=weight.dtype)
+    ones = torch.ones(model.d_model, device=model.device, dtype=model.hf.get_output_embeddings().weight.dtype)
     last_block = str(model.site_paths[model.sites[-1]].module)
-    if not called or called[-1].startswith(f"{last_block}."):
+    if not called or called[-1][0].startswith(f"{last_block}."):
         return ones.float(), False
-    gain, centred = norm_gain(model.hf.get_submodule(called[-1]), ones)
-    return gain.float(), centred
+    name, device = called[-1]
+    gain, centred = norm_gain(model.hf.get_submodule(name), ones.to(device))
+    return gain.to(model.device).float(), centred
 
 
 def logit_rows(model: LanguageModel, W_dec: Tensor) -> Iterator[Tensor]:
     """L of decoder rows [n, d] in blocks [rows, V]; nothing where the model has no unembedding of that width."""
     unembedding = model.hf.get_output_embeddings()
-    if unembedding is None or unembedding.weight.shape[-1] != W_dec.shape[-1]:
+    W_U = None if unembedding is None else weight_of(unembedding)
+    if W_U is None or W_U.shape[-1] != W_dec.shape[-1]:
         return
     gain, centred = final_gain(model)
-    weight = unembedding.weight.float()  # [V, d]
+    weight = W_U.to(model.device).float()  # [V, d]
     for rows in W_dec.to(weight).split(max(1, CHUNK_BYTES // (4 * len(weight)))):
         rows = rows - rows.mean(-1, keepdim=True) if centred else rows
         yield (rows * gain) @ weight.T

@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -55,6 +55,11 @@ class AttentionHeads:
     def n_heads(self) -> int:
         """Number of query heads H."""
         return self.query.shape[1]
+
+    def to(self, device: torch.device) -> AttentionHeads:
+        """The same on a device, with the graph that leads there."""
+        tensors = {name: getattr(self, name).to(device) for name in ("query", "key", "output", "weights")}
+        return replace(self, **tensors)
 
     def key_of(self, head: int) -> Tensor:
         """[B, S, d_h] the keys that a query head meets; grouped heads share one."""

@@ -8,7 +8,9 @@ access goes through `HookPoint`. It also undoes what stands between a module and
 2. A module whose output is multiplied before it is added: the site's x is what is added, `scale` times the output.
 3. An output that is changed in place later: x is not the tensor that the model goes on with, but what it copies.
 
-In these three cases the model must go on with what was read, or no gradient would reach x: see `detour`.
+4. A module on another device than the model's home (`sae.model.device_map`): x is at home.
+
+In these four cases the model must go on with what was read, or no gradient would reach x: see `detour`.
 """
 
 from __future__ import annotations
@@ -131,11 +133,15 @@ class HookPoint:
     """Whether it is no site but a place that a transcoder reads: an edit there sees x and leaves it as it is."""
     seen: SiteEdit | None = None
     """What such a place makes of the module's tensor [B, S, d], such as its norm; None for nothing."""
+    home: torch.device | None = None
+    """The device of x; None for that of the module's tensor."""
+    away: torch.device | None = None
+    """The device of the module's tensor, where x is on another."""
 
     @property
     def detour(self) -> bool:
         """Whether x is another tensor than the module's: it must be written where its gradient is wanted."""
-        return not self.read_only and (self.flat or self.scale != 1.0 or self.in_place)
+        return not self.read_only and (self.flat or self.scale != 1.0 or self.in_place or self.away is not None)
 
     def read(self, rows: int) -> Tensor:
         """The site's x [B, S, d] in a batch of `rows`."""
@@ -157,7 +163,7 @@ class HookPoint:
             self.write(x)
             return
         if self.body is not None:
-            self.body.skip(_replaced(self.body_outputs, torch.zeros_like(x)))
+            self.body.skip(_replaced(self.body_outputs, torch.zeros_like(x, device=self.away)))
         self.envoy.skip(_replaced(self.outputs, self._inward(x)))
 
     def pass_through(self) -> None:
@@ -204,14 +210,17 @@ class HookPoint:
         """The module's own tensor -> x [B, S, d]."""
         x = value.unflatten(0, (rows, -1)) if self.flat else value
         if self.read_only:  # a copy: the model may change the residual stream in place
-            return self.seen(x) if self.seen is not None else x.clone()
-        return x if self.scale == 1.0 else x * self.scale
+            x = self.seen(x) if self.seen is not None else x.clone()
+        elif self.scale != 1.0:
+            x = x * self.scale
+        return x if self.home is None else x.to(self.home)
 
     def _inward(self, x: Tensor) -> Tensor:
         """x [B, S, d] -> the module's own tensor."""
         value = x if self.scale == 1.0 else x / self.scale
         value = value.flatten(0, 1) if self.flat else value
-        return value.clone() if self.in_place else value
+        value = value if self.away is None else value.to(self.away)
+        return value.clone() if self.in_place and self.away is None else value
 
 
 def edited(x: Tensor, edit: SiteEdit, site: Site) -> Tensor:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -28,6 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from sae._files import read_json, shorten
 from sae._hub import hub_reachable
 from sae.errors import UserError, near_paths, unknown
+from sae.model.device_map import DeviceMap, check_modules, is_spread, offload_folder, parse_device_map, weights_of
 from sae.model.sites import model_type
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -82,7 +84,12 @@ class Loaded:
 
 
 def load_hf(
-    model: str | Path | nn.Module, *, tokenizer: Any, device: str | torch.device, dtype: str | torch.dtype | None
+    model: str | Path | nn.Module,
+    *,
+    tokenizer: Any,
+    device: str | torch.device,
+    dtype: str | torch.dtype | None,
+    device_map: DeviceMap | None = None,
 ) -> Loaded:
     """The model in evaluation mode with frozen parameters, its tokenizer or None, and a name for both.
 
@@ -90,26 +97,33 @@ def load_hf(
     to `auto_device()`; its weights become float32, but with "auto" stay as stored on a GPU from two billion parameters.
     """
     precision = _dtype(dtype)
+    if device_map is not None and (device != "auto" or isinstance(model, nn.Module)):
+        given = f"device is {str(device)!r}" if device != "auto" else "a model that is loaded already has its devices"
+        raise UserError(f"{given}, and device-map says where each module goes: give one of them")
     if isinstance(model, nn.Module):
         hf, name = model, getattr(getattr(model, "config", None), "_name_or_path", "")
         marks = fingerprints(hf)
+        if device != "auto" and is_spread(hf):
+            raise UserError(f"device is {str(device)!r}, and a device map has spread the model: leave device out")
         if device != "auto":
             hf.to(resolve_device(device))
         if precision is not None:
             hf.to(precision)
     else:
         name, resolved = str(model), resolve_device(device)
-        hf = pretrained_model(name, None)
+        spread = None if device_map is None else parse_device_map(device_map)
+        hf = pretrained_model(name, None, spread)
         marks = fingerprints(hf)
         n_parameters = sum(parameter.numel() for parameter in hf.parameters())
         if precision is None and (dtype is None or resolved.type != "cuda" or n_parameters < FULL_PRECISION_PARAMETERS):
             precision = torch.float32
-        if precision in (torch.float32, torch.float64):
+        if spread is None and precision in (torch.float32, torch.float64):
             hf.to(precision)
         elif precision is not None and any(parameter.dtype != precision for parameter in hf.parameters()):
-            del hf  # loaded again, for a cast would round rotary frequencies too
-            hf = pretrained_model(name, precision)
-        hf.to(resolved)
+            del hf  # loaded again, for a cast would round rotary frequencies too, and not reach what waits on disk
+            hf = pretrained_model(name, precision, spread)
+        if spread is None:
+            hf.to(resolved)
     hf.eval().requires_grad_(False)
     if tokenizer is None and name:
         tokenizer = pretrained_tokenizer(name, required=not isinstance(model, nn.Module))
@@ -128,7 +142,7 @@ def fingerprints(hf: nn.Module) -> tuple[str, str]:
     Both round to bfloat16, so that the number type does not show where it is at least as wide as the stored one.
     """
     direct, by_half = hashlib.sha256(model_type(hf).encode()), hashlib.sha256(model_type(hf).encode())
-    for parameter in hf.parameters():
+    for parameter in weights_of(hf):
         shape = repr(tuple(parameter.shape)).encode()
         direct.update(shape)
         by_half.update(shape)
@@ -145,6 +159,12 @@ def stored_fingerprints(name: str, marks: tuple[str, ...]) -> tuple[str, ...]:
     """For a float16 model that was given as an object: the fingerprints of the folder it came from, if it did."""
     stored = fingerprints(pretrained_model(name, None)) if Path(name).is_dir() else ()
     return stored if set(stored) & set(marks) else ()
+
+
+def evaluation_mode(hf: nn.Module) -> None:
+    """Put a model into evaluation mode where a part of it is in another."""
+    if any(module.training for module in hf.modules()):
+        hf.eval()
 
 
 def max_positions(hf: nn.Module) -> int | None:
@@ -168,22 +188,32 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 # ---- files
 
 
-def pretrained_model(name: str, dtype: torch.dtype | None) -> nn.Module:
-    """The model by folder or hub name in a number type, as stored where it is None. `UserError` where it cannot be
-    loaded whole.
+def pretrained_model(name: str, dtype: torch.dtype | None, device_map: str | dict[str, str] | None = None) -> nn.Module:
+    """The model by folder or hub name in a number type, as stored where it is None, on the CPU or spread over devices.
+    `UserError` where it cannot be loaded whole.
     """
     if Path(name).is_file():
         raise UserError(f"model {name!r} is a file: give the folder that holds config.json and the weights")
     local = Path(name).is_dir() or not hub_reachable()
     _check_config(Path(name) / "config.json")
 
+    options: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False, "output_loading_info": True}
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype or "auto", local_files_only=local, trust_remote_code=False, output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )  # fmt: skip
+        with ExitStack() as stack:
+            models: list[nn.Module] = []
+            if device_map is not None:
+                folder, models = stack.enter_context(offload_folder())
+                options |= {"device_map": device_map, "offload_folder": folder}
+            model, info = AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype or "auto", ignore_mismatched_sizes=True, **options
+            )
+            models.append(model)
     except Exception as error:
+        if device_map is not None and "device" in str(error):
+            raise UserError(f"device-map does not fit model {name!r}: {shorten(str(error), 300)}") from error
         raise _not_loaded("model", name, "config.json and the weights", error) from error
+    if device_map is not None:
+        check_modules(model, device_map)
     for what, key in (("has no weights for", "missing_keys"), ("has weights of another shape for", "mismatched_keys")):
         if names := sorted(_named(entry) for entry in info.get(key) or ()):
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""

@@ -22,21 +22,24 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from nnsight import NNsight
+from nnsight import Envoy
 from torch import Tensor
 
 from sae.errors import UserError
+from sae.model.device_map import home_device
 from sae.model.forward import Run, fitted, forward_inputs, outside_inference_mode, probe_tokens, run_by_length
 from sae.model.generation import generate
 from sae.model.hook_points import Columns, HookPoint, SiteEdit, StandingEdit, after_standing, chained, edited
-from sae.model.huggingface import fingerprints, max_positions, stored_fingerprints
+from sae.model.huggingface import evaluation_mode, fingerprints, max_positions, stored_fingerprints
 from sae.model.site_handles import (
     ReadPoints,
     base_path,
     containment,
     default_paths,
+    direct_parents,
     envoy_of,
     first_pass,
+    hidden_by,
     input_embeddings,
     is_parallel,
     make_hook_point,
@@ -45,6 +48,12 @@ from sae.model.site_handles import (
 )
 from sae.model.sites import READ_KINDS, Site, SitePath, site_table
 from sae.model.tokens import TokenizerWrapper, Tokens
+
+
+class _Handle(Envoy):
+    """nnsight's handle of a module; inputs stay where they are, for the first parameter may wait on disk."""
+
+    device = None
 
 
 class LanguageModel:
@@ -73,7 +82,7 @@ class LanguageModel:
         self._standing: list[Mapping[Site, StandingEdit]] = []
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that a module is called `output`: `envoy_of` knows
-            self._root = NNsight(hf)
+            self._root = _Handle(hf, envoys=_Handle)
         self._base = envoy_of(self._root, base) if (base := base_path(hf, self.site_paths)) else self._root
         self._contains = containment(self.site_paths)
         self._hook_points = {site: make_hook_point(self._root, site, path) for site, path in self.site_paths.items()}
@@ -121,8 +130,12 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        """Device of the first parameter, where token ids go."""
-        return next(self.hf.parameters()).device
+        """Where token ids go and activations are: where the first parameter is used."""
+        return home_device(self.hf)
+
+    def device_of(self, site: Site) -> torch.device:
+        """The device of the layer that a site is in."""
+        return self._point(site).away or self.device
 
     @property
     def revision(self) -> str | None:
@@ -183,7 +196,7 @@ class LanguageModel:
         The model is put into evaluation mode whenever it is found in another. Where padding shows (a recurrent state
         that runs over it) rows of equal length run together; with edits, skips or gradients they must be equal.
         """
-        self._evaluation_mode()
+        evaluation_mode(self.hf)
         if grad and not self.has_gradients:
             raise UserError(
                 f"no gradient reaches the logits of model {self.name!r}: modules have no backward pass, as quantised "
@@ -206,7 +219,7 @@ class LanguageModel:
         grad: bool, last_only: bool, need_logits: bool,
     ) -> Run:  # fmt: skip
         """One trace: the visits to the sites that something is asked of."""
-        hidden = self._hidden_by(skip)
+        hidden = hidden_by(skip, self._contains)
         with self._lock:
             standing = {site: edit for site, edit in chained(self._standing).items() if site not in {*hidden, *skip}}
         edits = after_standing(standing, edits, Columns(tokens.to(self.device), 0, tokens.n_positions))
@@ -248,10 +261,6 @@ class LanguageModel:
             finally:
                 self._standing.pop()
 
-    def _evaluation_mode(self) -> None:
-        if any(module.training for module in self.hf.modules()):
-            self.hf.eval()
-
     def resume_from(self, site: Site, cache: Mapping[Site, Tensor]) -> dict[Site, Tensor]:
         """The `skip` mapping with which a run starts at `site`: what comes before it is taken from `cache`.
 
@@ -265,14 +274,7 @@ class LanguageModel:
         """Each site that a run from `site` on skips -> the cached site that stands for it: the direct parents of `site`
         are the values.
         """
-        earlier = [other for other in self.sites if other < site and other in cached]
-        if self.parallel_blocks and site.kind == "attn" and Site("mlp", site.layer) in cached:
-            earlier.append(Site("mlp", site.layer))
-        blocks = [other for other in earlier if other.kind == "resid"]
-        if not blocks:
-            return {other: other for other in earlier}
-        skipped = [other for other in self.sites if other.kind == "resid" and other <= blocks[-1]]
-        return dict.fromkeys(skipped, blocks[-1]) | {other: other for other in earlier if other > blocks[-1]}
+        return direct_parents(self.sites, site, cached, parallel_blocks=self.parallel_blocks)
 
     def generate(
         self,
@@ -293,7 +295,7 @@ class LanguageModel:
         later = edits if later_edits is None else dict(later_edits)
         self._check_requested({**edits, **later})
         pad_id = self._coder.pad_id if self._coder else 0
-        self._evaluation_mode()
+        evaluation_mode(self.hf)
         with self._lock:
             return generate(
                 self, prompts.to(self.device), max_new_tokens=max_new_tokens, pad_id=pad_id, edits=edits,
@@ -307,7 +309,7 @@ class LanguageModel:
     @cached_property
     def reads(self) -> ReadPoints:
         """The places at which transcoders may read, measured when one is first asked for."""
-        self._evaluation_mode()
+        evaluation_mode(self.hf)
         with self._lock, outside_inference_mode(), torch.no_grad():
             return read_points(self._root, self._hook_points, self.probe_tokens())
 
@@ -373,19 +375,12 @@ class LanguageModel:
         after = {site for site in requested if point and (site >= point.site or site.kind in READ_KINDS)}
         return point if point and point.token_wise and point.outputs is None and not after else None
 
-    def _hidden_by(self, skip: Iterable[Site]) -> set[Site]:
-        """Sites and read places that are never reached, because they are inside a skipped module."""
-        hidden = {inner for site in skip for inner in self._contains.get(site, ())}
-        blocks = [site.layer for site in skip if site.kind == "resid" and self._contains.get(site)]
-        hidden |= {Site(kind, layer) for layer in blocks for kind in READ_KINDS}
-        return hidden | {Site("mlp_hidden", site.layer) for site in skip if site.kind == "mlp"}
-
     def _check_requested(
         self, edits: Iterable[Site], captured: Iterable[Site] = (), skip: Mapping[Site, Tensor] | None = None
     ) -> None:
         for site in [*captured, *edits, *(skip or {})]:
             self._point(site)
-        if unreachable := sorted(self._hidden_by(skip or {}) & {*captured, *edits}):
+        if unreachable := sorted(hidden_by(skip or {}, self._contains) & {*captured, *edits}):
             raise UserError(f"site {str(unreachable[0])!r} is inside a skipped block: it cannot be captured or edited")
 
     @property

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from sae.model.checks import check_model
+from sae.model.device_map import DeviceMap
 from sae.model.huggingface import load_hf
 from sae.model.language_model import LanguageModel
 from sae.model.sites import SitePath
@@ -26,6 +27,7 @@ def load_model(
     tokenizer: Any = None,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype | None = None,
+    device_map: DeviceMap | None = None,
     site_paths: Mapping[str, str | SitePath] | None = None,
     check: bool = True,
 ) -> LanguageModel:
@@ -39,6 +41,10 @@ def load_model(
             is.
         dtype: precision of the weights: float32 by default, an object keeps its own. "auto" is float32, on a GPU the
             files' own from 2 billion parameters on.
+        device_map: how accelerate spreads the model over devices, main memory and disk, in place of `device`: "auto",
+            "balanced", "balanced_low_0" or "sequential", "disk" to read each module from its files whenever it runs, or
+            {"model.embed_tokens": "cuda:0", "model.layers.0": "cpu", ...}. Activations are read and written on the
+            device of the embedding.
         site_paths: where sites are in a model whose architecture is not known, or elsewhere than usual, by kind or by
             site: `{"attn": "model.layers.{layer}.self_attn.o_proj:input"}`.
         check: whether to try the sites on a few random tokens, at the cost of four short forward passes.
@@ -49,7 +55,7 @@ def load_model(
     Raises:
         UserError: the model cannot be loaded or run, or a site is not where it should be; the sentence names it.
     """
-    loaded = load_hf(model, tokenizer=tokenizer, device=device, dtype=dtype)
+    loaded = load_hf(model, tokenizer=tokenizer, device=device, dtype=dtype, device_map=device_map)
     language_model = LanguageModel(
         loaded.hf, loaded.tokenizer, name=loaded.name, site_paths=site_paths, stored_as=loaded.fingerprints
     )

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2CLS
 
 from sae.errors import UserError
+from sae.model.device_map import fetched, is_offloaded
 from sae.model.forward import with_gradients
 from sae.model.language_model import LanguageModel
 from sae.model.site_search import is_exact
@@ -86,7 +87,7 @@ def linearise(stack: ExitStack, module: nn.Module, linear: Linear) -> None:
     def after(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
         if not inputs:
             return y
-        line = linear(inputs.pop(), y.detach())
+        line = linear(inputs.pop().to(y.device), y.detach())
         return y + (line - line.detach()).to(y.dtype)
 
     stack.callback(module.register_forward_pre_hook(before).remove)
@@ -129,10 +130,11 @@ def norm_gain(module: nn.Module, ones: Tensor, eps: float = 0.0) -> tuple[Tensor
     is one of them): some families store the gain minus one, some have none.
     """
     of_norm = partial(type(module).forward, module)
-    bias = of_norm(torch.zeros_like(ones))
-    centred = bool(((of_norm(ones) - bias).abs() < 1e-2 * of_norm(_spread(ones)).abs().max()).all())
-    probe = _spread(ones) if centred else ones
-    return (of_norm(probe) - bias) / probe * (1 + eps) ** 0.5, centred
+    with fetched(module):
+        bias = of_norm(torch.zeros_like(ones))
+        centred = bool(((of_norm(ones) - bias).abs() < 1e-2 * of_norm(_spread(ones)).abs().max()).all())
+        probe = _spread(ones) if centred else ones
+        return (of_norm(probe) - bias) / probe * (1 + eps) ** 0.5, centred
 
 
 def _spread(ones: Tensor) -> Tensor:
@@ -307,6 +309,11 @@ def check_conserved(model: LanguageModel) -> None:
     head, heard = model.hf.get_output_embeddings(), []
     biases = [x for name, x in model.hf.named_parameters() if name.endswith("bias") and x.is_floating_point()]
     first = model.sites[0]
+    if biases and is_offloaded(model.hf):
+        raise UserError(
+            f"relp needs the gradients of the biases of model {model.name!r}, and weights wait in main memory or on "
+            "disk: leave nothing there with --device-map, or use ig or attrib"
+        )
     with ExitStack() as stack:
         stack.enter_context(relevance_rules(model.hf))
         stack.callback(head.register_forward_pre_hook(lambda module, args: heard.append(args[0])).remove)

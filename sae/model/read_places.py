@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sae.model.device_map import home_device, weight_of
 from sae.model.site_search import NOTHING, Call, exactly, tolerance
 from sae.model.sites import SitePath
 
@@ -175,8 +176,10 @@ def _normalised_neurons(down: Any, norm: Norm, h: Tensor) -> Tensor:
 
     The module itself is not called: this runs inside a trace, where it would count as its call.
     """
-    u = (h @ (down.weight.T if isinstance(down, nn.Linear) else down.weight)).to(torch.float32)
-    u = u if getattr(down, "bias", None) is None else u + down.bias
+    weight, bias = weight_of(down), weight_of(down, "bias")
+    assert weight is not None
+    u = (h @ (weight.T if isinstance(down, nn.Linear) else weight).to(h.device)).to(torch.float32)
+    u = u if bias is None else u + bias.to(h.device)
     return (h * torch.rsqrt(u.square().mean(-1, keepdim=True) + norm.epsilon)).to(h.dtype)
 
 
@@ -186,13 +189,15 @@ def down_projection(reads: LayerReads, hf: nn.Module) -> DownProjection | None:
     if "mlp_hidden" not in reads.paths or (reads.post and (reads.post_norm is None or reads.post_norm.centred)):
         return None
     module: Any = hf.get_submodule(reads.down)
-    weight = module.weight.detach().float()
+    home = home_device(hf)
+    weight, bias = weight_of(module), weight_of(module, "bias")
+    assert weight is not None
+    weight = weight.detach().to(home).float()
     W = weight.T if isinstance(module, nn.Linear) else weight  # transformers' Conv1D is [H, d] already
-    bias = getattr(module, "bias", None)
-    b = W.new_zeros(W.shape[1]) if bias is None else bias.detach().float()
+    b = W.new_zeros(W.shape[1]) if bias is None else bias.detach().to(home).float()
     if reads.post_norm is not None:
         if bool(b.any()):
             return None
         ones = torch.ones(1, 1, W.shape[1], dtype=module.weight.dtype, device=W.device)
-        W = W * hf.get_submodule(reads.post)(ones)[0, 0].float() * (1 + reads.post_norm.epsilon) ** 0.5
+        W = W * hf.get_submodule(reads.post)(ones)[0, 0].to(home).float() * (1 + reads.post_norm.epsilon) ** 0.5
     return DownProjection(W * reads.scale, b * reads.scale)

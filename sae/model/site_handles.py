@@ -8,7 +8,7 @@ sublayers are multiplied by a constant before they are added, the constant goes 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sae.errors import UserError, unknown
+from sae.model.device_map import home_device
 from sae.model.forward import cannot_run, config_constants, forward_inputs, probe_tokens
 from sae.model.hook_points import HookPoint, empty_outputs
 from sae.model.read_places import LayerReads, layer_reads, seen_at
@@ -31,7 +32,7 @@ def default_paths(hf: Any, name: str) -> dict[Site, SitePath]:
     """The sites of the model's family, else those found by measurement, with a word where some could not be."""
     if usual := usual_sites(hf):
         return usual
-    probe = probe_tokens(hf).to(next(hf.parameters()).device)
+    probe = probe_tokens(hf).to(home_device(hf))
     rows, positions = probe.input_ids.shape
     hf.eval()
     try:
@@ -104,7 +105,7 @@ def read_points(root: Any, points: Mapping[Site, HookPoint], probe: Tokens) -> R
             early |= {place} if reads.early and kind in ("mlp_resid", "mlp_norm") else set()
             places[place] = HookPoint(
                 place, path, envoy_of(root, path.module), flat=kind in reads.flat, read_only=True,
-                seen=seen_at(kind, reads, hf),
+                seen=seen_at(kind, reads, hf), home=points[site].home,
             )  # fmt: skip
     widths = {place: calls[point.path.module].entered.shape[-1] for place, point in places.items()}
     return ReadPoints(places, frozenset(early), layers, widths)
@@ -133,6 +134,31 @@ def is_parallel(model: Any) -> bool:
         if not torch.equal(run.activations[mlp], plain[mlp]):
             return False
     return True
+
+
+def direct_parents(
+    sites: Sequence[Site], site: Site, cached: Container[Site], *, parallel_blocks: bool
+) -> dict[Site, Site]:
+    """Each of a model's sites that a run from `site` on skips -> the cached site that stands for it."""
+    earlier = [other for other in sites if other < site and other in cached]
+    if parallel_blocks and site.kind == "attn" and Site("mlp", site.layer) in cached:
+        earlier.append(Site("mlp", site.layer))
+    blocks = [other for other in earlier if other.kind == "resid"]
+    if not blocks:
+        return {other: other for other in earlier}
+    skipped = [other for other in sites if other.kind == "resid" and other <= blocks[-1]]
+    return dict.fromkeys(skipped, blocks[-1]) | {other: other for other in earlier if other > blocks[-1]}
+
+
+def hidden_by(skip: Iterable[Site], contains: Mapping[Site, Sequence[Site]]) -> set[Site]:
+    """Sites and read places that are never reached, because they are inside a skipped module; contains: sites by the
+    site whose module they are in.
+    """
+    skip = list(skip)
+    hidden = {inner for site in skip for inner in contains.get(site, ())}
+    blocks = [site.layer for site in skip if site.kind == "resid" and contains.get(site)]
+    hidden |= {Site(kind, layer) for layer in blocks for kind in READ_KINDS}
+    return hidden | {Site("mlp_hidden", site.layer) for site in skip if site.kind == "mlp"}
 
 
 def base_path(hf: Any, table: Mapping[Site, SitePath]) -> str:
@@ -175,6 +201,7 @@ class FirstPass:
 def first_pass(name: str, hf: Any, hook_points: Mapping[Site, HookPoint], trace: Trace, *, rows: int) -> FirstPass:
     """Read every site once; `UserError` for a model that cannot run, or whose sites are not reached in this order."""
     described: dict[Site, HookPoint] = {}
+    home = home_device(hf)
     values: dict[Site, Tensor] = {}
     raw: dict[Site, tuple[Tensor, int]] = {}  # the module's own tensor, and how often it had been written to
 
@@ -185,7 +212,7 @@ def first_pass(name: str, hf: Any, hook_points: Mapping[Site, HookPoint], trace:
         raw[point.site] = x, x._version
         point = replace(point, outputs=outputs, body_outputs=empty_outputs(body), flat=x.ndim == 2)
         described[point.site] = point
-        values[point.site] = point.read(rows).detach().clone()
+        values[point.site] = point.read(rows).detach().to(home, copy=True)
 
     try:
         logits = trace([partial(visit, point) for point in hook_points.values()])
@@ -197,8 +224,12 @@ def first_pass(name: str, hf: Any, hook_points: Mapping[Site, HookPoint], trace:
             ) from None
         raise cannot_run(name, error) from error
     scales = fit_scales(values, config_constants(hf))
+    spread = any(x.device != home for x, _ in raw.values())
     for site, (x, version) in raw.items():
-        described[site] = replace(described[site], in_place=x._version != version, scale=scales.get(site, 1.0))
+        described[site] = replace(
+            described[site], in_place=x._version != version, scale=scales.get(site, 1.0),
+            home=home if spread else None, away=x.device if x.device != home else None,
+        )  # fmt: skip
     widths = {site: x.shape[-1] for site, x in values.items()}
     d_model = getattr(getattr(hf, "config", None), "hidden_size", None) or max(widths.values())
     return FirstPass(described, widths, logits.shape[-1], d_model)

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sae.model.device_map import home_device
 from sae.model.hook_points import first
 from sae.model.sites import Site, SitePath
 
@@ -95,17 +96,18 @@ def search_sites(hf: nn.Module, forward: Callable[[], Any], *, rows: int, positi
 def module_calls(hf: nn.Module, forward: Callable[[], Any], *, rows: int, positions: int) -> dict[str, Call]:
     """Every module that was called in one forward pass, by name."""
     calls: dict[str, Call] = {}
+    home = home_device(hf)
     clock = iter(range(10**9))
     shapes: list[tuple[int, ...]] = [(rows, positions), (rows * positions,)]
 
     def watch(name: str) -> tuple[Callable[..., None], Callable[..., None]]:
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
             call = calls.setdefault(name, Call(name, type(module).__name__, next(clock)))
-            call.entered = _copy(args[0] if args else next(iter(kwargs.values()), None), shapes)
+            call.entered = _copy(args[0] if args else next(iter(kwargs.values()), None), shapes, home)
             call.count += 1
 
         def after(module: nn.Module, args: Any, output: Any) -> None:
-            calls[name].left, calls[name].end = _copy(first(output), shapes), next(clock)
+            calls[name].left, calls[name].end = _copy(first(output), shapes, home), next(clock)
 
         return before, after
 
@@ -119,10 +121,10 @@ def module_calls(hf: nn.Module, forward: Callable[[], Any], *, rows: int, positi
     return calls
 
 
-def _copy(value: Any, shapes: Sequence[tuple[int, ...]]) -> Tensor:
+def _copy(value: Any, shapes: Sequence[tuple[int, ...]], device: torch.device) -> Tensor:
     """A copy of a tensor of numbers with a fraction, if it has one of the shapes before its last dimension."""
     fits = isinstance(value, Tensor) and value.is_floating_point() and value.shape[:-1] in shapes
-    return value.detach().clone() if fits else NOTHING
+    return value.detach().to(device, copy=True) if fits else NOTHING
 
 
 def _find_blocks(hf: nn.Module, calls: Mapping[str, Call]) -> list[str]:

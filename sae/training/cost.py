@@ -24,6 +24,7 @@ from sae._peak_memory import peak_memory
 from sae._units import duration, seconds_of, size
 from sae.data.cache import CachedActivations, CachedModel
 from sae.data.text import TextSource
+from sae.model.device_map import bytes_at_home
 from sae.model.forward import with_gradients
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site, select_sites
@@ -119,7 +120,7 @@ def estimate_training(
     config = config if activations is None else with_contexts_of(activations, config)
     chosen = select_sites(sites, model.sites)
     rows = open_activations(model, source, chosen, config, cache=activations)
-    saes = [begin(site.name, site, rows, config, model.device) for site in chosen]
+    saes = [begin(site.name, site, rows, config, model) for site in chosen]
     small = replace(config, buffer_tokens=max(MIN_BUFFER_TOKENS, 2 * config.batch))
     trial = _Trial(saes, rows, small, RunFolder(Path(), "train", {}), progress=False)
     reading, step, peak = trial.measure()
@@ -134,7 +135,7 @@ def estimate_training(
             "autoencoders": step * config.steps,
         },
         memory={
-            "model": 0 if isinstance(model, CachedModel) else _bytes(model.hf.parameters()),
+            "model": 0 if isinstance(model, CachedModel) else bytes_at_home(model.hf),
             "weights": n_weights,
             "Adam's moments": in_checkpoint - n_weights,
             "buffer": 4 * rows_in_buffer(rows, config) * sum(rows.widths.values()),

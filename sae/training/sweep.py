@@ -131,9 +131,7 @@ def sweep(
             sweep_folder.start(resume=resume, overwrite=overwrite)
             for name in waiting:
                 runs[name].start(resume=resume, overwrite=overwrite)
-            saes = [
-                begin(f"{name}/{site}", site, rows, configs[name], model.device) for name in waiting for site in chosen
-            ]
+            saes = [begin(f"{name}/{site}", site, rows, configs[name], model) for name in waiting for site in chosen]
             Trainer(saes, rows, first, sweep_folder, progress=progress).run()
             for sae in saes:
                 name = sae.name.removesuffix(f"/{sae.site}")

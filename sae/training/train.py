@@ -20,7 +20,7 @@ from sae.data.text import TextSource
 from sae.model.forward import with_gradients
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site, select_sites
-from sae.saes import SAEs
+from sae.saes import SAEs, load_saes
 from sae.training.config import TrainConfig, with_contexts_of
 from sae.training.parallel import DataTrainer, Parallel, choose_parallel, share_sites
 from sae.training.run_folder import RunFolder, run_settings
@@ -79,7 +79,7 @@ def train_saes(
             rows = SharedActivations(rows, processes, needed)
         processes.by_first(lambda: run.start(resume=resume, overwrite=overwrite))
         mine = shares[processes.rank] if parallel == "sites" else chosen
-        saes = [begin(site.name, site, rows, config, model.device) for site in mine]
+        saes = [begin(site.name, site, rows, config, model) for site in mine]
         trainer = Trainer if parallel == "sites" else DataTrainer
         trainer(saes, rows, config, run, progress=progress, processes=processes).run()
         exported = SAEs({sae.site: export(sae, model, rows) for sae in saes})
@@ -87,4 +87,6 @@ def train_saes(
             run.save(exported)
         processes.gathered(None)
         processes.by_first(lambda: run.finish(read=asdict(rows.text_read())))
+    if len({sae.device for sae in exported.values()}) > 1:  # of a model on several devices, each where its layer is
+        return load_saes(out, sites=exported, device=model.device)
     return exported

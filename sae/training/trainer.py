@@ -48,12 +48,13 @@ def read_site(site: Site, config: TrainConfig) -> Site:
     return Site(config.read, site.layer) if config.kind == "transcoder" and site.kind == "mlp" else site
 
 
-def begin(name: str, site: Site, rows: ActivationSource, config: TrainConfig, device: torch.device) -> TrainingSAE:
-    """The dictionary of a site before its first step."""
+def begin(
+    name: str, site: Site, rows: ActivationSource, config: TrainConfig, model: LanguageModel | CachedModel
+) -> TrainingSAE:
+    """The dictionary of a site before its first step, on the device of the site's layer."""
     read = read_site(site, config)
-    return TrainingSAE(
-        name, site, rows.widths[site], config, device, read_width=None if read == site else rows.widths[read]
-    )
+    read_width = None if read == site else rows.widths[read]
+    return TrainingSAE(name, site, rows.widths[site], config, model.device_of(site), read_width=read_width)
 
 
 def export(sae: TrainingSAE, model: LanguageModel | CachedModel, rows: ActivationSource) -> SparseAutoencoder:
@@ -114,13 +115,13 @@ class Trainer(TrainingLoop):
     ):
         """processes: those that share the work; `saes` are this one's."""
         self.processes = processes or Processes()
-        self.held = {site for sae in saes for site in (sae.site, sae.read_site)}
+        self.held = {site: sae.device for sae in saes for site in (sae.site, sae.read_site)}
         self.saes = [sae for sae in saes if sae.architecture.trained]
         self.activations, self.config, self.device = activations, config, saes[0].device
         self.batch, self.total = config.batch, config.steps
-        workspace = Workspace()
+        workspaces = {sae.device: Workspace() for sae in self.saes}
         for sae in self.saes:
-            sae.workspace = workspace
+            sae.workspace = workspaces[sae.device]
         groups = [{"sae": sae, **group} for sae in self.saes for group in sae.groups()]
         fused = self.device.type in ("cpu", "cuda")
         optimizer = torch.optim.Adam(groups or [{"params": []}], betas=BETAS, fused=fused)
@@ -146,7 +147,7 @@ class Trainer(TrainingLoop):
         """The buffers of the sites that it needs, in float32; those of all sites are within the memory allowed."""
         size = rows_in_buffer(self.activations, self.config)
         self.buffer = {
-            site: torch.empty(size, width, device=self.device)
+            site: torch.empty(size, width, device=self.held[site])
             for site, width in self.activations.widths.items()
             if site in self.held
         }
@@ -181,10 +182,11 @@ class Trainer(TrainingLoop):
         casts = self.config.autocast and self.device.type == "cuda"
         with torch.autocast("cuda", torch.bfloat16) if casts else nullcontext():
             for sae in self.saes:
-                x = self.buffer[sae.site][rows[sae.config.seed]]
+                mine = rows[sae.config.seed].to(sae.device)
+                x = self.buffer[sae.site][mine]
                 if self.step in sae.resample_steps:
                     sae.resample(x, self.optimizer.state, self.step)
-                x_read = None if sae.read_width is None else self.buffer[sae.read_site][rows[sae.config.seed]]
+                x_read = None if sae.read_width is None else self.buffer[sae.read_site][mine]
                 sae.step(x, self.step, x_read)
 
     def _one_step(self) -> None:
@@ -201,7 +203,7 @@ class Trainer(TrainingLoop):
 
     def _check_losses(self) -> None:
         """`UserError` where a loss since the last line of the log is not finite."""
-        finite = torch.stack([sae.state["loss"] for sae in self.saes]).isfinite()
+        finite = torch.stack([sae.state["loss"].to(self.device) for sae in self.saes]).isfinite()
         if not finite.all():
             raise diverged(self.saes[int((~finite).nonzero()[0])].name, self.step, self.files.checkpoints)
 

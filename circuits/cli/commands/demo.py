@@ -87,7 +87,9 @@ class _Story:
         self.train_prompts = bundled("prompts", options.behaviour, "train.jsonl")
         self.test_prompts = bundled("prompts", options.behaviour, "test.jsonl")
         self.valid = bundled("text", "valid.txt")
-        self.common: dict[str, Any] = {"device": options.device, "dtype": options.dtype, "json": options.json}
+        self.common: dict[str, Any] = {
+            "device": options.device, "device_map": options.device_map, "dtype": options.dtype, "json": options.json,
+        }  # fmt: skip
         self.data: dict[str, Any] = {}
         self.started = time.monotonic()
 

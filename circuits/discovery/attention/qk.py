@@ -189,7 +189,8 @@ def heads_looking(
                 model.run(batch.clean, capture=[model.sites[-1]], need_logits=False)
             heads_of(heads, min(heads, default=0), model.name)
             for layer, of_layer in heads.items():
-                to = [of_layer.weights[example, :, rows, column].cpu().double().sum(0) for column in others]  # [H] each
+                weights = of_layer.weights.to(model.device)
+                to = [weights[example, :, rows, column].cpu().double().sum(0) for column in others]  # [H] each
                 totals[layer] = totals.get(layer, torch.zeros(())) + torch.stack(to)
     rows = [
         HeadAttention(layer, head, *(value / len(prompts) for value in of_head))
@@ -239,7 +240,7 @@ def _batch(
         x = model.run(prompts.clean, capture=[site, Site("attn", layer)], grad=True, need_logits=False).activations[
             site
         ]
-    heads = heads_of(by_layer, layer, model.name)
+    heads = heads_of(by_layer, layer, model.name).to(model.device)
     if not 0 <= head < heads.n_heads:
         raise UserError(f"head is {head}: attn_{layer} has heads 0 to {heads.n_heads - 1}")
     name, rows = f"attn_{layer} of model {model.name!r}", columns[:, 0]

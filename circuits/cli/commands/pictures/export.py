@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from graphs import FeatureGraph
 
 SUFFIXES = {"eap-ig": "eap_ig.json", "neuronpedia": "neuronpedia.json", "graphml": "graphml"}
-MODEL = ("model", "dtype", "site_paths", "device")
+MODEL = ("model", "dtype", "site_paths", "device", "device_map")
 DELPHI = "delphi"
 FOLDER = "circuit-tracer"
 """Of the page's files, in graph/."""
@@ -134,7 +134,7 @@ class ExportCommand(Common, Overwrites, HasCircuit):
         with lock(circuit_folder(self.circuit).parent, shared=True):
             circuit = Circuit.load(
                 self.circuit, model=self.model, device=self.device, dtype=self.dtype,
-                site_paths=parse_site_paths(self.site_paths),
+                device_map=self.device_map, site_paths=parse_site_paths(self.site_paths),
             )  # fmt: skip
             features = circuit.features_with_edges()
             length = context_of(circuit.model, self.context_length or 256)

@@ -191,7 +191,8 @@ class FeaturesCommand(UsesSaes, Overwrites, Common):
         if self.circuit is not None:
             circuit = Circuit.load(
                 self.circuit, model=self.model, saes=self.saes, device=self.device, dtype=self.dtype,
-                site_paths=parse_site_paths(self.site_paths), sae_memory=self.sae_memory, metric="logit_difference",
+                device_map=self.device_map, site_paths=parse_site_paths(self.site_paths), sae_memory=self.sae_memory,
+                metric="logit_difference",
             )  # fmt: skip
             return circuit, circuit.model, circuit.saes
         name = self.model or next(

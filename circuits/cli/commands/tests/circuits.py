@@ -68,7 +68,7 @@ class CompareCircuitsCommand(Common, Overwrites):
         for path in self.circuits:
             circuit = Circuit.load(
                 path, metric=self.metric, device=self.device, dtype=self.dtype,
-                site_paths=parse_site_paths(self.site_paths),
+                device_map=self.device_map, site_paths=parse_site_paths(self.site_paths),
             )  # fmt: skip
             same = [c for c in loaded if c.metadata.get("model_fingerprint") == circuit.metadata["model_fingerprint"]]
             if same:

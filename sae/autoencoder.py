@@ -202,7 +202,9 @@ class SparseAutoencoder(nn.Module):
             return x.new_zeros(*x.shape[:-1], 0)
         if not self.nonlinearity.needs_k:
             return self.restrict(index).encode(x)
-        return self.encode_and_reconstruct(x, index)[0]
+        index = index.to(self.device)
+        chunks = x.reshape(-1, x.shape[-1]).split(max(1, CHUNK_BYTES // (4 * self.config.n_features)))
+        return torch.cat([self.encode(chunk)[:, index] for chunk in chunks]).reshape(*x.shape[:-1], len(index))
 
     def encode_and_reconstruct(self, x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """x [..., r] -> (f [..., n] of the features `index` [n], x̂ [..., d]), chunk of tokens by chunk: no [..., F]."""

@@ -9,6 +9,7 @@ Special tokens do not count: there f_i is taken to be zero.
 
 1. Contexts of many features at one site share a batch, longest first: each row has an edit of its own.
 2. The texts of a batch are run once, untouched, up to the last token that is shown; the edited run starts at the site.
+3. Where the feature is nowhere on, as in most contexts drawn from all of the text, nothing changes and nothing is run.
 
 Shapes: R rows (feature, text), U texts, S positions, V vocabulary.
 """
@@ -91,16 +92,18 @@ def _measure(
     encoded = sae.encode_some(base.activations[read], index) * counted[..., None]  # [U, S, distinct features]
     column = column.to(model.device)
     f = encoded[text, :, column]  # [R, S]
-    removed = f[..., None] * sae.W_dec[index[column]][:, None]  # [R, S, d]
-    cache = {parent: base.activations[parent][text] for parent in parents}
-    edited = model.run(
-        tokens[text], edits={site: lambda x: x - removed.to(x.dtype)}, skip=model.resume_from(site, cache)
-    )
-    before, after = (_log_p(logits, ids) for logits, ids in ((base.logits, tokens), (edited.logits, tokens[text])))
-    change = torch.cat([torch.full_like(f[:, :1], torch.nan), after - before[text]], 1)
+    change = torch.zeros(f.shape, device=f.device)
+    change[:, 0] = torch.nan
+    on = (f != 0).any(1).nonzero()[:, 0]
+    if len(on):
+        removed = f[on, :, None] * sae.W_dec[index[column[on]]][:, None]  # [rows where it is on, S, d]
+        cache = {parent: base.activations[parent][text[on]] for parent in parents}
+        those = tokens[text[on]]
+        edited = model.run(those, edits={site: lambda x: x - removed.to(x.dtype)}, skip=model.resume_from(site, cache))
+        change[on, 1:] = _log_p(edited.logits, those) - _log_p(base.logits, tokens)[text[on]]
     first = tokens.n_positions - tokens.lengths[text]  # the token that nothing predicts
     change[torch.arange(len(rows), device=first.device), first] = torch.nan
-    return f.float().cpu(), change.float().cpu()
+    return f.float().cpu(), change.cpu()
 
 
 def _log_p(logits: Tensor, tokens: Tokens) -> Tensor:

@@ -20,7 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from scipy.sparse import csr_array
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -154,6 +156,9 @@ class ActivationCorrelation:
         self.n_tokens += n_tokens
         self._a.add(f)
         self._b.add(g)
+        if self.products.is_cpu:
+            self._add_on_cpu(f, g, n_tokens)
+            return
         n_a, n_b = self.products.shape
         by_feature = f.feature.argsort(stable=True)
         step = max(1, CHUNK_BYTES // (4 * n_b))
@@ -164,6 +169,15 @@ class ActivationCorrelation:
             chosen = by_feature[(f.token[by_feature] >= start) & (f.token[by_feature] < start + step)]
             offsets = group_offsets(f.feature[chosen], n_a)
             self.products += weighted_segment_sum(dense, f.token[chosen] - start, offsets, f.value[chosen].float())
+
+    def _add_on_cpu(self, f: SparseFeatures, g: SparseFeatures, n_tokens: int) -> None:
+        """The same sums as a product of two sparse matrices, for which nothing of the size [tokens, F_b] is made."""
+        n_a, n_b = self.products.shape
+        fs = csr_array((f.value.float().numpy(), (f.feature.numpy(), f.token.numpy())), shape=(n_a, n_tokens))
+        gs = csr_array((g.value.float().numpy(), (g.token.numpy(), g.feature.numpy())), shape=(n_tokens, n_b))
+        added = (fs @ gs).tocoo()
+        index = torch.from_numpy(added.row.astype(np.int64) * n_b + added.col)
+        self.products.view(-1).index_add_(0, index, torch.from_numpy(added.data))
 
     def state(self) -> dict[str, Tensor]:
         """The sums as tensors."""

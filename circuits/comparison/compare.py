@@ -17,6 +17,7 @@ For every method, on the autoencoders' features and, for some, on neurons:
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -33,10 +34,13 @@ from circuits.options import FaithfulnessOptions
 from circuits.prompts.dataset import PromptSet
 from sae._progress import ProgressBar
 from sae.autoencoder import SparseAutoencoder
+from sae.errors import UserError
 from sae.model.forward import with_gradients
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site, select_sites
 from sae.neurons import DICTIONARIES, MLP_NEURONS, NEURONS
+
+log = logging.getLogger(__name__)
 
 ESTIMATES = {
     "ig": MEAN, "ig-adaptive": MEAN, "ig-inputs": MEAN,
@@ -48,6 +52,8 @@ UNSIGNED = ("activation-difference",)
 GRID = 1.6
 """Largest ratio between neighbouring circuit sizes."""
 SAES = "saes"
+OF_KNOWN_PARTS = ("relp", "gim")
+"""Methods that have to recognise the model's parts: left out where they do not, unless they were asked for by name."""
 
 
 @with_gradients
@@ -79,7 +85,12 @@ def compare_methods(
             sampled[name] = sum(int(nodes.is_feature.sum()) for nodes in truth.sample.values())
             for method in methods:
                 bar.set_postfix_str(f"{method} on {name}")
-                rows.append(_score(study, truth, test, method, name))
+                try:
+                    rows.append(_score(study, truth, test, method, name))
+                except UserError as error:
+                    if method not in OF_KNOWN_PARTS or options.methods != CompareOptions.methods:
+                        raise
+                    log.warning("%s is left out: %s", method, error)
                 bar.update()
     return Comparison(rows, options, len(train), rows[0].curve.n_prompts, sampled)
 

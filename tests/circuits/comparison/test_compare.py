@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ from scipy.stats import pearsonr, spearmanr
 from circuits.attribution.activation_patching import exact_effects
 from circuits.attribution.activations import Setting, capture_activations
 from circuits.attribution.nodes import SiteNodes
+from circuits.comparison import compare
 from circuits.comparison.compare import compare_methods, nodes_for, size_grid
-from circuits.comparison.options import CompareOptions
+from circuits.comparison.options import CompareOptions, split
 from circuits.comparison.results import MEAN, NOISING
 from circuits.comparison.study import Truth, agreement, correlation
 from circuits.discovery.discover import discover
@@ -79,6 +81,24 @@ def test_rows_are_the_circuits_that_discovery_finds(comparison, tiny_model, tiny
         assert [row.curve.completeness[i] for i in at] == pytest.approx(curve.completeness, abs=1e-5)
         assert row.curve.sizes[-1] == row.curve.n_nodes
         assert row.curve.faithfulness[-1] == pytest.approx(1, abs=1e-4)
+
+
+def test_methods_that_do_not_know_the_model_are_left_out(tiny_model, tiny_saes, tiny_prompts, monkeypatch, caplog):
+    """One of the default methods refuses the model: the others are compared; asked for by name, it says why."""
+    few = {Site("resid", 1): tiny_saes[Site("resid", 1)]}
+    scored = replace(OPTIONS, methods=CompareOptions.methods, neurons="", sample=0)
+
+    def score(study, truth, test, method, name):
+        if method == "gim":
+            raise UserError("gim does not know the attention modules")
+        return SimpleNamespace(method=method, curve=SimpleNamespace(n_prompts=1))
+
+    monkeypatch.setattr(compare, "_score", score)
+    rows = compare_methods(tiny_model, few, tiny_prompts, tiny_prompts, scored, progress=False).rows
+    assert [row.method for row in rows] == [name for name in split(scored.methods) if name != "gim"]
+    assert "gim is left out: gim does not know the attention modules" in caplog.text
+    with pytest.raises(UserError, match="attention modules"):
+        compare_methods(tiny_model, few, tiny_prompts, tiny_prompts, replace(scored, methods="gim"), progress=False)
 
 
 def test_the_row_of_masks_is_what_masks_score(comparison, tiny_model, tiny_saes, tiny_prompts):

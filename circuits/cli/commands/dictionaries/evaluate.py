@@ -55,7 +55,6 @@ class EvaluateCommand(Common, Named, HasText, HasSaes, HasModel):
             return self._run(folder)
 
     def _run(self, folder: Path | None) -> Output:
-        from circuits.benchmark.plots import plot_suite
         from circuits.cli.common import load_checked_saes, load_model
         from sae._progress import ProgressBar
         from sae.data.batches import context_of
@@ -96,7 +95,10 @@ class EvaluateCommand(Common, Named, HasText, HasSaes, HasModel):
         if folder is not None:
             data = files.write(data, table=text + "\n")
             written = [plot_evaluation(result, files.path(".svg"))]
-            written += [] if report is None else [plot_suite(report, files.path(".suite.svg"))]
+            if report is not None:
+                from circuits.benchmark.plots import plot_suite
+
+                written.append(plot_suite(report, files.path(".suite.svg")))
             names = [files.path(".txt").name, *(path.name for path in written)]
             text += f"\nwrote {files.path('.json')}, {', '.join(names[:-1])} and {names[-1]}"
         return Output(text, data)
@@ -122,13 +124,13 @@ class EvaluateCommand(Common, Named, HasText, HasSaes, HasModel):
         self, model: LanguageModel, saes: SAEs, others: dict[str, SAEs], source: TextSource, context: int
     ) -> SuiteReport | None:
         """The tasks that were asked for."""
+        if self.suite is None and not others:
+            return None
         from circuits.benchmark.results import SuiteReport
         from circuits.benchmark.suite import evaluate_suite
         from sae._progress import ProgressBar
         from sae.evaluation.stability import feature_stability
 
-        if self.suite is None and not others:
-            return None
         report = SuiteReport()
         if self.suite is not None:
             with ProgressBar(desc="suite", unit="reading", disable=self.quiet) as bar:

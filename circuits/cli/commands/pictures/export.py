@@ -79,7 +79,11 @@ class ExportCommand(Common, Overwrites, HasCircuit):
             if name is None:
                 raise UserError(f"the circuit in {str(circuit_folder(self.circuit))!r} names no model: give --model")
             model = load_model(name, self)
-            heads = model.hf.config.num_attention_heads
+            heads = getattr(model.hf.config.get_text_config(), "num_attention_heads", None)
+            if heads is None:
+                raise UserError(
+                    f"eap-ig names attention heads, and model {model.name!r} has none: take neuronpedia or graphml"
+                )
             write_eap_ig(
                 graph,
                 out,

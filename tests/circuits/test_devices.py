@@ -188,7 +188,9 @@ def test_an_ensemble_whose_edges_take_stored_gradients(model, saes, tiny_prompts
     assert circuit.edges
 
 
+@only_mps
 def test_a_circuit_its_tests_and_an_edit(model, saes, small_model, make_saes, tiny_prompts):
+    tiny_prompts = tiny_prompts[:4]  # of both lengths
     options, prompts = DiscoverOptions(steps=2, edge_nodes=20), tiny_prompts.to(model.device)
     circuit = discover(model, saes, prompts, options, progress=False)
     here = make_saes(small_model, architecture="jumprelu")

@@ -38,6 +38,7 @@ OPTIONS = CompareOptions(
     sample=60,
     mask_start="attrib",
     mask_steps=4,
+    steps=3,
 )
 
 
@@ -65,7 +66,7 @@ def test_rows_are_the_circuits_that_discovery_finds(comparison, tiny_model, tiny
     few = {site: tiny_saes[site] for site in map(Site.parse, ("embed", "attn_0", "resid_1"))}
     for row in comparison.rows[:2]:
         circuit = discover(
-            tiny_model, few, tiny_prompts, DiscoverOptions(method=row.method, edge_nodes=0), progress=False
+            tiny_model, few, tiny_prompts, DiscoverOptions(method=row.method, edge_nodes=0, steps=3), progress=False
         )
         assert row.residual == pytest.approx(circuit.metadata["completeness"]["mean_residual"], abs=1e-6)
         curve = measure_faithfulness(

@@ -25,7 +25,7 @@ def by_loops(model, saes, prompts, site, feature):
 
 def test_means_by_case_and_span(tiny_model, tiny_saes, tiny_prompts):
     for prompts in (tiny_prompts, with_spans(tiny_prompts, MIXED)):
-        for site in tiny_model.sites[:3]:
+        for site in tiny_model.sites[:2]:
             x = tiny_model.run(prompts.clean, capture=[site]).activations[site][:, -1]
             features = tiny_saes[site].encode(x).sum(0).topk(2).indices
             means = mean_activations(tiny_model, tiny_saes, prompts, {site: features})

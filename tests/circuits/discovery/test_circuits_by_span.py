@@ -70,12 +70,13 @@ def test_faithfulness_at_both_ends(tiny_model, tiny_saes, tiny_prompts, kind, ab
     prompts = tiny_prompts[1::2] if kind == "tokens" else tiny_prompts
     rows = {7: [f"p{place}" for place in range(7)]} if kind == "tokens" else {n: ["whole"] * n for n in (5, 7)}
     spanned = with_spans(prompts, rows)
-    plain = found(tiny_model, tiny_saes, prompts, "position" if kind == "tokens" else "sum")
-    spans = found(tiny_model, tiny_saes, spanned, "spans")
+    sites = {"sites": "resid,mlp"}
+    plain = found(tiny_model, tiny_saes, prompts, "position" if kind == "tokens" else "sum", **sites)
+    spans = found(tiny_model, tiny_saes, spanned, "spans", **sites)
     options = FaithfulnessOptions(ablation=ablation, random=0)
     if kind == "whole":  # ablation values follow the prompts' own spans: compare on the same prompts
         prompts = spanned
-    for errors in ("nodes", "ablate"):
+    for errors in ("nodes", "ablate") if ablation == "mean" else ("nodes",):
         ours, theirs = (
             measure_faithfulness(
                 circuit.setting(), circuit.nodes, on, replace(options, errors=errors), sizes=[5, 30], progress=False

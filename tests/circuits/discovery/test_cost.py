@@ -35,10 +35,10 @@ def test_memory_of_a_backward_pass(make_tiny_model, make_saes, tiny_prompts, arc
 @pytest.mark.parametrize("method", ["ig", "attrib"])
 def test_memory_as_it_then_is(make_tiny_model, make_saes, tiny_prompts, method, tmp_path, monkeypatch):
     """The peak within a fifth, and files on disk, of a discovery in several batches."""
-    model = make_tiny_model("gpt_neox", layers=3, width=64)
+    model = make_tiny_model("gpt_neox", width=64)
     saes = make_saes(model, n_features=256)
     monkeypatch.setattr(batching, "MOST_ROWS", 4)
-    options = DiscoverOptions(method=method, steps=3, edge_nodes=40)
+    options = DiscoverOptions(method=method, steps=2, edge_nodes=40)
     estimate = estimate_discovery(model, saes, tiny_prompts, options, files=False)
     circuits = []
     peak = peak_memory(
@@ -51,10 +51,11 @@ def test_memory_as_it_then_is(make_tiny_model, make_saes, tiny_prompts, method, 
     assert 1 / 1.2 < estimate.peak / (peak + weights + parameters) < 1.2
     effects = sum(x.numel() * x.element_size() for n, x in flatten(circuits[0]).items() if n.startswith("effects"))
     assert estimate.memory["effects"] == pytest.approx(2 * effects, rel=0.1)
-    on_disk = estimate_discovery(model, saes, tiny_prompts, options).on_disk
-    discover(model, saes, tiny_prompts, options, progress=False, partial=tmp_path / "p")
-    written = sum(path.stat().st_size for path in (tmp_path / "p").glob("nodes-*"))
-    assert written == pytest.approx(on_disk, rel=0.5)  # names and headers outweigh tensors as small as these
+    if method == "attrib":
+        on_disk = estimate_discovery(model, saes, tiny_prompts, options).on_disk
+        discover(model, saes, tiny_prompts, options, progress=False, partial=tmp_path / "p")
+        written = sum(path.stat().st_size for path in (tmp_path / "p").glob("nodes-*"))
+        assert written == pytest.approx(on_disk, rel=0.5)  # names and headers outweigh tensors as small as these
 
 
 def test_estimates_count_sparse_tensors_and_take_prompts_that_do_not_differ(tiny_model, tiny_saes, tiny_prompts):
@@ -62,7 +63,7 @@ def test_estimates_count_sparse_tensors_and_take_prompts_that_do_not_differ(tiny
     long = tiny_prompts[(lengths == lengths.max()).nonzero().flatten()]
     same = replace(long, patch=long.clean)
     for prompts in (long, same):
-        options = DiscoverOptions(method="attrib", aggregation="position", edge_nodes=10)
+        options = DiscoverOptions(method="attrib", aggregation="position", edge_nodes=10, sites="resid")
         assert estimate_discovery(tiny_model, tiny_saes, prompts, options).memory["one batch"] >= 0
     with pytest.raises(UserError, match="no node has an effect"):
         discover(tiny_model, tiny_saes, same, options, progress=False)
@@ -70,16 +71,16 @@ def test_estimates_count_sparse_tensors_and_take_prompts_that_do_not_differ(tiny
 
 def test_estimate_of_streamed_autoencoders(tiny_model, tiny_saes, tiny_prompts):
     saes = streamed(tiny_saes)
-    options = DiscoverOptions(method="attrib", edge_nodes=40)
+    options = DiscoverOptions(method="attrib", edge_nodes=40, sites="resid,mlp_1")
     estimate = estimate_discovery(tiny_model, saes, tiny_prompts, options)
     assert estimate.memory["autoencoders"] == saes.budget
     before = saes.n_reads
     discover(tiny_model, saes, tiny_prompts, options, progress=False)
-    assert saes.n_reads - before <= estimate.reads <= 2 * len(saes)
+    assert saes.n_reads - before <= estimate.reads <= 2 * 3
 
 
 def test_text_and_advice(tiny_model, tiny_saes, tiny_prompts, monkeypatch):
-    options = DiscoverOptions(method="attrib", edge_nodes=40)
+    options = DiscoverOptions(method="attrib", edge_nodes=40, sites="resid")
     estimate = estimate_discovery(tiny_model, tiny_saes, tiny_prompts, options)
     assert not estimate.advice and "estimated memory" in estimate.text() and "estimated time" in estimate.text()
     assert estimate.to_dict()["peak_bytes"] == estimate.peak == sum(estimate.memory.values())
@@ -87,7 +88,7 @@ def test_text_and_advice(tiny_model, tiny_saes, tiny_prompts, monkeypatch):
     in_memory = estimate_discovery(tiny_model, tiny_saes, tiny_prompts, options, files=False)
     moved = {name for name, n in in_memory.memory.items() if n != estimate.memory[name]}
     assert moved == kept | {"effects"} and in_memory.on_disk == 0 < estimate.on_disk
-    monkeypatch.setattr("circuits.discovery.cost.free_memory", lambda device: 2**20)
+    monkeypatch.setattr("circuits.discovery.cost.free_memory", lambda device: 2**18)
     short = estimate_discovery(tiny_model, tiny_saes, tiny_prompts, replace(options, memory=1.0))
     assert "--memory below 1" in short.text()
 

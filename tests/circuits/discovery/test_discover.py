@@ -40,7 +40,7 @@ def test_total_effect_and_completeness(circuit, tiny_model, tiny_prompts):
 
 def test_batches_change_nothing(tiny_model, tiny_saes, tiny_prompts):
     """A budget for one prompt at a time gives the same effects and edges; prompts keep their numbers."""
-    options = DiscoverOptions(edge_nodes=40, steps=2)
+    options = DiscoverOptions(edge_nodes=40, steps=2, sites="embed,resid,mlp_1")
     circuit = discover(tiny_model, tiny_saes, tiny_prompts, options, progress=False)
     memory = 1.5 * 2 / max_rows(tiny_model, tiny_prompts.clean.n_positions, memory=2.0)
     assert max_rows(tiny_model, tiny_prompts.clean.n_positions, memory=memory) == 1
@@ -56,7 +56,7 @@ def test_batches_change_nothing(tiny_model, tiny_saes, tiny_prompts):
 @pytest.mark.parametrize("method", ["ig", "attrib"])
 def test_edges_are_the_same_where_nothing_was_kept(tiny_model, tiny_saes, tiny_prompts, method, monkeypatch):
     """What the node pass keeps for the edges is left out where the memory budget is used up."""
-    options = DiscoverOptions(method=method, edge_nodes=40)
+    options = DiscoverOptions(method=method, edge_nodes=40, steps=2)
     kept = discover(tiny_model, tiny_saes, tiny_prompts, options, progress=False)
     monkeypatch.setattr("circuits.attribution.node_effects.Attribution.n_bytes_for_edges", 2**40)
     again = discover(tiny_model, tiny_saes, tiny_prompts, options, progress=False)

@@ -70,8 +70,7 @@ def sae_values(values, site, feature):
     return values[site].features[..., feature]
 
 
-@pytest.mark.parametrize("architecture", ["gpt_neox", "llama"])
-@pytest.mark.parametrize("aggregation", ["sum", "position"])
+@pytest.mark.parametrize(("architecture", "aggregation"), [("gpt_neox", "position"), ("llama", "sum")])
 def test_node_by_node(make_tiny_model, make_saes, tiny_prompts, architecture, aggregation):
     model = make_tiny_model(architecture)
     saes = make_saes(model)
@@ -96,8 +95,9 @@ def test_node_by_node(make_tiny_model, make_saes, tiny_prompts, architecture, ag
     assert result.intervals == []  # four prompts are too few
 
 
-@pytest.mark.parametrize("ablation", ["mean", "counterfactual", "zero"])
-@pytest.mark.parametrize("start_site", [None, "mlp_0"])
+@pytest.mark.parametrize(
+    ("ablation", "start_site"), [("mean", None), ("counterfactual", "mlp_0"), ("zero", None), ("mean", "mlp_0")]
+)
 def test_all_nodes_joined_are_the_nodes_kept(tiny_model, tiny_saes, tiny_prompts, ablation, start_site):
     circuit = circuit_of(tiny_model, tiny_saes, tiny_prompts, edge_nodes=60)
     options = FaithfulnessOptions(ablation, start_site=start_site, random=0)
@@ -125,9 +125,7 @@ def test_missing_sites_are_computed_through(tiny_model, tiny_saes, tiny_prompts)
 def test_true_edges_of_a_known_circuit_suffice_and_each_is_needed():
     """In the hand-made number circuit the twelve true edges carry all; without one of them a number is lost."""
     truth = agreement()
-    circuit = discover(
-        truth.model, truth.saes, truth.prompts, DiscoverOptions(aggregation="position", edge_nodes=200), progress=False
-    )
+    circuit = circuit_of(truth.model, truth.saes, truth.prompts, aggregation="position", edge_nodes=200)
     names = {site: nodes.ids(site) for site, nodes in circuit.edge_nodes.items()}
 
     def faithfulness(true) -> float:

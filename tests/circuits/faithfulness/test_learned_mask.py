@@ -30,7 +30,7 @@ from sae.errors import UserError
 from sae.model.sites import Site
 from tests.circuits.ground_truth import induction, recovery
 
-QUICK = MaskOptions(steps=4, batch_size=4, smallest=5)
+QUICK = MaskOptions(steps=2, batch_size=4, smallest=5)
 
 
 def every_node(saes):
@@ -185,7 +185,7 @@ def test_loss_of_cases_by_a_loop():
 def test_the_true_nodes_are_found_without_attribution():
     """Induction model set by hand, scores alike at the start: what is kept longest are the nodes of its circuit."""
     truth = induction()
-    options = MaskOptions(start="equal", steps=40, batch_size=16, smallest=5, largest=100)
+    options = MaskOptions(start="equal", steps=25, batch_size=16, smallest=5, largest=100)
     mask = learn_node_mask(
         Setting.of(truth.model, truth.saes), every_node(truth.saes), truth.prompts, options, progress=False
     )
@@ -238,10 +238,10 @@ def test_errors_that_are_no_nodes(tiny_model, tiny_saes, tiny_prompts, nodes, er
 def test_the_ranking_is_a_permutation_of_the_nodes_and_repeats_by_seed(tiny_model, tiny_saes, tiny_prompts, nodes):
     first, again, other = (
         learn_node_mask(Setting.of(tiny_model, tiny_saes), nodes, tiny_prompts, options, progress=False)
-        for options in (QUICK, QUICK, MaskOptions(steps=4, batch_size=4, smallest=5, seed=1))
+        for options in (QUICK, QUICK, replace(QUICK, seed=1))
     )
     assert first.losses == again.losses != other.losses
-    assert len(first.losses) == 4
+    assert len(first.losses) == 2
     for site, here in first.nodes.items():
         assert torch.equal(here.feature, again.nodes[site].feature)
         assert here.feature.sort().values.tolist() == nodes[site].feature.sort().values.tolist()
@@ -252,8 +252,8 @@ def test_the_ranking_is_a_permutation_of_the_nodes_and_repeats_by_seed(tiny_mode
 
 @pytest.mark.parametrize(
     "options",
-    [MaskOptions(steps=3), MaskOptions(steps=3, ablation="resample"), MaskOptions(steps=3, ablation="optimal"),
-     MaskOptions(steps=3, match="prompts")],
+    [MaskOptions(steps=2), MaskOptions(steps=2, ablation="resample"), MaskOptions(steps=2, ablation="optimal"),
+     MaskOptions(steps=2, match="prompts")],
 )  # fmt: skip
 def test_a_mask_does_not_depend_on_how_many_prompts_run_at_once(tiny_model, tiny_saes, tiny_prompts, nodes, options):
     few, all_of_them = (

@@ -136,7 +136,7 @@ def nodes(tiny_model, tiny_saes, tiny_prompts):
 @pytest.mark.parametrize("errors", ["nodes", "ablate"])
 def test_faithfulness_with_optimal_constants(tiny_model, tiny_saes, tiny_prompts, nodes, errors, monkeypatch):
     """Nearer to the whole model than with means; m of the empty circuit is that of the same constants."""
-    monkeypatch.setattr("circuits.faithfulness.optimal_ablation.FitOptions", partial(FitOptions, steps=40))
+    monkeypatch.setattr("circuits.faithfulness.optimal_ablation.FitOptions", partial(FitOptions, steps=15))
     nodes = from_start_site(nodes, "mlp_1")
     options = FaithfulnessOptions(ablation="optimal", errors=errors, random=1, resamples=0, batch_size=8)
     result = measure_faithfulness(

@@ -24,7 +24,7 @@ from itertools import pairwise
 
 from circuits.attribution.activations import Setting
 from circuits.attribution.nodes import count
-from circuits.comparison.options import MASK, SIGNS, CompareOptions, split
+from circuits.comparison.options import MASKS, SIGNS, CompareOptions, split
 from circuits.comparison.results import LEVELS, MEAN, NOISING, Comparison, MethodScore
 from circuits.comparison.study import Study, Truth, agreement
 from circuits.faithfulness.nodes import measure_faithfulness
@@ -107,7 +107,7 @@ def _score(study: Study, truth: Truth, test: PromptSet, method: str, dictionary:
         study.setting, nodes, test, scoring, sizes=size_grid(options.circuit_sizes, count(nodes)),
         reference=study.prompts, progress=False,
     )  # fmt: skip
-    learned = method == MASK or method.startswith(SIGNS)  # ranks, not effects
+    learned = method in MASKS or method.startswith(SIGNS)  # ranks, not effects
     gaps = [abs(nodes[site].effect.double().sum().item() - truth.totals[site]) for site in nodes]
     return MethodScore(
         method=method,

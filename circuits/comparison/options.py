@@ -15,10 +15,11 @@ from circuits.options import (
 from sae._options import BatchSize, Count, DescentSteps, Positive, Resamples, Seed, check_options, parse_sizes
 from sae.errors import UserError
 
-MASK = "mask"
+MASK, MASK_EQUAL, EDGE_MASK = MASKS = ("mask", "mask-equal", "edge-mask")
+"""Learned masks: of nodes, from a ranking or from scores that are alike, and of edges jointly with the nodes."""
 SIGNS = "signs:"
 """How the name of sign-consistent selection by a method's effects begins."""
-RANKINGS = (*METHODS, MASK)
+RANKINGS = (*METHODS, *MASKS)
 """Whatever ranks nodes: the node methods, and learned masks."""
 
 
@@ -27,8 +28,10 @@ class CompareOptions(AblationOptions, BehaviourOptions, QuadratureOptions):
     """What is compared, and how circuits are scored."""
 
     methods: str = "ig,ig-adaptive,ig-inputs,attrib,relp,gim,graddrop,mask,activation-difference,random"
-    """Node methods, comma-separated; exact is one as well. mask learns which nodes to keep, ensemble:ig-inputs+gim is
-    the mean of several, each normalised, and signs:gim takes nodes first that keep their sign on every draw of prompts.
+    """Node methods, comma-separated; exact is one as well. mask learns which nodes to keep, from the ranking of
+    --mask-start, mask-equal from nothing, and edge-mask which edges, whose nodes are ranked by when these join them to
+    the metric; ensemble:ig-inputs+gim is the mean of several methods, each normalised, and signs:gim takes nodes first
+    that keep their sign on every draw of prompts.
     """
     neurons: str = "ig"
     """Methods that are also run on neurons; an empty text for none."""
@@ -42,6 +45,8 @@ class CompareOptions(AblationOptions, BehaviourOptions, QuadratureOptions):
     """Method whose ranking learned masks start from; its time is counted with theirs."""
     mask_steps: DescentSteps = 150
     """Steps of gradient descent of learned masks."""
+    mask_edge_nodes: Positive = 100
+    """Nodes between which edge-mask learns edges, the first by --mask-start; all others rank behind them."""
     seed: Seed = 0
     """Seed of the sample and of random circuits."""
     resamples: Resamples = 1000
@@ -49,9 +54,11 @@ class CompareOptions(AblationOptions, BehaviourOptions, QuadratureOptions):
 
     def __post_init__(self) -> None:
         for method in [*split(self.methods), *split(self.neurons), *split(self.mlp_neurons)]:
-            check_method(method.removeprefix(SIGNS), MASK)
-            if method == SIGNS + MASK:
+            check_method(method.removeprefix(SIGNS), *MASKS)
+            if method.startswith(SIGNS) and method.removeprefix(SIGNS) in MASKS:
                 raise UserError(f"method is {method!r}: a mask has no effects whose signs could differ")
+            if method == EDGE_MASK and self.errors != "nodes":
+                raise UserError(f"errors is {self.errors!r}: edge-mask takes errors as nodes")
         if not (split(self.methods) or split(self.neurons) or split(self.mlp_neurons)):
             raise UserError(f"methods is empty: give some of {', '.join(RANKINGS)}")
         check_options(self)

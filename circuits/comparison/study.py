@@ -23,9 +23,11 @@ from circuits.attribution.effects import SiteEffects
 from circuits.attribution.ensemble import combined_nodes, ensemble_weights, weighted_effects
 from circuits.attribution.node_effects import Attribution, attribute
 from circuits.attribution.nodes import Nodes, aggregate, count, joined
-from circuits.comparison.options import MASK, SIGNS, CompareOptions
+from circuits.comparison.options import EDGE_MASK, MASK_EQUAL, MASKS, SIGNS, CompareOptions
 from circuits.comparison.results import MEAN, NOISING, Agreement
 from circuits.discovery.batching import DiscoveryRun
+from circuits.discovery.discover import discover
+from circuits.faithfulness.edge_mask import learn_edge_mask
 from circuits.faithfulness.learned_mask import learn_node_mask
 from circuits.faithfulness.nodes import random_nodes
 from circuits.metrics.metrics import warn_if_cancelling
@@ -86,8 +88,8 @@ class Study:
         return self._rankings[method]
 
     def _rank(self, method: str) -> Ranking:
-        if method == MASK:
-            return self._mask()
+        if method in MASKS:
+            return self._edge_mask() if method == EDGE_MASK else self._mask(from_nothing=method == MASK_EQUAL)
         if method.startswith(SIGNS):
             return self._by_signs(method.removeprefix(SIGNS))
         return self._effects(method) if len(members(method)) == 1 else self._ensemble(members(method))
@@ -125,12 +127,34 @@ class Study:
         self._site_effects[method] = {site: SiteEffects.concatenate(of_site) for site, of_site in by_batch.items()}
         return Ranking(self.aggregated(by_batch), seconds, peak, per_prompt)
 
-    def _mask(self) -> Ranking:
-        options, start = self.options, self.ranking(self.options.mask_start)
-        learning = MaskOptions(
+    @property
+    def _learning(self) -> MaskOptions:
+        """How masks are learned."""
+        options = self.options
+        return MaskOptions(
             steps=options.mask_steps, start_site=options.start_site, errors=options.errors,
             ablation=options.ablation, batch_size=min(MaskOptions.batch_size, self.rows), seed=options.seed,
         )  # fmt: skip
+
+    def _edge_mask(self) -> Ranking:
+        """Nodes by when the edges that a mask keeps join them to the metric, the others behind them by effect."""
+        setting, options = self.setting, self.options
+        begin = time.perf_counter()
+        circuit = discover(
+            setting.model, setting.saes, self.prompts, metric=setting.metric, method=options.mask_start,
+            rule=options.rule, steps=options.steps, residual=options.residual, memory=options.memory,
+            edge_nodes=options.mask_edge_nodes, progress=False,
+        )  # fmt: skip
+        mask = learn_edge_mask(circuit, options=self._learning, progress=False)
+        seconds = time.perf_counter() - begin
+        few = replace(circuit, source=replace(circuit.source, prompts=self._few))
+        short = replace(self._learning, steps=1, batch_size=len(self._few))
+        peak = peak_memory(lambda: learn_edge_mask(few, options=short, progress=False), setting.model.device)
+        return Ranking(_before_others(mask.nodes, circuit.nodes), seconds, peak, None)
+
+    def _mask(self, *, from_nothing: bool) -> Ranking:
+        start = self.ranking(self.options.mask_start)
+        learning = replace(self._learning, start="equal" if from_nothing else "effects")
 
         def learn(prompts: PromptSet, learning: MaskOptions) -> Nodes:
             return learn_node_mask(
@@ -204,6 +228,24 @@ class Study:
                     sums[site][row, : effects.n_nodes] += sign * effects.summed(1).double()
         exact = torch.cat([sums[site][:, nodes.feature] for site, nodes in sample.items()], 1) / len(self.prompts)
         return {NOISING: exact[0], **({MEAN: exact.mean(0)} if paired else {})}
+
+
+def _before_others(first: Nodes, nodes: Nodes) -> Nodes:
+    """All nodes by rank: those of `first` with an effect, largest first, then the others by their own |effect|."""
+    rows = []  # of every node: its effect in `first`, and its own
+    for site, of_site in nodes.items():
+        in_first = torch.zeros(of_site.n_features + 2)
+        if site in first:
+            in_first[first[site].feature] = first[site].effect
+        rows.append(torch.stack([in_first[of_site.feature], of_site.effect.abs()]))
+    given, own = torch.cat(rows, dim=1).double()
+    key = torch.where(given > 0, 1 + given, own / (1 + own.max()))
+    rank = torch.empty(len(key))
+    rank[key.argsort(descending=True, stable=True)] = torch.arange(len(key), 0, -1) / len(key)
+    by_site = rank.split([len(of_site) for of_site in nodes.values()])
+    return {
+        site: replace(of_site, effect=effect) for (site, of_site), effect in zip(nodes.items(), by_site, strict=True)
+    }
 
 
 def agreement(nodes: Nodes, truth: Truth, *, unsigned: bool) -> dict[str, Agreement]:

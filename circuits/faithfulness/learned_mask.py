@@ -25,40 +25,30 @@ Legend: B prompts, S positions, d model width, N nodes, n chosen features of a s
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from torch.nn.functional import pad
 
 from circuits._results import format_table
 from circuits._tensors import flatten
 from circuits.attribution.activations import Setting
-from circuits.attribution.nodes import Nodes, select_nodes
+from circuits.attribution.nodes import Nodes, count, select_nodes
 from circuits.circuit import Circuit
 from circuits.discovery.discover import discover
 from circuits.faithfulness.ablation import AblationValues
-from circuits.faithfulness.mask_gates import Gates, budget_gates, mask_loss, masked_logits
+from circuits.faithfulness.mask_descent import Task, descend, measure_behaviour
+from circuits.faithfulness.mask_gates import Gates
 from circuits.faithfulness.nodes import set_up
-from circuits.faithfulness.optimal_ablation import Descent, OptimalValues, dealer
 from circuits.metrics.metrics import kl, prepare
 from circuits.options import DiscoverOptions, MaskOptions
 from circuits.prompts.dataset import PromptSet
 from sae._files import write_tensors
 from sae._frames import Result
-from sae._progress import ProgressBar
 from sae._run.outputs import check_output, has_header
-from sae.errors import UserError
 from sae.model.sites import Site
-
-STEP_PROMPTS = 64
-"""Prompts of a step."""
-COLDEST, SLOWEST = 0.02, 0.1
-"""What is left of temperature and learning rate at the end."""
-
 
 FOUND_WITH = ("model", "saes", "saes_fingerprint", "prompts", "prompts_fingerprint", "examples", "site_paths",
               "span_template", "need_spans", "title")  # fmt: skip
@@ -136,14 +126,19 @@ def mask_circuit(circuit: Circuit, mask: LearnedMask, n: int, *, progress: bool 
 
     The prompts are gone through once more, as when the circuit was found.
     """
+    return discovered_again(circuit, select_nodes(mask.nodes, top=n), {"nodes": n, **mask.options}, progress=progress)
+
+
+def discovered_again(circuit: Circuit, nodes: Nodes, mask: dict[str, Any], *, progress: bool) -> Circuit:
+    """A circuit of these nodes of another alone, with edges among all of them; `mask`: how they were chosen."""
     metadata = circuit.metadata
     options = {field.name: metadata["options"][field.name] for field in fields(DiscoverOptions)
                if field.name in metadata["options"]}  # fmt: skip
     kept = {key: metadata[key] for key in FOUND_WITH if key in metadata}
     found = discover(
-        circuit.model, circuit.saes, circuit.prompts, DiscoverOptions(**{**options, "edge_nodes": n}),
-        metric=circuit.metric, provenance={**kept, "mask": {"nodes": n, **mask.options}},
-        only=select_nodes(mask.nodes, top=n), progress=progress,
+        circuit.model, circuit.saes, circuit.prompts, DiscoverOptions(**{**options, "edge_nodes": count(nodes)}),
+        metric=circuit.metric, provenance={**kept, "mask": mask},
+        only=nodes, progress=progress,
     )  # fmt: skip
     named = {**found.metadata["options"], "metric": metadata["options"]["metric"]}
     return replace(found, features=circuit.features, metadata={**found.metadata, "options": named})
@@ -169,7 +164,7 @@ def learn_node_mask(
     scores = starting_scores(nodes, options.start).to(setting.model.device).requires_grad_(True)
     if options.ablation == "optimal":
         prompts = prepare(prompts, setting.model, kl)
-    losses = _descend(_Task(gates, values, prompts, behaviour, options, scores), progress=progress)
+    losses = descend(Task(gates, values, prompts, behaviour, options, scores), progress=progress)
     return _ranked(nodes, scores.detach().cpu(), losses, options)
 
 
@@ -181,158 +176,6 @@ def starting_scores(nodes: Nodes, start: str) -> torch.Tensor:
     rank = torch.empty(len(effect))
     rank[effect.argsort(descending=True, stable=True)] = torch.arange(1.0, len(effect) + 1)
     return -rank.log()
-
-
-def budget_range(n: int, options: MaskOptions) -> tuple[int, int]:
-    """Smallest and largest budget of n nodes: what the options say, as far as there are nodes."""
-    largest = min(n, options.largest or max(1, n // 3, options.smallest or 1))
-    return min(largest, options.smallest or max(1, n // 50)), largest
-
-
-def draw_budgets(n: int, *, smallest: int, largest: int, generator: torch.Generator) -> torch.Tensor:
-    """n numbers of nodes, one from each of n equal parts of [ln smallest, ln largest], in random order."""
-    share = (torch.arange(n) + torch.rand(n, generator=generator)) / n
-    share = share[torch.randperm(n, generator=generator)]
-    log = math.log(smallest) + share * (math.log(largest) - math.log(smallest))
-    return log.exp().round().long().clamp(smallest, largest)
-
-
-@dataclass(frozen=True)
-class Behaviour:
-    """What the kept nodes have to reach, and what no mask changes."""
-
-    target: torch.Tensor
-    """[B] m(M) of every prompt."""
-    scale: float
-    """Mean distance from m(M) to m(no node)."""
-    before: dict[Site, torch.Tensor]
-    """Clean activations [B, S, d] of the sites a run has to be given to begin at the first masked site."""
-
-
-@torch.no_grad()
-def measure_behaviour(gates: Gates, values: AblationValues, prompts: PromptSet, *, batch_size: int) -> Behaviour:
-    """Run the whole model, and the model without any node, on all prompts."""
-    of_model, of_none, before = [], [], []
-    model, metric, first = values.setting.model, values.setting.metric, gates.table.sites[0]
-    none = torch.zeros(1, gates.n, device=model.device)
-    earlier = [site for site in model.sites if site < first]
-    blocks = [site for site in earlier if site.kind == "resid"]
-    needed = [*blocks[-1:], *(site for site in earlier if not blocks or site > blocks[-1])]
-    for batch in prompts.batches(batch_size):
-        run = model.run(batch.clean, capture=needed, last_only=True)
-        of_model.append(metric(run.logits[:, -1], batch))
-        before.append(run.activations)
-        run = model.run(batch.clean, edits=gates.edits(none, values(batch), batch), last_only=True)
-        of_none.append(metric(run.logits[:, -1], batch))
-    target = torch.cat(of_model)
-    scale = (torch.cat(of_none) - target).mean().abs().item()
-    if scale < 1e-9:
-        raise UserError("ablating every node leaves the metric as it is: there is nothing to learn a mask for")
-    longest = prompts.clean.n_positions  # a batch is trimmed to its own longest prompt
-    padded = [{site: pad(x, (0, 0, longest - x.shape[1], 0)) for site, x in batch.items()} for batch in before]
-    return Behaviour(target, scale, {site: torch.cat([batch[site] for batch in padded]) for site in needed})
-
-
-@dataclass(frozen=True)
-class _Task:
-    """What is the same in every step, and the scores [N] that are learned."""
-
-    gates: Gates
-    values: AblationValues
-    prompts: PromptSet
-    behaviour: Behaviour
-    options: MaskOptions
-    scores: torch.Tensor
-
-
-@torch.enable_grad()
-def _descend(task: _Task, *, progress: bool) -> list[float]:
-    """Adam on the scores, in place; the loss of every step."""
-    options, scores = task.options, task.scores
-    generator = torch.Generator().manual_seed(options.seed)
-    optimizer = torch.optim.Adam([scores], lr=options.learning_rate, betas=(0.9, 0.95))
-    optimal = Descent(OptimalValues(task.values)) if options.ablation == "optimal" else None
-    smallest, largest = budget_range(task.gates.n, options)
-    losses, deal = [], dealer(len(task.prompts), generator, size=STEP_PROMPTS)
-    bar = ProgressBar(range(options.steps), desc="mask", unit="step", disable=not progress)
-    for step in bar:
-        done = step / options.steps
-        optimizer.param_groups[0]["lr"] = options.learning_rate * SLOWEST**done
-        index = deal()
-        budgets = draw_budgets(len(index), smallest=smallest, largest=largest, generator=generator).to(scores.device)
-        drawn = _Step(task, index, budgets, options.temperature * COLDEST**done)
-        loss, gradients = drawn.loss_and_gradients(optimal)
-        scores.grad = gradients[0]
-        optimizer.step()
-        if optimal:
-            optimal.step(gradients[1:], done)
-        losses.append(loss)
-        bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
-    return losses
-
-
-@dataclass(frozen=True)
-class _Step:
-    """The prompts of a step with the number of nodes each is given."""
-
-    task: _Task
-    index: torch.Tensor
-    """[B] the prompts of the step."""
-    budgets: torch.Tensor
-    """[B] how many nodes each is given."""
-    temperature: float
-
-    def loss_and_gradients(self, optimal: Descent | None) -> tuple[float, list[torch.Tensor]]:
-        """The loss of all prompts of the step; its gradient in the scores, then that of the mean divergence in the
-        optimal ablation values, where these are learned.
-        """
-        batches = list(torch.arange(len(self.index)).split(self.task.options.batch_size))
-        if len(batches) > 1:
-            return self._by_batches(batches, optimal)
-        shortfall, divergence = self._run(batches[0], optimal)
-        loss = self._loss(shortfall)
-        gradients = torch.autograd.grad(loss, self.task.scores, retain_graph=optimal is not None)
-        return loss.item(), [*gradients, *(optimal.gradients(divergence.mean()) if optimal else ())]
-
-    def _by_batches(self, batches: list[torch.Tensor], optimal: Descent | None) -> tuple[float, list[torch.Tensor]]:
-        """The same in batches that fit the model.
-
-        Prompts are averaged before they are squared, so that the gradient of one depends on all others. A run without
-        gradients gives every prompt's shortfall; the gradient of the loss in these, [B], is the weight with which each
-        prompt enters a second run, batch by batch. Random ablation values are the same in both.
-        """
-        random_state = self.task.values.draw_state()
-        with torch.no_grad():
-            shortfall = torch.cat([self._run(rows, optimal)[0] for rows in batches])
-        with torch.enable_grad():
-            loss = self._loss(shortfall.requires_grad_(True))
-            (weight,) = torch.autograd.grad(loss, shortfall)  # [B]
-        self.task.values.draw_state(random_state)
-        total: list[torch.Tensor] = []
-        for rows in batches:
-            of_batch, divergence = self._run(rows, optimal)
-            weighted = (of_batch * weight[rows]).sum()
-            gradients = [*torch.autograd.grad(weighted, self.task.scores, retain_graph=optimal is not None)]
-            gradients += optimal.gradients(divergence.sum() / len(self.index)) if optimal else []
-            total = [a + b for a, b in zip(total, gradients, strict=True)] if total else gradients
-        return loss.item(), total
-
-    def _loss(self, shortfall: torch.Tensor) -> torch.Tensor:
-        cases = [self.task.prompts.cases[row] for row in self.index.tolist()]
-        return mask_loss(shortfall, self.budgets, cases, match=self.task.options.match)
-
-    def _run(self, rows: torch.Tensor, optimal: Descent | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """(m(C) - m(M)) / scale of the prompts `rows` of the step, and their divergence where values are learned."""
-        task, behaviour, index = self.task, self.task.behaviour, self.index[rows]
-        batch = task.prompts[index]
-        gates = budget_gates(task.scores, self.budgets[rows.to(self.budgets.device)], temperature=self.temperature)
-        chosen, width = index.to(behaviour.target.device), batch.clean.n_positions
-        clean = {site: x[chosen, -width:] for site, x in behaviour.before.items()}
-        model, metric = task.values.setting.model, task.values.setting.metric
-        skip = model.resume_from(task.gates.table.sites[0], clean)
-        logits = masked_logits(model, task.gates, gates, batch, (optimal or task.values)(batch), skip=skip)
-        shortfall = (metric(logits, batch) - behaviour.target[chosen]) / behaviour.scale
-        return shortfall, kl(logits, batch) if optimal else shortfall.detach()
 
 
 def _ranked(nodes: Nodes, scores: torch.Tensor, losses: list[float], options: MaskOptions) -> LearnedMask:

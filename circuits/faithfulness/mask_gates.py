@@ -57,6 +57,24 @@ class Gates:
             error = torch.full_like(error, float(self.errors == "keep"))
         return grid[..., :-2], error, grid[..., -1:]
 
+    def scores(self, parameters: torch.Tensor) -> torch.Tensor:
+        """What is learned is the scores [N] themselves."""
+        return parameters
+
+    def clean_sites(self, model: LanguageModel) -> list[Site]:
+        """What a run has to be given to begin at the first masked site."""
+        earlier = [site for site in model.sites if site < self.table.sites[0]]
+        blocks = [site for site in earlier if site.kind == "resid"]
+        return [*blocks[-1:], *(site for site in earlier if not blocks or site > blocks[-1])]
+
+    def logits(
+        self, model: LanguageModel, openings: torch.Tensor, prompts: PromptSet, ablated: Mapping[Site, SiteValues],
+        clean: Mapping[Site, torch.Tensor], *, grad: bool,
+    ) -> torch.Tensor:  # fmt: skip
+        """Logits after every prompt [B, V] with these openings [B or 1, N], begun at the first masked site."""
+        skip = model.resume_from(self.table.sites[0], clean)
+        return masked_logits(model, self, openings, prompts, ablated, skip=skip, grad=grad)
+
     def edits(self, gates: torch.Tensor, values: Mapping[Site, SiteValues], prompts: PromptSet) -> dict[Site, SiteEdit]:
         """Edits for `LanguageModel.run` under the gates [B or 1, N] of every prompt."""
 
@@ -97,13 +115,14 @@ def masked_logits(
     values: Mapping[Site, SiteValues],
     *,
     skip: Mapping[Site, torch.Tensor] | None = None,
+    grad: bool = True,
 ) -> torch.Tensor:
     """Logits after every prompt [B, V] with these openings of the gates [B or 1, N]; skip: what comes before the first
     masked site, from the clean run.
     """
-    planted = {site: x.detach().requires_grad_(True) for site, x in (skip or {}).items()}
+    planted = {site: x.detach().requires_grad_(grad) for site, x in (skip or {}).items()}
     edits = gates.edits(openings, values, prompts)
-    return model.run(prompts.clean, edits=edits, skip=planted, grad=True, last_only=True).logits[:, -1]
+    return model.run(prompts.clean, edits=edits, skip=planted, grad=grad, last_only=True).logits[:, -1]
 
 
 def mask_loss(off: torch.Tensor, budgets: torch.Tensor, cases: Sequence[str], *, match: str) -> torch.Tensor:

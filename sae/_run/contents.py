@@ -58,7 +58,7 @@ SAES = Layout((*MADE_WITH_SAES, r"labels\.jsonl"), {SITE: SAE})
 CHECKPOINTS = Layout(folders={r"step_\d{8}": Layout((r"state\.json", r"state(-\d+-of-\d+)?\.safetensors"))})
 PARTIAL = Layout((r"partial\.json", r"(nodes|edges)-\d{4,}\.safetensors"))
 MEASURED = Layout((
-    rf"(edge_)?faithfulness{NAMED}\.(json|svg)", rf"mask{NAMED}\.(json|safetensors)",
+    rf"(edge_)?faithfulness{NAMED}\.(json|svg)", rf"(edge_)?mask{NAMED}\.(json|safetensors)",
     rf"(validity|attention){NAMED}\.json",
     rf"shift{NAMED}\.(json|svg)", r"probe\.safetensors", r"probe_texts\.jsonl",
 ))  # fmt: skip
@@ -84,7 +84,7 @@ RUN = Layout(
     (r"config\.json", r"report\.html", r"labels\.jsonl"),
     {
         "saes": SAES, "checkpoints": CHECKPOINTS, "circuit": CIRCUIT, "comparison": COMPARISON, "trained": TRAINED,
-        "edits": None, "graph": None, "features": FEATURES, rf"mask{NAMED}": OF_MASK,
+        "edits": None, "graph": None, "features": FEATURES, rf"(edge_)?mask{NAMED}": OF_MASK,
     },
 )  # fmt: skip
 BEHAVIOUR = Layout(

@@ -48,3 +48,27 @@ def test_learned_scores_outlive_an_interrupted_measurement(sfc, run_folder, prom
     options = ["--steps", 2, "--smallest", 3, "--sizes", "5", "--overwrite"]
     assert sfc("mask", "--circuit", run_folder, "--prompts", prompts_file, *options).status == 2
     assert load_file(scores)
+
+
+def test_a_mask_on_edges(sfc, run_folder, prompts_file):
+    options = ("--edges", "--edge-sizes", "5,20", "--steps", 2, "--batch-size", 4, "--overwrite")
+    result = sfc("mask", "--circuit", run_folder, "--prompts", prompts_file, *options, "--circuit-edges", 12, "--json")
+    data = json.loads(result.out)
+    assert result.status == 0 and data["held_out"] and len(data["losses"]) == 2
+    assert data["mask"]["sizes"] == data["effects"]["sizes"] == [5, 20]
+    assert data["mask"]["all_joined"] == pytest.approx(data["effects"]["all_joined"], abs=1e-4)
+    assert json.loads((run_folder / "circuit" / "edge_mask.json").read_text()) == data
+    names = load_file(run_folder / "circuit" / "edge_mask.safetensors")
+    assert {name.partition("/")[0] for name in names} == {"edges", "nodes"}
+    mask = run_folder / "edge_mask"
+    circuit, whole = Circuit.load(mask), Circuit.load(run_folder)
+    weights = {(row.source, row.target): row.weight for row in whole.edges_frame().itertuples()}
+    shown = list(circuit.edges_frame().itertuples())
+    assert 0 < len(shown) <= 12
+    assert [row.weight for row in shown] == pytest.approx([weights[row.source, row.target] for row in shown], rel=1e-3)
+    for command in (["render"], ["ablate", "--top", 2, "--random", 0]):
+        assert sfc(*command, "--circuit", mask).status == 0
+    faithfulness = sfc("faithfulness", "--circuit", mask, "--edges", "--edge-sizes", "5", "--random", 0)
+    assert faithfulness.status == 0 and "edges have a weight" in faithfulness.out
+    assert sfc("mask", "--circuit", run_folder, "--edges", "--circuit-nodes", 3).status == 2
+    assert sfc("mask", "--circuit", run_folder, "--circuit-edges", 3).status == 2

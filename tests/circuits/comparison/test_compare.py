@@ -14,12 +14,12 @@ from scipy.stats import pearsonr, spearmanr
 
 from circuits.attribution.activation_patching import exact_effects
 from circuits.attribution.activations import Setting, capture_activations
-from circuits.attribution.nodes import SiteNodes
+from circuits.attribution.nodes import SiteNodes, select_nodes
 from circuits.comparison import compare
 from circuits.comparison.compare import compare_methods, nodes_for, size_grid
 from circuits.comparison.options import CompareOptions, split
 from circuits.comparison.results import MEAN, NOISING
-from circuits.comparison.study import Truth, agreement, correlation
+from circuits.comparison.study import Study, Truth, agreement, correlation
 from circuits.discovery.discover import discover
 from circuits.faithfulness.learned_mask import MaskOptions, learn_node_mask
 from circuits.faithfulness.nodes import FaithfulnessOptions, measure_faithfulness
@@ -123,6 +123,24 @@ def test_the_row_of_masks_is_what_masks_score(comparison, tiny_model, tiny_saes,
     assert [row.curve.faithfulness[i] for i in at] == pytest.approx(curve.faithfulness, abs=1e-5)
     assert row.residual is None and row.agreement == {} and row.estimates is None
     assert row.seconds > rows["attrib"].seconds and row.peak_bytes >= rows["attrib"].peak_bytes
+
+
+def test_masks_from_nothing_and_on_edges(tiny_model, tiny_saes, tiny_prompts):
+    """Both rank every node; the nodes that edges join to the metric stand before all others."""
+    options = CompareOptions(
+        methods="attrib,mask-equal,edge-mask", neurons="", sizes="5", sample=0, resamples=0, mask_start="attrib",
+        mask_steps=1, mask_edge_nodes=8,
+    )  # fmt: skip
+    rows = {row.method: row for row in compare_methods(
+        tiny_model, tiny_saes, tiny_prompts, tiny_prompts, options, progress=False
+    ).rows}  # fmt: skip
+    assert list(rows) == ["attrib", "mask-equal", "edge-mask"]
+    assert len({row.curve.n_nodes for row in rows.values()}) == 1
+    assert all(row.residual is None and row.agreement == {} for name, row in rows.items() if name != "attrib")
+    study = Study(Setting.of(tiny_model, tiny_saes), tiny_prompts, options)
+    first, nodes = select_nodes(study.ranking("attrib").nodes, top=8), study.ranking("edge-mask").nodes
+    names = {name for site, here in first.items() for name in here.ids(site)}
+    assert {name for site, here in select_nodes(nodes, top=3).items() for name in here.ids(site)} <= names
 
 
 def test_exact_patching_agrees_with_itself(comparison):

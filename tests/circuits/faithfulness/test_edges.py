@@ -25,7 +25,9 @@ def circuit_of(model, saes, prompts, **options):
 
 
 def by_hand(model, saes, circuit, prompts, kept, values) -> float:
-    """m with the kept edges: every node by a run of its own in which all earlier sites are overwritten."""
+    """m with gates on edges, 1 where they are kept: every node by a run of its own in which all earlier sites are
+    overwritten.
+    """
     clean = model.run(prompts.clean, capture=list(saes)).activations
     direct = {(up, down) for up, down in circuit.edges}
     states: dict[tuple[Site, int], torch.Tensor] = {}  # what a node adds to its site, [B, S, d]
@@ -36,8 +38,9 @@ def by_hand(model, saes, circuit, prompts, kept, values) -> float:
         for up in sites if down is None else sites[: sites.index(down)]:
             x = values[up].x
             if (up, down) in direct:
-                for column in kept[up, down][row].nonzero()[:, 0].tolist():
-                    x = x + states[up, column]
+                gate = kept[up, down][row]
+                for column in gate.nonzero()[:, 0].tolist():
+                    x = x + gate[column] * states[up, column]
             edits[up] = lambda _, x=x: x.expand(*prompts.clean.input_ids.shape, -1)
         return edits
 

@@ -11,18 +11,9 @@ from circuits.attribution.activations import Setting
 from circuits.attribution.nodes import SiteNodes, count, select_nodes
 from circuits.discovery.discover import discover
 from circuits.faithfulness.ablation import AblationValues, ablation_edits
-from circuits.faithfulness.learned_mask import (
-    Gates,
-    MaskOptions,
-    budget_gates,
-    budget_range,
-    draw_budgets,
-    learn_node_mask,
-    mask_loss,
-    masked_logits,
-    measure_behaviour,
-    starting_scores,
-)
+from circuits.faithfulness.learned_mask import MaskOptions, learn_node_mask, starting_scores
+from circuits.faithfulness.mask_descent import budget_range, draw_budgets, measure_behaviour
+from circuits.faithfulness.mask_gates import Gates, budget_gates, mask_loss, masked_logits
 from circuits.faithfulness.nodes import from_start_site
 from circuits.metrics.metrics import logit_difference
 from circuits.options import DiscoverOptions
@@ -211,7 +202,7 @@ def test_starting_at_the_first_masked_site_changes_nothing(tiny_model, tiny_saes
     reference = AblationValues(
         Setting(tiny_model, tiny_saes, logit_difference), gates.table, "mean", reference=tiny_prompts
     )
-    before = measure_behaviour(gates, reference, tiny_prompts, batch_size=1).before
+    before = measure_behaviour(gates, reference, tiny_prompts, batch_size=1).clean
     at = budget_gates(starting_scores(later, "effects"), torch.tensor([10]), temperature=1.0)
     skip = tiny_model.resume_from(Site.parse(first), before)
     assert skip

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from circuits.editing.applied import edited
     from circuits.editing.declaration import Edit, load_edits, save_edits
     from circuits.editing.edit import ablate, steer
+    from circuits.faithfulness.edge_mask import learn_edge_mask
     from circuits.faithfulness.learned_mask import learn_mask
     from circuits.faithfulness.nodes import faithfulness
     from circuits.options import DiscoverOptions
@@ -54,6 +55,7 @@ _MODULES = {
     "editing.applied": ("edited",),
     "editing.declaration": ("Edit", "load_edits", "save_edits"),
     "editing.edit": ("ablate", "steer"),
+    "faithfulness.edge_mask": ("learn_edge_mask",),
     "faithfulness.learned_mask": ("learn_mask",),
     "faithfulness.nodes": ("faithfulness",),
     "options": ("DiscoverOptions",),
@@ -69,8 +71,8 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 __all__ = [
     "BehaviourSearchOptions", "Circuit", "DiscoverOptions", "Edit", "PromptSet", "ShiftOptions", "SuiteOptions",
     "ablate", "compare_circuits", "compare_methods", "discover", "edited", "evaluate_suite", "faithfulness",
-    "find_behaviours", "head_loadings", "learn_mask", "load_edits", "load_prompts", "qk_attribution", "save_edits",
-    "shift", "steer", "targeted_perturbation", "validate", "verify",
+    "find_behaviours", "head_loadings", "learn_edge_mask", "learn_mask", "load_edits", "load_prompts",
+    "qk_attribution", "save_edits", "shift", "steer", "targeted_perturbation", "validate", "verify",
 ]  # fmt: skip
 
 

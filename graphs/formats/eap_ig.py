@@ -36,7 +36,9 @@ from graphs.sharing import shared
 EXTRA = "sparse_feature_circuit"
 INPUT, LOGITS = "input", "logits"
 NAME = re.compile(r"input|logits|m(?P<mlp>\d+)|a(?P<attn>\d+)\.h(?P<head>\d+)")
-Weights = dict[tuple[str, str], float]
+Pair = tuple[str, str]
+"""Two components, the first upstream of the second."""
+Weights = dict[Pair, float]
 FeatureKey = tuple[str, int]
 """(site, feature)"""
 
@@ -79,17 +81,31 @@ def to_eap_ig(
     }
     edges: dict[str, dict[str, Any]] = {}
     for source, target in _pairs(n_layers, parallel=parallel):
-        inputs = [f"<{letter}>" for letter in "qkv"] if target.startswith("a") else [""]
         total = weights.pop((source, target), 0.0)
-        share = total / (len(members[source]) * len(members[target]) * len(inputs))
-        for start in members[source]:
-            for end in members[target]:
-                edges |= {f"{start}->{end}{letter}": {"score": share, "in_graph": total != 0} for letter in inputs}
+        names = [name for start in members[source] for end in members[target] for name in _edge_names(start, end)]
+        edges |= {name: {"score": total / len(names), "in_graph": total != 0} for name in names}
     if weights:
         source, target = next(iter(weights))
         raise GraphError(f"edge {source} -> {target} does not exist where attention and MLP are parallel")
     shape = {"n_layers": n_layers, "n_heads": n_heads, "parallel_attn_mlp": parallel, "d_model": d_model}
     return {"cfg": shape, "nodes": nodes, "edges": edges, EXTRA: graph.to_json() | {"metadata": shared(graph.metadata)}}
+
+
+def component_edges(n_layers: int, n_heads: int, *, parallel: bool = False) -> dict[Pair, list[str]]:
+    """Every pair of components that the residual stream joins, heads one by one -> the names of its edges."""
+    heads = {f"a{layer}": [f"a{layer}.h{head}" for head in range(n_heads)] for layer in range(n_layers)}
+    return {
+        (start, end): _edge_names(start, end)
+        for source, target in _pairs(n_layers, parallel=parallel)
+        for start in heads.get(source, [source])
+        for end in heads.get(target, [target])
+    }
+
+
+def _edge_names(source: str, target: str) -> list[str]:
+    """The edge between two components; the three into a head, by query, key and value."""
+    letters = [f"<{letter}>" for letter in "qkv"] if target.startswith("a") else [""]
+    return [f"{source}->{target}{letter}" for letter in letters]
 
 
 def _components(n_layers: int) -> list[str]:
@@ -182,7 +198,7 @@ def from_eap_ig(data: Any, *, source: str | Path = "circuit") -> FeatureGraph:
     of `embed`; q, k and v edges are added up. A node without a score has the sum of its outgoing edges as its effect.
     """
     check_type(data, _Circuit, f"{source}: not a circuit of EAP-IG")
-    if EXTRA in data:
+    if "nodes" in data.get(EXTRA, ()):
         return FeatureGraph.from_json(data[EXTRA], source=source)
     try:
         return _foreign(data)

@@ -98,13 +98,17 @@ class AttentionHeads:
             )
 
 
-_HEADS: WeakKeyDictionary[nn.Module, dict[int, AttentionHeads]] = WeakKeyDictionary()
-"""Attention modules of a model whose heads are kept, with where."""
+HeadEdit = Callable[[int, Tensor], Tensor]
+"""Number of a layer and what its heads give to the output projection [B, S, H, d_v] -> what is given instead."""
+_HEADS: WeakKeyDictionary[nn.Module, tuple[dict[int, AttentionHeads], HeadEdit | None]] = WeakKeyDictionary()
+"""Attention modules of a model whose heads are kept, with where, and how they are edited."""
 
 
 @contextmanager
-def attention_heads(hf: nn.Module) -> Iterator[dict[int, AttentionHeads]]:
-    """Yields a mapping that every run of the model in this context fills: number of the layer -> its heads."""
+def attention_heads(hf: nn.Module, edit: HeadEdit | None = None) -> Iterator[dict[int, AttentionHeads]]:
+    """Yields a mapping that every run of the model in this context fills: number of the layer -> its heads, after the
+    edit, if there is one.
+    """
     heads: dict[int, AttentionHeads] = {}
     modules = [module for module in hf.modules() if isinstance(getattr(module, "layer_idx", None), int)]
     configs: list[Any] = []
@@ -118,7 +122,7 @@ def attention_heads(hf: nn.Module) -> Iterator[dict[int, AttentionHeads]]:
     try:
         for config in configs:
             config._attn_implementation = NAME
-        _HEADS.update(dict.fromkeys(modules, heads))
+        _HEADS.update(dict.fromkeys(modules, (heads, edit)))
         yield heads
     finally:
         for module in modules:
@@ -145,8 +149,10 @@ def _attention(
     output, weights = _written_out(module)(module, query, key, value, attention_mask, scaling=scaling, **options)
     if module in _HEADS:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        heads = AttentionHeads(query, key, output, weights, float(scale), options.get("softcap"))
-        _HEADS[module][int(module.layer_idx)] = heads  # type: ignore[arg-type]
+        kept, edit = _HEADS[module]
+        layer = int(module.layer_idx)  # type: ignore[arg-type]
+        output = output if edit is None else edit(layer, output)
+        kept[layer] = AttentionHeads(query, key, output, weights, float(scale), options.get("softcap"))
     return output, weights
 
 

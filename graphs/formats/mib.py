@@ -1,0 +1,104 @@
+"""A submission to the circuit track of MIB (Mueller et al. 2025; README of hannamw/MIB-circuit-track).
+
+1. A submission is a folder with one folder a task and model, TASK_MODEL, as `ioi_gpt2` or `arc-easy_llama3`.
+2. In each are nine circuits in the JSON of EAP-IG (`graphs.formats.eap_ig`), with at most .1, .2, .5, 1, 2, 5, 10, 20
+   and 50 % of the model's edges. Membership is `in_graph`; `score`, which the benchmark's loader asks for, is 1 or 0.
+3. A circuit of components is one of edges as well: the k strongest components by |effect| with all edges among them,
+   and to the logits, which are always in it. k is the largest number whose edges stay within the share; components
+   without a path from the input are left out with their edges, as the loader does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from graphs._files import write_json
+from graphs._outputs import check_output, is_eap_ig
+from graphs.errors import GraphError
+from graphs.formats.eap_ig import EXTRA, INPUT, LOGITS, Pair, component_edges
+
+SHARES = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
+"""Per cent of all edges that the nine circuits have at most."""
+TASKS = ("ioi", "mcqa", "arithmetic-addition", "arithmetic-subtraction", "arc-easy", "arc-challenge")
+"""Tasks of the track."""
+MODELS = {
+    "gpt2": ("gpt2", "openai-community/gpt2"),
+    "qwen2.5": ("Qwen/Qwen2.5-0.5B",),
+    "gemma2": ("google/gemma-2-2b",),
+    "llama3": ("meta-llama/Llama-3.1-8B",),
+}
+"""Models of the track -> what they are called on the hub."""
+
+
+def write_mib(
+    effects: Mapping[str, float], folder: str | Path, *, task: str, model: str, overwrite: bool = False, **shape: Any
+) -> list[Path]:
+    """Write the nine circuits of a task and model.
+
+    Args:
+        effects: Component (`input`, `a0.h0`, `m0`) -> effect, all components of the model.
+        folder: The submission; the files go to TASK_MODEL in it.
+        task: One of `TASKS`.
+        model: One of `MODELS`.
+        overwrite: Whether a file of these names that this program did not write is replaced.
+        shape: n_layers, n_heads, d_model, and parallel, as for `to_eap_ig`.
+
+    Returns:
+        The files.
+
+    Raises:
+        GraphError: For a task or model that the track does not have, other components than the model's, or a file of
+            another program.
+    """
+    for what, name, names in (("task", task, TASKS), ("model", model, tuple(MODELS))):
+        if name not in names:
+            raise GraphError(f"{what} is {name!r}: MIB has {', '.join(names)}")
+    circuits = to_mib(effects, **shape)
+    paths = {share: Path(folder) / f"{task}_{model}" / f"edges_{share}.json" for share in circuits}
+    for path in paths.values():
+        check_output(path, is_eap_ig, overwrite=overwrite)
+    for share, path in paths.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, circuits[share])
+    return list(paths.values())
+
+
+def to_mib(
+    effects: Mapping[str, float], *, n_layers: int, n_heads: int, d_model: int, parallel: bool = False
+) -> dict[float, dict[str, Any]]:
+    """Share of the edges in per cent -> the circuit as EAP-IG's dictionary."""
+    edges = component_edges(n_layers, n_heads, parallel=parallel)
+    components = {source for (source, _) in edges}
+    if components != {*effects}:
+        strange = sorted({*effects} ^ components)[0]
+        raise GraphError(f"component {strange!r}: effects are of other components than the model's {len(components)}")
+    ranking = sorted(effects, key=lambda name: -abs(effects[name]))
+    n_edges = sum(len(names) for names in edges.values())
+    sizes = [sum(map(len, _among(edges, ranking[:k]).values())) for k in range(len(ranking) + 1)]
+    config = {"n_layers": n_layers, "n_heads": n_heads, "parallel_attn_mlp": parallel, "d_model": d_model}
+    circuits = {}
+    for share in SHARES:
+        k = max(k for k, size in enumerate(sizes) if size <= share / 100 * n_edges)
+        inside = _among(edges, ranking[:k])
+        chosen, members = {name for names in inside.values() for name in names}, {source for source, _ in inside}
+        circuits[share] = {
+            "cfg": config,
+            "nodes": {name: {"in_graph": name in members or name == LOGITS} for name in (*effects, LOGITS)},
+            "edges": {
+                name: {"score": float(name in chosen), "in_graph": name in chosen}
+                for names in edges.values()
+                for name in names
+            },
+            EXTRA: {"effects": dict(effects), "share": share},
+        }
+    return circuits
+
+
+def _among(edges: Mapping[Pair, list[str]], kept: Collection[str]) -> dict[Pair, list[str]]:
+    """The edges among the components kept that have a path from the input, and from these to the logits."""
+    kept = {*kept}
+    if INPUT not in kept:
+        return {}
+    return {(u, d): names for (u, d), names in edges.items() if u in kept and (d in kept or d == LOGITS)}

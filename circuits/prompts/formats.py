@@ -10,7 +10,10 @@
 5. **Answer sets** (AutoCircuit): JSON `{"prompts": [{"clean", "corrupt", "answers": [...], "wrong_answers": [...]}]}`.
 6. **Conversations**: JSON lines `{"messages": [{"role", "content"}], "patch_messages", "clean_answer", "patch_answer",
    "case"}`, which the model's chat template turns into text (`circuits.prompts.chat`).
-7. **MIB rows** (`mib-bench/*` on the hub): `{"prompt", "choices", "answerKey", "*_counterfactual": {...}}`.
+7. **MIB rows** (`mib-bench/*` on the hub): `{"prompt", "*_counterfactual": {...}}` with the answer of each as a number
+   or letter among `choices` (`answerKey`; multiple choice and ARC), as a `label` (arithmetic), or as the names of
+   `metadata` (IOI: the indirect object is right, the subject wrong). A row without a counterfactual prompt counts as an
+   empty prompt.
 
 Answers are text or token ids. Rows of every format may name token spans under `"spans"` (see `circuits.prompts.spans`;
 JSON text in a table); AutoCircuit's `word_idxs` are spans of one token. A template with fields, as MIB's rows have,
@@ -291,10 +294,14 @@ class _MibPrompt:
     label: Label = ""
     template: Label = ""
     letters: bool = False
+    metadata: Any = None
 
-    def answers(self, where: str) -> tuple[str, ...]:
+    def answers(self, where: str, *, name: str = "") -> tuple[str, ...]:
+        """The answer after the prompt; name: what of `metadata` it is, where nothing else says it."""
         if self.answerKey is None and self.label:
             return (self.label,)
+        if self.answerKey is None and isinstance(named := (self.metadata or {}).get(name), str):
+            return (f" {named}",)
         names, key = self.choices or [], self.answerKey
         if self.letters and key in names:
             return (str(key),)
@@ -311,14 +318,13 @@ def _mib(row: Row, where: str) -> Example:
     if not columns:
         raise UserError(f"{where}: every counterfactual prompt is empty")
     column = next((key for key in _PREFERRED_COUNTERFACTUALS if key in columns), columns[0])
-    clean, patch = _mib_prompt(row, where), _mib_prompt(row[column], f"{where}, {column}")
-    return Example(
-        clean=clean.prompt,
-        clean_answers=clean.answers(where),
-        patch=patch.prompt,
-        patch_answers=patch.answers(f"{where}, {column}"),
-        template=clean.template,
-    )
+    clean = _mib_prompt(row, where)
+    answers = clean.answers(where, name="indirect_object")
+    if row[column].get("prompt") is None:
+        return Example(clean.prompt, answers, "", template=clean.template)
+    patch = _mib_prompt({"metadata": clean.metadata, **row[column]}, f"{where}, {column}")
+    wrong = patch.answers(f"{where}, {column}", name="subject")
+    return Example(clean.prompt, answers, patch.prompt, wrong, template=clean.template)
 
 
 def _mib_prompt(row: Row, where: str) -> _MibPrompt:

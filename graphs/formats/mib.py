@@ -3,9 +3,9 @@
 1. A submission is a folder with one folder a task and model, TASK_MODEL, as `ioi_gpt2` or `arc-easy_llama3`.
 2. In each are nine circuits in the JSON of EAP-IG (`graphs.formats.eap_ig`), with at most .1, .2, .5, 1, 2, 5, 10, 20
    and 50 % of the model's edges. Membership is `in_graph`; `score`, which the benchmark's loader asks for, is 1 or 0.
-3. A circuit of components is one of edges as well: the k strongest components by |effect| with all edges among them,
-   and to the logits, which are always in it. k is the largest number whose edges stay within the share; components
-   without a path from the input are left out with their edges, as the loader does.
+3. A circuit of components is one of edges as well: the input and the k strongest components by |effect|, with all edges
+   among them and to the logits. k is the largest number whose edges stay within the share. The input comes first: the
+   benchmark leaves out what has no path from there.
 """
 
 from __future__ import annotations
@@ -52,9 +52,7 @@ def write_mib(
         GraphError: For a task or model that the track does not have, other components than the model's, or a file of
             another program.
     """
-    for what, name, names in (("task", task, TASKS), ("model", model, tuple(MODELS))):
-        if name not in names:
-            raise GraphError(f"{what} is {name!r}: MIB has {', '.join(names)}")
+    check_column(task, model)
     circuits = to_mib(effects, **shape)
     paths = {share: Path(folder) / f"{task}_{model}" / f"edges_{share}.json" for share in circuits}
     for path in paths.values():
@@ -63,6 +61,13 @@ def write_mib(
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, circuits[share])
     return list(paths.values())
+
+
+def check_column(task: str, model: str) -> None:
+    """GraphError for a task or a model that the track does not have."""
+    for what, name, names in (("task", task, TASKS), ("model", model, tuple(MODELS))):
+        if name not in names:
+            raise GraphError(f"{what} is {name!r}: MIB has {', '.join(names)}")
 
 
 def to_mib(
@@ -74,18 +79,18 @@ def to_mib(
     if components != {*effects}:
         strange = sorted({*effects} ^ components)[0]
         raise GraphError(f"component {strange!r}: effects are of other components than the model's {len(components)}")
-    ranking = sorted(effects, key=lambda name: -abs(effects[name]))
+    ranking = sorted(effects, key=lambda name: (name != INPUT, -abs(effects[name])))
     n_edges = sum(len(names) for names in edges.values())
     sizes = [sum(map(len, _among(edges, ranking[:k]).values())) for k in range(len(ranking) + 1)]
     config = {"n_layers": n_layers, "n_heads": n_heads, "parallel_attn_mlp": parallel, "d_model": d_model}
     circuits = {}
     for share in SHARES:
         k = max(k for k, size in enumerate(sizes) if size <= share / 100 * n_edges)
-        inside = _among(edges, ranking[:k])
-        chosen, members = {name for names in inside.values() for name in names}, {source for source, _ in inside}
+        members = {*ranking[:k], LOGITS}
+        chosen = {name for names in _among(edges, members).values() for name in names}
         circuits[share] = {
             "cfg": config,
-            "nodes": {name: {"in_graph": name in members or name == LOGITS} for name in (*effects, LOGITS)},
+            "nodes": {name: {"in_graph": name in members} for name in (*effects, LOGITS)},
             "edges": {
                 name: {"score": float(name in chosen), "in_graph": name in chosen}
                 for names in edges.values()
@@ -96,9 +101,7 @@ def to_mib(
     return circuits
 
 
-def _among(edges: Mapping[Pair, list[str]], kept: Collection[str]) -> dict[Pair, list[str]]:
-    """The edges among the components kept that have a path from the input, and from these to the logits."""
-    kept = {*kept}
-    if INPUT not in kept:
-        return {}
-    return {(u, d): names for (u, d), names in edges.items() if u in kept and (d in kept or d == LOGITS)}
+def _among(edges: Mapping[Pair, list[str]], members: Collection[str]) -> dict[Pair, list[str]]:
+    """The edges among the components, and from these to the logits."""
+    members = {*members, LOGITS}
+    return {(source, target): names for (source, target), names in edges.items() if {source, target} <= members}

@@ -52,6 +52,21 @@ def test_another_programs_file_is_kept_and_an_own_one_replaced(sfc, run_folder, 
     assert out.suffix == ".pdf" or out.read_bytes() == first  # Cairo dates its PDFs
 
 
+def test_a_submission_to_mib(sfc, run_folder, tmp_path):
+    words = ["export", "--format", "mib", "--circuit", run_folder, "--out", tmp_path / "mib"]
+    for more, message in (
+        ([], "give --task"),
+        (["--task", "ioi"], "MIB has gpt2, qwen2.5, gemma2, llama3"),
+        (["--task", "greater-than", "--scan", "gpt2"], "MIB has ioi"),
+    ):
+        refused = sfc(*words, *more)
+        assert refused.status == 2 and message in refused.err and refused.err.count("\n") == 1
+    result = sfc(*words, "--task", "ioi", "--scan", "gpt2", "--json")
+    data = json.loads(result.out)
+    assert result.status == 0 and len(data["files"]) == len(list((tmp_path / "mib" / "ioi_gpt2").iterdir())) == 9
+    assert sfc("export", "--circuit", run_folder, "--format", "graphml", "--task", "ioi").status == 2
+
+
 def test_matches_and_probes_replace_only_their_own_files(sfc, run_folder, model_folder, prompts_file, tmp_path):
     probe, matches = tmp_path / "probe.safetensors", tmp_path / "data.json"
     save_file({"weight": torch.ones(3)}, probe, {"format": "pt"})

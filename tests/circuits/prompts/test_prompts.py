@@ -119,6 +119,25 @@ def test_mib_rows(tmp_path):
     assert second == Example("Which? A red B blue", ("B",), "Which? B red A blue", ("A",))
 
 
+def test_mib_rows_with_labels_and_names(tmp_path):
+    """Arithmetic says its answers itself, IOI may leave them to the names in the prompt; a row without a pair."""
+    arithmetic = {
+        "prompt": "The sum of 12 and 30 is ", "label": "42", "operator": "+", "num_digit": 2,
+        "random_counterfactual": {"prompt": "The sum of 11 and 20 is ", "label": "31"},
+    }  # fmt: skip
+    alone = {**arithmetic, "random_counterfactual": {"prompt": None, "label": None}}
+    ioi = {
+        "prompt": "Ann and Bo ... to", "metadata": {"subject": "Bo", "indirect_object": "Ann", "random_c": "Cy"},
+        "s2_io_flip_counterfactual": {"prompt": "Bo and Ann ... to"},
+    }  # fmt: skip
+    path = write_lines(tmp_path / "mib.jsonl", arithmetic, alone, ioi)
+    assert read_examples(path) == [
+        Example("The sum of 12 and 30 is ", ("42",), "The sum of 11 and 20 is ", ("31",)),
+        Example("The sum of 12 and 30 is ", ("42",), ""),
+        Example("Ann and Bo ... to", (" Ann",), "Bo and Ann ... to", (" Bo",)),
+    ]
+
+
 def test_a_hub_data_set(monkeypatch):
     import datasets
 

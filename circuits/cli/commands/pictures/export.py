@@ -15,10 +15,12 @@ from sae.errors import UserError
 
 if TYPE_CHECKING:
     from graphs import FeatureGraph
+    from sae.model.language_model import LanguageModel
 
 SUFFIXES = {"eap-ig": "eap_ig.json", "neuronpedia": "neuronpedia.json", "graphml": "graphml"}
 MODEL = ("model", "dtype", "site_paths", "device", "device_map")
 DELPHI = "delphi"
+MIB = "mib"
 FOLDER = "circuit-tracer"
 """Of the page's files, in graph/."""
 VIEWERS = ("neuronpedia", FOLDER)
@@ -29,19 +31,27 @@ VIEWERS = ("neuronpedia", FOLDER)
 class ExportCommand(Common, Overwrites, HasCircuit):
     """Write the circuit for other programs: EAP-IG and MIB, the viewers of circuit-tracer and Neuronpedia, GraphML."""
 
-    format: Literal["eap-ig", "neuronpedia", "circuit-tracer", "graphml", "delphi"]
-    """Format: eap-ig (also MIB's; projected onto heads and MLPs), neuronpedia (a file to upload), circuit-tracer (a
-    folder that its page opens, with the features' contexts), graphml, or delphi (a folder with the activations of the
-    circuit's features on --text, from which delphi explains and scores them).
+    format: Literal["eap-ig", "mib", "neuronpedia", "circuit-tracer", "graphml", "delphi"]
+    """Format: eap-ig (the circuit projected onto heads and MLPs), mib (a submission to MIB's circuit track, which
+    --task says more of), neuronpedia (a file to upload), circuit-tracer (a folder that its page opens, with the
+    features' contexts), graphml, or delphi (a folder with the activations of the circuit's features on --text, from
+    which delphi explains and scores them).
     """
     out: Path | None = None
-    """File to write, graph/circuit with the format's ending in the run folder by default; for circuit-tracer and delphi
-    a folder, graph/circuit-tracer or graph/delphi.
+    """File to write, graph/circuit with the format's ending in the run folder by default; for circuit-tracer, mib and
+    delphi a folder, graph/circuit-tracer, graph/mib or graph/delphi.
     """
     slug: str | None = None
     """Name of the graph in the viewers, of letters a to z, digits, and _ . -; by default made of its title."""
     scan: str | None = None
-    """The viewers' name of the model, such as gemma-2-2b; by default made of the model's."""
+    """The viewers' name of the model, such as gemma-2-2b, or MIB's: gpt2, qwen2.5, gemma2 or llama3; by default made of
+    the model's.
+    """
+    task: str | None = None
+    """For mib: the task the circuit is of, ioi, mcqa, arithmetic-addition, arithmetic-subtraction, arc-easy or
+    arc-challenge. Nine circuits of whole heads and MLPs are written, scored by the circuit's own method on its own
+    prompts: these are MIB's nodes, and features cannot be said there.
+    """
     features_url: str | None = None
     """For neuronpedia: address of a public folder with the feature files that format circuit-tracer writes, from which
     it shows contexts.
@@ -63,6 +73,8 @@ class ExportCommand(Common, Overwrites, HasCircuit):
             return self._export_folder()
         if self.format == DELPHI:
             return self._export_delphi()
+        if self.format == MIB:
+            return self._export_mib()
         marks = {"eap-ig": is_eap_ig, "neuronpedia": is_neuronpedia, "graphml": has_mark(".graphml")}
         name = f"circuit.{SUFFIXES[self.format]}"
         with circuit_file(self.circuit, self.out, name, marks[self.format], overwrite=self.overwrite) as out:
@@ -79,20 +91,7 @@ class ExportCommand(Common, Overwrites, HasCircuit):
             if name is None:
                 raise UserError(f"the circuit in {str(circuit_folder(self.circuit))!r} names no model: give --model")
             model = load_model(name, self)
-            heads = getattr(model.hf.config.get_text_config(), "num_attention_heads", None)
-            if heads is None:
-                raise UserError(
-                    f"eap-ig names attention heads, and model {model.name!r} has none: take neuronpedia or graphml"
-                )
-            write_eap_ig(
-                graph,
-                out,
-                overwrite=True,  # it was checked
-                n_layers=model.n_layers,
-                n_heads=heads,
-                d_model=model.d_model,
-                parallel=model.parallel_blocks,
-            )
+            write_eap_ig(graph, out, overwrite=True, **_shape(model))  # it was checked
         elif self.format == "neuronpedia":
             names = {"scan": self.scan or "", "slug": self.slug or "", "features_url": self.features_url or ""}
             write_neuronpedia(graph, out, overwrite=True, **names)
@@ -122,6 +121,41 @@ class ExportCommand(Common, Overwrites, HasCircuit):
         serve = f"circuit-tracer start-server --graph_file_dir {shlex.quote(str(folder))}"
         text = f"{output.text}\nto see it: {serve}\nand open {address}"
         return replace(output, text=text, data={**output.data, "folder": str(folder), "address": address})
+
+    def _export_mib(self) -> Output:
+        from circuits.benchmark.components import component_effects
+        from circuits.circuit import Circuit, circuit_folder
+        from circuits.circuit_source import parse_site_paths
+        from graphs import GraphError
+        from graphs.formats.mib import MODELS, check_column, write_mib
+        from sae._run.locks import lock
+        from sae._run.outputs import check_no_link
+
+        if self.task is None:
+            raise UserError("MIB's folders are called by task and model: give --task, such as ioi")
+        folder = self.out or circuit_folder(self.circuit).parent / "graph" / MIB
+        check_no_link(folder)
+        with lock(circuit_folder(self.circuit).parent, shared=True):
+            circuit = Circuit.load(
+                self.circuit, model=self.model, device=self.device, dtype=self.dtype,
+                device_map=self.device_map, site_paths=parse_site_paths(self.site_paths),
+            )  # fmt: skip
+            name = self.model or circuit.metadata.get("model")
+            scan = self.scan or next((short for short, names in MODELS.items() if name in names), str(name))
+            check_column(self.task, scan)
+            method, shape = circuit.metadata["options"]["method"], _shape(circuit.model)
+            effects = component_effects(
+                circuit.model, circuit.prompts, method=method, metric=circuit.metric, progress=not self.quiet
+            )
+            try:
+                paths = write_mib(effects, folder, task=self.task, model=scan, overwrite=self.overwrite, **shape)
+            except GraphError as error:
+                raise UserError(str(error).replace("overwrite=True", "--overwrite")) from None
+        text = (
+            f"wrote {paths[0].parent} ({len(paths)} circuits of {len(effects)} heads, MLPs and input, by {method})\n"
+            f"MIB takes public folders of the hub with two tasks and two models or more in them, as {folder}"
+        )
+        return Output(text, {"out": str(paths[0].parent), "files": [str(path) for path in paths], "effects": effects})
 
     def _export_delphi(self) -> Output:
         from circuits.circuit import Circuit, circuit_folder
@@ -170,9 +204,11 @@ class ExportCommand(Common, Overwrites, HasCircuit):
     def _check(self) -> None:
         """`UserError` for options that the format does not read."""
         formats = {
-            **dict.fromkeys(MODEL, ("eap-ig", DELPHI)),
+            **dict.fromkeys(MODEL, ("eap-ig", MIB, DELPHI)),
+            "task": (MIB,),
             **dict.fromkeys(("text", "tokens", "context_length"), (DELPHI,)),
-            **dict.fromkeys(("slug", "scan"), VIEWERS),
+            "slug": VIEWERS,
+            "scan": (*VIEWERS, MIB),
             "features_url": ("neuronpedia",),
         }
         for name, allowed in formats.items():
@@ -181,3 +217,11 @@ class ExportCommand(Common, Overwrites, HasCircuit):
                 readers = " and ".join(allowed)
                 option = name.replace("_", "-")
                 raise UserError(f"{option} is given and not used: only format {readers} reads {what}")
+
+
+def _shape(model: LanguageModel) -> dict[str, Any]:
+    """What EAP-IG and MIB say of a model."""
+    heads = getattr(model.hf.config.get_text_config(), "num_attention_heads", None)
+    if heads is None:
+        raise UserError(f"eap-ig and mib name attention heads, and model {model.name!r} has none: take another format")
+    return {"n_layers": model.n_layers, "n_heads": heads, "d_model": model.d_model, "parallel": model.parallel_blocks}

@@ -36,7 +36,20 @@ SPECIAL_SIZES: dict[str, dict[str, Any]] = {
     "falcon": {"head_dim": None, "new_decoder_architecture": False, "parallel_attn": True},
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": 4},
     "deepseek_v3": {"first_k_dense_replace": 1},
-    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 4},
+    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_chunk_size": 4, "attn_layer_indices": [1]},
+    "granitemoehybrid": {
+        "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_chunk_size": 4, "shared_intermediate_size": 32,
+        "layer_types": ["linear_attention", "full_attention"], "residual_multiplier": 0.22,
+    },
+    "gemma4_text": {
+        "vocab_size_per_layer_input": 63, "hidden_size_per_layer_input": 8, "per_layer_config": {"1": {"head_dim": 8}},
+    },
+    "gemma3n_text": {
+        "vocab_size_per_layer_input": 63, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0, "laurel_rank": 8,
+    },
+    "kimi_linear": {"linear_head_dim": 8, "linear_num_heads": 4},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "llama4_text": {"interleave_moe_layer_step": 2},
     "gemma3": {
         "text_config": {

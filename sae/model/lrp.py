@@ -101,8 +101,8 @@ def norm_rule(module: nn.Module) -> Callable[[nn.Module], Linear] | None:
     """The rule of a norm of the last dimension, by its class; None for anything else, such as a norm with a gate."""
     if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
         return None
-    needed = [name for name, x in signature(type(module).forward).parameters.items() if x.default is Parameter.empty]
-    if len(needed) > 2:  # self, x
+    _, _, *others = signature(type(module).forward).parameters.values()  # after self and x
+    if any(other.default is Parameter.empty or "gate" in other.name for other in others):
         return None
     if isinstance(module, nn.LayerNorm) or "RMSNorm" in type(module).__name__:
         return _norm

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
 from transformers.models.olmo_hybrid.modeling_olmo_hybrid import OlmoHybridRMSNormGated
 
 from sae.errors import UserError
@@ -180,4 +181,5 @@ def test_models_without_known_parts_are_refused():
 def test_a_norm_with_a_gate_is_no_norm():
     """It is a product of two inputs, which no rule covers: a model with it is refused, not run without the gate."""
     assert norm_rule(OlmoHybridRMSNormGated(8)) is None
+    assert norm_rule(MambaRMSNormGated(8, 8)) is None  # its gate may be left out
     assert norm_rule(LlamaRMSNorm(8)) is not None

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,7 @@ def _serve(pipe: socket.socket, threads: int) -> None:
             for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
                 if not module.name.endswith(("__main__", "triton_kernels")):
                     importlib.import_module(module.name)
+        _prepare_to_load()
         torch.cuda.is_available = lambda: False  # CUDA does not survive a fork
         torch.set_num_threads(threads)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -118,6 +120,13 @@ def _serve(pipe: socket.socket, threads: int) -> None:
         traceback.print_exc()
     finally:
         os._exit(0)
+
+
+def _prepare_to_load() -> None:
+    """Compile the thousand patterns by which transformers renames weights, half of what a small command takes."""
+    with suppress(ImportError, AttributeError):  # of other releases
+        mapping = importlib.import_module("transformers.conversion_mapping")
+        mapping.get_checkpoint_conversion_mapping("gpt_neox")
 
 
 def _run(request: Request) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,9 @@ def _page(run: RunFiles, title: str | None, features: int, links: Mapping[str, s
     return _environment().get_template("page.html.j2").render(_values(run, features=features), **values)
 
 
+@cache
 def _environment() -> Environment:
+    """The templates, compiled once."""
     environment = Environment(
         loader=PackageLoader(__package__), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         keep_trailing_newline=True,

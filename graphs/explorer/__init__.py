@@ -10,11 +10,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, PackageLoader
+from jinja2 import Environment, PackageLoader, Template
 from markupsafe import Markup
 
 from graphs._files import write_text
@@ -118,10 +119,15 @@ def explorer_html(
     return _page(title, page_data(graph, title, compare_with) | {"links": dict(links or {})})
 
 
+@cache
+def _template() -> Template:
+    environment = Environment(loader=PackageLoader(__name__, ""), autoescape=True, keep_trailing_newline=True)
+    return environment.get_template("template.html.j2")
+
+
 def _page(title: str, data: Mapping[str, Any]) -> str:
     """The page with its data."""
-    page = Environment(loader=PackageLoader(__name__, ""), autoescape=True, keep_trailing_newline=True)
-    return page.get_template("template.html.j2").render(
+    return _template().render(
         title=title.encode("utf-8", "replace").decode("utf-8"),
         style=Markup(_asset("explorer.css")),
         data=Markup(packed(data)),

@@ -52,8 +52,7 @@ def fitted(skip: Mapping[Site, Tensor], model: Any, *, rows: int) -> dict[Site, 
 
 def forward_inputs(module: nn.Module, tokens: Tokens, *, last_only: bool = False) -> dict[str, Any]:
     """Arguments of the forward pass; an optional one is left out where the model does not take it."""
-    accepts = inspect.signature(type(module).forward).parameters
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepts.values())
+    accepts, takes_any = _parameters(type(module).forward)
     optional: dict[str, Any] = {"position_ids": tokens.position_ids, "use_cache": False}
     if last_only:
         optional["logits_to_keep"] = 1
@@ -61,6 +60,13 @@ def forward_inputs(module: nn.Module, tokens: Tokens, *, last_only: bool = False
     if takes_any or "attention_mask" in accepts:
         inputs["attention_mask"] = tokens.attention_mask
     return inputs | {name: value for name, value in optional.items() if name in accepts}
+
+
+@functools.cache
+def _parameters(forward: Callable[..., Any]) -> tuple[frozenset[str], bool]:
+    """Names of a function's parameters, and whether it takes others: looked up anew, a twentieth of a small run."""
+    parameters = inspect.signature(forward).parameters
+    return frozenset(parameters), any(one.kind is one.VAR_KEYWORD for one in parameters.values())
 
 
 def probe_tokens(hf: Any) -> Tokens:

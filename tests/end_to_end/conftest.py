@@ -50,23 +50,31 @@ def load_once(load: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def draw_once(figure: Figure, file: Any, **options: Any) -> None:
-    """Draw the first picture of a name; the next ones with as many axes are empty pictures of the same format."""
-    if isinstance(file, Path):
-        key = re.sub(r"\.[0-9a-f]{8}\.sfc\.tmp", "", file.name), len(figure.axes)
-        figure = Figure((1, 1)) if key in DRAWN else figure
-        DRAWN.add(key)
+    """Draw the first picture of a name, or inside a page the first with such a title and labels; the next ones with as
+    many axes are empty pictures of the same format.
+    """
+    name = re.sub(r"\.[0-9a-f]{8}\.sfc\.tmp", "", file.name) if isinstance(file, Path) else ""
+    words = () if name else tuple((axes.get_title("left"), axes.get_xlabel()) for axes in figure.axes)
+    key = name, len(figure.axes), words
+    figure = Figure((1, 1)) if key in DRAWN else figure
+    DRAWN.add(key)
     SAVEFIG(figure, file, **options)
 
 
 @pytest.fixture
-def sfc(capsys, monkeypatch):
+def drawn_once(monkeypatch):
+    """A picture is drawn once; see `draw_once`."""
+    monkeypatch.setattr(Figure, "savefig", draw_once)
+
+
+@pytest.fixture
+def sfc(capsys, monkeypatch, drawn_once):
     """sfc("train", "--model", ...) -> exit status and what was printed.
 
     What one process does for the first command is not done again: a model is loaded and checked once, a picture is
     drawn once.
     """
     monkeypatch.setattr("sae.model.load.check_model", check_once)
-    monkeypatch.setattr(Figure, "savefig", draw_once)
     for name in ("pretrained_model", "pretrained_tokenizer"):
         monkeypatch.setattr(huggingface, name, load_once(getattr(huggingface, name)))
 

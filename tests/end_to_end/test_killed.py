@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import sae._files
 import sae.data.cache_writer
@@ -32,7 +33,8 @@ TEMPORARY = r"\.[0-9a-f]{8}\.sfc\.tmp"
 
 
 def write_by_halves(kill: Callable[[], None] | None) -> None:
-    """Half of every file is written first; caches have short shards."""
+    """Half of every file is written first; caches have short shards, and pictures are empty."""
+    Figure.savefig = lambda figure, path, **_: path.touch()
     atomic_write = sae._files.atomic_write
 
     @contextmanager

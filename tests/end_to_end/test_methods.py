@@ -16,6 +16,7 @@ def place(model_folder, prompts_file):
 
 def test_compare_methods(sfc, run_folder, place, tmp_path):
     small = ["--methods", "attrib,relp,ig-adaptive", "--neurons", "attrib", "--sizes", "5,10", "--sample", 20]
+    small += ["--sites", "resid,mlp_1", "--resamples", 20]
     arguments = ["compare-methods", *place, "--saes", run_folder, "--out", tmp_path / "run"]
     result = sfc(*arguments, *small)
     assert result.status == 0, result.err

@@ -17,7 +17,7 @@ FOUR_PROMPTS = 2e-4  # GiB: of the tiny model, four prompts a batch
 @pytest.fixture(scope="module")
 def words(run_folder, model_folder, prompts_file) -> list[str]:
     """A discovery in four batches, two of nodes and two of edges."""
-    words = ["discover", "--model", model_folder, "--saes", run_folder, "--prompts", prompts_file, "--steps", 10]
+    words = ["discover", "--model", model_folder, "--saes", run_folder, "--prompts", prompts_file, "--steps", 3]
     return [str(word) for word in [*words, "--memory", FOUR_PROMPTS, "--edge-nodes", 30, "--nodes", 20]]
 
 
@@ -35,8 +35,8 @@ def test_killed_and_resumed(sfc, forked_sfc, words, tmp_path):
 
     refused = sfc(*words, "--out", killed)
     assert refused.status == 2 and "--resume" in refused.err
-    other = sfc(*words, "--out", killed, "--resume", "--steps", 11)
-    assert other.status == 2 and "steps 10, not 11" in other.err
+    other = sfc(*words, "--out", killed, "--resume", "--steps", 4)
+    assert other.status == 2 and "steps 3, not 4" in other.err
     assert forked_sfc(*words, "--out", killed, "--resume").status == 0
     assert not second.parent.exists()
     assert same_bits(Circuit.load(whole), Circuit.load(killed))
@@ -46,7 +46,7 @@ def test_killed_and_resumed(sfc, forked_sfc, words, tmp_path):
 
 def test_autoencoders_streamed_from_disk(sfc, run_folder, words, tmp_path):
     """Room for two of seven: the same circuit, and the commands after it work as well."""
-    little, words = ["--sae-memory", 3e-5], [*words, "--steps", 4, "--sites", "resid,mlp"]
+    little, words = ["--sae-memory", 3e-5], [*words, "--steps", 2, "--sites", "resid,mlp"]
     assert sfc(*words, "--out", tmp_path / "all").status == 0
     streamed = tmp_path / "streamed"
     assert sfc(*words, "--out", streamed, *little).status == 0

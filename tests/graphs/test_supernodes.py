@@ -150,3 +150,24 @@ def test_they_are_drawn_as_clusters_and_open_as_boxes():
     plain = graph.subgraph(graph.graph)
     plain.metadata = {}
     assert unpacked(explorer_html(plain))["key"] != data["key"]  # what a reader grouped is of other supernodes
+
+
+@pytest.mark.parametrize("names", [[2, 10], ["verb", "noun"]])
+def test_groups_and_members_stand_by_site_position_and_feature(names):
+    """Numbers as numbers, spans as the graph's metadata order them, whatever was added first."""
+    first, last = names
+    graph = FeatureGraph(["embed", "mlp_0", "resid_0"], metadata={"positions": names} if first == "verb" else {})
+    expected = [
+        [f"mlp_0/3@{first}", f"mlp_0/20@{first}", f"mlp_0/3@{last}"],
+        [f"resid_0/1@{first}", f"resid_0/0@{last}"],
+    ]
+    for site, groups in (("resid_0", expected[1]), ("mlp_0", expected[0]), ("embed", ["embed/0@", "embed/1@"])):
+        for id in reversed(groups):
+            feature = int(id.partition("/")[2].partition("@")[0])
+            graph.add_node(
+                feature_node(site, feature, effect=1.0, position=first if id.endswith(f"@{first}") else last)
+            )
+    for number, group in enumerate(expected):
+        for id in group:
+            graph.add_edge(f"embed/{number}@{last}", id, 1.0)
+    assert list(find_supernodes(graph).values()) == expected

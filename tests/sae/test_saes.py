@@ -36,6 +36,13 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.fixture
+def quick_gc():
+    """The collector looks through what is made from now on, not through all that the tests before have left."""
+    gc.collect()
+    gc.freeze()
+
+
 def sites(*layers: int) -> list[Site]:
     return [Site("resid", layer) for layer in layers]
 
@@ -76,7 +83,7 @@ def test_streamed_are_the_same_and_in_order(folder):
 
 
 @pytest.mark.parametrize("room", [2, 3, 5])
-def test_memory_and_reads_over_several_rounds(folder, room):
+def test_memory_and_reads_over_several_rounds(folder, quick_gc, room):
     """At most `room` live, with the one a caller's loop still holds while the next is read; all but two stay."""
     streamed = load_saes(folder, budget=room * ONE)
     assert streamed.is_lazy
@@ -93,7 +100,7 @@ def test_memory_and_reads_over_several_rounds(folder, room):
     assert streamed.n_reads == N + 2 * (N - (room - 2))
 
 
-def test_the_last_one_is_let_go_before_the_next_is_read():
+def test_the_last_one_is_let_go_before_the_next_is_read(quick_gc):
     config, refs, alive = SAEConfig("relu", D, F), [], []
 
     def read():

@@ -42,15 +42,20 @@ def alone(model, sae, site, texts):
         yield tokens.input_ids[0], f.masked_fill(special[:, None], 0.0), int((~special).sum())
 
 
+@pytest.fixture(scope="module")
+def one_by_one(tiny_model, saes):
+    return {site: list(alone(tiny_model, sae, site, SENTENCES)) for site, sae in saes.items()}
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
-def test_summaries_equal_a_loop_over_texts(tiny_model, saes, batch_size, monkeypatch):
+def test_summaries_equal_a_loop_over_texts(tiny_model, saes, one_by_one, batch_size, monkeypatch):
     monkeypatch.setattr(features_module, "CHUNK_BYTES", 2000 if batch_size == 3 else 64 * 2**20)
     monkeypatch.setattr(sketches, "PENDING_PAIRS", 10)
     monkeypatch.setattr(sketches, "DENSE_PAIRS", 0 if batch_size < 8 else 2**24)
     summaries = top_contexts(tiny_model, saes, SENTENCES, ASKED, n=3, before=2, after=1, batch_size=batch_size)
     assert list(summaries) == [(site, i) for site in sorted(ASKED) for i in sorted(ASKED[site])]
     for (site, i), summary in summaries.items():
-        runs = list(alone(tiny_model, saes[site], site, SENTENCES))
+        runs = one_by_one[site]
         values = torch.cat([f[:, i] for _, f, _ in runs])
         ids = torch.cat([ids for ids, _, _ in runs])
         n_tokens = sum(n for _, _, n in runs)

@@ -163,9 +163,9 @@ def test_gradients_of_sparse_activations_are_those_of_the_matrix(kernels, levels
 def one_step(name, *, cast, dead, mode):
     """Weights with gradients, and state, after a step in the middle of training and the constraints after it."""
     torch.manual_seed(0)
-    config = TrainConfig(architecture=name, features=20, k=3, batch_size=12, tokens=12_000, sparsity=0.01, aux_k=4)
+    config = TrainConfig(architecture=name, features=20, k=3, batch_size=6, tokens=6_000, sparsity=0.01, aux_k=4)
     one = TrainingSAE("site", Site.parse("resid_0"), 8, config, torch.device(DEVICE))
-    x = torch.randn(12, 8, device=DEVICE) + torch.randn(8, device=DEVICE)
+    x = torch.randn(6, 8, device=DEVICE) + torch.randn(8, device=DEVICE)
     one.prepare(x)
     one.state["l0"].fill_(1)  # the sparse step of architectures that have two
     if dead:

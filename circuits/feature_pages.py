@@ -26,6 +26,7 @@ from circuits.circuit import Circuit
 from circuits.discovery.activity import mean_activations, prompt_peaks
 from circuits.discovery.attention.stored import with_attention
 from circuits.labels import Label
+from circuits.prompts.dataset import PromptSet
 from graphs.drawing.automata import Machine, Way, draw_automata
 from graphs.explorer import explore_features
 from graphs.feature_graph import FeatureGraph, feature_node
@@ -78,10 +79,12 @@ def write_site(folder: Path, site: Site, pages: Iterable[FeaturePage]) -> Path:
     return path
 
 
-def write_circuit_part(folder: Path, circuit: Circuit, features: Mapping[Site, Iterable[int]]) -> None:
-    """Measure the features on the circuit's prompts, and write `circuit.json`."""
+def write_circuit_part(
+    folder: Path, circuit: Circuit, prompts: PromptSet, features: Mapping[Site, Iterable[int]]
+) -> None:
+    """Measure the features on prompts of the circuit's task, and write `circuit.json`."""
     index = {site: torch.tensor(sorted(indices)) for site, indices in features.items()}
-    arguments = (circuit.model, circuit.saes, circuit.prompts, index)
+    arguments = (circuit.model, circuit.saes, prompts, index)
     by_case, peaks = mean_activations(*arguments), prompt_peaks(*arguments)
     entries = {name: {"by_case": by_case[name], "prompt_peaks": peaks[name]} for name in by_case}
     write_json(

@@ -4,7 +4,8 @@
 2. SCR and TPP: score by number of features ablated, a line a site, darker ones later in the model.
 3. Absorption and stability: bars by site.
 
-Scores are means over data sets, whiskers their 95 % intervals over texts or words.
+Scores are means over data sets, whiskers their 95 % intervals over texts or words. SCR divides by what there is to be
+gained, so that an interval of it can be wide beyond measure: a whisker ends in an arrow where it leaves the picture.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 Panel = Callable[[Axes], None]
 CURVES = {"scr": "spurious correlation removal (SCR)", "tpp": "targeted probe perturbation (TPP)"}
+BESIDE = 1.03
+"""Factor between the places of two sites at the same number of features."""
 BARS = {
     "feature absorption on first letters": ("full absorption", "absorbed fraction"),
     "features found again with another seed": ("similarity", "matched"),
@@ -96,17 +99,25 @@ def _probing(axes: Axes, report: SuiteReport, frame: pd.DataFrame) -> None:
 
 def _curve_panel(frame: pd.DataFrame, task: str, title: str) -> Panel:
     def draw(axes: Axes) -> None:
-        rows = frame[frame["task"] == task]
+        rows = frame[frame["task"] == task].astype({"size": float})
+        rows = rows.assign(low=rows["score"] - rows["below"].fillna(0), high=rows["score"] + rows["above"].fillna(0))
+        low, high = _limits(rows)
         sites = list(dict.fromkeys(rows["site"]))
         for i, site in enumerate(sites):
             of_site = rows[rows["site"] == site].sort_values("size")
             colour = colormaps["viridis"](0.9 - 0.9 * i / max(1, len(sites) - 1))
-            sizes, scores = of_site["size"].astype(int), of_site["score"]
-            axes.errorbar(sizes, scores, yerr=of_site[["below", "above"]].fillna(0).to_numpy().T, fmt="o-", ms=3.5,
+            sizes, scores = of_site["size"] * BESIDE ** (i - (len(sites) - 1) / 2), of_site["score"]
+            ends = of_site[["low", "high"]].to_numpy().T.clip(low, high)
+            axes.errorbar(sizes, scores, yerr=abs(ends - scores.to_numpy()), fmt="o-", ms=3.5,
                           lw=1.3, elinewidth=0.8, color=colour, label=site)  # fmt: skip
+            for end, marker in ((ends[0] <= low, "v"), (ends[1] >= high, "^")):
+                axes.plot(
+                    sizes[end], [low if marker == "v" else high] * end.sum(), marker, ms=5, color=colour, clip_on=False
+                )
+        axes.set_ylim(low, high)
         axes.axhline(0, color=RULE, lw=1, zorder=0)
         axes.set_xscale("log")
-        axes.set_xticks(sorted(rows["size"].astype(int).unique()))
+        axes.set_xticks(sorted(rows["size"].unique()))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("features ablated", fontsize=9)
@@ -115,6 +126,14 @@ def _curve_panel(frame: pd.DataFrame, task: str, title: str) -> Panel:
                     ncols=2 if len(sites) > 9 else 1)  # fmt: skip
 
     return draw
+
+
+def _limits(rows: pd.DataFrame) -> tuple[float, float]:
+    """What the vertical axis shows: zero, all scores, and whiskers up to as far again."""
+    least, most = min(0.0, rows["score"].min()), max(0.0, rows["score"].max())
+    span = most - least or 1.0
+    low, high = max(rows["low"].min(), least - span), min(rows["high"].max(), most + span)
+    return min(low, least) - 0.05 * span, max(high, most) + 0.05 * span
 
 
 def _bar_panel(frame: pd.DataFrame, names: tuple[str, str], title: str) -> Panel:

@@ -48,7 +48,7 @@ class SiteTable:
     def ticks(self) -> list[tuple[float, str]]:
         """Places on the axis and what stands at them."""
         powers = range(self.first, DECADES[1] + 1)
-        return [(self.x(10.0**power), f"{10.0**power:g}") for power in powers]
+        return [(self.x(10.0**power), f"{10.0**power:g}".removeprefix("0")) for power in powers]
 
     def x(self, value: float | None) -> float:
         """Where a share of unexplained variance stands on the axis."""

@@ -35,6 +35,8 @@ def test_pages_of_a_circuit_lead_to_the_others_and_back(sfc, run, monkeypatch):
     assert shown[names[0]]["samples"] and data["page"] == "features" and data["links"] == {}
     refused = sfc(*words, "--seed", 3)
     assert refused.status == 2 and "seed 0, not 3" in refused.err
+    assert "no prompt file" in sfc(*words, "--overwrite", "--prompts", run / "gone.jsonl").err
+    assert (run / "features" / "circuit.json").is_file(), "prompts are read before anything is replaced"
 
     assert sfc("explore", "--circuit", run).status == 0
     circuit = unpacked((run / "graph" / "circuit.html").read_text())

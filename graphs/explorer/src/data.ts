@@ -109,7 +109,7 @@ export interface ExamplePair {
 interface Stored {
   title: string;
   key: string;
-  metadata: Record<string, unknown> & { metric?: string; total_effect?: number | null; faithfulness?: Faithfulness; example_pairs?: ExamplePair[] };
+  metadata: Record<string, unknown> & { metric?: string; total_effect?: number | null; faithfulness?: Faithfulness; example_pairs?: ExamplePair[]; cases?: Record<string, number> };
   sites: string[];
   positions: [Position, string, string][];
   nodes: Omit<GraphNode, "index" | "rank" | "incoming" | "outgoing">[];

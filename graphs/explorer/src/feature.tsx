@@ -20,7 +20,7 @@ export function evidence(node: GraphNode): string {
   const words = [effectWords(node)];
   if (interval) words.push(`${range(interval)}${touchesZero(interval) ? ", touches zero" : ""}`);
   if (typeof exact === "number") words.push(`patched alone ${number(exact)}`);
-  return words.filter(Boolean).join(" ");
+  return words.filter(Boolean).join(" · ");
 }
 
 export const Subtitle = ({ node }: { node: GraphNode }) => (

@@ -94,6 +94,7 @@ function Overview() {
 function Task() {
   const pairs = circuit.metadata.example_pairs ?? [];
   if (!pairs.length) return null;
+  const counts = Object.entries(circuit.metadata.cases ?? {}).map(([name, n]) => `${n} ${visible(name.replaceAll("_", " "))}`);
   const side = (text: string, answer?: string) => (
     <span dir="auto">
       {visible(text)}
@@ -113,8 +114,8 @@ function Task() {
         ))}
       </dl>
       <p class="hint">
-        Clean prompt and answer, then the patch prompt. The metric is {visible(circuit.metadata.metric ?? "")}: small
-        while the behaviour is there.
+        Clean prompt and answer, then the patch prompt{counts.length > 0 && `: ${counts.join(", ")}`}. The metric is{" "}
+        {visible(circuit.metadata.metric ?? "")}, read after the last token: small while the behaviour is there.
       </p>
     </section>
   );

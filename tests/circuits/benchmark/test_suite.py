@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from itertools import product
 
+import pandas as pd
 import pyarrow
 import pytest
 import torch
@@ -15,7 +16,7 @@ from circuits import SuiteOptions, evaluate_suite
 from circuits.benchmark import absorption as absorption_module
 from circuits.benchmark.absorption import Inapplicable, absorbed, absorption, first_letter_words, main_features
 from circuits.benchmark.data import MASTER, read_data_sets
-from circuits.benchmark.plots import suite_figure
+from circuits.benchmark.plots import _limits, suite_figure
 from circuits.benchmark.sparse_probing import sparse_probing
 from circuits.benchmark.spurious import spurious_removal
 from circuits.debiasing.data import read_labelled, text_set
@@ -283,3 +284,10 @@ def test_texts_of_the_bundled_grammar(tmp_path):
     assert sets["attractor"].has_spurious and sets["subject"].has_spurious and not sets["kind"].has_spurious
     assert len({text.intended for text in sets["kind"].train}) == 3 and len(sets["kind"].test) == 40
     assert "give --label" in sets["attractor_concept"]
+
+
+def test_an_interval_without_measure_does_not_flatten_the_picture():
+    rows = pd.DataFrame({"score": [0.2, 0.4], "low": [0.1, 0.3], "high": [0.5, 4000.0]})
+    low, high = _limits(rows)
+    assert -0.1 < low <= 0
+    assert 0.5 < high < 1

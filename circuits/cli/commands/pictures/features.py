@@ -19,6 +19,7 @@ from sae.features.options import FeaturePageOptions
 
 if TYPE_CHECKING:
     from circuits.circuit import Circuit
+    from circuits.prompts.dataset import PromptSet
     from sae.model.language_model import LanguageModel
     from sae.model.sites import Site
     from sae.saes import SAEs
@@ -40,6 +41,8 @@ class FeaturesCommand(UsesSaes, Overwrites, Common):
     """Their model; by default the one that the circuit or the run names."""
     text: str | None = None
     """Text that is read; by default the one the circuit's features were described on, else the autoencoders' own."""
+    prompts: str | None = None
+    """Prompts on which a circuit's features are measured by case and span; by default those it was found on."""
     top: Positive | None = None
     """Show the n strongest features of the circuit; all that have edges by default."""
     features: str | None = None
@@ -77,6 +80,7 @@ class FeaturesCommand(UsesSaes, Overwrites, Common):
 
         text = self._text(run)
         circuit, model, saes = self._load(run)
+        prompts = self._prompts(circuit)
         asked = self._asked(circuit, saes)
         names = [f"{site}/{index}" for site, indices in asked.items() for index in indices]
         of_saes = {"model_fingerprint": model.fingerprint, "saes_fingerprint": saes_fingerprint(saes)}
@@ -86,15 +90,15 @@ class FeaturesCommand(UsesSaes, Overwrites, Common):
             "out",
             "sites",
             "dtype",
-            *(name for name in ("groups", "automata") if not getattr(self, name)),
+            *(name for name in ("groups", "automata", "prompts") if not getattr(self, name)),
         )
         made = {name: value for name, value in made.items() if name not in dropped}
         finished = self._begin(folder, made)
         n_tokens = self._pages(model, saes, text, asked, folder, finished)
-        if circuit is None:
+        if circuit is None or prompts is None:
             (folder / CIRCUIT_FILE).unlink(missing_ok=True)
         else:
-            write_circuit_part(folder, circuit, asked)
+            write_circuit_part(folder, circuit, prompts, asked)
         title = circuit.metadata.get("title") if circuit is not None else None
         index = {
             "schema_version": 1,
@@ -207,6 +211,14 @@ class FeaturesCommand(UsesSaes, Overwrites, Common):
             raise UserError("the model is missing: give --model")
         model = load_model(name, self, saes=self.saes)
         return None, model, load_checked_saes(model, str(self.saes), options=self)
+
+    def _prompts(self, circuit: Circuit | None) -> PromptSet | None:
+        """The prompts the features are measured on, read before the text, which takes longer."""
+        if circuit is None:
+            if self.prompts is not None:
+                raise UserError("--prompts are for the features of a circuit: give --circuit")
+            return None
+        return circuit.prompts if self.prompts is None else circuit.read_prompts(self.prompts)
 
     def _asked(self, circuit: Circuit | None, saes: SAEs) -> dict[Site, list[int]]:
         """The features to show, by site in forward order."""

@@ -81,7 +81,7 @@ def _brackets(field: Field[Any], limit: str) -> str:
     """What stands in brackets after a sentence; nothing where the sentence says what comes by default."""
     if field.default is MISSING and field.default_factory is MISSING:
         return f"({limit}required)"
-    if field.default is None or isinstance(field.default, bool):
+    if field.default in (None, "") or isinstance(field.default, bool):
         return f"({limit.removesuffix('; ')})" if limit else ""
     default = f"{field.default:g}" if isinstance(field.default, float) else field.default
     return f"({limit}default: {default})"

@@ -28,10 +28,10 @@ class CompareOptions(AblationOptions, BehaviourOptions, QuadratureOptions):
     """What is compared, and how circuits are scored."""
 
     methods: str = "ig,ig-adaptive,ig-inputs,attrib,relp,gim,graddrop,mask,activation-difference,random"
-    """Node methods, comma-separated; exact is one as well. mask learns which nodes to keep, from the ranking of
-    --mask-start, mask-equal from nothing, and edge-mask which edges, whose nodes are ranked by when these join them to
-    the metric; ensemble:ig-inputs+gim is the mean of several methods, each normalised, and signs:gim takes nodes first
-    that keep their sign on every draw of prompts.
+    """What ranks nodes, comma-separated: a node method (those of the default, exact); ensemble:ig-inputs+gim, the mean
+    of several, each normalised; signs:gim, nodes first that keep their sign on every draw of prompts; mask, which nodes
+    to keep, learned from the ranking of --mask-start; mask-equal, the same from nothing; edge-mask, which edges to
+    keep, nodes by when these join them to the metric.
     """
     neurons: str = "ig"
     """Methods that are also run on neurons; an empty text for none."""

@@ -134,14 +134,15 @@ class Comparison(Result):
             [
                 f"faithfulness of the strongest nodes on {self.n_test} held-out prompts, found on {self.n_train}; "
                 f"nodes from {first.start_site} on, others ablated by {first.ablation}; "
-                "n(x): nodes needed for faithfulness x",
+                "n(x): nodes needed for faithfulness x, of: all that have an effect",
                 format_table(self._circuits()),
                 "",
                 "what is left without them (completeness)",
                 format_table(self._at_sizes("completeness")),
                 "",
                 f"correlation with exact patching{sample}: noising, and the mean of noising and denoising; * what the "
-                "method estimates; errors: the same for the error nodes",
+                "method estimates; errors: the same for the error nodes; nodes: gradients taken a prompt and site; "
+                "seconds: on all prompts, of masks with what they start from; MB: tensors alive on a batch of prompts",
                 format_table(self._estimates()),
             ]
         )

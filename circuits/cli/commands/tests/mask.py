@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class MaskCommand(Named, HasSizes, HasTestPrompts, RunsCircuit):
     """Learn a ranking of the nodes by which of them to keep, all nodes together, and measure it on held-out prompts
-    beside the ranking by effects.
+    beside the ranking by effects; with --edges of the edges, beside that by weights.
     """
 
     learn_examples: Positive | None = None

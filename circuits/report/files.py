@@ -6,7 +6,7 @@ Each file is checked against a type. Numbers are finite; a share that was not de
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -100,6 +100,14 @@ class MaskFile(TypedDict):
     held_out: NotRequired[bool]
 
 
+class EdgeMaskFile(TypedDict):
+    """edge_mask.json: the curves of a learned mask on edges beside those of the ranking by weight."""
+
+    mask: EdgeCurve
+    effects: EdgeCurve
+    held_out: NotRequired[bool]
+
+
 def _same_sizes(data: Mapping[str, Any]) -> Mapping[str, Any]:
     if data["mask"]["sizes"] != data["effects"]["sizes"]:
         raise ValueError("the same sizes in mask and effects")
@@ -107,6 +115,7 @@ def _same_sizes(data: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 MaskCurves = Annotated[MaskFile, AfterValidator(_same_sizes)]
+EdgeMaskCurves = Annotated[EdgeMaskFile, AfterValidator(_same_sizes)]
 
 
 class PredictionsFile(TypedDict):
@@ -219,8 +228,8 @@ class RunFiles:
     """Curves over circuit sizes."""
     edge_faithfulness: dict[str, Any] | None
     """Curves over numbers of edges."""
-    mask: dict[str, Any] | None
-    """Curves of a learned mask beside those of the effects."""
+    masks: Sequence[dict[str, Any] | None]
+    """Curves of a learned mask beside those of the effects, and of one on edges beside those of the weights."""
     edits: dict[str, EditReport]
     """Edits by the name of their file."""
     saes: list[dict[str, Any]]
@@ -255,7 +264,10 @@ def read_run(run_folder: str | Path) -> RunFiles:
         graph=graph,
         faithfulness=read_result(folder / "circuit" / "faithfulness.json", graph, Curves),
         edge_faithfulness=read_result(folder / "circuit" / "edge_faithfulness.json", graph, EdgeCurve),
-        mask=read_result(folder / "circuit" / "mask.json", graph, MaskCurves),
+        masks=[
+            read_result(folder / "circuit" / "mask.json", graph, MaskCurves),
+            read_result(folder / "circuit" / "edge_mask.json", graph, EdgeMaskCurves),
+        ],
         edits={
             path.stem: EditReport.load(path)
             for path in sorted((folder / "edits").glob("*.json"))

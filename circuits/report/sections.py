@@ -122,8 +122,8 @@ class CurveBlock:
 
 
 def curve_blocks(run: RunFiles) -> list[CurveBlock]:
-    """What `sfc faithfulness`, its `--edges`, and `sfc mask` left in the run folder."""
-    measured = ((run.faithfulness, _nodes), (run.edge_faithfulness, _edges), (run.mask, _mask))
+    """What `sfc faithfulness`, its `--edges`, `sfc mask` and its `--edges` left in the run folder."""
+    measured = ((run.faithfulness, _nodes), (run.edge_faithfulness, _edges), *((m, _mask) for m in run.masks))
     return [make_block(data) for data, make_block in measured if data is not None]
 
 
@@ -174,24 +174,24 @@ def _edges(data: dict[str, Any]) -> CurveBlock:
     return CurveBlock(lead, plot, ["edges", "faithfulness", "random"], rows, captions)
 
 
+MASKED = (("nodes", "effect", "removed nodes"), ("edges", "weight", "all other inputs"))
+"""What a mask is on, what it is compared with, and what is ablated: of nodes, and of edges."""
+
+
 def _mask(data: dict[str, Any]) -> CurveBlock:
     mask, effects = data["mask"], data["effects"]
+    unit, by, removed = MASKED["n_edges" in mask]
     lead = (
-        "A mask learned for all nodes together: faithfulness of the nodes it keeps longest, beside that of the "
-        f"strongest by effect, on {mask.get('n_prompts', '?')} prompts "
-        f"({'held-out prompts' if data.get('held_out') else 'the prompts it was learned on'}); removed nodes take "
+        f"A mask learned for all {unit} together: faithfulness of the {unit} it keeps longest, beside that of the "
+        f"strongest by {by}, on {mask.get('n_prompts', '?')} prompts "
+        f"({'held-out prompts' if data.get('held_out') else 'the prompts it was learned on'}); {removed} take "
         f"{_ablation(mask)}"
     )
-    rows = [
-        [(str(size), ""), *((number(curve["faithfulness"][row], 3), "") for curve in (mask, effects))]
-        for row, size in enumerate(mask["sizes"])
-    ]
-    lines = [
-        Line(mask["faithfulness"], "learned mask", "circuit"),
-        Line(effects["faithfulness"], "ranked by effect", "complement"),
-    ]
-    plot = curves_plot(mask["sizes"], lines, unit="nodes")
-    return CurveBlock(lead, plot, ["nodes", "learned mask", "by effect"], rows, [])
+    curves = zip(mask["sizes"], mask["faithfulness"], effects["faithfulness"], strict=True)
+    rows = [[(str(size), ""), *((number(f, 3), "") for f in values)] for size, *values in curves]
+    ranked = Line(effects["faithfulness"], f"ranked by {by}", "complement")
+    plot = curves_plot(mask["sizes"], [Line(mask["faithfulness"], "learned mask", "circuit"), ranked], unit=unit)
+    return CurveBlock(lead, plot, [unit, "learned mask", f"by {by}"], rows, [])
 
 
 def _ablation(data: dict[str, Any]) -> str:

@@ -152,13 +152,16 @@ def test_curves_of_edges_and_of_a_mask_are_shown(tmp_path):
     mask = {"held_out": True, "mask": curves, "effects": curves | {"faithfulness": [0.44, 0.55]}}
     write_json(tmp_path / "circuit" / "edge_faithfulness.json", edges)
     write_json(tmp_path / "circuit" / "mask.json", mask)
+    write_json(
+        tmp_path / "circuit" / "edge_mask.json", {"mask": edges, "effects": edges | {"faithfulness": [0.1, 0.2]}}
+    )
     write_json(tmp_path / "edits" / "x.json", example_edit().to_dict())
     page = Page(write_report(tmp_path).read_text())
     text = re.sub(r"\s+", " ", page.text)
     for phrase in (
         "sfc faithfulness", "With all nodes joined, 0.83", "4321 edges have a weight", "0.310", "0.60 to 0.80",
         "random edges", "learned for all nodes together", "learned mask", "held-out prompts",
-        "0.920", "0.550", "ranked by effect",
+        "0.920", "0.550", "ranked by effect", "learned for all edges together", "by weight", "0.200",
     ):  # fmt: skip
         assert phrase in text, phrase
     assert len(page.ids) == len(set(page.ids))

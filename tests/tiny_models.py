@@ -71,10 +71,19 @@ FAMILIES = (
 )  # fmt: skip
 """Families that are tried in every run of the tests."""
 MORE_FAMILIES = (
-    "apertus", "codegen", "cohere2", "deepseek_v2", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4_moe",
-    "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "granitemoe", "llama", "mistral", "nemotron", "olmo", "olmo3", "olmoe",
-    "openai-gpt", "persimmon", "phi", "phimoe", "qwen2", "qwen2_moe", "qwen3", "recurrent_gemma", "rwkv", "seed_oss",
-    "smollm3", "stablelm", "starcoder2", "xglm",
+    "afmoe", "apertus", "arcee", "aria_text", "axk1", "axk2", "bamba", "bart", "beam", "bigbird_pegasus", "biogpt",
+    "bitnet", "blenderbot", "blenderbot-small", "codegen", "cohere2", "cohere2_moe", "ctrl", "cwm", "deepseek_v2",
+    "deepseek_v32", "deepseek_v4", "diffllama", "doge", "dots1", "dots3_note_text", "ernie4_5", "ernie4_5_moe",
+    "exaone4", "exaone_moe", "falcon_mamba", "flex_olmo", "flint", "gemma", "gemma2", "gemma3_text", "gemma3n_text",
+    "gemma4_text", "gemma4_unified_text", "glm", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "gpt2", "gpt_bigcode",
+    "gpt_neox", "gpt_neox_japanese", "gptj", "granite_swa", "granitemoe", "granitemoe_swa", "granitemoehybrid",
+    "granitemoeshared", "helium", "hrm_text", "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hy_v4", "hyperclovax",
+    "inkling2_text", "inkling_text", "jais2", "jetmoe", "kimi_linear", "kolibri1", "laguna", "lfm2", "lfm2_moe", "lfm3",
+    "llama", "mamba2", "marian", "mbart", "mellum", "mimo_v2_flash", "minicpm3", "minimax", "minimax_m2",
+    "minimax_m3_vl_text", "ministral", "ministral3", "mistral", "modernbert-decoder", "mvp", "nanochat", "nemotron",
+    "nemotron_h", "olmo", "olmo3", "olmo_hybrid", "olmoe", "openai-gpt", "pegasus", "persimmon", "phi", "phimoe",
+    "plbart", "qwen2", "qwen2_moe", "qwen3", "qwen3_5_text", "qwen3_next", "recurrent_gemma", "rwkv", "seed_oss",
+    "smollm3", "solar_open", "stablelm", "starcoder2", "trocr", "vaultgemma", "whisper", "xglm", "youtu",
 )  # fmt: skip
 """Families that `tests.benchmarks.architectures` tries beside them."""
 

@@ -1,4 +1,4 @@
-"""Which decoders work, and how far: tiny random models of some fifty families, or of those named, tried one by one.
+"""Which decoders work, and how far: tiny random models of some 130 families, or of those named, tried one by one.
 
     python -m tests.benchmarks.architectures > tests/benchmarks/architectures.md
     python -m tests.benchmarks.architectures opt falcon

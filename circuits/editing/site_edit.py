@@ -2,8 +2,9 @@
 
 A transcoder's features are computed from what it reads before the MLP, and written where it writes.
 
-1. `FeatureReader` computes the edited features alone, from their encoder rows. Where features compete (top k), tokens
-   at which none of the edited ones is above zero need no more either; at the others all pre-activations are computed.
+1. `FeatureReader` computes the edited features alone, from their encoder rows. Where features compete (top k), so it
+   does at tokens at which none of the edited ones is above zero; at the others the encoder is read block by block until
+   k features are above the highest edited one, and only tokens at which none of the blocks says so need all of it.
 2. `Part` holds features that get the same treatment: f_i', at which tokens, and the strength s. All parts of a site
    read the same x, and their changes add up.
 
@@ -19,6 +20,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from circuits.editing.declaration import check_operation
 from circuits.editing.targets import EVERYWHERE, GENERATED, Features
@@ -30,6 +32,8 @@ from sae.model.hook_points import Columns, SiteEdit
 from sae.model.sites import Site
 from sae.splice import edits_of
 
+BLOCK_BYTES = 2**20
+"""Bytes of encoder rows that are read at a time at first, where features compete."""
 ROW_PRIME, POSITION_PRIME = 1_000_003, 8_191
 """Tell tokens apart, so that each draws a value of its own, the same with and without a cache and in any batch."""
 
@@ -42,31 +46,61 @@ class FeatureReader:
         self.competing = sae.nonlinearity.needs_k
         if self.competing:
             self.W_enc, self.b_enc = sae.W_enc[self.index], sae.b_enc[self.index]
+            # Column of each feature in what is asked for; the last is for all others.
+            self.column = torch.full((sae.config.n_features,), len(index), device=sae.device)
+            self.column[self.index] = torch.arange(len(index), device=sae.device)
+            on_cpu = sae.device.type == "cpu"  # elsewhere a product is quicker than a look at what came of it
+            self.first_block = BLOCK_BYTES // (4 * sae.config.read_width) if on_cpu else sae.config.n_features
         else:
             self.alone = sae.restrict(index)
 
     def __call__(self, x: Tensor) -> Tensor:
         if not self.competing:
             return self.alone.encode(x)
-        tokens = self._centred(x.reshape(-1, x.shape[-1]))  # [N, d]
-        f = tokens.new_zeros(len(tokens), len(self.index))
-        rows = (tokens @ self.W_enc.T + self.b_enc > 0).any(-1).nonzero().flatten()
-        for some in rows.split(max(1, CHUNK_BYTES // (4 * self.sae.config.n_features))):
-            f[some] = self._among_all(tokens[some])
+        tokens = self._centred(x.reshape(-1, x.shape[-1]))  # [N, r]
+        f = torch.zeros(len(tokens), len(self.index), dtype=tokens.dtype, device=tokens.device)
+        # The highest edited feature of each token [N], 0 where none is above zero.
+        bar = self._rank(linear(tokens, self.W_enc, self.b_enc).relu_(), self.index).amax(-1)
+        for rows in torch.where(bar > 0)[0].split(max(1, CHUNK_BYTES // (4 * self.sae.config.n_features))):
+            winners, z = self._undecided(tokens[rows], bar[rows])
+            if len(winners):
+                f[rows[winners]] = self._among_all(z)
         return f.reshape(*x.shape[:-1], -1)
 
     def _centred(self, x: Tensor) -> Tensor:
         x = x.to(self.sae.W_enc.dtype)
         return x - self.sae.b_dec if self.sae.config.subtract_b_dec else x
 
-    def _among_all(self, x: Tensor) -> Tensor:
-        """[N, m] of centred x [N, d]: the features that are among the k largest of their token."""
+    def _rank(self, z: Tensor, features: Tensor | slice) -> Tensor:
+        """What features are compared by, of their pre-activations z [N, n]."""
+        scale = getattr(self.sae, "rank_scale", None)
+        return z if scale is None else z * scale[features]
+
+    def _undecided(self, x: Tensor, bar: Tensor) -> tuple[Tensor, Tensor]:
+        """Which tokens of centred x [N, r] have fewer than k features above the bar [N]: [n], and their z [n, F].
+
+        The encoder is read in blocks, each as long as all before it, and a token leaves once enough features
+        are above: k, and as many as are edited, since rounding may set one of these above itself.
+        """
+        n_features, enough = self.sae.config.n_features, (self.sae.config.k or 0) + len(self.index)
+        tokens, z = torch.arange(len(x), device=x.device), self._block(x, slice(self.first_block))
+        while (seen := z.shape[-1]) < n_features and len(x):
+            left = torch.where((self._rank(z, slice(seen)) > bar[:, None]).sum(-1) < enough)[0]
+            if len(left) < len(x):
+                tokens, x, bar, z = tokens[left], x[left], bar[left], z[left]
+            if len(x):
+                z = torch.cat([z, self._block(x, slice(seen, 2 * seen))], dim=-1)
+        return tokens, z
+
+    def _block(self, x: Tensor, features: slice) -> Tensor:
+        """z [N, n] of some features of centred x [N, r]."""
+        return linear(x, self.sae.W_enc[features], self.sae.b_enc[features])
+
+    def _among_all(self, z: Tensor) -> Tensor:
+        """[N, m] of all z [N, F]: the features that are among the k largest of their token."""
         assert self.sae.config.k is not None
-        z = x @ self.sae.W_enc.T + self.sae.b_enc  # [N, F]
         value, feature = top_features(z, self.sae.config.k, getattr(self.sae, "rank_scale", None))  # [N, k]
-        column = torch.full((z.shape[-1],), len(self.index), device=z.device)  # of each feature; the last is for others
-        column[self.index] = torch.arange(len(self.index), device=z.device)
-        return z.new_zeros(len(x), len(self.index) + 1).scatter(1, column[feature], value)[:, :-1]
+        return z.new_zeros(len(z), len(self.index) + 1).scatter(1, self.column[feature], value)[:, :-1]
 
 
 class Prompts(Protocol):

@@ -7,10 +7,12 @@ import json
 import pytest
 import torch
 
+from circuits.editing import site_edit
 from circuits.editing.applied import edited, with_references
 from circuits.editing.declaration import Edit, load_edits, save_edits
 from circuits.editing.saved_model import save_model
 from circuits.editing.site_edit import FeatureReader, make_edits
+from sae.autoencoder import SAEConfig, SparseAutoencoder
 from sae.errors import UserError
 from sae.model.load import load_model
 from sae.model.sites import Site
@@ -113,6 +115,25 @@ def test_only_edited_features_are_read_and_rightly(tiny_model, tiny_prompts, mak
     x = tiny_model.run(tiny_prompts.clean, capture=[SITE]).activations[SITE]
     index = torch.tensor([1, 7, 20, 33])
     assert_near(FeatureReader(sae, index)(x), sae.encode(x)[..., index])
+
+
+@pytest.mark.parametrize("rank_scale", [False, True])
+def test_what_is_read_in_blocks_is_what_the_whole_encoder_says(monkeypatch, rank_scale):
+    """Features that win, that lose in an early block, and that lose in a late one, as brute force says."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(256, 16, generator=generator) for name in ("W_enc", "W_dec")}
+    tensors |= {"b_enc": torch.randn(256, generator=generator), "b_dec": torch.randn(16, generator=generator)}
+    if rank_scale:
+        tensors["rank_scale"] = torch.rand(256, generator=generator) + 0.5
+    sae = SparseAutoencoder(SAEConfig("topk", d_model=16, n_features=256, k=9), tensors)
+    x, index = torch.randn(3, 70, 16, generator=generator), torch.tensor([250, 3, 77])
+    monkeypatch.setattr(site_edit, "BLOCK_BYTES", 4 * 16 * 20)
+    reader, right = FeatureReader(sae, index), sae.encode(x)[..., index]
+    sizes: list[int] = []
+    whole = reader._among_all
+    monkeypatch.setattr(reader, "_among_all", lambda z: (sizes.append(len(z)), whole(z))[1])
+    assert_near(reader(x), right)
+    assert 0 < int((right != 0).any(-1).sum()) <= sum(sizes) < 100  # the whole encoder at a few of 210 tokens alone
 
 
 def test_edits_go_to_files_and_back(tmp_path, active):

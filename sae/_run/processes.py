@@ -80,6 +80,28 @@ class Processes:
                 distributed.all_reduce(x)
         return x
 
+    def gathered_tensors(self, x: Tensor) -> list[Tensor]:
+        """The tensors of all processes, of one shape, in their order."""
+        if self.size == 1:
+            return [x]
+        from torch import distributed
+
+        received = [x.new_empty(x.shape) for _ in range(self.size)]
+        with _connected():
+            distributed.all_gather(received, x)
+        return received
+
+    def to_first(self, x: Tensor) -> list[Tensor]:
+        """The tensors of all processes, of one shape, in the first of them; nothing in the others."""
+        if self.size == 1:
+            return [x]
+        from torch import distributed
+
+        received = [x.new_empty(x.shape) for _ in range(self.size)] if self.is_first else None
+        with _connected():
+            distributed.gather(x, received, dst=0)
+        return received or []
+
     def exchange(self, sent: Tensor, sent_sizes: list[int], sizes: list[int]) -> Tensor:
         """What the others send here, one after another; sent: what goes to each, likewise; sizes: numbers from each."""
         from torch import distributed

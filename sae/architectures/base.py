@@ -26,6 +26,7 @@ from torch import Tensor
 from sae.activation_functions import ActivationFunction
 from sae.sparse.activations import Acts, DenseActs, SparseActs
 from sae.sparse.encoder_pass import EncoderPass, Workspace, above, row_chunks
+from sae.sparse.shards import FeatureShards
 
 DENSE_CHUNK_BYTES = 24 * 2**20
 """Largest [rows, F] intermediate of a dense step on a CPU: blocks that the C library uses again instead of handing out
@@ -194,17 +195,20 @@ class Architecture(ABC):
         workspace: Workspace | None = None,
         x_read: Tensor | None = None,
         share: BatchShare = WHOLE,
+        shards: FeatureShards | None = None,
     ) -> StepStats:
         """Gradients of the mean loss over x [N, d] into `.grad` of the weights; `dead` [n] are features for AuxK.
 
         `dense` takes whole products, which is faster while many features are active; there is no AuxK then. A
-        transcoder reads `x_read` [N, r] and reconstructs x; with a weight `W_skip` [d, r], x − W_skip x_read.
+        transcoder reads `x_read` [N, r] and reconstructs x; with a weight `W_skip` [d, r], x − W_skip x_read. With
+        `shards` the features are those of one process, and the gradient of b_dec is a part of the whole one.
         """
         x_c = x - w["b_dec"].detach() if self.subtract_b_dec else x
         x_c = x_c if x_read is None else x_read
         if dense:
             chunks = row_chunks(len(x), len(w["W_enc"]), x.device, cpu_bytes=DENSE_CHUNK_BYTES)
             acts = DenseActs()
+            acts.shards = shards
             read = x_read is not None
             stats = [
                 self._backward(acts, None, x[i], x_c[i], w, hyper, state, n_tokens=len(x), elsewhere=read, share=share)
@@ -213,12 +217,15 @@ class Architecture(ABC):
             return StepStats(*(torch.stack(column).sum(0) for column in zip(*stats, strict=True)))
         encoder = EncoderPass(
             x_c, w["W_enc"], self.bias(w), dead=dead, k_aux=hyper.k_aux, workspace=workspace,
-            aux_tokens=share.aux_tokens,
+            aux_tokens=share.aux_tokens, shards=shards,
         )  # fmt: skip
         with torch.no_grad():
-            selected = self.select(encoder, w, hyper)
+            selected, aux = self.select(encoder, w, hyper), encoder.aux_acts()
+        for entries in (selected, aux):
+            if entries is not None:
+                entries.shards = shards
         return self._backward(
-            selected, encoder.aux_acts(), x, x_c, w, hyper, state, n_tokens=len(x), elsewhere=x_read is not None,
+            selected, aux, x, x_c, w, hyper, state, n_tokens=len(x), elsewhere=x_read is not None,
             share=share,
         )  # fmt: skip
 
@@ -241,6 +248,8 @@ class Architecture(ABC):
         """
         b_dec = w["b_dec"] if self.subtract_b_dec and not elsewhere else None
         x = x - x_c @ w["W_skip"].T if "W_skip" in w else x
+        if acts.shards is not None and not acts.shards.processes.is_first:
+            w = {**w, "b_dec": w["b_dec"].detach()}  # as a part of x̂ it is the first process's
         z = acts.encode(w["W_enc"], self.bias(w), b_dec, x_c)
         loss, x_hat, f = self.loss(z, acts, x, w, hyper)
         error = (x - x_hat).detach()

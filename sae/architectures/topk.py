@@ -27,9 +27,7 @@ class TopK(Architecture):
     nonlinearity = TOPK
 
     def select(self, encoder: EncoderPass, w: Weights, hyper: Hyper) -> SparseActs:
-        chunks = [top_k(z, hyper.k) for z in encoder.chunks()]
-        value, feature = (torch.cat(column) for column in zip(*chunks, strict=True))  # [N, k]
-        return SparseActs.fixed_k(feature, value, len(encoder.W_enc))
+        return encoder.entries([encoder.largest(z, hyper.k) for z in encoder.chunks()])
 
     def loss(self, z: Tensor, acts: Acts, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
         f = z.relu()

@@ -43,6 +43,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sae.errors import UserError
+from sae.sparse.shards import Sharded
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def stable_order(index: Tensor, n: int) -> Tensor:
     return index.sort(stable=True).indices
 
 
-class SparseActs:
+class SparseActs(Sharded):
     """n entries (token, feature) of a batch, sorted by level and token."""
 
     def __init__(
@@ -147,11 +148,11 @@ class SparseActs:
 
     def decode(self, value: Tensor, W_dec: Tensor) -> Tensor:
         """Σ over features of value · W_dec: [N, d], or [levels, N, d] where entries have levels."""
-        out: Tensor = _SparseDecode.apply(value, W_dec, self)
+        out: Tensor = self.whole(_SparseDecode.apply(value, W_dec, self))
         return out if self.level is None else out.view(self.n_levels, self.n_tokens, -1)
 
 
-class DenseActs:
+class DenseActs(Sharded):
     """All N F entries of some tokens, as matrices: what `SparseActs` does, by whole products."""
 
     def expand(self, parameter: Tensor) -> Tensor:
@@ -174,7 +175,7 @@ class DenseActs:
 
     def decode(self, value: Tensor, W_dec: Tensor) -> Tensor:
         """value [N, F] W_dec: [N, d]."""
-        return (value @ W_dec).to(value.dtype)
+        return self.whole((value @ W_dec).to(value.dtype))
 
 
 Acts = SparseActs | DenseActs

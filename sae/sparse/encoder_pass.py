@@ -21,13 +21,14 @@ Ties are broken arbitrarily, as in `torch.topk`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sae.sparse.activations import SparseActs
+from sae.sparse.shards import FeatureShards
 
 AUX_TOKENS = 512
 """Tokens of a batch on which dead features reconstruct the error."""
@@ -95,13 +96,18 @@ class EncoderPass:
         k_aux: int = 0,
         workspace: Workspace | None = None,
         aux_tokens: int | None = None,
+        shards: FeatureShards | None = None,
     ):
-        """aux_tokens: the tokens, of the first, that AuxK reads; AUX_TOKENS by default."""
+        """aux_tokens: the tokens, of the first, that AuxK reads; AUX_TOKENS by default. shards: how features, of which
+        these are some, are shared out over processes, `k_aux` being at most the number of dead ones of all.
+        """
         self.aux_tokens = AUX_TOKENS if aux_tokens is None else aux_tokens
         self.workspace = workspace or Workspace()
         self.x_c, self.W_enc, self.bias = x_c, W_enc.detach(), None if bias is None else bias.detach()
         self.dead = dead  # [n_dead] indices, sorted
-        self.k_aux = 0 if dead is None else min(k_aux, len(dead))
+        self.shards = shards
+        here = 0 if dead is None else len(dead)
+        self.k_aux = min(k_aux, here) if shards is None else k_aux
         self._aux: list[tuple[Tensor, Tensor]] = []
 
     def chunks(self, lowest: Tensor | None = None) -> Iterator[Tensor]:
@@ -122,16 +128,33 @@ class EncoderPass:
             if self.k_aux and self.dead is not None and rows.start < self.aux_tokens:
                 dead_z = z[: self.aux_tokens - rows.start, self.dead]  # [n, n_dead]
                 dead_z = dead_z if lowest is None else dead_z + lowest[self.dead]
-                value, index = top_k(dead_z, self.k_aux)
+                value, index = self.largest(dead_z, self.k_aux)
                 self._aux.append((value, self.dead[index]))
             yield z
 
+    def largest(self, z: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Values and columns [N, k] of the k largest z [N, n] of each token. Where features are shared out, fewer may
+        be here; -inf stands for those that are not among the largest of all processes.
+        """
+        here = min(k, z.shape[1])
+        value, column = top_k(z, here) if here else (z, z.long())
+        if self.shards is not None:
+            value = value.masked_fill(~self.shards.among_largest(value, k), -torch.inf)
+        return value, column
+
+    def entries(self, chunks: Sequence[tuple[Tensor, Tensor]]) -> SparseActs:
+        """Values and features [N, k] of consecutive chunks of rows, as `largest` has them, in one list."""
+        value, feature = (torch.cat(column) for column in zip(*chunks, strict=True))
+        n_features = len(self.W_enc)
+        if self.shards is None:
+            return SparseActs.fixed_k(feature, value, n_features)
+        n_tokens, (token, column) = len(value), (value > -torch.inf).nonzero(as_tuple=True)
+        value, feature = value[token, column], feature[token, column]
+        return SparseActs(token, feature, value, n_tokens=n_tokens, n_features=n_features)
+
     def aux_acts(self) -> SparseActs | None:
         """The AuxK entries of the last pass."""
-        if not self._aux:
-            return None
-        value, feature = (torch.cat(column) for column in zip(*self._aux, strict=True))
-        return SparseActs.fixed_k(feature, value, len(self.W_enc))
+        return self.entries(self._aux) if self._aux else None
 
 
 # ---- selection

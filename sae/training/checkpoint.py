@@ -4,7 +4,8 @@
 stay, and where the last one is damaged the one before serves. Everything that training reads is in it or follows from
 it: weights, Adam's moments and step counts, counters, the step, and the position in the text at which the present fill
 of the buffer began. Where several processes train, each writes the tensors that it has to a file of its own,
-`state-2-of-8.safetensors`; any number of processes goes on from all of them.
+`state-2-of-8.safetensors`; any number of processes goes on from all of them. A tensor that several of these files have
+is divided over them by rows.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -177,8 +179,16 @@ def _read(path: Path) -> Checkpoint:
         del entries["files"]
     if noted.checksum != _checksum(entries, [digest_tensors(tensors) for tensors in files]):
         raise UserError(f"{path} is damaged: its checksum is not that of its contents")
-    tensors = {name: tensor for of_process in files for name, tensor in of_process.items()}
-    return Checkpoint(noted.step, noted.counters, noted.position, noted.log_bytes, tensors)
+    return Checkpoint(noted.step, noted.counters, noted.position, noted.log_bytes, _joined(files))
+
+
+def _joined(files: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of all files; one that is in several is divided by its rows."""
+    blocks: dict[str, list[Tensor]] = {}
+    for tensors in files:
+        for name, tensor in tensors.items():
+            blocks.setdefault(name, []).append(tensor)
+    return {name: rows[0] if len(rows) == 1 else torch.cat(rows) for name, rows in blocks.items()}
 
 
 def _checksum(entries: Mapping[str, Any], digests: Sequence[str]) -> str:

@@ -144,11 +144,19 @@ class TrainingLoop(ABC):
             tensors |= checkpoints.tensors_of(name, sae.weights, sae.state, self.optimizer)
         return tensors
 
+    def _to_save(self) -> Mapping[str, Tensor]:
+        """The tensors that this process writes into a checkpoint."""
+        return self._tensors()
+
+    def _of_this_process(self, saved: Checkpoint) -> Checkpoint:
+        """A checkpoint with the tensors that this process has, of all that are in it."""
+        return saved
+
     def _save(self) -> None:
         self._check_finite()
         log_bytes = self.files.log_path.stat().st_size
         counters = {name: getattr(self, name) for name in self.counters}
-        state = Checkpoint(self.step, counters, self.position, log_bytes, self._tensors())
+        state = Checkpoint(self.step, counters, self.position, log_bytes, self._to_save())
         checkpoints.save(self.files.checkpoints, state, self.savers)
 
     def _restore(self) -> bool:
@@ -157,6 +165,7 @@ class TrainingLoop(ABC):
         if saved is None:
             self.processes.by_first(lambda: self.files.log_path.unlink(missing_ok=True))
             return False
+        saved = self._of_this_process(saved)
         self.step, self.position = saved.step, saved.position
         for name in self.counters:
             setattr(self, name, saved.counters[name])

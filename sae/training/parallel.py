@@ -5,13 +5,16 @@
 - data: each process has all autoencoders, and makes the gradients of its share of every batch; their mean moves the
   weights, which stay the same in all of them. Batches, and the tokens for AuxK, are those of one process, so that
   results agree but for the order of sums.
+- features: each process has an equal block of the features of all autoencoders, for widths that fit no device, and all
+  tokens (`sae.sparse.shards`). Results agree but for the order of sums.
 
 N tokens, F features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Literal
 
@@ -24,11 +27,16 @@ from sae.data.shared_activations import SharedActivations
 from sae.errors import UserError
 from sae.model.sites import Site
 from sae.sparse.encoder_pass import AUX_TOKENS
+from sae.sparse.shards import FeatureShards
+from sae.training.checkpoint import Checkpoint
 from sae.training.config import TrainConfig
 from sae.training.trainer import Trainer, order_of_rows
+from sae.training.training_sae import TrainingSAE
 
-Parallel = Literal["sites", "data"]
+Parallel = Literal["sites", "data", "features"]
 """What several processes share out."""
+OVER_FEATURES = ("topk", "relu", "relu_unit", "jumprelu")
+"""Architectures whose loss is of sums over features, which processes can add up."""
 OVER_BATCHES = ("batchtopk", "matryoshka")
 """Architectures that choose their active features over a whole batch."""
 
@@ -51,6 +59,10 @@ def choose_parallel(
         if len(sites) < n:
             raise UserError(f"parallel is 'sites', of which there are {len(sites)} for {n} processes: start fewer")
         return parallel
+    if parallel == "features":
+        if reason := _features_stay_together(config, n, cached=cached):
+            raise UserError(f"{n} processes cannot share the features: {reason}")
+        return parallel
     reason = None
     if cached:
         reason = "activations are read from a cache, which only sites can be read from apart"
@@ -69,6 +81,21 @@ def choose_parallel(
             f"{n} processes cannot share the data: {reason}; start at most {len(sites)}, with a site or more for each"
         )
     return parallel
+
+
+def _features_stay_together(config: TrainConfig, n: int, *, cached: bool) -> str | None:
+    """Why n processes cannot share the features of an autoencoder; None where they can."""
+    if cached:
+        return "activations are read from a cache, which only sites can be read from apart"
+    if config.architecture not in OVER_FEATURES:
+        return f"architecture is {config.architecture!r}, and only {', '.join(OVER_FEATURES)} are added up over blocks"
+    if config.revival == "resample":
+        return "revival is 'resample', which draws from the errors of the whole autoencoder: take auxk"
+    if config.skip:
+        return "a skip connection belongs to no feature: leave --skip out"
+    if config.features % n:
+        return f"features is {config.features}, which does not divide into {n} equal blocks"
+    return None
 
 
 class DataTrainer(Trainer):
@@ -140,3 +167,54 @@ class DataTrainer(Trainer):
         flat = self.processes.sum_(torch.cat([tensor.flatten().float() for tensor in tensors]))
         blocks = flat.split([tensor.numel() for tensor in tensors])
         return [block.view_as(tensor) for block, tensor in zip(blocks, tensors, strict=True)]
+
+
+# ---- features
+
+REPLICATED = ("b_dec",)
+"""Weights that every process has whole."""
+
+
+class FeatureTrainer(Trainer):
+    """One of several processes that train the same autoencoders on the same tokens, each a block of their features."""
+
+    def _prepare(self) -> None:
+        super()._prepare()
+        for sae in self.saes:  # of the same rows, but perhaps on machines that add them up in another order
+            for key in sorted({"centre", "scale", "read_centre", "read_scale"} & sae.state.keys()):
+                self.processes.sum_(sae.state[key].mul_(self.processes.is_first))
+
+    def _make_gradients(self) -> None:
+        """Each has the gradients of its features; that of b_dec is a sum over all features."""
+        super()._make_gradients()
+        for sae in self.saes:
+            bias = sae.weights["b_dec"]
+            bias.grad = self.processes.sum_(torch.zeros_like(bias) if bias.grad is None else bias.grad)
+
+    def _to_save(self) -> Mapping[str, Tensor]:
+        """The block of rows that this process has; the first also writes what all of them have."""
+        tensors = self._tensors()
+        return {name: x for name, x in tensors.items() if self.processes.is_first or _by_feature(name, x)}
+
+    def _of_this_process(self, saved: Checkpoint) -> Checkpoint:
+        shards = FeatureShards(self.processes)
+        mine = {name: shards.mine(x).clone() if _by_feature(name, x) else x for name, x in saved.tensors.items()}
+        return replace(saved, tensors=mine)
+
+    def whole(self, sae: TrainingSAE) -> TrainingSAE | None:
+        """An autoencoder with all of its features, on the CPU of the first process; None in the others."""
+        blocks = {key: self.processes.to_first(x.detach().cpu()) for key, x in sae.weights.items()}
+        if not self.processes.is_first:
+            return None
+        joined = TrainingSAE(
+            sae.name, sae.site, sae.width, sae.config, torch.device("cpu"), read_width=sae.read_width
+        )  # fmt: skip
+        joined.weights = {key: rows[0] if key in REPLICATED else torch.cat(rows) for key, rows in blocks.items()}
+        joined.state = {key: x.cpu() for key, x in sae.state.items()}
+        return joined
+
+
+def _by_feature(name: str, x: Tensor) -> bool:
+    """Whether a tensor of a checkpoint has a row for each feature, by its name there (`checkpoint.tensors_of`)."""
+    _, kind, key = name.split("/")[:3]
+    return key == "silent" if kind == "state" else x.ndim > 0 and key not in REPLICATED

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from sae._run.locks import lock
 from sae._run.processes import current
+from sae.autoencoder import SparseAutoencoder
 from sae.data.activations import ModelActivations
 from sae.data.cache import CachedActivations, CachedModel
 from sae.data.shared_activations import SharedActivations
@@ -21,10 +22,13 @@ from sae.model.forward import with_gradients
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site, select_sites
 from sae.saes import SAEs, load_saes
+from sae.sparse.shards import FeatureShards
 from sae.training.config import TrainConfig, with_contexts_of
-from sae.training.parallel import DataTrainer, Parallel, choose_parallel, share_sites
+from sae.training.parallel import DataTrainer, FeatureTrainer, Parallel, choose_parallel, share_sites
 from sae.training.run_folder import RunFolder, run_settings
 from sae.training.trainer import Trainer, begin, export, open_activations, read_site
+
+TRAINERS: dict[Parallel, type[Trainer]] = {"sites": Trainer, "data": DataTrainer, "features": FeatureTrainer}
 
 
 @with_gradients
@@ -54,7 +58,8 @@ def train_saes(
         progress: whether to show a bar on standard error.
         activations: a cache to read instead of running the model.
         parallel: what several processes (`sfc train --processes`) share out: sites, each training some of them, or
-            data, each training all on its share of every batch; sites by default where there is one for each.
+            data, each training all on its share of every batch, or features, each having a block of those of every
+            autoencoder; sites by default where there is one for each.
 
     Returns:
         The autoencoders by site, in the order of the forward pass, with unit decoder rows, for raw activations; of
@@ -75,18 +80,26 @@ def train_saes(
         shares = share_sites(chosen, processes.size)
         rows = open_activations(model, source, chosen, config, cache=activations)
         if processes.size > 1 and isinstance(rows, ModelActivations):
-            needed = [{place for site in share for place in (site, read_site(site, config))} for share in shares]
+            shown = shares if parallel == "sites" else [chosen] * processes.size
+            needed = [{place for site in share for place in (site, read_site(site, config))} for share in shown]
             rows = SharedActivations(rows, processes, needed)
         processes.by_first(lambda: run.start(resume=resume, overwrite=overwrite))
         mine = shares[processes.rank] if parallel == "sites" else chosen
-        saes = [begin(site.name, site, rows, config, model) for site in mine]
-        trainer = Trainer if parallel == "sites" else DataTrainer
-        trainer(saes, rows, config, run, progress=progress, processes=processes).run()
-        exported = SAEs({sae.site: export(sae, model, rows) for sae in saes})
-        if parallel == "sites" or processes.is_first:
-            run.save(exported)
+        shards = FeatureShards(processes) if parallel == "features" else None
+        saes = [begin(site.name, site, rows, config, model, shards=shards) for site in mine]
+        trainer = TRAINERS[parallel](saes, rows, config, run, progress=progress, processes=processes)
+        trainer.run()
+        exported: dict[Site, SparseAutoencoder] = {}
+        for sae in saes:
+            if (trained := trainer.whole(sae)) is not None:
+                exported[sae.site] = export(trained, model, rows)
+                if parallel == "sites" or processes.is_first:
+                    run.save({sae.site: exported[sae.site]})
+            if parallel == "features":  # which may not fit in memory together
+                exported.clear()
         processes.gathered(None)
         processes.by_first(lambda: run.finish(read=asdict(rows.text_read())))
-    if len({sae.device for sae in exported.values()}) > 1:  # of a model on several devices, each where its layer is
-        return load_saes(out, sites=exported, device=model.device)
-    return exported
+        processes.gathered(None)
+    if not exported or len({sae.device for sae in exported.values()}) > 1:  # each where its layer is
+        return load_saes(out, sites=mine, device=model.device)
+    return SAEs(exported)

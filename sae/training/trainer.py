@@ -31,6 +31,7 @@ from sae.errors import UserError
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
 from sae.sparse.encoder_pass import Workspace
+from sae.sparse.shards import FeatureShards
 from sae.training.config import TrainConfig
 from sae.training.loop import BETAS, TrainingLoop, diverged
 from sae.training.run_folder import RunFolder
@@ -49,12 +50,22 @@ def read_site(site: Site, config: TrainConfig) -> Site:
 
 
 def begin(
-    name: str, site: Site, rows: ActivationSource, config: TrainConfig, model: LanguageModel | CachedModel
+    name: str,
+    site: Site,
+    rows: ActivationSource,
+    config: TrainConfig,
+    model: LanguageModel | CachedModel,
+    *,
+    shards: FeatureShards | None = None,
 ) -> TrainingSAE:
-    """The dictionary of a site before its first step, on the device of the site's layer."""
+    """The dictionary of a site before its first step, on the device of the site's layer; shards: how processes share
+    out its features.
+    """
     read = read_site(site, config)
     read_width = None if read == site else rows.widths[read]
-    return TrainingSAE(name, site, rows.widths[site], config, model.device_of(site), read_width=read_width)
+    return TrainingSAE(
+        name, site, rows.widths[site], config, model.device_of(site), read_width=read_width, shards=shards
+    )
 
 
 def export(sae: TrainingSAE, model: LanguageModel | CachedModel, rows: ActivationSource) -> SparseAutoencoder:
@@ -142,6 +153,10 @@ class Trainer(TrainingLoop):
         if self.saes:
             self.logged_at, self.logged_step = time.monotonic(), self.step
             self._run_loop()
+
+    def whole(self, sae: TrainingSAE) -> TrainingSAE | None:
+        """A trained autoencoder as it is saved by this process; None where another does."""
+        return sae
 
     def _allocate(self) -> None:
         """The buffers of the sites that it needs, in float32; those of all sites are within the memory allowed."""

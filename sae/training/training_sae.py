@@ -9,23 +9,13 @@
    ever fewer tokens could wake it.
 3. `constrain`, after the optimizer, holds decoder rows at unit norm where the architecture wants that.
 4. `export` folds c, s and decoder norms into a `SparseAutoencoder` that works on raw activations.
-
-`Schedule` says how a run changes what a step does, as functions of the step:
-
-1. The learning rate rises linearly over the warm-up and falls linearly to zero over the last steps.
-2. The weight of the sparsity penalty rises over the warm-up; k may fall meanwhile; p-annealing's exponent falls all
-   along.
-3. Where nothing but a penalty decides how many features are active, its weight λ is steered to L0 = k:
-   log λ changes by speed · log(L0 / k) + damping · (change of log L0) at each step. The second term lets go of a weight
-   that is already about to do its work, so that short runs may be steered fast.
 """
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -39,8 +29,10 @@ from sae.folding import fold_norms, fold_scale
 from sae.model.sites import Site
 from sae.sparse.activations import normalize_rows_, remove_parallel_
 from sae.sparse.encoder_pass import Workspace
+from sae.sparse.shards import FeatureShards
 from sae.training.config import TrainConfig
 from sae.training.dead_features import RESAMPLE_AT, RESAMPLED_ENCODER, resample
+from sae.training.schedules import Schedule
 
 DENSE_ABOVE = 0.1
 """Share of active features above which the dense step is faster."""
@@ -50,82 +42,6 @@ MEDIAN_STEPS = 30
 """Weiszfeld iterations of the geometric median."""
 WAKING = 0.2
 """Rise of a dead feature's encoder bias a step, as a share of the learning rate."""
-RATE_STEPS = 1000
-"""Steps of a run to which the default learning rates belong; others take it times √(1000 / steps)."""
-FEWEST_RATE_STEPS = 250
-"""Steps below which the default learning rate rises no more."""
-FIRST_SPARSITY = 0.01
-"""Weight of a steered sparsity penalty at the start."""
-STEERING = 9.0
-"""Speed of steering, as a factor over the whole run."""
-SLOWEST_STEERING, FASTEST_STEERING = 0.03, 0.1
-"""Bounds of that speed at each step."""
-FARTHEST = 3.0
-"""The largest |log(L0 / k)| that counts."""
-LARGEST_CHANGE = 0.3
-"""Largest change of the logarithm of that weight a step."""
-TRANSCODER_RATE = 2.0
-"""Factor on the usual learning rate of a transcoder with k active features: its decoder has a way to go from zero."""
-BANDWIDTH = 0.8
-"""JumpReLU's bandwidth in units of 1/√width, the spread of a random direction's pre-activations."""
-
-
-class Schedule:
-    """The schedules of one autoencoder."""
-
-    def __init__(self, config: TrainConfig, width: int, *, transcoder: bool = False) -> None:
-        self.config, self.width, self.steps = config, width, config.steps
-        self.architecture = architecture(config.architecture)
-        self.rate_factor = TRANSCODER_RATE if transcoder and self.architecture.fixed_k else 1.0
-        self.n_features = config.features if self.architecture.trained else width
-        revival = self.architecture.revival if config.revival == "auto" else config.revival
-        self.k_aux = config.k_aux if revival == "auxk" else 0
-        self.target_l0 = float(config.k) if config.architecture == "jumprelu" and config.l0_loss == "target" else None
-        self.steered = not self.architecture.fixed_k and config.sparsity is None and self.target_l0 is None
-        self.bandwidth = config.bandwidth or BANDWIDTH / math.sqrt(width)
-
-    def learning_rate(self, step: int) -> float:
-        """The learning rate of step 0, 1, ..."""
-        config, steps = self.config, self.steps
-        decay = self.architecture.decay if config.decay is None else config.decay
-        usual = self.architecture.learning_rate / math.sqrt(self.width * max(steps, FEWEST_RATE_STEPS) / RATE_STEPS)
-        rise = min(1.0, (step + 1) / max(1.0, config.warmup * steps))
-        fall = min(1.0, (steps - step) / max(1.0, decay * steps))
-        return (config.learning_rate or usual * self.rate_factor) * rise * fall
-
-    def first_sparsity(self) -> float:
-        """Weight of the penalty at the start, before its warm-up."""
-        if self.config.sparsity is not None:
-            return self.config.sparsity
-        return FIRST_SPARSITY if self.target_l0 is None else 1.0
-
-    def hyper(self, step: int, sparsity: Tensor) -> Hyper:
-        """The hyperparameters of step 0, 1, ..., from the weight of the penalty, a scalar."""
-        config = self.config
-        progress = step / self.steps
-        rise = min(1.0, progress / config.warmup) if config.warmup else 1.0
-        k = config.k if config.k_start is None else round(config.k_start + rise * (config.k - config.k_start))
-        return Hyper(
-            k=min(k, self.n_features),
-            sparsity=sparsity * rise,
-            p=1 + (config.p_end - 1) * progress,
-            bandwidth=self.bandwidth,
-            target_l0=self.target_l0,
-            k_aux=self.k_aux,
-            aux_alpha=config.aux_alpha,
-        )
-
-    def steering(self, previous_l0: Tensor, l0: Tensor, exponent_fall: float) -> Tensor:
-        """Factor on the penalty's weight from L0 of a batch and of the one before, scalars.
-
-        Where the exponent of the penalty falls, the weight keeps what an activation of the architecture's `weak` pays.
-        """
-        lowest = 1e-3 * self.config.k
-        then, now = previous_l0.clamp(min=lowest).log(), l0.clamp(min=lowest).log()
-        off = (now - math.log(self.config.k)).clamp(-FARTHEST, FARTHEST)
-        speed = min(max(STEERING / self.steps, SLOWEST_STEERING), FASTEST_STEERING)
-        change = (speed * off + self.architecture.damping * (now - then)).clamp(-LARGEST_CHANGE, LARGEST_CHANGE)
-        return (change + exponent_fall * math.log(self.architecture.weak)).exp()
 
 
 class TrainingSAE:
@@ -140,16 +56,20 @@ class TrainingSAE:
         device: torch.device,
         *,
         read_width: int | None = None,
+        shards: FeatureShards | None = None,
     ):
-        """`read_width`: of what a transcoder reads; None for an autoencoder."""
-        self.read_width = read_width
+        """read_width: of what a transcoder reads; None for an autoencoder. shards: how processes share out its
+        features; None where all are here.
+        """
+        self.read_width, self.shards = read_width, shards
         self.read_site = site if read_width is None else Site(config.read, site.layer)
         self.name, self.site, self.width, self.config, self.device = name, site, width, config, device
         self.architecture, self.schedule = (
             architecture(config.architecture),
             Schedule(config, width, transcoder=read_width is not None),
         )
-        self.n_features, self.dead_after = self.schedule.n_features, config.dead_after
+        self.n_all, self.dead_after = self.schedule.n_features, config.dead_after
+        self.n_features = self.n_all if shards is None else self.n_all // shards.processes.size
         self.resample_steps = (
             {round(share * config.steps) for share in RESAMPLE_AT} if config.revival == "resample" else set()
         )
@@ -161,7 +81,7 @@ class TrainingSAE:
             "scale": torch.ones(()),
             "silent": torch.zeros(self.n_features),  # tokens since each feature was active
             "sparsity": torch.tensor(self.schedule.first_sparsity()),
-            "l0": torch.tensor(float(self.n_features)),  # of the last batch
+            "l0": torch.tensor(float(self.n_all)),  # of the last batch
             "loss": torch.zeros(()),
             "squared_error": torch.zeros(()),
             "active": torch.zeros(()),
@@ -173,7 +93,8 @@ class TrainingSAE:
             self.state |= {"read_centre": torch.zeros(read_width), "read_scale": torch.ones(())}
         self.state = {key: tensor.to(device) for key, tensor in self.state.items()}
         self.state |= {f"extra.{key}": tensor for key, tensor in extra.items()}
-        self.dead: Tensor | None = None
+        self.dead: Tensor | None = None  # of the features here, and how many there are of all
+        self.n_dead = 0
         self.workspace = Workspace()
         self.share = WHOLE
 
@@ -186,7 +107,8 @@ class TrainingSAE:
         seed = zlib.crc32(f"{self.config.seed} {self.site}".encode())
         generator = torch.Generator().manual_seed(seed)
         if self.architecture.trained:
-            rows = torch.randn(self.n_features, self.read_width or self.width, generator=generator)
+            rows = torch.randn(self.n_all, self.read_width or self.width, generator=generator)
+            rows = rows if self.shards is None else self.shards.mine(rows).clone()
             rows *= self.architecture.decoder_norm / rows.norm(dim=1, keepdim=True)
         else:
             rows = torch.eye(self.width)
@@ -207,7 +129,7 @@ class TrainingSAE:
         """
         if self.architecture.fixed_k or self.architecture.decoder_norm < 1:
             return 1.0
-        return min(1.0, 2 * self.width / self.n_features)
+        return min(1.0, 2 * self.width / self.n_all)
 
     def prepare(self, x: Tensor, x_read: Tensor | None = None) -> None:
         """Centre and scale from activations x [n, d], and from what a transcoder reads [n, r]."""
@@ -233,13 +155,15 @@ class TrainingSAE:
         x = (x - state["centre"]) / state["scale"]
         if x_read is not None and self.read_width is not None:
             x_read = (x_read - state["read_centre"]) / state["read_scale"]
-        dense = not self.architecture.fixed_k and state["l0"].item() > DENSE_ABOVE * self.n_features
+        dense = not self.architecture.fixed_k and state["l0"].item() > DENSE_ABOVE * self.n_all
         if self.schedule.k_aux and (step % DEAD_LOOKS == 0 or x.device.type == "cpu"):
             self._find_dead()
         hyper = self.schedule.hyper(step, state["sparsity"])
+        if self.shards is not None:  # which know of their own dead features alone
+            hyper = replace(hyper, k_aux=min(hyper.k_aux, self.n_dead))
         stats = self.architecture.step(
             x, self.weights, hyper, self.extra_state, dead=self.dead, dense=dense, workspace=self.workspace,
-            x_read=x_read, share=self.share,
+            x_read=x_read, share=self.share, shards=self.shards,
         )  # fmt: skip
         previous_l0 = state["l0"].clone()
         self._count(x, stats)
@@ -261,11 +185,12 @@ class TrainingSAE:
         fired, loss, squared_error, sum_x, sum_x2, n_tokens = self.share.sums(
             stats.fired, stats.loss, stats.squared_error, x.sum(0), x.square().sum(), n_tokens
         )
+        active = self._whole(fired.sum())
         state["silent"].add_(n_tokens).mul_(fired == 0)
-        state["l0"].copy_(fired.sum() / n_tokens)
+        state["l0"].copy_(active / n_tokens)
         state["loss"].add_(loss)
         state["squared_error"].add_(squared_error)
-        state["active"].add_(fired.sum())
+        state["active"].add_(active)
         state["sum_x"].add_(sum_x)
         state["sum_x2"].add_(sum_x2)
         state["n_tokens"].add_(n_tokens)
@@ -286,7 +211,12 @@ class TrainingSAE:
 
     def _find_dead(self) -> None:
         dead = (self.state["silent"] > self.dead_after).nonzero().squeeze(1)
-        self.dead = dead if len(dead) else None
+        self.n_dead = len(dead) if self.shards is None else sum(self.shards.processes.gathered(len(dead)))
+        self.dead = dead if self.n_dead else None
+
+    def _whole(self, x: Tensor) -> Tensor:
+        """A sum over all features from that over the features here."""
+        return x if self.shards is None else self.shards.whole(x)
 
     def groups(self) -> list[dict[str, Any]]:
         """Groups of weights for the optimizer, by the factor on their learning rate."""
@@ -329,7 +259,7 @@ class TrainingSAE:
             state["loss"] / n,
             state["active"] / n,
             1 - state["squared_error"] / variance.clamp(min=1e-12),
-            (state["silent"] > self.dead_after).float().mean(),
+            self._whole((state["silent"] > self.dead_after).sum()) / self.n_all,
             state["sparsity"],
         ]).tolist()  # fmt: skip
         for key in ("loss", "squared_error", "active", "sum_x", "sum_x2", "n_tokens"):

@@ -5,6 +5,8 @@
    every training reads the same text from its beginning, forward passes included, and ends on disk.
 3. Printed are medians over the turns: the ratio of seconds, and that of the CPU seconds of the one process to those of
    the busiest of the several, which is what the ratio of seconds would be with a free core for each.
+4. With `--memory` they train together once more while the memory of every process's tensors is counted, and `stated`
+   has the formula beside it, the model's weights on both sides left out. Exit status 1 if they differ by over a tenth.
 
     python -m tests.benchmarks.bench_processes --processes 2
 """
@@ -18,18 +20,27 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
 from torch.distributed import run as torchrun
 
+from sae._peak_memory import peak_memory
 from sae._run import processes
 from sae._run.processes import Processes
+from sae.model.sites import Site
 from sae.training.config import TrainConfig
-from sae.training.parallel import Parallel
+from sae.training.parallel import Parallel, share_sites
 from sae.training.train import train_saes
+from sae.training.trainer import MIN_BUFFER_TOKENS
 from tests.benchmarks.gpu import random_model
+from tests.benchmarks.training_memory import training_memory
+
+TOLERANCE = 0.1
+"""Largest relative difference between the memory stated and counted."""
 
 
 def arguments() -> argparse.Namespace:
@@ -38,7 +49,8 @@ def arguments() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--tokens", type=int, default=32_768)
     parser.add_argument("--batch", type=int, default=1024)
-    parser.add_argument("--parallel", choices=("sites", "data"), default="sites")
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--parallel", choices=("sites", "data", "features"), default="sites")
     return parser.parse_args()
 
 
@@ -62,7 +74,7 @@ def print_ratios(options: argparse.Namespace, group: Processes) -> None:
         buffer_tokens=options.tokens // 2,
     )  # fmt: skip
 
-    def train(parallel: Parallel | None = None) -> tuple[float, float]:
+    def train(parallel: Parallel | None = None, config: TrainConfig = config) -> tuple[float, float]:
         """Seconds, and the CPU seconds of this process."""
         with tempfile.TemporaryDirectory() as folder:
             run = processes.current().by_first(lambda: Path(folder, "run"))
@@ -88,6 +100,29 @@ def print_ratios(options: argparse.Namespace, group: Processes) -> None:
         print(f"{speed:,.0f} tokens/s by one process")
         print(f"{group.size} processes, parallel {options.parallel}: {wall:.2f} times the tokens/s of one (median)")
         print(f"by CPU seconds of the busiest process: {cpu:.2f} times")
+    if options.memory:
+        living = replace(config, dead_tokens=config.tokens)  # no feature dies, so that all steps take as much
+        counted = peak_memory(lambda: train(options.parallel, living), torch.device("cpu"))
+        sizes = group.gathered((counted, stated(living, options.width, model.sites, group, options.parallel)))
+        if group.is_first:
+            for rank, (counted, expected) in enumerate(sizes):
+                print(f"process {rank + 1}: {counted / 2**20:,.0f} MiB counted, {expected / 2**20:,.0f} stated")
+        if any(abs(counted / expected - 1) > TOLERANCE for counted, expected in sizes):
+            sys.exit(1)
+
+
+def stated(config: TrainConfig, width: int, sites: Sequence[Site], group: Processes, parallel: Parallel) -> int:
+    """Bytes of a process: `training_memory` of what it trains, on the tokens that it takes, and the buffer of the sites
+    whose activations it needs. Gradients that are added up over processes are two more copies, of one autoencoder.
+    """
+    here, n = share_sites(sites, group.size)[group.rank] if parallel == "sites" else sites, group.size
+    if parallel == "features":
+        config = replace(config, features=config.features // n)
+    if parallel == "data":
+        config = replace(config, batch_size=config.batch // n)
+    memory = training_memory(config, width, torch.device("cpu"))
+    added_up = 2 * memory.gradients if parallel == "data" else 0
+    return memory.total(len(here)) + added_up + 4 * width * len(here) * max(config.buffer_tokens, MIN_BUFFER_TOKENS)
 
 
 if __name__ == "__main__":

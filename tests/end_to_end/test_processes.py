@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from sae._files import read_tensors
 from sae._run.processes import Processes
 from sae.errors import UserError
+from sae.saes import load_saes
 from sae.training.config import TrainConfig
 from sae.training.parallel import choose_parallel
 from tests.conftest import FORKED
@@ -79,12 +81,44 @@ def test_data_of_several_processes(in_ranks, forked_sfc, words, alone, tmp_path)
     assert {line["step"] for line in training_log(run)} == {line["step"] for line in training_log(alone)}
 
 
+@pytest.mark.parametrize(("architecture", "kind"), [("jumprelu", "sae"), ("topk", "transcoder")])
+def test_features_of_several_processes(in_ranks, forked_sfc, words, tmp_path, architecture, kind):
+    """The weights of one process after a few steps with dead features, up to the order of sums."""
+    words = [*words, "--sites", "mlp_1", "--architecture", architecture, "--kind", kind]
+    words += ["--tokens", 512, "--dead-tokens", 100, "--warmup", 0]
+    assert forked_sfc(*words, "--out", tmp_path / "alone").status == 0
+    assert in_ranks(2, *words, "--parallel", "features", "--out", tmp_path / "run").status == 0
+    assert autoencoders(tmp_path / "run").keys() == autoencoders(tmp_path / "alone").keys()
+    trained, expected = (load_saes(tmp_path / name, device="cpu") for name in ("run", "alone"))
+    for site, sae in expected.items():
+        assert trained[site].config == sae.config
+        for name, weights in sae.named_buffers():
+            assert (trained[site].get_buffer(name) - weights).norm() <= 2e-3 * weights.norm(), (site, name)
+    dead = [[line["dead"] for line in training_log(tmp_path / name)] for name in ("run", "alone")]
+    assert dead[0] == pytest.approx(dead[1], abs=0.03) and (max(dead[0]) > 0 or architecture != "topk")
+
+
+def test_features_of_a_run_that_was_killed(in_ranks, forked_sfc, words, alone, tmp_path):
+    """Its checkpoint is one of all features: one process goes on from it."""
+    run = tmp_path / "run"
+    assert in_ranks(2, *words, "--parallel", "features", "--out", run, kill_after=9).status
+    saved = read_tensors(max((run / "checkpoints").iterdir()) / "state-2-of-2.safetensors")
+    assert saved["resid_1/weights/W_dec"].shape == (24, 32) and "resid_1/weights/b_dec" not in saved
+    assert forked_sfc(*words, "--out", run, "--resume").status == 0
+    assert autoencoders(run).keys() == autoencoders(alone).keys()
+    pairs = list(zip(training_log(run), training_log(alone), strict=True))
+    assert all(line["loss"] == pytest.approx(expected["loss"], rel=1e-2) for line, expected in pairs[4:16])
+
+
 def test_what_cannot_be_shared(sfc, in_ranks, words, tmp_path):
     for option in (["--estimate"], ["--finetune", "kl"]):
         early = sfc(*words, *option, "--processes", 2, "--out", tmp_path / "run")
         assert early.status == 2 and "for one process" in early.err
     with pytest.raises(UserError, match="batchtopk"):
         choose_parallel("data", [], TrainConfig(architecture="batchtopk"), Processes(0, 2), cached=False)
+    for config, reason in (({"architecture": "gated"}, "gated"), ({"features": 33}, "equal blocks")):
+        with pytest.raises(UserError, match=reason):
+            choose_parallel("features", [], TrainConfig(**config), Processes(0, 2), cached=False)
     alone = in_ranks(2, "render", "--circuit", tmp_path)
     assert alone.status == 2 and alone.err.count("runs in one process") == 1
 

@@ -36,10 +36,11 @@ class TrainCommand(Common, Overwrites, SharesWork, HasSites, HasTextOrCache):
     finetune_tokens: TokenCount | None = None
     """Tokens to fine-tune on, beside those of training; a fifth of these by default. `sfc finetune` has more options.
     """
-    parallel: Literal["sites", "data"] | None = None
-    """What several processes share out: sites, each training some of them, to the same bits as one process; or data,
-    each training all on its share of every batch, the same up to rounding, but not batchtopk, matryoshka, resampling or
-    a cache. Sites by default where there is one for each process.
+    parallel: Literal["sites", "data", "features"] | None = None
+    """What several processes share out: sites, each training some of them, to the same bits as one process; data, each
+    training all on its share of every batch, the same up to rounding, but not batchtopk, matryoshka, resampling or a
+    cache; or features, each having a block of those of every topk, relu, relu_unit or jumprelu autoencoder, for widths
+    that fit no device. Sites by default where there is one for each process.
     """
     config: TrainConfig = field(default_factory=TrainConfig)
 

@@ -72,6 +72,7 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
     """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(5000, 10, 50)  # a full collection looks through all that tests have left
     if wants_workers(session):
         start, end = partial(_start_commands, session), partial(_end_commands, session.config)
         run_in_workers(session, on_start=start, on_end=end)

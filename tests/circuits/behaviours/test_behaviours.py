@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -117,11 +118,18 @@ def test_an_interrupted_search_ends_the_same(setting, tmp_path, monkeypatch):
     assert resumed.to_dict() == whole.to_dict()
     for rank, circuit in whole.circuits.items():
         assert circuit.nodes_frame().equals(resumed.circuits[rank].nodes_frame())
+        assert (
+            circuit.metadata["examples"] == circuit.metadata["n_examples"] == 4 < len(whole.clusters[rank - 1].members)
+        )
     folder = tmp_path / "killed"
     assert 'href="cluster_01/graph/circuit.html"' in resumed.write_page(folder).read_text()
     assert (folder / "cluster_02" / "graph" / "circuit.html").is_file()
     lines = (folder / "cluster_01" / "prompts.jsonl").read_text().splitlines()
     assert {*json.loads(lines[0])} == {"clean_prefix", "clean_answer"}
+    fewer = find.find_behaviours(
+        model, saes, TEXTS, replace(OPTIONS, nodes=3), out=folder, resume=True, progress=False
+    )  # fmt: skip
+    assert {circuit.metadata["options"]["edge_nodes"] for circuit in fewer.circuits.values()} == {3}
 
 
 def test_clusters_are_those_of_average_linkage():

@@ -17,7 +17,7 @@ from circuits.metrics.metrics import logit_difference
 from circuits.options import DiscoverOptions
 from sae._peak_memory import peak_memory
 from sae.errors import UserError
-from tests.circuits.discovery.test_resume import streamed
+from tests.circuits.discovery.test_resume import at_three_sites, streamed
 
 
 @pytest.mark.parametrize("architecture", ["gpt_neox", "gemma2"])
@@ -70,13 +70,13 @@ def test_estimates_count_sparse_tensors_and_take_prompts_that_do_not_differ(tiny
 
 
 def test_estimate_of_streamed_autoencoders(tiny_model, tiny_saes, tiny_prompts):
-    saes = streamed(tiny_saes)
-    options = DiscoverOptions(method="attrib", edge_nodes=40, sites="resid,mlp_1")
+    saes = streamed(at_three_sites(tiny_saes))
+    options = DiscoverOptions(method="attrib", edge_nodes=40)
     estimate = estimate_discovery(tiny_model, saes, tiny_prompts, options)
     assert estimate.memory["autoencoders"] == saes.budget
     before = saes.n_reads
     discover(tiny_model, saes, tiny_prompts, options, progress=False)
-    assert saes.n_reads - before <= estimate.reads <= 2 * 3
+    assert 0 < saes.n_reads - before <= estimate.reads <= 2 * len(saes)
 
 
 def test_text_and_advice(tiny_model, tiny_saes, tiny_prompts, monkeypatch):

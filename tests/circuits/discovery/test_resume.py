@@ -28,6 +28,10 @@ def streamed(saes) -> SAEs:
     return SAEs.lazy(sources, device="cpu", budget=2 * max(sae.config.n_bytes for sae in saes.values()))
 
 
+def at_three_sites(saes) -> dict:
+    return {site: sae for site, sae in saes.items() if site.kind == "resid" or site.name == "mlp_1"}
+
+
 def same_bits(one, other) -> bool:
     """Whether two circuits agree to the bit, undefined numbers included."""
     return one.metadata == other.metadata and digest_tensors(flatten(one)) == digest_tensors(flatten(other))
@@ -87,13 +91,13 @@ def test_streamed_autoencoders_give_the_same_bits(tiny_model, tiny_saes, tiny_pr
 
 
 def test_autoencoders_are_read_once_a_round(tiny_model, tiny_saes, tiny_prompts):
-    saes = streamed(tiny_saes)
+    saes = streamed(at_three_sites(tiny_saes))
     roomy = DiscoverOptions(method="attrib", edge_nodes=40)
     discover(tiny_model, saes, tiny_prompts, roomy, progress=False)
-    assert saes.n_reads <= 2 * len(saes)  # one round: once for nodes, once for edges
-    saes = streamed(tiny_saes)
-    discover(tiny_model, saes, tiny_prompts, small(tiny_model, tiny_prompts), progress=False)
-    assert saes.n_reads <= 2 * 4 * 3
+    assert 0 < saes.n_reads <= 2 * len(saes)  # one round: once for nodes, once for edges
+    saes = streamed(at_three_sites(tiny_saes))
+    discover(tiny_model, saes, tiny_prompts, small(tiny_model, tiny_prompts, sites="all"), progress=False)
+    assert 0 < saes.n_reads <= 2 * 4 * len(saes)
 
 
 @pytest.mark.parametrize(("change", "hint"), [({"steps": 3}, "steps 10, not 3"), ({"method": "relp"}, "'attrib'")])

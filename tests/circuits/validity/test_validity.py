@@ -9,20 +9,23 @@ import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score
 
-from circuits.attribution.nodes import SiteNodes, select_nodes
+from circuits.attribution.activations import Setting
+from circuits.attribution.nodes import SiteNodes, ranked, select_nodes
 from circuits.discovery.discover import discover
 from circuits.faithfulness.nodes import faithfulness, metrics_of_sets, set_up
-from circuits.options import FaithfulnessOptions, ValidityOptions
+from circuits.faithfulness.optimal_ablation import ablation_values
+from circuits.options import DiscoverOptions, FaithfulnessOptions, ValidityOptions
 from circuits.uncertainty.bootstrap import Bootstrap
 from circuits.uncertainty.verification import Verification
 from circuits.validity import checks
-from circuits.validity.backups import grown, next_strongest
+from circuits.validity.backups import _run_both, effects_without, grown, next_strongest
 from circuits.validity.families import _half, _transfer, cluster_prompts
 from circuits.validity.overlap import NodeValues, jaccard, overlap_between, resample_overlap
 from circuits.validity.results import Backups, judge
 from circuits.validity.validate import validate
 from sae.autoencoder import SparseAutoencoder
 from sae.model.sites import Site
+from tests.circuits.conftest import MIXED, with_spans
 from tests.circuits.ground_truth import GroundTruth, Head, Layer, Neuron, Plan, _prompts, agreement, build
 
 NUMBERS = ("sg", "pl")
@@ -179,8 +182,10 @@ def test_overlap_of_resamples_by_hand():
     assert found.value == pytest.approx(np.mean(pairs))
     assert found.interval == pytest.approx(tuple(np.quantile(pairs, [0.025, 0.975])))
     assert found.core == sum(sum(n in one for one in sets) >= 0.95 * 50 for n in range(30))
-    assert resample_overlap(replace(nodes, groups=groups // 2), 5, bootstrap).interval is None
+    few = replace(nodes, groups=groups // 2)
+    assert resample_overlap(few, 5, bootstrap).interval is None is overlap_between(nodes, few, 5, bootstrap).interval
     other = replace(nodes, names=[str(n + 3) for n in range(30)])
+    assert overlap_between(nodes, nodes, 5, bootstrap).interval == (1.0, 1.0) != found.interval  # of the same draws
     best = set(values.mean(0).abs().topk(5).indices.tolist())
     moved = {n + 3 for n in best}
     assert overlap_between(nodes, other, 5, bootstrap).value == pytest.approx(len(best & moved) / len(best | moved))
@@ -266,6 +271,40 @@ def test_what_may_be_left_and_missed_is_held_against_a_bar_from_above():
     shared = {"names": ["a", "b", "c", "d"], "estimated": [1.0, 1.0, 1.0, 1.0], "exact": [5.0, 1.0, 1.0, -1.0]}
     assert checks.exact(Verification(**shared, shared=True)).value == 0.75  # shares are compared by their sign alone
     assert checks.exact(Verification(**shared, shared=False)).value == 0.5
+
+
+def test_removed_nodes_take_the_other_prompts_values_in_either_run(tiny_model, tiny_saes, tiny_prompts):
+    """With counterfactual ablation; x of both runs of a batch, by hand."""
+    site, prompts = Site("embed"), tiny_prompts[1::2]
+    sae, setting = tiny_saes[site], Setting.of(tiny_model, {site: tiny_saes[site]})
+    clean, patch = (
+        tiny_model.run(tokens, capture=[site]).activations[site] for tokens in (prompts.clean, prompts.patch)
+    )
+    change = sae.encode(patch) - sae.encode(clean)
+    feature = int(change.abs().sum((0, 1)).argmax())
+    removed = {site: SiteNodes(48, torch.tensor([feature]), torch.tensor([-1]), torch.ones(1))}
+    values = ablation_values(
+        setting, "counterfactual", [(removed, False)], nodes=removed, named=[removed], reference=prompts, seed=0,
+        batch_size=8, progress=False,
+    )  # fmt: skip
+    states, _ = _run_both(setting, prompts, [site], values, removed)
+    moved = change[..., feature, None] * sae.W_dec[feature]
+    assert moved.abs().max() > 0.01
+    torch.testing.assert_close(states.clean[site], clean + moved, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(states.patch[site], patch - moved, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("aggregation", "one_way"), [("sum", False), ("spans", False), ("sum", True)])
+def test_effects_with_nothing_removed_are_the_circuits(tiny_model, tiny_saes, tiny_prompts, aggregation, one_way):
+    """In several batches; with the strongest gone they are others."""
+    prompts = with_spans(tiny_prompts, MIXED) if aggregation == "spans" else tiny_prompts
+    prompts = replace(prompts, patch=None, patch_answers=None) if one_way else prompts
+    options = DiscoverOptions(method="attrib", aggregation=aggregation, edge_nodes=0, sites="resid")
+    circuit = discover(tiny_model, tiny_saes, prompts, options, progress=False)
+    removed, how = select_nodes(circuit.nodes, top=3), replace(TINY, batch_size=3)
+    before, after = effects_without(circuit.setting(), removed, circuit.nodes, prompts, prompts, how, aggregation)
+    assert dict(ranked(before)) == pytest.approx(dict(ranked(circuit.nodes)), abs=1e-5)
+    assert dict(ranked(after)) != pytest.approx(dict(ranked(circuit.nodes)), abs=1e-3)
 
 
 def test_backups_are_what_grows_towards_the_behaviour():

@@ -362,3 +362,13 @@ def test_a_prompt_is_typed_and_a_feature_ablated(served, page):
     name = page.text(".command code").split("--name ")[1].split()[0]
     assert json.loads((served.run / "edits" / f"{name}.json").read_text())["n_prompts"] == 1
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+    shown = next(node for node in served.experiments.graph.nodes() if node.kind == "feature")
+    page.goto(f"http://127.0.0.1:{served.port}/circuit#node-{shown.id}")
+    page.evaluate("document.querySelector('.label input').focus()")
+    page.type("named in the drawing")
+    page.key("Enter")
+    page.wait("viewer.state.announcement.value.includes('written down')")
+    assert "named in the drawing" == served.experiments.labels.read()[shown.name]["label"]
+    page.goto(f"http://127.0.0.1:{served.port}/circuit?again#node-{shown.id}")
+    assert page.evaluate("document.querySelector('.label input').value") == "named in the drawing"

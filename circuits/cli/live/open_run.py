@@ -11,7 +11,7 @@ from circuits.circuit import Circuit, circuit_folder
 from circuits.cli.commands.pictures.render import ExploreCommand
 from circuits.cli.options import RunsCircuit
 from circuits.editing.results import EditReport
-from circuits.feature_pages import FOLDER, PAGE_FILE, read_index
+from circuits.feature_pages import FOLDER, PAGE_FILE, read_index, write_page
 from circuits.labels import LabelsFile
 from graphs.drawing.style import describe
 from graphs.explorer import explorer_html
@@ -99,10 +99,17 @@ class OpenRun:
         return read_index(self.run, self.circuit.metadata.get("saes_fingerprint"))
 
     def features_page(self) -> str:
-        """The page of features that `sfc features` wrote. Raises UserError where there is none of these SAEs."""
+        """The page of features that `sfc features` wrote, with the names given since then.
+
+        Raises UserError where there is none of these SAEs.
+        """
         if self._page_index() is None:
             raise UserError("this run has no feature pages of its autoencoders: make them with sfc features")
-        return read_text(self.run / FOLDER / PAGE_FILE)
+        page, names = self.run / FOLDER / PAGE_FILE, self.labels.path
+        if names.is_file() and names.stat().st_mtime > page.stat().st_mtime:
+            with lock(page.parent):
+                write_page(self.run)
+        return read_text(page)
 
     def name_feature(self, feature: str, label: str) -> dict[str, Any]:
         """Write down what a feature is called, as `sfc labels` does; an empty label takes the name away.

@@ -139,7 +139,7 @@ export function commit(): void {
 
 function arrive(next: Snapshot): void {
   if (next.hash !== current.hash && !framed) history.pushState(null, "", address(next.hash));
-  if (next.labels !== current.labels) store("labels", next.labels);
+  if (next.labels !== current.labels) keepLabels(current.labels, next.labels);
   if (next.groups !== current.groups) store("groups", next.groups);
   current = next;
 }
@@ -158,6 +158,30 @@ function travel(from: typeof past, to: typeof past): void {
 }
 export const undo = () => travel(past, future);
 export const redo = () => travel(future, past);
+
+// --- what lasts: local storage, or the run where `sfc serve` shows the page -----------------------------------------------
+
+/** Where names are sent to, of a page that `sfc serve` shows; they are then those of `sfc labels`. */
+const server = document.documentElement.dataset.labels;
+
+function keepLabels(before: Record<string, string>, after: Record<string, string>): void {
+  if (!server) return store("labels", after);
+  for (const name of new Set([...Object.keys(before), ...Object.keys(after)])) {
+    const given = featureNode(name)?.label ?? "";
+    const label = after[name] ?? given;
+    if (label !== (before[name] ?? given)) void send(server, name, label);
+  }
+}
+
+async function send(address: string, feature: string, label: string): Promise<void> {
+  try {
+    const body = JSON.stringify({ feature, label });
+    const answer = await fetch(address, { method: "POST", headers: { "content-type": "application/json" }, body });
+    announcement.value = answer.ok ? `${feature}: written down` : (await answer.json()).error;
+  } catch {
+    announcement.value = `${feature}: the server does not answer, so that the name lasts as long as this page`;
+  }
+}
 
 // --- local storage ------------------------------------------------------------------------------------------------------
 
@@ -201,7 +225,7 @@ export function asGroups(value: unknown): Group[] | null {
 }
 
 export function start(): void {
-  labels.value = stored("labels", asLabels, {});
+  labels.value = server ? {} : stored("labels", asLabels, {});
   groups.value = stored("groups", asGroups, asGroups(circuit.groups) ?? []);
   readHash(location.hash);
   current = snapshot();

@@ -4,7 +4,8 @@
 2. The page is `template.html.j2` with `explorer.css`, that data and `viewer.js`, which esbuild makes of the TypeScript
    in `src/` (`npm ci && npm run build` in this folder); it is committed, so that nobody else needs node.
 3. In a notebook `widget.js` shows the same page in a frame.
-4. Labels and supernodes that a reader makes live in the browser's local storage and can be saved to files.
+4. Labels and supernodes that a reader makes live in the browser's local storage and can be saved to files; labels on a
+   page that `sfc serve` shows are written into `labels.jsonl`.
 """
 
 from __future__ import annotations

@@ -369,6 +369,6 @@ def test_a_prompt_is_typed_and_a_feature_ablated(served, page):
     page.type("named in the drawing")
     page.key("Enter")
     page.wait("viewer.state.announcement.value.includes('written down')")
-    assert "named in the drawing" == served.experiments.labels.read()[shown.name]["label"]
+    assert served.experiments.labels.read()[shown.name]["label"] == "named in the drawing"
     page.goto(f"http://127.0.0.1:{served.port}/circuit?again#node-{shown.id}")
     assert page.evaluate("document.querySelector('.label input').value") == "named in the drawing"

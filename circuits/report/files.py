@@ -63,13 +63,14 @@ class CurvesFile(TypedDict):
 
 
 class EdgeCurveFile(TypedDict):
-    """A curve over numbers of edges: edge_faithfulness.json."""
+    """A curve over numbers of edges: edge_faithfulness.json, and both halves of edge_mask.json."""
 
     sizes: Sizes
     faithfulness: list[Share]
     random: NotRequired[list[list[Share]]]
     intervals: NotRequired[Bounds | None]
     n_nodes: Index
+    n_prompts: NotRequired[Index]
     n_edges: Index
     all_joined: Share
     ablation: NotRequired[str]

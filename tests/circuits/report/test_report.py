@@ -161,7 +161,7 @@ def test_curves_of_edges_and_of_a_mask_are_shown(tmp_path):
     for phrase in (
         "sfc faithfulness", "With all nodes joined, 0.83", "4321 edges have a weight", "0.310", "0.60 to 0.80",
         "random edges", "learned for all nodes together", "learned mask", "held-out prompts",
-        "0.920", "0.550", "ranked by effect", "learned for all edges together", "by weight", "0.200",
+        "0.920", "0.550", "ranked by effect", "learned for all edges together", "on 90 prompts", "by weight", "0.200",
     ):  # fmt: skip
         assert phrase in text, phrase
     assert len(page.ids) == len(set(page.ids))

@@ -127,10 +127,14 @@ def _name(nodes: Sequence[Node]) -> str:
     if shared and 2 * shared[0][1] >= len(nodes):
         return shared[0][0]
     words: Counter[str] = Counter()
+    spellings: dict[str, Counter[str]] = {}
     for node in nodes:
-        words.update([*dict.fromkeys(_words(node))])
+        of_node = {word.lower(): word for word in reversed(_words(node))}
+        words.update(reversed(of_node))
+        for lower, word in of_node.items():
+            spellings.setdefault(lower, Counter())[word] += 1
     common = [word for word, _ in words.most_common(NAME_WORDS)]  # of equally common ones the first that occurred
-    return " · ".join(common) or f"features of {nodes[0].site}"
+    return " · ".join(spellings[word].most_common(1)[0][0] for word in common) or f"features of {nodes[0].site}"
 
 
 def _label(node: Node) -> str:
@@ -140,7 +144,7 @@ def _label(node: Node) -> str:
 
 def _words(node: Node) -> list[str]:
     tokens = (item[0] if isinstance(item, list | tuple) else item for item in node.attributes.get("top_tokens") or ())
-    return [word for token in list(tokens)[:5] if (word := clean_name(visible(str(token)).strip().lower()))]
+    return [word for token in list(tokens)[:5] if (word := clean_name(visible(str(token)).strip()))]
 
 
 def clean_name(text: str) -> str:

@@ -108,7 +108,7 @@ def is_offloaded(hf: nn.Module) -> bool:
 
 
 def home_device(hf: nn.Module) -> torch.device:
-    """The device of a model's first parameter, or on which it is used where it waits elsewhere."""
+    """The device of the first parameter of a model, or of a part of it; where it waits elsewhere, that of its use."""
     first = next(hf.parameters())
     if first.device.type != "meta":
         return first.device

@@ -198,6 +198,7 @@ def down_projection(reads: LayerReads, hf: nn.Module) -> DownProjection | None:
     if reads.post_norm is not None:
         if bool(b.any()):
             return None
-        ones = torch.ones(1, 1, W.shape[1], dtype=module.weight.dtype, device=W.device)
-        W = W * hf.get_submodule(reads.post)(ones)[0, 0].to(home).float() * (1 + reads.post_norm.epsilon) ** 0.5
+        post = hf.get_submodule(reads.post)
+        ones = torch.ones(1, 1, W.shape[1], dtype=module.weight.dtype, device=home_device(post))
+        W = W * post(ones)[0, 0].to(home).float() * (1 + reads.post_norm.epsilon) ** 0.5
     return DownProjection(W * reads.scale, b * reads.scale)

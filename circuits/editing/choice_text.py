@@ -22,6 +22,7 @@ def about_choice(
     ]
     for step in choice.steps:
         signs = [f"+ {name}" for name in step.added] + [f"- {name}" for name in step.dropped]
+        signs += [f"x {step.strength:g}"] if step.strength != 1 else []
         lines.append(f"  {', '.join(signs):<40} {_percent(step.left):>6} {step.ce_elsewhere:+8.4f}")
     (cost, left), (of_strongest, left_by_strongest) = chosen, strongest
     if cost is not None and of_strongest is not None:

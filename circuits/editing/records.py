@@ -103,6 +103,8 @@ class Step:
     """What is left of the behaviour, the root mean square over cases."""
     ce_elsewhere: float
     """What the set costs at predictions that are none of the behaviour's, nats a token."""
+    strength: float = 1.0
+    """Strength of the edit."""
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,10 @@ mean square over cases grows when a case turns round or is left over, so that "a
 3. The set grows greedily from the best of these: in each round the candidates that gained most when they were last
    tried are tried beside the set, and the best one joins it. After that, features without which it does as well leave.
 4. Several sets are tried in one pass, as copies of the batch with edits of their own.
+5. Features set to their mean take away what they hold, and errors and other features hold some of it as well: the
+   chosen set is tried at other strengths (beyond 1 it is mirrored about the mean a little), and the best one is taken.
 
-5. Where nothing surgical can be had, because a late feature writes what much else needs as well, features before it
+6. Where nothing surgical can be had, because a late feature writes what much else needs as well, features before it
    may still be had for almost nothing: a set of them is grown in the same way at `CHEAP` times the penalty. It is
    chosen where it is worth more, else the report names it.
 """
@@ -57,6 +59,8 @@ STRONGEST, CANDIDATES, PAIRED, TRIED, MOST = 200, 30, 6, 8, 16
 """Features whose side effect is estimated; those tried alone; in pairs; in each round; and how many are chosen."""
 GAIN = 0.005
 """Share of the behaviour that a step has to gain."""
+STRENGTHS = (0.75, 1.25, 1.5)
+"""Strengths at which means are tried beside 1."""
 BATCH_SIZE = 64
 
 
@@ -102,12 +106,13 @@ def choose_surgical(
     candidates = search.screened(strongest)
     with bar:
         chosen, dearest, earlier = search.chosen(candidates, strongest)
+        strength = search.strengthened(chosen) if operation == "mean" else 1.0
     choice = Choice(
         chosen, search.steps, penalty, len(candidates), len(search.trials), time.perf_counter() - begin, earlier,
         dearest,
     )  # fmt: skip
     reference = {name: number for name, number in edit.reference.items() if name in chosen}
-    return Edit(chosen, operation, reference=reference), choice
+    return Edit(chosen, operation, strength=strength, reference=reference), choice
 
 
 def effect_by_feature(circuit: Circuit, n: int) -> dict[str, float]:
@@ -179,15 +184,30 @@ class _Search:
         """The sets, after those that are new have been tried."""
         new = [names for names in dict.fromkeys(sets) if names not in self.trials]
         if new:
-            edits = [
-                FeatureEdits(self.model, self.saes, [self.numbers[name] for name in sorted(names)]).standing()
-                for names in new
-            ]
-            lefts, costs = self._sizes(edits)[0], self.text.elsewhere(edits)
-            for names, left, cost in zip(new, lefts, costs.tolist(), strict=True):
-                self.trials[names] = (left / self.size, cost - self.ce)
-            self.bar.update(len(new))
+            self.trials |= zip(new, self._measured([(names, 1.0) for names in new]), strict=True)
         return list(sets)
+
+    def _measured(self, sets: Sequence[tuple[frozenset[str], float]]) -> list[tuple[float, float]]:
+        """What sets of features leave, each at a strength, and cost elsewhere."""
+        edits = [
+            FeatureEdits(self.model, self.saes, [self.numbers[name] for name in sorted(names)], strength=strength)
+            for names, strength in sets
+        ]
+        standing = [edit.standing() for edit in edits]
+        lefts, costs = self._sizes(standing)[0], self.text.elsewhere(standing).tolist()
+        self.bar.update(len(sets))
+        return [(left / self.size, cost - self.ce) for left, cost in zip(lefts, costs, strict=True)]
+
+    def strengthened(self, names: Sequence[str]) -> float:
+        """The strength at which a set is worth most, 1 unless another gains."""
+        chosen = frozenset(names)
+        measured = self._measured([(chosen, strength) for strength in STRENGTHS])
+        scores = [left + self.penalty * max(cost, 0.0) for left, cost in measured]
+        best = min(range(len(scores)), key=lambda number: scores[number])
+        if scores[best] > self.score(chosen) - GAIN:
+            return 1.0
+        self.steps.append(Step([], [], *measured[best], strength=STRENGTHS[best]))
+        return STRENGTHS[best]
 
     def screened(self, effect: Mapping[str, float]) -> list[str]:
         """The candidates, best first by |effect| beyond the penalty for their side effect to first order."""

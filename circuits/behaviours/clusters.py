@@ -1,7 +1,8 @@
 """Clusters of contexts, and which of them come first.
 
 1. Vectors are made short by truncated SVD or a sparse random projection (Achlioptas 2003), z_i of unit length.
-2. They are clustered by scikit-learn: average linkage by cosine distance; spectral clustering of the angular similarity
+2. They are clustered by scikit-learn: average linkage by cosine distance, to a number of clusters or while two are as
+   alike as is asked for; spectral clustering of the angular similarity
    1 - arccos(z_i . z_j) / pi (Michaud et al. 2023); or mini-batch k-means. The first two
    take N^2 numbers: of more than `MOST` contexts, average linkage joins `CENTRES` centres of k-means.
 3. Clusters are ranked by purity times size, see `Cluster`.
@@ -81,8 +82,8 @@ def project(vectors: sp.csr_matrix, options: BehaviourSearchOptions) -> Floats:
 
 def cluster_vectors(z: Floats, options: BehaviourSearchOptions) -> Integers:
     """The number of the cluster of each unit vector, [N]."""
-    n = min(options.clusters, len(z))
-    if n == 1:
+    n, likeness = min(options.clusters, len(z)), options.likeness
+    if len(z) == 1 or (n == 1 and likeness is None):
         return np.zeros(len(z), dtype=np.int64)
     if options.cluster == "kmeans":
         return _kmeans(z, n, options.seed).labels_.astype(np.int64)
@@ -90,20 +91,23 @@ def cluster_vectors(z: Floats, options: BehaviourSearchOptions) -> Integers:
         alike = 1 - np.arccos(np.clip(z @ z.T, -1, 1)) / np.pi
         return SpectralClustering(n, affinity="precomputed", random_state=options.seed).fit_predict(alike)
     if len(z) <= MOST:
-        return _linked(z, n)
+        return _linked(z, n, likeness)
     centres = _kmeans(z, CENTRES, options.seed)
-    return _linked(normalize(centres.cluster_centers_), n)[centres.labels_]
+    return _linked(normalize(centres.cluster_centers_), n, likeness)[centres.labels_]
 
 
 def _kmeans(z: Floats, n: int, seed: int) -> MiniBatchKMeans:
     return MiniBatchKMeans(n, random_state=seed, n_init=3, batch_size=max(1024, 2 * n)).fit(z)
 
 
-def _linked(z: Floats, n: int) -> Integers:
-    """Average linkage by cosine distance; a vector of zeros is as far from all as can be without being opposite."""
+def _linked(z: Floats, n: int, likeness: float | None) -> Integers:
+    """Average linkage by cosine distance, down to n clusters or while they are as alike as said; a vector of zeros is
+    as far from all as can be without being opposite.
+    """
     distance = np.clip(1 - z @ z.T, 0, 2)
     np.fill_diagonal(distance, 0)
-    return AgglomerativeClustering(n, metric="precomputed", linkage="average").fit_predict(distance)
+    count = {"n_clusters": n} if likeness is None else {"n_clusters": None, "distance_threshold": 1 - likeness}
+    return AgglomerativeClustering(**count, metric="precomputed", linkage="average").fit_predict(distance)
 
 
 def ranked_clusters(z: Floats, labels: Integers, answers: Sequence[str]) -> list[Cluster]:

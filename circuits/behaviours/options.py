@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from circuits.options import Method
-from sae._options import ContextLength, Count, Gibibytes, Magnitude, Positive, Seed, TokenCount, check_options
+from sae._options import ContextLength, Count, Gibibytes, Magnitude, Positive, Seed, Share, TokenCount, check_options
+from sae.errors import UserError
 
 Represent = Literal["effects", "activations", "gradients"]
 Project = Literal["svd", "random"]
@@ -39,6 +40,10 @@ class BehaviourSearchOptions:
     """
     clusters: Positive = 20
     """How many clusters."""
+    likeness: Share | None = None
+    """How alike clusters are that are still joined, in place of a number of clusters: the mean cosine between their
+    members, such as 0.25; for agglomerative alone.
+    """
     circuits: Count = 10
     """Clusters that get a circuit, the highest in rank; 0 for none."""
     examples: Positive = 40
@@ -54,3 +59,5 @@ class BehaviourSearchOptions:
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.likeness is not None and self.cluster != "agglomerative":
+            raise UserError(f"likeness is {self.likeness:g}: for the clustering agglomerative, not {self.cluster}")

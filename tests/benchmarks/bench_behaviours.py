@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=1500)
     parser.add_argument("--contexts", type=int, default=3000)
     parser.add_argument("--surprise", type=float, nargs="*", default=(1.0, 2.0))
+    parser.add_argument("--likeness", type=float, default=0.25, help="last column: average linkage ends there")
     parser.add_argument("--clusters", type=int, nargs="*", default=(15, 20, 30))
     asked = parser.parse_args()
     model = load_model(str(MODEL))
@@ -68,22 +69,27 @@ def main() -> None:
         n_rules, n_answers = len(set(known)), len(set(answers))
         print(f"\n-log p below {surprise:g}: {len(contexts)} contexts of {n_rules} rules, {n_answers} answers")
         print(f"the answer itself: {by_answer:.3f}\n{'adjusted mutual information with the rules at K =':50}", end="")
-        print("".join(f"{k:>8}" for k in asked.clusters), flush=True)
+        print("".join(f"{k:>8}" for k in asked.clusters) + f"   likeness {asked.likeness:g}", flush=True)
+        alike = replace(options, likeness=asked.likeness)
         for represent in asked.represent:
             started = time.monotonic()
             chosen = replace(options, represent=represent)
             z = project(context_vectors(setting, contexts.prompts, chosen, progress=False), chosen)
             rows = [cluster_vectors(z, replace(chosen, clusters=k)) for k in asked.clusters]
+            rows.append(cluster_vectors(z, alike))
             _print(f"{represent} ({time.monotonic() - started:.0f} s)", known, rows)
         for site, x in residual_vectors(model, contexts, sites).items():
             by_means = [KMeans(k, n_init=3, random_state=0).fit_predict(x) for k in asked.clusters]
             _print(f"{site}, raw, k-means", known, by_means)
-            linked = [cluster_vectors(normalize(x.astype(float)), replace(options, clusters=k)) for k in asked.clusters]
+            unit = normalize(x.astype(float))
+            linked = [cluster_vectors(unit, replace(options, clusters=k)) for k in asked.clusters]
+            linked.append(cluster_vectors(unit, alike))
             _print(f"{site}, unit length, average linkage", known, linked)
 
 
 def _print(name: str, known: list[str], rows: list[np.ndarray]) -> None:
-    print(f"{name:50}" + "".join(f"{adjusted_mutual_info_score(known, row):8.3f}" for row in rows), flush=True)
+    numbers = "".join(f"{adjusted_mutual_info_score(known, row):8.3f}" for row in rows)
+    print(f"{name:50}{numbers}  (the last: {len(set(rows[-1]))} clusters)", flush=True)
 
 
 if __name__ == "__main__":

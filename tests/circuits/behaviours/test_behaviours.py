@@ -142,3 +142,8 @@ def test_clusters_are_those_of_average_linkage():
         for method in ("average", "single", "complete")
     }
     assert agreement["average"] == pytest.approx(1) and max(agreement["single"], agreement["complete"]) < 0.99
+    alike = cluster_vectors(z, BehaviourSearchOptions(likeness=0.25))
+    cut = fcluster(linkage(z, "average", metric="cosine"), 0.75, criterion="distance")
+    assert adjusted_rand_score(alike, cut) == pytest.approx(1) and 1 < len(set(alike)) < 40
+    with pytest.raises(UserError, match="agglomerative"):
+        BehaviourSearchOptions(likeness=0.25, cluster="kmeans")

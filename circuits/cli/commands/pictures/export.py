@@ -142,6 +142,8 @@ class ExportCommand(Common, Overwrites, HasCircuit):
             )  # fmt: skip
             name = self.model or circuit.metadata.get("model")
             scan = self.scan or next((short for short, names in MODELS.items() if name in names), str(name))
+            if self.scan is None and scan not in MODELS:
+                raise UserError(f"model is {name!r}: MIB has {', '.join(MODELS)}, and --scan says which of these it is")
             check_column(self.task, scan)
             method, shape = circuit.metadata["options"]["method"], _shape(circuit.model)
             effects = component_effects(

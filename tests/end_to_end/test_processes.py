@@ -99,12 +99,14 @@ def test_features_of_several_processes(in_ranks, forked_sfc, words, tmp_path, ar
 
 
 def test_features_of_a_run_that_was_killed(in_ranks, forked_sfc, words, alone, tmp_path):
-    """Its checkpoint is one of all features: one process goes on from it."""
-    run = tmp_path / "run"
-    assert in_ranks(2, *words, "--parallel", "features", "--out", run, kill_after=9).status
+    """Its checkpoint is one of all features: two processes go on from it, and one when these are killed as well."""
+    run, words = tmp_path / "run", [*words, "--out", tmp_path / "run"]
+    assert in_ranks(2, *words, "--parallel", "features", kill_after=5).status
+    assert in_ranks(2, *words, "--parallel", "features", "--resume", kill_after=5).status
+    assert max(line["step"] for line in training_log(run)) > 5
     saved = read_tensors(max((run / "checkpoints").iterdir()) / "state-2-of-2.safetensors")
     assert saved["resid_1/weights/W_dec"].shape == (24, 32) and "resid_1/weights/b_dec" not in saved
-    assert forked_sfc(*words, "--out", run, "--resume").status == 0
+    assert forked_sfc(*words, "--resume").status == 0
     assert autoencoders(run).keys() == autoencoders(alone).keys()
     pairs = list(zip(training_log(run), training_log(alone), strict=True))
     assert all(line["loss"] == pytest.approx(expected["loss"], rel=1e-2) for line, expected in pairs[4:16])

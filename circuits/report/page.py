@@ -40,6 +40,7 @@ from circuits.report.validity import validity_block
 from graphs.classes import find_classes
 from graphs.drawing.dot import to_svg
 from graphs.drawing.style import describe, visible
+from graphs.explorer import add_links
 from graphs.feature_graph import OTHERS, FeatureGraph
 from sae._files import atomic_write
 from sae._run.outputs import check_output, has_mark
@@ -92,6 +93,9 @@ def write_report(
     page = _page(run, title, features, existing_links(path, links))
     with atomic_write(path) as temporary:
         temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
+    if out is None:
+        for other in links.values():
+            add_links(other, {"report": f"../{path.name}"})
     return path
 
 

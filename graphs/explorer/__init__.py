@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader, Template
 from markupsafe import Markup
 
-from graphs._files import write_text
+from graphs._files import read_text, write_text
 from graphs._outputs import check_output, has_mark
 from graphs.errors import GraphError
-from graphs.explorer._data import packed, page_data, unpacked
+from graphs.explorer._data import packed, page_data, unpacked, with_links
 from graphs.explorer.widget import make_widget
 from graphs.feature_graph import FeatureGraph
 
@@ -97,6 +97,16 @@ def explore_features(
     data = page_data(graph, title, layouts=False) | {"page": "features", "about": about, "links": dict(links or {})}
     write_text(path, _page(title, data))
     return path
+
+
+def add_links(path: str | Path, links: Mapping[str, str]) -> None:
+    """Let a page that this program wrote lead to other pages too; files of others stay as they are."""
+    path = Path(path)
+    if not path.is_file() or not has_mark(".html")(path):
+        return
+    html = read_text(path)
+    if not links.items() <= unpacked(html).get("links", {}).items():
+        write_text(path, with_links(html, links))
 
 
 def _html(path: str | Path) -> Path:

@@ -93,6 +93,14 @@ def unpacked(html: str) -> dict[str, Any]:
     return json.loads(gzip.decompress(base64.b64decode(element.group(1))))
 
 
+def with_links(html: str, links: Mapping[str, str]) -> str:
+    """A page of the explorer with more addresses of other pages; a text that is no such page raises GraphError."""
+    data, element = unpacked(html), _DATA.search(html)
+    assert element is not None  # unpacked found it
+    start, stop = element.span(1)
+    return html[:start] + packed({**data, "links": {**data.get("links", {}), **links}}) + html[stop:]
+
+
 def _edge(edge: Edge, index: Mapping[str, int], cases: Sequence[str]) -> list[Any]:
     """An edge for the page, its bounds and weights by case in as many digits as are shown."""
     bounds = None if edge.interval is None else [float(f"{bound:.5g}") for bound in edge.interval]

@@ -45,6 +45,9 @@ def test_pages_of_a_circuit_lead_to_the_others_and_back(sfc, run, monkeypatch):
     assert unpacked((run / "features" / "index.html").read_text())["links"] == {"circuit": "../graph/circuit.html"}
     assert sfc("report", "--circuit", run).status == 0
     report = (run / "report.html").read_text()
+    pages = [unpacked((run / name).read_text()) for name in ("graph/circuit.html", "features/index.html")]
+    assert [page["links"]["report"] for page in pages] == ["../report.html"] * 2
+    assert pages[0]["nodes"] == circuit["nodes"]
     assert f'href="graph/circuit.html#node-{names[0]}"' in report and f'href="features/index.html#{names[0]}"' in report
 
 

@@ -66,6 +66,7 @@ function Overview() {
       {circuit.comparison && (
         <p class="hint">Compared with “{circuit.comparison.title}”: what both have has the values of the first.</p>
       )}
+      <Pages />
       <Task />
       {circuit.metadata.faithfulness && (
         <section>
@@ -87,6 +88,19 @@ function Overview() {
         Arrow keys go from node to node, Enter pins, Escape lets go, / searches, Ctrl Z undoes.
       </p>
     </article>
+  );
+}
+
+/** The way to the other pages of the run. */
+function Pages() {
+  const { features, report } = circuit.links ?? {};
+  if (!features && !report) return null;
+  return (
+    <p>
+      {report && <a href={report}>The report</a>}
+      {report && features && " · "}
+      {features && <a href={features}>Its features</a>}
+    </p>
   );
 }
 

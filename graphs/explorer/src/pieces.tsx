@@ -124,7 +124,7 @@ export function ClassBars({ node }: { node: GraphNode }) {
       <tbody>
         {values.map(([name, value]) => (
           <tr>
-            <th scope="row">{visible(name)}</th>
+            <th scope="row">{visible(name.replaceAll("_", " "))}</th>
             <td>
               <Bar value={value} largest={largest} colour={classColour(theme.value, classOf(name))} />
             </td>

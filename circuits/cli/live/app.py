@@ -53,6 +53,14 @@ PAUSE, ALIVE = 0.05, 15.0
 HEADER = "x-sfc-token"
 POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
 """What every page's content security policy begins with."""
+KEEP_LABEL = """
+window.keepLabel = async (feature, label) => {
+  const headers = { "content-type": "application/json" };
+  const answer = await fetch("/labels", { method: "POST", headers, body: JSON.stringify({ feature, label }) });
+  if (!answer.ok) throw new Error((await answer.json()).error);
+};
+"""
+"""What a page of the viewer that is shown here can do beyond one in a file."""
 HEADERS = {
     "x-content-type-options": "nosniff", "referrer-policy": "no-referrer", "cache-control": "no-store",
     "cross-origin-opener-policy": "same-origin", "cross-origin-resource-policy": "same-origin",
@@ -255,12 +263,13 @@ async def _events(job: Job, number: int) -> AsyncIterator[str]:
 
 
 def _viewer(page: str) -> Response:
-    """A page of which only the viewer's script, its last, may run; names that a reader gives are sent to `/labels`."""
-    page = page.replace('<html lang="en">', '<html lang="en" data-labels="/labels">', 1)
-    page = page.replace("img-src data: blob:", "img-src data: blob:; connect-src 'self'", 1)
+    """A page of which only the viewer's script, its last, may run, and `KEEP_LABEL`, which writes names down."""
     script = page.rpartition("</script>")[0].rpartition("<script>")[2]
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data: blob:; connect-src 'self'"
+    page = page.replace('<div id="app">', f'<script>{KEEP_LABEL}</script>\n<div id="app">', 1)
+    page = page.replace("img-src data: blob:", "img-src data: blob:; connect-src 'self'", 1)
+    digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (script, KEEP_LABEL)]
+    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
+    policy = f"script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; connect-src 'self'"
     return HTMLResponse(page, headers={"content-security-policy": POLICY + policy})
 
 

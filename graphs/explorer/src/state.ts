@@ -161,25 +161,19 @@ export const redo = () => travel(future, past);
 
 // --- what lasts: local storage, or the run where `sfc serve` shows the page -----------------------------------------------
 
-/** Where names are sent to, of a page that `sfc serve` shows; they are then those of `sfc labels`. */
-const server = document.documentElement.dataset.labels;
+/** Writes a name down; of a page that `sfc serve` shows, which puts it there. A page by itself knows no network. */
+const { keepLabel } = window as { keepLabel?: (feature: string, label: string) => Promise<void> };
 
 function keepLabels(before: Record<string, string>, after: Record<string, string>): void {
-  if (!server) return store("labels", after);
+  if (!keepLabel) return store("labels", after);
   for (const name of new Set([...Object.keys(before), ...Object.keys(after)])) {
     const given = featureNode(name)?.label ?? "";
     const label = after[name] ?? given;
-    if (label !== (before[name] ?? given)) void send(server, name, label);
-  }
-}
-
-async function send(address: string, feature: string, label: string): Promise<void> {
-  try {
-    const body = JSON.stringify({ feature, label });
-    const answer = await fetch(address, { method: "POST", headers: { "content-type": "application/json" }, body });
-    announcement.value = answer.ok ? `${feature}: written down` : (await answer.json()).error;
-  } catch {
-    announcement.value = `${feature}: the server does not answer, so that the name lasts as long as this page`;
+    if (label === (before[name] ?? given)) continue;
+    keepLabel(name, label).then(
+      () => (announcement.value = `${name}: written down`),
+      (error: Error) => (announcement.value = `${name}: ${error.message}; the name lasts as long as this page`),
+    );
   }
 }
 
@@ -225,7 +219,7 @@ export function asGroups(value: unknown): Group[] | null {
 }
 
 export function start(): void {
-  labels.value = server ? {} : stored("labels", asLabels, {});
+  labels.value = keepLabel ? {} : stored("labels", asLabels, {});
   groups.value = stored("groups", asGroups, asGroups(circuit.groups) ?? []);
   readHash(location.hash);
   current = snapshot();

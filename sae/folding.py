@@ -2,7 +2,8 @@
 
 1. `fold_scale`: an autoencoder trained on x / scale becomes one of x.
 2. `fold_norms`: decoder rows of any norm become unit rows.
-3. `plain_tensors`: the decoder bias is subtracted from the input, or not, as another format has it.
+3. `fold_reading`: a transcoder trained on (x_r − c_r) / s_r becomes one of x_r.
+4. `plain_tensors`: the decoder bias is subtracted from the input, or not, as another format has it.
 
 All rest on activation functions being positively homogeneous in x together with the tensors measured in units of
 activations (`sae.activation_functions`).
@@ -15,7 +16,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from sae.autoencoder import SparseAutoencoder
+from sae.autoencoder import SKIP, SparseAutoencoder
 
 IN_ACTIVATION_UNITS = ("b_enc", "threshold", "gate_bias", "b_dec")
 SCALED_WITH_FEATURE = ("W_enc", "b_enc", "threshold", "gate_bias")
@@ -42,6 +43,24 @@ def fold_norms(tensors: Mapping[str, Tensor], *, ranked: bool = False) -> dict[s
     if ranked and not torch.allclose(norms, torch.ones_like(norms), atol=1e-5):
         folded["rank_scale"] = tensors.get("rank_scale", torch.ones_like(norms)) / norms
     return folded
+
+
+def fold_reading(tensors: dict[str, Tensor], centre: Tensor, ratio: float) -> dict[str, Tensor]:
+    """Encoder and skip connection for what a transcoder reads as it is: W′ = W s / s_r and biases less W′ c_r.
+
+    Args:
+        tensors: those of the transcoder; biases are in units of what it writes already.
+        centre: c_r [r].
+        ratio: the scale of what is written by that of what is read, s / s_r.
+    """
+    tensors = tensors | {key: tensors[key] * ratio for key in ("W_enc", SKIP) if key in tensors}
+    shift = tensors["W_enc"] @ centre  # [F]
+    if "gate_bias" in tensors:
+        tensors["gate_bias"] = tensors["gate_bias"] - shift
+    tensors["b_enc"] = tensors["b_enc"] - shift * tensors.get("magnitude", torch.ones_like(shift))
+    if SKIP in tensors:
+        tensors["b_dec"] = tensors["b_dec"] - tensors[SKIP] @ centre
+    return tensors
 
 
 def plain_tensors(sae: SparseAutoencoder, *, subtract_b_dec: bool) -> dict[str, Tensor]:

@@ -146,7 +146,7 @@ def ensure_checked(model: LanguageModel, saes: Mapping[Site, SparseAutoencoder],
     some = as_saes(saes).subset(sites)
     if some.is_lazy:
         _check_configs(model, some)
-    elif not set(some.values()) <= set(_checked.get(model, ())):
+    elif not some or not set(some.values()) <= set(_checked.get(model, ())):
         check_saes(model, some)
 
 

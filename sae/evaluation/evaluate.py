@@ -38,7 +38,7 @@ from sae.model.hook_points import SiteEdit
 from sae.model.language_model import LanguageModel, Tokens
 from sae.model.sites import Site
 from sae.saes import as_saes
-from sae.splice import check_saes, decode_sparse, edits_of, replace_with_reconstruction
+from sae.splice import decode_sparse, edits_of, ensure_checked, replace_with_reconstruction
 
 Saes = Mapping[Site, SparseAutoencoder]
 
@@ -153,7 +153,7 @@ class Evaluator:
         self, model: LanguageModel, runs: Mapping[str, Saes], *, special_tokens: bool = False, errors: bool = False
     ) -> None:
         for saes in runs.values():
-            check_saes(model, saes)
+            ensure_checked(model, saes, saes)
         self.model, self.special_tokens = model, special_tokens
         self.n_batches = self.n_tokens = 0
         self.model_totals = PredictionTotals()

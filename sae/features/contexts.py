@@ -38,7 +38,7 @@ from sae.model.language_model import LanguageModel, Tokens
 from sae.model.sites import Site
 from sae.saes import as_saes
 from sae.sparse.activations import group_sizes
-from sae.splice import check_saes
+from sae.splice import ensure_checked
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -193,7 +193,7 @@ def _check(
         wrong = next((i for i in indices if not 0 <= i < n_features), None)
         if wrong is not None:
             raise UserError(f"unknown feature '{site}/{wrong}': allowed are 0 to {n_features - 1}")
-    check_saes(model, saes)
+    ensure_checked(model, saes, saes)
 
 
 def logit_effect(model: LanguageModel, W_dec: Tensor, *, k: int) -> tuple[list[list[tuple[str, float]]], ...]:

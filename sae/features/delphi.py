@@ -32,7 +32,7 @@ from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
 from sae.model.tokens import Tokens
 from sae.saes import as_saes
-from sae.splice import check_saes
+from sae.splice import ensure_checked
 
 N_SPLITS = 5
 """Files a site, as delphi makes them."""
@@ -72,7 +72,7 @@ def write_delphi_cache(
         UserError: the text has fewer than `length` tokens, or the folder holds something.
     """
     saes = as_saes(saes)
-    check_saes(model, saes)
+    ensure_checked(model, saes, saes)
     wanted = {site: None if features is None else torch.tensor(features.get(site, ())) for site in saes}
     rows = _rows(model, texts, n_tokens=n_tokens, length=length)
     folder = prepare_folder(folder, overwrite=overwrite)

@@ -37,7 +37,7 @@ from sae.features.tally import SiteTally, TextPass, near_sites
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
 from sae.saes import as_saes
-from sae.splice import check_saes
+from sae.splice import ensure_checked
 
 QUANTILES = (0.5, 0.9, 0.99)
 HISTOGRAM_BINS = 40
@@ -135,7 +135,7 @@ def _asked(
             raise UserError(f"unknown feature '{site}/{wrong[0]}': allowed are 0 to {n_features - 1}")
     if not any(len(indices) for indices in asked.values()):
         raise UserError("no features asked about: name one at least")
-    check_saes(model, saes)
+    ensure_checked(model, saes, saes)
     return {site: sorted(set(indices)) for site, indices in sorted(asked.items()) if len(indices)}
 
 

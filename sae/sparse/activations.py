@@ -148,7 +148,8 @@ class SparseActs(Sharded):
 
     def decode(self, value: Tensor, W_dec: Tensor) -> Tensor:
         """Σ over features of value · W_dec: [N, d], or [levels, N, d] where entries have levels."""
-        out: Tensor = self.whole(_SparseDecode.apply(value, W_dec, self))
+        out: Tensor = _SparseDecode.apply(value, W_dec, self)
+        out = out if self.shards is None else self.shards.whole(out)
         return out if self.level is None else out.view(self.n_levels, self.n_tokens, -1)
 
 

@@ -44,7 +44,7 @@ from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
 from sae.model.tokens import Tokens
 from sae.saes import SAEs, as_saes, saes_fingerprint
-from sae.splice import check_saes, spliced_predictions
+from sae.splice import ensure_checked, spliced_predictions
 from sae.training.config import FinetuneConfig
 from sae.training.finetuning_sae import FinetuningSAE, Reconstruction, check_trainable
 from sae.training.loop import BETAS, TrainingLoop, diverged
@@ -142,7 +142,7 @@ def finetune_saes(
         UserError: an autoencoder does not fit the model or cannot be tuned, or the folder holds something else.
     """
     config, out, source = config or FinetuneConfig(), Path(out), TextSource.of(texts)
-    check_saes(model, saes)
+    ensure_checked(model, saes, saes)
     saes = dict(sorted(saes.items()))
     check_trainable(saes.values())
     options = {"config": {"saes": origin, **asdict(config)}, "saes_fingerprint": saes_fingerprint(saes)}

@@ -12,6 +12,7 @@ import torch
 
 from sae.autoencoder import SAEConfig, SparseAutoencoder
 from sae.errors import UserError
+from sae.evaluation.evaluate import evaluate_saes
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
 from sae.splice import check_saes, ensure_checked, identity_splice, replace_with_reconstruction
@@ -138,3 +139,11 @@ def zeroed(sae: SparseAutoencoder) -> SparseAutoencoder:
 def test_a_model_of_16_bits_is_checked_less_strictly(make_tiny_model: Callable[..., LanguageModel]) -> None:
     model = make_tiny_model("gpt_neox", dtype="bfloat16", check=False)
     check_saes(model, {site: random_sae(model, site) for site in model.sites})
+
+
+def test_autoencoders_are_checked_once(tiny_model, monkeypatch):
+    """What was checked with a model is not run, nor warned of, again by what uses it next."""
+    saes = {RESID_1: random_sae(tiny_model, RESID_1)}
+    check_saes(tiny_model, saes)
+    monkeypatch.setattr("sae.splice.check_saes", lambda *args: pytest.fail("checked again"))
+    evaluate_saes(tiny_model, saes, TEXTS, max_tokens=20, errors=False)

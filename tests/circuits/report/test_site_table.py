@@ -10,14 +10,14 @@ from circuits.report.site_table import AXIS, site_table
 
 def table(**explained: float | None):
     sites = {site: {"explained_variance": value} for site, value in explained.items()}
-    empty = dict.fromkeys(("graph", "faithfulness", "edge_faithfulness", "mask"))
-    return site_table(RunFiles("run", **empty, edits={}, saes=[], evaluation={"sites": sites}))
+    empty = dict.fromkeys(("graph", "faithfulness", "edge_faithfulness"))
+    return site_table(RunFiles("run", **empty, masks=[], edits={}, saes=[], evaluation={"sites": sites}))
 
 
 def test_decades_are_equally_far_apart_and_hold_all_sites():
     found = table(attn_1=None, resid_0=0.9, embed=0.995)
     assert [row.site for row in found.rows] == ["embed", "resid_0", "attn_1"] and found.first == -3
-    assert [label for _, label in found.ticks] == ["0.001", "0.01", "0.1", "1"]
+    assert [label for _, label in found.ticks] == [".001", ".01", ".1", "1"]
     ends = [8.0, AXIS - 8.0]
     assert [place for place, _ in found.ticks] == pytest.approx(
         [ends[0], ends[0] + 134 / 3, ends[1] - 134 / 3, ends[1]]

@@ -138,15 +138,18 @@ def check_saes(model: LanguageModel, saes: Mapping[Site, SparseAutoencoder], tok
             )
 
 
-def ensure_checked(model: LanguageModel, saes: Mapping[Site, SparseAutoencoder], sites: Iterable[Site]) -> None:
-    """`check_saes` for those of some sites that have not been checked with this model before.
+def ensure_checked(
+    model: LanguageModel, saes: Mapping[Site, SparseAutoencoder], sites: Iterable[Site] | None = None
+) -> None:
+    """`check_saes` for those of some sites, by default of all and at least one, that have not been checked with this
+    model before.
 
     Of streamed autoencoders no more than the configs are looked at: each would be read from disk once more.
     """
-    some = as_saes(saes).subset(sites)
+    some = as_saes(saes) if sites is None else as_saes(saes).subset(sites)
     if some.is_lazy:
         _check_configs(model, some)
-    elif not some or not set(some.values()) <= set(_checked.get(model, ())):
+    elif (sites is None and not some) or not set(some.values()) <= set(_checked.get(model, ())):
         check_saes(model, some)
 
 

@@ -153,7 +153,7 @@ class Evaluator:
         self, model: LanguageModel, runs: Mapping[str, Saes], *, special_tokens: bool = False, errors: bool = False
     ) -> None:
         for saes in runs.values():
-            ensure_checked(model, saes, saes)
+            ensure_checked(model, saes)
         self.model, self.special_tokens = model, special_tokens
         self.n_batches = self.n_tokens = 0
         self.model_totals = PredictionTotals()

@@ -193,7 +193,7 @@ def _check(
         wrong = next((i for i in indices if not 0 <= i < n_features), None)
         if wrong is not None:
             raise UserError(f"unknown feature '{site}/{wrong}': allowed are 0 to {n_features - 1}")
-    ensure_checked(model, saes, saes)
+    ensure_checked(model, saes)
 
 
 def logit_effect(model: LanguageModel, W_dec: Tensor, *, k: int) -> tuple[list[list[tuple[str, float]]], ...]:

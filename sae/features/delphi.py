@@ -72,7 +72,7 @@ def write_delphi_cache(
         UserError: the text has fewer than `length` tokens, or the folder holds something.
     """
     saes = as_saes(saes)
-    ensure_checked(model, saes, saes)
+    ensure_checked(model, saes)
     wanted = {site: None if features is None else torch.tensor(features.get(site, ())) for site in saes}
     rows = _rows(model, texts, n_tokens=n_tokens, length=length)
     folder = prepare_folder(folder, overwrite=overwrite)

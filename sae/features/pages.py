@@ -135,7 +135,7 @@ def _asked(
             raise UserError(f"unknown feature '{site}/{wrong[0]}': allowed are 0 to {n_features - 1}")
     if not any(len(indices) for indices in asked.values()):
         raise UserError("no features asked about: name one at least")
-    ensure_checked(model, saes, saes)
+    ensure_checked(model, saes)
     return {site: sorted(set(indices)) for site, indices in sorted(asked.items()) if len(indices)}
 
 

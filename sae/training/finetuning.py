@@ -142,7 +142,7 @@ def finetune_saes(
         UserError: an autoencoder does not fit the model or cannot be tuned, or the folder holds something else.
     """
     config, out, source = config or FinetuneConfig(), Path(out), TextSource.of(texts)
-    ensure_checked(model, saes, saes)
+    ensure_checked(model, saes)
     saes = dict(sorted(saes.items()))
     check_trainable(saes.values())
     options = {"config": {"saes": origin, **asdict(config)}, "saes_fingerprint": saes_fingerprint(saes)}

@@ -145,5 +145,5 @@ def test_autoencoders_are_checked_once(tiny_model, monkeypatch):
     """What was checked with a model is not run, nor warned of, again by what uses it next."""
     saes = {RESID_1: random_sae(tiny_model, RESID_1)}
     check_saes(tiny_model, saes)
-    monkeypatch.setattr("sae.splice.check_saes", lambda *args: pytest.fail("checked again"))
+    monkeypatch.setattr("sae.splice._check_configs", lambda *args: pytest.fail("checked again"))
     evaluate_saes(tiny_model, saes, TEXTS, max_tokens=20, errors=False)

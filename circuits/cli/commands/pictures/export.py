@@ -14,6 +14,7 @@ from sae._options import ContextLength, TokenCount
 from sae.errors import UserError
 
 if TYPE_CHECKING:
+    from circuits.circuit import Circuit
     from graphs import FeatureGraph
     from sae.model.language_model import LanguageModel
 
@@ -122,10 +123,19 @@ class ExportCommand(Common, Overwrites, HasCircuit):
         text = f"{output.text}\nto see it: {serve}\nand open {address}"
         return replace(output, text=text, data={**output.data, "folder": str(folder), "address": address})
 
+    def _loaded(self) -> Circuit:
+        """The circuit, with its model."""
+        from circuits.circuit import Circuit
+        from circuits.circuit_source import parse_site_paths
+
+        return Circuit.load(
+            self.circuit, model=self.model, device=self.device, dtype=self.dtype,
+            device_map=self.device_map, site_paths=parse_site_paths(self.site_paths),
+        )  # fmt: skip
+
     def _export_mib(self) -> Output:
         from circuits.benchmark.components import component_effects
-        from circuits.circuit import Circuit, circuit_folder
-        from circuits.circuit_source import parse_site_paths
+        from circuits.circuit import circuit_folder
         from graphs import GraphError
         from graphs.formats.mib import MODELS, check_column, write_mib
         from sae._run.locks import lock
@@ -136,10 +146,7 @@ class ExportCommand(Common, Overwrites, HasCircuit):
         folder = self.out or circuit_folder(self.circuit).parent / "graph" / MIB
         check_no_link(folder)
         with lock(circuit_folder(self.circuit).parent, shared=True):
-            circuit = Circuit.load(
-                self.circuit, model=self.model, device=self.device, dtype=self.dtype,
-                device_map=self.device_map, site_paths=parse_site_paths(self.site_paths),
-            )  # fmt: skip
+            circuit = self._loaded()
             name = self.model or circuit.metadata.get("model")
             scan = self.scan or next((short for short, names in MODELS.items() if name in names), str(name))
             if self.scan is None and scan not in MODELS:
@@ -160,8 +167,7 @@ class ExportCommand(Common, Overwrites, HasCircuit):
         return Output(text, {"out": str(paths[0].parent), "files": [str(path) for path in paths], "effects": effects})
 
     def _export_delphi(self) -> Output:
-        from circuits.circuit import Circuit, circuit_folder
-        from circuits.circuit_source import parse_site_paths
+        from circuits.circuit import circuit_folder
         from sae._run.locks import lock
         from sae._run.outputs import check_no_link
         from sae.data.batches import context_of
@@ -172,10 +178,7 @@ class ExportCommand(Common, Overwrites, HasCircuit):
         folder = self.out or circuit_folder(self.circuit).parent / "graph" / DELPHI
         check_no_link(folder)
         with lock(circuit_folder(self.circuit).parent, shared=True):
-            circuit = Circuit.load(
-                self.circuit, model=self.model, device=self.device, dtype=self.dtype,
-                device_map=self.device_map, site_paths=parse_site_paths(self.site_paths),
-            )  # fmt: skip
+            circuit = self._loaded()
             features = circuit.features_with_edges()
             length = context_of(circuit.model, self.context_length or 256)
             write_delphi_cache(

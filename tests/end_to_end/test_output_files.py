@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from circuits.benchmark import components
 from circuits.circuit import Circuit
 from circuits.report import write_report
 from graphs import _files
@@ -52,7 +54,7 @@ def test_another_programs_file_is_kept_and_an_own_one_replaced(sfc, run_folder, 
     assert out.suffix == ".pdf" or out.read_bytes() == first  # Cairo dates its PDFs
 
 
-def test_a_submission_to_mib(sfc, run_folder, tmp_path):
+def test_a_submission_to_mib(sfc, run_folder, tmp_path, monkeypatch):
     words = ["export", "--format", "mib", "--circuit", run_folder, "--out", tmp_path / "mib"]
     for more, message in (
         ([], "give --task"),
@@ -61,7 +63,13 @@ def test_a_submission_to_mib(sfc, run_folder, tmp_path):
     ):
         refused = sfc(*words, *more)
         assert refused.status == 2 and message in refused.err and refused.err.count("\n") == 1
+    effects = Mock(side_effect=components.component_effects)  # by the method as the circuit was found with it
+    monkeypatch.setattr(components, "component_effects", effects)
     result = sfc(*words, "--task", "ioi", "--scan", "gpt2", "--json")
+    found_with = json.loads((run_folder / "circuit" / "circuit.json").read_text())["metadata"]["options"]
+    assert {name: effects.call_args.kwargs[name] for name in ("method", "rule", "steps", "residual")} == {
+        name: found_with[name] for name in ("method", "rule", "steps", "residual")
+    }
     data = json.loads(result.out)
     assert result.status == 0 and len(data["files"]) == len(list((tmp_path / "mib" / "ioi_gpt2").iterdir())) == 9
     assert sfc("export", "--circuit", run_folder, "--format", "graphml", "--task", "ioi").status == 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -136,6 +136,7 @@ class ExportCommand(Common, Overwrites, HasCircuit):
     def _export_mib(self) -> Output:
         from circuits.benchmark.components import component_effects
         from circuits.circuit import circuit_folder
+        from circuits.options import QuadratureOptions
         from graphs import GraphError
         from graphs.formats.mib import MODELS, check_column, write_mib
         from sae._run.locks import lock
@@ -152,10 +153,12 @@ class ExportCommand(Common, Overwrites, HasCircuit):
             if self.scan is None and scan not in MODELS:
                 raise UserError(f"model is {name!r}: MIB has {', '.join(MODELS)}, and --scan says which of these it is")
             check_column(self.task, scan)
-            method, shape = circuit.metadata["options"]["method"], _shape(circuit.model)
+            found_with, shape = circuit.metadata["options"], _shape(circuit.model)
+            method, names = found_with["method"], [field.name for field in fields(QuadratureOptions)]
             effects = component_effects(
-                circuit.model, circuit.prompts, method=method, metric=circuit.metric, progress=not self.quiet
-            )
+                circuit.model, circuit.prompts, method=method, metric=circuit.metric, progress=not self.quiet,
+                **{name: found_with[name] for name in names if name in found_with},
+            )  # fmt: skip
             try:
                 paths = write_mib(effects, folder, task=self.task, model=scan, overwrite=self.overwrite, **shape)
             except GraphError as error:

@@ -121,16 +121,16 @@ def read_records(run: str | Path, names: Iterable[str] | None = None) -> Iterato
                     yield name, {**check_type(record, AttributesFile, where), **on_prompts.get(name, {})}
 
 
-def with_pages(graph: FeatureGraph, run: str | Path, *, whole: bool = False) -> FeatureGraph:
-    """The graph with what the pages of its features hold, but for what is heavy unless `whole`, as far as there are
+def with_pages(graph: FeatureGraph, run: str | Path, *, full: bool = False) -> FeatureGraph:
+    """The graph with what the pages of its features hold, but for what is heavy unless `full`, as far as there are
     pages; and with what its features add to attention scores (`sfc attention`).
     """
     graph = with_attention(graph, Path(run) / "circuit")
     if read_index(run, graph.metadata.get("saes_fingerprint")) is None:
         return graph
     records = read_records(run, [node.name for node in graph.nodes()])
-    found = {name: record if whole else _short(record) for name, record in records}
-    return graph.map_nodes(lambda node: replace(node, attributes={**node.attributes, **found.get(node.name, {})}))
+    by_name = {name: record if full else _short(record) for name, record in records}
+    return graph.map_nodes(lambda node: replace(node, attributes={**node.attributes, **by_name.get(node.name, {})}))
 
 
 def _short(record: Mapping[str, Any]) -> dict[str, Any]:

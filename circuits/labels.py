@@ -112,10 +112,12 @@ class LabelsFile:
         here, new = self.read(), []
         for name, text in labels.items():
             site, feature = self._parse(name)
-            known = here.get(f"{site}/{feature}")
+            before = here.get(f"{site}/{feature}")
             score = (scores or {}).get(name)
-            is_there = text.strip() == (known["label"] if known else "") and (not known or not known.get("automatic"))
-            if is_there and score in (None, known.get("score") if known else None):
+            is_there = text.strip() == (before["label"] if before else "") and (
+                not before or not before.get("automatic")
+            )
+            if is_there and score in (None, before.get("score") if before else None):
                 continue
             line = Label(
                 site=site, feature=feature, label=text.strip(), by=by, date=datetime.date.today().isoformat(),
@@ -203,7 +205,7 @@ def write_supernodes(folder: Path, groups: Sequence[SupernodeFile], *, digest: s
 
 
 def with_group(
-    groups: Iterable[SupernodeFile], name: str, nodes: Sequence[str], known: Iterable[str]
+    groups: Iterable[SupernodeFile], name: str, nodes: Sequence[str], ids: Iterable[str]
 ) -> list[SupernodeFile]:
     """The groups with one of this name, in place of an earlier one; without nodes, the groups without it.
 
@@ -212,10 +214,10 @@ def with_group(
     """
     if not name or clean_name(name) != name:
         raise UserError(f"{name!r} is no name of a supernode: give words without / , @ and :")
-    known = set(known)
+    ids = set(ids)
     for node in nodes:
-        if node not in known:
-            raise UserError(f"{node!r} is no node of this circuit, which has such as {min(known, default='none')}")
+        if node not in ids:
+            raise UserError(f"{node!r} is no node of this circuit, which has such as {min(ids, default='none')}")
     same = find_named(name, groups_by_name(groups))
     if not nodes and same is None:
         raise UserError(f"there is no supernode {name!r} to remove")
@@ -232,11 +234,11 @@ def groups_by_name(groups: Iterable[SupernodeFile]) -> dict[str, list[str]]:
 
 def group_members(name: str, groups: Mapping[str, Sequence[str]]) -> list[str]:
     """The features of the supernode that is meant; UserError where there is none of this name."""
-    found = find_named(name, groups)
-    if found is None:
+    match = find_named(name, groups)
+    if match is None:
         made = "" if groups else ": make some with sfc supernodes"
         raise UserError(f"there is no supernode {name!r}{made}") if made else unknown("supernode", name, groups)
-    return [node for node in groups[found] if node.partition("@")[0].rpartition("/")[2].isdecimal()]
+    return [node for node in groups[match] if node.partition("@")[0].rpartition("/")[2].isdecimal()]
 
 
 def as_groups(supernodes: Mapping[str, Sequence[str]], *, automatic: bool) -> list[SupernodeFile]:

@@ -219,7 +219,7 @@ class FeatureGraph:
         """The positions that occur: token positions in order, then spans as `metadata["positions"]` orders them."""
         occurring = {node.position: None for node in self.nodes() if node.position is not None}
         given = list(self.metadata.get("positions", ()))
-        order = {name: place for place, name in enumerate([*given, *(p for p in occurring if p not in given)])}
+        order = {name: number for number, name in enumerate([*given, *(p for p in occurring if p not in given)])}
         return sorted(occurring, key=lambda p: (0, p, "") if isinstance(p, int) else (1, order[p], p))
 
     @property

@@ -71,12 +71,12 @@ def find_supernodes(
 
 def _in_order(graph: FeatureGraph) -> list[Node]:
     """The nodes by site, position and feature, whatever the order in which they were added."""
-    positions = {position: place for place, position in enumerate(_positions(graph))}
+    positions = {position: number for number, position in enumerate(_positions(graph))}
 
     def key(node: Node) -> tuple[int, int, float]:
         feature = float("inf") if node.feature is None else node.feature
-        place = -1 if node.position is None else positions[node.position]
-        return graph.rank(node.id), place, feature
+        number = -1 if node.position is None else positions[node.position]
+        return graph.rank(node.id), number, feature
 
     return sorted(graph.nodes(), key=lambda node: (*key(node), node.id))
 
@@ -89,11 +89,11 @@ def _positions(graph: FeatureGraph) -> list[int | str]:
 
 def _profiles(graph: FeatureGraph, order: Sequence[Node], leave_out: set[str]) -> tuple[list[str], np.ndarray]:
     """Ids of the features that have edges, and their profiles of length 1, [n, 2 N] for the N nodes of the graph."""
-    place = {node.id: number for number, node in enumerate(order)}
+    column = {node.id: number for number, node in enumerate(order)}
     weights = np.zeros((len(order), len(order)))  # [source, target]
     for edge in graph.edges():
-        weights[place[edge.source], place[edge.target]] = edge.weight
-    features = [place[node.id] for node in order if node.kind == "feature" and node.id not in leave_out]
+        weights[column[edge.source], column[edge.target]] = edge.weight
+    features = [column[node.id] for node in order if node.kind == "feature" and node.id not in leave_out]
     halves = [_unit(weights.T[features]), _unit(weights[features])]
     profiles = _unit(np.concatenate(halves, axis=1))
     has_edges = np.flatnonzero(np.abs(profiles).sum(1) > 0)

@@ -60,8 +60,8 @@ def frame_text(frame: pd.DataFrame, digits: Mapping[str, int] | None = None) -> 
 
     columns: dict[str, list[str]] = {}
     for name, values in (frame.reset_index() if frame.index.name else frame).items():
-        places = (digits or {}).get(str(name), 3)
-        cells = [_cell(value, places) for value in values]
+        decimals = (digits or {}).get(str(name), 3)
+        cells = [_cell(value, decimals) for value in values]
         if not pd.api.types.is_numeric_dtype(values):
             width = max(map(len, [str(name), *cells]))
             cells, name = [cell.ljust(width) for cell in cells], str(name).ljust(width)
@@ -71,7 +71,7 @@ def frame_text(frame: pd.DataFrame, digits: Mapping[str, int] | None = None) -> 
     return "\n".join(line.rstrip() for line in shown.to_string().splitlines())
 
 
-def _cell(value: Any, places: int) -> str:
+def _cell(value: Any, decimals: int) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "-"
-    return f"{value:.{places}f}" if isinstance(value, float) else str(value)
+    return f"{value:.{decimals}f}" if isinstance(value, float) else str(value)

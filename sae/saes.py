@@ -282,11 +282,11 @@ def stored_fingerprint(folder: str | Path) -> str:
 
 def _sample(site: Site, config: SAEConfig, tensors: Iterable[tuple[str, Tensor]]) -> bytes:
     """Site, kind and some values of every tensor."""
-    parts = [f"{site} {config.architecture} {config.k}{f' {config.read}' if config.read else ''}".encode()]
+    pieces = [f"{site} {config.architecture} {config.k}{f' {config.read}' if config.read else ''}".encode()]
     for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
         sample = tensor.flatten()[:: max(1, tensor.numel() // SAMPLED_VALUES)].float().cpu()
-        parts.append(f"{name} {tuple(tensor.shape)}".encode() + sample.numpy().tobytes())
-    return b"".join(parts)
+        pieces.append(f"{name} {tuple(tensor.shape)}".encode() + sample.numpy().tobytes())
+    return b"".join(pieces)
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -82,7 +82,7 @@ def identity_splice(sae: SparseAutoencoder) -> ReadingEdit:
 def edits_of(saes: Mapping[Site, SparseAutoencoder], edits: Mapping[Site, ReadingEdit]) -> dict[Site, SiteEdit]:
     """Edits for `LanguageModel.run` at the sites of `edits`, each with what the site's dictionary reads in that run."""
     reads = as_saes(saes).read_sites(edits)
-    return {place: e for site, edit in edits.items() for place, e in with_read(site, reads[site], edit).items()}
+    return {where: e for site, edit in edits.items() for where, e in with_read(site, reads[site], edit).items()}
 
 
 def check_saes(model: LanguageModel, saes: Mapping[Site, SparseAutoencoder], tokens: Tokens | None = None) -> None:

@@ -19,6 +19,7 @@ ORDER = {
     ),
 }  # fmt: skip
 """Sub-packages that use one another, each only those before it."""
+FILLERS = {"found", "kept", "known", "learner", "own", "recipe", "stuff", "thing", "whole", "work"}
 LINES, FUNCTION_LINES, ROOMS = 400, 50, 20
 
 
@@ -124,3 +125,15 @@ def test_no_level_has_too_many_rooms():
             name = path.relative_to(folder).parts[0]
             rooms[folder] |= set() if name.startswith("_") else {name}
     assert not {str(folder): sorted(names) for folder, names in rooms.items() if len(names) > ROOMS}
+
+
+def test_variables_say_what_they_hold():
+    """No variable or argument of a function has a name that could be any other's."""
+    unnamed = set()
+    for path, nodes in FILES.items():
+        for function in (node for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)):
+            for node in ast.walk(function):
+                name = node.arg if isinstance(node, ast.arg) else node.id if isinstance(node, ast.Name) else ""
+                if name in FILLERS:
+                    unnamed.add(f"{path}:{node.lineno} {name}")
+    assert not unnamed

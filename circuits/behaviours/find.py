@@ -26,7 +26,7 @@ from circuits.behaviours.representation import context_vectors
 from circuits.behaviours.results import Behaviours
 from circuits.circuit import FEATURES_FILE, GRAPH_FILE, PARTIAL_FOLDER, Circuit
 from circuits.discovery.discover import discover
-from circuits.discovery.resume import ResumeFolder, interrupted, remove_partial, work_of
+from circuits.discovery.resume import ResumeFolder, identity_of, interrupted, remove_partial
 from circuits.options import DiscoverOptions
 from sae._files import prepare_folder, write_json, write_text
 from sae._progress import ProgressBar
@@ -75,7 +75,7 @@ def find_behaviours(
     contexts = read_contexts(model, texts, options)
     files = None
     if out is not None:
-        files = ResumeFolder(Path(out) / PARTIAL_FOLDER, _work(setting, contexts, options), resume=resume)
+        files = ResumeFolder(Path(out) / PARTIAL_FOLDER, _identity(setting, contexts, options), resume=resume)
     vectors = context_vectors(setting, contexts.prompts, options, files=files, progress=progress)
     z = project(vectors, options)
     labels = cluster_vectors(z, options)
@@ -98,10 +98,10 @@ def find_behaviours(
     return Behaviours(contexts, clusters, circuits, options, answers)
 
 
-def _work(setting: Setting, contexts: Contexts, options: BehaviourSearchOptions) -> dict[str, Any]:
+def _identity(setting: Setting, contexts: Contexts, options: BehaviourSearchOptions) -> dict[str, Any]:
     """What decides the vectors: all but how they are clustered."""
     deciding = {name: value for name, value in asdict(options).items() if name in ("represent", "memory")}
-    return work_of(setting, contexts.prompts, deciding)
+    return identity_of(setting, contexts.prompts, deciding)
 
 
 def _circuit(
@@ -128,20 +128,20 @@ def _circuit(
     if folder is None:
         return discover(setting.model, setting.saes, prompts, how, provenance=about, progress=False)
     about["prompts"] = str((folder / "prompts.jsonl").resolve())
-    place, partial = folder / "circuit", folder / "circuit" / PARTIAL_FOLDER
-    if resume and (place / GRAPH_FILE).is_file() and not interrupted(partial):
-        finished = Circuit.load(place, model=setting.model, saes=setting.saes)
+    circuit_folder, partial = folder / "circuit", folder / "circuit" / PARTIAL_FOLDER
+    if resume and (circuit_folder / GRAPH_FILE).is_file() and not interrupted(partial):
+        finished = Circuit.load(circuit_folder, model=setting.model, saes=setting.saes)
         options_then = finished.metadata["options"]
         if finished.metadata["prompts_fingerprint"] == prompts.fingerprint and options_then == asdict(how):
             return finished
-    prepare_folder(place, overwrite=True)
+    prepare_folder(circuit_folder, overwrite=True)
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in contexts.rows(setting.model, members)]
     write_text(folder / "prompts.jsonl", "".join(lines))
     circuit = discover(
         setting.model, setting.saes, prompts, how, provenance=about, progress=False, partial=partial,
         resume=resume and interrupted(partial),
     )  # fmt: skip
-    circuit.save(place, overwrite=True)
+    circuit.save(circuit_folder, overwrite=True)
     remove_partial(partial)
     return circuit
 

@@ -58,7 +58,7 @@ def context_vectors(
     rows = max_rows(setting.model, prompts.clean.n_positions, memory=options.memory)
     order = prompts.clean.lengths.argsort(stable=True).cpu()
     batches = order.split(max(1, min(rows, MOST_ROWS)))
-    parts = []
+    of_batches = []
     with ProgressBar(total=len(batches), desc=f"contexts ({options.represent})", disable=not progress) as bar:
         for number, index in enumerate(batches):
             name = f"nodes-{number:04}"
@@ -69,9 +69,9 @@ def context_vectors(
                     files.put(name, tensors)
             shape = (len(index), int(tensors["width"]))
             entries = (tensors["value"].numpy(), (tensors["row"].numpy(), tensors["column"].numpy()))
-            parts.append(sp.csr_matrix(entries, shape=shape))
+            of_batches.append(sp.csr_matrix(entries, shape=shape))
             bar.update()
-    vectors = sp.vstack(parts).tocsr()[np.argsort(order.numpy())]  # back in the order of the contexts
+    vectors = sp.vstack(of_batches).tocsr()[np.argsort(order.numpy())]  # back in the order of the contexts
     if options.represent != "gradients":
         vectors = vectors.maximum(0).sqrt()
     return normalize(vectors)

@@ -52,15 +52,15 @@ class Behaviours(Result):
                 labels[member] = cluster.rank
         return labels
 
-    def agreement(self, known: Sequence[str]) -> float:
+    def agreement(self, truth: Sequence[str]) -> float:
         """Adjusted mutual information (Vinh et al. 2010) with a known behaviour of each context: 1 for the same
         partition, 0 for what chance gives.
 
         Args:
-            known: a name for each context, in their order; `contexts.document` and `contexts.position` say which token
+            truth: a name for each context, in their order; `contexts.document` and `contexts.position` say which token
                 each predicts.
         """
-        return float(adjusted_mutual_info_score(list(known), self.labels))
+        return float(adjusted_mutual_info_score(list(truth), self.labels))
 
     def to_frame(self) -> pd.DataFrame:
         """A row a cluster, in order of rank: contexts, purity, share of the commonest answer, answers, an example."""

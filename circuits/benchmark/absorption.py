@@ -134,21 +134,21 @@ def first_letter_words(model: LanguageModel, options: SuiteOptions) -> Words:
     coder = model.text_coder
     ids = [token for token in range(model.vocab_size) if token not in model.special_ids]
     strings = model.token_strings(torch.tensor(ids))
-    found: dict[str, list[tuple[int, str]]] = {}
+    by_letter: dict[str, list[tuple[int, str]]] = {}
     n_words = 0
     for token, string in zip(ids, strings, strict=True):
         word = string.strip()
         if word.isascii() and word.isalpha() and n_words < options.words:
-            found.setdefault(word[0].lower(), []).append((token, string))
+            by_letter.setdefault(word[0].lower(), []).append((token, string))
             n_words += 1
-    found = {letter: found[letter] for letter in ascii_lowercase if len(found.get(letter, ())) >= MIN_WORDS}
-    if len(found) < options.letters:
+    by_letter = {letter: by_letter[letter] for letter in ascii_lowercase if len(by_letter.get(letter, ())) >= MIN_WORDS}
+    if len(by_letter) < options.letters:
         raise Inapplicable(
-            f"the vocabulary has {n_words:,} words, with {MIN_WORDS} or more for {len(found)} first letters: "
+            f"the vocabulary has {n_words:,} words, with {MIN_WORDS} or more for {len(by_letter)} first letters: "
             f"absorption needs {options.letters} letters"
         )
     draw = random.Random(options.seed)
-    words = [(letter, token, string) for letter, entries in found.items() for token, string in entries]
+    words = [(letter, token, string) for letter, entries in by_letter.items() for token, string in entries]
     unknown = coder.tokenizer.unk_token_id
     knows = unknown is None or unknown not in coder.own_ids([EXAMPLE.format(word="the", letter="T")])[0]
     texts = []
@@ -160,9 +160,9 @@ def first_letter_words(model: LanguageModel, options: SuiteOptions) -> Words:
     rows = [[*context, token] for context, (_, token, _) in zip(before, words, strict=True)]
     letters = [letter for letter, _, _ in words]
     test = torch.zeros(len(rows), dtype=torch.bool)
-    for letter in found:
-        own = [row for row, other in enumerate(letters) if other == letter]
-        test[draw.sample(own, round(TEST_SHARE * len(own)))] = True
+    for letter in by_letter:
+        same_letter = [row for row, other in enumerate(letters) if other == letter]
+        test[draw.sample(same_letter, round(TEST_SHARE * len(same_letter)))] = True
     return Words(Tokens.from_rows(rows, pad_id=coder.pad_id), letters, test)
 
 

@@ -82,8 +82,8 @@ class ComponentCurve(Result):
         """One row a share: how many components are kept, and both faithfulnesses."""
         import pandas as pd
 
-        kept = [int(share * len(self.effects)) for share in self.shares]
-        columns = {"share": self.shares, "components": kept, "by_effect": self.by_effect}
+        counts = [int(share * len(self.effects)) for share in self.shares]
+        columns = {"share": self.shares, "components": counts, "by_effect": self.by_effect}
         return pd.DataFrame(columns | {"by_magnitude": self.by_magnitude})
 
 
@@ -211,7 +211,7 @@ def component_faithfulness(
     batches = list(prompts.batches(batch_size))
     for batch in ProgressBar(batches, desc="faithfulness", unit="batch", disable=not progress):
         patched = PatchedComponents(setting.model, batch)
-        m = [setting.metric(patched.logits(kept), batch).sum() for kept in (list(effects), [], *sets)]
+        m = [setting.metric(patched.logits(circuit), batch).sum() for circuit in (list(effects), [], *sets)]
         total += torch.stack(m).cpu().double() / len(prompts)
     m_model, m_empty = total[:2].tolist()
     if abs(m_model - m_empty) < 1e-9:
@@ -233,18 +233,18 @@ class PatchedComponents:
         self._heads = {layer: heads.output for layer, heads in by_layer.items()}
 
     @torch.no_grad()
-    def logits(self, kept: Collection[str]) -> Tensor:
+    def logits(self, circuit: Collection[str]) -> Tensor:
         """Logits after every prompt [B, V] with the components `kept` alone as they are."""
-        kept = {*kept}
+        circuit = {*circuit}
 
         def edit_heads(layer: int, z: Tensor) -> Tensor:
-            keep = torch.tensor([f"a{layer}.h{head}" in kept for head in range(z.shape[2])], device=z.device)
+            keep = torch.tensor([f"a{layer}.h{head}" in circuit for head in range(z.shape[2])], device=z.device)
             return torch.where(keep[:, None], z, self._heads[layer])
 
         def replaced(x: Tensor) -> SiteEdit:
             return lambda _: x
 
-        gone = [site for site in self.sites if (INPUT if site.kind == "embed" else f"m{site.layer}") not in kept]
+        gone = [site for site in self.sites if (INPUT if site.kind == "embed" else f"m{site.layer}") not in circuit]
         edits = {site: replaced(self._patch[site]) for site in gone}
         with attention_heads(self.model.hf, edit_heads):
             return self.model.run(self.prompts.clean, edits=edits, last_only=True).logits[:, -1]

@@ -80,9 +80,9 @@ def _probing(axes: Axes, report: SuiteReport, frame: pd.DataFrame) -> None:
     numbers = {site: number for number, site in enumerate(sites)}
     for i, size in enumerate(sizes):
         of_size = rows[rows["size"] == size]
-        places = [numbers[site] + 0.12 * (i - (len(sizes) - 1) / 2) for site in of_size["site"]]
+        xs = [numbers[site] + 0.12 * (i - (len(sizes) - 1) / 2) for site in of_size["site"]]
         label = f"{size} feature{'s' if size > 1 else ''}"
-        axes.errorbar(places, of_size["score"], yerr=[of_size["below"], of_size["above"]], fmt="o", ms=4.5, lw=1.2,
+        axes.errorbar(xs, of_size["score"], yerr=[of_size["below"], of_size["above"]], fmt="o", ms=4.5, lw=1.2,
                       color=COLOURS[i % len(COLOURS)], label=label)  # fmt: skip
     dense = [[entry.dense for entry in report.probing if entry.site == site] for site in sites]
     axes.plot(range(len(sites)), [sum(values) / len(values) for values in dense], "_", ms=22, color=PALE,
@@ -142,9 +142,9 @@ def _bar_panel(frame: pd.DataFrame, names: tuple[str, str], title: str) -> Panel
         sites = list(dict.fromkeys(rows["site"]))
         for i, name in enumerate(names):
             by_site = rows[rows["task"] == name].set_index("site").reindex(sites)
-            places = [number + 0.4 * i - 0.2 for number in range(len(sites))]
+            xs = [number + 0.4 * i - 0.2 for number in range(len(sites))]
             errors = by_site[["below", "above"]] if by_site["below"].fillna(0).any() else None
-            axes.bar(places, by_site["score"], width=0.38, color=COLOURS[i], label=name,
+            axes.bar(xs, by_site["score"], width=0.38, color=COLOURS[i], label=name,
                      yerr=None if errors is None else errors.to_numpy().T, error_kw={"lw": 1})  # fmt: skip
         axes.set_ylim(0, 1.02)
         _sites(axes, sites)

@@ -94,11 +94,11 @@ def sparse_probing(
 
 
 def _task(labels: Sequence[str], test_labels: Sequence[str], one: str, seed: int) -> _Task:
-    parts = []
+    halves = []
     for names in (labels, test_labels):
         rows, told = against_others(names, one, seed)
-        parts += [torch.tensor(rows), torch.tensor([label == one for label in told])]
-    return _Task(*parts)
+        halves += [torch.tensor(rows), torch.tensor([label == one for label in told])]
+    return _Task(*halves)
 
 
 def _sparse(task: _Task, f: Tensor, test_f: Tensor, chosen: Tensor, penalty: float) -> tuple[Tensor, float]:

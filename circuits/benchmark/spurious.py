@@ -95,7 +95,7 @@ def spurious_removal(
     probes = {label: _Probe.fit(train.x[rows], is_one[label][rows], penalty) for label in is_one}
     biased = _Probe.fit(train.x[agreeing], is_one["intended"][agreeing], penalty)
     x, moved = test.x[held_out], test.f[held_out] - (train.f[rows].mean(0) if operation == "mean" else 0)
-    own = {label: probe.right(x, test_is[label]) for label, probe in probes.items()}
+    right_alone = {label: probe.right(x, test_is[label]) for label, probe in probes.items()}
     before = {label: biased.right(x, test_is[label]) for label in probes}
     orders = {label: by_share(train.f[rows], is_one[label][rows], W_dec @ probes[label].weight) for label in probes}
     counts = "intended" if before["intended"].mean() <= before["spurious"].mean() else "spurious"
@@ -106,12 +106,12 @@ def spurious_removal(
         for label in probes:
             chosen = orders[other[label]][:n]
             after[label] = biased.right(x, test_is[label], moved[:, chosen] @ (W_dec[chosen] @ biased.weight))
-            gap = (own[label].mean() - before[label].mean()).item()
+            gap = (right_alone[label].mean() - before[label].mean()).item()
             scores[label] = 0.0 if gap < LEAST else (after[label].mean() - before[label].mean()).item() / gap
-        bounds = _interval(after[counts] - before[counts], own[counts] - before[counts], seed)
+        bounds = _interval(after[counts] - before[counts], right_alone[counts] - before[counts], seed)
         results.append(
             Removal(
-                data, site, n, scores[counts], bounds, counts, own[counts].mean().item(),
+                data, site, n, scores[counts], bounds, counts, right_alone[counts].mean().item(),
                 before[counts].mean().item(), after[counts].mean().item(), scores, orders[other[counts]][:n].tolist(),
             )
         )  # fmt: skip

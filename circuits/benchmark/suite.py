@@ -70,11 +70,11 @@ def evaluate_suite(
     ensure_checked(model, saes, sites)
     say = progress or (lambda _: None)
     report = SuiteReport(options.position)
-    for name, found in read_data_sets(data, options):
-        if isinstance(found, str):
-            report.left_out[name] = found
+    for name, data_set in read_data_sets(data, options):
+        if isinstance(data_set, str):
+            report.left_out[name] = data_set
         else:
-            _data_set(model, saes, sites, found, options, context_of(model, context), report, say)
+            _data_set(model, saes, sites, data_set, options, context_of(model, context), report, say)
     if not report.texts:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(report.left_out.items())[:3])
         raise UserError(f"{data!r} holds no data set to probe: {reasons or 'nothing in it is one'}")

@@ -75,10 +75,10 @@ def load_circuit(options: RunsCircuit) -> Circuit:
 
 def absolute_path(name: str | Path) -> str:
     """An existing path made absolute, so that a run can be read from another folder; a hub name as it is."""
-    parts = [part.partition("?") for part in str(name).split(",")]
-    if Path(name).exists() or not all(Path(path).exists() for path, _, _ in parts):
+    sources = [part.partition("?") for part in str(name).split(",")]
+    if Path(name).exists() or not all(Path(path).exists() for path, _, _ in sources):
         return str(Path(name).resolve()) if Path(name).exists() else str(name)
-    return ",".join(f"{Path(path).resolve()}{mark}{query}" for path, mark, query in parts)
+    return ",".join(f"{Path(path).resolve()}{mark}{query}" for path, mark, query in sources)
 
 
 def record(run: Path, command: str, options: Any) -> None:

@@ -140,28 +140,28 @@ def _summed(circuit: Circuit) -> Nodes:
 def _matched(nodes: Nodes, partners: Partners, n: int) -> float:
     """Share of the |effect| of the n strongest features that have a partner."""
     chosen = select_nodes({site: of_site[of_site.is_feature] for site, of_site in nodes.items()}, top=n)
-    found, total = 0.0, 0.0
+    matched, total = 0.0, 0.0
     for site, of_site in chosen.items():
         for feature, effect in zip(of_site.feature.tolist(), of_site.effect.abs().tolist(), strict=True):
             total += effect
-            found += effect * (feature in partners.get(site, {}))
-    return found / total if total else 0.0
+            matched += effect * (feature in partners.get(site, {}))
+    return matched / total if total else 0.0
 
 
 def _transfer(
     one: tuple[Circuit, Nodes], other: tuple[Circuit, Nodes], partners: Partners, options: CompareCircuitsOptions
 ) -> Transfer:
     """Faithfulness of the n strongest nodes of one circuit on the prompts of another, and of that one's own."""
-    (circuit, nodes), (to, own) = one, other
+    (circuit, nodes), (to, nodes_there) = one, other
     chosen = select_nodes(nodes, top=options.nodes)
     sites = visible_sites(to.metric, circuit.model, list(nodes))
     here = Setting.of(circuit.model, circuit.saes, to.metric, sites=sites)
     translated = None
     if not same_dictionaries(circuit, to):
-        translated = _faithful(to.setting(), _translated(chosen, own, partners), to, options)
+        translated = _faithful(to.setting(), _translated(chosen, nodes_there, partners), to, options)
     return Transfer(
         carried=_faithful(here, {site: chosen[site] for site in sites}, to, options),
-        own=_faithful(to.setting(), select_nodes(own, top=options.nodes), to, options),
+        own=_faithful(to.setting(), select_nodes(nodes_there, top=options.nodes), to, options),
         translated=translated,
     )
 
@@ -179,10 +179,10 @@ def _faithful(setting: Setting, nodes: Nodes, to: Circuit, options: CompareCircu
     return curve.faithfulness[-1]
 
 
-def _translated(chosen: Nodes, own: Nodes, partners: Partners) -> Nodes:
+def _translated(chosen: Nodes, nodes_there: Nodes, partners: Partners) -> Nodes:
     """Nodes as those of other dictionaries, at all sites of `own`; nodes without a partner are left out."""
     translated: Nodes = {}
-    for site, of_site in own.items():
+    for site, of_site in nodes_there.items():
         empty = of_site[:0]
         nodes = chosen.get(site)
         if nodes is None:

@@ -238,8 +238,8 @@ def _before_others(first: Nodes, nodes: Nodes) -> Nodes:
         if site in first:
             in_first[first[site].feature] = first[site].effect
         rows.append(torch.stack([in_first[of_site.feature], of_site.effect.abs()]))
-    given, own = torch.cat(rows, dim=1).double()
-    key = torch.where(given > 0, 1 + given, own / (1 + own.max()))
+    given, alone = torch.cat(rows, dim=1).double()
+    key = torch.where(given > 0, 1 + given, alone / (1 + alone.max()))
     rank = torch.empty(len(key))
     rank[key.argsort(descending=True, stable=True)] = torch.arange(len(key), 0, -1) / len(key)
     by_site = rank.split([len(of_site) for of_site in nodes.values()])

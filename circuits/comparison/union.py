@@ -27,10 +27,10 @@ def named_graph(
             partner then goes by its number beyond these.
         partners: of the second circuit's features, where the autoencoders differ.
     """
-    kept = ("positions", "tokens", "span_words", "metric", "cases", "last_span", "options")
-    metadata = {key: value for key, value in circuit.metadata.items() if key in kept} | {"title": title}
+    shown = ("positions", "tokens", "span_words", "metric", "cases", "last_span", "options")
+    metadata = {key: value for key, value in circuit.metadata.items() if key in shown} | {"title": title}
     graph = FeatureGraph(sites, metadata=metadata)
-    own = {} if partners is None else {(s.name, i): j for s, pairs in partners.items() for j, i in pairs.items()}
+    originals = {} if partners is None else {(s.name, i): j for s, pairs in partners.items() for j, i in pairs.items()}
     strongest = sorted(profile.effects.items(), key=lambda entry: -abs(entry[1]))[:NODES]
     ids: dict[Name, str] = {METRIC: METRIC[0]}
     for name, effect in strongest:
@@ -40,7 +40,7 @@ def named_graph(
             node = (error_node if feature == ERROR else skip_node)(site, effect=effect, position=position)
         else:
             number = feature if feature >= 0 else (widths or {}).get(site, 0) + own_number(feature)
-            original = own.get((site, feature), feature) if feature >= 0 else own_number(feature)
+            original = originals.get((site, feature), feature) if feature >= 0 else own_number(feature)
             about = circuit.features.get(f"{site}/{original}", {})
             node = feature_node(site, number, effect=effect, position=position, **about)
             origin = f"{site}/{original} of {title}"

@@ -192,24 +192,24 @@ def text_set(
     rows = [row for row, of_row in enumerate(spans) if 0 < len(of_row) <= longest and _has(of_row, position)]
     if not rows:
         raise UserError(f"none of the {len(texts)} texts {name} has {position!r} tokens that the model can read")
-    kept = [texts[row] for row in rows]
+    fitting = [texts[row] for row in rows]
     pad = model.text_coder.pad_id
-    ids = [row[:context] for row in model.text_coder.prompt_ids([text.example.clean for text in kept])]
+    ids = [row[:context] for row in model.text_coder.prompt_ids([text.example.clean for text in fitting])]
     clean = Tokens.from_rows(ids, pad_id=pad)
     names, numbers = number_spans([spans[row] for row in rows], clean.n_positions)
     prompts = PromptSet(
         clean=clean,
         patch=None,
-        clean_answers=torch.full((len(kept),), -1),
+        clean_answers=torch.full((len(fitting),), -1),
         patch_answers=None,
-        cases=[f"{text.intended}_{text.spurious}".strip("_") for text in kept],
+        cases=[f"{text.intended}_{text.spurious}".strip("_") for text in fitting],
         templates=length_keys(clean),
-        texts=[text.example.clean for text in kept],
-        rejected={"too long, or without the span": len(texts) - len(kept)} if len(kept) < len(texts) else {},
+        texts=[text.example.clean for text in fitting],
+        rejected={"too long, or without the span": len(texts) - len(fitting)} if len(fitting) < len(texts) else {},
         spans=names,
         span_numbers=numbers,
     )
-    return TextSet(prompts.to(model.device), [text.intended for text in kept], [text.spurious for text in kept])
+    return TextSet(prompts.to(model.device), [text.intended for text in fitting], [text.spurious for text in fitting])
 
 
 def prompt_rows(texts: TextSet) -> list[dict[str, Any]]:

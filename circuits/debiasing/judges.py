@@ -76,8 +76,8 @@ def by_list(features: Sequence[JudgedFeature], path: Path) -> list[JudgedFeature
     """Those in a file; a name without a span is meant at every span."""
     lines = [line.partition("#")[0].strip() for line in read_text(path).splitlines()]
     names = {line for line in lines if line}
-    known = {name for one in features for name in (one.feature, one.feature.partition("@")[0])}
-    if strange := sorted(names - known):
+    allowed = {name for one in features for name in (one.feature, one.feature.partition("@")[0])}
+    if strange := sorted(names - allowed):
         raise UserError(
             f"{path}: {strange[0]!r} is none of the {len(features)} features that are judged, such as "
             f"{features[0].feature if features else 'resid_3/120'}: raise --features, or take it out"

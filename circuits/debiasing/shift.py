@@ -278,13 +278,13 @@ def _embeddings(
     return _ablated(study, (results.EMBEDDINGS, results.EMBEDDINGS_RETRAINED), edit)
 
 
-def _bottleneck(study: Study, kept: Sequence[str]) -> list[ProbeScore]:
+def _bottleneck(study: Study, features: Sequence[str]) -> list[ProbeScore]:
     """A probe that sees the activations of the kept features and nothing else."""
-    if not kept:
+    if not features:
         return []
-    x, test = (activations(study.model, study.saes, kept, texts.prompts) for texts in (study.ambiguous, study.test))
+    x, test = (activations(study.model, study.saes, features, texts.prompts) for texts in (study.ambiguous, study.test))
     probe = study.fit(x, study.ambiguous.intended)
-    return [study.scored(results.BOTTLENECK, [study.answers(probe, test)], len(kept))]
+    return [study.scored(results.BOTTLENECK, [study.answers(probe, test)], len(features))]
 
 
 def _skylines(study: Study, n: int, circuit: Circuit) -> list[ProbeScore]:
@@ -297,8 +297,8 @@ def _skylines(study: Study, n: int, circuit: Circuit) -> list[ProbeScore]:
     rows = []
     for name, saes in ((results.FEATURE_SKYLINE, study.saes),
                        (results.NEURON_SKYLINE, neuron_dictionaries(study.model, sites=sites))):  # fmt: skip
-        found = study.circuit(study.probe(), study.balanced, towards_spurious=True, saes=saes)
-        edit = study.ablation(_most_towards(found, n), saes)
+        towards = study.circuit(study.probe(), study.balanced, towards_spurious=True, saes=saes)
+        edit = study.ablation(_most_towards(towards, n), saes)
         rows.append(_plain(study, name, edit, saes))
     return rows
 

@@ -188,11 +188,11 @@ def _divided(data: Source, test: Source | None, options: PerturbationOptions) ->
 
 def against_others(labels: Sequence[str], one: str, seed: int) -> Rows:
     """The texts of a class and as many of all others, drawn at random."""
-    own = [row for row, label in enumerate(labels) if label == one]
+    of_class = [row for row, label in enumerate(labels) if label == one]
     rest = [row for row, label in enumerate(labels) if label != one]
     order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed)).tolist()
-    n = min(len(own), len(rest))
-    return own[:n] + [rest[number] for number in order[:n]], [one] * n + [f"not {one}"] * n
+    n = min(len(of_class), len(rest))
+    return of_class[:n] + [rest[number] for number in order[:n]], [one] * n + [f"not {one}"] * n
 
 
 def _right(probe: FittedProbe, rows: Rows, x: Tensor, moved: Tensor, W_dec: Tensor, ablated: Tensor) -> Tensor:

@@ -91,14 +91,14 @@ def prompt_peaks(
             f = saes[site].encode_some(run.activations[reads[site]], index) * counted[..., None]
             peaks[site].append(f.amax(1).cpu())  # [B, n]
     cases = [case or "prompts" for case in prompts.cases]
-    found: dict[str, dict[str, list[float]]] = {}
+    by_feature: dict[str, dict[str, list[float]]] = {}
     for site, index in features.items():
         for feature, column in zip(index.tolist(), torch.cat(peaks[site]).T.tolist(), strict=True):
             by_case: dict[str, list[float]] = {case: [] for case in dict.fromkeys(cases)}
             for case, peak in zip(cases, column, strict=True):
                 by_case[case].append(float(f"{peak:.4g}"))
-            found[f"{site.name}/{feature}"] = by_case
-    return found
+            by_feature[f"{site.name}/{feature}"] = by_case
+    return by_feature
 
 
 def _by_case(means: list[float], counts: list[float], cases: list[str], spans: tuple[str, ...]) -> ActivityByCase:

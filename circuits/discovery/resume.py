@@ -1,6 +1,6 @@
 """Store the finished batches of a discovery, so that an interrupted one goes on after the last of them.
 
-1. `partial.json` says what the work is: model, autoencoders, prompts, options. The files of other work are refused
+1. `partial.json` says which discovery it is: model, autoencoders, prompts, options. Files of another are refused
    with a sentence that says what differs.
 2. Every finished batch of a pass is a safetensors file, `nodes-0003` or `edges-0003`, which appears under its name
    only once it is whole; a kill at any moment costs the batch that was running. A damaged one is computed again.
@@ -38,7 +38,7 @@ from sae.saes import saes_fingerprint
 
 log = logging.getLogger(__name__)
 
-WORK_FILE = "partial.json"
+ABOUT_FILE = "partial.json"
 SCHEMA_VERSION = 2
 
 
@@ -46,7 +46,7 @@ class ResumeFolder:
     """The finished batches of one discovery in a folder of their own."""
 
     def __init__(self, folder: str | Path, setting: Mapping[str, Any], *, resume: bool) -> None:
-        """setting: what `work_of` says; resume: go on with the files of the same work instead of starting anew.
+        """setting: what `identity_of` says; resume: go on with the files of the same discovery, do not start anew.
 
         Raises UserError for a folder that holds anything but the files of an interrupted discovery.
         """
@@ -55,11 +55,11 @@ class ResumeFolder:
         check_contents(self.folder, PARTIAL)
         if visible(self.folder) and not interrupted(self.folder):
             raise UserError(
-                f"{str(self.folder)!r} is not the folder of an interrupted discovery ({WORK_FILE} is missing): give "
+                f"{str(self.folder)!r} is not the folder of an interrupted discovery ({ABOUT_FILE} is missing): give "
                 "another one, nothing of it is deleted"
             )
         self._unchecked = {path.name for path in visible(self.folder)} if resume else set()
-        noted = self.folder / WORK_FILE
+        noted = self.folder / ABOUT_FILE
         if resume and noted.is_file():
             self._check(read_json(noted), dict(setting))
             remove_temporary(self.folder)
@@ -70,7 +70,7 @@ class ResumeFolder:
 
     def _check(self, noted: dict[str, Any], setting: dict[str, Any]) -> None:
         if noted.pop("schema_version", None) != SCHEMA_VERSION:
-            raise UserError(f"{self.folder / WORK_FILE} is of another version: start again with --overwrite")
+            raise UserError(f"{self.folder / ABOUT_FILE} is of another version: start again with --overwrite")
         before, now = _flat(noted), _flat(setting)
         for name in sorted(before.keys() | now.keys()):
             if before.get(name) != now.get(name):
@@ -108,10 +108,10 @@ def remove_partial(folder: str | Path) -> None:
 
 def interrupted(folder: str | Path) -> bool:
     """Whether a folder holds the files of a discovery that did not end."""
-    return (Path(folder) / WORK_FILE).is_file()
+    return (Path(folder) / ABOUT_FILE).is_file()
 
 
-def work_of(setting: Setting, prompts: PromptSet, options: Mapping[str, Any]) -> dict[str, Any]:
+def identity_of(setting: Setting, prompts: PromptSet, options: Mapping[str, Any]) -> dict[str, Any]:
     """What decides every bit of the result: the model and its number type, the autoencoders, prompts and options."""
     return {
         "model": setting.model.fingerprint,

@@ -204,7 +204,7 @@ class FeatureEdits:
         seed: int = 0,
     ) -> None:
         """`edits` say what they refer to; those by template need the prompts that means are taken over."""
-        parts: dict[Site, list[Part]] = {}
+        by_site: dict[Site, list[Part]] = {}
         for edit in edits:
             for span, features in edit.by_span(saes).items():
                 _check_span(span, prompts)
@@ -216,9 +216,9 @@ class FeatureEdits:
                         index, edit.operation, target, tables.get(site), span, edit.where, tuple(edit.schedule),
                         strength * edit.strength, seed,
                     )  # fmt: skip
-                    parts.setdefault(site, []).append(part)
-        self.sites = {site: SiteEdits(saes[site], of_site) for site, of_site in parts.items()}
-        self.reads = as_saes(saes).read_sites(parts)
+                    by_site.setdefault(site, []).append(part)
+        self.sites = {site: SiteEdits(saes[site], of_site) for site, of_site in by_site.items()}
+        self.reads = as_saes(saes).read_sites(by_site)
 
     def __bool__(self) -> bool:
         return bool(self.sites)
@@ -226,10 +226,8 @@ class FeatureEdits:
     def __call__(self, prompts: PromptSet) -> dict[Site, SiteEdit]:
         """Edits for `LanguageModel.run` of the clean prompts."""
         columns = Columns(prompts.clean, 0, prompts.clean.n_positions)
-        at_work = {
-            site for site, edits in self.sites.items() if any(p.in_time(columns) is not None for p in edits.parts)
-        }
-        return placed(self._standing(at_work, prompts), prompts)
+        now = {site for site, edits in self.sites.items() if any(p.in_time(columns) is not None for p in edits.parts)}
+        return placed(self._standing(now, prompts), prompts)
 
     def standing(self, prompts: PromptSet | None = None) -> dict[Site, StandingEdit]:
         """Edits for `LanguageModel.edited`; a text that is none of the prompts has no spans and no templates."""
@@ -329,11 +327,11 @@ class _Lookup:
     def _spread(self, of: object, *, fill: int | bool) -> Tensor:
         """[B, S] of what `of` says of the prompts that are in the batch, `fill` elsewhere."""
         assert self._batch is not None and callable(of)
-        found = (self._rows >= 0).nonzero().flatten()
+        listed = (self._rows >= 0).nonzero().flatten()
         table = torch.full(self._batch.input_ids.shape, fill, device=self._batch.input_ids.device)
-        if len(found) and self.prompts is not None:
-            values = of(self.prompts[self._rows[found]])  # [found, S of theirs]
-            table[found.to(table.device), table.shape[1] - values.shape[1] :] = values.to(table)
+        if len(listed) and self.prompts is not None:
+            values = of(self.prompts[self._rows[listed]])  # [listed, S of theirs]
+            table[listed.to(table.device), table.shape[1] - values.shape[1] :] = values.to(table)
         return table
 
     @staticmethod

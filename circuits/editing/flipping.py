@@ -67,9 +67,9 @@ def choose_flipping(
     edits = []
     for site in first:
         names = [name for name, _ in by_site[site][:most]]
-        known = with_references(model, saes, Edit(names, "mean"), texts=batches).reference
+        means = with_references(model, saes, Edit(names, "mean"), texts=batches).reference
         for n in sorted({min(n, len(names)) for n in COUNTS}):
-            reference = {name: known[name] for name in names[:n]}
+            reference = {name: means[name] for name in names[:n]}
             edits += [Edit(names[:n], "mean", strength=s, reference=reference) for s in STRENGTHS]
     standing = [FeatureEdits(model, saes, [edit]).standing() for edit in edits]
     flipped = flipped_shares(model, prompts, standing)

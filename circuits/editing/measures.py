@@ -180,11 +180,11 @@ def fluency(model: LanguageModel, prompts: PromptSet, ids: Tensor) -> Fluency:
     """
     special = torch.tensor(sorted(model.special_ids), dtype=torch.int64, device=ids.device)
     real = ~torch.isin(ids, special)  # [B, K]
-    whole = Tokens(
+    both = Tokens(
         torch.cat([prompts.clean.input_ids, ids], 1),
         torch.cat([prompts.clean.attention_mask, torch.ones_like(ids)], 1),
     )
-    log_p = model.run(whole).logits[:, prompts.clean.n_positions - 1 : -1].float().log_softmax(-1)  # [B, K, V]
+    log_p = model.run(both).logits[:, prompts.clean.n_positions - 1 : -1].float().log_softmax(-1)  # [B, K, V]
     surprise = -log_p.gather(-1, ids[..., None])[..., 0][real]
     perplexity = surprise.cpu().double().mean().exp().item() if len(surprise) else None
     rows = [[token for token, counts in zip(*row, strict=True) if counts]

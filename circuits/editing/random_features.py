@@ -117,9 +117,9 @@ def _near(sizes: Tensor, target: float, order: Tensor, n: int) -> list[int]:
         if missing.abs() <= CLOSE * target or not len(outside):
             break
         after = (missing - sizes[outside][None] + sizes[inside][:, None]).abs()  # [n, rest]
-        place = int(after.argmin())
-        row, column = divmod(place, len(outside))
-        if after.flatten()[place] >= missing.abs():
+        index = int(after.argmin())
+        row, column = divmod(index, len(outside))
+        if after.flatten()[index] >= missing.abs():
             break
         inside[row], outside[column] = outside[column].clone(), inside[row].clone()
     return sorted(inside.tolist())

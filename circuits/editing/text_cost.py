@@ -46,8 +46,8 @@ class OtherText:
         self.answer_share = float(torch.cat(self.is_answer).float().mean())
         if self.answer_share > COMMON:
             self.is_answer = [torch.zeros_like(answers) for answers in self.is_answer]
-        kept = 4 * sum(map(len, targets)) * model.vocab_size <= KEPT_BYTES
-        self._clean = [self._predictions(number) for number in range(len(self.batches))] if kept else None
+        fits = 4 * sum(map(len, targets)) * model.vocab_size <= KEPT_BYTES
+        self._clean = [self._predictions(number) for number in range(len(self.batches))] if fits else None
 
     def _predictions(self, number: int) -> tuple[ModelPredictions, ModelPredictions]:
         """The untouched model's predictions of a batch: of the answers, and of all other tokens."""
@@ -55,8 +55,8 @@ class OtherText:
         return self._split(number, logits)
 
     def _split(self, number: int, logits: Tensor) -> tuple[ModelPredictions, ModelPredictions]:
-        own, targets = self.is_answer[number], self.targets[number]
-        return ModelPredictions(logits[own], targets[own]), ModelPredictions(logits[~own], targets[~own])
+        here, targets = self.is_answer[number], self.targets[number]
+        return ModelPredictions(logits[here], targets[here]), ModelPredictions(logits[~here], targets[~here])
 
     @torch.no_grad()
     def measured(self, behaviour: Behaviour, edits: Standing) -> Behaviour:
@@ -66,8 +66,8 @@ class OtherText:
         with self.model.edited(edits):
             for number, tokens in enumerate(self.batches):
                 logits = self.model.run(tokens).logits[:, :-1][self.scored[number]]
-                own = self.is_answer[number]
-                for total, some, before in zip(totals, (logits[own], logits[~own]), clean[number], strict=True):
+                here = self.is_answer[number]
+                for total, some, before in zip(totals, (logits[here], logits[~here]), clean[number], strict=True):
                     total.update(some, before)
         n, n_other = (total.n_predictions for total in totals)
         weights = n / (n + n_other), n_other / (n + n_other)
@@ -113,8 +113,8 @@ def run_copies(model: LanguageModel, tokens: Tokens, several: Sequence[Standing]
 
     def edit_of(site: Site) -> SiteEdit:
         def edit(x: Tensor) -> Tensor:
-            parts = zip(x.split(n), several, strict=True)
-            return torch.cat([edits[site](part, columns) if site in edits else part for part, edits in parts])
+            blocks = zip(x.split(n), several, strict=True)
+            return torch.cat([edits[site](part, columns) if site in edits else part for part, edits in blocks])
 
         return edit
 

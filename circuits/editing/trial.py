@@ -94,7 +94,7 @@ class Trial:
     @cached_property
     def edits(self) -> FeatureEdits:
         """The edits at work."""
-        return self._at_work(self.resolved)
+        return self._applied(self.resolved)
 
     @cached_property
     def draws(self) -> list[list[Edit]]:
@@ -120,7 +120,7 @@ class Trial:
 
     def edits_of(self, edits: Sequence[Edit]) -> FeatureEdits:
         """Other edits at work, such as those of a draw."""
-        return self._at_work(self._resolved(edits))
+        return self._applied(self._resolved(edits))
 
     def _drawn(
         self,
@@ -150,7 +150,7 @@ class Trial:
             if edit.names
         ]  # fmt: skip
 
-    def _at_work(self, resolved: Sequence[Edit], strength: float = 1.0) -> FeatureEdits:
+    def _applied(self, resolved: Sequence[Edit], strength: float = 1.0) -> FeatureEdits:
         return FeatureEdits(
             self.model, self.saes, resolved, prompts=self.prompts, strength=strength, seed=self.options.seed
         )  # fmt: skip
@@ -174,7 +174,7 @@ class Trial:
 
     def behaviour(self, resolved: Sequence[Edit], strength: float = 1.0) -> Behaviour:
         """The behaviour of the edited model, with the cost on the other text where there is any."""
-        edits = self._at_work(resolved, strength)
+        edits = self._applied(resolved, strength)
         measured = scored(self.prompts, *self._values(edits))
         return self._with_cost(measured, lambda: self._on_text(resolved, strength).standing())
 
@@ -184,8 +184,8 @@ class Trial:
     def _on_text(self, resolved: Sequence[Edit], strength: float = 1.0) -> FeatureEdits:
         """The edits as they are on other text, which has no spans and no generated tokens: at all tokens."""
         if not self.is_spread:
-            return self._at_work(resolved, strength)
-        return self._at_work(self._resolved([edit.everywhere() for edit in resolved]), strength)
+            return self._applied(resolved, strength)
+        return self._applied(self._resolved([edit.everywhere() for edit in resolved]), strength)
 
     @property
     def is_spread(self) -> bool:
@@ -203,7 +203,7 @@ class Trial:
         controls: dict[str, list[Behaviour]] = {"random": [], "random_equal_norm": [], "random_directions": []}
         for draw in map(self._resolved, draws):
             controls["random"].append(self.behaviour(draw))
-            drawn_norm = change_norm(self.model, batches, self._at_work(draw).standing(self.prompts))
+            drawn_norm = change_norm(self.model, batches, self._applied(draw).standing(self.prompts))
             if drawn_norm > 0:
                 controls["random_equal_norm"].append(self.behaviour(draw, norm / drawn_norm))
             seed = int(torch.randint(2**31, (), generator=generator))

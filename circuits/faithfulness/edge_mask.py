@@ -150,25 +150,25 @@ def edge_mask_circuit(circuit: Circuit, mask: LearnedEdges, n: int, *, progress:
 
     The prompts are gone through once more, as when the circuit was found.
     """
-    kept = strongest_edges(mask.edges, n)
-    living = reaching(kept, mask.nodes)
+    chosen = strongest_edges(mask.edges, n)
+    living = reaching(chosen, mask.nodes)
     joined = {site: torch.zeros_like(alive) for site, alive in living.items()}
-    for (up, down), keep in kept.items():
+    for (up, down), keep in chosen.items():
         into = keep if down is None else keep * living[down][:, None]
         joined[up] |= into.any(0)
         if down is not None:
             joined[down] |= into.any(1)
     nodes = masked_nodes(mask.nodes, torch.cat(list(joined.values())))
-    found = discovered_again(circuit, nodes, {"edges": n, **mask.options}, progress=progress)
+    again = discovered_again(circuit, nodes, {"edges": n, **mask.options}, progress=progress)
     names = {(ids[0], ids[1]) for ids in mask.to_frame().head(n)[["upstream", "downstream"]].to_numpy().tolist()}
-    of_site = {site: site_nodes.ids(site) for site, site_nodes in found.edge_nodes.items()}
+    of_site = {site: site_nodes.ids(site) for site, site_nodes in again.edge_nodes.items()}
     weights = {}
-    for (up, down), of_pair in found.edges.items():
+    for (up, down), of_pair in again.edges.items():
         ends = [METRIC] if down is None else of_site[down]
         weights[up, down] = of_pair * torch.tensor([[(u, d) in names for u in of_site[up]] for d in ends]).view_as(
             of_pair
         )
-    return replace(found, edges=weights, edge_samples={}, edge_cases={})
+    return replace(again, edges=weights, edge_samples={}, edge_cases={})
 
 
 class GatedEdges:
@@ -196,11 +196,11 @@ class GatedEdges:
 
     def start(self, start: str) -> Tensor:
         """[E + N]: -ln(rank) by |weight| of every edge, or 0; 0 of every node."""
-        own = torch.zeros(self.n)
+        by_weight = torch.zeros(self.n)
         if start != "equal":
             order = self._weights.cpu().argsort(descending=True, stable=True)
-            own[order] = -torch.arange(1.0, self.n + 1).log()
-        return torch.cat([own, torch.zeros(count(self.nodes))])
+            by_weight[order] = -torch.arange(1.0, self.n + 1).log()
+        return torch.cat([by_weight, torch.zeros(count(self.nodes))])
 
     def scores(self, parameters: Tensor) -> Tensor:
         """[E + N] -> [E]: of an edge and its two nodes together; the metric has no score of its own."""

@@ -166,7 +166,7 @@ class EdgeRun:
             run = setting.model.run(
                 clean.repeat(len(chunk)), capture={site, read}, skip=skip, grad=self.grad, need_logits=False
             )
-            y, y_read = (run.activations[place].unflatten(0, (len(chunk), -1)) for place in (site, read))
+            y, y_read = (run.activations[where].unflatten(0, (len(chunk), -1)) for where in (site, read))
             for number in range(len(chunk)):
                 yield living[group == start + number], y[number], y_read[number]
 

@@ -134,14 +134,14 @@ def discovered_again(circuit: Circuit, nodes: Nodes, mask: dict[str, Any], *, pr
     metadata = circuit.metadata
     options = {field.name: metadata["options"][field.name] for field in fields(DiscoverOptions)
                if field.name in metadata["options"]}  # fmt: skip
-    kept = {key: metadata[key] for key in FOUND_WITH if key in metadata}
-    found = discover(
+    provenance = {key: metadata[key] for key in FOUND_WITH if key in metadata}
+    again = discover(
         circuit.model, circuit.saes, circuit.prompts, DiscoverOptions(**{**options, "edge_nodes": count(nodes)}),
-        metric=circuit.metric, provenance={**kept, "mask": mask},
+        metric=circuit.metric, provenance={**provenance, "mask": mask},
         only=nodes, progress=progress,
     )  # fmt: skip
-    named = {**found.metadata["options"], "metric": metadata["options"]["metric"]}
-    return replace(found, features=circuit.features, metadata={**found.metadata, "options": named})
+    named = {**again.metadata["options"], "metric": metadata["options"]["metric"]}
+    return replace(again, features=circuit.features, metadata={**again.metadata, "options": named})
 
 
 def learn_node_mask(

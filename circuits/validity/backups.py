@@ -58,8 +58,8 @@ def effects_without(
                 effects[site].append(of_site.relabel_examples(index))
     before, after = (
         aggregate(
-            {site: SiteEffects.concatenate(parts) for site, parts in effects.items()}, n_examples=len(prompts),
-            n_positions=prompts.clean.n_positions, aggregation=aggregation, spans=spans,
+            {site: SiteEffects.concatenate(of_batches) for site, of_batches in effects.items()},
+            n_examples=len(prompts), n_positions=prompts.clean.n_positions, aggregation=aggregation, spans=spans,
         )
         for effects in by_site
     )  # fmt: skip
@@ -76,9 +76,9 @@ def _run_both(
             return {}
         return ablation_edits(setting.saes, values.table, removed, values(prompts), prompts, keep=False)
 
-    model, places = setting.model, with_reads(setting, sites)
+    model, with_read_sites = setting.model, with_reads(setting, sites)
     with torch.enable_grad():
-        run = model.run(batch.clean, capture=places, edits=edits(batch), last_only=True, grad=True)
+        run = model.run(batch.clean, capture=with_read_sites, edits=edits(batch), last_only=True, grad=True)
         m = setting.metric(run.logits[:, -1], batch)
         gradients = torch.autograd.grad(m.sum(), [run.activations[site] for site in sites])
     clean = {site: x.detach() for site, x in run.activations.items()}
@@ -88,7 +88,7 @@ def _run_both(
         return ActivationPair(setting, batch, clean, patch, True, m.detach(), None), by_site
     other = replace(batch, clean=batch.patch, patch=batch.clean)
     with torch.no_grad():
-        patched = model.run(batch.patch, capture=places, edits=edits(other), last_only=True)
+        patched = model.run(batch.patch, capture=with_read_sites, edits=edits(other), last_only=True)
         m_patch = setting.metric(patched.logits[:, -1], batch)
     return ActivationPair(setting, batch, clean, patched.activations, False, m.detach(), m_patch), by_site
 

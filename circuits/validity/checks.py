@@ -69,17 +69,17 @@ def resamples(overlap: Overlap, n_groups: int, needed: int, k: int) -> Check:
 
 def families(transfer: Transfer) -> Check:
     """Families of prompts, and how far their circuits stand for one another."""
-    question, found = "Is one mechanism behind all prompts?", transfer.families
-    sizes = " and ".join(map(str, found.sizes))
-    if found.likeness is None:
+    question, split = "Is one mechanism behind all prompts?", transfer.families
+    sizes = " and ".join(map(str, split.sizes))
+    if split.likeness is None:
         words = f"{sizes} prompts are too few to tell: {2 * MIN_FAMILY} are needed"
         return Check("families", question, "untold", words)
-    if len(found.sizes) == 1:
-        words = f"no families: the effects of two prompts have a cosine of {found.likeness:.2f} on average"
-        return Check("families", question, "holds", words, found.likeness)
+    if len(split.sizes) == 1:
+        words = f"no families: the effects of two prompts have a cosine of {split.likeness:.2f} on average"
+        return Check("families", question, "holds", words, split.likeness)
     assert transfer.value is not None
     verdict = judge(transfer.value, TRANSFERS, transfer.interval)
-    n = len(found.sizes)
+    n = len(split.sizes)
     meaning = {
         "holds": "but the circuit of each explains the others as well: one mechanism",
         "doubtful": "whose circuits stand for one another in part",
@@ -87,30 +87,32 @@ def families(transfer: Transfer) -> Check:
         "untold": "whose circuits explain nothing",
     }
     words = (
-        f"{n} families of prompts by their effects ({sizes} prompts, silhouette {found.silhouette or 0:.2f}), "
+        f"{n} families of prompts by their effects ({sizes} prompts, silhouette {split.silhouette or 0:.2f}), "
         f"{meaning[verdict]}; other families' circuits restore {_share(transfer.value)} of what the own one does"
     )
     return Check("families", question, verdict, words, transfer.value, transfer.interval, TRANSFERS)
 
 
-def backups(found: Backups, interval: Interval | None) -> Check:
+def backups(result: Backups, interval: Interval | None) -> Check:
     """What is left without the strongest nodes, and what takes over."""
-    verdict = judge(found.left, LEFT, interval, at_most=True)
-    words = f"without the {found.removed} strongest nodes {_share(found.left)} of the behaviour is left"
-    beside, alone = found.left_without_backups, found.left_without_next
+    verdict = judge(result.left, LEFT, interval, at_most=True)
+    words = f"without the {result.removed} strongest nodes {_share(result.left)} of the behaviour is left"
+    beside, alone = result.left_without_backups, result.left_without_next
     if verdict == "holds" or beside is None or alone is None:
         words += ", and nothing takes over" if verdict == "holds" else ", and no node's effect grows"
     elif abs(beside) < abs(alone):
         words += (
-            f"; {len(found.names)} nodes take over, {found.names[0]} most: without them too {_share(beside)} is left, "
-            f"without as many of the next strongest {_share(alone)}"
+            f"; {len(result.names)} nodes take over, {result.names[0]} most: without them too {_share(beside)} is "
+            f"left, without as many of the next strongest {_share(alone)}"
         )
     else:
         words += (
-            f"; the {len(found.names)} nodes whose effects grow matter no more ({_share(beside)} left) than the next "
+            f"; the {len(result.names)} nodes whose effects grow matter no more ({_share(beside)} left) than the next "
             f"strongest ({_share(alone)} left): the rest is spread"
         )
-    return Check("backups", "Does nothing take over without the strongest?", verdict, words, found.left, interval, LEFT)
+    return Check(
+        "backups", "Does nothing take over without the strongest?", verdict, words, result.left, interval, LEFT
+    )
 
 
 def sum_check(metadata: Mapping[str, Any], *, adds_up: bool, bar: float) -> Check:
@@ -142,26 +144,26 @@ def exact(verification: Verification) -> Check:
                  interval, AGREE)  # fmt: skip
 
 
-def paraphrases(found: Elsewhere) -> Check:
+def paraphrases(result: Elsewhere) -> Check:
     """The circuit on prompts in other words."""
-    verdict = judge(found.faithfulness, FAITHFUL, found.interval)
+    verdict = judge(result.faithfulness, FAITHFUL, result.interval)
     words = (
-        f"on prompts in other words its nodes explain {_share(found.faithfulness)}; the circuit found there overlaps "
-        f"by {found.overlap.value:.2f}"
+        f"on prompts in other words its nodes explain {_share(result.faithfulness)}; the circuit found there overlaps "
+        f"by {result.overlap.value:.2f}"
     )
-    return Check("paraphrases", "Does it hold in other words?", verdict, words, found.faithfulness, found.interval,
+    return Check("paraphrases", "Does it hold in other words?", verdict, words, result.faithfulness, result.interval,
                  FAITHFUL)  # fmt: skip
 
 
-def other_saes(found: Elsewhere) -> Check:
+def other_saes(result: Elsewhere) -> Check:
     """The circuit beside that of other autoencoders. The bar is for the circuits of all prompts."""
-    overlap = found.overlap
+    overlap = result.overlap
     verdict: Verdict = (
         "holds" if overlap.value >= SAME_CIRCUIT else judge(overlap.value, SAME_CIRCUIT, overlap.interval)
     )
     words = (
-        f"{_share(found.matched)} of its features have a partner in the other autoencoders, whose circuit of as many "
-        f"nodes explains {_share(found.faithfulness)}"
+        f"{_share(result.matched)} of its features have a partner in the other autoencoders, whose circuit of as many "
+        f"nodes explains {_share(result.faithfulness)}"
     )
     return Check("other-saes", "Do other autoencoders give the same circuit?", verdict, words, overlap.value,
                  overlap.interval, SAME_CIRCUIT)  # fmt: skip

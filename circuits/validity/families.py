@@ -131,14 +131,14 @@ def _half(inside: Tensor, groups: Tensor, half: int) -> Tensor:
 def _transfer(m: Tensor, family: Tensor, groups: Tensor, options: ValidityOptions) -> tuple[float, Interval | None]:
     """What the circuits of other families restore as a share of the own, from m [2 + K, B], with its interval."""
     gained = (m[2:] - m[1]).T  # [B, K]
-    own = gained.gather(1, family[:, None])[:, 0]
-    others = (gained.sum(1) - own) / (gained.shape[1] - 1)
-    value = float(others.sum() / own.sum())
+    by_own = gained.gather(1, family[:, None])[:, 0]
+    others = (gained.sum(1) - by_own) / (gained.shape[1] - 1)
+    value = float(others.sum() / by_own.sum())
     groups = groups.unique(return_inverse=True)[1]
     if too_few(groups):
         return value, None
     bootstrap = Bootstrap(resamples=options.resamples, seed=options.seed)
-    low, high = bootstrap.intervals(group_sums(others[:, None], groups), group_sums(own, groups))[0].tolist()
+    low, high = bootstrap.intervals(group_sums(others[:, None], groups), group_sums(by_own, groups))[0].tolist()
     return value, (low, high) if low == low else None
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from circuits.attribution.activations import Setting
 from circuits.attribution.nodes import Nodes, count, ranked, select_nodes
 from circuits.circuit import Circuit
-from circuits.discovery.discover import ADDS_UP, MEAN_RESIDUAL
+from circuits.discovery.metadata import ADDS_UP, MEAN_RESIDUAL
 from circuits.faithfulness.nodes import from_start_site, metrics_of_sets, set_up, share_intervals, shares
 from circuits.metrics.metrics import Metric
 from circuits.options import ValidityOptions

@@ -166,10 +166,10 @@ def _details(scene: Scene) -> dict[str, Detail]:
         details[visible(f"drawn-{node.id}")] = Detail(tooltip(graph, node), centre)
     for band in layout.bands:
         details[f"site-{band.site}"] = Detail(band.site, MARGIN + GUTTER / 2)
-    for place, column in enumerate(layout.columns):
+    for index, column in enumerate(layout.columns):
         centre = scene.point((column.left + column.right) / 2, 0)[0]
         for side in ("above", "below", "words"):
-            details[f"column-{place}-{side}"] = Detail(position_name(graph, column.position), centre)
+            details[f"column-{index}-{side}"] = Detail(position_name(graph, column.position), centre)
     for name in ("title", "facts"):
         details[name] = Detail("", scene.size[0] / 2)
     return details

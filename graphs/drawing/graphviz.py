@@ -123,6 +123,6 @@ def _shift(groups: list[tuple[ElementTree.Element, Detail]]) -> float:
     """How far Graphviz moved the drawing sideways: where the first node's box is, against where it was put."""
     for group, detail in groups:
         for shape in [*group.iter(f"{SVG}path"), *group.iter(f"{SVG}polygon")] if group.get("class") == "node" else ():
-            places = [float(x) for x in re.findall(r"(-?[\d.]+),-?[\d.]+", shape.get("d") or shape.get("points") or "")]
-            return (min(places) + max(places)) / 2 - (detail.centre or 0.0)
+            xs = [float(x) for x in re.findall(r"(-?[\d.]+),-?[\d.]+", shape.get("d") or shape.get("points") or "")]
+            return (min(xs) + max(xs)) / 2 - (detail.centre or 0.0)
     return 0.0

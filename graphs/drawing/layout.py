@@ -217,7 +217,7 @@ def _wrapped(
             for row in range(needed):
                 part = members[row::needed]
                 start = (column.left + column.right - (len(part) - 1) * cell.width) / 2
-                lines[first + row].update({id: start + place * cell.width for place, id in enumerate(part)})
+                lines[first + row].update({id: start + index * cell.width for index, id in enumerate(part)})
         rows.append((site, lines))
     return rows, columns, left
 
@@ -295,15 +295,15 @@ def keep_apart(wanted: list[float], step: float, low: float, high: float) -> lis
     Subtracting place · step turns this into isotonic regression, solved by pooling adjacent violators.
     """
     pools: list[tuple[float, int]] = []
-    for place, x in enumerate(wanted):
-        mean, size = x - place * step, 1
+    for index, x in enumerate(wanted):
+        mean, size = x - index * step, 1
         while pools and pools[-1][0] > mean:
             other, count = pools.pop()
             mean, size = (mean * size + other * count) / (size + count), size + count
         pools.append((mean, size))
     flat = [mean for mean, size in pools for _ in range(size)]
     room = max(high - (len(wanted) - 1) * step, low)
-    return [min(max(x, low), room) + place * step for place, x in enumerate(flat)]
+    return [min(max(x, low), room) + index * step for index, x in enumerate(flat)]
 
 
 # --- edges ------------------------------------------------------------------------------------------------------------
@@ -393,7 +393,7 @@ def smooth(points: list[Point]) -> list[Point]:
         slopes.append(0.0 if x in (x0, x1) else (x1 - x0) / (y1 - y0))
     slopes.append(0.0)
     spline = [points[0]]
-    for place, ((x0, y0), (x1, y1)) in enumerate(itertools.pairwise(points)):
+    for index, ((x0, y0), (x1, y1)) in enumerate(itertools.pairwise(points)):
         third = (y1 - y0) / (2.2 if len(points) == 2 else 3)
-        spline += [(x0 + slopes[place] * third, y0 + third), (x1 - slopes[place + 1] * third, y1 - third), (x1, y1)]
+        spline += [(x0 + slopes[index] * third, y0 + third), (x1 - slopes[index + 1] * third, y1 - third), (x1, y1)]
     return spline

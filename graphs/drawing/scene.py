@@ -169,7 +169,7 @@ def add_title(dot: graphviz.Digraph, scene: Scene, title: str | None) -> None:
     errors, skips = (sum(node.kind == kind for node in scene.graph.nodes()) for kind in OTHERS)
     counted = [(features, "feature"), (errors, "error"), (len(scene.graph.edges()), "edge")]
     counted[2:2] = [(skips, "skip connection")] if skips else []
-    facts = " · ".join(count(n, thing) for n, thing in counted)
+    facts = " · ".join(count(n, noun) for n, noun in counted)
     if isinstance(metadata.get("method"), str):
         facts += f" · {visible(metadata['method'])}"
     middle = scene.layout.width / 2 - GUTTER / 2

@@ -229,9 +229,9 @@ def wrap(text: str, size: float, width: float, *, lines: int, bold: bool = False
     return [*wrapped, fit(" ".join(words), size, width, bold=bold)] if words else wrapped
 
 
-def count(n: int, thing: str) -> str:
+def count(n: int, noun: str) -> str:
     """`1 feature`, `2 features`."""
-    return f"{n} {thing}" + ("" if n == 1 else "s")
+    return f"{n} {noun}" + ("" if n == 1 else "s")
 
 
 def _rgb(colour: str) -> tuple[int, int, int]:

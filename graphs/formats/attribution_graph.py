@@ -159,9 +159,9 @@ def _foreign(data: dict[str, Any]) -> tuple[FeatureGraph, dict[str, str]]:
 
 def _own_shares(items: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """Each node's own share of the influence, from the cumulative ones."""
-    known = [(float(item["influence"]), item["node_id"]) for item in items if item.get("influence") is not None]
+    influences = [(float(item["influence"]), item["node_id"]) for item in items if item.get("influence") is not None]
     shares, before = {}, 0.0
-    for influence, id in sorted(known):
+    for influence, id in sorted(influences):
         shares[id], before = influence - before, influence
     return shares
 
@@ -182,14 +182,14 @@ def _foreign_node(item: dict[str, Any], effect: float) -> Node:
     id, kind, position = str(item["node_id"]), item["feature_type"], int(item["ctx_idx"])
     if kind in (ERROR, LORSA_ERROR):
         return error_node(f"{SITES[kind]}_{_layer(item)}", effect=effect, position=position)
-    parts = id.split("_")
+    fields = id.split("_")
     if kind in (EMBEDDING, LOGIT, FEATURE, LORSA):
-        if len(parts) not in (3, 4) or not parts[-2].isdecimal():
+        if len(fields) not in (3, 4) or not fields[-2].isdecimal():
             raise GraphError(f"node_id {id!r} is not of the form layer_feature_position")
         site = {EMBEDDING: "embed", LOGIT: "logit"}.get(kind) or f"{SITES[kind]}_{_layer(item)}"
-        feature = int(parts[-2])
+        feature = int(fields[-2])
     else:  # a bias, or what llamascopium has no name for: layer_what_position
-        site, feature = f"{'_'.join(parts[1:-1]) or kind}_{_layer(item)}", 0
+        site, feature = f"{'_'.join(fields[1:-1]) or kind}_{_layer(item)}", 0
     effect = float(item.get("token_prob") or 0.0) if kind == LOGIT else effect
     activation = item.get("activation")
     attributes = {} if activation is None else {"activation": activation}
@@ -220,8 +220,8 @@ def _with_state(graph: FeatureGraph, data: dict[str, Any], names: Mapping[str, s
         "pinned": [id for id in pinned if id in before or id not in members],
     }
     graph = graph.with_labels(_saved_labels(data, _listed(state.get("clerps")), names))
-    kept = {key: value for key, value in entries.items() if value or key in graph.metadata}
-    graph.metadata = {**graph.metadata, **kept}
+    saved = {key: value for key, value in entries.items() if value or key in graph.metadata}
+    graph.metadata = {**graph.metadata, **saved}
     return graph
 
 

@@ -115,8 +115,8 @@ def _components(n_layers: int) -> list[str]:
 def _pairs(n_layers: int, *, parallel: bool) -> Iterator[tuple[str, str]]:
     """Every pair of components that the residual stream joins."""
     names = _components(n_layers)
-    for place, target in enumerate(names):
-        for source in names[:place]:
+    for number, target in enumerate(names):
+        for source in names[:number]:
             if not (parallel and target == f"m{source[1:]}" and source.startswith("a")):
                 yield source, target
 

@@ -27,7 +27,7 @@ def write_graphml(graph: FeatureGraph, path: str | Path, *, overwrite: bool = Fa
     plain = nx.DiGraph()
     rest = {"schema_version": SCHEMA_VERSION, "sites": graph.sites, "metadata": shared(graph.metadata)}
     plain.graph["json"] = json.dumps(rest)  # ASCII only: XML cannot hold control characters, escapes in JSON can
-    names = {node.id: f"n{place}" for place, node in enumerate(graph.nodes())}
+    names = {node.id: f"n{number}" for number, node in enumerate(graph.nodes())}
     for node in graph.nodes():
         columns = {
             "name": visible(node.id),

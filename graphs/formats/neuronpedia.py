@@ -130,15 +130,15 @@ def to_neuronpedia(
     """The graph as the viewers' dictionary; arguments as in `write_neuronpedia`."""
     metadata = shared(graph.metadata)
     traces = metadata.pop(QK_TRACING, {})
-    tokens, position_places = _places(graph)
+    tokens, column_of_position = _columns(graph)
     rows, last = _rows(graph)
-    metric_place = len(tokens) - 1
-    places = {node.id: position_places.get(node.position, metric_place) for node in graph.nodes()}
-    ids = {node.id: _viewer_id(node, rows.get(node.site, last), places[node.id]) for node in graph.nodes()}
+    metric_column = len(tokens) - 1
+    columns = {node.id: column_of_position.get(node.position, metric_column) for node in graph.nodes()}
+    ids = {node.id: _viewer_id(node, rows.get(node.site, last), columns[node.id]) for node in graph.nodes()}
     influence = cumulative_influence(graph)
-    nodes = [_token_node(token, place, len(tokens)) for place, token in enumerate(tokens)]
+    nodes = [_token_node(token, column, len(tokens)) for column, token in enumerate(tokens)]
     for node in graph.nodes():
-        item = _viewer_node(graph, node, ids[node.id], rows.get(node.site, last), places[node.id], len(tokens))
+        item = _viewer_node(graph, node, ids[node.id], rows.get(node.site, last), columns[node.id], len(tokens))
         nodes.append({**item, "feature_type": viewer.of(node), "influence": influence.get(node.id)})
     title = str(metadata.get("title") or "feature circuit")
     prompt = "".join(tokens) if graph.metadata.get("tokens") and graph.positions else title
@@ -157,7 +157,7 @@ def to_neuronpedia(
     data = {"metadata": head, "qParams": _viewer_state(graph, ids), "nodes": nodes, "links": links}
 
     def locate(site: str, position: Position) -> tuple[int, int] | None:
-        return (rows[site], position_places[position]) if site in rows and position in position_places else None
+        return (rows[site], column_of_position[position]) if site in rows and position in column_of_position else None
 
     add_qk_tracing(data, traces, ids, locate, viewer.of_name)
     return data
@@ -205,46 +205,46 @@ def _row(site: str) -> int:
     return 3 * int(layer) + KINDS.index(kind) + 1
 
 
-def _places(graph: FeatureGraph) -> tuple[list[str], dict[Position, int]]:
+def _columns(graph: FeatureGraph) -> tuple[list[str], dict[Position, int]]:
     """The prompt's tokens and the place of every position among them; nodes without one share a place of their own.
 
     Token positions keep their number; named positions stand in their order. The metric is read at the last place.
     """
     positions = graph.positions
     tokens = [str(token) for token in graph.metadata.get("tokens", ())] if positions else []
-    places: dict[Position, int] = {}
+    columns: dict[Position, int] = {}
     if all(isinstance(position, int) for position in positions):
-        places = {position: int(position) for position in positions}
-        tokens += [str(place) for place in range(len(tokens), max(places.values(), default=-1) + 1)]
+        columns = {position: int(position) for position in positions}
+        tokens += [str(column) for column in range(len(tokens), max(columns.values(), default=-1) + 1)]
     else:
-        places = {position: place for place, position in enumerate(positions)}
+        columns = {position: column for column, position in enumerate(positions)}
         tokens = [position_name(graph, position) for position in positions]
     if not positions or any(node.position is None and node.kind != "metric" for node in graph.nodes()):
-        places[None] = len(tokens)
+        columns[None] = len(tokens)
         tokens.append("all positions")
-    return (tokens if len(tokens) > 1 else [*tokens, "metric"]), places
+    return (tokens if len(tokens) > 1 else [*tokens, "metric"]), columns
 
 
-def _viewer_id(node: Node, row: int, place: int) -> str:
+def _viewer_id(node: Node, row: int, column: int) -> str:
     if node.kind == "metric":
-        return f"{row}_0_{place}"
-    return f"{row}_{node.feature if node.kind == 'feature' else -1 if node.kind == 'error' else -2}_{place}"
+        return f"{row}_0_{column}"
+    return f"{row}_{node.feature if node.kind == 'feature' else -1 if node.kind == 'error' else -2}_{column}"
 
 
-def _viewer_node(graph: FeatureGraph, node: Node, id: str, row: int, place: int, n_tokens: int) -> dict[str, Any]:
+def _viewer_node(graph: FeatureGraph, node: Node, id: str, row: int, column: int, n_tokens: int) -> dict[str, Any]:
     is_feature = node.kind == "feature"
     number_of_feature = 0 if node.kind == "metric" else -1
     return {
         "node_id": id,
         "feature": cantor(row, int(node.feature or 0)) if is_feature else number_of_feature,
         "layer": str(row),
-        "ctx_idx": place,
+        "ctx_idx": column,
         "jsNodeId": f"{id.rsplit('_', 1)[0]}-0" if is_feature else "-".join(id.rsplit("_", 1)),
         "clerp": _clerp(graph, node),
         "token_prob": 1.0 if node.kind == "metric" else 0.0,
         "is_target_logit": node.kind == "metric",
         "run_idx": 0,
-        "reverse_ctx_idx": n_tokens - 1 - place,
+        "reverse_ctx_idx": n_tokens - 1 - column,
         "activation": _activation(graph, node),
         EXTRA: {key: getattr(node, key) for key in NODE_KEYS},
     }
@@ -281,20 +281,20 @@ def _activation(graph: FeatureGraph, node: Node) -> float | None:
     return sum(values[case] * sizes[case] for case in values) / total if total else None
 
 
-def _token_node(token: str, place: int, n_tokens: int) -> dict[str, Any]:
+def _token_node(token: str, column: int, n_tokens: int) -> dict[str, Any]:
     """What has the viewers write a token's name."""
     return {
-        "node_id": f"E_{place}_{place}",
-        "feature": place,
+        "node_id": f"E_{column}_{column}",
+        "feature": column,
         "layer": "E",
-        "ctx_idx": place,
+        "ctx_idx": column,
         "feature_type": EMBEDDING,
-        "jsNodeId": f"E_{place}-{place}",
+        "jsNodeId": f"E_{column}-{column}",
         "clerp": f'Emb: "{token}"',
         "token_prob": 0.0,
         "is_target_logit": False,
         "run_idx": 0,
-        "reverse_ctx_idx": n_tokens - 1 - place,
+        "reverse_ctx_idx": n_tokens - 1 - column,
         "influence": None,
         "activation": None,
     }

@@ -58,11 +58,11 @@ def add_qk_tracing(
         where = match and locate(match["site"], int(position) if position and position.isdecimal() else position)
         if not match or not where:
             return None
-        row, place = where
+        row, column = where
         number = {"error": "-1", BIAS: "-3"}.get(match["what"], match["what"])
-        id = f"{row}_{number}_{place}"
+        id = f"{row}_{number}_{column}"
         others[id] = {
-            "node_id": id, "feature_type": kind(match["site"], match["what"]), "layer": str(row), "ctx_idx": place,
+            "node_id": id, "feature_type": kind(match["site"], match["what"]), "layer": str(row), "ctx_idx": column,
             "jsNodeId": f"{row}_{number}-0", "clerp": f"{match['site']}/{match['what']}",
         }  # fmt: skip
         return id

@@ -45,7 +45,7 @@ class JumpReLU(Penalised):
         f, step = _Jump.apply(z, threshold, hyper.bandwidth)
         x_hat = acts.decode(f, w["W_dec"]) + w["b_dec"]
         if hyper.target_l0 is None:
-            penalty = acts.whole(step.sum())
+            penalty = acts.over_all_features(step.sum())
         else:
             l0 = acts.decode(step, torch.ones_like(w["b_enc"][:, None]))  # [N, 1]
             penalty = (l0 / hyper.target_l0 - 1).square().sum()

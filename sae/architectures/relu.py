@@ -25,7 +25,7 @@ class ReLU(Penalised):
     def loss(self, z: Tensor, acts: Acts, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
         f = z.relu_()
         x_hat = acts.decode(f, w["W_dec"]) + w["b_dec"]
-        penalty = acts.whole((acts.sum_tokens(f) * w["W_dec"].norm(dim=1)).sum())
+        penalty = acts.over_all_features((acts.sum_tokens(f) * w["W_dec"].norm(dim=1)).sum())
         return Losses(squared_error(x, x_hat) + hyper.sparsity * penalty, x_hat, f)
 
 
@@ -36,4 +36,4 @@ class ReLUUnit(Penalised):
     def loss(self, z: Tensor, acts: Acts, x: Tensor, w: Weights, hyper: Hyper) -> Losses:
         f = z.relu_()
         x_hat = acts.decode(f, w["W_dec"]) + w["b_dec"]
-        return Losses(squared_error(x, x_hat) + hyper.sparsity * acts.whole(f.sum()), x_hat, f)
+        return Losses(squared_error(x, x_hat) + hyper.sparsity * acts.over_all_features(f.sum()), x_hat, f)

@@ -58,7 +58,7 @@ class TextRead:
 
     documents: int
     """Documents, from the first on."""
-    whole: bool
+    is_all: bool
     """Whether that was all of it, so that nothing is held out."""
 
 

@@ -114,7 +114,7 @@ def write_cache(
 def select_places(model: LanguageModel, sites: str | Sequence[str | Site]) -> list[Site]:
     """The sites that a user asks for, with the places that transcoders read where they are named: "all,mlp_in"."""
     named = sites if isinstance(sites, str) else ",".join(map(str, sites))
-    reads = [place for kind in READ_KINDS if kind in named for place in model.reads.points if place.kind == kind]
+    reads = [site for kind in READ_KINDS if kind in named for site in model.reads.points if site.kind == kind]
     return select_sites(sites, [*model.sites, *reads])
 
 
@@ -183,7 +183,7 @@ def _write_shards(
                 write_tensors(shard_path(out, len(manifest.shards)), tensors, checksum=True)
             read = activations.text_read()
             shards = [*manifest.shards, n] if n else manifest.shards
-            manifest = replace(manifest, shards=shards, documents=read.documents, whole_text=read.whole)
+            manifest = replace(manifest, shards=shards, documents=read.documents, whole_text=read.is_all)
             _note(out, manifest, activations.position())
             bar.update(n)
     return manifest

@@ -185,7 +185,7 @@ class Evaluator:
         """The pass that everything is compared with."""
         scored = counted_predictions(self.model, tokens, special_tokens=self.special_tokens)
         residuals = [site for site in self.model.sites if site.kind in ("embed", "resid")]
-        sites = {place for run in self.runs.values() for pair in run.reads.items() for place in pair}
+        sites = {where for run in self.runs.values() for pair in run.reads.items() for where in pair}
         base = self.model.run(tokens, capture={*sites, *residuals})
         logits = base.logits[:, :-1][scored]
         predictions = ModelPredictions(logits, tokens.input_ids[:, 1:][scored])
@@ -207,7 +207,7 @@ class Evaluator:
         for name, group in run.groups.items():
             logits = self._logits(batch, edits=edits_of(run.saes, {site: edits[site] for site in group}))
             run.together[name].update(logits, batch.predictions)
-        run.kept.update(self._logits(batch, edits=identities), batch.predictions)
+        run.errors_kept.update(self._logits(batch, edits=identities), batch.predictions)
         for kept_site, error_kept in run.error_kept.items():  # x̂ + e is x: nothing to splice there
             others = {site: edit for site, edit in edits.items() if site != kept_site}
             error_kept.update(self._logits(batch, edits=edits_of(run.saes, others)), batch.predictions)
@@ -230,7 +230,7 @@ class Evaluator:
             n_tokens=self.n_tokens,
             n_predictions=self.model_totals.n_predictions,
             ce_model=self.model_totals.cross_entropy,
-            ce_errors_kept=run.kept.cross_entropy,
+            ce_errors_kept=run.errors_kept.cross_entropy,
             sites={
                 site.name: totals.result(self._spliced(run.alone[site], (site,)), ce_error_kept.get(site))
                 for site, totals in run.sites.items()
@@ -280,7 +280,7 @@ class _Run:
         self.alone = {site: PredictionTotals() for site in saes}
         self.groups = _groups(list(saes))
         self.together = {name: PredictionTotals() for name in self.groups}
-        self.kept = PredictionTotals()
+        self.errors_kept = PredictionTotals()
         self.error_kept = {site: PredictionTotals() for site in saes if errors}
 
     @property
@@ -290,7 +290,7 @@ class _Run:
 
     def totals(self) -> Iterator[tuple[str, Totals]]:
         """Yield all sums by name."""
-        yield "kept", self.kept
+        yield "kept", self.errors_kept
         for name, totals in self.together.items():
             yield f"together/{name}", totals
         for site, site_totals in self.sites.items():

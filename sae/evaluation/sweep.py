@@ -74,7 +74,7 @@ class HeldOut:
         if text is not None:
             return cls(text, 0, text.fingerprint == trained_on.fingerprint)
         start = sweep.read.documents
-        if not sweep.read.whole and next(trained_on.read(start), None) is not None:
+        if not sweep.read.is_all and next(trained_on.read(start), None) is not None:
             return cls(trained_on, start, False)
         log.warning("the whole text was trained on: nothing of it is held out; give another text to measure on")
         return cls(trained_on, 0, True)

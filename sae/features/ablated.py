@@ -80,8 +80,8 @@ def _measure(
     """f [R, S] and the change of log p [R, S], on the CPU."""
     unique = sorted({(row.text, row.length) for row in rows}, key=lambda pair: -pair[1])
     tokens = Tokens.from_rows([texts[text][:length].tolist() for text, length in unique]).to(model.device)
-    place = {pair: number for number, pair in enumerate(unique)}
-    text = torch.tensor([place[row.text, row.length] for row in rows], device=model.device)  # [R]
+    number_of = {pair: number for number, pair in enumerate(unique)}
+    text = torch.tensor([number_of[row.text, row.length] for row in rows], device=model.device)  # [R]
     parents = set(model.parents(site, model.sites).values())
     read = sae.config.read_site(site)
     base = model.run(tokens, capture={site, read, *parents})

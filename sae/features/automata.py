@@ -188,10 +188,10 @@ def joined(transitions: Iterable[Transition]) -> list[list[Transition]]:
             taken.append(way)
             ways[way.source] += 1
             automaton_of.update(dict.fromkeys(states, states))
-    parts: dict[int, list[Transition]] = {}
+    by_number: dict[int, list[Transition]] = {}
     for way in taken:
-        parts.setdefault(id(automaton_of[way.source]), []).append(way)
-    return list(parts.values())
+        by_number.setdefault(id(automaton_of[way.source]), []).append(way)
+    return list(by_number.values())
 
 
 def _automaton(site: Site, reading: Reading, transitions: list[Transition]) -> Automaton:
@@ -205,7 +205,7 @@ def _automaton(site: Site, reading: Reading, transitions: list[Transition]) -> A
     states = []
     for feature in order:
         mine = f.feature == feature
-        tokens, place = reading.token_ids[f.token[mine]].unique(return_inverse=True)
-        sums = torch.zeros(len(tokens)).index_add_(0, place, f.value[mine]).numpy()
+        tokens, which = reading.token_ids[f.token[mine]].unique(return_inverse=True)
+        sums = torch.zeros(len(tokens)).index_add_(0, which, f.value[mine]).numpy()
         states.append(State(int(feature), int(mine.sum()), tokens[most(sums)].tolist()))
     return Automaton(site.name, states, transitions)

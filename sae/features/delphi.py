@@ -76,7 +76,7 @@ def write_delphi_cache(
     wanted = {site: None if features is None else torch.tensor(features.get(site, ())) for site in saes}
     rows = _rows(model, texts, n_tokens=n_tokens, length=length)
     folder = prepare_folder(folder, overwrite=overwrite)
-    kept: dict[Site, list[tuple[Tensor, Tensor]]] = {site: [] for site in saes}
+    activations: dict[Site, list[tuple[Tensor, Tensor]]] = {site: [] for site in saes}
     reads = saes.read_sites(saes)
     for first in range(0, len(rows), ROWS_A_PASS):
         ids = rows[first : first + ROWS_A_PASS].to(model.device)
@@ -87,13 +87,13 @@ def write_delphi_cache(
             chosen = value > SMALLEST
             if (only := wanted[site]) is not None:
                 chosen &= torch.isin(feature, only.to(feature.device))
-            kept[site].append((locations[chosen].cpu(), value[chosen].half().cpu()))
+            activations[site].append((locations[chosen].cpu(), value[chosen].half().cpu()))
     source = str(texts) if isinstance(texts, str | Path | TextSource) else ""
     about: dict[str, Any] = {"dataset_repo": source, "dataset_split": "train", "dataset_name": ""}
     about |= {"dataset_column": "text", "batch_size": ROWS_A_PASS, "n_splits": N_SPLITS}
     about |= {"cache_ctx_len": length, "n_tokens": rows.numel(), "model_name": model.name}
-    for site, parts in kept.items():
-        locations, values = (torch.cat(column) for column in zip(*parts, strict=True))
+    for site, of_batches in activations.items():
+        locations, values = (torch.cat(column) for column in zip(*of_batches, strict=True))
         _write_site(folder / site.name, locations, values, rows, saes.config(site).n_features)
         write_json(folder / site.name / "config.json", about)
     return folder
@@ -138,15 +138,15 @@ def read_delphi_results(folder: str | Path) -> dict[str, Any]:
     Raises:
         UserError: no file is called `resid_3_latent120.txt` or the like, or one is damaged.
     """
-    found = {}
+    results = {}
     for path, match in _results(Path(folder)):
         try:
-            found[f"{match['site']}/{int(match['feature'])}"] = json.loads(read_text(path))
+            results[f"{match['site']}/{int(match['feature'])}"] = json.loads(read_text(path))
         except ValueError:
             raise UserError(f"{path}: not the JSON of an explanation or of scores") from None
-    if not found:
+    if not results:
         raise UserError(f"{str(folder)!r} holds no results of delphi: files such as resid_3_latent120.txt")
-    return found
+    return results
 
 
 def _results(folder: Path) -> Iterator[tuple[Path, re.Match[str]]]:
@@ -158,5 +158,5 @@ def _results(folder: Path) -> Iterator[tuple[Path, re.Match[str]]]:
 def accuracy(result: Any) -> float | None:
     """The share of right predictions in a scorer's result, a list of objects with `correct`; None for another value."""
     judged = [entry.get("correct") for entry in result if isinstance(entry, dict)] if isinstance(result, list) else []
-    known = [bool(value) for value in judged if value is not None]
-    return sum(known) / len(known) if known else None
+    right = [bool(value) for value in judged if value is not None]
+    return sum(right) / len(right) if right else None

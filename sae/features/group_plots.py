@@ -62,12 +62,12 @@ def _panel(axes: Axes, group: FeatureGroup, strings: dict[int, str]) -> None:
 def _write_tokens(axes: Axes, group: FeatureGroup, points: Array, strings: dict[int, str]) -> None:
     """Write the commonest tokens where they are on average, those that would cover another one left out."""
     ids, span = np.array(group.token_ids), float(np.ptp(points, axis=0).max()) + 1e-9
-    places: list[Array] = []
+    centres: list[Array] = []
     for token, _ in Counter(group.token_ids).most_common(WRITTEN):
-        place = points[ids == token].mean(0)
-        if any((np.abs(place - other) / span < NEAR).all() for other in places):
+        centre = points[ids == token].mean(0)
+        if any((np.abs(centre - other) / span < NEAR).all() for other in centres):
             continue
-        places.append(place)
+        centres.append(centre)
         box = {"boxstyle": "round,pad=0.1", "fc": "white", "ec": "none", "alpha": 0.7}
         word = strings.get(token, "").strip() or repr(strings.get(token, ""))
-        axes.annotate(word, tuple(place), fontsize=7, ha="center", va="center", parse_math=False, bbox=box)
+        axes.annotate(word, tuple(centre), fontsize=7, ha="center", va="center", parse_math=False, bbox=box)

@@ -206,8 +206,8 @@ def find_groups(
     groups, untested, n_tokens = list[FeatureGroup](), dict[str, int](), reading.n_tokens
     for site, f in reading.features.items():
         W_dec = saes[site].W_dec.float().cpu()
-        found, left = groups_of(f, n_tokens, W_dec, site=site.name, token_ids=reading.token_ids)
-        groups += found
+        groups_here, left = groups_of(f, n_tokens, W_dec, site=site.name, token_ids=reading.token_ids)
+        groups += groups_here
         untested[site.name] = left
     groups.sort(key=lambda group: (not group.is_irreducible, -(group.best.test.score if group.best else 0)))
     seen = sorted({token for group in groups for token in group.token_ids})
@@ -255,8 +255,8 @@ def _links(active: csr_matrix, W_dec: Tensor) -> np.ndarray:
         phi = (together - np.outer(rate[block], rate)) / np.outer(spread[block], spread)
         phi[np.arange(len(phi)), np.arange(start, start + len(phi))] = -1
         best = np.argsort(-phi, axis=1, kind="stable")[:, :NEIGHBOURS]
-        row, place = np.nonzero(np.take_along_axis(phi, best, axis=1) >= TOGETHER)
-        pairs.append(np.stack([row + start, best[row, place]], axis=1))
+        row, column = np.nonzero(np.take_along_axis(phi, best, axis=1) >= TOGETHER)
+        pairs.append(np.stack([row + start, best[row, column]], axis=1))
     return np.concatenate(pairs)
 
 
@@ -271,24 +271,24 @@ def _components(pairs: np.ndarray) -> list[np.ndarray]:
     graph = coo_matrix((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(n, n))
     labels = connected_components(graph, directed=False)[1]
     order = np.argsort(labels, kind="stable")
-    parts = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
-    return [part for part in parts if len(part) > 1]
+    components = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
+    return [part for part in components if len(part) > 1]
 
 
 def _group(
     site: str, features: np.ndarray, active: csr_matrix, W_dec: Tensor, token_ids: Tensor | None
 ) -> FeatureGroup:
     """A group with the planes of what it writes."""
-    own = active[:, features]
-    some = np.flatnonzero(np.diff(own.indptr))
-    n_active = np.diff(own.indptr)[some]
+    of_group = active[:, features]
+    some = np.flatnonzero(np.diff(of_group.indptr))
+    n_active = np.diff(of_group.indptr)[some]
     alone = float((n_active == 1).mean()) if len(some) else 0.0
     group = FeatureGroup(site, features.tolist(), len(some), alone, [])
     if len(some) < MIN_TOKENS:
         return group
     draw = np.random.default_rng(0)
     chosen = np.sort(draw.choice(some, min(len(some), MAX_TOKENS), replace=False))
-    values = own[chosen].toarray()  # [n, m]
+    values = of_group[chosen].toarray()  # [n, m]
     written = values @ W_dec[features].double().numpy()  # [n, d]
     centred = written - written.mean(0)
     variances, axes = np.linalg.eigh(centred.T @ centred / len(centred))

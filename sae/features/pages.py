@@ -167,18 +167,18 @@ class _SitePages:
         effects = direct_effects(self.model, self.sae.W_dec[index], k=self.options.listed)
         top_tokens = self.tally.tokens.top(self.options.listed, self.read.occurrences, PRIOR)
         by_decoder, by_activation = self._by_decoder(index), self._by_activation()
-        own = f"{self.tally.site}/"
+        prefix = f"{self.tally.site}/"
         pages = []
         for slot in slots:
             similar = {"decoder": by_decoder[slot], "activation": by_activation[slot]}
-            same = [(name, value) for name, value in by_decoder[slot] if name.startswith(own)]
+            same = [(name, value) for name, value in by_decoder[slot] if name.startswith(prefix)]
             pages.append(
                 FeaturePage(
                     **self._numbers(slot),
                     contexts=list(contexts(slot, strongest[slot])),
                     top_tokens=self.model.token_strings(top_tokens[slot]),
                     **{"top_logits": [], "bottom_logits": [], "logit_histogram": {}, **effects[slot]},
-                    neighbours=[(int(name.removeprefix(own)), value) for name, value in same],
+                    neighbours=[(int(name.removeprefix(prefix)), value) for name, value in same],
                     samples=[
                         self._interval(slot, part, contexts(slot, occurrences))
                         for part, occurrences in zip(levels[slot], drawn[slot], strict=True)
@@ -232,35 +232,35 @@ class _SitePages:
         near = [
             site for site in near_sites(saes, self.tally.site) if saes[site].W_dec.shape[1] == self.sae.W_dec.shape[1]
         ]
-        found: list[list[tuple[str, float]]] = [[] for _ in self.tally.features]
+        similar: list[list[tuple[str, float]]] = [[] for _ in self.tally.features]
         for site in near:
             among = None if site == self.tally.site else saes[site].W_dec
             values, features = nearest_features(
                 self.sae.W_dec, index, among=among, k=min(k, saes.config(site).n_features)
             )
             for slot, (row, of_row) in enumerate(zip(features.tolist(), values.tolist(), strict=True)):
-                found[slot] += [(f"{site}/{feature}", _short(v)) for feature, v in zip(row, of_row, strict=True)]
-        return [sorted(rows, key=lambda row: -row[1])[:k] for rows in found]
+                similar[slot] += [(f"{site}/{feature}", _short(v)) for feature, v in zip(row, of_row, strict=True)]
+        return [sorted(rows, key=lambda row: -row[1])[:k] for rows in similar]
 
     def _by_activation(self) -> list[list[tuple[str, float]]]:
         """For each feature those whose activations correlate most with its own."""
         tally, k = self.tally, self.options.listed
-        found: list[list[tuple[str, float]]] = [[] for _ in tally.features]
+        similar: list[list[tuple[str, float]]] = [[] for _ in tally.features]
         if not tally.others or not tally.correlation.n_tokens:
-            return found
-        correlation = tally.correlation.rows(slice(0, len(found)))  # [n, features of all these sites]
-        own = tally.offsets[tally.others.index(tally.site)]
-        correlation[torch.arange(len(found)), own + torch.tensor(tally.features)] = -torch.inf
+            return similar
+        correlation = tally.correlation.rows(slice(0, len(similar)))  # [n, features of all these sites]
+        first = tally.offsets[tally.others.index(tally.site)]
+        correlation[torch.arange(len(similar)), first + torch.tensor(tally.features)] = -torch.inf
         offsets = torch.tensor(tally.offsets)
         values, columns = correlation.topk(min(k, correlation.shape[1]), dim=-1)
-        places = torch.searchsorted(offsets, columns, right=True) - 1
-        for slot, row in enumerate(zip(values.tolist(), columns.tolist(), places.tolist(), strict=True)):
-            found[slot] = [
-                (f"{tally.others[place]}/{column - tally.offsets[place]}", _short(value))
-                for value, column, place in zip(*row, strict=True)
+        sites = torch.searchsorted(offsets, columns, right=True) - 1
+        for slot, row in enumerate(zip(values.tolist(), columns.tolist(), sites.tolist(), strict=True)):
+            similar[slot] = [
+                (f"{tally.others[site]}/{column - tally.offsets[site]}", _short(value))
+                for value, column, site in zip(*row, strict=True)
                 if value > 0
             ]
-        return found
+        return similar
 
     # --- contexts -------------------------------------------------------------------------------------------------
 
@@ -296,6 +296,6 @@ class _SitePages:
         )
 
 
-def _short(value: float, places: int = 8) -> float:
+def _short(value: float, digits: int = 8) -> float:
     """Four figures, and no more than so many places: what a page shows."""
-    return round(float(f"{value:.4g}"), places)
+    return round(float(f"{value:.4g}"), digits)

@@ -49,7 +49,7 @@ def read_features(
 ) -> Reading:  # fmt: skip
     """Read a text and encode it at some sites; UserError for an empty text. Options as in `find_groups`."""
     reads = {site: saes[site].config.read_site(site) for site in sites}
-    parts: dict[Site, list[SparseFeatures]] = {site: [] for site in sites}
+    of_batches: dict[Site, list[SparseFeatures]] = {site: [] for site in sites}
     ids, numbers, positions, rows, n_tokens = [], [], [], list[Tensor](), 0
     for tokens in token_batches(model, texts, max_tokens=max_tokens, batch_size=batch_size, context=context):
         tokens = tokens.to(model.device)
@@ -57,7 +57,7 @@ def read_features(
         activations = model.run(tokens, capture=set(reads.values()), need_logits=False).activations
         for site in sites:
             f = saes[site].encode_sparse(activations[reads[site]][counted])
-            parts[site].append(SparseFeatures(f.token.cpu() + n_tokens, f.feature.cpu(), f.value.float().cpu()))
+            of_batches[site].append(SparseFeatures(f.token.cpu() + n_tokens, f.feature.cpu(), f.value.float().cpu()))
         ids.append(tokens.input_ids[counted].cpu())
         numbers.append(counted.nonzero()[:, 0].cpu() + len(rows))
         positions.append(tokens.position_ids[counted].cpu())
@@ -69,6 +69,6 @@ def read_features(
         raise UserError("no tokens to look at features on: the text is empty")
     features = {
         site: SparseFeatures(*(torch.cat(column) for column in zip(*of_site, strict=True)))
-        for site, of_site in parts.items()
+        for site, of_site in of_batches.items()
     }
     return Reading(features, torch.cat(ids), torch.cat(numbers), torch.cat(positions), rows)

@@ -77,10 +77,10 @@ class ActivationHistogram(Totals):
         """The activation that this share of those above zero is below, within a bin's width: linear in the bin."""
         cumulative = self.counts[slot].cumsum(0).double()
         wanted = share * cumulative[-1]
-        place = int(torch.searchsorted(cumulative, wanted).clamp(max=BINS - 1))
-        before = cumulative[place - 1] if place else cumulative.new_zeros(())
-        low, high = self.edges(slot)[place : place + 2]
-        inside = (wanted - before) / max(float(cumulative[place] - before), 1.0)
+        index = int(torch.searchsorted(cumulative, wanted).clamp(max=BINS - 1))
+        before = cumulative[index - 1] if index else cumulative.new_zeros(())
+        low, high = self.edges(slot)[index : index + 2]
+        inside = (wanted - before) / max(float(cumulative[index] - before), 1.0)
         return float(low + (high - low) * inside)
 
 
@@ -104,9 +104,9 @@ class IntervalSamples(Totals):
             priority, order = self.priority[grown].reshape(shape).topk(m, dim=-1)
             for name, values in (("priority", priority), ("text", None), ("position", None)):
                 table = getattr(self, name)
-                kept = table[grown].reshape(shape).gather(-1, order) if values is None else values
+                moved = table[grown].reshape(shape).gather(-1, order) if values is None else values
                 empty = torch.full((len(grown), LEVELS, m), -1 if name == "text" else 0, dtype=table.dtype)
-                empty[:, : LEVELS // size] = kept
+                empty[:, : LEVELS // size] = moved
                 table[grown] = empty
 
     def add(self, slot: Tensor, level: Tensor, text: Tensor, position: Tensor, generator: torch.Generator) -> None:
@@ -189,19 +189,19 @@ class StrongestContexts(Totals):
         weaker_than[by_token] = ranks(is_first.cumsum(0))
         order = order[weaker_than[order].argsort(stable=True)]
         order = order[slot[order].argsort(stable=True)]
-        place = ranks(slot[order])
-        order, place = order[place < m], place[place < m]
+        rank = ranks(slot[order])
+        order, rank = order[rank < m], rank[rank < m]
         for table in (self.value, self.token, self.text, self.position):
             table[changed] = 0 if table is self.value or table is self.position else -1
         for table, values in zip((self.value, self.token, self.text, self.position), (value, *fields), strict=True):
-            table[slot[order], place] = values[order]
-        full = order[(place == m - 1) & (weaker_than[order] == 0)]
+            table[slot[order], rank] = values[order]
+        full = order[(rank == m - 1) & (weaker_than[order] == 0)]
         self.floor[slot[full]] = value[full]
 
     def of(self, slot: int) -> list[tuple[int, int]]:
         """(text, position) of those kept, in order."""
-        kept = self.value[slot] > 0
-        return list(zip(self.text[slot][kept].tolist(), self.position[slot][kept].tolist(), strict=True))
+        occupied = self.value[slot] > 0
+        return list(zip(self.text[slot][occupied].tolist(), self.position[slot][occupied].tolist(), strict=True))
 
 
 def ranks(group: Tensor) -> Tensor:

@@ -217,8 +217,8 @@ class TextPass:
 
     def _draws(self, site: Site | None) -> torch.Generator:
         """Random numbers of a site and batch."""
-        place = 0 if site is None else 1 + list(self.tallies).index(site)
-        seed = (self.options.seed * 1_000_003 + self.passes) * 1_009 + place
+        number = 0 if site is None else 1 + list(self.tallies).index(site)
+        seed = (self.options.seed * 1_000_003 + self.passes) * 1_009 + number
         return torch.Generator().manual_seed(seed % 2**63)
 
     def _asked_about(self, site: Site, x: Tensor, every: SparseFeatures | None) -> SparseFeatures:
@@ -241,7 +241,7 @@ class TextPass:
                 (f.token, f.feature + offset, f.value)
                 for offset, f in zip(tally.offsets, (on_cpu[other] for other in tally.others), strict=False)
             ]
-            joined = SparseFeatures(*(torch.cat(parts) for parts in zip(*columns, strict=True)))
+            joined = SparseFeatures(*(torch.cat(blocks) for blocks in zip(*columns, strict=True)))
             tally.correlation.update(by_slot(on_cpu[site], tally.slot_of), joined, n_tokens)
 
     def forget(self) -> None:

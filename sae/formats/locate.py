@@ -75,16 +75,16 @@ def check_source(source: str | Path) -> None:
 
 def located(source: str | Path, sites: Sequence[str] | None = None) -> list[Located]:
     """The dictionaries of a source, one for each site; sites: those that are wanted, all by default."""
-    found: list[Located] = []
+    dictionaries: list[Located] = []
     for text, choice in split_source(full_name(str(source))):
         path = Path(text).expanduser()
         if path.is_file():
-            found.append(Located(path.parent if path.name in MARKERS else path))
+            dictionaries.append(Located(path.parent if path.name in MARKERS else path))
         elif path.is_dir():
-            found += _in_folder(path, choice, sites)
+            dictionaries += _in_folder(path, choice, sites)
         else:
-            found += _on_hub(text, choice, sites)
-    return found
+            dictionaries += _on_hub(text, choice, sites)
+    return dictionaries
 
 
 def local_path(source: str | Path, *, site: str = "") -> Path:
@@ -216,15 +216,15 @@ def _check_layers(listed: Sequence[str], name: str, sites: Sequence[str] | None)
 def _of_config(folder: Path, sites: Sequence[str] | None) -> list[Located]:
     """The transcoders that circuit-tracer's `config.yaml` in a folder names, in the order of the layers."""
     config = circuit_tracer.read_set(folder)
-    place, found = circuit_tracer.input_place(config, folder), []
+    place, dictionaries = circuit_tracer.input_place(config, folder), []
     for layer, address in enumerate(config.get("transcoders", ())):
         if sites is None or f"mlp_{layer}" in sites:
             path, _, revision = address.removeprefix("hf://").partition("?revision=")
             local = folder / path
             if address.startswith("hf://") or not local.exists():
                 local = local_path(f"{path}@{revision}" if revision else path)
-            found.append(Located(local.parent if local.name in MARKERS else local, place, f"mlp_{layer}"))
-    return found
+            dictionaries.append(Located(local.parent if local.name in MARKERS else local, place, f"mlp_{layer}"))
+    return dictionaries
 
 
 # --- the hub ----------------------------------------------------------------------------------------------------------

@@ -62,15 +62,16 @@ def releases() -> dict[str, Release]:
 
 def full_name(source: str) -> str:
     """The source with names of the table replaced by where the sets are; a query of theirs goes to each part."""
-    parts = []
+    sources = []
     for part in source.split(",") if "," in source else [source]:
         name, mark, query = part.strip().partition("?")
         release = releases().get(name)
         if release is None or Path(name).expanduser().exists():
-            parts.append(part.strip() if "," in source else part)
+            sources.append(part.strip() if "," in source else part)
         else:
-            parts += [f"{place}{mark}{query}" if "?" not in place else place for place in release.source.split(",")]
-    return ",".join(parts)
+            addresses = release.source.split(",")
+            sources += [address if "?" in address else f"{address}{mark}{query}" for address in addresses]
+    return ",".join(sources)
 
 
 def near_releases(text: str) -> str:

@@ -58,7 +58,7 @@ class Entry:
 
 def split_source(source: str) -> list[tuple[str, Choice]]:
     """The parts of a source, each with the choice of its query; UserError for a query of anything else."""
-    parts: list[tuple[str, Choice]] = []
+    sources: list[tuple[str, Choice]] = []
     for part in source.split(",") if "," in source else [source]:
         path, mark, query = part.strip().partition("?")
         values = dict(parse_qsl(query, keep_blank_values=True))
@@ -67,8 +67,8 @@ def split_source(source: str) -> list[tuple[str, Choice]]:
                 raise unknown(f"choice of dictionaries in {source!r}", name, Choice.__dataclass_fields__)
         if mark and not values:
             raise UserError(f"{source!r} has nothing to choose by behind the ?: write ?width=16k&l0=small")
-        parts.append((path, Choice(**values)))
-    return parts
+        sources.append((path, Choice(**values)))
+    return sources
 
 
 def with_choice(source: str, *, width: str | None = None, l0: str | None = None) -> str:
@@ -81,18 +81,18 @@ def with_choice(source: str, *, width: str | None = None, l0: str | None = None)
 
 def entry(path: str, source: str) -> Entry:
     """What a path below a source says of its dictionary."""
-    whole = f"{source}/{path}"
+    address = f"{source}/{path}"
     width = re.search(r"width_(\w+?)(?=_|/|$)", path) or re.search(r"(?:^|/)\d+_(\d{3,})(?:/|$)", path)
     l0 = re.search(r"average_l0_(\d+)", path) or re.search(r"_l0_([a-z]+|\d+)", path)
     return Entry(
         path=path,
-        site=dictionary_site(whole),
+        site=dictionary_site(address),
         width=width[1] if width else "",
         l0=l0[1] if l0 else "",
         further_seed=re.search(r"_seed_\d+", path) is not None,
         affine=path.rstrip("/").endswith("_affine"),
-        all_layers=re.search(r"_all(/|$)", whole) is not None,
-        transcoder="transcoder" in whole,
+        all_layers=re.search(r"_all(/|$)", address) is not None,
+        transcoder="transcoder" in address,
     )
 
 
@@ -102,8 +102,8 @@ def choose_set(paths: Iterable[str], source: str, choice: Choice, sites: Sequenc
     paths: of dictionaries, below `source`; sites: those that are wanted, all by default. Paths that do not say their
     site are all taken. Raises UserError where nothing fits the choice, or several do.
     """
-    found = [entry(path, source) for path in paths]
-    asked = _asked(found, source, choice)
+    entries = [entry(path, source) for path in paths]
+    asked = _asked(entries, source, choice)
     by_site: dict[str, list[Entry]] = {}
     for each in asked:
         by_site.setdefault(each.site, []).append(each)
@@ -159,9 +159,9 @@ def _offered(entries: Iterable[Entry]) -> str:
     """The widths and L0s that there are, or the paths where these say neither."""
     entries = list(entries)
     widths, l0s = (sorted({getattr(each, name) for each in entries} - {""}, key=_size) for name in ("width", "l0"))
-    parts = [f"--width {', '.join(widths)}"] if widths else []
-    parts += [f"--l0 {', '.join(l0s[:8])}{', ...' if len(l0s) > 8 else ''}"] if l0s else []
-    return " and ".join(parts) or ", ".join(each.path for each in entries[:8])
+    options = [f"--width {', '.join(widths)}"] if widths else []
+    options += [f"--l0 {', '.join(l0s[:8])}{', ...' if len(l0s) > 8 else ''}"] if l0s else []
+    return " and ".join(options) or ", ".join(each.path for each in entries[:8])
 
 
 def _size(name: str) -> tuple[float, str]:

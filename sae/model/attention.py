@@ -149,10 +149,10 @@ def _attention(
     output, weights = _written_out(module)(module, query, key, value, attention_mask, scaling=scaling, **options)
     if module in _HEADS:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        kept, edit = _HEADS[module]
+        heads, edit = _HEADS[module]
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         output = output if edit is None else edit(layer, output)
-        kept[layer] = AttentionHeads(query, key, output, weights, float(scale), options.get("softcap"))
+        heads[layer] = AttentionHeads(query, key, output, weights, float(scale), options.get("softcap"))
     return output, weights
 
 

@@ -93,16 +93,16 @@ def layer_reads(
         entry = min((call for call in matrices if call.start > after), key=lambda call: call.start, default=body)
     if entry.entered is NOTHING:
         return LayerReads()
-    found = {"mlp_in": entry}
+    entered = {"mlp_in": entry}
     norms = [c for c in inside if c.end <= entry.start and _equal(c.left, entry.entered) and c.entered is not NOTHING]
     norm = max(norms, key=lambda call: call.end, default=None)
     fitted = None if norm is None else fit_norm(hf, norm)
-    found |= {"mlp_resid": norm or entry} | ({"mlp_norm": norm} if norm is not None and fitted is not None else {})
+    entered |= {"mlp_resid": norm or entry} | ({"mlp_norm": norm} if norm is not None and fitted is not None else {})
     if down is not None and down is not entry:
-        found["mlp_hidden"] = down
+        entered["mlp_hidden"] = down
     return LayerReads(
-        paths={kind: SitePath(call.module, "input") for kind, call in found.items()},
-        flat=frozenset(kind for kind, call in found.items() if call.entered.ndim == 2),
+        paths={kind: SitePath(call.module, "input") for kind, call in entered.items()},
+        flat=frozenset(kind for kind, call in entered.items() if call.entered.ndim == 2),
         early=norm is not None and attention is not None and norm.start < attention.start,
         norm=fitted,
         down=down.module if down is not None else "",

@@ -115,10 +115,10 @@ def no_site(site: Site, sites: Sequence[Site], places: Iterable[Site]) -> UserEr
     """The error for a site, or a place that is read only, which the model does not have; raise what this returns."""
     if site.kind not in READ_KINDS:
         return unknown("site", str(site), [other.name for other in sites])
-    found = ", ".join(place.kind for place in sorted(places) if place.layer == site.layer)
+    kinds = ", ".join(place.kind for place in sorted(places) if place.layer == site.layer)
     return UserError(
         f"nothing can be read at {site.kind!r} ({READ_KINDS[site.kind]}) in block {site.layer} of this model: its MLP "
-        f"has {found or 'no such place'}"
+        f"has {kinds or 'no such place'}"
     )
 
 

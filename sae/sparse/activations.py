@@ -149,7 +149,7 @@ class SparseActs(Sharded):
     def decode(self, value: Tensor, W_dec: Tensor) -> Tensor:
         """Σ over features of value · W_dec: [N, d], or [levels, N, d] where entries have levels."""
         out: Tensor = _SparseDecode.apply(value, W_dec, self)
-        out = out if self.shards is None else self.shards.whole(out)
+        out = out if self.shards is None else self.shards.over_all_features(out)
         return out if self.level is None else out.view(self.n_levels, self.n_tokens, -1)
 
 
@@ -176,7 +176,7 @@ class DenseActs(Sharded):
 
     def decode(self, value: Tensor, W_dec: Tensor) -> Tensor:
         """value [N, F] W_dec: [N, d]."""
-        return self.whole((value @ W_dec).to(value.dtype))
+        return self.over_all_features((value @ W_dec).to(value.dtype))
 
 
 Acts = SparseActs | DenseActs

@@ -3,8 +3,8 @@
 1. Every process has the same tokens, and computes the pre-activations z of its features alone.
 2. The k largest of a token are among the k largest of each process: those are gathered, k numbers a token and process,
    and each keeps what is its own of the k largest of them all, as in the code of Gao et al. 2024 and in sparsify.
-3. x̂ and penalties are sums over features, so over processes: `whole` adds them up. The loss is then the same for all,
-   and its gradient at a process's part of a sum is the one at the sum: `whole` passes gradients on as they are.
+3. x̂ and penalties are sums over features, so over processes: `over_all_features` adds them up. The loss is then the
+   same for all, and its gradient at a process's part of a sum is the one at the sum: it is passed on as it is.
 
 N tokens, d width, n features of one process.
 """
@@ -31,7 +31,7 @@ class FeatureShards:
         """This process's block of rows of x [F, ...]."""
         return x.chunk(self.processes.size)[self.processes.rank]
 
-    def whole(self, x: Tensor) -> Tensor:
+    def over_all_features(self, x: Tensor) -> Tensor:
         """The sum of the tensors of all processes; its gradient is that of each."""
         return _Sum.apply(x, self.processes)
 
@@ -51,9 +51,9 @@ class Sharded:
     shards: FeatureShards | None = None
     """How features are shared out; None where all are here."""
 
-    def whole(self, x: Tensor) -> Tensor:
+    def over_all_features(self, x: Tensor) -> Tensor:
         """A sum over all features from that over the features here."""
-        return x if self.shards is None else self.shards.whole(x)
+        return x if self.shards is None else self.shards.over_all_features(x)
 
 
 class _Sum(torch.autograd.Function):

@@ -187,24 +187,24 @@ def make_trainable(
     """Trainable autoencoders with scale and L0 measured on the first batches; the text is then where it was."""
     start, n = stream.state, 0
     reads = as_saes(saes).read_sites(saes)
-    sums = {place: [torch.zeros((), device=model.device) for _ in range(2)] for place in {*reads, *reads.values()}}
+    sums = {where: [torch.zeros((), device=model.device) for _ in range(2)] for where in {*reads, *reads.values()}}
     n_active = dict.fromkeys(saes, 0)
     for _ in range(MEASURED_BATCHES):
         tokens = stream.take().to(model.device)
         counted = counted_tokens(model, tokens, special_tokens=not config.exclude_special)
         n += int(counted.sum())
         run = model.run(tokens, capture=sums, need_logits=False)
-        for place, (total, squares) in sums.items():
-            x = run.activations[place][counted].float()
-            sums[place] = [total + x.sum(0), squares + x.square().sum()]
+        for where, (total, squares) in sums.items():
+            x = run.activations[where][counted].float()
+            sums[where] = [total + x.sum(0), squares + x.square().sum()]
         for site, read in reads.items():
             n_active[site] += len(saes[site].encode_sparse(run.activations[read][counted].float()).value)
     stream.seek(start)
     if not n:
         raise UserError(f"the text {stream.source.name!r} begins with nothing but special tokens")
     scales = {
-        place: ((squares - total.square().sum() / n) / n).clamp(min=1e-12).sqrt().item()
-        for place, (total, squares) in sums.items()
+        where: ((squares - total.square().sum() / n) / n).clamp(min=1e-12).sqrt().item()
+        for where, (total, squares) in sums.items()
     }
     return {
         site: FinetuningSAE(sae, scale=scales[site], l0=n_active[site] / n, read_scale=scales[reads[site]])

@@ -201,7 +201,7 @@ class FeatureTrainer(Trainer):
         mine = {name: shards.mine(x).clone() if _by_feature(name, x) else x for name, x in saved.tensors.items()}
         return replace(saved, tensors=mine)
 
-    def whole(self, sae: TrainingSAE) -> TrainingSAE | None:
+    def to_save(self, sae: TrainingSAE) -> TrainingSAE | None:
         """An autoencoder with all of its features, on the CPU of the first process; None in the others."""
         blocks = {key: self.processes.to_first(x.detach().cpu()) for key, x in sae.weights.items()}
         if not self.processes.is_first:

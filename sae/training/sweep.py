@@ -66,7 +66,7 @@ class Sweep:
         if missing := [name for name, run in runs.items() if run is None or not run.complete]:
             raise UserError(f"{str(out / missing[0])!r} holds no complete run: run the sweep again with --resume")
         reads = [check_type(run.read, TextRead, out / name / RUN_CONFIG_FILE) for name, run in runs.items() if run]
-        read = max(reads, key=lambda read: (read.whole, read.documents))
+        read = max(reads, key=lambda read: (read.is_all, read.documents))
         return cls(out, configs, tuple(map(Site.parse, entry.sites)), read)
 
     def run(self, name: str) -> Path:

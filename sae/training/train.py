@@ -81,7 +81,7 @@ def train_saes(
         rows = open_activations(model, source, chosen, config, cache=activations)
         if processes.size > 1 and isinstance(rows, ModelActivations):
             shown = shares if parallel == "sites" else [chosen] * processes.size
-            needed = [{place for site in share for place in (site, read_site(site, config))} for share in shown]
+            needed = [{where for site in share for where in (site, read_site(site, config))} for share in shown]
             rows = SharedActivations(rows, processes, needed)
         processes.by_first(lambda: run.start(resume=resume, overwrite=overwrite))
         mine = shares[processes.rank] if parallel == "sites" else chosen
@@ -91,7 +91,7 @@ def train_saes(
         trainer.run()
         exported: dict[Site, SparseAutoencoder] = {}
         for sae in saes:
-            if (trained := trainer.whole(sae)) is not None:
+            if (trained := trainer.to_save(sae)) is not None:
                 exported[sae.site] = export(trained, model, rows)
                 if parallel == "sites" or processes.is_first:
                     run.save({sae.site: exported[sae.site]})

@@ -154,7 +154,7 @@ class Trainer(TrainingLoop):
             self.logged_at, self.logged_step = time.monotonic(), self.step
             self._run_loop()
 
-    def whole(self, sae: TrainingSAE) -> TrainingSAE | None:
+    def to_save(self, sae: TrainingSAE) -> TrainingSAE | None:
         """A trained autoencoder as it is saved by this process; None where another does."""
         return sae
 

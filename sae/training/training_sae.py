@@ -270,7 +270,7 @@ class TrainingSAE:
         fired, loss, squared_error, sum_x, sum_x2, n_tokens = self.share.sums(
             stats.fired, stats.loss, stats.squared_error, x.sum(0), x.square().sum(), n_tokens
         )
-        active = self._whole(fired.sum())
+        active = self._over_all_features(fired.sum())
         state["silent"].add_(n_tokens).mul_(fired == 0)
         state["l0"].copy_(active / n_tokens)
         state["loss"].add_(loss)
@@ -299,9 +299,9 @@ class TrainingSAE:
         self.n_dead = len(dead) if self.shards is None else sum(self.shards.processes.gathered(len(dead)))
         self.dead = dead if self.n_dead else None
 
-    def _whole(self, x: Tensor) -> Tensor:
+    def _over_all_features(self, x: Tensor) -> Tensor:
         """A sum over all features from that over the features here."""
-        return x if self.shards is None else self.shards.whole(x)
+        return x if self.shards is None else self.shards.over_all_features(x)
 
     def groups(self) -> list[dict[str, Any]]:
         """Groups of weights for the optimizer, by the factor on their learning rate."""
@@ -344,7 +344,7 @@ class TrainingSAE:
             state["loss"] / n,
             state["active"] / n,
             1 - state["squared_error"] / variance.clamp(min=1e-12),
-            self._whole((state["silent"] > self.dead_after).sum()) / self.n_all,
+            self._over_all_features((state["silent"] > self.dead_after).sum()) / self.n_all,
             state["sparsity"],
         ]).tolist()  # fmt: skip
         for key in ("loss", "squared_error", "active", "sum_x", "sum_x2", "n_tokens"):

@@ -68,13 +68,13 @@ class DemoCommand(Common, Overwrites):
         return Output(story.summary(), story.data)
 
 
-def bundled(*parts: str) -> str:
+def bundled(*names: str) -> str:
     """Path of a file of the agreement example: `circuits/bundled` in an installed package, else in the clone."""
     package = Path(str(importlib.resources.files("circuits")))
     for folder in (package / "bundled", package.parent / "examples" / "agreement"):
-        if folder.joinpath(*parts).exists():
-            return str(folder.joinpath(*parts))
-    raise UserError(f"the bundled example lacks {'/'.join(parts)}: install the package again")
+        if folder.joinpath(*names).exists():
+            return str(folder.joinpath(*names))
+    raise UserError(f"the bundled example lacks {'/'.join(names)}: install the package again")
 
 
 class _Story:

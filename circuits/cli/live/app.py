@@ -163,7 +163,7 @@ class _Routes:
 
     def __init__(self, experiments: Experiments, worker: Worker) -> None:
         self.experiments, self.worker = experiments, worker
-        self.work: dict[str, Callable[[Job, Any], Any]] = {
+        self.experiment_of: dict[str, Callable[[Job, Any], Any]] = {
             "prompt": experiments.look_at, "edit": experiments.try_edit, "circuit": experiments.find_circuit,
         }  # fmt: skip
 
@@ -185,10 +185,10 @@ class _Routes:
     async def begin(self, request: Request) -> Response:
         body = await _read_body(request)
         kind = body.pop("kind", None)
-        if kind not in self.work:
-            raise unknown("kind", str(kind), self.work)
-        record, work = read_request(kind, body), self.work[kind]
-        return JSONResponse({"id": self.worker.submit(lambda job: work(job, record)).id})
+        if kind not in self.experiment_of:
+            raise unknown("kind", str(kind), self.experiment_of)
+        record, experiment = read_request(kind, body), self.experiment_of[kind]
+        return JSONResponse({"id": self.worker.submit(lambda job: experiment(job, record)).id})
 
     async def follow(self, request: Request) -> Response:
         """Events of a job from number Last-Event-ID + 1 on, until its last."""

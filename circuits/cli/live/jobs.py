@@ -1,4 +1,4 @@
-"""Work on the model, one piece after the other in a thread of its own, watched and cancelled from other threads.
+"""Experiments on the model, one after the other in a thread of its own, watched and cancelled from other threads.
 
 1. A job is a generator. Between its steps (`yield`) jobs that somebody waits for go first: those that have not begun.
 2. Whatever a job runs goes through the model's forward passes: a hook there ends a job that was cancelled, and counts.
@@ -30,7 +30,7 @@ PAUSE = 0.2
 ENDS = ("done", "error", "cancelled")
 """Kinds of a job's last event."""
 
-Work = Callable[["Job"], Iterator[None]]
+Steps = Callable[["Job"], Iterator[None]]
 
 
 class Cancelled(UserError):
@@ -39,9 +39,9 @@ class Cancelled(UserError):
 
 @dataclass
 class Job:
-    """A piece of work, and what it has said so far."""
+    """An experiment, and what it has said so far."""
 
-    work: Work
+    begin: Steps
     id: str = field(default_factory=lambda: secrets.token_hex(8))
     events: list[dict[str, Any]] = field(default_factory=list)
     """Plain JSON, each with its `kind`."""
@@ -88,11 +88,11 @@ class Worker:
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
         self._thread.start()
 
-    def submit(self, work: Work) -> Job:
+    def submit(self, begin: Steps) -> Job:
         """Let a job wait for its turn. Raises UserError where too many wait already."""
         if self._queue.qsize() >= WAITING:
             raise UserError(f"{WAITING} experiments wait already: let some end, or cancel them")
-        job = Job(work)
+        job = Job(begin)
         self.jobs[job.id] = job
         for old in [id for id, other in self.jobs.items() if other.ended][:-REMEMBERED]:
             del self.jobs[old]
@@ -121,7 +121,7 @@ class Worker:
             if job is None:
                 return
             self._current = job
-            steps = job.work(job) if steps is None else steps
+            steps = job.begin(job) if steps is None else steps
             if self._step(job, steps):
                 self._queue.put((1, next(self._number), job, steps))
             self._current = None

@@ -61,13 +61,13 @@ class BehavioursCommand(UsesSaes, Overwrites, HasText, HasSaes, HasModel):
 
         model = load_model(self.model, self, saes=self.saes)
         saes = load_checked_saes(model, self.saes, options=self)
-        found = find_behaviours(
+        behaviours = find_behaviours(
             model, saes, self.text, self.options, out=folder, resume=self.resume, provenance=self._provenance(),
             progress=not self.quiet,
         )  # fmt: skip
-        page = found.write_page(folder, title=f"Behaviours of {Path(self.model).name}", overwrite=True)
-        text = found.text()
-        data = write_with_table(folder / RESULT_FILE, found.to_dict(), text + "\n")
+        page = behaviours.write_page(folder, title=f"Behaviours of {Path(self.model).name}", overwrite=True)
+        text = behaviours.text()
+        data = write_with_table(folder / RESULT_FILE, behaviours.to_dict(), text + "\n")
         record(folder, "behaviours", self)
         remove_partial(folder / PARTIAL_FOLDER)
         return Output(f"{text}\nwrote {folder / RESULT_FILE} and {page}", {**data, "page": str(page)})

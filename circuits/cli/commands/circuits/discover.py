@@ -116,9 +116,9 @@ class DiscoverCommand(UsesSaes, Overwrites, SharesWork, HasSaes, HasModel):
         features = describe_features(model, saes, circuit, prompts, texts=texts)
         circuit.features.update(features)
         graph = self._write(circuit, features, folder)
-        kept = {"nodes": len(graph) - 1, "edges": graph.graph.number_of_edges()}
-        data = {**circuit.metadata, "kept": kept, "circuit": str(folder), "estimate": None}
-        return Output(_summary(circuit, prompts, folder, kept), data)
+        counts = {"nodes": len(graph) - 1, "edges": graph.graph.number_of_edges()}
+        data = {**circuit.metadata, "kept": counts, "circuit": str(folder), "estimate": None}
+        return Output(_summary(circuit, prompts, folder, counts), data)
 
     def _examined(self, circuit: Circuit, prompts: PromptSet) -> Circuit:
         """The circuit with its intervals, and the strongest nodes verified."""
@@ -264,7 +264,7 @@ def set_edits_aside(run: Path) -> None:
         path.rename(aside)
 
 
-def _summary(circuit: Circuit, prompts: PromptSet, folder: Path, kept: dict[str, int]) -> str:
+def _summary(circuit: Circuit, prompts: PromptSet, folder: Path, counts: dict[str, int]) -> str:
     from circuits.uncertainty.intervals import uncertainty_line
 
     meta = circuit.metadata
@@ -272,7 +272,7 @@ def _summary(circuit: Circuit, prompts: PromptSet, folder: Path, kept: dict[str,
     lines = [
         f"{prompts.summary()}{right}",
         circuit.text(),
-        f"kept {kept['nodes']} nodes and {kept['edges']} edges",
+        f"kept {counts['nodes']} nodes and {counts['edges']} edges",
         *([uncertainty_line(circuit)] if "uncertainty" in meta else []),
         *([meta["verification"]["summary"]] if "verification" in meta else []),
         f"wrote {folder}",

@@ -112,7 +112,7 @@ class ExportCommand(Common, Overwrites, HasCircuit):
         folder = self.out or run / "graph" / FOLDER
         check_no_link(folder)
         with lock(run if self.out is None else folder.parent, shared=True):
-            graph = with_pages(self._graph()[0], run, whole=True)
+            graph = with_pages(self._graph()[0], run, full=True)
             try:
                 names = {"scan": self.scan or "", "slug": self.slug or ""}
                 out = write_circuit_tracer(graph, folder, overwrite=self.overwrite, **names)

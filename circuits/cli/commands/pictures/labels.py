@@ -106,14 +106,14 @@ class LabelsCommand(Prints):
 
 def _context_line(node: Any) -> dict[str, Any]:
     """What a labeller may want to know of a feature."""
-    kept = ("top_tokens", "top_logits", "bottom_logits", "density", "max_activation", "by_case")
+    shown = ("top_tokens", "top_logits", "bottom_logits", "density", "max_activation", "by_case")
     contexts = node.attributes.get("contexts") or []
     return {
         "site": node.site,
         "feature": node.feature,
         "label": node.label,
         "effect": node.effect,
-        **{key: node.attributes[key] for key in kept if key in node.attributes},
+        **{key: node.attributes[key] for key in shown if key in node.attributes},
         "contexts": [{"text": _marked(context), **context} for context in contexts],
     }
 
@@ -131,8 +131,8 @@ def _read(path: Path, scores: Path | None) -> tuple[dict[str, str], dict[str, fl
     from graphs.annotations import read_annotations, read_scores
     from sae.features.delphi import accuracy, read_delphi_results
 
-    found = {} if scores is None else read_delphi_results(scores)
-    judged = {name: score for name, result in found.items() if (score := accuracy(result)) is not None}
+    answers = {} if scores is None else read_delphi_results(scores)
+    judged = {name: score for name, result in answers.items() if (score := accuracy(result)) is not None}
     if path.is_dir():
         explained = read_delphi_results(path)
         return {name: text.strip() for name, text in explained.items() if isinstance(text, str)}, judged
@@ -157,9 +157,9 @@ def _of_viewer(path: Path) -> dict[str, str] | None:
 
 
 def _whose(line: Label) -> str:
-    parts = [*(["automatic"] if line.get("automatic") else []), line.get("by", "unknown"), line.get("date", "")]
+    words = [*(["automatic"] if line.get("automatic") else []), line.get("by", "unknown"), line.get("date", "")]
     score = line.get("score")
-    return f"  ({', '.join([*parts, *([] if score is None else [f'score {score:.2f}'])])})"
+    return f"  ({', '.join([*words, *([] if score is None else [f'score {score:.2f}'])])})"
 
 
 def _is_contexts(path: Path) -> bool:

@@ -63,8 +63,8 @@ class SupernodesCommand(Prints, HasCircuit):
 
         if self.name is not None:
             names = [name.strip() for name in (self.members or "").split(",") if name.strip()]
-            known = [id for site, nodes in circuit.nodes.items() for id in nodes.ids(site)]
-            return with_group(circuit.supernodes, self.name, names, known)
+            ids = [id for site, nodes in circuit.nodes.items() for id in nodes.ids(site)]
+            return with_group(circuit.supernodes, self.name, names, ids)
         if self.read is None:
             return None
         given = _read(self.read)

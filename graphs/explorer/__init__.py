@@ -1,8 +1,9 @@
 """One HTML file in which a circuit can be explored: no server, no network, no other file.
 
 1. `_data.py` gathers the graph and its layouts, compressed and in base64: no text in it can leave its element.
-2. The page is `template.html.j2` with `explorer.css`, that data and `viewer.js`, which esbuild makes of the TypeScript
-   in `src/` (`npm ci && npm run build` in this folder); it is committed, so that nobody else needs node.
+2. The page is `template.html.j2` with `explorer.css`, that data, `viewer.js`, and as text `charts.js`, which the viewer
+   runs when it draws the first chart. esbuild makes both scripts of the TypeScript in `src/` (`npm ci && npm run build`
+   in this folder); they are committed, so that nobody else needs node.
 3. In a notebook `widget.js` shows the same page in a frame.
 4. Labels and supernodes that a reader makes live in the browser's local storage and can be saved to files; labels on a
    page that `sfc serve` shows are written into `labels.jsonl`.
@@ -142,6 +143,7 @@ def _page(title: str, data: Mapping[str, Any]) -> str:
         title=title.encode("utf-8", "replace").decode("utf-8"),
         style=Markup(_asset("explorer.css")),
         data=Markup(packed(data)),
+        charts=Markup(_asset("charts.js")),
         script=Markup(_asset("viewer.js")),
     )
 

@@ -1,10 +1,10 @@
-// Builds src/main.tsx into viewer.js and src/live/main.tsx, the page of `sfc serve`, into live.js, with the licences of
-// what they bundle in viewer.licences.txt.
+// Builds src/main.tsx into viewer.js, src/plot.ts, which the viewer starts when it draws a chart, into charts.js, and
+// src/live/main.tsx, the page of `sfc serve`, into live.js, with the licences of what they bundle in viewer.licences.txt.
 import { build } from "esbuild";
 import { existsSync, readFileSync, writeFileSync } from "node:fs";
 
 const result = await build({
-  entryPoints: { viewer: "src/main.tsx", live: "src/live/main.tsx" },
+  entryPoints: { viewer: "src/main.tsx", charts: "src/plot.ts", live: "src/live/main.tsx" },
   bundle: true,
   minify: true,
   format: "iife",

@@ -69,10 +69,10 @@ def parsed(html: str) -> Elements:
 def test_nothing_in_the_data_can_leave_its_script_element():
     text = explorer_html(hostile_graph())
     scripts = parsed(text).scripts
-    assert len(scripts) == 2 and re.fullmatch(r"[A-Za-z0-9+/=]+", scripts[0])
+    assert len(scripts) == 3 and re.fullmatch(r"[A-Za-z0-9+/=]+", scripts[0])
     data = unpacked(text)
     assert data["nodes"][0]["label"] == HOSTILE and data["title"] == HOSTILE
-    assert "hacked" not in scripts[1] and text.count("<img") == 0
+    assert "hacked" not in "".join(scripts[1:]) and text.count("<img") == 0
     with pytest.raises(GraphError, match="holds no circuit"):
         unpacked("<html></html>")
 
@@ -85,7 +85,7 @@ def test_the_file_stands_alone(make_circuit, tmp_path):
     assert not re.search(r"@import|url\((?!#)|(?<![\w.}])fetch\(|XMLHttpRequest|\bimport\(", text)
     assert all(url.startswith("http://www.w3.org/") for url in re.findall(r"https?://[^\"'`\s<]+", text))
     assert "{{" not in re.sub(r"(?s)<script.*?</script>", "", text)
-    assert (FOLDER / "viewer.js").stat().st_size <= 450_000
+    assert sum((FOLDER / name).stat().st_size for name in ("viewer.js", "charts.js")) <= 450_000
 
 
 def test_every_node_and_edge_is_in_the_data(make_circuit):
@@ -164,5 +164,5 @@ def test_the_bundle_is_what_the_sources_build(tmp_path):
         if installed.returncode:
             pytest.skip(f"the packages of the explorer cannot be installed: {installed.stderr.strip()[-200:]}")
     subprocess.run(["node", "--preserve-symlinks", "build.mjs"], cwd=tmp_path, check=True, timeout=60)
-    for name in ("viewer.js", "live.js", "viewer.licences.txt"):
+    for name in ("viewer.js", "charts.js", "live.js", "viewer.licences.txt"):
         assert (tmp_path / name).read_text(encoding="utf-8") == (FOLDER / name).read_text(encoding="utf-8")

@@ -263,11 +263,12 @@ async def _events(job: Job, number: int) -> AsyncIterator[str]:
 
 
 def _viewer(page: str) -> Response:
-    """A page of which only the viewer's script, its last, may run, and `KEEP_LABEL`, which writes names down."""
-    script = page.rpartition("</script>")[0].rpartition("<script>")[2]
+    """A page of which only the viewer's scripts, its last two, may run, and `KEEP_LABEL`, which writes names down."""
+    *_, charts, script = re.findall(r"(?s)<script[^>]*>(.*?)</script>", page)
     page = page.replace('<div id="app">', f'<script>{KEEP_LABEL}</script>\n<div id="app">', 1)
     page = page.replace("img-src data: blob:", "img-src data: blob:; connect-src 'self'", 1)
-    digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (script, KEEP_LABEL)]
+    scripts = (charts, script, KEEP_LABEL)
+    digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts]
     allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
     policy = f"script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; connect-src 'self'"
     return HTMLResponse(page, headers={"content-security-policy": POLICY + policy})

@@ -1,23 +1,37 @@
-// Small charts with axes, drawn by Observable Plot.
+// Small charts with axes, drawn by Observable Plot, whose code (charts.js) runs when the first chart is drawn: reading
+// and starting it costs more than the circuit's own drawing.
 
-import { areaY, dot, lineY, plot, rectY, ruleX, ruleY } from "@observablehq/plot";
 import { useEffect, useRef } from "preact/hooks";
 import { classColour, theme } from "./colour";
 import { circuit, classOf, type Counts, type GraphNode } from "./data";
+import type { Plot } from "./plot";
 import { plain } from "./text";
 
-type Marks = NonNullable<Parameters<typeof plot>[0]>;
+type Marks = NonNullable<Parameters<Plot["plot"]>[0]>;
 
 const WIDTH = 340;
 const HEIGHT = 150;
 
-function Chart({ label, make }: { label: string; make: () => Marks }) {
+/** The library, started when it is first asked for: the page carries it as text. */
+function library(): Plot {
+  const page = window as { Plot?: Plot };
+  if (!page.Plot) {
+    const script = document.createElement("script");
+    script.textContent = document.getElementById("charts")!.textContent;
+    document.head.append(script); // runs before the next line
+    script.remove();
+  }
+  return page.Plot!;
+}
+
+function Chart({ label, make }: { label: string; make: (plot: Plot) => Marks }) {
   const host = useRef<HTMLDivElement>(null);
   const colours = theme.value;
   useEffect(() => {
     const draw = () => {
       const style = { background: "none", color: colours.pale, fontSize: "11px" };
-      const chart = plot({ ...make(), width: WIDTH, height: HEIGHT, style });
+      const plot = library();
+      const chart = plot.plot({ ...make(plot), width: WIDTH, height: HEIGHT, style });
       for (const part of chart.querySelectorAll("g[aria-label]")) part.removeAttribute("aria-label"); // only the whole is named
       chart.setAttribute("role", "img");
       chart.setAttribute("aria-label", label);
@@ -48,7 +62,7 @@ export function FaithfulnessCurve({ shown }: { shown: number }) {
   return (
     <Chart
       label={`Faithfulness by nodes: ${points.map((p) => `${p.value.toFixed(2)} at ${p.size}`).join(", ")}`}
-      make={() => ({
+      make={(plot) => ({
         x: { type: "log", label: "nodes kept", ticks: 4, tickFormat: "~s" },
         y: {
           label: "faithfulness",
@@ -56,11 +70,11 @@ export function FaithfulnessCurve({ shown }: { shown: number }) {
           ticks: 4,
         },
         marks: [
-          ruleY([1], { strokeDasharray: "3 3", strokeOpacity: 0.6 }),
-          ...(bounds ? [areaY(points, { x: "size", y1: "low", y2: "high", fill: positive, fillOpacity: 0.2 })] : []),
-          lineY(points, { x: "size", y: "value", stroke: positive, strokeWidth: 2 }),
-          dot(points, { x: "size", y: "value", fill: positive, r: 3 }),
-          ruleX([Math.max(shown, points[0].size)], { stroke: accent, strokeWidth: 1.5 }),
+          plot.ruleY([1], { strokeDasharray: "3 3", strokeOpacity: 0.6 }),
+          ...(bounds ? [plot.areaY(points, { x: "size", y1: "low", y2: "high", fill: positive, fillOpacity: 0.2 })] : []),
+          plot.lineY(points, { x: "size", y: "value", stroke: positive, strokeWidth: 2 }),
+          plot.dot(points, { x: "size", y: "value", fill: positive, r: 3 }),
+          plot.ruleX([Math.max(shown, points[0].size)], { stroke: accent, strokeWidth: 1.5 }),
         ],
       })}
     />
@@ -81,18 +95,18 @@ export function ActivationHistogram({ node }: { node: GraphNode }) {
     <>
       <Chart
         label={`Histogram of activations from 0 to ${most}`}
-        make={() => ({
+        make={(plot) => ({
           marginLeft: 46,
           x: { label: "activation", domain: [0, most], ticks: 5 },
           y: { label: "tokens", type: "log", ticks: 3, tickFormat: "~s", domain: [ticks.length ? 0.3 : 0.7, Math.max(...counts, 2)] },
           marks: [
-            rectY(bars, {
+            plot.rectY(bars, {
               x1: "low", x2: "high", y1: 0.7, y2: "count", insetLeft: 0.5, insetRight: 0.5,
               fill: theme.value.dark ? "#e8a032" : "#d68c14",
               fillOpacity: (bar: { high: number }) => 0.3 + 0.7 * (bar.high / most),
             }), // prettier-ignore
-            ruleX(quantiles ?? [], { x: (q: [number, number]) => q[1], stroke: accent, strokeDasharray: "2 2", y1: 0.7, y2: Math.max(...counts, 2) }),
-            ruleX(ticks, { x: "value", y1: 0.33, y2: 0.62, stroke: "colour", strokeOpacity: 0.7 }),
+            plot.ruleX(quantiles ?? [], { x: (q: [number, number]) => q[1], stroke: accent, strokeDasharray: "2 2", y1: 0.7, y2: Math.max(...counts, 2) }),
+            plot.ruleX(ticks, { x: "value", y1: 0.33, y2: 0.62, stroke: "colour", strokeOpacity: 0.7 }),
           ],
         })}
       />
@@ -111,17 +125,17 @@ export function LogitHistogram({ edges, counts }: Counts) {
   return (
     <Chart
       label={`Histogram of the effect on all logits, from ${plain(edges[0])} to ${plain(edges.at(-1)!)}`}
-      make={() => ({
+      make={(plot) => ({
         marginLeft: 46,
         x: { label: "logits for one unit", ticks: 5 },
         y: { label: "tokens", type: "sqrt", ticks: 3, tickFormat: "~s" },
         marks: [
-          rectY(bars, {
+          plot.rectY(bars, {
             x1: "low", x2: "high", y: "count", insetLeft: 0.5, insetRight: 0.5,
             fill: (bar: { low: number; high: number }) =>
               bar.low + bar.high < 0 ? theme.value.negative : theme.value.positive,
           }), // prettier-ignore
-          ruleY([0]),
+          plot.ruleY([0]),
         ],
       })}
     />

@@ -3,8 +3,7 @@
 // Orange to blue is safe for the common forms of colour blindness; classes beyond two take Okabe and Ito's palette.
 
 import { signal } from "@preact/signals";
-import { interpolateRgb } from "d3-interpolate";
-import { scaleLinear } from "d3-scale";
+import { interpolateRgb, piecewise } from "d3-interpolate";
 import {
   classes,
   circuit,
@@ -60,15 +59,12 @@ const CLASSES = ["#e69f00", "#0072b2", "#009e73", "#cc79a7", "#d55e00", "#56b4e9
 export const signedRoot = (value: number, largest: number) =>
   largest > 0 ? Math.sign(value) * Math.sqrt(Math.min(1, Math.abs(value) / largest)) : 0;
 
-const scales = new Map<string[], (value: number) => string>();
+const scales = new Map<string[], (share: number) => string>();
+/** The colour at a value between low and 1, mixed of the two that are next to it. */
 function along(colours: string[], low: number, value: number): string {
-  let scale = scales.get(colours);
-  if (!scale) {
-    const stops = colours.map((_, i) => low + ((1 - low) * i) / (colours.length - 1));
-    scale = scaleLinear<string>().domain(stops).range(colours).interpolate(interpolateRgb).clamp(true);
-    scales.set(colours, scale);
-  }
-  return scale(value);
+  const scale = scales.get(colours) ?? piecewise(interpolateRgb, colours);
+  scales.set(colours, scale);
+  return scale(Math.min(1, Math.max(0, (value - low) / (1 - low))));
 }
 export const diverging = (colours: Theme, value: number) => along(colours.diverging, -1, value);
 export const sure = (colours: Theme, value: number) => along(colours.sure, 0, value);

@@ -128,13 +128,17 @@ interface Stored {
 }
 
 const element = document.getElementById("circuit")!;
-const binary = atob(element.textContent!.trim());
-const bytes = new Uint8Array(binary.length);
-for (let i = 0; i < bytes.length; i++) bytes[i] = binary.charCodeAt(i);
+const bytes = decoded(element.textContent!.trim());
 const unzip = new DecompressionStream("gzip");
 const writer = unzip.writable.getWriter();
 void writer.write(bytes);
 void writer.close();
+
+/** The bytes of a text in base64; browsers from 2025 on have a function for it. */
+function decoded(text: string): Uint8Array<ArrayBuffer> {
+  const { fromBase64 } = Uint8Array as { fromBase64?: (text: string) => Uint8Array<ArrayBuffer> };
+  return fromBase64?.call(Uint8Array, text) ?? Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+}
 
 /** Resolves when the circuit is unpacked; every other name of this module may be used after it. */
 export const ready = new Response(unzip.readable).json().then(unpack);

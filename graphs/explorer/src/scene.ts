@@ -2,7 +2,7 @@
 
 import { computed, signal } from "@preact/signals";
 import { isKind } from "./colour";
-import { HEADER, isWhole, MARGIN } from "./draw";
+import { GUTTER, HEADER, isWhole, MARGIN } from "./draw";
 import {
   bySize, byId, circuit, type Edge, type GraphNode, type Interval, type LayoutData, nodes, ranked, rankOf, touchesZero,
 } from "./data"; // prettier-ignore
@@ -43,8 +43,10 @@ export interface Scene {
   edgesBetween: number;
 }
 
-/** Room for the drawing in the window, without the names of layers on the left and of positions above. */
-export const room = signal({ width: 1000, height: 700 });
+const panelWidth = innerWidth > 1000 ? 372 : innerWidth > 820 ? 310 : 0;
+/** Room for the drawing in the window, without the names of layers on the left and of positions above. At first what
+ * panel, heading and legend usually leave of the window: the scene need not be made again once they are there. */
+export const room = signal({ width: innerWidth - panelWidth - GUTTER - 40, height: innerHeight - 126 });
 /** The scale that fits a drawing into the window. */
 export const scaleToFit = (width: number, height: number, columns: boolean) =>
   Math.max(0.02, Math.min(room.value.width / width, (room.value.height - (columns ? HEADER : MARGIN)) / height, 1.5));

@@ -1,6 +1,6 @@
-// The drawing on the screen: three canvases (background and edges, nodes, what stands out), zoom, pointer and lasso.
+// The drawing on the screen: two canvases (the whole, and what stands out over it), zoom, pointer and lasso.
 //
-// While a large drawing moves, the finished layers move as bitmaps; they are drawn anew when it comes to rest.
+// While a large drawing moves, the finished canvas moves as a bitmap; it is drawn anew when the drawing comes to rest.
 
 import { effect as react, untracked } from "@preact/signals";
 import { type Quadtree, quadtree } from "d3-quadtree";
@@ -28,7 +28,7 @@ import { setUpPointer } from "./pointer";
 import * as state from "./state";
 
 const REACH = 8; // half the band, in pixels, in which a pointer hits an edge
-const LARGE = 100; // nodes and edges beyond which bitmaps move
+const LARGE = 100; // nodes and edges beyond which a bitmap moves
 const CALM = 120; // ms without movement before the drawing is drawn anew
 const BUTTONS = 40; // room for the zoom buttons on the right
 const narrow = matchMedia("(max-width: 820px)"); // buttons and panel then stand below the drawing
@@ -37,7 +37,7 @@ export class Stage {
   private canvases: HTMLCanvasElement[];
   private pens: CanvasPen[];
   private transform: Transform = { k: 1, x: GUTTER, y: HEADER };
-  /** The transform that the bitmaps were drawn with. */
+  /** The transform that the bitmap was drawn with. */
   private drawn: Transform = this.transform;
   private zooming = d3zoom<HTMLCanvasElement, unknown>();
   private tree: Quadtree<Item> | null = null;
@@ -52,7 +52,7 @@ export class Stage {
   tally: Tally = { labels: 0, cut: 0, smallest: Infinity };
 
   constructor(readonly host: HTMLElement) {
-    this.canvases = ["edges", "nodes", "front"].map((name) => {
+    this.canvases = ["whole", "front"].map((name) => {
       const canvas = document.createElement("canvas");
       canvas.className = `layer ${name}`;
       canvas.setAttribute("aria-hidden", "true");
@@ -100,7 +100,7 @@ export class Stage {
   }
 
   get front(): HTMLCanvasElement {
-    return this.canvases[2];
+    return this.canvases[1];
   }
 
   // --- zoom ---------------------------------------------------------------------------------------------------------------
@@ -128,16 +128,16 @@ export class Stage {
     if (items.length + links.length <= LARGE || !byHand) return this.redraw();
     clearTimeout(this.calm);
     this.calm = window.setTimeout(() => this.redraw(), CALM);
-    if (!this.waiting) this.waiting = requestAnimationFrame(() => this.moveBitmaps());
+    if (!this.waiting) this.waiting = requestAnimationFrame(() => this.moveBitmap());
   }
 
-  private moveBitmaps(): void {
+  private moveBitmap(): void {
     this.waiting = 0;
     const scale = this.transform.k / this.drawn.k;
     const move = `translate(${this.transform.x - this.drawn.x * scale}px, ${this.transform.y - this.drawn.y * scale}px) scale(${scale})`;
-    for (const canvas of this.canvases.slice(0, 2)) canvas.style.transform = move;
-    this.clear(2);
-    drawNames(this.pens[2], scene.value, this.transform, theme.value, this.height);
+    this.canvases[0].style.transform = move;
+    this.clear(1);
+    drawNames(this.pens[1], scene.value, this.transform, theme.value, this.height);
   }
 
   private go(t: Transform): void {
@@ -287,15 +287,15 @@ export class Stage {
     const colours = theme.value;
     const current = scene.value;
     this.drawn = t;
-    for (const canvas of this.canvases.slice(0, 2)) canvas.style.transform = "";
+    const pen = this.pens[0];
+    this.canvases[0].style.transform = "";
     this.clear(0);
-    drawBands(this.pens[0], current, t, colours, width);
-    drawEdges(this.pens[0], visibleLinks(current, t, height), t, colours);
-    this.clear(1);
+    drawBands(pen, current, t, colours, width);
+    drawEdges(pen, visibleLinks(current, t, height), t, colours);
     this.tally = { labels: 0, cut: 0, smallest: Infinity };
     const look = { pinned: () => false, selected: () => false, found: () => false };
     for (const item of current.items)
-      if (this.inWindow(item)) drawItem(this.pens[1], item, t, colours, look, this.tally);
+      if (this.inWindow(item)) drawItem(pen, item, t, colours, look, this.tally);
     if (front) this.drawFront();
   }
 
@@ -308,8 +308,8 @@ export class Stage {
   /** What is hovered, pinned, found or chosen, over the rest, which fades. */
   drawFront(): void {
     if (!this.width) return;
-    this.clear(2);
-    const [pen, colours, t] = [this.pens[2], theme.value, this.transform];
+    this.clear(1);
+    const [pen, colours, t] = [this.pens[1], theme.value, this.transform];
     const { links, focus } = this.outstanding();
     const found = foundNodes.value;
     const look = this.look();

@@ -43,6 +43,7 @@ export function effectWords(node: GraphNode): string {
 
 export const FONT = 'Inter, "Helvetica Neue", Helvetica, Arial, "DejaVu Sans", sans-serif';
 const pen = document.createElement("canvas").getContext("2d")!;
+let penWeight = 0;
 const widths = new Map<string, number>();
 
 /** Width in pixels of the text at 10 px; other sizes are multiples. */
@@ -50,7 +51,7 @@ function widthAt10(text: string, weight: number): number {
   const key = weight + text;
   let width = widths.get(key);
   if (width === undefined) {
-    pen.font = `${weight} 10px ${FONT}`;
+    if (weight !== penWeight) pen.font = `${(penWeight = weight)} 10px ${FONT}`;
     width = pen.measureText(text).width;
     if (widths.size > 50000) widths.clear();
     widths.set(key, width);
@@ -77,20 +78,24 @@ export interface Fitted {
   whole: boolean;
 }
 
-/** The text on at most so many lines, broken at spaces, the last cut if need be. */
-export function wrap(text: string, size: number, width: number, most: number, weight = 400): Fitted {
+/** The text on at most so many lines, broken at spaces; a word that is wider than the width stays whole. */
+function broken(text: string, size: number, width: number, most: number, weight: number): string[] {
   const words = text.split(/\s+/).filter(Boolean);
   const lines: string[] = [];
-  let whole = true;
   while (words.length && lines.length < most) {
     let line = words.shift()!;
     if (lines.length === most - 1) line = [line, ...words.splice(0)].join(" ");
     else while (words.length && textWidth(`${line} ${words[0]}`, size, weight) <= width) line += ` ${words.shift()}`;
-    const fitted = cut(line, size, width, weight);
-    whole &&= fitted === line;
-    lines.push(fitted);
+    lines.push(line);
   }
-  return { lines, whole };
+  return lines;
+}
+
+/** The text on at most so many lines, broken at spaces, lines that are too long cut. */
+export function wrap(text: string, size: number, width: number, most: number, weight = 400): Fitted {
+  const lines = broken(text, size, width, most, weight);
+  const fitted = lines.map((line) => cut(line, size, width, weight));
+  return { lines: fitted, whole: fitted.every((line, i) => line === lines[i]) };
 }
 
 /** The node's description in a box: of its top tokens as many as fit, a label cut only if it must be. */
@@ -103,8 +108,10 @@ export function fitDescription(node: GraphNode, size: number, width: number, mos
   const [tokens, promoted] = words.split(" → ").map((side) => side.split(" · "));
   for (let n = tokens.length; n > 0; n--) {
     const shown = [tokens.slice(0, n), ...(promoted ? [promoted.slice(0, n)] : [])];
-    const fitted = wrap(shown.map((side) => side.join(" · ")).join(" → "), size, width, most, weight);
-    if (fitted.whole || n === 1) return fitted;
+    const text = shown.map((side) => side.join(" · ")).join(" → ");
+    const lines = broken(text, size, width, most, weight);
+    if (lines.every((line) => textWidth(line, size, weight) <= width)) return { lines, whole: true };
+    if (n === 1) return wrap(text, size, width, most, weight);
   }
   return wrap(words, size, width, most, weight);
 }

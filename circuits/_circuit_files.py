@@ -146,7 +146,7 @@ def relative_to_run(metadata: Mapping[str, Any], run: Path) -> dict[str, Any]:
 
 
 def absolute_in_run(metadata: Mapping[str, Any], run: Path) -> dict[str, Any]:
-    """What `relative_to_run` wrote, with the paths of the run folder where it is now."""
+    """Undo `relative_to_run`: the same entries with the paths of the run folder where it is now."""
     run, changed = run.resolve(), dict(metadata)
     for key in PATHS:
         value = metadata.get(key)

@@ -287,7 +287,7 @@ class FeatureNames(list[str]):
         self.is_group = is_group
 
     def _repr_html_(self) -> str:
-        """What each of them means, for notebooks."""
+        """A sentence on each of the features, for notebooks."""
         table = self.circuit.nodes_frame()
         graph = self.circuit._shown(len(table), 0)
         words = {node.id: describe(graph, node) for node in graph.nodes()}

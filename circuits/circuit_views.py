@@ -130,7 +130,7 @@ class CircuitViews:
                     graph.add_node(feature_node(site.name, feature, effect=effect, position=where, **measured))
 
     def _distinguishable(self, shown: Nodes) -> Nodes:
-        """Those of the strongest nodes whose interval leaves out zero; a site's strongest stand in front."""
+        """The strongest nodes whose interval leaves out zero; a site's strongest stand in front."""
         if not self.intervals:
             reason = self.metadata.get("uncertainty", {}).get("too_few")
             why = f": {reason}" if reason else ": discover again with resamples above 0"

@@ -94,7 +94,7 @@ class MethodOptions(QuadratureOptions):
 
 @dataclass(frozen=True)
 class BehaviourOptions:
-    """What is explained, through which sites, within how much memory."""
+    """Options of what is explained: the metric, the sites, and the memory allowed."""
 
     metric: str = "logit_difference"
     """What is explained: logit_difference, log_probability, kl, probe:FILE.safetensors (a linear probe's logit; sites
@@ -109,7 +109,7 @@ class BehaviourOptions:
 
 @dataclass(frozen=True)
 class AblationOptions:
-    """What becomes of the nodes that are not in a circuit."""
+    """Options of an ablation: the values that nodes outside a circuit take."""
 
     ablation: Ablation = "mean"
     """What ablated nodes become: mean (per template and position), optimal (fitted from there so that the model does

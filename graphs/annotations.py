@@ -34,7 +34,7 @@ _NAME = re.compile(r"\w+/\w+(@.+)?", re.DOTALL)
 
 
 class _Line(TypedDict, total=False):
-    """What is read of a line."""
+    """The keys that are read of a line."""
 
     Component: str | None
     Layer: int | str | None

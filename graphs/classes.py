@@ -33,7 +33,7 @@ class Classes:
     """A split of the cases, and the side each feature is on."""
 
     names: tuple[str, str]
-    """What the classes are called."""
+    """Names of the classes."""
     cases: tuple[tuple[str, ...], tuple[str, ...]]
     """The cases of each."""
     contrast: dict[str, float]
@@ -92,7 +92,7 @@ def _contrast(profile: dict[str, float], first: Sequence[str], second: Sequence[
 
 
 def _correlation(profile: dict[str, float], first: Sequence[str], second: Sequence[str]) -> float:
-    """Of the cases' means with the side they are on; 0 where all means are alike."""
+    """Correlation of the cases' means with the side they are on; 0 where all means are alike."""
     values = [profile.get(case, 0.0) for case in (*first, *second)]
     if max(values) - min(values) <= 1e-9 * max(map(abs, values)):
         return 0.0
@@ -100,7 +100,7 @@ def _correlation(profile: dict[str, float], first: Sequence[str], second: Sequen
 
 
 def _names(first: Sequence[str], second: Sequence[str]) -> tuple[str, str]:
-    """What the cases of each side share, word by word, where the sides differ in it."""
+    """The words that the cases of each side share, where the sides differ in them."""
     words = [[case.split("_") for case in side] for side in (first, second)]
     if len({len(case) for side in words for case in side}) == 1:
         shared = [[column[0] if len(set(column)) == 1 else "" for column in zip(*side, strict=True)] for side in words]

@@ -1,4 +1,4 @@
-"""What a user did wrong, said in one sentence: the offending value, what is allowed, the nearest match."""
+"""Errors of a user, said in one sentence: the offending value, what is allowed, the nearest match."""
 
 from __future__ import annotations
 

@@ -57,13 +57,13 @@ class Node:
     feature: int | None
     """Index of the feature in its SAE; None for errors, skip connections and the output node."""
     kind: Literal["feature", "error", "skip", "metric"]
-    """What the node is."""
+    """Kind of node."""
     position: Position = None
     """Token position or span name, None when positions are summed."""
     effect: float = 0.0
     """Indirect effect on the metric; for the output node the total effect."""
     label: str | None = None
-    """What a person says the feature means."""
+    """A person's label of the feature."""
     attributes: dict[str, Any] = field(default_factory=dict)
     """Anything else, plain JSON: activation, exact_effect, density, top_tokens, top_logits, bottom_logits, contexts,
     by_case ({case: {span, or "" where positions are summed: mean activation}}).

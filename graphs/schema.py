@@ -1,4 +1,4 @@
-"""What a graph is on disk, as types that `graphs._files` checks files against.
+"""The format of a graph on disk, as types that `graphs._files` checks files against.
 
 A file may have more keys than these: only what some code relies on is named. Numbers are finite.
 """
@@ -66,7 +66,7 @@ class SampleFile(TypedDict):
 
 
 class AttributesFile(TypedDict, total=False):
-    """What is known of a node beside its effect; see `graphs.feature_graph.Node`."""
+    """Attributes of a node beside its effect; see `graphs.feature_graph.Node`."""
 
     activation: FiniteFloat | None
     exact_effect: FiniteFloat | None
@@ -125,7 +125,7 @@ class SupernodeFile(TypedDict):
 
 
 class MetadataFile(TypedDict, total=False):
-    """What the drawings read of a graph's metadata."""
+    """Metadata of a graph that the drawings read."""
 
     title: str | None
     metric: str | None

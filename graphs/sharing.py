@@ -1,4 +1,4 @@
-"""What a graph may tell strangers: names of models, files and folders, and nothing of where they are on a disk."""
+"""Make a graph fit for strangers: it names models, files and folders, and does not tell where they are on a disk."""
 
 from __future__ import annotations
 

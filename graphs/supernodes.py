@@ -138,7 +138,7 @@ def _name(nodes: Sequence[Node]) -> str:
 
 
 def _label(node: Node) -> str:
-    """What the feature is called, in signs that a name may have."""
+    """The feature's name, in signs that a name may have."""
     return clean_name(visible(node.label or str(node.attributes.get("automatic_label") or "")))
 
 

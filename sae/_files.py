@@ -143,7 +143,7 @@ def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 
 def read_header(path: str | Path) -> dict[str, str]:
-    """What the header of a safetensors file says beside its tensors; nothing where there is no such file."""
+    """The metadata in the header of a safetensors file; empty where there is no such file."""
     try:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}
@@ -161,7 +161,7 @@ def check_digest(path: str | Path) -> None:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What a tensor in a file must be."""
+    """Requirements on a tensor in a file."""
 
     shape: tuple[int | str | None, ...]
     """Its sizes; a name stands for one number wherever it occurs, None for any."""
@@ -232,7 +232,7 @@ def missing_file(path: Path) -> UserError:
 
 
 def names_in(folder: Path) -> str:
-    """What a folder holds, for messages: the first ten names."""
+    """The first ten names in a folder, for messages."""
     if not folder.is_dir():
         return "no such folder"
     return ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"

@@ -60,9 +60,7 @@ class _Watch(TorchDispatchMode):
 
 
 def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
-    """What holds the numbers of all tensors among an operation's arguments or results: of a sparse one, its indices
-    and entries.
-    """
+    """The storages of all tensors in an operation's arguments or results: of a sparse one, its indices and entries."""
     if isinstance(values, torch.Tensor):
         for dense in (values._indices(), values._values()) if values.is_sparse else (values,):
             yield dense.untyped_storage()

@@ -83,7 +83,7 @@ class SAEConfig:
         return self.d_read or self.d_model
 
     def read_site(self, site: Site) -> Site:
-        """Where the dictionary of a site reads: at a place before it, or there."""
+        """The site that the dictionary of a site reads: the same, or a place before it."""
         return Site(self.read, site.layer) if self.read else site
 
     @property

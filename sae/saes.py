@@ -92,7 +92,7 @@ class SAEs(Mapping[Site, SparseAutoencoder]):
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors are."""
+        """The device of the tensors."""
         return self._device if self.is_lazy else next(iter(self._in_memory.values())).device
 
     def __getitem__(self, site: Site) -> SparseAutoencoder:
@@ -142,7 +142,7 @@ class SAEs(Mapping[Site, SparseAutoencoder]):
         return self._sources[site].config if self.is_lazy else self._in_memory[site].config
 
     def read_sites(self, sites: Iterable[Site]) -> dict[Site, Site]:
-        """Where the dictionary of each site reads: at the site itself, or for a transcoder at a place before it."""
+        """The site that the dictionary of each site reads: the site itself, or for a transcoder a place before it."""
         return {site: self.config(site).read_site(site) for site in sites}
 
     def bias(self, site: Site) -> Tensor:

@@ -50,7 +50,7 @@ def decode_sparse(sae: SparseAutoencoder, features: SparseFeatures, n_tokens: in
 
 
 def reconstruct(sae: SparseAutoencoder, x_read: Tensor) -> Tensor:
-    """What is read, [N, r] -> x̂ [N, d] in its precision, without an [N, F] in between."""
+    """Reconstruct what is read, [N, r] -> x̂ [N, d] in its precision, without an [N, F] in between."""
     x_hat = decode_sparse(sae, sae.encode_sparse(x_read), len(x_read))
     return sae.with_skip(x_hat, x_read).to(x_read.dtype)
 

@@ -1,4 +1,4 @@
-"""Where imports go, read from the source: down the lists of DESIGN, never back up; and how large files may be."""
+"""Where imports go, read from the source: down the lists of DESIGN, never back up; how large files may be; words."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ ORDER = {
 }  # fmt: skip
 """Sub-packages that use one another, each only those before it."""
 FILLERS = {"found", "kept", "known", "learner", "own", "recipe", "stuff", "thing", "whole", "work"}
+PRONOUNS = {"It", "Of", "That", "Those", "What", "Where"}
 LINES, FUNCTION_LINES, ROOMS = 400, 50, 20
 
 
@@ -137,3 +138,15 @@ def test_variables_say_what_they_hold():
                 if name in FILLERS:
                     unnamed.add(f"{path}:{node.lineno} {name}")
     assert not unnamed
+
+
+def test_docstrings_name_the_thing():
+    """No docstring of a module, class or function begins with a word that stands for the thing it should name."""
+    riddles = set()
+    for path in FILES:
+        tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+        for node in (n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)):
+            first = (ast.get_docstring(node) or " ").split(" ", 1)[0]
+            if first in PRONOUNS:
+                riddles.add(f"{path}:{getattr(node, 'name', 'module')}: {first} ...")
+    assert not riddles

@@ -32,7 +32,7 @@ from sae.splice import ensure_checked
 
 @dataclass(frozen=True)
 class Setting:
-    """What is explained by what: a metric of a model, by the features and errors of SAEs."""
+    """A metric of a model, and the SAEs whose features and errors explain it."""
 
     model: LanguageModel
     """The model as the metric reads it (`circuits.metrics.probe.read_by`)."""

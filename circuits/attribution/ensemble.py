@@ -23,7 +23,7 @@ from sae.model.sites import Site
 
 
 def ensemble_weights(nodes: Sequence[Nodes]) -> list[float]:
-    """What each method's effects are multiplied with, from its aggregated nodes. `UserError` where none has effects."""
+    """The factor of each method's effects in the mean, from its aggregated nodes. `UserError` without effects."""
     norms = [sum(float(of_site.effect.abs().sum()) for of_site in of_method.values()) for of_method in nodes]
     if not all(norms):
         raise UserError("a method of the ensemble finds no node with an effect: leave it out")

@@ -17,7 +17,7 @@ from sae.model.sites import Site
 
 
 def gim_patching(states: ActivationPair, *, sites: Sequence[Site]) -> dict[Site, Tensor]:
-    """What takes the place of dm/dx at the clean run, [B, S, d] per site."""
+    """The gradient under GIM's rules, in place of dm/dx at the clean run, [B, S, d] per site."""
     check_covered(states.setting.model)
     with gim_rules(states.setting.model.hf):
         return attribution_patching(states, sites=sites)

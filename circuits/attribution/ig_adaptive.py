@@ -50,9 +50,7 @@ class _Nodes:
 
 
 def path_scale(states: ActivationPair, totals: Mapping[Site, Tensor]) -> float:
-    """What residuals are measured by: |mean of m(patch) - m(clean)|, or without patch prompts the largest mean total
-    of a site.
-    """
+    """The unit of residuals: |mean of m(patch) - m(clean)|, without patch prompts the largest mean total of a site."""
     if states.m_patch is not None:
         return abs((states.m_patch - states.m_clean).mean().item())
     return max(abs(total.mean().item()) for total in totals.values())

@@ -101,8 +101,8 @@ class _Node:
         return self._written(node, self.deltas)
 
     def changes(self, y: Tensor, y_read: Tensor) -> list[Tensor]:
-        """What each node adds to x when the site computes y [B, S, d] in place of the clean x, and the place that its
-        dictionary reads y_read; [B, S, d] each.
+        """The change of x by each node when the site computes y [B, S, d] in place of the clean x, and the site that
+        its dictionary reads y_read; [B, S, d] each.
         """
         deltas = self._deltas(self._values(y, y_read))
         return [self._written(node, deltas) for node in range(len(self.feature))]

@@ -58,7 +58,7 @@ class Cluster:
     size: float
     """Its share of the contexts."""
     score: float
-    """What it is ranked by."""
+    """The number that clusters are ranked by."""
     answers: list[tuple[str, int]]
     """The commonest answers with their counts."""
     answer_purity: float

@@ -99,7 +99,7 @@ def find_behaviours(
 
 
 def _identity(setting: Setting, contexts: Contexts, options: BehaviourSearchOptions) -> dict[str, Any]:
-    """What decides the vectors: all but how they are clustered."""
+    """All that decides the vectors; how they are clustered is not among it."""
     deciding = {name: value for name, value in asdict(options).items() if name in ("represent", "memory")}
     return identity_of(setting, contexts.prompts, deciding)
 

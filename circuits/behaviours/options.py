@@ -1,4 +1,4 @@
-"""What `sfc behaviours` is asked for; no torch is imported here."""
+"""Options of `sfc behaviours`; no torch is imported here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a context is represented by, so that contexts predicted in the same way are near each other.
+"""Represent contexts by vectors, so that contexts predicted in the same way are near each other.
 
 With m = -log p(answer | context) and the patch state zero (there is no other prompt), each context is a vector over
 (feature, last token or any earlier one), one of

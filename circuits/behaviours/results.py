@@ -101,7 +101,7 @@ class Behaviours(Result):
         }
 
     def text(self) -> str:
-        """What was looked at, and a line a cluster."""
+        """A line on the tokens that were looked at, and a line a cluster."""
         return "\n".join([self.summary(), "", frame_text(self.to_frame(), {"purity": 2, "score": 2, "commonest": 2})])
 
     def summary(self) -> str:
@@ -138,7 +138,7 @@ class Behaviours(Result):
         return page
 
     def _card(self, cluster: Cluster, link: str | None) -> dict[str, Any]:
-        """What the page shows of a cluster."""
+        """The card of a cluster on the page."""
         n = len(cluster.members)
         answers = [(visible(answer).strip() or "space", count / n) for answer, count in cluster.answers]
         distinct = dict.fromkeys((self._window(i, WINDOW), visible(self.answers[i])) for i in cluster.members)

@@ -1,1 +1,1 @@
-"""What dictionaries are worth on tasks, without a language model as a judge (SAEBench, Karvonen et al. 2025)."""
+"""Score dictionaries on tasks, without a language model as a judge (SAEBench, Karvonen et al. 2025)."""

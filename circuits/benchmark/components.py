@@ -252,7 +252,7 @@ class PatchedComponents:
 
 @torch.no_grad()
 def _head_outputs(model: LanguageModel, tokens: Tokens) -> dict[int, Tensor]:
-    """What every head gives to its output projection, [B, S, H, d_v] by layer."""
+    """The output of every head before the output projection, [B, S, H, d_v] by layer."""
     with attention_heads(model.hf) as by_layer:
         model.run(tokens, capture=[Site("resid", model.n_layers - 1)], need_logits=False)
     return {layer: heads.output for layer, heads in by_layer.items()}

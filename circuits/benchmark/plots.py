@@ -129,7 +129,7 @@ def _curve_panel(frame: pd.DataFrame, task: str, title: str) -> Panel:
 
 
 def _limits(rows: pd.DataFrame) -> tuple[float, float]:
-    """What the vertical axis shows: zero, all scores, and whiskers up to as far again."""
+    """Bounds of the vertical axis: zero, all scores, and whiskers up to as far again."""
     least, most = min(0.0, rows["score"].min()), max(0.0, rows["score"].max())
     span = most - least or 1.0
     low, high = max(rows["low"].min(), least - span), min(rows["high"].max(), most + span)

@@ -27,7 +27,7 @@ class Perturbation:
     n: int
     """Features ablated of each class."""
     score: float
-    """What a class's own probe loses in accuracy, minus what those of other classes lose."""
+    """Loss in accuracy of a class's probe, minus the mean loss of the other classes' probes."""
     interval: tuple[float, float]
     """95 % interval over test texts."""
     on_target: float
@@ -38,7 +38,7 @@ class Perturbation:
 
 @dataclass(frozen=True)
 class SuiteReport(Result):
-    """What dictionaries are worth on tasks."""
+    """Scores of dictionaries on tasks."""
 
     position: str = ""
     """Token that probes read."""

@@ -32,7 +32,7 @@ from circuits.metrics.fit_probe import regress
 from circuits.uncertainty.bootstrap import Bootstrap
 
 LEAST = 0.001
-"""What a label's own probe must be better by than the biased one."""
+"""Least accuracy by which a label's own probe must be better than the biased one."""
 
 
 @dataclass(frozen=True)

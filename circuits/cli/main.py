@@ -218,7 +218,7 @@ def _check_words(words: Sequence[str]) -> None:
 
 
 def _of_the_machine(error: Exception) -> str | None:
-    """What to say where memory ran out or a library cannot be loaded; None for any other error."""
+    """A sentence for memory that ran out or a library that cannot be loaded; None for any other error."""
     text = str(error).strip().partition("\n")[0]
     if isinstance(error, ImportError):
         return f"a library cannot be loaded: {text}"

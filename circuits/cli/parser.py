@@ -78,7 +78,7 @@ def _rank(field: Field[Any]) -> int:
 
 
 def _brackets(field: Field[Any], limit: str) -> str:
-    """What stands in brackets after a sentence; nothing where the sentence says what comes by default."""
+    """The brackets after a help sentence; empty where the sentence says the default itself."""
     if field.default is MISSING and field.default_factory is MISSING:
         return f"({limit}required)"
     if field.default in (None, "") or isinstance(field.default, bool):
@@ -128,7 +128,7 @@ def option_names(command: Any) -> Iterator[str]:
 
 
 def _mistake(event: events.ParseErrorEvent, command: type, words: Sequence[str]) -> str:
-    """What is wrong with the words, as a sentence."""
+    """The mistake in the words of a command line, as a sentence."""
     names = ["--help", *option_names(command)]
     if isinstance(event, events.UnrecognizedArgs):
         return _not_understood(event.tokens, names)

@@ -30,7 +30,7 @@ MADE_WITH = "made_with"
 
 
 def made_with(options: Any, /, **more: Any) -> dict[str, Any]:
-    """What a result depends on: the options of a command and `more`; a file is told by its name and a digest."""
+    """All that a result depends on: the options of a command and `more`; a file is told by its name and a digest."""
     chosen = {field.name: getattr(options, field.name) for field in fields(options) if field.name not in UNIMPORTANT}
     return json.loads(json.dumps({name: _told(value) for name, value in {**chosen, **more}.items()}))
 
@@ -136,7 +136,7 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def different_options(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What a result was made with where that differs, as `steps 10, not 20`; empty where nothing does."""
+    """The options in which a result differs, as `steps 10, not 20`; empty where there are none."""
     then = before.get(MADE_WITH)
     if not isinstance(then, dict):
         return "it does not say which"

@@ -37,7 +37,7 @@ class Transfer:
 
     @property
     def share(self) -> float:
-        """Of what the other's own nodes carry, the share that these carry; 0 where its own carry nothing."""
+        """The share of what the other circuit's nodes carry that these carry; 0 where the other's carry nothing."""
         return self.carried / self.own if self.own > 0 else 0.0
 
 
@@ -46,9 +46,9 @@ class PairOfCircuits:
     """Two circuits beside each other."""
 
     first: str
-    """What the first circuit is called."""
+    """Name of the first circuit."""
     second: str
-    """What the second circuit is called."""
+    """Name of the second circuit."""
     n: int
     """Nodes of each that were compared."""
     matched: float | None

@@ -1,4 +1,4 @@
-"""What `sfc compare-methods` is asked for; no torch is imported here."""
+"""Options of `sfc compare-methods`; no torch is imported here."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RANKINGS = (*METHODS, *MASKS)
 
 @dataclass(frozen=True)
 class CompareOptions(AblationOptions, BehaviourOptions, QuadratureOptions):
-    """What is compared, and how circuits are scored."""
+    """Options of a comparison: methods, dictionaries, and how circuits are scored."""
 
     methods: str = "ig,ig-adaptive,ig-inputs,attrib,relp,gim,graddrop,mask,activation-difference,random"
     """What ranks nodes, comma-separated: a node method (those of the default, exact); ensemble:ig-inputs+gim, the mean

@@ -56,7 +56,7 @@ class Tested:
     """A statistic beside its null."""
 
     value: float
-    """As measured."""
+    """The overlap."""
     chance: float
     """Mean over shuffles."""
     p: float | None

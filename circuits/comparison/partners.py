@@ -114,7 +114,7 @@ def _correlations(
 
 @torch.no_grad()
 def _inputs(model: LanguageModel, tokens: Tokens, reads: Mapping[Site, Site]) -> dict[Site, Tensor]:
-    """What the dictionary of each site reads, [N, r] of all tokens of a batch but padding."""
+    """The input of the dictionary of each site, [N, r] of all tokens of a batch but padding."""
     run = model.run(tokens.to(model.device), capture=reads.values(), need_logits=False)
     real = tokens.attention_mask.bool().to(model.device)
     return {site: run.activations[read][real] for site, read in reads.items()}

@@ -25,7 +25,7 @@ BASELINES = ("random", "activation-difference")
 LINES = {NEURONS: "--", MLP_NEURONS: "-."}
 """Line styles of the plot by dictionary; features have whole lines."""
 OF_CURVE = ("sizes", "faithfulness", "completeness", "n_nodes", "cpr", "cmd", "m_model", "m_empty")
-"""What JSON has of a curve."""
+"""Fields of a curve that go to JSON."""
 
 
 @dataclass(frozen=True)

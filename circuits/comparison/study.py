@@ -58,7 +58,7 @@ class Ranking:
 
 @dataclass(frozen=True)
 class Truth:
-    """What was measured once for a dictionary."""
+    """Measurements that all methods of a dictionary are held against, made once."""
 
     totals: dict[Site, float]  # m(the site alone patched) - m(clean), mean over prompts
     scale: float  # |total effect|
@@ -82,7 +82,7 @@ class Study:
             yield index, capture_activations(self.setting, self.prompts[index])
 
     def ranking(self, method: str) -> Ranking:
-        """What the method makes of all training prompts; worked out once."""
+        """The method's effects over all training prompts, computed once."""
         if method not in self._rankings:
             self._rankings[method] = self._rank(method)
         return self._rankings[method]

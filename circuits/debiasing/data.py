@@ -47,9 +47,9 @@ class Labelled:
     example: Example
     """The text with its spans."""
     intended: str
-    """What the probe is to learn; empty where it is not given."""
+    """Label that the probe is to learn; empty where it is not given."""
     spurious: str
-    """What it is not to use; empty where it is not given."""
+    """Label that it is not to use; empty where it is not given."""
 
 
 def read_labelled(source: Source, *, intended: str | None, spurious: str | None) -> list[Labelled]:

@@ -1,4 +1,4 @@
-"""What a judge is shown of the features of a probe's circuit, and how active they are on texts.
+"""Describe the features of a probe's circuit to a judge, and read how active they are on texts.
 
 Shapes: B texts, S positions, m features of a site.
 """
@@ -38,7 +38,7 @@ def activations(
 def _over_tokens(
     model: LanguageModel, saes: Mapping[Site, SparseAutoencoder], names: Sequence[str], prompts: PromptSet
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each feature and text the mean, the largest activation and its column, [B, n] each."""
+    """The mean, the largest activation and its column of each feature and text, [B, n] each."""
     column = {name: number for number, name in enumerate(names)}
     by_span = {span: parse_features(of_span, saes) for span, of_span in split_by_span(names).items()}
     sites = sorted({site for features in by_span.values() for site in features})

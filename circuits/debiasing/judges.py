@@ -39,7 +39,7 @@ SHOWN_KEYS = ("feature", "effect", "label", "tokens", "contexts", "by_class")
 
 
 def judge_name(options: ShiftOptions, concept: object | None, judge: Judge | None) -> str:
-    """What the report calls the judge."""
+    """The judge's name in the report."""
     given = {"list": options.drop, "keywords": options.keywords, "concept": concept,
              "program": options.program, "function": judge}  # fmt: skip
     names = [name for name, value in given.items() if value is not None]
@@ -73,7 +73,7 @@ def _with(features: Sequence[JudgedFeature], drops: Sequence[bool], why: Sequenc
 
 
 def by_list(features: Sequence[JudgedFeature], path: Path) -> list[JudgedFeature]:
-    """Those in a file; a name without a span is meant at every span."""
+    """Drop the features listed in a file; a name without a span is meant at every span."""
     lines = [line.partition("#")[0].strip() for line in read_text(path).splitlines()]
     names = {line for line in lines if line}
     allowed = {name for one in features for name in (one.feature, one.feature.partition("@")[0])}
@@ -87,7 +87,7 @@ def by_list(features: Sequence[JudgedFeature], path: Path) -> list[JudgedFeature
 
 
 def by_keywords(features: Sequence[JudgedFeature], pattern: str) -> list[JudgedFeature]:
-    """Those in whose label, or without one top tokens, the pattern is found, whatever the case."""
+    """Drop the features whose label, or without one top tokens, match the pattern, whatever the case."""
     try:
         compiled = re.compile(pattern, re.IGNORECASE)
     except re.error as error:
@@ -99,7 +99,7 @@ def by_keywords(features: Sequence[JudgedFeature], pattern: str) -> list[JudgedF
 
 
 def by_concept(features: Sequence[JudgedFeature], study: Study, concept: TextSet) -> list[JudgedFeature]:
-    """Those whose activation correlates with the spurious label at least as much as the threshold says."""
+    """Drop the features whose activation correlates with the spurious label at least as much as the threshold says."""
     spurious = torch.tensor([label == study.pairing.spurious[1] for label in concept.spurious]).float()
     f = activations(study.model, study.saes, [one.feature for one in features], concept.prompts)
     r = correlation(f, spurious).tolist()
@@ -114,7 +114,9 @@ def correlation(f: Tensor, label: Tensor) -> Tensor:
 
 
 def by_program(features: Sequence[JudgedFeature], command: str, timeout: float) -> list[bool]:
-    """What a program answers; UserError where it cannot be run, takes too long, or answers something else."""
+    """Drop the features that a program answers to; UserError where it cannot be run, takes too long, or answers
+    something else.
+    """
     shown = [{key: asdict(one)[key] for key in SHOWN_KEYS} for one in features]
     asked = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in shown)
     try:

@@ -71,7 +71,7 @@ def read_texts(model: LanguageModel, texts: TextSet, site: Site, position: str) 
 
 
 class Pooled(NamedTuple):
-    """What B texts make of a site: means over the tokens that are read."""
+    """Activations and features of B texts at a site, pooled over the tokens that are read."""
 
     x: Tensor  # [B, d] the activation
     f: Tensor  # [B, F] the features of its autoencoder
@@ -102,7 +102,7 @@ def read_features(model: LanguageModel, saes: SAEs, texts: TextSet, site: Site, 
 
 @dataclass(frozen=True)
 class Study:
-    """What every probe of a report has in common."""
+    """The setting that all probes of a report share."""
 
     model: LanguageModel
     """The model."""
@@ -199,7 +199,7 @@ class Study:
     # --- scores
 
     def answers(self, probe: FittedProbe, x: Tensor) -> list[str]:
-        """What a probe says of x [B, d]."""
+        """The probe's output at x [B, d]."""
         positive = (x @ probe.weight + probe.bias > 0).tolist()
         return [probe.classes[int(is_second)] for is_second in positive]
 

@@ -1,4 +1,4 @@
-"""What SHIFT did, as a record: for JSON, for the terminal, for a notebook and for a picture."""
+"""Results of SHIFT, as a record: for JSON, for the terminal, for a notebook and for a picture."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class ProbeScore:
     """How often one probe is right on the test texts."""
 
     name: str
-    """What was done: see `EXPLAINED`."""
+    """Name of the probe or edit: see `EXPLAINED`."""
     intended: float
     """Accuracy on the intended label, mean over groups."""
     spurious: float
@@ -67,7 +67,7 @@ class JudgedFeature:
     effect: float
     """Indirect effect on the probe's margin: positive where the probe leans on it."""
     label: str
-    """What people or programs call it; empty where it has no name."""
+    """Label by people or programs; empty where there is none."""
     tokens: list[str]
     """Tokens of the ambiguous texts at which it is strongest, each once."""
     contexts: list[str]
@@ -77,7 +77,7 @@ class JudgedFeature:
     dropped: bool | None = None
     """Whether it was ablated; None where there was no judge."""
     reason: str = ""
-    """What the judge went by."""
+    """The judge's reason."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class ShiftReport(Result):
         return [feature.feature for feature in self.features if feature.dropped]
 
     def share_closed(self, name: str) -> float | None:
-        """Of the way from the original probe's accuracy to the oracle's, how much a row goes (SCR in SAEBench)."""
+        """The share of the way from the original probe's accuracy to the oracle's that a row goes (SCR in SAEBench)."""
         original, oracle, row = self.score(ORIGINAL), self.score(ORACLE), self.score(name)
         if original is None or oracle is None or row is None or oracle.intended <= original.intended:
             return None
@@ -182,7 +182,7 @@ class ShiftReport(Result):
         return f"probe at {self.site}, {self.position}; ambiguous texts: {pairs}; {what}"
 
     def remarks(self) -> list[str]:
-        """What a reader has to know of the numbers."""
+        """Sentences that a reader of the numbers has to know."""
         texts = f"trained on {self.n_ambiguous} ambiguous texts, tested on {self.n_test} others"
         lines = [f"{texts}; on ambiguous texts the original probe is right in {self.ambiguous_accuracy:.1%}"]
         if not self.n_balanced:

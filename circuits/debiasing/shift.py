@@ -108,7 +108,7 @@ class Prepared:
     concept: TextSet | None
     """Texts with the spurious label alone, for the judge that correlates."""
     judge: str
-    """What the judge is called."""
+    """Name of the judge."""
 
 
 def prepare(
@@ -241,7 +241,7 @@ def _ablated(study: Study, names: Sequence[str], edit: Edit) -> list[ProbeScore]
 
 
 def _random(study: Study, edit: Edit) -> list[ProbeScore]:
-    """As many random active features at the same sites and spans; mean over draws."""
+    """Scores with as many random active features ablated at the same sites and spans; mean over draws."""
     like = edit.by_span(study.saes)
     active = {span: active_features(study.model, study.saes, study.ambiguous.prompts, span=span) for span in like}
     answers, drawn = [], []
@@ -260,7 +260,7 @@ def _random(study: Study, edit: Edit) -> list[ProbeScore]:
 def _embeddings(
     prepared: Prepared, features: Sequence[JudgedFeature], judge: Judge | None, labels: Mapping[str, str]
 ) -> list[ProbeScore]:
-    """What the judge drops of the embedding's features alone, ablated at every token."""
+    """Scores with the embedding's dropped features alone ablated, at every token."""
     study = prepared.study
     site = Site(EMBED)
     if site not in study.saes:
@@ -288,8 +288,8 @@ def _bottleneck(study: Study, features: Sequence[str]) -> list[ProbeScore]:
 
 
 def _skylines(study: Study, n: int, circuit: Circuit) -> list[ProbeScore]:
-    """As many features, and neurons, as were ablated: those that push the probe most to the spurious label on balanced
-    texts, where what it rightly goes by cancels.
+    """Scores with as many features, and neurons, ablated as the judge dropped: those that push the probe most to the
+    spurious label on balanced texts, where what it rightly goes by cancels.
     """
     if study.balanced is None:
         return []

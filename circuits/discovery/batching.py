@@ -81,7 +81,7 @@ class DiscoveryRun:
 
     @property
     def processes(self) -> Processes:
-        """Those that share the batches, through the files; without files each process makes all of them."""
+        """The processes that share the batches, through the files; without files each process makes all of them."""
         return Processes() if self.files is None else current()
 
     def rounds(self, numbers: Sequence[int]) -> list[Sequence[int]]:

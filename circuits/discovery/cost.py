@@ -151,7 +151,7 @@ def _left_behind(batches: list[Attribution]) -> dict[str, int]:
 
 
 def _advice(memory: Mapping[str, int], free: int | None, options: DiscoverOptions) -> list[str]:
-    """What helps where more is needed than is free, largest first."""
+    """Options that help where more is needed than is free, the most helpful first."""
     needed = sum(memory.values()) - memory["model"] - memory["autoencoders"]
     if free is None or needed <= free:
         return []

@@ -1,4 +1,4 @@
-"""What a circuit says of how it was found: its metadata.
+"""The metadata of a circuit: how it was found, and how far to trust it.
 
 1. What was asked: model, autoencoders, options, metric.
 2. The prompts: how many, their cases, spans and templates, an example pair of each case.

@@ -112,7 +112,7 @@ def interrupted(folder: str | Path) -> bool:
 
 
 def identity_of(setting: Setting, prompts: PromptSet, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides every bit of the result: the model and its number type, the autoencoders, prompts and options."""
+    """All that decides the bits of the result: the model and its number type, the autoencoders, prompts and options."""
     return {
         "model": setting.model.fingerprint,
         "dtype": str(setting.model.dtype).removeprefix("torch."),

@@ -117,7 +117,7 @@ def feature_reference(
     where: Sequence[Tensor] | None = None,
     seed: int = 0,
 ) -> dict[Site, Tensor]:
-    """Of each chosen feature the `mean` [m] or `largest` activation [m], or `draws` [R, m], a few tokens' values, over
+    """The `mean` [m] or `largest` activation [m] of each chosen feature, or `draws` [R, m], a few tokens' values, over
     all tokens (special tokens aside) of the batches, or those of `where` ([B, S] bool each).
     """
     readers = {site: FeatureReader(saes[site], index) for site, index in features.items()}
@@ -191,7 +191,7 @@ def template_means(
 
 
 class FeatureEdits:
-    """What each site has to do; called with prompts, the edits of a run of these for `LanguageModel.run`."""
+    """The edits of every site; called with prompts, those of a run of these for `LanguageModel.run`."""
 
     def __init__(
         self,
@@ -234,7 +234,7 @@ class FeatureEdits:
         return self._standing(self.sites, prompts)
 
     def _standing(self, sites: Iterable[Site], prompts: PromptSet | None) -> dict[Site, StandingEdit]:
-        """Those of some sites, and what their dictionaries read."""
+        """The edits of some sites, and reads of the places that their dictionaries read."""
         lookup, standing = _Lookup(prompts), dict[Site, StandingEdit]()
         for site in sites:
             standing |= with_read(site, self.reads[site], _standing(self.sites[site], lookup))
@@ -284,7 +284,7 @@ def _target(edit: Edit, site: Site, span: str, index: Tensor, device: torch.devi
 
 
 class _Lookup:
-    """Where the tokens of a batch are in the spans and templates of the prompts that it holds, if any."""
+    """The spans and templates at the tokens of a batch, of the prompts that it holds, if any."""
 
     def __init__(self, prompts: PromptSet | None) -> None:
         self.prompts = prompts

@@ -9,7 +9,7 @@ SURGICAL_LEFT, SURGICAL_COST, NO_COST = 0.15, 1 / 3, 0.002
 matter, in nats a token.
 """
 Measured = tuple[float | None, float | None]
-"""What an edit costs elsewhere, in nats a token, and the share of the behaviour it leaves; None for what is unknown."""
+"""Cost of an edit elsewhere, in nats a token, and the share of the behaviour it leaves; None where unknown."""
 
 
 def about_choice(
@@ -38,7 +38,7 @@ def about_choice(
 
 
 def _not_surgical(choice: Choice, cost: float, left: float, bar: float) -> str:
-    """What the edit leaves and costs beside the bars, and which earlier features would do instead."""
+    """A sentence on what the edit leaves and costs beside the bars, and which earlier features would do instead."""
     dearest, cheap = choice.dearest, choice.cheap
     text = (
         f"this edit is not surgical: it leaves {_percent(left)} and costs {cost:+.4f} elsewhere, where the bar is "

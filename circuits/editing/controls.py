@@ -1,4 +1,4 @@
-"""What an edit is compared with beside random features: changes of equal norm, and random directions.
+"""Controls that an edit is compared with beside random features: changes of equal norm, and random directions.
 
 Shapes: B prompts, S positions, n columns, d model width.
 """

@@ -95,7 +95,7 @@ class Edit:
 
     @property
     def refers(self) -> Literal["mean", "largest", "draws"] | None:
-        """What kind of number `reference` holds of each feature; None where the operation refers to nothing."""
+        """The kind of number that `reference` holds of each feature; None where the operation refers to nothing."""
         kinds: dict[str, Literal["mean", "draws"]] = {"mean": "mean", "resample": "draws"}
         return "largest" if self.relative else kinds.get(self.operation)
 

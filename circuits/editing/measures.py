@@ -1,4 +1,4 @@
-"""What is measured of a model before and after an edit: the behaviour with its intervals and its bias, continuations.
+"""Measure a model before and after an edit: the behaviour with its intervals and its bias, continuations.
 
 Shapes: B prompts, S positions, K new tokens.
 """
@@ -158,7 +158,7 @@ def in_turn(prompts: PromptSet, n: int) -> PromptSet:
 def continued(
     model: LanguageModel, prompts: PromptSet, edits: FeatureEdits | None, *, new_tokens: int, **options: Any
 ) -> list[str]:
-    """What the edited model says after each prompt, greedily; options: of `LanguageModel.generate`."""
+    """The edited model's greedy continuation of each prompt; options: of `LanguageModel.generate`."""
     rows = continued_ids(model, prompts, edits, new_tokens=new_tokens, **options).tolist()
     return [model.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
 

@@ -42,7 +42,7 @@ def active_features(
 def random_features(
     active: Features, like: Features, *, generator: torch.Generator, same_sites: bool = True
 ) -> dict[Site, Tensor]:
-    """As many active features as in `like`, none of them in `like`, drawn uniformly without replacement.
+    """Draw as many active features as in `like`, none of them in `like`, uniformly without replacement.
 
     same_sites: as many at each site as `like` has there; otherwise from all sites together, where the sites of many
     active features get many.

@@ -1,4 +1,4 @@
-"""What was measured of a model, edited or not: records that an edit's report is made of."""
+"""Records of measurements on a model, edited or not; an edit's report is made of them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Behaviour:
 
 @dataclass(frozen=True)
 class Continuation:
-    """What the model says after a prompt."""
+    """A prompt with its continuations before and after the edit."""
 
     prompt: str
     """The prompt."""
@@ -76,9 +76,9 @@ class Bias:
     towards: list[str]
     """The cases whose answers it leans to after the edit."""
     before: float
-    """Of the model as it is, 0 where it leans to neither."""
+    """Bias of the model as it is, 0 where it leans to neither."""
     after: float
-    """Of the edited model; as large as the behaviour itself where it gives the same answers in all cases."""
+    """Bias of the edited model; as large as the behaviour itself where it gives the same answers in all cases."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Fluency:
     """How good the continuations are as text."""
 
     perplexity: float | None
-    """Of the continuations under the model as it is."""
+    """Perplexity of the continuations under the model as it is."""
     repetition: float
     """Share of their three tokens in a row that occurred before in the same continuation."""
 
@@ -100,9 +100,9 @@ class Step:
     dropped: list[str]
     """Features that were dropped."""
     left: float
-    """What is left of the behaviour, the root mean square over cases."""
+    """Share of the behaviour that is left, the root mean square over cases."""
     ce_elsewhere: float
-    """What the set costs at predictions that are none of the behaviour's, nats a token."""
+    """Cost of the set at predictions that are none of the behaviour's, nats a token."""
     strength: float = 1.0
     """Strength of the edit."""
 
@@ -112,11 +112,11 @@ class Choice:
     """How features were chosen."""
 
     features: list[str]
-    """Those that were chosen."""
+    """The features that were chosen."""
     steps: list[Step]
     """How they were chosen."""
     penalty: float
-    """What a nat elsewhere weighs against all of the behaviour."""
+    """Weight of a nat elsewhere against all of the behaviour."""
     n_candidates: int
     """Features that were tried."""
     n_trials: int
@@ -134,8 +134,8 @@ class Intervals:
     """95 % intervals of what an edit leaves, by drawing the prompts anew."""
 
     drawn: str
-    """What was drawn, such as `200 prompts drawn by their 17 templates`."""
+    """The units that were drawn, such as `200 prompts drawn by their 17 templates`."""
     remaining: tuple[float, float] | None = None
-    """Of the mean size over cases."""
+    """Interval of the mean size over cases."""
     by_case: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """Of each case."""
+    """Interval of each case."""

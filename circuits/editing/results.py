@@ -1,4 +1,4 @@
-"""What an edit did, as a record: for JSON, for the terminal and for the report.
+"""Report of an edit, as a record: for JSON, for the terminal and for the report.
 
 What is *left* of a behaviour is told case by case, metric after over metric before, and is negative where the behaviour
 is reversed. Over several cases it is the mean size, mean |m after| over mean |m before| with cases weighing alike, so
@@ -97,7 +97,7 @@ class EditReport(Result):
     doses: list[Dose] = field(default_factory=list)
     """The edit at other strengths."""
     fluency: list[Fluency] = field(default_factory=list)
-    """Of the continuations before and after."""
+    """Fluency of the continuations before and after."""
     choice: Choice | None = None
     """How the features were chosen, where the program chose them."""
     spread_on_text: bool = False
@@ -119,7 +119,7 @@ class EditReport(Result):
 
     @property
     def remaining_by_case(self) -> dict[str, float | None]:
-        """What is left of each case, negative where it is reversed; None where it showed nothing before."""
+        """The share left of each case, negative where it is reversed; None where it showed nothing before."""
         return {case: self.left(self.after, case) for case in self.before.by_case}
 
     @property
@@ -182,7 +182,7 @@ class EditReport(Result):
 
     @property
     def action(self) -> str:
-        """What was done to the features, in words: `set to zero`."""
+        """The operation in words: `set to zero`."""
         strength = self.edits[0].get("strength", 1.0) if len(self.edits) == 1 else 1.0
         times = "" if strength == 1 else f", change times {strength:g},"
         return ACTIONS[self.operation].format(self.value) + times
@@ -255,7 +255,7 @@ class EditReport(Result):
         return f"{quantity}, mean size" if quantity == self.metric and self.before.by_case else quantity
 
     def text(self) -> str:
-        """What was edited, the table, what it needs to be read rightly, and the continuations."""
+        """The edit in words, the table, remarks on how to read it, and the continuations."""
         lines = [self.title(), self.table(), *self.remarks()]
         if self.doses:
             lines += ["", frame_text(self.dose_table(), {"left": 2, "scale": 2})]
@@ -269,7 +269,7 @@ class EditReport(Result):
         return f"random features ({len(self.random)} {'draw' if len(self.random) == 1 else 'draws'}{few})"
 
     def remarks(self) -> list[str]:
-        """What the table needs to be read rightly, and what does not fit into it."""
+        """Sentences on how to read the table, and what does not fit into it."""
         remarks = [*self._about_choice()]
         if self.intervals is not None and self.intervals.remaining is not None:
             low, high = self.intervals.remaining
@@ -310,7 +310,7 @@ class EditReport(Result):
         return remarks
 
     def _equal_effect_title(self) -> str:
-        """What the draws of equal effect are, and how near they come."""
+        """A title for the draws of equal effect, with how near they come."""
         shares = self.equal_effect_shares
         near = f" ({_percent(min(shares))} to {_percent(max(shares))} of it)" if shares else ""
         return f"other features of the circuit, as many and of the same summed |effect|{near}"
@@ -332,7 +332,7 @@ class EditReport(Result):
         return self._cost(self.after)
 
     def _cost(self, run: Behaviour) -> float | None:
-        """What a run costs elsewhere, nats a token."""
+        """The cost of a run elsewhere, nats a token."""
         if run.ce_elsewhere is None or self.before.ce_elsewhere is None:
             return None
         return run.ce_elsewhere - self.before.ce_elsewhere
@@ -345,7 +345,7 @@ class EditReport(Result):
         return about_choice(self.choice, *measured, surgical=self.is_surgical)
 
     def _range(self, runs: list[Behaviour]) -> str:
-        """What several runs leave, and cost elsewhere, from the smallest to the largest."""
+        """The smallest and largest share left by several runs, and their costs elsewhere."""
         shares = [share for share in map(self.left, runs) if share is not None]
         costs = [cost for cost in map(self._cost, runs) if cost is not None]
         left = f"{_percent(min(shares))} to {_percent(max(shares))} left" if shares else ""

@@ -72,7 +72,7 @@ def save_model(
 
 
 def _vectors(edits: Sequence[Edit], saes: Mapping[Site, SparseAutoencoder]) -> dict[Site, Tensor]:
-    """What is added at each site, [d]; `UserError` for an edit that adds no constant."""
+    """The vector added at each site, [d]; `UserError` for an edit that adds no constant."""
     vectors: dict[Site, Tensor] = {}
     for edit in edits:
         if edit.operation != "steer":

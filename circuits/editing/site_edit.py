@@ -72,7 +72,7 @@ class FeatureReader:
         return x - self.sae.b_dec if self.sae.config.subtract_b_dec else x
 
     def _rank(self, z: Tensor, features: Tensor | slice) -> Tensor:
-        """What features are compared by, of their pre-activations z [N, n]."""
+        """The score that features compete by, from their pre-activations z [N, n]."""
         scale = getattr(self.sae, "rank_scale", None)
         return z if scale is None else z * scale[features]
 
@@ -104,7 +104,7 @@ class FeatureReader:
 
 
 class Prompts(Protocol):
-    """What a part asks of the prompts that are edited."""
+    """The questions that a part asks of the prompts that are edited."""
 
     def inside(self, columns: Columns, span: str) -> Tensor:
         """[B, n] bool: which columns are tokens of a span."""
@@ -120,7 +120,7 @@ class Part:
     index: Tensor
     """[m] int64 their numbers."""
     operation: Operation
-    """What they become."""
+    """The operation on them."""
     target: Tensor | None = None
     """What `mean`, `set`, `clamp`, `scale` and `steer` refer to, [] or [m]; for `resample` values to draw, [R, m]."""
     table: object = None

@@ -75,11 +75,11 @@ class Check:
     behaviour: str
     """The behaviour's name."""
     quantity: str
-    """What was measured."""
+    """Name of the measured quantity."""
     value: float | None
-    """What it is; None where it could not be measured."""
+    """Its value; None where it could not be measured."""
     expected: str
-    """What it should be."""
+    """The value or bounds it should have."""
     passed: bool
     """Whether it is."""
 
@@ -89,9 +89,9 @@ class Suite:
     """A suite that has been read."""
 
     folder: Path
-    """Where its paths begin."""
+    """Folder that its paths are relative to."""
     content: SuiteFile
-    """What the file says."""
+    """Content of the file."""
 
     @staticmethod
     def load(path: str | Path) -> Suite:

@@ -52,7 +52,7 @@ from sae.model.sites import Site
 from sae.saes import as_saes
 
 PENALTY = 3.0
-"""What a nat elsewhere weighs: a hundredth of a nat is worth three hundredths of the behaviour."""
+"""Weight of a nat elsewhere: a hundredth of a nat is worth three hundredths of the behaviour."""
 CHEAP = 10
 """How many times more it weighs for the features before the dearest."""
 STRONGEST, CANDIDATES, PAIRED, TRIED, MOST = 200, 30, 6, 8, 16
@@ -139,7 +139,7 @@ def _alone(edit: Edit, name: str) -> Edit:
 
 @dataclass
 class _Search:
-    """What is tried, and what came of it."""
+    """A search: what it may try, and the results so far."""
 
     model: LanguageModel
     saes: Mapping[Site, SparseAutoencoder]
@@ -151,7 +151,7 @@ class _Search:
     numbers: dict[str, Edit] = field(default_factory=dict)
     """The edit of each feature alone."""
     trials: dict[frozenset[str], tuple[float, float]] = field(default_factory=dict)
-    """What each set that was tried leaves, and costs elsewhere."""
+    """Share left by each set that was tried, and its cost elsewhere."""
     steps: list[Step] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -188,7 +188,7 @@ class _Search:
         return list(sets)
 
     def _measured(self, sets: Sequence[tuple[frozenset[str], float]]) -> list[tuple[float, float]]:
-        """What sets of features leave, each at a strength, and cost elsewhere."""
+        """The share left and the cost elsewhere of sets of features, each at a strength."""
         edits = [
             FeatureEdits(self.model, self.saes, [self.numbers[name] for name in sorted(names)], strength=strength)
             for names, strength in sets
@@ -287,8 +287,8 @@ class _Search:
             chosen, self.steps = earlier.added, steps
 
     def cheapest(self, effect: Mapping[str, float]) -> tuple[Step | None, list[Step]]:
-        """What a set of these features can do that is grown at `CHEAP` times the penalty, None where that is nothing,
-        and the steps to it.
+        """The result of a set of these features grown at `CHEAP` times the penalty, None where that is nothing, and the
+        steps to it.
         """
         search = copy(self)
         search.penalty, search.steps = CHEAP * self.penalty, []

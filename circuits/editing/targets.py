@@ -62,7 +62,7 @@ def _parse_feature(name: str, saes: Mapping[Site, SparseAutoencoder]) -> tuple[S
 def counted_inputs(
     model: LanguageModel, tokens: Tokens, reads: Mapping[Site, Site], where: Tensor | None = None
 ) -> dict[Site, Tensor]:
-    """What the dictionary of each site reads (`SAEs.read_sites`), [N, r] at the tokens (of `where` [B, S]) that are
+    """The input of the dictionary of each site (`SAEs.read_sites`), [N, r] at the tokens (of `where` [B, S]) that are
     neither padding nor special.
     """
     counted = counted_tokens(model, tokens)  # [B, S]

@@ -1,4 +1,4 @@
-"""What an edit costs on other text: cross-entropy at the behaviour's tokens and at all others, and KL divergence.
+"""The cost of an edit on other text: cross-entropy at the behaviour's tokens and at all others, and KL divergence.
 
 The behaviour's tokens are the predictions whose next token is one of its answers: that these suffer is what the edit is
 for. Where such tokens are common, as letters are on a character model, they are mostly no answer there, and count like
@@ -99,7 +99,7 @@ class OtherText:
 def copies(
     model: LanguageModel, several: Sequence[Standing], tokens: Tokens, *, last_only: bool = False
 ) -> Iterator[tuple[int, Sequence[Standing]]]:
-    """As many of several edits as can be tried in one pass of copies of a batch, with the number of the first."""
+    """Cut several edits into as many as can be tried in one pass of copies of a batch, with the number of the first."""
     n_tokens = len(tokens) * tokens.n_positions
     n_logits = len(tokens) if last_only else n_tokens
     size = max(1, min(COPIED_TOKENS // n_tokens, LOGIT_BYTES // (4 * n_logits * model.vocab_size)))

@@ -44,7 +44,7 @@ Standing = Mapping[Site, StandingEdit]
 
 @dataclass(frozen=True)
 class EditOptions:
-    """What is measured of an edited model, and with what it is compared."""
+    """Options of a trial: what is measured of an edited model, and with what it is compared."""
 
     texts: Sequence[str] = ()
     """Other text for the cross-entropy, and the reference of `mean`."""

@@ -1,4 +1,4 @@
-"""What a node becomes when it is taken out of the model, and how to run the model with only some nodes left in.
+"""Values that nodes take when they are ablated, and runs of the model with only some nodes left in.
 
 Legend: B prompts, S positions, d model width, n chosen features of a site.
 
@@ -233,7 +233,7 @@ class AblationValues:
         return self.at_groups(prompts, self.tables)
 
     def draw_state(self, state: torch.Tensor | None = None) -> torch.Tensor:
-        """Where the random draws stand; given an earlier state they go back there, and are the same again."""
+        """The state of the random draws; given an earlier state they go back there, and are the same again."""
         if state is not None:
             self._generator.set_state(state)
         return self._generator.get_state()

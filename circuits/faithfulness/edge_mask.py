@@ -56,7 +56,7 @@ NODE_SHARE = 0.25
 
 @dataclass(frozen=True)
 class LearnedEdges(Result):
-    """What was learned."""
+    """A learned mask on edges."""
 
     edges: Edges
     """[D, U] per pair of sites: 1 for the edge of highest score, falling evenly towards 0; 0 where the circuit has no
@@ -69,7 +69,7 @@ class LearnedEdges(Result):
     losses: list[float]
     """Loss of every step: squared shortfall in units of the behaviour."""
     options: dict[str, Any]
-    """What it was learned with."""
+    """Options that it was learned with."""
 
     def to_frame(self) -> pd.DataFrame:
         """One row an edge, those kept longest first: upstream, downstream, and its rank from 1."""

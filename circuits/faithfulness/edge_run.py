@@ -38,7 +38,7 @@ EdgeGates = Mapping[tuple[Site, Site | None], Tensor]
 
 @dataclass(frozen=True)
 class EdgeStudy:
-    """What is the same for every set of edges and every batch."""
+    """The setting that all sets of edges and all batches share."""
 
     setting: Setting
     table: NodeTable

@@ -52,12 +52,12 @@ from sae.model.sites import Site
 
 FOUND_WITH = ("model", "saes", "saes_fingerprint", "prompts", "prompts_fingerprint", "examples", "site_paths",
               "span_template", "need_spans", "title")  # fmt: skip
-"""What a circuit keeps of where it comes from."""
+"""Metadata that say where a circuit comes from."""
 
 
 @dataclass(frozen=True)
 class LearnedMask(Result):
-    """What was learned."""
+    """A learned mask on nodes."""
 
     nodes: Nodes
     """The masked nodes, in each site first those kept longest; `effect` is 1 for the node of highest score over all
@@ -68,7 +68,7 @@ class LearnedMask(Result):
     losses: list[float]
     """Loss of every step: squared shortfall in units of the behaviour."""
     options: dict[str, Any]
-    """What it was learned with."""
+    """Options that it was learned with."""
 
     def to_frame(self) -> pd.DataFrame:
         """One row a node, those kept longest first: node, site, score, and its rank from 1."""

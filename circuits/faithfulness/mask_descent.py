@@ -27,7 +27,7 @@ from sae.model.sites import Site
 STEP_PROMPTS = 64
 """Prompts of a step."""
 COLDEST, SLOWEST = 0.02, 0.1
-"""What is left of temperature and learning rate at the end."""
+"""Factors of temperature and learning rate at the end."""
 
 
 class Gated(Protocol):
@@ -65,7 +65,7 @@ def draw_budgets(n: int, *, smallest: int, largest: int, generator: torch.Genera
 
 @dataclass(frozen=True)
 class Behaviour:
-    """What has to be reached with what is kept, and what no mask changes."""
+    """The behaviour to be reached with what stays, and the values that no mask changes."""
 
     target: torch.Tensor
     """[B] m(M) of every prompt."""
@@ -97,7 +97,7 @@ def measure_behaviour(gates: Gated, values: AblationValues, prompts: PromptSet, 
 
 @dataclass(frozen=True)
 class Task:
-    """What is the same in every step, and the numbers that are learned."""
+    """The setting of all steps of a descent, and the numbers that are learned."""
 
     gates: Gated
     values: AblationValues

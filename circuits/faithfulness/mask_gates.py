@@ -19,8 +19,8 @@ GROUP = 16
 
 
 class Gates:
-    """Where every node's gate goes: nodes of all sites in one vector [N] -> per site [B, 1 or S, n] and gates of the
-    error and of a skip connection, [B, 1 or S, 1] each, the same at all tokens of a node's position or span.
+    """Map gates of nodes to where they apply: nodes of all sites in one vector [N] -> per site [B, 1 or S, n] and gates
+    of the error and of a skip connection, [B, 1 or S, 1] each, the same at all tokens of a node's position or span.
     """
 
     def __init__(
@@ -58,11 +58,11 @@ class Gates:
         return grid[..., :-2], error, grid[..., -1:]
 
     def scores(self, parameters: torch.Tensor) -> torch.Tensor:
-        """What is learned is the scores [N] themselves."""
+        """The learned scores [N] themselves."""
         return parameters
 
     def clean_sites(self, model: LanguageModel) -> list[Site]:
-        """What a run has to be given to begin at the first masked site."""
+        """The sites whose clean activations a run needs to begin at the first masked site."""
         earlier = [site for site in model.sites if site < self.table.sites[0]]
         blocks = [site for site in earlier if site.kind == "resid"]
         return [*blocks[-1:], *(site for site in earlier if not blocks or site > blocks[-1])]

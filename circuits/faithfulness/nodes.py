@@ -278,8 +278,8 @@ def set_up(
     reference: PromptSet | None,
     options: AblationOptions,
 ) -> tuple[Nodes, PromptSet, PromptSet, int]:
-    """What a measurement with ablated nodes begins with: the nodes from the start site on, the prompts, the reference
-    prompts (the prompts themselves by default), and how many prompts have none of these and are left out.
+    """Prepare a measurement with ablated nodes: the nodes from the start site on, the prompts, the reference prompts
+    (the prompts themselves by default), and how many prompts have none of these and are left out.
     """
     nodes = from_start_site(nodes, options.start_site, errors=options.errors)
     prompts = setting.prepare(prompts)

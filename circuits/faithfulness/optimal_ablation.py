@@ -75,7 +75,7 @@ class OptimalValues:
 
     @property
     def parameters(self) -> list[torch.Tensor]:
-        """What gradient descent moves; asks for gradients."""
+        """The tensors that gradient descent moves; asks for their gradients."""
         return [tensor.requires_grad_(True) for of_site in self.shift.values() for tensor in of_site]
 
     def tables(self) -> Values:
@@ -135,7 +135,7 @@ class Descent:
         return self.values(prompts)
 
     def gradients(self, loss: torch.Tensor) -> list[torch.Tensor]:
-        """Of a loss in the parameters."""
+        """The gradients of a loss in the parameters."""
         gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         return [torch.zeros_like(x) if g is None else g for x, g in zip(self.parameters, gradients, strict=True)]
 
@@ -215,7 +215,7 @@ class Gain:
 
 
 def gain(values: AblationValues, circuits: Sequence[NodeSet], prompts: PromptSet, *, batch_size: int = 64) -> Gain:
-    """What fitted constants are worth on prompts they were not fitted on (their clean ends)."""
+    """The loss that fitted constants save on prompts they were not fitted on (their clean ends)."""
     clean = replace(prompts, patch=None, patch_answers=None)
     at_first = values.with_tables(values.means)
     return Gain(*(mean_divergence(one, circuits, clean, batch_size=batch_size) for one in (at_first, values)))

@@ -20,7 +20,7 @@ class Curve(NamedTuple):
     """A line of the picture."""
 
     label: str
-    """What the legend calls it."""
+    """Name in the legend."""
     values: Sequence[float]
     """One a size."""
     intervals: Sequence[Sequence[float]] = ()

@@ -34,9 +34,9 @@ class Intervals:
     completeness: list[list[float]]
     """One a size."""
     cpr: list[float]
-    """Of the area under faithfulness."""
+    """Interval of the area under faithfulness."""
     cmd: list[float]
-    """Of the area under its distance from 1."""
+    """Interval of the area under its distance from 1."""
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,13 @@ class NodeFaithfulness(Faithfulness):
     n_uncovered: int
     """Prompts left out because no reference prompt has their template."""
     errors: str = "nodes"
-    """What was done with the errors."""
+    """Treatment of error nodes."""
     intervals: Intervals | None = None
     """How far the curves depend on the prompts; None where not computed, or where prompts are too few."""
     drawn: str = ""
-    """What the intervals draw anew, `100 prompts drawn by their 17 templates`."""
+    """The units that intervals draw anew, `100 prompts drawn by their 17 templates`."""
     gain: Gain | None = None
-    """What optimal constants gain over means on these prompts; None for other ablations."""
+    """Gain of optimal constants over means on these prompts; None for other ablations."""
 
     @property
     def cpr(self) -> float:
@@ -120,11 +120,11 @@ class NodeFaithfulness(Faithfulness):
         return format_table(table)
 
     def setting(self) -> str:
-        """What is ablated, and by what."""
+        """Words for which nodes are ablated, and how."""
         return f"nodes from {self.start_site} on, others ablated by {self.ablation}{ERRORS_TEXT[self.errors]}"
 
     def text(self) -> str:
-        """What was measured, the table, the areas, and what the intervals are."""
+        """The setting in words, the table, the areas, and how the intervals are made."""
         left_out = f" ({self.n_uncovered} without a reference prompt of their template left out)"
         return "\n".join(
             [
@@ -147,7 +147,7 @@ class NodeFaithfulness(Faithfulness):
         )
 
     def evidence(self) -> str:
-        """What the intervals are, or why there are none, in a line."""
+        """A line on how the intervals are made, or why there are none."""
         if self.intervals is None:
             return f"no intervals over {self.drawn}: none were asked for, or there are too few to tell"
         return f"95 % bootstrap intervals over {self.drawn}; {COVERAGE}"
@@ -195,7 +195,7 @@ class EdgeFaithfulness(Faithfulness):
         return f"{format_table(table)}\n{end}"
 
     def text(self) -> str:
-        """What was measured, and the table."""
+        """The setting in words, and the table."""
         return f"edges among the {self.n_nodes} strongest nodes, all other inputs ablated\n{self.table()}"
 
     def plot(self, path: str | Path, *, overwrite: bool = False) -> Path:

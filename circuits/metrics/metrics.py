@@ -141,7 +141,7 @@ def metric_name(metric: str | Metric) -> str:
 
 
 def metric_title(metric: Metric, prompts: PromptSet) -> str:
-    """What tables call the metric's values; those of the logit difference are shown with the other sign."""
+    """The name of the metric's values in tables; those of the logit difference are shown with the other sign."""
     if metric is logit_difference:
         return "logit difference" if prompts.patch_answers is not None else "answer logit"
     if metric is log_probability or metric is kl:

@@ -179,7 +179,7 @@ class ReadModel(LanguageModel):
         need_logits: bool = True,
         **options: Any,
     ) -> Run:
-        """As `LanguageModel.run`; `logits` are [B, 1, S], the outputs at all positions."""
+        """Run the model as `LanguageModel.run`; `logits` are [B, 1, S], the outputs at all positions."""
         wanted, probe = set(capture), self.read_out
         read = {probe.site} if need_logits else set()
         run = super().run(tokens, capture=wanted | read, need_logits=False, **options)

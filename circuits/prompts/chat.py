@@ -17,7 +17,7 @@ from sae.errors import UserError
 
 
 class Message(TypedDict):
-    """What one side of a conversation says."""
+    """A message of one side of a conversation."""
 
     role: str
     content: str

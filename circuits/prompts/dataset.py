@@ -124,8 +124,8 @@ class PromptSet:
         return replace(self, **moved)
 
     def positions(self, spans: Sequence[str] = ()) -> Tensor:
-        """Where every token is, [B, S] int64: its index in the prompt, -1 at padding; with `spans` the number of its
-        span among these names. Raises UserError for prompts without spans, or with others.
+        """The position of every token, [B, S] int64: its index in the prompt, -1 at padding; with `spans` the number of
+        its span among these names. Raises UserError for prompts without spans, or with others.
         """
         if not spans:
             return self.clean.position_ids.masked_fill(~self.clean.attention_mask.bool(), -1)

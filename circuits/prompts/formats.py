@@ -88,7 +88,7 @@ def read_rows(
 
 
 def rows_with_text(rows: Iterable[tuple[Row, str]], text_keys: Sequence[str]) -> Iterator[tuple[Row, Example, str]]:
-    """As `read_rows`, of rows that are there already."""
+    """Read rows that are there already as `read_rows` reads a file."""
     for row, where in rows:
         key = next((key for key in text_keys if row.get(key)), None)
         if key is None:

@@ -42,7 +42,7 @@ class SpanProblem(Exception):
 
 @dataclass(frozen=True)
 class Span:
-    """Where a span is in one prompt: exactly one of text, chars and tokens is given."""
+    """The location of a span in one prompt: exactly one of text, chars and tokens is given."""
 
     text: str | None = None
     """Words of the prompt."""

@@ -1,4 +1,4 @@
-"""What the report shows of `sfc attention`: edges by head, and each score as a table of pairs, coloured by size."""
+"""The report's tables of `sfc attention`: edges by head, and each score as a table of pairs, coloured by size."""
 
 from __future__ import annotations
 

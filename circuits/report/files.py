@@ -1,4 +1,4 @@
-"""What the report reads of a run folder: `circuit/circuit.json` and the results beside it, `edits/*.json`, `saes/`.
+"""Read a run folder for the report: `circuit/circuit.json` and the results beside it, `edits/*.json`, `saes/`.
 
 Each file is checked against a type. Numbers are finite; a share that was not defined is null.
 """
@@ -219,7 +219,7 @@ class SaeFile(TypedDict):
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What a run folder holds."""
+    """The results in a run folder."""
 
     folder: Path
     """The run folder."""

@@ -1,4 +1,4 @@
-"""Where the circuit reads and what it tells apart: its strongest features by span and class, and the way between spans.
+"""The mechanism in a table: the circuit's strongest features by span and class, and the way between spans.
 
 1. A cell of the table holds the strongest features of one span (or position) that are on for one class of prompts.
 2. Between two spans: which sites carry what passes, by the sum of |weight| of the edges that enter them from the other
@@ -29,7 +29,7 @@ class Row:
     """The features of one span."""
 
     name: str
-    """What the span is called; nothing where positions are summed."""
+    """Name of the span; empty where positions are summed."""
     words: str
     """Words that stand there."""
     cells: list[list[tuple[Node, str]]]
@@ -38,7 +38,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Passage:
-    """What passes from one span to another."""
+    """The edges that lead from one span to another, summed."""
 
     source: str
     """The span it comes from."""
@@ -73,7 +73,7 @@ def reading_table(graph: FeatureGraph, classes: Classes | None) -> tuple[list[st
 
 
 def passages(graph: FeatureGraph) -> list[Passage]:
-    """What passes between spans, most first."""
+    """Passages between spans, strongest first."""
     weights: dict[tuple[Position, Position], dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for edge in graph.edges():
         start, end = graph.node(edge.source), graph.node(edge.target)

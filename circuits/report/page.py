@@ -129,7 +129,7 @@ def _environment() -> Environment:
 
 
 def _values(run: RunFiles, *, features: int) -> dict[str, Any]:
-    """What the templates name; features: how many nodes are described."""
+    """The values that the templates name; features: how many nodes are described."""
     metadata = run.graph.metadata if run.graph else {}
     all_nodes = run.graph.nodes() if run.graph else []
     nodes = sorted((node for node in all_nodes if node.kind != "metric"), key=lambda node: -abs(node.effect))

@@ -29,7 +29,7 @@ class Line(NamedTuple):
     values: Sequence[float | None]
     """One a size; None where it is not defined."""
     label: str
-    """What stands at its end."""
+    """Label at its end."""
     role: str
     """`circuit` or `complement`, which sets the colour."""
     bounds: Sequence[Sequence[float | None]] = ()

@@ -75,7 +75,7 @@ def _training_words(entry: Mapping[str, Any]) -> Iterator[str]:
 
 
 def provenance(run: RunFiles) -> list[tuple[str, Any]]:
-    """What the circuit was made with: names and JSON values."""
+    """The model, dictionaries and options that the circuit was made with: names and JSON values."""
     metadata = run.graph.metadata if run.graph else {}
     facts = [
         (FACT_NAMES.get(key, key.replace("_", " ")), value)

@@ -1,4 +1,4 @@
-"""What the sections of the report show, as plain values; the templates lay them out and escape every text.
+"""The sections of the report, as plain values; the templates lay them out and escape every text.
 
 Each function takes what the run folder holds and returns what its template names: curves, features, edits, facts.
 """
@@ -75,7 +75,7 @@ def _faithfulness_figure(data: dict[str, Any]) -> Figure:
 
 
 def _edit_figure(edits: dict[str, EditReport]) -> Figure:
-    """What the edit that leaves least of the behaviour leaves of it."""
+    """The share of the behaviour left by the edit that leaves least."""
     edit = min(edits.values(), key=lambda edit: float("inf") if edit.remaining is None else abs(edit.remaining))
     left = [value for value in edit.random_remaining if value is not None]
     beside = f"; random features leave {share(sum(left) / len(left))}" if left else ""
@@ -110,7 +110,7 @@ class CurveBlock:
     """A plot of curves over sizes with what was measured beside it."""
 
     lead: str
-    """What was measured."""
+    """The setting of the measurement."""
     plot: Markup
     """An `<svg>` element."""
     columns: list[str]
@@ -118,11 +118,11 @@ class CurveBlock:
     rows: list[list[Cell]]
     """One a size."""
     captions: list[str]
-    """What stands below the table."""
+    """Captions below the table."""
 
 
 def curve_blocks(run: RunFiles) -> list[CurveBlock]:
-    """What `sfc faithfulness`, its `--edges`, `sfc mask` and its `--edges` left in the run folder."""
+    """Blocks on the results of `sfc faithfulness`, its `--edges`, `sfc mask` and its `--edges` in the run folder."""
     measured = ((run.faithfulness, _nodes), (run.edge_faithfulness, _edges), *((m, _mask) for m in run.masks))
     return [make_block(data) for data, make_block in measured if data is not None]
 
@@ -195,7 +195,7 @@ def _mask(data: dict[str, Any]) -> CurveBlock:
 
 
 def _ablation(data: dict[str, Any]) -> str:
-    """What ablated nodes become, and which sites are given, to the end of the sentence."""
+    """Words for the values that ablated nodes take and the sites that are given, to the end of the sentence."""
     kind, start = data.get("ablation", "mean"), data.get("start_site", "embed")
     given = "" if start == "embed" else f" Everything before {start} is given."
     return f"{ABLATED.get(kind, kind)}.{given}"
@@ -273,9 +273,9 @@ class Token(NamedTuple):
     text: str
     """Readable; line breaks and tabs as signs."""
     activation: float
-    """Of the feature."""
+    """Activation of the feature."""
     change: float
-    """Of the token's log-probability when the feature is ablated; 0 where that was not measured."""
+    """Change of the token's log-probability when the feature is ablated; 0 where that was not measured."""
 
 
 LEAST_CHANGE = 0.02
@@ -312,7 +312,7 @@ class EditRow(NamedTuple):
     """One quantity before and after an edit, beside the same edit of random features."""
 
     name: str
-    """What is measured."""
+    """Name of the quantity."""
     values: list[float]
     """Before, after, and of each random draw."""
     kind: str
@@ -327,7 +327,7 @@ class EditRow(NamedTuple):
     """Ends of the axis, which the rows of one quantity share; zero lies on it."""
 
     def x(self, value: float, shift: float = 0.0) -> str:
-        """Where a value stands on a line of 180 points."""
+        """The x of a value on a line of 180 points."""
         low, high = self.axis
         return f"{10 + 160 * (value - low) / ((high - low) or 1.0) + shift:.1f}"
 

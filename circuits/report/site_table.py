@@ -51,7 +51,7 @@ class SiteTable:
         return [(self.x(10.0**power), f"{10.0**power:g}".removeprefix("0")) for power in powers]
 
     def x(self, value: float | None) -> float:
-        """Where a share of unexplained variance stands on the axis."""
+        """The x of a share of unexplained variance on the axis."""
         if value is None:
             return AXIS
         power = min(max(math.log10(max(value, 1e-12)), self.first), DECADES[1])

@@ -1,4 +1,4 @@
-"""What the report shows of `sfc validate`: a verdict a line with its number on an axis, and the tables behind them."""
+"""The report's table of `sfc validate`: a verdict a line with its number on an axis, and the tables behind them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class CheckRow:
     """One line."""
 
     check: dict[str, Any]
-    """As the file has it."""
+    """The check as the file has it."""
     ends: tuple[str, str] | None
     """Where the interval begins and ends on the axis."""
     dot: str | None

@@ -37,7 +37,7 @@ CANDIDATES = 20_000
 
 @dataclass(frozen=True)
 class Stability(Result):
-    """What random halves of the prompts agree on."""
+    """The agreement of circuits of random halves of the prompts."""
 
     sizes: list[int]
     """Numbers of strongest nodes compared."""
@@ -59,7 +59,7 @@ class Stability(Result):
         return pd.DataFrame({"nodes": self.sizes, "overlap": self.overlap, "chance": self.chance})
 
     def text(self) -> str:
-        """What the halves agree on, in a line."""
+        """The agreement of the halves in a line."""
         agreed = [f"{overlap:.0%} of {n}" for n, overlap in zip(self.sizes, self.overlap, strict=True)]
         return f"two random halves of the prompts agree on {', '.join(agreed[:4])} strongest nodes"
 

@@ -94,7 +94,7 @@ def families(transfer: Transfer) -> Check:
 
 
 def backups(result: Backups, interval: Interval | None) -> Check:
-    """What is left without the strongest nodes, and what takes over."""
+    """Check whether other nodes take over without the strongest."""
     verdict = judge(result.left, LEFT, interval, at_most=True)
     words = f"without the {result.removed} strongest nodes {_share(result.left)} of the behaviour is left"
     beside, alone = result.left_without_backups, result.left_without_next

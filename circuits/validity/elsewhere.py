@@ -41,7 +41,7 @@ class Elsewhere:
     """A circuit beside that found elsewhere."""
 
     overlap: Overlap
-    """Of both circuits, with positions summed."""
+    """Overlap of both circuits, with positions summed."""
     faithfulness: float
     """What the circuit's nodes (paraphrases), or the other circuit's (other autoencoders), explain there."""
     interval: Interval | None

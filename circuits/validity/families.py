@@ -83,7 +83,7 @@ class Transfer:
     families: Families
     """The families, with the matrix."""
     value: float | None = None
-    """What circuits of other families restore as a share of what the family's own does; None for one family."""
+    """Share of what a family's own circuit restores that those of other families restore; None for one family."""
     interval: Interval | None = None
     """95 % interval of it."""
 
@@ -129,7 +129,9 @@ def _half(inside: Tensor, groups: Tensor, half: int) -> Tensor:
 
 
 def _transfer(m: Tensor, family: Tensor, groups: Tensor, options: ValidityOptions) -> tuple[float, Interval | None]:
-    """What the circuits of other families restore as a share of the own, from m [2 + K, B], with its interval."""
+    """The share of a family's behaviour that other families' circuits restore, of what its own restores, from m [2 + K,
+    B], with its interval.
+    """
     gained = (m[2:] - m[1]).T  # [B, K]
     by_own = gained.gather(1, family[:, None])[:, 0]
     others = (gained.sum(1) - by_own) / (gained.shape[1] - 1)

@@ -76,7 +76,7 @@ class Overlap:
 
 
 def resample_overlap(nodes: NodeValues, k: int, bootstrap: Bootstrap) -> Overlap:
-    """Of the circuits of k nodes of pairs of resamples. Each resample is paired with the next one."""
+    """Overlap of the circuits of k nodes of pairs of resamples. Each resample is paired with the next one."""
     if len(nodes.groups.unique()) < MIN_GROUPS:
         return Overlap(float("nan"), None)
     sets = nodes.resampled(k, bootstrap)
@@ -86,8 +86,8 @@ def resample_overlap(nodes: NodeValues, k: int, bootstrap: Bootstrap) -> Overlap
 
 
 def overlap_between(a: NodeValues, b: NodeValues, k: int, bootstrap: Bootstrap) -> Overlap:
-    """Of the circuits of k nodes of two analyses whose nodes are the same where they have the same name. Where both
-    are of the same prompts, the same ones are drawn for both.
+    """Overlap of the circuits of k nodes of two analyses whose nodes are the same where they have the same name. Where
+    both are of the same prompts, the same ones are drawn for both.
     """
     shared = list(dict.fromkeys([*a.names, *b.names]))
     column = {name: number for number, name in enumerate(shared)}

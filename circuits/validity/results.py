@@ -1,4 +1,4 @@
-"""What a validity report says: a verdict a line with its number and its interval, and the tables behind them.
+"""Results of `sfc validate`: a verdict a line with its number and its interval, and the tables behind them.
 
 A number is held against a bar. It *holds* where its whole interval is on the right side of the bar, *fails* where the
 whole interval is on the wrong one, and is *doubtful* where the bar is inside; without an interval the number alone
@@ -27,9 +27,9 @@ class Check:
     name: str
     """A short name: faithfulness, prompts, resamples, ..."""
     question: str
-    """What is asked."""
+    """The question."""
     verdict: Verdict
-    """What the number says."""
+    """The verdict on the number."""
     words: str
     """The same in a sentence."""
     value: float | None = None
@@ -37,7 +37,7 @@ class Check:
     interval: Interval | None = None
     """95 % interval of the number."""
     bar: float | None = None
-    """What the number is held against."""
+    """The number it is held against."""
 
 
 def judge(value: float, bar: float, interval: Interval | None = None, *, at_most: bool = False) -> Verdict:
@@ -62,15 +62,15 @@ class Families:
     sizes: list[int]
     """Prompts of each family."""
     cases: list[dict[str, int]]
-    """Of each family, how many prompts of each case."""
+    """Prompts of each case, for each family."""
     templates: list[dict[str, int]]
-    """Of each family, how many prompts of each template."""
+    """Prompts of each template, for each family."""
     examples: list[str]
     """The prompt of each family that is most like the others."""
     faithfulness: list[list[float]]
     """[family measured on][family whose circuit it is]; empty for one family."""
     names: list[list[str]]
-    """Of each family, nodes that are in its circuit and in no other one's; strongest first."""
+    """Nodes that are in the circuit of one family alone, for each family; strongest first."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,9 @@ class Backups:
     left: float
     """Share of the behaviour that is left without the strongest (completeness)."""
     left_without_backups: float | None
-    """What is left without the strongest and these; None where nothing grows."""
+    """Share left without the strongest and these; None where nothing grows."""
     left_without_next: float | None
-    """What is left without the strongest and as many of the next strongest."""
+    """Share left without the strongest and as many of the next strongest."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Validity(Result):
     n_prompts: int
     """Prompts that faithfulness was measured on."""
     drawn: str
-    """What the intervals draw anew, `100 prompts drawn by their 17 templates`."""
+    """The units that intervals draw anew, `100 prompts drawn by their 17 templates`."""
     families: Families | None = None
     """Families of prompts; None for prompts too few."""
     backups: Backups | None = None

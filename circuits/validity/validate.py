@@ -92,7 +92,7 @@ def validate(
 
 @dataclass(frozen=True)
 class _Study:
-    """What all tests of a circuit share."""
+    """The measurements that the checks of a circuit share."""
 
     circuit: Circuit
     setting: Setting
@@ -148,7 +148,7 @@ class _Study:
         return [(f, (low, high) if low == low else None) for f, (low, high) in zip(values, bounds, strict=True)]
 
     def faithfulness(self) -> tuple[list[Check], PromptSpread]:
-        """Of the circuit, over all prompts and prompt by prompt."""
+        """Faithfulness of the circuit, over all prompts and prompt by prompt."""
         m = self.measure([(self.strongest, True), (self.strongest, False)])
         if float((m[0] - m[1]).mean().abs()) < 1e-9:
             raise UserError(f"ablating every node leaves the metric at {m[1].mean():.4f}: there is nothing to explain")
@@ -177,7 +177,7 @@ class _Study:
         return transfer.families, checks.families(transfer)
 
     def backups(self) -> tuple[Backups, Check]:
-        """What takes over without the strongest nodes."""
+        """Effects of the other nodes without the strongest."""
         options = self.options
         removed = select_nodes(self.nodes, top=options.removed)
         before, after = effects_without(

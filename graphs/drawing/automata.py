@@ -33,7 +33,7 @@ class Way:
     effect: float
     """How strong it is, from 0 to 1."""
     words: str
-    """What stands at the arrow."""
+    """Words at the arrow."""
     tooltip: str
     """What a viewer shows when the mouse rests on it."""
 

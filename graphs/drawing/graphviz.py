@@ -50,7 +50,7 @@ sys.stdout.buffer.write(graph.draw(format=kind, prog=program))
 
 @dataclass(frozen=True)
 class Detail:
-    """What an SVG element gets beside what Graphviz writes."""
+    """Additions to an SVG element that Graphviz writes."""
 
     title: str
     """The text that a viewer shows when the mouse rests on the element."""

@@ -1,4 +1,4 @@
-"""Where everything goes: a layered layout in model order, the first site at the bottom and the metric on top.
+"""A layered layout in model order: the first site at the bottom and the metric on top.
 
 1. One band a site. A site with more nodes than fit in the width is wrapped into sub-rows; the width is chosen so that
    the drawing comes near a given aspect ratio.
@@ -91,9 +91,9 @@ class Layout:
     routes: dict[tuple[str, str], list[Point]]
     """(source, target) -> points of a Bézier spline: start, then three points a piece."""
     width: float
-    """Of the whole drawing."""
+    """Width of the drawing."""
     height: float
-    """Of the whole drawing."""
+    """Height of the drawing."""
 
 
 def layered_layout(
@@ -323,7 +323,9 @@ def route_edges(graph: FeatureGraph, boxes: dict[str, Box]) -> dict[tuple[str, s
 
 
 def _ports(graph: FeatureGraph, boxes: dict[str, Box], *, side: str) -> dict[tuple[str, str], float]:
-    """Where on a box each edge begins (top) or ends (bottom): sorted by the other end, so that they do not cross."""
+    """The x on a box at which each edge begins (top) or ends (bottom): sorted by the other end, so that edges do not
+    cross.
+    """
     other: Callable[[tuple[str, str]], float]
     groups: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for source, target, *_ in graph.edges():

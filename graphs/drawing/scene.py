@@ -70,12 +70,12 @@ PORTRAIT = Density(10**9, Cell(width=132, height=40, gap=12, box=120), 2, 10.0, 
 
 @dataclass(frozen=True)
 class Scene:
-    """What every part of the drawing needs to know."""
+    """The scales and colours that all parts of the drawing share."""
 
     graph: FeatureGraph
-    """What is drawn."""
+    """The graph."""
     layout: Layout
-    """Where it goes."""
+    """Its layout."""
     density: Density
     """How large it is."""
     labelled: frozenset[str]

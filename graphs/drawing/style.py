@@ -91,7 +91,7 @@ def visible(token: str) -> str:
 
 
 def describe(graph: FeatureGraph, node: Node) -> str:
-    """What a feature means in one line: a person's label, failing that an automatic one, failing that the tokens it is
+    """Describe a feature in one line: a person's label, failing that an automatic one, failing that the tokens it is
     strongest on and, in the last third of the sites, after an arrow the tokens it promotes (`She · He → is · has`),
     failing that nothing.
     """
@@ -168,7 +168,7 @@ def effect_number(node: Node) -> str:
 
 
 def evidence(node: Node) -> list[str]:
-    """What is known of how far the effect can be trusted: its interval, and how it differs from exact patching."""
+    """A line on how far the effect can be trusted: its interval, and how it differs from exact patching."""
     lines = []
     if "interval" in node.attributes:
         low, high = node.attributes["interval"]

@@ -41,9 +41,9 @@ _DATA = re.compile(r'(?s)<script type="application/octet-stream" id="circuit">(.
 def page_data(
     graph: FeatureGraph, title: str, other: FeatureGraph | None = None, *, layouts: bool = True
 ) -> dict[str, Any]:
-    """What the page needs, as plain JSON: the graph, with edges as [source, target, weight, interval, weights in the
-    order of `edge_cases`] by the nodes' indices, and its layouts. With `other` the two graphs together, each node and
-    edge marked with where it is.
+    """The page's data as plain JSON: the graph, with edges as [source, target, weight, interval, weights in the order
+    of `edge_cases`] by the nodes' indices, and its layouts. With `other` the two graphs together, each node and edge
+    marked with where it is.
     """
     drawn = graph if other is None else _union(graph, other)
     nodes, classes = drawn.nodes(), find_classes(drawn)

@@ -46,7 +46,7 @@ class _Link(TypedDict):
 
 
 class _State(TypedDict, total=False):
-    """What a viewer saves; circuit-tracer's page saves lists as text."""
+    """State that a viewer saves; circuit-tracer's page saves lists as text."""
 
     pinnedIds: list[str] | str | None
     supernodes: list[list[str]] | str | None

@@ -86,7 +86,7 @@ def write_circuit_tracer(
 
 
 def page_address(path: str | Path, *, port: int = 8032) -> str:
-    """Where the page of a local server shows a graph's file; pinned nodes and supernodes are read from there alone."""
+    """The address where a local server shows a graph's file; pinned nodes and supernodes are read from there alone."""
     state = read_json(path, dict[str, Any])["qParams"]
     query = {"slug": Path(path).stem}
     query |= {"pinnedIds": ",".join(state["pinnedIds"])} if state["pinnedIds"] else {}
@@ -109,7 +109,7 @@ def _offered(path: Path, *, overwrite: bool) -> list[dict[str, Any]]:
 
 
 def _feature_pages(graph: FeatureGraph, items: Iterable[Mapping[str, Any]]) -> Iterable[tuple[int, dict[str, Any]]]:
-    """What is shown of each feature, by the number the page knows it by; once where it is at several positions."""
+    """The data of each feature's panel, by the number the page knows it by; once where it is at several positions."""
     by_number = {item["feature"]: item[EXTRA]["id"] for item in items if EXTRA in item}
     for number, id in by_number.items():
         node = graph.node(id)

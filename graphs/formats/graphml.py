@@ -71,7 +71,7 @@ def read_graphml(path: str | Path) -> FeatureGraph:
 
 
 def _parsed(path: str | Path) -> nx.DiGraph:
-    """What networkx makes of the file; whatever it raises, the file is no GraphML."""
+    """Parse the file with networkx; whatever it raises, the file is no GraphML."""
     text = read_text(path)
     try:
         return nx.parse_graphml(text)

@@ -261,7 +261,7 @@ def _clerp(graph: FeatureGraph, node: Node) -> str:
 
 
 def _description(graph: FeatureGraph) -> str:
-    """What the numbers are, for the viewer's page about the graph."""
+    """Words on the numbers, for the viewer's page about the graph."""
     metric = graph.metadata.get("metric") or "the metric"
     return (
         f"A number behind a name is its effect on {metric}: what that gains when the node goes from its clean to its "
@@ -282,7 +282,7 @@ def _activation(graph: FeatureGraph, node: Node) -> float | None:
 
 
 def _token_node(token: str, column: int, n_tokens: int) -> dict[str, Any]:
-    """What has the viewers write a token's name."""
+    """A node that makes the viewers write a token's name."""
     return {
         "node_id": f"E_{column}_{column}",
         "feature": column,

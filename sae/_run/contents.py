@@ -1,4 +1,4 @@
-"""What the program writes in a folder, so that nothing else is ever deleted or overwritten.
+"""List what the program writes in a folder, so that nothing else is ever deleted or overwritten.
 
 1. `Layout` lists the names of files and folders. `RUN` is a run folder, `SAES` its autoencoders, and so on.
 2. `check_contents` refuses a folder that holds anything else: other names, links that lead elsewhere, and results,

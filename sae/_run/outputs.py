@@ -142,7 +142,7 @@ def is_foreign(path: Path) -> bool:
 
 
 def _json_fits(path: Path, fits: Callable[[dict[str, Any]], bool]) -> bool:
-    """As `is_json`; a file that is no JSON at all is damaged, and fits."""
+    """Check as `is_json`; a file that is no JSON at all is damaged, and fits."""
     try:
         entries = parse_json(read_text(path), path)
     except UserError:

@@ -42,7 +42,7 @@ class Processes:
     size: int = 1
     """Processes in all."""
     n_local: int = 1
-    """Those on this machine."""
+    """Processes on this machine."""
     store: Any = None
     """torch.distributed's store of small values, which outlives each of them."""
 
@@ -52,7 +52,7 @@ class Processes:
         return self.rank == 0
 
     def by_first(self, function: Callable[[], Value]) -> Value:
-        """What the function gives in the first process, where alone it is called; the others wait for it."""
+        """Call the function in the first process alone, and give its result to all; the others wait for it."""
         answer: list[Any] = [function() if self.is_first else None]
         if self.size > 1:
             from torch import distributed
@@ -103,7 +103,7 @@ class Processes:
         return received or []
 
     def exchange(self, sent: Tensor, sent_sizes: list[int], sizes: list[int]) -> Tensor:
-        """What the others send here, one after another; sent: what goes to each, likewise; sizes: numbers from each."""
+        """Receive from the others, one after another; sent: what goes to each, likewise; sizes: numbers from each."""
         from torch import distributed
 
         received = sent.new_empty(sum(sizes))

@@ -154,7 +154,7 @@ class ActivationSource(Protocol):
     """How text is read, by the entries of `SAEConfig.extra`."""
 
     def position(self) -> StreamState:
-        """Where the next fill begins."""
+        """The position in the text at which the next fill begins."""
 
     def seek(self, state: StreamState) -> None:
         """Makes the next fill begin there."""

@@ -89,7 +89,7 @@ class Unfinished:
     """The progress of a cache that is being written."""
 
     manifest: Manifest
-    """What is on disk."""
+    """Manifest of the shards on disk."""
     position: StreamState
     """Where in the text the next shard begins."""
 
@@ -115,7 +115,7 @@ class CachedModel:
         return tuple(site for site in self.widths if site.kind not in READ_KINDS)
 
     def device_of(self, site: Site) -> torch.device:
-        """Where to train the dictionary of a site."""
+        """The device on which the dictionary of a site is trained."""
         return self.device
 
 
@@ -227,7 +227,7 @@ class CachedActivations:
                 )
 
     def position(self) -> StreamState:
-        """Where the next fill begins; `documents` counts rows."""
+        """The row at which the next fill begins, as `documents`."""
         return self._state
 
     def text_read(self) -> TextRead:

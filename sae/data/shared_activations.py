@@ -25,7 +25,7 @@ Receivers = Callable[[int], Tensor]
 
 
 class SharedActivations(ModelActivations):
-    """As `ModelActivations`, with the forward passes of a fill shared out."""
+    """Activations as `ModelActivations`, with the forward passes of a fill shared out."""
 
     def __init__(self, alone: ModelActivations, processes: Processes, shares: Sequence[Collection[Site]]) -> None:
         """alone: as one process would read; shares: the sites whose rows each process needs."""
@@ -42,7 +42,7 @@ class SharedActivations(ModelActivations):
         self.receivers = receivers
 
     def fill(self, buffer: dict[Site, Tensor], ids: Tensor | None = None, *, one_epoch: bool = False) -> int:
-        """As in `ModelActivations`, but only what is for this process arrives."""
+        """Fill the buffers as `ModelActivations` does, with what is for this process alone."""
         assert ids is None and not one_epoch
         rank, size = self.processes.rank, self.processes.size
         planned = self._plan(len(next(iter(buffer.values()))))

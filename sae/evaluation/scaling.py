@@ -48,7 +48,7 @@ class ScalingLaw:
     site: str
     """Site."""
     metric: str
-    """What is fitted: unexplained_variance, ce_lost or dead_fraction."""
+    """The quantity that is fitted: unexplained_variance, ce_lost or dead_fraction."""
     parameters: dict[str, float]
     """By name: alpha, beta_n, beta_k, gamma, beta_T, zeta, eta, as far as the form has them."""
     errors: dict[str, float]
@@ -65,7 +65,7 @@ class ScalingLaw:
     """Dictionaries it is fitted to."""
 
     def __call__(self, n: float | Array, k: float | Array, tokens: float | Array) -> Array:
-        """What is fitted, for n features, k active ones and T tokens."""
+        """The fitted value for n features, k active ones and T tokens."""
         grid = _Grid(*np.broadcast_arrays(*(np.asarray(x, dtype=np.float64) for x in (n, k, tokens))))
         value = _value(tuple(self.parameters), np.array(list(self.parameters.values())), grid)
         return value / (1 + value) if self.metric == DEAD else value
@@ -83,7 +83,7 @@ NAMES = {
 
 @dataclass(frozen=True)
 class _Grid:
-    """Where the dictionaries are."""
+    """The grid of dictionaries that a law is fitted to."""
 
     n: Array
     k: Array

@@ -159,7 +159,7 @@ def check_measured(out: Path, names: Iterable[str], measured_on: Mapping[str, An
 
 
 def _check_replaceable(out: Path, name: str, measured_on: Mapping[str, Any]) -> None:
-    """As `check_measured`, for one config. That of a sweep that read more of its text starts later."""
+    """Check one config as `check_measured`. That of a sweep that read more of its text starts later."""
     path = _path(out, name)
     check_no_link(path)
     if not path.exists():

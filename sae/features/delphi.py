@@ -133,7 +133,7 @@ def _write_site(folder: Path, locations: Tensor, values: Tensor, rows: Tensor, n
 
 
 def read_delphi_results(folder: str | Path) -> dict[str, Any]:
-    """What delphi left in a folder of explanations or scores: feature name -> the JSON value of its file.
+    """Read a folder of delphi's explanations or scores: feature name -> the JSON value of its file.
 
     Raises:
         UserError: no file is called `resid_3_latent120.txt` or the like, or one is damaged.

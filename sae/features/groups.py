@@ -104,7 +104,7 @@ class FeatureGroup:
 
     @property
     def verdict(self) -> str:
-        """What the group is, in a word: irreducible, or why not."""
+        """The verdict on the group in a word: irreducible, or why not."""
         plane = self.best
         if plane is None:
             return "untested"
@@ -261,7 +261,7 @@ def _links(active: csr_matrix, W_dec: Tensor) -> np.ndarray:
 
 
 def _components(pairs: np.ndarray) -> list[np.ndarray]:
-    """What hangs together by the pairs, of two or more."""
+    """Components of two or more that the pairs connect."""
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 

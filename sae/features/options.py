@@ -10,7 +10,7 @@ from sae._options import Count, Positive, Range, Seed, TokenCount
 
 @dataclass(frozen=True, kw_only=True)
 class FeaturePageOptions:
-    """What is read, and how much of it a feature page shows."""
+    """Options of feature pages: the text that is read, and how much of it a page shows."""
 
     tokens: TokenCount = 1_000_000
     """Tokens of the text that are read."""

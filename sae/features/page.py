@@ -1,4 +1,4 @@
-"""What the page of a feature shows, as records."""
+"""The page of a feature, as records."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class IntervalSample:
 
 @dataclass(frozen=True)
 class FeaturePage(FeatureSummary):
-    """What the page of a feature shows."""
+    """The data of a feature's page."""
 
     n_tokens: int
     """Tokens of the text that count."""

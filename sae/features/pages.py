@@ -190,7 +190,7 @@ class _SitePages:
         return pages
 
     def _numbers(self, slot: int) -> dict[str, Any]:
-        """What was counted of a feature."""
+        """The counts of a feature."""
         tally, histogram = self.tally, self.tally.histogram
         used, count = histogram.used(slot), int(tally.count[slot])
         step = -(-used // HISTOGRAM_BINS) or 1

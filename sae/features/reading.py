@@ -1,4 +1,4 @@
-"""What the features of several dictionaries are on every token of a text, and which text each token is of.
+"""Read the features of several dictionaries on every token of a text, and which text each token is of.
 
 Shapes: N tokens that count, F features.
 """

@@ -1,4 +1,4 @@
-"""What is kept of a feature's activations while a text streams by: what its page needs, in memory that does not grow.
+"""Sketches of a feature's activations while a text streams by: all that its page needs, in memory that does not grow.
 
 1. `ActivationHistogram`: counts in `BINS` equal bins from 0 to a power of two above the largest activation so far. When
    a larger one comes, 2^s neighbouring bins become one: counts stay exact.

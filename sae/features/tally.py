@@ -50,7 +50,7 @@ FORGET_EVERY = 8
 
 
 class SiteTally:
-    """What one site's features did so far."""
+    """Running counts of one site's features."""
 
     def __init__(
         self, saes: SAEs, site: Site, features: Sequence[int], options: FeaturePageOptions, vocab_size: int
@@ -135,7 +135,7 @@ def near_sites(saes: Mapping[Site, SparseAutoencoder], site: Site) -> list[Site]
 
 
 def _correlated(saes: SAEs, site: Site, n: int) -> list[Site]:
-    """As many of the near sites as their table of correlations with n features may be large."""
+    """The near sites whose tables of correlations with n features fit in memory together."""
     sizes = accumulate(4 * n * saes.config(other).n_features for other in near_sites(saes, site))
     return [other for other, size in zip(near_sites(saes, site), sizes, strict=True) if size <= CORRELATION_BYTES]
 

@@ -67,7 +67,9 @@ def read_set(folder: Path) -> dict[str, Any]:
 
 
 def input_place(config: dict[str, Any], folder: Path) -> ReadKind | None:
-    """Where the transcoders of a set read; None where the config does not say. UserError for no place of a block."""
+    """The place that the transcoders of a set read; None where the config does not say. UserError for no place of a
+    block.
+    """
     hook = config.get("feature_input_hook")
     if hook is None:
         return None

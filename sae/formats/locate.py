@@ -153,7 +153,7 @@ def choose(folders: Sequence[str], *, source: str, site: str = "") -> str:
 
 
 def _closest_l0(folders: Sequence[str]) -> str:
-    """Of sibling folders `average_l0_N`, the one with N closest to 100; "" if they are anything else."""
+    """The sibling folder `average_l0_N` with N closest to 100; "" if the folders are anything else."""
     paths = [PurePosixPath(folder) for folder in folders]
     matches = [re.fullmatch(r"average_l0_(\d+)", path.name) for path in paths]
     if len({path.parent for path in paths}) > 1 or not all(matches):
@@ -268,7 +268,7 @@ def _listing(repository: str, inside: str, revision: str | None) -> tuple[list[s
 
 
 def _patterns(path: str) -> list[str]:
-    """What is downloaded of a dictionary: its folder, or its file and what lies beside it."""
+    """Patterns of the files that are downloaded of a dictionary: its folder, or its file and what lies beside it."""
     name = PurePosixPath(path)
     if not FILES.fullmatch(name.name):
         return [path, f"{path}/*"]

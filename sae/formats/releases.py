@@ -41,9 +41,9 @@ class Release:
     """A released set of dictionaries."""
 
     name: str
-    """What `--saes` takes."""
+    """Name for `--saes`."""
     source: str
-    """Where they are on the hub."""
+    """Address on the hub."""
     model: str
     """The model they are of."""
     sites: str

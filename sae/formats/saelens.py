@@ -174,7 +174,7 @@ def read(folder: Path) -> SparseAutoencoder:
 
 
 def _transcoder_places(hook: str, names: Mapping[str, Any], path: Path) -> tuple[str, ReadKind]:
-    """Where a transcoder writes and reads."""
+    """The site that a transcoder writes, and the place that it reads."""
     out = names.get("hook_name_out") or ""
     site, place = hook_site(out, names.get("model_name") or ""), read_place(hook)
     if not site.startswith("mlp"):

@@ -44,7 +44,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Entry:
-    """What the path of a dictionary says of it; "" for what it does not say."""
+    """A dictionary as its path describes it; "" for what the path does not say."""
 
     path: str
     site: str
@@ -80,7 +80,7 @@ def with_choice(source: str, *, width: str | None = None, l0: str | None = None)
 
 
 def entry(path: str, source: str) -> Entry:
-    """What a path below a source says of its dictionary."""
+    """Read the path of a dictionary below a source."""
     address = f"{source}/{path}"
     width = re.search(r"width_(\w+?)(?=_|/|$)", path) or re.search(r"(?:^|/)\d+_(\d{3,})(?:/|$)", path)
     l0 = re.search(r"average_l0_(\d+)", path) or re.search(r"_l0_([a-z]+|\d+)", path)

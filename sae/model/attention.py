@@ -79,7 +79,7 @@ class AttentionHeads:
         return self.weights[example, head, rows].detach().cpu().double()
 
     def capped(self, scores: Tensor) -> Tensor:
-        """What the softmax takes of scores."""
+        """The scores that enter the softmax."""
         return scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
 
     def check(self, head: int, rows: Tensor, name: str) -> None:
@@ -145,7 +145,9 @@ def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     scaling: float | None = None, **options: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """What the architecture's written-out attention computes; the heads are kept where somebody waits for them."""
+    """Compute attention as the architecture's written-out function does; the heads are stored where somebody waits for
+    them.
+    """
     output, weights = _written_out(module)(module, query, key, value, attention_mask, scaling=scaling, **options)
     if module in _HEADS:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -40,7 +40,7 @@ from sae.model.lrp import QUERIES_AND_KEYS, fused_columns, gated_product, linear
 
 @dataclass(frozen=True)
 class GimRules:
-    """What the backward pass does; the paper's settings by default."""
+    """Rules of the backward pass; the paper's settings by default."""
 
     temperature: float = 2.0
     """T of the softmax's backward pass."""
@@ -183,8 +183,8 @@ def written_out_attention(
     q: Tensor, k: Tensor, v: Tensor, *, temperature: float, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
-    """What `torch.nn.functional.scaled_dot_product_attention` computes without dropout, as products and a softmax of
-    the rule; q [..., H, L, d], k and v [..., H, S, d], or fewer heads with `enable_gqa`.
+    """Compute `torch.nn.functional.scaled_dot_product_attention` without dropout as products and a softmax of the rule;
+    q [..., H, L, d], k and v [..., H, S, d], or fewer heads with `enable_gqa`.
     """
     if enable_gqa:
         k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))

@@ -80,7 +80,7 @@ class Loaded:
     name: str
     """The folder, the hub name or the class."""
     fingerprints: tuple[str, str]
-    """Of its weights as they are stored; see `fingerprints`."""
+    """Fingerprints of its weights as they are stored; see `fingerprints`."""
 
 
 def load_hf(

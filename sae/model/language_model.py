@@ -130,7 +130,7 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go and activations are: where the first parameter is used."""
+        """The device of token ids and activations: where the first parameter is used."""
         return home_device(self.hf)
 
     def device_of(self, site: Site) -> torch.device:

@@ -191,8 +191,8 @@ def _constant_part(hf: nn.Module, name: str, module: nn.Module) -> Callable[...,
 
 
 def fused_columns(hf: nn.Module, name: str) -> tuple[int, Columns] | None:
-    """Of a module that computes values together with queries or keys: the groups of its columns, and which of a group
-    are values; None for any other module.
+    """The groups of columns of a module that computes values together with queries or keys, and which of a group are
+    values; None for any other module.
     """
     parent_name, _, child_name = name.rpartition(".")
     if child_name not in _FUSED:
@@ -221,7 +221,7 @@ def _by_heads(attention: Any, config: Any) -> tuple[int, Columns]:
 
 
 def _joined_by_sizes(attention: Any, config: Any) -> tuple[int, Columns]:
-    """As `_joined`, with fewer heads of keys and values than of queries; CodeGen has four groups of (q, v, k)."""
+    """Split as `_joined`, with fewer heads of keys and values than of queries; CodeGen has four groups of (q, v, k)."""
     if not getattr(config, "num_key_value_heads", None):
         return 4, lambda width: slice(width // 3, width - width // 3)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

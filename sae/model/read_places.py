@@ -163,7 +163,7 @@ class DownProjection:
 
 
 def seen_at(kind: str, reads: LayerReads, hf: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """What a place makes of its module's input [B, S, d]; None for nothing."""
+    """The transform from a module's input [B, S, d] to what is read at a place; None where there is none."""
     if kind == "mlp_norm":
         return reads.norm
     if kind == "mlp_hidden" and reads.post_norm is not None:

@@ -82,7 +82,7 @@ class ReadPoints:
     early: frozenset[Site]
     """Those that come before the attention of their block, with which the MLP shares its norm."""
     layers: dict[int | None, LayerReads]
-    """What was found in each block."""
+    """The reads of each block."""
     widths: dict[Site, int]
     """Width of each place."""
 

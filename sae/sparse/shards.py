@@ -25,7 +25,7 @@ class FeatureShards:
     """Equal blocks of features, in the order of the processes that have them."""
 
     processes: Processes
-    """Those processes."""
+    """The processes that share them."""
 
     def mine(self, x: Tensor) -> Tensor:
         """This process's block of rows of x [F, ...]."""

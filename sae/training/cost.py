@@ -40,7 +40,7 @@ WARM_UP, MEASURED = 2, 5
 
 @dataclass(frozen=True)
 class TrainingEstimate:
-    """What a training takes."""
+    """The cost of a training."""
 
     n_sites: int
     tokens: int

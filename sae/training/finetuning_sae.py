@@ -80,7 +80,7 @@ class FinetuningSAE:
         self.state = {name: tensor.clone() for name, tensor in tensors.items() if name not in trained}
 
     def __call__(self, x: Tensor) -> Reconstruction:
-        """What is read, x [N, r] -> x̂ [N, d], raw activations both, and the active features."""
+        """Reconstruct what is read, x [N, r] -> x̂ [N, d], raw activations both; with the active features."""
         w = self.weights
         x = x.to(w["W_enc"].dtype) / self.read_scale
         x_c = x - w["b_dec"] if self.config.subtract_b_dec else x

@@ -59,7 +59,7 @@ class TrainingLoop(ABC):
     position = StreamState()
     """Where in the text a resumed run begins to read."""
     processes = Processes()
-    """Those that share the work."""
+    """The processes that share the training."""
 
     def __init__(
         self,

@@ -50,7 +50,9 @@ def share_sites(sites: Sequence[Site], n: int) -> list[Sequence[Site]]:
 def choose_parallel(
     wanted: Parallel | None, sites: Sequence[Site], config: TrainConfig, processes: Processes, *, cached: bool
 ) -> Parallel:
-    """What is shared out: sites by default where there is one for each process. UserError for what is not possible."""
+    """Choose what processes share out: sites by default where there is one for each. UserError for what is not
+    possible.
+    """
     n = processes.size
     parallel = wanted or ("sites" if len(sites) >= n else "data")
     if n == 1:

@@ -239,7 +239,7 @@ class RunFolder:
 
 
 def _layout_of_sweep(folder: Path, names: Iterable[str]) -> Layout:
-    """What a sweep of these configs may find in its folder: its own, and what the sweep before it left."""
+    """The files that a sweep of these configs may find in its folder: its own, and those of the sweep before it."""
     before = read_entry(folder, "sweep")
     return sweep_layout([*names, *(before.config if before else ()), *_replaced(before)])
 

@@ -45,7 +45,7 @@ MIN_BUFFER_TOKENS = 8192
 
 
 def read_site(site: Site, config: TrainConfig) -> Site:
-    """Where the dictionary of a site reads: a transcoder's, of an MLP, before it."""
+    """The site that the dictionary of a site reads: a transcoder's, of an MLP, before it."""
     return Site(config.read, site.layer) if config.kind == "transcoder" and site.kind == "mlp" else site
 
 

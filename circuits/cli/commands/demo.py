@@ -178,7 +178,7 @@ class _Story:
                 say(printable(output.text) + "\n")
 
     def summary(self) -> str:
-        """What was found, in five lines."""
+        """The findings in five lines."""
         discovery, curve, edit = (self.data[name] for name in ("discover", "faithfulness", "ablate"))
         half = next(((n, f) for n, f in zip(curve["sizes"], curve["faithfulness"], strict=True) if f >= 0.5), None)
         before, after = edit["before"]["overall"], edit["after"]["overall"]
@@ -205,7 +205,7 @@ def _mean(shares: list[float | None]) -> str:
 
 
 def _left(edit: dict[str, Any]) -> str:
-    """What an edit leaves of the logit difference, by case."""
+    """The share of the logit difference that an edit leaves, by case."""
     by_case = ", ".join(f"{left:.0%} ({case})" for case, left in edit["remaining_by_case"].items() if left is not None)
     turned = f" (reversed in {', '.join(edit['reversed_cases'])})" if edit["reversed_cases"] else ""
     return f"the logit difference is {by_case or format(edit['remaining'], '.0%')} of what it was{turned}"

@@ -159,7 +159,7 @@ def _mistake(request: Request, error: Exception) -> Response:
 
 
 class _Routes:
-    """What each address answers."""
+    """The answer of each address."""
 
     def __init__(self, experiments: Experiments, worker: Worker) -> None:
         self.experiments, self.worker = experiments, worker

@@ -1,4 +1,4 @@
-"""What a page can do with a run: read a prompt, try an edit, find the circuit of a pair.
+"""Experiments of a page on a run: read a prompt, try an edit, find the circuit of a pair.
 
 Each is a job in steps (`circuits.cli.live.jobs`). An edit is a `sfc ablate` or `sfc steer` command as on the command
 line, run on the model that is loaded already: it writes the same file, and its words repeat it. All that is written are
@@ -292,7 +292,7 @@ class _Streamer:
 
 
 def _strongest(features: list[tuple[str, float, float]], most: int) -> list[tuple[str, float, float]]:
-    """Those that are among the strongest by activation or by |effect|, by activation."""
+    """The strongest by activation or by |effect|, in the order of activation."""
     if len(features) > most:
         by_activation = sorted(features, key=lambda feature: -feature[1])[: most // 2]
         by_effect = sorted(features, key=lambda feature: -abs(feature[2]))[: most // 2]

@@ -65,11 +65,11 @@ class OpenRun:
 
     @property
     def labels(self) -> LabelsFile:
-        """What features are called, for all circuits of these autoencoders."""
+        """Labels of features, for all circuits of these autoencoders."""
         return LabelsFile.of(self.circuit.metadata, self.run)
 
     def overview(self) -> dict[str, Any]:
-        """What a page shows before anything was asked: the run, its strongest features, and their names."""
+        """The page before anything was asked: the run, its strongest features, and their names."""
         metadata, graph = self.circuit.metadata, self.graph
         strongest = sorted(
             (node for node in graph.nodes() if node.kind == "feature"), key=lambda node: -abs(node.effect)

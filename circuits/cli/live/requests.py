@@ -1,4 +1,4 @@
-"""What a page may ask for: each request is one of these records, checked before anything is done."""
+"""Requests of a page: each is one of these records, checked before anything is done."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class FindCircuit:
 
 @dataclass(frozen=True)
 class NameFeature:
-    """What a feature is called; an empty label takes the name away."""
+    """A label for a feature; an empty label takes the name away."""
 
     feature: Name
     label: Name

@@ -223,7 +223,7 @@ def _batches(prompts: PromptSet, columns: Tensor) -> Iterator[tuple[PromptSet, T
 
 @dataclass(frozen=True)
 class _BatchScores:
-    """What one batch adds."""
+    """The sums that one batch adds."""
 
     pairs: list[PairScores]
     totals: Tensor  # [2, 2] score and weight, added up over prompts, of the key and of the other one

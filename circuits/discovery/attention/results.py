@@ -1,4 +1,4 @@
-"""What is said of attention: pairs of features behind a score, and heads behind edges."""
+"""Results of `sfc attention`: pairs of features behind a score, and heads behind edges."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sae._frames import Result, frame_text
 PAIRS_KEPT = 50
 """Pairs, and features of a side, that a file holds; the rest is one number."""
 PAIRS_SHOWN = 10
-"""Those that the terminal shows."""
+"""Pairs that the terminal shows."""
 HEADS_SHOWN = 6
 """Heads that it shows."""
 
@@ -197,9 +197,9 @@ class EdgeLoading:
     weight: float
     """The edge: mean over prompts, in units of the metric."""
     heads: list[float]
-    """What passes through each head."""
+    """Share of the weight that passes through each head."""
     rest: float
-    """What does not: with the heads' it adds up to the edge."""
+    """Share that passes through none: with the heads' it adds up to the edge."""
 
     @property
     def is_into(self) -> bool:

@@ -1,4 +1,4 @@
-"""What `sfc attention` left beside a circuit, for report and export: attention.json, attention_NAME.json."""
+"""Read the results of `sfc attention` beside a circuit, for report and export: attention.json, attention_NAME.json."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ class EvaluateCommand(Common, Named, HasText, HasSaes, HasModel):
         return Output(text, data)
 
     def _made_with(self, **facts: str) -> dict[str, Any]:
-        """What decides the result: of tasks no more than their texts and options where there are any."""
+        """All that decides the result: of tasks no more than their texts and options where there are any."""
         made = made_with(self, **facts)
         for name in ("suite", "other"):
             if made[name] is None:

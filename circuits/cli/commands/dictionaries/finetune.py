@@ -66,7 +66,7 @@ class _Predictions(TypedDict):
 
 
 class _Finetuned(TypedDict, total=False):
-    """What a finished fine-tuning notes of itself; nothing in runs of before that."""
+    """The record that a finished fine-tuning leaves; older runs have none."""
 
     before: _Predictions
     after: _Predictions
@@ -93,7 +93,7 @@ def progress_of(run: Path) -> dict[str, Any]:
 
 
 def finetuned_lines(run: Path) -> list[str]:
-    """What became of each site, and of the predictions, from the first line of the log to the last."""
+    """The change of each site, and of the predictions, from the first line of the log to the last."""
     progress = progress_of(run)
     rows = [
         f"  {before['site']:<9} explained variance {before['explained_variance']:.3f} -> "

@@ -110,7 +110,7 @@ class _Edit(UsesSaes, Named, HasTestPrompts, RunsCircuit):
         return Output(f"{report.text()}\nwrote {path}", data)
 
     def before_measuring(self, circuit: Circuit, operation: Operation, value: float | None) -> None:
-        """What else is done with the edit."""
+        """A hook for commands that do more with the edit."""
 
     def trial(
         self, circuit: Circuit, operation: Operation, value: float | None, chosen: Sequence[Edit] | None = None
@@ -157,7 +157,7 @@ class _Edit(UsesSaes, Named, HasTestPrompts, RunsCircuit):
         return texts[:n_measured], texts[n_measured:]
 
     def _answers(self, circuit: Circuit) -> list[int]:
-        """What answers the behaviour in the whole file of the circuit's prompts, or of `--prompts` where it is gone."""
+        """The answers of all prompts in the file of the circuit, or in `--prompts` where that file is gone."""
         from circuits.editing.measures import answers_of
 
         for path in (circuit.metadata.get("prompts"), self.prompts):

@@ -156,7 +156,7 @@ class ShiftCommand(Named, _Labelled):
         return circuit
 
     def _found_with(self, prepared: Prepared) -> dict[str, Any]:
-        """What decides the circuit."""
+        """All that decides the circuit."""
         from sae.saes import saes_fingerprint
 
         study = prepared.study

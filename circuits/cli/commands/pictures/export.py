@@ -228,7 +228,7 @@ class ExportCommand(Common, Overwrites, HasCircuit):
 
 
 def _shape(model: LanguageModel) -> dict[str, Any]:
-    """What EAP-IG and MIB say of a model."""
+    """The model's shape in the keys of EAP-IG and MIB."""
     heads = getattr(model.hf.config.get_text_config(), "num_attention_heads", None)
     if heads is None:
         raise UserError(f"eap-ig and mib name attention heads, and model {model.name!r} has none: take another format")

@@ -105,7 +105,7 @@ class LabelsCommand(Prints):
 
 
 def _context_line(node: Any) -> dict[str, Any]:
-    """What a labeller may want to know of a feature."""
+    """A line for a labeller: where a feature is on, its strongest tokens and contexts."""
     shown = ("top_tokens", "top_logits", "bottom_logits", "density", "max_activation", "by_case")
     contexts = node.attributes.get("contexts") or []
     return {

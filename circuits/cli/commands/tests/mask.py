@@ -113,7 +113,7 @@ class MaskCommand(Named, HasSizes, HasTestPrompts, RunsCircuit):
         return learn(circuit, prompts, self.options, progress=not self.quiet)
 
     def _circuit(self, circuit: Circuit, mask: LearnedMask | LearnedEdges) -> Circuit | None:
-        """What is kept longest as a circuit, where that was asked for."""
+        """The nodes or edges that stay longest as a circuit, where that was asked for."""
         from circuits.faithfulness.edge_mask import LearnedEdges, edge_mask_circuit
         from circuits.faithfulness.learned_mask import mask_circuit
 
@@ -152,7 +152,7 @@ class MaskCommand(Named, HasSizes, HasTestPrompts, RunsCircuit):
 
 
 def _setting(result: Faithfulness) -> str:
-    """What is ablated, and by what."""
+    """Words for which nodes are ablated, and how."""
     from circuits.faithfulness.results import NodeFaithfulness
 
     if isinstance(result, NodeFaithfulness):

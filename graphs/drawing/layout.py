@@ -323,9 +323,7 @@ def route_edges(graph: FeatureGraph, boxes: dict[str, Box]) -> dict[tuple[str, s
 
 
 def _ports(graph: FeatureGraph, boxes: dict[str, Box], *, side: str) -> dict[tuple[str, str], float]:
-    """The x on a box at which each edge begins (top) or ends (bottom): sorted by the other end, so that edges do not
-    cross.
-    """
+    """The x on a box where each edge begins (top) or ends (bottom): by the other end, so that edges do not cross."""
     other: Callable[[tuple[str, str]], float]
     groups: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for source, target, *_ in graph.edges():

@@ -1,5 +1,5 @@
-"""What every part of a drawing needs to know (the layout, and sizes that go with the number of nodes), and what stands
-around the graph: columns, title and legend.
+"""The frame of a drawing: its layout, sizes that go with the number of nodes, and columns, title and legend around the
+graph.
 """
 
 from __future__ import annotations

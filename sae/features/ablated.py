@@ -1,5 +1,5 @@
-"""What a feature does in the contexts that are shown: its activation at each token, and how much less or more probable
-each token is without it.
+"""The effect of a feature in the contexts that are shown: its activation at each token, and how much less or more
+probable each token is without it.
 
     x' = x − f_i W_dec[i]  at the feature's site, at every token before the one that is predicted
     change_t = log p(token_t | x') − log p(token_t | x)

@@ -112,12 +112,12 @@ class LabelsFile:
         here, new = self.read(), []
         for name, text in labels.items():
             site, feature = self._parse(name)
-            before = here.get(f"{site}/{feature}")
+            existing = here.get(f"{site}/{feature}")
             score = (scores or {}).get(name)
-            is_there = text.strip() == (before["label"] if before else "") and (
-                not before or not before.get("automatic")
+            is_there = text.strip() == (existing["label"] if existing else "") and (
+                not existing or not existing.get("automatic")
             )
-            if is_there and score in (None, before.get("score") if before else None):
+            if is_there and score in (None, existing.get("score") if existing else None):
                 continue
             line = Label(
                 site=site, feature=feature, label=text.strip(), by=by, date=datetime.date.today().isoformat(),

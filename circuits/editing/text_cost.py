@@ -55,8 +55,10 @@ class OtherText:
         return self._split(number, logits)
 
     def _split(self, number: int, logits: Tensor) -> tuple[ModelPredictions, ModelPredictions]:
-        here, targets = self.is_answer[number], self.targets[number]
-        return ModelPredictions(logits[here], targets[here]), ModelPredictions(logits[~here], targets[~here])
+        is_answer, targets = self.is_answer[number], self.targets[number]
+        return ModelPredictions(logits[is_answer], targets[is_answer]), ModelPredictions(
+            logits[~is_answer], targets[~is_answer]
+        )
 
     @torch.no_grad()
     def measured(self, behaviour: Behaviour, edits: Standing) -> Behaviour:
@@ -66,8 +68,10 @@ class OtherText:
         with self.model.edited(edits):
             for number, tokens in enumerate(self.batches):
                 logits = self.model.run(tokens).logits[:, :-1][self.scored[number]]
-                here = self.is_answer[number]
-                for total, some, before in zip(totals, (logits[here], logits[~here]), clean[number], strict=True):
+                is_answer = self.is_answer[number]
+                for total, some, before in zip(
+                    totals, (logits[is_answer], logits[~is_answer]), clean[number], strict=True
+                ):
                     total.update(some, before)
         n, n_other = (total.n_predictions for total in totals)
         weights = n / (n + n_other), n_other / (n + n_other)

@@ -70,13 +70,16 @@ def in_other_saes(
     others = as_saes(saes).subset(sites)
     other = _found_again(circuit, others, circuit.prompts, progress=progress)
     partner = {site: _partners(circuit.saes[site], others[site]) for site in sites}
-    here = _values(circuit, options, sites)
-    names = [_renamed(name, partner) for name in here.names]
+    node_values = _values(circuit, options, sites)
+    names = [_renamed(name, partner) for name in node_values.names]
     overlap = overlap_between(
-        NodeValues(names, here.values, here.groups), _values(other, options), options.nodes, _bootstrap(options)
+        NodeValues(names, node_values.values, node_values.groups),
+        _values(other, options),
+        options.nodes,
+        _bootstrap(options),
     )
-    chosen = here.strongest(options.nodes).nonzero()[:, 0].tolist()
-    features = [names[column] for column in chosen if not here.names[column].endswith(("/error", "/skip"))]
+    chosen = node_values.strongest(options.nodes).nonzero()[:, 0].tolist()
+    features = [names[column] for column in chosen if not node_values.names[column].endswith(("/error", "/skip"))]
     matched = sum(not name.startswith(UNMATCHED) for name in features) / max(len(features), 1)
     explained = _explained(other, other.nodes, circuit.prompts, options, progress=progress)
     return Elsewhere(overlap, *explained, matched)

@@ -113,7 +113,19 @@ class Circuit(CircuitViews):
     def read_prompts(
         self, path: str | Path | None = None, *, limit: int | None = None, need_spans: bool | None = None
     ) -> PromptSet:
-        """At most `limit` prompts of a file, or of those it was found on; see `CircuitSource.read_prompts`."""
+        """Read a file of prompts as the circuit's own were read.
+
+        Args:
+            path: A file of prompts; the one that it was found on by default.
+            limit: How many prompts are read at most.
+            need_spans: Whether prompts without spans are refused; by default they are where the circuit is by span.
+
+        Returns:
+            The prompts.
+
+        Raises:
+            UserError: For a file without prompts, or where the file of the circuit's own prompts has changed.
+        """
         return self.source.read_prompts(self.metadata, path, limit=limit, need_spans=need_spans)
 
     def get_metric(self, given: str | Metric | None = None) -> Metric:

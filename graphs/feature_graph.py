@@ -169,8 +169,17 @@ class FeatureGraph:
         interval: Sequence[float] | None = None,
         by_case: Mapping[str, float] | None = None,
     ) -> None:
-        """Add an edge between two nodes of the graph, from a site to a later one or to the metric, with the bounds of
-        its weight and its weight by case where they are known.
+        """Add an edge between two nodes of the graph, from a site to a later one or to the metric.
+
+        Args:
+            source: Id of the node it leaves.
+            target: Id of the node it enters.
+            weight: Its weight, in units of the metric.
+            interval: Bounds of the weight, where they are known.
+            by_case: The weight by case of prompts, where it is known.
+
+        Raises:
+            GraphError: For a node that is not there, an edge that leads back, or a number that is not finite.
         """
         for end in (source, target):
             if end not in self.graph:
@@ -276,7 +285,15 @@ class FeatureGraph:
     # --- new graphs from this one -------------------------------------------------------------------------------
 
     def subgraph(self, ids: Iterable[str], *, edges: Iterable[tuple[str, str]] | None = None) -> FeatureGraph:
-        """The graph on these nodes, with all edges between them or only those given; metadata is shared."""
+        """Give the graph on some of its nodes; metadata is shared.
+
+        Args:
+            ids: The nodes.
+            edges: (source, target) of the edges that stay; all between the nodes by default.
+
+        Returns:
+            The graph.
+        """
         keep = set(ids)
         allowed = None if edges is None else set(edges)
         smaller = FeatureGraph(self.sites, metadata=self.metadata)
@@ -330,7 +347,15 @@ class FeatureGraph:
         return graph
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write the graph as JSON in one step; a GraphError refuses to replace any other file, unless `overwrite`."""
+        """Write the graph as JSON in one step.
+
+        Args:
+            path: The file.
+            overwrite: Whether any other file is replaced.
+
+        Raises:
+            GraphError: For another file there, unless `overwrite`.
+        """
         check_output(path, is_graph, overwrite=overwrite)
         write_json(path, self.to_json())
 

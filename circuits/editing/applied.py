@@ -56,6 +56,9 @@ def edited(
             activations and draws are taken from where the edits do not say them and there are no texts.
         texts: Text that these are taken from.
 
+    Returns:
+        A context manager; when the block ends the model is as it was before, also after an error.
+
     Raises:
         UserError: For a feature that is not there, or an edit that refers to what it does not say.
     """

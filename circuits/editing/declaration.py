@@ -171,7 +171,13 @@ class EditsFile(TypedDict):
 
 
 def load_edits(path: str | Path) -> list[Edit]:
-    """The edits of a file, or those that a report of `sfc ablate` or `sfc steer` was made with.
+    """Read the edits of a file, or those that a report of `sfc ablate` or `sfc steer` was made with.
+
+    Args:
+        path: A file of `save_edits`, or a report such as `edits/NAME.json` of a run.
+
+    Returns:
+        The edits, in their order.
 
     Raises:
         UserError: With the file, the key and what is allowed, for a file that holds no edits, or damaged ones.
@@ -199,7 +205,19 @@ def _edit(entry: EditFile, groups: Mapping[str, Sequence[str]]) -> Edit:
 
 
 def save_edits(edits: Edit | Sequence[Edit], path: str | Path, *, overwrite: bool = False) -> Path:
-    """Write edits as a file that `load_edits` reads; `overwrite`: whether a file of another kind is replaced."""
+    """Write edits as a JSON file that `load_edits` reads.
+
+    Args:
+        edits: One edit, or several in the order in which they apply.
+        path: The file.
+        overwrite: Whether a file of another kind is replaced.
+
+    Returns:
+        The path.
+
+    Raises:
+        UserError: For a file there that holds no edits, unless `overwrite`.
+    """
     listed = [edits] if isinstance(edits, Edit) else edits
     data = {"schema_version": SCHEMA_VERSION, "kind": "edits", "edits": [edit.to_dict() for edit in listed]}
     check_output(path, like(data), overwrite=overwrite)

@@ -3,13 +3,11 @@
 1. `layered_layout` places nodes and routes edges; the positions are written into the DOT text, whose `layout=nop2`
    tells every Graphviz program to keep them (`dot -Tsvg circuit.dot` gives the same picture).
 2. Sites are clusters, bottom to top in model order. Features are rounded boxes, coloured by the class of prompts they
-   are on for, with a bar as long as their |effect|; where classes are not known, or by `colour="effect"`, coloured by
-   sign and size of the effect. SAE errors are triangles, skip connections diamonds; the metric is on top. Edges grow
-   with the weight.
+   are on for, with a bar as long as their |effect|; where classes are not known, or by `colour="effect"`, by sign and
+   size of the effect. SAE errors are triangles, skip connections diamonds; the metric is on top.
 3. The more nodes, the smaller the boxes and the shorter their labels; in large graphs only the strongest keep a label,
    the others their id. Everything is in the tooltips of the SVG.
-
-Graphviz comes with the wheels of pygraphviz: no system package is needed.
+4. Graphviz comes with the wheels of pygraphviz: no system package is needed.
 """
 
 from __future__ import annotations
@@ -67,11 +65,19 @@ FONT = "DejaVu Sans"
 
 
 def to_dot(graph: FeatureGraph, *, title: str | None = None, link: str = "#node-{id}", colour: Colour = "class") -> str:
-    """The graph as DOT with positions.
+    """Give the graph as DOT, with the positions of nodes.
 
-    `title` stands above the drawing (default: `metadata["title"]`). `link` is the template of the nodes' hyperlinks
-    in SVG, with `{id}` and `{name}`; the SVG element of a node has the id `drawn-{id}`, that of an edge
-    `drawn-{source}--{target}`.
+    Args:
+        graph: The graph, with at least one node.
+        title: Heading of the drawing, `graph.metadata["title"]` by default.
+        link: Template of the nodes' hyperlinks in SVG, with `{id}` and `{name}`.
+        colour: What colours stand for, as in `draw`.
+
+    Returns:
+        DOT; the SVG element of a node gets the id `drawn-{id}`, that of an edge `drawn-{source}--{target}`.
+
+    Raises:
+        GraphError: For a graph without nodes.
     """
     return _source(make_scene(graph, link, colour), title)
 
@@ -139,9 +145,17 @@ def draw(
 def to_svg(
     graph: FeatureGraph, *, nodes: int, edges: int | None = None, title: str = "", portrait: bool = False
 ) -> str:
-    """The drawing of the strongest `nodes` and `edges` as an `<svg>` element that can stand inside a page.
+    """Draw the strongest nodes and edges as an `<svg>` element that can stand inside a page.
 
-    `portrait`: whether it is taller than wide.
+    Args:
+        graph: The graph, with at least one node.
+        nodes: How many nodes are drawn at most.
+        edges: How many edges are drawn at most; all between the nodes by default.
+        title: Heading of the drawing.
+        portrait: Whether it is taller than wide.
+
+    Returns:
+        The element.
     """
     strongest = by_top_nodes(graph, nodes)
     strongest = strongest if edges is None else by_top_edges(strongest, edges)

@@ -178,6 +178,8 @@ def _short(model: str) -> str:
 
 def _check_embedding(model: LanguageModel, x: Tensor, ids: Tensor) -> None:
     """TransformerLens' `hook_embed` is the token embedding alone, up to a factor. x: [N, d]; ids: [N]."""
+    if model.server:  # its embeddings are not here
+        return
     weight = weight_of(model.hf.get_input_embeddings())
     assert weight is not None
     rows, x = weight.detach()[ids].to(x.device).float(), x.float()

@@ -118,7 +118,7 @@ def estimate_discovery(
     if files:  # they are mapped from disk where they are used
         left |= {"gradients for edges": 0, "kept for edges": 0}
     memory = {
-        "model": bytes_at_home(model.hf),
+        "model": 0 if model.server else bytes_at_home(model.hf),
         "autoencoders": setting.saes.n_bytes,
         "one batch": peak,
         **left,

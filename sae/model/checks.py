@@ -122,7 +122,7 @@ def _check_gradient(model: LanguageModel, tokens: Tokens) -> None:
     run = model.run(tokens, capture=[first, *moved], grad=True)
     weights = torch.randn(run.logits.shape, generator=torch.Generator().manual_seed(0)).to(run.logits)
     m = (run.logits * weights).sum()
-    gradients = {site: _gradient(m, run.activations[site]) for site in (first, *moved)}
+    gradients = {site: _gradient(run, m, site) for site in (first, *moved)}
     loose = next((site for site in moved if gradients[site] is None), None)
     if loose is not None:
         raise UserError(
@@ -154,11 +154,11 @@ def _check_gradient(model: LanguageModel, tokens: Tokens) -> None:
         )  # fmt: skip
 
 
-def _gradient(m: Tensor, x: Tensor) -> Tensor | None:
+def _gradient(run: Run, m: Tensor, site: Site) -> Tensor | None:
     """dm/dx; None where x does not reach m."""
-    if not (m.requires_grad and x.requires_grad):
+    if run.pull_back is None and not (m.requires_grad and run.activations[site].requires_grad):
         return None
-    return torch.autograd.grad(m, x, allow_unused=True, retain_graph=True)[0]
+    return run.gradients(m, [site], allow_unused=True, retain_graph=True)[0]
 
 
 def _smallest(difference: Callable[[float], float]) -> float:

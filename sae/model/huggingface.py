@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from sae._files import read_json, shorten
@@ -141,18 +142,30 @@ def fingerprints(hf: nn.Module) -> tuple[str, str]:
 
     Both round to bfloat16, so that the number type does not show where it is at least as wide as the stored one.
     """
-    direct, by_half = hashlib.sha256(model_type(hf).encode()), hashlib.sha256(model_type(hf).encode())
-    for parameter in weights_of(hf):
-        shape = repr(tuple(parameter.shape)).encode()
-        direct.update(shape)
-        by_half.update(shape)
-        if parameter.device.type == "meta" or not parameter.numel():
+    return hash_of(model_type(hf), ((tuple(weight.shape), _sample(weight)) for weight in weights_of(hf)))
+
+
+def hash_of(architecture: str, weights: Iterable[tuple[tuple[int, ...], Tensor | None]]) -> tuple[str, str]:
+    """The fingerprints of a model, from the shape and the sample of each weight; None where it has no values."""
+    direct, by_half = hashlib.sha256(architecture.encode()), hashlib.sha256(architecture.encode())
+    for shape, sample in weights:
+        direct.update(repr(shape).encode())
+        by_half.update(repr(shape).encode())
+        if sample is None or not sample.numel():
             continue
-        flat = parameter.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // SAMPLED_VALUES)][:SAMPLED_VALUES].cpu()
         direct.update(sample.to(torch.bfloat16).view(torch.int16).numpy().tobytes())
         by_half.update(sample.to(torch.float16).to(torch.bfloat16).view(torch.int16).numpy().tobytes())
     return direct.hexdigest()[:16], by_half.hexdigest()[:16]
+
+
+def sampled(n_values: int) -> slice:
+    """Which of a weight's values are in its sample, counted in a row."""
+    step = max(1, n_values // SAMPLED_VALUES)
+    return slice(0, min(n_values, step * SAMPLED_VALUES), step)
+
+
+def _sample(weight: Tensor) -> Tensor | None:
+    return None if weight.device.type == "meta" else weight.detach().flatten()[sampled(weight.numel())].cpu()
 
 
 def stored_fingerprints(name: str, marks: tuple[str, ...]) -> tuple[str, ...]:
@@ -211,7 +224,7 @@ def pretrained_model(name: str, dtype: torch.dtype | None, device_map: str | dic
     except Exception as error:
         if device_map is not None and "device" in str(error):
             raise UserError(f"device-map does not fit model {name!r}: {shorten(str(error), 300)}") from error
-        raise _not_loaded("model", name, "config.json and the weights", error) from error
+        raise not_loaded("model", name, "config.json and the weights", error) from error
     if device_map is not None:
         check_modules(model, device_map)
     for what, key in (("has no weights for", "missing_keys"), ("has weights of another shape for", "mismatched_keys")):
@@ -245,11 +258,11 @@ def pretrained_tokenizer(name: str, *, required: bool) -> Any:
             return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
     except Exception as error:
         if required:
-            raise _not_loaded("tokenizer of model", name, "tokenizer.json", error) from error
+            raise not_loaded("tokenizer of model", name, "tokenizer.json", error) from error
         return None
 
 
-def _not_loaded(what: str, name: str, contents: str, error: Exception) -> UserError:
+def not_loaded(what: str, name: str, contents: str, error: Exception) -> UserError:
     """The sentence for whatever the library raised; raise what this returns."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, UnpicklingError):

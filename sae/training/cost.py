@@ -135,7 +135,7 @@ def estimate_training(
             "autoencoders": step * config.steps,
         },
         memory={
-            "model": 0 if isinstance(model, CachedModel) else bytes_at_home(model.hf),
+            "model": 0 if isinstance(model, CachedModel) or model.server else bytes_at_home(model.hf),
             "weights": n_weights,
             "Adam's moments": in_checkpoint - n_weights,
             "buffer": 4 * rows_in_buffer(rows, config) * sum(rows.widths.values()),

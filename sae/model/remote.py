@@ -40,7 +40,7 @@ SIMULATION = "local"
 
 
 def parse_remote(remote: str) -> bool | str:
-    """Where requests go as nnsight takes it, from "ndif", "local" or the address of a server.
+    """The server as nnsight takes it, from "ndif", "local" or the address of a server.
 
     Raises:
         UserError: it is none of these, nnsight has no key for NDIF, or there are several processes.
@@ -107,7 +107,7 @@ class Server:
             seen = shown["sites"][site.name]
             x = seen["tensor"]
             self.points[site] = replace(
-                point, outputs=_empty(seen["outputs"]), body_outputs=_empty(seen.get("body", ["", 0])),
+                point, outputs=_empty(seen["outputs"]), body_outputs=_empty(seen["body"]),
                 flat=x.ndim == 2, in_place=seen["changed"],
             )  # fmt: skip
             values[site] = x.unflatten(0, (rows, -1)) if x.ndim == 2 else x
@@ -158,7 +158,7 @@ class _Part:
     model: Any
     tokens: Tokens
     fixed: Mapping[Site, Tensor] = field(default_factory=dict)
-    """What stands at sites, whose modules do not run."""
+    """Tensors that stand at sites, whose modules do not run."""
     captured: tuple[Site, ...] = ()
     """Sites whose x is the result, behind those of `fixed` that reach them."""
     functions: Mapping[Site, SiteEdit] = field(default_factory=dict)
@@ -226,7 +226,7 @@ class _Part:
             return request(self.server.root, self.server.where, self._inputs(), steps, **options)
 
     def _steps(self, values: Mapping[Site, Tensor], leaves: Sequence[Site]) -> list[Step]:
-        """What the request does, in forward order."""
+        """Steps of the request, in forward order."""
         points = {site: self.model._point(site) for site in {*values, *self.captured, *self.functions}}
         order = sorted(points, key=self.model._when)
         n = len(self.tokens)

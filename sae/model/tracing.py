@@ -1,9 +1,8 @@
 """All that is asked of nnsight, which no other file imports: handles of modules, and requests to a model elsewhere.
 
 A request is one nnsight trace that nnsight sends to a server (NDIF, or its own simulation of one in this process). What
-travels there is the text of the `with` block below and what its names hold: handles, tensors, numbers, functions of
-torch. Nothing of this package is among it, so a server needs none of our code, and only saved tensors come back. The
-block is plain Python for the same reason: a server compiles it with restrictions, such as no names with underscores.
+travels there is the text of the `with` block below and of `sae.model.shipped`, and handles, tensors and numbers. So a
+server needs none of this package's code, and only what was saved comes back.
 """
 
 from __future__ import annotations
@@ -19,9 +18,12 @@ from torch import Tensor, nn
 
 from sae._files import shorten
 from sae.errors import UserError
+from sae.model import shipped
+
+nnsight.register(shipped.__name__)  # its functions travel as text
 
 Step = dict[str, Any]
-"""What a request does at one site: see `request`."""
+"""One site of a request: see `request`."""
 
 
 class _Handle(Envoy):
@@ -102,62 +104,20 @@ def request(
     """
     inputs, steps, sources = dict(inputs), list(steps), list(sources)
     incoming = dict(cotangents or {})
-    differentiate = bool(incoming)
-    save = nnsight.save
+    save, visit, pulled, logits_of = nnsight.save, shipped.visit, shipped.pulled, shipped.logits_of
     try:
-        with torch.set_grad_enabled(differentiate), root.trace(**inputs, remote=remote):
-
-            def first(value):  # type: ignore[no-untyped-def]
-                return value[0] if isinstance(value, (tuple, list)) else value
-
-            def with_first(value, x):  # type: ignore[no-untyped-def]
-                if isinstance(value, tuple):
-                    return (x,) + tuple(value[1:])  # noqa: RUF005
-                return [x] + list(value[1:]) if isinstance(value, list) else x  # noqa: RUF005
-
+        with torch.set_grad_enabled(bool(incoming)), root.trace(**inputs, remote=remote):
             seen = {}
             for step in steps:
-                envoy, scale, rows = step["envoy"], step.get("scale", 1.0), step.get("rows")
-                if step.get("passes"):
-                    envoy.skip(with_first(step.get("outputs"), first(envoy.input)))
-                    continue
-                given = step.get("value")
-                if given is None:
-                    value = first(envoy.input if step.get("entry") else envoy.output)
-                    x = value if rows is None else value.unflatten(0, (rows, -1))
-                    x = x if scale == 1.0 else x * scale
-                    x = x.clone() if step.get("copy") else x
-                    x = x.detach().requires_grad_(True) if step.get("leaf") else x
-                    x = step["function"](x) if "function" in step else x
-                else:
-                    x = given.to(first(step.get("body", envoy).input).device).detach()
-                    x = x.requires_grad_(True) if step.get("leaf") else x
-                seen[step["key"]] = x
-                value = x if scale == 1.0 else x / scale
-                value = value if rows is None else value.flatten(0, 1)
-                value = value.clone() if step.get("copy") else value
-                if step.get("entry"):
-                    envoy.input = value
-                elif given is None:
-                    envoy.output = with_first(envoy.output, value)
-                else:
-                    if "body" in step:
-                        step["body"].skip(with_first(step.get("body_outputs"), torch.zeros_like(value)))
-                    envoy.skip(with_first(step.get("outputs"), value))
-            results = {}
-            if differentiate or logits:
-                output = root.output
-                seen["logits"] = first(output.logits if hasattr(output, "logits") else output)
-            if differentiate:
-                keys = list(incoming)
-                outs = [seen[key] for key in keys]
-                sent = [incoming[key].to(seen[key]) for key in keys]
-                pulled = torch.autograd.grad(outs, [seen[key] for key in sources], sent, allow_unused=True)
-                for key, gradient in zip(sources, pulled):  # noqa: B905
-                    results[key] = None if gradient is None else gradient.cpu()
+                x = visit(step)
+                if x is not None:
+                    seen[step["key"]] = x
+            if incoming or logits:
+                seen["logits"] = logits_of(root.output)
+            if incoming:
+                results = dict(zip(sources, pulled(seen, incoming, sources)))  # noqa: B905
             else:
-                for key in seen:
-                    results[key] = seen[key].detach().cpu()
+                results = {key: seen[key].detach().cpu() for key in seen}
             answer = save(results)
     except Exception as error:
         raise failed(error) from error
@@ -167,38 +127,18 @@ def request(
 def structure(
     root: TransformersModel, remote: bool | str, inputs: Mapping[str, Tensor], steps: Sequence[Step]
 ) -> dict[str, Any]:
-    """What modules return: for each key `kind` ("tuple", "list" or "") and `entries` of the output, the same of the
-    body, the `tensor` and whether it is `changed` before the pass is over; and "logits". Steps as in `request`.
+    """The `sites`: by key `outputs` of the module and of its `body` (kind of a tuple or list, number of entries), the
+    `tensor`, and whether it is `changed` before the pass is over; and the `logits`. Steps as in `request`.
     """
     inputs, steps, save = dict(inputs), list(steps), nnsight.save
+    described, as_sent, logits_of = shipped.described, shipped.as_sent, shipped.logits_of
     try:
         with torch.no_grad(), root.trace(**inputs, remote=remote):
-
-            def shape_of(value):  # type: ignore[no-untyped-def]
-                kind = "tuple" if isinstance(value, tuple) else "list" if isinstance(value, list) else ""
-                return [kind, len(value) if kind else 0]
-
-            def first(value):  # type: ignore[no-untyped-def]
-                return value[0] if isinstance(value, (tuple, list)) else value
-
-            described = {}
-            tensors = {}
+            seen = {}
             for step in steps:
-                entry = {}
-                if "body" in step:
-                    entry["body"] = shape_of(step["body"].output)
-                value = step["envoy"].input if step.get("entry") else step["envoy"].output
-                entry["outputs"] = shape_of(None if step.get("entry") else value)
-                tensors[step["key"]] = first(value)
-                entry["tensor"] = first(value).detach().clone()
-                described[step["key"]] = entry
-            output = root.output
-            logits = first(output.logits if hasattr(output, "logits") else output).detach().cpu()
-            for key in described:
-                before = described[key]["tensor"]
-                changed = bool((tensors[key] != before).any())
-                described[key] = {**described[key], "tensor": before.cpu(), "changed": changed}
-            answer = save({"sites": described, "logits": logits})
+                seen[step["key"]] = described(step)
+            logits = logits_of(root.output).detach().cpu()
+            answer = save({"sites": {key: as_sent(seen[key]) for key in seen}, "logits": logits})
     except Exception as error:
         raise failed(error) from error
     return answer

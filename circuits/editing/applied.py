@@ -11,7 +11,7 @@ Shapes: B prompts, S positions, n columns, m edited features of a site, G places
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -68,8 +68,14 @@ def edited(
     )
     batches = list(token_batches(model, sorted(texts, key=len), max_tokens=None, batch_size=16)) if texts else []
     resolved = [with_references(model, saes, edit, prompts=prompts, texts=batches) for edit in listed]
-    with model.edited(FeatureEdits(model, saes, resolved, prompts=prompts).standing(prompts)):
+    standing = FeatureEdits(model, saes, resolved, prompts=prompts).standing(prompts)
+    with model.edited(standing), frozen(model, listed):
         yield
+
+
+def frozen(model: LanguageModel, edits: Iterable[Edit]) -> AbstractContextManager[None]:
+    """Attention that does not follow edits, where one of them says so."""
+    return model.frozen_attention() if any(edit.freeze == "attention" for edit in edits) else nullcontext()
 
 
 # ------------------------------------------------------------------------------------------ what edits refer to

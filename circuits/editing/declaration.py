@@ -24,7 +24,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from circuits.editing.targets import EVERYWHERE, feature_names, parse_features, split_by_span
 from circuits.labels import SupernodesFile, group_members, groups_by_name
-from circuits.options import EditedTokens, Operation
+from circuits.options import EditedTokens, Freeze, Operation
 from graphs.schema import SupernodeFile
 from graphs.supernodes import PREFIX
 from sae._files import check_type, read_json, write_json
@@ -65,6 +65,8 @@ class Edit:
     """What the change is multiplied by at every token: `mean` at 2 mirrors a feature about its mean."""
     by_template: bool = False
     """Whether `mean` is, at tokens of the prompts, over those at the same place of the same template (or span)."""
+    freeze: Freeze | None = None
+    """attention: every head looks where it looks without edits, at the tokens of the prompts or of a text."""
     reference: Reference = field(default_factory=dict)
     """What the operation refers to, by name of the feature: its mean for `mean`, its largest activation where the value
     is relative, for `resample` some of its activations. What is missing is measured on the prompts or text at hand.
@@ -74,6 +76,8 @@ class Edit:
         check_operation(self.operation, self.value)
         if self.where not in get_args(EditedTokens):
             raise unknown("where", self.where, get_args(EditedTokens))
+        if self.freeze not in (None, *get_args(Freeze)):
+            raise unknown("freeze", str(self.freeze), get_args(Freeze))
         if self.relative and self.operation not in CAN_BE_RELATIVE:
             raise UserError(f"the value of {self.operation!r} is never relative: of {', '.join(CAN_BE_RELATIVE)} alone")
         if self.by_template and self.operation != "mean":
@@ -158,6 +162,7 @@ class EditFile(TypedDict):
     schedule: NotRequired[list[FiniteFloat]]
     strength: NotRequired[FiniteFloat]
     by_template: NotRequired[bool]
+    freeze: NotRequired[Freeze | None]
     reference: NotRequired[dict[str, FiniteFloat | list[FiniteFloat]]]
 
 

@@ -6,7 +6,7 @@
 3. Gradients need no backward inside the trace: a leaf planted at the embedding makes the graph, which outlives it.
 4. `resume_from` gives the tensors that let a run start at a site, from activations that were kept before.
 5. `generate` applies edits at every step with forward hooks, which cost less per token than a trace.
-6. `edited` lets edits stand for all runs and generations of a `with` block.
+6. `edited` lets edits stand for a `with` block; in one of `frozen_attention` heads look where they look without edits.
 
 Examples do not interact, so a batch may hold n copies of the same prompts with different edits.
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property, partial
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from sae.errors import UserError
 from sae.model.device_map import home_device
 from sae.model.forward import Run, fitted, forward_inputs, outside_inference_mode, probe_tokens, run_by_length
+from sae.model.frozen_attention import as_unedited, check_can_freeze
 from sae.model.generation import generate
 from sae.model.hook_points import Columns, HookPoint, SiteEdit, StandingEdit, after_standing, chained, edited
 from sae.model.huggingface import evaluation_mode, fingerprints, max_positions, stored_fingerprints
@@ -40,6 +41,7 @@ from sae.model.site_handles import (
     hidden_by,
     input_embeddings,
     is_parallel,
+    left_out,
     make_hook_point,
     no_site,
     read_points,
@@ -76,6 +78,7 @@ class LanguageModel:
             self._coder.pad_id = 0  # added to the tokenizer and not to the model: any id serves under the mask
         self._lock = threading.RLock()
         self._standing: list[Mapping[Site, StandingEdit]] = []
+        self._is_frozen = False
         self._root = handles(hf) if server is None else server.root
         self._base = envoy_of(self._root, base) if (base := base_path(hf, self.site_paths)) else self._root
         self._contains = containment(self.site_paths)
@@ -215,27 +218,28 @@ class LanguageModel:
         self._check_requested(edits, captured, skip)
         options = {"last_only": last_only, "need_logits": need_logits}
         if not (self.padding_shows and not bool(tokens.attention_mask.all())):
-            return self._run(tokens, captured, edits, skip, grad=grad, **options)
+            with self._attention_of(tokens, edits, skip):
+                return self._run(tokens, captured, edits, skip, grad=grad, **options)
         if edits or skip or grad:
             raise UserError(
                 f"model {self.name!r} has a state that runs over padding: give prompts of equal length in tokens "
                 f"(these have {', '.join(map(str, sorted(set(tokens.lengths.tolist()))))})"
             )
-        return run_by_length(tokens, lambda rows: self._run(rows, captured, {}, {}, grad=False, **options))
+        return run_by_length(tokens, lambda rows: self._run(rows, captured, {}, {}, **options))
 
     def _run(
         self, tokens: Tokens, captured: set[Site], edits: Mapping[Site, SiteEdit], skip: Mapping[Site, Tensor], *,
-        grad: bool, last_only: bool, need_logits: bool,
+        grad: bool = False, last_only: bool = False, need_logits: bool = True, unedited: bool = False,
     ) -> Run:  # fmt: skip
-        """One trace: the visits to the sites that something is asked of; or a server's run."""
-        hidden = hidden_by(skip, self._contains)
+        """One trace, or a server's run: the visits to the sites asked for; `unedited`: without standing edits."""
+        hidden, options = hidden_by(skip, self._contains), {"last_only": last_only, "need_logits": need_logits}
         with self._lock:
-            standing = {site: edit for site, edit in chained(self._standing).items() if site not in {*hidden, *skip}}
+            standing = {} if unedited else chained(self._standing)
+        standing = {site: edit for site, edit in standing.items() if site not in {*hidden, *skip}}
         edits = after_standing(standing, edits, Columns(tokens.to(self.device), 0, tokens.n_positions))
         values = fitted({site: x for site, x in skip.items() if site not in hidden}, self, rows=len(tokens))
         if self.server is not None:
-            asked: dict[str, Any] = {"grad": grad, "last_only": last_only, "need_logits": need_logits}
-            return self.server.run(self, tokens, captured, edits, values, **asked)
+            return self.server.run(self, tokens, captured, edits, values, grad=grad, **options)
         leaf = self._leaf if grad and not any(x.requires_grad for x in values.values()) else None
         points = [self._point(site) for site in sorted({*captured, *edits, *values}, key=self._when)]
         if leaf is not None and leaf not in points:
@@ -255,8 +259,8 @@ class LanguageModel:
                 activations[site] = x
 
         visits: list[Callable[[], None]] = [partial(visit, point) for point in points]
-        visits += self._left_out(points, {*captured, *edits, *skip}, last_only=last_only, need_logits=need_logits)
-        logits = self._trace(tokens, visits, grad=grad, last_only=last_only, need_logits=need_logits)
+        visits += left_out(points, self._hook_points, self._contains, {*captured, *edits, *skip}, **options)
+        logits = self._trace(tokens, visits, grad=grad, **options)
         return Run(activations, logits)
 
     @contextmanager
@@ -272,6 +276,24 @@ class LanguageModel:
                 yield
             finally:
                 self._standing.pop()
+
+    @contextmanager
+    def frozen_attention(self) -> Iterator[None]:
+        """Edited runs, and prompts of generations, attend in this context as the same text does without edits."""
+        check_can_freeze(self)
+        with self._lock:
+            before, self._is_frozen = self._is_frozen, True
+            try:
+                yield
+            finally:
+                self._is_frozen = before
+
+    def _attention_of(
+        self, tokens: Tokens, edits: Mapping[Site, SiteEdit], skip: Mapping[Site, Tensor]
+    ) -> AbstractContextManager[None]:
+        """Attention of a run without edits, where it is frozen and edits are about to follow."""
+        run = partial(self._run, tokens, set(), {}, skip, unedited=True)
+        return as_unedited(self.hf, run) if self._is_frozen and (edits or self._standing) else nullcontext()
 
     def resume_from(self, site: Site, cache: Mapping[Site, Tensor]) -> dict[Site, Tensor]:
         """The `skip` mapping with which a run starts at `site`: what comes before it is taken from `cache`.
@@ -308,7 +330,7 @@ class LanguageModel:
         self._check_requested({**edits, **later})
         pad_id = self._coder.pad_id if self._coder else 0
         evaluation_mode(self.hf)
-        with self._lock:
+        with self._lock, self._attention_of(prompts, {**edits, **later}, {}):
             return generate(
                 self, prompts.to(self.device), max_new_tokens=max_new_tokens, pad_id=pad_id, edits=edits,
                 later_edits=later, standing=chained(self._standing), sampling=sampling,
@@ -357,28 +379,6 @@ class LanguageModel:
         with self._lock, outside_inference_mode(), torch.set_grad_enabled(grad):
             logits = trace(root, inputs, visits, need_logits=need_logits)
         return logits[:, -1:] if last_only and need_logits else logits
-
-    def _left_out(
-        self, points: Sequence[HookPoint], requested: set[Site], *, last_only: bool, need_logits: bool
-    ) -> list[Callable[[], None]]:
-        """The visits, after all others, that keep from running what nobody reads."""
-        if not need_logits:
-            return [point.pass_through for point in self._blocks_after(points)]
-        mlp = self._unread_mlp(requested) if last_only else None
-        return [] if mlp is None else [mlp.at_last_position]
-
-    def _blocks_after(self, points: Sequence[HookPoint]) -> list[HookPoint]:
-        """The blocks behind the last of the points; they need not run where no logits are needed."""
-        last = max((point.site for point in points), default=Site("embed"))
-        reached = -1 if last.layer is None else last.layer
-        blocks = [site for site in self.sites if site.kind == "resid" and self._contains.get(site)]
-        return [self._hook_points[site] for site in blocks if site.layer is not None and site.layer > reached]
-
-    def _unread_mlp(self, requested: set[Site]) -> HookPoint | None:
-        """The last block's MLP, if it takes each token alone and nobody asked for it or for what it is added to."""
-        point = self._hook_points.get(Site("mlp", self.n_layers - 1))
-        after = {site for site in requested if point and (site >= point.site or site.kind in READ_KINDS)}
-        return point if point and point.token_wise and point.outputs is None and not after else None
 
     def _check_requested(
         self, edits: Iterable[Site], captured: Iterable[Site] = (), skip: Mapping[Site, Tensor] | None = None

@@ -111,6 +111,18 @@ def norm_rule(module: nn.Module) -> Callable[[nn.Module], Linear] | None:
     return None
 
 
+@contextmanager
+def frozen_norms(hf: nn.Module) -> Iterator[None]:
+    """Gradients taken of runs in this context take the scale of every norm for a constant, as that of the run:
+    queries and keys are affine in the residual stream that their layer reads.
+    """
+    with ExitStack() as stack:
+        for module in hf.modules():
+            if rule := norm_rule(module):
+                linearise(stack, module, rule(module))
+        yield
+
+
 def _norm(module: nn.Module) -> Linear:
     eps = next((getattr(module, name) for name in ("variance_epsilon", "eps") if getattr(module, name, None)), 0.0)
 

@@ -29,7 +29,7 @@ from sae.errors import UserError
 from sae.model.forward import Run, forward_inputs, outside_inference_mode
 from sae.model.hook_points import HookPoint, SiteEdit, edited
 from sae.model.huggingface import Loaded, hash_of, load_hf, not_loaded, pretrained_tokenizer, sampled
-from sae.model.site_handles import FirstPass, envoy_of, hidden_by
+from sae.model.site_handles import FirstPass, blocks_after, envoy_of, hidden_by
 from sae.model.site_search import fit_scales
 from sae.model.sites import Site, model_type
 from sae.model.tokens import Tokens
@@ -231,7 +231,8 @@ class _Part:
         order = sorted(points, key=self.model._when)
         n = len(self.tokens)
         first = min((order.index(site) for site in leaves), default=-1)
-        passes = [] if self.logits else self.model._blocks_after(list(points.values()))
+        model, reached = self.model, list(points.values())
+        passes = [] if self.logits else blocks_after(reached, model._hook_points, model._contains)
         before = [self.model._point(site) for site in self._standing()[1]]
         steps = [_step(point, n) | {"passes": True} for point in before]
         for number, site in enumerate(order):

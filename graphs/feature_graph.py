@@ -335,6 +335,11 @@ class FeatureGraph:
     def from_json(data: Any, *, source: str | Path = "graph") -> FeatureGraph:
         """Build the graph from `to_json`'s dictionary; `source` names the file in error messages."""
         check_type(data, GraphFile, source)
+        return FeatureGraph._from_file(data, source)
+
+    @staticmethod
+    def _from_file(data: GraphFile, source: str | Path) -> FeatureGraph:
+        """The graph of `to_json`'s dictionary, whose types are checked."""
         try:
             graph = FeatureGraph(data["sites"], metadata=data["metadata"])
             for item in data["nodes"]:
@@ -362,4 +367,4 @@ class FeatureGraph:
     @staticmethod
     def load(path: str | Path) -> FeatureGraph:
         """Read a graph written by `save`; anything wrong in the file raises GraphError with the file and the value."""
-        return FeatureGraph.from_json(read_json(path, Any), source=path)
+        return FeatureGraph._from_file(read_json(path, GraphFile), path)

@@ -133,8 +133,10 @@ def parse_json(text: str, where: str | Path, schema: Any) -> Any:
     undefined: list[str] = []
 
     def finite(number: str) -> float | None:
-        value = float(number)
-        return value if math.isfinite(value) else undefined.append(number)
+        if math.isfinite(value := float(number)):
+            return value
+        undefined.append(number)
+        return None
 
     try:
         value = json.loads(text, parse_constant=undefined.append, parse_float=finite)

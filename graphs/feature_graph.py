@@ -338,7 +338,7 @@ class FeatureGraph:
         return FeatureGraph._from_file(data, source)
 
     @staticmethod
-    def _from_file(data: GraphFile, source: str | Path) -> FeatureGraph:
+    def _from_file(data: Any, source: str | Path) -> FeatureGraph:
         """The graph of `to_json`'s dictionary, whose types are checked."""
         try:
             graph = FeatureGraph(data["sites"], metadata=data["metadata"])

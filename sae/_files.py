@@ -121,7 +121,7 @@ def write_tensors(
     from safetensors.torch import save_file
 
     path = Path(path)
-    copies = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    copies = _apart({name: x.detach().cpu().contiguous() for name, x in tensors.items()})
     header = dict(metadata or {}) | ({CHECKSUM: digest_tensors(copies)} if checksum else {})
     with atomic_write(path) as temporary:
         folder = temporary_name(path.with_suffix(""))
@@ -131,6 +131,17 @@ def write_tensors(
             (folder / path.name).replace(temporary)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, those that share memory with an earlier one copied: safetensors refuses to write it twice."""
+    seen: set[int] = set()
+    apart: dict[str, Tensor] = {}
+    for name, x in tensors.items():
+        memory = x.untyped_storage().data_ptr()
+        apart[name] = x.clone() if memory in seen else x
+        seen.add(memory)
+    return apart
 
 
 def digest_tensors(tensors: Mapping[str, Tensor]) -> str:

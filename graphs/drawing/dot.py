@@ -31,6 +31,7 @@ from graphs.drawing.scene import (
     add_title,
     html_text,
     make_scene,
+    quoted,
 )
 from graphs.drawing.style import (
     INK,
@@ -248,7 +249,7 @@ def _add_outline(dot: graphviz.Digraph, scene: Scene, name: str, nodes: list[Nod
         bgcolor="#e3e7ee",
         pencolor="#8d97a5",
         id=f"supernode-{nodes[0].id}",
-        tooltip=_quoted(name),
+        tooltip=quoted(name),
     )
     for node in sorted(nodes, key=lambda node: scene.layout.boxes[node.id].x):
         _add_node(dot, scene, node)
@@ -340,9 +341,9 @@ def _common(scene: Scene, node: Node, box: Box) -> dict[str, str]:
         "pos": f"{x:.1f},{y:.1f}",
         "width": f"{box.width / 72:.3f}",
         "height": f"{box.height / 72:.3f}",
-        "id": _quoted(f"drawn-{node.id}"),
-        "URL": _quoted(scene.link.replace("{id}", node.id).replace("{name}", node.name)),
-        "tooltip": _quoted(node.id),
+        "id": quoted(f"drawn-{node.id}"),
+        "URL": quoted(scene.link.replace("{id}", node.id).replace("{name}", node.name)),
+        "tooltip": quoted(node.id),
     }
 
 
@@ -368,8 +369,8 @@ def _add_edge(dot: graphviz.Digraph, scene: Scene, edge: Edge) -> None:
         penwidth=f"{0.5 + 3.2 * strength**2:.2f}",
         style="dashed" if edge.weight < 0 and scene.classes is not None else "solid",
         arrowsize=f"{head / 10:.2f}",
-        id=_quoted(_edge_id(edge)),
-        tooltip=_quoted(_edge_tooltip(edge)),
+        id=quoted(_edge_id(edge)),
+        tooltip=quoted(_edge_tooltip(edge)),
     )
 
 
@@ -390,11 +391,6 @@ def _spaced(html: str, size: float) -> str:
     return space + html + space
 
 
-def _quoted(text: str) -> str:
-    """Text that DOT must take literally: backslashes doubled, control characters shown, never read as HTML."""
-    return graphviz.nohtml(graphviz.escape(visible(text)))
-
-
 def _name(id: str) -> str:
     """A node's name in DOT, where a colon would begin a port."""
-    return _quoted(id.replace(":", "∶"))
+    return quoted(id.replace(":", "∶"))

@@ -239,6 +239,8 @@ def _foreign(data: dict[str, Any]) -> FeatureGraph:
     }
     joined: set[FeatureKey] = {end for pair in weights for end in pair} - {(METRIC, 0)}
     sites = ["embed", *(f"{kind}_{layer}" for layer in range(int(data["cfg"]["n_layers"])) for kind in ("attn", "mlp"))]
+    if beyond := sorted({site for site, _ in {*in_graph, *joined}} - {*sites}):
+        raise GraphError(f"a node of {beyond[0]} is in the graph, and n_layers is {data['cfg']['n_layers']}")
     graph = FeatureGraph(sites, metadata={"cfg": data["cfg"], "title": "component circuit"})
     for site, index in sorted({*in_graph, *joined}, key=lambda key: (sites.index(key[0]), key[1])):
         key = (site, index)

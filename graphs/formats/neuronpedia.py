@@ -179,6 +179,8 @@ def viewer_name(name: str, what: str) -> str:
         raise GraphError(
             f"{what} {name!r} holds {sign[0]!r}: Neuronpedia takes letters a to z, digits, and _ . - alone"
         )
+    if name and not name.strip("."):
+        raise GraphError(f"{what} {name!r} is no name of a file: give one with a letter or a digit")
     return name
 
 

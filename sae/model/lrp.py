@@ -101,7 +101,7 @@ def norm_rule(module: nn.Module) -> Callable[[nn.Module], Linear] | None:
     """The rule of a norm of the last dimension, by its class; None for anything else, such as a norm with a gate."""
     if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
         return None
-    _, _, *others = signature(type(module).forward).parameters.values()  # after self and x
+    others = list(signature(type(module).forward).parameters.values())[2:]  # after self and x
     if any(other.default is Parameter.empty or "gate" in other.name for other in others):
         return None
     if isinstance(module, nn.LayerNorm) or "RMSNorm" in type(module).__name__:

@@ -256,7 +256,7 @@ class Circuit(CircuitViews):
             model: the model or its name, in place of the one the circuit names.
             saes: the SAEs or their folder, in place of those the circuit names.
             metric: the metric, where it is Python code: none runs because a file names it.
-            options: device, dtype, device_map, remote, site_paths, sae_memory and stream of `CircuitSource`.
+            options: device, dtype, device_map, quantize, remote, site_paths, sae_memory and stream of `CircuitSource`.
 
         Raises:
             UserError, GraphError: for a folder without a circuit, or a damaged one.

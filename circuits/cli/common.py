@@ -37,13 +37,13 @@ def load_model(name: str, options: Common, *, saes: str | Path | None = None) ->
     paths = parse_site_paths(options.site_paths)
     return load.load_model(
         name, device=options.device, dtype=options.dtype or "float32", device_map=options.device_map,
-        remote=options.remote, site_paths=paths,
+        quantize=options.quantize, remote=options.remote, site_paths=paths,
     )  # fmt: skip
 
 
 def placed(options: Common) -> dict[str, Any]:
     """How and where a circuit's model is loaded, as `Circuit.load` takes it."""
-    names = ("device", "dtype", "device_map", "remote")
+    names = ("device", "dtype", "device_map", "quantize", "remote")
     return {name: getattr(options, name) for name in names} | {"site_paths": parse_site_paths(options.site_paths)}
 
 

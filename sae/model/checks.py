@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sae.errors import UserError
 from sae.model.forward import PROBE_ROWS, padding_tokens, with_gradients
+from sae.model.huggingface import quantization
 from sae.model.language_model import LanguageModel, Run
 from sae.model.site_search import TOLERANCE_16_BIT, block_sums, exactly, is_exact, tolerance
 from sae.model.sites import Site
@@ -66,7 +67,7 @@ def relative_difference(x: Tensor, y: Tensor) -> float:
 def _check_order(model: LanguageModel, tokens: Tokens, logits: Tensor) -> bool:
     """Later tokens change nothing; whether padding does is returned. The last two rows are variants of the first."""
     n = tokens.n_positions - int(tokens.lengths[-1])  # of padding
-    allowed = PADDING_TOLERANCE if is_exact(model.dtype) else TOLERANCE_16_BIT
+    allowed = PADDING_TOLERANCE if is_exact(model.dtype) and not _rounds(model) else TOLERANCE_16_BIT
     if relative_difference(logits[-2, :-1], logits[0, :-1]) > allowed:
         raise UserError(
             f"model {model.name!r} is not a decoder: its logits at a token depend on the tokens after it "
@@ -146,12 +147,17 @@ def _check_gradient(model: LanguageModel, tokens: Tokens) -> None:
         slope, measured = float((exactly(gradient) * exactly(direction)).sum()), (up - down) / 2
         return abs(slope - measured) / max(abs(slope), abs(measured), 1e-30)
 
-    if is_exact(model.dtype) and (worst := _smallest(difference)) > STEP_TOLERANCE:
+    if is_exact(model.dtype) and not _rounds(model) and (worst := _smallest(difference)) > STEP_TOLERANCE:
         log.warning(
             "model %s: its gradient differs by %.0f %% from what a small step at %s does to the logits: a module has "
             "no backward pass, as quantised ones may have, or rounds; effects by gradients are wrong by as much",
             model.name, 100 * worst, first,
         )  # fmt: skip
+
+
+def _rounds(model: LanguageModel) -> bool:
+    """Whether linear layers round their inputs to 8 bits, and gradients go through as if they did not."""
+    return quantization(model.architecture) == "8bit"
 
 
 def _gradient(run: Run, m: Tensor, site: Site) -> Tensor | None:

@@ -321,8 +321,8 @@ def connect(model: str | Path | nn.Module, remote: str, options: Mapping[str, An
         name = str(model)
         if isinstance(model, nn.Module) or Path(name).is_dir():
             raise UserError("a model that is here cannot run elsewhere: give its name on the hub, or remote local")
-        if options["device"] != "auto":
-            raise UserError(f"device is {str(options['device'])!r}, and with remote the server has the device")
+        if options["device"] != "auto" or options["quantize"]:
+            raise UserError("device and quantize are for a model in this process: with remote the server has its own")
         tokenizer = options["tokenizer"] or pretrained_tokenizer(name, required=True)
         try:
             root = server_handles(name, copy.deepcopy(tokenizer))

@@ -88,7 +88,7 @@ class _Story:
         self.test_prompts = bundled("prompts", options.behaviour, "test.jsonl")
         self.valid = bundled("text", "valid.txt")
         self.common: dict[str, Any] = {
-            name: getattr(options, name) for name in ("device", "device_map", "remote", "dtype", "json")
+            name: getattr(options, name) for name in ("device", "device_map", "quantize", "remote", "dtype", "json")
         }
         self.data: dict[str, Any] = {}
         self.started = time.monotonic()

@@ -269,7 +269,7 @@ class Experiments(OpenRun):
         return DiscoverCommand(
             model=options.model or metadata["model"], saes=options.saes or metadata["saes"], prompts=str(file),
             out=self.run.with_name(f"{self.run.name}_{name}"), device=options.device, dtype=options.dtype,
-            device_map=options.device_map, remote=options.remote,
+            device_map=options.device_map, quantize=options.quantize, remote=options.remote,
             site_paths=options.site_paths or metadata.get("site_paths"),
             sae_memory=getattr(options, "sae_memory", None), text=self.text,
             options=DiscoverOptions(method="attrib", sites=sites, edge_nodes=100),

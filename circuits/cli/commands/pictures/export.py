@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sae.model.language_model import LanguageModel
 
 SUFFIXES = {"eap-ig": "eap_ig.json", "neuronpedia": "neuronpedia.json", "graphml": "graphml"}
-MODEL = ("model", "dtype", "site_paths", "device", "device_map", "remote")
+MODEL = ("model", "dtype", "site_paths", "device", "device_map", "quantize", "remote")
 DELPHI = "delphi"
 MIB = "mib"
 FOLDER = "circuit-tracer"

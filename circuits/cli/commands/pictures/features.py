@@ -90,6 +90,7 @@ class FeaturesCommand(UsesSaes, Overwrites, Common):
             "out",
             "sites",
             "dtype",
+            "quantize",
             *(name for name in ("groups", "automata", "prompts") if not getattr(self, name)),
         )
         made = {name: value for name, value in made.items() if name not in dropped}

@@ -217,7 +217,7 @@ def first_pass(name: str, hf: Any, hook_points: Mapping[Site, HookPoint], trace:
     try:
         logits = trace([partial(visit, point) for point in hook_points.values()])
     except Exception as error:
-        if type(error).__name__ == "OutOfOrderError":  # nnsight's own, which only language_model.py imports from
+        if type(error).__name__ == "OutOfOrderError":  # nnsight's own, which only tracing.py imports from
             raise UserError(
                 f"the sites {', '.join(map(str, hook_points))} are not reached in this order in every run, each once: "
                 f"give other site_paths ({str(error).strip().splitlines()[0]})"

@@ -21,7 +21,7 @@ from circuits.circuit import Circuit
 from circuits.cli.commands.demo import bundled
 from circuits.discovery.discover import discover
 from circuits.options import DiscoverOptions
-from circuits.prompts.reader import load_prompts
+from circuits.prompts.dataset import load_prompts
 from sae.model.load import load_model
 from sae.saes import load_saes
 from sae.training.config import TrainConfig

@@ -54,7 +54,7 @@ class PairOfCircuits:
     matched: float | None
     """Share of the second's |effect| on features that have a partner in the first; None for the same autoencoders."""
     similarity: float | None
-    """Mean similarity of partners, weighted by |effect|; None for the same autoencoders."""
+    """Mean similarity of the pairs tried as partners, weighted by |effect|; None for the same autoencoders."""
     overlap: Overlap
     """Overlap of nodes and edges, and chance."""
     there: Transfer | None

@@ -180,7 +180,8 @@ def _faithful(setting: Setting, nodes: Nodes, to: Circuit, options: CompareCircu
 
 
 def _translated(chosen: Nodes, nodes_there: Nodes, partners: Partners) -> Nodes:
-    """Nodes as those of other dictionaries, at all sites of `own`; nodes without a partner are left out."""
+    """Nodes as those of other dictionaries, at all sites of `nodes_there`; nodes without a partner
+    are left out."""
     translated: Nodes = {}
     for site, of_site in nodes_there.items():
         empty = of_site[:0]

@@ -4,10 +4,10 @@ At every site, among the features that have an effect in either circuit,
 
     similarity(i, j) = (cos(W_dec_a[i], W_dec_b[j]) + corr(f_i, g_j)) / 2,
 
-the cosine of what they write and the Pearson correlation of when they are on, over all tokens of the prompts of
-both circuits (`sae.features.matching`). Features are paired one to one so that the sum of similarities is largest
-(Hungarian algorithm); a pair less similar than `LEAST` is none. Where the autoencoders are the same, every feature is
-its own partner.
+the cosine of what they write and the Pearson correlation of when they are on, over all tokens but special ones of the
+prompts of both circuits (`sae.features.matching`). Features are paired one to one so that the sum of similarities is
+largest (Hungarian algorithm); a pair less similar than `LEAST` is none. Where the autoencoders are the same, every
+feature is its own partner.
 
 Legend: n_a, n_b features in play at a site.
 """
@@ -25,6 +25,7 @@ from torch.nn.functional import normalize
 from circuits.attribution.nodes import SiteNodes
 from circuits.circuit import Circuit
 from sae.autoencoder import SparseFeatures
+from sae.data.batches import counted_tokens
 from sae.errors import UserError
 from sae.features.matching import ActivationCorrelation
 from sae.model.language_model import LanguageModel, Tokens
@@ -54,7 +55,8 @@ def find_partners(a: Circuit, b: Circuit, *, prompts: int) -> tuple[Partners, fl
         prompts: prompts of each circuit over which activations are correlated, at most.
 
     Returns:
-        The partners, and the mean similarity of pairs weighted by |effect| in b; None for the same autoencoders.
+        The partners, and the mean similarity of the pairs that were tried, those less similar than `LEAST` among them,
+        weighted by |effect| in b; None for the same autoencoders.
 
     Raises:
         UserError: the models have different vocabularies.
@@ -82,8 +84,9 @@ def find_partners(a: Circuit, b: Circuit, *, prompts: int) -> tuple[Partners, fl
         close = values >= LEAST
         numbers = of_b[chosen_b[close]].tolist(), of_a[chosen_a[close]].tolist()
         partners[site] = dict(zip(*numbers, strict=True))
-        effects = dict(zip(b.nodes[site].feature.tolist(), b.nodes[site].effect.abs().tolist(), strict=True))
-        weights = np.array([effects.get(int(of_b[j]), 0.0) for j in chosen_b])
+        nodes = b.nodes[site]
+        effects = np.bincount(nodes.feature.numpy(), nodes.effect.abs().numpy(), nodes.n_features)  # over its spans
+        weights = effects[of_b.numpy()[chosen_b]]
         similarity, weight = similarity + float(weights @ values), weight + float(weights.sum())
     return partners, similarity / weight if weight else 0.0
 
@@ -114,10 +117,11 @@ def _correlations(
 
 @torch.no_grad()
 def _inputs(model: LanguageModel, tokens: Tokens, reads: Mapping[Site, Site]) -> dict[Site, Tensor]:
-    """The input of the dictionary of each site, [N, r] of all tokens of a batch but padding."""
-    run = model.run(tokens.to(model.device), capture=reads.values(), need_logits=False)
-    real = tokens.attention_mask.bool().to(model.device)
-    return {site: run.activations[read][real] for site, read in reads.items()}
+    """The input of the dictionary of each site, [N, r] of the tokens of a batch that are no padding nor special."""
+    tokens = tokens.to(model.device)
+    run = model.run(tokens, capture=reads.values(), need_logits=False)
+    counted = counted_tokens(model, tokens)
+    return {site: run.activations[read][counted] for site, read in reads.items()}
 
 
 def _sparse(f: Tensor) -> SparseFeatures:

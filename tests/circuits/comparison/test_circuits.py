@@ -10,6 +10,7 @@ import torch
 
 from circuits import compare_circuits, discover
 from circuits.attribution.nodes import SiteNodes
+from circuits.comparison import partners as matching
 from circuits.comparison.circuit_results import Transfer
 from circuits.comparison.circuits import verdict
 from circuits.comparison.options import CompareCircuitsOptions
@@ -75,6 +76,18 @@ def test_a_permuted_dictionary_has_the_same_mechanism(circuit, other_seed, order
     assert len(union["comparison"]["only_nodes"]) <= 2 and union["comparison"]["title"] == "two"
     assert pair.sentence in comparison.text() and comparison.to_frame().loc[0, "nodes"] == pair.overlap.nodes.value
     assert comparison.save(tmp_path / "pair.json").is_file() and "<svg" in comparison._repr_html_()
+
+
+def test_partners_weigh_by_their_effect_over_all_spans(monkeypatch):
+    """Feature 0 has effects 3 and 1 at two spans, feature 1 has 1; their partners are alike by 1 and by 0.5."""
+    site, columns = Site("resid", 0), (torch.tensor([0, 1, 0]), torch.tensor([0, 0, 1]), torch.tensor([3.0, 1.0, -1.0]))
+    saes = type("Saes", (dict,), {"device": torch.device("cpu")})({site: SimpleNamespace(W_dec=torch.eye(2))})
+    circuit = SimpleNamespace(
+        nodes={site: SiteNodes(2, *columns, ("a", "b"))}, metadata={}, saes=saes, model=SimpleNamespace(vocab_size=1)
+    )
+    monkeypatch.setattr(matching, "_correlations", lambda *_: {site: torch.diag(torch.tensor([1.0, 0.0]))})
+    partners, similarity = find_partners(circuit, circuit, prompts=1)
+    assert partners == {site: {0: 0, 1: 1}} and similarity == pytest.approx((4 * 1 + 1 * 0.5) / 5)
 
 
 def test_overlap_agrees_with_loops_over_names():

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from circuits.benchmark.options import SuiteOptions
-from circuits.debiasing.data import TEXT_KEYS, Labelled, read_labelled
+from circuits.debiasing.data import TEXT_KEYS, Labelled, held_out_rows, read_labelled
 from circuits.prompts.files import file_rows
 from circuits.prompts.formats import read_rows
 from circuits.prompts.reader import first_rows
@@ -144,12 +144,10 @@ def _first(texts: Sequence[Labelled], n: int) -> list[Labelled]:
 
 
 def _divided(texts: Sequence[Labelled], options: SuiteOptions) -> tuple[list[Labelled], list[Labelled]]:
-    """Texts to learn from and to test on, `test_share` of each class, drawn at random."""
+    """Texts to learn from and to test on, `test_share` of each class, drawn at random; never one text on both sides."""
     generator = torch.Generator().manual_seed(options.seed)
-    test: set[int] = set()
     kinds = _kinds(texts)
-    for kind in sorted(set(kinds)):
-        rows = [row for row, other in enumerate(kinds) if other == kind]
-        order = torch.randperm(len(rows), generator=generator).tolist()
-        test |= {rows[number] for number in order[: max(1, round(options.test_share * len(rows)))]}
+    order = sorted(range(len(texts)), key=kinds.__getitem__)  # classes are drawn from by name
+    by_kind = [texts[row] for row in order], [kinds[row] for row in order]
+    test = {order[row] for row in held_out_rows(*by_kind, options.test_share, generator, least=1)}
     return [t for row, t in enumerate(texts) if row not in test], [texts[row] for row in sorted(test)]

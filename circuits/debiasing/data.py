@@ -6,7 +6,8 @@
    is under one of `TEXT_KEYS`, spans and templates are read as those of prompts.
 2. In the *ambiguous* texts every intended label comes with one spurious label, so that a probe trained on them may use
    either. Which go together is the pairing that most of the texts have; the others show which of the two it uses.
-3. Groups (intended, spurious) are made equally large wherever a probe is trained.
+3. Groups (intended, spurious) are made equally large wherever a probe is trained, of the texts that the model can read.
+4. A text that occurs several times is never both learned from and tested on.
 
 Tokens have spans: those of the rows; else `other` and `last`, or for a probe that reads the mean of all tokens `text`,
 every token but the special ones.
@@ -139,16 +140,26 @@ def divided(
     texts: Sequence[Labelled], pairing: Pairing, share: float, seed: int
 ) -> tuple[list[Labelled], list[Labelled]]:
     """Texts to learn on and texts to test on, `share` of each group, drawn at random."""
-    generator = torch.Generator().manual_seed(seed)
-    by_group: dict[str, list[int]] = {}
-    for row, text in enumerate(texts):
-        by_group.setdefault(pairing.group(text), []).append(row)
-    test: set[int] = set()
-    for rows in by_group.values():
-        order = torch.randperm(len(rows), generator=generator).tolist()
-        test |= {rows[number] for number in order[: round(share * len(rows))]}
+    test = held_out_rows(texts, list(map(pairing.group, texts)), share, torch.Generator().manual_seed(seed))
     return ([text for row, text in enumerate(texts) if row not in test],
             [text for row, text in enumerate(texts) if row in test])  # fmt: skip
+
+
+def held_out_rows(
+    texts: Sequence[Labelled], groups: Sequence[Any], share: float, generator: torch.Generator, *, least: int = 0
+) -> set[int]:
+    """The rows of the texts to test on: `share` of the different texts of each group, at least `least` of them, drawn
+    at random, with all that repeat them in any group. Groups are drawn from in the order in which they occur.
+    """
+    by_group: dict[Any, dict[str, None]] = {}
+    for text, group in zip(texts, groups, strict=True):
+        by_group.setdefault(group, {})[text.example.clean] = None
+    tested: set[str] = set()
+    for of_group in by_group.values():
+        names = list(of_group)
+        order = torch.randperm(len(names), generator=generator).tolist()
+        tested |= {names[number] for number in order[: max(least, round(share * len(names)))]}
+    return {row for row, text in enumerate(texts) if text.example.clean in tested}
 
 
 # ------------------------------------------------------------------------------------------ as prompts
@@ -188,8 +199,7 @@ def text_set(
     position: `last`, `mean`, or the span that the probe reads; context: tokens after which a text is cut.
     """
     spans = [row[:context] for row in _spans([text.example for text in texts], model, position)]
-    longest = model.max_positions or 10**9
-    rows = [row for row, of_row in enumerate(spans) if 0 < len(of_row) <= longest and _has(of_row, position)]
+    rows = _usable_rows(spans, model, position)
     if not rows:
         raise UserError(f"none of the {len(texts)} texts {name} has {position!r} tokens that the model can read")
     fitting = [texts[row] for row in rows]
@@ -210,6 +220,18 @@ def text_set(
         span_numbers=numbers,
     )
     return TextSet(prompts.to(model.device), [text.intended for text in fitting], [text.spurious for text in fitting])
+
+
+def usable(texts: Sequence[Labelled], model: LanguageModel, position: str) -> list[Labelled]:
+    """The texts that `text_set` does not leave out."""
+    return [
+        texts[row] for row in _usable_rows(_spans([text.example for text in texts], model, position), model, position)
+    ]
+
+
+def _usable_rows(spans: Sequence[Sequence[str]], model: LanguageModel, position: str) -> list[int]:
+    longest = model.max_positions or 10**9
+    return [row for row, of_row in enumerate(spans) if 0 < len(of_row) <= longest and _has(of_row, position)]
 
 
 def prompt_rows(texts: TextSet) -> list[dict[str, Any]]:

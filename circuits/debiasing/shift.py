@@ -38,6 +38,7 @@ from circuits.debiasing.data import (
     equal_groups,
     read_labelled,
     text_set,
+    usable,
 )
 from circuits.debiasing.describe import activations, described
 from circuits.debiasing.judges import Judge, judge_name, judged
@@ -137,8 +138,13 @@ def prepare(
         raise UserError(
             f"the test texts have the spurious label {strange[0]!r}, the data {' and '.join(pairing.spurious)}"
         )
+    texts, held_out = (usable(some, model, options.position) for some in (texts, held_out))
     agree = [text for text in texts if pairing.agrees(text)]
     groups = {pairing.group(text) for text in texts}
+    if not agree:
+        raise UserError(
+            f"none of the texts whose labels go together has {options.position!r} tokens that the model can read"
+        )
     if len({pairing.group(text) for text in held_out}) < 4:
         raise UserError("the texts to test on miss one of the four groups of labels: give others, with --test")
     balanced = equal_groups(texts, pairing, options.examples) if len(groups) == 4 else []

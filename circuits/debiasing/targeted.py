@@ -21,12 +21,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from circuits.debiasing.data import Labelled, Source, read_labelled, text_set
+from circuits.debiasing.data import Labelled, Source, held_out_rows, read_labelled, text_set
 from circuits.debiasing.options import PerturbationOptions
 from circuits.debiasing.probing import Pooled, SAEs, probe_site, read_features
 from circuits.debiasing.results import PerturbationReport
@@ -75,6 +76,9 @@ def targeted_perturbation(
         shown = ", ".join(classes[:8])
         raise UserError(f"targeted perturbation needs three classes or more, and no others to test on: found {shown}")
     sets = [text_set(rows, model, options.position, name="with labels") for rows in (train, held_out)]
+    for one, (texts, what) in product(classes, zip(sets, ("learn from", "test on"), strict=True)):
+        if one not in texts.intended:
+            raise UserError(f"there is no text of class {one!r} to {what}: give more texts of it, or leave it out")
     learned, tested = (
         Perturbed(read_features(model, saes, texts, site, options.position), texts.intended) for texts in sets
     )
@@ -168,7 +172,7 @@ Rows = tuple[list[int], list[str]]
 
 
 def _divided(data: Source, test: Source | None, options: PerturbationOptions) -> tuple[list[Labelled], list[Labelled]]:
-    """Texts to learn on and to test on, of the chosen classes, at most so many of each."""
+    """Texts to learn on and to test on, of the chosen classes, at most so many of each; `test_share` of each class."""
     names = {name.strip() for name in options.classes.split(",")} if options.classes else None
 
     def chosen(source: Source) -> list[Labelled]:
@@ -181,9 +185,10 @@ def _divided(data: Source, test: Source | None, options: PerturbationOptions) ->
     texts = chosen(data)
     if test is not None:
         return texts, chosen(test)
-    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(options.seed)).tolist()
-    n_test = round(options.test_share * len(texts))
-    return [texts[row] for row in order[n_test:]], [texts[row] for row in order[:n_test]]
+    generator = torch.Generator().manual_seed(options.seed)
+    tested = held_out_rows(texts, [text.intended for text in texts], options.test_share, generator, least=1)
+    return ([text for row, text in enumerate(texts) if row not in tested],
+            [text for row, text in enumerate(texts) if row in tested])  # fmt: skip
 
 
 def against_others(labels: Sequence[str], one: str, seed: int) -> Rows:

@@ -13,7 +13,7 @@ from scipy.stats import binomtest
 
 from circuits import ShiftOptions, shift, targeted_perturbation
 from circuits.debiasing import results
-from circuits.debiasing.data import Pairing, divided, equal_groups, read_labelled, text_set
+from circuits.debiasing.data import Pairing, divided, equal_groups, held_out_rows, read_labelled, text_set
 from circuits.debiasing.judges import by_program, correlation
 from circuits.debiasing.plots import plot_shift
 from circuits.debiasing.probing import interval
@@ -217,6 +217,22 @@ def test_targeted_probes_are_those_of_edited_runs(tiny_model, tiny_saes):
     assert report.score(3) == pytest.approx(on - off) and "tpp" in report.text()
     with pytest.raises(UserError, match="three classes"):
         targeted_perturbation(tiny_model, tiny_saes, rows, rows, classes="man,men")
+    without = [row for row in rows if row["label"] != "dog"]
+    with pytest.raises(UserError, match="no text of class 'dog' to test on"):
+        targeted_perturbation(tiny_model, tiny_saes, rows, without, site="resid_1")
+
+
+def test_no_text_is_learned_from_and_tested_on():
+    rows = [
+        {"text": text, "label": one} for one, texts in (("x", "aabbcd"), ("y", "aefg"), ("z", "h")) for text in texts
+    ]
+    texts = read_labelled(rows, intended="label", spurious=None)
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        tested = held_out_rows(texts, [text.intended for text in texts], 0.5, generator, least=1)
+        left = {row["text"] for number, row in enumerate(rows) if number not in tested}
+        assert not left & {rows[number]["text"] for number in tested}
+        assert {texts[number].intended for number in tested} == {"x", "y", "z"}
 
 
 def test_features_of_a_probe_are_ranked_by_what_they_add_to_the_difference_it_sees():

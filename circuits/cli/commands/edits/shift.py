@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from circuits.cli.options import HasModel, HasSaes, Named, Output, Overwrites, UsesSaes, plain
-from circuits.cli.results import ResultFiles, different_options, made_with, output_file
+from circuits.cli.results import ResultFiles, different_options, digest_of, made_with, output_file
 from circuits.debiasing.options import PerturbationOptions, ShiftOptions
 from sae._files import make_folder, write_json, write_text
 from sae._run.contents import CIRCUIT, MEASURED, check_contents, check_run_config, remove
@@ -116,7 +116,10 @@ class ShiftCommand(Named, _Labelled):
         found_with = self._found_with(prepared)
         if (folder / GRAPH_FILE).is_file():
             circuit = Circuit.load(folder, model=study.model, saes=study.saes)
-            differing = different_options({"made_with": circuit.metadata.get("shift")}, found_with)
+            before = circuit.metadata.get("shift")
+            if isinstance(before, dict) and "label_digest" not in before:  # of an earlier version
+                before = {**before, "label_digest": found_with["label_digest"]}
+            differing = different_options({"made_with": before}, found_with)
             if not differing:
                 return circuit
             if not self.overwrite:
@@ -142,13 +145,13 @@ class ShiftCommand(Named, _Labelled):
             file, probe.weight, probe.bias, site=probe.site, position=probe.position, classes=study.original.classes,
             model=study.model, overwrite=True,
         )  # fmt: skip
+        texts = study.ambiguous.first(self.options.circuit_texts)
+        as_prompts = _as_prompts(texts, study, folder / "probe_texts.jsonl")  # texts that no file can hold are told now
         circuit = study.circuit(f"probe-margin:{file.resolve()}", progress=not self.quiet, warn=True)
         circuit.metadata.update(
             model=absolute_path(self.model), saes=absolute_path(self.saes), site_paths=self.site_paths,
-            shift=found_with, title=f"probe of {self.options.intended} in {Path(self.model).name}",
+            shift=found_with, title=f"probe of {self.options.intended} in {Path(self.model).name}", **as_prompts,
         )  # fmt: skip
-        texts = study.ambiguous.first(self.options.circuit_texts)
-        circuit.metadata.update(_as_prompts(texts, study, folder / "probe_texts.jsonl"))
         features = describe_features(study.model, study.saes, circuit, texts.prompts, texts=None)
         circuit.features.update(features)
         write_json(folder / FEATURES_FILE, {"schema_version": 1, "features": features})
@@ -164,6 +167,7 @@ class ShiftCommand(Named, _Labelled):
         return {
             **{name: str(value) if isinstance(value, Path) else value for name, value in options.items()},
             "texts": study.ambiguous.prompts.fingerprint, "labels": len(set(study.ambiguous.intended)),
+            "label_digest": digest_of({"intended": study.ambiguous.intended}),
             "model_fingerprint": study.model.fingerprint, "saes_fingerprint": saes_fingerprint(study.saes),
         }  # fmt: skip
 

@@ -10,8 +10,9 @@ Shapes: B prompts, S positions, n columns, m edited features of a site, G places
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -56,9 +57,6 @@ def edited(
             activations and draws are taken from where the edits do not say them and there are no texts.
         texts: Text that these are taken from.
 
-    Returns:
-        A context manager; when the block ends the model is as it was before, also after an error.
-
     Raises:
         UserError: For a feature that is not there, or an edit that refers to what it does not say.
     """
@@ -68,14 +66,8 @@ def edited(
     )
     batches = list(token_batches(model, sorted(texts, key=len), max_tokens=None, batch_size=16)) if texts else []
     resolved = [with_references(model, saes, edit, prompts=prompts, texts=batches) for edit in listed]
-    standing = FeatureEdits(model, saes, resolved, prompts=prompts).standing(prompts)
-    with model.edited(standing), frozen(model, listed):
+    with model.edited(FeatureEdits(model, saes, resolved, prompts=prompts).standing(prompts)):
         yield
-
-
-def frozen(model: LanguageModel, edits: Iterable[Edit]) -> AbstractContextManager[None]:
-    """Attention that does not follow edits, where one of them says so."""
-    return model.frozen_attention() if any(edit.freeze == "attention" for edit in edits) else nullcontext()
 
 
 # ------------------------------------------------------------------------------------------ what edits refer to
@@ -297,7 +289,7 @@ class _Lookup:
 
     def __init__(self, prompts: PromptSet | None) -> None:
         self.prompts = prompts
-        self._numbers: dict[tuple[int, ...], int] = {}
+        self._numbers: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)  # of the prompts with these ids
         self._batch: Tokens | None = None
         self._spans: dict[str, Tensor] = {}
         self._rows: Tensor = torch.empty(0, dtype=torch.int64)
@@ -325,13 +317,22 @@ class _Lookup:
         return rows[group]
 
     def _look_up(self, tokens: Tokens) -> None:
-        """Find each row of a batch among the prompts; once for every site and step of a batch."""
+        """Find each row of a batch among the prompts; once for every site and step of a batch. Of prompts with the same
+        tokens, which may have other spans and templates, rows take one after the other.
+        """
         if self._batch is not None and self._batch.input_ids is tokens.input_ids:
             return
         self._batch, self._spans = tokens, {}
         if self.prompts is not None and not self._numbers:
-            self._numbers = {row: number for number, row in enumerate(_rows(self.prompts.clean))}
-        self._rows = torch.tensor([self._numbers.get(row, -1) for row in _rows(tokens)])  # [B]
+            for number, row in enumerate(_rows(self.prompts.clean)):
+                self._numbers[row].append(number)
+        seen: Counter[tuple[int, ...]] = Counter()
+        numbers = []
+        for row in _rows(tokens):
+            same = self._numbers.get(row, [-1])
+            numbers.append(same[seen[row] % len(same)])
+            seen[row] += 1
+        self._rows = torch.tensor(numbers)  # [B]
 
     def _spread(self, of: object, *, fill: int | bool) -> Tensor:
         """[B, S] of what `of` says of the prompts that are in the batch, `fill` elsewhere."""

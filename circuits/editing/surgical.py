@@ -89,18 +89,21 @@ def choose_surgical(
         The edit, with what it refers to, and how it was chosen.
 
     Raises:
-        UserError: Where the metric says nothing of what is left, or the prompts show nothing of the behaviour.
+        UserError: Where the metric says nothing of what is left, the prompts show nothing of the behaviour, or the
+            circuit has no feature.
     """
     prompts = circuit.prompts if prompts is None else prompts
     model, saes, metric = circuit.model, circuit.saes, circuit.metric
     if not has_shares(metric) or isinstance(metric, Probe):
         raise UserError("features are chosen by the share of the behaviour that is left: this metric has no such share")
+    strongest = effect_by_feature(circuit, STRONGEST)
+    if not strongest:
+        raise UserError("no feature of this circuit has an effect: there is nothing to edit")
     begin = time.perf_counter()
     batches = list(token_batches(model, sorted(texts, key=len), max_tokens=None, batch_size=BATCH_SIZE))
     text = OtherText(model, batches, [*answers_of(prompts), *answers])
     bar = ProgressBar(desc="choose", unit="set", disable=not progress)
     search = _Search(model, saes, prepare(prompts, model, metric), metric, text, penalty, bar)
-    strongest = effect_by_feature(circuit, STRONGEST)
     edit = with_references(model, saes, Edit(list(strongest), operation), texts=batches)
     search.numbers = {name: _alone(edit, name) for name in strongest}
     candidates = search.screened(strongest)
@@ -228,7 +231,7 @@ class _Search:
             other, scored = ~self.text.is_answer[number], self.text.scored[number]
             log_p = run.logits[:, :-1][scored][other].float().log_softmax(-1)
             loss = -log_p.gather(1, self.text.targets[number][other][:, None]).sum()
-            gradients = run.gradients(loss, list(by_site), allow_unused=True)
+            gradients = torch.autograd.grad(loss, [run.activations[site] for site in by_site], allow_unused=True)
             real = tokens.attention_mask.bool()
             n_tokens += int(other.sum())
             for (site, of_site), gradient in zip(by_site.items(), gradients, strict=True):

@@ -63,16 +63,14 @@ class OtherText:
     @torch.no_grad()
     def measured(self, behaviour: Behaviour, edits: Standing) -> Behaviour:
         """The behaviour of an edited model with what the edits cost here."""
-        clean = self._clean or [self._predictions(number) for number in range(len(self.batches))]
         totals = PredictionTotals(), PredictionTotals()
-        with self.model.edited(edits):
-            for number, tokens in enumerate(self.batches):
+        for number, tokens in enumerate(self.batches):
+            clean = self._predictions(number) if self._clean is None else self._clean[number]
+            with self.model.edited(edits):
                 logits = self.model.run(tokens).logits[:, :-1][self.scored[number]]
-                is_answer = self.is_answer[number]
-                for total, some, before in zip(
-                    totals, (logits[is_answer], logits[~is_answer]), clean[number], strict=True
-                ):
-                    total.update(some, before)
+            is_answer = self.is_answer[number]
+            for total, some, before in zip(totals, (logits[is_answer], logits[~is_answer]), clean, strict=True):
+                total.update(some, before)
         n, n_other = (total.n_predictions for total in totals)
         weights = n / (n + n_other), n_other / (n + n_other)
         ce = [total.cross_entropy if total.n_predictions else None for total in totals]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from circuits.editing import site_edit
-from circuits.editing.applied import edited, with_references
+from circuits.editing.applied import FeatureEdits, edited, with_references
 from circuits.editing.declaration import Edit, load_edits, save_edits
 from circuits.editing.saved_model import save_model
 from circuits.editing.site_edit import FeatureReader, make_edits
@@ -40,7 +41,6 @@ def edits_of(active: list[int]) -> dict[str, Edit]:
         "resample": Edit(names, "resample"),
         "clamp": Edit(names, "clamp", 0.25, relative=True),
         "active": Edit(names, "steer", 3.0, where="active"),
-        "frozen": Edit(names, "steer", 8.0, freeze="attention"),
         "prompt": Edit(names, "steer", 8.0, where="prompt"),
         "generated": Edit(names, "scale", 4.0, where="generated"),
         "schedule": Edit(names[:1], "steer", 9.0, schedule=(0.0, 1.0, 2.0, 0.0)),
@@ -96,6 +96,19 @@ def test_a_run_is_edited_as_by_hand(tiny_model, tiny_prompts, tiny_saes, active)
         assert_near(run.activations[SITE][real], by_hand[real])
 
 
+def test_prompts_of_the_same_tokens_keep_their_own_templates(tiny_model, tiny_prompts, tiny_saes, active):
+    twice = replace(tiny_prompts[[0, 0, 2, 4]], templates=["a", "b", "a", "b"], template_rule="field")
+    edit = edits_of(active)["mean by template"]
+    with edited(tiny_model, tiny_saes, edit, prompts=twice):
+        both = tiny_model.run(twice.clean, capture=[SITE]).activations[SITE]
+    edits = FeatureEdits(tiny_model, tiny_saes, [with_references(tiny_model, tiny_saes, edit, prompts=twice)],
+                         prompts=twice)  # fmt: skip
+    for row in (0, 1):
+        alone = tiny_model.run(twice[row].clean, capture=[SITE], edits=edits(twice[row])).activations[SITE]
+        assert_near(both[row : row + 1, -alone.shape[1] :], alone)
+    assert (both[0] - both[1]).abs().max() > 1e-3
+
+
 def test_edits_of_one_block_add_up_and_blocks_nest(tiny_model, tiny_prompts, tiny_saes, active):
     names = [f"resid_0/{index}" for index in active]
     zero, steer = Edit(names[:2]), Edit(names[2], "steer", 2.0)
@@ -138,8 +151,7 @@ def test_what_is_read_in_blocks_is_what_the_whole_encoder_says(monkeypatch, rank
 
 
 def test_edits_go_to_files_and_back(tmp_path, active):
-    edits = [Edit(edit.names, edit.operation, edit.value, where=edit.where, schedule=list(edit.schedule),
-                  freeze=edit.freeze)
+    edits = [Edit(edit.names, edit.operation, edit.value, where=edit.where, schedule=list(edit.schedule))
              for edit in edits_of(active).values()]  # fmt: skip
     edits.append(Edit(["mlp_0/1"], "resample", reference={"mlp_0/1": [0.5, 0.0]}))
     path = save_edits(edits, tmp_path / "edits.json")
@@ -156,7 +168,6 @@ def test_edits_go_to_files_and_back(tmp_path, active):
     [
         ({"operatoin": "zero"}, r"edits\[0\]: unknown key 'operatoin'.*did you mean 'operation'"),
         ({"value": "much"}, r"key 'edits\[0\]\.value' is \"much\": expected a valid number"),
-        ({"freeze": "norms"}, r"key 'edits\[0\]\.freeze' is \"norms\""),
         ({"where": "somewhere"}, r"key 'edits\[0\]\.where' is \"somewhere\""),
         ({"value": 2.0}, "'zero' takes no value"),
         ({"features": ["theirs"], "groups": 1}, "unknown key 'groups'"),

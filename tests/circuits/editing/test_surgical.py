@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from circuits.discovery.discover import discover
 from circuits.editing import edit as editing
-from circuits.editing import surgical
+from circuits.editing import surgical, text_cost
 from circuits.editing.applied import FeatureEdits, edited
 from circuits.editing.controls import change_norm, random_directions
 from circuits.editing.declaration import Edit, load_edits, save_edits
@@ -44,7 +45,7 @@ def report(circuit, tiny_model, tiny_prompts, tiny_saes, texts) -> EditReport:
     return editing.measure_edit(tiny_model, tiny_saes, Edit(names, "steer", 2.0), tiny_prompts, options)
 
 
-def test_cost_is_split_into_the_behaviours_tokens_and_others(tiny_model, tiny_prompts, tiny_saes):
+def test_cost_is_split_into_the_behaviours_tokens_and_others(tiny_model, tiny_prompts, tiny_saes, monkeypatch):
     answers = tiny_prompts.clean.input_ids[0, -2:].tolist()
     text = OtherText(tiny_model, [tiny_prompts.clean], answers)
     edit = FeatureEdits(tiny_model, tiny_saes, [Edit(["resid_0/1", "mlp_1/2"], "steer", 5.0)]).standing()
@@ -60,6 +61,9 @@ def test_cost_is_split_into_the_behaviours_tokens_and_others(tiny_model, tiny_pr
     assert measured.ce_elsewhere == pytest.approx(surprise[scored & ~own].mean().item(), rel=1e-4)
     kl = (plain.exp() * (plain - changed)).sum(-1)[scored].mean().item()
     assert measured.kl == pytest.approx(kl, rel=1e-3, abs=1e-6)
+    monkeypatch.setattr(text_cost, "KEPT_BYTES", 0)  # a batch's predictions at a time
+    unkept = OtherText(tiny_model, [tiny_prompts.clean[:4], tiny_prompts.clean[4:]], answers)
+    assert unkept.measured(Behaviour(Score(1, 0.0, None)), edit).kl == pytest.approx(measured.kl, rel=1e-4)
     several = text.elsewhere([{}, edit])  # copies with edits of their own in one pass
     assert several[1].item() == pytest.approx(measured.ce_elsewhere, rel=1e-4)
     assert several[0].item() != pytest.approx(several[1].item(), rel=1e-3)
@@ -167,6 +171,14 @@ def copying():
     prompts = _prompts(model, rows)
     circuit = discover(model, saes, prompts, edge_nodes=0, method="attrib", progress=False)
     return GroundTruth(model, saes, prompts, features), circuit
+
+
+def test_nothing_is_chosen_among_no_features(circuit, texts):
+    bare = SimpleNamespace(
+        nodes={}, model=circuit.model, saes=circuit.saes, metric=circuit.metric, prompts=circuit.prompts
+    )
+    with pytest.raises(UserError, match="nothing to edit"):
+        choose_surgical(bare, texts=texts, progress=False)
 
 
 def test_late_features_are_not_surgical_and_earlier_ones_are_named(copying):

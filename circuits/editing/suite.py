@@ -27,7 +27,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pydantic import FiniteFloat
+from pydantic import FiniteFloat, PositiveInt
 from typing_extensions import NotRequired, TypedDict
 
 from circuits.editing.declaration import load_edits
@@ -53,7 +53,7 @@ class BehaviourFile(TypedDict):
 
     name: str
     prompts: str
-    examples: NotRequired[int]
+    examples: NotRequired[PositiveInt]
     edit: NotRequired[str]
     expect: dict[str, str | FiniteFloat]
 
@@ -64,7 +64,7 @@ class SuiteFile(TypedDict):
     model: str
     saes: NotRequired[str]
     text: NotRequired[str]
-    texts: NotRequired[int]
+    texts: NotRequired[PositiveInt]
     behaviours: list[BehaviourFile]
 
 
@@ -98,11 +98,14 @@ class Suite:
         """Read a suite; `UserError`, naming file and key, for anything that does not fit."""
         data = read_yaml(path)
         content: SuiteFile = check_type(data, SuiteFile, path)
+        _check_keys(data, SuiteFile, str(path))
+        if not data["behaviours"]:
+            raise UserError(f"{path}: behaviours is empty: list some, or there is nothing to test")
         for number, behaviour in enumerate(data["behaviours"]):
             where = f"{path}: behaviours[{number}]"
-            for key in behaviour:
-                if key not in BehaviourFile.__annotations__:
-                    raise UserError(f"{where}: {unknown('key', key, BehaviourFile.__annotations__)}")
+            _check_keys(behaviour, BehaviourFile, where)
+            if not behaviour["expect"]:
+                raise UserError(f'{where}: expect is empty: say what is expected, as {{accuracy: ">= 0.9"}}')
             for quantity, expected in behaviour["expect"].items():
                 if quantity not in QUANTITIES:
                     raise UserError(f"{where}: {unknown('quantity', quantity, QUANTITIES)}")
@@ -146,6 +149,13 @@ QUANTITIES: dict[str, Callable[[EditReport], float | None]] = {
     "kl": lambda report: report.after.kl,
 }
 """What can be expected -> how it is read off a report."""
+
+
+def _check_keys(data: Mapping[str, Any], schema: Any, where: str) -> None:
+    """`UserError` for a key that means nothing, such as a misspelt one."""
+    for key in data:
+        if key not in schema.__annotations__:
+            raise UserError(f"{where}: {unknown('key', str(key), schema.__annotations__)}")
 
 
 def _comparison(expected: str | float, where: str) -> tuple[Callable[[float, float], bool], float]:

@@ -15,12 +15,9 @@ from circuits.editing.measures import answers_of
 
 def test_an_edit_is_made_again_from_its_report(sfc, run_folder, text_file):
     common = ["--circuit", run_folder, "--text", text_file, "--texts", 10, "--random", 1, "--json"]
-    first = json.loads(
-        sfc("ablate", *common, "--top", 2, "--scales", "0,1,2", "--freeze", "attention", "--name", "first").out
-    )
+    first = json.loads(sfc("ablate", *common, "--top", 2, "--scales", "0,1,2", "--name", "first").out)
     path = run_folder / "edits" / "first.json"
     assert load_edits(path)[0].operation == "mean" and len(load_edits(path)[0].reference) == 2
-    assert load_edits(path)[0].freeze == "attention"
     again = json.loads(sfc("ablate", *common, "--edit", path, "--name", "again").out)
     assert again["after"] == first["after"] and [dose["scale"] for dose in first["doses"]] == [0, 1, 2]
     assert sfc("report", "--circuit", run_folder).status == 0
@@ -75,6 +72,13 @@ def test_a_suite_passes_or_fails_line_by_line(sfc, run_folder, model_folder, pro
     for change, message in (({"expct": {}}, "unknown key 'expct'"), ({"expect": {"accuracy": "good"}}, "'good'"),
                             ({"expect": {"acuracy": 1}}, "unknown quantity 'acuracy'")):  # fmt: skip
         suite.write_text(yaml.safe_dump({"model": str(model_folder), "behaviours": [{**behaviours[0], **change}]}))
+        wrong = sfc("test", suite)
+        assert wrong.status == 2 and message in wrong.err
+    for change, message in (({"behaviours": []}, "behaviours is empty"), ({"texts": -1}, "'texts' is -1"),
+                            ({"texst": 1}, "unknown key 'texst'"),
+                            ({"behaviours": [{**behaviours[0], "expect": {}}]}, "expect is empty"),
+                            ({"behaviours": [{**behaviours[0], "examples": 0}]}, "examples' is 0")):  # fmt: skip
+        suite.write_text(yaml.safe_dump({"model": str(model_folder), "behaviours": behaviours[:1], **change}))
         wrong = sfc("test", suite)
         assert wrong.status == 2 and message in wrong.err
     for text in ("[" * 3000, f"model: {'9' * 5000}", "model: &a [x]\nbehaviours: [*a, *a]", "behaviours: {", "\x07"):

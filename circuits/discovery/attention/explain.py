@@ -3,7 +3,8 @@
 1. Head loadings of the strongest edges into and out of attention sites (`circuits.discovery.attention.head_loadings`).
 2. An edge into an attention site goes from one token to another, where the circuit keeps them apart: the heads, queries
    and keys that carry most, by the sum of |loading|, have their scores split over pairs of features
-   (`circuits.discovery.attention.qk`). Or the head, the query and the key that the caller asks for.
+   (`circuits.discovery.attention.qk`), where the circuit has an autoencoder of what the layer reads. Or the head, the
+   query and the key that the caller asks for.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from circuits.discovery.attention.head_loadings import head_loadings
-from circuits.discovery.attention.qk import heads_looking, qk_attribution
+from circuits.discovery.attention.qk import heads_looking, qk_attribution, read_site
 from circuits.discovery.attention.results import AttentionReport, HeadLoadings
 from circuits.metrics.metrics import Metric
 from circuits.options import AttentionOptions
@@ -53,7 +54,7 @@ def explain_attention(
         loadings = head_loadings(circuit, prompts, edges=options.edges, metric=metric, progress=progress)
         scores = [
             qk_attribution(circuit, prompts, layer=layer, head=head, query=query, key=key, progress=progress)
-            for layer, head, query, key in _busiest(loadings, options.scores)
+            for layer, head, query, key in _busiest(loadings, options.scores, _readable(circuit))
         ]
         return AttentionReport(loadings, scores, [])
     query, key, than = options.query, options.key, options.than
@@ -72,13 +73,19 @@ def explain_attention(
     return AttentionReport(None, [score], looking)
 
 
-def _busiest(loadings: HeadLoadings, n: int) -> list[tuple[int, int, str, str]]:
-    """Layer, head, query and key of the n that carry most from one token to another."""
+def _readable(circuit: Circuit) -> set[int]:
+    """The layers whose attention reads a site that the circuit has an autoencoder of: no other scores can be split."""
+    layers = [site.layer or 0 for site in circuit.model.sites if site.kind == "attn"]
+    return {layer for layer in layers if read_site(circuit.model, layer) in circuit.saes}
+
+
+def _busiest(loadings: HeadLoadings, n: int, layers: set[int]) -> list[tuple[int, int, str, str]]:
+    """Layer, head, query and key of the n that carry most from one token to another, of these layers."""
     carried: Counter[tuple[int, int, str, str]] = Counter()
     for edge in loadings.edges:
         (_, _, key), (_, _, query) = edge.source.partition("@"), edge.target.partition("@")
         if edge.is_into and key and query:
             layer = Site.parse(edge.site).layer or 0
-            for head, value in enumerate(edge.heads):
+            for head, value in enumerate(edge.heads if layer in layers else ()):
                 carried[layer, head, query, key] += abs(value)  # type: ignore[assignment]
     return [one for one, value in carried.most_common(n) if value]

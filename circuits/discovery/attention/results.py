@@ -274,7 +274,12 @@ class AttentionReport(Result):
             blocks.append(f"attention from {self.scores[0].query}\n{frame_text(shown.rename(columns=names))}")
         blocks += [score.text() for score in self.scores]
         if self.loadings is not None and self.loadings.edges and not self.scores:
+            by_token = any("@" in edge.source for edge in self.loadings.edges)
             blocks.append(
-                "this circuit adds up positions: give --query and --key to see why a head looks from one to the other"
+                "no score is split over features: no edge from one token to another enters the attention of a layer "
+                "whose input has an autoencoder in this circuit"
+                if by_token
+                else "this circuit adds up positions: give --query and --key to see why a head looks from one to the "
+                "other"
             )
         return "\n\n".join(blocks)

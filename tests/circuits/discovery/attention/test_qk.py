@@ -11,7 +11,9 @@ import torch
 from pytest import approx
 
 from circuits.discovery.attention import qk
+from circuits.discovery.attention.explain import _busiest
 from circuits.discovery.attention.qk import heads_looking, qk_attribution
+from circuits.discovery.attention.results import EdgeLoading, HeadLoadings
 from circuits.discovery.attention.stored import with_attention
 from graphs.feature_graph import FeatureGraph, feature_node
 from sae.errors import UserError
@@ -179,6 +181,8 @@ def test_what_cannot_be_split_is_told_in_a_sentence(tiny_model, tiny_saes, make_
     assert "reads resid_0, where this circuit has no autoencoder" in told(
         SimpleNamespace(**vars(circuit) | {"saes": mlps})
     )
+    edges = [EdgeLoading(f"resid_{n - 1}/1@a", f"attn_{n}/2@b", f"attn_{n}", 1.0, [float(n), 0.5], 0.0) for n in (1, 2)]
+    assert _busiest(HeadLoadings(edges, 1), 3, {1}) == [(1, 0, "b", "a"), (1, 1, "b", "a")]  # layer 2 cannot be split
     bloom = load_model(tiny_random_model("bloom"), check=False)
     assert "its attention does not call" in told(
         SimpleNamespace(model=bloom, saes=make_saes(bloom), prompts=tiny_prompts[[0]])

@@ -8,7 +8,8 @@ One file of names for each set of SAEs: whoever names a feature in one circuit f
 1. The file is `labels.jsonl` in the folder of the SAEs, or in the run folder where the SAEs are another project's.
 2. A line counts where the SAE at its site is the one it was written for (`saes`, its fingerprint): names of features
    that were trained again are kept and not shown.
-3. The last line of a feature counts; an empty label takes a name away. A person's name stands before an automatic one.
+3. The last line of a feature counts; an empty label takes a name away, a person's or an automatic one, as its line is.
+   A person's name stands before an automatic one.
 
 Supernodes are named groups of a circuit's nodes, in `supernodes.json` beside `circuit.json`:
 
@@ -24,6 +25,7 @@ Supernodes are named groups of a circuit's nodes, in `supernodes.json` beside `c
 from __future__ import annotations
 
 import datetime
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +36,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from graphs.feature_graph import OTHERS, FeatureGraph, Node
 from graphs.schema import Index, SupernodeFile
-from graphs.supernodes import clean_name, find_named
+from graphs.supernodes import clean_name, find_named, slug
 from sae._files import parse_json, read_json, read_text, to_json, write_json, write_text
 from sae._run.outputs import check_no_link, check_output, is_json
 from sae.errors import UserError, unknown
@@ -93,13 +95,17 @@ class LabelsFile:
 
     def read(self) -> dict[str, Label]:
         """The line that counts of each named feature, `resid_3/120`."""
-        chosen: dict[tuple[str, bool], Label] = {}
+        ordered = sorted(self._last().items(), key=lambda entry: not entry[0][1])  # a person's come last and stay
+        return {name: line for (name, _), line in ordered if line["label"].strip()}
+
+    def _last(self) -> dict[tuple[str, bool], Label]:
+        """The last line of each feature that is of these SAEs, a person's and an automatic one (True) apart."""
+        last: dict[tuple[str, bool], Label] = {}
         for line in self.lines():
             noted = line.get("saes")
             if noted is None or noted == self.fingerprint(line["site"]):
-                chosen[f"{line['site']}/{line['feature']}", bool(line.get("automatic"))] = line
-        ordered = sorted(chosen.items(), key=lambda entry: not entry[0][1])  # a person's come last and stay
-        return {name: line for (name, _), line in ordered if line["label"].strip()}
+                last[f"{line['site']}/{line['feature']}", bool(line.get("automatic"))] = line
+        return last
 
     def add(
         self, labels: Mapping[str, str], *, by: str, automatic: bool = False, scores: Mapping[str, float] | None = None
@@ -109,15 +115,15 @@ class LabelsFile:
 
         Returns how many were new. Raises UserError for a name of no feature, or of a site without an SAE.
         """
-        here, new = self.read(), []
+        here, new = self._last(), []
         for name, text in labels.items():
             site, feature = self._parse(name)
-            existing = here.get(f"{site}/{feature}")
+            kinds = [here.get((f"{site}/{feature}", kind)) for kind in ((False, True) if automatic else (False,))]
+            existing = [line for line in kinds if line is not None]  # an automatic name may be a person's already
             score = (scores or {}).get(name)
-            is_there = text.strip() == (existing["label"] if existing else "") and (
-                not existing or not existing.get("automatic")
-            )
-            if is_there and score in (None, existing.get("score") if existing else None):
+            if not existing and not text.strip():
+                continue
+            if any(line["label"] == text.strip() and score in (None, line.get("score")) for line in existing):
                 continue
             line = Label(
                 site=site, feature=feature, label=text.strip(), by=by, date=datetime.date.today().isoformat(),
@@ -183,13 +189,20 @@ def read_supernodes(folder: Path, digest: str | None) -> list[SupernodeFile]:
 
 
 def without_members(groups: Iterable[SupernodeFile], others: Iterable[SupernodeFile]) -> list[SupernodeFile]:
-    """Groups without the nodes that other groups have; those of fewer than two nodes then are left out."""
+    """Groups without the nodes that other groups have, numbered where these have their name; those of fewer than two
+    nodes then are left out.
+    """
+    others = list(others)
     taken = {node for group in others for node in group["nodes"]}
+    names = {slug(group["name"]) for group in others}
     smaller: list[SupernodeFile] = []
     for group in groups:
         nodes = [node for node in group["nodes"] if node not in taken]
         if len(nodes) > 1:
-            smaller.append({**group, "nodes": nodes})  # type: ignore[typeddict-item]
+            numbered = (group["name"] if n == 1 else f"{group['name']} {n}" for n in itertools.count(1))
+            name = next(name for name in numbered if slug(name) not in names)
+            names.add(slug(name))
+            smaller.append({**group, "name": name, "nodes": nodes})  # type: ignore[typeddict-item]
     return smaller
 
 
@@ -209,7 +222,7 @@ def with_group(
 ) -> list[SupernodeFile]:
     """The groups with one of this name, in place of an earlier one; without nodes, the groups without it.
 
-    known: ids of the circuit's nodes. Raises UserError for a name with a sign that means something in names of
+    ids: those of the circuit's nodes. Raises UserError for a name with a sign that means something in names of
     features, for one that there is not where it is to be removed, or for a node that is not in the circuit.
     """
     if not name or clean_name(name) != name:

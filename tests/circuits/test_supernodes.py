@@ -5,7 +5,7 @@ import json
 import pytest
 
 from circuits.editing.random_features import draws_of_equal_effect
-from circuits.labels import SUPERNODES_FILE, read_supernodes, with_group, write_supernodes
+from circuits.labels import SUPERNODES_FILE, LabelsFile, read_supernodes, with_group, write_supernodes
 from sae.errors import UserError
 
 
@@ -20,9 +20,21 @@ def test_groups_of_people_stay_and_automatic_ones_are_of_one_circuit(tmp_path):
     assert read_supernodes(tmp_path, "two") == groups[:1]
     (tmp_path / SUPERNODES_FILE).write_text(json.dumps({"schema_version": 1, "groups": [groups[0]]}))  # the explorer's
     assert read_supernodes(tmp_path, "one") == groups[:1]
+    groups[1] |= {"name": "By hand"}
+    write_supernodes(tmp_path, groups, digest="one", similarity=0.7)
+    assert [g["name"] for g in read_supernodes(tmp_path, "one")] == ["by hand", "By hand 2"]  # each can be named
     (tmp_path / SUPERNODES_FILE).write_text('{"groups": [{"name": 3}]}')
     with pytest.raises(UserError, match=r"groups\[0\]"):
         read_supernodes(tmp_path, "one")
+
+
+def test_names_that_are_there_are_not_written_again(tmp_path):
+    file, bot = LabelsFile(None, tmp_path), {"by": "a program", "automatic": True}
+    assert [file.add({"resid_0/1": "nouns"}, **bot) for _ in range(2)] == [1, 0]
+    assert [file.add({"resid_0/1": name}, by="a person") for name in ("", "nouns", "nouns")] == [0, 1, 0]
+    assert file.add({"resid_0/1": "nouns"}, **bot) == 0
+    assert file.add({"resid_0/1": ""}, by="a person") == 1
+    assert len(file.lines()) == 3 and file.read()["resid_0/1"]["automatic"]
 
 
 def test_groups_are_made_changed_and_removed_by_name():

@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from circuits.attribution.activations import Setting
 from circuits.attribution.nodes import Nodes, aggregate, select_nodes
 from circuits.circuit import Circuit
 from circuits.discovery.discover import discover
 from circuits.faithfulness.nodes import from_start_site, metrics_of_sets, set_up, share_intervals, shares
+from circuits.metrics.metrics import Metric
 from circuits.options import DiscoverOptions, ValidityOptions
 from circuits.prompts.dataset import PromptSet
 from circuits.uncertainty.bootstrap import Bootstrap
@@ -50,17 +52,25 @@ class Elsewhere:
     """Share of the circuit's features that have a partner."""
 
 
-def on_paraphrases(circuit: Circuit, prompts: PromptSet, options: ValidityOptions, *, progress: bool) -> Elsewhere:
-    """The circuit on prompts of the same behaviour in other words, which are their own reference for ablation."""
-    other = _found_again(circuit, dict(circuit.saes), prompts, progress=progress)
+def on_paraphrases(
+    circuit: Circuit, prompts: PromptSet, options: ValidityOptions, *, metric: Metric, progress: bool
+) -> Elsewhere:
+    """The circuit on prompts of the same behaviour in other words, which are their own reference for ablation; metric:
+    the circuit's.
+    """
+    other = _found_again(circuit, dict(circuit.saes), prompts, metric=metric, progress=progress)
     overlap = overlap_between(_values(circuit, options), _values(other, options), options.nodes, _bootstrap(options))
-    return Elsewhere(overlap, *_explained(circuit, circuit.nodes, prompts, options, progress=progress))
+    setting = Setting.of(circuit.model, circuit.saes, metric, sites=circuit.effects)
+    return Elsewhere(overlap, *_explained(setting, circuit.nodes, prompts, options, progress=progress))
 
 
 def in_other_saes(
-    circuit: Circuit, saes: Mapping[Site, SparseAutoencoder], options: ValidityOptions, *, progress: bool
-) -> Elsewhere:
-    """The circuit beside that of the same prompts in other autoencoders, at the sites that both have."""
+    circuit: Circuit, saes: Mapping[Site, SparseAutoencoder], options: ValidityOptions, *, metric: Metric,
+    progress: bool,
+) -> Elsewhere:  # fmt: skip
+    """The circuit beside that of the same prompts in other autoencoders, at the sites that both have; metric: the
+    circuit's.
+    """
     sites = [site for site in circuit.effects if site in saes]
     if not sites:
         raise UserError(
@@ -68,7 +78,7 @@ def in_other_saes(
             f"{', '.join(map(str, circuit.effects))}: give autoencoders at the same sites"
         )
     others = as_saes(saes).subset(sites)
-    other = _found_again(circuit, others, circuit.prompts, progress=progress)
+    other = _found_again(circuit, others, circuit.prompts, metric=metric, progress=progress)
     partner = {site: _partners(circuit.saes[site], others[site]) for site in sites}
     node_values = _values(circuit, options, sites)
     names = [_renamed(name, partner) for name in node_values.names]
@@ -81,19 +91,17 @@ def in_other_saes(
     chosen = node_values.strongest(options.nodes).nonzero()[:, 0].tolist()
     features = [names[column] for column in chosen if not node_values.names[column].endswith(("/error", "/skip"))]
     matched = sum(not name.startswith(UNMATCHED) for name in features) / max(len(features), 1)
-    explained = _explained(other, other.nodes, circuit.prompts, options, progress=progress)
+    explained = _explained(other.setting(), other.nodes, circuit.prompts, options, progress=progress)
     return Elsewhere(overlap, *explained, matched)
 
 
 def _found_again(
-    circuit: Circuit, saes: Mapping[Site, SparseAutoencoder], prompts: PromptSet, *, progress: bool
+    circuit: Circuit, saes: Mapping[Site, SparseAutoencoder], prompts: PromptSet, *, metric: Metric, progress: bool
 ) -> Circuit:
     """The nodes of the behaviour by the circuit's own method, positions summed."""
     options: dict[str, Any] = {**circuit.metadata["options"], "edge_nodes": 0, "aggregation": "sum", "sites": "all"}
     chosen = as_saes(saes).subset([site for site in circuit.effects if site in saes])
-    return discover(
-        circuit.model, chosen, prompts, DiscoverOptions(**options), metric=circuit.metric, progress=progress
-    )
+    return discover(circuit.model, chosen, prompts, DiscoverOptions(**options), metric=metric, progress=progress)
 
 
 def _values(circuit: Circuit, options: ValidityOptions, sites: list[Site] | None = None) -> NodeValues:
@@ -108,12 +116,12 @@ def _values(circuit: Circuit, options: ValidityOptions, sites: list[Site] | None
 
 
 def _explained(
-    circuit: Circuit, nodes: Nodes, prompts: PromptSet, options: ValidityOptions, *, progress: bool
+    setting: Setting, nodes: Nodes, prompts: PromptSet, options: ValidityOptions, *, progress: bool
 ) -> tuple[float, Interval | None]:
     """Faithfulness of the strongest nodes on prompts that are their own reference, with its interval."""
-    every, tested, reference, _ = set_up(circuit.setting(), nodes, prompts, prompts, options)
+    every, tested, reference, _ = set_up(setting, nodes, prompts, prompts, options)
     m = metrics_of_sets(
-        circuit.setting(), [(select_nodes(every, top=options.nodes), True)], tested, options, nodes=every,
+        setting, [(select_nodes(every, top=options.nodes), True)], tested, options, nodes=every,
         reference=reference, seed=options.seed, batch_size=options.batch_size, progress=progress,
     )  # fmt: skip
     low, high = share_intervals(m, tested.groups, _bootstrap(options))[0].tolist()

@@ -83,9 +83,11 @@ def validate(
     backups, of_backups = study.backups()
     lines = [*measured, study.resamples(), of_families, of_backups, study.sums(), *study.exact()]
     if paraphrases is not None:
-        lines.append(checks.paraphrases(on_paraphrases(circuit, paraphrases, options, progress=progress)))
+        in_other_words = on_paraphrases(circuit, paraphrases, options, metric=study.setting.metric, progress=progress)
+        lines.append(checks.paraphrases(in_other_words))
     if other_saes is not None:
-        lines.append(checks.other_saes(in_other_saes(circuit, other_saes, options, progress=progress)))
+        of_others = in_other_saes(circuit, other_saes, options, metric=study.setting.metric, progress=progress)
+        lines.append(checks.other_saes(of_others))
     drawn = what_is_drawn(study.prompts.groups)
     return Validity(lines, count(study.strongest), len(study.prompts), drawn, families, backups, spread)
 

@@ -79,6 +79,12 @@ def write_site(folder: Path, site: Site, pages: Iterable[FeaturePage]) -> Path:
     return path
 
 
+def tokens_read(path: Path) -> int:
+    """How many tokens the pages of a site that `write_site` wrote are of."""
+    with path.open(encoding="utf-8") as lines:
+        return int(parse_json(next(lines), f"{path}, line 1", dict[str, Any])["n_tokens"])
+
+
 def write_circuit_part(
     folder: Path, circuit: Circuit, prompts: PromptSet, features: Mapping[Site, Iterable[int]]
 ) -> None:

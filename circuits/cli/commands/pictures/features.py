@@ -90,11 +90,10 @@ class FeaturesCommand(UsesSaes, Overwrites, Common):
             "out",
             "sites",
             "dtype",
-            "quantize",
             *(name for name in ("groups", "automata", "prompts") if not getattr(self, name)),
         )
         made = {name: value for name, value in made.items() if name not in dropped}
-        finished = self._begin(folder, made)
+        finished = self._begin(folder, made, dtype=str(model.dtype).removeprefix("torch."))
         n_tokens = self._pages(model, saes, text, asked, folder, finished)
         if circuit is None or prompts is None:
             (folder / CIRCUIT_FILE).unlink(missing_ok=True)
@@ -190,12 +189,14 @@ class FeaturesCommand(UsesSaes, Overwrites, Common):
 
     def _load(self, run: Path) -> tuple[Circuit | None, LanguageModel, SAEs]:
         from circuits.circuit import Circuit
-        from circuits.cli.common import load_checked_saes, load_model, placed
+        from circuits.circuit_source import parse_site_paths
+        from circuits.cli.common import load_checked_saes, load_model
 
         if self.circuit is not None:
             circuit = Circuit.load(
-                self.circuit, model=self.model, saes=self.saes, sae_memory=self.sae_memory, metric="logit_difference",
-                **placed(self),
+                self.circuit, model=self.model, saes=self.saes, device=self.device, dtype=self.dtype,
+                device_map=self.device_map, site_paths=parse_site_paths(self.site_paths), sae_memory=self.sae_memory,
+                metric="logit_difference",
             )  # fmt: skip
             return circuit, circuit.model, circuit.saes
         name = self.model or next(
@@ -240,15 +241,15 @@ class FeaturesCommand(UsesSaes, Overwrites, Common):
             raise UserError("the circuit has no features, only errors: name some with --features or --sites")
         return asked
 
-    def _begin(self, folder: Path, made: dict[str, Any]) -> list[str]:
-        """Make the folder ready; names of the sites that an interrupted reading has finished."""
+    def _begin(self, folder: Path, made: dict[str, Any], *, dtype: str) -> list[str]:
+        """Make the folder ready; the sites that an interrupted reading, in the same number type, has finished."""
         from circuits.feature_pages import INDEX_FILE
 
         partial = folder / "partial" / STATE_FILE
         if self.resume:
             if not partial.is_file():
                 raise UserError(f"nothing to resume in {str(folder)!r}: no reading was interrupted there")
-            if differing := different_options(read_json(partial), made):
+            if differing := different_options(read_json(partial), {**made, "dtype": dtype}):
                 raise UserError(f"the reading in {str(folder)!r} was begun with other options: {differing}")
             return [path.stem for path in folder.glob("*.jsonl")]
         if partial.is_file() and not self.overwrite:
@@ -259,7 +260,7 @@ class FeaturesCommand(UsesSaes, Overwrites, Common):
         if index.is_file() and not self.overwrite and (differing := different_options(read_json(index), made)):
             raise UserError(f"{str(folder)!r} holds pages of other options ({differing}): --overwrite replaces them")
         remove(folder, FEATURES, with_folder=False)
-        write_json(partial, {"schema_version": 1, MADE_WITH: made})
+        write_json(partial, {"schema_version": 1, MADE_WITH: {**made, "dtype": dtype}})
         return []
 
     def _pages(
@@ -267,7 +268,7 @@ class FeaturesCommand(UsesSaes, Overwrites, Common):
         finished: list[str],
     ) -> int:  # fmt: skip
         """Write the data of every site; the number of tokens that count."""
-        from circuits.feature_pages import write_site
+        from circuits.feature_pages import tokens_read, write_site
         from sae._progress import ProgressBar
         from sae.features.pages import feature_pages_by_site
 
@@ -281,4 +282,4 @@ class FeaturesCommand(UsesSaes, Overwrites, Common):
                 bar.set_postfix_str(f"{site} with its features ablated")
                 write_site(folder, site, pages)
                 n_tokens = pages[0].n_tokens
-        return n_tokens
+        return n_tokens or tokens_read(folder / f"{next(iter(asked))}.jsonl")  # every site was finished before

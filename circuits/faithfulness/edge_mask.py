@@ -148,7 +148,8 @@ def edge_mask_circuit(circuit: Circuit, mask: LearnedEdges, n: int, *, progress:
     """The n edges that a mask keeps longest, without those that lead nowhere, as a circuit like any other: these edges
     with their weights, and the nodes they join with their effects.
 
-    The prompts are gone through once more, as when the circuit was found.
+    The prompts are gone through once more, as when the circuit was found. Raises UserError where none of the edges is
+    on a path to the metric.
     """
     chosen = strongest_edges(mask.edges, n)
     living = reaching(chosen, mask.nodes)
@@ -159,6 +160,8 @@ def edge_mask_circuit(circuit: Circuit, mask: LearnedEdges, n: int, *, progress:
         if down is not None:
             joined[down] |= into.any(1)
     nodes = masked_nodes(mask.nodes, torch.cat(list(joined.values())))
+    if not count(nodes):
+        raise UserError(f"none of the {n} edges kept longest is on a path to the metric: keep more")
     again = discovered_again(circuit, nodes, {"edges": n, **mask.options}, progress=progress)
     names = {(ids[0], ids[1]) for ids in mask.to_frame().head(n)[["upstream", "downstream"]].to_numpy().tolist()}
     of_site = {site: site_nodes.ids(site) for site, site_nodes in again.edge_nodes.items()}

@@ -99,6 +99,9 @@ def test_cold_gates_are_the_edges_whose_faithfulness_is_measured(circuit):
     shown = written.edges_frame()
     assert len(shown) == kept
     assert {f"{row.source} {row.target}" for row in shown.itertuples()} <= drawn
+    last = {pair: weights * (0.1 if pair[1] is None else 1) for pair, weights in mask.edges.items()}
+    with pytest.raises(UserError, match="none of the 1 edges kept longest is on a path to the metric"):
+        edge_mask_circuit(circuit, replace(mask, edges=last), 1, progress=False)
 
 
 def test_the_true_edges_are_found_without_attribution():

@@ -154,7 +154,7 @@ def _describe(setting: Setting, circuits: Mapping[int, Circuit], contexts: Conte
             features.setdefault(site, set()).update(index)
     if not features:
         return
-    texts = contexts.prompts.texts[:: max(1, len(contexts) // DESCRIBED_ON)]
+    texts = contexts.prompts.texts[:: -(-len(contexts) // DESCRIBED_ON)]
     asked = {site: sorted(index) for site, index in sorted(features.items())}
     described = top_contexts(setting.model, setting.saes, texts, asked)
     for circuit in circuits.values():

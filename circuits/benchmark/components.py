@@ -234,7 +234,7 @@ class PatchedComponents:
 
     @torch.no_grad()
     def logits(self, circuit: Collection[str]) -> Tensor:
-        """Logits after every prompt [B, V] with the components `kept` alone as they are."""
+        """Logits after every prompt [B, V] with the components of `circuit` alone as they are."""
         circuit = {*circuit}
 
         def edit_heads(layer: int, z: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ linear scale would leave all but three nodes white.
 
 from __future__ import annotations
 
-import bisect
 import math
 import unicodedata
 from collections.abc import Iterable
@@ -213,8 +212,9 @@ def fit(text: str, size: float, width: float, *, bold: bool = False) -> str:
     """The text, cut with an ellipsis where it would be wider than `width` points."""
     if text_width(text, size, bold=bold) <= width:
         return text
-    most = bisect.bisect_right(range(len(text)), width, key=lambda n: text_width(text[:n] + "…", size, bold=bold)) - 1
-    return text[: max(most, 0)].rstrip() + "…"
+    while text and text_width(text + "…", size, bold=bold) > width:
+        text = text[:-1]
+    return text.rstrip() + "…"
 
 
 def wrap(text: str, size: float, width: float, *, lines: int, bold: bool = False) -> list[str]:

@@ -36,7 +36,7 @@ LOGIT_BYTES = 256 * 2**20
 
 
 def context_of(model: LanguageModel, context_length: int | None = None) -> int:
-    """The longest context that text is read in: `wanted` tokens, but no more than the model has positions for."""
+    """The longest context that text is read in: `context_length` tokens, or as many as the model has positions for."""
     context = CONTEXT_LENGTH if context_length is None else context_length
     if model.max_positions is not None and context > model.max_positions:
         if context_length not in (None, CONTEXT_LENGTH):

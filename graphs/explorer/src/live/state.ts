@@ -58,8 +58,6 @@ export const chosen = signal<string[]>([]);
 export const operation = signal<Operation>("zero");
 export const value = signal("2");
 export const where = signal<Where>("everywhere");
-/** Whether heads look where they look in the unedited model. */
-export const frozen = signal(false);
 export const newTokens = signal("20");
 export const outcome = signal<Outcome | null>(null);
 export const done = signal<api.Done[]>([]);
@@ -132,7 +130,7 @@ export async function tryEdit(): Promise<void> {
   const at = { everywhere: "everywhere", generated: "at generated tokens", here: `at token ${position.value}` };
   outcome.value = {
     features: chosen.value,
-    what: `${DID[operation.value]}${amount ?? ""} ${at[where.value]}${frozen.value ? ", attention frozen" : ""}`,
+    what: `${DID[operation.value]}${amount ?? ""} ${at[where.value]}`,
     prompt: now.prompt,
     command: "",
     file: "",
@@ -148,7 +146,6 @@ export async function tryEdit(): Promise<void> {
     operation: operation.value,
     value: amount,
     where: place,
-    freeze: frozen.value ? "attention" : null,
     new_tokens: Number(newTokens.value) || 0,
   };
   const finished = await follow("edit", request, (event) => {

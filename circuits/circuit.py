@@ -113,7 +113,19 @@ class Circuit(CircuitViews):
     def read_prompts(
         self, path: str | Path | None = None, *, limit: int | None = None, need_spans: bool | None = None
     ) -> PromptSet:
-        """At most `limit` prompts of a file, or of those it was found on; see `CircuitSource.read_prompts`."""
+        """Read a file of prompts as the circuit's own were read.
+
+        Args:
+            path: A file of prompts; the one that it was found on by default.
+            limit: How many prompts are read at most.
+            need_spans: Whether prompts without spans are refused; by default they are where the circuit is by span.
+
+        Returns:
+            The prompts.
+
+        Raises:
+            UserError: For a file without prompts, or where the file of the circuit's own prompts has changed.
+        """
         return self.source.read_prompts(self.metadata, path, limit=limit, need_spans=need_spans)
 
     def get_metric(self, given: str | Metric | None = None) -> Metric:
@@ -244,7 +256,7 @@ class Circuit(CircuitViews):
             model: the model or its name, in place of the one the circuit names.
             saes: the SAEs or their folder, in place of those the circuit names.
             metric: the metric, where it is Python code: none runs because a file names it.
-            options: device, dtype, device_map, site_paths, sae_memory and stream of `CircuitSource`.
+            options: device, dtype, device_map, quantize, remote, site_paths, sae_memory and stream of `CircuitSource`.
 
         Raises:
             UserError, GraphError: for a folder without a circuit, or a damaged one.

@@ -46,6 +46,10 @@ class CircuitSource:
     """Number type of the model; None for the one the circuit was found in."""
     device_map: DeviceMap | None = None
     """How the model is spread over devices, in place of `device`."""
+    quantize: str | None = None
+    """How linear layers are held, "8bit" or "4bit"; None for what the circuit was found with."""
+    remote: str | None = None
+    """Where the model runs, if elsewhere."""
     site_paths: Mapping[str, str] | None = None
     """Where sites are; None for where they were when the circuit was found."""
     sae_memory: float | None = None
@@ -64,6 +68,8 @@ class CircuitSource:
                 device=self.device,
                 dtype=self.dtype or metadata.get("dtype") or "float32",
                 device_map=self.device_map,
+                quantize=self.quantize or metadata.get("quantize"),
+                remote=self.remote,
                 site_paths=self.site_paths or parse_site_paths(metadata.get("site_paths")),
             )
             noted = metadata.get("model_fingerprint")

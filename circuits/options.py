@@ -60,6 +60,7 @@ Ablation = Literal["mean", "optimal", "counterfactual", "resample", "zero", "mea
 ABLATIONS: tuple[str, ...] = get_args(Ablation)
 Operation = Literal["zero", "mean", "resample", "set", "clamp", "scale", "steer"]
 EditedTokens = Literal["all", "active", "prompt", "generated"]
+Freeze = Literal["attention"]
 Errors = Literal["nodes", "keep", "ablate"]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import secrets
 import stat
 import struct
@@ -26,6 +27,8 @@ MARK = "sparse-feature-circuits"
 """How files name the program that made them."""
 MAX_TEXT_BYTES = 2**30
 """No file that is read at once as text is larger."""
+HALF_A_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
+"""In JSON: what is a character only together with another one, as an escape or not."""
 
 
 @contextmanager
@@ -127,8 +130,16 @@ def parse_json(text: str, where: str | Path, schema: Any) -> Any:
 
     What is not a finite number is None. A GraphError says where, and the line of malformed JSON.
     """
+    undefined: list[str] = []
+
+    def finite(number: str) -> float | None:
+        if math.isfinite(value := float(number)):
+            return value
+        undefined.append(number)
+        return None
+
     try:
-        value = json.loads(text, parse_constant=lambda _: None, parse_float=_finite)
+        value = json.loads(text, parse_constant=undefined.append, parse_float=finite)
     except json.JSONDecodeError as error:
         line = f", line {error.lineno}" if "\n" in text.strip() else ""
         raise GraphError(f"{where}{line}: not valid JSON ({error.msg} at column {error.colno})") from None
@@ -136,21 +147,20 @@ def parse_json(text: str, where: str | Path, schema: Any) -> Any:
         raise GraphError(f"{where}: JSON nested too deeply to be read") from None
     except ValueError as error:  # an integer of more digits than Python converts
         raise GraphError(f"{where}: not valid JSON ({error})") from None
-    check_type(value, schema, where)
+    as_read = not undefined and not HALF_A_CHARACTER.search(text)
+    check_type(value, schema, where, text=text if as_read else None)
     return value
 
 
-def _finite(text: str) -> float | None:
-    value = float(text)
-    return value if math.isfinite(value) else None
-
-
-def check_type(value: Any, schema: Any, where: str | Path) -> None:
+def check_type(value: Any, schema: Any, where: str | Path, *, text: str | None = None) -> None:
     """A GraphError with the key, its value and what is allowed unless the JSON value fits `schema`, a TypedDict or any
-    type that pydantic knows. Types are strict: "3" is no number. Text need not be valid Unicode.
+    type that pydantic knows. Types are strict: "3" is no number. Characters need not be valid Unicode.
+
+    text: JSON that spells the value, where there is such; to write it takes as long as to check it.
     """
     try:
-        text = json.dumps(value, ensure_ascii=False).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        if text is None:
+            text = json.dumps(value, ensure_ascii=False).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         _adapter(schema).validate_json(text, strict=True)
     except RecursionError:
         raise GraphError(f"{where}: JSON nested too deeply to be read") from None

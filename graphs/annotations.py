@@ -48,9 +48,16 @@ class _Line(TypedDict, total=False):
 
 
 def read_annotations(path: str | Path) -> dict[str, str]:
-    """Feature name -> annotation, the last line of a name counting; what is skipped is counted in one warning.
+    """Read labels of features; the last line of a name counts, and one warning counts what is skipped.
 
-    A malformed line raises GraphError with the file and the line number, as does a file without any annotation.
+    Args:
+        path: JSON lines as the paper's annotations have them, or as `write_annotations` writes them.
+
+    Returns:
+        Name of a feature, such as `resid_3/120` -> its label.
+
+    Raises:
+        GraphError: With the file and the line, for a malformed line, or a file without any label.
     """
     labels: dict[str, str] = {}
     skipped: Counter[str] = Counter()
@@ -89,8 +96,15 @@ def _lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def write_annotations(labels: Mapping[str, str], path: str | Path, *, overwrite: bool = False) -> None:
-    """Write labels so that `read_annotations` reads them back; a GraphError refuses to replace any other file, unless
-    `overwrite`.
+    """Write labels so that `read_annotations` reads them back.
+
+    Args:
+        labels: Name of a feature, such as `resid_3/120` -> its label.
+        path: The file.
+        overwrite: Whether any other file is replaced.
+
+    Raises:
+        GraphError: For another file there, unless `overwrite`.
     """
     check_output(path, is_annotations, overwrite=overwrite)
     write_text(path, "".join(json.dumps(_line(name, text), ensure_ascii=False) + "\n" for name, text in labels.items()))

@@ -169,8 +169,17 @@ class FeatureGraph:
         interval: Sequence[float] | None = None,
         by_case: Mapping[str, float] | None = None,
     ) -> None:
-        """Add an edge between two nodes of the graph, from a site to a later one or to the metric, with the bounds of
-        its weight and its weight by case where they are known.
+        """Add an edge between two nodes of the graph, from a site to a later one or to the metric.
+
+        Args:
+            source: Id of the node it leaves.
+            target: Id of the node it enters.
+            weight: Its weight, in units of the metric.
+            interval: Bounds of the weight, where they are known.
+            by_case: The weight by case of prompts, where it is known.
+
+        Raises:
+            GraphError: For a node that is not there, an edge that leads back, or a number that is not finite.
         """
         for end in (source, target):
             if end not in self.graph:
@@ -276,7 +285,15 @@ class FeatureGraph:
     # --- new graphs from this one -------------------------------------------------------------------------------
 
     def subgraph(self, ids: Iterable[str], *, edges: Iterable[tuple[str, str]] | None = None) -> FeatureGraph:
-        """The graph on these nodes, with all edges between them or only those given; metadata is shared."""
+        """Give the graph on some of its nodes; metadata is shared.
+
+        Args:
+            ids: The nodes.
+            edges: (source, target) of the edges that stay; all between the nodes by default.
+
+        Returns:
+            The graph.
+        """
         keep = set(ids)
         allowed = None if edges is None else set(edges)
         smaller = FeatureGraph(self.sites, metadata=self.metadata)
@@ -318,6 +335,11 @@ class FeatureGraph:
     def from_json(data: Any, *, source: str | Path = "graph") -> FeatureGraph:
         """Build the graph from `to_json`'s dictionary; `source` names the file in error messages."""
         check_type(data, GraphFile, source)
+        return FeatureGraph._from_file(data, source)
+
+    @staticmethod
+    def _from_file(data: Any, source: str | Path) -> FeatureGraph:
+        """The graph of `to_json`'s dictionary, whose types are checked."""
         try:
             graph = FeatureGraph(data["sites"], metadata=data["metadata"])
             for item in data["nodes"]:
@@ -330,11 +352,19 @@ class FeatureGraph:
         return graph
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write the graph as JSON in one step; a GraphError refuses to replace any other file, unless `overwrite`."""
+        """Write the graph as JSON in one step.
+
+        Args:
+            path: The file.
+            overwrite: Whether any other file is replaced.
+
+        Raises:
+            GraphError: For another file there, unless `overwrite`.
+        """
         check_output(path, is_graph, overwrite=overwrite)
         write_json(path, self.to_json())
 
     @staticmethod
     def load(path: str | Path) -> FeatureGraph:
         """Read a graph written by `save`; anything wrong in the file raises GraphError with the file and the value."""
-        return FeatureGraph.from_json(read_json(path, Any), source=path)
+        return FeatureGraph._from_file(read_json(path, GraphFile), path)

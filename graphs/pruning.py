@@ -44,7 +44,14 @@ def by_top_edges(graph: FeatureGraph, n: int) -> FeatureGraph:
 
 
 def reachable(graph: FeatureGraph) -> FeatureGraph:
-    """Keep the nodes with a path to the metric. A graph without edges, or without a metric, is returned whole."""
+    """Keep the nodes with a path to the metric. A graph without edges, or without a metric, is returned whole.
+
+    Args:
+        graph: The graph.
+
+    Returns:
+        A graph of the kept nodes and all edges between them.
+    """
     if graph.graph.number_of_edges() == 0 or METRIC not in graph:
         return graph.subgraph(graph.graph)
     return graph.subgraph(nx.ancestors(graph.graph, METRIC) | {METRIC})
@@ -93,6 +100,17 @@ def influence(graph: FeatureGraph, *, node_share: float = 0.8, edge_share: float
     Edge influence is computed anew on the kept nodes, as in circuit-tracer (`prune_graph`, whose defaults these are).
     There a feature must also keep an incoming edge; here a circuit may start at any site, so only a path to the
     metric is asked for.
+
+    Args:
+        graph: The graph.
+        node_share: Share of the nodes' influence, from 0 to 1.
+        edge_share: Share of the edges' influence, from 0 to 1.
+
+    Returns:
+        A graph of the kept nodes and edges.
+
+    Raises:
+        GraphError: For another share, or a graph without a metric.
     """
     for name, share in (("node_share", node_share), ("edge_share", edge_share)):
         if not 0.0 <= share <= 1.0:

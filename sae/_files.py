@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter, ValidationError
     from torch import Tensor
 
+HALF_A_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
+"""In JSON: what is a character only together with another one, as an escape or not."""
 MAX_TEXT_BYTES = 2**30
 """No file that is read at once as text is larger."""
 CHECKSUM = "checksum"
@@ -119,7 +121,7 @@ def write_tensors(
     from safetensors.torch import save_file
 
     path = Path(path)
-    copies = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    copies = _apart({name: x.detach().cpu().contiguous() for name, x in tensors.items()})
     header = dict(metadata or {}) | ({CHECKSUM: digest_tensors(copies)} if checksum else {})
     with atomic_write(path) as temporary:
         folder = temporary_name(path.with_suffix(""))
@@ -129,6 +131,17 @@ def write_tensors(
             (folder / path.name).replace(temporary)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, those that share memory with an earlier one copied: safetensors refuses to write it twice."""
+    seen: set[int] = set()
+    apart: dict[str, Tensor] = {}
+    for name, x in tensors.items():
+        memory = x.untyped_storage().data_ptr()
+        apart[name] = x.clone() if memory in seen else x
+        seen.add(memory)
+    return apart
 
 
 def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
@@ -287,8 +300,16 @@ def parse_json(text: str, where: str | Path, schema: Any = Any) -> Any:
     Types are strict: "3" is no number. Raises UserError with `where` and the line of malformed JSON, or the key, its
     value and what is allowed.
     """
+    undefined: list[str] = []
+
+    def finite(number: str) -> float | None:
+        if math.isfinite(value := float(number)):
+            return value
+        undefined.append(number)
+        return None
+
     try:
-        value = _DECODER.decode(text)
+        value = json.loads(text, parse_constant=undefined.append, parse_float=finite)
     except json.JSONDecodeError as error:
         line = f", line {error.lineno}" if "\n" in text.strip() else ""
         raise UserError(f"{where}{line}: malformed JSON: {error.msg} at column {error.colno}") from None
@@ -296,25 +317,24 @@ def parse_json(text: str, where: str | Path, schema: Any = Any) -> Any:
         raise UserError(f"{where}: JSON nested too deeply to be read") from None
     except ValueError as error:  # an integer of more digits than Python converts
         raise UserError(f"{where}: malformed JSON: {error}") from None
-    return value if schema is Any else check_type(value, schema, where)
+    if schema is Any:
+        return value
+    as_read = not undefined and not HALF_A_CHARACTER.search(text)
+    return check_type(value, schema, where, text=text if as_read else None)
 
 
-def _finite(text: str) -> float | None:
-    value = float(text)
-    return value if math.isfinite(value) else None
+def check_type(value: Any, schema: Any, where: str | Path, *, text: str | None = None) -> Any:
+    """A JSON value as a value of the type `schema`, as in `parse_json`; what is no Unicode becomes U+FFFD.
 
-
-_DECODER = json.JSONDecoder(parse_constant=lambda _: None, parse_float=_finite)  # an undefined number is null
-
-
-def check_type(value: Any, schema: Any, where: str | Path) -> Any:
-    """A JSON value as a value of the type `schema`, as in `parse_json`; what is no Unicode becomes U+FFFD."""
+    text: JSON that spells the value, where there is such; to write it takes as long as to check it.
+    """
     from pydantic import ValidationError
 
     try:
-        text = json.dumps(value, ensure_ascii=False, default=str)
-        if not text.isascii():
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        if text is None:
+            text = json.dumps(value, ensure_ascii=False, default=str)
+            if not text.isascii():
+                text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return _adapter(schema).validate_json(text, strict=True)
     except RecursionError:
         raise UserError(f"{where}: JSON nested too deeply to be read") from None

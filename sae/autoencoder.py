@@ -194,9 +194,16 @@ class SparseAutoencoder(nn.Module):
         return SparseAutoencoder(replace(self.config, n_features=len(index)), tensors).to(self.W_dec.dtype)
 
     def encode_some(self, x: Tensor, index: Tensor) -> Tensor:
-        """x [..., r] -> f [..., n] of the features `index` [n].
+        """Encode some features: x [..., r] -> f [..., n].
 
         Only their encoder rows are used; where features compete all of them are encoded, chunk of tokens by chunk.
+
+        Args:
+            x: [..., r] what the dictionary reads.
+            index: [n] int64 numbers of the features.
+
+        Returns:
+            f [..., n], in the dictionary's number type.
         """
         if not len(index):
             return x.new_zeros(*x.shape[:-1], 0)
@@ -207,7 +214,15 @@ class SparseAutoencoder(nn.Module):
         return torch.cat([self.encode(chunk)[:, index] for chunk in chunks]).reshape(*x.shape[:-1], len(index))
 
     def encode_and_reconstruct(self, x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """x [..., r] -> (f [..., n] of the features `index` [n], x̂ [..., d]), chunk of tokens by chunk: no [..., F]."""
+        """Encode some features and reconstruct from all of them, chunk of tokens by chunk: no [..., F] is built.
+
+        Args:
+            x: [..., r] what the dictionary reads.
+            index: [n] int64 numbers of the features.
+
+        Returns:
+            f [..., n] of the features, and x̂ [..., d].
+        """
         index = index.to(self.device)
         rows = max(1, CHUNK_BYTES // (4 * self.config.n_features))
         some, x_hat = [x.new_zeros(0, len(index))], [x.new_zeros(0, self.config.d_model)]
@@ -231,7 +246,15 @@ class SparseAutoencoder(nn.Module):
         return g @ self._buffers_by_name[SKIP]
 
     def with_skip(self, x_hat: Tensor, x: Tensor) -> Tensor:
-        """x̂ [..., d] of the features and the bias, with what a skip connection makes of x [..., r] if there is one."""
+        """Add what a skip connection, if there is one, makes of x.
+
+        Args:
+            x_hat: [..., d] from the features and the bias.
+            x: [..., r] what the dictionary reads.
+
+        Returns:
+            x̂ [..., d].
+        """
         return x_hat + self.skip(x) if self.has_skip else x_hat
 
     def forward(self, x: Tensor) -> Tensor:
@@ -244,7 +267,15 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def encode_sparse(self, x: Tensor, *, chunk_bytes: int = CHUNK_BYTES) -> SparseFeatures:
-        """x [N, r] -> its nonzero features, in chunks whose [n, F] intermediate has at most `chunk_bytes` bytes."""
+        """Encode into nonzero features alone, in chunks of tokens.
+
+        Args:
+            x: [N, r] what the dictionary reads.
+            chunk_bytes: The most that the [n, F] intermediate of a chunk may take.
+
+        Returns:
+            The nonzero entries, sorted by token.
+        """
         rows = max(1, chunk_bytes // (4 * self.config.n_features))
         chunks = [self._encode_chunk(chunk, i * rows) for i, chunk in enumerate(x.split(rows))]
         return SparseFeatures(*(torch.cat(column) for column in zip(*chunks, strict=True)))
@@ -270,9 +301,17 @@ class SparseAutoencoder(nn.Module):
         return rows
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
-        """Writes `config.json` and `sae.safetensors` into the folder, each under a temporary name first.
+        """Write `config.json` and `sae.safetensors` into the folder, each under a temporary name first.
 
-        Raises UserError, unless `overwrite`, where files of these names are no autoencoder of this format.
+        Args:
+            folder: The folder.
+            overwrite: Whether files of these names are replaced that are no autoencoder of this format.
+
+        Returns:
+            The folder.
+
+        Raises:
+            UserError: For such files, unless `overwrite`.
         """
         folder = Path(folder)
         for name in (SAE_CONFIG_FILE, WEIGHTS_FILE):

@@ -13,7 +13,7 @@ import torch
 
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")  # before Triton is imported
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from sae.model.language_model import LanguageModel
 from sae.model.load import load_model
 from sae.training import trainer
 from tests.forked import ForkedCommands
+from tests.graphs.browser import Browser, find_chromium
 from tests.workers import pytest_addoption, run_in_workers, wants_workers  # noqa: F401 (the first is a hook)
 
 MODEL_FAMILIES = ("gpt2", "gpt_neox", "llama", "mistral", "qwen3", "gemma2", "gemma3_text")
@@ -180,3 +181,17 @@ def shared_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the shared models and data in {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """Chromium, for all files of a process."""
+    if find_chromium() is None:
+        pytest.skip("no Chromium on the path")
+    try:
+        started = Browser(tmp_path_factory.mktemp("browser"))
+        started.send("Browser.getVersion")
+    except (OSError, RuntimeError, TimeoutError) as error:
+        pytest.skip(f"Chromium does not start: {error}")
+    yield started
+    started.close()

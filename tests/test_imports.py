@@ -66,7 +66,7 @@ def users(name: str) -> set[str]:
 def test_packages_know_what_they_may():
     for package, forbidden in (("sae", ("circuits", "graphs")), ("graphs", ("circuits", "sae", "torch"))):
         assert not {user for name in forbidden for user in users(name) if user.split(".")[0] == package}, package
-    assert users("nnsight") == {"sae.model.language_model"}
+    assert users("nnsight") == {"sae.model.tracing"}
     assert not users("examples")
 
 

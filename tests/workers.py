@@ -2,7 +2,7 @@
 
 1. This process imports everything and collects the tests, once: torch and transformers take longer to import than many
    tests to run.
-2. Each worker is a fork of it, and asks for a file of tests until there are no more.
+2. Each worker is a fork of it, and asks for a file of tests (or all files that need a browser) until there are no more.
 3. The reports come back through pipes; this process alone writes to the terminal.
 """
 
@@ -36,10 +36,7 @@ def wants_workers(session: pytest.Session) -> bool:
 
 def run_in_workers(session: pytest.Session, *, on_start: Callable[[], None], on_end: Callable[[], None]) -> None:
     """Run the collected tests in forks of this process; each calls `on_start` before and `on_end` after its tests."""
-    files: dict[str, list[pytest.Item]] = {}
-    for item in session.items:
-        files.setdefault(item.nodeid.partition("::")[0], []).append(item)
-    groups = list(files.values())
+    groups = _groups(session.items)
     workers: dict[Connection, int] = {}
     session.config._tmp_path_factory.getbasetemp()  # made before the forks, which have folders in it
     try:
@@ -55,6 +52,18 @@ def run_in_workers(session: pytest.Session, *, on_start: Callable[[], None], on_
         for pid in workers.values():
             os.kill(pid, signal.SIGTERM)
             os.waitpid(pid, 0)
+
+
+def _groups(items: list[pytest.Item]) -> Groups:
+    """Tests by file; the files whose tests share a browser are one group."""
+    names = [item.nodeid.partition("::")[0] for item in items]
+    in_browser = {
+        name for name, item in zip(names, items, strict=True) if "browser" in getattr(item, "fixturenames", ())
+    }
+    groups: dict[str, list[pytest.Item]] = {}
+    for name, item in zip(names, items, strict=True):
+        groups.setdefault("browser" if name in in_browser else name, []).append(item)
+    return list(groups.values())
 
 
 def fork() -> int:

@@ -195,7 +195,7 @@ def clean_run(
         m = setting.metric(run.logits[:, -1], prompts)
         if not gradient:
             return run.activations, m, None
-        gradients = torch.autograd.grad(m.sum(), [run.activations[site] for site in sites])
+        gradients = run.gradients(m.sum(), sites)
     activations = {site: x.detach() for site, x in run.activations.items()}
     return activations, m.detach(), dict(zip(sites, gradients, strict=True))
 

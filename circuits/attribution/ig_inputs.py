@@ -38,7 +38,7 @@ def integrated_gradients_of_inputs(
         tokens = states.tokens.repeat(len(weight))
         run = states.setting.model.run(tokens, skip={EMBED: leaf}, capture=sites, grad=True, last_only=True)
         m = states.metric_of_copies(run.logits)  # [K, B]
-        gradients = torch.autograd.grad(m.sum(), [run.activations[site] for site in sites])
+        gradients = run.gradients(m.sum(), sites)
         for site, gradient in zip(sites, gradients, strict=True):
             total[site] += torch.einsum("k,kbsd->bsd", weight, gradient.unflatten(0, (len(weight), -1)).float())
     return total

@@ -36,8 +36,15 @@ def load_model(name: str, options: Common, *, saes: str | Path | None = None) ->
         check_source(saes)
     paths = parse_site_paths(options.site_paths)
     return load.load_model(
-        name, device=options.device, dtype=options.dtype or "float32", device_map=options.device_map, site_paths=paths
-    )
+        name, device=options.device, dtype=options.dtype or "float32", device_map=options.device_map,
+        quantize=options.quantize, remote=options.remote, site_paths=paths,
+    )  # fmt: skip
+
+
+def placed(options: Common) -> dict[str, Any]:
+    """How and where a circuit's model is loaded, as `Circuit.load` takes it."""
+    names = ("device", "dtype", "device_map", "quantize", "remote")
+    return {name: getattr(options, name) for name in names} | {"site_paths": parse_site_paths(options.site_paths)}
 
 
 def load_checked_saes(
@@ -62,10 +69,7 @@ def load_circuit(options: RunsCircuit) -> Circuit:
         model=options.model,
         saes=options.saes,
         metric=options.metric,
-        device=options.device,
-        dtype=options.dtype,
-        device_map=options.device_map,
-        site_paths=parse_site_paths(options.site_paths),
+        **placed(options),
         sae_memory=options.sae_memory if isinstance(options, UsesSaes) else None,
         stream=isinstance(options, UsesSaes),
     )

@@ -59,6 +59,14 @@ class Common(Prints):
     """Spread the model over devices, main memory and disk with accelerate, in place of --device: auto, balanced,
     balanced_low_0 or sequential, disk, or modules, such as model.embed_tokens=cuda:0,model.layers=cuda:1,...
     """
+    quantize: Literal["8bit", "4bit"] | None = None
+    """Hold the weights of linear layers in 8 or 4 bits with bitsandbytes; by default as the circuit a command works on
+    has it. Other weights and activations have --dtype.
+    """
+    remote: str | None = None
+    """Run the model elsewhere through nnsight: ndif (the key is NDIF_API_KEY), the address of another server of
+    nnsight, or local, its simulation of one. Only activations and gradients travel.
+    """
     site_paths: str | None = None
     """Where sites are in a model whose architecture is not known, or elsewhere than usual, such as
     resid=model.layers.{layer},attn=model.layers.{layer}.self_attn.o_proj:input.

@@ -24,7 +24,9 @@ from sae._run.outputs import IsOwn, check_no_link, check_output, is_foreign, rec
 from sae.data.text import TextSource
 from sae.errors import UserError
 
-UNIMPORTANT = ("circuit", "device", "device_map", "json", "model", "name", "out", "overwrite", "sae_memory", "saes")
+UNIMPORTANT = (
+    "circuit", "device", "device_map", "json", "model", "name", "out", "overwrite", "remote", "sae_memory", "saes",
+)  # fmt: skip
 """Options that do not decide what is measured, or are compared by fingerprints."""
 MADE_WITH = "made_with"
 

@@ -66,7 +66,22 @@ def compare_methods(
     *,
     progress: bool = True,
 ) -> Comparison:
-    """Every method of the options, found on `train` and scored on `test`."""
+    """Compare methods that rank nodes: every method of the options finds nodes on `train`, which are scored on `test`.
+
+    Args:
+        model: The model that shows the behaviour.
+        saes: A dictionary for every site of the circuits.
+        train: Prompts that effects are computed on.
+        test: Other prompts, on which faithfulness is measured.
+        options: Methods, dictionaries, circuit sizes and how ablated nodes are treated; the command line's by default.
+        progress: Whether progress bars are shown.
+
+    Returns:
+        A row for each method and dictionary: faithfulness over sizes, agreement with exact effects, time and memory.
+
+    Raises:
+        UserError: For a method that the model or the prompts do not allow, or prompts that do not fit each other.
+    """
     options = options or CompareOptions()
     m = get_metric(options.metric)
     sites = visible_sites(m, model, select_sites(options.sites, list(saes)))

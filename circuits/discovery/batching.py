@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,7 +111,7 @@ def backward_bytes(model: LanguageModel, n_positions: int) -> int:
     attention probabilities, H S; all in the model's dtype. And the logits where they are read, their gradient, and what
     a metric makes of them, which outweigh all else in a small model of a large vocabulary.
     """
-    config = model.hf.config
+    config: Any = model.architecture.config
     width = model.d_model
     inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * width
     heads = getattr(config, "num_attention_heads", 1)
@@ -124,7 +125,7 @@ def logit_bytes(model: LanguageModel, n_positions: int) -> int:
     """
     if isinstance(model, ReadModel):
         return 0
-    last_only = "logits_to_keep" in inspect.signature(type(model.hf).forward).parameters
+    last_only = "logits_to_keep" in inspect.signature(type(model.architecture).forward).parameters
     return LOGIT_COPIES * 4 * model.vocab_size * (1 if last_only else n_positions)
 
 

@@ -21,6 +21,7 @@ from circuits.discovery.node_pass import all_effects, node_pass
 from circuits.options import DiscoverOptions
 from circuits.prompts.dataset import PromptSet
 from sae._peak_memory import peak_memory
+from sae._run.processes import Processes, current
 from sae._units import duration, seconds_of, size
 from sae.autoencoder import SparseAutoencoder
 from sae.model.device_map import bytes_at_home
@@ -46,6 +47,8 @@ class Estimate:
     """Times an autoencoder is read from disk."""
     advice: list[str]
     """Options to change where the memory does not suffice."""
+    n_processes: int = 1
+    """Processes that share the batches; the memory is that of each."""
 
     @property
     def peak(self) -> int:
@@ -63,6 +66,7 @@ class Estimate:
             "total_seconds": sum(self.seconds.values()),
             "autoencoder_reads": self.reads,
             "advice": self.advice,
+            "processes": self.n_processes,
         }
 
     def text(self) -> str:
@@ -70,8 +74,9 @@ class Estimate:
         sizes = ", ".join(f"{name} {size(n)}" for name, n in self.memory.items() if n >= 2**20)
         times = ", ".join(f"{name} {duration(s)}" for name, s in self.seconds.items() if s >= 1)
         free = "" if self.free is None else f"; free beside model and autoencoders: {size(self.free)}"
+        each = "" if self.n_processes == 1 else f" in each of {self.n_processes} processes"
         lines = [
-            f"estimated memory: {size(self.peak)} ({sizes}){free}",
+            f"estimated memory{each}: {size(self.peak)} ({sizes}){free}",
             f"estimated time: {duration(sum(self.seconds.values()))}" + (f" ({times})" if times else ""),
             f"estimated disk: {size(self.on_disk)} of finished batches while it runs",
         ]
@@ -87,7 +92,7 @@ def estimate_discovery(
     *,
     files: bool = True,
 ) -> Estimate:
-    """Run one batch of a discovery and multiply.
+    """Run one batch of a discovery, in each process where there are several, and multiply.
 
     Args:
         model, saes, prompts, options: as in `discover`.
@@ -118,14 +123,19 @@ def estimate_discovery(
     if files:  # they are mapped from disk where they are used
         left |= {"gradients for edges": 0, "kept for edges": 0}
     memory = {
-        "model": bytes_at_home(model.hf),
+        "model": 0 if model.server else bytes_at_home(model.hf),
         "autoencoders": setting.saes.n_bytes,
         "one batch": peak,
         **left,
     }
+    processes = current() if files else Processes()
+    shares = processes.gathered((memory, seconds))
+    memory = max((of_process for of_process, _ in shares), key=lambda sizes: sum(sizes.values()))
+    turns = -(-len(n_tokens) // processes.size) / len(n_tokens)  # batches of the busiest process, of all
+    seconds = {name: max(s[name] for _, s in shares) * scale * turns for name in seconds}
     free = free_memory(model.device)
-    advice = _advice(memory, free, options)
-    return Estimate(memory, on_disk, free, {name: s * scale for name, s in seconds.items()}, reads, advice)
+    free = free if free is None or model.device.type == "cuda" else free // processes.n_local
+    return Estimate(memory, on_disk, free, seconds, reads, _advice(memory, free, options), processes.size)
 
 
 def _one_batch(run: DiscoveryRun) -> tuple[list[Attribution], dict[str, float]]:

@@ -30,6 +30,7 @@ from circuits.metrics.metrics import (
 from circuits.metrics.probe import Probe
 from circuits.prompts.dataset import PromptSet
 from circuits.prompts.spans import LAST, OTHER
+from sae.model.huggingface import quantization
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
 from sae.saes import saes_fingerprint
@@ -65,6 +66,7 @@ def circuit_metadata(
         "model_fingerprint": model.fingerprint,
         "saes_fingerprint": saes_fingerprint(run.setting.saes.subset(run.sites)),
         "dtype": str(model.dtype).removeprefix("torch."),
+        "quantize": quantization(model.architecture),
         **provenance,
         "options": asdict(run.options),
         "metric_fingerprint": metric_fingerprint(m),

@@ -33,6 +33,7 @@ from sae._files import (
 from sae._run.contents import PARTIAL, Layout, check_contents, remove, visible
 from sae._run.outputs import check_no_link
 from sae.errors import UserError
+from sae.model.huggingface import quantization
 from sae.model.language_model import Tokens
 from sae.saes import saes_fingerprint
 
@@ -116,6 +117,7 @@ def identity_of(setting: Setting, prompts: PromptSet, options: Mapping[str, Any]
     return {
         "model": setting.model.fingerprint,
         "dtype": str(setting.model.dtype).removeprefix("torch."),
+        "quantize": quantization(setting.model.architecture),
         "device": setting.model.device.type,
         "autoencoders": saes_fingerprint(setting.saes),
         "prompts": _digest(prompts),

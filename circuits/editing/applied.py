@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -57,6 +57,9 @@ def edited(
             activations and draws are taken from where the edits do not say them and there are no texts.
         texts: Text that these are taken from.
 
+    Returns:
+        A context manager; when the block ends the model is as it was before, also after an error.
+
     Raises:
         UserError: For a feature that is not there, or an edit that refers to what it does not say.
     """
@@ -66,8 +69,14 @@ def edited(
     )
     batches = list(token_batches(model, sorted(texts, key=len), max_tokens=None, batch_size=16)) if texts else []
     resolved = [with_references(model, saes, edit, prompts=prompts, texts=batches) for edit in listed]
-    with model.edited(FeatureEdits(model, saes, resolved, prompts=prompts).standing(prompts)):
+    standing = FeatureEdits(model, saes, resolved, prompts=prompts).standing(prompts)
+    with model.edited(standing), frozen(model, listed):
         yield
+
+
+def frozen(model: LanguageModel, edits: Iterable[Edit]) -> AbstractContextManager[None]:
+    """Attention that does not follow edits, where one of them says so."""
+    return model.frozen_attention() if any(edit.freeze == "attention" for edit in edits) else nullcontext()
 
 
 # ------------------------------------------------------------------------------------------ what edits refer to

@@ -24,7 +24,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from circuits.editing.targets import EVERYWHERE, feature_names, parse_features, split_by_span
 from circuits.labels import SupernodesFile, group_members, groups_by_name
-from circuits.options import EditedTokens, Operation
+from circuits.options import EditedTokens, Freeze, Operation
 from graphs.schema import SupernodeFile
 from graphs.supernodes import PREFIX
 from sae._files import check_type, read_json, write_json
@@ -65,6 +65,8 @@ class Edit:
     """What the change is multiplied by at every token: `mean` at 2 mirrors a feature about its mean."""
     by_template: bool = False
     """Whether `mean` is, at tokens of the prompts, over those at the same place of the same template (or span)."""
+    freeze: Freeze | None = None
+    """attention: every head looks where it looks without edits, at the tokens of the prompts or of a text."""
     reference: Reference = field(default_factory=dict)
     """What the operation refers to, by name of the feature: its mean for `mean`, its largest activation where the value
     is relative, for `resample` some of its activations. What is missing is measured on the prompts or text at hand.
@@ -74,6 +76,8 @@ class Edit:
         check_operation(self.operation, self.value)
         if self.where not in get_args(EditedTokens):
             raise unknown("where", self.where, get_args(EditedTokens))
+        if self.freeze not in (None, *get_args(Freeze)):
+            raise unknown("freeze", str(self.freeze), get_args(Freeze))
         if self.relative and self.operation not in CAN_BE_RELATIVE:
             raise UserError(f"the value of {self.operation!r} is never relative: of {', '.join(CAN_BE_RELATIVE)} alone")
         if self.by_template and self.operation != "mean":
@@ -158,6 +162,7 @@ class EditFile(TypedDict):
     schedule: NotRequired[list[FiniteFloat]]
     strength: NotRequired[FiniteFloat]
     by_template: NotRequired[bool]
+    freeze: NotRequired[Freeze | None]
     reference: NotRequired[dict[str, FiniteFloat | list[FiniteFloat]]]
 
 
@@ -171,7 +176,13 @@ class EditsFile(TypedDict):
 
 
 def load_edits(path: str | Path) -> list[Edit]:
-    """The edits of a file, or those that a report of `sfc ablate` or `sfc steer` was made with.
+    """Read the edits of a file, or those that a report of `sfc ablate` or `sfc steer` was made with.
+
+    Args:
+        path: A file of `save_edits`, or a report such as `edits/NAME.json` of a run.
+
+    Returns:
+        The edits, in their order.
 
     Raises:
         UserError: With the file, the key and what is allowed, for a file that holds no edits, or damaged ones.
@@ -199,7 +210,19 @@ def _edit(entry: EditFile, groups: Mapping[str, Sequence[str]]) -> Edit:
 
 
 def save_edits(edits: Edit | Sequence[Edit], path: str | Path, *, overwrite: bool = False) -> Path:
-    """Write edits as a file that `load_edits` reads; `overwrite`: whether a file of another kind is replaced."""
+    """Write edits as a JSON file that `load_edits` reads.
+
+    Args:
+        edits: One edit, or several in the order in which they apply.
+        path: The file.
+        overwrite: Whether a file of another kind is replaced.
+
+    Returns:
+        The path.
+
+    Raises:
+        UserError: For a file there that holds no edits, unless `overwrite`.
+    """
     listed = [edits] if isinstance(edits, Edit) else edits
     data = {"schema_version": SCHEMA_VERSION, "kind": "edits", "edits": [edit.to_dict() for edit in listed]}
     check_output(path, like(data), overwrite=overwrite)

@@ -185,7 +185,8 @@ class EditReport(Result):
         """The operation in words: `set to zero`."""
         strength = self.edits[0].get("strength", 1.0) if len(self.edits) == 1 else 1.0
         times = "" if strength == 1 else f", change times {strength:g},"
-        return ACTIONS[self.operation].format(self.value) + times
+        held = " with attention frozen" if any(edit.get("freeze") == "attention" for edit in self.edits) else ""
+        return ACTIONS[self.operation].format(self.value) + times + held
 
     @property
     def flipped(self) -> float | None:

@@ -82,6 +82,8 @@ def _vectors(edits: Sequence[Edit], saes: Mapping[Site, SparseAutoencoder]) -> d
             )
         if not edit.is_everywhere or edit.where != "all" or edit.schedule:
             raise UserError("the edit is of some tokens alone, and weights are the same at all: steer everywhere")
+        if edit.freeze is not None:
+            raise UserError("attention cannot be frozen in weights: leave out freeze to save a model")
         if edit.relative:
             raise UserError("the value is relative to the largest activation: give it as it is to save a model")
         for features in edit.by_span(saes).values():

@@ -33,7 +33,9 @@ from sae.model.sites import Site
 from sae.splice import edits_of
 
 BLOCK_BYTES = 2**20
-"""Bytes of encoder rows that are read at a time at first, where features compete."""
+"""Bytes of encoder rows that are read at first, where features compete."""
+MARGIN, LONGEST = 1.1, 0.75
+"""How much more is read than a token seems to need; share of the encoder from which on all of it is read."""
 ROW_PRIME, POSITION_PRIME = 1_000_003, 8_191
 """Tell tokens apart, so that each draws a value of its own, the same with and without a cache and in any batch."""
 
@@ -51,6 +53,7 @@ class FeatureReader:
             self.column[self.index] = torch.arange(len(index), device=sae.device)
             on_cpu = sae.device.type == "cpu"  # elsewhere a product is quicker than a look at what came of it
             self.first_block = BLOCK_BYTES // (4 * sae.config.read_width) if on_cpu else sae.config.n_features
+            self.rank_scale: Tensor | None = getattr(sae, "rank_scale", None)
         else:
             self.alone = sae.restrict(index)
 
@@ -58,13 +61,12 @@ class FeatureReader:
         if not self.competing:
             return self.alone.encode(x)
         tokens = self._centred(x.reshape(-1, x.shape[-1]))  # [N, r]
-        f = torch.zeros(len(tokens), len(self.index), dtype=tokens.dtype, device=tokens.device)
-        # The highest edited feature of each token [N], 0 where none is above zero.
-        bar = self._rank(linear(tokens, self.W_enc, self.b_enc).relu_(), self.index).amax(-1)
+        f = tokens.new_zeros(len(tokens), len(self.index))
+        bar = self._rank(linear(tokens, self.W_enc, self.b_enc).T, self.index).amax(0)  # [N] the highest edited feature
         for rows in torch.where(bar > 0)[0].split(max(1, CHUNK_BYTES // (4 * self.sae.config.n_features))):
-            winners, z = self._undecided(tokens[rows], bar[rows])
+            winners, z = self._undecided(tokens, bar, rows)
             if len(winners):
-                f[rows[winners]] = self._among_all(z)
+                f[winners] = self._among_all(z.T)
         return f.reshape(*x.shape[:-1], -1)
 
     def _centred(self, x: Tensor) -> Tensor:
@@ -72,34 +74,40 @@ class FeatureReader:
         return x - self.sae.b_dec if self.sae.config.subtract_b_dec else x
 
     def _rank(self, z: Tensor, features: Tensor | slice) -> Tensor:
-        """The score that features compete by, from their pre-activations z [N, n]."""
-        scale = getattr(self.sae, "rank_scale", None)
-        return z if scale is None else z * scale[features]
+        """The score that features compete by, from their pre-activations z [n, N]."""
+        return z if self.rank_scale is None else z * self.rank_scale[features, None]
 
-    def _undecided(self, x: Tensor, bar: Tensor) -> tuple[Tensor, Tensor]:
-        """Which tokens of centred x [N, r] have fewer than k features above the bar [N]: [n], and their z [n, F].
+    def _undecided(self, x: Tensor, bar: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Find those of the tokens `rows` of centred x [N, r] that have fewer than k features above the bar [N]: [n],
+        and their z [F, n].
 
-        The encoder is read in blocks, each as long as all before it, and a token leaves once enough features
-        are above: k, and as many as are edited, since rounding may set one of these above itself.
+        The encoder is read in blocks, and a token leaves once enough features are above: k, and as many as are edited,
+        since rounding may set one of these above itself. A block is as long as the token that is nearest needs if
+        features go on to be above the bar as often as so far.
         """
         n_features, enough = self.sae.config.n_features, (self.sae.config.k or 0) + len(self.index)
-        tokens, z = torch.arange(len(x), device=x.device), self._block(x, slice(self.first_block))
-        while (seen := z.shape[-1]) < n_features and len(x):
-            left = torch.where((self._rank(z, slice(seen)) > bar[:, None]).sum(-1) < enough)[0]
-            if len(left) < len(x):
-                tokens, x, bar, z = tokens[left], x[left], bar[left], z[left]
-            if len(x):
-                z = torch.cat([z, self._block(x, slice(seen, 2 * seen))], dim=-1)
-        return tokens, z
-
-    def _block(self, x: Tensor, features: slice) -> Tensor:
-        """z [N, n] of some features of centred x [N, r]."""
-        return linear(x, self.sae.W_enc[features], self.sae.b_enc[features])
+        if len(rows) < len(x):
+            x, bar = x[rows], bar[rows]
+        above, blocks, seen, end = torch.zeros_like(rows), list[Tensor](), 0, self.first_block
+        while seen < n_features:
+            block = slice(seen, end)
+            blocks.append(torch.addmm(self.sae.b_enc[block, None], self.sae.W_enc[block], x.T))  # [n, N]
+            above = above + (self._rank(blocks[-1], block) > bar).sum(0)
+            left = torch.where(above < enough)[0]
+            if not len(left):
+                return left, x
+            if len(left) < len(rows):
+                rows, x, bar, above = rows[left], x[left], bar[left], above[left]
+                blocks = [z[:, left] for z in blocks]
+            seen, needed = end, int(MARGIN * enough / max(1, int(above.max())) * end)
+            end = max(needed, end + self.first_block // 2)
+            end = end if end < LONGEST * n_features else n_features
+        return rows, torch.cat(blocks)
 
     def _among_all(self, z: Tensor) -> Tensor:
         """[N, m] of all z [N, F]: the features that are among the k largest of their token."""
         assert self.sae.config.k is not None
-        value, feature = top_features(z, self.sae.config.k, getattr(self.sae, "rank_scale", None))  # [N, k]
+        value, feature = top_features(z, self.sae.config.k, self.rank_scale)  # [N, k]
         return z.new_zeros(len(z), len(self.index) + 1).scatter(1, self.column[feature], value)[:, :-1]
 
 
@@ -200,7 +208,9 @@ class SiteEdits:
         self.parts = parts
         self.index = torch.cat([part.index for part in parts]).unique().to(sae.device)  # [m of all parts]
         self.reader = FeatureReader(sae, self.index) if any(part.reads for part in parts) else None
-        self.columns = [torch.searchsorted(self.index, part.index.to(sae.device)) for part in parts]
+        columns = [torch.searchsorted(self.index, part.index.to(sae.device)) for part in parts]
+        self.columns = [None if column.tolist() == [*range(len(self.index))] else column for column in columns]
+        """Of each part, where its features are among all; None where these are all."""
         self.W_dec = [sae.W_dec[part.index.to(sae.device)] for part in parts]  # [m, d] each
 
     def __call__(
@@ -213,10 +223,15 @@ class SiteEdits:
                 continue
             if self.reader is not None and f is None:
                 f = self.reader(x_read)  # [..., m of all parts]
-            of_part = x.new_zeros(*x.shape[:-1], len(index)) if f is None else f[..., index]
+            if f is None:
+                of_part = x.new_zeros(*x.shape[:-1], len(W_dec))
+            else:
+                of_part = f if index is None else f[..., index]
+            change = part.change(of_part, columns, prompts)
             weight = part.weight(in_time, of_part, columns, prompts)
-            change = (weight * part.change(of_part, columns, prompts)) @ W_dec  # [..., d]
-            total = change if total is None else total + change
+            if isinstance(weight, Tensor) or weight != 1.0:
+                change = weight * change
+            total = change @ W_dec if total is None else total + change @ W_dec  # [..., d]
         return x if total is None else x + total.to(x.dtype)
 
 

@@ -231,7 +231,7 @@ class _Search:
             other, scored = ~self.text.is_answer[number], self.text.scored[number]
             log_p = run.logits[:, :-1][scored][other].float().log_softmax(-1)
             loss = -log_p.gather(1, self.text.targets[number][other][:, None]).sum()
-            gradients = torch.autograd.grad(loss, [run.activations[site] for site in by_site], allow_unused=True)
+            gradients = run.gradients(loss, list(by_site), allow_unused=True)
             real = tokens.attention_mask.bool()
             n_tokens += int(other.sum())
             for (site, of_site), gradient in zip(by_site.items(), gradients, strict=True):

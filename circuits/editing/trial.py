@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from circuits.editing.applied import FeatureEdits, placed, with_references
+from circuits.editing.applied import FeatureEdits, frozen, placed, with_references
 from circuits.editing.controls import change_norm, random_directions
 from circuits.editing.declaration import Edit
 from circuits.editing.measures import (
@@ -236,6 +236,12 @@ class Trial:
         continued: the continuations, where they are there already; choice: how features were chosen; strongest: an
         edit to compare a choice with.
         """
+        with frozen(self.model, self.listed):
+            return self._report(continued, choice, strongest)
+
+    def _report(
+        self, continued: Sequence[Continuation] | None, choice: Choice | None, strongest: Sequence[Edit]
+    ) -> EditReport:
         options, only = self.options, self.listed[0] if len(self.listed) == 1 else None
         names, n_drawn = self._names(self.listed), min((len(self._names(draw)) for draw in self.draws), default=0)
         draws = self.draws if n_drawn else []

@@ -186,7 +186,7 @@ class ReadModel(LanguageModel):
         if not need_logits:
             return run
         captured = {site: x for site, x in run.activations.items() if site in wanted}
-        return Run(captured, probe.outputs(run.activations[probe.site])[:, None])
+        return replace(run, activations=captured, logits=probe.outputs(run.activations[probe.site])[:, None])
 
 
 def read_by(model: LanguageModel, metric: object) -> LanguageModel:

@@ -80,7 +80,7 @@ def _run_both(
     with torch.enable_grad():
         run = model.run(batch.clean, capture=with_read_sites, edits=edits(batch), last_only=True, grad=True)
         m = setting.metric(run.logits[:, -1], batch)
-        gradients = torch.autograd.grad(m.sum(), [run.activations[site] for site in sites])
+        gradients = run.gradients(m.sum(), sites)
     clean = {site: x.detach() for site, x in run.activations.items()}
     by_site = dict(zip(sites, gradients, strict=True))
     if batch.patch is None:

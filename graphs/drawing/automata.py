@@ -14,7 +14,7 @@ import graphviz
 from graphs._files import atomic_write, marked
 from graphs._outputs import check_output, has_mark
 from graphs.drawing.graphviz import run_graphviz
-from graphs.drawing.scene import html_text
+from graphs.drawing.scene import html_text, quoted
 from graphs.drawing.style import INK, PALE_INK, PLAIN_EDGE, RULE, fit, visible
 
 FONT = "DejaVu Sans"
@@ -92,12 +92,13 @@ def _source(machines: Sequence[Machine]) -> str:
                 box.node(
                     f"{number}:{name}".replace(":", "-"),
                     f"<{_state(name, label, words)}>",
-                    tooltip=f"{name} {label} {words}",
+                    tooltip=quoted(f"{name} {label} {words}"),
                 )
             for way in machine.ways:
                 ends = (f"{number}-{name}" for name in (way.source, way.target))
                 width, words = f"{0.6 + 3.4 * min(1.0, way.effect):.2f}", html_text(visible(way.words), 8, PALE_INK)
-                box.edge(*ends, label=f"<{words}>", penwidth=width, tooltip=way.tooltip, labeltooltip=way.tooltip)
+                told = quoted(way.tooltip)
+                box.edge(*ends, label=f"<{words}>", penwidth=width, tooltip=told, labeltooltip=told)
     return dot.source
 
 

@@ -3,13 +3,11 @@
 1. `layered_layout` places nodes and routes edges; the positions are written into the DOT text, whose `layout=nop2`
    tells every Graphviz program to keep them (`dot -Tsvg circuit.dot` gives the same picture).
 2. Sites are clusters, bottom to top in model order. Features are rounded boxes, coloured by the class of prompts they
-   are on for, with a bar as long as their |effect|; where classes are not known, or by `colour="effect"`, coloured by
-   sign and size of the effect. SAE errors are triangles, skip connections diamonds; the metric is on top. Edges grow
-   with the weight.
+   are on for, with a bar as long as their |effect|; where classes are not known, or by `colour="effect"`, by sign and
+   size of the effect. SAE errors are triangles, skip connections diamonds; the metric is on top.
 3. The more nodes, the smaller the boxes and the shorter their labels; in large graphs only the strongest keep a label,
    the others their id. Everything is in the tooltips of the SVG.
-
-Graphviz comes with the wheels of pygraphviz: no system package is needed.
+4. Graphviz comes with the wheels of pygraphviz: no system package is needed.
 """
 
 from __future__ import annotations
@@ -33,6 +31,7 @@ from graphs.drawing.scene import (
     add_title,
     html_text,
     make_scene,
+    quoted,
 )
 from graphs.drawing.style import (
     INK,
@@ -67,11 +66,19 @@ FONT = "DejaVu Sans"
 
 
 def to_dot(graph: FeatureGraph, *, title: str | None = None, link: str = "#node-{id}", colour: Colour = "class") -> str:
-    """The graph as DOT with positions.
+    """Give the graph as DOT, with the positions of nodes.
 
-    `title` stands above the drawing (default: `metadata["title"]`). `link` is the template of the nodes' hyperlinks
-    in SVG, with `{id}` and `{name}`; the SVG element of a node has the id `drawn-{id}`, that of an edge
-    `drawn-{source}--{target}`.
+    Args:
+        graph: The graph, with at least one node.
+        title: Heading of the drawing, `graph.metadata["title"]` by default.
+        link: Template of the nodes' hyperlinks in SVG, with `{id}` and `{name}`.
+        colour: What colours stand for, as in `draw`.
+
+    Returns:
+        DOT; the SVG element of a node gets the id `drawn-{id}`, that of an edge `drawn-{source}--{target}`.
+
+    Raises:
+        GraphError: For a graph without nodes.
     """
     return _source(make_scene(graph, link, colour), title)
 
@@ -139,9 +146,17 @@ def draw(
 def to_svg(
     graph: FeatureGraph, *, nodes: int, edges: int | None = None, title: str = "", portrait: bool = False
 ) -> str:
-    """The drawing of the strongest `nodes` and `edges` as an `<svg>` element that can stand inside a page.
+    """Draw the strongest nodes and edges as an `<svg>` element that can stand inside a page.
 
-    `portrait`: whether it is taller than wide.
+    Args:
+        graph: The graph, with at least one node.
+        nodes: How many nodes are drawn at most.
+        edges: How many edges are drawn at most; all between the nodes by default.
+        title: Heading of the drawing.
+        portrait: Whether it is taller than wide.
+
+    Returns:
+        The element.
     """
     strongest = by_top_nodes(graph, nodes)
     strongest = strongest if edges is None else by_top_edges(strongest, edges)
@@ -234,7 +249,7 @@ def _add_outline(dot: graphviz.Digraph, scene: Scene, name: str, nodes: list[Nod
         bgcolor="#e3e7ee",
         pencolor="#8d97a5",
         id=f"supernode-{nodes[0].id}",
-        tooltip=_quoted(name),
+        tooltip=quoted(name),
     )
     for node in sorted(nodes, key=lambda node: scene.layout.boxes[node.id].x):
         _add_node(dot, scene, node)
@@ -326,9 +341,9 @@ def _common(scene: Scene, node: Node, box: Box) -> dict[str, str]:
         "pos": f"{x:.1f},{y:.1f}",
         "width": f"{box.width / 72:.3f}",
         "height": f"{box.height / 72:.3f}",
-        "id": _quoted(f"drawn-{node.id}"),
-        "URL": _quoted(scene.link.replace("{id}", node.id).replace("{name}", node.name)),
-        "tooltip": _quoted(node.id),
+        "id": quoted(f"drawn-{node.id}"),
+        "URL": quoted(scene.link.replace("{id}", node.id).replace("{name}", node.name)),
+        "tooltip": quoted(node.id),
     }
 
 
@@ -354,8 +369,8 @@ def _add_edge(dot: graphviz.Digraph, scene: Scene, edge: Edge) -> None:
         penwidth=f"{0.5 + 3.2 * strength**2:.2f}",
         style="dashed" if edge.weight < 0 and scene.classes is not None else "solid",
         arrowsize=f"{head / 10:.2f}",
-        id=_quoted(_edge_id(edge)),
-        tooltip=_quoted(_edge_tooltip(edge)),
+        id=quoted(_edge_id(edge)),
+        tooltip=quoted(_edge_tooltip(edge)),
     )
 
 
@@ -376,11 +391,6 @@ def _spaced(html: str, size: float) -> str:
     return space + html + space
 
 
-def _quoted(text: str) -> str:
-    """Text that DOT must take literally: backslashes doubled, control characters shown, never read as HTML."""
-    return graphviz.nohtml(graphviz.escape(visible(text)))
-
-
 def _name(id: str) -> str:
     """A node's name in DOT, where a colon would begin a port."""
-    return _quoted(id.replace(":", "∶"))
+    return quoted(id.replace(":", "∶"))

@@ -140,6 +140,11 @@ def html_text(text: str, size: float, colour: str, *, bold: bool = False) -> str
     return f'<FONT POINT-SIZE="{size:g}" COLOR="{colour}">{words}</FONT>'
 
 
+def quoted(text: str) -> str:
+    """Text that DOT must take literally: backslashes doubled, control characters shown, never read as HTML."""
+    return graphviz.nohtml(graphviz.escape(visible(text)))
+
+
 def add_columns(dot: graphviz.Digraph, scene: Scene) -> None:
     """The tokens above and below their columns, and a thin line between columns."""
     if not scene.layout.columns:

@@ -8,6 +8,7 @@ linear scale would leave all but three nodes white.
 
 from __future__ import annotations
 
+import bisect
 import math
 import unicodedata
 from collections.abc import Iterable
@@ -212,9 +213,8 @@ def fit(text: str, size: float, width: float, *, bold: bool = False) -> str:
     """The text, cut with an ellipsis where it would be wider than `width` points."""
     if text_width(text, size, bold=bold) <= width:
         return text
-    while text and text_width(text + "…", size, bold=bold) > width:
-        text = text[:-1]
-    return text.rstrip() + "…"
+    most = bisect.bisect_right(range(len(text)), width, key=lambda n: text_width(text[:n] + "…", size, bold=bold)) - 1
+    return text[: max(most, 0)].rstrip() + "…"
 
 
 def wrap(text: str, size: float, width: float, *, lines: int, bold: bool = False) -> list[str]:

@@ -120,7 +120,8 @@ def _feature_pages(graph: FeatureGraph, items: Iterable[Mapping[str, Any]]) -> I
 def feature_page(graph: FeatureGraph, node: Node) -> dict[str, Any]:
     """A feature as the viewers' pages show it: contexts, tokens it promotes, and how often and how strongly it is on.
 
-    Of quantiles only the activation at each hundredth of the tokens with one is known to the page.
+    Of quantiles the page takes the activation at each hundredth of the tokens with one; between those that are known,
+    zero and the largest activation it is linear.
     """
     attributes = node.attributes
     groups = [("Strongest contexts", attributes.get("contexts") or [])]
@@ -143,7 +144,8 @@ def feature_page(graph: FeatureGraph, node: Node) -> dict[str, Any]:
         EXTRA: {"name": node.name, "label": describe(graph, node)},
     }
     if quantiles := attributes.get("quantiles"):
-        shares, activations = zip(*sorted(quantiles), strict=True)
+        ends = {0.0: 0.0, 1.0: max(page["act_max"], *(activation for _, activation in quantiles))}
+        shares, activations = zip(*sorted((ends | dict(quantiles)).items()), strict=True)
         page["quantile_values"] = np.interp(PERCENTILES, shares, activations).tolist()
     if counts := (attributes.get("histogram") or {}).get("counts"):
         page["histogram"] = [float(count) for count in counts]

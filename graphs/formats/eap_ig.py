@@ -44,16 +44,33 @@ FeatureKey = tuple[str, int]
 
 
 def write_eap_ig(graph: FeatureGraph, path: str | Path, *, overwrite: bool = False, **model: Any) -> None:
-    """Write the graph for EAP-IG and MIB; `model` as in `to_eap_ig`.
+    """Write the graph for EAP-IG and MIB.
 
-    A GraphError refuses to replace another program's file, unless `overwrite`.
+    Args:
+        graph: The graph.
+        path: The JSON file.
+        overwrite: Whether another program's file is replaced.
+        model: The model's numbers, as in `to_eap_ig`.
+
+    Raises:
+        GraphError: For another program's file there, unless `overwrite`.
     """
     check_output(path, is_eap_ig, overwrite=overwrite)
     write_json(path, to_eap_ig(graph, **model))
 
 
 def read_eap_ig(path: str | Path) -> FeatureGraph:
-    """Read a circuit file of EAP-IG; what is wrong in it raises GraphError with the file and the value."""
+    """Read a circuit of EAP-IG or MIB.
+
+    Args:
+        path: Its JSON file.
+
+    Returns:
+        The circuit: heads and MLPs as nodes, with the scores of edges as weights.
+
+    Raises:
+        GraphError: With the file and the value, for what is wrong in it.
+    """
     return from_eap_ig(read_json(path, Any), source=path)
 
 
@@ -222,6 +239,8 @@ def _foreign(data: dict[str, Any]) -> FeatureGraph:
     }
     joined: set[FeatureKey] = {end for pair in weights for end in pair} - {(METRIC, 0)}
     sites = ["embed", *(f"{kind}_{layer}" for layer in range(int(data["cfg"]["n_layers"])) for kind in ("attn", "mlp"))]
+    if beyond := sorted({site for site, _ in {*in_graph, *joined}} - {*sites}):
+        raise GraphError(f"a node of {beyond[0]} is in the graph, and n_layers is {data['cfg']['n_layers']}")
     graph = FeatureGraph(sites, metadata={"cfg": data["cfg"], "title": "component circuit"})
     for site, index in sorted({*in_graph, *joined}, key=lambda key: (sites.index(key[0]), key[1])):
         key = (site, index)

@@ -22,7 +22,16 @@ from graphs.sharing import shared
 
 
 def write_graphml(graph: FeatureGraph, path: str | Path, *, overwrite: bool = False) -> None:
-    """Write the graph in one step; a GraphError refuses to replace another program's file, unless `overwrite`."""
+    """Write the graph as GraphML, for networkx, Gephi and others.
+
+    Args:
+        graph: The graph.
+        path: The file.
+        overwrite: Whether another program's file is replaced.
+
+    Raises:
+        GraphError: For another program's file there, unless `overwrite`.
+    """
     check_output(path, has_mark(".graphml"), overwrite=overwrite)
     plain = nx.DiGraph()
     rest = {"schema_version": SCHEMA_VERSION, "sites": graph.sites, "metadata": shared(graph.metadata)}
@@ -49,7 +58,17 @@ def write_graphml(graph: FeatureGraph, path: str | Path, *, overwrite: bool = Fa
 
 
 def read_graphml(path: str | Path) -> FeatureGraph:
-    """Read a graph that `write_graphml` wrote; of other GraphML files it says what is missing."""
+    """Read a graph that `write_graphml` wrote.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The graph.
+
+    Raises:
+        GraphError: With what is missing, for any other GraphML file, and for a file that is none.
+    """
     plain = _parsed(path)
     data = _json(plain.graph, "the graph", path)
     nodes = {name: _json(columns, f"node {name!r}", path) for name, columns in plain.nodes(data=True)}

@@ -10,7 +10,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +83,7 @@ def to_mib(
         raise GraphError(f"component {strange!r}: effects are of other components than the model's {len(components)}")
     ranking = sorted(effects, key=lambda name: (name != INPUT, -abs(effects[name])))
     n_edges = sum(len(names) for names in edges.values())
-    sizes = [sum(map(len, _among(edges, ranking[:k]).values())) for k in range(len(ranking) + 1)]
+    sizes = _sizes(edges, ranking)
     config = {"n_layers": n_layers, "n_heads": n_heads, "parallel_attn_mlp": parallel, "d_model": d_model}
     circuits = {}
     for share in SHARES:
@@ -99,6 +101,15 @@ def to_mib(
             EXTRA: {"effects": dict(effects), "share": share},
         }
     return circuits
+
+
+def _sizes(edges: Mapping[Pair, list[str]], ranking: Sequence[str]) -> list[int]:
+    """The number of edges among the first k components, and from these to the logits, for k = 0, 1, ..."""
+    from_k = {name: k for k, name in enumerate(ranking, start=1)}
+    added: Counter[int] = Counter()
+    for (source, target), names in edges.items():
+        added[max(from_k[source], from_k.get(target, 0))] += len(names)
+    return list(accumulate(added[k] for k in range(len(ranking) + 1)))
 
 
 def _among(edges: Mapping[Pair, list[str]], members: Collection[str]) -> dict[Pair, list[str]]:

@@ -115,7 +115,17 @@ def write_neuronpedia(
 
 
 def read_neuronpedia(path: str | Path) -> FeatureGraph:
-    """Read a graph file of the viewers; what is wrong in it raises GraphError with the file and the value."""
+    """Read an attribution graph as Neuronpedia and circuit-tracer's page have it.
+
+    Args:
+        path: Its JSON file.
+
+    Returns:
+        The graph, with labels, pinned nodes and supernodes that were saved in a viewer.
+
+    Raises:
+        GraphError: With the file and the value, for what is wrong in it.
+    """
     return from_neuronpedia(read_json(path, Any), source=path)
 
 
@@ -169,6 +179,8 @@ def viewer_name(name: str, what: str) -> str:
         raise GraphError(
             f"{what} {name!r} holds {sign[0]!r}: Neuronpedia takes letters a to z, digits, and _ . - alone"
         )
+    if name and not name.strip("."):
+        raise GraphError(f"{what} {name!r} is no name of a file: give one with a letter or a digit")
     return name
 
 

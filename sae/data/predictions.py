@@ -91,7 +91,8 @@ class PredictionTotals(Totals):
         for part in model.parts:
             log_q, log_p = logits[part].float().log_softmax(-1), model.log_p[part]
             self._ce += negative_log_likelihood(log_q, model.targets[part])
-            self._kl += total((log_p.exp() * (log_p - log_q)).nan_to_num(0.0).sum(-1))  # 0 · (−inf − −inf) counts 0
+            p = log_p.exp()
+            self._kl += total((p * (log_p - log_q)).masked_fill(p == 0, 0.0).sum(-1))  # 0 · (−inf − −inf) counts 0
             self._same_top += int((log_q.argmax(-1) == model.top[part]).sum())
         self.n_predictions += len(model.targets)
 

@@ -1,7 +1,7 @@
 """Text to train and evaluate on, read again from any document: from a list, a file or a hub data set.
 
 - `.txt` (or `.txt.gz`): one document a line, empty lines left out;
-- `.jsonl` (or `.jsonl.gz`): one JSON object a line with the document in a field, or a JSON string a line;
+- `.jsonl` or `.ndjson` (or `.gz` of it): one JSON object a line with the document in a field, or a JSON string a line;
 - anything else: the name of a hub data set, streamed; `name:config` chooses its configuration.
 """
 
@@ -22,6 +22,8 @@ from sae.errors import UserError, near_paths
 
 FIELDS = ("text", "content", "document", "story", "sentence")
 """Fields looked at, in this order, when none is given."""
+JSON_LINES = (".jsonl", ".ndjson", ".json")
+"""Ends of the names of files whose lines are JSON."""
 LONGEST_LINE = 2**24
 """Characters of a line; a packed file of a few kilobytes may hold a line of gigabytes."""
 SAMPLES, SAMPLE_BYTES = 64, 2**16
@@ -75,7 +77,7 @@ class TextSource:
             return islice(self._read_file(path), start, None)
         if path.exists() and not path.is_dir():
             raise UserError(f"text {self.name!r} is a pipe or device, and text is read more than once: make it a file")
-        if path.is_dir() or path.suffix in (".txt", ".jsonl", ".gz", ".json"):
+        if path.is_dir() or path.suffix in (".txt", ".gz", *JSON_LINES):
             raise UserError(
                 f"no text file {self.name!r}: allowed are a .txt or .jsonl file (or .gz of it) or a hub data set"
                 f"{near_paths(path)}"
@@ -83,7 +85,10 @@ class TextSource:
         return islice(self._read_hub(), start, None)
 
     def _read_file(self, path: Path) -> Iterator[str]:
-        is_json = ".jsonl" in path.suffixes or ".json" in path.suffixes
+        kinds = {suffix.lower() for suffix in path.suffixes}
+        if table := sorted(kinds & {".csv", ".tsv"}):
+            raise UserError(f"text {self.name!r} is a table ({table[0]}): write its documents to a .txt or .jsonl file")
+        is_json = not kinds.isdisjoint(JSON_LINES)
         for number, line in enumerate(_lines(path), start=1):
             if not line.strip():
                 continue

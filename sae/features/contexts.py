@@ -31,9 +31,9 @@ from sae.autoencoder import SparseAutoencoder, SparseFeatures
 from sae.data.batches import counted_tokens, token_batches
 from sae.data.text import TextSource
 from sae.errors import UserError, unknown
+from sae.features.logits import unembedding
 from sae.features.matching import nearest_features
 from sae.features.sketches import TokenSums
-from sae.model.device_map import weight_of
 from sae.model.language_model import LanguageModel, Tokens
 from sae.model.sites import Site
 from sae.saes import as_saes
@@ -198,8 +198,7 @@ def _check(
 
 def logit_effect(model: LanguageModel, W_dec: Tensor, *, k: int) -> tuple[list[list[tuple[str, float]]], ...]:
     """Tokens whose logits decoder rows [n, d] raise most and lower most: two lists [n][k] of (token, logit)."""
-    unembedding = model.hf.get_output_embeddings()
-    W_U = None if unembedding is None else weight_of(unembedding)
+    W_U = unembedding(model)
     if W_U is None or W_U.shape[-1] != W_dec.shape[-1]:
         empty: list[list[tuple[str, float]]] = [[] for _ in W_dec]
         return empty, empty

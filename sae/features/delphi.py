@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,7 @@ from torch import Tensor
 
 from sae._files import atomic_write, prepare_folder, read_text, write_json
 from sae.autoencoder import SparseAutoencoder
-from sae.data.batches import token_batches
-from sae.data.text import TextSource
+from sae.data.text import TextSource, read_texts
 from sae.errors import UserError
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
@@ -37,6 +36,7 @@ from sae.splice import ensure_checked
 N_SPLITS = 5
 """Files a site, as delphi makes them."""
 ROWS_A_PASS = 32
+DOCUMENTS_AT_ONCE = 64
 SMALLEST = 1e-5
 """Smaller activations are left out, as delphi does."""
 _RESULT = re.compile(r"(?P<site>\w+)_latent(?P<feature>\d+)\.txt")
@@ -69,7 +69,7 @@ def write_delphi_cache(
         The folder.
 
     Raises:
-        UserError: the text has fewer than `length` tokens, or the folder holds something.
+        UserError: the text has fewer than `length` tokens, the model takes fewer, or the folder holds something.
     """
     saes = as_saes(saes)
     ensure_checked(model, saes)
@@ -102,17 +102,19 @@ def write_delphi_cache(
 def _rows(
     model: LanguageModel, texts: str | Path | TextSource | Iterable[str], *, n_tokens: int, length: int
 ) -> Tensor:
-    """[rows, length] token ids: documents one behind the other."""
-    joined: list[Tensor] = []
-    total = 0
-    for batch in token_batches(model, texts, max_tokens=n_tokens, batch_size=512, context=length):
-        joined.append(batch.input_ids[batch.attention_mask.bool()].cpu())
-        total += len(joined[-1])
+    """[rows, length] token ids: whole documents one behind the other, up to `n_tokens` of them."""
+    if model.max_positions is not None and length > model.max_positions:
+        raise UserError(f"a row has {length} tokens: model {model.name!r} takes {model.max_positions} at most")
+    joined: list[int] = []
+    documents = (text for text in read_texts(texts) if text.strip())
+    while len(joined) < n_tokens and (chunk := list(islice(documents, DOCUMENTS_AT_ONCE))):
+        joined += chain.from_iterable(model.tokenizer(chunk, verbose=False)["input_ids"])
+    total = min(len(joined), n_tokens)
     if total < length:
         raise UserError(
             f"the text has {total} tokens, fewer than one row of {length}: give more text, or a shorter row"
         )
-    return torch.cat(joined)[: total // length * length].reshape(-1, length)
+    return torch.tensor(joined[: total // length * length]).reshape(-1, length)
 
 
 def _write_site(folder: Path, locations: Tensor, values: Tensor, rows: Tensor, n_features: int) -> None:
@@ -150,6 +152,8 @@ def read_delphi_results(folder: str | Path) -> dict[str, Any]:
 
 
 def _results(folder: Path) -> Iterator[tuple[Path, re.Match[str]]]:
+    if not folder.is_dir():
+        raise UserError(f"no folder {str(folder)!r}: give the one that delphi wrote its results to")
     for path in sorted(folder.iterdir()):
         if match := _RESULT.fullmatch(path.name):
             yield path, match

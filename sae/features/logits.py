@@ -49,10 +49,15 @@ def final_gain(model: LanguageModel) -> tuple[Tensor, bool]:
     return gain.to(model.device).float(), centred
 
 
+def unembedding(model: LanguageModel) -> Tensor | None:
+    """W_U [V, d], on the device it is used on; None where the model has none or is elsewhere."""
+    module = None if model.server else model.hf.get_output_embeddings()
+    return None if module is None else weight_of(module)
+
+
 def logit_rows(model: LanguageModel, W_dec: Tensor) -> Iterator[Tensor]:
-    """L of decoder rows [n, d] in blocks [rows, V]; nothing where the model has no unembedding of that width."""
-    unembedding = model.hf.get_output_embeddings()
-    W_U = None if unembedding is None else weight_of(unembedding)
+    """L of decoder rows [n, d] in blocks [rows, V]; nothing where there is no unembedding of that width."""
+    W_U = unembedding(model)
     if W_U is None or W_U.shape[-1] != W_dec.shape[-1]:
         return
     gain, centred = final_gain(model)

@@ -3,8 +3,7 @@
 Attention modules of transformers compute queries and keys, norms and rotary positions included, and call a function
 that the model's config names. While `attention_heads` lasts the name is one of ours: it keeps what it is called with,
 with the graph that leads there, and computes the same by the architecture's own written-out attention, which says the
-weights. `frozen_norms` makes norms of a backward pass constants, so that queries and keys are affine in the residual
-stream that the layer reads.
+weights. Weights may be given instead, such as those of another run of the same text.
 
 Legend: B examples, S positions, H heads of queries, G heads of keys (H is a multiple of G), d_h width of a head.
 """
@@ -12,8 +11,8 @@ Legend: B examples, S positions, H heads of queries, G heads of keys (H is a mul
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -24,7 +23,6 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from sae.errors import UserError
-from sae.model.lrp import linearise, norm_rule
 from sae.model.site_search import is_exact
 
 NAME = "sfc_attention_heads"
@@ -100,14 +98,17 @@ class AttentionHeads:
 
 HeadEdit = Callable[[int, Tensor], Tensor]
 """Number of a layer and what its heads give to the output projection [B, S, H, d_v] -> what is given instead."""
-_HEADS: WeakKeyDictionary[nn.Module, tuple[dict[int, AttentionHeads], HeadEdit | None]] = WeakKeyDictionary()
-"""Attention modules of a model whose heads are kept, with where, and how they are edited."""
+Watched = tuple[dict[int, AttentionHeads], HeadEdit | None, Mapping[int, Tensor]]
+_HEADS: WeakKeyDictionary[nn.Module, Watched] = WeakKeyDictionary()
+"""Attention modules of a model whose heads are kept, with where, how they are edited, and weights that are given."""
 
 
 @contextmanager
-def attention_heads(hf: nn.Module, edit: HeadEdit | None = None) -> Iterator[dict[int, AttentionHeads]]:
+def attention_heads(
+    hf: nn.Module, edit: HeadEdit | None = None, *, weights: Mapping[int, Tensor] | None = None
+) -> Iterator[dict[int, AttentionHeads]]:
     """Yields a mapping that every run of the model in this context fills: number of the layer -> its heads, after the
-    edit, if there is one.
+    edit, if there is one. `weights` [B, H, S, S] by layer take the place of those the first S tokens would have.
     """
     heads: dict[int, AttentionHeads] = {}
     modules = [module for module in hf.modules() if isinstance(getattr(module, "layer_idx", None), int)]
@@ -122,7 +123,7 @@ def attention_heads(hf: nn.Module, edit: HeadEdit | None = None) -> Iterator[dic
     try:
         for config in configs:
             config._attn_implementation = NAME
-        _HEADS.update(dict.fromkeys(modules, (heads, edit)))
+        _HEADS.update(dict.fromkeys(modules, (heads, edit, weights or {})))
         yield heads
     finally:
         for module in modules:
@@ -151,11 +152,25 @@ def _attention(
     output, weights = _written_out(module)(module, query, key, value, attention_mask, scaling=scaling, **options)
     if module in _HEADS:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        heads, edit = _HEADS[module]
+        heads, edit, given = _HEADS[module]
         layer = int(module.layer_idx)  # type: ignore[arg-type]
+        output, weights = (output, weights) if layer not in given else _given(given[layer], weights, value, output)
         output = output if edit is None else edit(layer, output)
         heads[layer] = AttentionHeads(query, key, output, weights, float(scale), options.get("softcap"))
     return output, weights
+
+
+def _given(given: Tensor, weights: Tensor, value: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+    """Output [B, n, H, d_v] and weights [B, H, n, n] of heads where the first S of n tokens attend as in `given`
+    [B, H, S, S]. Tokens that come one by one after those have their own weights.
+    """
+    n_given, n = given.shape[-1], output.shape[1]
+    if n < n_given or value.shape[2] != n:
+        return output, weights
+    values = value[:, :, :n_given].repeat_interleave(given.shape[1] // value.shape[1], 1)  # [B, H, S, d_v]
+    first = (given.to(value.dtype) @ values).transpose(1, 2)
+    later = torch.nn.functional.pad(given.to(weights.dtype), (0, n - n_given))
+    return torch.cat([first, output[:, n_given:]], 1), torch.cat([later, weights[:, :, n_given:]], 2)
 
 
 def _written_out(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -166,13 +181,3 @@ def _written_out(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:
     raise UserError(
         f"{type(module).__name__} has no attention that is written out step by step: its heads are not seen"
     )
-
-
-@contextmanager
-def frozen_norms(hf: nn.Module) -> Iterator[None]:
-    """Gradients taken of runs in this context take the scale of every norm for a constant, as that of the run."""
-    with ExitStack() as stack:
-        for module in hf.modules():
-            if rule := norm_rule(module):
-                linearise(stack, module, rule(module))
-        yield

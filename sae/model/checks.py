@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sae.errors import UserError
 from sae.model.forward import PROBE_ROWS, padding_tokens, with_gradients
+from sae.model.huggingface import quantization
 from sae.model.language_model import LanguageModel, Run
 from sae.model.site_search import TOLERANCE_16_BIT, block_sums, exactly, is_exact, tolerance
 from sae.model.sites import Site
@@ -66,7 +67,7 @@ def relative_difference(x: Tensor, y: Tensor) -> float:
 def _check_order(model: LanguageModel, tokens: Tokens, logits: Tensor) -> bool:
     """Later tokens change nothing; whether padding does is returned. The last two rows are variants of the first."""
     n = tokens.n_positions - int(tokens.lengths[-1])  # of padding
-    allowed = PADDING_TOLERANCE if is_exact(model.dtype) else TOLERANCE_16_BIT
+    allowed = PADDING_TOLERANCE if is_exact(model.dtype) and not _rounds(model) else TOLERANCE_16_BIT
     if relative_difference(logits[-2, :-1], logits[0, :-1]) > allowed:
         raise UserError(
             f"model {model.name!r} is not a decoder: its logits at a token depend on the tokens after it "
@@ -122,7 +123,7 @@ def _check_gradient(model: LanguageModel, tokens: Tokens) -> None:
     run = model.run(tokens, capture=[first, *moved], grad=True)
     weights = torch.randn(run.logits.shape, generator=torch.Generator().manual_seed(0)).to(run.logits)
     m = (run.logits * weights).sum()
-    gradients = {site: _gradient(m, run.activations[site]) for site in (first, *moved)}
+    gradients = {site: _gradient(run, m, site) for site in (first, *moved)}
     loose = next((site for site in moved if gradients[site] is None), None)
     if loose is not None:
         raise UserError(
@@ -146,7 +147,7 @@ def _check_gradient(model: LanguageModel, tokens: Tokens) -> None:
         slope, measured = float((exactly(gradient) * exactly(direction)).sum()), (up - down) / 2
         return abs(slope - measured) / max(abs(slope), abs(measured), 1e-30)
 
-    if is_exact(model.dtype) and (worst := _smallest(difference)) > STEP_TOLERANCE:
+    if is_exact(model.dtype) and not _rounds(model) and (worst := _smallest(difference)) > STEP_TOLERANCE:
         log.warning(
             "model %s: its gradient differs by %.0f %% from what a small step at %s does to the logits: a module has "
             "no backward pass, as quantised ones may have, or rounds; effects by gradients are wrong by as much",
@@ -154,11 +155,16 @@ def _check_gradient(model: LanguageModel, tokens: Tokens) -> None:
         )  # fmt: skip
 
 
-def _gradient(m: Tensor, x: Tensor) -> Tensor | None:
+def _rounds(model: LanguageModel) -> bool:
+    """Whether linear layers round their inputs to 8 bits, and gradients go through as if they did not."""
+    return quantization(model.architecture) == "8bit"
+
+
+def _gradient(run: Run, m: Tensor, site: Site) -> Tensor | None:
     """dm/dx; None where x does not reach m."""
-    if not (m.requires_grad and x.requires_grad):
+    if run.pull_back is None and not (m.requires_grad and run.activations[site].requires_grad):
         return None
-    return torch.autograd.grad(m, x, allow_unused=True, retain_graph=True)[0]
+    return run.gradients(m, [site], allow_unused=True, retain_graph=True)[0]
 
 
 def _smallest(difference: Callable[[float], float]) -> float:

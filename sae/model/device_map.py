@@ -28,6 +28,8 @@ from sae.errors import UserError, unknown
 
 PLANS = ("auto", "balanced", "balanced_low_0", "sequential")
 """Ways of accelerate to spread a model by the memory of the devices."""
+QUANTISED = ("Params4bit", "Int8Params")
+"""Classes of bitsandbytes for weights in 4 and 8 bits."""
 DeviceMap = str | Mapping[str, str]
 """A plan, one device for all, or where each module goes."""
 
@@ -118,8 +120,14 @@ def home_device(hf: nn.Module) -> torch.device:
 
 
 def weight_of(module: nn.Module, name: str = "weight") -> Tensor | None:
-    """A parameter of a module, on the device it is used on, wherever it waits; None where there is none."""
+    """A parameter of a module, on the device it is used on, wherever it waits, and as numbers where bitsandbytes holds
+    it; None where there is none.
+    """
     parameter = getattr(module, name, None)
+    if type(parameter).__name__ in QUANTISED:
+        from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+        return dequantize_bnb_weight(parameter, getattr(module, "state", None))
     hook = _offloading_hook(module)
     if parameter is None or parameter.device.type != "meta" or hook is None:
         return parameter

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -30,6 +30,22 @@ class Run:
     """The captured sites in forward order, each [B, S, d], after the edit at the site if there was one."""
     logits: Tensor
     """[B, S, V]; [B, 1, V] where only the last position was asked for, empty [0] where none was."""
+    pull_back: Callable[[Tensor, Sequence[Site]], list[Tensor | None]] | None = None
+    """For a model elsewhere: asks for gradients at sites, which no graph of this process leads to."""
+
+    def gradients(
+        self, m: Tensor, sites: Sequence[Site], *, allow_unused: bool = False, retain_graph: bool = False
+    ) -> list[Tensor]:
+        """dm/dx [B, S, d] at sites that were captured in a run with `grad`, for a number m of its logits and captured
+        activations; RuntimeError where no path leads to one, or None for it if `allow_unused`.
+        """
+        if self.pull_back is None:
+            x = [self.activations[site] for site in sites]
+            return list(torch.autograd.grad(m, x, allow_unused=allow_unused, retain_graph=retain_graph))
+        gradients = self.pull_back(m, sites)
+        if any(gradient is None for gradient in gradients) and not allow_unused:
+            raise RuntimeError("one of the sites does not reach what is differentiated")
+        return cast(list[Tensor], gradients)
 
 
 def fitted(skip: Mapping[Site, Tensor], model: Any, *, rows: int) -> dict[Site, Tensor]:

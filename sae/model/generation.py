@@ -27,8 +27,11 @@ from sae.model.tokens import Tokens
 class Generator(Protocol):
     """The attributes of a model that generation uses."""
 
-    hf: Any
     name: str
+
+    @property
+    def hf(self) -> Any:
+        """The Hugging Face model."""
 
     @property
     def max_positions(self) -> int | None:

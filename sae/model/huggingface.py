@@ -15,16 +15,20 @@ library would make them up.
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
+import importlib.util
 import json
-from contextlib import ExitStack
+import logging
+from collections.abc import Iterable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
 
 from sae._files import read_json, shorten
 from sae._hub import hub_reachable
@@ -90,6 +94,7 @@ def load_hf(
     device: str | torch.device,
     dtype: str | torch.dtype | None,
     device_map: DeviceMap | None = None,
+    quantize: str | None = None,
 ) -> Loaded:
     """The model in evaluation mode with frozen parameters, its tokenizer or None, and a name for both.
 
@@ -97,6 +102,8 @@ def load_hf(
     to `auto_device()`; its weights become float32, but with "auto" stay as stored on a GPU from two billion parameters.
     """
     precision = _dtype(dtype)
+    if quantize is not None and isinstance(model, nn.Module):
+        raise UserError("quantize is for a model by name: one that is loaded already has its weights")
     if device_map is not None and (device != "auto" or isinstance(model, nn.Module)):
         given = f"device is {str(device)!r}" if device != "auto" else "a model that is loaded already has its devices"
         raise UserError(f"{given}, and device-map says where each module goes: give one of them")
@@ -112,17 +119,19 @@ def load_hf(
     else:
         name, resolved = str(model), resolve_device(device)
         spread = None if device_map is None else parse_device_map(device_map)
-        hf = pretrained_model(name, None, spread)
+        options = {} if quantize is None else check_quantizer(quantize, name)
+        hf = pretrained_model(name, None, {"": "disk"} if options else spread)
         marks = fingerprints(hf)
         n_parameters = sum(parameter.numel() for parameter in hf.parameters())
         if precision is None and (dtype is None or resolved.type != "cuda" or n_parameters < FULL_PRECISION_PARAMETERS):
             precision = torch.float32
-        if spread is None and precision in (torch.float32, torch.float64):
+        if spread is None and not options and not quantization(hf) and precision in (torch.float32, torch.float64):
             hf.to(precision)
-        elif precision is not None and any(parameter.dtype != precision for parameter in hf.parameters()):
+        elif options or (precision is not None and any(weight.dtype != precision for weight in hf.parameters())):
             del hf  # loaded again, for a cast would round rotary frequencies too, and not reach what waits on disk
-            hf = pretrained_model(name, precision, spread)
-        if spread is None:
+            where = spread or ({"": str(resolved)} if options else None)
+            hf = pretrained_model(name, precision, where, quantize=quantize)
+        if spread is None and not options:
             hf.to(resolved)
     hf.eval().requires_grad_(False)
     if tokenizer is None and name:
@@ -141,18 +150,30 @@ def fingerprints(hf: nn.Module) -> tuple[str, str]:
 
     Both round to bfloat16, so that the number type does not show where it is at least as wide as the stored one.
     """
-    direct, by_half = hashlib.sha256(model_type(hf).encode()), hashlib.sha256(model_type(hf).encode())
-    for parameter in weights_of(hf):
-        shape = repr(tuple(parameter.shape)).encode()
-        direct.update(shape)
-        by_half.update(shape)
-        if parameter.device.type == "meta" or not parameter.numel():
+    return hash_of(model_type(hf), ((tuple(weight.shape), _sample(weight)) for weight in weights_of(hf)))
+
+
+def hash_of(architecture: str, weights: Iterable[tuple[tuple[int, ...], Tensor | None]]) -> tuple[str, str]:
+    """The fingerprints of a model, from the shape and the sample of each weight; None where it has no values."""
+    direct, by_half = hashlib.sha256(architecture.encode()), hashlib.sha256(architecture.encode())
+    for shape, sample in weights:
+        direct.update(repr(shape).encode())
+        by_half.update(repr(shape).encode())
+        if sample is None or not sample.numel():
             continue
-        flat = parameter.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // SAMPLED_VALUES)][:SAMPLED_VALUES].cpu()
         direct.update(sample.to(torch.bfloat16).view(torch.int16).numpy().tobytes())
         by_half.update(sample.to(torch.float16).to(torch.bfloat16).view(torch.int16).numpy().tobytes())
     return direct.hexdigest()[:16], by_half.hexdigest()[:16]
+
+
+def sampled(n_values: int) -> slice:
+    """Which of a weight's values are in its sample, counted in a row."""
+    step = max(1, n_values // SAMPLED_VALUES)
+    return slice(0, min(n_values, step * SAMPLED_VALUES), step)
+
+
+def _sample(weight: Tensor) -> Tensor | None:
+    return None if weight.device.type == "meta" else weight.detach().flatten()[sampled(weight.numel())].cpu()
 
 
 def stored_fingerprints(name: str, marks: tuple[str, ...]) -> tuple[str, ...]:
@@ -162,9 +183,14 @@ def stored_fingerprints(name: str, marks: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def evaluation_mode(hf: nn.Module) -> None:
-    """Put a model into evaluation mode where a part of it is in another."""
-    if any(module.training for module in hf.modules()):
-        hf.eval()
+    """Put a model into evaluation mode where a part of it is in another; asked before every run, so quickly."""
+    modules: list[nn.Module | None] = [hf]
+    for module in modules:  # grows meanwhile: `modules()` remembers whom it has met, which takes four times longer
+        if module is not None:
+            if module.training:
+                hf.eval()
+                return
+            modules.extend(module._modules.values())
 
 
 def max_positions(hf: nn.Module) -> int | None:
@@ -188,9 +214,15 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 # ---- files
 
 
-def pretrained_model(name: str, dtype: torch.dtype | None, device_map: str | dict[str, str] | None = None) -> nn.Module:
-    """The model by folder or hub name in a number type, as stored where it is None, on the CPU or spread over devices.
-    `UserError` where it cannot be loaded whole.
+def pretrained_model(
+    name: str,
+    dtype: torch.dtype | None,
+    device_map: str | dict[str, str] | None = None,
+    *,
+    quantize: str | None = None,
+) -> nn.Module:
+    """The model by folder or hub name in a number type, as stored where it is None, on the CPU or spread over devices,
+    with linear layers in 8 or 4 bits. `UserError` where it cannot be loaded whole.
     """
     if Path(name).is_file():
         raise UserError(f"model {name!r} is a file: give the folder that holds config.json and the weights")
@@ -204,6 +236,8 @@ def pretrained_model(name: str, dtype: torch.dtype | None, device_map: str | dic
             if device_map is not None:
                 folder, models = stack.enter_context(offload_folder())
                 options |= {"device_map": device_map, "offload_folder": folder}
+            if quantize is not None:
+                options["quantization_config"] = quantizer(quantize, dtype or torch.bfloat16)
             model, info = AutoModelForCausalLM.from_pretrained(
                 name, dtype=dtype or "auto", ignore_mismatched_sizes=True, **options
             )
@@ -211,7 +245,7 @@ def pretrained_model(name: str, dtype: torch.dtype | None, device_map: str | dic
     except Exception as error:
         if device_map is not None and "device" in str(error):
             raise UserError(f"device-map does not fit model {name!r}: {shorten(str(error), 300)}") from error
-        raise _not_loaded("model", name, "config.json and the weights", error) from error
+        raise not_loaded("model", name, "config.json and the weights", error) from error
     if device_map is not None:
         check_modules(model, device_map)
     for what, key in (("has no weights for", "missing_keys"), ("has weights of another shape for", "mismatched_keys")):
@@ -221,6 +255,50 @@ def pretrained_model(name: str, dtype: torch.dtype | None, device_map: str | dic
                 f"model {name!r} {what} {names[0]}{more}: they would be random; download it again, or mend config.json"
             )
     return model
+
+
+QUANTIZERS = ("8bit", "4bit")
+
+
+def check_quantizer(quantize: str, name: str) -> dict[str, str]:
+    """The packages that hold weights in 8 or 4 bits, with their versions; `UserError` where one is not installed, or
+    the model's weights are stored that way.
+    """
+    if quantize not in QUANTIZERS:
+        raise unknown("quantize", quantize, QUANTIZERS)
+    versions = {}
+    for package in ("bitsandbytes", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"quantize needs the package {package}: pip install 'sparse-feature-circuits[quantize]'")
+        versions[package] = importlib.metadata.version(package)
+    config = None
+    with suppress(OSError, ValueError):  # loading it says what is wrong
+        config = AutoConfig.from_pretrained(name, local_files_only=Path(name).is_dir() or not hub_reachable())
+    if getattr(config, "quantization_config", None):
+        raise UserError(f"model {name!r} is stored quantised: leave quantize out")
+    return versions
+
+
+def quantizer(quantize: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """How linear layers are held: in 8 bits (LLM.int8, Dettmers et al. 2022) or 4 (NF4, Dettmers et al. 2023), which
+    compute in `dtype`. Gradients go through them to their inputs.
+    """
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line whenever inputs are cast
+    if quantize == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def quantization(hf: nn.Module) -> str | None:
+    """How weights are held, where that is not as numbers: 8bit, 4bit or the name of another method; else None."""
+    config = getattr(getattr(hf, "config", None), "quantization_config", None)
+    if config is None:
+        return None
+    entries: dict[str, Any] = config if isinstance(config, dict) else config.to_dict()
+    method = getattr(entries["quant_method"], "value", entries["quant_method"])
+    return next(
+        (name for name in QUANTIZERS if entries.get(f"load_in_{name}") or entries.get(f"_load_in_{name}")), method
+    )
 
 
 def _named(entry: Any) -> str:
@@ -245,11 +323,11 @@ def pretrained_tokenizer(name: str, *, required: bool) -> Any:
             return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
     except Exception as error:
         if required:
-            raise _not_loaded("tokenizer of model", name, "tokenizer.json", error) from error
+            raise not_loaded("tokenizer of model", name, "tokenizer.json", error) from error
         return None
 
 
-def _not_loaded(what: str, name: str, contents: str, error: Exception) -> UserError:
+def not_loaded(what: str, name: str, contents: str, error: Exception) -> UserError:
     """The sentence for whatever the library raised; raise what this returns."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, UnpicklingError):

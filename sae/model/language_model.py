@@ -1,13 +1,12 @@
-"""The way to the model: read, replace and skip its sites, in one forward pass or in generation. Alone imports nnsight.
+"""The way to the model: read, replace and skip its sites, in one forward pass or in generation.
 
 1. `LanguageModel` wraps a Hugging Face model and finds its sites; `sae.model.load.load_model` makes and checks one.
-2. `run` makes one forward pass under one nnsight trace. At each site, in the order of the forward pass, the site's
-   module is skipped or its tensor x [B, S, d] is read, edited and written back, and kept if it was asked for.
-3. Gradients need no backward inside the trace: a leaf planted at the embedding makes the graph, which outlives the
-   trace, and the caller differentiates with `torch.autograd.grad`.
+2. `run` makes one forward pass under one nnsight trace; where the model is elsewhere `sae.model.remote` does. At each
+   site, in order, the module is skipped or its tensor x [B, S, d] is read, edited and written back, and kept if asked.
+3. Gradients need no backward inside the trace: a leaf planted at the embedding makes the graph, which outlives it.
 4. `resume_from` gives the tensors that let a run start at a site, from activations that were kept before.
 5. `generate` applies edits at every step with forward hooks, which cost less per token than a trace.
-6. `edited` lets edits stand for all runs and generations of a `with` block.
+6. `edited` lets edits stand for a `with` block; in one of `frozen_attention` heads look where they look without edits.
 
 Examples do not interact, so a batch may hold n copies of the same prompts with different edits.
 """
@@ -15,22 +14,22 @@ Examples do not interact, so a batch may hold n copies of the same prompts with 
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property, partial
 from typing import Any
 
 import torch
-from nnsight import Envoy
-from torch import Tensor
+from torch import Tensor, nn
 
 from sae.errors import UserError
 from sae.model.device_map import home_device
 from sae.model.forward import Run, fitted, forward_inputs, outside_inference_mode, probe_tokens, run_by_length
+from sae.model.frozen_attention import as_unedited, check_can_freeze
 from sae.model.generation import generate
 from sae.model.hook_points import Columns, HookPoint, SiteEdit, StandingEdit, after_standing, chained, edited
 from sae.model.huggingface import evaluation_mode, fingerprints, max_positions, stored_fingerprints
+from sae.model.remote import Server
 from sae.model.site_handles import (
     ReadPoints,
     base_path,
@@ -42,18 +41,14 @@ from sae.model.site_handles import (
     hidden_by,
     input_embeddings,
     is_parallel,
+    left_out,
     make_hook_point,
     no_site,
     read_points,
 )
 from sae.model.sites import READ_KINDS, Site, SitePath, site_table
 from sae.model.tokens import TokenizerWrapper, Tokens
-
-
-class _Handle(Envoy):
-    """nnsight's handle of a module; inputs stay where they are, for the first parameter may wait on disk."""
-
-    device = None
+from sae.model.tracing import handles, trace
 
 
 class LanguageModel:
@@ -67,8 +62,11 @@ class LanguageModel:
         name: str,
         site_paths: Mapping[str, str | SitePath] | None = None,
         stored_as: tuple[str, ...] | None = None,
+        server: Server | None = None,
     ) -> None:
-        self.hf: Any = hf
+        self._hf: Any = hf
+        self.server = server
+        """The model elsewhere that runs are asked of; None where it is in this process."""
         self.name = name
         self.fingerprints: tuple[str, ...] = stored_as or fingerprints(hf)
         self.default_paths = default_paths(hf, name)
@@ -80,9 +78,8 @@ class LanguageModel:
             self._coder.pad_id = 0  # added to the tokenizer and not to the model: any id serves under the mask
         self._lock = threading.RLock()
         self._standing: list[Mapping[Site, StandingEdit]] = []
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that a module is called `output`: `envoy_of` knows
-            self._root = _Handle(hf, envoys=_Handle)
+        self._is_frozen = False
+        self._root = handles(hf) if server is None else server.root
         self._base = envoy_of(self._root, base) if (base := base_path(hf, self.site_paths)) else self._root
         self._contains = containment(self.site_paths)
         self._hook_points = {site: make_hook_point(self._root, site, path) for site, path in self.site_paths.items()}
@@ -92,11 +89,26 @@ class LanguageModel:
         self.padding_shows = False
         """Whether padding before a text changes what the model makes of it, as in recurrent models."""
         tokens = self.probe_tokens()
-        shown = first_pass(name, hf, self._hook_points, partial(self._trace, tokens), rows=len(tokens))
+        if server is None:
+            shown = first_pass(name, hf, self._hook_points, partial(self._trace, tokens), rows=len(tokens))
+        else:
+            shown = server.first_pass(self._hook_points, tokens)
         self._hook_points = shown.hook_points
         self._leaf = self._hook_points.get(Site("embed"), self._leaf)
         self.widths, self.vocab_size, self.d_model = shown.widths, shown.vocab_size, shown.d_model
         self.parallel_blocks = is_parallel(self)
+
+    @property
+    def hf(self) -> Any:
+        """The Hugging Face model; UserError where it is elsewhere."""
+        if self.server is not None:
+            raise self.server.refusal
+        return self._hf
+
+    @property
+    def architecture(self) -> nn.Module:
+        """The modules and the config; without weights where the model is elsewhere."""
+        return self._hf
 
     @property
     def fingerprint(self) -> str:
@@ -131,7 +143,7 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         """The device of token ids and activations: where the first parameter is used."""
-        return home_device(self.hf)
+        return home_device(self._hf) if self.server is None else torch.device("cpu")
 
     def device_of(self, site: Site) -> torch.device:
         """The device of the layer that a site is in."""
@@ -140,22 +152,22 @@ class LanguageModel:
     @property
     def revision(self) -> str | None:
         """Commit of the hub's repository that it was loaded from; None for a folder or an object."""
-        return getattr(getattr(self.hf, "config", None), "_commit_hash", None)
+        return getattr(getattr(self._hf, "config", None), "_commit_hash", None)
 
     @property
     def max_positions(self) -> int | None:
         """Most tokens of one text; None where nothing in the model's config bounds it."""
-        return max_positions(self.hf)
+        return max_positions(self._hf)
 
     @property
     def dtype(self) -> torch.dtype:
         """Number type of the activations."""
-        return next(self.hf.parameters()).dtype
+        return next(self._hf.parameters()).dtype if self.server is None else self.server.dtype
 
     def tokenize(self, texts: Sequence[str], *, max_length: int | None = None) -> Tokens:
         """A left-padded batch on the model's device, with the special tokens the tokenizer itself adds."""
         tokens = self.text_coder.encode(texts, max_length=max_length)
-        n_known = self.hf.get_input_embeddings().weight.shape[0]
+        n_known = self._hf.get_input_embeddings().weight.shape[0]
         if (largest := int(tokens.input_ids.max())) >= n_known:
             raise UserError(
                 f"the tokenizer gives token {largest}, model {self.name!r} knows {n_known}: they do not belong together"
@@ -196,7 +208,7 @@ class LanguageModel:
         The model is put into evaluation mode whenever it is found in another. Where padding shows (a recurrent state
         that runs over it) rows of equal length run together; with edits, skips or gradients they must be equal.
         """
-        evaluation_mode(self.hf)
+        evaluation_mode(self._hf)
         if grad and not self.has_gradients:
             raise UserError(
                 f"no gradient reaches the logits of model {self.name!r}: modules have no backward pass, as quantised "
@@ -206,24 +218,28 @@ class LanguageModel:
         self._check_requested(edits, captured, skip)
         options = {"last_only": last_only, "need_logits": need_logits}
         if not (self.padding_shows and not bool(tokens.attention_mask.all())):
-            return self._run(tokens, captured, edits, skip, grad=grad, **options)
+            with self._attention_of(tokens, edits, skip):
+                return self._run(tokens, captured, edits, skip, grad=grad, **options)
         if edits or skip or grad:
             raise UserError(
                 f"model {self.name!r} has a state that runs over padding: give prompts of equal length in tokens "
                 f"(these have {', '.join(map(str, sorted(set(tokens.lengths.tolist()))))})"
             )
-        return run_by_length(tokens, lambda rows: self._run(rows, captured, {}, {}, grad=False, **options))
+        return run_by_length(tokens, lambda rows: self._run(rows, captured, {}, {}, **options))
 
     def _run(
         self, tokens: Tokens, captured: set[Site], edits: Mapping[Site, SiteEdit], skip: Mapping[Site, Tensor], *,
-        grad: bool, last_only: bool, need_logits: bool,
+        grad: bool = False, last_only: bool = False, need_logits: bool = True, unedited: bool = False,
     ) -> Run:  # fmt: skip
-        """One trace: the visits to the sites that something is asked of."""
-        hidden = hidden_by(skip, self._contains)
+        """One trace, or a server's run: the visits to the sites asked for; `unedited`: without standing edits."""
+        hidden, options = hidden_by(skip, self._contains), {"last_only": last_only, "need_logits": need_logits}
         with self._lock:
-            standing = {site: edit for site, edit in chained(self._standing).items() if site not in {*hidden, *skip}}
+            standing = {} if unedited else chained(self._standing)
+        standing = {site: edit for site, edit in standing.items() if site not in {*hidden, *skip}}
         edits = after_standing(standing, edits, Columns(tokens.to(self.device), 0, tokens.n_positions))
         values = fitted({site: x for site, x in skip.items() if site not in hidden}, self, rows=len(tokens))
+        if self.server is not None:
+            return self.server.run(self, tokens, captured, edits, values, grad=grad, **options)
         leaf = self._leaf if grad and not any(x.requires_grad for x in values.values()) else None
         points = [self._point(site) for site in sorted({*captured, *edits, *values}, key=self._when)]
         if leaf is not None and leaf not in points:
@@ -243,8 +259,8 @@ class LanguageModel:
                 activations[site] = x
 
         visits: list[Callable[[], None]] = [partial(visit, point) for point in points]
-        visits += self._left_out(points, {*captured, *edits, *skip}, last_only=last_only, need_logits=need_logits)
-        logits = self._trace(tokens, visits, grad=grad, last_only=last_only, need_logits=need_logits)
+        visits += left_out(points, self._hook_points, self._contains, {*captured, *edits, *skip}, **options)
+        logits = self._trace(tokens, visits, grad=grad, **options)
         return Run(activations, logits)
 
     @contextmanager
@@ -260,6 +276,24 @@ class LanguageModel:
                 yield
             finally:
                 self._standing.pop()
+
+    @contextmanager
+    def frozen_attention(self) -> Iterator[None]:
+        """Edited runs, and prompts of generations, attend in this context as the same text does without edits."""
+        check_can_freeze(self)
+        with self._lock:
+            before, self._is_frozen = self._is_frozen, True
+            try:
+                yield
+            finally:
+                self._is_frozen = before
+
+    def _attention_of(
+        self, tokens: Tokens, edits: Mapping[Site, SiteEdit], skip: Mapping[Site, Tensor]
+    ) -> AbstractContextManager[None]:
+        """Attention of a run without edits, where it is frozen and edits are about to follow."""
+        run = partial(self._run, tokens, set(), {}, skip, unedited=True)
+        return as_unedited(self.hf, run) if self._is_frozen and (edits or self._standing) else nullcontext()
 
     def resume_from(self, site: Site, cache: Mapping[Site, Tensor]) -> dict[Site, Tensor]:
         """The `skip` mapping with which a run starts at `site`: what comes before it is taken from `cache`.
@@ -296,7 +330,7 @@ class LanguageModel:
         self._check_requested({**edits, **later})
         pad_id = self._coder.pad_id if self._coder else 0
         evaluation_mode(self.hf)
-        with self._lock:
+        with self._lock, self._attention_of(prompts, {**edits, **later}, {}):
             return generate(
                 self, prompts.to(self.device), max_new_tokens=max_new_tokens, pad_id=pad_id, edits=edits,
                 later_edits=later, standing=chained(self._standing), sampling=sampling,
@@ -304,6 +338,7 @@ class LanguageModel:
 
     def hooked(self, site: Site, edit: SiteEdit, *, rows: int) -> AbstractContextManager[None]:
         """Apply the edit at every call of the site's module while the context lasts, outside of `run`."""
+        evaluation_mode(self.hf)
         return self._point(site).hooked(edit, rows=rows)
 
     @cached_property
@@ -338,42 +373,12 @@ class LanguageModel:
         last_only: bool = False,
         need_logits: bool = True,
     ) -> Tensor:
-        """The one nnsight trace: make the visits, which are in forward order, and return the logits."""
+        """Make the visits, which are in forward order, in one run, and return the logits; none are empty."""
         root = self._root if need_logits else self._base
         inputs = forward_inputs(root._module, tokens.to(self.device), last_only=last_only)
-        outputs: list[Any] = []
-        with self._lock, outside_inference_mode(), torch.set_grad_enabled(grad), root.trace(**inputs):
-            for visit in visits:
-                visit()
-            if need_logits:
-                outputs.append(root.output)
-        if not need_logits:
-            return torch.empty(0, device=tokens.input_ids.device)
-        logits = getattr(outputs[0], "logits", outputs[0])
-        logits = logits[0] if isinstance(logits, tuple) else logits
-        return logits[:, -1:] if last_only else logits
-
-    def _left_out(
-        self, points: Sequence[HookPoint], requested: set[Site], *, last_only: bool, need_logits: bool
-    ) -> list[Callable[[], None]]:
-        """The visits, after all others, that keep from running what nobody reads."""
-        if not need_logits:
-            return [point.pass_through for point in self._blocks_after(points)]
-        mlp = self._unread_mlp(requested) if last_only else None
-        return [] if mlp is None else [mlp.at_last_position]
-
-    def _blocks_after(self, points: Sequence[HookPoint]) -> list[HookPoint]:
-        """The blocks behind the last of the points; they need not run where no logits are needed."""
-        last = max((point.site for point in points), default=Site("embed"))
-        reached = -1 if last.layer is None else last.layer
-        blocks = [site for site in self.sites if site.kind == "resid" and self._contains.get(site)]
-        return [self._hook_points[site] for site in blocks if site.layer is not None and site.layer > reached]
-
-    def _unread_mlp(self, requested: set[Site]) -> HookPoint | None:
-        """The last block's MLP, if it takes each token alone and nobody asked for it or for what it is added to."""
-        point = self._hook_points.get(Site("mlp", self.n_layers - 1))
-        after = {site for site in requested if point and (site >= point.site or site.kind in READ_KINDS)}
-        return point if point and point.token_wise and point.outputs is None and not after else None
+        with self._lock, outside_inference_mode(), torch.set_grad_enabled(grad):
+            logits = trace(root, inputs, visits, need_logits=need_logits)
+        return logits[:, -1:] if last_only and need_logits else logits
 
     def _check_requested(
         self, edits: Iterable[Site], captured: Iterable[Site] = (), skip: Mapping[Site, Tensor] | None = None
@@ -392,4 +397,4 @@ class LanguageModel:
 
     def probe_tokens(self) -> Tokens:
         """A few random tokens, the same every time."""
-        return probe_tokens(self.hf).to(self.device)
+        return probe_tokens(self._hf).to(self.device)

@@ -18,6 +18,7 @@ from sae.model.checks import check_model
 from sae.model.device_map import DeviceMap
 from sae.model.huggingface import load_hf
 from sae.model.language_model import LanguageModel
+from sae.model.remote import connect
 from sae.model.sites import SitePath
 
 
@@ -28,6 +29,8 @@ def load_model(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype | None = None,
     device_map: DeviceMap | None = None,
+    quantize: str | None = None,
+    remote: str | None = None,
     site_paths: Mapping[str, str | SitePath] | None = None,
     check: bool = True,
 ) -> LanguageModel:
@@ -45,6 +48,10 @@ def load_model(
             "balanced", "balanced_low_0" or "sequential", "disk" to read each module from its files whenever it runs, or
             {"model.embed_tokens": "cuda:0", "model.layers.0": "cpu", ...}. Activations are read and written on the
             device of the embedding.
+        quantize: hold the weights of linear layers in 8 or 4 bits with bitsandbytes: "8bit" or "4bit"; the rest, and
+            activations, in `dtype`. A model that is stored quantised is loaded as it is.
+        remote: where the model runs if not here: "ndif", the address of another server of nnsight, or "local" for
+            nnsight's simulation of one with the model in this process. Only tensors travel; see `docs/scale.md`.
         site_paths: where sites are in a model whose architecture is not known, or elsewhere than usual, by kind or by
             site: `{"attn": "model.layers.{layer}.self_attn.o_proj:input"}`.
         check: whether to try the sites on a few random tokens, at the cost of four short forward passes.
@@ -55,10 +62,13 @@ def load_model(
     Raises:
         UserError: the model cannot be loaded or run, or a site is not where it should be; the sentence names it.
     """
-    loaded = load_hf(model, tokenizer=tokenizer, device=device, dtype=dtype, device_map=device_map)
+    options: dict[str, Any] = {"tokenizer": tokenizer, "device": device, "dtype": dtype, "device_map": device_map}
+    options["quantize"] = quantize
+    server, loaded = (None, load_hf(model, **options)) if remote is None else connect(model, remote, options)
     language_model = LanguageModel(
-        loaded.hf, loaded.tokenizer, name=loaded.name, site_paths=site_paths, stored_as=loaded.fingerprints
-    )
+        loaded.hf, loaded.tokenizer, name=loaded.name, site_paths=site_paths, stored_as=loaded.fingerprints,
+        server=server,
+    )  # fmt: skip
     if check:
         check_model(language_model)
     return language_model

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sae.model.device_map import home_device, weight_of
+from sae.model.device_map import QUANTISED, home_device, weight_of
 from sae.model.site_search import NOTHING, Call, exactly, tolerance
 from sae.model.sites import SitePath
 
@@ -114,8 +114,9 @@ def layer_reads(
 def _weight(hf: nn.Module, call: Call) -> Tensor | None:
     """The matrix of a module that has one and takes and gives tokens."""
     weight = getattr(hf.get_submodule(call.module), "weight", None)
-    is_matrix = isinstance(weight, Tensor) and weight.ndim == 2 and weight.is_floating_point()
-    return weight if is_matrix and call.entered is not NOTHING and call.left is not NOTHING else None
+    if not isinstance(weight, Tensor) or not (weight.is_floating_point() or type(weight).__name__ in QUANTISED):
+        return None
+    return weight if weight.ndim == 2 and call.entered is not NOTHING and call.left is not NOTHING else None
 
 
 def _has_matrix(hf: nn.Module, call: Call) -> bool:
@@ -192,13 +193,13 @@ def down_projection(reads: LayerReads, hf: nn.Module) -> DownProjection | None:
     home = home_device(hf)
     weight, bias = weight_of(module), weight_of(module, "bias")
     assert weight is not None
-    weight = weight.detach().to(home).float()
+    dtype, weight = weight.dtype, weight.detach().to(home).float()
     W = weight.T if isinstance(module, nn.Linear) else weight  # transformers' Conv1D is [H, d] already
     b = W.new_zeros(W.shape[1]) if bias is None else bias.detach().to(home).float()
     if reads.post_norm is not None:
         if bool(b.any()):
             return None
         post = hf.get_submodule(reads.post)
-        ones = torch.ones(1, 1, W.shape[1], dtype=module.weight.dtype, device=home_device(post))
+        ones = torch.ones(1, 1, W.shape[1], dtype=dtype, device=home_device(post))
         W = W * post(ones)[0, 0].to(home).float() * (1 + reads.post_norm.epsilon) ** 0.5
     return DownProjection(W * reads.scale, b * reads.scale)

@@ -217,7 +217,7 @@ def first_pass(name: str, hf: Any, hook_points: Mapping[Site, HookPoint], trace:
     try:
         logits = trace([partial(visit, point) for point in hook_points.values()])
     except Exception as error:
-        if type(error).__name__ == "OutOfOrderError":  # nnsight's own, which only language_model.py imports from
+        if type(error).__name__ == "OutOfOrderError":  # nnsight's own, which only tracing.py imports from
             raise UserError(
                 f"the sites {', '.join(map(str, hook_points))} are not reached in this order in every run, each once: "
                 f"give other site_paths ({str(error).strip().splitlines()[0]})"
@@ -233,3 +233,30 @@ def first_pass(name: str, hf: Any, hook_points: Mapping[Site, HookPoint], trace:
     widths = {site: x.shape[-1] for site, x in values.items()}
     d_model = getattr(getattr(hf, "config", None), "hidden_size", None) or max(widths.values())
     return FirstPass(described, widths, logits.shape[-1], d_model)
+
+
+def blocks_after(
+    points: Sequence[HookPoint], hook_points: Mapping[Site, HookPoint], contains: Mapping[Site, Any]
+) -> list[HookPoint]:
+    """The blocks behind the last of the points, which need not run where no logits are needed."""
+    last = max((point.site for point in points), default=Site("embed"))
+    reached = -1 if last.layer is None else last.layer
+    blocks = [site for site in hook_points if site.kind == "resid" and contains.get(site)]
+    return [hook_points[site] for site in blocks if site.layer is not None and site.layer > reached]
+
+
+def left_out(
+    points: Sequence[HookPoint], hook_points: Mapping[Site, HookPoint], contains: Mapping[Site, Any],
+    asked: set[Site], *, last_only: bool, need_logits: bool,
+) -> list[Callable[[], None]]:  # fmt: skip
+    """The visits, after those to `points`, that keep from running what nobody reads: without logits the blocks behind
+    the last of the points; with those of the last position alone the last block's MLP at others, if it takes each token
+    alone and neither it nor what it is added to is `asked` for.
+    """
+    if not need_logits:
+        return [block.pass_through for block in blocks_after(points, hook_points, contains)]
+    mlp = hook_points.get(Site("mlp", max((site.layer or 0 for site in hook_points), default=0)))
+    if not last_only or mlp is None or not mlp.token_wise or mlp.outputs is not None:
+        return []
+    after = {site for site in asked if site >= mlp.site or site.kind in READ_KINDS}
+    return [] if after else [mlp.at_last_position]

@@ -172,7 +172,15 @@ class FinetuneConfig:
         return self.batch_size or _batch_for(self.tokens, steps=200)
 
     def learning_rate_at(self, share: float, width: int) -> float:
-        """The learning rate when that share of the tokens is read, for a site of the given width."""
+        """Give the learning rate when a share of the tokens has been read: a linear rise, then a linear fall to zero.
+
+        Args:
+            share: Share of the tokens, 0 to 1.
+            width: Width of the site.
+
+        Returns:
+            The learning rate.
+        """
         peak = self.learning_rate or 0.008 / math.sqrt(width)
         rise = min(1.0, share / self.warmup) if self.warmup else 1.0
         return peak * rise * max(0.0, 1 - max(0.0, share - self.warmup) / max(1e-9, 1 - self.warmup))

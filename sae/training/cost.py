@@ -21,6 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from sae._peak_memory import peak_memory
+from sae._run.processes import current
 from sae._units import duration, seconds_of, size
 from sae.data.cache import CachedActivations, CachedModel
 from sae.data.text import TextSource
@@ -31,8 +32,10 @@ from sae.model.sites import Site, select_sites
 from sae.saes import free_memory
 from sae.training.checkpoint import N_CHECKPOINTS
 from sae.training.config import TrainConfig, with_contexts_of
+from sae.training.parallel import Parallel, choose_parallel
 from sae.training.run_folder import RunFolder
-from sae.training.trainer import MIN_BUFFER_TOKENS, Trainer, begin, open_activations, rows_in_buffer
+from sae.training.train import TRAINERS, share_of_work
+from sae.training.trainer import MIN_BUFFER_TOKENS, Trainer, rows_in_buffer
 
 WARM_UP, MEASURED = 2, 5
 """Steps that are made before the clock runs, and while it does."""
@@ -48,11 +51,15 @@ class TrainingEstimate:
     seconds: dict[str, float]
     """Seconds by what takes them: the model (or reading the cache), and the autoencoders' steps."""
     memory: dict[str, int]
-    """Bytes by what takes them."""
+    """Bytes by what takes them, in the process that needs most."""
     disk: dict[str, int]
     """Bytes of the finished autoencoders, and of checkpoints while it runs."""
     free: int | None
-    """Bytes that can be had beside the model; None where nobody says."""
+    """Bytes that a process can have beside the model; None where nobody says."""
+    peaks: list[int]
+    """Bytes of each process."""
+    parallel: Parallel
+    """What several processes share out."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -72,6 +79,8 @@ class TrainingEstimate:
             "peak_bytes": sum(self.memory.values()),
             "free_bytes": self.free,
             "disk_bytes": self.disk,
+            "processes": len(self.peaks),
+            "peak_bytes_of_processes": self.peaks,
         }
 
     def text(self) -> str:
@@ -80,11 +89,14 @@ class TrainingEstimate:
         sizes = ", ".join(f"{name} {size(n)}" for name, n in self.memory.items() if n >= 2**20)
         disk = ", ".join(f"{name} {size(n)}" for name, n in self.disk.items())
         free = "" if self.free is None else f"; free beside the model: {size(self.free)}"
+        n = len(self.peaks)
+        several = "" if n == 1 else f", {n} processes with a share of the {self.parallel} each"
+        each = "" if n == 1 else f" in each process, {size(min(self.peaks))} to {size(max(self.peaks))}; the largest"
         lines = [
-            f"{self.tokens:,} tokens in {self.steps:,} steps at {self.n_sites} sites: "
+            f"{self.tokens:,} tokens in {self.steps:,} steps at {self.n_sites} sites{several}: "
             f"{self.tokens_per_second:,.0f} tokens/s",
             f"estimated time: {duration(sum(self.seconds.values()))} ({times})",
-            f"estimated memory: {size(sum(self.memory.values()))} ({sizes}){free}",
+            f"estimated memory{each}: {size(sum(self.memory.values()))} ({sizes}){free}",
             f"estimated disk: {disk}",
         ]
         needed = sum(self.memory.values()) - self.memory["model"]
@@ -104,11 +116,13 @@ def estimate_training(
     sites: str | Sequence[str | Site] = "all",
     config: TrainConfig | None = None,
     activations: CachedActivations | None = None,
+    parallel: Parallel | None = None,
 ) -> TrainingEstimate:
-    """Make a few steps of a training, and say what all of it takes on this machine. Nothing is written.
+    """Make a few steps of a training, together where there are several processes, and say what all of it takes on this
+    machine. Nothing is written.
 
     Args:
-        model, texts, sites, config, activations: as in `train_saes`.
+        model, texts, sites, config, activations, parallel: as in `train_saes`.
 
     Returns:
         Time, memory and disk space.
@@ -119,34 +133,46 @@ def estimate_training(
     config, source = config or TrainConfig(), TextSource.of(texts)
     config = config if activations is None else with_contexts_of(activations, config)
     chosen = select_sites(sites, model.sites)
-    rows = open_activations(model, source, chosen, config, cache=activations)
-    saes = [begin(site.name, site, rows, config, model) for site in chosen]
+    processes = current()
+    parallel = choose_parallel(parallel, chosen, config, processes, cached=activations is not None)
+    saes, rows = share_of_work(model, source, chosen, config, parallel, cache=activations)
     small = replace(config, buffer_tokens=max(MIN_BUFFER_TOKENS, 2 * config.batch))
-    trial = _Trial(saes, rows, small, RunFolder(Path(), "train", {}), progress=False)
+    trial_class = type("_Trial", (_Measured, TRAINERS[parallel]), {})
+    trial = trial_class(saes, rows, small, RunFolder(Path(), "train", {}), progress=False, processes=processes)
     reading, step, peak = trial.measure()
     n_weights = _bytes(weight for sae in trial.saes for weight in sae.weights.values())
     in_checkpoint = _bytes(trial._tensors().values())
+    memory = {
+        "model": 0 if isinstance(model, CachedModel) or model.server else bytes_at_home(model.hf),
+        "weights": n_weights,
+        "Adam's moments": in_checkpoint - n_weights,
+        "buffer": 4 * rows_in_buffer(rows, config) * sum(rows.widths[site] for site in trial.held),
+        "gradients and intermediates": peak,
+    }
+    shares = processes.gathered((reading, step, memory, n_weights, in_checkpoint))
+    readings, steps, memories, weights, checkpoints = (list(column) for column in zip(*shares, strict=True))
+    written = max if parallel == "data" else sum  # of data by one process, for all have the same
+    free = free_memory(model.device)
     return TrainingEstimate(
         n_sites=len(chosen),
         tokens=config.tokens,
         steps=config.steps,
         seconds={
-            "model" if activations is None else "reading the cache": reading * config.tokens,
-            "autoencoders": step * config.steps,
+            "model" if activations is None else "reading the cache": max(readings) * config.tokens,
+            "autoencoders": max(steps) * config.steps,
         },
-        memory={
-            "model": 0 if isinstance(model, CachedModel) else bytes_at_home(model.hf),
-            "weights": n_weights,
-            "Adam's moments": in_checkpoint - n_weights,
-            "buffer": 4 * rows_in_buffer(rows, config) * sum(rows.widths.values()),
-            "gradients and intermediates": peak,
+        memory=max(memories, key=lambda of_process: sum(of_process.values())),
+        disk={
+            "autoencoders": written(weights),
+            "checkpoints": (N_CHECKPOINTS + 1) * written(checkpoints) * bool(config.checkpoints),
         },
-        disk={"autoencoders": n_weights, "checkpoints": (N_CHECKPOINTS + 1) * in_checkpoint * bool(config.checkpoints)},
-        free=free_memory(model.device),
+        free=free if free is None or model.device.type == "cuda" else free // processes.n_local,
+        peaks=[sum(of_process.values()) for of_process in memories],
+        parallel=parallel,
     )
 
 
-class _Trial(Trainer):
+class _Measured(Trainer):
     """A training of which a few steps are made."""
 
     def measure(self) -> tuple[float, float, int]:
@@ -157,7 +183,9 @@ class _Trial(Trainer):
         reading = (seconds_of(self.device) - start) / self.filled
         if not self.saes:  # nothing is trained at identities
             return reading, 0.0, 0
-        for sae in self.saes:
+        if self.processes.size > 1:
+            self._prepare()
+        for sae in self.saes if self.processes.size == 1 else ():
             sae.prepare(self.buffer[sae.site][: self.filled], self.buffer[sae.read_site][: self.filled])
         steps = []
         for _ in range(WARM_UP + MEASURED):

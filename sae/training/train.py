@@ -14,7 +14,7 @@ from pathlib import Path
 from sae._run.locks import lock
 from sae._run.processes import current
 from sae.autoencoder import SparseAutoencoder
-from sae.data.activations import ModelActivations
+from sae.data.activations import ActivationSource, ModelActivations
 from sae.data.cache import CachedActivations, CachedModel
 from sae.data.shared_activations import SharedActivations
 from sae.data.text import TextSource
@@ -27,6 +27,7 @@ from sae.training.config import TrainConfig, with_contexts_of
 from sae.training.parallel import DataTrainer, FeatureTrainer, Parallel, choose_parallel, share_sites
 from sae.training.run_folder import RunFolder, run_settings
 from sae.training.trainer import Trainer, begin, export, open_activations, read_site
+from sae.training.training_sae import TrainingSAE
 
 TRAINERS: dict[Parallel, type[Trainer]] = {"sites": Trainer, "data": DataTrainer, "features": FeatureTrainer}
 
@@ -77,16 +78,8 @@ def train_saes(
     with lock(out):
         if processes.by_first(lambda: resume and run.finished()):
             return run.load(model.device)
-        shares = share_sites(chosen, processes.size)
-        rows = open_activations(model, source, chosen, config, cache=activations)
-        if processes.size > 1 and isinstance(rows, ModelActivations):
-            shown = shares if parallel == "sites" else [chosen] * processes.size
-            needed = [{where for site in share for where in (site, read_site(site, config))} for share in shown]
-            rows = SharedActivations(rows, processes, needed)
+        saes, rows = share_of_work(model, source, chosen, config, parallel, cache=activations)
         processes.by_first(lambda: run.start(resume=resume, overwrite=overwrite))
-        mine = shares[processes.rank] if parallel == "sites" else chosen
-        shards = FeatureShards(processes) if parallel == "features" else None
-        saes = [begin(site.name, site, rows, config, model, shards=shards) for site in mine]
         trainer = TRAINERS[parallel](saes, rows, config, run, progress=progress, processes=processes)
         trainer.run()
         exported: dict[Site, SparseAutoencoder] = {}
@@ -101,5 +94,27 @@ def train_saes(
         processes.by_first(lambda: run.finish(read=asdict(rows.text_read())))
         processes.gathered(None)
     if not exported or len({sae.device for sae in exported.values()}) > 1:  # each where its layer is
-        return load_saes(out, sites=mine, device=model.device)
+        return load_saes(out, sites=[sae.site for sae in saes], device=model.device)
     return SAEs(exported)
+
+
+def share_of_work(
+    model: LanguageModel | CachedModel,
+    source: TextSource,
+    sites: Sequence[Site],
+    config: TrainConfig,
+    parallel: Parallel,
+    *,
+    cache: CachedActivations | None,
+) -> tuple[list[TrainingSAE], ActivationSource]:
+    """The autoencoders, or blocks of them, that this process trains, before their first step, and their activations."""
+    processes = current()
+    shares = share_sites(sites, processes.size)
+    rows = open_activations(model, source, sites, config, cache=cache)
+    if processes.size > 1 and isinstance(rows, ModelActivations):
+        shown = shares if parallel == "sites" else [sites] * processes.size
+        needed = [{where for site in share for where in (site, read_site(site, config))} for share in shown]
+        rows = SharedActivations(rows, processes, needed)
+    mine = shares[processes.rank] if parallel == "sites" else sites
+    shards = FeatureShards(processes) if parallel == "features" else None
+    return [begin(site.name, site, rows, config, model, shards=shards) for site in mine], rows

@@ -52,7 +52,8 @@ def measure(browser: Browser, graph: FeatureGraph, name: str, folder: Path, *, e
     start = time.process_time()
     path = explore(graph, folder / "page.html")
     python = time.process_time() - start
-    page = browser.open()
+    page = browser.new_page()
+    page.resize(1400, 900)
     page.goto(path.as_uri())
     first = page.cpu()
     before = page.cpu()
@@ -69,7 +70,6 @@ def measure(browser: Browser, graph: FeatureGraph, name: str, folder: Path, *, e
     page.settle()
     search = page.cpu() - before
     problems = page.problems()
-    page.close()
     assert not problems, problems
     figures = [1000 * seconds for seconds in (first, whole)] + [pan, zoom, hover, 1000 * search]
     text = "".join(f"{value:>{width}.0f}" for value, width in zip(figures, WIDTHS[2:], strict=True))

@@ -7,6 +7,7 @@
    the busiest of the several, which is what the ratio of seconds would be with a free core for each.
 4. With `--memory` they train together once more while the memory of every process's tensors is counted, and `stated`
    has the formula beside it, the model's weights on both sides left out. Exit status 1 if they differ by over a tenth.
+   What `sfc train --estimate` would say is printed as well.
 
     python -m tests.benchmarks.bench_processes --processes 2
 """
@@ -33,6 +34,7 @@ from sae._run import processes
 from sae._run.processes import Processes
 from sae.model.sites import Site
 from sae.training.config import TrainConfig
+from sae.training.cost import estimate_training
 from sae.training.parallel import Parallel, share_sites
 from sae.training.train import train_saes
 from sae.training.trainer import MIN_BUFFER_TOKENS
@@ -104,11 +106,21 @@ def print_ratios(options: argparse.Namespace, group: Processes) -> None:
         living = replace(config, dead_tokens=config.tokens)  # no feature dies, so that all steps take as much
         counted = peak_memory(lambda: train(options.parallel, living), torch.device("cpu"))
         sizes = group.gathered((counted, stated(living, options.width, model.sites, group, options.parallel)))
+        estimate = estimate_training(model, texts, config=living, parallel=options.parallel)
         if group.is_first:
+            speeds = estimate.tokens_per_second, together_speed(options, together)
+            print("estimated {:,.0f} tokens/s, {:,.0f} measured".format(*speeds))
+            beside = [f"{(peak - estimate.memory['model']) / 2**20:,.0f}" for peak in estimate.peaks]
+            print(f"estimated beside the model: {' and '.join(beside)} MiB")
             for rank, (counted, expected) in enumerate(sizes):
                 print(f"process {rank + 1}: {counted / 2**20:,.0f} MiB counted, {expected / 2**20:,.0f} stated")
         if any(abs(counted / expected - 1) > TOLERANCE for counted, expected in sizes):
             sys.exit(1)
+
+
+def together_speed(options: argparse.Namespace, together: Sequence[tuple[float, float]]) -> float:
+    """Tokens a second of all processes together, median over the turns."""
+    return options.tokens / statistics.median(seconds for seconds, _ in together)
 
 
 def stated(config: TrainConfig, width: int, sites: Sequence[Site], group: Processes, parallel: Parallel) -> int:

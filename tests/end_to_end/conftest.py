@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from matplotlib.figure import Figure
+from tyro._parsers import ParserSpecification
 
 from circuits.cli.main import main
 from sae.model import huggingface
@@ -21,8 +22,10 @@ from tests.forked import Result
 
 CHECKED: set[tuple[object, ...]] = set()
 LOADED: dict[tuple[object, ...], Any] = {}
+PARSERS: dict[Any, Any] = {}
 DRAWN: set[tuple[object, ...]] = set()
 SAVEFIG = Figure.savefig
+FROM_TYPE = ParserSpecification.from_callable_or_type
 
 
 def check_once(model):
@@ -31,6 +34,19 @@ def check_once(model):
     if key not in CHECKED:
         check_model(model)
     CHECKED.add(key)
+
+
+def read_once(make: Callable[..., Any]) -> Callable[..., Any]:
+    """What tyro knows of the options of a command: it takes longer to find out than to read them."""
+
+    def parser(options: Any, *more: Any, **settings: Any) -> Any:
+        if settings["parent_classes"]:
+            return make(options, *more, **settings)
+        if options not in PARSERS:
+            PARSERS[options] = make(options, *more, **settings)
+        return PARSERS[options]
+
+    return parser
 
 
 def load_once(load: Callable[..., Any]) -> Callable[..., Any]:
@@ -72,8 +88,9 @@ def sfc(capsys, monkeypatch, drawn_once):
     """sfc("train", "--model", ...) -> exit status and what was printed.
 
     What one process does for the first command is not done again: a model is loaded and checked once, a picture is
-    drawn once.
+    drawn once, options are found out once.
     """
+    monkeypatch.setattr(ParserSpecification, "from_callable_or_type", read_once(FROM_TYPE))
     monkeypatch.setattr("sae.model.load.check_model", check_once)
     for name in ("pretrained_model", "pretrained_tokenizer"):
         monkeypatch.setattr(huggingface, name, load_once(getattr(huggingface, name)))

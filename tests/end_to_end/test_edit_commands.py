@@ -15,9 +15,12 @@ from circuits.editing.measures import answers_of
 
 def test_an_edit_is_made_again_from_its_report(sfc, run_folder, text_file):
     common = ["--circuit", run_folder, "--text", text_file, "--texts", 10, "--random", 1, "--json"]
-    first = json.loads(sfc("ablate", *common, "--top", 2, "--scales", "0,1,2", "--name", "first").out)
+    first = json.loads(
+        sfc("ablate", *common, "--top", 2, "--scales", "0,1,2", "--freeze", "attention", "--name", "first").out
+    )
     path = run_folder / "edits" / "first.json"
     assert load_edits(path)[0].operation == "mean" and len(load_edits(path)[0].reference) == 2
+    assert load_edits(path)[0].freeze == "attention"
     again = json.loads(sfc("ablate", *common, "--edit", path, "--name", "again").out)
     assert again["after"] == first["after"] and [dose["scale"] for dose in first["doses"]] == [0, 1, 2]
     assert sfc("report", "--circuit", run_folder).status == 0

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from circuits.circuit import Circuit
 from graphs.formats.neuronpedia import to_neuronpedia
+from sae.errors import UserError
 from sae.features.delphi import write_delphi_cache
 from sae.model.load import load_model
 from sae.model.tokens import Tokens
@@ -113,4 +114,10 @@ def test_delphis_cache_has_every_activation(sfc, run, model_folder, text_file, t
     words[words.index(out)] = tmp_path / "other"
     assert "fewer than one row of 8" in sfc(*words, "--text", short, "--context-length", length).err
     assert "only format delphi reads it" in sfc("export", "--circuit", run, "--format", "graphml", "--text", "x").err
-    assert write_delphi_cache(model, saes, ["the man sees the old dog"] * 9, tmp_path / "all", length=8).is_dir()
+    text = "the man sees the old dog " * 9  # one document of several rows
+    written = write_delphi_cache(model, saes, [text], tmp_path / "all", length=8)
+    n = json.loads((written / next(iter(saes)).name / "config.json").read_text())["n_tokens"]
+    assert n == len(model.tokenizer(text)["input_ids"]) // 8 * 8 > 8
+    with pytest.raises(UserError, match="takes 64 at most"):
+        write_delphi_cache(model, saes, [text] * 9, tmp_path / "long", length=65)
+    assert "no folder" in sfc("labels", "--circuit", run, "--read", short, "--scores", tmp_path / "none").err

@@ -113,9 +113,8 @@ def test_features_of_a_run_that_was_killed(in_ranks, forked_sfc, words, alone, t
 
 
 def test_what_cannot_be_shared(sfc, in_ranks, words, tmp_path):
-    for option in (["--estimate"], ["--finetune", "kl"]):
-        early = sfc(*words, *option, "--processes", 2, "--out", tmp_path / "run")
-        assert early.status == 2 and "for one process" in early.err
+    early = sfc(*words, "--finetune", "kl", "--processes", 2, "--out", tmp_path / "run")
+    assert early.status == 2 and "for one process" in early.err
     with pytest.raises(UserError, match="batchtopk"):
         choose_parallel("data", [], TrainConfig(architecture="batchtopk"), Processes(0, 2), cached=False)
     for config, reason in (({"architecture": "gated"}, "gated"), ({"features": 33}, "equal blocks")):
@@ -123,6 +122,19 @@ def test_what_cannot_be_shared(sfc, in_ranks, words, tmp_path):
             choose_parallel("features", [], TrainConfig(**config), Processes(0, 2), cached=False)
     alone = in_ranks(2, "render", "--circuit", tmp_path)
     assert alone.status == 2 and alone.err.count("runs in one process") == 1
+
+
+def test_estimates_of_several_processes(in_ranks, forked_sfc, words, tmp_path):
+    """Each process has half of the features, and nothing is written."""
+    words = [*words, "--out", tmp_path / "run", "--estimate", "--json", "--sites", "mlp_1"]
+    together = json.loads(in_ranks(2, *words, "--parallel", "features").out)["estimate"]
+    alone = json.loads(forked_sfc(*words).out)["estimate"]
+    assert together["processes"] == 2 and alone["processes"] == 1
+    assert together["memory_bytes"]["weights"] == pytest.approx(alone["memory_bytes"]["weights"] / 2, rel=0.05)
+    assert max(together["peak_bytes_of_processes"]) == together["peak_bytes"] < alone["peak_bytes"]
+    for name, n_bytes in alone["disk_bytes"].items():
+        assert together["disk_bytes"][name] == pytest.approx(n_bytes, rel=0.05)
+    assert not (tmp_path / "run").exists()
 
 
 def test_prompts_of_several_processes(in_ranks, forked_sfc, run_folder, model_folder, prompts_file, tmp_path):

@@ -24,7 +24,7 @@ from circuits.cli.live.jobs import Worker
 from circuits.cli.live.serving import make_server, open_run
 from circuits.report.page import report_html
 from sae import _files
-from tests.graphs.browser import Browser, Page, find_chromium
+from tests.graphs.browser import Page
 
 TOKEN = "a-token-that-nobody-knows"
 PROMPT = "the man near the girl"
@@ -254,7 +254,7 @@ def test_what_cannot_be_tried_is_told_in_a_sentence(served, request_, sentence):
 
 
 def test_two_browsers_take_turns_and_either_can_cancel(served):
-    first = served.begin("edit", prompt=PROMPT, answer=30, against=31, features=["resid_1/4"], new_tokens=40)
+    first = served.begin("edit", prompt=PROMPT, answer=30, against=31, features=["resid_1/4"], new_tokens=12)
     second = served.begin("edit", prompt="the king near the girl", answer=30, against=31, features=["resid_1/5"])
     third = served.begin("edit", prompt=PROMPT, answer=30, against=31, features=["resid_1/6"], operation="mean")
     look = served.begin("prompt", prompt=PROMPT)
@@ -320,20 +320,13 @@ def test_names_are_those_of_sfc_labels(served, sfc):
 
 
 @pytest.fixture
-def page(served, tmp_path_factory) -> Iterator[Page]:
-    if find_chromium() is None:
-        pytest.skip("no Chromium on the path")
-    try:
-        browser = Browser(tmp_path_factory.mktemp("browser"))
-        browser.send("Browser.getVersion")
-    except (OSError, RuntimeError, TimeoutError) as error:
-        pytest.skip(f"Chromium does not start: {error}")
+def page(served, browser) -> Iterator[Page]:
     page = browser.open()
-    page.send("Network.emulateNetworkConditions", offline=False, latency=0, downloadThroughput=-1, uploadThroughput=-1)
+    page.connect(online=True)
     page.goto(f"http://127.0.0.1:{served.port}/?token={TOKEN}")
     yield page
     problems = [problem for problem in page.problems() if f"http://127.0.0.1:{served.port}/" not in problem]
-    browser.close()
+    page.close()
     assert problems == []
 
 

@@ -50,6 +50,8 @@ class Browser:
             os.close(descriptor)
         self._last, self._buffer = 0, b""
         self.events: list[dict[str, Any]] = []
+        self.closed: list[Page] = []
+        """Pages to be opened again: to draw one costs less than to start a process for it."""
 
     def send(self, method: str, session: str | None = None, **params: Any) -> dict[str, Any]:
         """Call a method of the protocol; returns its result."""
@@ -83,18 +85,22 @@ class Browser:
         return message
 
     def open(self, *, width: int = 1400, height: int = 900, dark: bool = False, touch: bool = False) -> Page:
-        """A page of its own context: no storage is shared with other pages."""
+        """An empty page, offline, that shares no storage with others that are open or were."""
+        page = self.closed.pop() if self.closed else self.new_page()
+        page.connect(online=False)
+        page.resize(width, height, touch=touch)
+        page.media(dark=dark)
+        return page
+
+    def new_page(self) -> Page:
+        """A page of its own process and context."""
         context = self.send("Target.createBrowserContext")["browserContextId"]
         target = self.send("Target.createTarget", url="about:blank", browserContextId=context)["targetId"]
-        session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        page = Page(self, session, context)
+        page = Page(self, self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"])
         for domain in ("Page", "Runtime", "Network", "Performance", "Log"):
             page.send(f"{domain}.enable")
         downloads = str(self.folder / "downloads")
         self.send("Browser.setDownloadBehavior", behavior="allow", downloadPath=downloads, browserContextId=context)
-        page.send("Network.emulateNetworkConditions", offline=True, latency=0, downloadThroughput=0, uploadThroughput=0)
-        page.resize(width, height, touch=touch)
-        page.media(dark=dark)
         return page
 
     def close(self) -> None:
@@ -109,18 +115,30 @@ class Browser:
 
 
 class Page:
-    """One page, offline."""
+    """One page."""
 
-    def __init__(self, browser: Browser, session: str, context: str) -> None:
-        self.browser, self.session, self.context = browser, session, context
+    def __init__(self, browser: Browser, session: str) -> None:
+        self.browser, self.session = browser, session
 
     def send(self, method: str, **params: Any) -> dict[str, Any]:
         """Call a method of the protocol in this page."""
         return self.browser.send(method, self.session, **params)
 
     def close(self) -> None:
-        """Close the page and forget its storage."""
-        self.browser.send("Target.disposeBrowserContext", browserContextId=self.context)
+        """Empty the page and forget what it stored, where it was and what it said, for whoever opens it again."""
+        origin = self.evaluate("location.protocol === 'file:' ? 'file://' : location.origin")
+        self.send("Page.navigate", url="about:blank")
+        self.wait("location.href === 'about:blank' && document.readyState === 'complete'")
+        self.send("Storage.clearDataForOrigin", origin=origin, storageTypes="all")
+        self.send("Page.resetNavigationHistory")
+        self.browser.events = [event for event in self.browser.events if event.get("sessionId") != self.session]
+        self.browser.closed.append(self)
+
+    def connect(self, *, online: bool) -> None:
+        """Let the page reach the network, or nothing but files."""
+        rate = -1 if online else 0
+        self.send("Network.emulateNetworkConditions", offline=not online, latency=0, downloadThroughput=rate,
+                  uploadThroughput=rate)  # fmt: skip
 
     def resize(self, width: int, height: int, *, touch: bool = False) -> None:
         """Size of the window in CSS pixels."""

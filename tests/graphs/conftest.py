@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,6 @@ import pytest
 from hypothesis import settings
 
 from graphs.feature_graph import METRIC, FeatureGraph, Node, error_node, feature_node, metric_node
-from tests.graphs.browser import Browser, find_chromium
 
 settings.register_profile("suite", max_examples=30, derandomize=True, deadline=None, database=None)
 settings.load_profile("suite")  # the same examples in every run; a busy machine is not a failure
@@ -38,19 +37,6 @@ WORDS = [
     " which",
     " <b>&",
 ]
-
-
-@pytest.fixture(scope="session")
-def browser(tmp_path_factory) -> Iterator[Browser]:
-    if find_chromium() is None:
-        pytest.skip("no Chromium on the path")
-    try:
-        started = Browser(tmp_path_factory.mktemp("browser"))
-        started.send("Browser.getVersion")
-    except (OSError, RuntimeError, TimeoutError) as error:
-        pytest.skip(f"Chromium does not start: {error}")
-    yield started
-    started.close()
 
 
 @pytest.fixture(scope="session")

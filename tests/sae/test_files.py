@@ -125,6 +125,14 @@ def test_a_disk_that_is_full_is_one_sentence_and_the_old_file_stays(tmp_path):
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
+def test_tensors_that_share_memory_are_written(tmp_path: Path) -> None:
+    x = torch.eye(2)
+    write_tensors(tmp_path / "a.safetensors", {"x": x, "y": x, "row": x[0]})
+    assert {name: tensor.tolist() for name, tensor in read_tensors(tmp_path / "a.safetensors").items()} == {
+        "x": x.tolist(), "y": x.tolist(), "row": [1, 0],
+    }  # fmt: skip
+
+
 def test_new_files_have_the_permissions_of_any_other(tmp_path: Path) -> None:
     (tmp_path / "plain").touch()
     write_tensors(tmp_path / "a.safetensors", {"x": torch.ones(2)})

@@ -121,6 +121,14 @@ def test_an_autoencoder_is_checked_once_with_a_model(tiny_model, make_tiny_model
         ensure_checked(make_tiny_model("gpt_neox", width=16), saes, saes)
 
 
+def test_an_autoencoder_that_does_not_fit_is_refused_every_time(tiny_model) -> None:
+    sae = random_sae(tiny_model, RESID_1)
+    sae.b_dec[0] = torch.nan
+    for _ in range(2):
+        with pytest.raises(UserError, match="not finite in b_dec"):
+            ensure_checked(tiny_model, {RESID_1: sae})
+
+
 @pytest.mark.parametrize(("architecture", "fits"), [("gpt2", False), ("llama", True), ("gemma2", True)])
 def test_hook_embed_is_embed_where_positions_are_not_added(make_tiny_model, architecture, fits) -> None:
     model, embed = make_tiny_model(architecture), Site("embed")

@@ -88,8 +88,8 @@ class _Story:
         self.test_prompts = bundled("prompts", options.behaviour, "test.jsonl")
         self.valid = bundled("text", "valid.txt")
         self.common: dict[str, Any] = {
-            "device": options.device, "device_map": options.device_map, "dtype": options.dtype, "json": options.json,
-        }  # fmt: skip
+            name: getattr(options, name) for name in ("device", "device_map", "quantize", "remote", "dtype", "json")
+        }
         self.data: dict[str, Any] = {}
         self.started = time.monotonic()
 

@@ -28,6 +28,7 @@ from circuits.cli.live.requests import FindCircuit, LookAt, TryEdit
 from circuits.cli.options import RunsCircuit, UsesSaes
 from circuits.cli.results import MADE_WITH, digest_of, made_with
 from circuits.discovery.discover import discover
+from circuits.editing.applied import frozen
 from circuits.editing.edit import Trial
 from circuits.editing.measures import continued
 from circuits.editing.results import Continuation
@@ -150,8 +151,9 @@ class Experiments(OpenRun):
         job.say("command", line=command_line(command), name=path.stem)
         trial = command.trial(self.circuit, command.operation, command.value)
         job.expected = (3 + len(trial.texts)) * (2 + command.random) + 3 * new_tokens
-        self._say_probabilities(job, trial, [request.answer, request.against])
-        continuation = self._continue(job, trial, new_tokens)
+        with frozen(self.model, trial.listed):
+            self._say_probabilities(job, trial, [request.answer, request.against])
+            continuation = self._continue(job, trial, new_tokens)
         yield
         report = trial.report(continuation)
         job.check()
@@ -169,6 +171,7 @@ class Experiments(OpenRun):
             "features": ",".join(f"{feature}{where}" for feature in request.features),
             "operation": request.operation,
             "value": request.value,
+            "freeze": request.freeze,
             "text": text,
             "texts": self.texts,
             "generate": int(new_tokens > 0),
@@ -266,7 +269,8 @@ class Experiments(OpenRun):
         return DiscoverCommand(
             model=options.model or metadata["model"], saes=options.saes or metadata["saes"], prompts=str(file),
             out=self.run.with_name(f"{self.run.name}_{name}"), device=options.device, dtype=options.dtype,
-            device_map=options.device_map, site_paths=options.site_paths or metadata.get("site_paths"),
+            device_map=options.device_map, quantize=options.quantize, remote=options.remote,
+            site_paths=options.site_paths or metadata.get("site_paths"),
             sae_memory=getattr(options, "sae_memory", None), text=self.text,
             options=DiscoverOptions(method="attrib", sites=sites, edge_nodes=100),
         )  # fmt: skip

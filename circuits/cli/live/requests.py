@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from circuits.options import Freeze
 from sae._files import check_type
 
 Text = Annotated[str, Field(max_length=100_000)]
@@ -37,6 +38,8 @@ class TryEdit:
     value: float | None = None
     where: Literal["everywhere", "generated"] | Annotated[int, Field(ge=0)] = "everywhere"
     """At all tokens, at generated ones alone, or at the prompt's token of this number."""
+    freeze: Freeze | None = None
+    """Whether attention follows the edit."""
     new_tokens: Annotated[int, Field(ge=0, le=200)] = 30
     """Length of the continuations."""
 

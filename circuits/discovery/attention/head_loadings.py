@@ -43,9 +43,10 @@ from circuits.options import DiscoverOptions
 from circuits.prompts.dataset import PromptSet
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError
-from sae.model.attention import AttentionHeads, attention_heads, frozen_norms, heads_of
+from sae.model.attention import AttentionHeads, attention_heads, heads_of
 from sae.model.forward import with_gradients
 from sae.model.language_model import LanguageModel
+from sae.model.lrp import frozen_norms
 from sae.model.sites import Site
 from sae.model.tokens import Tokens
 from sae.sparse.activations import group_offsets, rows_added, rows_multiplied

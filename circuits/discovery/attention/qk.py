@@ -39,9 +39,10 @@ from circuits.prompts.dataset import PromptSet
 from sae._progress import ProgressBar
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError
-from sae.model.attention import attention_heads, frozen_norms, heads_of
+from sae.model.attention import attention_heads, heads_of
 from sae.model.forward import with_gradients
 from sae.model.language_model import LanguageModel
+from sae.model.lrp import frozen_norms
 from sae.model.sites import Site
 
 if TYPE_CHECKING:

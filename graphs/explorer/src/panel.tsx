@@ -108,7 +108,8 @@ function Pages() {
 function Task() {
   const pairs = circuit.metadata.example_pairs ?? [];
   if (!pairs.length) return null;
-  const counts = Object.entries(circuit.metadata.cases ?? {}).map(([name, n]) => `${n} ${visible(name.replaceAll("_", " "))}`);
+  const cases = Object.entries(circuit.metadata.cases ?? {});
+  const counts = cases.map(([name, n]) => (cases.length > 1 ? `${n} ${visible(name.replaceAll("_", " "))}` : count(n, "pair")));
   const side = (text: string, answer?: string) => (
     <span dir="auto">
       {visible(text)}
@@ -121,7 +122,7 @@ function Task() {
       <dl class="task">
         {pairs.slice(0, 2).map((pair) => (
           <>
-            <dt>{visible(pair.case.replaceAll("_", " "))}</dt>
+            {cases.length > 1 && <dt>{visible(pair.case.replaceAll("_", " "))}</dt>}
             <dd>{side(pair.clean, pair.clean_answer)}</dd>
             {pair.patch && <dd class="patch">{side(pair.patch, pair.patch_answer)}</dd>}
           </>

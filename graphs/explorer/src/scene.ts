@@ -1,6 +1,6 @@
 // What is drawn and where: filters, supernodes, the layout that fits, and the curve of every edge.
 
-import { computed, signal } from "@preact/signals";
+import { computed, signal, untracked } from "@preact/signals";
 import { isKind } from "./colour";
 import { GUTTER, HEADER, isWhole, MARGIN } from "./draw";
 import {
@@ -57,7 +57,8 @@ const PLENTY = 30;
 const tallRoom = computed(() => room.value.width / room.value.height < 0.95);
 
 /** The largest layout with two lines of label a node when it is fitted into the window; where that holds fewer than
- * thirty, a larger one of smaller boxes in which 95 % of the descriptions are whole. */
+ * thirty, a larger one of smaller boxes in which 95 % of the descriptions are whole. A name that is given changes nothing
+ * of it, so that the drawing stays as it is while a person writes. */
 export const fittingCount = computed(() => {
   const candidates = circuit.layouts.filter((layout) => layout.tall === tallRoom.value || circuit.layouts.length < 2);
   const scale = (l: LayoutData) => scaleToFit(l.width, l.height, l.columns.length > 0);
@@ -71,7 +72,7 @@ export const fittingCount = computed(() => {
     const described = ranked.slice(0, layout.size).filter((node) => isWhole(node, scale(layout), [width, height]));
     return described.length >= 0.95 * Math.min(layout.size, ranked.length);
   };
-  return (tight.findLast(whole) ?? roomy).size;
+  return (untracked(() => tight.findLast(whole)) ?? roomy).size;
 });
 export const shownCount = computed(() => state.nodeCount.value || fittingCount.value);
 

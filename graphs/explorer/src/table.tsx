@@ -97,7 +97,7 @@ export function Table() {
             show: (n) => (n.attributes.interval ? range(n.attributes.interval) : ""),
           },
           ...cases.map((name) => ({
-            name: `on for ${name}`,
+            name: `on for ${name.replaceAll("_", " ")}`,
             value: (n: (typeof nodes)[0]) => activationByCase(n).find(([c]) => c === name)?.[1] ?? 0,
             show: (n: (typeof nodes)[0]) => {
               const found = activationByCase(n).find(([c]) => c === name);

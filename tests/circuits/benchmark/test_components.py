@@ -134,6 +134,8 @@ def test_a_submission_has_nine_circuits_within_their_shares(tmp_path):
         inside = {name for name, node in data["nodes"].items() if node["in_graph"]}
         ends = {end.partition("<")[0] for name in chosen for end in name.split("->")}
         assert ends <= inside
+        one_more = {*list(effects)[: len(inside)], "logits"}  # effects are in the order of their size
+        assert sum(len(names) for pair, names in edges.items() if {*pair} <= one_more) > share / 100 * n_edges
         joined = {tuple(end.partition("<")[0] for end in name.split("->")) for name in chosen}
         assert len(list(read_eap_ig(path).edges())) == len(joined)
         sizes.append(len(chosen))

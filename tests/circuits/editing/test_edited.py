@@ -41,6 +41,7 @@ def edits_of(active: list[int]) -> dict[str, Edit]:
         "resample": Edit(names, "resample"),
         "clamp": Edit(names, "clamp", 0.25, relative=True),
         "active": Edit(names, "steer", 3.0, where="active"),
+        "frozen": Edit(names, "steer", 8.0, freeze="attention"),
         "prompt": Edit(names, "steer", 8.0, where="prompt"),
         "generated": Edit(names, "scale", 4.0, where="generated"),
         "schedule": Edit(names[:1], "steer", 9.0, schedule=(0.0, 1.0, 2.0, 0.0)),
@@ -151,7 +152,8 @@ def test_what_is_read_in_blocks_is_what_the_whole_encoder_says(monkeypatch, rank
 
 
 def test_edits_go_to_files_and_back(tmp_path, active):
-    edits = [Edit(edit.names, edit.operation, edit.value, where=edit.where, schedule=list(edit.schedule))
+    edits = [Edit(edit.names, edit.operation, edit.value, where=edit.where, schedule=list(edit.schedule),
+                  freeze=edit.freeze)
              for edit in edits_of(active).values()]  # fmt: skip
     edits.append(Edit(["mlp_0/1"], "resample", reference={"mlp_0/1": [0.5, 0.0]}))
     path = save_edits(edits, tmp_path / "edits.json")
@@ -168,6 +170,7 @@ def test_edits_go_to_files_and_back(tmp_path, active):
     [
         ({"operatoin": "zero"}, r"edits\[0\]: unknown key 'operatoin'.*did you mean 'operation'"),
         ({"value": "much"}, r"key 'edits\[0\]\.value' is \"much\": expected a valid number"),
+        ({"freeze": "norms"}, r"key 'edits\[0\]\.freeze' is \"norms\""),
         ({"where": "somewhere"}, r"key 'edits\[0\]\.where' is \"somewhere\""),
         ({"value": 2.0}, "'zero' takes no value"),
         ({"features": ["theirs"], "groups": 1}, "unknown key 'groups'"),

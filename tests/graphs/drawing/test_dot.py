@@ -156,6 +156,9 @@ def test_text_is_cut_to_fit():
     assert style.fit("short", 10, 100) == "short"
     cut = style.fit("a very long label that cannot fit", 10, 60)
     assert cut.endswith("…") and style.text_width(cut, 10) <= 60
+    assert style.text_width("a very long label that cannot fit"[: len(cut)] + "…", 10) > 60  # no shorter than it must
+    assert style.fit("word " * 10**5, 10, 60) == "word wor…"  # in no time
+    assert style.fit("long", 10, 1) == "…"
     lines = style.wrap("subject plural verb expected here now", 10, 80, lines=2)
     assert len(lines) == 2 and all(style.text_width(line, 10) <= 80 for line in lines)
 

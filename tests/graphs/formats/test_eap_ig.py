@@ -172,6 +172,8 @@ def test_what_does_not_fit_is_refused(tmp_path):
     shape = {"n_layers": 1}
     with pytest.raises(GraphError, match="'x3'"):
         from_eap_ig({"cfg": shape, "nodes": {"x3": {"in_graph": True}}, "edges": {}})
+    with pytest.raises(GraphError, match="a node of mlp_3 is in the graph, and n_layers is 1"):
+        from_eap_ig({"cfg": shape, "nodes": {"m3": {"in_graph": True}}, "edges": {}})
     with pytest.raises(GraphError, match="parent->child"):
         from_eap_ig({"cfg": shape, "nodes": {}, "edges": {"m0": {"in_graph": True, "score": 1}}})
     with pytest.raises(GraphError, match=r"in_graph' is missing"):

@@ -70,8 +70,9 @@ def test_names_of_models_and_graphs():
     ids = {"gpt2": "gpt2-small", "EleutherAI/pythia-70m-deduped": "pythia-70m-deduped", "/runs/Ü b/": "b", "": "model"}
     assert {model: model_id(model) for model in ids} == ids
     assert to_neuronpedia(FeatureGraph(["embed"], metadata={"title": "«…»"}))["metadata"]["slug"] == "circuit"
-    with pytest.raises(GraphError, match=r"slug 'a/b' holds '/'"):
-        to_neuronpedia(of_sites("mlp_1"), slug="a/b")
+    for slug, wrong in (("a/b", r"slug 'a/b' holds '/'"), ("..", r"slug '\.\.' is no name of a file")):
+        with pytest.raises(GraphError, match=wrong):
+            to_neuronpedia(of_sites("mlp_1"), slug=slug)
     url = "https://example.org/features"  # read by Neuronpedia only without a schema version
     head = to_neuronpedia(of_sites("mlp_1"), features_url=url)["metadata"]
     assert head["feature_details"] == {"feature_json_base_url": url} and "schema_version" not in head
@@ -83,7 +84,7 @@ def test_contexts_are_there_for_the_page(tmp_path):
     attributes = {
         "contexts": [context], "random": [context], "top_logits": [[" is", 2.0]], "bottom_logits": ["was"],
         "samples": [{"low": 0.0, "high": 2.0, "share": 0.1, "contexts": [context]}], "max_activation": 4.0,
-        "quantiles": [(0.0, 0.0), (1.0, 4.0)], "histogram": {"edges": [0, 2, 4], "counts": [3, 1]}, "density": 0.25,
+        "quantiles": [(0.5, 2.0), (0.9, 3.0)], "histogram": {"edges": [0, 2, 4], "counts": [3, 1]}, "density": 0.25,
         "by_case": {"x": {"subject": 1.0}, "y": {"subject": 5.0}},
     }  # fmt: skip
     graph.add_node(feature_node("resid_0", 7, effect=1.0, position="subject", **attributes))
@@ -93,7 +94,8 @@ def test_contexts_are_there_for_the_page(tmp_path):
     names = [quantile["quantile_name"] for quantile in page["examples_quantiles"]]
     assert names == ["Strongest contexts", "Activation 0 to 2", "Random tokens"]
     assert page["examples_quantiles"][0]["examples"][0]["tokens"] == ["a", "⏎", " c"]
-    assert page["quantile_values"][49] == pytest.approx(2.0) and page["histogram"] == [3, 1]
+    assert [page["quantile_values"][i] for i in (0, 49, 99)] == pytest.approx([0.04, 2.0, 4.0])
+    assert page["histogram"] == [3, 1]
     assert (page["top_logits"], page["act_max"], page["activation_frequency"]) == ([" is"], 4.0, 0.25)
     (feature,) = [node for node in json.loads(path.read_text())["nodes"] if node["feature_type"].startswith("cross")]
     assert feature["activation"] == pytest.approx(2.0)  # the mean over all four prompts

@@ -24,6 +24,7 @@ def test_the_same_documents_from_every_kind_of_file(tmp_path):
     with gzip.open(tmp_path / "d.jsonl.gz", "wt", encoding="utf-8") as file:
         file.write(lines)
     paths = [write(tmp_path / "d.txt", "\n\n".join(DOCUMENTS)), write(tmp_path / "d.jsonl", lines)]
+    paths.append(write(tmp_path / "d.ndjson", lines))
     for path in [*paths, tmp_path / "d.jsonl.gz"]:
         source = TextSource.of(path)
         assert list(source.read()) == DOCUMENTS
@@ -39,6 +40,8 @@ def test_mistakes_in_text_name_file_and_line(tmp_path):
     with pytest.raises(UserError, match=r"line 1: no text.*found body"):
         list(TextSource.of(other).read())
     assert list(TextSource.of(other, text_field="body").read()) == ["a"]
+    with pytest.raises(UserError, match=r"is a table \(\.csv\)"):
+        list(TextSource.of(write(tmp_path / "t.csv", "text,label\na,1\n")).read())
     with pytest.raises(UserError, match="no text file"):
         list(TextSource.of(tmp_path / "absent.txt").read())
 

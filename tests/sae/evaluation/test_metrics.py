@@ -186,6 +186,14 @@ def test_tokens_that_can_never_come_count_nothing():
     assert totals.kl == pytest.approx(float((p * (p / q).log()).sum() / 2), rel=1e-5)
 
 
+def test_predictions_that_are_no_numbers_have_no_divergence():
+    predictions = ModelPredictions(torch.zeros(1, 2), torch.tensor([0]))
+    for logits, expected in (([math.nan, math.nan], math.isnan), ([0.0, -math.inf], math.isinf)):
+        totals = PredictionTotals()
+        totals.update(torch.tensor([logits]), predictions)
+        assert expected(totals.kl)
+
+
 def test_zero_vectors_and_no_tokens():
     totals = reconstruction(torch.zeros(2, 3), torch.zeros(2, 3), [2])
     assert math.isnan(totals.cosine)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.sparse import csr_matrix
 
-from graphs.drawing.automata import draw_automata
+from graphs.drawing.automata import Machine, Way, draw_automata
 from sae.autoencoder import SAEConfig, SparseAutoencoder
 from sae.features.automata import find_automata, joined
 from sae.features.transitions import Transition, raised_in_text
@@ -112,6 +112,14 @@ def test_automata_stay_small():
     parts = joined([*ways, *(Transition(0, i, 50, 0.5, 0.01, 0.01, 0.001, []) for i in range(1, 8))])
     assert [len({way.source for way in part} | {way.target for way in part}) for part in parts] == [8, 8, 5]
     assert sum(way.source == 0 for way in parts[0]) == 3
+
+
+def test_tokens_with_signs_of_graphviz_are_drawn(tmp_path):
+    words = 'a " \\'
+    machine = Machine("t", {"resid_0/1": ("", words), "resid_0/2": ("x", "y")}, [
+        Way("resid_0/1", "resid_0/2", 0.5, words, words),
+    ])  # fmt: skip
+    assert words in draw_automata([machine], tmp_path / "a.svg").read_text()
 
 
 def test_no_automata_are_a_picture_too(tmp_path):

@@ -1,10 +1,14 @@
 """Triton's kernels against their twins in torch: on a GPU where there is one, else on a CPU in Triton's interpreter."""
 
+import importlib
+import inspect
 import os
 import runpy
 import sys
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -30,8 +34,26 @@ LENGTHS = {
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
+@cache
+def builtins(owner):
+    """The members that the interpreter looks for."""
+    is_builtin = importlib.import_module("triton.language.core").is_builtin
+    return [(name, member) for name, member in inspect.getmembers(owner) if is_builtin(member)]
+
+
 @pytest.fixture
-def kernels(monkeypatch):
+def members_once(monkeypatch):
+    """Triton's interpreter looks through its whole language before every kernel, which takes longer than most kernels
+    here: once is enough.
+    """
+    interpreter = pytest.importorskip("triton.runtime.interpreter", reason="Triton is not installed")
+    inspecting = ModuleType("inspect")
+    inspecting.__dict__.update(vars(inspect) | {"getmembers": builtins})
+    monkeypatch.setattr(interpreter, "inspect", inspecting)
+
+
+@pytest.fixture
+def kernels(monkeypatch, members_once):
     """`sae.sparse.triton_kernels` with windows of eight entries, at work wherever `sae.sparse.activations` is asked."""
     pytest.importorskip("triton", reason="Triton is not installed")
     if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":

@@ -176,9 +176,6 @@ class DiscoverCommand(UsesSaes, Overwrites, SharesWork, HasSaes, HasModel):
             raise UserError(f"nothing to resume in {str(folder)!r}: {why}; --overwrite begins again")
         return prepare_folder(folder, overwrite=self.overwrite or self.resume)
 
-    def for_one_process(self) -> str | None:
-        return "estimate is on" if self.estimate else None
-
     @property
     def most_nodes(self) -> int:
         """Nodes kept where there is no threshold."""

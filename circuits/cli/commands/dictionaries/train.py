@@ -63,8 +63,6 @@ class TrainCommand(Common, Overwrites, SharesWork, HasSites, HasTextOrCache):
             return self._finetune(trained, text)
 
     def for_one_process(self) -> str | None:
-        if self.estimate:
-            return "estimate is on"
         return None if self.finetune == "none" else f"finetune is {self.finetune!r}"
 
     def _estimate(self) -> Output:
@@ -74,11 +72,13 @@ class TrainCommand(Common, Overwrites, SharesWork, HasSites, HasTextOrCache):
         if self.cache is not None:
             cache = open_cache(self.cache, model=self.model, text=self.text, sites=self.sites, device=self.device)
             estimate = estimate_training(
-                cache.model, cache.text, sites=self.sites, config=self.config, activations=cache
+                cache.model, cache.text, sites=self.sites, config=self.config, activations=cache, parallel=self.parallel
             )
         else:
             name, text = need(self.model, "model"), need(self.text, "text")
-            estimate = estimate_training(load_model(name, self), text, sites=self.sites, config=self.config)
+            estimate = estimate_training(
+                load_model(name, self), text, sites=self.sites, config=self.config, parallel=self.parallel
+            )
         return Output(estimate.text(), {"estimate": estimate.to_dict()})
 
     def _train(self, out: Path) -> Output:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from circuits.cli.options import HasTestPrompts, Named, Output, RunsCircuit, UsesSaes
 from circuits.cli.results import MADE_WITH, different_options, digest_of, made_with, read_result
-from circuits.options import EditedTokens, Operation
+from circuits.options import EditedTokens, Freeze, Operation
 from sae._files import write_json
 from sae._options import Activation, Count, Positive, Range, Repeats, Seed, Weight
 from sae._run.locks import lock
@@ -58,6 +58,8 @@ class _Edit(UsesSaes, Named, HasTestPrompts, RunsCircuit):
     """Edit the features of a circuit by span or position at all tokens."""
     where: EditedTokens = "all"
     """At which tokens: all, those where the feature is active, the prompt's alone, or generated ones alone."""
+    freeze: Freeze | None = None
+    """attention: every head looks where it looks in the unedited model, at all tokens but generated ones."""
     relative: bool = False
     """--value is in units of each feature's largest activation, on --text, else on the prompts."""
     text: str | None = None
@@ -92,6 +94,8 @@ class _Edit(UsesSaes, Named, HasTestPrompts, RunsCircuit):
             raise UserError(f"--choose {self.choose} is of another command: here it can be {self.choices}")
         if self.choose is not None and self.text is None:
             raise UserError("--choose needs --text: what the edit costs elsewhere is measured on it")
+        if self.choose is not None and self.freeze is not None:
+            raise UserError("--choose chooses on the model as it is: leave out --freeze, or edit again with --edit")
         parse_scales(self.scales)
         with lock(circuit_folder(self.circuit).parent, shared=True):
             return self._measured(operation, value)
@@ -198,6 +202,8 @@ class _Edit(UsesSaes, Named, HasTestPrompts, RunsCircuit):
             names = expanded(chosen, groups)
             by_template = operation == "mean" and self.text is None
             edits = [Edit(names, operation, value, self.relative, self.where, by_template=by_template)]
+        if self.freeze is not None:
+            edits = [replace(edit, freeze=self.freeze) for edit in edits]
         return [edit.everywhere() for edit in edits] if self.everywhere else edits
 
     def file(self, operation: Operation, value: float | None) -> tuple[Path, dict[str, Any]]:

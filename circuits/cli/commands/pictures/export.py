@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sae.model.language_model import LanguageModel
 
 SUFFIXES = {"eap-ig": "eap_ig.json", "neuronpedia": "neuronpedia.json", "graphml": "graphml"}
-MODEL = ("model", "dtype", "site_paths", "device", "device_map")
+MODEL = ("model", "dtype", "site_paths", "device", "device_map", "quantize", "remote")
 DELPHI = "delphi"
 MIB = "mib"
 FOLDER = "circuit-tracer"
@@ -126,12 +126,9 @@ class ExportCommand(Common, Overwrites, HasCircuit):
     def _loaded(self) -> Circuit:
         """The circuit, with its model."""
         from circuits.circuit import Circuit
-        from circuits.circuit_source import parse_site_paths
+        from circuits.cli.common import placed
 
-        return Circuit.load(
-            self.circuit, model=self.model, device=self.device, dtype=self.dtype,
-            device_map=self.device_map, site_paths=parse_site_paths(self.site_paths),
-        )  # fmt: skip
+        return Circuit.load(self.circuit, model=self.model, **placed(self))
 
     def _export_mib(self) -> Output:
         from circuits.benchmark.components import component_effects

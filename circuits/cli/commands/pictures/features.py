@@ -90,6 +90,7 @@ class FeaturesCommand(UsesSaes, Overwrites, Common):
             "out",
             "sites",
             "dtype",
+            "quantize",
             *(name for name in ("groups", "automata", "prompts") if not getattr(self, name)),
         )
         made = {name: value for name, value in made.items() if name not in dropped}
@@ -189,14 +190,12 @@ class FeaturesCommand(UsesSaes, Overwrites, Common):
 
     def _load(self, run: Path) -> tuple[Circuit | None, LanguageModel, SAEs]:
         from circuits.circuit import Circuit
-        from circuits.circuit_source import parse_site_paths
-        from circuits.cli.common import load_checked_saes, load_model
+        from circuits.cli.common import load_checked_saes, load_model, placed
 
         if self.circuit is not None:
             circuit = Circuit.load(
-                self.circuit, model=self.model, saes=self.saes, device=self.device, dtype=self.dtype,
-                device_map=self.device_map, site_paths=parse_site_paths(self.site_paths), sae_memory=self.sae_memory,
-                metric="logit_difference",
+                self.circuit, model=self.model, saes=self.saes, sae_memory=self.sae_memory, metric="logit_difference",
+                **placed(self),
             )  # fmt: skip
             return circuit, circuit.model, circuit.saes
         name = self.model or next(

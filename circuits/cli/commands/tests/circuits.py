@@ -62,14 +62,11 @@ class CompareCircuitsCommand(Common, Overwrites):
 
     def _load(self) -> list[Circuit]:
         from circuits.circuit import Circuit
-        from circuits.circuit_source import parse_site_paths
+        from circuits.cli.common import placed
 
         loaded: list[Circuit] = []
         for path in self.circuits:
-            circuit = Circuit.load(
-                path, metric=self.metric, device=self.device, dtype=self.dtype,
-                device_map=self.device_map, site_paths=parse_site_paths(self.site_paths),
-            )  # fmt: skip
+            circuit = Circuit.load(path, metric=self.metric, **placed(self))
             same = [c for c in loaded if c.metadata.get("model_fingerprint") == circuit.metadata["model_fingerprint"]]
             if same:
                 circuit.source.model = same[0].model

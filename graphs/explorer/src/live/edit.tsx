@@ -105,6 +105,18 @@ export function EditMaker() {
           <button class="main" id="try" disabled={!state.chosen.value.length || Boolean(state.running.value.edit)}>
             Try it
           </button>
+          <label
+            class="hint"
+            title="Every head looks where it looks in the unedited model, at all tokens but generated ones: the edit acts through what heads copy, not through where they look"
+          >
+            <input
+              type="checkbox"
+              id="freeze"
+              checked={state.frozen.value}
+              onChange={(event) => (state.frozen.value = event.currentTarget.checked)}
+            />{" "}
+            freeze attention
+          </label>
           <label class="hint">
             and go on for{" "}
             <input

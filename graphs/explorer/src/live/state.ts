@@ -58,6 +58,8 @@ export const chosen = signal<string[]>([]);
 export const operation = signal<Operation>("zero");
 export const value = signal("2");
 export const where = signal<Where>("everywhere");
+/** Whether heads look where they look in the unedited model. */
+export const frozen = signal(false);
 export const newTokens = signal("20");
 export const outcome = signal<Outcome | null>(null);
 export const done = signal<api.Done[]>([]);
@@ -130,7 +132,7 @@ export async function tryEdit(): Promise<void> {
   const at = { everywhere: "everywhere", generated: "at generated tokens", here: `at token ${position.value}` };
   outcome.value = {
     features: chosen.value,
-    what: `${DID[operation.value]}${amount ?? ""} ${at[where.value]}`,
+    what: `${DID[operation.value]}${amount ?? ""} ${at[where.value]}${frozen.value ? ", attention frozen" : ""}`,
     prompt: now.prompt,
     command: "",
     file: "",
@@ -146,6 +148,7 @@ export async function tryEdit(): Promise<void> {
     operation: operation.value,
     value: amount,
     where: place,
+    freeze: frozen.value ? "attention" : null,
     new_tokens: Number(newTokens.value) || 0,
   };
   const finished = await follow("edit", request, (event) => {

@@ -80,7 +80,9 @@ is_graph = is_json(lambda entries: {"schema_version", "sites", "nodes", "edges"}
 """Whether a file is a graph of `FeatureGraph.save`."""
 is_eap_ig = is_json(lambda entries: "sparse_feature_circuit" in entries)
 """Whether a file was exported for EAP-IG: it has the entry with what that format has no place for."""
-is_neuronpedia = is_json(lambda entries: "sparse_feature_circuit" in (entries.get("metadata") or ()))
+is_neuronpedia = is_json(
+    lambda entries: isinstance(head := entries.get("metadata"), dict) and "sparse_feature_circuit" in head
+)
 """The same of a file for Neuronpedia."""
 
 

@@ -18,10 +18,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from statistics import correlation
+from typing import Any, TypeAlias
+
+import numpy as np
 
 from graphs.feature_graph import FeatureGraph, Node
 
+Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 MOST_CASES = 10
 """With more cases the splits are too many to try, and no two classes would tell them apart."""
 TELLS = 0.5
@@ -53,18 +56,19 @@ def find_classes(graph: FeatureGraph) -> Classes | None:
     cases = sorted({case for profile in profiles.values() for case in profile})
     if not 2 <= len(cases) <= MOST_CASES:
         return None
-    effects = {node.id: abs(node.effect) for node in graph.nodes()}
-    best, split = -1.0, (tuple(cases[:1]), tuple(cases[1:]))
-    for second in _sides(cases):
-        first = tuple(case for case in cases if case not in second)
-        told = sum(
-            effects[id] * abs(_contrast(profile, first, second) * _correlation(profile, first, second))
-            for id, profile in profiles.items()
-        )
+    effects = np.array([abs(graph.node(id).effect) for id in profiles])
+    means = np.array([[profile.get(case, 0.0) for case in cases] for profile in profiles.values()])  # [nodes, cases]
+    best, is_second = -1.0, np.ones(len(cases), dtype=bool)
+    for side in _sides(cases):
+        on_side = np.array([case in side for case in cases])
+        told = float(effects @ np.abs(_contrast(means, on_side) * _correlation(means, on_side)))
         if told > best * (1 + 1e-9):
-            best, split = told, (first, second)
-    contrast = {id: _contrast(profile, *split) for id, profile in profiles.items()}
-    return Classes(_names(*split), split, contrast)
+            best, is_second = told, on_side
+    first, second = (
+        tuple(case for case, chosen in zip(cases, on_side, strict=True) if chosen) for on_side in (~is_second, is_second)
+    )
+    contrast = dict(zip(profiles, _contrast(means, is_second).tolist(), strict=True))
+    return Classes(_names(first, second), (first, second), contrast)
 
 
 def case_means(node: Node) -> dict[str, float]:
@@ -85,18 +89,19 @@ def _sides(cases: Sequence[str]) -> list[tuple[str, ...]]:
     return sorted(sides, key=lambda side: abs(len(cases) - 2 * len(side)))
 
 
-def _contrast(profile: dict[str, float], first: Sequence[str], second: Sequence[str]) -> float:
-    a = sum(profile.get(case, 0.0) for case in first) / len(first)
-    b = sum(profile.get(case, 0.0) for case in second) / len(second)
-    return (b - a) / (abs(a) + abs(b)) if a or b else 0.0
+def _contrast(means: Array, second: Array) -> Array:
+    """The contrast [nodes] of the means [nodes, cases] of two sides; second: [cases] which are on the second."""
+    a, b = means[:, ~second].mean(1), means[:, second].mean(1)
+    size = np.abs(a) + np.abs(b)
+    return np.divide(b - a, size, out=np.zeros_like(size), where=size > 0)
 
 
-def _correlation(profile: dict[str, float], first: Sequence[str], second: Sequence[str]) -> float:
-    """Correlation of the cases' means with the side they are on; 0 where all means are alike."""
-    values = [profile.get(case, 0.0) for case in (*first, *second)]
-    if max(values) - min(values) <= 1e-9 * max(map(abs, values)):
-        return 0.0
-    return correlation(values, [0.0] * len(first) + [1.0] * len(second))
+def _correlation(means: Array, second: Array) -> Array:
+    """Correlation [nodes] of the cases' means with the side they are on; 0 where all means are alike."""
+    centred, side = means - means.mean(1, keepdims=True), second - second.mean()
+    alike = np.ptp(means, axis=1) <= 1e-9 * np.abs(means).max(1)
+    sizes = np.linalg.norm(centred, axis=1) * np.linalg.norm(side)
+    return np.divide(centred @ side, sizes, out=np.zeros_like(sizes), where=~alike)
 
 
 def _names(first: Sequence[str], second: Sequence[str]) -> tuple[str, str]:

@@ -56,10 +56,10 @@ class TextSource:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of a file's size and samples, which no path changes; else the name."""
+        """Hash of a file's size and samples, which no path changes; else the name, and the field if one was given."""
         path = Path(self.name)
         if self.digest is not None or self.documents is not None or not path.is_file():
-            return self.digest or self.name
+            return self.digest or (self.name if self.text_field is None else f"{self.name} {self.text_field}")
         size, digest = path.stat().st_size, hashlib.sha256()
         digest.update(f"{size} {self.text_field}".encode())
         with path.open("rb") as data:

@@ -223,7 +223,7 @@ class _SiteWindows:
         *, n: int, before: int, after: int, vocab_size: int,
     ) -> None:  # fmt: skip
         self.saes, self.site, self.indices, self.n, self.before = saes, site, indices, n, before
-        slots, pool, width = len(indices), POOL_FACTOR * n, before + 1 + after
+        slots, pool, width = len(indices), POOL_FACTOR * max(n, 1), before + 1 + after  # one tells the peak
         sae = saes[site]
         competing = sae.nonlinearity.needs_k
         self.alone = None if competing else sae.restrict(torch.tensor(indices))

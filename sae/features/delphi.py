@@ -39,6 +39,8 @@ ROWS_A_PASS = 32
 DOCUMENTS_AT_ONCE = 64
 SMALLEST = 1e-5
 """Smaller activations are left out, as delphi does."""
+LARGEST = torch.finfo(torch.half).max
+"""Its files are in float16; activations beyond that stand as the largest there is."""
 _RESULT = re.compile(r"(?P<site>\w+)_latent(?P<feature>\d+)\.txt")
 
 
@@ -87,7 +89,7 @@ def write_delphi_cache(
             chosen = value > SMALLEST
             if (only := wanted[site]) is not None:
                 chosen &= torch.isin(feature, only.to(feature.device))
-            activations[site].append((locations[chosen].cpu(), value[chosen].half().cpu()))
+            activations[site].append((locations[chosen].cpu(), value[chosen].clamp(max=LARGEST).half().cpu()))
     source = str(texts) if isinstance(texts, str | Path | TextSource) else ""
     about: dict[str, Any] = {"dataset_repo": source, "dataset_split": "train", "dataset_name": ""}
     about |= {"dataset_column": "text", "batch_size": ROWS_A_PASS, "n_splits": N_SPLITS}

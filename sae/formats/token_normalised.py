@@ -64,7 +64,7 @@ class NormalisedAutoencoder(SparseAutoencoder):
         d = x.shape[-1]
         if self.norm == "constant_norm":
             scale = x.norm(dim=-1, keepdim=True) / d**0.5  # [..., 1]
-            normal, extra = x / scale, []
+            normal, extra = x / scale.clamp(min=torch.finfo(x.dtype).tiny), []
         else:
             mean = x.mean(-1, keepdim=True)
             scale = (x - mean).std(-1, keepdim=True)

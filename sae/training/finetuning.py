@@ -246,8 +246,7 @@ class Finetuner(TrainingLoop):
         self._run_loop()
 
     def _one_step(self) -> None:
-        tokens = self.stream.take().to(self.model.device)
-        counted = counted_tokens(self.model, tokens, special_tokens=not self.config.exclude_special)
+        tokens, counted = self._next_batch()
         losses = spliced_loss(self.model, self.saes, tokens, counted, self.config)
         if not losses.loss.isfinite():
             sites = [site.name for site, value in losses.unexplained.items() if not value.isfinite()]
@@ -266,6 +265,14 @@ class Finetuner(TrainingLoop):
         self.optimizer.zero_grad()
         for sae in self.saes.values():
             sae.constrain()
+
+    def _next_batch(self) -> tuple[Tokens, Tensor]:
+        """The next batch in which a token counts, and which of its tokens do [B, S]; `make_trainable` has seen one."""
+        while True:
+            tokens = self.stream.take().to(self.model.device)
+            counted = counted_tokens(self.model, tokens, special_tokens=not self.config.exclude_special)
+            if counted.any():
+                return tokens, counted
 
     def _log(self, lines: TextIO) -> str:
         n = max(1, self.tokens - self.logged_tokens)

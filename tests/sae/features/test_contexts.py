@@ -115,6 +115,8 @@ def test_a_window_comes_from_each_text_once_and_no_words_twice(tiny_model, saes)
         assert len({tuple(context.tokens) for context in summary.contexts}) == len(summary.contexts)
         strengths = [max(context.activations) for context in summary.contexts]
         assert strengths == sorted(strengths, reverse=True)
+    for key, summary in top_contexts(tiny_model, saes, SENTENCES, ASKED, n=0).items():
+        assert not summary.contexts and summary.max_activation == summaries[key].max_activation
 
 
 def test_a_feature_that_never_fires(tiny_model):

@@ -126,6 +126,7 @@ def test_token_wise_normalisation_is_written_or_refused(folder, tmp_path):
     again = load_sae(save_sae(sae, tmp_path / "saelens", file_format="saelens"))
     torch.testing.assert_close(again(x), sae(x), atol=1e-5, rtol=1e-5)
     assert again.config.input_norm == sae.config.input_norm
+    assert sae(torch.zeros(1, D)).isfinite().all()
     for file_format in ("ours", "dictionary_learning"):
         with pytest.raises(UserError, match=r"normalises each token .*convert it to saelens"):
             save_sae(sae, tmp_path / file_format, file_format=file_format)

@@ -206,6 +206,14 @@ def test_a_foreign_autoencoder_can_be_fine_tuned(tiny_model, trained, tmp_path):
     assert kl[1] < kl[0]
 
 
+def test_a_batch_of_special_tokens_alone_is_left_out(tiny_model, trained, tmp_path):
+    config = FinetuneConfig(tokens=12, batch_size=16, checkpoints=0)
+    saes = {site: sae for site, sae in trained("topk").items() if site.name == "resid_0"}
+    texts = ["the man sees the old dog", *["<eos>"] * 40]
+    after = finetune_saes(tiny_model, saes, texts, config=config, out=tmp_path / "run", progress=False)
+    assert list(after) == list(saes)
+
+
 class Stopped(Exception):
     pass
 

@@ -15,9 +15,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -64,9 +64,7 @@ def find_classes(graph: FeatureGraph) -> Classes | None:
         told = float(effects @ np.abs(_contrast(means, on_side) * _correlation(means, on_side)))
         if told > best * (1 + 1e-9):
             best, is_second = told, on_side
-    first, second = (
-        tuple(case for case, chosen in zip(cases, on_side, strict=True) if chosen) for on_side in (~is_second, is_second)
-    )
+    first, second = (tuple(itertools.compress(cases, chosen)) for chosen in (~is_second, is_second))
     contrast = dict(zip(profiles, _contrast(means, is_second).tolist(), strict=True))
     return Classes(_names(first, second), (first, second), contrast)
 
@@ -85,7 +83,7 @@ def case_means(node: Node) -> dict[str, float]:
 def _sides(cases: Sequence[str]) -> list[tuple[str, ...]]:
     """The second side of every split into two; the first case is always on the first side. Equal halves come first."""
     others = cases[1:]
-    sides = [side for n in range(1, len(others) + 1) for side in combinations(others, n)]
+    sides = [side for n in range(1, len(others) + 1) for side in itertools.combinations(others, n)]
     return sorted(sides, key=lambda side: abs(len(cases) - 2 * len(side)))
 
 

@@ -206,7 +206,8 @@ def test_a_foreign_autoencoder_can_be_fine_tuned(tiny_model, trained, tmp_path):
     assert kl[1] < kl[0]
 
 
-def test_a_batch_of_special_tokens_alone_is_left_out(tiny_model, trained, tmp_path):
+def test_a_batch_of_special_tokens_alone_is_left_out(tiny_model, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("sae.training.finetuning.MEASURED_BATCHES", 2)
     config = FinetuneConfig(tokens=12, batch_size=16, checkpoints=0)
     saes = {site: sae for site, sae in trained("topk").items() if site.name == "resid_0"}
     texts = ["the man sees the old dog", *["<eos>"] * 40]

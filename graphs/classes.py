@@ -58,7 +58,8 @@ def find_classes(graph: FeatureGraph) -> Classes | None:
         return None
     effects = np.array([abs(graph.node(id).effect) for id in profiles])
     means = np.array([[profile.get(case, 0.0) for case in cases] for profile in profiles.values()])  # [nodes, cases]
-    best, is_second = -1.0, np.ones(len(cases), dtype=bool)
+    best = -1.0
+    is_second: Array = np.ones(len(cases), dtype=bool)
     for side in _sides(cases):
         on_side = np.array([case in side for case in cases])
         told = float(effects @ np.abs(_contrast(means, on_side) * _correlation(means, on_side)))

@@ -21,7 +21,7 @@ from circuits.benchmark.options import SuiteOptions
 from circuits.debiasing.data import TEXT_KEYS, Labelled, held_out_rows, read_labelled
 from circuits.prompts.files import file_rows
 from circuits.prompts.formats import read_rows
-from circuits.prompts.reader import first_rows
+from circuits.prompts.reader import by_kind
 from sae.errors import UserError, unknown
 
 SAE_PROBES = "sae-probes"
@@ -140,7 +140,7 @@ def _kinds(texts: Sequence[Labelled]) -> list[tuple[str, str]]:
 
 def _first(texts: Sequence[Labelled], n: int) -> list[Labelled]:
     """At most n texts, of each class by its share."""
-    return [texts[row] for row in first_rows(_kinds(texts), n)]
+    return [texts[row] for row in sorted(by_kind(_kinds(texts))[:n])]
 
 
 def _divided(texts: Sequence[Labelled], options: SuiteOptions) -> tuple[list[Labelled], list[Labelled]]:

@@ -28,7 +28,7 @@ from circuits.debiasing.options import LAST, MEAN
 from circuits.prompts.alignment import length_keys
 from circuits.prompts.dataset import PromptSet
 from circuits.prompts.formats import Example, read_rows, rows_with_text
-from circuits.prompts.reader import find_spans, first_rows
+from circuits.prompts.reader import by_kind, find_spans
 from circuits.prompts.spans import OTHER, has_fields, number_spans
 from sae.errors import UserError
 from sae.model.language_model import LanguageModel
@@ -187,7 +187,7 @@ class TextSet:
 
     def first(self, n: int) -> TextSet:
         """At most n of the texts, of each group by its share."""
-        rows = first_rows(self.prompts.cases, n)
+        rows = sorted(by_kind(self.prompts.cases)[:n])
         return TextSet(self.prompts[rows], [self.intended[row] for row in rows], [self.spurious[row] for row in rows])
 
 

@@ -19,6 +19,7 @@ Shapes: B texts, d model width, F features, C classes.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -32,7 +33,6 @@ from circuits.debiasing.options import PerturbationOptions
 from circuits.debiasing.probing import Pooled, SAEs, probe_site, read_features
 from circuits.debiasing.results import PerturbationReport
 from circuits.metrics.fit_probe import FittedProbe, fit_probe
-from circuits.prompts.reader import first_rows
 from circuits.uncertainty.bootstrap import Bootstrap
 from sae._options import parse_sizes
 from sae.errors import UserError, unknown
@@ -178,9 +178,13 @@ def _divided(data: Source, test: Source | None, options: PerturbationOptions) ->
     def chosen(source: Source) -> list[Labelled]:
         texts = read_labelled(source, intended=options.intended, spurious=None)
         texts = [text for text in texts if names is None or text.intended in names]
-        labels = [text.intended for text in texts]
-        n = len(texts) if options.examples is None else options.examples * len(set(labels))
-        return [texts[row] for row in first_rows(labels, n)]
+        seen: Counter[str] = Counter()
+        first = []
+        for text in texts:
+            if options.examples is None or seen[text.intended] < options.examples:
+                first.append(text)
+            seen[text.intended] += 1
+        return first
 
     texts = chosen(data)
     if test is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from itertools import product
 
 import pandas as pd
@@ -220,6 +221,19 @@ def test_targeted_probes_are_those_of_edited_runs(tiny_model, tiny_saes):
     without = [row for row in rows if row["label"] != "dog"]
     with pytest.raises(UserError, match="no text of class 'dog' to test on"):
         targeted_perturbation(tiny_model, tiny_saes, rows, without, site="resid_1")
+
+
+def test_first_texts_are_as_many_of_each_group(tiny_model, tiny_saes):
+    rows = [ROWS[n] for n in sorted(range(40), key=lambda n: ROWS[n]["intended"])]  # nearly all of a class come first
+    texts = text_set(read_labelled(rows, intended="intended", spurious=None), tiny_model, "last", name="")
+    n_first = texts.intended.index("singular")
+    first = Counter(texts.first(n_first + 1).intended)
+    assert abs(first["plural"] / first["singular"] - n_first / (40 - n_first)) < 0.2
+    report = targeted_perturbation(
+        tiny_model, tiny_saes, [{"text": row["text"], "label": row["text"].split()[1]} for row in ROWS], examples=4,
+        site="resid_1", sizes="1", classes="man,men,dog",
+    )  # fmt: skip
+    assert report.n_train + report.n_test == 12
 
 
 def test_no_text_is_learned_from_and_tested_on():

@@ -14,10 +14,7 @@ Shapes: B texts, n features.
 
 from __future__ import annotations
 
-import json
 import re
-import shlex
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -31,6 +28,7 @@ from circuits.debiasing.options import ShiftOptions
 from circuits.debiasing.probing import Study
 from circuits.debiasing.results import JudgedFeature
 from sae._files import read_text
+from sae._run.programs import ask
 from sae.errors import UserError
 
 Judge = Callable[[Sequence[JudgedFeature]], Sequence[bool]]
@@ -118,19 +116,7 @@ def by_program(features: Sequence[JudgedFeature], command: str, timeout: float) 
     something else.
     """
     shown = [{key: asdict(one)[key] for key in SHOWN_KEYS} for one in features]
-    asked = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in shown)
-    try:
-        done = subprocess.run(
-            shlex.split(command), input=asked, capture_output=True, text=True, timeout=timeout, encoding="utf-8"
-        )
-    except (OSError, ValueError, IndexError) as error:
-        raise UserError(f"cannot run the judge {command!r}: {error}") from None
-    except subprocess.TimeoutExpired:
-        raise UserError(f"the judge {command!r} did not end within {timeout:g} seconds: raise --timeout") from None
-    if done.returncode:
-        said = done.stderr.strip().splitlines()
-        raise UserError(f"the judge {command!r} ended with status {done.returncode}: {said[-1] if said else 'no word'}")
-    answers = [line.strip().lower() for line in done.stdout.splitlines() if line.strip()]
+    answers = [line.lower() for line in ask(command, shown, timeout=timeout, called="the judge")]
     wrong = next((answer for answer in answers if answer not in ("keep", "drop")), None)
     if wrong is not None or len(answers) != len(features):
         what = f"{wrong[:60]!r}" if wrong is not None else f"{len(answers)} lines"

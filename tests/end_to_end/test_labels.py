@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -54,6 +55,21 @@ def test_contexts_go_out_and_names_with_scores_come_back(sfc, run, tmp_path):
     file.write_text(json.dumps(lines[0]))
     wrong = sfc("labels", "--circuit", run, "--read", file)
     assert wrong.status == 2 and "key 'score' is \"good\"" in wrong.err
+
+
+def test_a_program_names_features_and_another_scores_the_names(sfc, run, tmp_path):
+    name = tmp_path / "name.py"
+    name.write_text("import sys, json\nfor line in sys.stdin: print(json.loads(line)['site'], 'thing')")
+    words = ["labels", "--circuit", run, "--feature", "resid_1/3", "--label", "mine"]
+    named = sfc(*words, "--explain", f"{sys.executable} {name}", "--json")
+    labels = json.loads(named.out)["labels"]
+    assert labels["resid_1/3"]["label"] == "mine" and len(labels) > 3
+    assert all(
+        line["label"].endswith(" thing") and line["automatic"] for key, line in labels.items() if key != "resid_1/3"
+    )
+    shutil.rmtree(run / "features", ignore_errors=True)
+    judged = sfc("labels", "--circuit", run, "--score", "/no/such/program")
+    assert f"0 of {len(labels)} names scored" in judged.out and "sfc features --samples 20" in judged.out
 
 
 def test_names_come_from_a_viewer_and_from_delphi(sfc, run, tmp_path):

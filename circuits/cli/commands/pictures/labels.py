@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from circuits.cli.options import Output, Prints
 from circuits.cli.results import output_file
+from sae._options import Range
 from sae._run.locks import lock
 from sae.errors import UserError
 
@@ -39,6 +40,16 @@ class LabelsCommand(Prints):
     """File that receives the contexts of the circuit's features as JSON lines, for a labeller of any kind: it fills in
     "label" and, if it likes, "score", and --read takes the file back.
     """
+    explain: str | None = None
+    """Program that names the circuit's features which have no name: it gets the lines of --contexts on its standard
+    input, and answers a name a line.
+    """
+    score: str | None = None
+    """Program that says where features of these names are on (detection, fuzzing: `sae.features.judge`): the balanced
+    accuracy becomes the names' score. Texts are the samples of `sfc features`, best with --samples 20.
+    """
+    timeout: Annotated[float, Range(0, 10**6, above=True)] = 600.0
+    """Seconds that each program may take."""
     out: Path | None = None
     """File that receives all names, as JSON lines {"Name": "resid_3/120", "Annotation": "plural nouns"}."""
     by: str = "a person"
@@ -63,6 +74,7 @@ class LabelsCommand(Prints):
         if new:
             with lock(file.path.parent, shared=True):
                 added = file.add(new, by=self.by, automatic=self.automatic, scores=scores)
+        added_by_program = self._ask_programs(file)
         labels = file.read()
         lines = [f"{name:<18} {line['label']}{_whose(line)}" for name, line in sorted(labels.items())]
         if self.out is not None:
@@ -73,6 +85,7 @@ class LabelsCommand(Prints):
             lines.append(f"wrote {self.contexts} ({self._write_contexts()} features)")
         if new:
             lines.append(f"{added} new of {len(new)}; wrote {file.path}")
+        lines += added_by_program
         return Output("\n".join(lines) or f"no names yet in {file.path}", {"labels": labels, "file": str(file.path)})
 
     def _file(self, labels_file: type[LabelsFile]) -> LabelsFile:
@@ -85,23 +98,68 @@ class LabelsCommand(Prints):
             raise UserError("say whose features to name: --circuit or --saes with a run folder")
         return labels_file(self.saes, self.saes)
 
+    def _ask_programs(self, file: LabelsFile) -> list[str]:
+        """Let programs name features, then score names; what that gave, in words."""
+        from circuits.circuit import circuit_folder
+        from circuits.feature_pages import read_records
+        from sae.features.judge import explain, score_labels
+
+        said = []
+        if self.explain is not None:
+            named = file.read()
+            unnamed = [line for line in self._context_lines() if f"{line['site']}/{line['feature']}" not in named]
+            names = explain(unnamed, self.explain, timeout=self.timeout)
+            given = {f"{line['site']}/{line['feature']}": name for line, name in zip(unnamed, names, strict=True)}
+            with lock(file.path.parent, shared=True):
+                file.add(given, by=self.explain, automatic=True)
+            said.append(f"{len(given)} features named by {self.explain}")
+        if self.score is not None:
+            if self.circuit is None:
+                raise UserError("names are scored on texts of a circuit's feature pages: give --circuit")
+            labels = file.read()
+            records = read_records(circuit_folder(self.circuit).parent, labels)
+            texts = {name: line["label"] for name, line in labels.items()}
+            scores = score_labels(texts, records, self.score, timeout=self.timeout)
+            with lock(file.path.parent, shared=True):
+                for name, score in scores.items():
+                    line, mean = labels[name], score.mean
+                    by, automatic = line.get("by", "unknown"), bool(line.get("automatic"))
+                    file.add({name: texts[name]}, by=by, automatic=automatic, scores={name: mean or 0.0})
+            said += [
+                f"{name:<18} detection {_share(score.detection)}, fuzzing {_share(score.fuzzing)}"
+                for name, score in scores.items()
+            ]
+            few = "; others have too few texts: sfc features --samples 20" if len(scores) < len(labels) else ""
+            said.append(f"{len(scores)} of {len(labels)} names scored by {self.score}{few}")
+        return said
+
     def _write_contexts(self) -> int:
         """Write what is known of each feature of the circuit, a line each; how many they are."""
-        from circuits.circuit import Circuit, circuit_folder
-        from circuits.feature_pages import with_pages
         from sae._files import to_json, write_text
 
-        if self.circuit is None or self.contexts is None:
+        lines = self._context_lines()
+        assert self.contexts is not None  # asked for
+        with output_file(self.contexts, _is_contexts, overwrite=self.overwrite):
+            write_text(self.contexts, "".join(to_json(line) + "\n" for line in lines))
+        return len(lines)
+
+    def _context_lines(self) -> list[dict[str, Any]]:
+        """A line for each feature of the circuit, the strongest first."""
+        from circuits.circuit import Circuit, circuit_folder
+        from circuits.feature_pages import with_pages
+
+        if self.circuit is None:
             raise UserError("contexts are of a circuit's features: give --circuit")
         circuit = Circuit.load(self.circuit)
         n_with_edges = sum(len(nodes) for nodes in circuit.edge_nodes.values())
         graph = circuit.graph(nodes=n_with_edges or 100, edges=0, attributes=circuit.features)
         graph = with_pages(graph, circuit_folder(self.circuit).parent)
         nodes = {node.name: node for node in reversed(graph.nodes()) if node.kind == "feature"}
-        lines = [_context_line(nodes[name]) for name in sorted(nodes, key=lambda name: -abs(nodes[name].effect))]
-        with output_file(self.contexts, _is_contexts, overwrite=self.overwrite):
-            write_text(self.contexts, "".join(to_json(line) + "\n" for line in lines))
-        return len(lines)
+        return [_context_line(nodes[name]) for name in sorted(nodes, key=lambda name: -abs(nodes[name].effect))]
+
+
+def _share(score: float | None) -> str:
+    return "-" if score is None else f"{score:.2f}"
 
 
 def _context_line(node: Any) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 1. What was asked: model, autoencoders, options, metric.
 2. The prompts: how many, their cases, spans and templates, an example pair of each case.
 3. What was measured: the metric on both sides, the share of errors and skip connections, and how nearly the effects of
-   every site add up to patching it (the sum check); warnings where they do not.
+   every site add up to patching it (the sum check); warnings where they do not, or where there are none.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ ADDS_UP = ("ig", "ig-adaptive")
 """Methods whose effects of a site add up to patching it, but for the quadrature error."""
 MEAN_RESIDUAL, WORST_RESIDUAL = 0.03, 0.1
 """Shares of the total effect beyond which such effects are not to be trusted."""
+FLAT = 1e-3
+"""Share of the total effect below which all effects of a site together are rounding."""
 LOGIT_DIFFERENCE = "logit(patch answer) - logit(clean answer)"
 
 
@@ -51,7 +53,7 @@ def circuit_metadata(
     effects: Mapping[Site, SiteEffects],
     provenance: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The metadata of a circuit; warns where effects cancel or do not add up.
+    """The metadata of a circuit; warns where effects cancel, vanish or do not add up.
 
     batches: the node effects of every batch; effects: the same of all batches together; provenance: names of model,
     autoencoders and prompts.
@@ -60,6 +62,7 @@ def circuit_metadata(
     cancels, measured = _warn_if_cancelling(m, batches), _of_metric(batches, effects, len(prompts))
     if run.options.method in ADDS_UP and not cancels:  # a total of next to nothing is no measure
         _warn_if_not_adding_up(measured["completeness"])
+    _warn_if_flat(effects, measured, len(prompts))
     return {
         "metric": LOGIT_DIFFERENCE if m is logit_difference else metric_title(m, prompts),
         "model": model.name,
@@ -167,6 +170,19 @@ def _warn_if_not_adding_up(sum_check: Mapping[str, Any]) -> None:
             100 * mean,
             100 * worst,
             sum_check["worst_site"],
+        )
+
+
+def _warn_if_flat(effects: Mapping[Site, SiteEffects], measured: Mapping[str, Any], n_examples: int) -> None:
+    """Warn where the metric moves and no node has an effect, as with `kl` and a gradient at the clean run."""
+    total = abs(measured["total_effect"] or 0.0)
+    largest = max(of_site.value.double().abs().sum().item() for of_site in effects.values()) / n_examples
+    if largest < FLAT * total:
+        log.warning(
+            "no node has an effect, though the metric goes from %.3g on clean prompts to %.3g on patch prompts: its "
+            "gradient vanishes where this method takes it; take --method ig, or another --metric",
+            measured["m_clean"],
+            measured["m_patch"],
         )
 
 

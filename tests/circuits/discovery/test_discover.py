@@ -109,6 +109,14 @@ def test_models_without_a_tokenizer_will_do(circuit, tiny_model, tiny_saes, tiny
     assert by_position.metadata["tokens"][0].startswith("#")
 
 
+def test_a_metric_that_is_flat_at_the_clean_run_is_told_of(tiny_model, tiny_saes, tiny_prompts, caplog):
+    """The gradient of KL from the clean run is zero at the clean run, so that first-order effects are rounding."""
+    for method, flat in (("attrib", True), ("ig", False)):
+        caplog.clear()
+        discover(tiny_model, tiny_saes, tiny_prompts, DiscoverOptions(method=method, metric="kl", edge_nodes=0))
+        assert ("its gradient vanishes where this method takes it" in caplog.text) == flat
+
+
 def test_positions(tiny_model, tiny_saes, tiny_prompts):
     """Summing a circuit by position over positions gives the circuit of sums; ragged prompts are refused."""
     same_length = tiny_prompts[1::2]

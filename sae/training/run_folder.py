@@ -38,6 +38,7 @@ from sae.autoencoder import SparseAutoencoder
 from sae.data.cache import CachedModel
 from sae.data.text import TextSource
 from sae.errors import UserError
+from sae.model.huggingface import quantization
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
 from sae.saes import SAEs
@@ -48,8 +49,13 @@ log = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
 LOGS = {"train": "saes/training.jsonl", "finetune": "saes/finetuning.jsonl", "sweep": "training.jsonl"}
 """Training logs, by the command that writes them."""
-COMPARED = ("model_fingerprint", "text_fingerprint", "cache", "sites", "site_paths", "saes_fingerprint", "config")
+COMPARED = (
+    "model_fingerprint", "text_fingerprint", "cache", "dtype", "quantize", "sites", "site_paths", "saes_fingerprint",
+    "config",
+)  # fmt: skip
 """Settings that must be the same when a run goes on."""
+NEWER = ("dtype", "saes_fingerprint")
+"""Those of them that runs of earlier versions do not have."""
 SHOWN_AS = {"model_fingerprint": "model", "text_fingerprint": "text"}
 """Settings that a person knows by another entry."""
 
@@ -70,11 +76,17 @@ def run_settings(
         "text": source.name,
         "text_fingerprint": source.fingerprint,
         "cache": cache,
+        **({} if isinstance(model, CachedModel) else precision_of(model)),
         "sites": [site.name for site in sites],
         "site_paths": {site.name: path for site, path in model.moved_sites.items() if site in sites},
         "device": str(model.device),
         "config": configs,
     }
+
+
+def precision_of(model: LanguageModel) -> dict[str, str | None]:
+    """Number type and quantisation of a model, which its activations depend on and its fingerprint does not."""
+    return {"dtype": str(model.dtype).removeprefix("torch."), "quantize": quantization(model.architecture)}
 
 
 @dataclass(frozen=True)
@@ -94,6 +106,8 @@ class RunEntry:
     text: str | None = None
     text_fingerprint: str | None = None
     cache: str | None = None
+    dtype: str | None = None
+    quantize: str | None = None
     site_paths: dict[str, str] | None = None
     saes_fingerprint: str | None = None
     read: dict[str, Any] | None = None
@@ -222,7 +236,7 @@ class RunFolder:
             if key in but:
                 continue
             then, now = before[key], json.loads(json.dumps(self.settings.get(key)))
-            if key == "saes_fingerprint" and then is None:  # runs of earlier versions have none
+            if key in NEWER and then is None:
                 continue
             if (then or None) != (now or None):
                 shown = SHOWN_AS.get(key, key)

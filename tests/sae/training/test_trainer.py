@@ -1,5 +1,6 @@
 """Training: resumed runs bit by bit, counters against loops, folding, recovery of known directions."""
 
+import copy
 import json
 
 import pytest
@@ -146,6 +147,9 @@ def test_existing_and_different_runs_are_refused(tiny_model, tmp_path):
         run(tiny_model, tmp_path, small(tokens=1024))
     with pytest.raises(UserError, match=r"config \{'tokens': 1024\} and cannot be resumed with \{'tokens': 2048\}"):
         run(tiny_model, tmp_path, small(tokens=2048), resume=True)
+    halved = LanguageModel(copy.deepcopy(tiny_model.hf).bfloat16(), tiny_model.tokenizer, name="m")
+    with pytest.raises(UserError, match="begun with dtype 'float32' and cannot be resumed with 'bfloat16'"):
+        run(halved, tmp_path, small(tokens=1024), resume=True)
     again = run(tiny_model, tmp_path, small(tokens=1024), resume=True)  # complete: read, not trained
     assert set(again) == {SITE, Site.parse("mlp_1")}
     run(tiny_model, tmp_path, small(tokens=2048), overwrite=True)

@@ -99,7 +99,9 @@ def test_names_belong_to_the_saes_and_outlive_another_circuit(sfc, run, tmp_path
     assert json.loads(result.out)["labels"][name]["by"] == "anna"
     for n in (5, 20):
         assert Circuit.load(run).graph(nodes=n).node(name).label == "</script><b>kings"
-    assert sfc("labels", "--circuit", run, *automatic).status == 0
+    assert sfc("labels", "--circuit", run, *automatic).out.count("0 new of 1") == 1  # it is there already
+    anew = ["guessed anew" if word == "guessed" else word for word in automatic]
+    assert sfc("labels", "--circuit", run, *anew).status == 0
     assert "kings" in sfc("labels", "--saes", run, "--out", tmp_path / "out.jsonl").out
     assert json.loads((tmp_path / "out.jsonl").read_text())["Name"] == name
     assert "is not a feature" in sfc("labels", "--saes", run, "--feature", "x", "--label", "y").err
@@ -107,7 +109,7 @@ def test_names_belong_to_the_saes_and_outlive_another_circuit(sfc, run, tmp_path
     assert "&lt;/script&gt;&lt;b&gt;kings" in (run / "report.html").read_text()
     file = LabelsFile(run, run)
     assert file.path == run / "saes" / "labels.jsonl" and len(file.lines()) == 3
-    assert file.add({name: ""}, by="anna") == 1 and file.read()[name]["label"] == "guessed"
+    assert file.add({name: ""}, by="anna") == 1 and file.read()[name]["label"] == "guessed anew"
     discard_run(run)
     assert file.path.is_file()  # names stay when the features are trained again
     file.path.write_text(file.path.read_text().replace(str(file.fingerprint(name.split("/")[0])), "0" * 16))

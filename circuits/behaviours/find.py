@@ -28,7 +28,7 @@ from circuits.circuit import FEATURES_FILE, GRAPH_FILE, PARTIAL_FOLDER, Circuit
 from circuits.discovery.discover import discover
 from circuits.discovery.resume import ResumeFolder, identity_of, interrupted, remove_partial
 from circuits.options import DiscoverOptions
-from sae._files import prepare_folder, write_json, write_text
+from sae._files import prepare_folder, remove_temporary, write_json, write_text
 from sae._progress import ProgressBar
 from sae.autoencoder import SparseAutoencoder
 from sae.features.contexts import top_contexts
@@ -127,6 +127,8 @@ def _circuit(
     how = DiscoverOptions(method=options.method, metric=METRIC, edge_nodes=options.nodes, memory=options.memory)
     if folder is None:
         return discover(setting.model, setting.saes, prompts, how, provenance=about, progress=False)
+    for outdated in (folder, folder / "graph"):
+        remove_temporary(outdated)
     about["prompts"] = str((folder / "prompts.jsonl").resolve())
     circuit_folder, partial = folder / "circuit", folder / "circuit" / PARTIAL_FOLDER
     if resume and (circuit_folder / GRAPH_FILE).is_file() and not interrupted(partial):

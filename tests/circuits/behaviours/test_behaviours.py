@@ -18,6 +18,7 @@ from circuits.behaviours.clusters import cluster_vectors, project, ranked_cluste
 from circuits.behaviours.contexts import read_contexts
 from circuits.behaviours.options import BehaviourSearchOptions
 from circuits.behaviours.representation import context_vectors
+from sae._files import temporary_name
 from sae.errors import UserError
 from sae.model.tokens import Tokens
 
@@ -113,9 +114,11 @@ def test_an_interrupted_search_ends_the_same(setting, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         find.find_behaviours(model, saes, TEXTS, OPTIONS, out=tmp_path / "killed", progress=False)
     monkeypatch.setattr(find, "discover", discover)
+    left = temporary_name(tmp_path / "killed" / "cluster_01" / "prompts.jsonl")
+    left.write_text("half a line")
     monkeypatch.setattr("circuits.behaviours.representation.capture_activations", lambda *a, **k: pytest.fail("again"))
     resumed = find.find_behaviours(model, saes, TEXTS, OPTIONS, out=tmp_path / "killed", resume=True, progress=False)
-    assert resumed.to_dict() == whole.to_dict()
+    assert resumed.to_dict() == whole.to_dict() and not left.exists()
     for rank, circuit in whole.circuits.items():
         assert circuit.nodes_frame().equals(resumed.circuits[rank].nodes_frame())
         assert (

@@ -19,6 +19,7 @@ import re
 import secrets
 import shutil
 import stat
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -121,7 +122,9 @@ def write_tensors(
     from safetensors.torch import save_file
 
     path = Path(path)
-    copies = _apart({name: x.detach().cpu().contiguous() for name, x in tensors.items()})
+    copies = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    memory = Counter(x.untyped_storage().data_ptr() for x in copies.values())  # safetensors writes none of it twice
+    copies = {name: x.clone() if memory[x.untyped_storage().data_ptr()] > 1 else x for name, x in copies.items()}
     header = dict(metadata or {}) | ({CHECKSUM: digest_tensors(copies)} if checksum else {})
     with atomic_write(path) as temporary:
         folder = temporary_name(path.with_suffix(""))
@@ -131,17 +134,6 @@ def write_tensors(
             (folder / path.name).replace(temporary)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, those that share memory with an earlier one copied: safetensors refuses to write it twice."""
-    seen: set[int] = set()
-    apart: dict[str, Tensor] = {}
-    for name, x in tensors.items():
-        memory = x.untyped_storage().data_ptr()
-        apart[name] = x.clone() if memory in seen else x
-        seen.add(memory)
-    return apart
 
 
 def digest_tensors(tensors: Mapping[str, Tensor]) -> str:

@@ -33,7 +33,7 @@ from sae._files import (
 from sae._run.contents import PARTIAL, Layout, check_contents, remove, visible
 from sae._run.outputs import check_no_link
 from sae.errors import UserError
-from sae.model.huggingface import quantization
+from sae.model.checks import precision_of
 from sae.model.language_model import Tokens
 from sae.saes import saes_fingerprint
 
@@ -116,8 +116,7 @@ def identity_of(setting: Setting, prompts: PromptSet, options: Mapping[str, Any]
     """All that decides the bits of the result: the model and its number type, the autoencoders, prompts and options."""
     return {
         "model": setting.model.fingerprint,
-        "dtype": str(setting.model.dtype).removeprefix("torch."),
-        "quantize": quantization(setting.model.architecture),
+        **precision_of(setting.model),
         "device": setting.model.device.type,
         "autoencoders": saes_fingerprint(setting.saes),
         "prompts": _digest(prompts),

@@ -92,6 +92,8 @@ class Unfinished:
     """Manifest of the shards on disk."""
     position: StreamState
     """Where in the text the next shard begins."""
+    precision: dict[str, str | None] | None = None
+    """Number type and quantisation of the model; None where an earlier version wrote it."""
 
 
 @dataclass(frozen=True)

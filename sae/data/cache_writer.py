@@ -47,6 +47,7 @@ from sae.data.cache import (
 )
 from sae.data.text import TextSource
 from sae.errors import UserError
+from sae.model.checks import precision_of
 from sae.model.language_model import LanguageModel
 from sae.model.sites import READ_KINDS, Site, select_sites
 
@@ -101,11 +102,11 @@ def write_cache(
             _clean(complete, out)
             return complete
         if resume and (out / UNFINISHED).is_file():
-            begun, position = _unfinished(begun, out)
+            begun, position = _unfinished(begun, out, precision_of(model))
             stream.seek(position)
         _check_space(out, cache_bytes(activations.widths.values(), tokens - begun.rows, dtype))
         if not begun.shards:
-            _remove_earlier(begun, stream.state, out)
+            _remove_earlier(Unfinished(begun, stream.state, precision_of(model)), out)
         manifest = _write_shards(activations, begun, out, shard_tokens, progress)
         _finish(manifest, out)
     return manifest
@@ -142,9 +143,9 @@ def _check_shards(manifest: Manifest, out: Path) -> None:
             check_digest(path)
 
 
-def _remove_earlier(begun: Manifest, position: StreamState, out: Path) -> None:
+def _remove_earlier(begun: Unfinished, out: Path) -> None:
     """Remove the shards of the cache that is replaced; that it is gone is noted first of all."""
-    _note(out, begun, position)
+    _note(out, begun)
     (out / MANIFEST).unlink(missing_ok=True)
     remove(out, Layout(CACHE.files[2:]))
 
@@ -184,7 +185,7 @@ def _write_shards(
             read = activations.text_read()
             shards = [*manifest.shards, n] if n else manifest.shards
             manifest = replace(manifest, shards=shards, documents=read.documents, whole_text=read.is_all)
-            _note(out, manifest, activations.position())
+            _note(out, Unfinished(manifest, activations.position(), precision_of(activations.model)))
             bar.update(n)
     return manifest
 
@@ -200,17 +201,27 @@ def _stored(x: Tensor, site: Site, dtype: str) -> Tensor:
     return stored
 
 
-def _note(out: Path, manifest: Manifest, position: StreamState) -> None:
+def _note(out: Path, progress: Unfinished) -> None:
     """Write down what is on disk and where in the text the next shard begins."""
-    write_text(out / UNFINISHED, json.dumps({"manifest": asdict(manifest), "position": asdict(position)}))
+    write_text(out / UNFINISHED, json.dumps(asdict(progress)))
 
 
-def _unfinished(begun: Manifest, out: Path) -> tuple[Manifest, StreamState]:
-    """The manifest and position at which an interrupted run stopped."""
+def _unfinished(begun: Manifest, out: Path, precision: dict[str, str | None]) -> tuple[Manifest, StreamState]:
+    """The manifest and position at which an interrupted run stopped; precision: that of the model now."""
     noted = read_json(out / UNFINISHED, Unfinished)
+    before = noted.precision or precision
+    if before != precision:
+        raise UserError(
+            f"the cache in {str(out)!r} was begun with a model in {_words(before)} and cannot go on with one in "
+            f"{_words(precision)}: load the model as it was, give another folder or allow overwriting"
+        )
     manifest = _same(begun, noted.manifest, out)
     _check_shards(manifest, out)
     return manifest, noted.position
+
+
+def _words(precision: dict[str, str | None]) -> str:
+    return ", ".join(filter(None, precision.values()))
 
 
 def _same(asked: Manifest, begun: Manifest, out: Path) -> Manifest:

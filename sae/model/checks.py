@@ -58,6 +58,11 @@ def check_finite(run: Run) -> None:
             raise UserError(f"{name}: {count} of {x.numel()} values are NaN or infinite; check weights and number type")
 
 
+def precision_of(model: LanguageModel) -> dict[str, str | None]:
+    """Number type and quantisation of a model, which its activations depend on and its fingerprint does not."""
+    return {"dtype": str(model.dtype).removeprefix("torch."), "quantize": quantization(model.architecture)}
+
+
 def relative_difference(x: Tensor, y: Tensor) -> float:
     """max |x - y| / max |y|, in float32."""
     x, y = x.detach().float(), y.detach().float()

@@ -38,7 +38,7 @@ from sae.autoencoder import SparseAutoencoder
 from sae.data.cache import CachedModel
 from sae.data.text import TextSource
 from sae.errors import UserError
-from sae.model.huggingface import quantization
+from sae.model.checks import precision_of
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
 from sae.saes import SAEs
@@ -82,11 +82,6 @@ def run_settings(
         "device": str(model.device),
         "config": configs,
     }
-
-
-def precision_of(model: LanguageModel) -> dict[str, str | None]:
-    """Number type and quantisation of a model, which its activations depend on and its fingerprint does not."""
-    return {"dtype": str(model.dtype).removeprefix("torch."), "quantize": quantization(model.architecture)}
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Sweeps and activation caches give what single runs on the model give."""
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -183,6 +184,9 @@ def test_an_interrupted_cache_goes_on_to_the_same_files(tiny_model, tmp_path, mo
         write_cache(tiny_model, TEXTS, out=out, **options)
     with pytest.raises(UserError, match=r"begun with tokens 900 and cannot go on with 800"):
         write_cache(tiny_model, TEXTS, out=out, resume=True, **options | {"tokens": 800})
+    halved = LanguageModel(copy.deepcopy(tiny_model.hf).bfloat16(), tiny_model.tokenizer, name="m")
+    with pytest.raises(UserError, match="begun with a model in float32 and cannot go on with one in bfloat16"):
+        write_cache(halved, TEXTS, out=out, resume=True, **options)
     first = (out / "shard_00000.safetensors").stat().st_mtime_ns
     manifest = write_cache(tiny_model, TEXTS, out=out, resume=True, **options)
     assert (out / "shard_00000.safetensors").stat().st_mtime_ns == first and len(manifest.shards) > 2

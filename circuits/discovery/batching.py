@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from circuits.prompts.dataset import PromptSet
 from sae._run.processes import Processes, current
 from sae.autoencoder import SparseAutoencoder
 from sae.model.language_model import LanguageModel
+from sae.model.remote import Blocks
 from sae.model.sites import Site, select_sites
 
 GIB = 2**30
@@ -57,13 +58,18 @@ class DiscoveryRun:
         metric: str | Metric | None = None,
         progress: bool = True,
     ) -> DiscoveryRun:
-        """A discovery over the sites of the options, all of them checked; metric: that of the options by default."""
+        """A discovery over the sites of the options, all of them checked; metric: that of the options by default. Where
+        the backward pass of one prompt takes more than the memory, it keeps the graph of one block at a time.
+        """
         m = get_metric(options.metric if metric is None else metric)
         sites = visible_sites(m, model, select_sites(options.sites, list(saes)))
         setting = Setting.of(model, saes, m, sites=sites)
         if options.edge_nodes:
             check_edges(setting.saes)
-        return DiscoveryRun(setting, setting.prepare(prompts, differentiable=True), options, progress=progress)
+        prompts = setting.prepare(prompts, differentiable=True)
+        if not model.server and backward_bytes(setting.model, prompts.clean.n_positions) > options.memory * GIB:
+            setting = replace(setting, model=Blocks.of(setting.model))
+        return DiscoveryRun(setting, prompts, options, progress=progress)
 
     @property
     def sites(self) -> list[Site]:
@@ -108,15 +114,17 @@ def backward_bytes(model: LanguageModel, n_positions: int) -> int:
     """Bytes that a prompt keeps for its backward pass.
 
     Per token and layer: about 16 d of residual stream, norms, queries, keys and values, 3 d_ff of the MLP, and the
-    attention probabilities, H S; all in the model's dtype. And the logits where they are read, their gradient, and what
+    attention probabilities, H S; all in the model's dtype; where it keeps one layer alone (`Blocks`) of that, and what
+    stands at all sites, and its gradient. And the logits where they are read, their gradient, and what
     a metric makes of them, which outweigh all else in a small model of a large vocabulary.
     """
     config: Any = model.architecture.config
     width = model.d_model
     inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * width
     heads = getattr(config, "num_attention_heads", 1)
-    per_token = model.n_layers * (16 * width + 3 * inner + heads * n_positions)
-    return per_token * n_positions * model.dtype.itemsize + logit_bytes(model, n_positions)
+    per_token = (1 if model.blocks else model.n_layers) * (16 * width + 3 * inner + heads * n_positions)
+    at_sites = 2 * state_bytes(model, model.sites, n_positions) if model.blocks else 0
+    return per_token * n_positions * model.dtype.itemsize + at_sites + logit_bytes(model, n_positions)
 
 
 def logit_bytes(model: LanguageModel, n_positions: int) -> int:

@@ -29,7 +29,7 @@ from sae.model.frozen_attention import as_unedited, check_can_freeze
 from sae.model.generation import generate
 from sae.model.hook_points import Columns, HookPoint, SiteEdit, StandingEdit, after_standing, chained, edited
 from sae.model.huggingface import evaluation_mode, fingerprints, max_positions, stored_fingerprints
-from sae.model.remote import Server
+from sae.model.remote import Blocks, Server
 from sae.model.site_handles import (
     ReadPoints,
     base_path,
@@ -65,8 +65,8 @@ class LanguageModel:
         server: Server | None = None,
     ) -> None:
         self._hf: Any = hf
-        self.server = server
-        """The model elsewhere that runs are asked of; None where it is in this process."""
+        self.server = server  # the model elsewhere that runs are asked of; None where it is in this process
+        self.blocks: Blocks | None = None  # see `Blocks.of`
         self.name = name
         self.fingerprints: tuple[str, ...] = stored_as or fingerprints(hf)
         self.default_paths = default_paths(hf, name)
@@ -238,8 +238,8 @@ class LanguageModel:
         standing = {site: edit for site, edit in standing.items() if site not in {*hidden, *skip}}
         edits = after_standing(standing, edits, Columns(tokens.to(self.device), 0, tokens.n_positions))
         values = fitted({site: x for site, x in skip.items() if site not in hidden}, self, rows=len(tokens))
-        if self.server is not None:
-            return self.server.run(self, tokens, captured, edits, values, grad=grad, **options)
+        if (runner := (self.blocks if grad else None) or self.server) is not None:
+            return runner.run(self, tokens, captured, edits, values, grad=grad, **options)
         leaf = self._leaf if grad and not any(x.requires_grad for x in values.values()) else None
         points = [self._point(site) for site in sorted({*captured, *edits, *values}, key=self._when)]
         if leaf is not None and leaf not in points:

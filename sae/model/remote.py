@@ -31,7 +31,7 @@ from sae.model.hook_points import HookPoint, SiteEdit, edited
 from sae.model.huggingface import Loaded, hash_of, load_hf, not_loaded, pretrained_tokenizer, sampled
 from sae.model.site_handles import FirstPass, blocks_after, envoy_of, hidden_by
 from sae.model.site_search import fit_scales
-from sae.model.sites import Site, model_type
+from sae.model.sites import READ_KINDS, Site, model_type
 from sae.model.tokens import Tokens
 from sae.model.tracing import Step, has_key, request, samples, server_handles, structure
 
@@ -125,36 +125,118 @@ class Server:
         values: Mapping[Site, Tensor], *, grad: bool, last_only: bool, need_logits: bool,
     ) -> Run:  # fmt: skip
         """One forward pass of a `LanguageModel` that is elsewhere; see `LanguageModel.run`."""
-        functions = (
-            {} if grad else {site: edit for site, edit in edits.items() if _travels(edit) and site not in values}
-        )
+        functions = {site: edit for site, edit in edits.items() if _travels(edit) and not grad and site not in values}
         here = {site: edit for site, edit in edits.items() if site not in functions}
-        cuts = sorted({*here, *(captured if grad and here else ())}, key=model._when)
-        fixed, activations = dict(values), {site: x for site, x in values.items() if site in captured}
-        part = _Part(self, model, tokens, functions=functions, last_only=last_only, logits=False)
-        for number, cut in enumerate(cuts):
-            if cut not in fixed:
-                before = [site for site in captured if model._when(site) < model._when(cut) and site not in activations]
-                earlier = {site: x for site, x in fixed.items() if site < cut}
-                activations |= replace(part, fixed=earlier, captured=(*sorted(before), cut)).run(grad)[0]
-                fixed[cut] = activations.pop(cut)
-            x = fixed[cut]
-            x = x.detach().requires_grad_() if grad and not number and not x.requires_grad else x
-            fixed[cut] = edited(x, here[cut], cut) if cut in here else x
-            activations |= {cut: fixed[cut]} if cut in captured else {}
-        rest = tuple(sorted(captured - activations.keys(), key=model._when))
-        last = replace(part, fixed=fixed, captured=rest, logits=need_logits)
-        more, logits = last.run(grad) if rest or need_logits else ({}, torch.empty(0))
-        activations |= more
-        run = Run({site: activations[site] for site in sorted(captured, key=model._when)}, logits)
-        return last.differentiable(run) if grad and not cuts else run
+        cuts = {*here, *(captured if grad and here else ())}
+        part = _Part(self, model, tokens, functions=functions, last_only=last_only)
+        return run_in_parts(part, captured, here, values, cuts, grad=grad, need_logits=need_logits)
+
+    def ask(
+        self, part: _Part, values: Mapping[Site, Tensor], leaves: Sequence[Site],
+        cotangents: Mapping[str, Tensor] | None = None, *, logits: bool = True,
+    ) -> dict[str, Any]:  # fmt: skip
+        """One request for x of a part's captured sites and the logits by name, or the gradients at the leaves; values:
+        what is fixed.
+        """
+        self.n_requests += 1
+        inputs = forward_inputs(self.root._module, part.tokens, last_only=part.last_only)
+        incoming = dict(cotangents or {})
+        if LOGITS in incoming and part.last_only and "logits_to_keep" not in inputs:
+            incoming[LOGITS] = torch.nn.functional.pad(incoming[LOGITS], (0, 0, part.tokens.n_positions - 1, 0))
+        with part.model._lock, outside_inference_mode():
+            return request(
+                self.root, self.where, inputs, part.steps(values, leaves), logits=logits, cotangents=incoming,
+                sources=[site.name for site in leaves],
+            )  # fmt: skip
+
+
+@dataclass
+class Blocks:
+    """Runs with gradients that keep no more than the graph of one block: activation checkpointing (Chen et al. 2016).
+
+    The forward pass is cut at every residual site and everything that is captured or edited. What is between two cuts
+    runs without a graph, and once more when its gradient is taken.
+    """
+
+    plain: Any
+    """The `LanguageModel` without these cuts."""
+
+    @staticmethod
+    def of(model: Any) -> Any:
+        """The same model with runs of this kind."""
+        cut = copy.copy(model)
+        cut.blocks = Blocks(model)
+        return cut
+
+    def run(
+        self, model: Any, tokens: Tokens, captured: set[Site], edits: Mapping[Site, SiteEdit],
+        values: Mapping[Site, Tensor], *, grad: bool, last_only: bool, need_logits: bool,
+    ) -> Run:  # fmt: skip
+        """One forward pass with gradients; see `LanguageModel.run`."""
+        stream = [site for site in model.sites if site.kind == "resid" and model._contains.get(site)]
+        first = max((site for site in values if site in stream), default=None)
+        last = max({*captured, *edits}, key=model._when, default=Site("embed"))
+        between = {site for site in stream if (first is None or site > first) and (need_logits or site < last)}
+        inner = {site for site in captured if site.kind not in READ_KINDS}
+        part = _Part(self, model, tokens, last_only=last_only)
+        return run_in_parts(
+            part, captured, edits, values, {*edits, *inner, *between}, grad=grad, need_logits=need_logits
+        )
+
+    def ask(
+        self, part: _Part, values: Mapping[Site, Tensor], leaves: Sequence[Site],
+        cotangents: Mapping[str, Tensor] | None = None, *, logits: bool = True,
+    ) -> dict[str, Any]:  # fmt: skip
+        """The same as `Server.ask`, in this process."""
+        fixed = {site: x.detach().requires_grad_(site in leaves) for site, x in values.items()}
+        passed = part.standing()[1]
+        skip = fixed | {block: fixed[min(site for site in fixed if site > block)].detach() for block in passed}
+        wanted = logits if cotangents is None else LOGITS in cotangents
+        with torch.set_grad_enabled(cotangents is not None):
+            run = self.plain._run(
+                part.tokens, {*part.captured}, {}, skip, grad=cotangents is not None, last_only=part.last_only,
+                need_logits=wanted, unedited=True,
+            )  # fmt: skip
+        given = {site.name: x for site, x in run.activations.items()} | {LOGITS: run.logits}
+        if cotangents is None:
+            return {name: x.detach() for name, x in given.items()}
+        outputs = [given[name] for name in cotangents]
+        sources = [fixed[site] for site in leaves]
+        gradients = torch.autograd.grad(outputs, sources, list(cotangents.values()), allow_unused=True)
+        return {site.name: gradient for site, gradient in zip(leaves, gradients, strict=True)}
+
+
+def run_in_parts(
+    part: _Part, captured: set[Site], edits: Mapping[Site, SiteEdit], values: Mapping[Site, Tensor], cuts: set[Site],
+    *, grad: bool, need_logits: bool,
+) -> Run:  # fmt: skip
+    """A forward pass that is cut at some sites, all those with edits among them; part: its model and tokens."""
+    when = part.model._when
+    order = sorted(cuts, key=when)
+    fixed, activations = dict(values), {site: x for site, x in values.items() if site in captured}
+    for number, cut in enumerate(order):
+        if cut not in fixed:
+            before = [site for site in captured if when(site) < when(cut) and site not in activations]
+            earlier = {site: x for site, x in fixed.items() if site < cut}
+            activations |= replace(part, fixed=earlier, captured=(*sorted(before), cut), logits=False).run(grad)[0]
+        x = fixed[cut] if cut in fixed else activations.pop(cut)
+        x = x.detach().requires_grad_() if grad and not number and not x.requires_grad else x
+        x = edited(x, edits[cut], cut) if cut in edits else x
+        fixed |= {cut: x} if cut.kind not in READ_KINDS else {}
+        activations |= {cut: x} if cut in captured else {}
+    rest = tuple(sorted(captured - activations.keys(), key=when))
+    last = replace(part, fixed=fixed, captured=rest, logits=need_logits)
+    more, logits = last.run(grad) if rest or need_logits else ({}, torch.empty(0))
+    activations |= more
+    run = Run({site: activations[site] for site in sorted(captured, key=when)}, logits)
+    return last.differentiable(run) if grad and not cuts else run
 
 
 @dataclass(frozen=True)
 class _Part:
     """A part of a forward pass: a function of the tensors that stand at sites before it."""
 
-    server: Server
+    server: Server | Blocks
     model: Any
     tokens: Tokens
     fixed: Mapping[Site, Tensor] = field(default_factory=dict)
@@ -169,7 +251,7 @@ class _Part:
 
     def run(self, grad: bool) -> tuple[dict[Site, Tensor], Tensor]:
         """x of the captured sites, and the logits; with `grad` as functions of what is fixed."""
-        places, _ = self._standing()
+        places, _ = self.standing()
         tensors = [self.fixed[site] for site in places]
         if grad and any(x.requires_grad for x in tensors):
             results = _Elsewhere.apply(self, places, *tensors)
@@ -179,7 +261,7 @@ class _Part:
 
     def ask(self, values: Mapping[Site, Tensor]) -> list[Tensor]:
         """x of the captured sites, and the logits if they are wanted."""
-        given = self._request(values, (), logits=self.logits)
+        given = self.server.ask(self, values, (), logits=self.logits)
         logits = [given[LOGITS][:, -1:] if self.last_only else given[LOGITS]] if self.logits else []
         return [*(given[site.name] for site in self.captured), *logits]
 
@@ -187,13 +269,8 @@ class _Part:
         self, values: Mapping[Site, Tensor], cotangents: Mapping[str, Tensor], sources: Sequence[Site]
     ) -> list[Tensor | None]:
         """Gradients at sites that are fixed or captured, from those at captured sites and the logits, by name."""
-        incoming = dict(cotangents)
-        if LOGITS in incoming and self.last_only and not self._keeps_last:
-            shape = (0, 0, self.tokens.n_positions - 1, 0)
-            incoming[LOGITS] = torch.nn.functional.pad(incoming[LOGITS], shape)
-        names = [site.name for site in sources]
-        given = self._request(values, sources, cotangents=incoming, sources=names)
-        return [given[name] for name in names]
+        given = self.server.ask(self, values, sources, cotangents)
+        return [given[site.name] for site in sources]
 
     def differentiable(self, run: Run) -> Run:
         """The run with `Run.gradients` at all sites from one request."""
@@ -201,7 +278,7 @@ class _Part:
         outputs |= {LOGITS: run.logits} if self.logits else {}
         for x in outputs.values():
             x.requires_grad_()
-        places, _ = self._standing()
+        places, _ = self.standing()
 
         def pull_back(m: Tensor, sites: Sequence[Site]) -> list[Tensor | None]:
             at_outputs = torch.autograd.grad(m, list(outputs.values()), allow_unused=True, retain_graph=True)
@@ -210,22 +287,7 @@ class _Part:
 
         return replace(run, pull_back=pull_back)
 
-    @property
-    def _keeps_last(self) -> bool:
-        """Whether the model itself leaves out the logits of other positions."""
-        return "logits_to_keep" in self._inputs()
-
-    def _inputs(self) -> dict[str, Any]:
-        return forward_inputs(self.server.root._module, self.tokens, last_only=self.last_only)
-
-    def _request(self, values: Mapping[Site, Tensor], leaves: Sequence[Site], **options: Any) -> dict[str, Any]:
-        """One request with these values for what is fixed; leaves: what gradients are taken for."""
-        self.server.n_requests += 1
-        with self.model._lock, outside_inference_mode():
-            steps = self._steps(values, leaves)
-            return request(self.server.root, self.server.where, self._inputs(), steps, **options)
-
-    def _steps(self, values: Mapping[Site, Tensor], leaves: Sequence[Site]) -> list[Step]:
+    def steps(self, values: Mapping[Site, Tensor], leaves: Sequence[Site]) -> list[Step]:
         """Steps of the request, in forward order."""
         points = {site: self.model._point(site) for site in {*values, *self.captured, *self.functions}}
         order = sorted(points, key=self.model._when)
@@ -233,7 +295,7 @@ class _Part:
         first = min((order.index(site) for site in leaves), default=-1)
         model, reached = self.model, list(points.values())
         passes = [] if self.logits else blocks_after(reached, model._hook_points, model._contains)
-        before = [self.model._point(site) for site in self._standing()[1]]
+        before = [self.model._point(site) for site in self.standing()[1]]
         steps = [_step(point, n) | {"passes": True} for point in before]
         for number, site in enumerate(order):
             step = _step(points[site], n)
@@ -245,7 +307,7 @@ class _Part:
             steps.append(step)
         return steps + [_step(point, n) | {"passes": True} for point in passes]
 
-    def _standing(self) -> tuple[list[Site], list[Site]]:
+    def standing(self) -> tuple[list[Site], list[Site]]:
         """The fixed sites that reach what is wanted, in order, and blocks before them that need not run."""
         contains = self.model._contains
         reaching = [site for site in self.fixed if site not in hidden_by(self.fixed, contains)]

@@ -2,7 +2,7 @@
 
 A set of features is worth, on training prompts and training text,
 
-    left + penalty * cost,   left = rms over cases of |m after| / mean over cases of |m before|,
+    left + penalty * cost,   left = rms over cases of |m after| / rms over cases of |m before|,
 
 cost being what the edit adds to the cross-entropy at predictions that are none of the behaviour's, in nats. The root
 mean square over cases grows when a case turns round or is left over, so that "always plural" counts for nothing.
@@ -158,11 +158,11 @@ class _Search:
     steps: list[Step] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.size = self._sizes([{}])[1]
+        self.size = self._sizes([{}])[0]
         self.ce = float(self.text.elsewhere([{}])[0])
         if self.size < 1e-9:
             raise UserError("these prompts show nothing of the behaviour: there is nothing to remove")
-        self.trials[frozenset()] = (self._sizes([{}])[0][0] / self.size, 0.0)
+        self.trials[frozenset()] = (1.0, 0.0)
 
     def score(self, names: frozenset[str]) -> float:
         """left + penalty * cost of a set that was tried."""
@@ -170,8 +170,8 @@ class _Search:
         return left + self.penalty * max(cost, 0.0)
 
     @torch.no_grad()
-    def _sizes(self, several: Sequence[Standing]) -> tuple[list[float], float]:
-        """Root mean square over cases of the mean metric under each of several edits; mean of |that| under the last."""
+    def _sizes(self, several: Sequence[Standing]) -> list[float]:
+        """Root mean square over cases of the mean metric under each of several edits."""
         values: list[list[torch.Tensor]] = [[] for _ in several]
         for batch in self.prompts.batches(BATCH_SIZE):
             for start, chunk in copies(self.model, several, batch.clean, last_only=True):
@@ -180,8 +180,7 @@ class _Search:
                     values[start + number].append(self.metric(of_copy, batch).cpu().double())
         cases = rows_by_case(self.prompts).values()
         by_case = [[torch.cat(of_edit)[rows].mean() for rows in cases] for of_edit in values]
-        sizes = [torch.stack(of_edit).square().mean().sqrt().item() for of_edit in by_case]
-        return sizes, torch.stack(by_case[-1]).abs().mean().item()
+        return [torch.stack(of_edit).square().mean().sqrt().item() for of_edit in by_case]
 
     def tried(self, sets: Sequence[frozenset[str]]) -> list[frozenset[str]]:
         """The sets, after those that are new have been tried."""
@@ -197,7 +196,7 @@ class _Search:
             for names, strength in sets
         ]
         standing = [edit.standing() for edit in edits]
-        lefts, costs = self._sizes(standing)[0], self.text.elsewhere(standing).tolist()
+        lefts, costs = self._sizes(standing), self.text.elsewhere(standing).tolist()
         self.bar.update(len(sets))
         return [(left / self.size, cost - self.ce) for left, cost in zip(lefts, costs, strict=True)]
 

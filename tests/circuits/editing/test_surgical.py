@@ -115,7 +115,7 @@ def test_what_is_said_of_chosen_features_is_so(circuit, tiny_model, tiny_prompts
         sizes.append([values[:4].mean().item(), values[4:].mean().item()])
         standing = FeatureEdits(tiny_model, tiny_saes, [chosen] if chosen else []).standing()
         costs.append(text.elsewhere([standing])[0].item())
-    left = (sum(m * m for m in sizes[1]) / 2) ** 0.5 / (sum(map(abs, sizes[0])) / 2)
+    left = (sum(m * m for m in sizes[1]) / sum(m * m for m in sizes[0])) ** 0.5  # of an edit of nothing: 1
     assert choice.steps[-1].left == pytest.approx(left, rel=1e-3)
     assert choice.steps[-1].ce_elsewhere == pytest.approx(costs[1] - costs[0], abs=1e-4)
     assert choice.n_trials > choice.n_candidates and left < 1

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +17,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from circuits.attribution.effects import ENTRIES
 from circuits.attribution.nodes import COLUMNS
+from circuits.metrics.metrics import PROBES
 from graphs.schema import LARGEST, AttributesFile, Count, Index
 from sae._files import TensorSpec, check_tensors, check_type, read_tensors
 from sae.errors import UserError
@@ -137,21 +138,32 @@ def check_metadata(metadata: Mapping[str, Any], where: str | Path, *, circuit: b
 
 def relative_to_run(metadata: Mapping[str, Any], run: Path) -> dict[str, Any]:
     """The metadata with paths inside the run folder relative to it."""
-    run, changed = run.resolve(), dict(metadata)
-    for key in PATHS:
-        value = metadata.get(key)
-        if isinstance(value, str) and Path(value).is_absolute() and Path(value).is_relative_to(run):
-            changed[key] = f"./{Path(value).relative_to(run).as_posix()}"
-    return changed
+    run = run.resolve()
+
+    def relative(path: str) -> str:
+        inside = Path(path).is_absolute() and Path(path).is_relative_to(run)
+        return f"./{Path(path).relative_to(run).as_posix()}" if inside else path
+
+    return _with_paths(metadata, relative)
 
 
 def absolute_in_run(metadata: Mapping[str, Any], run: Path) -> dict[str, Any]:
     """Undo `relative_to_run`: the same entries with the paths of the run folder where it is now."""
-    run, changed = run.resolve(), dict(metadata)
+    run = run.resolve()
+    return _with_paths(metadata, lambda path: str((run / path).resolve()) if path.startswith("./") else path)
+
+
+def _with_paths(metadata: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    """The metadata with other paths: those of `PATHS`, and that of the probe in `probe-margin:FILE`."""
+    changed = dict(metadata)
     for key in PATHS:
-        value = metadata.get(key)
-        if isinstance(value, str) and value.startswith("./"):
-            changed[key] = str((run / value).resolve())
+        if isinstance(value := metadata.get(key), str):
+            changed[key] = change(value)
+    options = metadata.get("options")
+    metric = options.get("metric") if isinstance(options, Mapping) else None
+    if isinstance(metric, str) and metric.startswith(PROBES):
+        kind, _, file = metric.partition(":")
+        changed["options"] = {**options, "metric": f"{kind}:{change(file)}"}
     return changed
 
 

@@ -18,6 +18,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,41 @@ class Job:
 
 
 @pytest.fixture(scope="module")
-def jobs(model_folder, text_file, prompts_file, run_folder) -> dict[str, Job]:
+def labelled_file(tmp_path_factory) -> Path:
+    """Texts with two labels, for a probe and what it should not use."""
+    nouns = {"singular": ["man", "boy", "king"], "plural": ["men", "boys", "kings"]}
+    rows = [
+        {"text": f"the {a} near the {b}", "intended": first, "spurious": second, "label": a}
+        for first, second in product(nouns, repeat=2)
+        for a, b in product(nouns[first], nouns[second])
+    ]
+    path = tmp_path_factory.mktemp("labelled") / "labelled.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def jobs(model_folder, text_file, prompts_file, run_folder, labelled_file) -> dict[str, Job]:
     model, text = ["--model", model_folder], ["--text", text_file]
     small = ["--features", 48, "--k", 6, "--tokens", 12_000, "--context-length", 16, "--sites", "resid"]
     discover = ["--prompts", prompts_file, "--nodes", 20, "--edge-nodes", 30, "--steps", 2, "--memory", 2e-4]
     sweep = ["--architectures", "topk,relu", "--features", 32, "--k", 4, "--tokens", 9000, "--context-length", 16]
+    behaviours = ["--contexts", 40, "--tokens", 400, "--clusters", 3, "--circuits", 2, "--nodes", 10, "--surprise", 20]
+    shift = ["--data", labelled_file, "--test", labelled_file, "--position", "last", "--site", "resid_1", "--sites",
+             "resid", "--method", "attrib", "--random", 1]  # fmt: skip
+    classes = ["--data", labelled_file, "--test", labelled_file, "--sizes", "1,2"]
+    compare = [
+        "--prompts",
+        prompts_file,
+        "--test",
+        prompts_file,
+        "--methods",
+        "attrib,ig",
+        "--sizes",
+        "5",
+        "--steps",
+        2,
+    ]
     return {
         "train": Job(["train", *model, *text, *small, "--checkpoints", 8]),
         "finetune": Job(["finetune", *model, *text, "--saes", run_folder, "--tokens", 6000, "--context-length", 16]),
@@ -64,6 +95,18 @@ def jobs(model_folder, text_file, prompts_file, run_folder) -> dict[str, Job]:
         "mask": Job(["mask", "--steps", 2, "--smallest", 3, "--sizes", 5], "--circuit", (), on_a_run=True),
         "faithfulness": Job(["faithfulness", "--sizes", 5], "--circuit", (), on_a_run=True),
         "ablate": Job(["ablate", "--top", 2, "--random", 1], "--circuit", (), on_a_run=True),
+        "behaviours": Job(["behaviours", *model, *text, "--saes", run_folder, *behaviours]),
+        "features": Job(
+            ["features", *text, "--tokens", 4000, "--top", 12, "--groups", "--automata"], "--circuit", on_a_run=True
+        ),
+        "shift": Job(["shift", *model, "--saes", run_folder, *shift], again=()),
+        "tpp": Job(["tpp", *model, "--saes", run_folder, *classes], again=()),
+        "validate": Job(
+            ["validate", "--nodes", 5, "--removed", 3, "--verify", 3, "--resamples", 20], "--circuit", (), on_a_run=True
+        ),
+        "attention": Job(["attention"], "--circuit", (), on_a_run=True),
+        "supernodes": Job(["supernodes"], "--circuit", (), on_a_run=True),
+        "compare-methods": Job(["compare-methods", *model, "--saes", run_folder, *compare], again=("--overwrite",)),
         "demo": Job(["demo", "--tokens", 4000, "--features", 24], again=("--overwrite",)),
     }
 
@@ -93,6 +136,17 @@ def plain(value: Any) -> Any:
     return [plain(item) for item in value] if isinstance(value, list) else value
 
 
+def different(one: Any, other: Any, at: str = "") -> list[str]:
+    """Where two JSON values differ."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        pairs = [(key, one.get(key), other.get(key)) for key in one.keys() | other.keys()]
+    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        pairs = [(row, *pair) for row, pair in enumerate(zip(one, other, strict=True))]
+    else:
+        return [] if one == other else [f"{at}: {str(one)[:60]} is not {str(other)[:60]}"]
+    return [line for key, a, b in pairs for line in different(a, b, f"{at}[{key}]")]
+
+
 def leftovers(folder: Path) -> list[str]:
     return [str(p) for p in folder.rglob("*") if p.name.startswith(".") or is_temporary(p) or p.name in UNFINISHED]
 
@@ -102,7 +156,10 @@ def share(kills: int, jobs: Sequence[str]) -> dict[str, int]:
     return {name: kills // len(jobs) + (number < kills % len(jobs)) for number, name in enumerate(jobs)}
 
 
-NAMES = ("train", "discover", "mask", "demo", "finetune", "sweep", "cache", "faithfulness", "ablate")
+NAMES = (
+    "train", "discover", "mask", "demo", "finetune", "sweep", "cache", "faithfulness", "ablate", "behaviours",
+    "features", "shift", "tpp", "validate", "attention", "supernodes", "compare-methods",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -141,6 +198,6 @@ def test_killed(name, jobs, run_folder, forked_sfc, tmp_path, capsys):
             result = start(out, *job.again)
             assert result.status == 0, result.err
         assert not leftovers(out)
-        assert dict(files_of(out)) == expected
+        assert different(dict(files_of(out)), expected) == []
     with capsys.disabled():
         print(f"\n{name:<14}{killed:>3} kills: equal bits, nothing left over")  # noqa: T201

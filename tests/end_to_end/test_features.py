@@ -55,11 +55,11 @@ def test_an_interrupted_reading_goes_on(sfc, run, monkeypatch):
     words = ["features", "--saes", run, *SMALL, "--features", "embed/0,resid_1/3"]
     with monkeypatch.context() as patch:
         patch.setattr("circuits.feature_pages.write_site", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        stopped = sfc(*words)
+        stopped = sfc(*words, "--resume")  # where there is nothing yet it begins
     assert stopped.status == 130 and "--resume" in stopped.err
     assert "interrupted reading" in sfc(*words).err
     assert "contexts 3, not 4" in sfc(*words, "--resume", "--contexts", 4).err
-    assert sfc(*words, "--resume").status == 0
+    assert sfc(*words, "--resume").status == 0 and "pages are finished" in sfc(*words, "--resume").err
     assert (run / "features" / "resid_1.jsonl").is_file() and not (run / "features" / "circuit.json").exists()
     grouped = sfc(*words, "--groups", "--automata", "--overwrite")
     groups = json.loads((run / "features" / "groups.json").read_text())

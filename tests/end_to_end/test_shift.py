@@ -60,6 +60,8 @@ def test_a_probe_is_debiased(sfc, run_folder, model_folder, labelled_file, tmp_p
     assert another.status == 2 and "the circuit of another probe (penalty 1.0, not 2.0)" in another.err
     elsewhere = sfc(*words[:-1], run_folder)
     assert elsewhere.status == 2 and "holds another circuit" in elsewhere.err
+    moved = sfc("faithfulness", "--circuit", out.rename(tmp_path / "moved"), "--sizes", 5, "--random", 0, "--json")
+    assert json.loads(moved.out)["faithfulness"] == json.loads(alone.out)["faithfulness"], moved.err
 
 
 def test_targeted_probes(sfc, run_folder, model_folder, labelled_file, tmp_path):

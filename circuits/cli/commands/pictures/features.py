@@ -245,9 +245,9 @@ class FeaturesCommand(UsesSaes, Overwrites, Common):
         from circuits.feature_pages import INDEX_FILE
 
         partial = folder / "partial" / STATE_FILE
-        if self.resume:
-            if not partial.is_file():
-                raise UserError(f"nothing to resume in {str(folder)!r}: no reading was interrupted there")
+        if self.resume and not partial.is_file() and (folder / INDEX_FILE).is_file():
+            raise UserError(f"nothing to resume in {str(folder)!r}: its pages are finished; --overwrite begins again")
+        if self.resume and partial.is_file():
             if differing := different_options(read_json(partial), {**made, "dtype": dtype}):
                 raise UserError(f"the reading in {str(folder)!r} was begun with other options: {differing}")
             return [path.stem for path in folder.glob("*.jsonl")]

@@ -160,7 +160,9 @@ def _with_paths(metadata: Mapping[str, Any], change: Callable[[str], str]) -> di
         if isinstance(value := metadata.get(key), str):
             changed[key] = change(value)
     options = metadata.get("options")
-    metric = options.get("metric") if isinstance(options, Mapping) else None
+    if not isinstance(options, Mapping):
+        return changed
+    metric = options.get("metric")
     if isinstance(metric, str) and metric.startswith(PROBES):
         kind, _, file = metric.partition(":")
         changed["options"] = {**options, "metric": f"{kind}:{change(file)}"}

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -44,6 +45,7 @@ from sae.formats.locate import sae_folders
 from sae.saes import stored_fingerprint
 
 LABELS_FILE = "labels.jsonl"
+_adding = threading.Lock()  # two names given at once in a page: the file is read and written whole
 
 
 class Label(TypedDict):
@@ -115,6 +117,10 @@ class LabelsFile:
 
         Returns how many were new. Raises UserError for a name of no feature, or of a site without an SAE.
         """
+        with _adding:
+            return self._add(labels, by=by, automatic=automatic, scores=scores)
+
+    def _add(self, labels: Mapping[str, str], *, by: str, automatic: bool, scores: Mapping[str, float] | None) -> int:
         here, new = self._last(), []
         for name, text in labels.items():
             site, feature = self._parse(name)

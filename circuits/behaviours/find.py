@@ -156,7 +156,8 @@ def _describe(setting: Setting, circuits: Mapping[int, Circuit], contexts: Conte
             features.setdefault(site, set()).update(index)
     if not features:
         return
-    texts = contexts.prompts.texts[:: -(-len(contexts) // DESCRIBED_ON)]
+    n = min(len(contexts), DESCRIBED_ON)
+    texts = [contexts.prompts.texts[len(contexts) * number // n] for number in range(n)]  # evenly spaced
     asked = {site: sorted(index) for site, index in sorted(features.items())}
     described = top_contexts(setting.model, setting.saes, texts, asked)
     for circuit in circuits.values():

@@ -1,6 +1,6 @@
 """When the features of a circuit are on: their mean activation by case and span of the prompts.
 
-    a_i(c, s) = mean of f_i over all tokens in span s of the clean prompts of case c
+    a_i(c, s) = mean of f_i over all tokens in span s of the clean prompts of case c, special ones left out
 
 Prompts without spans have one span "" of all their tokens. Cases without a name are called "prompts". `prompt_peaks`
 gives the largest activation on each prompt instead.
@@ -53,7 +53,7 @@ def mean_activations(
         run = model.run(batch.clean, capture=reads.values(), need_logits=False)
         span = batch.positions(batch.spans) if batch.spans else batch.positions().clamp(max=0)  # [B, S]; -1 at padding
         case = torch.tensor([cases.index(name) for name in batch.cases], device=span.device)
-        real = span >= 0
+        real = (span >= 0) & counted_tokens(model, batch.clean.to(model.device))
         group = (case[:, None] * len(spans) + span)[real].cpu()
         counts.index_add_(0, group, torch.ones(len(group), dtype=torch.float64))
         for site, index in features.items():

@@ -215,6 +215,17 @@ def test_the_command_line_repeats_an_edit(served, sfc, request_):
     assert name in [entry["name"] for entry in served.client.get("/edits").json()]
 
 
+def test_a_damaged_edit_is_told_beside_the_others(served):
+    damaged = served.run / "edits" / "damaged.json"
+    damaged.parent.mkdir(exist_ok=True)
+    damaged.write_text('{"kind": "edit"')
+    try:
+        (entry,) = [entry for entry in served.client.get("/edits").json() if entry["name"] == "damaged"]
+    finally:
+        damaged.unlink()
+    assert "damaged.json" in entry["title"] and entry["left"] is None
+
+
 def test_the_circuit_of_a_pair_is_that_of_sfc_discover(served, sfc):
     events = served.job(
         "circuit", clean=PROMPT, patch="the men near the girl", clean_answer=" runs", patch_answer=" run"

@@ -128,12 +128,17 @@ class OpenRun:
         return self.overview()
 
     def done(self) -> list[dict[str, Any]]:
-        """The edits of the run, newest first: name, title and what is left."""
-        entries = []
+        """The edits of the run, newest first: name, title and the share left; what is wrong with a damaged file."""
+        entries: list[dict[str, Any]] = []
         for path in sorted((self.run / "edits").glob("*.json"), key=lambda path: -path.stat().st_mtime)[:100]:
-            data = read_json(path)
-            if data.get("kind") == "edit":
+            try:
+                data = read_json(path)
+                if data.get("kind") != "edit":
+                    continue
                 report = EditReport.from_dict(data, path)
+            except UserError as error:
+                entries.append({"name": path.stem, "title": str(error), "left": None, "prompt": ""})
+            else:
                 prompt = report.continuations[0].prompt if report.n_prompts == 1 and report.continuations else ""
                 entries.append({"name": path.stem, "title": report.title(), "left": report.remaining, "prompt": prompt})
         return entries

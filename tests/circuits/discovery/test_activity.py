@@ -17,6 +17,8 @@ def by_loops(model, saes, prompts, site, feature):
         one = prompts[row]
         x = model.run(one.clean, capture=[site]).activations[site][0]
         for token, number in enumerate(one.span_numbers[0].tolist() if one.spans else [0] * len(x)):
+            if one.clean.input_ids[0, token].item() in model.special_ids:
+                continue
             span = one.spans[number] if one.spans else ""
             values.setdefault((one.cases[0], span), []).append(saes[site].encode(x[token])[feature].item())
     means = {key: sum(column) / len(column) for key, column in values.items()}
@@ -24,7 +26,10 @@ def by_loops(model, saes, prompts, site, feature):
 
 
 def test_means_by_case_and_span(tiny_model, tiny_saes, tiny_prompts):
-    for prompts in (tiny_prompts, with_spans(tiny_prompts, MIXED)):
+    ids = tiny_prompts.clean.input_ids.clone()
+    ids[:, 2] = min(tiny_model.special_ids)
+    special = replace(tiny_prompts, clean=replace(tiny_prompts.clean, input_ids=ids))
+    for prompts in (tiny_prompts, special, with_spans(tiny_prompts, MIXED)):
         for site in tiny_model.sites[:2]:
             x = tiny_model.run(prompts.clean, capture=[site]).activations[site][:, -1]
             features = tiny_saes[site].encode(x).sum(0).topk(2).indices

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,6 +21,7 @@ from circuits.attribution.nodes import COLUMNS
 from circuits.metrics.metrics import PROBES
 from graphs.schema import LARGEST, AttributesFile, Count, Index
 from sae._files import TensorSpec, check_tensors, check_type, read_tensors
+from sae._run.contents import RUN_CONFIG_FILE
 from sae.errors import UserError
 from sae.model.sites import Site
 
@@ -137,12 +139,15 @@ def check_metadata(metadata: Mapping[str, Any], where: str | Path, *, circuit: b
 
 
 def relative_to_run(metadata: Mapping[str, Any], run: Path) -> dict[str, Any]:
-    """The metadata with paths inside the run folder relative to it."""
+    """The metadata with paths inside the run folder relative to it; also those inside the run around it, where a mask's
+    circuit stands in the run whose SAEs it has.
+    """
     run = run.resolve()
+    outer = run.parent if (run.parent / RUN_CONFIG_FILE).is_file() else run
 
     def relative(path: str) -> str:
-        inside = Path(path).is_absolute() and Path(path).is_relative_to(run)
-        return f"./{Path(path).relative_to(run).as_posix()}" if inside else path
+        inside = Path(path).is_absolute() and Path(path).is_relative_to(outer)
+        return f"./{Path(os.path.relpath(path, run)).as_posix()}" if inside else path
 
     return _with_paths(metadata, relative)
 

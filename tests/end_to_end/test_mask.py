@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
@@ -11,7 +13,7 @@ from circuits.circuit import Circuit
 from sae.errors import UserError
 
 
-def test_mask_is_learned_and_measured_beside_the_effects(sfc, run_folder, prompts_file):
+def test_mask_is_learned_and_measured_beside_the_effects(sfc, run_folder, prompts_file, tmp_path):
     options = ("--sizes", "5,20", "--start-site", "attn_1", "--steps", 3, "--batch-size", 4, "--overwrite")
     result = sfc("mask", "--circuit", run_folder, "--prompts", prompts_file, *options, "--json")
     data = json.loads(result.out)
@@ -31,6 +33,8 @@ def test_mask_is_learned_and_measured_beside_the_effects(sfc, run_folder, prompt
     for site, nodes in circuit.nodes.items():  # the effects they had
         effects = dict(zip(whole[site].ids(site), whole[site].effect.tolist(), strict=True))
         assert nodes.effect.tolist() == pytest.approx([effects[name] for name in nodes.ids(site)], rel=1e-3, abs=1e-5)
+    shutil.copytree(run_folder, tmp_path / "moved")
+    assert Path(Circuit.load(tmp_path / "moved" / "mask").metadata["saes"]) == tmp_path / "moved"
     for command in (["render"], ["explore"], ["ablate", "--top", 2, "--random", 0]):
         assert sfc(*command, "--circuit", mask).status == 0
     assert text.status == 0 and "prompts, those learned on" in text.out and "mask" in text.out

@@ -82,31 +82,31 @@ def project(vectors: sp.csr_matrix, options: BehaviourSearchOptions) -> Floats:
 
 def cluster_vectors(z: Floats, options: BehaviourSearchOptions) -> Integers:
     """The number of the cluster of each unit vector, [N]."""
-    n, likeness = min(options.clusters, len(z)), options.likeness
-    if len(z) == 1 or (n == 1 and likeness is None):
+    n = None if options.n_clusters is None else min(options.n_clusters, len(z))
+    if len(z) == 1 or n == 1:
         return np.zeros(len(z), dtype=np.int64)
-    if options.cluster == "kmeans":
+    if n is not None and options.cluster == "kmeans":
         return _kmeans(z, n, options.seed).labels_.astype(np.int64)
-    if options.cluster == "spectral":
+    if n is not None and options.cluster == "spectral":
         alike = 1 - np.arccos(np.clip(z @ z.T, -1, 1)) / np.pi
         return SpectralClustering(n, affinity="precomputed", random_state=options.seed).fit_predict(alike)
     if len(z) <= MOST:
-        return _linked(z, n, likeness)
+        return _linked(z, n, options.least_alike)
     centres = _kmeans(z, CENTRES, options.seed)
-    return _linked(normalize(centres.cluster_centers_), n, likeness)[centres.labels_]
+    return _linked(normalize(centres.cluster_centers_), n, options.least_alike)[centres.labels_]
 
 
 def _kmeans(z: Floats, n: int, seed: int) -> MiniBatchKMeans:
     return MiniBatchKMeans(n, random_state=seed, n_init=3, batch_size=max(1024, 2 * n)).fit(z)
 
 
-def _linked(z: Floats, n: int, likeness: float | None) -> Integers:
-    """Average linkage by cosine distance, down to n clusters or while they are as alike as said; a vector of zeros is
-    as far from all as can be without being opposite.
+def _linked(z: Floats, n: int | None, likeness: float) -> Integers:
+    """Average linkage by cosine distance, down to n clusters, or without n while they are as alike as said; a vector of
+    zeros is as far from all as can be without being opposite.
     """
     distance = np.clip(1 - z @ z.T, 0, 2)
     np.fill_diagonal(distance, 0)
-    count = {"n_clusters": n} if likeness is None else {"n_clusters": None, "distance_threshold": 1 - likeness}
+    count = {"n_clusters": n, "distance_threshold": 1 - likeness if n is None else None}
     return AgglomerativeClustering(**count, metric="precomputed", linkage="average").fit_predict(distance)
 
 

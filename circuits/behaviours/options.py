@@ -12,6 +12,7 @@ from sae.errors import UserError
 Represent = Literal["effects", "activations", "gradients"]
 Project = Literal["svd", "random"]
 Clustering = Literal["agglomerative", "spectral", "kmeans"]
+CLUSTERS, LIKENESS = 20, 0.25
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,12 @@ class BehaviourSearchOptions:
     """Method: agglomerative (average linkage by cosine; of more than 4,000 contexts it joins the centres of mini-batch
     k-means), spectral (angular similarity; for a few thousand contexts), or kmeans (mini-batch).
     """
-    clusters: Positive = 20
-    """How many clusters."""
+    clusters: Positive | None = None
+    """How many clusters; by default as many as likeness leaves, or 20 where activations or other methods are clustered.
+    """
     likeness: Share | None = None
     """How alike clusters are that are still joined, in place of a number of clusters: the mean cosine between their
-    members, such as 0.25; for agglomerative alone.
+    members, 0.25 by default; for agglomerative alone.
     """
     circuits: Count = 10
     """Clusters that get a circuit, the highest in rank; 0 for none."""
@@ -61,3 +63,19 @@ class BehaviourSearchOptions:
         check_options(self)
         if self.likeness is not None and self.cluster != "agglomerative":
             raise UserError(f"likeness is {self.likeness:g}: for the clustering agglomerative, not {self.cluster}")
+        if self.likeness is not None and self.clusters is not None:
+            raise UserError(f"clusters is {self.clusters} and likeness {self.likeness:g}: give one of them")
+
+    @property
+    def n_clusters(self) -> int | None:
+        """How many clusters are made; None where `least_alike` decides. Activations are never negative, and so all are
+        alike: their number is fixed.
+        """
+        if self.clusters is not None or self.likeness is not None:
+            return self.clusters
+        return None if self.cluster == "agglomerative" and self.represent != "activations" else CLUSTERS
+
+    @property
+    def least_alike(self) -> float:
+        """The mean cosine between the members of two clusters below which they are not joined."""
+        return LIKENESS if self.likeness is None else self.likeness

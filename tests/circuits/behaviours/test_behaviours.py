@@ -146,7 +146,11 @@ def test_clusters_are_those_of_average_linkage():
     }
     assert agreement["average"] == pytest.approx(1) and max(agreement["single"], agreement["complete"]) < 0.99
     alike = cluster_vectors(z, BehaviourSearchOptions(likeness=0.25))
+    assert (alike == cluster_vectors(z, BehaviourSearchOptions())).all()
+    assert len(set(cluster_vectors(z, BehaviourSearchOptions(represent="activations")))) == 20
     cut = fcluster(linkage(z, "average", metric="cosine"), 0.75, criterion="distance")
     assert adjusted_rand_score(alike, cut) == pytest.approx(1) and 1 < len(set(alike)) < 40
     with pytest.raises(UserError, match="agglomerative"):
         BehaviourSearchOptions(likeness=0.25, cluster="kmeans")
+    with pytest.raises(UserError, match="one of them"):
+        BehaviourSearchOptions(likeness=0.25, clusters=3)

@@ -125,7 +125,7 @@ function WeightsByCase({ byCase }: { byCase: [string, number | null][] }) {
       <tbody>
         {byCase.map(([name, weight]) => (
           <tr>
-            <th scope="row">{visible(name)}</th>
+            <th scope="row">{visible(name.replaceAll("_", " "))}</th>
             <td>
               <Bar value={weight ?? 0} largest={largest} colour={classColour(theme.value, classOf(name))} />
             </td>

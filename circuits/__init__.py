@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from circuits.debiasing.targeted import targeted_perturbation
     from circuits.discovery.attention.head_loadings import head_loadings
     from circuits.discovery.attention.qk import qk_attribution
+    from circuits.discovery.description import describe_features
     from circuits.discovery.discover import discover
     from circuits.editing.applied import edited
     from circuits.editing.declaration import Edit, load_edits, save_edits
@@ -51,6 +52,7 @@ _MODULES = {
     "circuit": ("Circuit",),
     "comparison.circuits": ("compare_circuits",),
     "comparison.compare": ("compare_methods",),
+    "discovery.description": ("describe_features",),
     "discovery.discover": ("discover",),
     "editing.applied": ("edited",),
     "editing.declaration": ("Edit", "load_edits", "save_edits"),
@@ -70,8 +72,8 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 
 __all__ = [
     "BehaviourSearchOptions", "Circuit", "DiscoverOptions", "Edit", "PromptSet", "ShiftOptions", "SuiteOptions",
-    "ablate", "compare_circuits", "compare_methods", "discover", "edited", "evaluate_suite", "faithfulness",
-    "find_behaviours", "head_loadings", "learn_edge_mask", "learn_mask", "load_edits", "load_prompts",
+    "ablate", "compare_circuits", "compare_methods", "describe_features", "discover", "edited", "evaluate_suite",
+    "faithfulness", "find_behaviours", "head_loadings", "learn_edge_mask", "learn_mask", "load_edits", "load_prompts",
     "qk_attribution", "save_edits", "shift", "steer", "targeted_perturbation", "validate", "verify",
 ]  # fmt: skip
 

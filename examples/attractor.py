@@ -16,7 +16,7 @@ from pathlib import Path
 
 import tyro
 
-from circuits import discover, faithfulness, load_prompts
+from circuits import describe_features, discover, faithfulness, load_prompts
 from circuits.options import FaithfulnessOptions
 from circuits.prompts.dataset import PromptSet
 from examples.agreement import MODEL, prompts, text
@@ -53,6 +53,7 @@ def main(
     curve = faithfulness(circuit, held_out, FaithfulnessOptions(start_site=start, random=1), sizes=(10, 50))
     print(f"\non other nouns and verbs, from {start or 'the first site'} on:\n{curve.table()}")
     out.mkdir(parents=True, exist_ok=True)
+    describe_features(circuit)
     drawing = circuit.plot(out / "attractor.svg", title="Agreement with an attractor", overwrite=True)
     print(f"\nwrote {drawing}")
     return drawing

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import tyro
 
-from circuits import Circuit, Edit, discover, save_edits
+from circuits import Circuit, Edit, describe_features, discover, save_edits
 from circuits.editing.edit import EditOptions, measure_edit
 from circuits.prompts.dataset import PromptSet, make_prompts
 from circuits.prompts.formats import Example
@@ -79,6 +79,7 @@ def main(out: Path = Path("runs/mended"), saes: Path | None = None, tokens: int 
     print(f"on other names the model is right about the subject in {before:.0%}; with {best} features of the")
     print(f"attractor set to zero in {after:.0%}, with as many random ones in {random:.0%}")
     out.mkdir(parents=True, exist_ok=True)
+    describe_features(circuit)
     drawing = circuit.plot(out / "attractor.svg", title="Why the nearer name wins", overwrite=True)
     save_edits(Edit(chosen, "zero"), out / "mended.json", overwrite=True)
     print(f"wrote {drawing} and {out / 'mended.json'}")

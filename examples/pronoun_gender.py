@@ -15,7 +15,7 @@ from pathlib import Path
 
 import tyro
 
-from circuits import ablate, discover, faithfulness, load_prompts
+from circuits import ablate, describe_features, discover, faithfulness, load_prompts
 from circuits.options import FaithfulnessOptions
 from examples import tinystories
 
@@ -42,6 +42,7 @@ def main(
     print(f"\nhow much of it so many nodes carry on other pairs:\n{curve.table()}")
     print(f"\n{ablate(circuit.strongest_features(10), held_out).text()}")
     out.mkdir(parents=True, exist_ok=True)
+    describe_features(circuit)
     drawing = circuit.plot(out / "gender.svg", title="He or she in stories260K", overwrite=True)
     print(f"\nwrote {drawing}")
     return drawing

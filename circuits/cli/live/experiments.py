@@ -20,13 +20,14 @@ from torch import Tensor
 
 from circuits.attribution.activations import Setting, capture_activations
 from circuits.attribution.node_effects import attribute
-from circuits.cli.commands.circuits.discover import DiscoverCommand, describe_features
+from circuits.cli.commands.circuits.discover import DiscoverCommand
 from circuits.cli.commands.edits.edit import AblateCommand, SteerCommand
 from circuits.cli.live.jobs import Job
 from circuits.cli.live.open_run import OpenRun
 from circuits.cli.live.requests import FindCircuit, LookAt, TryEdit
 from circuits.cli.options import RunsCircuit, UsesSaes
 from circuits.cli.results import MADE_WITH, digest_of, made_with
+from circuits.discovery.description import describe_features
 from circuits.discovery.discover import discover
 from circuits.editing.applied import frozen
 from circuits.editing.edit import Trial
@@ -251,7 +252,7 @@ class Experiments(OpenRun):
         circuit = discover(self.model, self.circuit.saes, prompts, command.options, progress=False)
         job.say("progress", share=0.6)
         yield
-        features = describe_features(self.model, self.circuit.saes, circuit, prompts, texts=self._read_texts())
+        features = describe_features(circuit, self._read_texts())
         graph = circuit.graph(nodes=command.most_nodes, edges=command.edges, attributes=features)
         graph.metadata["title"] = f"{request.clean}{request.clean_answer} / {request.patch}{request.patch_answer}"
         while len(self.pages) >= CIRCUITS_KEPT:

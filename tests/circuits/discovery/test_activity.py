@@ -7,6 +7,8 @@ from dataclasses import replace
 import torch
 
 from circuits.discovery.activity import mean_activations, prompt_peaks
+from circuits.discovery.description import describe_features
+from circuits.discovery.discover import discover
 from tests.circuits.conftest import MIXED, with_spans
 
 
@@ -66,3 +68,14 @@ def test_cases_without_a_name_are_called_prompts(tiny_model, tiny_saes, tiny_pro
     uncased = replace(tiny_prompts, cases=[""] * len(tiny_prompts))
     means = mean_activations(tiny_model, tiny_saes, uncased, {site: torch.tensor([0])})
     assert list(means[f"{site.name}/0"]) == ["prompts"]
+
+
+def test_a_described_circuit_shows_words_and_cases(tiny_model, tiny_saes, tiny_prompts):
+    circuit = discover(tiny_model, tiny_saes, tiny_prompts, method="attrib", edge_nodes=6, progress=False)
+    described = describe_features(circuit)
+    for site, index in circuit.features_with_edges().items():
+        by_case = mean_activations(tiny_model, tiny_saes, tiny_prompts, {site: torch.tensor(index)})
+        for feature in index:
+            assert described[f"{site.name}/{feature}"]["by_case"] == by_case[f"{site.name}/{feature}"]
+    (node, *_) = [node for node in circuit._shown(6, 9).nodes() if node.kind == "feature"]
+    assert node.attributes["top_tokens"] == described[node.name]["top_tokens"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from circuits.circuit import Circuit
     from circuits.prompts.dataset import PromptSet
     from graphs.feature_graph import FeatureGraph
-    from sae.autoencoder import SparseAutoencoder
-    from sae.model.language_model import LanguageModel
-    from sae.model.sites import Site
 
 
 NODES = 100
@@ -88,6 +85,7 @@ class DiscoverCommand(UsesSaes, Overwrites, SharesWork, HasSaes, HasModel):
         from circuits.circuit import PARTIAL_FOLDER
         from circuits.cli.common import load_checked_saes, load_model
         from circuits.discovery.cost import estimate_discovery
+        from circuits.discovery.description import describe_features
         from circuits.discovery.discover import discover
         from circuits.metrics.metrics import absolute, get_metric
         from circuits.metrics.probe import visible_sites
@@ -113,8 +111,7 @@ class DiscoverCommand(UsesSaes, Overwrites, SharesWork, HasSaes, HasModel):
             return Output("", {})
         circuit = self._examined(circuit, prompts)
         texts = TextSource.of(self.text).read() if self.text else None
-        features = describe_features(model, saes, circuit, prompts, texts=texts)
-        circuit.features.update(features)
+        features = describe_features(circuit, texts)
         graph = self._write(circuit, features, folder)
         counts = {"nodes": len(graph) - 1, "edges": graph.graph.number_of_edges()}
         data = {**circuit.metadata, "kept": counts, "circuit": str(folder), "estimate": None}
@@ -210,36 +207,6 @@ class DiscoverCommand(UsesSaes, Overwrites, SharesWork, HasSaes, HasModel):
             "need_spans": self._needs_spans(),
             "title": self.title or f"{Path(self.prompts).stem} in {Path(self.model).name}",
         }
-
-
-def describe_features(
-    model: LanguageModel,
-    saes: Mapping[Site, SparseAutoencoder],
-    circuit: Circuit,
-    prompts: PromptSet,
-    *,
-    texts: Iterable[str] | None,
-) -> dict[str, dict[str, Any]]:
-    """Describe the features with edges: top tokens and contexts in some text, the prompts by default, and mean
-    activations by case and span of the prompts.
-
-    Returns:
-        `resid_3/120` -> its description as plain JSON.
-    """
-    import torch
-
-    from circuits.discovery.activity import mean_activations
-    from sae.features.contexts import top_contexts
-
-    features = circuit.features_with_edges()
-    by_case = mean_activations(model, saes, prompts, {site: torch.tensor(index) for site, index in features.items()})
-    contexts = top_contexts(model, saes, texts or prompts.texts, features)
-    described = {f"{site.name}/{feature}": summary.to_dict() for (site, feature), summary in contexts.items()}
-    return {
-        name: {key: value for key, value in summary.items() if key not in ("site", "index")}
-        | {"by_case": by_case[name]}
-        for name, summary in described.items()
-    }
 
 
 def set_edits_aside(run: Path) -> None:

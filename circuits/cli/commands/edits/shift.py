@@ -131,8 +131,9 @@ class ShiftCommand(Named, _Labelled):
 
     def _found(self, prepared: Prepared, folder: Path, found_with: dict[str, Any]) -> Circuit:
         from circuits.circuit import EFFECTS_FILE, FEATURES_FILE, GRAPH_FILE
-        from circuits.cli.commands.circuits.discover import describe_features, set_edits_aside
+        from circuits.cli.commands.circuits.discover import set_edits_aside
         from circuits.cli.common import absolute_path
+        from circuits.discovery.description import describe_features
         from circuits.metrics.probe import save_probe
 
         study = prepared.study
@@ -152,8 +153,7 @@ class ShiftCommand(Named, _Labelled):
             model=absolute_path(self.model), saes=absolute_path(self.saes), site_paths=self.site_paths,
             shift=found_with, title=f"probe of {self.options.intended} in {Path(self.model).name}", **as_prompts,
         )  # fmt: skip
-        features = describe_features(study.model, study.saes, circuit, texts.prompts, texts=None)
-        circuit.features.update(features)
+        features = describe_features(circuit, prompts=texts.prompts)
         write_json(folder / FEATURES_FILE, {"schema_version": 1, "features": features})
         circuit.save(folder)
         return circuit

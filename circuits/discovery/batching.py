@@ -24,8 +24,8 @@ from circuits.options import DiscoverOptions, members
 from circuits.prompts.dataset import PromptSet
 from sae._run.processes import Processes, current
 from sae.autoencoder import SparseAutoencoder
+from sae.model.activation_checkpointing import Checkpointed
 from sae.model.language_model import LanguageModel
-from sae.model.remote import Blocks
 from sae.model.sites import Site, select_sites
 
 GIB = 2**30
@@ -70,7 +70,7 @@ class DiscoveryRun:
             check_edges(setting.saes)
         prompts = setting.prepare(prompts, differentiable=True)
         if not model.server and backward_bytes(setting.model, prompts.clean.n_positions) > options.memory * GIB:
-            setting = replace(setting, model=Blocks.of(setting.model))
+            setting = replace(setting, model=Checkpointed.of(setting.model))
         return DiscoveryRun(setting, prompts, options, progress=progress)
 
     @property
@@ -116,16 +116,16 @@ def backward_bytes(model: LanguageModel, n_positions: int) -> int:
     """Bytes that a prompt keeps for its backward pass.
 
     Per token and layer: about 16 d of residual stream, norms, queries, keys and values, 3 d_ff of the MLP, and the
-    attention probabilities, H S; all in the model's dtype; where it keeps one layer alone (`Blocks`) of that, and what
-    stands at all sites, and its gradient. And the logits where they are read, their gradient, and what
-    a metric makes of them, which outweigh all else in a small model of a large vocabulary.
+    attention probabilities, H S; all in the model's dtype; where it keeps one layer alone (`Checkpointed`) of that, and
+    what stands at all sites, and its gradient. And the logits where they are read, their gradient, and what a metric
+    makes of them, which outweigh all else in a small model of a large vocabulary.
     """
     config: Any = model.architecture.config
     width = model.d_model
     inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * width
     heads = getattr(config, "num_attention_heads", 1)
-    per_token = (1 if model.blocks else model.n_layers) * (16 * width + 3 * inner + heads * n_positions)
-    at_sites = 2 * state_bytes(model, model.sites, n_positions) if model.blocks else 0
+    per_token = (1 if model.checkpointed else model.n_layers) * (16 * width + 3 * inner + heads * n_positions)
+    at_sites = 2 * state_bytes(model, model.sites, n_positions) if model.checkpointed else 0
     return per_token * n_positions * model.dtype.itemsize + at_sites + logit_bytes(model, n_positions)
 
 

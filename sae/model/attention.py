@@ -5,6 +5,13 @@ that the model's config names. While `attention_heads` lasts the name is one of 
 with the graph that leads there, and computes the same by the architecture's own written-out attention, which says the
 weights. Weights may be given instead, such as those of another run of the same text.
 
+An edit of a model whose attention is frozen acts through what heads copy, not through where they look: of the two ways
+in which an earlier feature reaches a later one, the straight one alone (`freeze_attention` of circuit-tracer).
+
+1. The text is run without edits; every head's weights [B, H, S, S] are kept while the batch runs.
+2. The edited run multiplies these with its own values. Norms and MLPs see what they see.
+3. In generation the prompt's tokens attend as in the unedited model, the tokens generated after them as they do.
+
 Legend: B examples, S positions, H heads of queries, G heads of keys (H is a multiple of G), d_h width of a head.
 """
 
@@ -15,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +37,9 @@ LARGE_WEIGHT = 1e-4
 """Attention weights above this are compared with the scores."""
 AGREE_WITHIN, AGREE_WITHIN_16_BIT = 1e-3, 0.2
 """How far logarithms of weights and scores may be apart."""
+FROZEN_WITHIN, FROZEN_WITHIN_16_BIT = 1e-4, 5e-2
+"""How far logits may move, of their largest, when every head is given the weights it has anyway."""
+_CAN_FREEZE: WeakSet[nn.Module] = WeakSet()
 
 
 @dataclass(frozen=True)
@@ -181,3 +191,44 @@ def _written_out(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:
     raise UserError(
         f"{type(module).__name__} has no attention that is written out step by step: its heads are not seen"
     )
+
+
+# --- attention that stays where it is ---------------------------------------------------------------------------------
+
+
+@contextmanager
+def as_unedited(hf: nn.Module, run_unedited: Callable[[], object]) -> Iterator[None]:
+    """Runs of a text in this context attend as `run_unedited()`, a run of the same text, does."""
+    with torch.no_grad(), attention_heads(hf) as heads:
+        run_unedited()
+    with attention_heads(hf, weights=_weights(heads)):
+        yield
+
+
+@torch.no_grad()
+def check_can_freeze(model: Any) -> None:
+    """`UserError` unless all attention of a `LanguageModel` is weights times values. Tried once for each model."""
+    if model.hf in _CAN_FREEZE:
+        return
+    tokens = model.probe_tokens()
+    logits = model.run(tokens).logits
+    with attention_heads(model.hf) as heads:
+        model.run(tokens)
+    unseen = [str(site) for site in model.sites if site.kind == "attn" and site.layer not in heads]
+    if not heads or unseen:
+        raise UserError(
+            f"the attention of model {model.name!r} cannot be frozen: {unseen[0] if unseen else 'it'} does not call "
+            "one of transformers' attention functions; leave out freeze"
+        )
+    with attention_heads(model.hf, weights=_weights(heads)):
+        moved = (model.run(tokens).logits - logits).abs().max() / logits.abs().max()
+    if moved > (FROZEN_WITHIN if is_exact(model.dtype) else FROZEN_WITHIN_16_BIT):
+        raise UserError(
+            f"the attention of model {model.name!r} cannot be frozen: it is more than weights times values (logits "
+            f"move by {moved:.2g} of their size); leave out freeze"
+        )
+    _CAN_FREEZE.add(model.hf)
+
+
+def _weights(heads: dict[int, AttentionHeads]) -> dict[int, Tensor]:
+    return {layer: of_layer.weights for layer, of_layer in heads.items()}

@@ -23,13 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from sae.errors import UserError
+from sae.model.activation_checkpointing import Checkpointed
+from sae.model.attention import as_unedited, check_can_freeze
 from sae.model.device_map import home_device
 from sae.model.forward import Run, fitted, forward_inputs, outside_inference_mode, probe_tokens, run_by_length
-from sae.model.frozen_attention import as_unedited, check_can_freeze
 from sae.model.generation import generate
 from sae.model.hook_points import Columns, HookPoint, SiteEdit, StandingEdit, after_standing, chained, edited
 from sae.model.huggingface import evaluation_mode, fingerprints, max_positions, stored_fingerprints
-from sae.model.remote import Blocks, Server
+from sae.model.remote import Server
 from sae.model.site_handles import (
     ReadPoints,
     base_path,
@@ -66,7 +67,7 @@ class LanguageModel:
     ) -> None:
         self._hf: Any = hf
         self.server = server  # the model elsewhere that runs are asked of; None where it is in this process
-        self.blocks: Blocks | None = None  # see `Blocks.of`
+        self.checkpointed: Checkpointed | None = None  # see `Checkpointed.of`
         self.name = name
         self.fingerprints: tuple[str, ...] = stored_as or fingerprints(hf)
         self.default_paths = default_paths(hf, name)
@@ -238,7 +239,7 @@ class LanguageModel:
         standing = {site: edit for site, edit in standing.items() if site not in {*hidden, *skip}}
         edits = after_standing(standing, edits, Columns(tokens.to(self.device), 0, tokens.n_positions))
         values = fitted({site: x for site, x in skip.items() if site not in hidden}, self, rows=len(tokens))
-        if (runner := (self.blocks if grad else None) or self.server) is not None:
+        if (runner := (self.checkpointed if grad else None) or self.server) is not None:
             return runner.run(self, tokens, captured, edits, values, grad=grad, **options)
         leaf = self._leaf if grad and not any(x.requires_grad for x in values.values()) else None
         points = [self._point(site) for site in sorted({*captured, *edits, *values}, key=self._when)]
@@ -365,14 +366,9 @@ class LanguageModel:
         return layer, 0.0 if site.kind in READ_KINDS and site in self.reads.early else order
 
     def _trace(
-        self,
-        tokens: Tokens,
-        visits: Iterable[Callable[[], None]],
-        *,
-        grad: bool = False,
-        last_only: bool = False,
+        self, tokens: Tokens, visits: Iterable[Callable[[], None]], *, grad: bool = False, last_only: bool = False,
         need_logits: bool = True,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Make the visits, which are in forward order, in one run, and return the logits; none are empty."""
         root = self._root if need_logits else self._base
         inputs = forward_inputs(root._module, tokens.to(self.device), last_only=last_only)

@@ -9,7 +9,7 @@ from circuits.discovery.batching import GIB, DiscoveryRun, backward_bytes
 from circuits.discovery.discover import discover
 from circuits.options import DiscoverOptions
 from sae._peak_memory import peak_memory
-from sae.model.remote import Blocks
+from sae.model.activation_checkpointing import Checkpointed
 from sae.neurons import mlp_neuron_dictionaries, neuron_dictionaries
 
 
@@ -23,14 +23,14 @@ def test_effects_and_edges_are_the_same(family, make_tiny_model, tiny_prompts):
     for method in ("ig", "attrib"):
         options = [DiscoverOptions(method=method, steps=2, edge_nodes=8, memory=memory) for memory in (1.0, small)]
         runs = [DiscoveryRun.of(model, saes, prompts, one) for one in options]
-        assert runs[0].setting.model.blocks is None and runs[1].setting.model.blocks is not None
+        assert runs[0].setting.model.checkpointed is None and runs[1].setting.model.checkpointed is not None
         expected, circuit = (discover(model, saes, prompts, one, progress=False) for one in options)
         for site, nodes in expected.nodes.items():
             torch.testing.assert_close(circuit.nodes[site].effect, nodes.effect, rtol=1e-4, atol=1e-6)
         assert circuit.edges.keys() == expected.edges.keys()
         for pair, weights in expected.edges.items():
             torch.testing.assert_close(circuit.edges[pair], weights, rtol=1e-4, atol=1e-6)
-    assert model.blocks is None
+    assert model.checkpointed is None
 
 
 def test_memory_is_that_of_one_block(make_tiny_model):
@@ -42,5 +42,7 @@ def test_memory_is_that_of_one_block(make_tiny_model):
         run = one.run(tokens, capture=[model.sites[0]], grad=True, last_only=True)
         run.gradients(run.logits.sum(), [model.sites[0]])
 
-    plain, cut = (peak_memory(lambda one=one: backward(one), torch.device("cpu")) for one in (model, Blocks.of(model)))
+    plain, cut = (
+        peak_memory(lambda one=one: backward(one), torch.device("cpu")) for one in (model, Checkpointed.of(model))
+    )
     assert cut < 0.5 * plain

@@ -1,9 +1,10 @@
 """From prompts to a sparse feature circuit, and from the circuit back to the model's behaviour.
 
-    from circuits import ablate, discover, faithfulness, load_prompts
+    from circuits import ablate, describe_features, discover, faithfulness, load_prompts
 
     pairs, held_out = load_prompts("train.jsonl", model), load_prompts("test.jsonl", model)
     circuit = discover(model, saes, pairs)
+    describe_features(circuit)
     circuit.plot("circuit.svg")
     faithfulness(circuit, held_out).to_frame()
     ablate(circuit.strongest_features(10), held_out)

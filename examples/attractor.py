@@ -44,6 +44,7 @@ def main(
     held_out = with_attractor(load_prompts(prompts("nounpp", "test"), model, limit=examples))
 
     circuit = discover(model, dictionaries, pairs, aggregation="spans", edge_nodes=60)
+    describe_features(circuit)
     effects = circuit.nodes_frame().groupby("position")["effect"].agg(lambda x: x.abs().sum())
     shares = (effects / effects.sum()).sort_values(ascending=False)
     print(f"{len(pairs)} prompts such as {pairs.texts[0]!r}; where the effects sit:")
@@ -53,7 +54,6 @@ def main(
     curve = faithfulness(circuit, held_out, FaithfulnessOptions(start_site=start, random=1), sizes=(10, 50))
     print(f"\non other nouns and verbs, from {start or 'the first site'} on:\n{curve.table()}")
     out.mkdir(parents=True, exist_ok=True)
-    describe_features(circuit)
     drawing = circuit.plot(out / "attractor.svg", title="Agreement with an attractor", overwrite=True)
     print(f"\nwrote {drawing}")
     return drawing

@@ -64,6 +64,7 @@ def main(out: Path = Path("runs/mended"), saes: Path | None = None, tokens: int 
     model, dictionaries = tinystories.open_model(out, saes, tokens)
     train, test = (error_prompts(model, split) for split in ("train", "test"))
     circuit = discover(model, dictionaries, train, aggregation="spans", edge_nodes=60)
+    describe_features(circuit)
     names = [
         name
         for name in circuit.nodes_frame()["node"]
@@ -79,7 +80,6 @@ def main(out: Path = Path("runs/mended"), saes: Path | None = None, tokens: int 
     print(f"on other names the model is right about the subject in {before:.0%}; with {best} features of the")
     print(f"attractor set to zero in {after:.0%}, with as many random ones in {random:.0%}")
     out.mkdir(parents=True, exist_ok=True)
-    describe_features(circuit)
     drawing = circuit.plot(out / "attractor.svg", title="Why the nearer name wins", overwrite=True)
     save_edits(Edit(chosen, "zero"), out / "mended.json", overwrite=True)
     print(f"wrote {drawing} and {out / 'mended.json'}")

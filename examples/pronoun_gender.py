@@ -37,12 +37,12 @@ def main(
     pairs = load_prompts(tinystories.PRONOUNS / "train.jsonl", model, limit=examples)
     held_out = load_prompts(tinystories.PRONOUNS / "test.jsonl", model, limit=examples)
     circuit = discover(model, dictionaries, pairs, edge_nodes=60)
+    describe_features(circuit)
     print(circuit.text())
     curve = faithfulness(circuit, held_out, FaithfulnessOptions(random=1), sizes=(10, 50, 100))
     print(f"\nhow much of it so many nodes carry on other pairs:\n{curve.table()}")
     print(f"\n{ablate(circuit.strongest_features(10), held_out).text()}")
     out.mkdir(parents=True, exist_ok=True)
-    describe_features(circuit)
     drawing = circuit.plot(out / "gender.svg", title="He or she in stories260K", overwrite=True)
     print(f"\nwrote {drawing}")
     return drawing

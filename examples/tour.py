@@ -15,12 +15,15 @@ def _():
 
     import marimo as mo
 
-    from circuits import ablate, discover, faithfulness, load_prompts
+    from circuits import ablate, describe_features, discover, faithfulness, load_prompts
     from sae import TrainConfig, load_model, train_saes
 
     agreement = Path(__file__).parent / "agreement"
     run = tempfile.mkdtemp()
-    return TrainConfig, ablate, agreement, discover, faithfulness, load_model, load_prompts, mo, run, train_saes
+    return (
+        TrainConfig, ablate, agreement, describe_features, discover, faithfulness, load_model, load_prompts, mo, run,
+        train_saes,
+    )  # fmt: skip
 
 
 @app.cell
@@ -55,8 +58,9 @@ def _(TrainConfig, agreement, load_model, load_prompts, run, train_saes):
 
 
 @app.cell
-def _(discover, model, pairs, saes):
+def _(describe_features, discover, model, pairs, saes):
     circuit = discover(model, saes, pairs, aggregation="spans", steps=2, edge_nodes=40)
+    describe_features(circuit)
     circuit
     return (circuit,)
 

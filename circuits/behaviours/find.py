@@ -30,6 +30,7 @@ from circuits.discovery.resume import ResumeFolder, identity_of, interrupted, re
 from circuits.options import DiscoverOptions
 from sae._files import prepare_folder, remove_temporary, write_json, write_text
 from sae._progress import ProgressBar
+from sae._run.contents import BEHAVIOUR, remove
 from sae.autoencoder import SparseAutoencoder
 from sae.features.contexts import top_contexts
 from sae.model.language_model import LanguageModel
@@ -90,6 +91,8 @@ def find_behaviours(
             bar.update()
     _describe(setting, circuits, contexts)
     if out is not None:
+        for folder in set(Path(out).glob("cluster_*")) - {Path(out) / cluster.name for cluster in chosen}:
+            remove(folder, BEHAVIOUR)  # of a search that was killed, and was for more clusters
         for rank, circuit in circuits.items():
             write_json(
                 Path(out) / clusters[rank - 1].name / "circuit" / FEATURES_FILE,

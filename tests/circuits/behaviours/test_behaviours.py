@@ -133,6 +133,11 @@ def test_an_interrupted_search_ends_the_same(setting, tmp_path, monkeypatch):
         model, saes, TEXTS, replace(OPTIONS, nodes=3), out=folder, resume=True, progress=False
     )  # fmt: skip
     assert {circuit.metadata["options"]["edge_nodes"] for circuit in fewer.circuits.values()} == {3}
+    (folder / "cluster_02" / "notes.txt").write_text("mine")
+    one = replace(OPTIONS, circuits=1)
+    find.find_behaviours(model, saes, TEXTS, one, out=folder, resume=True, progress=False)
+    assert (folder / "cluster_01" / "circuit" / "circuit.json").is_file()
+    assert [path.name for path in (folder / "cluster_02").iterdir() if path.name != "graph"] == ["notes.txt"]
 
 
 def test_clusters_are_those_of_average_linkage():

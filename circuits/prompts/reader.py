@@ -160,7 +160,7 @@ def _token_problem(clean: list[int], patch: list[int], model: LanguageModel, *, 
         return "clean and patch differ in token length"
     if clean == patch and paired:
         return "clean and patch are the same tokens"
-    limit = getattr(model.architecture.config, "max_position_embeddings", None)
+    limit = model.max_positions
     return "longer than the model's context" if limit is not None and len(clean) > limit else None
 
 

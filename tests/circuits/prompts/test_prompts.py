@@ -20,7 +20,8 @@ from circuits.prompts.spans import parse_spans
 from sae.errors import UserError
 from sae.model.language_model import Tokens
 from sae.model.load import load_model
-from tests.conftest import tiny_hf
+from tests.conftest import WORDS, tiny_hf, word_tokenizer
+from tests.tiny_models import tiny_model
 
 PAIR = {
     "clean_prefix": "the cat",
@@ -489,3 +490,12 @@ def test_prompts_are_aligned_by_the_rule_that_covers_most(tiny_model):
     test = make_prompts([Example(text, (" the",), template="x") for text in texts], tiny_model)
     _, measured, left_out = aligned(train, test, "mean")
     assert len(measured) == 2 and left_out == 3 and measured.template_rule == "field"
+
+
+def test_a_context_is_one_whatever_the_config_calls_it():
+    """MPT says max_seq_len, a multimodal model says it of its text model."""
+    model = load_model(tiny_model("mpt"), tokenizer=word_tokenizer(), device="cpu")
+    assert model.max_positions == 64
+    examples = [Example(f"{WORDS[0]} " * 65, (f" {WORDS[1]}",)), Example(WORDS[0], (f" {WORDS[1]}",))]
+    prompts = make_prompts(examples, model)
+    assert prompts.rejected == {"longer than the model's context": 1}

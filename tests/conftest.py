@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # these before torch is imported
@@ -56,13 +57,20 @@ FORKED = pytest.StashKey[ForkedCommands]()
 @pytest.fixture(autouse=True)
 def _reproducible() -> None:
     torch.set_num_threads(THREADS)
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "shared_dir" in getattr(item, "fixturenames", ()):
             item.add_marker("needs_shared")
+
+
+def pytest_collection_finish() -> None:
+    """Let pytest listen to torch through the root logger, not through each of its sixty, six times a test."""
+    for name in list(logging.root.manager.loggerDict):
+        if name.partition(".")[0] == "torch":
+            logging.getLogger(name).propagate = True
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -65,16 +65,16 @@ def test_attribution_patching_is_the_gradient_of_spliced_leaves(tiny_model, tiny
 @pytest.mark.parametrize("architecture", MODEL_FAMILIES)
 def test_integrated_gradients_are_complete(make_tiny_model, make_saes, tiny_prompts, architecture):
     """The effects of a site add up to the measured effect of patching it, example by example, as nodes are added."""
-    model = make_tiny_model(architecture)
+    model, prompts = make_tiny_model(architecture), tiny_prompts[:4]
     saes = make_saes(model)
-    states = capture_activations(Setting(model, saes, logit_difference), tiny_prompts, sites=model.sites)
+    states = capture_activations(Setting(model, saes, logit_difference), prompts, sites=model.sites)
     for site in model.sites:
         measured = site_total_effect(states, site=site)
         gap = {}
         for steps in (2, 40):
-            gradient = integrated_gradients(states, site=site, steps=steps, max_rows=24)
+            gradient = integrated_gradients(states, site=site, steps=steps, max_rows=160)
             effects = contract_gradient(saes[site], states.clean[site], states.patch[site], gradient, mask=states.mask)
-            gap[steps] = (effects.per_example(len(tiny_prompts)) - measured).abs().max()
+            gap[steps] = (effects.per_example(len(prompts)) - measured).abs().max()
         assert gap[40] < 2e-3 * measured.abs().max() + 1e-5, site
         assert gap[40] <= gap[2] + 1e-6
 
@@ -100,10 +100,11 @@ def test_quadrature_rules_integrate_polynomials():
 
 
 @pytest.mark.parametrize("joint", [True, False])
-def test_exact_patching_is_a_loop_over_nodes(tiny_model, tiny_saes, tiny_prompts, states, joint):
+def test_exact_patching_is_a_loop_over_nodes(tiny_model, tiny_saes, tiny_prompts, joint):
     """Every (example, [position,] node) patched alone by a plain edit of the full model."""
     site = Site.parse("attn_1")
-    sae = tiny_saes[site]
+    sae, prompts = tiny_saes[site], tiny_prompts[:2]  # of both lengths
+    states = capture_activations(Setting(tiny_model, {site: sae}, logit_difference), prompts, sites=[site])
     positions = positions_by("sum" if joint else "position", states.prompts)
     effects = exact_effects(states, site=site, positions=positions, max_rows=7)
     f_clean, f_patch = sae.encode(states.clean[site]), sae.encode(states.patch[site])

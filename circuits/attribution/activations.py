@@ -23,7 +23,6 @@ from circuits.metrics.probe import read_by
 from circuits.prompts.dataset import PromptSet
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError
-from sae.model.checks import check_finite
 from sae.model.language_model import LanguageModel, Tokens
 from sae.model.sites import READ_KINDS, Site
 from sae.saes import SAEs, as_saes
@@ -175,7 +174,7 @@ def capture_activations(
         patch = nothing(setting, clean)
         return ActivationPair(setting, prompts, clean, patch, True, m_clean, None, model.n_layers - 1, gradients)
     other = model.run(prompts.patch, capture=with_reads(setting, sites), last_only=True)
-    check_finite(other)
+    other.check_finite()
     with torch.no_grad():
         m_patch = setting.metric(other.logits[:, -1], prompts)
     return ActivationPair(
@@ -191,7 +190,7 @@ def clean_run(
     """
     with torch.set_grad_enabled(gradient):
         run = setting.model.run(prompts.clean, capture=with_reads(setting, sites), last_only=True, grad=gradient)
-        check_finite(run)
+        run.check_finite()
         m = setting.metric(run.logits[:, -1], prompts)
         if not gradient:
             return run.activations, m, None

@@ -19,8 +19,8 @@ from circuits.editing.applied import edited
 from circuits.editing.declaration import Edit, save_edits
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError
-from sae.model.checks import relative_difference
 from sae.model.device_map import is_spread
+from sae.model.forward import relative_difference
 from sae.model.language_model import LanguageModel
 from sae.model.load import load_model
 from sae.model.sites import Site

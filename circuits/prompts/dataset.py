@@ -44,9 +44,8 @@ from circuits.prompts.alignment import (
     template_of,
     words_of,
 )
-from circuits.prompts.chat import with_rendered_chats
 from circuits.prompts.formats import Example, read_examples
-from circuits.prompts.reader import Reader, Row, check_ids, choose
+from circuits.prompts.reader import Reader, Row, check_ids, choose, with_rendered_chats
 from circuits.prompts.spans import has_fields, number_spans
 from sae.errors import UserError, unknown
 from sae.model.language_model import LanguageModel, Tokens

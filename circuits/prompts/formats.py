@@ -9,7 +9,7 @@
    is theirs: the mean logit of the right years minus that of the wrong ones.
 5. **Answer sets** (AutoCircuit): JSON `{"prompts": [{"clean", "corrupt", "answers": [...], "wrong_answers": [...]}]}`.
 6. **Conversations**: JSON lines `{"messages": [{"role", "content"}], "patch_messages", "clean_answer", "patch_answer",
-   "case"}`, which the model's chat template turns into text (`circuits.prompts.chat`).
+   "case"}`, which the model's chat template turns into text (`circuits.prompts.reader`).
 7. **MIB rows** (`mib-bench/*` on the hub): `{"prompt", "*_counterfactual": {...}}` with the answer of each as a number
    or letter among `choices` (`answerKey`; multiple choice and ARC), as a `label` (arithmetic), or as the names of
    `metadata` (IOI: the indirect object is right, the subject wrong). A row without a counterfactual prompt counts as an

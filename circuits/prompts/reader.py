@@ -1,6 +1,10 @@
 """Examples to rows of tokens: which can be used, with the ids of their answers and the span of every token, and why
 others cannot.
 
+Conversations become text by the model's own chat template. The text ends where the assistant's answer begins; where the
+last message is the assistant's, the answer goes on behind what it says. A beginning-of-text token that the template
+writes is not doubled (`TokenizerWrapper.prompt_ids`).
+
 The metric reads every answer after the clean prompt and after the patch prompt. Its token is what it adds to theirs:
 
 1. An answer continues the prompt's text as it is written: its token is tokens(prompt + answer) minus tokens(prompt), of
@@ -27,9 +31,9 @@ Where a number of examples is asked for, they are the first ones, unless these m
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from circuits.prompts.formats import Example
 from circuits.prompts.spans import Range, Span, SpanProblem, has_fields, spans_of_template, token_spans
@@ -162,6 +166,49 @@ def _token_problem(clean: list[int], patch: list[int], model: LanguageModel, *, 
         return "clean and patch are the same tokens"
     limit = model.max_positions
     return "longer than the model's context" if limit is not None and len(clean) > limit else None
+
+
+# ------------------------------------------------------------------------------------------ conversations
+
+
+def with_rendered_chats(examples: Sequence[Example], tokenizer: Any, name: str) -> list[Example]:
+    """The examples with the text of their conversations as prompts; those that are text stay as they are.
+
+    Args:
+        examples: prompts, any of which may have `messages` and `patch_messages` in place of text.
+        tokenizer: that of the model, whose chat template is used.
+        name: what the examples are called in errors.
+
+    Raises:
+        UserError: the tokenizer has no chat template, or its template refuses the messages.
+    """
+    return [
+        example
+        if not example.messages
+        else replace(
+            example,
+            clean=_chat_text(example.messages, tokenizer, name),
+            patch=_chat_text(example.patch_messages, tokenizer, name) if example.patch_messages else None,
+            messages=(),
+            patch_messages=(),
+        )
+        for example in examples
+    ]
+
+
+def _chat_text(messages: Sequence[Mapping[str, str]], tokenizer: Any, name: str) -> str:
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError(
+            f"{name} has messages, and this model's tokenizer has no chat template: write prompts as text, "
+            "clean_prefix and patch_prefix, or take the model's instruction-tuned version"
+        )
+    goes_on = messages[-1]["role"] == "assistant"
+    try:
+        return tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=not goes_on, continue_final_message=goes_on
+        )
+    except Exception as error:  # templates are programs, which raise what they like
+        raise UserError(f"{name}: the model's chat template refuses {list(messages)}: {error}") from None
 
 
 # ------------------------------------------------------------------------------------------ answers

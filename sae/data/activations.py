@@ -25,7 +25,6 @@ from sae.autoencoder import EXCLUDE_SPECIAL, PREPEND_BOS
 from sae.data.batches import CONTEXT_LENGTH, counted_tokens
 from sae.data.text import TextSource
 from sae.errors import UserError
-from sae.model.checks import check_finite
 from sae.model.language_model import LanguageModel
 from sae.model.sites import Site
 from sae.model.tokens import Tokens
@@ -225,6 +224,6 @@ class ModelActivations:
     def forward(self, tokens: Tokens, keep: Tensor) -> dict[Site, Tensor]:
         """Activations [n, width] of the n tokens that count, by site."""
         run = self.model.run(tokens.to(self.model.device), capture=self.sites, need_logits=False)
-        check_finite(run)
+        run.check_finite()
         counted = keep.to(self.model.device)
         return {site: x[counted] for site, x in run.activations.items()}

@@ -30,7 +30,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from sae.errors import UserError
-from sae.model.site_search import is_exact
+from sae.model.forward import is_exact
 
 NAME = "sfc_attention_heads"
 LARGE_WEIGHT = 1e-4

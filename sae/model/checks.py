@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from sae.errors import UserError
-from sae.model.forward import PROBE_ROWS, padding_tokens, with_gradients
+from sae.model.forward import PROBE_ROWS, is_exact, padding_tokens, relative_difference, with_gradients
 from sae.model.huggingface import quantization
 from sae.model.language_model import LanguageModel, Run
-from sae.model.site_search import TOLERANCE_16_BIT, block_sums, exactly, is_exact, tolerance
+from sae.model.site_search import TOLERANCE_16_BIT, block_sums, exactly, tolerance
 from sae.model.sites import Site
 from sae.model.tokens import Tokens
 
@@ -41,7 +41,7 @@ def check_model(model: LanguageModel) -> None:
                                                     (probe.attention_mask, varied.attention_mask))))  # fmt: skip
     plain = model.run(tokens, capture=model.sites)
     probed = Run({site: x[:n] for site, x in plain.activations.items()}, plain.logits[:n])
-    check_finite(probed)
+    probed.check_finite()
     padding_shows = _check_order(model, tokens, plain.logits)
     _check_sums(model, probed.activations)
     _check_copies(model, tokens, plain.logits)
@@ -49,24 +49,9 @@ def check_model(model: LanguageModel) -> None:
     _check_gradient(model, probe)
 
 
-def check_finite(run: Run) -> None:
-    """Raise UserError naming the first site whose activations hold NaN or infinity, or the logits."""
-    named = [(f"activations at site {site.name!r}", x) for site, x in run.activations.items()]
-    for name, x in [*named, ("logits", run.logits)]:
-        if not bool(torch.isfinite(x).all()):
-            count = int((~torch.isfinite(x)).sum())
-            raise UserError(f"{name}: {count} of {x.numel()} values are NaN or infinite; check weights and number type")
-
-
 def precision_of(model: LanguageModel) -> dict[str, str | None]:
     """Number type and quantisation of a model, which its activations depend on and its fingerprint does not."""
     return {"dtype": str(model.dtype).removeprefix("torch."), "quantize": quantization(model.architecture)}
-
-
-def relative_difference(x: Tensor, y: Tensor) -> float:
-    """max |x - y| / max |y|, in float32."""
-    x, y = x.detach().float(), y.detach().float()
-    return float((x - y).abs().max() / y.abs().max().clamp_min(torch.finfo(torch.float32).tiny))
 
 
 def _check_order(model: LanguageModel, tokens: Tokens, logits: Tensor) -> bool:

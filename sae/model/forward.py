@@ -47,6 +47,25 @@ class Run:
             raise RuntimeError("one of the sites does not reach what is differentiated")
         return cast(list[Tensor], gradients)
 
+    def check_finite(self) -> None:
+        """Raise UserError naming the first site whose activations hold NaN or infinity, or the logits."""
+        named = [(f"activations at site {site.name!r}", x) for site, x in self.activations.items()]
+        for name, x in [*named, ("logits", self.logits)]:
+            if not bool(torch.isfinite(x).all()):
+                n = int((~torch.isfinite(x)).sum())
+                raise UserError(f"{name}: {n} of {x.numel()} values are NaN or infinite; check weights and number type")
+
+
+def is_exact(x: Tensor | torch.dtype) -> bool:
+    """Whether numbers have at least the precision of float32."""
+    return (x.dtype if isinstance(x, Tensor) else x) in (torch.float32, torch.float64)
+
+
+def relative_difference(x: Tensor, y: Tensor) -> float:
+    """max |x - y| / max |y|, in float32."""
+    x, y = x.detach().float(), y.detach().float()
+    return float((x - y).abs().max() / y.abs().max().clamp_min(torch.finfo(torch.float32).tiny))
+
 
 def fitted(skip: Mapping[Site, Tensor], model: Any, *, rows: int) -> dict[Site, Tensor]:
     """Skip tensors in the number type of a `LanguageModel`, repeated to the rows of the batch; one copy for a shared

@@ -37,9 +37,8 @@ from transformers.activations import ACT2CLS
 
 from sae.errors import UserError
 from sae.model.device_map import fetched, is_offloaded
-from sae.model.forward import with_gradients
+from sae.model.forward import is_exact, with_gradients
 from sae.model.language_model import LanguageModel
-from sae.model.site_search import is_exact
 
 Linear = Callable[[Tensor, Tensor], Tensor]  # (x, y = module(x)) -> a tensor linear in x, with constants read off both
 

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from sae.model.device_map import home_device
+from sae.model.forward import is_exact
 from sae.model.hook_points import first
 from sae.model.sites import Site, SitePath
 
@@ -288,8 +289,3 @@ def _nearest(factor: float, constants: Sequence[float], x: Tensor) -> float:
 def tolerance(x: Tensor | torch.dtype) -> float:
     """Largest difference that rounding explains, relative to the largest value."""
     return TOLERANCE if is_exact(x) else TOLERANCE_16_BIT
-
-
-def is_exact(x: Tensor | torch.dtype) -> bool:
-    """Whether numbers have at least the precision of float32."""
-    return (x.dtype if isinstance(x, Tensor) else x) in (torch.float32, torch.float64)

@@ -37,7 +37,6 @@ from sae.data.activations import ContextStream
 from sae.data.batches import counted_tokens
 from sae.data.text import TextSource
 from sae.errors import UserError
-from sae.model.checks import check_finite
 from sae.model.forward import with_gradients
 from sae.model.hook_points import SiteEdit, with_read
 from sae.model.language_model import LanguageModel
@@ -79,7 +78,7 @@ def spliced_loss(
     """The loss of a batch with x replaced at the counted tokens [B, S]; see the head of this file."""
     reads = {site: sae.config.read_site(site) for site, sae in saes.items()}
     clean = model.run(tokens, capture={*reads, *reads.values()})
-    check_finite(clean)
+    clean.check_finite()
     edits: dict[Site, SiteEdit] = {}
     for site, sae in saes.items():
         edits |= with_read(site, reads[site], _splice(sae, counted))

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from sae.errors import UserError
-from sae.model.checks import check_finite
 from sae.model.language_model import LanguageModel, Run
 from sae.model.sites import Site
 
@@ -36,10 +35,10 @@ def test_non_finite_values_name_the_first_site(tiny_model: LanguageModel) -> Non
     tokens = tiny_model.tokenize(TEXTS)
     edits = {MLP_0: lambda x: x.index_fill(2, torch.tensor([3]), torch.nan)}
     with pytest.raises(UserError, match=r"activations at site 'mlp_0': 28 of 896 values are NaN"):
-        check_finite(tiny_model.run(tokens, capture=tiny_model.sites, edits=edits))
-    check_finite(tiny_model.run(tokens, capture=tiny_model.sites))
+        tiny_model.run(tokens, capture=tiny_model.sites, edits=edits).check_finite()
+    tiny_model.run(tokens, capture=tiny_model.sites).check_finite()
     with pytest.raises(UserError, match="logits"):
-        check_finite(Run({}, torch.tensor([[torch.inf]])))
+        Run({}, torch.tensor([[torch.inf]])).check_finite()
 
 
 def test_repeated_runs_leave_no_tensor_behind(tiny_model: LanguageModel) -> None:

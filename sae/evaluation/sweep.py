@@ -43,6 +43,7 @@ from sae.errors import UserError
 from sae.evaluation.evaluate import Evaluator
 from sae.evaluation.results import EVALUATION_FILE
 from sae.evaluation.sweep_results import SPLICED, SweepResults, SweepRow, number, rows_of
+from sae.model.checks import precision_of
 from sae.model.language_model import LanguageModel
 from sae.model.tokens import Tokens
 from sae.saes import load_saes
@@ -153,7 +154,7 @@ def _found(out: Path, name: str) -> dict[str, Any] | None:
 
 
 def check_measured(out: Path, names: Iterable[str], measured_on: Mapping[str, Any]) -> None:
-    """UserError where a config of a sweep was measured with other settings; those that are None are not looked at."""
+    """UserError where a config of a sweep was measured with other settings than those that are given."""
     for name in names:
         _check_replaceable(out, name, measured_on)
 
@@ -170,7 +171,7 @@ def _check_replaceable(out: Path, name: str, measured_on: Mapping[str, Any]) -> 
     differing = [
         f"{key.replace('_', '-')} {before.get(key)!r}, not {value!r}"
         for key, value in measured_on.items()
-        if value is not None and before.get(key) != value and key not in (*NAMES, "start")
+        if before.get(key) != value and key not in (*NAMES, "start")
     ]
     if differing:
         raise UserError(
@@ -242,10 +243,11 @@ def _metadata(path: Path) -> dict[str, str]:
 def evaluation_settings(
     model: LanguageModel | CachedModel, source: TextSource, *, tokens: int, context: int, start: int = 0
 ) -> dict[str, Any]:
-    """The settings of a measurement: everything it depends on beside the autoencoders."""
+    """The settings of a measurement: everything it depends on beside the autoencoders, as far as a cache tells it."""
     return {
         "model": model.name,
         "model_fingerprint": model.fingerprint,
+        **({} if isinstance(model, CachedModel) else precision_of(model)),
         "text": source.name,
         "text_fingerprint": source.fingerprint,
         "start": start,
@@ -262,18 +264,18 @@ def same_measurement(one: dict[str, Any] | None, other: dict[str, Any]) -> bool:
 def measured_rows(out: str, measured_on: Mapping[str, Any]) -> list[SweepRow]:
     """The rows of the finished sweep in a folder; UserError where it was measured in another model or on another text.
 
-    Where it begins in the text, and how many tokens were measured, may differ; those that are None are not looked at.
+    Where it begins in the text, and how many tokens were measured, may differ; settings that are not given too.
     """
     sweep, rows = Sweep.load(out), list[SweepRow]()
     for name in sweep.configs:
         before = _found(sweep.out, name)
         if before is None:
             raise UserError(f"{str(sweep.out / name)!r} was not measured: run that sweep again with --resume")
-        for key in ("model_fingerprint", "text_fingerprint", "context"):
-            if measured_on.get(key) not in (None, before.get(key)):
+        for key in ("model_fingerprint", "dtype", "quantize", "text_fingerprint", "context"):
+            if key in measured_on and measured_on[key] != before.get(key):
                 raise UserError(
                     f"{str(sweep.out / name)!r} was measured with {key.replace('_', '-')} {before.get(key)!r}, not "
-                    f"{measured_on[key]!r}: scaling laws compare sweeps on one text, give the same --eval-text"
+                    f"{measured_on[key]!r}: scaling laws compare sweeps on one text in one model, give the same options"
                 )
         rows += rows_of(sweep, name, read_json(_path(sweep.out, name)))
     return rows

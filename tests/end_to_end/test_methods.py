@@ -40,9 +40,9 @@ def test_compare_circuits(sfc, run_folder, tmp_path):
     small = ["--nodes", 10, "--shuffles", 20]
     result = sfc("compare-circuits", run_folder, run_folder / "circuit", "--out", tmp_path / "both", *small)
     assert result.status == 0, result.err
-    assert sorted(path.name for path in (tmp_path / "both").iterdir() if path.suffix) == [
-        "circuits.json", "circuits.txt", "circuits_1_2.html"
-    ]  # fmt: skip
+    written = sorted(path for path in (tmp_path / "both").iterdir() if path.suffix)
+    assert [path.name for path in written] == ["circuits.json", "circuits.txt", "circuits_1_2.html"]
+    assert result.out.splitlines()[-3:] == [f"wrote {path}" for path in written]
     data = json.loads((tmp_path / "both" / "circuits.json").read_text())
     assert data["pairs"][0]["overlap"]["nodes"]["value"] == 1 and data["pages"] == ["circuits_1_2.html"]
     assert sfc("compare-circuits", run_folder).status == 2

@@ -134,6 +134,8 @@ def test_a_cache_trains_and_sweeps_without_the_model(sfc, model_folder, halves, 
     written = sfc(*words, "--stored-dtype", "float32", "--context-length", 16)
     assert written.status == 0 and "4,000 tokens at 2 sites: 1.0 MB" in written.err and "0.00" not in written.out
     assert sfc("sweep", "--cache", cache, "--out", tmp_path / "sweep", *GRID, "--json").status == 0
+    rounded = sfc("sweep", "--cache", cache, "--out", tmp_path / "sweep", *GRID, "--resume", "--dtype", "bfloat16")
+    assert "other settings (dtype 'float32', not 'bfloat16')" in sentence(rounded)
     hidden = model_folder.rename(model_folder.with_name("hidden"))
     try:
         small = ["--features", 16, "--k", 2, "--tokens", 3000]

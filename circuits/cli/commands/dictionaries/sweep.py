@@ -143,8 +143,11 @@ class SweepCommand(Common, Overwrites, HasSites, HasTextOrCache):
         from sae.data.cache import CachedModel
         from sae.evaluation.sweep import check_measured, evaluation_settings, measured_rows
 
-        settings = evaluation_settings(model, text, tokens=self.eval_tokens, context=self.eval_context_length)
-        settings["context"] = None if isinstance(model, CachedModel) else context_of(model, self.eval_context_length)
+        asked = self.eval_context_length
+        context = asked if isinstance(model, CachedModel) else context_of(model, asked)
+        settings = evaluation_settings(model, text, tokens=self.eval_tokens, context=context)
+        if isinstance(model, CachedModel):  # it may be of a model that takes less
+            del settings["context"]
         for folder in self._beside():
             measured_rows(folder, settings)
         if not self.overwrite:

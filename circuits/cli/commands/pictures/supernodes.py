@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class SupernodesCommand(Prints, HasCircuit):
     """Group features that read and feed the same nodes into supernodes, which drawings, pages, exports and edits know;
-    or make a group by hand with --name and --nodes-of. Groups made by hand stay.
+    or make a group by hand with --name and --members. Groups made by hand stay.
     """
 
     similarity: Annotated[float, Range(0, 1, above=True)] = 0.7

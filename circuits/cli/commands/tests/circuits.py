@@ -57,7 +57,8 @@ class CompareCircuitsCommand(Common, Overwrites):
         data, text = comparison.to_dict(), comparison.text()
         if folder is not None:
             data, pages = self._write(comparison, folder)
-            text = "\n".join([text, f"wrote {folder / 'circuits.json'}", *(f"wrote {page}" for page in pages)])
+            files = [folder / "circuits.json", folder / "circuits.txt", *pages]
+            text = "\n".join([text, *(f"wrote {path}" for path in files)])
         return Output(text, data)
 
     def _load(self) -> list[Circuit]:

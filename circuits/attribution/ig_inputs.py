@@ -21,7 +21,7 @@ from circuits.attribution.activations import ActivationPair
 from circuits.attribution.integrated_gradients import path_chunks
 from circuits.options import Rule
 from sae.errors import UserError
-from sae.model.language_model import Tokens
+from sae.model.language_model import LanguageModel, Tokens
 from sae.model.sites import Site
 
 EMBED = Site("embed")
@@ -49,11 +49,16 @@ def _embeddings(states: ActivationPair) -> tuple[Tensor, Tensor]:
     if EMBED in states.clean:
         return states.clean[EMBED], states.patch[EMBED]
     model = states.setting.model
-    if EMBED not in model.sites:
-        raise UserError(f"method 'ig-inputs' needs the site 'embed', which model {model.name!r} does not have: use ig")
+    check_embedding(model)
 
     def embedding(tokens: Tokens) -> Tensor:
         return model.run(tokens, capture=[EMBED], need_logits=False).activations[EMBED]
 
     clean = embedding(states.tokens)
     return clean, torch.zeros_like(clean) if states.prompts.patch is None else embedding(states.prompts.patch)
+
+
+def check_embedding(model: LanguageModel) -> None:
+    """`UserError` for a model without the site that the path begins at."""
+    if EMBED not in model.sites:
+        raise UserError(f"method 'ig-inputs' needs the site 'embed', which model {model.name!r} does not have: use ig")

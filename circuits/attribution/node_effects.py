@@ -25,12 +25,15 @@ from circuits.attribution.feature_effects import EdgeInputs, contract
 from circuits.attribution.gim import gim_patching
 from circuits.attribution.graddrop import gradients_with_layer_blocked, mean_magnitude
 from circuits.attribution.ig_adaptive import adaptive_gradient, path_scale
-from circuits.attribution.ig_inputs import integrated_gradients_of_inputs
+from circuits.attribution.ig_inputs import check_embedding, integrated_gradients_of_inputs
 from circuits.attribution.integrated_gradients import integrated_gradients
 from circuits.attribution.nodes import positions_by
 from circuits.attribution.relp import relevance_patching
 from circuits.options import METHODS, EdgeActive, MethodOptions, members
 from sae.model.forward import with_gradients
+from sae.model.gim import check_covered
+from sae.model.language_model import LanguageModel
+from sae.model.lrp import check_conserved
 from sae.model.sites import Site
 
 METHOD_NAMES = {
@@ -60,6 +63,15 @@ GRADIENT_AT_CLEAN = tuple(name for name in METHODS if name not in ("ig", "ig-inp
 """Methods that take dm/dx at the clean run, for their effects or for the edges after them."""
 ALONG_PATH = ("ig", "ig-adaptive")
 """Methods that take the gradient along each site's own path, site by site."""
+CHECKS = {"relp": check_conserved, "gim": check_covered, "ig-inputs": check_embedding}
+"""Methods that not every model allows, with what raises UserError for one that does not."""
+
+
+def check_allowed(model: LanguageModel, method: str) -> None:
+    """Raise UserError, before anything is computed, where a model does not allow a method, or one of an ensemble."""
+    for name in members(method):
+        if name in CHECKS:
+            CHECKS[name](model)
 
 
 @dataclass

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from circuits.attribution.activations import Setting
+from circuits.attribution.node_effects import check_allowed
 from circuits.behaviours.clusters import Cluster, cluster_vectors, project, ranked_clusters
 from circuits.behaviours.contexts import Contexts, read_contexts
 from circuits.behaviours.options import BehaviourSearchOptions
@@ -73,6 +74,7 @@ def find_behaviours(
     """
     options = options or BehaviourSearchOptions()
     setting = Setting.of(model, saes, METRIC)
+    check_allowed(model, options.method)
     contexts = read_contexts(model, texts, options)
     files = None
     if out is not None:

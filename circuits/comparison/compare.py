@@ -23,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 from circuits.attribution.activations import Setting
+from circuits.attribution.node_effects import CHECKS, check_allowed
 from circuits.attribution.nodes import count
 from circuits.comparison.options import MASKS, SIGNS, CompareOptions, split
 from circuits.comparison.results import LEVELS, MEAN, NOISING, Comparison, MethodScore
@@ -52,8 +53,6 @@ UNSIGNED = ("activation-difference",)
 GRID = 1.6
 """Largest ratio between neighbouring circuit sizes."""
 SAES = "saes"
-OF_KNOWN_PARTS = ("relp", "gim")
-"""Methods that have to recognise the model's parts: left out where they do not, unless they were asked for by name."""
 
 
 @with_gradients
@@ -91,6 +90,7 @@ def compare_methods(
     for name, chosen in ((NEURONS, options.neurons), (MLP_NEURONS, options.mlp_neurons)):
         if methods := split(chosen):
             plan.append((name, Setting.of(model, DICTIONARIES[name](model, sites=sites), m), methods))
+    plan = [(name, setting, _allowed(setting, methods, options)) for name, setting, methods in plan]
     train, test = (plan[0][1].prepare(prompts) for prompts in (train, test))
     rows, sampled = [], {}
     with ProgressBar(total=sum(len(methods) for *_, methods in plan), desc="methods", disable=not progress) as bar:
@@ -100,14 +100,24 @@ def compare_methods(
             sampled[name] = sum(int(nodes.is_feature.sum()) for nodes in truth.sample.values())
             for method in methods:
                 bar.set_postfix_str(f"{method} on {name}")
-                try:
-                    rows.append(_score(study, truth, test, method, name))
-                except UserError as error:
-                    if method not in OF_KNOWN_PARTS or options.methods != CompareOptions.methods:
-                        raise
-                    log.warning("%s is left out: %s", method, error)
+                rows.append(_score(study, truth, test, method, name))
                 bar.update()
     return Comparison(rows, options, len(train), rows[0].curve.n_prompts, sampled)
+
+
+def _allowed(setting: Setting, methods: Sequence[str], options: CompareOptions) -> list[str]:
+    """The methods without those that the model does not allow; UserError where they were asked for by name."""
+    allowed = []
+    for method in methods:
+        try:
+            check_allowed(setting.model, options.mask_start if method in MASKS else method.removeprefix(SIGNS))
+        except UserError as error:
+            if method not in CHECKS or options.methods != CompareOptions.methods:
+                raise
+            log.warning("%s is left out: %s", method, error)
+        else:
+            allowed.append(method)
+    return allowed
 
 
 def _score(study: Study, truth: Truth, test: PromptSet, method: str, dictionary: str) -> MethodScore:

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from circuits.attribution.activations import Setting
 from circuits.attribution.edges import check_edges
+from circuits.attribution.node_effects import check_allowed
 from circuits.discovery.resume import ResumeFolder
 from circuits.metrics.metrics import Metric, get_metric
 from circuits.metrics.probe import ReadModel, visible_sites
-from circuits.options import DiscoverOptions, members
+from circuits.options import DiscoverOptions
 from circuits.prompts.dataset import PromptSet
 from sae._run.processes import Processes, current
 from sae.autoencoder import SparseAutoencoder
@@ -61,8 +62,7 @@ class DiscoveryRun:
         """A discovery over the sites of the options, all of them checked; metric: that of the options by default. Where
         the backward pass of one prompt takes more than the memory, it keeps the graph of one block at a time.
         """
-        if model.server and {"relp", "gim"} & {*members(options.method)}:  # they change modules
-            raise model.server.refusal
+        check_allowed(model, options.method)
         m = get_metric(options.metric if metric is None else metric)
         sites = visible_sites(m, model, select_sites(options.sites, list(saes)))
         setting = Setting.of(model, saes, m, sites=sites)

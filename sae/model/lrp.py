@@ -103,9 +103,10 @@ def norm_rule(module: nn.Module) -> Callable[[nn.Module], Linear] | None:
     others = list(signature(type(module).forward).parameters.values())[2:]  # after self and x
     if any(other.default is Parameter.empty or "gate" in other.name for other in others):
         return None
-    if isinstance(module, nn.LayerNorm) or "RMSNorm" in type(module).__name__:
+    name = type(module).__name__
+    if isinstance(module, nn.LayerNorm) or "RMSNorm" in name:
         return _norm
-    if type(module).__name__.endswith("LayerNorm") and not list(module.children()):
+    if name.endswith(("LayerNorm", "L2Norm")) and not list(module.children()):
         return _norm
     return None
 

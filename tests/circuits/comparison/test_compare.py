@@ -14,6 +14,7 @@ from scipy.stats import pearsonr, spearmanr
 
 from circuits.attribution.activation_patching import exact_effects
 from circuits.attribution.activations import Setting, capture_activations
+from circuits.attribution.node_effects import CHECKS
 from circuits.attribution.nodes import SiteNodes, select_nodes
 from circuits.comparison import compare
 from circuits.comparison.compare import compare_methods, nodes_for, size_grid
@@ -85,21 +86,31 @@ def test_rows_are_the_circuits_that_discovery_finds(comparison, tiny_model, tiny
 
 
 def test_methods_that_do_not_know_the_model_are_left_out(tiny_model, tiny_saes, tiny_prompts, monkeypatch, caplog):
-    """One of the default methods refuses the model: the others are compared; asked for by name, it says why."""
-    few = {Site("resid", 1): tiny_saes[Site("resid", 1)]}
-    scored = replace(OPTIONS, methods=CompareOptions.methods, neurons="", sample=0)
+    """One of the default methods refuses the model: the others are compared; asked for by name, it says why before any
+    is.
+    """
+    few, scored = {Site("resid", 1): tiny_saes[Site("resid", 1)]}, []
+    options = replace(OPTIONS, methods=CompareOptions.methods, neurons="", sample=0)
+
+    def check(model):
+        raise UserError("gim does not know the attention modules")
 
     def score(study, truth, test, method, name):
-        if method == "gim":
-            raise UserError("gim does not know the attention modules")
+        scored.append(method)
         return SimpleNamespace(method=method, curve=SimpleNamespace(n_prompts=1))
 
     monkeypatch.setattr(compare, "_score", score)
-    rows = compare_methods(tiny_model, few, tiny_prompts, tiny_prompts, scored, progress=False).rows
-    assert [row.method for row in rows] == [name for name in split(scored.methods) if name != "gim"]
+    monkeypatch.setitem(CHECKS, "gim", check)
+    arguments = (tiny_model, few, tiny_prompts, tiny_prompts)
+    compare_methods(*arguments, options, progress=False)
+    assert scored == [name for name in split(options.methods) if name != "gim"]
     assert "gim is left out: gim does not know the attention modules" in caplog.text
-    with pytest.raises(UserError, match="attention modules"):
-        compare_methods(tiny_model, few, tiny_prompts, tiny_prompts, replace(scored, methods="gim"), progress=False)
+    scored.clear()
+    for asked in ({"methods": "attrib,gim"}, {"methods": "attrib,ensemble:ig+gim"}, {"methods": "attrib,signs:gim"},
+                  {"methods": "attrib,mask", "mask_start": "gim"}):  # fmt: skip
+        with pytest.raises(UserError, match="attention modules"):
+            compare_methods(*arguments, replace(options, **asked), progress=False)
+    assert not scored
 
 
 def test_the_row_of_masks_is_what_masks_score(comparison, tiny_model, tiny_saes, tiny_prompts):

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.llama4.modeling_llama4 import Llama4TextL2Norm
 from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
 from transformers.models.olmo_hybrid.modeling_olmo_hybrid import OlmoHybridRMSNormGated
 
@@ -183,3 +184,4 @@ def test_a_norm_with_a_gate_is_no_norm():
     assert norm_rule(OlmoHybridRMSNormGated(8)) is None
     assert norm_rule(MambaRMSNormGated(8, 8)) is None  # its gate may be left out
     assert norm_rule(LlamaRMSNorm(8)) is not None
+    assert norm_rule(Llama4TextL2Norm()) is not None

@@ -19,6 +19,7 @@ from graphs.feature_graph import FeatureGraph, feature_node
 from sae.errors import UserError
 from sae.model.load import load_model
 from tests.circuits.conftest import MIXED, with_spans
+from tests.conftest import word_tokenizer
 from tests.tiny_models import tiny_model as tiny_random_model
 
 LAYER, HEAD, D_HEAD, QUERY, KEY, THAN = 1, 2, 8, 4, 1, 3
@@ -189,6 +190,14 @@ def test_what_cannot_be_split_is_told_in_a_sentence(tiny_model, tiny_saes, make_
     )
     monkeypatch.setattr(qk, "frozen_norms", lambda hf: nullcontext())
     assert "not affine in the residual stream" in told()
+
+
+def test_norms_of_queries_and_keys_without_a_gain_keep_their_scale(make_saes, tiny_prompts):
+    """Llama 4 norms them after their rotation, in a class of its own."""
+    model = load_model(tiny_random_model("llama4_text"), tokenizer=word_tokenizer(), device="cpu", check=False)
+    circuit = SimpleNamespace(model=model, saes=make_saes(model), prompts=tiny_prompts[[1]])
+    result = qk_attribution(circuit, layer=0, head=HEAD, query=str(QUERY), key=str(KEY), progress=False)
+    assert sum(pair.contribution for pair in result.pairs) == approx(result.score, rel=1e-4) and result.score != 0
 
 
 def test_pages_tell_each_feature_what_it_pairs_with(tmp_path):

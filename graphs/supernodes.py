@@ -4,9 +4,10 @@
    them), each half of length 1 by itself, or zero where it has no such edge. The cosine of two profiles is 1 where the
    features read and feed the same nodes by the same shares, 0 where they have nothing in common, negative where they
    oppose each other.
-2. Features are merged by complete linkage, as long as all pairs in a group have a cosine of at least `similarity`.
-   Nodes stand in the order of site, position and feature, so that ties and sums come out the same in whatever order a
-   graph lists them.
+2. Features are merged by complete linkage, as long as all pairs in a group have a cosine of at least `similarity`:
+   each set by itself that such pairs hold together, for no group reaches beyond one. Profiles are sparse, and a block
+   of rows at a time meets the others. Nodes stand in the order of site, position and feature, so that ties and sums
+   come out the same in whatever order a graph lists them.
 3. A group of two or more is named by the label that most of its members share, else by the tokens that most of them
    are on for.
 
@@ -19,10 +20,12 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
+from scipy import sparse
 from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.sparse.csgraph import connected_components
 from scipy.spatial.distance import squareform
 
 from graphs.drawing.style import visible
@@ -34,6 +37,10 @@ SIMILARITY = 0.7
 PREFIX = "supernode:"
 """Before the name of a supernode where names of features are meant as well."""
 NAME_WORDS = 3
+MOST = 10_000
+"""Features that pairs hold together, at most: their distances take half a gigabyte."""
+BLOCK = 2**22
+"""Cosines that are computed at once."""
 
 
 def find_supernodes(
@@ -50,23 +57,51 @@ def find_supernodes(
         Name -> ids of its nodes, groups and nodes in the order of the graph's sites; each name once.
 
     Raises:
-        GraphError: For a similarity outside (0, 1].
+        GraphError: For a similarity outside (0, 1], or so low that very many features hang together.
     """
     if not 0 < similarity <= 1:
         raise GraphError(f"similarity is {similarity}: it must be above 0 and at most 1")
-    order = _in_order(graph)
-    ids, profiles = _profiles(graph, order, leave_out=set(apart))
-    if len(ids) < 2:
-        return {}
-    distances = np.clip(1.0 - profiles @ profiles.T, 0.0, 2.0)
-    np.fill_diagonal(distances, 0.0)
-    tree = linkage(squareform((distances + distances.T) / 2), method="complete")
-    numbers = fcluster(tree, t=1.0 - similarity + 1e-9, criterion="distance")
-    members: dict[int, list[str]] = {}
-    for id, number in zip(ids, numbers.tolist(), strict=True):
-        members.setdefault(number, []).append(id)
-    groups = [nodes for nodes in members.values() if len(nodes) > 1]
+    ids, profiles = _profiles(graph, _in_order(graph), leave_out=set(apart))
+    groups = [[ids[row] for row in rows] for rows in _clusters(profiles, 1.0 - similarity + 1e-9)]
     return dict(zip(_names(graph, groups), groups, strict=True))
+
+
+def _clusters(profiles: sparse.csr_array, farthest: float) -> list[list[int]]:
+    """Rows in groups of two or more by complete linkage, no two in a group farther apart than `farthest`; in order."""
+    clusters: list[list[int]] = []
+    for rows in _held_together(profiles, farthest):
+        if len(rows) > MOST:
+            raise GraphError(
+                f"{len(rows)} features hang together by cosines of at least {1 - farthest:.3g}: at most {MOST} can be "
+                "grouped; give a higher similarity, or fewer nodes"
+            )
+        distances = _distances(profiles[rows], profiles[rows])
+        np.fill_diagonal(distances, 0.0)
+        tree = linkage(squareform((distances + distances.T) / 2), method="complete")
+        members: dict[int, list[int]] = {}
+        for row, number in zip(rows.tolist(), fcluster(tree, t=farthest, criterion="distance").tolist(), strict=True):
+            members.setdefault(number, []).append(row)
+        clusters += [group for group in members.values() if len(group) > 1]
+    return sorted(clusters)
+
+
+def _held_together(profiles: sparse.csr_array, farthest: float) -> Iterator[np.ndarray]:
+    """Sets of two or more rows between which pairs no farther apart than `farthest` lead from each to every other."""
+    n = profiles.shape[0]
+    step = max(1, BLOCK // max(n, 1))
+    near = [sparse.csr_array(_distances(profiles[i : i + step], profiles) <= farthest) for i in range(0, n, step)]
+    if not near:
+        return
+    n_sets, number = connected_components(sparse.vstack(near), directed=False)
+    order = np.argsort(number, kind="stable")
+    for rows in np.split(order, np.cumsum(np.bincount(number, minlength=n_sets))[:-1]):
+        if len(rows) > 1:
+            yield rows
+
+
+def _distances(some: sparse.csr_array, others: sparse.csr_array) -> np.ndarray:
+    """1 - cosine of every row of length 1 with every other, [n, m] in 0 to 2; ties stay ties, however sums round."""
+    return np.clip((1.0 - (some @ others.T).toarray()).round(12), 0.0, 2.0)
 
 
 def _in_order(graph: FeatureGraph) -> list[Node]:
@@ -87,22 +122,23 @@ def _positions(graph: FeatureGraph) -> list[int | str]:
     return sorted(graph.positions, key=lambda p: (given.index(p), "") if p in given else (len(given), f"{p:>9}"))
 
 
-def _profiles(graph: FeatureGraph, order: Sequence[Node], leave_out: set[str]) -> tuple[list[str], np.ndarray]:
+def _profiles(graph: FeatureGraph, order: Sequence[Node], leave_out: set[str]) -> tuple[list[str], sparse.csr_array]:
     """Ids of the features that have edges, and their profiles of length 1, [n, 2 N] for the N nodes of the graph."""
     column = {node.id: number for number, node in enumerate(order)}
-    weights = np.zeros((len(order), len(order)))  # [source, target]
-    for edge in graph.edges():
-        weights[column[edge.source], column[edge.target]] = edge.weight
+    edges = [(column[edge.source], column[edge.target], edge.weight) for edge in graph.edges()]
+    source, target, weight = np.array(edges, dtype=float).reshape(-1, 3).T
+    weights = sparse.csr_array((weight, (source.astype(int), target.astype(int))), shape=(len(order), len(order)))
     features = [column[node.id] for node in order if node.kind == "feature" and node.id not in leave_out]
-    halves = [_unit(weights.T[features]), _unit(weights[features])]
-    profiles = _unit(np.concatenate(halves, axis=1))
-    has_edges = np.flatnonzero(np.abs(profiles).sum(1) > 0)
+    halves = [_unit(weights.T.tocsr()[features]), _unit(weights[features])]
+    profiles = _unit(sparse.hstack(halves, format="csr"))
+    has_edges = np.flatnonzero(abs(profiles).sum(1) > 0)
     return [order[features[row]].id for row in has_edges], profiles[has_edges]
 
 
-def _unit(rows: np.ndarray) -> np.ndarray:
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    return np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
+def _unit(rows: sparse.csr_array) -> sparse.csr_array:
+    norms = np.sqrt(rows.power(2).sum(1))
+    inverse = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0)
+    return sparse.csr_array(sparse.diags_array(inverse) @ rows)
 
 
 # --- names ------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@
 2. `FeatureEdits` makes of edits what each site has to do; called with prompts, it gives the edits of a run of these.
 3. `edited` lets them stand for every run and generation of a `with` block: padded batches, with and without a cache.
 
-Shapes: B prompts, S positions, n columns, m edited features of a site, G places in templates, R draws.
+Shapes: B prompts, S positions, n columns, m edited features of a site, R draws.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from circuits.editing.declaration import Edit, load_edits
 from circuits.editing.site_edit import FeatureReader, Part, SiteEdits
 from circuits.editing.targets import EVERYWHERE, GENERATED, Features, counted_inputs, tokens_at
-from circuits.prompts.alignment import PositionGroups
+from circuits.editing.template_means import MeansByPlace, TemplateMeans
 from circuits.prompts.dataset import PromptSet
 from sae.autoencoder import SparseAutoencoder
 from sae.data.batches import token_batches
@@ -166,37 +166,6 @@ def feature_means(
     return feature_reference(model, saes, features, batches, where=where)
 
 
-@dataclass(frozen=True)
-class TemplateMeans:
-    """Means of features by place in the templates (or spans) of some prompts, over clean and patch prompts."""
-
-    groups: PositionGroups
-    """The places."""
-    table: Tensor
-    """[G, m] the means."""
-
-
-@torch.no_grad()
-def template_means(
-    model: LanguageModel, saes: Mapping[Site, SparseAutoencoder], features: Features, prompts: PromptSet
-) -> dict[Site, TemplateMeans]:
-    """The means of each chosen feature by place, of all sites from the same passes."""
-    groups = PositionGroups(prompts)
-    readers = {site: FeatureReader(saes[site], index) for site, index in features.items()}
-    device, reads = as_saes(saes).device, as_saes(saes).read_sites(features)
-    sums = {site: torch.zeros(len(groups), len(index), device=device) for site, index in features.items()}
-    counts = torch.zeros(len(groups), 1, device=device)
-    for batch in prompts.batches(BATCH_SIZE):
-        real = batch.clean.attention_mask.bool()
-        group = groups.of(batch)[real].to(device)
-        for tokens in [batch.clean] if batch.patch is None else [batch.clean, batch.patch]:
-            run = model.run(tokens, capture=reads.values(), need_logits=False)
-            counts.index_add_(0, group, torch.ones(len(group), 1, device=device))
-            for site, read in reads.items():
-                sums[site].index_add_(0, group, readers[site](run.activations[read][real]).float())
-    return {site: TemplateMeans(groups, total / counts) for site, total in sums.items()}
-
-
 # ------------------------------------------------------------------------------------------ edits by site
 
 
@@ -210,16 +179,20 @@ class FeatureEdits:
         edits: Sequence[Edit],
         *,
         prompts: PromptSet | None = None,
+        means: MeansByPlace | None = None,
         strength: float = 1.0,
         seed: int = 0,
     ) -> None:
-        """`edits` say what they refer to; those by template need the prompts that means are taken over."""
+        """`edits` say what they refer to; those by template need the prompts that means are taken over, or `means` of
+        these that other edits use as well.
+        """
         by_site: dict[Site, list[Part]] = {}
+        means = MeansByPlace(model, saes, prompts) if means is None and prompts is not None else means
         for edit in edits:
             for span, features in edit.by_span(saes).items():
                 _check_span(span, prompts)
-                by_place = edit.by_template and span == EVERYWHERE and prompts is not None
-                tables = template_means(model, saes, features, prompts) if by_place and prompts is not None else {}
+                by_place = edit.by_template and span == EVERYWHERE
+                tables = means.of(features) if by_place and means is not None else {}
                 for site, index in features.items():
                     target = _target(edit, site, span, index, as_saes(saes).device)
                     part = Part(

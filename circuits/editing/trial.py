@@ -29,7 +29,8 @@ from circuits.editing.measures import (
 from circuits.editing.random_features import EffectDraw, active_features, random_features
 from circuits.editing.records import Behaviour, Choice, Continuation, Dose, Fluency
 from circuits.editing.results import SEVERAL, EditReport
-from circuits.editing.targets import Features, feature_names
+from circuits.editing.targets import EVERYWHERE, Features, feature_names
+from circuits.editing.template_means import MeansByPlace
 from circuits.editing.text_cost import OtherText
 from circuits.metrics.metrics import Edits, Metric, has_shares, logit_difference, metric_title
 from circuits.metrics.probe import Probe
@@ -141,18 +142,44 @@ class Trial:
     def _names(self, edits: Sequence[Edit]) -> list[str]:
         return [name for edit in edits if edit.names for name in edit.listed(self.saes)]
 
+    @cached_property
+    def means(self) -> MeansByPlace:
+        """Means by template, which the edits and those of all draws share."""
+        return MeansByPlace(self.model, self.saes, self.prompts)
+
+    @cached_property
+    def _measured(self) -> dict[str, dict[str, float | Sequence[float]]]:
+        """What edits refer to, as far as it was measured: by kind and name of the feature."""
+        return {}
+
+    def _measure(self, draws: Iterable[Sequence[Edit]]) -> None:
+        """Measure what the edits of all draws refer to, in the same passes."""
+        for edits in zip(*draws, strict=True):
+            names = list(dict.fromkeys(name for edit in edits for name in edit.names))
+            together = replace(edits[0], features=names, reference={})
+            on_text = [together.everywhere()] if self.is_spread and self.texts else []
+            for edit in self._resolved([together, *on_text]):
+                if edit.by_template:
+                    self.means.measure(edit.by_span(self.saes).get(EVERYWHERE, {}))
+
     def _resolved(self, edits: Sequence[Edit]) -> list[Edit]:
-        return [
-            with_references(
-                self.model, self.saes, edit, prompts=self.prompts, texts=self.texts, seed=self.options.seed
-            )
-            for edit in edits
-            if edit.names
-        ]  # fmt: skip
+        """The edits with what they refer to, nothing of which is measured twice."""
+        resolved = []
+        for edit in (edit for edit in edits if edit.names):
+            measured = self._measured.setdefault(edit.refers or "", {})
+            before = {name: measured[name] for name in edit.listed(self.saes) if name in measured}
+            complete = with_references(
+                self.model, self.saes, replace(edit, reference={**before, **edit.reference}), prompts=self.prompts,
+                texts=self.texts, seed=self.options.seed,
+            )  # fmt: skip
+            measured |= {name: number for name, number in complete.reference.items() if name not in edit.reference}
+            resolved.append(complete)
+        return resolved
 
     def _applied(self, resolved: Sequence[Edit], strength: float = 1.0) -> FeatureEdits:
         return FeatureEdits(
-            self.model, self.saes, resolved, prompts=self.prompts, strength=strength, seed=self.options.seed
+            self.model, self.saes, resolved, prompts=self.prompts, means=self.means, strength=strength,
+            seed=self.options.seed,
         )  # fmt: skip
 
     @cached_property
@@ -210,9 +237,9 @@ class Trial:
             controls["random_directions"].append(self._along_directions(seed, on_text))
         return controls
 
-    def _of_equal_effect(self) -> list[Edit]:
+    def _of_equal_effect(self) -> list[list[Edit]]:
         """The (only) edit with other features of the circuit, of which the options have draws."""
-        return [replace(self.listed[0], features=draw.features, reference={}) for draw in self.options.equal_effect]
+        return [[replace(self.listed[0], features=draw.features, reference={})] for draw in self.options.equal_effect]
 
     def _along_directions(self, seed: int, on_text: Standing) -> Behaviour:
         """The behaviour with random directions in place of the edit."""
@@ -245,6 +272,7 @@ class Trial:
         options, only = self.options, self.listed[0] if len(self.listed) == 1 else None
         names, n_drawn = self._names(self.listed), min((len(self._names(draw)) for draw in self.draws), default=0)
         draws = self.draws if n_drawn else []
+        self._measure([*draws, *self._of_equal_effect()])
         if continued is None:
             n, new_tokens = options.generate, options.new_tokens
             continued = continuations(self.model, self.prompts, self.edits, n=n, new_tokens=new_tokens)
@@ -263,7 +291,7 @@ class Trial:
             before=before,
             after=after,
             **self._controls(draws) or {"random": []},
-            random_equal_effect=[self.behaviour(self._resolved([edit])) for edit in self._of_equal_effect()],
+            random_equal_effect=[self.behaviour(self._resolved(draw)) for draw in self._of_equal_effect()],
             equal_effect_shares=[draw.share for draw in options.equal_effect],
             random_features=[self._names(draw) for draw in draws],
             random_left=n_drawn if options.n_random and n_drawn < len(names) else None,

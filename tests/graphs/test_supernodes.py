@@ -5,8 +5,12 @@ import re
 
 import numpy as np
 import pytest
+from scipy import sparse
+from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.spatial.distance import squareform
 from sklearn.metrics import adjusted_rand_score
 
+from graphs import supernodes
 from graphs.drawing.dot import to_dot
 from graphs.errors import GraphError
 from graphs.explorer import explorer_html
@@ -87,6 +91,26 @@ def test_every_two_members_are_alike():
     edges = {("embed/0", "mlp_0/0"): 1, ("embed/0", "mlp_0/1"): 1, ("embed/1", "mlp_0/1"): 1, ("embed/1", "mlp_0/2"): 1}
     groups = find_supernodes(small(edges), similarity=0.7)
     assert [len(ids) for ids in groups.values() if ids[0].startswith("mlp_0")] == [2]
+
+
+@pytest.mark.parametrize("block", [1, 2**22])
+def test_sets_of_like_features_by_themselves_are_clustered_as_all_together(monkeypatch, block):
+    """Against a table of all distances; profiles of a row each, or all rows at once."""
+    monkeypatch.setattr(supernodes, "BLOCK", block)
+    rows = sparse.random_array((60, 40), density=0.1, rng=np.random.default_rng(0), format="csr")
+    unit = rows.toarray() / np.linalg.norm(rows.toarray(), axis=1, keepdims=True).clip(1e-30)
+    distances = squareform(1 - unit @ unit.T, checks=False)
+    n_groups = 0
+    for farthest in (0.2, 0.5, 0.8):
+        numbers = fcluster(linkage(distances, method="complete"), t=farthest, criterion="distance")
+        groups = [np.flatnonzero(numbers == number).tolist() for number in np.unique(numbers)]
+        expected = sorted(group for group in groups if len(group) > 1)
+        assert supernodes._clusters(sparse.csr_array(unit), farthest) == expected
+        n_groups += len(expected)
+    assert n_groups > 20
+    monkeypatch.setattr(supernodes, "MOST", 3)
+    with pytest.raises(GraphError, match="features hang together by cosines of at least 0.2: at most 3 can be grouped"):
+        supernodes._clusters(sparse.csr_array(unit), 0.8)
 
 
 def test_the_order_of_nodes_and_edges_changes_nothing():

@@ -8,11 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from circuits.editing import site_edit
+from circuits.editing import site_edit, template_means
 from circuits.editing.applied import FeatureEdits, edited, with_references
 from circuits.editing.declaration import Edit, load_edits, save_edits
+from circuits.editing.edit import measure_edit
 from circuits.editing.saved_model import save_model
 from circuits.editing.site_edit import FeatureReader, make_edits
+from circuits.editing.trial import EditOptions
 from sae.autoencoder import SAEConfig, SparseAutoencoder
 from sae.errors import UserError
 from sae.model.load import load_model
@@ -22,6 +24,7 @@ from tests.circuits.conftest import MIXED, with_spans
 from tests.near import assert_near
 
 SITE = Site("resid", 0)
+TEXTS = ["the man near the dogs runs", "she sees the old king"]
 
 
 @pytest.fixture(scope="module")
@@ -216,3 +219,33 @@ def test_steering_is_saved_as_another_bias(tiny_model, tiny_saes, tiny_prompts, 
             save_model(tiny_model, tiny_saes, edit, tmp_path / "other")
     with pytest.raises(UserError, match="not empty"):
         save_model(tiny_model, tiny_saes, edits, folder)
+
+
+@pytest.mark.parametrize("names", [("resid_0/3", "mlp_1/7"), ("resid_0/3@b", "mlp_1/7")])
+def test_what_draws_refer_to_is_measured_once_and_is_that_of_each_alone(
+    tiny_model, tiny_saes, tiny_prompts, monkeypatch, names
+):
+    """Passes that read features are as many for five draws as for two; each draw is what it is without the others."""
+    prompts = with_spans(tiny_prompts, MIXED) if "@" in names[0] else tiny_prompts
+    edit = Edit(names, "mean", by_template="@" not in names[0])
+    passes, read = [], []
+    reader = template_means.FeatureReader
+
+    def count(*arguments):
+        passes.append(arguments)
+        return reader(*arguments)
+
+    monkeypatch.setattr(template_means, "FeatureReader", count)
+    monkeypatch.setattr("circuits.editing.applied.FeatureReader", count)
+    for n in (2, 5):
+        passes.clear()
+        options = EditOptions(n_random=n, texts=TEXTS, resamples=0, scales=[0.5])
+        report = measure_edit(tiny_model, tiny_saes, edit, prompts, options)
+        read.append(len(passes))
+        assert len(report.random) == len(report.random_equal_norm) == n
+    assert read[0] == read[1] > 0
+    for features, control in zip(report.random_features, report.random, strict=True):
+        alone = EditOptions(n_random=0, texts=TEXTS, resamples=0)
+        after = measure_edit(tiny_model, tiny_saes, replace(edit, features=features), prompts, alone).after
+        assert_near(torch.tensor(control.overall.metric), torch.tensor(after.overall.metric))
+        assert_near(torch.tensor(control.ce), torch.tensor(after.ce))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pandas as pd
 
 
@@ -21,5 +23,7 @@ def format_number(value: float | None, digits: int = 3) -> str:
 
 
 def format_interval(bounds: tuple[float, float] | list[float], digits: int = 3) -> str:
-    """An interval as `[0.512, 0.634]`."""
+    """An interval as `[0.512, 0.634]`; a dash where there is none (NaN)."""
+    if any(math.isnan(bound) for bound in bounds):
+        return "-"
     return f"[{bounds[0]:.{digits}f}, {bounds[1]:.{digits}f}]"

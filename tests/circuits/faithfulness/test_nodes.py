@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -327,6 +329,8 @@ def test_plot_and_table(tiny_model, tiny_saes, tiny_prompts, nodes, tmp_path):
     )
     assert result.plot(tmp_path / "f.svg").read_text().lstrip().startswith("<?xml")
     assert len(result.table().splitlines()) == 4
+    none_told = replace(result.intervals, completeness=[[float("nan")] * 2] * 3)
+    assert replace(result, intervals=none_told).table().splitlines()[1].endswith("  -")
     assert result.to_dict()["sizes"] == [5, 10, result.n_nodes]
     assert Site.parse(result.start_site) == Site("embed")
 

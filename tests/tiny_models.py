@@ -25,6 +25,7 @@ SIZES: dict[str, Any] = {
     "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "moe_topk": 2,
     "max_position_embeddings": 64, "n_positions": 64, "n_ctx": 64, "max_seq_len": 64,
     "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 4, "linear_num_value_heads": 4,
     "sliding_window": 4, "query_pre_attn_scalar": 8, "attention_window_size": 4,
     "state_size": 4, "mamba_d_state": 4, "mamba_d_conv": 4, "mamba_expand": 2, "expand": 2, "lru_width": 32,
     "rotary_dim": 8, "initializer_range": 0.1, "init_std": 0.1,

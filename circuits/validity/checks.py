@@ -48,8 +48,10 @@ def prompts(share: float, interval: Interval | None, spread: PromptSpread) -> Ch
         f"{high:.2f}, worst {spread.worst[0].faithfulness:.2f}"
     )
     if spread.left_out:
-        one = spread.left_out == 1
-        words += f"; {spread.left_out} prompt{'' if one else 's'} that ablation hardly moves {'is' if one else 'are'} left out"
+        are = (
+            "prompt that ablation hardly moves is" if spread.left_out == 1 else "prompts that ablation hardly moves are"
+        )
+        words += f"; {spread.left_out} {are} left out"
     return Check("prompts", question, judge(share, MOST_PROMPTS, interval), words, share, interval, MOST_PROMPTS)
 
 

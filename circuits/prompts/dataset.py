@@ -84,6 +84,8 @@ class PromptSet:
     """Names of the token spans, in the order of the sentence; empty where the prompts have none."""
     span_numbers: Tensor | None = None
     """Number of the span of every token among `spans`, [B, S] int64, in clean and patch prompt alike; -1 at padding."""
+    units: Tensor | None = None
+    """[B] `groups` from before the prompts were keyed by a rule that tells less of them; None where they were not."""
 
     def __len__(self) -> int:
         return len(self.cases)
@@ -164,7 +166,14 @@ class PromptSet:
             raise UserError(f"templates by {rule!r} need {lacking}")
         else:
             raise unknown("template rule", rule, get_args(TemplateRule))
-        return replace(self, templates=keys, template_rule=rule)
+        return self._keyed(keys, rule)
+
+    def _keyed(self, keys: list[str], rule: TemplateRule) -> PromptSet:
+        """The same prompts with these keys; whatever is known of their templates still says how they are drawn."""
+        knows_more = self.template_rule in ("spans", "field") or (self.template_rule == "mask" and rule == "length")
+        told = self.units is None and knows_more
+        units = self.groups.to(self.clean.input_ids.device) if told else self.units
+        return replace(self, templates=keys, template_rule=rule, units=units)
 
     def aligned_to(self, reference: PromptSet) -> PromptSet:
         """The same prompts under the template keys of another set (train and test), where they have one there; by
@@ -178,24 +187,32 @@ class PromptSet:
         patterns = Counter(reference.templates)
         otherwise = self.with_templates("mask").templates if self.patch is not None else length_keys(self.clean)
         fits = commonest_fits(words_of(self.clean), patterns)
-        keys = [fit or key for fit, key in zip(fits, otherwise, strict=True)]
-        return replace(self, templates=keys, template_rule="mask")
+        return self._keyed([fit or key for fit, key in zip(fits, otherwise, strict=True)], "mask")
 
     @property
     def groups(self) -> Tensor:
         """[B] int64: the number of the group each prompt is drawn with for intervals: its template, by the name the
-        file gives it or by the words that clean and patch prompts share; its own where prompts have no templates or all
-        have the same one.
+        file gives it or by the words that clean and patch prompts share. Where prompts have no templates, or all have
+        the same one, a prompt is a group with those that repeat it.
         """
-        names: Sequence[str] = []
-        if self.template_rule == "mask":
+        names: Sequence[Any] = []
+        if self.units is not None:
+            names = self.units.tolist()
+        elif self.template_rule == "mask":
             names = self.templates
         elif self.template_rule == "field":
             names = [name.rpartition("/")[0] for name in self.templates]
         elif self.template_rule == "spans":
             names = [template_of(name) for name in self.templates]
-        number = {name: n for n, name in enumerate(dict.fromkeys(names))}
-        return torch.tensor([number[name] for name in names]) if len(number) > 1 else torch.arange(len(self))
+        groups = _numbered(names)
+        return groups if len(groups.unique()) > 1 else _numbered(self._contents())
+
+    def _contents(self) -> list[tuple[Any, ...]]:
+        """What the model and the metric see of each prompt."""
+        tokens = [self.clean] if self.patch is None else [self.clean, self.patch]
+        answers = [self.clean_answers] if self.patch_answers is None else [self.clean_answers, self.patch_answers]
+        rows = zip(*(words_of(side) for side in tokens), *(ids.tolist() for ids in answers), strict=True)
+        return [tuple(map(str, row)) for row in rows]
 
     @property
     def fingerprint(self) -> str:
@@ -305,6 +322,12 @@ def _answer_tensor(answers: list[list[int]], width: int) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------ aligning
+
+
+def _numbered(names: Sequence[Any]) -> Tensor:
+    """[B] int64: equal names as equal numbers, from 0 in the order in which they occur."""
+    number = {name: n for n, name in enumerate(dict.fromkeys(names))}
+    return torch.tensor([number[name] for name in names], dtype=torch.int64)
 
 
 def _trim(tokens: Tokens) -> Tokens:

@@ -4,7 +4,7 @@ Legend: B prompts, G groups, R resamples, n quantities.
 
 1. What is drawn anew is the *group*: prompts of one template share whatever is particular to the template, so that a
    hundred prompts of five templates are closer to five observations than to a hundred. Where prompts share no template,
-   or all have the same one, each prompt is a group by itself (`PromptSet.groups`).
+   or all have the same one, each prompt is a group with those that repeat it (`PromptSet.groups`).
 2. Every quantity is a ratio r = sum_g x_g / sum_g y_g of sums over groups: a mean effect with y the number of prompts,
    faithfulness with x = m(C) - m(0) and y = m(M) - m(0). Numerator and denominator are drawn together.
 3. The interval is the wider one, end by end, of two that agree where effects are normal and many:

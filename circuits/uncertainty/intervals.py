@@ -4,8 +4,9 @@
    where prompts share them, else prompts. A node whose interval leaves out zero is distinguishable from zero; with
    thousands of nodes some are by chance, a share of 1 - level of those without effect at most. Where too few prompts
    or templates, or too few in which a node is active, could say so, there is no interval: too few to tell.
-2. Split-half stability: the prompts are cut into random halves, the n strongest nodes of both are compared. Where half
-   of the prompts name other nodes than the other half, the node set is not to be read node by node.
+2. Split-half stability: the prompts, by template where they share them, are cut into random halves, the n strongest
+   nodes of both are compared. Where half of the prompts name other nodes than the other half, the node set is not to be
+   read node by node.
 
 Per-example effects are sparse; they become dense for a chunk of nodes at a time, of CHUNK_BYTES at most.
 
@@ -143,22 +144,28 @@ def split_half(
     nodes: Nodes,
     *,
     n_examples: int,
+    groups: Tensor | None = None,
     sizes: Sequence[int] = (10, 20, 50, 100, 200),
     splits: int = 50,
     seed: int = 0,
 ) -> Stability | None:
-    """How well random halves of the prompts agree on the strongest nodes; None for fewer than four prompts."""
+    """How well random halves of the prompts agree on the strongest nodes; None for fewer than four prompts or groups.
+
+    groups: [B], what each prompt is drawn with, so that it is not in both halves; each by itself by default.
+    """
     n_nodes = count(nodes)
     sizes = sorted({size for size in sizes if size < n_nodes}) or [n_nodes]
-    if n_examples < 4 or not n_nodes:
+    groups = torch.arange(n_examples) if groups is None else groups
+    n_prompts = group_sums(torch.ones(n_examples), groups)  # [G]
+    if len(n_prompts) < 4 or not n_nodes:
         return None
-    values = strongest_values(effects, nodes, n_examples)[1]  # [B, n]
+    sums = group_sums(strongest_values(effects, nodes, n_examples)[1], groups)  # [G, n]
     generator = torch.Generator().manual_seed(seed)
-    half = n_examples // 2
+    half = len(n_prompts) // 2
     overlaps, correlations = torch.zeros(len(sizes)), 0.0
     for _ in range(splits):
-        order = torch.randperm(n_examples, generator=generator)
-        first, second = values[order[:half]].mean(0), values[order[half : 2 * half]].mean(0)
+        order = torch.randperm(len(n_prompts), generator=generator)
+        first, second = (sums[part].sum(0) / n_prompts[part].sum() for part in order[: 2 * half].split(half))
         correlations += torch.corrcoef(torch.stack([first, second]).double())[0, 1].item()
         for column, size in enumerate(sizes):
             one, other = (x.abs().topk(size).indices for x in (first, second))
@@ -182,7 +189,9 @@ def with_uncertainty(circuit: Circuit, bootstrap: Bootstrap | None = None) -> Ci
         circuit.effects, circuit.nodes, n_examples=n_examples, groups=groups, bootstrap=bootstrap
     )
     of_edges = edge_intervals(circuit.edge_samples, groups=groups, bootstrap=bootstrap)
-    stability = split_half(circuit.effects, circuit.nodes, n_examples=n_examples, seed=bootstrap.seed)
+    stability = split_half(
+        circuit.effects, circuit.nodes, n_examples=n_examples, groups=groups, seed=bootstrap.seed
+    )
     uncertainty = {
         **asdict(bootstrap),
         "drawn": what_is_drawn(groups),

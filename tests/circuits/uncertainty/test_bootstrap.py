@@ -164,6 +164,31 @@ def test_groups_are_the_templates_of_the_prompts(tiny_prompts):
     assert numbers("spans", ["|a*1", "|a*2"] * 4) == each
 
 
+def test_prompts_keep_their_templates_as_groups_under_another_rule(tiny_model, tiny_saes, tiny_prompts):
+    """Held-out templates that no reference prompt has are keyed by length, and are still no eight prompts."""
+    unlike = replace(tiny_prompts, template_rule="mask", templates=["1 * 3", "1 * 4"] * 4)
+    named = replace(tiny_prompts, template_rule="field", templates=["a/5", "a/7", "b/5", "b/7"] * 2)
+    assert unlike.with_templates("length").groups.tolist() == [0, 1] * 4
+    assert unlike.with_templates("length")[[1, 2, 3]].groups.tolist() == [0, 1, 0]
+    assert named.aligned_to(unlike).groups.tolist() == [0, 0, 1, 1] * 2
+    assert named.aligned_to(unlike).with_templates("length").groups.tolist() == [0, 0, 1, 1] * 2
+    nodes = discover(tiny_model, tiny_saes, named, DiscoverOptions(method="attrib", edge_nodes=0), progress=False).nodes
+    reference = replace(tiny_prompts, template_rule="field", templates=["c/5", "c/7"] * 4)
+    curve = measure_faithfulness(
+        Setting.of(tiny_model, tiny_saes), nodes, named, FaithfulnessOptions(random=0), sizes=[5], reference=reference,
+        progress=False,
+    )  # fmt: skip
+    assert curve.drawn == "8 prompts drawn by their 2 templates" and curve.intervals is None
+
+
+def test_a_prompt_that_is_repeated_is_no_new_evidence(tiny_prompts):
+    twice = tiny_prompts[[0, 1, 2, 3, 0, 1, 2, 3]]
+    assert twice.groups.tolist() == [0, 1, 2, 3] * 2
+    others = twice.patch_answers.clone()
+    others[4:] = twice.clean_answers[:4]
+    assert replace(twice, patch_answers=others).groups.tolist() == list(range(8))
+
+
 @pytest.mark.parametrize("rows", [[0], [0, 1, 2, 3]])
 def test_few_prompts_have_no_intervals(tiny_model, tiny_saes, tiny_prompts, rows, tmp_path):
     prompts = tiny_prompts[rows]
@@ -219,6 +244,19 @@ def test_halves_agree_on_signal_and_by_chance_on_noise():
     assert strong.overlap == pytest.approx([1, 1]) and strong.correlation > 0.999
     assert weak.overlap == pytest.approx(weak.chance, abs=0.12) and abs(weak.correlation) < 0.2
     assert split_half({SITE: effects}, {SITE: nodes_of(effects, 40)}, n_examples=3) is None
+
+
+def test_no_template_is_in_both_halves():
+    """Of noise that prompts of a template share, halves by prompt have the same in both."""
+    groups = torch.arange(8).repeat_interleave(10)
+    effects = effects_of(torch.randn(8, 100).repeat_interleave(10, 0))
+    nodes = {SITE: nodes_of(effects, 80)}
+    by_prompt, by_template = (
+        split_half({SITE: effects}, nodes, n_examples=80, groups=drawn, sizes=[10]) for drawn in (None, groups)
+    )
+    assert by_prompt.correlation > 0.7 and abs(by_template.correlation) < 0.2
+    assert by_template.overlap[0] == pytest.approx(0.1, abs=0.1) and by_prompt.overlap[0] > 0.4
+    assert split_half({SITE: effects}, nodes, n_examples=80, groups=groups // 3) is None
 
 
 @pytest.fixture(scope="module")

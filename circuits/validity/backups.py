@@ -3,7 +3,7 @@
 After "CoAx" (arXiv 2607.01940), where the growth of a unit's effect after a primary set is removed finds the backup
 heads of GPT-2 that single ablations miss.
 
-1. Ablate the n strongest nodes in the clean and in the patch run alike.
+1. Ablate the n strongest nodes in the clean and in the patch run alike: at the same values, those of the clean prompt.
 2. Attribution patching from the one run to the other: effects of all nodes with the strongest gone, beside the same
    with nothing ablated. What grows, in the direction of the behaviour, may be a backup.
 3. What is left of the behaviour without the strongest is the completeness gap. Measured again without the nodes that
@@ -11,8 +11,6 @@ heads of GPT-2 that single ablations miss.
 """
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -69,16 +67,15 @@ def effects_without(
 def _run_both(
     setting: Setting, batch: PromptSet, sites: list[Site], values: AblationValues, removed: Nodes | None
 ) -> tuple[ActivationPair, dict[Site, Tensor]]:
-    """The clean and the patch run of a batch with these nodes ablated, and dm/dx at the clean one."""
-
-    def edits(prompts: PromptSet) -> dict[Site, SiteEdit]:
-        if removed is None:
-            return {}
-        return ablation_edits(setting.saes, values.table, removed, values(prompts), prompts, keep=False)
-
+    """The clean and the patch run of a batch with these nodes at the same ablation values in both, and dm/dx at the
+    clean one.
+    """
+    edits: dict[Site, SiteEdit] = {}
+    if removed is not None:
+        edits = ablation_edits(setting.saes, values.table, removed, values(batch), batch, keep=False)
     model, with_read_sites = setting.model, with_reads(setting, sites)
     with torch.enable_grad():
-        run = model.run(batch.clean, capture=with_read_sites, edits=edits(batch), last_only=True, grad=True)
+        run = model.run(batch.clean, capture=with_read_sites, edits=edits, last_only=True, grad=True)
         m = setting.metric(run.logits[:, -1], batch)
         gradients = run.gradients(m.sum(), sites)
     clean = {site: x.detach() for site, x in run.activations.items()}
@@ -86,9 +83,8 @@ def _run_both(
     if batch.patch is None:
         patch = nothing(setting, clean)
         return ActivationPair(setting, batch, clean, patch, True, m.detach(), None), by_site
-    other = replace(batch, clean=batch.patch, patch=batch.clean)
     with torch.no_grad():
-        patched = model.run(batch.patch, capture=with_read_sites, edits=edits(other), last_only=True)
+        patched = model.run(batch.patch, capture=with_read_sites, edits=edits, last_only=True)
         m_patch = setting.metric(patched.logits[:, -1], batch)
     return ActivationPair(setting, batch, clean, patched.activations, False, m.detach(), m_patch), by_site
 

@@ -273,8 +273,8 @@ def test_what_may_be_left_and_missed_is_held_against_a_bar_from_above():
     assert checks.exact(Verification(**shared, shared=False)).value == 0.5
 
 
-def test_removed_nodes_take_the_other_prompts_values_in_either_run(tiny_model, tiny_saes, tiny_prompts):
-    """With counterfactual ablation; x of both runs of a batch, by hand."""
+def test_removed_nodes_have_the_same_values_in_both_runs(tiny_model, tiny_saes, tiny_prompts):
+    """With counterfactual ablation those of the patch prompt; x of both runs of a batch, by hand."""
     site, prompts = Site("embed"), tiny_prompts[1::2]
     sae, setting = tiny_saes[site], Setting.of(tiny_model, {site: tiny_saes[site]})
     clean, patch = (
@@ -291,7 +291,23 @@ def test_removed_nodes_take_the_other_prompts_values_in_either_run(tiny_model, t
     moved = change[..., feature, None] * sae.W_dec[feature]
     assert moved.abs().max() > 0.01
     torch.testing.assert_close(states.clean[site], clean + moved, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(states.patch[site], patch - moved, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(states.patch[site], patch, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("ablation", ["mean", "zero", "counterfactual", "resample"])
+def test_nothing_is_left_to_carry_where_all_before_is_removed(tiny_model, tiny_saes, tiny_prompts, ablation):
+    """Every feature and error up to the first block at the same values in both runs: those behind are the same too."""
+    setting = Setting.of(tiny_model, tiny_saes)
+    every = {}
+    for site, sae in tiny_saes.items():
+        feature = torch.arange(sae.config.n_features + 1)
+        every[site] = SiteNodes(len(feature) - 1, feature, torch.full_like(feature, -1), torch.ones(len(feature)))
+    removed = {site: nodes if site <= Site("resid", 0) else nodes[:0] for site, nodes in every.items()}
+    how = replace(TINY, ablation=ablation, batch_size=3)
+    before, after = effects_without(setting, removed, every, tiny_prompts, tiny_prompts, how, "sum")
+    later = [site for site in every if site > Site("resid", 0)]
+    assert max(float(before[site].effect.abs().sum()) for site in later) > 0.01
+    assert max(float(after[site].effect.abs().sum()) for site in later) < 1e-4
 
 
 @pytest.mark.parametrize(("aggregation", "one_way"), [("sum", False), ("spans", False), ("sum", True)])

@@ -26,7 +26,14 @@ from circuits.attribution.nodes import Nodes, count
 from circuits.circuit import Circuit
 from circuits.faithfulness.ablation import AblationValues
 from circuits.faithfulness.edge_run import EdgeGates, EdgeRun, EdgeStudy
-from circuits.faithfulness.nodes import aligned, from_start_site, share_intervals, shares, sizes_within
+from circuits.faithfulness.nodes import (
+    aligned,
+    behaviour_of,
+    from_start_site,
+    share_intervals,
+    shares,
+    sizes_within,
+)
 from circuits.faithfulness.optimal_ablation import ablation_values
 from circuits.faithfulness.results import EdgeFaithfulness
 from circuits.metrics.metrics import Metric
@@ -75,7 +82,7 @@ def edge_faithfulness(
     nodes, edges = edges_from(circuit, options.start_site)
     n_edges = sum(int(weights.count_nonzero()) for weights in edges.values())
     sizes = sizes_within(sizes, n_edges, of="edges")
-    reference, prompts, _ = aligned(reference, prompts, options.ablation)
+    reference, prompts, n_uncovered = aligned(reference, prompts, options.ablation)
     values = ablation_values(
         setting, options.ablation, [({}, True), (nodes, True)], nodes=nodes, reference=reference,
         seed=options.seed, batch_size=options.batch_size, progress=progress,
@@ -83,7 +90,7 @@ def edge_faithfulness(
     sets = _edge_sets(edges, sizes, n_random=options.random, seed=options.seed)
     study = EdgeStudy(setting, values.table, nodes, max_rows)
     m_all = _metrics(study, values, sets, prompts, batch_size=options.batch_size, progress=progress)
-    return _record(m_all, sizes, nodes, options, n_edges=n_edges, groups=prompts.groups)
+    return _record(m_all, sizes, nodes, options, n_edges=n_edges, groups=prompts.groups, n_uncovered=n_uncovered)
 
 
 def edges_from(circuit: Circuit, start_site: str | None) -> tuple[Nodes, Edges]:
@@ -97,9 +104,11 @@ def edges_from(circuit: Circuit, start_site: str | None) -> tuple[Nodes, Edges]:
 
 
 def _record(
-    m_all: Tensor, sizes: list[int], nodes: Nodes, options: FaithfulnessOptions, *, n_edges: int, groups: Tensor
-) -> EdgeFaithfulness:
+    m_all: Tensor, sizes: list[int], nodes: Nodes, options: FaithfulnessOptions, *, n_edges: int, groups: Tensor,
+    n_uncovered: int,
+) -> EdgeFaithfulness:  # fmt: skip
     """From m_all [3 + sets, B]: the whole model, no edge, all nodes joined, the strongest edges, the random draws."""
+    m_model, m_empty = behaviour_of(m_all, "edge")
     f = shares(m_all.mean(1)).tolist()
     n = len(sizes)
     intervals = []
@@ -113,11 +122,12 @@ def _record(
         all_joined=f[0],
         n_edges=n_edges,
         n_nodes=count(nodes),
-        m_model=m_all[0].mean().item(),
-        m_empty=m_all[1].mean().item(),
+        m_model=m_model,
+        m_empty=m_empty,
         ablation=options.ablation,
         start_site=next(iter(nodes)).name,
         n_prompts=m_all.shape[1],
+        n_uncovered=n_uncovered,
         intervals=intervals,
     )
 

@@ -92,8 +92,6 @@ def measure_faithfulness(
     options = options or FaithfulnessOptions()
     nodes, prompts, reference, n_uncovered = set_up(setting, nodes, prompts, reference, options)
     n_nodes = count(nodes)
-    if n_nodes == 0:
-        raise UserError(f"no node has an effect from {options.start_site or 'the first site'} on: start earlier")
     sizes = sorted({*sizes_within(sizes, n_nodes, of="nodes"), n_nodes})
     strongest = [select_nodes(nodes, top=size) for size in sizes]
     generator = torch.Generator().manual_seed(options.seed)
@@ -122,9 +120,7 @@ def _record(
     gained: Gain | None,
 ) -> NodeFaithfulness:
     """From m_all [2 + sets, B]: the whole model, no node, the strongest, the random draws, all but the strongest."""
-    m_model, m_empty = m_all[:2].mean(1).tolist()
-    if abs(m_model - m_empty) < 1e-9:
-        raise UserError(f"ablating every node leaves the metric at {m_empty:.4f}: there is nothing to explain")
+    m_model, m_empty = behaviour_of(m_all)
     f = shares(m_all.mean(1)).tolist()
     n, n_nodes = len(sizes), count(nodes)
     return NodeFaithfulness(
@@ -167,6 +163,16 @@ def metrics_of_sets(
         seed=seed, batch_size=batch_size, progress=progress,
     )  # fmt: skip
     return _metrics(values, runs, prompts, batch_size=batch_size, progress=progress)
+
+
+def behaviour_of(m_all: torch.Tensor, what: str = "node") -> tuple[float, float]:
+    """Means of m(M) and m(0), with which m_all [2 + sets, B] begins. UserError where they are the same, so that nothing
+    can be a share of their difference; what: of which every one is ablated in m(0).
+    """
+    m_model, m_empty = m_all[:2].mean(1).tolist()
+    if abs(m_model - m_empty) < 1e-9:
+        raise UserError(f"ablating every {what} leaves the metric at {m_empty:.4f}: there is nothing to explain")
+    return m_model, m_empty
 
 
 def shares(m: torch.Tensor) -> torch.Tensor:
@@ -279,9 +285,12 @@ def set_up(
     options: AblationOptions,
 ) -> tuple[Nodes, PromptSet, PromptSet, int]:
     """Prepare a measurement with ablated nodes: the nodes from the start site on, the prompts, the reference prompts
-    (the prompts themselves by default), and how many prompts have none of these and are left out.
+    (the prompts themselves by default), and how many prompts have none of these and are left out. UserError where there
+    are no nodes.
     """
     nodes = from_start_site(nodes, options.start_site, errors=options.errors)
+    if not count(nodes):
+        raise UserError(f"no node has an effect from {options.start_site or 'the first site'} on: start earlier")
     prompts = setting.prepare(prompts)
     reference, prompts, n_uncovered = aligned(reference or prompts, prompts, options.ablation)
     return nodes, prompts, reference, n_uncovered

@@ -61,10 +61,18 @@ class Faithfulness(Result):
     """Nodes with an effect from the start site on, or those between which edges were computed."""
     n_prompts: int
     """Prompts measured."""
+    n_uncovered: int
+    """Prompts left out because no reference prompt has their template."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
         return {"schema_version": 1, **asdict(self)}
+
+    @property
+    def left_out(self) -> str:
+        """Words for the prompts that were left out, if there are any."""
+        text = f" ({self.n_uncovered} without a reference prompt of their template left out)"
+        return text if self.n_uncovered else ""
 
 
 @dataclass(frozen=True)
@@ -73,8 +81,6 @@ class NodeFaithfulness(Faithfulness):
 
     completeness: list[float]
     """The same share for everything but these nodes."""
-    n_uncovered: int
-    """Prompts left out because no reference prompt has their template."""
     errors: str = "nodes"
     """Treatment of error nodes."""
     intervals: Intervals | None = None
@@ -125,10 +131,9 @@ class NodeFaithfulness(Faithfulness):
 
     def text(self) -> str:
         """The setting in words, the table, the areas, and how the intervals are made."""
-        left_out = f" ({self.n_uncovered} without a reference prompt of their template left out)"
         return "\n".join(
             [
-                f"{self.n_prompts} prompts{left_out if self.n_uncovered else ''}; {self.setting()}",
+                f"{self.n_prompts} prompts{self.left_out}; {self.setting()}",
                 f"m: {self.m_model:+.3f} whole model, {self.m_empty:+.3f} with every node ablated",
                 self.table(),
                 self.areas(),
@@ -196,7 +201,8 @@ class EdgeFaithfulness(Faithfulness):
 
     def text(self) -> str:
         """The setting in words, and the table."""
-        return f"edges among the {self.n_nodes} strongest nodes, all other inputs ablated\n{self.table()}"
+        prompts = f"{self.n_prompts} prompts{self.left_out}"
+        return f"{prompts}; edges among the {self.n_nodes} strongest nodes, all other inputs ablated\n{self.table()}"
 
     def plot(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Faithfulness of the strongest and of random edges over their number, as .svg, .png or .pdf; `overwrite` as in

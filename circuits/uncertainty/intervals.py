@@ -189,9 +189,7 @@ def with_uncertainty(circuit: Circuit, bootstrap: Bootstrap | None = None) -> Ci
         circuit.effects, circuit.nodes, n_examples=n_examples, groups=groups, bootstrap=bootstrap
     )
     of_edges = edge_intervals(circuit.edge_samples, groups=groups, bootstrap=bootstrap)
-    stability = split_half(
-        circuit.effects, circuit.nodes, n_examples=n_examples, groups=groups, seed=bootstrap.seed
-    )
+    stability = split_half(circuit.effects, circuit.nodes, n_examples=n_examples, groups=groups, seed=bootstrap.seed)
     uncertainty = {
         **asdict(bootstrap),
         "drawn": what_is_drawn(groups),

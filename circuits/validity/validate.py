@@ -21,7 +21,14 @@ from circuits.attribution.activations import Setting
 from circuits.attribution.nodes import Nodes, count, ranked, select_nodes
 from circuits.circuit import Circuit
 from circuits.discovery.metadata import ADDS_UP, MEAN_RESIDUAL
-from circuits.faithfulness.nodes import from_start_site, metrics_of_sets, set_up, share_intervals, shares
+from circuits.faithfulness.nodes import (
+    behaviour_of,
+    from_start_site,
+    metrics_of_sets,
+    set_up,
+    share_intervals,
+    shares,
+)
 from circuits.metrics.metrics import Metric
 from circuits.options import ValidityOptions
 from circuits.prompts.dataset import PromptSet
@@ -35,7 +42,6 @@ from circuits.validity.families import find_families
 from circuits.validity.overlap import Interval, NodeValues, resample_overlap
 from circuits.validity.results import Backups, Check, Families, PromptSpread, Validity, WorstPrompt
 from sae.autoencoder import SparseAutoencoder
-from sae.errors import UserError
 from sae.model.sites import Site
 
 WORST = 10
@@ -115,8 +121,6 @@ class _Study:
         setting, found_on = circuit.setting(metric), circuit.prompts
         n_examples = circuit.metadata["n_examples"]
         every = from_start_site(circuit.nodes, options.start_site, errors=options.errors)
-        if not count(every):
-            raise UserError(f"no node has an effect from {options.start_site or 'the first site'} on: start earlier")
         nodes, tested, keyed, _ = set_up(
             setting, circuit.nodes, found_on if prompts is None else prompts,
             found_on if reference is None else reference, options,
@@ -152,8 +156,7 @@ class _Study:
     def faithfulness(self) -> tuple[list[Check], PromptSpread]:
         """Faithfulness of the circuit, over all prompts and prompt by prompt."""
         m = self.measure([(self.strongest, True), (self.strongest, False)])
-        if float((m[0] - m[1]).mean().abs()) < 1e-9:
-            raise UserError(f"ablating every node leaves the metric at {m[1].mean():.4f}: there is nothing to explain")
+        behaviour_of(m)
         (f, interval), (left, _) = self.with_intervals(m)
         spread, explained = _spread(m, self.prompts)
         told = ~explained.isnan()

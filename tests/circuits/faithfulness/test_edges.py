@@ -163,6 +163,18 @@ def test_what_cannot_be_measured(tiny_model, tiny_saes, tiny_prompts):
         edge_faithfulness(circuit, tiny_prompts, FaithfulnessOptions(errors="keep"), progress=False)
     with pytest.raises(UserError, match="no edges"):
         edge_faithfulness(replace(circuit, edges={}, edge_nodes={}), tiny_prompts, progress=False)
+    same = replace(tiny_prompts, patch=tiny_prompts.clean)
+    with pytest.raises(UserError, match="ablating every edge leaves the metric at .*: there is nothing to explain"):
+        edge_faithfulness(circuit, same, FaithfulnessOptions("counterfactual", random=0), progress=False)
+
+
+def test_prompts_without_a_reference_are_told(tiny_model, tiny_saes, tiny_prompts):
+    circuit = circuit_of(tiny_model, tiny_saes, tiny_prompts, edge_nodes=10)
+    result = edge_faithfulness(
+        circuit, tiny_prompts, FaithfulnessOptions(random=0), sizes=[5], reference=tiny_prompts[1::2], progress=False
+    )
+    assert result.to_dict()["n_uncovered"] == result.n_prompts == 4
+    assert result.text().startswith("4 prompts (4 without a reference prompt of their template left out); edges among")
 
 
 def test_strongest_edges_by_hand():

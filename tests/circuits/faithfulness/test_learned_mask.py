@@ -256,6 +256,14 @@ def test_a_mask_does_not_depend_on_how_many_prompts_run_at_once(tiny_model, tiny
     assert few.losses == pytest.approx(all_of_them.losses, rel=1e-3)
 
 
+def test_no_mask_is_learned_on_no_nodes(tiny_model, tiny_saes, tiny_prompts, nodes):
+    none = {site: site_nodes[:0] for site, site_nodes in nodes.items()}
+    with pytest.raises(UserError, match="no node has an effect from mlp_1 on"):
+        learn_node_mask(
+            Setting.of(tiny_model, tiny_saes), none, tiny_prompts, MaskOptions(start_site="mlp_1"), progress=False
+        )
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

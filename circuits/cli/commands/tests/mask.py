@@ -97,8 +97,8 @@ class MaskCommand(Named, HasSizes, HasTestPrompts, RunsCircuit):
         if smaller := self._circuit(circuit, mask):
             written += f"\nwrote {smaller.save(folder.parent / files.path('').name / 'circuit')}"
         text = (
-            f"{of_mask.n_prompts} {'held-out prompts' if self.prompts else 'prompts, those learned on'}; "
-            f"{_setting(of_mask)}\n"
+            f"{of_mask.n_prompts} {'held-out prompts' if self.prompts else 'prompts, those learned on'}"
+            f"{of_mask.left_out}; {_setting(of_mask)}\n"
             f"learned on {len(learned_on)} prompts in {seconds:.0f} s\n"
             f"{table(of_mask, of_effects)}\n"
             f"{written}"

@@ -87,7 +87,6 @@ def discover(
     explained = options.metric if metric is None else metric
     options = replace(options, metric=metric_name(explained))
     run = DiscoveryRun.of(model, saes, prompts, options, metric=explained, progress=progress)
-    prompts = run.prompts
     _check_aggregation(prompts, options.aggregation)
     accuracy = None if isinstance(run.setting.metric, Probe) else mean_accuracy(model, prompts)
     with nullcontext() if partial is None else lock(Path(partial)):  # two discoveries never mix their batches
@@ -104,7 +103,7 @@ def discover(
         edges, edge_samples = edge_pass(run, batches, strongest) if strongest else ({}, {})
     provenance = {**(provenance or {}), "accuracy": accuracy, "n_nodes": count(nodes)}
     metadata = circuit_metadata(model, run, batches, every, provenance)
-    source = CircuitSource(model, run.setting.saes, run.setting.metric, prompts)
+    source = CircuitSource(model, run.setting.saes, run.setting.metric, prompts)  # as given: not for this metric alone
     return Circuit(
         effects, strongest, edges, metadata, edge_cases=by_case(edge_samples, prompts.cases), edge_samples=edge_samples,
         groups=prompts.groups, source=source,

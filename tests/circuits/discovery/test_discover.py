@@ -13,10 +13,12 @@ from circuits.circuit import Circuit
 from circuits.discovery.batching import max_rows
 from circuits.discovery.discover import discover
 from circuits.metrics.metrics import last_logits, logit_difference
+from circuits.metrics.probe import save_probe
 from circuits.options import DiscoverOptions
 from graphs.feature_graph import FeatureGraph
 from sae.errors import UserError
 from sae.model.load import load_model
+from sae.model.sites import Site
 from tests.near import assert_near
 
 
@@ -74,6 +76,25 @@ def test_graph_has_the_strongest_nodes_and_their_edges(circuit):
     assert graph.node("metric").effect == pytest.approx(circuit.metadata["total_effect"])
     last = [edge for edge in graph.edges() if edge.target == "metric"]
     assert last and all(edge.weight == pytest.approx(shown[edge.source], abs=1e-5) for edge in last)
+
+
+def test_prompts_of_a_circuit_do_for_another_metric_and_model(
+    tiny_model, tiny_saes, make_tiny_model, tiny_prompts, tmp_path
+):
+    """`kl` compares with the clean run of the model at hand, the margin of a probe with its own answers."""
+    weight = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    probe = save_probe(tmp_path / "p.safetensors", weight, torch.tensor(0.1), site=Site("resid", 1))
+
+    def measured(model, prompts, metric: str):
+        options = DiscoverOptions(method="attrib", metric=metric, edge_nodes=0, sites="resid_1")
+        found = discover(model, tiny_saes, prompts, options, progress=False)
+        return found.prompts, found.metadata["m_patch"]
+
+    of_kl, of_margin = (measured(tiny_model, tiny_prompts, name) for name in ("kl", f"probe-margin:{probe}"))
+    assert measured(tiny_model, of_margin[0], "kl")[1] == pytest.approx(of_kl[1])
+    assert measured(tiny_model, of_kl[0], f"probe-margin:{probe}")[1] == pytest.approx(of_margin[1])
+    other = make_tiny_model("gpt_neox", seed=3)
+    assert measured(other, of_kl[0], "kl")[1] == pytest.approx(measured(other, tiny_prompts, "kl")[1])
 
 
 def test_more_nodes_than_have_edges_are_refused(circuit):

@@ -27,7 +27,7 @@ from circuits.circuit import Circuit
 from circuits.comparison.circuit_results import CircuitComparison, PairOfCircuits, Transfer
 from circuits.comparison.options import CompareCircuitsOptions
 from circuits.comparison.overlap import Profile, measure_overlap, profile
-from circuits.comparison.partners import Partners, find_partners, same_dictionaries
+from circuits.comparison.partners import Partners, find_partners
 from circuits.comparison.union import named_graph
 from circuits.faithfulness.nodes import from_start_site, measure_faithfulness
 from circuits.metrics.probe import visible_sites
@@ -90,17 +90,18 @@ def _compare(a: Circuit, b: Circuit, names: tuple[str, str], options: CompareCir
             f"{', '.join(map(str, b.nodes))}"
         )
     partners, similarity = find_partners(a, b, prompts=options.examples)
+    is_same = similarity is None  # the autoencoders
     nodes_a, nodes_b = _comparable(a, b)
     profiles = (
         profile(a, nodes_a, n_edges=options.edges),
-        profile(b, nodes_b, n_edges=options.edges, partners=None if same_dictionaries(a, b) else partners),
+        profile(b, nodes_b, n_edges=options.edges, partners=None if is_same else partners),
     )
     overlap = measure_overlap(*profiles, n=options.nodes, shuffles=options.shuffles, seed=options.seed)
     there = back = None
     if options.transfer:
         backwards = {site: {i: j for j, i in of_site.items()} for site, of_site in partners.items()}
-        there = _transfer((a, nodes_a), (b, nodes_b), backwards, options)
-        back = _transfer((b, nodes_b), (a, nodes_a), partners, options)
+        there = _transfer((a, nodes_a), (b, nodes_b), None if is_same else backwards, options)
+        back = _transfer((b, nodes_b), (a, nodes_a), None if is_same else partners, options)
     return PairOfCircuits(
         first=names[0],
         second=names[1],
@@ -111,7 +112,7 @@ def _compare(a: Circuit, b: Circuit, names: tuple[str, str], options: CompareCir
         there=there,
         back=back,
         verdict=verdict(overlap.nodes.p, there, back),
-        graphs=_graphs((a, b), profiles, partners, names),
+        graphs=_graphs((a, b), profiles, None if is_same else partners, names),
     )
 
 
@@ -149,15 +150,17 @@ def _matched(nodes: Nodes, partners: Partners, n: int) -> float:
 
 
 def _transfer(
-    one: tuple[Circuit, Nodes], other: tuple[Circuit, Nodes], partners: Partners, options: CompareCircuitsOptions
+    one: tuple[Circuit, Nodes], other: tuple[Circuit, Nodes], partners: Partners | None, options: CompareCircuitsOptions
 ) -> Transfer:
-    """Faithfulness of the n strongest nodes of one circuit on the prompts of another, and of that one's own."""
+    """Faithfulness of the n strongest nodes of one circuit on the prompts of another, and of that one's own; partners:
+    None where the autoencoders are the same.
+    """
     (circuit, nodes), (to, nodes_there) = one, other
     chosen = select_nodes(nodes, top=options.nodes)
     sites = visible_sites(to.metric, circuit.model, list(nodes))
     here = Setting.of(circuit.model, circuit.saes, to.metric, sites=sites)
     translated = None
-    if not same_dictionaries(circuit, to):
+    if partners is not None:
         translated = _faithful(to.setting(), _translated(chosen, nodes_there, partners), to, options)
     return Transfer(
         carried=_faithful(here, {site: chosen[site] for site in sites}, to, options),
@@ -203,13 +206,16 @@ def _translated(chosen: Nodes, nodes_there: Nodes, partners: Partners) -> Nodes:
 
 
 def _graphs(
-    circuits: tuple[Circuit, Circuit], profiles: tuple[Profile, Profile], partners: Partners, names: tuple[str, str]
+    circuits: tuple[Circuit, Circuit],
+    profiles: tuple[Profile, Profile],
+    partners: Partners | None,
+    names: tuple[str, str],
 ) -> tuple[FeatureGraph, FeatureGraph]:
     """Both graphs under the names of the first, for the picture of both."""
     a, b = circuits
     sites = [site.name for site in sorted({*a.nodes, *b.nodes})]
     first = named_graph(a, profiles[0], sites=sites, title=names[0])
-    if same_dictionaries(a, b):
+    if partners is None:
         return first, named_graph(b, profiles[1], sites=sites, title=names[1])
     widths = {site.name: of_site.n_features for site, of_site in a.nodes.items()}
     return first, named_graph(b, profiles[1], sites=sites, title=names[1], widths=widths, partners=partners)

@@ -30,6 +30,7 @@ from sae.errors import UserError
 from sae.features.matching import ActivationCorrelation
 from sae.model.language_model import LanguageModel, Tokens
 from sae.model.sites import Site
+from sae.saes import saes_fingerprint
 
 LEAST = 0.3
 """Similarity from which on two features may be partners."""
@@ -43,8 +44,15 @@ Partners = dict[Site, dict[int, int]]
 
 
 def same_dictionaries(a: Circuit, b: Circuit) -> bool:
-    """Whether the circuits' features have the same numbers: they were found with the same autoencoders."""
-    return a.metadata.get("saes_fingerprint") == b.metadata.get("saes_fingerprint") is not None
+    """Whether the circuits' features have the same numbers: at the sites of both they were found with the same
+    autoencoders.
+    """
+    if a.metadata.get("saes_fingerprint") == b.metadata.get("saes_fingerprint") is not None:
+        return True
+    shared = [site for site in a.nodes if site in b.nodes]
+    if len(shared) == len(a.nodes) == len(b.nodes):  # the fingerprints are of the same sites
+        return False
+    return saes_fingerprint(a.saes.subset(shared)) == saes_fingerprint(b.saes.subset(shared))
 
 
 def find_partners(a: Circuit, b: Circuit, *, prompts: int) -> tuple[Partners, float | None]:

@@ -60,6 +60,22 @@ def other_seed(tiny_model, tiny_saes, tiny_prompts, orders):
     return discover(tiny_model, saes, tiny_prompts, method="attrib", edge_nodes=40, progress=False)
 
 
+def test_features_of_one_dictionary_are_themselves_whatever_the_other_sites(
+    tiny_model, tiny_saes, circuit, tiny_prompts
+):
+    """Circuits over other sites have other fingerprints; no feature is taken for one that is like it."""
+    fewer = discover(
+        tiny_model, tiny_saes, tiny_prompts[:3], method="attrib", sites="resid", edge_nodes=0, progress=False
+    )
+    partners, similarity = find_partners(circuit, fewer, prompts=8)
+    assert similarity is None and set(partners) == set(fewer.nodes)
+    for site, pairs in partners.items():
+        features = {*circuit.nodes[site].feature.tolist(), *fewer.nodes[site].feature.tolist()} - {48}
+        assert pairs == {feature: feature for feature in features}
+    pair = compare_circuits(circuit, fewer, options=OPTIONS, progress=False).pairs[0]
+    assert pair.matched is None and pair.there.translated is None
+
+
 def test_a_permuted_dictionary_has_the_same_mechanism(circuit, other_seed, orders, tmp_path):
     partners, similarity = find_partners(circuit, other_seed, prompts=8)
     assert similarity == pytest.approx(1, abs=1e-5)

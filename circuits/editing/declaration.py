@@ -22,7 +22,7 @@ from pydantic import FiniteFloat
 from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
-from circuits.editing.targets import EVERYWHERE, feature_names, parse_features, split_by_span
+from circuits.editing.targets import EVERYWHERE, GENERATED, feature_names, parse_features, split_by_span
 from circuits.labels import SupernodesFile, group_members, groups_by_name
 from circuits.options import EditedTokens, Freeze, Operation
 from graphs.schema import SupernodeFile
@@ -86,6 +86,19 @@ class Edit:
             raise UserError(f"strength is {self.strength}: it must be a finite number")
         if any(not math.isfinite(strength) for strength in self.schedule):
             raise UserError(f"schedule is {list(self.schedule)}: it must be finite numbers")
+        self._check_tokens()
+
+    def _check_tokens(self) -> None:
+        """`UserError` where names and options are of different tokens, so that a feature would be edited nowhere."""
+        for span, names in split_by_span(self.features).items():
+            of_prompt = span not in (EVERYWHERE, GENERATED)
+            if (self.where == "generated" and of_prompt) or (self.where == "prompt" and span == GENERATED):
+                kind = "tokens of prompts" if of_prompt else "generated tokens"
+                raise UserError(
+                    f"where is {self.where!r}, and {names[0]}@{span} is of {kind} alone: leave one of them out"
+                )
+        if self.schedule and self.where == "prompt":
+            raise UserError("a schedule is of generated tokens, and where is 'prompt': leave one of them out")
 
     @property
     def names(self) -> list[str]:

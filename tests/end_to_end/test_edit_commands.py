@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import yaml
 
 from circuits.circuit import Circuit
 from circuits.cli.commands.edits.edit import AblateCommand
-from circuits.editing.declaration import load_edits
+from circuits.editing.declaration import Edit, load_edits, save_edits
 from circuits.editing.measures import answers_of
 
 
@@ -27,6 +28,34 @@ def test_an_edit_is_made_again_from_its_report(sfc, run_folder, text_file):
     assert "CE elsewhere" in (run_folder / "report.html").read_text()
     wrong = sfc("ablate", *common, "--top", 2, "--scales", "0,much")
     assert wrong.status == 2 and "scales '0,much'" in wrong.err
+
+
+def test_options_that_would_change_nothing_are_refused(sfc, run_folder, text_file, tmp_path):
+    path = save_edits(Edit("resid_0/1", "steer", 2.0), tmp_path / "edit.json")
+    choose = ["--choose", "surgical", "--text", text_file]
+    for words, unused in (
+        (["ablate", "--edit", path, "--where", "generated"], "--edit says .* leave out --where"),
+        (["ablate", "--edit", path, "--operation", "zero"], "leave out --operation"),
+        (["steer", "--edit", path, "--value", 3], "leave out --value"),
+        (["ablate", *choose, "--where", "active"], "--choose says .* leave out --where"),
+        (["ablate", "--top", 1, "--penalty", 1], "--penalty is of --choose surgical"),
+        (["ablate", "--features", "resid_0/1@last", "--where", "generated"], "resid_0/1@last is of tokens of prompts"),
+    ):
+        result = sfc(*words, "--circuit", run_folder)
+        assert result.status == 2 and re.search(unused, result.err), result.err
+    words = [
+        "ablate",
+        "--circuit",
+        run_folder,
+        "--features",
+        "resid_0/1@last,resid_0/1@3",
+        "--everywhere",
+        "--random",
+        0,
+    ]
+    result = sfc(*words, "--where", "prompt", "--operation", "zero", "--json")
+    assert [edit["features"] for edit in json.loads(result.out)["edits"]] == [["resid_0/1"]]
+    assert json.loads(result.out)["edits"][0]["where"] == "prompt"
 
 
 def test_other_text_does_without_the_circuits_own_prompts(sfc, run_folder, text_file, prompts_file, tmp_path):

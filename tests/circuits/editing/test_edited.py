@@ -177,6 +177,13 @@ def test_edits_go_to_files_and_back(tmp_path, active):
         ({"where": "somewhere"}, r"key 'edits\[0\]\.where' is \"somewhere\""),
         ({"value": 2.0}, "'zero' takes no value"),
         ({"features": ["theirs"], "groups": 1}, "unknown key 'groups'"),
+        (
+            {"features": ["a/1", "a/2@b"], "where": "generated"},
+            "where is 'generated', and a/2@b is of tokens of prompts",
+        ),
+        ({"features": ["a/2@5"], "where": "generated"}, "leave one of them out"),
+        ({"features": ["a/1@generated"], "where": "prompt"}, "a/1@generated is of generated tokens alone"),
+        ({"where": "prompt", "schedule": [1, 0]}, "a schedule is of generated tokens"),
     ],
 )
 def test_a_wrong_edit_is_told_in_one_sentence(tmp_path, change, message):

@@ -164,7 +164,7 @@ def test_what_cannot_be_measured(tiny_model, tiny_saes, tiny_prompts):
     with pytest.raises(UserError, match="no edges"):
         edge_faithfulness(replace(circuit, edges={}, edge_nodes={}), tiny_prompts, progress=False)
     same = replace(tiny_prompts, patch=tiny_prompts.clean)
-    with pytest.raises(UserError, match="ablating every edge leaves the metric at .*: there is nothing to explain"):
+    with pytest.raises(UserError, match=r"ablating every edge leaves the metric at .*: there is nothing to explain"):
         edge_faithfulness(circuit, same, FaithfulnessOptions("counterfactual", random=0), progress=False)
 
 

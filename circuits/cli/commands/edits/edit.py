@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -55,7 +55,7 @@ class _Edit(UsesSaes, Named, HasTestPrompts, RunsCircuit):
     edit: Path | None = None
     """Make the edits of this file: a file of edits, or edits/NAME.json of an earlier ablate or steer."""
     everywhere: bool = False
-    """Edit the features of a circuit by span or position at all tokens."""
+    """Edit the features of a circuit by span or position at all tokens, or at those of --where."""
     where: EditedTokens = "all"
     """At which tokens: all, those where the feature is active, the prompt's alone, or generated ones alone."""
     freeze: Freeze | None = None
@@ -96,9 +96,24 @@ class _Edit(UsesSaes, Named, HasTestPrompts, RunsCircuit):
             raise UserError("--choose needs --text: what the edit costs elsewhere is measured on it")
         if self.choose is not None and self.freeze is not None:
             raise UserError("--choose chooses on the model as it is: leave out --freeze, or edit again with --edit")
+        self._check_used(operation, value)
         parse_scales(self.scales)
         with lock(circuit_folder(self.circuit).parent, shared=True):
             return self._measured(operation, value)
+
+    def _check_used(self, operation: Operation, value: float | None) -> None:
+        """`UserError` for an option that would change nothing beside --edit or --choose."""
+        usual = {option.name: option.default for option in fields(self)}
+        given = {"operation": operation, "value": value, "where": self.where, "relative": self.relative,
+                 "groups": self.groups}  # fmt: skip
+        if self.choose == "surgical":
+            del given["operation"]  # of what is chosen
+        source = "--edit" if self.edit is not None else "--choose" if self.choose is not None else None
+        unused = [name for name, option in given.items() if option != usual[name]] if source else []
+        if unused:
+            raise UserError(f"{source} says what becomes of which features, and where: leave out --{unused[0]}")
+        if self.penalty != usual["penalty"] and self.choose != "surgical":
+            raise UserError("--penalty is of --choose surgical alone: leave it out")
 
     def _measured(self, operation: Operation, value: float | None) -> Output:
         from circuits.circuit import circuit_folder
@@ -196,15 +211,18 @@ class _Edit(UsesSaes, Named, HasTestPrompts, RunsCircuit):
 
         if self.edit is not None:
             edits = load_edits(self.edit)
+            edits = [edit.everywhere() for edit in edits] if self.everywhere else edits
         else:
             chosen = self.features or circuit.strongest_features(self.top or 0)
             groups = groups_by_name(circuit.supernodes) | (load_groups(self.groups) if self.groups else {})
             names = expanded(chosen, groups)
+            if self.everywhere:
+                names = list(dict.fromkeys(name.partition("@")[0] for name in names))
             by_template = operation == "mean" and self.text is None
             edits = [Edit(names, operation, value, self.relative, self.where, by_template=by_template)]
         if self.freeze is not None:
             edits = [replace(edit, freeze=self.freeze) for edit in edits]
-        return [edit.everywhere() for edit in edits] if self.everywhere else edits
+        return edits
 
     def file(self, operation: Operation, value: float | None) -> tuple[Path, dict[str, Any]]:
         """edits/NAME.json and what it is made with; without a name, one made from the edit, with a digest where there

@@ -208,7 +208,7 @@ class PromptSet:
         return groups if len(groups.unique()) > 1 else _numbered(self._contents())
 
     def _contents(self) -> list[tuple[Any, ...]]:
-        """What the model and the metric see of each prompt."""
+        """Tokens and answers of each prompt, which is all that the model and the metric see."""
         tokens = [self.clean] if self.patch is None else [self.clean, self.patch]
         answers = [self.clean_answers] if self.patch_answers is None else [self.clean_answers, self.patch_answers]
         rows = zip(*(words_of(side) for side in tokens), *(ids.tolist() for ids in answers), strict=True)

@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 
+gc.disable()  # while everything is imported and collected; it would look through a million objects a dozen times
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # these before torch is imported
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # looks for a GPU without CUDA, which survives no fork
@@ -54,6 +55,14 @@ ContextStream.__init__.__kwdefaults__["forward_tokens"] = 2048
 FORKED = pytest.StashKey[ForkedCommands]()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _set_aside() -> Iterator[None]:
+    """Look once through what a file of tests leaves, such as models, not in every collection from then on."""
+    yield
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _reproducible() -> None:
     torch.set_num_threads(THREADS)
@@ -79,9 +88,9 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
 
     The collector would else look through a million objects of torch and transformers again and again, at a second each.
     """
-    gc.collect()
     gc.freeze()
-    gc.set_threshold(5000, 10, 50)  # a full collection looks through all that tests have left
+    gc.set_threshold(5000, 10, 50)
+    gc.enable()
     if wants_workers(session):
         start, end = partial(_start_commands, session), partial(_end_commands, session.config)
         run_in_workers(session, on_start=start, on_end=end)

@@ -33,8 +33,9 @@ def statements(block: ast.AST) -> Iterator[ast.stmt]:
             yield from statements(node)
 
 
-FILES = {path.relative_to(ROOT): list(statements(ast.parse(path.read_text(encoding="utf-8"))))
+TREES = {path.relative_to(ROOT): ast.parse(path.read_text(encoding="utf-8"))
          for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))}  # fmt: skip
+FILES = {path: list(statements(tree)) for path, tree in TREES.items()}
 
 
 def module(path: Path) -> str:
@@ -143,10 +144,9 @@ def test_variables_say_what_they_hold():
 def test_docstrings_name_the_thing():
     """No docstring of a module, class or function begins with a word that stands for the thing it should name."""
     riddles = set()
-    for path in FILES:
-        tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
-        for node in (n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)):
-            first = (ast.get_docstring(node) or " ").split(" ", 1)[0]
+    for path, tree in TREES.items():
+        for node in (n for n in (tree, *FILES[path]) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)):
+            first = (ast.get_docstring(node, clean=False) or " ").split(" ", 1)[0]
             if first in PRONOUNS:
                 riddles.add(f"{path}:{getattr(node, 'name', 'module')}: {first} ...")
     assert not riddles

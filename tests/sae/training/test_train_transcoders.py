@@ -43,7 +43,7 @@ def planted(n=4096, *, read=16, width=24):
 def test_every_architecture_starts_at_the_mean_and_learns(architecture):
     """What is exported does on raw activations what was trained: its error is that of the training log."""
     x, y = planted()
-    config = small(architecture=architecture, features=64, k=8, tokens=256 * 80, batch_size=256)
+    config = small(architecture=architecture, features=64, k=8, tokens=256 * 60, batch_size=256)
     one = TrainingSAE("one", MLP_1, 24, config, torch.device("cpu"), read_width=16)
     one.prepare(y, x)
     assert not one.weights["W_dec"].any() and not one.weights["W_skip"].any()

@@ -50,8 +50,8 @@ def small(**options):
     return TrainConfig(**defaults | {"log_steps": 5, "dead_tokens": 400} | options)
 
 
-def run(model, out, config, **options):
-    return train_saes(model, stories(), sites="resid_0,mlp_1", config=config, out=out, progress=False, **options)
+def run(model, out, config, sites="resid_0,mlp_1", **options):
+    return train_saes(model, stories(), sites=sites, config=config, out=out, progress=False, **options)
 
 
 class Stopped(Exception):
@@ -71,18 +71,24 @@ def stop_after(monkeypatch, step):
 
 
 @pytest.mark.parametrize(
-    ("architecture", "revival"),
-    [("topk", "auto"), ("relu", "resample"), ("batchtopk", "auto"), ("jumprelu", "auto"), ("gated", "auto")],
+    ("architecture", "revival", "sites", "stops"),
+    [
+        ("topk", "auto", "resid_0,mlp_1", (13, 20)),  # in the first and in the second fill of the buffer
+        ("relu", "resample", "mlp_1", (20,)),
+        ("batchtopk", "auto", "mlp_1", (20,)),
+        ("jumprelu", "auto", "mlp_1", (20,)),
+        ("gated", "auto", "mlp_1", (20,)),
+    ],
 )
-def test_a_killed_run_resumes_to_the_same_bits(tiny_model, tmp_path, monkeypatch, architecture, revival):
+def test_a_killed_run_resumes_to_the_same_bits(tiny_model, tmp_path, monkeypatch, architecture, revival, sites, stops):
     config = small(architecture=architecture, revival=revival, checkpoints=4)
-    whole = run(tiny_model, tmp_path / "whole", config)
-    for stop in (13, 20):  # in the first and in the second fill of the buffer
+    whole = run(tiny_model, tmp_path / "whole", config, sites)
+    for stop in stops:
         with monkeypatch.context() as patch, pytest.raises(Stopped):
             stop_after(patch, stop)
-            run(tiny_model, tmp_path / "killed", config, resume=True)
+            run(tiny_model, tmp_path / "killed", config, sites, resume=True)
     assert len(list((tmp_path / "killed" / "checkpoints").iterdir())) == 2
-    resumed = run(tiny_model, tmp_path / "killed", config, resume=True)
+    resumed = run(tiny_model, tmp_path / "killed", config, sites, resume=True)
     for site, sae in whole.items():
         for name, tensor in sae.named_buffers():
             assert torch.equal(tensor, resumed[site].get_buffer(name)), (site, name)
@@ -122,7 +128,7 @@ def test_every_row_of_a_fill_is_dealt_once_and_every_fill_and_seed_has_its_order
     monkeypatch.setattr(Trainer, "_one_step", recording)
     monkeypatch.setattr(torch, "randperm", order)
     for seed in (0, 1):
-        run(tiny_model, tmp_path / str(seed), small(seed=seed, tokens=20 * 128))
+        run(tiny_model, tmp_path / str(seed), small(seed=seed, tokens=20 * 128), "mlp_1")
     for seed, fill in dealt:
         rows, whole = dealt[seed, fill]
         assert len(set(rows)) == len(rows) and (len(rows) == whole or (seed, fill + 1) not in dealt)
@@ -255,23 +261,13 @@ def test_silence_and_log_are_counted_like_a_loop_does():
     assert torch.equal(one.dead, (silent > 192).nonzero()[:, 0])
 
 
-def test_a_steered_penalty_brings_l0_to_k():
-    directions = torch.nn.functional.normalize(torch.randn(48, 16), dim=1)
-    x = ((torch.rand(20_000, 48) < 0.1) * torch.rand(20_000, 48)) @ directions
-    for architecture in ("relu", "jumprelu", "gated"):
-        one = training_sae(architecture=architecture, tokens=100 * 128, batch_size=128)
-        one.prepare(x)
-        optimise(one, x, 100)
-        assert one.state["l0"].item() == pytest.approx(4, rel=0.5), architecture
-
-
 def test_known_directions_are_recovered():
     generator = torch.Generator().manual_seed(0)
-    directions = torch.nn.functional.normalize(torch.randn(64, 32, generator=generator), dim=1)
-    x = (torch.rand(40_000, 64, generator=generator) < 0.05) * (0.5 + torch.rand(40_000, 64, generator=generator))
+    directions = torch.nn.functional.normalize(torch.randn(32, 32, generator=generator), dim=1)
+    x = (torch.rand(20_000, 32, generator=generator) < 0.1) * (0.5 + torch.rand(20_000, 32, generator=generator))
     x = 20 * x @ directions + 5
-    for architecture, steps in (("topk", 250), ("batchtopk", 500)):
-        one = training_sae(width=32, features=96, architecture=architecture, tokens=steps * 256, batch_size=256)
+    for architecture, steps in (("topk", 100), ("batchtopk", 160)):
+        one = training_sae(width=32, features=48, architecture=architecture, tokens=steps * 256, batch_size=256)
         one.prepare(x)
         optimise(one, x, steps)
         sae = one.export(model="", fingerprint="")
@@ -326,7 +322,7 @@ def test_biases_of_dead_features_rise_by_a_share_of_the_learning_rate_until_they
     assert one.weights["W_enc"].grad[asleep].abs().sum() > 0
     torch.testing.assert_close(rise[asleep], torch.full((2,), 0.2 * one.schedule.learning_rate(100)))
     assert rise.count_nonzero() == 2
-    optimise(one, x, 400)
+    optimise(one, x, 150)
     f = one.export().encode(x)
     assert (f[:, asleep] > 0).any(0).all()
 

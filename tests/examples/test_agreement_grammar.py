@@ -227,7 +227,7 @@ def check(document: str) -> int:
 
 
 def test_every_sentence_agrees() -> None:
-    assert sum(check(document) for document in documents(4000, seed=77)) > 500
+    assert sum(check(document) for document in text_file("train").read_text().splitlines()[:2000]) > 250
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_the_parser_finds_disagreement(bad: str) -> None:
 
 
 def test_structures_are_frequent_enough_to_learn_from() -> None:
-    text = " ".join(documents(3000, seed=5))
+    text = " ".join(text_file("train").read_text().splitlines()[:3000])
     words = Counter(re.findall(r"\w+", text))
     assert set(words) <= set(vocabulary())
     relative = len(re.findall(r"\b(?:that|who) (?:the|some|this|every|these|a|two|many|those) ", text))
@@ -286,7 +286,8 @@ def test_surprisal_is_that_of_independent_choices() -> None:
 
 
 def test_bundled_text_is_what_the_script_writes() -> None:
-    made = make_text(TextConfig())
-    for split, lines in made.items():
-        assert text_file(split).read_text().splitlines() == lines
-    assert not set(made["train"]) & set(made["valid"])
+    """Its first lines; the two splits share none."""
+    texts = {split: text_file(split).read_text().splitlines() for split in ("train", "valid")}
+    for split, lines in make_text(TextConfig(train=600, valid=200)).items():
+        assert len(lines) > 190 and texts[split][: len(lines)] == lines
+    assert not set(texts["train"]) & set(texts["valid"])

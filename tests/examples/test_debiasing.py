@@ -22,7 +22,7 @@ def test_labelled_texts():
 
 
 def test_the_story_in_small(tmp_path):
-    reports = debias(DebiasingConfig(out=tmp_path, tokens=4_000, train=80, concept=40, test=40, steps=1), ["attractor"])
+    reports = debias(DebiasingConfig(out=tmp_path, tokens=2_000, train=48, concept=24, test=24, steps=1), ["attractor"])
     for name, report in reports.items():
         assert report.score("original probe").spurious > 0.8, "the ambiguous probe goes by what is spurious"
         assert report.score("oracle").intended > 0.8

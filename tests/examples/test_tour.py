@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 
 import pytest
 from nnsight._c import unmount
+
+import sae
 
 
 def run_tour() -> None:
@@ -14,6 +17,8 @@ def run_tour() -> None:
         unmount("save")
     from examples.tour import app
 
+    train = sae.train_saes
+    sae.train_saes = lambda *given, config, **options: train(*given, config=replace(config, tokens=2000), **options)
     _, defined = app.run()
     circuit, widget = defined["circuit"], defined["explorer"].widget
     assert defined["features"] == circuit.strongest_features(5) and defined["edit"].features

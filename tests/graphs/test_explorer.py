@@ -108,11 +108,11 @@ def test_every_node_and_edge_is_in_the_data(make_circuit):
 
 
 def test_layouts_hold_the_strongest_nodes_without_overlap(make_circuit):
-    graph = make_circuit(n_nodes=200, n_edges=600, positions=True)
+    graph = make_circuit(n_nodes=100, n_edges=300, positions=True)
     data = unpacked(explorer_html(graph))
     nodes = data["nodes"]
     ranked = sorted((i for i, n in enumerate(nodes) if n["kind"] != "metric"), key=lambda i: -abs(nodes[i]["effect"]))
-    assert data["layouts"][-1]["size"] == 200
+    assert data["layouts"][-1]["size"] == 100
     for layout in data["layouts"]:
         width, height, metric_width, metric_height = layout["box"]
         assert {i for i, *_ in layout["nodes"] if nodes[i]["kind"] != "metric"} == set(ranked[: layout["size"]])

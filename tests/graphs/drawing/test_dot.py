@@ -17,7 +17,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 CIRCUITS = [
     {"n_nodes": 30, "n_edges": 80},
     {"n_nodes": 30, "n_edges": 80, "positions": True},
-    {"n_nodes": 140, "n_edges": 500, "n_layers": 6},
+    {"n_nodes": 80, "n_edges": 240, "n_layers": 6},
 ]
 
 
@@ -131,7 +131,7 @@ def test_awkward_text_survives_as_itself(tmp_path, text):
 
 
 def test_large_graphs_drop_the_labels_of_weak_nodes_but_not_their_ids(make_circuit, tmp_path):
-    graph = make_circuit(n_nodes=300, n_edges=300, n_layers=6, labels=1.0)
+    graph = make_circuit(n_nodes=160, n_edges=80, n_layers=6, labels=1.0)
     source = to_dot(graph)
     features = sorted((n for n in graph.nodes() if n.kind == "feature"), key=lambda n: -abs(n.effect))
     words = {n.id: re.search(rf'"?{re.escape(n.id)}"? \[label=<(.*?)>\s*\w+=', source) for n in features}

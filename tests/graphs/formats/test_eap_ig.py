@@ -50,7 +50,7 @@ def linear_circuit(seed: int) -> FeatureGraph:
     direct = {("embed", "attn_0"), ("embed", "mlp_0"), ("attn_0", "mlp_0"), ("embed", "resid_0"), ("attn_0", "resid_0")}
     direct |= {("mlp_0", "resid_0"), ("resid_0", "attn_1"), ("resid_0", "mlp_1"), ("attn_1", "mlp_1")}
     direct |= {("resid_0", "resid_1"), ("attn_1", "resid_1"), ("mlp_1", "resid_1"), ("resid_1", METRIC)}
-    ids = [(site, what) for site in sites for what in (0, 1, "error")]
+    ids = [(site, what) for site in sites for what in (0, "error")]
     jacobian = {
         (u, d): rng.gauss(0, 1) for u in ids for d in [*ids, (METRIC, 0)] if (u[0], d[0]) in direct
     }  # da_d / da_u

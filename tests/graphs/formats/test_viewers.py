@@ -28,8 +28,8 @@ def of_sites(*sites: str, position: int | str | None = None, tokens: tuple[str, 
 
 
 GRAPHS = {
-    "summed": {"n_nodes": 40, "n_edges": 90},
-    "position": {"n_nodes": 40, "n_edges": 90, "positions": True},
+    "summed": {"n_nodes": 20, "n_edges": 45},
+    "position": {"n_nodes": 20, "n_edges": 45, "positions": True},
     "spans": awkward,
     "embed and attn_0": lambda: of_sites("embed", "attn_0"),
     "attn_0 at the first of one token": lambda: of_sites("attn_0", position=0, tokens=("The",)),

@@ -14,7 +14,7 @@ from sae.model.gim import PLAIN, GimRules, check_covered, gim_rules, softmax_gra
 from sae.model.language_model import LanguageModel
 from sae.model.load import load_model
 from sae.model.sites import Site
-from tests.conftest import MODEL_FAMILIES, word_tokenizer
+from tests.conftest import word_tokenizer
 from tests.near import assert_near
 from tests.sae.model.test_lrp import TEXTS, readout
 from tests.tiny_models import tiny_model
@@ -44,7 +44,7 @@ def check_rules(model, tokens) -> None:
     assert not torch.allclose(changed[0], plain[0], rtol=0.05)
 
 
-@pytest.mark.parametrize("architecture", MODEL_FAMILIES)
+@pytest.mark.parametrize("architecture", ["gpt2", "gpt_neox", "qwen3", "gemma2"])
 def test_nothing_but_gradients_changes(architecture, make_tiny_model):
     check_rules(make_tiny_model(architecture), make_tiny_model(architecture).tokenize(TEXTS))
 

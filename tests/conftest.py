@@ -6,7 +6,8 @@ import gc
 import logging
 import os
 
-gc.disable()  # while everything is imported and collected; it would look through a million objects a dozen times
+if gc.isenabled():  # until everything is imported and collected: it would look through a million objects a dozen times
+    gc.disable()
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # these before torch is imported
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # looks for a GPU without CUDA, which survives no fork

@@ -149,7 +149,7 @@ class Trial:
 
     @cached_property
     def _measured(self) -> dict[str, dict[str, float | Sequence[float]]]:
-        """What edits refer to, as far as it was measured: by kind and name of the feature."""
+        """Numbers that edits refer to, as far as they were measured: by kind and name of the feature."""
         return {}
 
     def _measure(self, draws: Iterable[Sequence[Edit]]) -> None:

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -165,6 +165,49 @@ def config_constants(hf: Any) -> list[float]:
     config = getattr(hf, "config", None)
     configs = [vars(one) for one in (config, getattr(config, "text_config", None)) if one is not None]
     return [value for entries in configs for value in entries.values() if isinstance(value, float)]
+
+
+class Batched(Protocol):
+    """The attributes of a model that say which rows may share a batch."""
+
+    name: str
+    padding_shows: bool
+
+    @property
+    def architecture(self) -> Any:
+        """The modules and the config."""
+
+
+def longest_alike(hf: Any) -> int | None:
+    """Most tokens of a padded batch whose rows count their positions alike; None where nothing bounds them.
+
+    Beyond, rotary positions are scaled for all rows because of the longest one (longrope), or queries by where they
+    stand in the padded row and not in their text (Llama 4's temperature). Where that begins early the probe shows it.
+    """
+    config = getattr(hf, "config", None)
+    configs = [one for one in (config, getattr(config, "text_config", None)) if one is not None]
+    bounds = [int(one.floor_scale) - 1 for one in configs if getattr(one, "attn_temperature_tuning", False)]
+    for one in configs:
+        ropes = getattr(one, "rope_parameters", None) or {}
+        for rope in (ropes, *(value for value in ropes.values() if isinstance(value, dict))):
+            bound = rope.get("original_max_position_embeddings")
+            bounds += [int(bound)] if rope.get("rope_type") == "longrope" and bound else []
+    return min((bound for bound in bounds if bound >= PROBE_POSITIONS), default=None)
+
+
+def unequal_lengths(model: Batched, tokens: Tokens, *, more: int = 0) -> UserError | None:
+    """The refusal of rows that cannot share a batch, with `more` generated tokens; None where they can."""
+    longest = longest_alike(model.architecture)
+    beyond = longest is not None and tokens.n_positions + more > longest
+    if not (model.padding_shows or beyond) or bool(tokens.attention_mask.all()):
+        return None
+    why = (
+        "has a state that runs over padding"
+        if model.padding_shows
+        else f"scales positions by the longest text of a batch of more than {longest} tokens"
+    )
+    lengths = ", ".join(map(str, sorted(set(tokens.lengths.tolist()))))
+    return UserError(f"model {model.name!r} {why}: give prompts of equal length in tokens (these have {lengths})")
 
 
 def run_by_length(tokens: Tokens, run: Callable[[Tokens], Run]) -> Run:

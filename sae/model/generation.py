@@ -19,15 +19,14 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from sae.errors import UserError
+from sae.model.forward import Batched, unequal_lengths
 from sae.model.hook_points import Columns, SiteEdit, StandingEdit
 from sae.model.sites import Site
 from sae.model.tokens import Tokens
 
 
-class Generator(Protocol):
+class Generator(Batched, Protocol):
     """The attributes of a model that generation uses."""
-
-    name: str
 
     @property
     def hf(self) -> Any:
@@ -98,6 +97,8 @@ def _check_options(model: Generator, prompts: Tokens, max_new_tokens: int, sampl
     for name in MULTIPLY_ROWS:
         if (sampling.get(name) or 1) != 1:
             raise UserError(f"{name} is {sampling[name]}: edits know one row a prompt, so only 1 is allowed")
+    if (refusal := unequal_lengths(model, prompts, more=max_new_tokens)) is not None:
+        raise refusal
     longest = int(prompts.lengths.max())
     if model.max_positions is not None and longest + max_new_tokens > model.max_positions:
         raise UserError(

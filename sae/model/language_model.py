@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from sae.errors import UserError
+from sae.model import forward
 from sae.model.activation_checkpointing import Checkpointed
 from sae.model.attention import as_unedited, check_can_freeze
 from sae.model.device_map import home_device
@@ -207,7 +208,8 @@ class LanguageModel:
         runs nor the blocks after the last site that was asked for.
 
         The model is put into evaluation mode whenever it is found in another. Where padding shows (a recurrent state
-        that runs over it) rows of equal length run together; with edits, skips or gradients they must be equal.
+        that runs over it, positions scaled by the longest) rows of equal length run together; with edits, skips or
+        gradients all must be.
         """
         evaluation_mode(self._hf)
         if grad and not self.has_gradients:
@@ -217,16 +219,16 @@ class LanguageModel:
             )
         edits, skip, captured = dict(edits or {}), dict(skip or {}), set(capture)
         self._check_requested(edits, captured, skip)
-        options = {"last_only": last_only, "need_logits": need_logits}
-        if not (self.padding_shows and not bool(tokens.attention_mask.all())):
-            with self._attention_of(tokens, edits, skip):
-                return self._run(tokens, captured, edits, skip, grad=grad, **options)
+
+        def run_rows(rows: Tokens) -> Run:
+            with self._attention_of(rows, edits, skip):
+                return self._run(rows, captured, edits, skip, grad=grad, last_only=last_only, need_logits=need_logits)
+
+        if (refusal := forward.unequal_lengths(self, tokens)) is None:
+            return run_rows(tokens)
         if edits or skip or grad:
-            raise UserError(
-                f"model {self.name!r} has a state that runs over padding: give prompts of equal length in tokens "
-                f"(these have {', '.join(map(str, sorted(set(tokens.lengths.tolist()))))})"
-            )
-        return run_by_length(tokens, lambda rows: self._run(rows, captured, {}, {}, **options))
+            raise refusal
+        return run_by_length(tokens, run_rows)
 
     def _run(
         self, tokens: Tokens, captured: set[Site], edits: Mapping[Site, SiteEdit], skip: Mapping[Site, Tensor], *,

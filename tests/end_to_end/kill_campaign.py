@@ -32,8 +32,10 @@ KILLS = int(os.environ.get("KILLS", "50"))
 KILLED = (-signal.SIGKILL, -signal.SIGALRM)
 UNFINISHED = ("checkpoints", "partial", "unfinished.json")
 PICTURES = (".svg", ".png", ".html", ".pdf")
-VARYING = {"tokens_per_second", "seconds", "resume", "overwrite", "estimate"}
-"""What two runs of a command need not share."""
+TIMED = ("comparison.txt",)
+"""Tables in which times stand."""
+VARYING = {"tokens_per_second", "seconds", "resume", "overwrite", "estimate", ".txt"}
+"""What two runs of a command need not share; the last is the digest of a table, which is compared itself."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,8 @@ def files_of(folder: Path) -> Iterator[tuple[str, Any]]:
             yield name, digest.hexdigest()
         elif path.suffix in PICTURES:
             yield name, "a picture"
+        elif path.name in TIMED:
+            yield name, "a table with times"
         elif path.suffix in (".json", ".jsonl"):
             lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
             yield name, [plain(json.loads(line.replace(str(folder), "OUT"))) for line in lines]

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sae.errors import UserError
+from sae.model.forward import longest_alike
 from sae.model.huggingface import pretrained_model, pretrained_tokenizer
 from sae.model.language_model import LanguageModel, Run
 from sae.model.load import load_model
@@ -22,7 +23,7 @@ from sae.model.sites import Site
 from sae.model.tokens import Tokens
 from sae.neurons import mlp_neuron_dictionaries
 from tests.conftest import tiny_hf, word_tokenizer
-from tests.tiny_models import FAMILIES, tiny_model
+from tests.tiny_models import FAMILIES, SPECIAL_SIZES, tiny_model
 
 TEXTS = ["the man near the old dogs runs", "she sees"]
 ATTN_0, MLP_0, RESID_0 = Site("attn", 0), Site("mlp", 0), Site("resid", 0)
@@ -113,8 +114,51 @@ def test_padding_of_a_recurrent_state_is_left_out() -> None:
     assert torch.allclose(together.logits[0, 4:], single.logits[0], atol=1e-5)
     assert torch.allclose(together.activations[RESID_0][0, 4:], single.activations[RESID_0][0], atol=1e-5)
     assert not together.activations[RESID_0][0, :4].any()
-    with pytest.raises(UserError, match="state that runs over padding: give prompts of equal length in tokens"):
-        model.run(both, grad=True, capture=[RESID_0])
+    for run in (lambda: model.run(both, grad=True, capture=[RESID_0]), lambda: model.generate(both, max_new_tokens=2)):
+        with pytest.raises(UserError, match="state that runs over padding: give prompts of equal length in tokens"):
+            run()
+
+
+def test_rows_that_run_apart_keep_their_attention_where_it_is_frozen() -> None:
+    model = load("bart")
+    assert model.padding_shows
+    both = Tokens.from_rows([[1, 45, 30, 17], [1, 50, 60, 17, 20, 9, 10, 33]])
+    edit = {RESID_0: lambda x, columns: x + torch.linspace(-1, 1, 32)}
+    with model.edited(edit):
+        free = model.run(both).logits
+        with model.frozen_attention():
+            together = model.run(both).logits
+            alone = [model.run(both[i : i + 1]).logits[0] for i in range(2)]
+    assert all(torch.allclose(together[i], alone[i], atol=1e-5) for i in range(2))
+    assert not torch.allclose(together, free, atol=1e-3)
+
+
+ROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "factor": 4.0}
+SCALED = {
+    "phi3": {"rope_scaling": ROPE, "original_max_position_embeddings": 12},
+    "llama4_text": {"num_hidden_layers": 4, "attn_temperature_tuning": True, "floor_scale": 13},
+}
+
+
+@pytest.mark.parametrize("family", SCALED)
+def test_rows_whose_positions_are_scaled_by_the_longest_run_apart(family: str, monkeypatch) -> None:
+    """Beyond a number of tokens that the config says; up to it rows of all lengths share a batch."""
+    monkeypatch.setitem(SPECIAL_SIZES, family, {**SPECIAL_SIZES.get(family, {}), **SCALED[family]})
+    model = load(family)
+    assert longest_alike(model.hf) == 12 and not model.padding_shows
+    rows = [[1, 45, 30, 17], [1, 50, 60, 17, 20, 9, 10, 33, 12, 8, 45, 30, 51, 17, 22, 60]]
+    both, short = Tokens.from_rows(rows), Tokens.from_rows([rows[0], rows[1][:8]])
+    alone = [model.run(Tokens.from_rows([row])).logits[0] for row in rows]
+    together = model.run(both).logits
+    assert all(torch.allclose(together[i, -len(row) :], alone[i], atol=1e-5) for i, row in enumerate(rows))
+    mixed = model._run(both, set(), {}, {}).logits
+    assert not all(torch.allclose(mixed[i, -len(row) :], alone[i], atol=1e-5) for i, row in enumerate(rows))
+    for run in (lambda: model.run(both, grad=True, capture=[RESID_0]),
+                lambda: model.generate(short, max_new_tokens=5)):  # fmt: skip
+        with pytest.raises(UserError, match="scales positions by the longest text of a batch of more than 12 tokens"):
+            run()
+    assert model.run(short, grad=True, capture=[RESID_0]).activations[RESID_0].requires_grad
+    assert model.generate(short, max_new_tokens=4).shape == (2, 12)
 
 
 def test_the_callers_state_does_not_show(tiny_model: LanguageModel) -> None:

@@ -50,7 +50,7 @@ LARGE: dict[str, Sequence[str]] = {
     ),
 }  # fmt: skip
 SMALL: dict[str, Sequence[str]] = {
-    "kernels": (SELF, "--one", "kernels", "--device", "cpu", "--width", "16", "--features", "32", "--batch", "8"),
+    "kernels": (SELF, "--one", "kernels", "--device", "cpu", "--width", "8", "--features", "8", "--batch", "4"),
     "step": (
         "tests.benchmarks.bench_sae_step", "--width", "32", "--features", "128", "--batch", "64", "--k", "4", "--only",
         "topk", "--rounds", "1", "--threads", "1",

@@ -14,10 +14,12 @@ import pytest
 
 from tests.benchmarks import gpu
 from tests.benchmarks.kernel_times import other_tiles
+from tests.sae.sparse.test_kernels import patch_interpreter
 
 
 def run_module(words):
     """`python -m`, in this process; so is what it runs in processes of its own."""
+    patch_interpreter(pytest.MonkeyPatch())
     sys.argv, subprocess.run = list(words), run_here
     runpy.run_module(words[0], run_name="__main__", alter_sys=True)
 

@@ -47,18 +47,24 @@ def stop_at(monkeypatch, step: int, number: int | None = None) -> None:
     monkeypatch.setattr(Trainer, "_one_step", stopped)
 
 
+@pytest.fixture(scope="module")
+def whole(tiny_model, tmp_path_factory):
+    """A run that nothing happened to, and its folder."""
+    folder = tmp_path_factory.mktemp("whole")
+    return run(tiny_model, folder, small(checkpoints=8), "mlp_1"), folder
+
+
 @pytest.mark.parametrize("damaged", ["state.safetensors", "state.json"])
-def test_a_damaged_checkpoint_is_replaced_by_the_one_before(tiny_model, tmp_path, monkeypatch, caplog, damaged):
+def test_a_damaged_checkpoint_is_replaced_by_the_one_before(tiny_model, tmp_path, monkeypatch, caplog, whole, damaged):
     config = small(checkpoints=8)
-    whole = run(tiny_model, tmp_path / "whole", config)
     stop_at(monkeypatch, 9)
     with pytest.raises(KeyboardInterrupt):
-        run(tiny_model, tmp_path / "run", config)
+        run(tiny_model, tmp_path / "run", config, "mlp_1")
     monkeypatch.undo()
     flip(tmp_path / "run" / "checkpoints" / "step_00000009" / damaged, -20)
-    assert same(run(tiny_model, tmp_path / "run", config, resume=True), whole)
+    assert same(run(tiny_model, tmp_path / "run", config, "mlp_1", resume=True), whole[0])
     assert "damaged" in caplog.text and not (tmp_path / "run" / "checkpoints").exists()
-    logs = [read_log(tmp_path / name / "saes" / "training.jsonl") for name in ("run", "whole")]
+    logs = [read_log(folder / "saes" / "training.jsonl") for folder in (tmp_path / "run", whole[1])]
     assert [{**line, "tokens_per_second": 0} for line in logs[0]] == [
         {**line, "tokens_per_second": 0} for line in logs[1]
     ]
@@ -74,25 +80,23 @@ def test_all_checkpoints_damaged(tiny_model, tmp_path, monkeypatch):
         run(tiny_model, tmp_path, small(checkpoints=8), resume=True)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM])
-def test_a_signal_saves_a_checkpoint_after_the_step(tiny_model, tmp_path, monkeypatch, number):
+def test_a_signal_saves_a_checkpoint_after_the_step(tiny_model, tmp_path, monkeypatch, whole):
     config = small(checkpoints=0)
-    whole = run(tiny_model, tmp_path / "whole", config)
-    stop_at(monkeypatch, 7, number)
+    stop_at(monkeypatch, 7, signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
-        run(tiny_model, tmp_path / "run", config)
+        run(tiny_model, tmp_path / "run", config, "mlp_1")
     monkeypatch.undo()
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000008"]
-    assert same(run(tiny_model, tmp_path / "run", config, resume=True), whole)
+    assert same(run(tiny_model, tmp_path / "run", config, "mlp_1", resume=True), whole[0])
 
 
 def test_a_damaged_log_loses_no_training(tiny_model, tmp_path, monkeypatch, caplog):
     stop_at(monkeypatch, 9)
     with pytest.raises(KeyboardInterrupt):
-        run(tiny_model, tmp_path, small(checkpoints=8))
+        run(tiny_model, tmp_path, small(checkpoints=8), "mlp_1")
     monkeypatch.undo()
     (tmp_path / "saes" / "training.jsonl").write_bytes(b"\xff{\n")
-    assert run(tiny_model, tmp_path, small(checkpoints=8), resume=True)
+    assert run(tiny_model, tmp_path, small(checkpoints=8), "mlp_1", resume=True)
     assert read_log(tmp_path / "saes" / "training.jsonl") and "damaged line" in caplog.text
 
 

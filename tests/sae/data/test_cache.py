@@ -43,7 +43,8 @@ def test_a_grid_names_every_combination():
 
 
 def test_a_sweep_trains_each_config_as_a_run_of_its_own_does(tiny_model, tmp_path):
-    configs = grid(CONFIG, architectures=("relu", "topk", "identity"), features=(24,), k=(3,), seeds=(0, 1))
+    config = replace(CONFIG, tokens=3000)
+    configs = grid(config, architectures=("relu", "topk", "identity"), features=(24,), k=(3,), seeds=(0, 1))
     done = sweep(tiny_model, TEXTS, configs, sites=["resid_0", "mlp_1"], out=tmp_path / "sweep", progress=False)
     saes = {name: load_saes(done.run(name)) for name in configs}
     alone = train_saes(
@@ -254,8 +255,9 @@ def test_training_from_a_cache_needs_no_model(cache, tmp_path):
 
 def test_a_sweep_goes_on_where_it_was_and_grows(tiny_model, tmp_path, monkeypatch):
     """Interrupted, finished, then with a second width: nothing is trained twice, all to the bits of a whole one."""
-    small = grid(CONFIG, features=(16,), k=(2,), seeds=(0, 1))
-    large = grid(CONFIG, features=(16, 24), k=(2,), seeds=(0, 1))
+    config = replace(CONFIG, tokens=2000)
+    small = grid(config, features=(16,), k=(2,), seeds=(0, 1))
+    large = grid(config, features=(16, 24), k=(2,), seeds=(0, 1))
     options = {"sites": "resid_0", "progress": False}
     sweep(tiny_model, TEXTS, large, out=tmp_path / "whole", **options)
     save, out = SparseAutoencoder.save, tmp_path / "sweep"

@@ -165,10 +165,10 @@ def test_similar_features(saes, runs, pages):
         own, W_dec = values_of(runs, name), saes[site].W_dec[page.index]
         cosines, correlations = {}, {}
         for other in near:
-            for i in range(saes[other].config.n_features):
+            activations = torch.cat([f[other][counts] for _, _, f, counts, _ in runs])
+            for i, values in enumerate(activations.T):
                 if (other, i) != (site, page.index):
                     cosines[f"{other}/{i}"] = float(cosine_similarity(W_dec, saes[other].W_dec[i], dim=0))
-                    values = values_of(runs, f"{other}/{i}")
                     varies = float(own.std()) > 0 and float(values.std()) > 0
                     correlations[f"{other}/{i}"] = float(np.corrcoef(own, values)[0, 1]) if varies else 0.0
         for kind, exact in (("decoder", cosines), ("activation", correlations)):
@@ -216,7 +216,7 @@ def test_bins_fold_exactly_and_samples_stay_uniform():
     generator = torch.Generator().manual_seed(1)
     histogram, n = ActivationHistogram(2), 4000
     hits = torch.zeros(n)
-    for seed in range(60):
+    for seed in range(30):
         samples, seen = IntervalSamples(1, 4), ActivationHistogram(1)
         draws = torch.Generator().manual_seed(seed)
         for start in range(0, 400, 50):
@@ -227,7 +227,7 @@ def test_bins_fold_exactly_and_samples_stay_uniform():
         chosen = [text for text, _ in samples.of_levels(0, slice(0, 32))]
         assert len(chosen) == 4
         hits[chosen] += 1
-    assert float(hits[:200].sum()) == pytest.approx(120, abs=35)  # of 240 draws half are of the weaker half
+    assert float(hits[:200].sum()) == pytest.approx(60, abs=22)  # of 120 draws half are of the weaker half
     value = torch.rand(n, generator=generator) ** 6 * 1000
     slot = torch.randint(2, (n,), generator=generator)
     for part in torch.arange(n).split(100):

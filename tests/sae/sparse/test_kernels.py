@@ -41,8 +41,7 @@ def builtins(owner):
     return [(name, member) for name, member in inspect.getmembers(owner) if is_builtin(member)]
 
 
-@pytest.fixture
-def members_once(monkeypatch):
+def patch_interpreter(monkeypatch):
     """Triton's interpreter looks through its whole language before every kernel and every function that one calls, and
     puts its own members there, which takes longer than most kernels here: once a kernel is enough, and looking once.
     """
@@ -54,6 +53,11 @@ def members_once(monkeypatch):
     both = SimpleNamespace(__globals__={"tl": language, "core": language.core})
     monkeypatch.setattr(interpreter, "_patch_lang", lambda fn: patch(both))
     monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", lambda self, *a, **k: self.rewrite()(*a, **k))
+
+
+@pytest.fixture
+def members_once(monkeypatch):
+    patch_interpreter(monkeypatch)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 from tests.benchmarks.bench_mib import main
 from tests.conftest import tiny_hf, word_tokenizer
 
-NAMES = [("man", "king"), ("king", "boy"), ("boy", "dog"), ("dog", "man"), ("man", "dog"), ("boy", "king")]
+NAMES = [("man", "king"), ("king", "boy"), ("boy", "dog")]
 
 
 def ioi(a, b):

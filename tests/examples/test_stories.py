@@ -11,7 +11,7 @@ from examples import attention, attractor, behaviours, mended_attractor, pronoun
 from examples.agreement import MODEL, text
 from sae import TrainConfig, load_model, train_saes
 
-SMALL = TrainConfig(features=32, k=4, tokens=2000, context_length=32)
+SMALL = TrainConfig(features=32, k=4, tokens=2000, context_length=32, checkpoints=0)
 
 
 @pytest.fixture(autouse=True, scope="module")

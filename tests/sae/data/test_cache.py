@@ -31,7 +31,7 @@ TEXTS = [
     "he was happy",
 ] * 50
 SITES = [Site.parse("resid_0"), Site.parse("mlp_1")]
-CONFIG = TrainConfig(features=24, k=3, tokens=6000, batch_size=512, log_steps=4)
+CONFIG = TrainConfig(features=24, k=3, tokens=6000, batch_size=512, log_steps=4, checkpoints=1)
 
 
 def test_a_grid_names_every_combination():

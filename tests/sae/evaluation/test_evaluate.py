@@ -291,8 +291,6 @@ def test_plot_has_a_bar_and_a_histogram_for_every_site(tiny_model, saes, tmp_pat
     drawn = [sum(bar.get_height() for bar in axes.patches) for axes in histograms]
     assert drawn == [sum(m.density_histogram.counts) for m in result.sites.values()]
     alone = replace(result, sites=dict(list(result.sites.items())[:1]))
-    for name in ("evaluation.svg", "evaluation.png"):
-        plot_evaluation(alone, tmp_path / name)
-        assert (tmp_path / name).stat().st_size > 5000
+    assert plot_evaluation(alone, tmp_path / "evaluation.svg").stat().st_size > 5000
     with pytest.raises(UserError, match="'gif'"):
-        plot_evaluation(result, tmp_path / "evaluation.gif")
+        plot_evaluation(alone, tmp_path / "evaluation.gif")

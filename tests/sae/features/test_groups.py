@@ -13,7 +13,7 @@ from sae.features.reducibility import mixture, reducibility, separability, white
 from sae.model.sites import Site
 from tests.circuits.conftest import random_sae
 
-N, D = 12_000, 24
+N, D = 6_000, 24
 
 
 def directions(angles, first):

@@ -63,7 +63,7 @@ def test_repeated_runs_leave_no_tensor_behind(tiny_model: LanguageModel) -> None
     gc.disable()
     try:
         before = live()
-        for _ in range(50):
+        for _ in range(10):
             everything()
         assert live() <= before
     finally:

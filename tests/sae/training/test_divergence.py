@@ -29,7 +29,7 @@ from sae.training.training_sae import Schedule, TrainingSAE
 
 TEXTS = ["the man sees the dog", "she walks near the old cat .", "kings know queens"] * 60
 SITE = Site.parse("resid_0")
-CONFIG = TrainConfig(features=24, k=3, tokens=3000, batch_size=512, log_steps=4)
+CONFIG = TrainConfig(features=24, k=3, tokens=3000, batch_size=512, log_steps=4, checkpoints=1)
 
 
 def run(model, out, config=CONFIG, **options):
@@ -160,7 +160,7 @@ def test_a_packed_line_of_gigabytes_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(text, "LONGEST_LINE", 2**16)
     with gzip.open(tmp_path / "text.txt.gz", "wb") as file:
         file.write(b"one line\n")
-        for _ in range(64):
+        for _ in range(4):
             file.write(b"a" * 2**20)
     documents = TextSource.of(tmp_path / "text.txt.gz").read()
     assert next(documents) == "one line"

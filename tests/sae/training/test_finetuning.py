@@ -10,10 +10,10 @@ from torch.nn.functional import softmax
 from sae.architectures import ARCHITECTURES
 from sae.autoencoder import SparseAutoencoder
 from sae.data.activations import ContextStream
-from sae.data.batches import counted_tokens
+from sae.data.batches import counted_tokens, token_batches
 from sae.data.text import TextSource
 from sae.errors import UserError
-from sae.evaluation.evaluate import evaluate_saes
+from sae.evaluation.evaluate import Evaluator
 from sae.formats import load_sae, save_sae
 from sae.model.sites import Site
 from sae.saes import load_saes
@@ -30,7 +30,9 @@ TEXTS, HELD_OUT = stories(120, seed=1), stories(16, seed=2)
 
 
 def small(**options):
-    return FinetuneConfig(**{"tokens": 4000, "batch_size": 256, "log_steps": 5, "context_length": 16} | options)
+    return FinetuneConfig(
+        **{"tokens": 4000, "batch_size": 256, "log_steps": 5, "context_length": 16, "checkpoints": 1} | options
+    )
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -45,7 +47,7 @@ def trained(tiny_model, tmp_path_factory):
     """Autoencoders of every nonlinearity for the same sites, by architecture."""
 
     def of(architecture):
-        config = TrainConfig(architecture=architecture, features=48, k=4, tokens=5000, batch_size=256)
+        config = TrainConfig(architecture=architecture, features=48, k=4, tokens=4000, batch_size=256, checkpoints=0)
         out = tmp_path_factory.mktemp("trained") / architecture
         return train_saes(tiny_model, stories(), sites=SITES, config=config, out=out, progress=False)
 
@@ -142,7 +144,7 @@ def test_cuts_stay_where_values_are_positive(trained, architecture):
     sae = trained(architecture)[Site.parse("resid_0")]
     x = torch.randn(400, sae.config.d_model)
     one = FinetuningSAE(sae, scale=1.0, l0=48.0)
-    for _ in range(100):
+    for _ in range(60):
         one.steer(one(x).acts)
     most = len(one.export().encode_sparse(x).value) / len(x)
     assert most > len(sae.encode_sparse(x).value) / len(x)
@@ -180,7 +182,10 @@ def test_prediction_losses_against_their_definitions(tiny_model):
 def test_predictions_get_better_and_sparsity_stays(tiny_model, trained, tmp_path, architecture):
     before = trained(architecture)
     after = tuned(tiny_model, before, tmp_path / "run")
-    measured = [evaluate_saes(tiny_model, saes, HELD_OUT, context=16, errors=False) for saes in (before, after)]
+    evaluator = Evaluator(tiny_model, {"before": before, "after": after})
+    for tokens in token_batches(tiny_model, HELD_OUT, max_tokens=None, batch_size=16, context=16):
+        evaluator.update(tokens)
+    measured = list(evaluator.results().values())
     assert measured[1].spliced["all"].kl < 0.8 * measured[0].spliced["all"].kl
     for site, sae in after.items():
         then, now = (m.sites[site.name] for m in measured)

@@ -26,11 +26,19 @@ TRAINED = [name for name in ARCHITECTURES if name != "identity"]
 
 
 def small(**options):
-    given = {"features": 48, "k": 4, "tokens": 3000, "batch_size": 256, "kind": "transcoder", "skip": True}
+    given = {
+        "features": 48,
+        "k": 4,
+        "tokens": 3000,
+        "batch_size": 256,
+        "kind": "transcoder",
+        "skip": True,
+        "checkpoints": 1,
+    }
     return TrainConfig(**given | options)
 
 
-def planted(n=4096, *, read=16, width=24):
+def planted(n=2048, *, read=16, width=24):
     """Rows to read, and what a sparse map with a skip connection makes of them, neither centred nor of unit size."""
     generator = torch.Generator().manual_seed(0)
     x = 3 * torch.randn(n, read, generator=generator) + torch.randn(read, generator=generator)
@@ -43,14 +51,14 @@ def planted(n=4096, *, read=16, width=24):
 def test_every_architecture_starts_at_the_mean_and_learns(architecture):
     """What is exported does on raw activations what was trained: its error is that of the training log."""
     x, y = planted()
-    config = small(architecture=architecture, features=64, k=8, tokens=256 * 60, batch_size=256)
+    config = small(architecture=architecture, features=64, k=8, tokens=128 * 50, batch_size=128)
     one = TrainingSAE("one", MLP_1, 24, config, torch.device("cpu"), read_width=16)
     one.prepare(y, x)
     assert not one.weights["W_dec"].any() and not one.weights["W_skip"].any()
     torch.testing.assert_close(one.export()(x[:5]), y.mean(0).expand(5, -1))
     optimizer = torch.optim.Adam(one.groups(), betas=BETAS)
     for step in range(config.steps):
-        rows = slice(256 * (step % 16), 256 * (step % 16 + 1))
+        rows = slice(128 * (step % 16), 128 * (step % 16 + 1))
         one.step(y[rows], step, x[rows])
         for group in optimizer.param_groups:
             group["lr"] = group["factor"] * one.schedule.learning_rate(step)

@@ -47,7 +47,7 @@ def stories(n=120, seed=0):
 def small(**options):
     """23 steps, of which the first fill of the buffer has 16."""
     defaults = {"features": 48, "k": 4, "tokens": 3000, "batch_size": 128, "buffer_tokens": 2048}
-    return TrainConfig(**defaults | {"log_steps": 5, "dead_tokens": 400} | options)
+    return TrainConfig(**defaults | {"log_steps": 5, "dead_tokens": 400, "checkpoints": 1} | options)
 
 
 def run(model, out, config, sites="resid_0,mlp_1", **options):
@@ -195,10 +195,10 @@ def optimise(one, x, steps):
 
 @pytest.mark.parametrize("architecture", ALL)
 def test_the_exported_autoencoder_does_on_raw_activations_what_was_trained(architecture):
-    x = 30 * torch.randn(4000, 16) + 7
+    x = 30 * torch.randn(2000, 16) + 7
     one = training_sae(architecture=architecture, centre="geometric_median")
     one.prepare(x)
-    optimise(one, x, 40 if one.architecture.trained else 0)
+    optimise(one, x, 10 if one.architecture.trained else 0)
     sae = one.export(model="m", fingerprint="f")
     x = x[:50]
     scaled = (x - one.state["centre"]) / one.state["scale"]

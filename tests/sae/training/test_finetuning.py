@@ -30,9 +30,9 @@ TEXTS, HELD_OUT = stories(120, seed=1), stories(16, seed=2)
 
 
 def small(**options):
-    return FinetuneConfig(
-        **{"tokens": 4000, "batch_size": 256, "log_steps": 5, "context_length": 16, "checkpoints": 1} | options
-    )
+    """Eight steps."""
+    defaults = {"tokens": 2000, "batch_size": 256, "learning_rate": 0.003, "context_length": 16}
+    return FinetuneConfig(**defaults | {"log_steps": 2, "checkpoints": 1} | options)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -186,7 +186,7 @@ def test_predictions_get_better_and_sparsity_stays(tiny_model, trained, tmp_path
     for tokens in token_batches(tiny_model, HELD_OUT, max_tokens=None, batch_size=16, context=16):
         evaluator.update(tokens)
     measured = list(evaluator.results().values())
-    assert measured[1].spliced["all"].kl < 0.8 * measured[0].spliced["all"].kl
+    assert measured[1].spliced["all"].kl < 0.85 * measured[0].spliced["all"].kl
     for site, sae in after.items():
         then, now = (m.sites[site.name] for m in measured)
         assert now.l0 == pytest.approx(then.l0, rel=1e-6 if architecture == "topk" else 0.15)
@@ -202,7 +202,7 @@ def test_cross_entropy_goes_down_with_the_loss_ce(tiny_model, trained, tmp_path)
     ce = [spliced_predictions(tiny_model, s, TEXTS, max_tokens=4000)["ce"] for s in (before, after)]
     assert ce[1] < ce[0]
     lines = [json.loads(line) for line in (tmp_path / "run" / "saes" / "finetuning.jsonl").read_text().splitlines()]
-    assert lines[-1]["ce"] < lines[0]["ce"] and lines[-1]["tokens"] >= 4000
+    assert lines[-1]["ce"] < lines[0]["ce"] and lines[-1]["tokens"] >= 2000
     assert lines[-1]["learning_rate"] == 0 and all(line["learning_rate"] > 0 for line in lines[:4])
 
 
@@ -231,7 +231,7 @@ class Stopped(Exception):
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bits(tiny_model, trained, tmp_path, monkeypatch):
-    saes, config = trained("gated"), small(tokens=2000, checkpoints=3)
+    saes, config = trained("gated"), small(checkpoints=3)
     whole = tuned(tiny_model, saes, tmp_path / "whole", config)
     one_step = Finetuner._one_step
 

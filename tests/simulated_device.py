@@ -66,10 +66,17 @@ def tree_map(function: Callable[[Any], Any], x: Any) -> Any:
     return function(x)
 
 
-def tensors_in(x: Any) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = []
-    tree_map(lambda leaf: found.append(leaf) if isinstance(leaf, torch.Tensor) else None, x)
-    return found
+def tensors_in(x: Any, into: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The list with the tensors of x added."""
+    if isinstance(x, torch.Tensor):
+        into.append(x)
+    elif isinstance(x, tuple | list):
+        for part in x:
+            tensors_in(part, into)
+    elif type(x) is dict:
+        for part in x.values():
+            tensors_in(part, into)
+    return into
 
 
 class DeviceTensor(torch.Tensor):
@@ -118,11 +125,15 @@ class DeviceTensor(torch.Tensor):
 
 def _compute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The operation on the tensors inside; results are on the device if an argument was, or if it was asked for."""
-    leaves = tensors_in((args, kwargs))
+    leaves = tensors_in(kwargs, tensors_in(args, []))
     wrappers = {id(x.inside): x for x in leaves if isinstance(x, DeviceTensor)}
+    device = kwargs.get("device")
+    if not wrappers and device is None:  # of the CPU alone
+        with torch._C.DisableTorchFunction():
+            return func(*args, **kwargs)
     operation = func.overloadpacket.__name__
     on_device = bool(wrappers)
-    if (device := kwargs.get("device")) is not None:
+    if device is not None:
         on_device = torch.device(device).type == BACKEND
         kwargs = kwargs | {"device": torch.device("cpu")}
     if on_device and (generator := kwargs.get("generator")) is not None:
@@ -136,7 +147,7 @@ def _compute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     before = {key: wrapper.inside.shape for key, wrapper in wrappers.items()}
     inside = lambda x: x.inside if isinstance(x, DeviceTensor) else x  # noqa: E731
     with torch._C.DisableTorchFunction():
-        result = func(*tree_map(inside, args), **tree_map(inside, kwargs))
+        result = func(*tree_map(inside, args), **(tree_map(inside, kwargs) if kwargs else kwargs))
     if torch.Tag.inplace_view in func.tags and isinstance(args[0], DeviceTensor):
         with no_dispatch():
             func(*args, **kwargs)  # the wrapper's own shape and strides
@@ -159,6 +170,11 @@ def _compute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 class _Dispatch(TorchDispatchMode):
     """Sees operations without a tensor of the device, such as factories."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: nothing is compiled here, and to forbid it costs each operation more than to compute it."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _compute(func, args, kwargs or {})
 
@@ -179,11 +195,9 @@ class _Names(TorchFunctionMode):
         if func in (torch.tensor, torch.as_tensor) and "device" in kwargs:  # these make their result in C++ alone
             rest = {key: value for key, value in kwargs.items() if key != "device"}
             return func(*args, **rest).to(_translated(kwargs["device"]))
+        if not kwargs and all(isinstance(x, torch.Tensor) for x in args):  # most calls, such as for a shape
+            return func(*args)
         return func(*tree_map(_translated, args), **tree_map(_translated, kwargs))
-
-
-def _narrowed(x: Any) -> Any:
-    return x.bfloat16() if isinstance(x, DeviceTensor) and x.dtype == torch.float32 else x
 
 
 def _index(index: Any) -> Any:

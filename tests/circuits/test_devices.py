@@ -62,7 +62,8 @@ def saes(make_saes, small_model, device):
 
 
 def small(**options):
-    defaults = {"features": 48, "k": 4, "tokens": 1500, "batch_size": 250, "dead_tokens": 600, "autocast": False}
+    defaults = {"features": 32, "k": 4, "tokens": 1500, "batch_size": 250, "dead_tokens": 600, "autocast": False}
+    defaults["checkpoints"] = 1
     return TrainConfig(**defaults | options)
 
 

@@ -3,7 +3,8 @@
 
 1. When all tests are collected, and none has run, the test process forks a process that waits: everything is imported
    there, and no thread of torch has started.
-2. Each command is a fork of that process, with its own standard output and error (files), and no GPU.
+2. Each command is a fork of that process, with its own standard output and error (files), and no GPU. What its options
+   are is found out before, and so once.
 3. Its status comes back through a pipe, with the CPU seconds that it took (`tests.cpu_times`).
 """
 
@@ -18,6 +19,7 @@ import socket
 import struct
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -26,11 +28,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tyro._parsers import ParserSpecification
 
 import circuits
 import graphs
 import sae
+from circuits.cli.main import COMMANDS, command_class
+from circuits.cli.parser import parse
+from sae.errors import UserError
 from tests.workers import fork
+
+PARSERS: dict[Any, Any] = {}
+
+
+def read_once(make: Callable[..., Any]) -> Callable[..., Any]:
+    """What tyro knows of the options of a command: it takes longer to find out than to read them."""
+
+    def parser(options: Any, *more: Any, **settings: Any) -> Any:
+        if settings["parent_classes"]:
+            return make(options, *more, **settings)
+        if options not in PARSERS:
+            PARSERS[options] = make(options, *more, **settings)
+        return PARSERS[options]
+
+    return parser
 
 
 @dataclass(frozen=True)
@@ -100,11 +121,15 @@ def _serve(pipe: socket.socket, threads: int) -> None:
                 if not module.name.endswith(("__main__", "triton_kernels")):
                     importlib.import_module(module.name)
         _prepare_to_load()
+        ParserSpecification.from_callable_or_type = staticmethod(read_once(ParserSpecification.from_callable_or_type))
         torch.cuda.is_available = lambda: False  # CUDA does not survive a fork
         torch.set_num_threads(threads)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         while message := _receive(pipe):
             request, folder, environment = pickle.loads(message)
+            start = time.process_time()
+            _prepare_to_parse(request.words or [])
+            preparing = time.process_time() - start
             child = fork()
             if child == 0:
                 pipe.close()
@@ -115,7 +140,7 @@ def _serve(pipe: socket.socket, threads: int) -> None:
                 torch.set_num_threads(threads)
                 _run(request)
             _, status, used = os.wait4(child, 0)
-            _send(pipe, pickle.dumps((os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime)))
+            _send(pipe, pickle.dumps((os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime + preparing)))
     except BaseException:
         traceback.print_exc()
     finally:
@@ -127,6 +152,18 @@ def _prepare_to_load() -> None:
     with suppress(ImportError, AttributeError):  # of other releases
         mapping = importlib.import_module("transformers.conversion_mapping")
         mapping.get_checkpoint_conversion_mapping("gpt_neox")
+        importlib.import_module("transformers.models.gpt_neox.modeling_gpt_neox")
+
+
+def _prepare_to_parse(words: list[str]) -> None:
+    """Find out the options of a command, for the forks that come."""
+    if words and words[0] in COMMANDS and words[0] not in _prepared:
+        _prepared.add(words[0])
+        with suppress(UserError, SystemExit):
+            parse(command_class(words[0]), [], prog="sfc")
+
+
+_prepared: set[str] = set()
 
 
 def _run(request: Request) -> None:

@@ -7,6 +7,7 @@ import platform
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +92,18 @@ def record(run: Path, command: str, options: Any) -> None:
     commands = read_run_config(run) or {"schema_version": 1}
     commands[command] = {field.name: plain(getattr(options, field.name)) for field in fields(options)}
     commands[command]["words"] = command_words(options)
-    versions = commands["versions"] = {"python": platform.python_version()}
+    commands["versions"] = dict(_versions())
+    write_json(run / "config.json", commands)
+
+
+@cache
+def _versions() -> dict[str, str]:
+    """Of Python and of what results depend on."""
+    versions = {"python": platform.python_version()}
     for name in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    write_json(run / "config.json", commands)
+    return versions
 
 
 def command_words(command: Any) -> list[str]:

@@ -203,6 +203,8 @@ def _rounded(value: Any) -> Any:
 
 def _plain(value: Any) -> Any:
     """The value as JSON has it: what is not a finite number becomes null, what has no form in JSON its text."""
+    if type(value) in (str, int):  # most of a page
+        return value
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -18,11 +18,10 @@ from circuits.cli.main import main
 from sae.model import huggingface
 from sae.model.checks import check_model
 from tests.conftest import tiny_hf, word_tokenizer
-from tests.forked import Result
+from tests.forked import Result, read_once
 
 CHECKED: set[tuple[object, ...]] = set()
 LOADED: dict[tuple[object, ...], Any] = {}
-PARSERS: dict[Any, Any] = {}
 DRAWN: set[tuple[object, ...]] = set()
 SAVEFIG = Figure.savefig
 FROM_TYPE = ParserSpecification.from_callable_or_type
@@ -34,19 +33,6 @@ def check_once(model):
     if key not in CHECKED:
         check_model(model)
     CHECKED.add(key)
-
-
-def read_once(make: Callable[..., Any]) -> Callable[..., Any]:
-    """What tyro knows of the options of a command: it takes longer to find out than to read them."""
-
-    def parser(options: Any, *more: Any, **settings: Any) -> Any:
-        if settings["parent_classes"]:
-            return make(options, *more, **settings)
-        if options not in PARSERS:
-            PARSERS[options] = make(options, *more, **settings)
-        return PARSERS[options]
-
-    return parser
 
 
 def load_once(load: Callable[..., Any]) -> Callable[..., Any]:

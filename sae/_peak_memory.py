@@ -30,6 +30,11 @@ def peak_memory(function: Callable[[], Any], device: torch.device) -> int:
 class _Watch(TorchDispatchMode):
     """Sums the sizes of storages that operations make while they live."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: nothing is compiled here, and to forbid it costs each operation more than to watch it."""
+        return False
+
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0

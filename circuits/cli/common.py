@@ -98,7 +98,7 @@ def record(run: Path, command: str, options: Any) -> None:
 
 @cache
 def _versions() -> dict[str, str]:
-    """Of Python and of what results depend on."""
+    """Versions of Python and of the packages that results depend on."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):

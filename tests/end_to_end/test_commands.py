@@ -47,7 +47,7 @@ def test_evaluate_on_tasks_and_beside_another_seed(sfc, run_folder, model_folder
     rows = [{"text": f"the {noun} {word}", "label": noun in ("dog", "cat")} for noun in ("dog", "cat", "man", "king")
             for word in ("runs", "sees", "walks", "sings", "likes")]  # fmt: skip
     texts.write_text("\n".join(map(json.dumps, rows)))
-    words = ["evaluate", "--model", model_folder, "--saes", run_folder, "--text", text_file, "--tokens", 300,
+    words = ["evaluate", "--model", model_folder, "--saes", run_folder, "--text", text_file, "--tokens", 100,
              "--skip-errors", "--out", tmp_path / "out"]  # fmt: skip
     tasks = ["--suite", texts, "--suite-sites", "resid_1", "--other", run_folder]
     result = sfc(*words, *tasks)
@@ -157,15 +157,15 @@ def test_explore(sfc, run_folder):
 
 def test_ablate_steer_and_report(sfc, run_folder, text_file):
     result = sfc(
-        "ablate", "--circuit", run_folder, "--top", 3, "--text", text_file, "--texts", 20, "--generate", 1, "--json"
+        "ablate", "--circuit", run_folder, "--top", 3, "--text", text_file, "--texts", 5, "--generate", 1, "--json"
     )
     data = json.loads(result.out)
     assert result.status == 0 and len(data["features"]) == 3 and len(data["random"]) == 5
     assert (run_folder / "edits" / "mean_top3.json").is_file()
     name = data["features"][0]
-    steered = sfc("steer", "--circuit", run_folder, "--features", name, "--value", 2, "--name", "push")
+    steered = sfc("steer", "--circuit", run_folder, "--features", name, "--value", 2, "--random", 1, "--name", "push")
     assert steered.status == 0 and (run_folder / "edits" / "push.json").is_file()
-    mean = sfc("ablate", "--circuit", run_folder, "--features", name, "--operation", "mean", "--random", 1)
+    mean = sfc("ablate", "--circuit", run_folder, "--features", name, "--operation", "mean", "--random", 0)
     assert mean.status == 0
     assert sfc("report", "--circuit", run_folder).status == 0
     page = (run_folder / "report.html").read_text()
@@ -207,9 +207,12 @@ def test_a_circuit_by_span_from_a_template(sfc, run_folder, model_folder, prompt
     strongest = found.out.partition("the strongest:\n")[2].splitlines()[0]
     assert re.match(r"  \w+/\w+@\w+ +[+-][\d.]+  (singular|plural|both)? +\S", strongest), strongest
     assert found.status == 0 and "@subject" in found.out
-    measured = sfc("faithfulness", "--circuit", tmp_path, "--sizes", "5,20", "--edges", "--edge-sizes", "20", "--json")
+    sizes = ("--sizes", "5,20", "--edges", "--edge-sizes", "20", "--random", 1)
+    measured = sfc("faithfulness", "--circuit", tmp_path, *sizes, "--json")
     assert measured.status == 0 and json.loads(measured.out)["n_uncovered"] == 0
-    pooled = sfc("faithfulness", "--circuit", tmp_path, "--sizes", 5, "--ablation", "mean-pooled", "--overwrite")
+    pooled = sfc(
+        "faithfulness", "--circuit", tmp_path, "--sizes", 5, "--ablation", "mean-pooled", "--random", 0, "--overwrite"
+    )
     assert pooled.status == 0 and "mean-pooled" in pooled.out
     masked = sfc("mask", "--circuit", tmp_path, "--steps", 2, "--smallest", 3, "--sizes", "5")
     assert masked.status == 0

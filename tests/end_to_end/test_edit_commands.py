@@ -15,7 +15,7 @@ from circuits.editing.measures import answers_of
 
 
 def test_an_edit_is_made_again_from_its_report(sfc, run_folder, text_file):
-    common = ["--circuit", run_folder, "--text", text_file, "--texts", 10, "--random", 1, "--json"]
+    common = ["--circuit", run_folder, "--text", text_file, "--texts", 5, "--random", 0, "--json"]
     first = json.loads(
         sfc("ablate", *common, "--top", 2, "--scales", "0,1,2", "--freeze", "attention", "--name", "first").out
     )
@@ -74,10 +74,12 @@ def test_other_text_does_without_the_circuits_own_prompts(sfc, run_folder, text_
 
 def test_features_are_chosen(sfc, run_folder, text_file):
     words = ["ablate", "--circuit", run_folder, "--choose", "surgical", "--penalty", "0.01", "--random", 1]
-    chosen = sfc(*words, "--text", text_file, "--texts", 10)
+    chosen = sfc(*words, "--text", text_file, "--texts", 5)
     assert chosen.status == 0 and "in the order of choice" in chosen.out and "zeroing the ten strongest" in chosen.out
     data = json.loads((run_folder / "edits" / "surgical.json").read_text())
-    flip = sfc("steer", "--circuit", run_folder, "--choose", "flip", "--text", text_file, "--random", 0, "--json")
+    flip = sfc(
+        "steer", "--circuit", run_folder, "--choose", "flip", "--text", text_file, "--texts", 5, "--random", 0, "--json"
+    )
     assert flip.status == 0 and json.loads(flip.out)["edits"][0]["strength"] > 1, flip.err
     wrong = sfc("steer", "--circuit", run_folder, "--choose", "surgical", "--text", text_file)
     assert wrong.status == 2 and "here it can be flip" in wrong.err

@@ -24,7 +24,9 @@ def verified_run(tmp_path_factory, model_folder, prompts_file, run_folder):
 
 def test_discover_verifies_and_bounds_its_effects(sfc, verified_run):
     run, options = verified_run
-    result = sfc("discover", *options, "--out", run, "--verify", 5, "--resamples", 200, "--overwrite")
+    result = sfc(
+        "discover", *options, "--out", run, "--verify", 5, "--resamples", 200, "--method", "attrib", "--overwrite"
+    )
     assert result.status == 0
     assert "verified 5 nodes by exact patching" in result.out
     assert "edges are distinguishable from zero" in result.out and "intervals over 8 prompts; in sim" in result.out
@@ -40,7 +42,7 @@ def test_discover_verifies_and_bounds_its_effects(sfc, verified_run):
 
 def test_without_intervals_nothing_is_significant(sfc, verified_run, tmp_path):
     _, options = verified_run
-    plain = sfc("discover", *options, "--out", tmp_path, "--resamples", 0)
+    plain = sfc("discover", *options, "--out", tmp_path, "--resamples", 0, "--method", "attrib")
     assert plain.status == 0 and "distinguishable" not in plain.out
     assert not Circuit.load(tmp_path).intervals
     result = sfc("render", "--circuit", tmp_path, "--significant")
@@ -49,7 +51,9 @@ def test_without_intervals_nothing_is_significant(sfc, verified_run, tmp_path):
 
 @pytest.mark.parametrize("errors", ["nodes", "keep", "ablate"])
 def test_faithfulness_says_what_happens_to_errors(sfc, run_folder, errors):
-    result = sfc("faithfulness", "--circuit", run_folder, "--sizes", "10", "--errors", errors, "--overwrite")
+    result = sfc(
+        "faithfulness", "--circuit", run_folder, "--sizes", "10", "--errors", errors, "--random", 0, "--overwrite"
+    )
     assert result.status == 0 and "[" in result.out
     said = {"nodes": "", "keep": "all errors left in", "ablate": "all errors ablated"}[errors]
     assert said in result.out

@@ -11,7 +11,7 @@ from sae.model.sites import Site
 from sae.saes import load_saes
 from sae.training.finetuning import Finetuner
 
-SMALL = ["--tokens", 500, "--batch-size", 128, "--context-length", 16]
+SMALL = ["--tokens", 300, "--batch-size", 100, "--context-length", 16]
 
 
 def test_finetune_makes_a_run_of_its_own(sfc, run_folder, model_folder, text_file, tmp_path):
@@ -20,7 +20,7 @@ def test_finetune_makes_a_run_of_its_own(sfc, run_folder, model_folder, text_fil
     result = sfc(*words, "--out", tmp_path / "tuned")
     assert result.status == 0 and "all sites spliced: kl" in result.out
     for run, end in ((run_folder, "before"), (tmp_path / "tuned", "after")):
-        words_of = ["evaluate", "--model", model_folder, "--saes", run, "--text", text_file, "--tokens", 500]
+        words_of = ["evaluate", "--model", model_folder, "--saes", run, "--text", text_file, "--tokens", 300]
         measured = json.loads(sfc(*words_of, "--out", tmp_path / end, "--skip-errors", "--json").out)["spliced"]["all"]
         told = json.loads((tmp_path / "tuned" / "config.json").read_text())["finetune"][end]
         assert (told["kl"], told["ce"]) == pytest.approx((measured["kl"], measured["ce"]), rel=1e-4)
@@ -40,7 +40,7 @@ def test_training_with_fine_tuning_goes_on_where_it_was_interrupted(
     sfc, model_folder, text_file, tmp_path, monkeypatch
 ):
     words = ["train", "--model", model_folder, "--text", text_file, "--out", tmp_path / "run", "--sites", "resid"]
-    words += ["--features", 32, "--k", 4, "--tokens", 5000, "--context-length", 16, "--finetune", "kl"]
+    words += ["--features", 32, "--k", 4, "--tokens", 3000, "--context-length", 16, "--finetune", "kl"]
 
     def interrupted(self):
         raise KeyboardInterrupt
@@ -50,7 +50,7 @@ def test_training_with_fine_tuning_goes_on_where_it_was_interrupted(
         assert sfc(*words).status == 130
     trained = load_saes(tmp_path / "run" / "trained")
     result = sfc(*words, "--resume", "--json")
-    assert result.status == 0 and json.loads(result.out)["finetuning"]["last"][0]["tokens"] >= 1000
+    assert result.status == 0 and json.loads(result.out)["finetuning"]["last"][0]["tokens"] >= 300
     tuned, site = load_saes(tmp_path / "run"), Site.parse("resid_1")
     assert tuned[site].config.extra["finetuning"]["loss"] == "kl"
     assert torch.equal(load_saes(tmp_path / "run" / "trained")[site].W_dec, trained[site].W_dec)

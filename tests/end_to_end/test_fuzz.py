@@ -118,7 +118,7 @@ def test_circuits(sfc, base, tmp_path, seed):
 
 @fuzz(40)
 @given(seed=SEEDS)
-def test_what_a_report_reads(base, tmp_path, drawn_once, seed):
+def test_what_a_report_reads(base, tmp_path, small_pages, seed):
     patterns = ["run/circuit/*.json", "run/edits/*.json"]
     _, path, what = damaged(base, tmp_path, ["run/circuit", "run/edits"], patterns, Random(seed))
     try:

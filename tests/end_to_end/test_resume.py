@@ -18,7 +18,8 @@ FOUR_PROMPTS = 2e-4  # GiB: of the tiny model, four prompts a batch
 def words(run_folder, model_folder, prompts_file) -> list[str]:
     """A discovery in four batches, two of nodes and two of edges."""
     words = ["discover", "--model", model_folder, "--saes", run_folder, "--prompts", prompts_file, "--steps", 3]
-    return [str(word) for word in [*words, "--memory", FOUR_PROMPTS, "--edge-nodes", 30, "--nodes", 20]]
+    words += ["--memory", FOUR_PROMPTS, "--edge-nodes", 30, "--nodes", 20, "--sites", "resid,mlp"]
+    return [str(word) for word in words]
 
 
 def test_killed_and_resumed(sfc, forked_sfc, words, tmp_path):
@@ -46,12 +47,12 @@ def test_killed_and_resumed(sfc, forked_sfc, words, tmp_path):
 
 def test_autoencoders_streamed_from_disk(sfc, run_folder, words, tmp_path):
     """Room for two of seven: the same circuit, and the commands after it work as well."""
-    little, words = ["--sae-memory", 3e-5], [*words, "--steps", 2, "--sites", "resid,mlp"]
+    little, words = ["--sae-memory", 3e-5], [*words, "--steps", 1]
     assert sfc(*words, "--out", tmp_path / "all").status == 0
     streamed = tmp_path / "streamed"
     assert sfc(*words, "--out", streamed, *little).status == 0
     assert same_bits(Circuit.load(tmp_path / "all"), Circuit.load(streamed))
-    for command in (["faithfulness", "--sizes", 5], ["ablate", "--top", 2, "--random", 1]):
+    for command in (["faithfulness", "--sizes", 5, "--random", 0], ["ablate", "--top", 2, "--random", 0]):
         plain = sfc(*command, "--circuit", streamed, "--json")
         assert plain.status == 0
         assert json.loads(sfc(*command, "--circuit", streamed, *little, "--json").out) == json.loads(plain.out)
@@ -61,7 +62,7 @@ def test_autoencoders_streamed_from_disk(sfc, run_folder, words, tmp_path):
 
 def test_estimate_alone(sfc, words, tmp_path):
     """What a discovery will take is said by --estimate, which leaves nothing behind."""
-    words = [*words, "--steps", 2]
+    words = [*words, "--steps", 1]
     alone = sfc(*words, "--out", tmp_path / "none", "--estimate")
     assert alone.status == 0 and "estimated memory" in alone.out and not (tmp_path / "none").exists()
     data = json.loads(sfc(*words, "--out", tmp_path / "none", "--estimate", "--json").out)["estimate"]

@@ -9,7 +9,7 @@ from graphs.formats.neuronpedia import to_neuronpedia
 
 def test_sfc_groups_draws_exports_and_edits_them(sfc, run_folder, tmp_path):
     run = tmp_path / "run"
-    shutil.copytree(run_folder, run)
+    shutil.copytree(run_folder, run, ignore=shutil.ignore_patterns("edits"))  # of tests that came before
     made = sfc("supernodes", "--circuit", run, "--similarity", 0.3, "--json")
     groups = json.loads(made.out)["supernodes"]
     assert made.status == 0 and groups and all(len(g["nodes"]) > 1 and g["automatic"] for g in groups)
@@ -30,8 +30,9 @@ def test_sfc_groups_draws_exports_and_edits_them(sfc, run_folder, tmp_path):
     assert "theirs" in sfc("supernodes", "--circuit", run, "--show").out
     words = ["ablate", "--circuit", run, "--random", 2, "--examples", 8]
     edited = sfc(*words, "--features", "supernode:theirs", "--json")
+    assert edited.status == 0, edited.err
     report = json.loads(edited.out)
-    assert edited.status == 0 and report["features"] == sorted(two, key=report["features"].index)
+    assert report["features"] == sorted(two, key=report["features"].index)
     assert len(report["random_equal_effect"]) == len(report["equal_effect_shares"]) >= 1
     refused = sfc(*words, "--features", "supernode:thers")
     assert refused.status == 2 and "did you mean 'theirs'" in refused.err

@@ -16,7 +16,7 @@ from circuits import SuiteOptions, evaluate_suite
 from circuits.benchmark import absorption as absorption_module
 from circuits.benchmark.absorption import Inapplicable, absorbed, absorption, first_letter_words, main_features
 from circuits.benchmark.data import MASTER, read_data_sets
-from circuits.benchmark.plots import _limits, suite_figure
+from circuits.benchmark.plots import _limits, plot_suite, suite_figure
 from circuits.benchmark.sparse_probing import sparse_probing
 from circuits.benchmark.spurious import spurious_removal
 from circuits.debiasing.data import read_labelled, text_set
@@ -69,6 +69,7 @@ def test_every_task_is_done_where_the_data_allow_it(report, tmp_path):
     assert "scr 2" in report.text() and "left out: few" in report.text()
     json.dumps(report.to_dict(), allow_nan=False)
     assert len(suite_figure(report).axes) == 3
+    assert plot_suite(report, tmp_path / "suite.svg").stat().st_size > 10_000
     for entry in (*report.probing, *report.removal, *report.perturbation):
         score = entry.accuracy if hasattr(entry, "accuracy") else entry.score
         low, high = entry.interval

@@ -31,7 +31,7 @@ NOUNS = {"singular": ["man", "boy", "king", "dog"], "plural": ["men", "boys", "k
 ROWS = [
     {"text": f"the {a} near the {b} {adverb}", "intended": first, "spurious": second}
     for first, second in product(NOUNS, repeat=2)
-    for a, b, adverb in product(NOUNS[first], NOUNS[second], ("old", "young"))
+    for a, b, adverb in product(NOUNS[first], NOUNS[second], ("old",))
 ]
 ROWS = [ROWS[row] for row in torch.randperm(len(ROWS), generator=torch.Generator().manual_seed(0))]
 OPTIONS = ShiftOptions(

@@ -15,13 +15,13 @@ from sae.neurons import mlp_neuron_dictionaries, neuron_dictionaries
 
 @pytest.mark.parametrize("family", ["gpt_neox", "gemma2"])
 def test_effects_and_edges_are_the_same(family, make_tiny_model, tiny_prompts):
-    model, prompts = make_tiny_model(family, layers=3), tiny_prompts[:1]
+    model, prompts = make_tiny_model(family), tiny_prompts[:1]
     mlps = mlp_neuron_dictionaries(model) if family == "gpt_neox" else neuron_dictionaries(model)
     saes = neuron_dictionaries(model).subset([site for site in model.sites if site.kind == "resid"])
     saes = type(saes)({**saes, **mlps.subset([site for site in mlps if site.layer == 1])})
     small = backward_bytes(model, prompts.clean.n_positions) / GIB / 2
     for method in ("ig", "attrib"):
-        options = [DiscoverOptions(method=method, steps=2, edge_nodes=8, memory=memory) for memory in (1.0, small)]
+        options = [DiscoverOptions(method=method, steps=1, edge_nodes=8, memory=memory) for memory in (1.0, small)]
         runs = [DiscoveryRun.of(model, saes, prompts, one) for one in options]
         assert runs[0].setting.model.checkpointed is None and runs[1].setting.model.checkpointed is not None
         expected, circuit = (discover(model, saes, prompts, one, progress=False) for one in options)

@@ -57,7 +57,7 @@ def stop_after(monkeypatch, n: int) -> list[str]:
 
 @pytest.mark.parametrize(
     ("architecture", "method", "finished"),
-    [("topk", "attrib", 1), ("jumprelu", "attrib", 5), ("topk", "ig", 6)],
+    [("jumprelu", "attrib", 1), ("topk", "ig", 6)],
 )
 def test_resuming_gives_the_same_bits(
     tiny_model, make_saes, tiny_prompts, tmp_path, monkeypatch, architecture, method, finished
@@ -82,7 +82,7 @@ def test_resuming_gives_the_same_bits(
 @pytest.mark.parametrize("method", ["attrib", "graddrop", "random", "ig-adaptive"])
 def test_streamed_autoencoders_give_the_same_bits(tiny_model, tiny_saes, tiny_prompts, method):
     """All gradients of a round come first, and each autoencoder is read once a round."""
-    options = small(tiny_model, tiny_prompts, method=method, residual=0.05)
+    options = small(tiny_model, tiny_prompts, method=method, residual=0.05, edge_nodes=8)
     saes = streamed(tiny_saes)
     assert same_bits(
         discover(tiny_model, tiny_saes, tiny_prompts, options, progress=False),

@@ -57,21 +57,22 @@ def edits_of(active: list[int]) -> dict[str, Edit]:
 def test_the_same_tokens_with_and_without_a_cache_and_in_any_batch(tiny_model, tiny_prompts, tiny_saes, active, name):
     """Prompts of 5 and 7 tokens, padded; every row alone; without a cache, where each pass sees the whole text."""
     prompts = with_spans(tiny_prompts, MIXED)
-    plain = tiny_model.generate(prompts.clean, max_new_tokens=4)
+    prompts = prompts[:4]  # of both lengths
+    plain = tiny_model.generate(prompts.clean, max_new_tokens=3)
     edit = with_references(tiny_model, tiny_saes, edits_of(active)[name], prompts=prompts)
     with edited(tiny_model, tiny_saes, edit, prompts=prompts):
-        cached = tiny_model.generate(prompts.clean, max_new_tokens=4)
-        whole = tiny_model.generate(prompts.clean, max_new_tokens=4, use_cache=False)
-        alone = [tiny_model.generate(prompts[row].clean, max_new_tokens=4)[0, -4:] for row in range(2)]
+        cached = tiny_model.generate(prompts.clean, max_new_tokens=3)
+        whole = tiny_model.generate(prompts.clean, max_new_tokens=3, use_cache=False)
+        alone = [tiny_model.generate(prompts[row].clean, max_new_tokens=3)[0, -3:] for row in range(2)]
         sampled = [
             torch.manual_seed(0)
-            and tiny_model.generate(prompts.clean, max_new_tokens=3, do_sample=True, use_cache=cache)
-            for cache in (True, False)
+            and tiny_model.generate(prompts.clean, max_new_tokens=2, do_sample=True, use_cache=cache)
+            for cache in ((True, False) if name in ("active", "generated") else ())
         ]
-    assert torch.equal(cached, whole) and torch.equal(*sampled)
-    assert torch.equal(cached[:2, -4:], torch.stack(alone))
+    assert torch.equal(cached, whole) and (not sampled or torch.equal(*sampled))
+    assert torch.equal(cached[:2, -3:], torch.stack(alone))
     assert name in ("prompt", "span", "position", "clamp") or not torch.equal(cached, plain)
-    assert torch.equal(tiny_model.generate(prompts.clean, max_new_tokens=4), plain)  # the block has ended
+    assert torch.equal(tiny_model.generate(prompts.clean, max_new_tokens=3), plain)  # the block has ended
 
 
 def test_a_run_is_edited_as_by_hand(tiny_model, tiny_prompts, tiny_saes, active):

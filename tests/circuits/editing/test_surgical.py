@@ -34,7 +34,7 @@ def texts(tiny_model, tiny_prompts) -> list[str]:
 
 @pytest.fixture(scope="module")
 def circuit(tiny_model, tiny_saes, tiny_prompts):
-    options = DiscoverOptions(method="attrib", edge_nodes=0)
+    options = DiscoverOptions(method="attrib", edge_nodes=0, sites="embed,resid_0")
     return discover(tiny_model, tiny_saes, tiny_prompts, options, progress=False)
 
 

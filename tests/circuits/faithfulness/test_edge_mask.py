@@ -108,10 +108,12 @@ def test_the_true_edges_are_found_without_attribution():
     """The number circuit set by hand, scores alike at the start: what is kept longest are its twelve edges."""
     truth = agreement()
     circuit = discover(
-        truth.model, truth.saes, truth.prompts[::2], DiscoverOptions(aggregation="position", edge_nodes=30),
+        truth.model, truth.saes, truth.prompts[::2], DiscoverOptions(
+            method="attrib", aggregation="position", edge_nodes=30
+        ),
         progress=False,
     )  # fmt: skip
-    options = MaskOptions(start="equal", steps=20, ablation="counterfactual", smallest=6, largest=200)
+    options = MaskOptions(start="equal", steps=12, ablation="counterfactual", smallest=6, largest=200)
     frame = learn_edge_mask(circuit, options=options, progress=False).to_frame()
     scores = {(row.upstream, row.downstream): float(len(frame) - row.rank) for row in frame.itertuples()}
     assert truth.edges <= set(scores)

@@ -78,7 +78,7 @@ def test_node_by_node(make_tiny_model, make_saes, tiny_prompts, architecture, ag
     model = make_tiny_model(architecture)
     saes = make_saes(model)
     prompts = tiny_prompts[1::2]
-    circuit = circuit_of(model, saes, prompts, edge_nodes=20, aggregation=aggregation)
+    circuit = circuit_of(model, saes, prompts, edge_nodes=14, aggregation=aggregation)
     assert any(nodes.is_error.any() for nodes in circuit.edge_nodes.values())
     whole = {site: every_feature(nodes.n_features) for site, nodes in circuit.nodes.items()}
     table = NodeTable(saes, [whole], sites=list(saes))
@@ -87,7 +87,7 @@ def test_node_by_node(make_tiny_model, make_saes, tiny_prompts, architecture, ag
     sizes = [n_edges // 10, n_edges // 3]
     options = FaithfulnessOptions(random=1, batch_size=3, seed=2)
     result = edge_faithfulness(circuit, prompts, options, sizes=sizes, max_rows=7, progress=False)
-    assert result.n_edges == n_edges and result.sizes == sizes and result.n_nodes == 20
+    assert result.n_edges == n_edges and result.sizes == sizes and result.n_nodes == 14
     generator = torch.Generator().manual_seed(2)
     drawn = {pair: torch.rand(w.shape, generator=generator) * (w != 0) for pair, w in circuit.edges.items()}
     for row, size in enumerate(sizes):
@@ -128,7 +128,8 @@ def test_missing_sites_are_computed_through(tiny_model, tiny_saes, tiny_prompts)
 def test_true_edges_of_a_known_circuit_suffice_and_each_is_needed():
     """In the hand-made number circuit the twelve true edges carry all; without one of them a number is lost."""
     truth = agreement()
-    circuit = circuit_of(truth.model, truth.saes, truth.prompts, aggregation="position", edge_nodes=200)
+    prompts = truth.prompts[:8]  # of either number
+    circuit = circuit_of(truth.model, truth.saes, prompts, aggregation="position", edge_nodes=100)
     names = {site: nodes.ids(site) for site, nodes in circuit.edge_nodes.items()}
 
     def faithfulness(true) -> float:
@@ -140,7 +141,7 @@ def test_true_edges_of_a_known_circuit_suffice_and_each_is_needed():
             )
         only = replace(circuit, edges=edges)
         options = FaithfulnessOptions("counterfactual", random=0, resamples=0)
-        result = edge_faithfulness(only, truth.prompts, options, sizes=[len(true)], progress=False)
+        result = edge_faithfulness(only, prompts, options, sizes=[len(true)], progress=False)
         assert result.n_edges == len(true)
         return result.faithfulness[0]
 

@@ -105,7 +105,7 @@ def test_all_nodes_explain_everything_and_none_nothing(tiny_model, tiny_saes, ti
         Setting.of(tiny_model, tiny_saes),
         whole,
         tiny_prompts,
-        FaithfulnessOptions(ablation=ablation, random=1, batch_size=3),
+        FaithfulnessOptions(ablation=ablation, random=0, batch_size=5),
         sizes=[10, 10_000],
         progress=False,
     )

@@ -6,12 +6,14 @@ import json
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from pytest import approx
 
 from circuits.discovery.attention import qk
 from circuits.discovery.attention.explain import _busiest
+from circuits.discovery.attention.plots import Side, plot_pairs
 from circuits.discovery.attention.qk import heads_looking, qk_attribution
 from circuits.discovery.attention.results import EdgeLoading, HeadLoadings
 from circuits.discovery.attention.stored import with_attention
@@ -198,6 +200,14 @@ def test_norms_of_queries_and_keys_without_a_gain_keep_their_scale(make_saes, ti
     circuit = SimpleNamespace(model=model, saes=make_saes(model), prompts=tiny_prompts[[1]])
     result = qk_attribution(circuit, layer=0, head=HEAD, query=str(QUERY), key=str(KEY), progress=False)
     assert sum(pair.contribution for pair in result.pairs) == approx(result.score, rel=1e-4) and result.score != 0
+
+
+def test_pairs_are_drawn(tmp_path):
+    rows, columns = Side("at the end", [["a/1", " cat"], ["others"]]), Side("at the b", [["a/2", " $x_"], ["a/bias"]])
+    drawn = plot_pairs(
+        tmp_path / "pairs.svg", np.array([[2.0, -1.0], [0.1, 0.0]]), title="t", rows=rows, columns=columns
+    )
+    assert drawn.read_text().count('<g id="text_') >= 4 + 4 + 3
 
 
 def test_pages_tell_each_feature_what_it_pairs_with(tmp_path):

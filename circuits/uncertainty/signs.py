@@ -25,20 +25,24 @@ from sae.model.sites import Site
 def consistent_first(
     effects: Mapping[Site, SiteEffects], nodes: Nodes, *, groups: Tensor, bootstrap: Bootstrap | None = None
 ) -> Nodes:
-    """The nodes by rank, the consistent ones before all others, each part by |effect|. In place of its effect a node
-    has what falls with the rank, from 1 for the first to 1 / n for the last.
+    """The nodes by rank, the consistent ones before all others, each part by |effect|; those beyond the `CANDIDATES`
+    strongest, of which nothing is drawn, come last. In place of its effect a node has what falls with the rank, from 1
+    for the first to 1 / n for the last.
     """
     bootstrap = bootstrap or Bootstrap()
-    candidates, values = strongest_values(effects, nodes, len(groups))  # [B, n]
+    values = strongest_values(effects, nodes, len(groups))[1]  # [B, n]
     sums = group_sums(values, groups)  # [G, n]
     mean = values.sum(0)
     same = [((counts @ sums).sign() == mean.sign()).float() for counts in bootstrap.counts(len(sums)).split(100)]
     consistent = torch.cat(same).mean(0) >= bootstrap.level  # a node that no drawn prompt has is not
-    strength = mean.abs() / mean.abs().max() + consistent  # above 1 for the consistent ones
-    rank = torch.empty_like(strength)
+    magnitude = torch.cat([of_site.effect.abs().double() for of_site in nodes.values()])
+    strength = magnitude / magnitude.max()
+    strongest = magnitude.argsort(descending=True, stable=True)[: len(mean)].sort().values  # in the order of `values`
+    strength[strongest] = 1 + mean.abs().double() / mean.abs().max() + consistent  # above 2 for the consistent ones
+    rank = torch.empty(len(strength))
     rank[strength.argsort(descending=True, stable=True)] = torch.arange(len(rank), 0, -1.0) / len(rank)
-    ranked, sizes = {}, [len(of_site) for of_site in candidates.values()]
-    for (site, of_site), of_nodes in zip(candidates.items(), rank.split(sizes), strict=True):
+    ranked, sizes = {}, [len(of_site) for of_site in nodes.values()]
+    for (site, of_site), of_nodes in zip(nodes.items(), rank.split(sizes), strict=True):
         order = of_nodes.argsort(descending=True)
         ranked[site] = replace(of_site[order], effect=of_nodes[order])
     return ranked

@@ -58,7 +58,7 @@ def test_ensembles_are_compared_and_take_the_time_of_their_methods(circuits, tin
     assert rows[2].curve.n_nodes == len(ranked(circuits[2].nodes))
 
 
-def test_consistent_nodes_come_first(circuits):
+def test_consistent_nodes_come_first(circuits, monkeypatch):
     circuit, bootstrap = circuits[0], Bootstrap(resamples=40)
     groups = torch.arange(circuit.metadata["n_examples"])
     found = consistent_first(circuit.effects, circuit.nodes, groups=groups, bootstrap=bootstrap)
@@ -75,6 +75,10 @@ def test_consistent_nodes_come_first(circuits):
     expected = sorted(dict(ranked(circuit.nodes)), key=lambda name: (not keeps[name], -abs(values[name].sum().item())))
     assert [name for name, _ in ranked(found)][:30] == expected[:30]
     assert 0 < sum(map(bool, keeps.values())) < len(keeps)
+    by_effect = [name for name, _ in ranked(circuit.nodes)]
+    monkeypatch.setattr("circuits.uncertainty.intervals.CANDIDATES", 12)
+    found = [name for name, _ in ranked(consistent_first(circuit.effects, circuit.nodes, groups=groups))]
+    assert set(found[:12]) == set(by_effect[:12]) and found[12:] == by_effect[12:]
 
 
 @pytest.mark.parametrize(

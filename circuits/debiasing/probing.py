@@ -24,10 +24,12 @@ from circuits.circuit import Circuit
 from circuits.debiasing.data import Pairing, TextSet, span_read
 from circuits.debiasing.options import LAST, MEAN, ShiftOptions
 from circuits.debiasing.results import ProbeScore
+from circuits.discovery import metadata
 from circuits.discovery.discover import discover
 from circuits.editing.applied import edited, with_references
 from circuits.editing.declaration import Edit
 from circuits.editing.targets import tokens_at
+from circuits.metrics import metrics
 from circuits.metrics.fit_probe import FittedProbe, fit_probe, read_site
 from circuits.metrics.probe import Probe
 from circuits.options import DiscoverOptions
@@ -44,13 +46,16 @@ BATCH = 64
 
 @contextmanager
 def _unwarned() -> Iterator[None]:
-    """No warnings of discoveries."""
-    log = logging.getLogger(discover.__module__)
-    before, log.disabled = log.disabled, True
+    """No warnings of what effects add up to."""
+    logs = [logging.getLogger(module.__name__) for module in (metadata, metrics)]
+    before = [log.disabled for log in logs]
     try:
+        for log in logs:
+            log.disabled = True
         yield
     finally:
-        log.disabled = before
+        for log, disabled in zip(logs, before, strict=True):
+            log.disabled = disabled
 
 
 def probe_site(model: LanguageModel, name: str | None) -> Site:

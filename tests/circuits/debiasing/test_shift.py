@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
+from dataclasses import replace
 from itertools import product
 
 import pandas as pd
@@ -91,6 +92,17 @@ def test_everything_is_reported(report, tmp_path):
     for wrong, message in (({"kind": "edit"}, "not a SHIFT"), ({**report.to_dict(), "scores": []}, "same groups")):
         with pytest.raises(UserError, match=message):
             ShiftReport.from_dict(wrong)
+
+
+def test_effects_that_cancel_as_they_should_are_no_warning(tiny_model, tiny_saes, caplog):
+    """A probe's output over texts of both classes."""
+    study = prepare(tiny_model, tiny_saes, ROWS, None, OPTIONS).study
+    warned = []
+    for warn in (True, False):
+        caplog.clear()
+        study.circuit(replace(study.probe(), margin=False), study.test, warn=warn)
+        warned.append([record.message for record in caplog.records if "cancel" in record.message])
+    assert warned[0] and not warned[1]
 
 
 def test_judges(tiny_model, tiny_saes, report, tmp_path):

@@ -33,7 +33,7 @@ from sae.training.trainer import Trainer, begin, export, open_activations
 
 SHARED = (
     "tokens", "batch_size", "context_length", "packed", "exclude_special", "buffer_tokens", "log_steps", "checkpoints",
-    "kind", "read",
+    "kind", "read", "autocast",
 )  # fmt: skip
 """Options that all configs of a sweep have in common."""
 BYTES_PER_WEIGHT = 16

@@ -3,6 +3,7 @@
 import gzip
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,13 @@ def test_identity_is_never_trained(tiny_model, tmp_path, monkeypatch):
     assert stepped == {"topk-24-k3-seed0/resid_0"}
     sae, eye = load_saes(done.run("identity"))[SITE], torch.eye(32)
     assert torch.equal(sae.W_enc, eye) and torch.equal(sae.W_dec, eye) and not sae.b_dec.any()
+
+
+@pytest.mark.parametrize("other", [{"autocast": False}, {"batch_size": 64}, {"exclude_special": False}])
+def test_options_that_a_sweep_has_once_are_the_same_in_all_configs(tiny_model, tmp_path, other):
+    configs = {"one": CONFIG, "two": replace(CONFIG, **other)}
+    with pytest.raises(UserError, match=f"{next(iter(other))} is .* in 'two' and .* in 'one'"):
+        sweep(tiny_model, TEXTS, configs, sites="resid_0", out=tmp_path / "sweep", progress=False)
 
 
 def test_identity_in_several_chunks_is_still_exact(monkeypatch):

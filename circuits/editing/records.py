@@ -46,6 +46,12 @@ class Behaviour:
         scores = self.by_case.values()
         return sum(abs(score.metric) for score in scores) / len(scores) if scores else self.overall.metric
 
+    @property
+    def mean(self) -> float:
+        """Mean over cases of the metric, each case weighing alike."""
+        scores = self.by_case.values()
+        return sum(score.metric for score in scores) / len(scores) if scores else self.overall.metric
+
 
 @dataclass(frozen=True)
 class Continuation:

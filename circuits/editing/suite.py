@@ -12,9 +12,11 @@
         edit: runs/demo/edits/surgical.json
         expect: {left: "<= 0.15", ce_elsewhere: "<= 0.03"}
 
-Paths are relative to the file. What can be expected: `accuracy` and `logit_difference` (its mean size over cases), of
+Paths are relative to the file. What can be expected: `accuracy` and `logit_difference` (its mean over cases), of
 the edited model where there is an edit; `worst_accuracy`, of the case in which it is lowest; and of an edit `left`,
-`ce_increase`, `ce_elsewhere` (both what it adds, in nats a token) and `kl`.
+`ce_increase`, `ce_elsewhere` (both what it adds, in nats a token) and `kl`. A model that gives the wrong answers has a
+logit difference below zero; as `logit_difference` and `left` are to be at most so much it is their mean size that
+counts, so that a behaviour that is turned round is not one that is gone.
 """
 
 from __future__ import annotations
@@ -130,8 +132,10 @@ class Suite:
             options = EditOptions(texts=texts if edits else (), n_random=0, resamples=0)
             report = prepare_trial(model, saes or {}, edits, prompts, options).report()
             for quantity, expected in behaviour["expect"].items():
-                value = QUANTITIES[quantity](report)
                 compare, bound = _comparison(expected, behaviour["name"])
+                value = QUANTITIES[quantity](report)
+                if quantity in SIZES and bound >= 0 and compare in (operator.le, operator.lt):
+                    value = SIZES[quantity](report)
                 passed = value is not None and compare(value, bound)
                 yield Check(behaviour["name"], quantity, value, _told(expected), passed)
 
@@ -142,13 +146,18 @@ QUANTITIES: dict[str, Callable[[EditReport], float | None]] = {
         (score.accuracy for score in report.after.by_case.values() if score.accuracy is not None),
         default=report.after.overall.accuracy,
     ),
-    "logit_difference": lambda report: report.after.size,
+    "logit_difference": lambda report: report.after.mean,
     "left": lambda report: report.remaining,
     "ce_increase": lambda report: report.ce_increase,
     "ce_elsewhere": lambda report: report.cost_elsewhere,
     "kl": lambda report: report.after.kl,
 }
 """What can be expected -> how it is read off a report."""
+SIZES: dict[str, Callable[[EditReport], float | None]] = {
+    "logit_difference": lambda report: abs(report.after.size),
+    "left": lambda report: None if report.remaining is None else abs(report.remaining),
+}
+"""The same where it is to be at most so much."""
 
 
 def _check_keys(data: Mapping[str, Any], schema: Any, where: str) -> None:

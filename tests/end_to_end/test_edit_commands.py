@@ -6,12 +6,14 @@ import json
 import re
 import shutil
 
+import pytest
 import yaml
 
 from circuits.circuit import Circuit
 from circuits.cli.commands.edits.edit import AblateCommand
 from circuits.editing.declaration import Edit, load_edits, save_edits
 from circuits.editing.measures import answers_of
+from circuits.editing.suite import Suite
 
 
 def test_an_edit_is_made_again_from_its_report(sfc, run_folder, text_file):
@@ -85,6 +87,27 @@ def test_features_are_chosen(sfc, run_folder, text_file):
     assert wrong.status == 2 and "here it can be flip" in wrong.err
     assert data["choice"]["features"] == data["edits"][0]["features"] and data["is_surgical"] in (True, False)
     assert "--text" in sfc(*words).err
+
+
+@pytest.mark.parametrize("cases", [("one", "one"), ("one", "other")])
+def test_wrong_answers_are_no_behaviour_and_reversed_ones_not_gone(tiny_model, tmp_path, cases):
+    """Of two prompts both answers are wrong."""
+    texts = ["the man near the dogs", "the women near a cat"]
+    logits = [tiny_model.run(tiny_model.tokenize_prompts([text]), last_only=True).logits[0, -1] for text in texts]
+    rows = []
+    for text, case, of_prompt in zip(texts, cases, logits, strict=True):
+        best, worst = (int(ids[0]) for ids in (of_prompt.topk(1).indices, of_prompt.topk(1, largest=False).indices))
+        rows.append({"clean_prefix": text, "clean_answer": worst, "patch_answer": best, "case": case})
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    expect = {"accuracy": "<= 0", "logit_difference": ">= 1"}
+    behaviours = [{"name": "wrong", "prompts": str(prompts), "expect": expect}]
+    behaviours.append({"name": "gone", "prompts": str(prompts), "expect": {"logit_difference": "<= 1"}})
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(yaml.safe_dump({"model": "tiny", "behaviours": behaviours}))
+    checks = list(Suite.load(suite).run(tiny_model, None))
+    assert [check.passed for check in checks] == [True, False, False]
+    assert checks[1].value < -1 < 1 < checks[2].value
 
 
 def test_a_suite_passes_or_fails_line_by_line(sfc, run_folder, model_folder, prompts_file, tmp_path):

@@ -4,7 +4,8 @@
 2. They are clustered by scikit-learn: average linkage by cosine distance, to a number of clusters or while two are as
    alike as is asked for; spectral clustering of the angular similarity
    1 - arccos(z_i . z_j) / pi (Michaud et al. 2023); or mini-batch k-means. The first two
-   take N^2 numbers: of more than `MOST` contexts, average linkage joins `CENTRES` centres of k-means.
+   take N^2 numbers: of more than `MOST` contexts, average linkage joins `CENTRES` centres of k-means, unless so many
+   clusters are asked for.
 3. Clusters are ranked by purity times size, see `Cluster`.
 
 Legend: N contexts, D length of a vector, K clusters.
@@ -85,7 +86,8 @@ def cluster_vectors(z: Floats, options: BehaviourSearchOptions) -> Integers:
     n = None if options.n_clusters is None else min(options.n_clusters, len(z))
     if len(z) == 1 or n == 1:
         return np.zeros(len(z), dtype=np.int64)
-    if n is not None and options.cluster == "kmeans":
+    joins = options.cluster == "agglomerative" and (len(z) <= MOST or (n or 0) < CENTRES)
+    if n is not None and options.cluster != "spectral" and not joins:
         return _kmeans(z, n, options.seed).labels_.astype(np.int64)
     if n is not None and options.cluster == "spectral":
         alike = 1 - np.arccos(np.clip(z @ z.T, -1, 1)) / np.pi

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
+import torch
 
 from circuits.circuit import Circuit
+from circuits.cli.commands.tests.circuits import CompareCircuitsCommand
 
 
 @pytest.fixture
@@ -46,6 +49,15 @@ def test_compare_circuits(sfc, run_folder, tmp_path):
     data = json.loads((tmp_path / "both" / "circuits.json").read_text())
     assert data["pairs"][0]["overlap"]["nodes"]["value"] == 1 and data["pages"] == ["circuits_1_2.html"]
     assert sfc("compare-circuits", run_folder).status == 2
+
+
+def test_compared_circuits_are_each_in_the_number_type_they_were_found_in(run_folder, tmp_path):
+    other = shutil.copytree(run_folder, tmp_path / "other")
+    content = json.loads((other / "circuit" / "circuit.json").read_text())
+    content["metadata"]["dtype"] = "bfloat16"
+    (other / "circuit" / "circuit.json").write_text(json.dumps(content))
+    first, second, third = CompareCircuitsCommand(circuits=(run_folder, other, run_folder))._load()
+    assert (first.model.dtype, second.model.dtype) == (torch.float32, torch.bfloat16) and third.model is first.model
 
 
 def test_behaviours(sfc, run_folder, model_folder, text_file, tmp_path):

@@ -159,3 +159,13 @@ def test_clusters_are_those_of_average_linkage():
         BehaviourSearchOptions(likeness=0.25, cluster="kmeans")
     with pytest.raises(UserError, match="one of them"):
         BehaviourSearchOptions(likeness=0.25, clusters=3)
+
+
+@pytest.mark.parametrize(("clusters", "least", "most"), [(5, 5, 5), (12, 10, 12), (40, 13, 40), (None, 2, 12)])
+def test_more_contexts_than_average_linkage_takes(monkeypatch, clusters, least, most):
+    """Also where linkage has no more centres to join than there are to be clusters; k-means may leave some empty."""
+    monkeypatch.setattr("circuits.behaviours.clusters.MOST", 50)
+    monkeypatch.setattr("circuits.behaviours.clusters.CENTRES", 12)
+    z = np.random.default_rng(0).normal(size=(60, 8))
+    labels = cluster_vectors(z / np.linalg.norm(z, axis=1, keepdims=True), replace(OPTIONS, clusters=clusters))
+    assert len(labels) == 60 and least <= len(set(labels.tolist())) <= most

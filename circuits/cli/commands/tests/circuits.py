@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from circuits.comparison.circuit_results import CircuitComparison
 
 
+LOADED_BY = ("model_fingerprint", "dtype", "quantize", "site_paths")
+"""Metadata that are the same in circuits for which one loaded model does."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class CompareCircuitsCommand(Common, Overwrites):
     """Compare circuits of two tasks, methods, checkpoints or seeds of autoencoders, every two of them: how far their
@@ -68,7 +72,7 @@ class CompareCircuitsCommand(Common, Overwrites):
         loaded: list[Circuit] = []
         for path in self.circuits:
             circuit = Circuit.load(path, metric=self.metric, **placed(self))
-            same = [c for c in loaded if c.metadata.get("model_fingerprint") == circuit.metadata["model_fingerprint"]]
+            same = [c for c in loaded if all(c.metadata.get(key) == circuit.metadata.get(key) for key in LOADED_BY)]
             if same:
                 circuit.source.model = same[0].model
             loaded.append(circuit)

@@ -258,7 +258,7 @@ def induction() -> GroundTruth:
 # --- a number circuit with an attractor -------------------------------------------------------------------------------
 
 
-def agreement() -> GroundTruth:
+def agreement(*, repeats: int = 16) -> GroundTruth:
     """The verb in "the boy near the girls [runs]" agrees with the noun at position 1, not with the one at 4.
 
     Pairs flip both. A head at the last position attends to position 1 alone and carries the number it finds there;
@@ -287,7 +287,7 @@ def agreement() -> GroundTruth:
     random = np.random.default_rng(0)
     verb = {"sg": "runs", "pl": "run"}
     rows = []
-    for number, other in [*permutations(numbers)] * 16:
+    for number, other in [*permutations(numbers)] * repeats:
         subject, attractor = random.choice(nouns, 2, replace=False)
         clean, patch = (
             ["the", form[subject, one], "near", "the", form[attractor, two], "."]

@@ -137,9 +137,9 @@ def test_training_gives_what_it_gives_on_the_cpu(model, small_model, tmp_path, o
 def test_training_in_bfloat16_from_a_cache_and_fine_tuning(model, tmp_path):
     write_cache(model, TEXT, sites="resid", tokens=600, out=tmp_path / "cache", progress=False)
     cache = CachedActivations(tmp_path / "cache", device=model.device)
-    config, out = small(autocast=True, tokens=1000), tmp_path / "run"
+    config, out = small(autocast=True, tokens=500), tmp_path / "run"
     saes = train_saes(cache.model, cache.text, config=config, out=out, activations=cache, progress=False)
-    config = FinetuneConfig(tokens=600)
+    config = FinetuneConfig(tokens=300, batch_size=150, checkpoints=1)
     tuned = finetune_saes(model, saes, TEXT, out=tmp_path / "tuned", config=config, progress=False)
     assert all(sae.device == model.device for sae in tuned.values())
 
@@ -191,8 +191,8 @@ def test_an_ensemble_whose_edges_take_stored_gradients(model, saes, tiny_prompts
 
 @only_mps
 def test_a_circuit_its_tests_and_an_edit(model, saes, small_model, make_saes, tiny_prompts):
-    tiny_prompts = tiny_prompts[:4]  # of both lengths
-    options, prompts = DiscoverOptions(steps=2, edge_nodes=20), tiny_prompts.to(model.device)
+    tiny_prompts = tiny_prompts[:2]  # of both lengths
+    options, prompts = DiscoverOptions(steps=1, edge_nodes=10), tiny_prompts.to(model.device)
     circuit = discover(model, saes, prompts, options, progress=False)
     here = make_saes(small_model, architecture="jumprelu")
     expected = discover(small_model, here, tiny_prompts, options, progress=False)
@@ -201,12 +201,12 @@ def test_a_circuit_its_tests_and_an_edit(model, saes, small_model, make_saes, ti
     for pair, weights in expected.edges.items():
         torch.testing.assert_close(circuit.edges[pair], weights, atol=1e-5, rtol=1e-3)
     for ablation in ("mean", "counterfactual", "resample"):
-        how = FaithfulnessOptions(ablation=ablation, random=1, resamples=20)
+        how = FaithfulnessOptions(ablation=ablation, random=0)
         measure_faithfulness(Setting.of(model, saes), circuit.nodes, prompts, how, sizes=(5,), progress=False)
-    edges = edge_faithfulness(circuit, prompts, QUICK, sizes=(20,), progress=False)
-    there = edge_faithfulness(expected, tiny_prompts, QUICK, sizes=(20,), progress=False)
+    edges = edge_faithfulness(circuit, prompts, QUICK, sizes=(10,), progress=False)
+    there = edge_faithfulness(expected, tiny_prompts, QUICK, sizes=(10,), progress=False)
     assert edges.faithfulness == pytest.approx(there.faithfulness, abs=1e-3)
-    how = MaskOptions(steps=2, batch_size=4, smallest=5)
+    how = MaskOptions(steps=1, batch_size=2, smallest=5)
     learn_node_mask(Setting.of(model, saes), circuit.nodes, prompts, how, progress=False)
     verify(circuit, prompts, nodes=2, progress=False)
     for operation in ("zero", "mean"):

@@ -18,9 +18,9 @@ PAGES = [
 ]
 FENCE = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
 SHORTER = {
-    "features=256, k=8, tokens=400_000": "features=64, k=8, tokens=3000",
+    "features=256, k=8, tokens=400_000": "features=64, k=8, tokens=1500",
     "limit=100": "limit=10",
-    'test.jsonl", model)': 'test.jsonl", model, limit=20)',
+    'test.jsonl", model)': 'test.jsonl", model, limit=8)',
 }
 
 

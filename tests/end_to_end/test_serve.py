@@ -75,7 +75,7 @@ class Served:
 def served(tmp_path_factory, run_folder, text_file) -> Iterator[Served]:
     run = tmp_path_factory.mktemp("served") / "near"
     shutil.copytree(run_folder, run)
-    experiments = open_run(ServeCommand(circuit=run), str(text_file), 8)
+    experiments = open_run(ServeCommand(circuit=run), str(text_file), 3)
     worker, listening = Worker(experiments.model), listen(0)
     port = listening.getsockname()[1]
     server = make_server(experiments, worker, token=TOKEN, port=port)

@@ -11,7 +11,7 @@ from sae.evaluation.sweep import UNFINISHED, SweepResults, SweepRow
 from sae.evaluation.sweep_plots import METRICS, plot_site, plot_sites
 from tests.end_to_end.test_bad_input import sentence
 
-GRID = ["--features", "16,24", "--k", "2,4", "--tokens", 3000, "--context-length", 16, "--eval-tokens", 300]
+GRID = ["--features", "16,24", "--k", "2,4", "--tokens", 2000, "--context-length", 16, "--eval-tokens", 300]
 NAMES = [f"topk-{features}-k{k}-seed0" for features in (16, 24) for k in (2, 4)]
 
 
@@ -40,7 +40,7 @@ def test_a_sweep_is_trained_measured_drawn_and_usable(sfc, model_folder, halves,
     }  # fmt: skip
     for row in data["rows"]:
         assert row["l0"] == pytest.approx(row["k"], abs=0.5) and row["explained_variance"] > 0
-    assert data["laws"] == [] and {row["tokens"] for row in data["rows"]} == {3000}  # four are too few for any law
+    assert data["laws"] == [] and {row["tokens"] for row in data["rows"]} == {2000}  # four are too few for any law
     beside = sfc("sweep", "--model", model_folder, "--text", halves[1], "--out", tmp_path / "other", "--beside", out)
     assert (
         beside.status == 2
@@ -89,7 +89,7 @@ def test_interrupted_measuring_goes_on(sfc, model_folder, halves, tmp_path, monk
     again = sfc(*words, "--resume")
     assert {path: path.read_bytes() for path in in_two} == in_two and again.out == result.out
     assert measured == [0] * 3 + [len(NAMES)] * 3  # in all, of which the first run finished one
-    shorter = [str(word).replace("3000", "2000").replace("16,24", "16") for word in words if word != "--json"]
+    shorter = [str(word).replace("2000", "1500").replace("16,24", "16") for word in words if word != "--json"]
     shorter[shorter.index("--out") + 1] = tmp_path / "shorter"
     fitted = sfc(*shorter, "--beside", tmp_path / "s")
     assert fitted.status == 0 and "β_T" in fitted.out and (tmp_path / "shorter/plots/scaling-topk.svg").is_file()

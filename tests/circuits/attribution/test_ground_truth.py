@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from sae.splice import check_saes
 from tests.circuits.ground_truth import GroundTruth, agreement, induction, recovery
 
 WITH_EDGES = ("ig", "attrib")
-TASKS = {"induction": (induction, "sum"), "agreement": (agreement, "position")}
+TASKS = {"induction": (induction, "sum"), "agreement": (partial(agreement, repeats=8), "position")}
 
 
 @cache

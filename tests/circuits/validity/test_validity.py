@@ -85,7 +85,7 @@ def with_backup() -> GroundTruth:
 @pytest.fixture(scope="module")
 def planted():
     """One mechanism, by position."""
-    truth = agreement()
+    truth = agreement(repeats=8)
     return discover(truth.model, truth.saes, truth.prompts, aggregation="position", edge_nodes=0, progress=False)
 
 
@@ -98,7 +98,7 @@ def test_a_planted_circuit_holds(report):
     verdicts = {check.name: check.verdict for check in report.checks}
     assert set(verdicts) == {"faithfulness", "prompts", "resamples", "families", "backups", "sums", "exact"}
     assert set(verdicts.values()) == {"holds"}, report.text()
-    assert report.families.sizes == [32] and not report.backups.names
+    assert report.families.sizes == [16] and not report.backups.names
     assert all(check.name in report.text() and check.words for check in report.checks)
     assert report.to_frame()["value"].notna().all()
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from circuits.debiasing.probing import Pooled, interval
 from circuits.debiasing.targeted import against_others
 from circuits.metrics.fit_probe import regress
+from circuits.prompts.alignment import numbered
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,12 @@ class _Task:
 
 def sparse_probing(
     data: str, site: str, train: Pooled, labels: Sequence[str], test: Pooled, test_labels: Sequence[str], *,
-    sizes: Sequence[int], penalty: float = 1.0, seed: int = 0,
+    sizes: Sequence[int], penalty: float = 1.0, seed: int = 0, test_texts: Sequence[str] = (),
 ) -> list[Probing]:  # fmt: skip
-    """Sparse probes of each of some sizes; labels: the class of each text to learn from and to test on."""
+    """Sparse probes of each of some sizes; labels: the class of each text to learn from and to test on; test_texts: the
+    latter themselves, all different by default.
+    """
+    texts = numbered(test_texts or range(len(test_labels)))
     classes = sorted(set(labels))
     asked = classes[1:] if len(classes) == 2 else classes
     tasks = {one: _task(labels, test_labels, one, seed) for one in asked}
@@ -81,11 +85,11 @@ def sparse_probing(
         for one, task in tasks.items():
             right[one], auc[one] = _sparse(task, train.f, test.f, orders[one][:k], penalty)
         few = {one: _sparse(task, train.x, test.x, of_x[one][:k], penalty)[0] for one, task in tasks.items()}
-        accuracy, bounds = _mean(right, tasks, len(test_labels))
+        accuracy, bounds = _mean(right, tasks, texts)
         results.append(
             Probing(
                 data, site, k, accuracy, bounds, sum(auc.values()) / len(auc),
-                _mean(few, tasks, len(test_labels))[0], _mean(dense, tasks, len(test_labels))[0],
+                _mean(few, tasks, texts)[0], _mean(dense, tasks, texts)[0],
                 {one: values.mean().item() for one, values in right.items()},
                 {one: order[:k].tolist() for one, order in orders.items()},
             )
@@ -117,12 +121,15 @@ def _dense(task: _Task, x: Tensor, test_x: Tensor, penalty: float) -> Tensor:
     return ((test_x[task.test].double() @ weight + bias > 0) == task.test_is).float()
 
 
-def _mean(right: dict[str, Tensor], tasks: dict[str, _Task], n_texts: int) -> tuple[float, tuple[float, float]]:
-    """Mean over classes of the share that is right, and its interval over texts, each of which is in several tests."""
-    weight, score = torch.zeros(n_texts), torch.zeros(n_texts)
+def _mean(right: dict[str, Tensor], tasks: dict[str, _Task], texts: Tensor) -> tuple[float, tuple[float, float]]:
+    """Mean over classes of the share that is right, and its interval over texts, each of which is in several tests;
+    texts: [B] which text each is.
+    """
+    weight, score = torch.zeros(len(texts)), torch.zeros(len(texts))
     for one, values in right.items():
         share = torch.full_like(values, 1 / len(values))
         weight.index_add_(0, tasks[one].test, share)
         score.index_add_(0, tasks[one].test, share * values)
     tested = weight > 0
-    return (score.sum() / weight.sum()).item(), interval(score[tested] / weight[tested], weight[tested])
+    bounds = interval(score[tested] / weight[tested], weight[tested], texts[tested])
+    return (score.sum() / weight.sum()).item(), bounds

@@ -29,7 +29,8 @@ from circuits.debiasing.data import Labelled, Pairing
 from circuits.debiasing.probing import Pooled
 from circuits.debiasing.targeted import by_share
 from circuits.metrics.fit_probe import regress
-from circuits.uncertainty.bootstrap import Bootstrap
+from circuits.prompts.alignment import numbered
+from circuits.uncertainty.bootstrap import Bootstrap, group_sums
 
 LEAST = 0.001
 """Least accuracy by which a label's own probe must be better than the biased one."""
@@ -93,6 +94,7 @@ def spurious_removal(
     is_one = {label: _second(texts, pairing, label) for label in ("intended", "spurious")}
     test_is = {label: _second(test_texts, pairing, label)[held_out] for label in is_one}
     probes = {label: _Probe.fit(train.x[rows], is_one[label][rows], penalty) for label in is_one}
+    which = numbered([test_texts[row].example.clean for row in held_out.tolist()])
     biased = _Probe.fit(train.x[agreeing], is_one["intended"][agreeing], penalty)
     x, moved = test.x[held_out], test.f[held_out] - (train.f[rows].mean(0) if operation == "mean" else 0)
     right_alone = {label: probe.right(x, test_is[label]) for label, probe in probes.items()}
@@ -108,7 +110,7 @@ def spurious_removal(
             after[label] = biased.right(x, test_is[label], moved[:, chosen] @ (W_dec[chosen] @ biased.weight))
             gap = (right_alone[label].mean() - before[label].mean()).item()
             scores[label] = 0.0 if gap < LEAST else (after[label].mean() - before[label].mean()).item() / gap
-        bounds = _interval(after[counts] - before[counts], right_alone[counts] - before[counts], seed)
+        bounds = _interval(after[counts] - before[counts], right_alone[counts] - before[counts], which, seed)
         results.append(
             Removal(
                 data, site, n, scores[counts], bounds, counts, right_alone[counts].mean().item(),
@@ -141,9 +143,10 @@ def _second(texts: Sequence[Labelled], pairing: Pairing, label: str) -> Tensor:
     return torch.tensor([getattr(text, label) == second for text in texts])
 
 
-def _interval(gained: Tensor, possible: Tensor, seed: int) -> tuple[float, float]:
-    """95 % interval over texts of Σ gained / Σ possible."""
+def _interval(gained: Tensor, possible: Tensor, texts: Tensor, seed: int) -> tuple[float, float]:
+    """95 % interval over texts of Σ gained / Σ possible; texts: [B] which text each is."""
     if possible.mean() < LEAST:
         return float("nan"), float("nan")
-    low, high = Bootstrap(seed=seed).intervals(gained.double()[:, None], possible.double())[0].tolist()
+    sums = group_sums(gained.double()[:, None], texts), group_sums(possible.double(), texts)
+    low, high = Bootstrap(seed=seed).intervals(*sums)[0].tolist()
     return low, high

@@ -104,6 +104,7 @@ def _data_set(
             sparse_probing(
                 data.name, site.name, read, train.intended, held_out, test.intended,
                 sizes=parse_sizes(options.probe_sizes, "probe-sizes"), penalty=options.penalty, seed=options.seed,
+                test_texts=test.prompts.texts,
             )
         )  # fmt: skip
         W_dec = saes[site].W_dec.float().cpu()
@@ -131,7 +132,7 @@ def _perturbation(
     sizes: list[int], options: SuiteOptions,
 ) -> list[Perturbation]:  # fmt: skip
     """TPP as SAEBench has it, by number of features."""
-    train, test = (Perturbed(read, texts.intended) for read, texts in halves)
+    train, test = (Perturbed(read, texts.intended, texts.prompts.texts) for read, texts in halves)
     how = PerturbationOptions(
         sizes=",".join(map(str, sizes)), rank="positive", position=options.position, penalty=options.penalty,
         seed=options.seed, operation=options.operation,

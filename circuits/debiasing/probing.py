@@ -33,6 +33,8 @@ from circuits.metrics import metrics
 from circuits.metrics.fit_probe import FittedProbe, fit_probe, read_site
 from circuits.metrics.probe import Probe
 from circuits.options import DiscoverOptions
+from circuits.prompts.alignment import numbered
+from circuits.uncertainty.bootstrap import group_sums
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import unknown
 from sae.model.language_model import LanguageModel
@@ -221,23 +223,28 @@ class Study:
         weight = sum(mask.float() / mask.sum() for mask in rows.values())  # [B] groups weigh alike
         by_group = {group: right[mask].mean().item() for group, mask in rows.items()}
         worst = min(by_group, key=lambda group: by_group[group])
+        texts = numbered(self.test.prompts.texts)
         return ProbeScore(
             name=name,
             intended=sum(by_group.values()) / len(by_group),
             spurious=sum(leaning[mask].mean().item() for mask in rows.values()) / len(rows),
             worst_group=by_group[worst],
             by_group=by_group,
-            intended_interval=interval(right, torch.as_tensor(weight)),
-            worst_group_interval=interval(right[rows[worst]], torch.ones(int(rows[worst].sum()))),
+            intended_interval=interval(right, torch.as_tensor(weight), texts),
+            worst_group_interval=interval(right[rows[worst]], torch.ones(int(rows[worst].sum())), texts[rows[worst]]),
             n_features=n_features,
         )
 
 
-def interval(right: Tensor, weight: Tensor) -> tuple[float, float]:
+def interval(right: Tensor, weight: Tensor, texts: Tensor | None = None) -> tuple[float, float]:
     """95 % interval of a weighted share over texts (Clopper and Pearson 1934), for right and weight [B].
 
-    As many texts count as equal weights would need for the same variance: (sum w)^2 / sum w^2.
+    As many texts count as equal weights would need for the same variance: (sum w)^2 / sum w^2. A text that is repeated
+    counts once, with all of its weight; texts: [B] which text each is, each another one by default.
     """
+    if texts is not None:
+        total = group_sums(weight, texts)
+        right, weight = group_sums(right * weight, texts)[total > 0] / total[total > 0], total[total > 0]
     n = (weight.sum() ** 2 / weight.square().sum()).item()
     k = n * (right @ weight / weight.sum()).item()
     low = 0.0 if k <= 0 else float(beta.ppf(TAIL, k, n - k + 1))

@@ -33,7 +33,8 @@ from circuits.debiasing.options import PerturbationOptions
 from circuits.debiasing.probing import Pooled, SAEs, probe_site, read_features
 from circuits.debiasing.results import PerturbationReport
 from circuits.metrics.fit_probe import FittedProbe, fit_probe
-from circuits.uncertainty.bootstrap import Bootstrap
+from circuits.prompts.alignment import numbered
+from circuits.uncertainty.bootstrap import Bootstrap, group_sums
 from sae._options import parse_sizes
 from sae.errors import UserError, unknown
 from sae.model.language_model import LanguageModel
@@ -80,7 +81,8 @@ def targeted_perturbation(
         if one not in texts.intended:
             raise UserError(f"there is no text of class {one!r} to {what}: give more texts of it, or leave it out")
     learned, tested = (
-        Perturbed(read_features(model, saes, texts, site, options.position), texts.intended) for texts in sets
+        Perturbed(read_features(model, saes, texts, site, options.position), texts.intended, texts.prompts.texts)
+        for texts in sets
     )
     return perturb(learned, tested, saes[site].W_dec.float().cpu(), site, options)
 
@@ -93,6 +95,8 @@ class Perturbed:
     """Activations and features."""
     labels: Sequence[str]
     """The class of each."""
+    texts: Sequence[str] = ()
+    """The texts themselves; all different by default."""
 
 
 def perturb(
@@ -119,28 +123,35 @@ def perturb(
 
     plain = right(torch.zeros(0, dtype=torch.int64))
     lost = [[[a - b for a, b in zip(plain, right(order[:n]), strict=True)] for order in orders] for n in sizes]
-    rows_of = [torch.tensor(rows) for rows, _ in tests]
+    rows_of, texts = [torch.tensor(rows) for rows, _ in tests], numbered(test.texts or range(len(test.labels)))
     return PerturbationReport(
         site.name, options.position, classes, list(sizes), [one.mean().item() for one in plain],
         [[[one.mean().item() for one in of_probe] for of_probe in of_size] for of_size in lost],
         [[f"{site}/{feature}" for feature in order[: max(sizes)].tolist()] for order in orders],
         len(train.labels), len(test.labels),
-        [_interval(of_size, rows_of, len(test.labels), options.seed) for of_size in lost],
+        [_interval(of_size, rows_of, texts, options.seed) for of_size in lost],
     )  # fmt: skip
 
 
-def _interval(lost: Sequence[Sequence[Tensor]], rows: Sequence[Tensor], n_texts: int, seed: int) -> tuple[float, float]:
+def _interval(
+    lost: Sequence[Sequence[Tensor]], rows: Sequence[Tensor], texts: Tensor, seed: int
+) -> tuple[float, float]:
     """95 % interval of TPP over test texts: TPP is the mean of one number a text, its share in all the drops.
 
-    lost: [class ablated][class of the probe] loss of each test text, [n]; rows: the texts of each probe.
+    lost: [class ablated][class of the probe] loss of each test text, [n]; rows: the texts of each probe; texts: [B]
+    which text each is, so that one that is repeated is drawn once.
     """
     n = len(lost)
-    share = torch.zeros(n_texts, dtype=torch.float64)
+    share = torch.zeros(len(texts), dtype=torch.float64)
     for target, of_probe in enumerate(lost):
         for probe, values in enumerate(of_probe):
             weight = 1 / n if target == probe else -1 / (n * (n - 1))
             share.index_add_(0, rows[probe], weight * values.double() / len(values))
-    low, high = Bootstrap(seed=seed).intervals(share[:, None], torch.full((n_texts,), 1 / n_texts).double())[0].tolist()
+    sums, sizes = (
+        group_sums(share[:, None], texts),
+        group_sums(torch.full((len(texts),), 1 / len(texts)).double(), texts),
+    )
+    low, high = Bootstrap(seed=seed).intervals(sums, sizes)[0].tolist()
     return low, high
 
 

@@ -82,6 +82,12 @@ def template_of(span_key: str) -> str:
     return span_key.rpartition("|")[0]
 
 
+def numbered(names: Sequence[Any]) -> Tensor:
+    """[B] int64: equal names as equal numbers, from 0 in the order in which they occur."""
+    number = {name: n for n, name in enumerate(dict.fromkeys(names))}
+    return torch.tensor([number[name] for name in names], dtype=torch.int64)
+
+
 # ------------------------------------------------------------------------------------------ groups of tokens
 
 Group = tuple[Any, ...]

@@ -39,6 +39,7 @@ from circuits.prompts.alignment import (
     commonest_fits,
     length_keys,
     mask_keys,
+    numbered,
     span_groups,
     span_keys,
     template_of,
@@ -204,8 +205,8 @@ class PromptSet:
             names = [name.rpartition("/")[0] for name in self.templates]
         elif self.template_rule == "spans":
             names = [template_of(name) for name in self.templates]
-        groups = _numbered(names)
-        return groups if len(groups.unique()) > 1 else _numbered(self._contents())
+        groups = numbered(names)
+        return groups if len(groups.unique()) > 1 else numbered(self._contents())
 
     def _contents(self) -> list[tuple[Any, ...]]:
         """Tokens and answers of each prompt, which is all that the model and the metric see."""
@@ -322,12 +323,6 @@ def _answer_tensor(answers: list[list[int]], width: int) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------ aligning
-
-
-def _numbered(names: Sequence[Any]) -> Tensor:
-    """[B] int64: equal names as equal numbers, from 0 in the order in which they occur."""
-    number = {name: n for n, name in enumerate(dict.fromkeys(names))}
-    return torch.tensor([number[name] for name in names], dtype=torch.int64)
 
 
 def _trim(tokens: Tokens) -> Tokens:

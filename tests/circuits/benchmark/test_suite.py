@@ -112,6 +112,10 @@ def test_sparse_probing_is_that_of_a_loop():
         assert result.accuracy == pytest.approx(sum(accuracies) / 3) and result.auc == pytest.approx(sum(areas) / 3)
     binary = sparse_probing("", "", train, ["a", "b"] * 30, test, ["a", "b"] * 15, sizes=(1,))[0]
     assert list(binary.by_class) == ["b"]
+    thrice = Pooled(test.x.repeat(3, 1), test.f.repeat(3, 1))
+    texts = [str(number) for number in range(30)] * 3
+    repeated = sparse_probing("", "", train, ["a", "b"] * 30, thrice, ["a", "b"] * 45, sizes=(1,), test_texts=texts)[0]
+    assert repeated.accuracy == pytest.approx(binary.accuracy) and repeated.interval == pytest.approx(binary.interval)
 
 
 def test_removal_is_that_of_edited_runs(tiny_model, tiny_saes):

@@ -14,7 +14,8 @@ import torch
 from scipy.stats import binomtest
 
 from circuits import ShiftOptions, shift, targeted_perturbation
-from circuits.debiasing import results
+from circuits.benchmark import spurious
+from circuits.debiasing import results, targeted
 from circuits.debiasing.data import Pairing, divided, equal_groups, held_out_rows, read_labelled, text_set
 from circuits.debiasing.judges import by_program, correlation
 from circuits.debiasing.plots import plot_shift
@@ -166,6 +167,20 @@ def test_intervals_are_those_of_scipy():
     exact = binomtest(18, 20).proportion_ci(method="exact")
     assert interval(right, torch.ones(20)) == pytest.approx((exact.low, exact.high))
     assert interval(torch.ones(5), torch.tensor([1.0, 1, 2, 2, 1]))[1] == 1 > interval(torch.ones(5), torch.ones(5))[0]
+
+
+def test_texts_that_are_repeated_are_no_new_evidence():
+    right, which = torch.tensor([1.0] * 18 + [0.0] * 2), torch.arange(20)
+    once, twice = interval(right, torch.ones(20)), (right.repeat(2), torch.ones(40), which.repeat(2))
+    assert interval(*twice) == pytest.approx(once) and interval(*twice[:2]) != pytest.approx(once)
+    assert interval(right[:4].repeat(2), torch.ones(8), which[4:8].repeat(2)) == interval(right[:4], torch.ones(4))
+    lost = torch.rand(2, 2, 20, generator=torch.Generator().manual_seed(0)) < 0.3
+    of_tpp = targeted._interval(lost.float(), [which, which], which, 0)
+    rows = [torch.arange(40)] * 2
+    assert targeted._interval(lost.repeat(1, 1, 2).float(), rows, which.repeat(2), 0) == pytest.approx(of_tpp)
+    gained = lost[0, 0].float() - 0.1
+    of_scr = spurious._interval(gained, torch.ones(20), which, 0)
+    assert spurious._interval(gained.repeat(2), torch.ones(40), which.repeat(2), 0) == pytest.approx(of_scr)
 
 
 def test_correlation_is_that_of_pandas():

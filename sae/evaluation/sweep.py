@@ -42,7 +42,7 @@ from sae.data.text import TextSource
 from sae.errors import UserError
 from sae.evaluation.evaluate import Evaluator
 from sae.evaluation.results import EVALUATION_FILE
-from sae.evaluation.sweep_results import SPLICED, SweepResults, SweepRow, number, rows_of
+from sae.evaluation.sweep_results import EvaluationFile, SweepResults, SweepRow, number, rows_of, spliced_of
 from sae.model.checks import precision_of
 from sae.model.language_model import LanguageModel
 from sae.model.tokens import Tokens
@@ -117,12 +117,12 @@ def evaluate_sweep(
         for name, result in measurement.results().items():
             write_json(_path(sweep.out, name), {**result.to_dict(), "measured_on": measured_on})
     (sweep.out / UNFINISHED).unlink(missing_ok=True)
-    data = {name: read_json(_path(sweep.out, name)) for name in sweep.configs}
+    data = {name: _measured(sweep.out, name) for name in sweep.configs}
     any_one = next(iter(data.values()))
     return SweepResults(
         tuple(row for name, result in data.items() for row in rows_of(sweep, name, result)),
-        {name: {key: number(result["spliced"]["all"][key]) for key in SPLICED} for name, result in data.items()},
-        any_one["ce_model"], any_one["n_tokens"], held_out.source.name, held_out.start, held_out.seen,
+        {name: spliced_of(result) for name, result in data.items()},
+        number(any_one["ce_model"]), any_one["n_tokens"], held_out.source.name, held_out.start, held_out.seen,
     )  # fmt: skip
 
 
@@ -144,6 +144,12 @@ def _measure(
 def _path(out: Path, name: str) -> Path:
     """The file of a config's results."""
     return out / name / "saes" / EVALUATION_FILE
+
+
+def _measured(out: Path, name: str) -> EvaluationFile:
+    """The results of a config."""
+    measured: EvaluationFile = read_json(_path(out, name), EvaluationFile)
+    return measured
 
 
 def _found(out: Path, name: str) -> dict[str, Any] | None:
@@ -277,5 +283,5 @@ def measured_rows(out: str, measured_on: Mapping[str, Any]) -> list[SweepRow]:
                     f"{str(sweep.out / name)!r} was measured with {key.replace('_', '-')} {before.get(key)!r}, not "
                     f"{measured_on[key]!r}: scaling laws compare sweeps on one text in one model, give the same options"
                 )
-        rows += rows_of(sweep, name, read_json(_path(sweep.out, name)))
+        rows += rows_of(sweep, name, _measured(sweep.out, name))
     return rows

@@ -7,6 +7,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import TypedDict
+
 from sae._files import without_nan
 from sae._frames import Result, frame_text
 from sae.architectures import architecture
@@ -16,8 +18,6 @@ from sae.training.sweep import Sweep
 if TYPE_CHECKING:
     import pandas as pd
 
-SPLICED = ("ce", "ce_recovered", "kl")
-"""Metrics of all sites spliced that the results hold."""
 SHOWN = {"l0": "L0", "explained_variance": "EV", "ce_recovered": "CE recovered", "dead_fraction": "dead"}
 """Columns of the tables, by the metrics they show."""
 
@@ -122,7 +122,41 @@ class SweepResults(Result):
         return f"{self.measured_on}{after}{', which they were trained on' if self.seen else ''}"
 
 
-def rows_of(sweep: Sweep, name: str, data: dict[str, Any]) -> list[SweepRow]:
+class PredictionsFile(TypedDict):
+    """Metrics of predictions in evaluation.json; null where one is undefined."""
+
+    ce: float | None
+    ce_recovered: float | None
+    kl: float | None
+
+
+class SiteMetricsFile(TypedDict):
+    """Metrics of the dictionary of a site in evaluation.json."""
+
+    n_features: int
+    l0: float | None
+    explained_variance: float | None
+    dead_fraction: float | None
+    predictions: PredictionsFile
+
+
+class SplicedFile(TypedDict):
+    """Predictions with dictionaries spliced in."""
+
+    all: PredictionsFile
+    """At all sites together."""
+
+
+class EvaluationFile(TypedDict):
+    """evaluation.json of a config, as far as a sweep reads it."""
+
+    n_tokens: int
+    ce_model: float | None
+    sites: dict[str, SiteMetricsFile]
+    spliced: SplicedFile
+
+
+def rows_of(sweep: Sweep, name: str, data: EvaluationFile) -> list[SweepRow]:
     """The rows of a config, from its evaluation.json."""
     config = sweep.configs[name]
     return [
@@ -142,6 +176,16 @@ def rows_of(sweep: Sweep, name: str, data: dict[str, Any]) -> list[SweepRow]:
         )
         for site, metrics in data["sites"].items()
     ]
+
+
+def spliced_of(data: EvaluationFile) -> dict[str, float]:
+    """Predictions of a config with all sites spliced, from its evaluation.json."""
+    together = data["spliced"]["all"]
+    return {
+        "ce": number(together["ce"]),
+        "ce_recovered": number(together["ce_recovered"]),
+        "kl": number(together["kl"]),
+    }
 
 
 def number(value: float | None) -> float:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -56,6 +57,18 @@ def base(tmp_path_factory, run_folder, model_folder, prompts_file, text_file):
         ",".join(row[key] for key in ("clean_prefix", "patch_prefix", "clean_answer", "patch_answer")) for row in rows
     ]
     (folder / "pairs.csv").write_text("\n".join(csv))
+    steered = {"features": ["resid_1/3"], "operation": "steer", "value": 1.0}
+    edits = {
+        "schema_version": 1,
+        "kind": "edits",
+        "edits": [steered],
+        "groups": [{"name": "g", "nodes": ["resid_1/4"]}],
+    }
+    (folder / "edit.json").write_text(json.dumps(edits))
+    behaviour = {"name": "b", "prompts": "../near.jsonl", "edit": "../edit.json", "expect": {"left": "> 1"}}
+    (folder / "suite.json").write_text(json.dumps({"model": "../model", "saes": "../run", "behaviours": [behaviour]}))
+    labels = [{"site": "resid_1", "feature": i, "label": "x", "score": 0.5, "contexts": []} for i in range(3)]
+    (folder / "labels.jsonl").write_text("\n".join(map(json.dumps, labels)))
     (folder / "names.jsonl").write_text('{"Name": "resid_1/3", "Annotation": "x"}\n' * 3)
     run = folder / "run"
     for words in (
@@ -64,6 +77,7 @@ def base(tmp_path_factory, run_folder, model_folder, prompts_file, text_file):
         ["attention", "--query", "last", "--key", "0", "--layer", "1", "--examples", "2"],
         ["mask", "--sizes", "5", "--steps", "1", "--examples", "4"],
         ["ablate", "--top", "2", "--random", "1", "--examples", "4"],
+        ["supernodes", "--similarity", "0.3"],
         ["export", "--format", "graphml"],
         ["export", "--format", "neuronpedia"],
         ["convert", "--format", "saelens", "--out", str(folder / "saelens"), "--saes", str(run)],
@@ -159,6 +173,25 @@ def test_models_and_tokenizers(sfc, base, tmp_path, seed):
     copy, path, what = damaged(base, tmp_path, ["model", "near.jsonl"], ["model/*"], random)
     words = ["--saes", base / "run", "--prompts", base / "near.jsonl", "--out", copy / "out", "--estimate"]
     check(sfc("discover", "--model", copy / "model", *words), path, what)
+
+
+@fuzz(6)
+@given(seed=SEEDS)
+def test_edits_groups_names_and_suites(sfc, base, tmp_path, seed):
+    random = Random(seed)
+    copy, path, what = damaged(
+        base, tmp_path, ["run/circuit", "edit.json", "suite.json", "labels.jsonl"],
+        [random.choice(["edit.json", "suite.json", "labels.jsonl", "run/circuit/supernodes.json"])], random,
+    )  # fmt: skip
+    circuit = ["--circuit", copy / "run"]
+    words = {
+        "edit.json": ["supernodes", *circuit, "--read", path],
+        "suite.json": ["test", path],
+        "labels.jsonl": ["labels", "--saes", base / "run", "--read", path, "--out", copy / "names.jsonl"],
+        "supernodes.json": random.choice([["supernodes", *circuit], ["export", *circuit, "--format", "eap-ig"]]),
+    }[path.name]
+    result = sfc(*words)
+    check(replace(result, status=0) if words[0] == "test" and result.status == 1 else result, path, what)
 
 
 @fuzz(60)

@@ -47,6 +47,11 @@ def test_a_sweep_is_trained_measured_drawn_and_usable(sfc, model_folder, halves,
         and "scaling laws compare sweeps on one text" in beside.err
         and not (tmp_path / "other").exists()
     )
+    damaged = out / NAMES[0] / "saes" / "evaluation.json"
+    whole = damaged.read_text()
+    damaged.write_text(json.dumps({**json.loads(whole), "n_tokens": [300]}))
+    assert "evaluation.json: key 'n_tokens' is [300]" in sentence(sfc(*words, "--resume"))
+    damaged.write_text(whole)
     run = out / NAMES[1]
     words_alone = ["--model", model_folder, "--saes", run, "--text", halves[1], "--tokens", 100]
     refused = sfc("evaluate", *words_alone)

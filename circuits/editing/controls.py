@@ -5,7 +5,7 @@ Shapes: B prompts, S positions, n columns, d model width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -20,8 +20,10 @@ Standing = Mapping[Site, StandingEdit]
 
 
 @torch.no_grad()
-def change_norm(model: LanguageModel, batches: Iterable[PromptSet], edits: Standing) -> float:
-    """The norm of all changes that edits make to the clean prompts: sqrt(sum ||x' - x||^2) over tokens and sites."""
+def change_norm(model: LanguageModel, batches: Iterable[PromptSet], edits: Callable[[PromptSet], Standing]) -> float:
+    """The norm of all changes that the edits of each batch make to its clean prompts: sqrt(sum ||x' - x||^2) over all
+    tokens and sites.
+    """
     total = [0.0]
 
     def recording(edit: StandingEdit) -> StandingEdit:
@@ -33,8 +35,8 @@ def change_norm(model: LanguageModel, batches: Iterable[PromptSet], edits: Stand
 
         return recorded
 
-    with model.edited({site: recording(edit) for site, edit in edits.items()}):
-        for batch in batches:
+    for batch in batches:
+        with model.edited({site: recording(edit) for site, edit in edits(batch).items()}):
             model.run(batch.clean, last_only=True)
     return total[0] ** 0.5
 

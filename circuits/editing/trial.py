@@ -224,13 +224,13 @@ class Trial:
         if not draws:
             return {}
         batches = list(self.prompts.batches(self.options.batch_size))
-        norm = change_norm(self.model, batches, self.edits.standing(self.prompts))
+        norm = change_norm(self.model, batches, self.edits.standing)
         on_text = self._on_text(self.resolved).standing() if self.texts else {}
         generator = torch.Generator().manual_seed(self.options.seed)
         controls: dict[str, list[Behaviour]] = {"random": [], "random_equal_norm": [], "random_directions": []}
         for draw in map(self._resolved, draws):
             controls["random"].append(self.behaviour(draw))
-            drawn_norm = change_norm(self.model, batches, self._applied(draw).standing(self.prompts))
+            drawn_norm = change_norm(self.model, batches, self._applied(draw).standing)
             if drawn_norm > 0:
                 controls["random_equal_norm"].append(self.behaviour(draw, norm / drawn_norm))
             seed = int(torch.randint(2**31, (), generator=generator))

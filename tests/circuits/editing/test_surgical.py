@@ -24,6 +24,7 @@ from circuits.metrics.metrics import kl, prepare, values_and_correct
 from circuits.options import DiscoverOptions
 from sae.data.batches import counted_predictions
 from sae.errors import UserError
+from tests.circuits.conftest import MIXED, with_spans
 from tests.circuits.ground_truth import GroundTruth, Head, Layer, Neuron, Plan, _prompts, build
 
 
@@ -85,8 +86,21 @@ def test_a_report_has_intervals_doses_controls_and_fluency(report, tmp_path):
 def test_random_directions_move_each_token_as_far(tiny_model, tiny_prompts, tiny_saes):
     edit = FeatureEdits(tiny_model, tiny_saes, [Edit(["resid_0/1", "resid_0/9"], "scale", 3.0)]).standing()
     elsewhere = random_directions(edit, tiny_model.widths, 0)
-    norms = [change_norm(tiny_model, [tiny_prompts], edits) for edits in (edit, elsewhere)]
+    norms = [change_norm(tiny_model, [tiny_prompts], lambda _, edits=edits: edits) for edits in (edit, elsewhere)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4) and norms[0] > 0
+
+
+def test_the_norm_is_that_of_each_prompts_own_spans(tiny_model, tiny_prompts, tiny_saes):
+    """Of two prompts with the same tokens, b is two tokens of the one and three of the other, in a batch or in two."""
+    prompts = with_spans(tiny_prompts[[1, 1]], MIXED)
+    numbers = prompts.span_numbers.clone()
+    b, c = (prompts.spans.index(name) for name in "bc")
+    numbers[1] = torch.where(numbers[0] == b, c, torch.where(numbers[0] == c, b, numbers[0]))
+    prompts = replace(prompts, span_numbers=numbers)
+    edits = FeatureEdits(tiny_model, tiny_saes, [Edit("resid_0/3@b", "steer", 4.0)], prompts=prompts)
+    for size in (1, 2):
+        norm = change_norm(tiny_model, prompts.batches(size), edits.standing)
+        assert norm == pytest.approx(4 * 5**0.5, rel=1e-4)
 
 
 def test_sides_of_answers_and_repetition(tiny_model, tiny_prompts):

@@ -10,6 +10,7 @@ if gc.isenabled():  # until everything is imported and collected: it would look 
     gc.disable()
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # these before torch is imported
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads double what short texts cost
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # looks for a GPU without CUDA, which survives no fork
 
 import torch

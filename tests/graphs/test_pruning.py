@@ -5,7 +5,7 @@ import json
 
 import networkx as nx
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from graphs import pruning
@@ -87,7 +87,6 @@ def test_influence_is_the_sum_over_paths(graph):
             assert scores.nodes[id] == pytest.approx(sum(s for (u, _), s in scores.edges.items() if u == id), abs=1e-9)
 
 
-@settings(max_examples=50)
 @given(random_graphs(), st.floats(0.05, 0.99))
 def test_influence_keeps_the_smallest_sufficient_set(graph, share):
     scores = {id: score for id, score in pruning.influence_scores(graph).nodes.items() if id != METRIC}

@@ -87,10 +87,10 @@ def test_attention_and_mlp_add_up_to_the_block(model: LanguageModel) -> None:
         assert_near(stream, run[Site("resid", layer)], msg=layer)
 
 
-@pytest.mark.parametrize("n_rows", [2, 3])  # two rows: the size at which a tuple lost on writing goes unnoticed
-def test_edits_equal_those_of_torch_hooks(model: LanguageModel, n_rows: int) -> None:
+def test_edits_equal_those_of_torch_hooks(model: LanguageModel) -> None:
+    """With two rows, the size at which a tuple lost on writing goes unnoticed; with four see generation."""
     bare = tiny_hf(model.hf.config.model_type)
-    tokens = model.tokenize(TEXTS[:n_rows])
+    tokens = model.tokenize(TEXTS[:2])
     for site in model.sites:
         run = model.run(tokens, edits={site: odd_edit}, capture=[site])
         with torch.no_grad(), torch_hooks(bare, {model.site_paths[site].module: odd_edit}):

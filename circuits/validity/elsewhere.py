@@ -32,7 +32,8 @@ from sae.autoencoder import SparseAutoencoder
 from sae.errors import UserError
 from sae.features.matching import match_features
 from sae.model.sites import Site
-from sae.saes import as_saes
+from sae.saes import SAEs, as_saes
+from sae.splice import ensure_checked
 
 SAME = 0.7
 """Decoder cosine from which on mutual partners are one feature."""
@@ -64,6 +65,22 @@ def on_paraphrases(
     return Elsewhere(overlap, *_explained(setting, circuit.nodes, prompts, options, progress=progress))
 
 
+def shared_saes(circuit: Circuit, saes: Mapping[Site, SparseAutoencoder], options: ValidityOptions) -> SAEs:
+    """Other autoencoders at the sites of the circuit; `UserError` where there are none, none at the start site, or one
+    does not fit the model.
+    """
+    sites = [site for site in circuit.effects if site in saes]
+    names = [site.name for site in sites]
+    if not sites or (options.start_site is not None and options.start_site not in names):
+        lacking = "" if not sites else f", with start site {options.start_site}"
+        raise UserError(
+            f"the other autoencoders are at {', '.join(map(str, saes))}, the circuit at "
+            f"{', '.join(map(str, circuit.effects))}{lacking}: give autoencoders at the same sites"
+        )
+    ensure_checked(circuit.model, saes, sites)
+    return as_saes(saes).subset(sites)
+
+
 def in_other_saes(
     circuit: Circuit, saes: Mapping[Site, SparseAutoencoder], options: ValidityOptions, *, metric: Metric,
     progress: bool,
@@ -71,13 +88,8 @@ def in_other_saes(
     """The circuit beside that of the same prompts in other autoencoders, at the sites that both have; metric: the
     circuit's.
     """
-    sites = [site for site in circuit.effects if site in saes]
-    if not sites:
-        raise UserError(
-            f"the other autoencoders are at {', '.join(map(str, saes))}, the circuit at "
-            f"{', '.join(map(str, circuit.effects))}: give autoencoders at the same sites"
-        )
-    others = as_saes(saes).subset(sites)
+    others = shared_saes(circuit, saes, options)
+    sites = list(others)
     other = _found_again(circuit, others, circuit.prompts, metric=metric, progress=progress)
     partner = {site: _partners(circuit.saes[site], others[site]) for site in sites}
     node_values = _values(circuit, options, sites)

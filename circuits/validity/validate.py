@@ -37,7 +37,7 @@ from circuits.uncertainty.intervals import strongest_values
 from circuits.uncertainty.verification import Verification, verify
 from circuits.validity import checks
 from circuits.validity.backups import effects_without, grown, named_nodes, next_strongest, together
-from circuits.validity.elsewhere import in_other_saes, on_paraphrases
+from circuits.validity.elsewhere import in_other_saes, on_paraphrases, shared_saes
 from circuits.validity.families import find_families
 from circuits.validity.overlap import Interval, NodeValues, resample_overlap
 from circuits.validity.results import Backups, Check, Families, PromptSpread, Validity, WorstPrompt
@@ -84,6 +84,8 @@ def validate(
     study = _Study.of(circuit, prompts, options, reference, metric, progress)
     if paraphrases is not None:
         next(iter(study.nodes.values())).where(paraphrases)  # whether they have its spans is told before any work
+    if other_saes is not None:
+        shared_saes(circuit, other_saes, options)  # and whether these fit
     measured, spread = study.faithfulness()
     families, of_families = study.families()
     backups, of_backups = study.backups()

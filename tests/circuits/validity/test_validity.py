@@ -24,6 +24,7 @@ from circuits.validity.overlap import NodeValues, jaccard, overlap_between, resa
 from circuits.validity.results import Backups, judge
 from circuits.validity.validate import validate
 from sae.autoencoder import SparseAutoencoder
+from sae.errors import UserError
 from sae.model.sites import Site
 from tests.circuits.conftest import MIXED, with_spans
 from tests.circuits.ground_truth import GroundTruth, Head, Layer, Neuron, Plan, _prompts, agreement, build
@@ -162,6 +163,17 @@ def test_the_same_dictionaries_in_another_order_are_the_same_circuit(planted):
     assert check.words.startswith("100 % of its features")
     check = report.check("paraphrases")
     assert check.verdict == "holds" and check.words.endswith("1.00")
+
+
+def test_other_dictionaries_that_lack_the_start_site_are_told_before_any_work(planted, monkeypatch):
+    def nothing_is_measured(*_, **__):
+        raise AssertionError("measured before the options were checked")
+
+    monkeypatch.setattr("circuits.validity.validate.metrics_of_sets", nothing_is_measured)
+    first, *later = planted.saes
+    others = {site: planted.saes[site] for site in later}
+    with pytest.raises(UserError, match=rf"start site {first}: give autoencoders at the same sites"):
+        validate(planted, options=replace(TINY, start_site=first.name), other_saes=others, progress=False)
 
 
 # ------------------------------------------------------------------------------------------ by hand

@@ -86,12 +86,14 @@ def absolute_path(name: str | Path) -> str:
     return ",".join(f"{Path(path).resolve()}{mark}{query}" for path, mark, query in sources)
 
 
-def record(run: Path, command: str, options: Any) -> None:
-    """Add the command with its options and the versions of what it ran on to the run's `config.json`."""
+def record(run: Path, command: str, options: Any, *, name: str | None = None) -> None:
+    """Add the command with its options and the versions of what it ran on to the run's `config.json`; name: of the
+    result, where a run may have several, each of which has an entry of its own.
+    """
     check_run_config(run)
     commands = read_run_config(run) or {"schema_version": 1}
-    commands[command] = {field.name: plain(getattr(options, field.name)) for field in fields(options)}
-    commands[command]["words"] = command_words(options)
+    entry = {field.name: plain(getattr(options, field.name)) for field in fields(options)}
+    commands[command if name is None else f"{command} {name}"] = {**entry, "words": command_words(options)}
     commands["versions"] = dict(_versions())
     write_json(run / "config.json", commands)
 

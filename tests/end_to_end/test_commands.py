@@ -73,6 +73,8 @@ def test_faithfulness_reads_model_and_saes_from_the_circuit(sfc, run_folder, pro
     assert refused.status == 2 and "ablation 'mean', not 'zero'" in refused.err and "--name" in refused.err
     others = sfc(*words, "--name", "zero")
     assert others.status == 0 and "completeness" in others.out
+    config = json.loads((run_folder / "config.json").read_text())
+    assert config["faithfulness"]["sizes"] == "5,20" and config["faithfulness zero"]["name"] == "zero"
 
 
 @pytest.mark.parametrize("suffix", ["svg", "png", "pdf", "dot"])

@@ -39,5 +39,5 @@ class AttentionCommand(UsesSaes, Named, HasTestPrompts, RunsCircuit):
         prompts = circuit.read_prompts(self.prompts, limit=self.examples)
         report = explain_attention(circuit, prompts, self.options, progress=not self.quiet)
         data = files.write(report.to_dict())
-        record(folder.parent, "attention", self)
+        record(folder.parent, "attention", self, name=self.name)
         return Output(f"{report.text()}\n\nwrote {files.path('.json')}", data)

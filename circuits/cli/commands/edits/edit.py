@@ -125,7 +125,7 @@ class _Edit(UsesSaes, Named, HasTestPrompts, RunsCircuit):
         report = self._chosen(circuit, operation) if self.choose else self.trial(circuit, operation, value).report()
         data = {**report.to_dict(), MADE_WITH: made_with_these}
         write_json(path, data)
-        record(circuit_folder(self.circuit).parent, f"edit {path.stem}", self)
+        record(circuit_folder(self.circuit).parent, "edit", self, name=path.stem)
         return Output(f"{report.text()}\nwrote {path}", data)
 
     def before_measuring(self, circuit: Circuit, operation: Operation, value: float | None) -> None:

@@ -59,7 +59,7 @@ class FaithfulnessCommand(UsesSaes, Named, HasSizes, HasTestPrompts, RunsCircuit
         )  # fmt: skip
         data = files.write(result.to_dict())
         plot = result.plot(files.path(".svg"))
-        record(folder.parent, "faithfulness", self)
+        record(folder.parent, "faithfulness", self, name=self.name)
         text = f"{result.text()}\nwrote {files.path('.json')} and {plot}"
         if not self.edges:
             return Output(text, data)

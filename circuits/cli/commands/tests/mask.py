@@ -92,7 +92,7 @@ class MaskCommand(Named, HasSizes, HasTestPrompts, RunsCircuit):
             "effects": of_effects.to_dict(),
         }
         data = replace(files, suffixes=(".json",)).write(data)
-        record(folder.parent, "mask", self)
+        record(folder.parent, "mask", self, name=self.name)
         written = f"wrote {files.path('.json')} and {files.path('.safetensors')}"
         if smaller := self._circuit(circuit, mask):
             written += f"\nwrote {smaller.save(folder.parent / files.path('').name / 'circuit')}"

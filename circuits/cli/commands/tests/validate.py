@@ -53,5 +53,5 @@ class ValidateCommand(UsesSaes, Named, HasTestPrompts, RunsCircuit):
             progress=not self.quiet,
         )
         data = files.write(validity.to_dict())
-        record(folder.parent, "validate", self)
+        record(folder.parent, "validate", self, name=self.name)
         return Output(f"{validity.text()}\nwrote {files.path('.json')}", data)

@@ -129,6 +129,7 @@ def test_no_level_has_too_many_rooms():
     assert not {str(folder): sorted(names) for folder, names in rooms.items() if len(names) > ROOMS}
 
 
+@pytest.mark.slow
 def test_variables_say_what_they_hold():
     """No variable or argument of a function has a name that could be any other's."""
     unnamed = set()
@@ -141,6 +142,7 @@ def test_variables_say_what_they_hold():
     assert not unnamed
 
 
+@pytest.mark.slow
 def test_docstrings_name_the_thing():
     """No docstring of a module, class or function begins with a word that stands for the thing it should name."""
     riddles = set()

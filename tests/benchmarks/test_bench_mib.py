@@ -43,6 +43,7 @@ def places(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_row_from_one_command(places, tmp_path, capsys):
     out, model = tmp_path / "submission", places / "model"
     chosen = ["--tasks", "ioi", "mcqa", "arithmetic-addition", "arc-easy", "--models", "gpt2", "llama3"]

@@ -30,6 +30,7 @@ def run_here(command, **_):
     return subprocess.CompletedProcess(command, 0, said.getvalue().encode())
 
 
+@pytest.mark.slow
 def test_every_step_runs_in_small(tmp_path, monkeypatch, capsys, forked):
     """In forks of a process that has imported everything and in which no thread of autograd has started."""
     pytest.importorskip("triton")

@@ -39,6 +39,7 @@ def assert_same_runs(model, expected):
     assert model.generate(tokens, max_new_tokens=2).equal(expected.generate(tokens, max_new_tokens=2))
 
 
+@pytest.mark.slow
 def test_a_block_on_another_device(make_tiny_model, tiny_prompts, tmp_path):
     expected = make_tiny_model("gpt_neox")
     options = DiscoverOptions(method="attrib", edge_nodes=8, sites="mlp")
@@ -63,6 +64,7 @@ def test_a_block_on_another_device(make_tiny_model, tiny_prompts, tmp_path):
         assert (other.W_dec - sae.W_dec).norm() <= 0.02 * sae.W_dec.norm(), site
 
 
+@pytest.mark.slow
 def test_weights_on_disk(tmp_path):
     pytest.importorskip("accelerate", reason="needs accelerate, which spreads models")
     tiny_hf("gpt_neox").save_pretrained(tmp_path)

@@ -114,6 +114,7 @@ def test_rows_by_index_are_embedding_bags():
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("device", "options"),
     [
@@ -134,6 +135,7 @@ def test_training_gives_what_it_gives_on_the_cpu(model, small_model, tmp_path, o
     assert all(torch.equal(x.cpu(), loaded.get_buffer(name).cpu()) for name, x in there.named_buffers())
 
 
+@pytest.mark.slow
 def test_training_in_bfloat16_from_a_cache_and_fine_tuning(model, tmp_path):
     write_cache(model, TEXT, sites="resid", tokens=600, out=tmp_path / "cache", progress=False)
     cache = CachedActivations(tmp_path / "cache", device=model.device)
@@ -144,6 +146,7 @@ def test_training_in_bfloat16_from_a_cache_and_fine_tuning(model, tmp_path):
     assert all(sae.device == model.device for sae in tuned.values())
 
 
+@pytest.mark.slow
 @only_mps
 def test_evaluation_contexts_and_matches(model, saes, small_model, make_saes):
     found = evaluate_saes(model, saes, TEXT[:6], errors=True)
@@ -163,6 +166,7 @@ def test_evaluation_contexts_and_matches(model, saes, small_model, make_saes):
     torch.testing.assert_close(match.similarity.cpu(), there.similarity, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @only_mps
 def test_why_attention_looks_there(model, saes, small_model, make_saes, tiny_prompts):
     here = make_saes(small_model, architecture="jumprelu")
@@ -182,6 +186,7 @@ def test_why_attention_looks_there(model, saes, small_model, make_saes, tiny_pro
     )
 
 
+@pytest.mark.slow
 @only_mps
 def test_an_ensemble_whose_edges_take_stored_gradients(model, saes, tiny_prompts):
     options = DiscoverOptions(method="ensemble:attrib,activation-difference", edge_nodes=5)
@@ -189,6 +194,7 @@ def test_an_ensemble_whose_edges_take_stored_gradients(model, saes, tiny_prompts
     assert circuit.edges
 
 
+@pytest.mark.slow
 @only_mps
 def test_a_circuit_its_tests_and_an_edit(model, saes, small_model, make_saes, tiny_prompts):
     tiny_prompts = tiny_prompts[:2]  # of both lengths

@@ -30,6 +30,7 @@ def stored(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_effects_of_quantised_models(stored, tiny_prompts, tmp_path):
     pytest.importorskip("bitsandbytes", reason="needs bitsandbytes, which holds weights in 8 and 4 bits")
     plain = load_model(stored, device="cpu")

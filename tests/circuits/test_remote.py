@@ -78,6 +78,7 @@ def far_model(tmp_path, monkeypatch):
     return make
 
 
+@pytest.mark.slow
 def test_a_server_gives_what_the_model_gives(far_model, make_tiny_model, tiny_prompts):
     near = make_tiny_model("gemma2")
     far = far_model(near.hf)
@@ -109,6 +110,7 @@ def test_a_server_gives_what_the_model_gives(far_model, make_tiny_model, tiny_pr
             refused()
 
 
+@pytest.mark.slow
 def test_circuits_of_a_server(far_model, make_tiny_model, tiny_prompts):
     near, prompts = make_tiny_model("gpt_neox"), tiny_prompts[:2]
     far = far_model(near.hf, check=False)

@@ -37,6 +37,7 @@ def circuit(model, make_saes, tiny_prompts):
     return discover(model, saes, tiny_prompts, options, progress=False)
 
 
+@pytest.mark.slow
 def test_skip_connections_are_nodes_that_survive_the_file(circuit, tmp_path):
     graph = circuit.graph(nodes=60)
     kinds = {node.kind for node in graph.nodes()}

@@ -34,6 +34,7 @@ def discover(sfc, run_folder, model_folder, prompts_file, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_unknown_model(discover, tmp_path):
     assert "no/such-model" in sentence(discover(model="no/such-model"))
     assert str(tmp_path / "nothing") in sentence(discover(model=tmp_path / "nothing"))
@@ -102,6 +103,7 @@ def rows(prompts_file) -> list[dict]:
     return [json.loads(line) for line in prompts_file.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_unusable_prompts_are_skipped_and_counted(discover, prompts_file, tmp_path):
     made = rows(prompts_file)
     made[0]["clean_prefix"] += " girl"
@@ -152,6 +154,7 @@ def test_existing_output_is_refused_and_untouched(sfc, discover, run_folder, mod
     assert before == {path: path.stat().st_mtime_ns for path in run_folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_interrupted_training_leaves_its_checkpoint(sfc, model_folder, text_file, tmp_path, monkeypatch):
     arguments = [
         "train", "--model", model_folder, "--text", text_file, "--out", tmp_path / "run", "--features", 32, "--k", 4,

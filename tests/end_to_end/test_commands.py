@@ -30,6 +30,7 @@ def test_a_run_leaves_the_files_it_should(run_folder):
     assert features and all(node.attributes["top_tokens"] is not None for node in features)
 
 
+@pytest.mark.slow
 def test_evaluate(sfc, run_folder, model_folder, text_file):
     result = sfc(
         "evaluate", "--model", model_folder, "--saes", run_folder, "--text", text_file, "--tokens", 500, "--overwrite"
@@ -41,6 +42,7 @@ def test_evaluate(sfc, run_folder, model_folder, text_file):
     assert (run_folder / "saes" / "evaluation.svg").is_file() and "error matters" in result.out
 
 
+@pytest.mark.slow
 def test_evaluate_on_tasks_and_beside_another_seed(sfc, run_folder, model_folder, text_file, tmp_path):
     """The tasks join the numbers on text; other options are told apart, and of tasks only where there are some."""
     texts = tmp_path / "animals.jsonl"
@@ -60,6 +62,7 @@ def test_evaluate_on_tasks_and_beside_another_seed(sfc, run_folder, model_folder
     assert sfc(*words, "--probe-sizes", "3").status == 0  # an option of tasks says nothing where there are none
 
 
+@pytest.mark.slow
 def test_faithfulness_reads_model_and_saes_from_the_circuit(sfc, run_folder, prompts_file):
     result = sfc(
         "faithfulness", "--circuit", run_folder, "--sizes", "5,20", "--start-site", "attn_1", "--json", "--overwrite"
@@ -103,6 +106,7 @@ def test_examples_limit_the_prompts_of_the_circuit_too(sfc, run_folder):
     assert json.loads(result.out)["n_prompts"] == 3
 
 
+@pytest.mark.slow
 def test_a_new_circuit_leaves_nothing_measured_of_the_old_one(sfc, run_folder, model_folder, prompts_file, tmp_path):
     words = ["--model", model_folder, "--saes", run_folder, "--prompts", prompts_file, "--out", tmp_path]
     words += ["--method", "attrib", "--edge-nodes", 30, "--nodes", 20]
@@ -117,6 +121,7 @@ def test_a_new_circuit_leaves_nothing_measured_of_the_old_one(sfc, run_folder, m
         assert len(list((tmp_path / "edits" / "earlier").glob("one*.json"))) == again
 
 
+@pytest.mark.slow
 def test_a_circuit_is_reopened_in_the_precision_it_was_found_in(sfc, run_folder, model_folder, prompts_file, tmp_path):
     words = ["--model", model_folder, "--saes", run_folder, "--prompts", prompts_file, "--out", tmp_path]
     words += ["--method", "attrib", "--edge-nodes", 0, "--dtype", "bfloat16"]
@@ -126,6 +131,7 @@ def test_a_circuit_is_reopened_in_the_precision_it_was_found_in(sfc, run_folder,
     assert load_circuit(AblateCommand(circuit=run_folder)).model.dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_user_site_paths_hold_for_all_commands(sfc, model_folder, text_file, prompts_file, tmp_path):
     """Hidden neurons of the MLP, of another width than its output: later commands take the paths from the circuit."""
     paths = ["--site-paths", "mlp=gpt_neox.layers.{layer}.mlp.dense_4h_to_h:input"]
@@ -137,6 +143,7 @@ def test_user_site_paths_hold_for_all_commands(sfc, model_folder, text_file, pro
     assert sfc("ablate", "--circuit", tmp_path, "--top", 2, "--random", 1).status == 0
 
 
+@pytest.mark.slow
 def test_render_with_another_threshold_and_annotations(sfc, run_folder, tmp_path):
     """More nodes than circuit.json holds are drawn from effects.safetensors, without the model."""
     names = Circuit.load(run_folder).strongest_features(1)
@@ -157,6 +164,7 @@ def test_explore(sfc, run_folder):
     assert unpacked(page)["comparison"]["only_nodes"] == []
 
 
+@pytest.mark.slow
 def test_ablate_steer_and_report(sfc, run_folder, text_file):
     result = sfc(
         "ablate", "--circuit", run_folder, "--top", 3, "--text", text_file, "--texts", 5, "--generate", 1, "--json"
@@ -174,6 +182,7 @@ def test_ablate_steer_and_report(sfc, run_folder, text_file):
     assert (name in page and "zero_top3" in page) or "zero" in page
 
 
+@pytest.mark.slow
 def test_discover_by_position_with_another_method(sfc, run_folder, model_folder, prompts_file, tmp_path):
     result = sfc(
         "discover", "--model", model_folder, "--saes", run_folder, "--prompts", prompts_file, "--out", tmp_path / "pos",
@@ -193,6 +202,7 @@ def test_help_has_every_option_explained(sfc):
     assert sfc("--help").status == 0
 
 
+@pytest.mark.slow
 def test_a_circuit_by_span_from_a_template(sfc, run_folder, model_folder, prompts_file, tmp_path):
     """Prompts of two lengths: found, kept, masked, tested by edges, drawn, exported and reported by the name of the
     span.
@@ -242,6 +252,7 @@ def explain_attention(sfc, run) -> str:
     return score["title"]
 
 
+@pytest.mark.slow
 def test_a_probe_is_learned_and_explained(sfc, run_folder, model_folder, prompts_file, tmp_path):
     """From labelled prompts to a circuit of the probe's margin, its faithfulness and an edit."""
     out = tmp_path / "number.safetensors"

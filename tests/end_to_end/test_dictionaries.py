@@ -100,6 +100,7 @@ def test_a_site_is_given_where_the_files_name_none(sfc, runs, tmp_path):
     assert "belongs to site resid_1, not to mlp_1" in sfc(*words, "--overwrite", "--site", "mlp_1").err
 
 
+@pytest.mark.slow
 def test_token_normalised_autoencoders_are_kept_or_refused(sfc, tmp_path, model_folder, text_file, prompts_file):
     sae = random_sae("resid_1", D, seed=0)
     save_sae(sae, tmp_path / "norm", file_format="saelens")
@@ -121,6 +122,7 @@ def test_token_normalised_autoencoders_are_kept_or_refused(sfc, tmp_path, model_
     assert sfc("discover", *common, "--prompts", prompts_file, "--edge-nodes", "0").status == 0
 
 
+@pytest.mark.slow
 def test_converted_files_say_how_text_was_read(sfc, run_folder, tmp_path):
     """What SAELens asks for before it makes activations, and what our embed is called there."""
     assert sfc("convert", "--saes", run_folder, "--format", "saelens", "--out", tmp_path / "theirs").status == 0
@@ -166,6 +168,7 @@ def test_sfc_lists_releases(sfc):
     assert sfc("saes", "--model", "gema-3").status == 2
 
 
+@pytest.mark.slow
 def test_a_whole_set_is_chosen_by_width_and_l0(sfc, model_folder, prompts_file, text_file, tmp_path):
     """The circuit remembers the choice."""
     root = tmp_path / "gemma-scope-2-1b-pt"

@@ -16,6 +16,7 @@ from circuits.editing.measures import answers_of
 from circuits.editing.suite import Suite
 
 
+@pytest.mark.slow
 def test_an_edit_is_made_again_from_its_report(sfc, run_folder, text_file):
     common = ["--circuit", run_folder, "--text", text_file, "--texts", 5, "--random", 0, "--json"]
     first = json.loads(
@@ -60,6 +61,7 @@ def test_options_that_would_change_nothing_are_refused(sfc, run_folder, text_fil
     assert json.loads(result.out)["edits"][0]["where"] == "prompt"
 
 
+@pytest.mark.slow
 def test_other_text_does_without_the_circuits_own_prompts(sfc, run_folder, text_file, prompts_file, tmp_path):
     run = shutil.copytree(run_folder, tmp_path / "run")
     content = json.loads((run / "circuit" / "circuit.json").read_text())
@@ -74,6 +76,7 @@ def test_other_text_does_without_the_circuits_own_prompts(sfc, run_folder, text_
         assert command._answers(Circuit.load(folder)) == answers_of(Circuit.load(run_folder).prompts) != []
 
 
+@pytest.mark.slow
 def test_features_are_chosen(sfc, run_folder, text_file):
     words = ["ablate", "--circuit", run_folder, "--choose", "surgical", "--penalty", "0.01", "--random", 1]
     chosen = sfc(*words, "--text", text_file, "--texts", 5)

@@ -22,6 +22,7 @@ def verified_run(tmp_path_factory, model_folder, prompts_file, run_folder):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_discover_verifies_and_bounds_its_effects(sfc, verified_run):
     run, options = verified_run
     result = sfc(
@@ -61,6 +62,7 @@ def test_faithfulness_says_what_happens_to_errors(sfc, run_folder, errors):
     assert wrong.status == 2 and "nodes, keep, ablate" in wrong.err
 
 
+@pytest.mark.slow
 def test_faithfulness_of_edges(sfc, run_folder):
     options = [
         "--circuit",
@@ -99,6 +101,7 @@ def test_export_has_a_place_of_its_own(sfc, run_folder):
     assert data["cfg"] == {"n_layers": 2, "n_heads": 4, "parallel_attn_mlp": True, "d_model": 32}
 
 
+@pytest.mark.slow
 def test_how_far_to_trust_a_circuit(sfc, run_folder, prompts_file):
     options = ["--circuit", run_folder, "--nodes", 10, "--removed", 3, "--verify", 3, "--resamples", 20, "--overwrite"]
     options += ["--paraphrases", prompts_file, "--other-saes", run_folder]
@@ -113,6 +116,7 @@ def test_how_far_to_trust_a_circuit(sfc, run_folder, prompts_file):
     assert all(check["question"] in page for check in checks.values())
 
 
+@pytest.mark.slow
 def test_why_attention_looks_there(sfc, run_folder):
     """Of a circuit that adds up positions the edges are split; queries and keys have to be named."""
     result = sfc("attention", "--circuit", run_folder, "--edges", 3, "--examples", 4, "--overwrite")

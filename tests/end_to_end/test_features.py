@@ -22,6 +22,7 @@ def run(run_folder, tmp_path):
     return shutil.copytree(run_folder, tmp_path / "run", ignore=others)
 
 
+@pytest.mark.slow
 def test_pages_of_a_circuit_lead_to_the_others_and_back(sfc, run, monkeypatch):
     names = [node.name for node in Circuit.load(run).graph(nodes=4).nodes() if node.kind == "feature"]
     words = ["features", "--circuit", run, *SMALL, "--features", f"{names[0]},embed/0"]
@@ -51,6 +52,7 @@ def test_pages_of_a_circuit_lead_to_the_others_and_back(sfc, run, monkeypatch):
     assert f'href="graph/circuit.html#node-{names[0]}"' in report and f'href="features/index.html#{names[0]}"' in report
 
 
+@pytest.mark.slow
 def test_an_interrupted_reading_goes_on(sfc, run, monkeypatch):
     words = ["features", "--saes", run, *SMALL, "--features", "embed/0,resid_1/3"]
     with monkeypatch.context() as patch:
@@ -85,6 +87,7 @@ def test_bad_words(sfc, words, why):
     assert result.status == 2 and why in result.err
 
 
+@pytest.mark.slow
 def test_names_belong_to_the_saes_and_outlive_another_circuit(sfc, run, tmp_path):
     saes = load_saes(run)
     for site, sae in saes.items():

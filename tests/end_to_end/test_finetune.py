@@ -14,6 +14,7 @@ from sae.training.finetuning import Finetuner
 SMALL = ["--tokens", 300, "--batch-size", 100, "--context-length", 16]
 
 
+@pytest.mark.slow
 def test_finetune_makes_a_run_of_its_own(sfc, run_folder, model_folder, text_file, tmp_path):
     words = ["finetune", "--model", model_folder, "--saes", run_folder, "--text", text_file, *SMALL]
     before = load_saes(run_folder)
@@ -36,6 +37,7 @@ def test_finetune_makes_a_run_of_its_own(sfc, run_folder, model_folder, text_fil
     assert same.status == 2 and "the trained stay" in same.err
 
 
+@pytest.mark.slow
 def test_training_with_fine_tuning_goes_on_where_it_was_interrupted(
     sfc, model_folder, text_file, tmp_path, monkeypatch
 ):

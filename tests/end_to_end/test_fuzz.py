@@ -120,6 +120,7 @@ def check(result, path: Path, what: str) -> None:
     assert "Traceback" not in result.err
 
 
+@pytest.mark.slow
 @fuzz(20)
 @given(seed=SEEDS)
 def test_circuits(sfc, base, tmp_path, seed):
@@ -130,6 +131,7 @@ def test_circuits(sfc, base, tmp_path, seed):
     check(sfc(command, "--circuit", copy / "run", *more), path, what)
 
 
+@pytest.mark.slow
 @fuzz(40)
 @given(seed=SEEDS)
 def test_what_a_report_reads(base, tmp_path, small_pages, seed):
@@ -142,6 +144,7 @@ def test_what_a_report_reads(base, tmp_path, small_pages, seed):
         assert str(path) in str(error)
 
 
+@pytest.mark.slow
 @fuzz(2)
 @given(seed=SEEDS)
 def test_reports(sfc, base, tmp_path, seed):
@@ -149,6 +152,7 @@ def test_reports(sfc, base, tmp_path, seed):
     check(sfc("report", "--circuit", copy / "run"), path, what)
 
 
+@pytest.mark.slow
 @fuzz(2)
 @given(seed=SEEDS)
 def test_labels_of_a_drawing(sfc, base, tmp_path, seed):
@@ -156,6 +160,7 @@ def test_labels_of_a_drawing(sfc, base, tmp_path, seed):
     check(sfc("explore", "--circuit", base / "run", "--annotations", path, "--out", copy / "a.html"), path, what)
 
 
+@pytest.mark.slow
 @fuzz(20)
 @given(seed=SEEDS)
 def test_autoencoders(sfc, base, tmp_path, seed):
@@ -166,6 +171,7 @@ def test_autoencoders(sfc, base, tmp_path, seed):
     check(sfc(*words, "--saes", copy / part), path, what)
 
 
+@pytest.mark.slow
 @fuzz(2)
 @given(seed=SEEDS)
 def test_models_and_tokenizers(sfc, base, tmp_path, seed):
@@ -206,6 +212,7 @@ def test_prompts(tiny_model, base, tmp_path, seed):
         assert "\n" not in str(error)
 
 
+@pytest.mark.slow
 @fuzz(30)
 @given(seed=SEEDS)
 def test_graphs_of_other_programs(base, tmp_path, seed):

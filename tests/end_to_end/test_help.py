@@ -22,6 +22,7 @@ print(time.process_time() - begin)
 """
 
 
+@pytest.mark.slow
 def test_help_imports_no_slow_library():
     done = subprocess.run([sys.executable, "-c", HELP_OF_ALL], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -95,6 +95,7 @@ def same_bits(one: Path, other: Path) -> bool:
     )
 
 
+@pytest.mark.slow
 def test_a_training_killed_anywhere_ends_in_the_same_bits(run, model_folder, text_file, tmp_path):
     """Between steps, in every part of writing a checkpoint, and at the end; a checkpoint is due every second step."""
     train = ["train", "--model", model_folder, "--text", text_file, "--features", 64, "--k", 4, "--tokens", 14_000]
@@ -135,6 +136,7 @@ def timeless(log: bytes) -> list[dict[str, object]]:
     return [json.loads(line) | {"tokens_per_second": 0} for line in log.splitlines()]
 
 
+@pytest.mark.slow
 def test_a_cache_killed_anywhere_ends_in_the_same_files(run, model_folder, tmp_path):
     """In every part of writing a shard and of noting it, and at the end."""
     text, chance = tmp_path / "text.txt", random.Random(0)
@@ -169,6 +171,7 @@ def test_a_cache_killed_anywhere_ends_in_the_same_files(run, model_folder, tmp_p
     assert contents(killed) == contents(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_sweep_killed_anywhere_ends_in_the_same_bits(run, model_folder, text_file, tmp_path):
     """In training, in writing dictionaries, and in measuring them."""
     sweep = ["sweep", "--model", model_folder, "--text", text_file, "--eval-text", text_file, "--sites", "resid_0"]

@@ -26,6 +26,7 @@ def run(run_folder, tmp_path):
     return tmp_path / "run"
 
 
+@pytest.mark.slow
 def test_contexts_go_out_and_names_with_scores_come_back(sfc, run, tmp_path):
     file = tmp_path / "contexts.jsonl"
     assert sfc("labels", "--circuit", run, "--contexts", file).status == 0
@@ -97,6 +98,7 @@ def test_names_come_from_a_viewer_and_from_delphi(sfc, run, tmp_path):
     assert sfc("labels", "--circuit", run, "--scores", tmp_path / "scores").status == 2
 
 
+@pytest.mark.slow
 def test_delphis_cache_has_every_activation(sfc, run, model_folder, text_file, tmp_path):
     out, length = tmp_path / "cache", 8
     words = ["export", "--circuit", run, "--format", "delphi", "--out", out, "--tokens", 400]

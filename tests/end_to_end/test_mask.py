@@ -13,6 +13,7 @@ from circuits.circuit import Circuit
 from sae.errors import UserError
 
 
+@pytest.mark.slow
 def test_mask_is_learned_and_measured_beside_the_effects(sfc, run_folder, prompts_file, tmp_path):
     options = ("--sizes", "5,20", "--start-site", "attn_1", "--steps", 3, "--batch-size", 4, "--overwrite")
     result = sfc("mask", "--circuit", run_folder, "--prompts", prompts_file, *options, "--json")
@@ -54,6 +55,7 @@ def test_learned_scores_outlive_an_interrupted_measurement(sfc, run_folder, prom
     assert load_file(scores)
 
 
+@pytest.mark.slow
 def test_a_mask_on_edges(sfc, run_folder, prompts_file):
     options = ("--edges", "--edge-sizes", "5,20", "--steps", 2, "--batch-size", 4, "--overwrite")
     result = sfc("mask", "--circuit", run_folder, "--prompts", prompts_file, *options, "--circuit-edges", 12, "--json")

@@ -17,6 +17,7 @@ def place(model_folder, prompts_file):
     return ["--model", model_folder, "--prompts", prompts_file]
 
 
+@pytest.mark.slow
 def test_compare_methods(sfc, run_folder, place, tmp_path):
     small = ["--methods", "attrib,relp,ig-adaptive", "--neurons", "attrib", "--sizes", "5,10", "--sample", 20]
     small += ["--sites", "resid_1,mlp_1", "--resamples", 20]
@@ -39,6 +40,7 @@ def test_compare_methods(sfc, run_folder, place, tmp_path):
     assert json.loads(whole.out)["n_test"] == 8
 
 
+@pytest.mark.slow
 def test_compare_circuits(sfc, run_folder, tmp_path):
     small = ["--nodes", 10, "--shuffles", 20]
     result = sfc("compare-circuits", run_folder, run_folder / "circuit", "--out", tmp_path / "both", *small)
@@ -51,6 +53,7 @@ def test_compare_circuits(sfc, run_folder, tmp_path):
     assert sfc("compare-circuits", run_folder).status == 2
 
 
+@pytest.mark.slow
 def test_compared_circuits_are_each_in_the_number_type_they_were_found_in(run_folder, tmp_path):
     other = shutil.copytree(run_folder, tmp_path / "other")
     content = json.loads((other / "circuit" / "circuit.json").read_text())
@@ -60,6 +63,7 @@ def test_compared_circuits_are_each_in_the_number_type_they_were_found_in(run_fo
     assert (first.model.dtype, second.model.dtype) == (torch.float32, torch.bfloat16) and third.model is first.model
 
 
+@pytest.mark.slow
 def test_behaviours(sfc, run_folder, model_folder, text_file, tmp_path):
     """Clusters of contexts are circuits that every command takes."""
     out, place = tmp_path / "found", ["--model", model_folder, "--saes", run_folder, "--text", text_file]
@@ -83,6 +87,7 @@ def test_unknown_method_is_one_sentence(sfc, run_folder, place, tmp_path):
     assert result.status == 2 and "relp" in result.err and "Traceback" not in result.err
 
 
+@pytest.mark.slow
 def test_neurons_take_the_place_of_autoencoders(sfc, place, tmp_path):
     """A neuron circuit is found, scored and ablated like any other."""
     run = tmp_path / "run"

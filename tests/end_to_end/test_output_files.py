@@ -39,6 +39,7 @@ FOREIGN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_another_programs_file_is_kept_and_an_own_one_replaced(sfc, run_folder, tmp_path, name):
     out = tmp_path / name
@@ -90,6 +91,7 @@ def test_matches_and_probes_replace_only_their_own_files(sfc, run_folder, model_
         assert sfc(*words, "--out", out).status == 0
 
 
+@pytest.mark.slow
 def test_a_report_is_not_written_over_a_page_of_somebody_else(sfc, run_folder, tmp_path):
     page = tmp_path / "report.html"
     page.write_text(FOREIGN[".html"])
@@ -99,6 +101,7 @@ def test_a_report_is_not_written_over_a_page_of_somebody_else(sfc, run_folder, t
     write_report(run_folder, out=page)
 
 
+@pytest.mark.slow
 def test_the_same_holds_in_python(run_folder, tmp_path):
     circuit = Circuit.load(run_folder)
     saes = [*load_saes(run_folder, device="cpu").values()]
@@ -117,6 +120,7 @@ def test_the_same_holds_in_python(run_folder, tmp_path):
         assert link.is_symlink()
 
 
+@pytest.mark.slow
 def test_files_of_earlier_versions_are_known_and_both_packages_write_one_mark(run_folder, tmp_path):
     circuit = Circuit.load(run_folder)
     assert _files.MARK == MARK
@@ -148,6 +152,7 @@ def test_commands_that_write_a_file_wait_for_its_folder(sfc, forked, run_folder,
         assert refused.status == 2 and "another command is writing" in refused.err
 
 
+@pytest.mark.slow
 def test_a_circuit_says_that_its_autoencoders_were_trained_again(
     sfc, run_folder, model_folder, text_file, prompts_file, tmp_path
 ):

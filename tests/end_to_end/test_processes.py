@@ -52,6 +52,7 @@ def alone(request, words, tmp_path_factory) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_sites_of_several_processes(in_ranks, forked_sfc, words, alone, tmp_path):
     """One of two processes is killed, and one goes on: the bits of one process."""
     run = tmp_path / "run"
@@ -66,6 +67,7 @@ def test_sites_of_several_processes(in_ranks, forked_sfc, words, alone, tmp_path
     assert {path.name for path in run.iterdir()} == {"config.json", "saes"}
 
 
+@pytest.mark.slow
 def test_data_of_several_processes(in_ranks, forked_sfc, words, alone, tmp_path):
     """The same batches as in one process, and the same step from them; a killed run is ended by one process."""
     run = tmp_path / "run"
@@ -81,6 +83,7 @@ def test_data_of_several_processes(in_ranks, forked_sfc, words, alone, tmp_path)
     assert {line["step"] for line in training_log(run)} == {line["step"] for line in training_log(alone)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "kind"), [("jumprelu", "sae"), ("topk", "transcoder")])
 def test_features_of_several_processes(in_ranks, forked_sfc, words, tmp_path, architecture, kind):
     """The weights of one process after a few steps with dead features, up to the order of sums."""
@@ -98,6 +101,7 @@ def test_features_of_several_processes(in_ranks, forked_sfc, words, tmp_path, ar
     assert dead[0] == pytest.approx(dead[1], abs=0.03) and (max(dead[0]) > 0 or architecture != "topk")
 
 
+@pytest.mark.slow
 def test_features_of_a_run_that_was_killed(in_ranks, forked_sfc, words, alone, tmp_path):
     """Its checkpoint is one of all features: two processes go on from it, and one when these are killed as well."""
     run, words = tmp_path / "run", [*words, "--out", tmp_path / "run"]
@@ -124,6 +128,7 @@ def test_what_cannot_be_shared(sfc, in_ranks, words, tmp_path):
     assert alone.status == 2 and alone.err.count("runs in one process") == 1
 
 
+@pytest.mark.slow
 def test_estimates_of_several_processes(in_ranks, forked_sfc, words, tmp_path):
     """Each process has half of the features, and nothing is written."""
     words = [*words, "--out", tmp_path / "run", "--estimate", "--json", "--sites", "mlp_1"]
@@ -137,6 +142,7 @@ def test_estimates_of_several_processes(in_ranks, forked_sfc, words, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_prompts_of_several_processes(in_ranks, forked_sfc, run_folder, model_folder, prompts_file, tmp_path):
     """One of two processes is killed, and two go on: the files of one process."""
     words = ["discover", "--model", model_folder, "--saes", run_folder, "--prompts", prompts_file, "--method", "attrib"]

@@ -8,6 +8,7 @@ from circuits.circuit import Circuit
 from tests.conftest import tiny_hf, word_tokenizer
 
 
+@pytest.mark.slow
 def test_prompts_that_are_no_longer_those_of_the_circuit_are_refused(
     sfc, run_folder, model_folder, prompts_file, tmp_path
 ):
@@ -46,6 +47,7 @@ def test_a_probe_reads_no_other_model_and_no_other_place(sfc, model_folder, run_
     assert elsewhere.status == 2 and "was made in another model" in elsewhere.err
 
 
+@pytest.mark.slow
 def test_compare_methods_holds_out_prompts_of_each_case_and_leaves_neurons_out(
     sfc, run_folder, model_folder, prompts_file, tmp_path
 ):

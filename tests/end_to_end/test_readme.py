@@ -31,6 +31,7 @@ def python_blocks():
                 yield pytest.param(code, id=f"{page.relative_to(ROOT)}-{number}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", list(python_blocks()))
 def test_python_blocks_run(code, tmp_path, monkeypatch):
     (tmp_path / "examples").symlink_to(ROOT / "examples")

@@ -46,6 +46,7 @@ def test_prompts(shared_dir):
     return shared_dir / "data" / "pronoun_gender" / "test.jsonl"
 
 
+@pytest.mark.slow
 def test_autoencoders_reconstruct_their_sites(run):
     lines = [json.loads(line) for line in (run / "saes" / "training.jsonl").read_text().splitlines()]
     last = {line["site"]: line for line in lines}
@@ -62,6 +63,7 @@ def test_effects_of_a_site_add_up(run):
     assert circuit["metadata"]["total_effect"] > 2.5
 
 
+@pytest.mark.slow
 def test_ten_features_carry_the_behaviour_and_random_ones_do_not(sfc, run, shared_dir, test_prompts):
     text = shared_dir / "data" / "tinystories" / "valid.jsonl"
     result = sfc(
@@ -76,6 +78,7 @@ def test_ten_features_carry_the_behaviour_and_random_ones_do_not(sfc, run, share
     assert data["after"]["ce"] - data["before"]["ce"] < 0.06
 
 
+@pytest.mark.slow
 def test_the_circuit_is_faithful_and_random_ones_are_not(sfc, run, test_prompts):
     result = sfc(
         "faithfulness", "--circuit", run, "--prompts", test_prompts, "--examples", 20, "--start-site", "attn_2",

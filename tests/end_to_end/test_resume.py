@@ -22,6 +22,7 @@ def words(run_folder, model_folder, prompts_file) -> list[str]:
     return [str(word) for word in words]
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(sfc, forked_sfc, words, tmp_path):
     """SIGKILL after the second batch; the resumed run ends at the bits of one that was left alone."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -45,6 +46,7 @@ def test_killed_and_resumed(sfc, forked_sfc, words, tmp_path):
     assert again.status == 2 and "finished" in again.err
 
 
+@pytest.mark.slow
 def test_autoencoders_streamed_from_disk(sfc, run_folder, words, tmp_path):
     """Room for two of seven: the same circuit, and the commands after it work as well."""
     little, words = ["--sae-memory", 3e-5], [*words, "--steps", 1]
@@ -60,6 +62,7 @@ def test_autoencoders_streamed_from_disk(sfc, run_folder, words, tmp_path):
     assert refused.status == 2 and "sae-memory" in refused.err
 
 
+@pytest.mark.slow
 def test_estimate_alone(sfc, words, tmp_path):
     """What a discovery will take is said by --estimate, which leaves nothing behind."""
     words = [*words, "--steps", 1]

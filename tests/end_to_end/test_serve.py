@@ -180,6 +180,7 @@ def test_features_of_a_prompt_are_those_of_the_autoencoders(served):
     assert [answer["answer"], answer["against"]] == model.tokenizer.convert_tokens_to_ids(["runs", "run"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "request_",
     [
@@ -226,6 +227,7 @@ def test_a_damaged_edit_is_told_beside_the_others(served):
     assert "damaged.json" in entry["title"] and entry["left"] is None
 
 
+@pytest.mark.slow
 def test_the_circuit_of_a_pair_is_that_of_sfc_discover(served, sfc):
     events = served.job(
         "circuit", clean=PROMPT, patch="the men near the girl", clean_answer=" runs", patch_answer=" run"
@@ -264,6 +266,7 @@ def test_what_cannot_be_tried_is_told_in_a_sentence(served, request_, sentence):
     assert served.job("prompt", prompt=PROMPT)[-1] == {"kind": "done"}
 
 
+@pytest.mark.slow
 def test_two_browsers_take_turns_and_either_can_cancel(served):
     first = served.begin("edit", prompt=PROMPT, answer=30, against=31, features=["resid_1/4"], new_tokens=12)
     second = served.begin("edit", prompt="the king near the girl", answer=30, against=31, features=["resid_1/5"])
@@ -295,6 +298,7 @@ def test_a_forward_pass_of_a_cancelled_job_is_its_last(served):
     assert job.events[-1] == {"kind": "cancelled"}
 
 
+@pytest.mark.slow
 def test_an_edit_that_is_cut_off_leaves_the_run_whole(served, monkeypatch):
     """What a process that is killed between writing and renaming leaves: a temporary file, and no edit."""
 
@@ -311,6 +315,7 @@ def test_an_edit_that_is_cut_off_leaves_the_run_whole(served, monkeypatch):
     assert served.edit(features=["resid_1/7"])["report"]["report"]["features"] == ["resid_1/7"]
 
 
+@pytest.mark.slow
 def test_names_are_those_of_sfc_labels(served, sfc):
     assert served.client.post("/labels", json={"feature": "resid_1/3", "label": "plural <b>"}).status_code == 200
     names = json.loads(sfc("labels", "--circuit", served.run, "--json").out)["labels"]
@@ -341,6 +346,7 @@ def page(served, browser) -> Iterator[Page]:
     assert problems == []
 
 
+@pytest.mark.slow
 def test_a_prompt_is_typed_and_a_feature_ablated(served, page):
     hostile = "<img src=x onerror=hacked=1> the man near </script><b>the girl"
     for text in (hostile, PROMPT):

@@ -26,6 +26,7 @@ def labelled_file(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_a_probe_is_debiased(sfc, run_folder, model_folder, labelled_file, tmp_path):
     out, drop = tmp_path / "out", tmp_path / "drop.txt"
     words = ["shift", "--model", model_folder, "--saes", run_folder, "--data", labelled_file, "--test", labelled_file,
@@ -64,6 +65,7 @@ def test_a_probe_is_debiased(sfc, run_folder, model_folder, labelled_file, tmp_p
     assert json.loads(moved.out)["faithfulness"] == json.loads(alone.out)["faithfulness"], moved.err
 
 
+@pytest.mark.slow
 def test_targeted_probes(sfc, run_folder, model_folder, labelled_file, tmp_path):
     rows = [json.loads(line) for line in labelled_file.read_text().splitlines()]
     for row in rows:

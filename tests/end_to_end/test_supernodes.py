@@ -7,6 +7,7 @@ from circuits.circuit import Circuit
 from graphs.formats.neuronpedia import to_neuronpedia
 
 
+@pytest.mark.slow
 def test_sfc_groups_draws_exports_and_edits_them(sfc, run_folder, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(run_folder, run, ignore=shutil.ignore_patterns("edits"))  # of tests that came before

@@ -28,6 +28,7 @@ def times(folder, pattern):
     return {path: path.stat().st_mtime_ns for path in folder.rglob(pattern)}
 
 
+@pytest.mark.slow
 def test_a_sweep_is_trained_measured_drawn_and_usable(sfc, model_folder, halves, tmp_path):
     out = tmp_path / "sweep"
     words = ["sweep", "--model", model_folder, "--text", halves[0], "--out", out, "--sites", "resid", *GRID]
@@ -69,6 +70,7 @@ def test_a_sweep_is_trained_measured_drawn_and_usable(sfc, model_folder, halves,
     assert [path.parts[-3] for path in again if again[path] != measured[path]] == [NAMES[1]]  # measured on other text
 
 
+@pytest.mark.slow
 def test_interrupted_measuring_goes_on(sfc, model_folder, halves, tmp_path, monkeypatch):
     """No batch is measured twice, and what is measured is the same to the last bit."""
     words = ["sweep", "--model", model_folder, "--text", halves[0], "--eval-text", halves[1], "--out", tmp_path / "s"]
@@ -102,6 +104,7 @@ def test_interrupted_measuring_goes_on(sfc, model_folder, halves, tmp_path, monk
     assert law["points"] == 6 and set(law["errors"]) == {"alpha", "beta_n", "beta_k", "beta_T"}
 
 
+@pytest.mark.slow
 def test_a_begun_measurement_is_finished_before_a_larger_grid(sfc, model_folder, halves, tmp_path, monkeypatch):
     words = ["sweep", "--model", model_folder, "--text", halves[0], "--eval-text", halves[1], "--out", tmp_path / "s"]
     words += ["--sites", "resid_0", *GRID, "--json"]
@@ -121,6 +124,7 @@ def test_a_begun_measurement_is_finished_before_a_larger_grid(sfc, model_folder,
     assert measured == [4] * 7  # two batches and one begun, that one again, three with the new configs
 
 
+@pytest.mark.slow
 def test_a_cache_trains_and_sweeps_without_the_model(sfc, model_folder, halves, tmp_path):
     cache = tmp_path / "cache"
     words = [
@@ -167,6 +171,7 @@ def test_a_grid_that_is_none(sfc, model_folder, halves, tmp_path, option, value,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_layers", [0, 2])
 def test_pictures_of_many_sites_and_undefined_numbers(tmp_path, n_layers):
     sites = ["embed", *(f"{kind}_{layer}" for layer in range(n_layers) for kind in ("attn", "mlp", "resid"))]

@@ -33,6 +33,7 @@ def run(sfc, tmp_path, model_folder, text_file, prompts_file):
     return out
 
 
+@pytest.mark.slow
 def test_commands_take_transcoders_beside_autoencoders(sfc, run, tmp_path, text_file):
     saes = load_saes(run)
     assert {site.name: sae.has_skip for site, sae in saes.items()} == {

@@ -127,6 +127,7 @@ def test_tokenizer_reads_and_writes_text(tokenizer: PreTrainedTokenizerBase) -> 
         assert not any(tokenizer.unk_token_id in row for row in tokenizer(lines[:500])["input_ids"])
 
 
+@pytest.mark.slow
 def test_loss_is_near_the_entropy_of_the_grammar() -> None:
     model, tokenizer = load()
     loss, nats = valid_loss(model, tokenizer, count=100)
@@ -138,6 +139,7 @@ def test_sizes() -> None:
     assert 1_000_000 <= text("train").stat().st_size <= 1_500_000
 
 
+@pytest.mark.slow
 def test_training_is_reproducible_and_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_model, "valid_loss", lambda model, tokenizer: valid_loss(model, tokenizer, count=50))
     config = {"steps": 12, "pool": 128, "batch_tokens": 300, "warmup": 2, "width": 32, "layers": 1}

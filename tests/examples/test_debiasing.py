@@ -21,6 +21,7 @@ def test_labelled_texts():
                                    "singular") and subject != other  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_story_in_small(tmp_path):
     reports = debias(DebiasingConfig(out=tmp_path, tokens=2_000, train=48, concept=24, test=24, steps=1), ["attractor"])
     for name, report in reports.items():

@@ -39,11 +39,13 @@ def tinystories_saes(tmp_path_factory, shared_dir, open_once):
     return run
 
 
+@pytest.mark.slow
 def test_attractor(agreement_saes, tmp_path, capsys):
     drawing = attractor.main(tmp_path, agreement_saes, examples=4)
     assert "attractor" in capsys.readouterr().out and "<svg" in drawing.read_text()
 
 
+@pytest.mark.slow
 def test_attention(agreement_saes, tmp_path, capsys):
     picture = attention.main(tmp_path, agreement_saes, examples=4)
     told = capsys.readouterr().out
@@ -51,12 +53,14 @@ def test_attention(agreement_saes, tmp_path, capsys):
     assert "before the softmax" in picture.read_text()
 
 
+@pytest.mark.slow
 def test_behaviours(agreement_saes, tmp_path, capsys):
     page = behaviours.main(tmp_path, agreement_saes, contexts=24, circuits=1)
     assert "adjusted mutual information" in capsys.readouterr().out
     assert "open its circuit" in page.read_text() and (tmp_path / "cluster_01" / "graph" / "circuit.html").is_file()
 
 
+@pytest.mark.slow
 def test_mended_attractor(tinystories_saes, tmp_path, monkeypatch):
     monkeypatch.setattr(mended_attractor, "SIZES", (3, 6))
     names = {split: pairs[:2] for split, pairs in mended_attractor.NAMES.items()}
@@ -66,6 +70,7 @@ def test_mended_attractor(tinystories_saes, tmp_path, monkeypatch):
     assert len(json.loads((tmp_path / "mended.json").read_text())["edits"][0]["features"]) in (3, 6)
 
 
+@pytest.mark.slow
 def test_pronoun_gender(tinystories_saes, tmp_path):
     assert pronoun_gender.main(tmp_path, tinystories_saes, examples=4).is_file()
 

@@ -27,6 +27,7 @@ def run_tour() -> None:
     assert widget.selected.circuit is circuit
 
 
+@pytest.mark.slow
 def test_the_tour_runs_and_edits_what_is_selected(forked):
     missing = [name for name in ("marimo", "anywidget") if importlib.util.find_spec(name) is None]
     if missing:

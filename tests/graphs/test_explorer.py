@@ -107,6 +107,7 @@ def test_every_node_and_edge_is_in_the_data(make_circuit):
             assert shown["activations"] == pytest.approx(context["activations"], rel=5e-3)
 
 
+@pytest.mark.slow
 def test_layouts_hold_the_strongest_nodes_without_overlap(make_circuit):
     graph = make_circuit(n_nodes=100, n_edges=300, positions=True)
     data = unpacked(explorer_html(graph))

@@ -6,6 +6,7 @@ import sys
 import graphs
 
 
+@pytest.mark.slow
 def test_every_public_name_is_there_and_none_imports_torch():
     code = "import sys, graphs; [getattr(graphs, name) for name in graphs.__all__]; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

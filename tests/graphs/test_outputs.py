@@ -22,6 +22,7 @@ WRITERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_file_of_somebody_else_stays(name, make_circuit, tmp_path):
     graph, write, path = make_circuit(n_nodes=8, n_edges=4), WRITERS[name], tmp_path / name

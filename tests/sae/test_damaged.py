@@ -54,6 +54,7 @@ def whole(tiny_model, tmp_path_factory):
     return run(tiny_model, folder, small(checkpoints=8), "mlp_1"), folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damaged", ["state.safetensors", "state.json"])
 def test_a_damaged_checkpoint_is_replaced_by_the_one_before(tiny_model, tmp_path, monkeypatch, caplog, whole, damaged):
     config = small(checkpoints=8)

@@ -62,6 +62,7 @@ def test_attribution_patching_is_the_gradient_of_spliced_leaves(tiny_model, tiny
         assert_near(dense(result.effects[site], states.mask.shape), expected, msg=site)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", MODEL_FAMILIES)
 def test_integrated_gradients_are_complete(make_tiny_model, make_saes, tiny_prompts, architecture):
     """The effects of a site add up to the measured effect of patching it, example by example, as nodes are added."""
@@ -99,6 +100,7 @@ def test_quadrature_rules_integrate_polynomials():
         MethodOptions(rule="midpont")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("joint", [True, False])
 def test_exact_patching_is_a_loop_over_nodes(tiny_model, tiny_saes, tiny_prompts, joint):
     """Every (example, [position,] node) patched alone by a plain edit of the full model."""

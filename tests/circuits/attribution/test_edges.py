@@ -62,6 +62,7 @@ def downstream_value(saes, states, gradients, y, down: Site, feature: int, where
     return (gradients[down] * (y - sae.decode(f)) * real).sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "active"), [*((architecture, "clean") for architecture in MODEL_FAMILIES), ("llama", "either")]
 )

@@ -48,6 +48,7 @@ def test_edges_of_an_ensemble_go_with_its_effects(circuits):
     assert circuit.edges[last, None][0] == pytest.approx(circuit.edge_nodes[last].effect, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_ensembles_are_compared_and_take_the_time_of_their_methods(circuits, tiny_model, few_saes, tiny_prompts):
     methods = "attrib,gim,ensemble:attrib+gim,signs:ensemble:attrib+gim"
     options = CompareOptions(methods=methods, neurons="", sizes="10", sample=0, resamples=20)

@@ -25,6 +25,7 @@ from sae.model.sites import Site
 from tests.conftest import tiny_hf, word_tokenizer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ig", "attrib", "graddrop", "ig-adaptive", "ig-inputs"])
 def test_gradients_switched_off_by_the_caller_change_nothing(tiny_model, tiny_saes, tiny_prompts, method):
     options = DiscoverOptions(method=method, steps=2, edge_nodes=10, sites="embed,resid")

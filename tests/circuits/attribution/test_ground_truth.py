@@ -70,6 +70,7 @@ def test_the_models_do_the_task_and_the_dictionaries_fit(task):
     assert torch.allclose(f, f.round(), atol=0.1) and f.max() > 0.9  # there or not there
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ig", "ig-adaptive", "ig-inputs", "attrib", "gim", "exact"])
 @pytest.mark.parametrize("task", TASKS)
 def test_nodes_are_recovered(task, method):
@@ -115,6 +116,7 @@ def test_edges_are_recovered(task, method):
     assert result.precision_at_truth >= 0.95
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_features_that_only_the_patch_wakes_have_edges(task):
     """Without a derivative on the clean prompt what the pair adds to them would count as the error's."""

@@ -70,6 +70,7 @@ def test_inputs_variant_finds_the_embedding_of_circuits_without_it(tiny_model, t
 # ---- adaptive
 
 
+@pytest.mark.slow
 def test_adaptive_reaches_the_residual_with_fewer_nodes(make_tiny_model, make_saes, tiny_prompts):
     model = make_tiny_model("llama")
     prompts = tiny_prompts[:4]
@@ -252,6 +253,7 @@ def test_random_ranks_every_live_node_by_one_number(tiny_model, tiny_saes, state
 # ---- neurons, and all methods at once
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_on_neurons(method, make_tiny_model, tiny_prompts):
     """The identity dictionary has no errors, and every method gives coordinates that differ their numbers."""

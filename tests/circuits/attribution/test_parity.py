@@ -158,6 +158,7 @@ def all_nodes(sae, n_positions: int) -> SiteNodes:
     return SiteNodes(width - 1, feature.flatten(), position.flatten(), torch.zeros(n_positions * width))
 
 
+@pytest.mark.slow
 def test_edges(recorded, model, saes, prompts):
     """Every recorded edge (example, position, node) -> (example, position, node), computed one example at a time."""
     tensors = recorded
@@ -189,6 +190,7 @@ def test_edges(recorded, model, saes, prompts):
         assert torch.isclose(others, value.abs().sum(), rtol=1e-4), f"{pair} has edges that were not recorded"
 
 
+@pytest.mark.slow
 def test_edges_summed_over_positions_are_the_sum(recorded, model, saes, prompts):
     """One product for all positions and examples gives the sum of the single ones."""
     states = capture_activations(Setting(model, saes, logit_difference), prompts, sites=model.sites)

@@ -40,6 +40,7 @@ def change(sae, clean, other, feature: int, at):
     return ((other - sae.decode(f_other)) - (clean - sae.decode(f))) * at
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "position"), [("gpt_neox", -1), ("llama", 6)])
 def test_every_edge_is_two_plain_runs(make_tiny_model, make_saes, tiny_prompts, architecture, position):
     model = make_tiny_model(architecture)
@@ -115,6 +116,7 @@ def test_without_a_patch_prompt_features_go_to_zero(tiny_model, tiny_saes, tiny_
     assert edges[site, None].item() == pytest.approx(expected.item(), abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_exact_edges_recover_a_circuit_known_by_construction(task):
     """Between the true nodes and twice as many others."""

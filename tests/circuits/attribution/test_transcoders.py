@@ -78,6 +78,7 @@ def node_value(sae, gradient, real, active, y, x_read, feature):
     return (gradient * (skip if feature > width else y - sae.decode(f) - skip) * real).sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "read"), [("gpt_neox", "mlp_norm"), ("gemma2", "mlp_resid")])
 def test_edges_are_finite_differences_of_the_cut_model(make_tiny_model, make_saes, tiny_prompts, family, read):
     """One upstream node moves a little along its delta, every other site held at its clean value."""

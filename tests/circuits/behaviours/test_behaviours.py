@@ -97,6 +97,7 @@ def test_planted_clusters_are_found(cluster, by):
     assert together.answers == [("b", 70), ("a", 30)] and together.answer_purity == 0.7
 
 
+@pytest.mark.slow
 def test_an_interrupted_search_ends_the_same(setting, tmp_path, monkeypatch):
     model, saes = setting.model, setting.saes
     whole = find.find_behaviours(model, saes, TEXTS, OPTIONS, out=tmp_path / "whole", progress=False)

@@ -60,6 +60,7 @@ def report(tiny_model, tiny_saes, folder):
                           probe_sizes="1,3")  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_task_is_done_where_the_data_allow_it(report, tmp_path):
     assert report.texts == {"kinds": (30, 30), "nouns": (104, 24)}
     assert {(e.data, e.site, e.k) for e in report.probing} == set(product(report.texts, ("mlp_0", "resid_1"), (1, 3)))

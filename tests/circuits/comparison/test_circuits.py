@@ -60,6 +60,7 @@ def other_seed(tiny_model, tiny_saes, tiny_prompts, orders):
     return discover(tiny_model, saes, tiny_prompts, method="attrib", edge_nodes=40, progress=False)
 
 
+@pytest.mark.slow
 def test_features_of_one_dictionary_are_themselves_whatever_the_other_sites(
     tiny_model, tiny_saes, circuit, tiny_prompts
 ):
@@ -76,6 +77,7 @@ def test_features_of_one_dictionary_are_themselves_whatever_the_other_sites(
     assert pair.matched is None and pair.there.translated is None
 
 
+@pytest.mark.slow
 def test_a_permuted_dictionary_has_the_same_mechanism(circuit, other_seed, orders, tmp_path):
     partners, similarity = find_partners(circuit, other_seed, prompts=8)
     assert similarity == pytest.approx(1, abs=1e-5)

@@ -58,6 +58,7 @@ def test_hidden_neurons_of_the_mlps_are_a_basis_of_their_own(tiny_model, tiny_sa
     assert row.curve.faithfulness[-1] == pytest.approx(1.0, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_rows_are_the_circuits_that_discovery_finds(comparison, tiny_model, tiny_saes, tiny_prompts):
     """Same nodes, residuals and faithfulness as `discover` and `measure_faithfulness` give."""
     assert [(row.method, row.dictionary) for row in comparison.rows] == [
@@ -136,6 +137,7 @@ def test_the_row_of_masks_is_what_masks_score(comparison, tiny_model, tiny_saes,
     assert row.seconds > rows["attrib"].seconds and row.peak_bytes >= rows["attrib"].peak_bytes
 
 
+@pytest.mark.slow
 def test_masks_from_nothing_and_on_edges(tiny_model, tiny_saes, tiny_prompts):
     """Both rank every node; the nodes that edges join to the metric stand before all others."""
     options = CompareOptions(
@@ -230,6 +232,7 @@ def test_size_grid_holds_what_was_asked_for_and_has_no_gaps():
     assert size_grid([10, 20], 15) == [10, 15]
 
 
+@pytest.mark.slow
 def test_tables_and_plot(comparison, tmp_path):
     text = comparison.text()
     assert "attrib (neurons)" in text

@@ -48,6 +48,7 @@ def report(tiny_model, tiny_saes):
                  progress=False)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_a_loop(report, tiny_model, tiny_saes):
     """The probe before and after, retrained, and by group, with nothing but a probe, an edit and a loop."""
     study = prepare(tiny_model, tiny_saes, ROWS, None, OPTIONS).study
@@ -106,6 +107,7 @@ def test_effects_that_cancel_as_they_should_are_no_warning(tiny_model, tiny_saes
     assert warned[0] and not warned[1]
 
 
+@pytest.mark.slow
 def test_judges(tiny_model, tiny_saes, report, tmp_path):
     """A list, keywords, correlation and a program choose what they say, and nobody is no judge."""
     names = [one.feature for one in report.features]
@@ -191,6 +193,7 @@ def test_correlation_is_that_of_pandas():
     assert correlation(f, label).tolist() == pytest.approx([*expected, 0.0], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_bias_in_bios(tiny_model, tiny_saes, tmp_path, monkeypatch):
     """The columns of LabHC/bias_in_bios in a folder that `datasets` loads; a hub out of reach is one sentence."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))

@@ -27,6 +27,7 @@ def by_loops(model, saes, prompts, site, feature):
     return {case: {span: m for (c, span), m in means.items() if c == case} for case in dict.fromkeys(prompts.cases)}
 
 
+@pytest.mark.slow
 def test_means_by_case_and_span(tiny_model, tiny_saes, tiny_prompts):
     ids = tiny_prompts.clean.input_ids.clone()
     ids[:, 2] = min(tiny_model.special_ids)

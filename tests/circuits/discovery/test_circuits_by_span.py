@@ -65,6 +65,7 @@ def test_at_both_ends(tiny_model, tiny_saes, tiny_prompts, kind, method):
         assert ours[pair] == pytest.approx(weight, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ablation", "kind"), [("mean", "tokens"), ("mean", "whole"), ("resample", "tokens"), ("zero", "whole")]
 )
@@ -113,6 +114,7 @@ def test_nodes_of_mixed_lengths_are_sums_over_the_tokens_of_the_span(tiny_model,
             assert effect == pytest.approx(expected[name], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_edges_of_mixed_lengths_are_sums_over_the_tokens_of_both_spans(tiny_model, tiny_saes, mixed):
     """Against circuits by position of each prompt alone, among the same features at every token of their span."""
     sites = [Site.parse(name) for name in ("embed", "mlp_0", "resid_1")]
@@ -188,6 +190,7 @@ def test_prompts_of_new_lengths_share_the_means_of_their_spans(mixed):
     assert not cells.covers(strange).any()
 
 
+@pytest.mark.slow
 def test_exact_effects_patch_a_span_at_once(tiny_model, tiny_saes, mixed):
     circuit = found(tiny_model, tiny_saes, mixed, "spans", edge_nodes=0)
     result = verify(circuit, mixed, nodes=10, batch_size=3, max_rows=5, progress=False)
@@ -220,6 +223,7 @@ def test_masks_by_span_are_the_circuits_whose_faithfulness_is_measured(tiny_mode
     assert sorted(named) == sorted(name for site, part in nodes.items() for name in part.ids(site))
 
 
+@pytest.mark.slow
 def test_a_circuit_by_span_keeps_the_names(tiny_model, tiny_saes, mixed, tmp_path):
     circuit = found(tiny_model, tiny_saes, mixed, "spans", edge_nodes=20)
     graph = circuit.graph(nodes=20)
@@ -236,6 +240,7 @@ def test_a_circuit_by_span_keeps_the_names(tiny_model, tiny_saes, mixed, tmp_pat
     assert ", ".join(words[graph.positions[0]]) in drawn
 
 
+@pytest.mark.slow
 def test_circuits_and_prompts_of_other_spans(tiny_model, tiny_saes, tiny_prompts, mixed):
     nodes = found(tiny_model, tiny_saes, mixed, "spans", edge_nodes=0).nodes
     with pytest.raises(UserError, match="needs prompts with spans"):

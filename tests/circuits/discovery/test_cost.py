@@ -32,6 +32,7 @@ def test_memory_of_a_backward_pass(make_tiny_model, make_saes, tiny_prompts, arc
     assert 0.5 < n * backward_bytes(model, length) / peak < 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ig", "attrib"])
 def test_memory_as_it_then_is(make_tiny_model, make_saes, tiny_prompts, method, tmp_path, monkeypatch):
     """The peak within a fifth, and files on disk, of a discovery in several batches."""
@@ -79,6 +80,7 @@ def test_estimate_of_streamed_autoencoders(tiny_model, tiny_saes, tiny_prompts):
     assert 0 < saes.n_reads - before <= estimate.reads <= 2 * len(saes)
 
 
+@pytest.mark.slow
 def test_text_and_advice(tiny_model, tiny_saes, tiny_prompts, monkeypatch):
     options = DiscoverOptions(method="attrib", edge_nodes=40, sites="resid")
     estimate = estimate_discovery(tiny_model, tiny_saes, tiny_prompts, options)

@@ -40,6 +40,7 @@ def test_total_effect_and_completeness(circuit, tiny_model, tiny_prompts):
     assert meta["completeness"]["mean_residual"] < 0.02
 
 
+@pytest.mark.slow
 def test_batches_change_nothing(tiny_model, tiny_saes, tiny_prompts):
     """A budget for one prompt at a time gives the same effects and edges; prompts keep their numbers."""
     options = DiscoverOptions(edge_nodes=40, steps=2, sites="embed,resid,mlp_1")
@@ -114,6 +115,7 @@ def test_save_and_load(circuit, tmp_path):
         Circuit.load(tmp_path / "nowhere")
 
 
+@pytest.mark.slow
 def test_models_without_a_tokenizer_will_do(circuit, tiny_model, tiny_saes, tiny_prompts, tmp_path):
     bare = load_model(tiny_model.hf, device="cpu", check=False)
     again = discover(bare, tiny_saes, tiny_prompts, DiscoverOptions(edge_nodes=40), progress=False)

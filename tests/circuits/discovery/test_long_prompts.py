@@ -13,6 +13,7 @@ from sae.model.activation_checkpointing import Checkpointed
 from sae.neurons import mlp_neuron_dictionaries, neuron_dictionaries
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt_neox", "gemma2"])
 def test_effects_and_edges_are_the_same(family, make_tiny_model, tiny_prompts):
     model, prompts = make_tiny_model(family), tiny_prompts[:1]
@@ -33,6 +34,7 @@ def test_effects_and_edges_are_the_same(family, make_tiny_model, tiny_prompts):
     assert model.checkpointed is None
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_one_block(make_tiny_model):
     """Beside what stands at the residual sites."""
     model = make_tiny_model("llama", layers=6)

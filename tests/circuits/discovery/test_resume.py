@@ -55,6 +55,7 @@ def stop_after(monkeypatch, n: int) -> list[str]:
     return names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "method", "finished"),
     [("jumprelu", "attrib", 1), ("topk", "ig", 6)],
@@ -79,6 +80,7 @@ def test_resuming_gives_the_same_bits(
     assert not interrupted(tmp_path / "p")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["attrib", "graddrop", "random", "ig-adaptive"])
 def test_streamed_autoencoders_give_the_same_bits(tiny_model, tiny_saes, tiny_prompts, method):
     """All gradients of a round come first, and each autoencoder is read once a round."""

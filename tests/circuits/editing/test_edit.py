@@ -171,6 +171,7 @@ def report(tiny_model, tiny_prompts, tiny_saes) -> EditReport:
     )
 
 
+@pytest.mark.slow
 def test_report_agrees_with_a_run_by_hand(report, tiny_model, tiny_prompts, tiny_saes):
     edits = make_edits(tiny_saes, parse_features(report.features, tiny_saes))
     rows = torch.arange(len(tiny_prompts))
@@ -271,6 +272,7 @@ def test_an_edit_is_measured_by_the_metric_it_is_given(tiny_model, tiny_prompts,
     assert "logit difference" not in report.text() and report.remaining is None
 
 
+@pytest.mark.slow
 def test_the_same_seed_draws_the_same_features(report, tiny_model, tiny_prompts, tiny_saes):
     again = editing.measure_edit(
         tiny_model, tiny_saes, editing.Edit(report.features), tiny_prompts, editing.EditOptions(n_random=3)

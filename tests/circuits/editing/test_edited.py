@@ -229,6 +229,7 @@ def test_steering_is_saved_as_another_bias(tiny_model, tiny_saes, tiny_prompts, 
         save_model(tiny_model, tiny_saes, edits, folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [("resid_0/3", "mlp_1/7"), ("resid_0/3@b", "mlp_1/7")])
 def test_what_draws_refer_to_is_measured_once_and_is_that_of_each_alone(
     tiny_model, tiny_saes, tiny_prompts, monkeypatch, names

@@ -70,6 +70,7 @@ def test_cost_is_split_into_the_behaviours_tokens_and_others(tiny_model, tiny_pr
     assert several[0].item() != pytest.approx(several[1].item(), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_report_has_intervals_doses_controls_and_fluency(report, tmp_path):
     before, after = report.doses
     assert before.behaviour.overall.metric == pytest.approx(report.before.overall.metric, abs=1e-5)
@@ -116,6 +117,7 @@ def test_sides_of_answers_and_repetition(tiny_model, tiny_prompts):
     assert fluency(tiny_model, tiny_prompts, ids).perplexity > 1
 
 
+@pytest.mark.slow
 def test_what_is_said_of_chosen_features_is_so(circuit, tiny_model, tiny_prompts, tiny_saes, texts, monkeypatch):
     """On the prompts and texts they are chosen on."""
     edit, choice = choose_surgical(circuit, texts=texts, operation="zero", penalty=0.1)
@@ -140,6 +142,7 @@ def test_what_is_said_of_chosen_features_is_so(circuit, tiny_model, tiny_prompts
         choose_surgical(replace(circuit, source=replace(circuit.source, metric=kl)), texts=texts)
 
 
+@pytest.mark.slow
 def test_a_feature_that_is_dear_elsewhere_is_not_chosen(circuit, texts, monkeypatch):
     monkeypatch.setattr(surgical, "CANDIDATES", 200)  # all of them, whatever their side effect to first order
     best = choose_surgical(circuit, texts=texts, operation="zero", penalty=0.0)[0].names[0]
@@ -195,6 +198,7 @@ def test_nothing_is_chosen_among_no_features(circuit, texts):
         choose_surgical(bare, texts=texts, progress=False)
 
 
+@pytest.mark.slow
 def test_late_features_are_not_surgical_and_earlier_ones_are_named(copying):
     truth, circuit = copying
     texts = ["bos " + " ".join((LETTERS * 3)[start : start + 10]) for start in range(6)]
@@ -218,6 +222,7 @@ def test_late_features_are_not_surgical_and_earlier_ones_are_named(copying):
     assert set(dear.names) & copied and not set(dear.names) & late
 
 
+@pytest.mark.slow
 def test_answers_are_turned_round_by_features_of_one_site(copying, tmp_path):
     truth, circuit = copying
     texts = ["bos " + " ".join((LETTERS * 3)[start : start + 10]) for start in range(6)]

@@ -81,6 +81,7 @@ def test_gradient_against_finite_differences(tiny_model, circuit, gates):
     assert slope == pytest.approx((gradient @ direction).item(), rel=0.05)
 
 
+@pytest.mark.slow
 def test_cold_gates_are_the_edges_whose_faithfulness_is_measured(circuit):
     """A mask of one step: its ranking, and the circuit of its first edges, by `edge_faithfulness`."""
     options = MaskOptions(steps=1, smallest=3)
@@ -104,6 +105,7 @@ def test_cold_gates_are_the_edges_whose_faithfulness_is_measured(circuit):
         edge_mask_circuit(circuit, replace(mask, edges=last), 1, progress=False)
 
 
+@pytest.mark.slow
 def test_the_true_edges_are_found_without_attribution():
     """The number circuit set by hand, scores alike at the start: what is kept longest are its twelve edges."""
     truth = agreement()

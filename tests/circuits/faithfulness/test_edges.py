@@ -73,6 +73,7 @@ def sae_values(values, site, feature):
     return values[site].features[..., feature]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "aggregation"), [("gpt_neox", "position"), ("llama", "sum")])
 def test_node_by_node(make_tiny_model, make_saes, tiny_prompts, architecture, aggregation):
     model = make_tiny_model(architecture)
@@ -125,6 +126,7 @@ def test_missing_sites_are_computed_through(tiny_model, tiny_saes, tiny_prompts)
     assert edges.all_joined == pytest.approx(nodes.faithfulness[0], abs=2e-3)
 
 
+@pytest.mark.slow
 def test_true_edges_of_a_known_circuit_suffice_and_each_is_needed():
     """In the hand-made number circuit the twelve true edges carry all; without one of them a number is lost."""
     truth = agreement()

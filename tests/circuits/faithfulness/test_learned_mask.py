@@ -173,6 +173,7 @@ def test_loss_of_cases_by_a_loop():
     assert mask_loss(off, budgets, cases, match="cases").item() == pytest.approx(expected / 40, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_true_nodes_are_found_without_attribution():
     """Induction model set by hand, scores alike at the start: what is kept longest are the nodes of its circuit."""
     truth = induction()
@@ -226,6 +227,7 @@ def test_errors_that_are_no_nodes(tiny_model, tiny_saes, tiny_prompts, nodes, er
     assert error.unique().tolist() == [1.0 if errors == "keep" else 0.0]
 
 
+@pytest.mark.slow
 def test_the_ranking_is_a_permutation_of_the_nodes_and_repeats_by_seed(tiny_model, tiny_saes, tiny_prompts, nodes):
     first, again, other = (
         learn_node_mask(Setting.of(tiny_model, tiny_saes), nodes, tiny_prompts, options, progress=False)
@@ -241,6 +243,7 @@ def test_the_ranking_is_a_permutation_of_the_nodes_and_repeats_by_seed(tiny_mode
     assert effects.unique().numel() == count(nodes) and effects.max() == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [MaskOptions(steps=2), MaskOptions(steps=2, ablation="resample"), MaskOptions(steps=2, ablation="optimal"),

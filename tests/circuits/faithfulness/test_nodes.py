@@ -275,6 +275,7 @@ def test_errors_by_their_definition(tiny_model, tiny_saes, tiny_prompts, aggrega
         FaithfulnessOptions(errors="kept")
 
 
+@pytest.mark.slow
 def test_intervals_against_loops(tiny_model, tiny_saes, tiny_prompts, nodes):
     """Ratios of resampled sums, from the metric of every prompt measured alone."""
     options = FaithfulnessOptions(random=0, resamples=50, seed=5)

@@ -72,6 +72,7 @@ def fitted(linear, circuits, steps=250):
     )
 
 
+@pytest.mark.slow
 def test_the_best_constant_prediction_is_the_mean_distribution(linear):
     """No node kept: the fitted x0 says mean M(x), the loss is the mean divergence from it; the mean x0 says neither."""
     model, _saes, prompts = linear
@@ -85,6 +86,7 @@ def test_the_best_constant_prediction_is_the_mean_distribution(linear):
     assert mean_divergence(means, [({}, True)], prompts) > floor + 0.05
 
 
+@pytest.mark.slow
 def test_constants_of_a_circuit_by_brute_force(linear):
     """One feature kept and the error ablated: the rest of x0 that torch's L-BFGS finds in the model written out."""
     model, _saes, prompts = linear
@@ -133,6 +135,7 @@ def nodes(tiny_model, tiny_saes, tiny_prompts):
     return discover(tiny_model, tiny_saes, tiny_prompts, options, progress=False).nodes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("errors", ["nodes", "ablate"])
 def test_faithfulness_with_optimal_constants(tiny_model, tiny_saes, tiny_prompts, nodes, errors, monkeypatch):
     """Nearer to the whole model than with means; m of the empty circuit is that of the same constants."""

@@ -73,6 +73,7 @@ def test_every_method(method, tiny_model, tiny_saes, tiny_prompts, probe):
     assert any(down is None for _, down in circuit.edges)
 
 
+@pytest.mark.slow
 def test_everything_that_is_measured(tiny_model, tiny_saes, tiny_prompts, probe, tmp_path):
     path = save_probe(tmp_path / "p.safetensors", probe.weight, probe.bias, site=SITE)
     options = DiscoverOptions(metric=f"probe:{path}", edge_nodes=30, steps=4)

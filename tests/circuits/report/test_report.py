@@ -120,6 +120,7 @@ class Page(HTMLParser):
         self.text += data
 
 
+@pytest.mark.slow
 def test_the_page_is_whole_and_self_contained(run_folder, html):
     assert (run_folder / "report.html").is_file()
     page = Page(html)
@@ -144,6 +145,7 @@ def test_error_bars_and_verification_are_shown(tmp_path):
         assert phrase in text.replace("\u00a0", " "), phrase
 
 
+@pytest.mark.slow
 def test_curves_of_edges_and_of_a_mask_are_shown(tmp_path):
     facts = {"ablation": "mean", "start_site": "mlp_0", "n_nodes": 300, "n_prompts": 90}
     edges = {"sizes": [100, 500], "faithfulness": [0.31, 0.72], "random": [[0.02, 0.05]], "all_joined": 0.83,
@@ -291,6 +293,7 @@ def with_scripts(value, paths):
     return value
 
 
+@pytest.mark.slow
 def test_no_field_of_any_file_reaches_a_page_as_html(tmp_path):
     """Each string and number alone is replaced by a script: refused, or shown as text on the pages."""
     facts = {"ablation": "mean", "start_site": "mlp_0", "n_nodes": 300, "n_prompts": 90}

@@ -320,6 +320,7 @@ def test_edge_intervals_against_loops(monkeypatch):
         assert found[row, column].tolist() == pytest.approx(by_hand, rel=1e-3, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_edges_of_a_circuit_have_intervals(tiny_model, tiny_saes, tiny_prompts, tmp_path):
     """Weights of single prompts, in the prompts' order whatever the batches, average to the edges; significant graphs
     keep the edges whose interval leaves out zero.
@@ -356,6 +357,7 @@ def test_edges_of_a_circuit_have_intervals(tiny_model, tiny_saes, tiny_prompts, 
     assert all(edge.interval and edge.interval[0] * edge.interval[1] > 0 for edge in sure)
 
 
+@pytest.mark.slow
 def test_edges_by_case_are_those_of_the_prompts_of_the_case(tiny_model, tiny_saes, tiny_prompts, tmp_path):
     options = DiscoverOptions(method="attrib", edge_nodes=40)
     circuit = discover(tiny_model, tiny_saes, tiny_prompts, options, progress=False)

@@ -95,6 +95,7 @@ def report(planted):
     return validate(planted, options=TINY, progress=False)
 
 
+@pytest.mark.slow
 def test_a_planted_circuit_holds(report):
     verdicts = {check.name: check.verdict for check in report.checks}
     assert set(verdicts) == {"faithfulness", "prompts", "resamples", "families", "backups", "sums", "exact"}
@@ -129,6 +130,7 @@ def test_two_planted_mechanisms_are_told_apart():
     assert "on" in report.text() and "family 2, 20 prompts" in report.text()
 
 
+@pytest.mark.slow
 def test_a_planted_backup_is_found():
     truth = with_backup()
     circuit = discover(truth.model, truth.saes, truth.prompts, edge_nodes=0, progress=False)
@@ -148,6 +150,7 @@ def test_a_planted_backup_is_found():
 # ------------------------------------------------------------------------------------------ elsewhere
 
 
+@pytest.mark.slow
 def test_the_same_dictionaries_in_another_order_are_the_same_circuit(planted):
     def shuffled(sae):
         order = torch.randperm(sae.config.n_features, generator=torch.Generator().manual_seed(0))

@@ -77,6 +77,7 @@ def test_colours_and_shapes_say_what_a_node_is(tmp_path):
     assert strokes == [style.POSITIVE_EDGE, style.NEGATIVE_EDGE]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("suffix", "start"), [(".png", b"\x89PNG"), (".pdf", b"%PDF"), (".svg", b"<?xml")])
 def test_every_format_is_written(make_circuit, tmp_path, suffix, start):
     path = draw(make_circuit(), tmp_path / f"circuit{suffix}")

@@ -42,6 +42,7 @@ def test_a_grid_names_every_combination():
     assert all(config.tokens == 6000 for config in configs.values())
 
 
+@pytest.mark.slow
 def test_a_sweep_trains_each_config_as_a_run_of_its_own_does(tiny_model, tmp_path):
     config = replace(CONFIG, tokens=3000)
     configs = grid(config, architectures=("relu", "topk", "identity"), features=(24,), k=(3,), seeds=(0, 1))
@@ -253,6 +254,7 @@ def test_training_from_a_cache_needs_no_model(cache, tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_where_it_was_and_grows(tiny_model, tmp_path, monkeypatch):
     """Interrupted, finished, then with a second width: nothing is trained twice, all to the bits of a whole one."""
     config = replace(CONFIG, tokens=2000)

@@ -77,6 +77,7 @@ def hooked_logits(model, ids, edits):
             handle.remove()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("special_tokens", "texts"), [(False, TEXTS[:4]), (True, TEXTS[1:6:2])])
 def test_evaluation_equals_one_text_at_a_time(tiny_model, saes, special_tokens, texts):
     result = evaluate_saes(tiny_model, saes, texts, batch_size=3, special_tokens=special_tokens, errors=True)
@@ -151,6 +152,7 @@ def test_a_kind_that_is_all_there_is_is_not_measured_twice(tiny_model, saes):
     assert set(evaluate_saes(tiny_model, residual, TEXTS).spliced) == {"all"}
 
 
+@pytest.mark.slow
 def test_runs_measured_together_are_measured_as_alone(tiny_model, saes, monkeypatch):
     """Also where sums went to disk in between, and without a second pass where no autoencoder is in it."""
     fewer = {site: random_sae(site, tiny_model.d_model, seed=9, n_features=8) for site in list(saes)[1:4]}
@@ -248,6 +250,7 @@ def test_the_tokens_read_do_not_depend_on_the_size_of_batches(tiny_model, limit)
     assert rows(1) == rows(3) == rows(64) != []
 
 
+@pytest.mark.slow
 def test_one_cross_entropy(tiny_model, saes, monkeypatch):
     """That of `evaluate`, of `ablate` and of fine-tuning, also where logits are made a text at a time."""
     texts = [*TEXTS[:4], "the old <eos> cat <bos> sings", "the king " * 60]
@@ -278,6 +281,7 @@ def test_nothing_to_evaluate_is_refused(tiny_model, saes):
             evaluate_saes(tiny_model, saes, texts)
 
 
+@pytest.mark.slow
 def test_plot_has_a_bar_and_a_histogram_for_every_site(tiny_model, saes, tmp_path):
     result = evaluate_saes(tiny_model, saes, TEXTS[:4], errors=True)
     figure = evaluation_figure(result)

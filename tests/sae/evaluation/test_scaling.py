@@ -35,6 +35,7 @@ def test_planted_exponents_are_recovered():
     assert plain(2048.0, 32.0, 4e6) == pytest.approx(2048**-0.3 * 32**-0.5, rel=0.005)
 
 
+@pytest.mark.slow
 def test_what_the_grid_cannot_tell_is_left_out(tmp_path):
     n, k, T = grid([256, 1024], [8, 16, 32], [1e6])
     odds = np.exp(-6 + 0.8 * np.log(n) - 0.5 * np.log(k))

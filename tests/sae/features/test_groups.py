@@ -52,6 +52,7 @@ def synthetic():
     return sae, f
 
 
+@pytest.mark.slow
 def test_a_planted_circle_is_found_and_lines_are_not(synthetic, tmp_path):
     sae, f = synthetic
     token, feature = f.nonzero(as_tuple=True)

@@ -62,6 +62,7 @@ def values_of(runs, name):
     return torch.cat([f[Site.parse(site)][counts, int(index)] for _, _, f, counts, _ in runs])
 
 
+@pytest.mark.slow
 def test_counts_histogram_and_quantiles(runs, pages):
     assert list(pages) == [f"{site}/{i}" for site in sorted(ASKED) for i in ASKED[site]]
     for name, page in pages.items():
@@ -188,6 +189,7 @@ def test_logits_go_through_the_gain_of_the_final_norm(tiny_model, saes, pages):
         assert sum(page.logit_histogram["counts"]) == len(logits)
 
 
+@pytest.mark.slow
 def test_an_interrupted_pass_ends_as_it_would_have(tiny_model, saes, pages, tmp_path, monkeypatch):
     monkeypatch.setattr(pages_module, "SAVE_EVERY", 0.0)
     monkeypatch.setattr(pages_module, "BATCH_TEXTS", 4)

@@ -99,6 +99,7 @@ def test_a_torch_file_with_bytes_changed_is_read_or_refused(copied):
         tries(path.parent)
 
 
+@pytest.mark.slow
 def test_what_claims_to_be_larger_than_its_file_costs_nothing(tmp_path, copied):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     packed = zipfile.ZipFile(tmp_path / "params.npz", "w", zipfile.ZIP_DEFLATED)

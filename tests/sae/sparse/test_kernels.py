@@ -115,6 +115,7 @@ def test_bags_are_summed_as_in_torch(kernels, lengths, d):
     assert_bags_agree(kernels, make_bags(LENGTHS[lengths], d))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rows_of_half_precision_are_summed_in_single(kernels, dtype):
     assert_bags_agree(kernels, make_bags(LENGTHS["long"], 40, dtype))
@@ -293,6 +294,7 @@ def compile_kernels():
     runpy.run_path(str(Path(__file__).with_name("compile_kernels.py")), run_name="__main__")
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_hopper(forked, tmp_path):
     pytest.importorskip("triton", reason="Triton is not installed")
     environment = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}

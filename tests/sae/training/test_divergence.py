@@ -66,6 +66,7 @@ def test_the_last_good_checkpoint_stays(tiny_model, tmp_path, monkeypatch):
     assert all(tensor.isfinite().all() for tensor in state.values())
 
 
+@pytest.mark.slow
 def test_fine_tuning_that_diverges_is_no_success(tiny_model, tmp_path, monkeypatch):
     saes = run(tiny_model, tmp_path / "trained")
     monkeypatch.setattr(FinetuneConfig, "learning_rate_at", lambda self, done, width: 1e308)

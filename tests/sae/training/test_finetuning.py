@@ -178,6 +178,7 @@ def test_prediction_losses_against_their_definitions(tiny_model):
     assert float(prediction_loss("ce", ours, theirs, tokens)) == pytest.approx(sum(ce) / len(ce), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["topk", "relu", "jumprelu", "gated"])
 def test_predictions_get_better_and_sparsity_stays(tiny_model, trained, tmp_path, architecture):
     before = trained(architecture)
@@ -196,6 +197,7 @@ def test_predictions_get_better_and_sparsity_stays(tiny_model, trained, tmp_path
     assert list(load_saes(tmp_path / "run")) == list(after)
 
 
+@pytest.mark.slow
 def test_cross_entropy_goes_down_with_the_loss_ce(tiny_model, trained, tmp_path):
     before = trained("topk")
     after = tuned(tiny_model, before, tmp_path / "run", small(loss="ce", reconstruction=0.1))
@@ -206,6 +208,7 @@ def test_cross_entropy_goes_down_with_the_loss_ce(tiny_model, trained, tmp_path)
     assert lines[-1]["learning_rate"] == 0 and all(line["learning_rate"] > 0 for line in lines[:4])
 
 
+@pytest.mark.slow
 def test_a_foreign_autoencoder_can_be_fine_tuned(tiny_model, trained, tmp_path):
     """One that comes in SAELens' format, with nothing but its site known, goes back into it."""
     site = Site.parse("resid_0")
@@ -230,6 +233,7 @@ class Stopped(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_to_the_same_bits(tiny_model, trained, tmp_path, monkeypatch):
     saes, config = trained("gated"), small(checkpoints=3)
     whole = tuned(tiny_model, saes, tmp_path / "whole", config)

@@ -81,6 +81,7 @@ def run(model, out, config, **options):
     return train_saes(model, stories(), sites=SITES, config=config, out=out, progress=False, **options)
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_bits_and_a_cache_gives_them_too(tiny_model, tmp_path, monkeypatch):
     config = small(checkpoints=4)
     whole = run(tiny_model, tmp_path / "whole", config)

@@ -70,6 +70,7 @@ def stop_after(monkeypatch, step):
     monkeypatch.setattr(Trainer, "_one_step", dying)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "revival", "sites", "stops"),
     [
@@ -97,6 +98,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tiny_model, tmp_path, monkeypatch
     assert timeless[0] == timeless[1]
 
 
+@pytest.mark.slow
 def test_what_a_run_leaves_on_disk(tiny_model, tmp_path):
     saes = run(tiny_model, tmp_path / "run", small())
     assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.json", "saes"}
@@ -261,6 +263,7 @@ def test_silence_and_log_are_counted_like_a_loop_does():
     assert torch.equal(one.dead, (silent > 192).nonzero()[:, 0])
 
 
+@pytest.mark.slow
 def test_known_directions_are_recovered():
     generator = torch.Generator().manual_seed(0)
     directions = torch.nn.functional.normalize(torch.randn(32, 32, generator=generator), dim=1)
@@ -309,6 +312,7 @@ def test_resampling_points_dead_features_at_errors_and_leaves_the_living():
     assert one.state["silent"][dead].sum() == 0
 
 
+@pytest.mark.slow
 def test_biases_of_dead_features_rise_by_a_share_of_the_learning_rate_until_they_are_active():
     one, x = training_sae(dead_tokens=10), torch.randn(2000, 16)
     one.prepare(x)

@@ -130,6 +130,7 @@ def test_many_features_do_not_start_by_reconstructing_too_much(architecture):
     assert (centred * x_hat).sum() < 1.2 * centred.square().sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "steps"), [(name, 160 if name == "jumprelu" else 80) for name in PENALISED])
 def test_a_short_run_arrives_at_its_sparsity(architecture, steps):
     config = TrainConfig(architecture=architecture, features=256, k=8, tokens=128 * steps, batch_size=128)

@@ -32,6 +32,7 @@ def loadings(circuit):
     return head_loadings(circuit, edges=200, progress=False)
 
 
+@pytest.mark.slow
 def test_heads_and_rest_add_up_to_the_edges_of_the_circuit(circuit, loadings):
     weights = circuit.edges_frame().set_index(["source", "target"])["weight"]
     assert {edge.is_into for edge in loadings.edges} == {True, False}
@@ -43,6 +44,7 @@ def test_heads_and_rest_add_up_to_the_edges_of_the_circuit(circuit, loadings):
     assert "head 3" in loadings.text() and len(loadings.to_dict()["edges"]) == len(loadings.edges)
 
 
+@pytest.mark.slow
 def test_edges_into_a_site_are_those_with_the_other_heads_cut_off(circuit, loadings):
     """A head is cut off where what it gives to the output projection is a constant."""
     setting, prompts = circuit.setting(), circuit.prompts

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 from circuits.cli.main import COMMANDS, overview
 
 SLOW = ("torch", "transformers", "nnsight", "datasets", "pandas", "numpy", "matplotlib", "sklearn", "scipy", "networkx")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from circuits.circuit import Circuit
 from tests.conftest import tiny_hf, word_tokenizer
 

@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import shutil
 
+import pytest
+
 from circuits.circuit import Circuit
 from graphs.formats.neuronpedia import to_neuronpedia
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from circuits.debiasing.results import ShiftReport
 from examples.agreement.make_labelled import labelled
 from examples.debiasing import DebiasingConfig, debias

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 from circuits.discovery.activity import mean_activations, prompt_peaks

@@ -119,6 +119,7 @@ def test_files_and_functions_are_short():
     assert not long_files and not long_functions
 
 
+@pytest.mark.slow
 def test_no_level_has_too_many_rooms():
     """Files and folders beside each other, those for internal use aside."""
     rooms: dict[Path, set[str]] = defaultdict(set)

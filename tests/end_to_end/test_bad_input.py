@@ -40,6 +40,7 @@ def test_unknown_model(discover, tmp_path):
     assert str(tmp_path / "nothing") in sentence(discover(model=tmp_path / "nothing"))
 
 
+@pytest.mark.slow
 def test_unknown_site(discover):
     said = sentence(discover(sites="resd_1"))
     assert "'resd_1'" in said and "resid_1" in said

@@ -18,6 +18,7 @@ from graphs.feature_graph import FeatureGraph
 from sae.saes import load_saes
 
 
+@pytest.mark.slow
 def test_a_run_leaves_the_files_it_should(run_folder):
     assert len(load_saes(run_folder)) == 7
     for name in ("config.json", "saes/training.jsonl", "circuit/circuit.json", "circuit/effects.safetensors"):
@@ -80,6 +81,7 @@ def test_faithfulness_reads_model_and_saes_from_the_circuit(sfc, run_folder, pro
     assert config["faithfulness"]["sizes"] == "5,20" and config["faithfulness zero"]["name"] == "zero"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["svg", "png", "pdf", "dot"])
 def test_render(sfc, run_folder, tmp_path, suffix):
     out = tmp_path / "new" / f"circuit.{suffix}"
@@ -88,6 +90,7 @@ def test_render(sfc, run_folder, tmp_path, suffix):
     assert json.loads(result.out)["nodes"] == 12
 
 
+@pytest.mark.slow
 def test_a_circuit_with_few_edge_nodes_is_drawn_by_default(sfc, run_folder, tmp_path):
     """Fewer nodes have edges than `render` draws: all of them are drawn, and no more."""
     circuit = Circuit.load(run_folder)

@@ -181,6 +181,7 @@ def test_models_and_tokenizers(sfc, base, tmp_path, seed):
     check(sfc("discover", "--model", copy / "model", *words), path, what)
 
 
+@pytest.mark.slow
 @fuzz(6)
 @given(seed=SEEDS)
 def test_edits_groups_names_and_suites(sfc, base, tmp_path, seed):

@@ -56,6 +56,7 @@ def test_autoencoders_reconstruct_their_sites(run):
         assert line["dead"] < (0.25 if "attn" in site else 0.05), line
 
 
+@pytest.mark.slow
 def test_effects_of_a_site_add_up(run):
     circuit = json.loads((run / "circuit" / "circuit.json").read_text())
     assert circuit["metadata"]["completeness"]["mean_residual"] < 0.01

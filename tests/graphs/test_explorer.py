@@ -88,6 +88,7 @@ def test_the_file_stands_alone(make_circuit, tmp_path):
     assert sum((FOLDER / name).stat().st_size for name in ("viewer.js", "charts.js")) <= 450_000
 
 
+@pytest.mark.slow
 def test_every_node_and_edge_is_in_the_data(make_circuit):
     graph = make_circuit(n_nodes=60, n_edges=200, positions=True)
     data = unpacked(explorer_html(graph))

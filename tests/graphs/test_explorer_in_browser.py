@@ -128,6 +128,7 @@ def test_filters_draw_what_they_say(open_page, make_circuit):
     assert not page.evaluate("location.hash.includes('connected')")
 
 
+@pytest.mark.slow
 def test_labels_can_be_read_at_the_start(open_page, make_circuit):
     page = open_page(with_classes(make_circuit(n_nodes=120, n_edges=400)))
     tally = page.evaluate("viewer.stage().tally")

@@ -31,6 +31,7 @@ def test_round_trip_through_a_file_keeps_everything(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["circuit.json"]
 
 
+@pytest.mark.slow
 @given(
     st.lists(
         st.tuples(

@@ -81,6 +81,7 @@ def test_all_checkpoints_damaged(tiny_model, tmp_path, monkeypatch):
         run(tiny_model, tmp_path, small(checkpoints=8), resume=True)
 
 
+@pytest.mark.slow
 def test_a_signal_saves_a_checkpoint_after_the_step(tiny_model, tmp_path, monkeypatch, whole):
     config = small(checkpoints=0)
     stop_at(monkeypatch, 7, signal.SIGTERM)
@@ -91,6 +92,7 @@ def test_a_signal_saves_a_checkpoint_after_the_step(tiny_model, tmp_path, monkey
     assert same(run(tiny_model, tmp_path / "run", config, "mlp_1", resume=True), whole[0])
 
 
+@pytest.mark.slow
 def test_a_damaged_log_loses_no_training(tiny_model, tmp_path, monkeypatch, caplog):
     stop_at(monkeypatch, 9)
     with pytest.raises(KeyboardInterrupt):

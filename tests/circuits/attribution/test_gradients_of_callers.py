@@ -81,6 +81,7 @@ def test_effects_that_do_not_add_up_are_told(make_saes, tiny_prompts, caplog):
     assert any("through which no gradient flows" in record.getMessage() for record in caplog.records)
 
 
+@pytest.mark.slow
 def test_many_steps_in_bfloat16_add_up_as_few_do(make_tiny_model, make_saes, tiny_prompts):
     """The mean gradient over 64 points, two at a time, is no further from float32's than over 8."""
     exact, rounded = (make_tiny_model("gpt_neox", layers=1, dtype=dtype) for dtype in ("float32", "bfloat16"))

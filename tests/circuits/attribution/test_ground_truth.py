@@ -94,6 +94,7 @@ def test_what_other_methods_see_of_the_nodes(method):
     assert aurocs["induction"] < 0.95
 
 
+@pytest.mark.slow
 def test_gim_ranks_more_like_exact_patching_where_attention_decides():
     """The induction circuit is two heads whose softmaxes are saturated. (Rank correlation .92, that of attrib .83.)"""
     exact = node_scores(found("induction", "exact"))
@@ -104,6 +105,7 @@ def test_gim_ranks_more_like_exact_patching_where_attention_decides():
     assert rank["gim"] > rank["attrib"] + 0.03
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", WITH_EDGES)
 @pytest.mark.parametrize("task", TASKS)
 def test_edges_are_recovered(task, method):
@@ -156,6 +158,7 @@ def test_the_attractor_is_told_from_the_subject_by_position_alone():
             assert abs(scores[f"{name}@1"]) > 20 * abs(scores[f"{name}@4"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_the_true_nodes_suffice_and_are_needed(task):
     """As many nodes as are true, everything else at its counterfactual value."""

@@ -76,6 +76,7 @@ def test_every_edge_is_two_plain_runs(make_tiny_model, make_saes, tiny_prompts, 
     assert checked > 3
 
 
+@pytest.mark.slow
 def test_small_steps_give_the_edge_weights(make_tiny_model, make_saes, tiny_prompts):
     """With the patch end moved to a thousandth of the way, exact edges are those of attribution patching."""
     model = make_tiny_model("gpt2", dtype="float64")

@@ -81,6 +81,7 @@ def test_components_are_patched_where_hooks_would(tiny_model, pairs):
         torch.testing.assert_close(m, by_hooks(tiny_model, batch, kept), atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_heads_add_up_to_their_site(tiny_model, pairs):
     """To first order, and the exact effect of a component is that of a hook."""
     effects = component_effects(tiny_model, pairs, method="attrib", batch_size=3, progress=False)
@@ -103,6 +104,7 @@ def test_heads_add_up_to_their_site(tiny_model, pairs):
         component_effects(tiny_model, pairs, method="random", progress=False)
 
 
+@pytest.mark.slow
 def test_areas_are_the_benchmarks(tiny_model, pairs):
     """Its script adds trapezoids from the first share to 1; everything kept is the model, nothing the patch run."""
     effects = component_effects(tiny_model, pairs, method="attrib", progress=False)

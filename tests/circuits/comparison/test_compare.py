@@ -114,6 +114,7 @@ def test_methods_that_do_not_know_the_model_are_left_out(tiny_model, tiny_saes, 
     assert not scored
 
 
+@pytest.mark.slow
 def test_the_row_of_masks_is_what_masks_score(comparison, tiny_model, tiny_saes, tiny_prompts):
     """Learned on the training prompts from the effects named; time and memory are at least those of these effects."""
     rows = {row.method: row for row in comparison.rows if row.dictionary == "saes"}

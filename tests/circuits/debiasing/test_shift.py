@@ -80,6 +80,7 @@ def test_scores_are_those_of_a_loop(report, tiny_model, tiny_saes):
         assert score.spurious == pytest.approx(sum(leaning) / 4)
 
 
+@pytest.mark.slow
 def test_everything_is_reported(report, tmp_path):
     names = [score.name for score in report.scores]
     assert set(names) == set(results.EXPLAINED)

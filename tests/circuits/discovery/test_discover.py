@@ -56,6 +56,7 @@ def test_batches_change_nothing(tiny_model, tiny_saes, tiny_prompts):
         assert torch.allclose(weights.sort().values, small.edges[pair].sort().values, atol=1e-4), pair
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ig", "attrib"])
 def test_edges_are_the_same_where_nothing_was_kept(tiny_model, tiny_saes, tiny_prompts, method, monkeypatch):
     """What the node pass keeps for the edges is left out where the memory budget is used up."""
@@ -79,6 +80,7 @@ def test_graph_has_the_strongest_nodes_and_their_edges(circuit):
     assert last and all(edge.weight == pytest.approx(shown[edge.source], abs=1e-5) for edge in last)
 
 
+@pytest.mark.slow
 def test_prompts_of_a_circuit_do_for_another_metric_and_model(
     tiny_model, tiny_saes, make_tiny_model, tiny_prompts, tmp_path
 ):

@@ -190,6 +190,7 @@ def test_report_agrees_with_a_run_by_hand(report, tiny_model, tiny_prompts, tiny
     assert len(report.random) == len(report.random_features) == 3
 
 
+@pytest.mark.slow
 def test_continuations_alternate_cases_and_are_the_models_own(report, tiny_model, tiny_prompts):
     assert [sample.prompt for sample in report.continuations] == ["prompt 0", "prompt 4", "prompt 1"]
     ids = tiny_prompts[0].clean

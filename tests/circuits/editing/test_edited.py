@@ -209,6 +209,7 @@ def test_what_an_edit_needs_is_asked_for(tiny_model, tiny_saes, tiny_prompts):
         )
 
 
+@pytest.mark.slow
 def test_steering_is_saved_as_another_bias(tiny_model, tiny_saes, tiny_prompts, tmp_path):
     """The saved model gives the logits of the edited one; what is no change of a bias is refused with the reason."""
     edits = [Edit(["mlp_0/3", "mlp_0/7"], "steer", 2.0), Edit("attn_1/5", "steer", -3.0)]

@@ -152,6 +152,7 @@ def test_true_edges_of_a_known_circuit_suffice_and_each_is_needed():
         assert faithfulness(truth.edges - {edge}) < 0.9, edge
 
 
+@pytest.mark.slow
 def test_table_and_plot(tiny_model, tiny_saes, tiny_prompts, tmp_path):
     circuit = circuit_of(tiny_model, tiny_saes, tiny_prompts, edge_nodes=20)
     result = edge_faithfulness(circuit, tiny_prompts, FaithfulnessOptions(random=2), sizes=[5, 10], progress=False)

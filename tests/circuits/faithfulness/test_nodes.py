@@ -319,6 +319,7 @@ def test_intervals_against_loops(tiny_model, tiny_saes, tiny_prompts, nodes):
     assert f"[{known.cpr[0]:.3f}, {known.cpr[1]:.3f}]" in result.areas()
 
 
+@pytest.mark.slow
 def test_plot_and_table(tiny_model, tiny_saes, tiny_prompts, nodes, tmp_path):
     result = measure_faithfulness(
         Setting.of(tiny_model, tiny_saes),

@@ -161,6 +161,7 @@ def test_faithfulness_with_optimal_constants(tiny_model, tiny_saes, tiny_prompts
         assert mean_divergence(values, circuits, clean) == pytest.approx(result.gain.optimal, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_masks_learned_with_their_constants(tiny_model, tiny_saes, tiny_prompts, nodes):
     options = MaskOptions(steps=3, batch_size=4, smallest=5, ablation="optimal")
     mask = learn_node_mask(Setting.of(tiny_model, tiny_saes), nodes, tiny_prompts, options, progress=False)

@@ -139,6 +139,7 @@ def test_mib_rows_with_labels_and_names(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_a_hub_data_set(monkeypatch):
     import datasets
 

@@ -131,6 +131,7 @@ def test_the_page_is_whole_and_self_contained(run_folder, html):
     assert not list(run_folder.glob("*.tmp*"))
 
 
+@pytest.mark.slow
 def test_error_bars_and_verification_are_shown(tmp_path):
     graph = FeatureGraph(["mlp_0"], metadata=example_graph().metadata)
     graph.add_node(feature_node("mlp_0", 7, effect=0.9, exact_effect=0.3, disagrees="size", interval=[0.5, 1.25]))

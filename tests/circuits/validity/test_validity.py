@@ -105,6 +105,7 @@ def test_a_planted_circuit_holds(report):
     assert report.to_frame()["value"].notna().all()
 
 
+@pytest.mark.slow
 def test_numbers_are_those_of_their_own_commands(planted, report):
     curve = faithfulness(planted, options=FaithfulnessOptions(random=0, resamples=200), sizes=[10], progress=False)
     check = report.check("faithfulness")
@@ -114,6 +115,7 @@ def test_numbers_are_those_of_their_own_commands(planted, report):
     assert report.check("sums").value == planted.metadata["completeness"]["mean_residual"]
 
 
+@pytest.mark.slow
 def test_two_planted_mechanisms_are_told_apart():
     truth = two_mechanisms()
     circuit = discover(truth.model, truth.saes, truth.prompts, edge_nodes=0, progress=False)

@@ -108,6 +108,7 @@ def test_a_cache_is_read_over_shards_and_round_again(cache):
     torch.testing.assert_close(rows, whole[SITES[0]].repeat(4, 1)[: len(rows)])
 
 
+@pytest.mark.slow
 def test_training_from_a_cache_learns_the_same_as_from_the_model(tiny_model, cache, tmp_path):
     saes = train_saes(
         tiny_model, TEXTS, sites=["resid_0"], config=CONFIG, out=tmp_path / "run", progress=False,

@@ -17,6 +17,7 @@ def grid(widths, sparsities, tokens):
     return [x.ravel() for x in np.meshgrid(widths, sparsities, tokens, indexing="ij")]
 
 
+@pytest.mark.slow
 def test_planted_exponents_are_recovered():
     """Within three standard errors, the irreducible part too; and a plain law predicts where nothing was measured."""
     n, k, T = grid(*AXES)

@@ -85,6 +85,7 @@ def test_counts_histogram_and_quantiles(runs, pages):
             assert below[0] <= share * len(active) <= below[1]
 
 
+@pytest.mark.slow
 def test_contexts_are_the_strongest_of_each_token_and_read_differently(tiny_model, runs, pages):
     for page in pages.values():
         site, index = Site.parse(page.site), page.index

@@ -149,6 +149,7 @@ def test_a_run_says_where_its_sites_are(make_tiny_model, tmp_path):
         train_saes(usual, stories(), out=tmp_path, resume=True, **options)
 
 
+@pytest.mark.slow
 def test_existing_and_different_runs_are_refused(tiny_model, tmp_path):
     run(tiny_model, tmp_path, small(tokens=1024))
     with pytest.raises(UserError, match="not empty"):

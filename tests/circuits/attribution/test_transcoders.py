@@ -180,13 +180,39 @@ def test_hidden_neurons_have_no_error_and_add_up_to_the_site(make_tiny_model, ti
     assert edge_effects(result, nodes)[MLP_0, MLP_1].abs().max() > 0
 
 
-def test_path_patching_of_a_site_to_the_metric_is_exact_patching(make_tiny_model, make_saes, tiny_prompts):
-    """The last site before the logits has no other path; edges between sites are there as well."""
+def written_part(sae, y, x_read, feature):
+    """What a node of a transcoder adds to x, [B, S, d], where the MLP writes y and the transcoder reads x_read."""
+    f, skip, width = sae.encode(x_read), x_read @ sae.W_skip.T, sae.config.n_features
+    if feature < width:
+        return f[..., feature, None] * sae.W_dec[feature]
+    return skip if feature > width else y - sae.decode(f) - skip
+
+
+def test_path_patching_between_transcoders_is_two_plain_runs(make_tiny_model, make_saes, tiny_prompts):
+    """From features, error and skip connection of one MLP to those of the next, and to the metric."""
     model = make_tiny_model("gpt2")
     saes = SAEs({site: sae for site, sae in mixed(model, make_saes).items() if site in (MLP_0, MLP_1)})
-    states = capture_activations(Setting(model, saes, logit_difference), tiny_prompts[:3])
+    prompts = tiny_prompts[:3]
+    states = capture_activations(Setting(model, saes, logit_difference), prompts)
     nodes = {site: nodes_of(saes[site], n=3) for site in saes}
     edges = path_effects(states, nodes)
     exact = exact_effects(states, site=MLP_1, positions=None, features=nodes[MLP_1].feature).summed(1)
     assert_near(edges[MLP_1, None][0], exact[nodes[MLP_1].feature])
-    assert (edges[MLP_0, MLP_1][:, -2:].abs().amax(0) > 0).all()  # of the error and the skip connection
+
+    real, (read_0, read_1) = states.mask[..., None], saes.read_sites(saes).values()
+    between = edges[MLP_0, MLP_1]  # [D, U]
+    expected = torch.zeros_like(between)
+    for column, up in enumerate(nodes[MLP_0].feature.tolist()):
+        before, after = (written_part(saes[MLP_0], run[MLP_0], run[read_0], up) for run in (states.clean, states.patch))
+        x = states.clean[MLP_0] + (after - before) * real
+        run = model.run(states.tokens, edits={MLP_0: lambda y, x=x: x}, capture=[MLP_1, read_1])
+        y, x_read = run.activations[MLP_1], run.activations[read_1]
+        for row, down in enumerate(nodes[MLP_1].feature.tolist()):
+            change = written_part(saes[MLP_1], y, x_read, down)
+            change = (change - written_part(saes[MLP_1], states.clean[MLP_1], states.clean[read_1], down)) * real
+            edit = {MLP_1: lambda y, change=change: states.clean[MLP_1] + change}
+            m = logit_difference(model.run(states.tokens, edits=edit).logits[:, -1], prompts)
+            expected[row, column] = (m - states.m_clean).sum()
+    assert_near(between, expected, 1e-3)
+    assert (between.abs().amax(0)[-2:] > 0.01 * between.abs().max()).all()  # of the error and the skip connection
+    assert (between.abs().amax(1)[-2:] > 0.01 * between.abs().max()).all()  # and into them

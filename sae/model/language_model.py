@@ -27,7 +27,7 @@ from sae.model import forward
 from sae.model.activation_checkpointing import Checkpointed
 from sae.model.attention import as_unedited, check_can_freeze
 from sae.model.device_map import home_device
-from sae.model.forward import Run, fitted, forward_inputs, outside_inference_mode, probe_tokens, run_by_length
+from sae.model.forward import Run
 from sae.model.generation import generate
 from sae.model.hook_points import Columns, HookPoint, SiteEdit, StandingEdit, after_standing, chained, edited
 from sae.model.huggingface import evaluation_mode, fingerprints, max_positions, stored_fingerprints
@@ -228,7 +228,7 @@ class LanguageModel:
             return run_rows(tokens)
         if edits or skip or grad:
             raise refusal
-        return run_by_length(tokens, run_rows)
+        return forward.run_by_length(tokens, run_rows)
 
     def _run(
         self, tokens: Tokens, captured: set[Site], edits: Mapping[Site, SiteEdit], skip: Mapping[Site, Tensor], *,
@@ -240,7 +240,7 @@ class LanguageModel:
             standing = {} if unedited else chained(self._standing)
         standing = {site: edit for site, edit in standing.items() if site not in {*hidden, *skip}}
         edits = after_standing(standing, edits, Columns(tokens.to(self.device), 0, tokens.n_positions))
-        values = fitted({site: x for site, x in skip.items() if site not in hidden}, self, rows=len(tokens))
+        values = forward.fitted({site: x for site, x in skip.items() if site not in hidden}, self, rows=len(tokens))
         if (runner := (self.checkpointed if grad else None) or self.server) is not None:
             return runner.run(self, tokens, captured, edits, values, grad=grad, **options)
         leaf = self._leaf if grad and not any(x.requires_grad for x in values.values()) else None
@@ -348,7 +348,7 @@ class LanguageModel:
     def reads(self) -> ReadPoints:
         """The places at which transcoders may read, measured when one is first asked for."""
         evaluation_mode(self.hf)
-        with self._lock, outside_inference_mode(), torch.no_grad():
+        with self._lock, forward.outside_inference_mode(), torch.no_grad():
             return read_points(self._root, self._hook_points, self.probe_tokens())
 
     def read_width(self, site: Site) -> int:
@@ -373,8 +373,8 @@ class LanguageModel:
     ) -> Tensor:  # fmt: skip
         """Make the visits, which are in forward order, in one run, and return the logits; none are empty."""
         root = self._root if need_logits else self._base
-        inputs = forward_inputs(root._module, tokens.to(self.device), last_only=last_only)
-        with self._lock, outside_inference_mode(), torch.set_grad_enabled(grad):
+        inputs = forward.forward_inputs(root._module, tokens.to(self.device), last_only=last_only)
+        with self._lock, forward.outside_inference_mode(), torch.set_grad_enabled(grad):
             logits = trace(root, inputs, visits, need_logits=need_logits)
         return logits[:, -1:] if last_only and need_logits else logits
 
@@ -395,4 +395,4 @@ class LanguageModel:
 
     def probe_tokens(self) -> Tokens:
         """A few random tokens, the same every time."""
-        return probe_tokens(self._hf).to(self.device)
+        return forward.probe_tokens(self._hf).to(self.device)

@@ -85,14 +85,11 @@ def number(value: float) -> str:
 
 def visible(token: str) -> str:
     """A token as a person can see it: line breaks and tabs as signs, characters without a form as `�`."""
-    plain = token.isascii() and token.isprintable()
-    shown = (
-        token
-        if plain
-        else "".join(
+    shown = token
+    if not (token.isascii() and token.isprintable()):  # most are
+        shown = "".join(
             _VISIBLE.get(c, "�" if unicodedata.category(c) in ("Cc", "Cs") or c in "\ufffe\uffff" else c) for c in token
         )
-    )
     return shown if shown.strip() else shown.replace(" ", "␣")
 
 
